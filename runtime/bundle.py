@@ -1,0 +1,147 @@
+"""The bundle: a folder that holds one model ready to run. Its manifest is the only contract between build and device.
+
+<name>/
+  manifest.json            this file's `Manifest`
+  onnx/<submodel>/         model.onnx and weights.safetensors: the canonical graph, loadable by any ONNX tool
+  engines/<target>/        what a target compiled, if it stores anything
+  tokenizer/ scheduler/ preprocessor/   the model's own files, as published
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from runtime.errors import BundleError, NotFound, did_you_mean
+from runtime.signature import Signature
+
+SCHEMA: Final = 1
+MANIFEST: Final = "manifest.json"
+CHUNK: Final = 1 << 22
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Parity(Frozen):
+    """How near a submodel's graph is to the torch module it was made from, on derived sample inputs.
+
+    `method` is "full" (all weights), or "twin" (same code and config, fewer layers). Errors are relative: max |a-b| / max |b|.
+    """
+
+    method: str
+    tensor: str
+    error: float
+    floor: float
+    snr_db: float
+
+
+class Artifact(Frozen):
+    """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there."""
+
+    target: str
+    submodel: str
+    files: tuple[str, ...] = ()
+    key: Mapping[str, str] = Field(default_factory=dict)
+    seconds: float = 0.0
+
+
+class Submodel(Frozen):
+    """One network of the model: its signature, where its graph lies, what precision it has."""
+
+    name: str
+    signature: Signature
+    graph: str
+    precision: str
+    nbytes: int
+    parity: Parity | None = None
+
+
+class Source(Frozen):
+    """Where the weights came from. `fingerprint` is a sha256 over every weight file's header and size."""
+
+    name: str
+    family: str
+    architecture: str
+    fingerprint: str
+
+
+class Manifest(Frozen):
+    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its settings."""
+
+    schema_version: int = SCHEMA
+    name: str
+    pipeline: str
+    quant: str
+    source: Source
+    submodels: tuple[Submodel, ...]
+    artifacts: tuple[Artifact, ...]
+    config: Mapping[str, Any]
+    versions: Mapping[str, str]
+    files: Mapping[str, str]
+    """sha256 of every other file, by path relative to the bundle."""
+
+
+class Bundle:
+    """A bundle on disk, opened: its manifest and its root. Opening reads only the manifest; `verify` reads everything."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        path = root / MANIFEST
+        if not root.is_dir():
+            raise NotFound(f"bundle {root} does not exist: expected a folder made by `enginecast build`")
+        if not path.is_file():
+            raise BundleError(f"{root} is no bundle: it has no {MANIFEST}. Build one with `enginecast build SOURCE --output {root}`")
+        try:
+            data = json.loads(path.read_bytes())
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA:
+                raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA}: build the bundle again")
+            self.manifest = Manifest.model_validate(data)
+        except (ValueError, ValidationError) as error:
+            raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+
+    @property
+    def name(self) -> str:
+        return self.manifest.name
+
+    def submodel(self, name: str) -> Submodel:
+        """The submodel of that name. Raises NotFound with the nearest name."""
+        found = {submodel.name: submodel for submodel in self.manifest.submodels}
+        if name not in found:
+            raise NotFound(f"bundle {self.name} has no submodel '{name}': {did_you_mean(name, found)}")
+        return found[name]
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The targets the bundle was built for, in the order it was asked for them."""
+        return tuple(dict.fromkeys(artifact.target for artifact in self.manifest.artifacts))
+
+    def verify(self) -> None:
+        """Compare every file with its hash. Raises BundleError naming each file that is missing, altered or unknown."""
+        faults = []
+        for relative, expected in self.manifest.files.items():
+            path = self.root / relative
+            if not path.is_file():
+                faults.append(f"{relative} is missing")
+            elif sha256(path) != expected:
+                faults.append(f"{relative} was altered")
+        present = {str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file()} - {MANIFEST}
+        faults += [f"{relative} is not in the manifest" for relative in sorted(present - set(self.manifest.files))]
+        if faults:
+            raise BundleError(f"bundle {self.root} is damaged: {'; '.join(faults)}. Copy or build it again")
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

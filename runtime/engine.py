@@ -1,0 +1,124 @@
+"""What an engine is: named arrays in, named arrays out. One file per target in `runtime/engines/`, found by listing the folder."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import runtime.engines
+from runtime.bundle import Artifact, Submodel
+from runtime.errors import NotFound, did_you_mean
+from runtime.signature import Array
+
+
+class Slot:
+    """The identity of one sequence's states (its KV cache). The engine allocates on first use and frees when the slot is gone."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a target can run on this machine. `reason` says why not, `devices` which devices it can use, best first."""
+
+    usable: bool
+    devices: tuple[str, ...] = ()
+    reason: str = ""
+    version: str = ""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an engine is to be loaded. `threads` 0 means all cores."""
+
+    device: str = ""
+    threads: int = 0
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """One submodel, loaded on one device by one target."""
+
+    target: ClassVar[str]
+    rank: ClassVar[int]
+    """Order of preference among usable targets: lower is tried first."""
+    device: str
+    submodel: Submodel
+
+    @classmethod
+    @abstractmethod
+    def available(cls) -> Availability:
+        """Probe this machine. Imports the vendor SDK lazily and never raises."""
+
+    @classmethod
+    @abstractmethod
+    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+        """Lower the canonical ONNX at `graph` for this target into the folder `output`. Raises EngineError."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        """Load a submodel of the bundle at `root`. Raises EngineError."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        """Run once. `inputs` match the signature; states, if any, live in `slot`. Outputs are copies the caller may keep."""
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """Forget what a slot's states hold beyond `length` positions. Engines with states override this."""
+        raise NotImplementedError(f"{self.target} keeps no states")
+
+    def close(self) -> None:
+        """Free what the SDK holds. The engine cannot be used afterwards."""
+
+
+class FakeEngine(Engine):
+    """An engine made of a function, for tests: records its calls."""
+
+    target = "fake"
+    rank = 99
+    device = "none"
+
+    def __init__(self, function: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
+        self.function = function
+        self.calls: list[dict[str, Array]] = []
+
+    @classmethod
+    def available(cls) -> Availability:
+        return Availability(True, ("none",))
+
+    @classmethod
+    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        raise NotImplementedError
+
+    def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        self.calls.append(dict(inputs))
+        return self.function(inputs)
+
+    def trim(self, slot: Slot, length: int) -> None:
+        pass
+
+
+@cache
+def targets() -> dict[str, type[Engine]]:
+    """Every target by name, best first: the classes found in `runtime/engines/`."""
+    found: list[type[Engine]] = []
+    for module in pkgutil.iter_modules(runtime.engines.__path__):
+        loaded = importlib.import_module(f"runtime.engines.{module.name}")
+        found += [c for c in vars(loaded).values() if isinstance(c, type) and issubclass(c, Engine) and c.__module__ == loaded.__name__]
+    return {engine.target: engine for engine in sorted(found, key=lambda engine: engine.rank)}
+
+
+def target(name: str) -> type[Engine]:
+    """The engine class of a target. Raises NotFound with the nearest name."""
+    if name not in targets():
+        raise NotFound(f"target '{name}' is not known: {did_you_mean(name, targets())}")
+    return targets()[name]

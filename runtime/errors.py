@@ -1,0 +1,110 @@
+"""The one exception tree. Every message says what failed, what was expected and what to do.
+
+    EnginecastError
+    ├── InvalidInput              a request or argument is wrong; `field` names it
+    │   └── ContextLengthExceeded the conversation does not fit the model
+    ├── NotFound                  no such model, bundle, file or submodel
+    ├── SourceError               a checkpoint cannot be read or is damaged
+    │   └── UnsupportedModel      no family knows this architecture
+    ├── ParityError               a converted submodel is not faithful to its source
+    ├── BundleError               a bundle is damaged or of another schema
+    ├── EngineError               an engine failed to compile, load or run
+    │   └── EngineUnavailable     no usable engine; every tried target's reason is listed
+    ├── MissingDependency         an optional package is not installed; names the extra
+    ├── ResourceExhausted         disk, memory or queue is full
+    └── Unavailable               the model is still loading, or the server is stopping
+
+User mistakes raise from this tree and are shown without a traceback; `assert` is for our own bugs.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class EnginecastError(Exception):
+    """Base of everything this project raises on purpose. `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class InvalidInput(EnginecastError):
+    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it."""
+
+    exit_code = 2
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+
+
+class ContextLengthExceeded(InvalidInput):
+    """The tokens of a conversation and its answer do not fit the model's context."""
+
+
+class NotFound(EnginecastError):
+    """Something named does not exist."""
+
+    exit_code = 3
+
+
+class SourceError(EnginecastError):
+    """A checkpoint is missing, damaged or of a refused kind."""
+
+    exit_code = 4
+
+
+class UnsupportedModel(SourceError):
+    """No model family knows this architecture."""
+
+
+class ParityError(EnginecastError):
+    """A submodel's ONNX graph does not reproduce the source within the floor."""
+
+    exit_code = 5
+
+
+class BundleError(EnginecastError):
+    """A bundle is incomplete, altered or of an unknown schema version."""
+
+    exit_code = 6
+
+
+class EngineError(EnginecastError):
+    """An engine could not compile, load or run a submodel."""
+
+    exit_code = 7
+
+
+class EngineUnavailable(EngineError):
+    """No target of the bundle can be used on this machine."""
+
+
+class MissingDependency(EnginecastError):
+    """An optional package is needed. The message names the extra that installs it."""
+
+    exit_code = 8
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed, which this needs: pip install 'enginecast[{extra}]'")
+
+
+class ResourceExhausted(EnginecastError):
+    """Disk, memory or the request queue is full."""
+
+    exit_code = 9
+
+
+class Unavailable(EnginecastError):
+    """Not now: the model is loading or the server is stopping. Trying again later may succeed."""
+
+    exit_code = 10
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The known names as a phrase, the nearest one first asked for: "did you mean 'int8'? (known: int4, int8, none)"."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    asked = f"did you mean '{near[0]}'? " if near else ""
+    return f"{asked}(known: {', '.join(names)})"

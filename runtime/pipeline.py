@@ -1,0 +1,102 @@
+"""What a pipeline is: a generator that yields engine calls and events, and is sent each call's outputs.
+
+    def pipeline() -> Pipeline:
+        hidden = yield Call("text_encoder", {"input_ids": ids})
+        yield Progress(step=1, total=20)
+
+It never touches an engine. `drive` runs the calls of one pipeline; a server may gather the calls of many into batches.
+Closing the generator cancels the work at the next call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from runtime.engine import Engine, Slot
+from runtime.signature import Array
+
+Outputs = dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions first."""
+
+    submodel: str
+    inputs: Mapping[str, Array]
+    slot: Slot | None = None
+    keep: int | None = None
+
+
+class Event:
+    """Something the pipeline tells its caller: base of `Progress`, `ImageReady`, `TextDelta`, `Finished`."""
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """`step` of `total` is done. `preview` is a uint8 RGB picture [height, width, 3] when asked for."""
+
+    step: int
+    total: int
+    preview: Array | None = None
+
+
+@dataclass(frozen=True)
+class ImageReady(Event):
+    """One finished picture: uint8 RGB [height, width, 3], the `index`th of the job, drawn with `seed`."""
+
+    image: Array
+    index: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TextDelta(Event):
+    """Newly decoded text: whole characters only."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The answer is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens)."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+Pipeline = Generator[Call | Event, Outputs | None, None]
+
+
+class Engines(Protocol):
+    """Whatever maps a submodel's name to its engine."""
+
+    def __getitem__(self, submodel: str, /) -> Engine: ...
+
+
+def run_call(engines: Engines, call: Call) -> Outputs:
+    """Execute one call on its engine."""
+    engine = engines[call.submodel]
+    if call.slot is not None and call.keep is not None:
+        engine.trim(call.slot, call.keep)
+    return engine.run(call.inputs, call.slot)
+
+
+def drive(pipeline: Pipeline, engines: Engines) -> Generator[Event, None, None]:
+    """Run a pipeline alone: execute its calls, pass on its events. Closing this generator closes the pipeline."""
+    outputs: Outputs | None = None
+    try:
+        while True:
+            item = pipeline.send(outputs)
+            outputs = None
+            if isinstance(item, Call):
+                outputs = run_call(engines, item)
+            else:
+                yield item
+    except StopIteration:
+        return
+    finally:
+        pipeline.close()

@@ -1,0 +1,117 @@
+"""What goes into a submodel and what comes out: stated once, everything else is derived from it.
+
+ONNX axes, sample inputs, engine shapes, calibration capture and request validation all read the same `Signature`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from runtime.errors import InvalidInput
+
+DType = Literal["float32", "float16", "int64", "int32", "bool"]
+Array = NDArray[np.generic]
+
+
+class Dim(BaseModel):
+    """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    min: int = Field(ge=0)
+    opt: int = Field(ge=0)
+    max: int = Field(ge=0)
+    multiple: int = Field(default=1, ge=1)
+
+
+class Tensor(BaseModel):
+    """A named array: its dtype and its dims, each a fixed length or a `Dim`."""
+
+    model_config = ConfigDict(frozen=True)
+    name: str
+    dtype: DType
+    dims: tuple[int | Dim, ...]
+
+    def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where each varying dim has the length given under its name."""
+        return tuple(lengths[dim.name] if isinstance(dim, Dim) else dim for dim in self.dims)
+
+
+class State(BaseModel):
+    """An array that an engine keeps between calls of one slot, such as a layer's keys: read as `past`, written as `present`.
+
+    `axis` is the one that grows, from length 0 at the start of a slot.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    past: Tensor
+    present: Tensor
+    axis: int
+
+
+class Signature(BaseModel):
+    """Inputs, outputs and states of one submodel. `inputs` and `outputs` are what a caller sees; states belong to the engine."""
+
+    model_config = ConfigDict(frozen=True)
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    states: tuple[State, ...] = ()
+
+    @property
+    def graph_inputs(self) -> tuple[Tensor, ...]:
+        """Every input of the ONNX graph, states included, in order."""
+        return self.inputs + tuple(state.past for state in self.states)
+
+    @property
+    def graph_outputs(self) -> tuple[Tensor, ...]:
+        """Every output of the ONNX graph, states included, in order."""
+        return self.outputs + tuple(state.present for state in self.states)
+
+    @property
+    def dims(self) -> dict[str, Dim]:
+        """Every varying dim by name."""
+        return {dim.name: dim for tensor in self.graph_inputs for dim in tensor.dims if isinstance(dim, Dim)}
+
+    def bind(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """Check arrays against the signature; return the length of each varying dim.
+
+        Raises InvalidInput naming the tensor when one is missing, unknown, of another dtype, rank or length.
+        """
+        for name in inputs.keys() - {tensor.name for tensor in self.inputs}:
+            raise InvalidInput(name, f"is not an input (expected {', '.join(t.name for t in self.inputs)})")
+        lengths: dict[str, int] = {}
+        for tensor in self.inputs:
+            if tensor.name not in inputs:
+                raise InvalidInput(tensor.name, "is missing")
+            self._bind_one(tensor, inputs[tensor.name], lengths)
+        return lengths
+
+    @staticmethod
+    def _bind_one(tensor: Tensor, array: Array, lengths: dict[str, int]) -> None:
+        if array.dtype != np.dtype(tensor.dtype):
+            raise InvalidInput(tensor.name, f"has dtype {array.dtype}, expected {tensor.dtype}")
+        if array.ndim != len(tensor.dims):
+            raise InvalidInput(tensor.name, f"has {array.ndim} dims, expected {len(tensor.dims)}")
+        for axis, (length, dim) in enumerate(zip(array.shape, tensor.dims, strict=True)):
+            if isinstance(dim, int):
+                if length != dim:
+                    raise InvalidInput(tensor.name, f"axis {axis} is {length}, expected {dim}")
+                continue
+            if lengths.setdefault(dim.name, length) != length:
+                raise InvalidInput(tensor.name, f"{dim.name} is {length} here and {lengths[dim.name]} elsewhere")
+            if not dim.min <= length <= dim.max or length % dim.multiple:
+                of = f", a multiple of {dim.multiple}" if dim.multiple > 1 else ""
+                raise InvalidInput(tensor.name, f"{dim.name} is {length}, expected {dim.min} to {dim.max}{of}")
+
+
+BATCH: Final = Dim(name="batch", min=1, opt=2, max=64)
+
+
+def nbytes(tensors: Iterable[Tensor], lengths: Mapping[str, int]) -> int:
+    """Bytes that the arrays of these tensors take at the given lengths."""
+    return sum(int(np.prod(tensor.shape(lengths))) * np.dtype(tensor.dtype).itemsize for tensor in tensors)
