@@ -1,0 +1,245 @@
+"""Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of tokens spells.
+
+Templates are rendered the way transformers renders them (`apply_chat_template`, checked by a test), in jinja2's immutable sandbox.
+
+No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that contains one is
+refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen over tokenizing such text as
+plain because the boundaries of the pieces would then tokenize unlike the model's own tokenizer does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from runtime.errors import BundleError, InvalidInput
+from runtime.images import Picture, check_picture
+
+Role = Literal["system", "user", "assistant"]
+NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a template may name, as in transformers' special_tokens_map."""
+REPLACEMENT: Final = "\ufffd"
+"""What a decoder writes for bytes that are no whole character, or not yet."""
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One turn: its texts and pictures in order. A str is text, an array a picture, uint8 RGB [height, width, 3]."""
+
+    role: Role
+    content: tuple[str | Picture, ...]
+
+    @property
+    def images(self) -> list[Picture]:
+        return [part for part in self.content if not isinstance(part, str)]
+
+    def check(self, field: str) -> None:
+        """Raise InvalidInput, naming the part below `field`, unless role and every part are of the right kind."""
+        if self.role not in get_args(Role):
+            raise InvalidInput(f"{field}.role", f"is '{self.role}', expected {', '.join(get_args(Role))}")
+        if not self.content:
+            raise InvalidInput(f"{field}.content", "is empty, expected texts and pictures (an empty text is allowed)")
+        for i, part in enumerate(self.content):
+            if not isinstance(part, str):
+                check_picture(part, f"{field}.content[{i}]")
+            elif any("\ud800" <= character <= "\udfff" for character in part):
+                raise InvalidInput(f"{field}.content[{i}]", "holds half a surrogate pair, which is no Unicode text")
+
+
+class ChatText:
+    """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside it).
+
+    The template is looked for where transformers does: chat_template.jinja, chat_template.json, processor_config.json and
+    tokenizer_config.json, in this order. Raises BundleError when a file is missing or cannot be used.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+        self.tokenizer.no_truncation()  # files may ask for either; a prompt is never cut silently
+        self.tokenizer.no_padding()
+        self.special = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        self._names = _named_tokens(folder)
+        self._template = _compile(_template_source(folder), folder)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
+        conversation = [{"role": message.role, "content": [_part(part) for part in message.content]} for message in messages]
+        try:
+            return self._template.render(messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names)
+        except Exception as error:  # a template can raise whatever Python's operators raise
+            raise InvalidInput("messages", f"the model's chat template refuses this conversation: {error}") from None
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
+
+        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to one.
+        """
+        for i, message in enumerate(messages):
+            for j, part in enumerate(message.content):
+                self._check_plain(part, f"messages[{i}].content[{j}]")
+        ids = self._ids(messages)
+        harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
+        if self._specials(ids) != self._specials(self._ids(harmless)):
+            raise InvalidInput("messages", "texts of this conversation join up to a special token of the model: rephrase them")
+        return ids
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        return list(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+
+    def _specials(self, ids: Sequence[int]) -> Counter[int]:
+        known = set(self.special.values())
+        return Counter(id for id in ids if id in known)
+
+    def _check_plain(self, part: str | Picture, field: str) -> None:
+        found = [token for token in self.special if isinstance(part, str) and token in part]
+        if found:
+            raise InvalidInput(field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way")
+
+
+def _part(part: str | Picture) -> dict[str, str]:
+    """A part as templates expect it."""
+    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+
+
+def _harmless(part: str | Picture) -> str | Picture:
+    """A part of the same kind that writes no special token; blank text stays, as templates may treat it apart."""
+    return "x" if isinstance(part, str) and part.strip() else part
+
+
+def _named_tokens(folder: Path) -> dict[str, str]:
+    """What a template may name: the tokens in tokenizer_config.json, and older files' special_tokens_map.json."""
+    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
+    values = {name: settings.get(name) for name in NAMED_TOKENS}
+    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
+    return {name: content for name, content in contents.items() if isinstance(content, str)}
+
+
+def _template_source(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = _read(folder / name).get("chat_template")
+        if isinstance(template, list):  # several by name: tools and the like; the plain one is called default
+            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
+        if template is not None:
+            return str(template)
+    raise BundleError(f"{folder} holds no chat template (chat_template.jinja, or the field in tokenizer_config.json): it is no chat model")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty when there is no such file."""
+    try:
+        data = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+    if not isinstance(data, dict):
+        raise BundleError(f"{path} holds no JSON object. Build the bundle again")
+    return data
+
+
+class Generation(Extension):
+    """`{% generation %}...{% endgeneration %}` marks what a model said, for training; here it is what it encloses."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(source: str, folder: Path) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateError as error:
+        raise BundleError(f"the chat template in {folder} cannot be used: {error}") from None
+
+
+def _tojson(
+    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+) -> str:
+    """JSON without jinja2's escapes for HTML, as transformers' templates expect."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> str:
+    raise jinja2.TemplateError(message)
+
+
+class Detokenizer:
+    """Spells a stream of tokens, a whole character at a time: the pieces join up to the decoded whole, special tokens left out.
+
+    Each piece is decoded behind the piece before it, since decoders treat the start of a text apart (a leading space, say).
+    For byte fallback (SentencePiece) this holds as long as the bytes are valid UTF-8; for byte-level tokenizers always.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """What is newly spelled with this token; empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._spelled()
+        if text.endswith(REPLACEMENT):
+            return ""
+        if text:
+            self._before, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character, as replacement characters."""
+        text = self._spelled()
+        self._before, self._pending = self._pending, []
+        return text
+
+    def _spelled(self) -> str:
+        before: str = self._tokenizer.decode(self._before)
+        return str(self._tokenizer.decode(self._before + self._pending))[len(before) :]
+
+
+class StopStrings:
+    """Ends a stream of text at the first stop string, which is not part of it. What may yet become one is held back."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What may be passed on. After a stop string was completed, `found` is true and the stream is over."""
+        self._held += text
+        ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if ends:  # the one completed first, so that the result does not hang on how the text arrived
+            self.found = True
+            text, self._held = self._held[: min(ends)[1]], ""
+            return text
+        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
+        split = len(self._held) - keep
+        text, self._held = self._held[:split], self._held[split:]
+        return text
+
+    def flush(self) -> str:
+        """What was held back, when the stream ends without a stop string."""
+        text, self._held = self._held, ""
+        return text
