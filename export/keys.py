@@ -44,7 +44,7 @@ def map_names(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Modu
     _tie(root, found, getattr(model, "all_tied_weights_keys", None) or {})
     _check(root, found, expected)
     if unused := sorted(name for name in renamed if name not in expected and not _ignored(name, model)):
-        log.warning("%s: %s has no use for %s", root, type(model).__name__, _listing(unused))
+        log.info("%s: %s has no use for %s", root, type(model).__name__, _listing(unused))
     return {name: found[name] for name in expected}
 
 

@@ -20,7 +20,7 @@ from runtime.errors import MissingDependency, NotFound, SourceError, Unsupported
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Checkpoint", "Source", "TensorRef", "check_finite", "open_component", "release", "resolve"]
+__all__ = ["Checkpoint", "Source", "TensorRef", "check_finite", "open_component", "read_json", "release", "resolve"]
 
 SAMPLES: Final = Path(__file__).parent / "samples"
 SAMPLE: Final = "sample:"
