@@ -19,7 +19,10 @@ Array = NDArray[np.generic]
 
 
 class Dim(BaseModel):
-    """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements."""
+    """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements.
+
+    `sum_of` names the dims whose lengths add up to this one, as a cache's total is its past and the new sequence.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
@@ -27,6 +30,7 @@ class Dim(BaseModel):
     opt: int = Field(ge=0)
     max: int = Field(ge=0)
     multiple: int = Field(default=1, ge=1)
+    sum_of: tuple[str, ...] = ()
 
 
 class Tensor(BaseModel):

@@ -1,0 +1,73 @@
+"""What a model family declares. One file per family in `export/families/`, found by listing the folder; there is no other registry."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import export.families
+from export.source import Source
+from runtime.errors import UnsupportedModel, did_you_mean
+from runtime.signature import Signature
+
+
+@dataclass(frozen=True)
+class Component:
+    """A library model as the checkpoint stores it: built without weights from its config. `folder` is relative to the source."""
+
+    folder: str
+    model: nn.Module
+
+
+@dataclass(frozen=True)
+class Part:
+    """One submodel: a module over a component's own parameters, and its signature.
+
+    `module` takes the signature's graph inputs in order and returns its graph outputs in order. `activations` says whether int8 also covers
+    activations (W8A8, calibrated) or only weights. `floor` is the largest relative error that the parity gate lets pass.
+    """
+
+    name: str
+    component: Component
+    module: nn.Module
+    signature: Signature
+    activations: bool = True
+    floor: float = 1e-3
+
+
+@dataclass(frozen=True)
+class Family:
+    """Everything about a model family.
+
+    `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config, fewer layers.
+    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the model's own files.
+    """
+
+    name: str
+    pipeline: str
+    architectures: tuple[str, ...]
+    parts: Callable[[Source, bool], list[Part]]
+    config: Callable[[Source], dict[str, Any]]
+    assets: Callable[[Source], Mapping[str, Path]]
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Every family by architecture name."""
+    modules = [importlib.import_module(f"export.families.{found.name}") for found in pkgutil.iter_modules(export.families.__path__)]
+    return {architecture: module.FAMILY for module in modules for architecture in module.FAMILY.architectures}
+
+
+def family_of(source: Source) -> Family:
+    """The family that knows the source's architecture. Raises UnsupportedModel with the nearest known name."""
+    known = families()
+    if source.architecture not in known:
+        raise UnsupportedModel(f"{source.root} is a {source.architecture}, which no family handles: {did_you_mean(source.architecture, known)}")
+    return known[source.architecture]

@@ -1,0 +1,155 @@
+"""Graphs and their weights: initializers that refer to byte ranges of the checkpoint, and the folder a finished graph is written to."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import onnx_ir as ir
+from torch import nn
+
+from export.source import TensorRef
+from runtime.errors import ResourceExhausted
+
+MODEL: Final = "model.onnx"
+WEIGHTS: Final = "weights.safetensors"
+INLINE_BYTES: Final = 1024
+"""Initializers smaller than this stay in the graph file, where shape inference of every ONNX tool can read them."""
+ALIGNMENT: Final = 64
+COMPUTE: Final = ir.DataType.FLOAT
+
+STORED: Final[Mapping[str, ir.DataType]] = {
+    "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
+}  # fmt: skip
+SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
+    **{data_type: name for name, data_type in STORED.items()},
+    ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64", ir.DataType.BOOL: "BOOL",
+}  # fmt: skip
+
+
+def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:
+    """For each parameter of a wrapper module, its name in the library's model: the same tensor under the name the checkpoint knows."""
+    known = {id(parameter): name for name, parameter in component.named_parameters(remove_duplicate=False)}
+    return {name: known[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
+
+
+def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, TensorRef]) -> None:
+    """Give every parameter of the graph its bytes in the checkpoint, under the checkpoint's own precision.
+
+    The graph computes in float32: a weight stored as float16 or bfloat16 is followed by a Cast, which engines fold or fuse. A table that
+    is only looked up is cast after the lookup.
+    """
+    for traced, name in names.items():
+        value = model.graph.initializers.get(traced)
+        if value is None:
+            continue
+        ref = weights[name]
+        data_type = STORED[ref.dtype]
+        stored = ir.Value(name=name, type=ir.TensorType(data_type), shape=ir.Shape(ref.shape))
+        stored.const_value = ir.ExternalTensor(
+            ref.file.name, ref.offset, ref.nbytes, data_type, shape=ir.Shape(ref.shape), name=name, base_dir=ref.file.parent
+        )
+        del model.graph.initializers[traced]
+        _replace(model, value, stored)
+        model.graph.initializers[name] = stored
+
+
+def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
+    """Let the users of `value` read `stored` instead, through a Cast where the precisions differ."""
+    if stored.dtype == COMPUTE:
+        ir.convenience.replace_all_uses_with(value, stored)
+        return
+    lookups = [node for node, index in value.uses() if node.op_type == "Gather" and index == 0]
+    for node in lookups:
+        node.replace_input_with(0, stored)
+        output = node.outputs[0]
+        output.dtype = stored.dtype
+        cast = _cast(output, f"{node.name}/Cast")
+        output.name, cast.outputs[0].name = f"{output.name}.stored", output.name
+        ir.convenience.replace_all_uses_with(output, cast.outputs[0], replace_graph_outputs=True)
+        cast.replace_input_with(0, output)
+        model.graph.insert_after(node, cast)
+    if value.uses():
+        cast = _cast(stored, f"{stored.name}/Cast")
+        users = {user for user, _ in value.uses()}
+        model.graph.insert_before(next(node for node in model.graph if node in users), cast)  # late, so that an engine can free it early
+        ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+
+
+def _cast(value: ir.Value, name: str) -> ir.Node:
+    cast = ir.node("Cast", [value], {"to": COMPUTE}, name=name)
+    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = f"{value.name}.float", COMPUTE, value.shape
+    return cast
+
+
+def write(model: ir.Model, folder: Path) -> int:
+    """Write `model.onnx` and `weights.safetensors` into a new folder, one tensor in memory at a time. Returns the bytes written.
+
+    The weights file is a valid safetensors file; the graph refers to its byte ranges as ONNX external data. int4 values, which the format
+    lacks, stand there as bytes of two values, low nibble first, as ONNX packs them. Leaves `model` referring to the new files.
+    Raises ResourceExhausted when the disk is full.
+    """
+    folder.mkdir(parents=True)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if tensor is not None and tensor.nbytes < INLINE_BYTES:
+            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=tensor.shape, name=value.name)
+    large = {name: v for name, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes >= INLINE_BYTES}
+    ordered = sorted(large.items(), key=lambda item: item[1].const_value.nbytes % ALIGNMENT != 0)  # keeps most offsets aligned
+    need = sum(value.const_value.nbytes for value in large.values())
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise ResourceExhausted(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output")
+    try:
+        header = _header(ordered)
+        with (folder / WEIGHTS).open("wb") as file:
+            file.write(header)
+            for name, value in ordered:
+                tensor = value.const_value
+                offset = file.tell()
+                _copy(tensor, file)
+                value.const_value = ir.ExternalTensor(
+                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
+                )
+        ir.save(model, folder / MODEL)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"the disk filled up while writing {folder}: free some space or choose another --output") from None
+        raise
+    return need + (folder / MODEL).stat().st_size
+
+
+def _header(tensors: list[tuple[str, ir.Value]]) -> bytes:
+    """Length-prefixed JSON header (safetensors format specification), padded so that the data begins aligned."""
+    entries, offset = {}, 0
+    for name, value in tensors:
+        tensor = value.const_value
+        whole = tensor.dtype in SAFETENSORS
+        entries[name] = {
+            "dtype": SAFETENSORS[tensor.dtype] if whole else "U8",
+            "shape": list(tensor.shape.numpy()) if whole else [tensor.nbytes],
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(entries).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _copy(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
+    """Append a tensor's bytes. A range of another file is copied by the kernel and never enters this process."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        file.write(tensor.tobytes())
+        return
+    with open(tensor.path, "rb") as source:
+        source.seek(tensor.offset or 0)
+        remaining = tensor.nbytes
+        while remaining:
+            chunk = source.read(min(remaining, 1 << 22))
+            file.write(chunk)
+            remaining -= len(chunk)

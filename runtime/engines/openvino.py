@@ -1,0 +1,163 @@
+"""OpenVINO: reads the canonical graph as it is; KV caches become states of the model, updated in place.
+
+Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the processor it finds, so a
+bundle never carries an engine that does not fit. Compiling at build time proves that the graph is accepted, and measures it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from runtime.bundle import Artifact, Submodel
+from runtime.engine import Availability, Engine, Options, Slot
+from runtime.errors import EngineError, EngineUnavailable, MissingDependency
+from runtime.optional import require
+from runtime.signature import Array, Signature
+
+BEAMS = "beam_idx"
+"""Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
+
+
+@cache
+def _core() -> Any:
+    core = require("openvino", "openvino").Core()
+    return core
+
+
+class OpenVINO(Engine):
+    """A compiled model; one infer request for stateless calls, one for each slot."""
+
+    target = "openvino"
+    rank = 20
+
+    def __init__(self, submodel: Submodel, compiled: Any, device: str) -> None:
+        self.submodel = submodel
+        self.device = device
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._slots: WeakKeyDictionary[Slot, Any] = WeakKeyDictionary()
+
+    @classmethod
+    def available(cls) -> Availability:
+        try:
+            sdk, core = require("openvino", "openvino"), _core()
+        except MissingDependency as error:
+            return Availability(False, reason=str(error))
+        names = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
+        return Availability(bool(names), tuple(f"{name} ({full})" for name, full in names.items()), "" if names else "no device", sdk.__version__)
+
+    @classmethod
+    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+        start = time.perf_counter()
+        _compile(submodel.signature, graph, Options())
+        return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
+
+    @classmethod
+    def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        compiled, device = _compile(submodel.signature, root / submodel.graph, options)
+        return cls(submodel, compiled, device)
+
+    def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        request = self._request if slot is None else self._slot(slot)
+        feed = dict(inputs)
+        if self.submodel.signature.states:
+            batch = next(iter(inputs.values())).shape[0]
+            feed[BEAMS] = np.arange(batch, dtype=np.int32)
+        try:
+            results = request.infer(feed, share_inputs=True)
+        except RuntimeError as error:
+            raise EngineError(f"OpenVINO could not run {self.submodel.name}: {error}") from None
+        return {tensor.name: np.array(results[tensor.name]) for tensor in self.submodel.signature.outputs}
+
+    def trim(self, slot: Slot, length: int) -> None:
+        sdk = require("openvino", "openvino")
+        if length == 0:
+            self._slots.pop(slot, None)
+            return
+        for state in self._slot(slot).query_state():
+            kept = np.ascontiguousarray(state.state.data[:, :, :length])
+            state.state = sdk.Tensor(kept)
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._request = self._compiled = None
+
+    def _slot(self, slot: Slot) -> Any:
+        if slot not in self._slots:
+            self._slots[slot] = self._compiled.create_infer_request()
+        return self._slots[slot]
+
+
+def _compile(signature: Signature, graph: Path, options: Options) -> tuple[Any, str]:
+    core = _core()
+    device = options.device or "CPU"
+    if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
+        raise EngineUnavailable(f"OpenVINO has no device '{device}' here: it found {', '.join(core.available_devices) or 'none'}")
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **options.settings}
+    if device == "CPU":
+        # bfloat16 is what a processor with AMX would silently choose: precision is the bundle's decision, not the machine's.
+        config |= {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+    try:
+        model = core.read_model(graph)
+        if signature.states:
+            _keep_states(model, signature)
+        compiled = core.compile_model(model, device, config)
+    except RuntimeError as error:
+        raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
+    return compiled, f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
+
+
+def _keep_states(model: Any, signature: Signature) -> None:
+    """Turn past inputs and present outputs into states, in the form that the CPU plugin fuses into one attention with its cache.
+
+    That form is ReadValue - Gather(beam_idx) - Concat - [expanded heads] - ScaledDotProductAttention, and Assign.
+    """
+    ops = require("openvino.opset15", "openvino")
+    transformations = require("openvino._offline_transformations", "openvino")
+    _expand_heads(model, ops)
+    beams = ops.parameter([-1], np.int32, name=BEAMS)
+    beams.output(0).get_tensor().set_names({BEAMS})
+    model.add_parameters([beams])
+    batch = ops.gather(ops.shape_of(model.input(signature.inputs[0].name)), ops.constant([0]), ops.constant(0))
+    empty = {}
+    for state in signature.states:
+        past = model.input(state.past.name)
+        users = list(past.get_target_inputs())
+        gathered = ops.gather(past, beams, ops.constant(0))
+        for user in users:
+            user.replace_source_output(gathered.output(0))
+        fixed = [ops.constant([length if isinstance(length, int) else 0]) for length in state.past.dims[1:]]
+        empty[state.past.name] = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, *fixed], 0))
+    transformations.apply_make_stateful_transformation(model, {state.past.name: state.present.name for state in signature.states})
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":  # the id is both tensors' names, one after the other
+            name = next(name for name in empty if node.get_variable_id().startswith(name + "present"))
+            node.set_arguments([empty[name].output(0)])
+    model.validate_nodes_and_infer_types()
+
+
+def _expand_heads(model: Any, ops: Any) -> None:
+    """Repeat grouped keys and values for every query head: OpenVINO's attention has no grouped heads, its plugin fuses this form back."""
+    for node in model.get_ops():
+        if node.get_type_name() != "ScaledDotProductAttention":
+            continue
+        heads, grouped = (node.input_value(index).get_partial_shape()[1].get_length() for index in (0, 1))
+        if heads == grouped:
+            continue
+        for index in (1, 2):
+            source = node.input_value(index)
+            size = source.get_partial_shape()[3].get_length()
+            shape = ops.shape_of(source)
+            lengths = [ops.gather(shape, ops.constant([axis]), ops.constant(0)) for axis in (0, 2)]
+            group, width = ops.constant([heads // grouped], dtype=np.int64), ops.constant([size], dtype=np.int64)
+            wide = ops.concat([lengths[0], ops.constant([grouped], dtype=np.int64), group, lengths[1], width], 0)
+            repeated = ops.broadcast(ops.unsqueeze(source, ops.constant(2)), wide, broadcast_spec="BIDIRECTIONAL")
+            merged = ops.reshape(repeated, ops.constant([0, heads, -1, size]), special_zero=True)
+            node.input(index).replace_source_output(merged.output(0))
