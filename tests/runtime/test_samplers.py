@@ -1,0 +1,226 @@
+"""Every sampler against its diffusers counterpart, on the same noise and the same model outputs."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from runtime.errors import InvalidInput
+from runtime.samplers import SAMPLERS, SchedulerConfig, State, default_sampler, make_sampler
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+
+CLASSES = {
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+SHAPE = (2, 4, 3, 5)
+TOLERANCE = 1e-4
+SD15: dict[str, Any] = {
+    "_class_name": "PNDMScheduler",
+    "_diffusers_version": "0.6.0",
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+configs = st.fixed_dictionaries(
+    {},
+    optional={
+        "num_train_timesteps": st.sampled_from([1000, 400]),
+        "beta_start": st.sampled_from([0.0001, 0.00085]),
+        "beta_end": st.sampled_from([0.012, 0.02]),
+        "beta_schedule": st.sampled_from(["linear", "scaled_linear", "squaredcos_cap_v2"]),
+        "prediction_type": st.sampled_from(["epsilon", "v_prediction", "sample"]),
+        "timestep_spacing": st.sampled_from(["leading", "trailing", "linspace"]),
+        "steps_offset": st.sampled_from([0, 1]),
+        "rescale_betas_zero_snr": st.booleans(),
+        "set_alpha_to_one": st.booleans(),
+        "clip_sample": st.booleans(),
+        "clip_sample_range": st.sampled_from([1.0, 2.5]),
+        "interpolation_type": st.sampled_from(["linear", "log_linear"]),
+        "lower_order_final": st.booleans(),
+        "final_sigmas_type": st.sampled_from(["zero", "sigma_min"]),
+    },
+)
+
+
+def reference(name: str, config: dict[str, Any], steps: int) -> Any:
+    """The diffusers scheduler of that name, on that config, its steps set."""
+    class_name, extra = CLASSES[name]
+    scheduler = getattr(diffusers, class_name).from_config(config, **extra)
+    scheduler.set_timesteps(steps)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)  # else a repeated first timestep makes it skip one
+    return scheduler
+
+
+def model(x: np.ndarray, timestep: float) -> np.ndarray:
+    """A smooth function of latents and time, of the size of a noise prediction."""
+    return (np.tanh(x + 0.3) * np.float32(np.cos(timestep / 300)) + 0.1 * x[:, ::-1]).astype(np.float32)
+
+
+def theirs(name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta: float, patch: pytest.MonkeyPatch) -> np.ndarray:
+    scheduler = reference(name, config, steps)
+    stream = iter(noise[1:])
+    for module in ("ddim", "euler_ancestral_discrete"):
+        drawn = importlib.import_module(f"diffusers.schedulers.scheduling_{module}")
+        patch.setattr(drawn, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(stream)))
+    latents = torch.from_numpy(noise[0]) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        output = model(scheduler.scale_model_input(latents, timestep).numpy(), float(timestep))
+        latents = scheduler.step(torch.from_numpy(output), timestep, latents, **({"eta": eta} if name == "ddim" else {})).prev_sample
+    return np.asarray(latents.numpy())
+
+
+def ours(name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta: float) -> np.ndarray:
+    sampler = make_sampler(name, SchedulerConfig.parse(config), steps, eta)
+    state = State(noise[0] * sampler.init_noise_sigma)
+    for timestep in sampler.timesteps:
+        output = model(sampler.model_input(state), float(timestep))
+        state = sampler.step(state, output, noise[1 + state.index] if sampler.stochastic else None)
+    assert state.latents.dtype == np.float32
+    return state.latents
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Largest difference, relative to the larger of 1 and the reference's largest value."""
+    return float(np.abs(a - b).max() / max(1.0, np.abs(b).max()))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@settings(max_examples=40, deadline=None)
+@given(
+    config=configs, steps=st.one_of(st.integers(1, 60), st.integers(61, 300)), eta=st.sampled_from([0.0, 0.4, 1.0]), seed=st.integers(0, 99)
+)
+def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: float, seed: int) -> None:
+    """Timesteps, starting noise and result, over the whole space of supported configs."""
+    assume(not (name == "euler_ancestral" and config.get("prediction_type") == "sample"))  # diffusers lacks it
+    eta = eta if name == "ddim" else 0.0
+    try:
+        sampler = make_sampler(name, SchedulerConfig.parse(config), steps, eta)
+    except InvalidInput as error:
+        assert error.field in ("steps", "sampler")
+        assume(False)
+    if config.get("rescale_betas_zero_snr"):  # there diffusers' first Karras timestep and first cosine beta hang on a last bit
+        assume("karras" not in name and config.get("beta_schedule") != "squaredcos_cap_v2")
+    scheduler = reference(name, config, steps)
+    assume(len(scheduler.timesteps) == steps)  # its trailing spacing comes out one too long for some step counts
+    np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), atol=2e-3)
+    assert sampler.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-5)
+    noise = np.random.default_rng(seed).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        expected = theirs(name, config, steps, noise, eta, patch)
+    assume(bool(np.isfinite(expected).all()))
+    # diffusers subtracts float32 numbers as large as the starting noise, which with a cosine schedule is 20,000 times the signal
+    allowed = TOLERANCE + 1e-6 * float(scheduler.init_noise_sigma)
+    assert difference(ours(name, config, steps, noise, eta), expected) <= allowed
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_stable_diffusion_config_at_usual_steps(name: str) -> None:
+    """Stable Diffusion 1.5's own file: every step count to 50, and the worst difference printed."""
+    worst = 0.0
+    for steps in (*range(1, 51), 100, 250):
+        noise = np.random.default_rng(steps).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            worst = max(worst, difference(ours(name, SD15, steps, noise, 0.0), theirs(name, SD15, steps, noise, 0.0, patch)))
+    print(f"{name}: largest difference from diffusers {worst:.1e}")
+    assert worst <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_perfect_model_is_recovered(name: str) -> None:
+    """A model that knows the clean latent leads every sampler to it, through whatever noise is added on the way."""
+    rng = np.random.default_rng(0)
+    clean = rng.standard_normal(SHAPE, dtype=np.float32)
+    config = SchedulerConfig.parse({"prediction_type": "sample", "clip_sample": False})
+    sampler = make_sampler(name, config, 12)
+    state = State(rng.standard_normal(SHAPE, dtype=np.float32) * sampler.init_noise_sigma)
+    for _ in sampler.timesteps:
+        state = sampler.step(state, clean, rng.standard_normal(SHAPE, dtype=np.float32))
+    assert state.index == 12
+    np.testing.assert_allclose(state.latents, clean, atol=1e-5)
+
+
+def test_a_step_leaves_its_state_as_it_was() -> None:
+    sampler = make_sampler("dpmpp_2m", SchedulerConfig.parse(SD15), 4)
+    latents = np.ones(SHAPE, np.float32)
+    sampler.step(State(latents), latents)
+    assert (latents == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"beta_schedule": "sigmoid"}, "beta_schedule='sigmoid'"),
+        ({"prediction_type": "flow_prediction"}, "prediction_type"),
+        ({"timestep_spacing": "even"}, "timestep_spacing"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"thresholding": True}, "thresholding"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ({"variance_type": "learned_range"}, "variance_type"),
+        ({"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+        ({"shift": 3.0}, "shift"),
+        ({"num_train_timesteps": "many"}, "num_train_timesteps"),
+    ],
+)
+def test_unsupported_fields_are_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(InvalidInput, match=named):
+        SchedulerConfig.parse(SD15 | change)
+
+
+@pytest.mark.parametrize("class_name", sorted({name for name, _ in CLASSES.values()} | {"PNDMScheduler", "DDPMScheduler"}))
+def test_what_diffusers_saves_is_read(class_name: str, tmp_path: Any) -> None:
+    """A scheduler_config.json with every field of its class at its default."""
+    getattr(diffusers, class_name)().save_pretrained(tmp_path)
+    config = SchedulerConfig.parse(json.loads((tmp_path / "scheduler_config.json").read_text()))
+    expected = {published: name for name, (published, extra) in CLASSES.items() if not extra}
+    assert default_sampler(config) == expected.get(class_name, "dpmpp_2m")
+
+
+def test_default_sampler_reads_karras() -> None:
+    config = SchedulerConfig.parse({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True})
+    assert default_sampler(config) == "euler_karras"
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "eta", "field"),
+    [
+        ("eular", 20, 0.0, "sampler"),
+        ("euler", 0, 0.0, "steps"),
+        ("euler", 1_000_000, 0.0, "steps"),
+        ("ddim", 1000, 0.0, "steps"),  # with steps_offset 1 the first timestep would be 1000
+        ("dpmpp_2m", 1000, 0.0, "steps"),
+        ("ddim", 20, 1.5, "eta"),
+        ("euler", 20, 0.5, "eta"),
+        ("ddim", 20, float("nan"), "eta"),
+    ],
+)
+def test_bad_arguments_are_named(name: str, steps: int, eta: float, field: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        make_sampler(name, SchedulerConfig.parse(SD15), steps, eta)
+    assert caught.value.field == field
+
+
+def test_ddim_from_pure_noise_with_a_noise_predicting_model_is_refused() -> None:
+    config = SchedulerConfig.parse({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"})
+    with pytest.raises(InvalidInput, match="euler"):
+        make_sampler("ddim", config, 10)
