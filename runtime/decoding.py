@@ -5,7 +5,6 @@ Order and meaning are those of transformers' logits processors, with which a tes
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -33,14 +32,14 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise InvalidInput("temperature", f"is {self.temperature}, expected 0 (greedy) or more")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
+            raise InvalidInput("temperature", f"is {self.temperature}, expected 0 (greedy) or 0.01 to 100")
         if self.top_k < 0:
             raise InvalidInput("top_k", f"is {self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InvalidInput("top_p", f"is {self.top_p}, expected more than 0 and at most 1")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise InvalidInput("repetition_penalty", f"is {self.repetition_penalty}, expected more than 0 (1 is no penalty)")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise InvalidInput("repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to 100 (1 is no penalty)")
 
 
 def process(logits: Scores, tokens: Sequence[int], sampling: Sampling) -> Scores:
@@ -78,5 +77,6 @@ def choose(logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.ra
 
 def softmax(scores: NDArray[F]) -> NDArray[F]:
     """Probabilities [n] of scores [n]."""
-    exponentials = np.exp(scores - scores.max())
-    return exponentials / exponentials.sum()
+    exponentials: NDArray[F] = np.exp(scores - scores.max())
+    exponentials /= exponentials.sum()
+    return exponentials

@@ -62,10 +62,11 @@ class ChatText:
     """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside it).
 
     The template is looked for where transformers does: chat_template.jinja, chat_template.json, processor_config.json and
-    tokenizer_config.json, in this order. Raises BundleError when a file is missing or cannot be used.
+    tokenizer_config.json, in this order. `image_token_id` is the placeholder that stands for a picture, of models that see.
+    Raises BundleError when a file is missing or cannot be used.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
         path = folder / "tokenizer.json"
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
@@ -73,7 +74,11 @@ class ChatText:
             raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
         self.tokenizer.no_truncation()  # files may ask for either; a prompt is never cut silently
         self.tokenizer.no_padding()
-        self.special = {token.content: id for id, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = self.tokenizer.get_added_tokens_decoder()
+        if image_token_id is not None and image_token_id not in added:
+            raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images. Build the bundle again")
+        self.image_token_id = image_token_id
+        self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
         self._names = _named_tokens(folder)
         self._template = _compile(_template_source(folder), folder)
 
@@ -88,7 +93,8 @@ class ChatText:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
 
-        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to one.
+        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to one or the
+        template does not place every picture.
         """
         for i, message in enumerate(messages):
             for j, part in enumerate(message.content):
@@ -97,7 +103,14 @@ class ChatText:
         harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
         if self._specials(ids) != self._specials(self._ids(harmless)):
             raise InvalidInput("messages", "texts of this conversation join up to a special token of the model: rephrase them")
+        images, placed = sum(len(message.images) for message in messages), ids.count(self._placeholder)
+        if images != placed:
+            raise InvalidInput("messages", f"the model's chat template places {placed} of {images} pictures: show them in user messages")
         return ids
+
+    @property
+    def _placeholder(self) -> int:
+        return -1 if self.image_token_id is None else self.image_token_id
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         return list(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
@@ -157,7 +170,7 @@ def _read(path: Path) -> dict[str, Any]:
 class Generation(Extension):
     """`{% generation %}...{% endgeneration %}` marks what a model said, for training; here it is what it encloses."""
 
-    tags = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -1,0 +1,278 @@
+"""Conversations about pictures with a vision-language model of LLaVA's kind (Liu et al. 2023), or with a language model alone.
+
+The submodels that a chat bundle has, and what this pipeline calls them with:
+
+    vision_encoder   pixel_values float32 [images, 3, height, width] -> image_features float32 [images, patches, hidden]
+    token_embedding  input_ids int64 [1, sequence] -> inputs_embeds float32 [1, sequence, hidden]
+    decoder          inputs_embeds, attention_mask int64 [1, total], position_ids int64 [1, sequence] -> logits float32 [1, 1, vocab]
+
+The decoder gives the logits of the last position only, and keeps keys and values in the call's slot. The prompt has one placeholder
+token per picture, which is repeated once per patch, and the picture's features take the place of those tokens' embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Final, TypeVar
+
+import numpy as np
+from pydantic import Field, ValidationError, model_validator
+
+from runtime.bundle import Bundle, Frozen
+from runtime.decoding import Sampling, Scores, choose
+from runtime.engine import Slot
+from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
+from runtime.images import ImagePreprocessor, Picture
+from runtime.pipeline import Call, Event, Finished, Outputs, Pipeline, TextDelta
+from runtime.signature import Array
+from runtime.text import ChatText, Detokenizer, Message, StopStrings
+
+MAX_STOPS: Final = 16
+T = TypeVar("T")
+Step = Generator[Call | Event, Outputs | None, T]
+"""A part of the pipeline that results in a T."""
+
+
+class Defaults(Frozen):
+    """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+
+
+class ChatConfig(Frozen):
+    """The settings of a chat bundle: `Manifest.config`, written when the bundle is built.
+
+    Lengths are in tokens. A model that sees has both `image_token_id` and `tokens_per_image` (the patches a picture becomes).
+    `bos_token_id` is put before every prompt whose template did not write it; null when the model's tokenizer puts none.
+    `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0 is one call.
+    """
+
+    context_length: int = Field(ge=1)
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    image_token_id: int | None = None
+    tokens_per_image: int = Field(default=0, ge=0)
+    prefill_chunk: int = Field(default=0, ge=0)
+    defaults: Defaults = Defaults()
+
+    @model_validator(mode="after")
+    def _sees_or_not(self) -> ChatConfig:
+        if self.has_vision != bool(self.tokens_per_image):
+            raise ValueError("image_token_id and tokens_per_image belong together")
+        return self
+
+    @property
+    def has_vision(self) -> bool:
+        return self.image_token_id is not None
+
+
+@dataclass(frozen=True, eq=False)
+class ChatRequest:
+    """A conversation to answer. What is None is the model's default; see `Sampling` for the meaning and range of the values.
+
+    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop` ends the answer
+    before the first of these strings. Equal seeds give equal answers on the same engine. Raises InvalidInput naming the field.
+    """
+
+    messages: tuple[Message, ...]
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.messages:
+            raise InvalidInput("messages", "is empty, expected at least one message of the user")
+        for i, message in enumerate(self.messages):
+            message.check(f"messages[{i}]")
+        if self.messages[-1].role != "user":
+            raise InvalidInput(f"messages[{len(self.messages) - 1}].role", f"is '{self.messages[-1].role}', expected 'user' to answer to")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidInput("max_tokens", f"is {self.max_tokens}, expected 1 or more")
+        if self.seed is not None and self.seed < 0:
+            raise InvalidInput("seed", f"is {self.seed}, expected 0 or more")
+        if len(self.stop) > MAX_STOPS or not all(self.stop):
+            raise InvalidInput("stop", f"has {len(self.stop)} strings, expected at most {MAX_STOPS}, none of them empty")
+
+    @property
+    def images(self) -> list[Picture]:
+        """Every picture of the conversation, in order."""
+        return [image for message in self.messages for image in message.images]
+
+    def sampling(self, defaults: Defaults) -> Sampling:
+        """How to choose tokens: this request's values over the model's."""
+        return Sampling(
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_k=defaults.top_k if self.top_k is None else self.top_k,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
+            repetition_penalty=defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty,
+        )
+
+
+@dataclass
+class Conversation:
+    """What the decoder already holds of a conversation: pass the same one for each turn, and only what is new is computed.
+
+    `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content (see `Prompt`).
+    A turn that shares no beginning with the one before simply starts anew. One request at a time may use it.
+    """
+
+    slot: Slot = field(default_factory=Slot)
+    held: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the model reads it: `ids`, with one placeholder per patch, and its pictures in order.
+
+    `keys` are the ids with each placeholder replaced by a negative number that tells its picture from others, so that equal keys mean
+    equal positions.
+    """
+
+    ids: list[int]
+    keys: list[int]
+    images: list[Picture]
+
+
+class ChatPipeline:
+    """Answers conversations with the submodels of one bundle. Raises BundleError when the bundle's settings or files do not fit."""
+
+    def __init__(self, bundle: Bundle) -> None:
+        try:
+            self.config = ChatConfig.model_validate(dict(bundle.manifest.config))
+        except ValidationError as error:
+            raise BundleError(f"bundle {bundle.name} has settings this program cannot read: {error}. Build it again") from None
+        self.text = ChatText(bundle.root / "tokenizer", self.config.image_token_id)
+        self.preprocessor = ImagePreprocessor.from_folder(bundle.root / "preprocessor") if self.config.has_vision else None
+
+    def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
+        """The generator that answers: TextDelta events, then Finished, whose completion tokens count the end token.
+
+        Everything that can be wrong with a request raises here or before the generator's first call: InvalidInput naming the field,
+        ContextLengthExceeded with the counts.
+        """
+        prompt = self.prompt(request)
+        room = self.config.context_length - len(prompt.ids)
+        max_tokens = min(self.config.defaults.max_tokens, max(room, 1)) if request.max_tokens is None else request.max_tokens
+        if max_tokens > room:
+            raise ContextLengthExceeded(
+                "messages" if room < 1 else "max_tokens",
+                f"the prompt has {len(prompt.ids)} tokens ({len(prompt.images)} pictures at {self.config.tokens_per_image} included) and "
+                f"the answer may have {max_tokens}, the model's context is {self.config.context_length}: shorten the one or the other",
+            )
+        return self._answer(prompt, request, request.sampling(self.config.defaults), max_tokens, conversation or Conversation())
+
+    def prompt(self, request: ChatRequest) -> Prompt:
+        """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
+        if request.images and not self.config.has_vision:
+            raise InvalidInput("messages", "show pictures, but the model has no vision: send text only")
+        ids = self.text.encode(request.messages)
+        bos = self.config.bos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids = [bos, *ids]
+        image, repeat = self.config.image_token_id, self.config.tokens_per_image
+        ids = [token for id in ids for token in [id] * (repeat if id == image else 1)]
+        names = iter([name for picture in request.images for name in [_name(picture)] * repeat])
+        return Prompt(ids, [next(names) if id == image else id for id in ids], request.images)
+
+    def _answer(self, prompt: Prompt, request: ChatRequest, sampling: Sampling, max_tokens: int, conversation: Conversation) -> Pipeline:
+        rng = np.random.default_rng(request.seed)
+        spelling, stops = Detokenizer(self.text.tokenizer), StopStrings(request.stop)
+        tokens, reason, completion = list(prompt.ids), "length", 0
+        logits = yield from self._prefill(prompt, conversation)
+        while True:
+            token = choose(logits, tokens, sampling, rng)
+            tokens.append(token)
+            completion += 1
+            if token in self.config.eos_token_ids:
+                reason = "stop"
+                break
+            if text := stops.push(spelling.push(token)):
+                yield TextDelta(text)
+            if stops.found or completion == max_tokens:
+                break
+            embeds = yield from self._embed([token])
+            logits = yield from self._decode(embeds, [token], conversation)
+        if text := "" if stops.found else stops.push(spelling.flush()) + stops.flush():
+            yield TextDelta(text)
+        yield Finished("stop" if stops.found else reason, len(prompt.ids), completion)
+
+    def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
+        """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that follow."""
+        shared = _shared(conversation.held, prompt.keys[:-1])  # the last token is always run: its logits are needed
+        features = yield from self._see(prompt, shared)
+        ids, keys = prompt.ids[shared:], prompt.keys[shared:]
+        embeds = yield from self._embed(ids)
+        embeds[0, np.array(ids) == self.config.image_token_id] = features
+        if not shared:
+            conversation.slot = Slot()
+        conversation.held, keep = conversation.held[:shared], shared or None
+        size = self.config.prefill_chunk or len(ids)
+        for start in range(0, len(ids), size):
+            chunk = slice(start, start + size)
+            logits = yield from self._decode(embeds[:, chunk], keys[chunk], conversation, keep)
+            keep = None
+        return logits
+
+    def _see(self, prompt: Prompt, start: int) -> Step[Array]:
+        """Features [placeholders, hidden] of the placeholders at and behind position `start`; encodes only their pictures."""
+        if self.preprocessor is None:
+            return np.empty((0, self.config.hidden_size), np.float32)
+        passed = sum(id == self.config.image_token_id for id in prompt.ids[:start])
+        first, within = divmod(passed, self.config.tokens_per_image)
+        if first == len(prompt.images):
+            return np.empty((0, self.config.hidden_size), np.float32)
+        pixels = self.preprocessor(prompt.images[first:], "messages")
+        features = (yield from _run(Call("vision_encoder", {"pixel_values": pixels})))["image_features"]
+        if features.shape[1] != self.config.tokens_per_image:
+            raise BundleError(
+                f"the vision encoder gives {features.shape[1]} patches, the bundle says {self.config.tokens_per_image}: build it again"
+            )
+        return features.reshape(-1, self.config.hidden_size)[within:]
+
+    def _embed(self, ids: Sequence[int]) -> Step[Array]:
+        """Embeddings [1, sequence, hidden] of tokens."""
+        outputs = yield from _run(Call("token_embedding", {"input_ids": np.array([ids], np.int64)}))
+        return outputs["inputs_embeds"]
+
+    def _decode(self, embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None) -> Step[Scores]:
+        """Feed embeddings [1, sequence, hidden] behind what the conversation holds; the logits [vocab] of the last."""
+        past = len(conversation.held)
+        total = past + len(keys)
+        inputs = {
+            "inputs_embeds": embeds,
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        }
+        outputs = yield from _run(Call("decoder", inputs, conversation.slot, keep))
+        conversation.held.extend(keys)  # only now: if the call was abandoned, the next turn trims the slot to what is known
+        return np.asarray(outputs["logits"][0, -1], np.float32)
+
+
+def _run(call: Call) -> Step[Outputs]:
+    outputs = yield call
+    assert outputs is not None, "a driver answers a call with its outputs"
+    return outputs
+
+
+def _shared(held: Sequence[int], keys: Sequence[int]) -> int:
+    """How many positions at the beginning are the same."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, keys, strict=False)))
+
+
+def _name(picture: Picture) -> int:
+    """A negative number made from a picture's size and content."""
+    digest = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).digest()
+    return -1 - int.from_bytes(digest[:8])
