@@ -12,7 +12,9 @@
     │   └── EngineUnavailable     no usable engine; every tried target's reason is listed
     ├── MissingDependency         an optional package is not installed; names the extra
     ├── ResourceExhausted         disk, memory or queue is full
-    └── Unavailable               the model is still loading, or the server is stopping
+    ├── Unavailable               the model is still loading, or the server is stopping
+    ├── DeadlineExceeded          the time given to a request is over
+    └── Cancelled                 the caller stopped the work
 
 User mistakes raise from this tree and are shown without a traceback; `assert` is for our own bugs.
 """
@@ -100,6 +102,18 @@ class Unavailable(EnginecastError):
     """Not now: the model is loading or the server is stopping. Trying again later may succeed."""
 
     exit_code = 10
+
+
+class DeadlineExceeded(EnginecastError):
+    """The time that the caller gave a request is over."""
+
+    exit_code = 11
+
+
+class Cancelled(EnginecastError):
+    """The caller stopped the work, or left."""
+
+    exit_code = 130
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,0 +1,35 @@
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Optional as _Optional
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class Queued(_message.Message):
+    __slots__ = ("position",)
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    position: int
+    def __init__(self, position: _Optional[int] = ...) -> None: ...
+
+class Timings(_message.Message):
+    __slots__ = ("queue_seconds", "run_seconds", "first_output_seconds")
+    QUEUE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    RUN_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    FIRST_OUTPUT_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    queue_seconds: float
+    run_seconds: float
+    first_output_seconds: float
+    def __init__(self, queue_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., first_output_seconds: _Optional[float] = ...) -> None: ...
+
+class EngineUse(_message.Message):
+    __slots__ = ("submodel", "target", "device", "calls", "seconds")
+    SUBMODEL_FIELD_NUMBER: _ClassVar[int]
+    TARGET_FIELD_NUMBER: _ClassVar[int]
+    DEVICE_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
+    submodel: str
+    target: str
+    device: str
+    calls: int
+    seconds: float
+    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., calls: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
