@@ -154,7 +154,7 @@ class Sampler(ABC):
         x = self.model_input(state)
         match self.config.prediction_type:
             case "epsilon":
-                return (1 / alpha) * (x - sigma * output)
+                return x / alpha - (sigma / alpha) * output
             case "v_prediction":
                 return alpha * x - sigma * output
             case "sample":
@@ -186,7 +186,7 @@ class Ddim(Sampler):
             case "v_prediction":
                 epsilon = alpha * output + sigma * state.latents
             case "sample":
-                epsilon = (1 / sigma) * (state.latents - alpha * clean)
+                epsilon = state.latents / sigma - (alpha / sigma) * clean
         if self.config.clip_sample:
             clean = clean.clip(-self.config.clip_sample_range, self.config.clip_sample_range)
         variance = self.eta**2 * (1 - after) / (1 - now) * (1 - now / after)
@@ -198,7 +198,7 @@ class Ddim(Sampler):
 
 @dataclass(frozen=True)
 class Euler(Sampler):
-    """Euler's method on dx/dσ = (x - x₀)/σ, where x = x₀ + σε (Karras et al. 2022, algorithm 1 without churn; arXiv 2206.00364)."""
+    """Euler's method on dx/ds = (x - x₀)/s, where x = x₀ + sε (Karras et al. 2022, algorithm 1 without churn; arXiv 2206.00364)."""
 
     def sigma(self, index: int) -> float:
         """Noise over signal before step `index`; after the last one for index n."""
@@ -211,7 +211,7 @@ class Euler(Sampler):
         return math.hypot(top, 1.0) if self.spacing == "leading" else top
 
     def model_input(self, state: State) -> Latents:
-        return (1 / math.hypot(self.sigma(state.index), 1.0)) * state.latents
+        return state.latents / math.hypot(self.sigma(state.index), 1.0)
 
     def step(self, state: State, output: Latents, noise: Latents | None = None) -> State:
         clean = self.denoised(state, output)
@@ -243,7 +243,7 @@ class Dpmpp2M(Sampler):
         clean = self.denoised(state, output)
         now, after = self.signal[state.index], self.signal_after[state.index]
         (alpha, sigma), (alpha_after, sigma_after) = _roots(now), _roots(after)
-        shrink = sigma_after * alpha / (sigma * alpha_after)  # e^-h, where h is the step in λ = log(α/σ)
+        shrink = sigma_after * alpha / (sigma * alpha_after)  # e^-h, where h is the step in lambda = log(alpha / sigma)
         target = clean
         if state.denoised is not None and not self._first_order(state.index):
             step, last = _lambda(after) - _lambda(now), _lambda(now) - _lambda(self.signal[state.index - 1])
@@ -253,7 +253,7 @@ class Dpmpp2M(Sampler):
 
     def _first_order(self, index: int) -> bool:
         steps = len(self.timesteps)
-        to_zero = self.config.final_sigmas_type == "zero"  # there λ is infinite and a second order step undefined
+        to_zero = self.config.final_sigmas_type == "zero"  # there lambda is infinite and a second order step undefined
         return index == steps - 1 and (to_zero or (self.config.lower_order_final and steps < FEW_STEPS))
 
 
@@ -287,7 +287,7 @@ def _zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _roots(signal: float) -> tuple[float, float]:
-    """(α, σ) = (√ᾱ, √(1-ᾱ))."""
+    """The factors (alpha, sigma) of signal and noise: √ᾱ and √(1-ᾱ)."""
     return math.sqrt(signal), math.sqrt(1 - signal)
 
 
@@ -318,9 +318,9 @@ def _spaced(config: SchedulerConfig, spacing: Spacing, steps: int, *, beyond: in
 
 
 def _karras(first: float, last: float, steps: int) -> Floats:
-    """Noise levels evenly spaced in σ^(1/7) (Karras et al. 2022, equation 5; arXiv 2206.00364)."""
+    """Noise levels evenly spaced in their seventh root (Karras et al. 2022, equation 5; arXiv 2206.00364)."""
     ramp = np.linspace(0, 1, steps)
-    high, low = first ** (1 / KARRAS_RHO), last ** (1 / KARRAS_RHO)
+    high, low = float(first) ** (1 / KARRAS_RHO), float(last) ** (1 / KARRAS_RHO)  # a float32 would stay one
     return cast(Floats, (high + ramp * (low - high)) ** KARRAS_RHO)
 
 

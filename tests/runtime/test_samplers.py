@@ -119,8 +119,10 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
     except InvalidInput as error:
         assert error.field in ("steps", "sampler")
         assume(False)
-    if config.get("rescale_betas_zero_snr"):  # there diffusers' first Karras timestep and first cosine beta hang on a last bit
-        assume("karras" not in name and config.get("beta_schedule") != "squaredcos_cap_v2")
+    if config.get(
+        "rescale_betas_zero_snr"
+    ):  # there diffusers' first cosine beta, and with log_linear its first timestep, hang on a last bit
+        assume(config.get("beta_schedule") != "squaredcos_cap_v2" and not (name == "euler_karras" and "interpolation_type" in config))
     scheduler = reference(name, config, steps)
     assume(len(scheduler.timesteps) == steps)  # its trailing spacing comes out one too long for some step counts
     np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), atol=2e-3)
