@@ -75,7 +75,7 @@ def _renamed_by_transformers(root: Path, tensors: Mapping[str, TensorRef], model
         name, converted = rename_source_key(key, renamings, converters, prefix, expected)
         if name not in expected and key in expected:  # convert_and_load_state_dict_in_model does the same: the name was right already
             name, converted = rename_source_key(key, [], [], prefix, expected)
-        if converted is not None:
+        if converted is not None and name in expected:
             raise UnsupportedModel(
                 f"{root}: '{key}' becomes '{name}' of {type(model).__name__} only by computing it (transformers' {converted}), which "
                 "weightless export cannot: load the model with transformers and save it with save_pretrained(..., "

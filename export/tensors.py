@@ -72,7 +72,8 @@ class TensorRef:
 
     def array(self) -> NDArray[Any]:
         """A read-only view of the file's memory map: no copy; pages are read when touched and belong to the page cache."""
-        return np.ndarray(self.shape, DTYPES[self.dtype], _memory(self.file), self.offset)
+        now = self.file.stat()
+        return np.ndarray(self.shape, DTYPES[self.dtype], _memory(self.file, now.st_ino, now.st_size, now.st_mtime_ns), self.offset)
 
 
 def release() -> None:
@@ -81,7 +82,8 @@ def release() -> None:
 
 
 @lru_cache(maxsize=256)
-def _memory(file: Path) -> mmap.mmap:
+def _memory(file: Path, inode: int, size: int, changed: int) -> mmap.mmap:
+    """One map for a file as it is now: one that was written again gets a new map."""
     with file.open("rb") as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
