@@ -1,0 +1,526 @@
+"""Trains the sample vision-language model `shapes-vlm`: a small LLaVA that answers questions about scenes and short words.
+
+    python -m export.samples.train_vlm --run runs/vlm            train, or go on where a killed run stopped; then export
+    python -m export.samples.train_vlm --run runs/vlm --export   export the best weights so far
+    python -m export.samples.train_vlm --score export/samples/shapes-vlm
+
+One training sequence is one picture and several turns about it in the chat format, so the picture is encoded once for many answers;
+only the answers carry loss. Early on a throw-away linear head names what each patch shows, which teaches the vision tower to see well
+before the language model can ask for it. Every step draws its data from (seed, step), so a resumed run sees what an unbroken one would.
+A run without a checkpoint starts from the committed sample where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any, Final
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from calibration.questions import CELL, KINDS, LETTERS, Word, draw_scene, draw_word, render_word, scene_questions, word_questions
+from calibration.questions import test_questions as score_questions
+from calibration.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, render
+
+SAMPLE: Final = Path(__file__).parent / "shapes-vlm"
+EDGE, PATCH = 128, 16
+GRID: Final = EDGE // PATCH
+SPECIALS: Final = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+VOCABULARY: Final = 512
+IGNORED: Final = -100
+"""The label of a token that carries no loss."""
+THINGS: Final = [*product(SIZES, COLOURS, SHAPES)]
+
+CHAT_TEMPLATE: Final = """\
+{%- for message in messages -%}
+    {%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] -%}
+    {%- if message['role'] == 'user' -%}{{ 'USER: ' }}{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}
+    {%- for part in parts if part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}{%- endfor -%}
+    {%- for part in parts if part['type'] == 'text' -%}
+        {{- part['text'] | trim -}}{{- ' ' if not loop.last else '' -}}
+    {%- endfor -%}
+    {%- if message['role'] == 'assistant' -%}{{ '</s>' }}{%- elif message['role'] == 'system' -%}{{ ' ' }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training is; two runs of one recipe and seed see the same pictures in the same order."""
+
+    pictures: int = 250_000
+    batch: int = 32
+    turns: int = 6
+    rate: float = 1.5e-3
+    warmup: int = 200
+    decay: float = 0.3
+    """The share of the run, at its end, over which the learning rate falls to zero."""
+    patch_loss: float = 0.5
+    """Weight of the patch head's loss at the start; it falls to zero over the first half of the run."""
+    ema: float = 0.998
+    doubles: float = 0.35
+    """Share of conversations that are about two pictures, mostly of words, rather than one scene."""
+    seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.pictures // self.batch
+
+    def rate_at(self, step: int) -> float:
+        return self.rate * min(1.0, (step + 1) / self.warmup, (self.steps - step) / (self.decay * self.steps))
+
+
+def vocabulary() -> list[str]:
+    """Every word of the questions and answers, as the tokens they are: with and without the space before them."""
+    words = set("USER ASSISTANT describe what where which how What Where Which How Describe colour Colour".split())
+    words |= set("is are the a an and or in on at of with to color shape shapes thing things size word say picture background".split())
+    words |= set("there many further left right top bottom center circles squares triangles it this that image you see".split())
+    words |= {*COLOURS, *BACKGROUNDS, *SHAPES, *SIZES}
+    return [space + word for word in sorted(words) for space in ("", " ")] + [" " + digit for digit in "0123456789"]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words for the vocabulary, bytes for all else: any text survives, and a word to be read is spelled letter by letter."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [word.replace(" ", "Ġ") for word in vocabulary()]
+    tokens = list(dict.fromkeys((*SPECIALS, *alphabet, *words)))
+    assert len(tokens) <= VOCABULARY
+    # Without merges, a piece is one token if it is in the vocabulary (ignore_merges) and its bytes if not.
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", SPECIALS.index("<s>"))]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+        padding_side="left",
+        model_max_length=1024,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_processor() -> LlavaProcessor:
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE}),
+        tokenizer=build_tokenizer(),
+        patch_size=PATCH,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build_model() -> LlavaForConditionalGeneration:
+    """The untrained model: LLaVA 1.5 at a hundredth of its width. The tower's last layer stays unused, as in LLaVA."""
+    special = {token: i for i, token in enumerate(SPECIALS)}
+    vision = CLIPVisionConfig(
+        hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=EDGE, patch_size=PATCH
+    )
+    text = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=special["<s>"],
+        eos_token_id=special["</s>"],
+        pad_token_id=special["<pad>"],
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=special["<image>"],
+        image_seq_length=GRID * GRID,
+        tie_word_embeddings=False,
+    )
+    model = LlavaForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=special["<s>"], eos_token_id=special["</s>"], pad_token_id=special["<pad>"], max_new_tokens=96
+    )
+    return model
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Conversations as tokens [batch, length] with as many labels, kinds and turns, and their pictures in order of appearance:
+    [pictures, 3, 128, 128] normalised, and what their patches show [pictures, 64]."""
+
+    pictures: Tensor
+    patches: Tensor
+    tokens: Tensor
+    labels: Tensor
+    kinds: Tensor
+    turns: Tensor
+
+
+@dataclass(eq=False)
+class Row:
+    """One conversation: its pictures, what their patches show, and per token its label, the kind and number of its turn."""
+
+    pictures: list[NDArray[np.uint8]]
+    patches: list[NDArray[np.int64]]
+    tokens: list[int]
+    labels: list[int]
+    kinds: list[int]
+    turns: list[int]
+
+
+class Data:
+    """Draws training batches; `processor` fixes the tokens and the normalisation."""
+
+    def __init__(self, processor: LlavaProcessor, recipe: Recipe) -> None:
+        self.recipe = recipe
+        tokenizer = processor.tokenizer
+        self.image, self.start, self.end, self.pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<s>", "</s>", "<pad>"))
+        self.encode = lru_cache(1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.mean = np.array(processor.image_processor.image_mean, np.float32) * 255
+        self.std = np.array(processor.image_processor.image_std, np.float32) * 255
+
+    def batch(self, step: int, size: int, seed: int) -> Batch:
+        rng = np.random.default_rng((seed, step))
+        rows = [self.row(rng) for _ in range(size)]
+        length = math.ceil(max(len(row.tokens) for row in rows) / 16) * 16
+
+        def padded(lists: list[list[int]], empty: int) -> Tensor:
+            return torch.tensor([one + [empty] * (length - len(one)) for one in lists])
+
+        pictures = (np.stack([picture for row in rows for picture in row.pictures]).astype(np.float32) - self.mean) / self.std
+        return Batch(
+            torch.from_numpy(pictures).permute(0, 3, 1, 2),
+            torch.from_numpy(np.stack([patches for row in rows for patches in row.patches])),
+            padded([row.tokens for row in rows], self.pad),
+            padded([row.labels for row in rows], IGNORED),
+            padded([row.kinds for row in rows], IGNORED),
+            padded([row.turns for row in rows], IGNORED),
+        )
+
+    def row(self, rng: np.random.Generator) -> Row:
+        """A conversation: many turns about one scene, or few about each of two pictures that mostly show words."""
+        row = Row([], [], [self.start], [IGNORED], [IGNORED], [IGNORED])
+        if rng.random() < self.recipe.doubles:
+            for _ in range(2):
+                self.show(row, rng, word=rng.random() < 0.85, turns=2)
+        else:
+            self.show(row, rng, word=False, turns=self.recipe.turns)
+        return row
+
+    def show(self, row: Row, rng: np.random.Generator, word: bool, turns: int) -> None:
+        """Put one more picture before the conversation, and ask about it."""
+        if word:
+            written = draw_word(rng)
+            picture, questions, patches = render_word(written, rng), word_questions(written), word_patches(written)
+        else:
+            scene = draw_scene(rng)
+            picture, questions, patches = render(scene, rng), scene_questions(scene, rng), scene_patches(scene)
+        row.pictures.append(roughen(picture, rng))
+        row.patches.append(patches)
+        by_kind = defaultdict(list)
+        for question in questions:
+            by_kind[question.kind].append(question)
+        # A caption answers all other questions, so it is asked once; so is the one question about what a word says, always.
+        kinds = [kind for kind in by_kind for _ in range(1 if kind in ("caption", "read") else 3)]
+        chosen = [kinds[i] for i in rng.permutation(len(kinds))[:turns]]
+        if word and "read" not in chosen:
+            chosen[rng.integers(len(chosen))] = "read"
+        for turn, kind in enumerate(chosen):
+            question = by_kind[kind][rng.integers(len(by_kind[kind]))]
+            image = "<image>\n" if turn == 0 else ""
+            prompt: list[int] = []
+            for token in (*self.encode(f"USER: {image}{rephrase(question.text, rng)}"), *self.encode(" ASSISTANT:")):
+                prompt += [token] * (GRID * GRID if token == self.image else 1)
+            answer = [*self.encode(f" {question.answer}"), self.end]
+            blank, number = [IGNORED] * len(prompt), max(row.turns) + 1
+            row.tokens += prompt + answer
+            row.labels += blank + answer
+            row.kinds += blank + [KINDS.index(kind)] * len(answer)
+            row.turns += blank + [max(0, number)] * len(answer)
+
+
+def rephrase(question: str, rng: np.random.Generator) -> str:
+    """The question as people also type it."""
+    if rng.random() < 0.1:
+        question = question.replace("color", "colour")
+    return question[0].upper() + question[1:] if rng.random() < 0.2 else question
+
+
+def roughen(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Blur, noise and a colour shift, each sometimes: pictures drawn by a diffusion model or compressed are not as clean as ours."""
+    rough = picture.astype(np.float32)
+    if rng.random() < 0.4:
+        rough = np.asarray(cv2.GaussianBlur(rough, (0, 0), rng.uniform(0.3, 1.3)), np.float32)
+    if rng.random() < 0.4:
+        rough = rough * rng.uniform(0.92, 1.08, 3).astype(np.float32) + rng.uniform(-8, 8, 3).astype(np.float32)
+    if rng.random() < 0.4:
+        rough = rough + rng.standard_normal(rough.shape, np.float32) * np.float32(rng.uniform(1, 9))
+    return rough.clip(0, 255).astype(np.uint8)
+
+
+def scene_patches(scene: Scene) -> NDArray[np.int64]:
+    """What each patch [64] shows: 0 for the background, else 1 + the thing's look."""
+    classes = np.zeros((GRID, GRID), np.int64)
+    centres = (np.arange(GRID) + 0.5) / GRID
+    for thing in scene.things:
+        (x, y), reach = PLACES[thing.place], SIZES[thing.size]
+        inside = (np.abs(centres - y) < reach)[:, None] & (np.abs(centres - x) < reach)[None, :]
+        classes[inside] = 1 + THINGS.index((thing.size, thing.colour, thing.shape))
+    return classes.ravel()
+
+
+def word_patches(word: Word) -> NDArray[np.int64]:
+    """Which letter each patch [64] shows part of; 0 where there is none."""
+    classes = np.zeros((GRID, GRID), np.int64)
+    for i, letter in enumerate(word.text):
+        left = (word.column + i * CELL) // PATCH
+        classes[GRID // 2 - 1 : GRID // 2 + 1, left : left + CELL // PATCH] = 1 + len(THINGS) + LETTERS.index(letter)
+    return classes.ravel()
+
+
+class Trainee(nn.Module):
+    """The model with the throw-away patch head."""
+
+    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+        self.head = nn.Linear(model.config.vision_config.hidden_size, 1 + len(THINGS) + len(LETTERS))
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits of the tokens to predict [labels, vocabulary], and of the patches [batch * 64, classes]."""
+        inner = self.model.model
+        tower = inner.vision_tower
+        seen = tower.pre_layrnorm(tower.embeddings(batch.pictures))
+        for layer in tower.encoder.layers[:-1]:  # LLaVA reads the layer before the last, so the last need not run
+            seen = layer(seen, attention_mask=None)
+        seen = seen[:, 1:]
+        words = inner.get_input_embeddings()(batch.tokens)
+        pictured = (batch.tokens == self.model.config.image_token_index).unsqueeze(-1)
+        words = words.masked_scatter(pictured, inner.multi_modal_projector(seen).to(words.dtype))
+        # Padding is at the end, where causal attention never looks: no mask, so attention takes its fast path.
+        hidden = inner.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
+        predicting = batch.labels[:, 1:] != IGNORED
+        return self.model.lm_head(hidden[:, :-1][predicting]).float(), self.head(seen).flatten(0, 1).float()
+
+
+def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, float]:
+    """Share of answers wholly right by kind, on fresh pictures of the training's kind; greedy decoding gives the same answers."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for step in range(pictures // 32):
+        batch = data.batch(step, 32, seed=1_000_003)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            logits, _ = trainee(batch)
+        predicting = batch.labels != IGNORED
+        hits = (logits.argmax(-1) == batch.labels[predicting]).tolist()
+        turns: dict[tuple[int, int, int], bool] = {}
+        rows = torch.arange(len(batch.labels)).unsqueeze(1).expand_as(batch.labels)[predicting].tolist()
+        for key, hit in zip(zip(rows, batch.turns[predicting].tolist(), batch.kinds[predicting].tolist(), strict=True), hits, strict=True):
+            turns[key] = turns.get(key, True) and hit
+        for (_, _, kind), hit in turns.items():
+            asked[KINDS[kind]] += 1
+            right[KINDS[kind]] += hit
+    return {kind: right[kind] / asked[kind] for kind in KINDS if asked[kind]}
+
+
+def save(path: Path, tensors: dict[str, Tensor], **facts: float) -> None:
+    """Write tensors and facts in one piece: a killed run leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(".new")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata={"facts": json.dumps(facts)})
+    fresh.replace(path)
+
+
+def facts_of(path: Path) -> dict[str, float]:
+    with safe_open(path, "pt") as file:
+        return dict(json.loads(file.metadata()["facts"]))
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+
+
+def train(run: Path, recipe: Recipe, minutes: float) -> None:
+    """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`."""
+    torch.manual_seed(recipe.seed)
+    data = Data(build_processor(), recipe)
+    trainee = Trainee(build_model())
+    averaged = Trainee(build_model())
+    if SAMPLE.joinpath("model.safetensors").exists():
+        trainee.model = LlavaForConditionalGeneration.from_pretrained(SAMPLE, dtype=torch.float32)
+    averaged.load_state_dict(trainee.state_dict())
+    # Attention spelled out is half again as fast as the fused kernel's backward pass on a CPU at these lengths.
+    trainee.model.set_attn_implementation("eager")
+    trained = dict(trainee.named_parameters())
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    first, best = 0, 0.0
+    checkpoint = run / "checkpoint.safetensors"
+    if checkpoint.exists():
+        tensors, facts = load_file(checkpoint), facts_of(checkpoint)
+        first, best = int(facts["step"]), facts["best"]
+        trainee.load_state_dict(below("model", tensors))
+        averaged.load_state_dict(below("ema", tensors))
+        means, squares = below("mean", tensors), below("square", tensors)
+        for name in means:
+            optimizer.state[trained[name]] = {
+                "step": torch.tensor(float(first)),
+                "exp_avg": means[name],
+                "exp_avg_sq": squares[name],
+            }
+
+    def keep(step: int) -> None:
+        state = {name: optimizer.state[p] for name, p in trained.items() if p in optimizer.state}
+        save(
+            checkpoint,
+            prefixed("model", trainee.state_dict())
+            | prefixed("ema", averaged.state_dict())
+            | prefixed("mean", {name: s["exp_avg"] for name, s in state.items()})
+            | prefixed("square", {name: s["exp_avg_sq"] for name, s in state.items()}),
+            step=step,
+            best=best,
+        )
+
+    began, losses = time.monotonic(), []
+    for step in range(first, recipe.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.rate_at(step)
+        batch = data.batch(step, recipe.batch, recipe.seed)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, patches = trainee(batch)
+        loss = F.cross_entropy(logits, batch.labels[batch.labels != IGNORED])
+        patch_loss = F.cross_entropy(patches, batch.patches.flatten())
+        total = loss + recipe.patch_loss * max(0.0, 1 - 2 * step / recipe.steps) * patch_loss
+        optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            weight = 1 - min(recipe.ema, (step + 1) / (step + 10))
+            torch._foreach_lerp_(list(averaged.parameters()), list(trained.values()), weight)
+        losses.append((loss.item(), patch_loss.item()))
+        done, out_of_time = step + 1, time.monotonic() - began > minutes * 60
+        if done % 50 == 0:
+            speed = (done - first) * recipe.batch / (time.monotonic() - began)
+            mean = np.mean(losses[-50:], axis=0)
+            print(f"step {done}/{recipe.steps} loss {mean[0]:.4f} patches {mean[1]:.4f} pictures/s {speed:.1f}", flush=True)
+        if done % 500 == 0 or done == recipe.steps or out_of_time:
+            scores = validate(averaged, data)
+            score = float(np.mean(list(scores.values())))
+            print(f"  {time.strftime('%H:%M:%S')} score {score:.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            if score >= best:
+                best = score
+                save(run / "best.safetensors", averaged.model.state_dict(), step=done, score=score)
+            keep(done)
+        if out_of_time:
+            break
+
+
+def export(run: Path, out: Path) -> None:
+    """Write the best weights of a run as an fp16 checkpoint that `from_pretrained` loads unchanged."""
+    model, processor = build_model(), build_processor()
+    model.load_state_dict(load_file(run / "best.safetensors"))
+    model.half().save_pretrained(out)
+    processor.save_pretrained(out)
+    print(f"{out}: {facts_of(run / 'best.safetensors')}")
+
+
+def answer(model: Any, processor: Any, pictures: Iterable[NDArray[np.uint8]], questions: Iterable[str]) -> list[str]:
+    """Greedy answers of a LLaVA checkpoint to one question per picture."""
+    prompts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True
+        )
+        for question in questions
+    ]
+    inputs = processor(images=list(pictures), text=prompts, padding=True, return_tensors="pt")
+    with torch.inference_mode():
+        tokens = model.generate(**inputs, do_sample=False)
+    return list(processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+
+
+def score(directory: Path, count: int = 1000) -> None:
+    """Print how many of the held-out questions plain transformers answers right in fp32, by kind."""
+    from calibration.scoring import score_answer
+
+    model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
+    processor = LlavaProcessor.from_pretrained(directory)
+    cases = score_questions(count)
+    right: Counter[str] = Counter()
+    for i in range(0, len(cases), 50):
+        some = cases[i : i + 50]
+        answers = answer(model, processor, [case.picture for case in some], [case.question for case in some])
+        for case, said in zip(some, answers, strict=True):
+            right[case.kind] += score_answer(said, case.answer)
+            if not score_answer(said, case.answer):
+                print(f"  {case.question} {said.strip()!r}, not {case.answer!r}")
+    asked = Counter(case.kind for case in cases)
+    for kind in KINDS:
+        print(f"{kind:>10} {right[kind]:4}/{asked[kind]:<4} {right[kind] / asked[kind]:6.1%}")
+    print(f"{'all':>10} {right.total():4}/{len(cases):<4} {right.total() / len(cases):6.1%}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/vlm"), help="folder of the run's checkpoint")
+    parser.add_argument("--out", type=Path, default=SAMPLE, help="where to export to")
+    parser.add_argument("--pictures", type=int, default=Recipe.pictures, help="how many pictures the whole run sees")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; the next call goes on")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--export", action="store_true", help="only export the best weights so far")
+    parser.add_argument("--score", type=Path, metavar="DIR", help="only score the checkpoint in DIR")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.score:
+        score(options.score)
+        return
+    if not options.export:
+        train(options.run, Recipe(pictures=options.pictures), options.minutes)
+    export(options.run, options.out)
+
+
+if __name__ == "__main__":
+    main()
