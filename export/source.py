@@ -111,25 +111,25 @@ def open_component(folder: Path) -> Checkpoint:
         raise UnsupportedModel(f"{folder} is quantized already ({CONFIG} has quantization_config): take the checkpoint it was made from")
     headers: dict[Path, bytes] = {}
     tensors: dict[str, TensorRef] = {}
-    owners = _weight_files(folder)
-    for file in dict.fromkeys(owners.values()) if isinstance(owners, dict) else owners:
+    files, owners = _weight_files(folder)
+    for file in files:
         headers[file], found = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise SourceError(f"{file}: tensor '{twice[0]}' stands in {tensors[twice[0]].file.name} too. Download the checkpoint again")
         tensors.update(found)
-    if isinstance(owners, dict) and (absent := sorted(owners.keys() - tensors.keys())):
+    if absent := sorted(owners.keys() - tensors.keys()):
         raise SourceError(f"{owners[absent[0]]}: tensor '{absent[0]}' of the index is not in it. Download the checkpoint again")
     if any(name.startswith(LDM) for name in tensors):
         _refuse_ldm(folder)
     return Checkpoint(folder, config, tensors, headers)
 
 
-def _weight_files(folder: Path) -> dict[str, Path] | list[Path]:
-    """The files of the preferred form: a list, or where there is an index, the file of each tensor."""
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files of the preferred form and, where an index lists them, the file that each tensor should be in."""
     names = {path.name for path in folder.iterdir()}
     for stem in STEMS:
         if f"{stem}.safetensors" in names:
-            return [folder / f"{stem}.safetensors"]
+            return [folder / f"{stem}.safetensors"], {}
         if f"{stem}.safetensors.index.json" in names:
             return _indexed(folder / f"{stem}.safetensors.index.json")
     variant = re.compile(rf"({'|'.join(STEMS)})(\.safetensors\.index\.\w+\.json|\.\w+\.safetensors(\.index\.json)?)")
@@ -137,14 +137,14 @@ def _weight_files(folder: Path) -> dict[str, Path] | list[Path]:
     chosen = variants if len(variants) == 1 else [name for name in variants if f".{VARIANT}." in name]
     if len(chosen) == 1:
         path = folder / chosen[0]
-        return _indexed(path) if path.suffix == ".json" else [path]
+        return _indexed(path) if path.suffix == ".json" else ([path], {})
     if variants:
         raise SourceError(f"{folder} holds only variants of the weights, {', '.join(variants)}: rename one to {STEMS[1]}.safetensors")
     _refuse(folder, names)
 
 
-def _indexed(index: Path) -> dict[str, Path]:
-    """weight_map of a shard index, files made absolute. A shard outside the index's folder is refused."""
+def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The shards of an index and the shard of each tensor. A shard outside the index's folder is refused."""
     owners = read_json(index).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(name, str) for name in owners.values()):
         raise SourceError(f"{index} has no weight_map from tensor to file. Download it again")
@@ -152,7 +152,8 @@ def _indexed(index: Path) -> dict[str, Path]:
         raise SourceError(f"{index} names '{strange[0]}', expected a file in its own folder. Download it again")
     if absent := sorted({name for name in owners.values() if not (index.parent / name).is_file()}):
         raise NotFound(f"{index} lists {len(absent)} shards that do not exist: {', '.join(absent)}. Download the checkpoint again")
-    return {tensor: index.parent / name for tensor, name in owners.items()}
+    files = {name: index.parent / name for name in sorted(set(owners.values()))}
+    return list(files.values()), {tensor: files[name] for tensor, name in owners.items()}
 
 
 def _refuse(folder: Path, names: set[str]) -> NoReturn:
@@ -240,6 +241,7 @@ def _refuse_file(path: Path) -> NoReturn:
 def _download(hub_id: str) -> Path:
     """A hub repository's folder in the local cache, fetched where it is not complete: configs, tokenizers and safetensors only."""
     try:
+        from httpx2 import HTTPError  # what the hub's client raises unwrapped, of a broken proxy for one
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError
     except ImportError:
@@ -250,7 +252,7 @@ def _download(hub_id: str) -> Path:
         inside = "*/" if (root / PIPELINE).is_file() else ""
         wanted = [PIPELINE, *(f"{inside}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"))]
         return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*.non_ema.*", "safety_checker/*"]))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotFound(
             f"{hub_id} is no folder here and could not be fetched from the hub ({type(error).__name__}: {reason}). "

@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 import numpy as np
 import pytest
@@ -435,3 +436,14 @@ def test_hub_id(component: Path, monkeypatch: pytest.MonkeyPatch, pipeline: bool
     assert [repo for repo, _ in asked] == ["org/name"] * 2
     patterns = asked[1][1]
     assert wanted in patterns and not any(pattern.endswith((".bin", ".ckpt", ".pt", "*")) for pattern in patterns)
+
+
+def test_hub_behind_a_broken_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one transport error that snapshot_download does not wrap."""
+
+    def download(*_: object, **__: object) -> str:
+        raise httpx2.ProxyError("407 Proxy Authentication Required")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(NotFound, match=r"could not be fetched from the hub \(ProxyError: 407 Proxy Authentication Required\)"):
+        resolve("org/name")
