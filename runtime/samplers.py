@@ -314,7 +314,7 @@ def _spaced(config: SchedulerConfig, spacing: Spacing, steps: int, *, beyond: in
             ratio = total // (steps + beyond)
             return (np.arange(steps + beyond, dtype=np.float64) * ratio)[::-1][:steps] + config.steps_offset
         case "trailing":
-            return np.round(total - np.arange(steps) * (total / steps)) - 1
+            return np.round(np.arange(total, 0, -total / steps)[:steps]) - 1  # for some counts it comes out one too long
 
 
 def _karras(first: float, last: float, steps: int) -> Floats:
