@@ -251,7 +251,9 @@ class ModelHost:
             served.change = None
             if not task.cancelled() and (error := task.exception()):
                 expected = isinstance(error, EnginecastError)
-                log.log(logging.INFO if expected else logging.ERROR, "model %s: %s", served.name, error, exc_info=None if expected else error)
+                log.log(
+                    logging.INFO if expected else logging.ERROR, "model %s: %s", served.name, error, exc_info=None if expected else error
+                )
 
         served.change = asyncio.create_task(work)
         served.change.add_done_callback(ended)

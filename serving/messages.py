@@ -104,7 +104,7 @@ class ImageStream:
                 self._started = perf_counter()
                 return None
             case Progress(step, total, preview):
-                eta = (perf_counter() - self._started) / step * (total - step)
+                eta = (perf_counter() - self._started) / max(step, 1) * (total - step)
                 shown = None if preview is None else png(preview)
                 progress = image_pb2.ImageProgress(step=step, total=total, eta_seconds=eta, preview_png=shown)
                 return image_pb2.GenerateResponse(progress=progress)

@@ -143,17 +143,17 @@ class Server:
             await self._health.set(service, known[0] if serves else known[1])
 
 
-async def serve(host: ModelHost, address: str, announce: Callable[[int], None]) -> None:
+async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal ends at once. Loads every model of the host.
 
-    `announce` is given the port once calls are accepted, before the models are loaded. Raises why a model cannot be loaded, or what
-    `Server` raises.
+    `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is ready. Raises
+    why a model cannot be loaded, or what `Server` raises.
     """
     server = Server(host, address)
-    await server.start()
-    announce(server.port)
     stopped = asyncio.create_task(_stop_signal().wait())
-    loaded = asyncio.gather(*(host.load(status.name) for status in host.statuses()))
+    await server.start()
+    announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
+    loaded = asyncio.gather(*(_load(host, status.name, announce) for status in host.statuses()))
     try:
         await asyncio.wait({stopped, loaded}, return_when=asyncio.FIRST_COMPLETED)
         if loaded.done():
@@ -164,6 +164,12 @@ async def serve(host: ModelHost, address: str, announce: Callable[[int], None]) 
         await server.stop()
         with suppress(EnginecastError, asyncio.CancelledError):
             await loaded
+
+
+async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> None:
+    await host.load(name)
+    status = host.status(name)
+    announce(f"{name} is ready on {status.target} ({status.device})")
 
 
 def _stop_signal() -> asyncio.Event:

@@ -53,7 +53,7 @@ async def reported(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator
     except EnginecastError as error:
         metadata = [(ERROR_KEY, type(error).__name__)]
         if isinstance(error, InvalidInput):
-            metadata.append((FIELD_KEY, quote(error.field)))
+            metadata.append((FIELD_KEY, quote(error.field, safe="[]")))
         await context.abort(code(error), shortened(str(error)), tuple(metadata))
     except grpc.aio.AbortError:
         raise
@@ -78,7 +78,8 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
     found = getattr(errors, metadata.get(ERROR_KEY, ""), None)
     if not (isinstance(found, type) and issubclass(found, EnginecastError)):
         found = {code: kind for kind, code in reversed(CODES.items())}.get(status, EnginecastError)
-        message = f"{message} (gRPC status {status.name})"
+        advice = "no server answers there, or it went away: start one with `enginecast serve`, or check the address: "
+        message = f"{advice if found is errors.Unavailable else ''}{message} (gRPC status {status.name})"
     error = found.__new__(found, message)  # some constructors take the parts of the message, which is whole already
     if isinstance(error, InvalidInput):
         error.field = metadata.get(FIELD_KEY, "request")

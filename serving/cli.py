@@ -1,0 +1,259 @@
+"""The `enginecast` command. It starts fast: each command imports what it needs when it runs.
+
+build, inspect, verify and bench belong to the layers beside this one and are imported by name, on demand, so that a serving machine
+needs neither their code nor their dependencies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, Protocol
+
+import typer
+
+from runtime.errors import EnginecastError, InvalidInput, MissingDependency
+
+if TYPE_CHECKING:
+    from serving.enginecast_pb import chat_pb2, image_pb2
+    from serving.job import Model
+
+ADDRESS: Final = "127.0.0.1:50051"
+UINT32: Final = 2**32 - 1
+UINT64: Final = 2**64 - 1
+FORWARDED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ModelName = Annotated[str, typer.Option("--model", help="Name of the model, as the server lists it. Not needed with --bundle.")]
+Address = Annotated[str | None, typer.Option(help=f"Server to ask, HOST:PORT. Without --bundle: {ADDRESS}.")]
+BundleFolder = Annotated[Path | None, typer.Option("--bundle", help="Run this bundle in process, without a server.")]
+Target = Annotated[str | None, typer.Option(help="Engine to run on, such as openvino. Default: the best usable one.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=UINT64, help="Seed; the same one gives the same result on the same engine.")]
+
+
+class Session(Protocol):
+    """Where requests go: `serving.client.Client` or `serving.local.Local`."""
+
+    def generate(self, request: image_pb2.GenerateRequest, /) -> Iterator[image_pb2.GenerateResponse]: ...
+    def chat(self, request: chat_pb2.ChatRequest, /) -> Iterator[chat_pb2.ChatResponse]: ...
+
+
+@app.callback()
+def enginecast() -> None:
+    """Cast diffusion and vision-language models into compiled engines, and serve them."""
+
+
+@app.command()
+def serve(
+    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders made by `enginecast build`.")],
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
+    ] = ADDRESS,
+    target: Target = None,
+    threads: Threads = 0,
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16,
+    grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get to finish when the server stops.")] = 30.0,
+) -> None:
+    """Serve bundles over gRPC until SIGINT or SIGTERM."""
+    import logging
+
+    from runtime.bundle import Bundle
+    from runtime.engine import Options
+    from runtime.loading import load_model
+    from serving import server
+    from serving.host import Limits, ModelHost
+
+    def load(root: Path, asked: str | None) -> Model:
+        return load_model(root, asked or target, Options(threads=threads))
+
+    async def run() -> None:
+        host = ModelHost(map(Bundle, bundles), load, Limits(max_queue=max_queue, grace_seconds=grace))
+        await server.serve(host, address, lambda line: print(line, flush=True))
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    asyncio.run(run())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw. May be empty.")],
+    out: Annotated[Path, typer.Option(help="PNG file to write; of several pictures, NAME-0.png, NAME-1.png and so on.")],
+    model: ModelName = "",
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Denoising steps.")] = None,
+    seed: Seed = None,
+    sampler: Annotated[str | None, typer.Option(help="Sampler by name, such as euler.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
+    eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None,
+    width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None,
+    images: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Number of pictures.")] = None,
+    address: Address = None,
+    bundle: BundleFolder = None,
+    target: Target = None,
+    threads: Threads = 0,
+) -> None:
+    """Draw a picture from a prompt."""
+    from serving import terminal
+    from serving.enginecast_pb import image_pb2
+
+    terminal.check_output(out)
+    request = image_pb2.GenerateRequest(
+        model=model,
+        prompt=_unicode("prompt", prompt),
+        negative_prompt=None if negative_prompt is None else _unicode("negative_prompt", negative_prompt),
+        width=width,
+        height=height,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        sampler=sampler,
+        eta=eta,
+        seed=seed,
+        images=images,
+    )
+    with _session(address, bundle, target, threads) as session:
+        for path in terminal.draw(session.generate(request), out):
+            print(path)
+
+
+@app.command()
+def chat(
+    model: ModelName = "",
+    image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be repeated.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask. Without it: a conversation, ended by Ctrl-D or an empty line.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Longest answer, in tokens.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = always the likeliest token.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Sample among the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this joint probability.")] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens already seen become less likely.")] = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    address: Address = None,
+    bundle: BundleFolder = None,
+    target: Target = None,
+    threads: Threads = 0,
+) -> None:
+    """Ask about pictures, once or in a conversation."""
+    from serving import terminal
+    from serving.enginecast_pb import chat_pb2
+
+    shown = [chat_pb2.Part(image=terminal.read_image(path)) for path in image or ()]
+    request = chat_pb2.ChatRequest(
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=stop or (),
+    )
+    with _session(address, bundle, target, threads) as session:
+        for question in _questions() if prompt is None else [_unicode("prompt", prompt)]:
+            request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
+            answer = terminal.speak(session.chat(request))
+            request.messages.add(role=chat_pb2.ROLE_ASSISTANT, parts=[chat_pb2.Part(text=answer)])
+            shown = []
+
+
+@app.command()
+def devices() -> None:
+    """Every target, whether it can be used on this machine, and why not."""
+    from serving import terminal
+
+    terminal.show_devices()
+
+
+@app.command(context_settings=FORWARDED)
+def build(context: typer.Context) -> None:
+    """Build a bundle from a checkpoint."""
+    _forward("export.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
+def inspect(context: typer.Context) -> None:
+    """Show what a bundle holds."""
+    _forward("export.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
+def verify(context: typer.Context) -> None:
+    """Compare a bundle's files with their hashes."""
+    _forward("export.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
+def bench(context: typer.Context) -> None:
+    """Measure a bundle on this machine."""
+    _forward("profiles.cli", "export", context)
+
+
+def _forward(module: str, extra: str, context: typer.Context) -> None:
+    """Run the command of the same name of another layer's typer app."""
+    try:
+        other: typer.Typer = importlib.import_module(module).app
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or module, extra) from None
+    # get_group: an app of one command would otherwise take no command name
+    typer.main.get_group(other)([context.info_name or "", *context.args], prog_name="enginecast")
+
+
+@contextmanager
+def _session(address: str | None, bundle: Path | None, target: str | None, threads: int) -> Iterator[Session]:
+    opened: AbstractContextManager[Session]
+    if bundle is None:
+        if target is not None:
+            raise InvalidInput("target", "belongs to --bundle: the engine of a server is chosen by `enginecast serve --target`")
+        from serving.client import Client
+
+        opened = Client(address or ADDRESS)
+    elif address is not None:
+        raise InvalidInput("address", "and --bundle exclude each other: ask a server, or run the bundle in process")
+    else:
+        from runtime.engine import Options
+        from serving.local import Local
+
+        opened = Local.open(bundle, target, Options(threads=threads))
+    with opened as session:
+        yield session
+
+
+def _questions() -> Iterator[str]:
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            return
+        if not question:
+            return
+        yield _unicode("prompt", question)
+
+
+def _unicode(field: str, text: str) -> str:
+    """The text, if it can be sent: an argument that is no UTF-8 reaches a program as half surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidInput(field, "is no valid UTF-8 text") from None
+    return text
+
+
+def main() -> None:
+    """The console script: an error of ours is one line on standard error and its exit code."""
+    try:
+        app(prog_name="enginecast")
+    except EnginecastError as error:
+        print(f"enginecast: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Fakes to test servers and clients with: a model whose steps are let through one by one, and a server on loopback that serves two."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine, Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+
+from runtime.bundle import MANIFEST, Bundle, Manifest, Source
+from runtime.engine import FakeEngine
+from runtime.errors import InvalidInput
+from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
+from runtime.signature import Array
+from serving.client import Client
+from serving.enginecast_pb import image_pb2
+from serving.host import Limits, ModelHost
+from serving.job import Kind
+from serving.server import Server
+
+T = TypeVar("T")
+WORDS: Final = ("a ", "red ", "círcle")
+
+
+def bundle(folder: Path, name: str) -> Bundle:
+    """A bundle with a manifest and nothing else."""
+    root = folder / name
+    root.mkdir()
+    source = Source(name=name, family="fake", architecture="Fake", fingerprint="")
+    manifest = Manifest(
+        name=name, pipeline="fake", quant="none", source=source, submodels=(), artifacts=(), config={}, versions={}, files={}
+    )
+    (root / MANIFEST).write_text(manifest.model_dump_json())
+    return Bundle(root)
+
+
+class FakeModel:
+    """Draws grey pictures, or answers with WORDS, one engine call per step. While `hold` is called, each step waits for `let`."""
+
+    target = "fake"
+    device = "none"
+
+    def __init__(self, kind: Kind = "diffusion") -> None:
+        self.kind: Kind = kind
+        self.engine = FakeEngine(self._step)
+        self.engines: Mapping[str, FakeEngine] = {"denoiser": self.engine}
+        self.closed = False
+        self.entered = threading.Semaphore(0)
+        self._permits: threading.Semaphore | None = None
+        self.failure: Exception | None = None
+
+    @property
+    def calls(self) -> int:
+        """Steps begun so far."""
+        return len(self.engine.calls)
+
+    def hold(self) -> None:
+        self._permits = threading.Semaphore(0)
+
+    def let(self, steps: int) -> None:
+        assert self._permits is not None
+        self._permits.release(steps)
+
+    def release(self) -> None:
+        permits, self._permits = self._permits, None
+        if permits is not None:
+            permits.release(1000)
+
+    def _step(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        permits = self._permits
+        self.entered.release()
+        if permits is not None:
+            assert permits.acquire(timeout=20)
+        if self.failure is not None:
+            raise self.failure
+        return {}
+
+    def pipeline(self, request: Any) -> Pipeline:
+        if self.kind == "chat":
+            return self._chat(request)
+        if request.steps is not None and not 1 <= request.steps <= 1000:
+            raise InvalidInput("steps", f"is {request.steps}, expected 1 to 1000")
+        return self._draw(request.steps or 4, request)
+
+    def _draw(self, steps: int, request: Any) -> Pipeline:
+        picture = np.full((8, 16, 3), 127, np.uint8)
+        for step in range(1, steps + 1):
+            yield Call("denoiser", {})
+            preview = picture if request.preview_every and step % request.preview_every == 0 else None
+            yield Progress(step, steps, preview)
+        for index in range(request.images or 1):
+            yield ImageReady(picture, index, (request.seed or 0) + index)
+
+    def _chat(self, request: Any) -> Pipeline:
+        for word in WORDS[: request.max_tokens or 3]:
+            yield Call("denoiser", {})
+            yield TextDelta(word)
+        yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that happens on another thread."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.005)
+
+
+class FakeServer:
+    """A server on loopback in a thread of its own, with a fake diffusion model "draw" and a fake chat model "talk"."""
+
+    def __init__(self, folder: Path, limits: Limits) -> None:
+        self.models = {"draw": FakeModel("diffusion"), "talk": FakeModel("chat")}
+        self.loads: list[tuple[str, str | None]] = []
+        self.load_gate = threading.Event()
+        self.load_gate.set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread.start()
+        self.stopped = False
+
+        async def start() -> Server:
+            self.host = ModelHost([bundle(folder, name) for name in self.models], self._load, limits)
+            server = Server(self.host, "127.0.0.1:0")
+            await server.start()
+            return server
+
+        self.server = self.do(start())
+        self.address = f"127.0.0.1:{self.server.port}"
+        self.client = Client(self.address)
+
+    def do(self, work: Coroutine[Any, Any, T], timeout: float = 20) -> T:
+        """Run a coroutine on the server's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
+
+    def _load(self, root: Path, target: str | None) -> FakeModel:
+        assert self.load_gate.wait(20)
+        self.loads.append((root.name, target))
+        if target == "missing":
+            raise NotFound("target 'missing' is not known")
+        self.models[root.name].closed = False
+        return self.models[root.name]
+
+    def load_all(self) -> None:
+        for name in self.models:
+            self.client.load(name)
+
+    @property
+    def draw(self) -> FakeModel:
+        return self.models["draw"]
+
+    def busy(self, name: str = "draw") -> int:
+        """Requests running or waiting."""
+        status = self.host.status(name)
+        return status.running + status.queued
+
+    def leaving(self) -> bool:
+        """Whether every request of "draw" was told to stop."""
+        return all(run.job._stopped_by is not None for run in self.host._models["draw"].runs)
+
+    def alive(self) -> bool:
+        """Whether a picture can be drawn from beginning to end."""
+        self.draw.release()
+        self.draw.failure = None
+        return [r for r in self.client.generate(request(steps=2), timeout=10)][-1].HasField("done")
+
+    def stop(self, grace: float = 5) -> None:
+        if not self.stopped:
+            self.stopped = True
+            self.do(self.server.stop(grace))
+
+    def end(self) -> None:
+        for model in self.models.values():
+            model.release()
+        self.client.close()
+        self.stop(0)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def request(**fields: Any) -> image_pb2.GenerateRequest:
+    return image_pb2.GenerateRequest(**{"model": "draw", "prompt": "a circle", **fields})

@@ -1,0 +1,110 @@
+"""What the commands show: a progress bar while a picture is drawn, text as it is decoded, the table of devices.
+
+Results go to standard output, everything else to standard error, so that output can be piped.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from runtime.engine import targets
+from runtime.errors import InvalidInput, NotFound
+from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2
+
+errors: Final = Console(stderr=True, highlight=False)
+
+
+def draw(responses: Iterable[image_pb2.GenerateResponse], out: Path) -> list[Path]:
+    """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all are there."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    images: list[image_pb2.Image] = []
+    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+        task = bar.add_task("starting", total=None)
+        for response in responses:
+            match response.WhichOneof("event"):
+                case "queued":
+                    bar.update(task, description=f"queued behind {response.queued.position}" if response.queued.position else "starting")
+                case "progress":
+                    bar.update(task, description="drawing", completed=response.progress.step, total=response.progress.total)
+                case "image":
+                    images.append(response.image)
+                case "done":
+                    _summary(response.done.timings, response.done.engines, f"seed {', '.join(str(image.seed) for image in images)}")
+    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{image.index}") for image in images]
+    for path, image in zip(paths, images, strict=True):
+        write(path, image.png)
+    return paths
+
+
+def speak(responses: Iterable[chat_pb2.ChatResponse]) -> str:
+    """Print an answer as it is decoded; returns all of it."""
+    answer = ""
+    for response in responses:
+        match response.WhichOneof("event"):
+            case "delta":
+                answer += response.delta.text
+                sys.stdout.write(response.delta.text)
+                sys.stdout.flush()
+            case "done":
+                sys.stdout.write("\n")
+                sys.stdout.flush()
+                cut = ", cut at max tokens" if response.done.reason == chat_pb2.FINISH_REASON_LENGTH else ""
+                _summary(response.done.timings, response.done.engines, f"{response.done.completion_tokens} tokens{cut}")
+    return answer
+
+
+def show_devices() -> None:
+    """Print every target: whether it is usable here, on which devices and in which version, or why not."""
+    table = Table()
+    for column in ("target", "usable", "devices", "version", "reason"):
+        table.add_column(column, overflow="fold")
+    for name, engine in targets().items():
+        found = engine.available()
+        table.add_row(name, "yes" if found.usable else "no", ", ".join(found.devices), found.version, found.reason)
+    Console().print(table)
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of a picture file. Raises NotFound."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise NotFound(f"picture {path} cannot be read: {error.strerror}") from None
+
+
+def check_output(path: Path) -> None:
+    """Raise, before any work is done, when a picture cannot be written there: NotFound, InvalidInput."""
+    if path.suffix.lower() != ".png":
+        raise InvalidInput("out", f"'{path}' has no .png ending, which is what is written")
+    if not path.parent.is_dir():
+        raise NotFound(f"folder {path.parent} does not exist: make it, or write elsewhere with --out")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    except OSError as error:
+        raise InvalidInput("out", f"{path} cannot be written: {error.strerror}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        Path(temporary).chmod(0o644)  # mkstemp's files are private to the user
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _summary(timings: common_pb2.Timings, engines: Sequence[common_pb2.EngineUse], what: str) -> None:
+    where = ", ".join(dict.fromkeys(f"{use.target} ({use.device})" for use in engines))
+    errors.print(f"[dim]{what}, {timings.run_seconds:.1f} s on {where}[/dim]")

@@ -1,0 +1,24 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serving.fake import FakeServer
+from serving.host import Limits
+
+
+@pytest.fixture
+def cold(tmp_path: Path) -> Iterator[FakeServer]:
+    """A server whose models are not loaded, with room for two waiting requests."""
+    server = FakeServer(tmp_path, Limits(max_queue=2, grace_seconds=5))
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def warm(cold: FakeServer) -> FakeServer:
+    """A server whose models are ready."""
+    cold.load_all()
+    return cold
