@@ -38,26 +38,12 @@ def without_weights() -> Iterator[None]:
         yield
 
 
-def sample_lengths(signature: Signature) -> dict[str, int]:
-    """Small lengths to trace with, all distinct, so that the tracer takes no two dims for the same one."""
-    lengths: dict[str, int] = {}
-    for dim in sorted(signature.dims.values(), key=lambda dim: len(dim.sum_of)):
-        if dim.sum_of:
-            lengths[dim.name] = sum(lengths[name] for name in dim.sum_of)
-            continue
-        length = max(dim.min, 2 * dim.multiple)
-        while length in lengths.values() and length + dim.multiple <= dim.max:
-            length += dim.multiple
-        lengths[dim.name] = length
-    return lengths
-
-
 def trace(module: nn.Module, signature: Signature) -> ir.Model:
     """The opset-23 graph of `module`, with inputs, outputs and dims named by the signature and parameters without values.
 
     `module` takes the signature's graph inputs in order and returns a tuple of its graph outputs.
     """
-    lengths = sample_lengths(signature)
+    lengths = signature.sample_lengths()
     inputs = tuple(torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs)
     with _quiet():
         program = torch.onnx.export(

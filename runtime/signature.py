@@ -33,17 +33,40 @@ class Dim(BaseModel):
     sum_of: tuple[str, ...] = ()
 
 
+Values = Literal["normal", "positions", "ones", "below"]
+
+
 class Tensor(BaseModel):
-    """A named array: its dtype and its dims, each a fixed length or a `Dim`."""
+    """A named array: its dtype and its dims, each a fixed length or a `Dim`.
+
+    `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last axis that end with
+    the longest length, ones, or whole numbers from 0 up to and without `limit`.
+    """
 
     model_config = ConfigDict(frozen=True)
     name: str
     dtype: DType
     dims: tuple[int | Dim, ...]
+    values: Values = "normal"
+    limit: int = 0
 
     def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each varying dim has the length given under its name."""
         return tuple(lengths[dim.name] if isinstance(dim, Dim) else dim for dim in self.dims)
+
+
+    def sample(self, lengths: Mapping[str, int], rng: np.random.Generator) -> Array:
+        """A likely value of this tensor at the given lengths."""
+        shape = self.shape(lengths)
+        if self.values == "normal":
+            array: Array = rng.standard_normal(shape)
+        elif self.values == "positions":
+            array = np.broadcast_to(np.arange(shape[-1]) + lengths.get("past", 0), shape)
+        elif self.values == "ones":
+            array = np.ones(shape)
+        else:
+            array = rng.integers(0, self.limit, shape)
+        return array.astype(self.dtype)
 
 
 class State(BaseModel):
@@ -80,6 +103,21 @@ class Signature(BaseModel):
     def dims(self) -> dict[str, Dim]:
         """Every varying dim by name."""
         return {dim.name: dim for tensor in self.graph_inputs for dim in tensor.dims if isinstance(dim, Dim)}
+
+    def sample(self, lengths: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
+        """Likely values of every graph input at the given lengths: the same for the same seed."""
+        rng = np.random.default_rng(seed)
+        return {tensor.name: tensor.sample(lengths, rng) for tensor in self.graph_inputs}
+
+    def sample_lengths(self) -> dict[str, int]:
+        """Small lengths, all distinct, so that neither a tracer nor a reader takes two dims for the same one."""
+        lengths: dict[str, int] = {}
+        for dim in sorted(self.dims.values(), key=lambda dim: len(dim.sum_of)):
+            length = max(dim.min, 2 * dim.multiple)
+            while length in lengths.values() and length + dim.multiple <= dim.max:
+                length += dim.multiple
+            lengths[dim.name] = sum(lengths[name] for name in dim.sum_of) if dim.sum_of else length
+        return lengths
 
     def bind(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """Check arrays against the signature; return the length of each varying dim.

@@ -116,7 +116,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     )
     pixels = Tensor(name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size))
     embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
-    ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence))
+    ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
     component = Component("", model)
     return [
         Part("vision_encoder", component, VisionEncoder(model), Signature(
@@ -125,8 +125,8 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         Part("decoder", component, Decoder(model), Signature(
             inputs=(
                 embeds,
-                Tensor(name="attention_mask", dtype="int64", dims=(BATCH, total)),
-                Tensor(name="position_ids", dtype="int64", dims=(BATCH, sequence)),
+                Tensor(name="attention_mask", dtype="int64", dims=(BATCH, total), values="ones"),
+                Tensor(name="position_ids", dtype="int64", dims=(BATCH, sequence), values="positions"),
             ),
             outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, text.vocab_size)),),
             states=states), activations=False),

@@ -91,13 +91,15 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     image = Tensor(name="image", dtype="float32", dims=(BATCH, vae.config.in_channels, pixel("image_height"), pixel("image_width")))
     sample = Tensor(name="sample", dtype="float32", dims=(BATCH, unet.config.in_channels, *latents[2:]))
     states = Tensor(name="encoder_hidden_states", dtype="float32", dims=(BATCH, context, unet.config.cross_attention_dim))
+    ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.config.vocab_size)
+    timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
     text_component, unet_component, vae_component = Component("text_encoder", text), Component("unet", unet), Component("vae", vae)
     return [
         Part("text_encoder", text_component, TextEncoder(text), Signature(
-            inputs=(Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence)),),
+            inputs=(ids,),
             outputs=(Tensor(name="last_hidden_state", dtype="float32", dims=(BATCH, sequence, hidden)),))),
         Part("unet", unet_component, UNet(unet), Signature(
-            inputs=(sample, Tensor(name="timestep", dtype="float32", dims=(BATCH,)), states),
+            inputs=(sample, timestep, states),
             outputs=(Tensor(name="noise_pred", dtype="float32", dims=(BATCH, unet.config.out_channels, *latents[2:])),))),
         Part("vae_decoder", vae_component, VaeDecoder(vae), Signature(
             inputs=(Tensor(name="latents", dtype="float32", dims=latents),), outputs=(image,))),

@@ -102,8 +102,8 @@ def _compile(signature: Signature, graph: Path, options: Options) -> tuple[Any, 
         raise EngineUnavailable(f"OpenVINO has no device '{device}' here: it found {', '.join(core.available_devices) or 'none'}")
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **options.settings}
     if device == "CPU":
-        # bfloat16 is what a processor with AMX would silently choose: precision is the bundle's decision, not the machine's.
-        config |= {"INFERENCE_PRECISION_HINT": "f32"} | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+        # The plugin would choose bfloat16 where there is AMX and an 8-bit KV cache: precision is the bundle's decision, not the machine's.
+        config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
     try:
         model = core.read_model(graph)
         if signature.states:
@@ -144,20 +144,29 @@ def _keep_states(model: Any, signature: Signature) -> None:
 
 
 def _expand_heads(model: Any, ops: Any) -> None:
-    """Repeat grouped keys and values for every query head: OpenVINO's attention has no grouped heads, its plugin fuses this form back."""
+    """Repeat grouped keys and values for every query head in the form that the CPU plugin folds back into its attention.
+
+    OpenVINO's attention has no grouped heads; its ONNX reader repeats them by Tile, which the plugin does not recognise.
+    """
     for node in model.get_ops():
         if node.get_type_name() != "ScaledDotProductAttention":
             continue
-        heads, grouped = (node.input_value(index).get_partial_shape()[1].get_length() for index in (0, 1))
-        if heads == grouped:
-            continue
+        heads = node.input_value(0).get_partial_shape()[1].get_length()
         for index in (1, 2):
-            source = node.input_value(index)
-            size = source.get_partial_shape()[3].get_length()
+            source = _before_expansion(node.input_value(index))
+            grouped, size = (source.get_partial_shape()[axis].get_length() for axis in (1, 3))
+            if heads == grouped:
+                continue
             shape = ops.shape_of(source)
-            lengths = [ops.gather(shape, ops.constant([axis]), ops.constant(0)) for axis in (0, 2)]
-            group, width = ops.constant([heads // grouped], dtype=np.int64), ops.constant([size], dtype=np.int64)
-            wide = ops.concat([lengths[0], ops.constant([grouped], dtype=np.int64), group, lengths[1], width], 0)
+            batch, length = (ops.gather(shape, ops.constant([axis]), ops.constant(0)) for axis in (0, 2))
+            wide = ops.concat([batch, ops.constant([grouped]), ops.constant([heads // grouped]), length, ops.constant([size])], 0)
             repeated = ops.broadcast(ops.unsqueeze(source, ops.constant(2)), wide, broadcast_spec="BIDIRECTIONAL")
             merged = ops.reshape(repeated, ops.constant([0, heads, -1, size]), special_zero=True)
             node.input(index).replace_source_output(merged.output(0))
+
+
+def _before_expansion(output: Any) -> Any:
+    """The grown keys or values themselves, behind whatever repeats them."""
+    while output.get_node().get_type_name() in ("Reshape", "Tile", "Unsqueeze"):
+        output = output.get_node().input_value(0)
+    return output
