@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.logits_process import (
     LogitsProcessor,
@@ -31,6 +31,7 @@ def reference(logits: np.ndarray, tokens: list[int], sampling: Sampling) -> np.n
     return np.asarray(scores[0])
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),

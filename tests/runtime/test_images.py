@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from transformers import CLIPImageProcessorPil
@@ -29,14 +29,13 @@ def noise(height: int, width: int, channels: int = 3) -> Image.Image:
     return Image.fromarray(RNG.integers(0, 256, (height, width, channels), np.uint8))
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "I;16"])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP"])
-def test_decode_equals_transformers(mode: str, kind: str) -> None:
+MODES = {"PNG": "1 L LA P RGB RGBA I;16", "JPEG": "L RGB CMYK", "WEBP": "L LA P RGB RGBA", "BMP": "1 L P RGB RGBA"}
+
+
+@pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes.split()])
+def test_decode_equals_transformers(kind: str, mode: str) -> None:
     image = Image.fromarray(RNG.integers(0, 65536, (5, 7), np.uint16)) if mode == "I;16" else noise(5, 7, 4).convert(mode)
-    try:
-        data = file_of(image, kind)
-    except (OSError, KeyError):
-        pytest.skip("the format has no such mode")
+    data = file_of(image, kind)
     np.testing.assert_array_equal(decode_image(data), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True))
 
 
@@ -65,6 +64,7 @@ def test_damaged_files_are_refused(kind: str) -> None:
             decode_image(damaged, "messages[0]")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 150))
 def test_any_bytes_decode_or_are_refused(garbage: bytes, at: int) -> None:
     data = file_of(Image.new("RGB", (4, 4)))
@@ -91,6 +91,7 @@ def test_encoding() -> None:
         encode_image(image.astype(np.float32))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_preprocessing_equals_transformers(data: st.DataObject) -> None:
     length = st.integers(1, 40)

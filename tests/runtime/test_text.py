@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -107,6 +107,7 @@ turns = st.lists(
 )
 
 
+@settings(deadline=None)
 @given(turns, plain)
 def test_prompts_equal_transformers(llava: ChatText, messages: list[Message], system: str) -> None:
     messages = [Message("system", (system,)), *messages, Message("user", (PICTURE, "hell"))]
@@ -210,6 +211,7 @@ def test_every_picture_has_its_placeholder(tmp_path: Path) -> None:
         ChatText(tmp_path, IMAGE).encode([Message("user", (PICTURE,))])
 
 
+@settings(deadline=None)
 @given(plain)
 def test_any_plain_text_survives_the_byte_tokenizer(llava: ChatText, text: str) -> None:
     ids = llava.encode([Message("user", (text,))])
@@ -224,6 +226,7 @@ def spell(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(stream.push(id) for id in ids), stream.flush()]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTES.get_vocab_size() - 1)))
 def test_spelling_any_tokens_joins_up_to_the_whole(ids: list[int]) -> None:
     assert "".join(spell(BYTES, ids)) == BYTES.decode(ids)
@@ -232,6 +235,7 @@ def test_spelling_any_tokens_joins_up_to_the_whole(ids: list[int]) -> None:
 emoji = st.text(st.sampled_from("aé€😀👩🏽🚀 \u200d\n") | st.characters(exclude_categories=["Cs"]))
 
 
+@settings(deadline=None)
 @given(emoji)
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
 def test_spelling_text_never_breaks_a_character(tokenizer: Tokenizer, text: str) -> None:
@@ -256,6 +260,7 @@ def stopped(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
     return out + stream.flush(), False
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.text("abc", max_size=4)))
 def test_stop_strings_do_not_depend_on_how_the_text_arrives(stops: list[str], pieces: list[str]) -> None:
     text = "".join(pieces)
