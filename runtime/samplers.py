@@ -262,15 +262,23 @@ def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float32]:
     count = config.num_train_timesteps
     match config.beta_schedule:
         case "linear":
-            betas = np.linspace(config.beta_start, config.beta_end, count, dtype=np.float32)
+            betas = _linspace(config.beta_start, config.beta_end, count)
         case "scaled_linear":
-            betas = np.linspace(config.beta_start**0.5, config.beta_end**0.5, count, dtype=np.float32) ** 2
+            betas = _linspace(config.beta_start**0.5, config.beta_end**0.5, count) ** 2
         case "squaredcos_cap_v2":  # Nichol and Dhariwal 2021, equation (17) (arXiv 2102.09672)
             bar = [math.cos((i / count + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(count + 1)]
             betas = np.array([min(1 - b / a, 0.999) for a, b in pairwise(bar)], np.float32)
     if config.rescale_betas_zero_snr:
         betas = _zero_terminal_snr(betas)
     return _cumulative(betas)
+
+
+def _linspace(first: float, last: float, count: int) -> NDArray[np.float32]:
+    """Evenly spaced float32 numbers, to the last bit those of torch.linspace: a float32 step, taken from the nearer end."""
+    start, end = np.float32(first), np.float32(last)
+    step = np.float64((end - start) / np.float32(count - 1))
+    index = np.arange(count)
+    return np.where(index < count // 2, start + step * index, end - step * (count - 1 - index)).astype(np.float32)
 
 
 def _cumulative(betas: NDArray[np.float32]) -> NDArray[np.float32]:
