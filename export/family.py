@@ -47,7 +47,7 @@ class Family:
     """Everything about a model family.
 
     `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config, fewer layers.
-    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the model's own files.
+    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the model's own files, such as those of its tokenizer.
     """
 
     name: str

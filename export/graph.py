@@ -6,6 +6,7 @@ import errno
 import json
 import shutil
 import struct
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -26,10 +27,32 @@ COMPUTE: Final = ir.DataType.FLOAT
 STORED: Final[Mapping[str, ir.DataType]] = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
 }  # fmt: skip
+PRECISIONS: Final = {ir.DataType.FLOAT: "float32"}
 SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
     **{data_type: name for name, data_type in STORED.items()},
     ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64", ir.DataType.BOOL: "BOOL",
 }  # fmt: skip
+
+
+def save_traced(model: ir.Model, path: Path) -> None:
+    """Keep a traced graph without its weights: they are written as external data that is nowhere, until `attach` tells where."""
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            assert value.dtype is not None and value.shape is not None
+            value.const_value = ir.ExternalTensor("weights", 0, 0, value.dtype, shape=value.shape, name=name)
+    ir.save(model, path)
+
+
+def precision(model: ir.Model) -> str:
+    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 W8A8 + float16"."""
+    sizes: Counter[str] = Counter()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
+            sizes[PRECISIONS.get(value.const_value.dtype, value.const_value.dtype.name.lower())] += value.const_value.nbytes
+    total = sum(sizes.values()) or 1
+    names = [name for name, size in sizes.most_common() if size / total > 0.02]
+    suffix = " W8A8" if any(node.op_type == "QuantizeLinear" for node in model.graph) else ""
+    return " + ".join(names) + suffix
 
 
 def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:

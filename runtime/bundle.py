@@ -64,7 +64,7 @@ class Submodel(Frozen):
 
 
 class Source(Frozen):
-    """Where the weights came from. `fingerprint` is a sha256 over every weight file's header and size."""
+    """Where the weights came from. `fingerprint` is a sha256 over the configs, weight headers and samples of every tensor."""
 
     name: str
     family: str
@@ -73,10 +73,14 @@ class Source(Frozen):
 
 
 class Manifest(Frozen):
-    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its settings."""
+    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its settings.
+
+    `key` identifies source, settings and versions: a build with the same key would write the same bundle.
+    """
 
     schema_version: int = SCHEMA
     name: str
+    key: str
     pipeline: str
     quant: str
     source: Source

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration
@@ -14,6 +15,8 @@ from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGen
 from export.family import Component, Family, Part
 from export.source import Source, read_json
 from export.trace import without_weights
+from runtime.errors import SourceError
+from runtime.pipelines.chat import ChatConfig, Defaults
 from runtime.signature import BATCH, Dim, Signature, State, Tensor
 
 ATTENTION: Final = "enginecast_kv"
@@ -96,8 +99,6 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     with without_weights():
         model = LlavaForConditionalGeneration(_config(source, reduced)).eval()
     text, vision = model.config.text_config, model.config.vision_config
-    side = vision.image_size // vision.patch_size
-    patches = side * side + (0 if model.config.vision_feature_select_strategy == "default" else 1)
     context = text.max_position_embeddings
     images = Dim(name="images", min=1, opt=1, max=16)
     sequence = Dim(name="sequence", min=1, opt=1, max=context)
@@ -120,7 +121,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     component = Component("", model)
     return [
         Part("vision_encoder", component, VisionEncoder(model), Signature(
-            inputs=(pixels,), outputs=(Tensor(name="image_features", dtype="float32", dims=(images, patches, text.hidden_size)),))),
+            inputs=(pixels,), outputs=(Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size)),))),
         Part("token_embedding", component, TokenEmbedding(model), Signature(inputs=(ids,), outputs=(embeds,)), activations=False),
         Part("decoder", component, Decoder(model), Signature(
             inputs=(
@@ -134,11 +135,58 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 
 def config(source: Source) -> dict[str, Any]:
-    raise NotImplementedError
+    model = _config(source, reduced=False)
+    text, file = model.text_config, source.root / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    end = generation.get("eos_token_id", text.eos_token_id)
+    sampled = bool(generation.get("do_sample"))
+    defaults = Defaults(
+        max_tokens=generation.get("max_new_tokens") or Defaults().max_tokens,
+        temperature=generation.get("temperature", 1.0) if sampled else 0.0,
+        top_k=generation.get("top_k", 50) if sampled else 0,
+        top_p=generation.get("top_p", 1.0) if sampled else 1.0,
+        repetition_penalty=generation.get("repetition_penalty") or 1.0,
+    )
+    return ChatConfig(
+        context_length=text.max_position_embeddings,
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        bos_token_id=_leading_token(_tokenizer(source)),
+        eos_token_ids=tuple(end) if isinstance(end, list) else (end,),
+        image_token_id=model.image_token_index,
+        tokens_per_image=_patches(model),
+        defaults=defaults,
+    ).model_dump(mode="json")
+
+
+def _patches(model: LlavaConfig) -> int:
+    """Positions that a picture takes in the prompt: its patches, with the class token where the model keeps it."""
+    side = model.vision_config.image_size // model.vision_config.patch_size
+    return int(side * side) + (0 if model.vision_feature_select_strategy == "default" else 1)
+
+
+def _tokenizer(source: Source) -> Path:
+    file = source.root / "tokenizer.json"
+    if not file.is_file():
+        raise SourceError(
+            f"{source.root} has no tokenizer.json. Make one: python -c \"from transformers import AutoTokenizer; "
+            f"AutoTokenizer.from_pretrained('{source.root}').save_pretrained('{source.root}')\""
+        )
+    return file
+
+
+def _leading_token(tokenizer: Path) -> int | None:
+    """The token that the model's tokenizer puts before every text by itself, if any."""
+    ids = Tokenizer.from_file(str(tokenizer)).encode("").ids
+    return int(ids[0]) if ids else None
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    raise NotImplementedError
+    _tokenizer(source)
+    text = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+    vision = ("preprocessor_config.json", "processor_config.json")
+    wanted = {f"tokenizer/{name}": source.root / name for name in text} | {f"preprocessor/{name}": source.root / name for name in vision}
+    return {path: file for path, file in wanted.items() if file.is_file()}
 
 
 FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from export.family import Component, Family, Part
 from export.source import Source, read_json
 from export.trace import without_weights
+from runtime.pipelines.diffusion import DiffusionConfig, Sizes, Vae
+from runtime.samplers import SchedulerConfig
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
 
@@ -69,6 +70,11 @@ def _scale(blocks: list[Any]) -> int:
     return int(2 ** (len(blocks) - 1))
 
 
+def _longest(edge: int) -> int:
+    """The longest latent edge that is accepted, where the model was trained at `edge`."""
+    return max(128, 4 * edge)
+
+
 def parts(source: Source, reduced: bool) -> list[Part]:
     text_config, unet_config, vae_config = _configs(source, reduced)
     with without_weights():
@@ -80,10 +86,10 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     edge, step = unet.config.sample_size, _scale(unet.config.block_out_channels)
 
     def latent(name: str) -> Dim:
-        return Dim(name=name, min=step, opt=edge, max=max(128, 4 * edge), multiple=step)
+        return Dim(name=name, min=step, opt=edge, max=_longest(edge), multiple=step)
 
     def pixel(name: str) -> Dim:
-        return Dim(name=name, min=step * pixels, opt=edge * pixels, max=max(128, 4 * edge) * pixels, multiple=pixels * step)
+        return Dim(name=name, min=step * pixels, opt=edge * pixels, max=_longest(edge) * pixels, multiple=pixels * step)
 
     sequence = Dim(name="sequence", min=1, opt=length, max=length)
     context = Dim(name="sequence", min=1, opt=length, max=16 * length)
@@ -109,11 +115,28 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 
 def config(source: Source) -> dict[str, Any]:
-    raise NotImplementedError
+    unet, vae = (read_json(source.root / part / "config.json") for part in ("unet", "vae"))
+    scheduler = read_json(source.root / "scheduler" / "scheduler_config.json")
+    # diffusers' StableDiffusionPipeline corrects old files so on load: they were written before these fields existed.
+    scheduler |= {"steps_offset": 1, "clip_sample": False}
+    pixels, step = _scale(vae["block_out_channels"]), _scale(unet["block_out_channels"])
+    edge = unet["sample_size"] * pixels
+    sizes = Sizes(min=step * pixels, max=_longest(unet["sample_size"]) * pixels, default=edge, multiple=step * pixels)
+    return DiffusionConfig(
+        scheduler=SchedulerConfig.model_validate(scheduler),
+        vae=Vae(
+            scaling_factor=vae.get("scaling_factor", 0.18215),
+            shift_factor=vae.get("shift_factor") or 0.0,
+            scale_factor=pixels,
+            latent_channels=vae["latent_channels"],
+        ),
+        sizes=sizes,
+    ).dump()
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    return {part: source.root / part for part in ("tokenizer", "scheduler")}
+    folders = (source.root / "tokenizer", source.root / "scheduler")
+    return {f"{folder.name}/{file.name}": file for folder in folders for file in sorted(folder.iterdir()) if file.is_file()}
 
 
 FAMILY = Family("stable-diffusion", "diffusion", ("StableDiffusionPipeline",), parts, config, assets)

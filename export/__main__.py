@@ -1,0 +1,5 @@
+"""`python -m export build ...`"""
+
+from export.cli import main
+
+main()

@@ -1,0 +1,305 @@
+"""The build: from a checkpoint to a bundle. Each step takes what the one before made, and nothing is edited in place.
+
+    check weights -> trace -> parity -> [calibrate] -> quantize and write -> compile -> bundle
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import onnx_ir as ir
+
+import export.trace
+from calibration.data import capture
+from calibration.quantize import Recipe, activation_tensors, quantize, recipe
+from calibration.ranges import Range, collect_ranges
+from export import graph, parity
+from export.family import Family, Part, family_of
+from export.progress import Listener, Progress, Step
+from export.source import Checkpoint, Source, TensorRef, check_finite, open_component, resolve
+from export.staging import cached, key_of, staging
+from export.twin import twin_weights
+from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, sha256
+from runtime.bundle import Source as BundleSource
+from runtime.engine import Engine, target
+from runtime.errors import EngineUnavailable, InvalidInput, did_you_mean
+from runtime.loading import load_model
+
+QUANTS: Final = ("none", "int8", "int4")
+PARITIES: Final = ("auto", "full", "twin")
+FULL_PARITY_BYTES: Final = 4 << 30
+"""`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
+PACKAGES: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin."""
+
+    source: str
+    output: Path
+    targets: tuple[str, ...] = ("onnxruntime",)
+    quant: str = "none"
+    parity: str = "auto"
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("quant", self.quant, QUANTS), ("parity", self.parity, PARITIES)):
+            if value not in known:
+                raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
+        if not self.targets:
+            raise InvalidInput("target", "is missing: name at least one, such as --target openvino")
+        unusable = [f"{name}: {found.reason}" for name in self.targets if not (found := target(name).available()).usable]
+        if unusable:
+            raise EngineUnavailable(f"cannot compile for {'; '.join(unusable)}")
+
+
+@dataclass
+class Build:
+    """One build under way: what was read, and the steps that turn it into a bundle."""
+
+    options: Options
+    source: Source
+    family: Family
+    parts: list[Part]
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, options: Options) -> Build:
+        """Read configs and headers; nothing of the weights yet. Raises SourceError."""
+        source = resolve(options.source)
+        family = family_of(source)
+        parts = family.parts(source, False)
+        build = cls(options, source, family, parts)
+        for part in parts:
+            folder = part.component.folder
+            if folder not in build.checkpoints:
+                build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
+        return build
+
+    def weights(self, part: Part) -> dict[str, TensorRef]:
+        """The tensors of the part's component by the library's names."""
+        return self.checkpoints[part.component.folder].mapped(part.component.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return key_of({folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()})
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        found = {name: _version(name) for name in PACKAGES}
+        return {"python": sys.version.split()[0]} | {name: version for name, version in found.items() if version}
+
+    @cached_property
+    def key(self) -> str:
+        options = self.options
+        return key_of(self.fingerprint, options.quant, sorted(options.targets), options.parity, self.versions, _code())
+
+    def recipe(self, part: Part) -> Recipe | None:
+        return None if self.options.quant == "none" else recipe(self.options.quant, activations=part.activations)
+
+    def calibrated(self, part: Part) -> bool:
+        found = self.recipe(part)
+        return found is not None and found.activations
+
+    @property
+    def method(self) -> str:
+        """How parity is established: "full" or "twin"."""
+        if self.options.parity != "auto":
+            return self.options.parity
+        size = sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
+        return "full" if size <= FULL_PARITY_BYTES else "twin"
+
+    def size(self, part: Part) -> int:
+        """Bytes of the part's weights in the checkpoint."""
+        names = set(graph.parameter_names(part.module, part.component.model).values())
+        return sum(ref.nbytes for name, ref in self.weights(part).items() if name in names)
+
+    def steps(self) -> list[Step]:
+        """Everything that will be done, with a guess of its seconds."""
+        steps = [Step("weights", "check", sum(self.size(part) for part in self.parts) / 2e9)]
+        for part in self.parts:
+            modules, gigabytes = sum(1 for _ in part.module.modules()), self.size(part) / 1e9
+            steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
+        if any(map(self.calibrated, self.parts)):
+            steps.append(Step("pipeline", "calibrate", 30))
+        for part in self.parts:
+            steps.append(Step(part.name, "write", 0.2 + self.size(part) / 1e9 * (3 if self.options.quant == "none" else 15)))
+        for name in self.options.targets:
+            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * self.size(part) / 1e9) for part in self.parts]
+        return [*steps, Step("bundle", "hash", 0.2)]
+
+
+def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bundle, dict[str, float]]:
+    """Build a bundle; return it and the seconds that each stage took (none when it was there already, finished by the same build).
+
+    Raises InvalidInput, SourceError, ParityError, EngineError or ResourceExhausted; `options.output` is then as it was.
+    """
+    state = Build.open(options)
+    existing = _existing(options.output)
+    if existing is not None and existing.manifest.key == state.key:
+        existing.verify()
+        return existing, {}
+    progress = Progress(state.steps(), listen)
+    with staging(options.output, options.force) as folder:
+        _fill(state, folder, progress)
+    return Bundle(options.output), progress.timings
+
+
+def _fill(state: Build, folder: Path, progress: Progress) -> None:
+    with progress.step("weights", "check") as notes:
+        tensors = {name: ref for checkpoint in state.checkpoints.values() for name, ref in checkpoint.tensors.items()}
+        for checkpoint in state.checkpoints.values():
+            check_finite(checkpoint.tensors)
+        notes.append(f"{sum(ref.nbytes for ref in tensors.values()) / 1e9:.2f} GB")
+    graphs, parities = {}, {}
+    for part in state.parts:
+        with progress.step(part.name, "trace") as notes:
+            graphs[part.name] = _graph(state, part)
+            notes.append(f"{sum(1 for _ in graphs[part.name].graph)} nodes")
+        with progress.step(part.name, "parity") as notes:
+            parities[part.name] = _parity(state, part)
+            notes.append(f"{parities[part.name].method}, error {parities[part.name].error:.1e}")
+    ranges: Mapping[str, Mapping[str, Range]] = {}
+    if any(map(state.calibrated, state.parts)):
+        with progress.step("pipeline", "calibrate") as notes:
+            ranges = _calibrate(state, folder)
+            notes.append(f"{sum(len(found) for found in ranges.values())} ranges")
+    submodels = []
+    for part in state.parts:
+        with progress.step(part.name, "write") as notes:
+            submodel = _write(state, part, graphs.pop(part.name), ranges.get(part.name), folder)
+            submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
+            notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
+    artifacts = []
+    for name in state.options.targets:
+        for submodel in submodels:
+            with progress.step(submodel.name, f"compile {name}"):
+                artifacts.append(_compile(target(name), submodel, folder))
+    with progress.step("bundle", "hash"):
+        _finish(state, folder, submodels, artifacts)
+
+
+def _graph(state: Build, part: Part) -> ir.Model:
+    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
+    weights = state.weights(part)
+    config = part.component.model.config
+    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    key = key_of("graph", part.name, config, part.signature.model_dump(), state.versions, _code())
+    path = cached(key, ".onnx", lambda path: graph.save_traced(export.trace.trace(part.module, part.signature), path))
+    model = ir.load(path)
+    graph.attach(model, graph.parameter_names(part.module, part.component.model), weights)
+    return model
+
+
+def _parity(state: Build, part: Part) -> Parity:
+    """Compare once for the same weights, graph and versions."""
+
+    def compare(path: Path) -> None:
+        if state.method == "full":
+            found = parity.check(part, _graph(state, part), state.weights(part), "full")
+        else:
+            found = _twin_parity(state, part)
+        path.write_text(found.model_dump_json())
+
+    key = key_of("parity", state.fingerprint, part.name, part.floor, state.method, state.versions, _code())
+    return Parity.model_validate_json(cached(key, ".json", compare).read_bytes())
+
+
+def _twin_parity(state: Build, part: Part) -> Parity:
+    twin = next(other for other in state.family.parts(state.source, True) if other.name == part.name)
+    with twin_weights(twin) as weights:
+        model = export.trace.trace(twin.module, twin.signature)
+        graph.attach(model, graph.parameter_names(twin.module, twin.component.model), weights)
+        return parity.check(twin, model, weights, "twin")
+
+
+def _calibrate(state: Build, folder: Path) -> Mapping[str, Mapping[str, Range]]:
+    """Run the float model as its users will, through the real pipeline, and look at the activations of the calibrated parts."""
+
+    def measure(path: Path) -> None:
+        floating = folder / "float"
+        submodels = [_write(state, part, _graph(state, part), None, floating, quantized=False) for part in state.parts]
+        artifacts = [_compile(target("onnxruntime"), submodel, floating) for submodel in submodels]
+        _finish(state, floating, submodels, artifacts)
+        model = load_model(floating, "onnxruntime")
+        samples = capture(model)
+        model.close()
+        found = {}
+        for part in filter(state.calibrated, state.parts):
+            float_graph = floating / "onnx" / part.name / graph.MODEL
+            tensors = activation_tensors(ir.load(float_graph), recipe(state.options.quant))
+            found[part.name] = collect_ranges(float_graph, tensors, samples[part.name])
+        shutil.rmtree(floating)
+        path.write_text(json.dumps({name: {tensor: list(r) for tensor, r in part.items()} for name, part in found.items()}))
+
+    key = key_of("ranges", state.fingerprint, state.options.quant, state.versions, _code())
+    data = json.loads(cached(key, ".json", measure).read_bytes())
+    return {name: {tensor: Range(*values) for tensor, values in part.items()} for name, part in data.items()}
+
+
+def _write(state: Build, part: Part, model: ir.Model, ranges: Mapping[str, Range] | None, folder: Path, quantized: bool = True) -> Submodel:
+    """Quantize and write one graph with its weights."""
+    found = state.recipe(part) if quantized else None
+    if found is not None:
+        model = quantize(model, found, ranges)
+    nbytes = graph.write(model, folder / "onnx" / part.name)
+    return Submodel(
+        name=part.name, signature=part.signature, graph=f"onnx/{part.name}/{graph.MODEL}", precision=graph.precision(model), nbytes=nbytes
+    )
+
+
+def _compile(engine: type[Engine], submodel: Submodel, folder: Path) -> Artifact:
+    return engine.compile(submodel, folder / submodel.graph, folder / "engines" / engine.target)
+
+
+def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact]) -> None:
+    """Add the model's own files and the manifest."""
+    for relative, file in state.family.assets(state.source).items():
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / relative)
+    manifest = Manifest(
+        name=state.source.name,
+        key=state.key,
+        pipeline=state.family.pipeline,
+        quant=state.options.quant,
+        source=BundleSource(
+            name=state.source.name, family=state.family.name, architecture=state.source.architecture, fingerprint=state.fingerprint
+        ),
+        submodels=tuple(submodels),
+        artifacts=tuple(artifacts),
+        config=state.family.config(state.source),
+        versions=state.versions,
+        files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _existing(output: Path) -> Bundle | None:
+    return Bundle(output) if (output / MANIFEST).is_file() else None
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _code() -> str:
+    """Identifies the code that makes graphs: a changed exporter must not reuse what an older one made."""
+    roots = [Path(str(importlib.import_module(name).__file__)).parent for name in ("export", "calibration")]
+    files = [file for root in roots for file in sorted(root.glob("*.py")) + sorted(root.glob("families/*.py"))]
+    return key_of([file.read_text() for file in files])

@@ -1,0 +1,158 @@
+"""The build side's commands: build, inspect, verify. `export build`, `enginecast build` and `python -m export build` are the same."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bundle import Bundle
+from runtime.errors import EnginecastError, InvalidInput, MissingDependency
+
+SETTINGS: Final = "enginecast.toml"
+SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
+TARGETS: Final = ("onnxruntime", "openvino")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+out = Console(highlight=False, soft_wrap=True)
+errors = Console(highlight=False, stderr=True, soft_wrap=True)
+
+
+@app.command()
+def build(
+    source: Annotated[str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")] = None,
+    target: Annotated[list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")] = None,
+    quant: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
+    output: Annotated[Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")] = None,
+    parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
+) -> None:
+    """Convert, quantize and compile a model into a bundle."""
+    try:
+        from export.build import Options
+    except ImportError as error:
+        raise MissingDependency(error.name or "torch", "export") from None
+    jobs = [_job(source, target, quant, output)] if source else _listed(target, quant, output)
+    for job in jobs:
+        _build(Options(parity=parity, force=force, **job))
+
+
+def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
+    name = source.removeprefix("sample:").rstrip("/").split("/")[-1]
+    return {"source": source, "targets": tuple(target or TARGETS), "quant": quant, "output": output or Path("bundles") / f"{name}-{quant}"}
+
+
+def _listed(target: list[str] | None, quant: str, output: Path | None) -> list[dict[str, Any]]:
+    """What enginecast.toml lists under [[build]] (source, target, quant, output), else the samples. Options of the command line win."""
+    path, jobs = Path(SETTINGS), []
+    if not path.is_file():
+        names = [(sample, target, quant, None) for sample in SAMPLES]
+    else:
+        names = [_entry(entry, target, quant) for entry in _settings(path)]
+    for source, targets, precision, folder in names:
+        job = _job(source, targets, precision, folder)
+        if output is not None:
+            job["output"] = output / job["output"].name
+        jobs.append(job)
+    return jobs
+
+
+def _settings(path: Path) -> list[dict[str, Any]]:
+    try:
+        entries = tomllib.loads(path.read_text()).get("build", [])
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(SETTINGS, f"is no TOML: {error}") from None
+    if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("source"), str) for entry in entries):
+        raise InvalidInput(SETTINGS, "lists no build, expected one or more [[build]] tables with a source")
+    unknown = {key for entry in entries for key in entry} - {"source", "target", "quant", "output"}
+    if unknown:
+        raise InvalidInput(SETTINGS, f"has unknown settings {', '.join(sorted(unknown))}, expected source, target, quant, output")
+    return entries
+
+
+def _entry(entry: dict[str, Any], target: list[str] | None, quant: str) -> tuple[str, list[str] | None, str, Path | None]:
+    named = entry.get("target")
+    targets = target or ([named] if isinstance(named, str) else named)
+    return entry["source"], targets, quant if quant != "none" else entry.get("quant", quant), Path(entry["output"]) if "output" in entry else None
+
+
+def _build(options: Any) -> None:
+    from export.build import build as run
+
+    signal.signal(signal.SIGTERM, _terminate)
+    start = time.perf_counter()
+    out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
+    bundle, timings = run(options, _show)
+    size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
+    if not timings:
+        out.print(f"{options.output} is up to date: the same build made it before ({size / 1e6:.1f} MB)")
+        return
+    compiling = sum(seconds for stage, seconds in timings.items() if stage.startswith("compile"))
+    total = time.perf_counter() - start
+    out.print(f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code")
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + signal.SIGTERM)
+
+
+def _show(report: Any) -> None:
+    """One line a step when it is done; on a terminal also a line that says what runs now."""
+    head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
+    if report.seconds is None:
+        if out.is_terminal:
+            out.print(f"{head} ... ETA {report.eta:.0f} s", end="\r")
+        return
+    out.print(f"{head} {report.seconds:7.1f} s  ETA {report.eta:4.0f} s  {report.detail}")
+
+
+@app.command()
+def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")]) -> None:
+    """Show what a bundle holds: submodels, signatures, sizes, precisions, parity, artifacts."""
+    manifest = Bundle(bundle).manifest
+    out.print(f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}")
+    out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    table = Table("submodel", "precision", "MB", "parity", "error", "SNR dB", "inputs", "outputs")
+    for submodel in manifest.submodels:
+        parity = submodel.parity
+        checked = (parity.method, f"{parity.error:.1e}", f"{parity.snr_db:.0f}") if parity else ("-", "-", "-")
+        tensors = ("\n".join(_tensor(tensor) for tensor in side) for side in (submodel.signature.inputs, submodel.signature.outputs))
+        table.add_row(submodel.name, submodel.precision, f"{submodel.nbytes / 1e6:.1f}", *checked, *tensors)
+    out.print(table)
+    compiled = Table("target", "submodel", "files", "compile s")
+    for artifact in manifest.artifacts:
+        compiled.add_row(artifact.target, artifact.submodel, ", ".join(artifact.files) or "compiled at load", f"{artifact.seconds:.1f}")
+    out.print(compiled)
+
+
+def _tensor(tensor: Any) -> str:
+    dims = (str(dim) if isinstance(dim, int) else f"{dim.name} {dim.min}..{dim.max}" for dim in tensor.dims)
+    return f"{tensor.name} {tensor.dtype} \\[{', '.join(dims)}]"
+
+
+@app.command()
+def verify(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")]) -> None:
+    """Compare every file of a bundle with its hash."""
+    opened = Bundle(bundle)
+    opened.verify()
+    out.print(f"{bundle}: {len(opened.manifest.files)} files, all as they were built")
+
+
+def main() -> None:
+    """Entry point: user mistakes are one line on standard error and an exit code, never a traceback."""
+    try:
+        app()
+    except EnginecastError as error:
+        errors.print(f"error: {error}", markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted: nothing was written")
+        sys.exit(130)

@@ -1,0 +1,34 @@
+"""Reduced twins: the family's own code and config with fewer layers and random weights, to prove a conversion without the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import torch
+from safetensors.torch import save_file
+
+from export.family import Part
+from export.tensors import TensorRef, read_header, release
+
+STD: Final = 0.05
+
+
+@contextmanager
+def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
+    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as the block."""
+    generator = torch.Generator().manual_seed(0)
+    names = dict(part.component.model.named_parameters(remove_duplicate=False))
+    tensors = {}
+    for name, parameter in names.items():
+        values = torch.randn(parameter.shape, generator=generator) * STD
+        is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a normalisation
+        tensors[name] = (values + 1 if is_scale else values).half()
+    with TemporaryDirectory(prefix="enginecast-twin-") as folder:
+        file = Path(folder) / "model.safetensors"
+        save_file(tensors, file)
+        yield read_header(file)[1]
+        release()
