@@ -120,13 +120,15 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     manifest = Bundle(bundle).manifest
     out.print(f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}")
     out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
-    table = Table("submodel", "precision", "MB", "parity", "error", "SNR dB", "inputs", "outputs")
     for submodel in manifest.submodels:
         parity = submodel.parity
-        checked = (parity.method, f"{parity.error:.1e}", f"{parity.snr_db:.0f}") if parity else ("-", "-", "-")
-        tensors = ("\n".join(_tensor(tensor) for tensor in side) for side in (submodel.signature.inputs, submodel.signature.outputs))
-        table.add_row(submodel.name, submodel.precision, f"{submodel.nbytes / 1e6:.1f}", *checked, *tensors)
-    out.print(table)
+        checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
+        out.print(f"\n[bold]{submodel.name}[/]: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}")
+        for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
+            for tensor in tensors:
+                out.print(f"  {arrow} {_tensor(tensor)}")
+        if submodel.signature.states:
+            out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}")
     compiled = Table("target", "submodel", "files", "compile s")
     for artifact in manifest.artifacts:
         compiled.add_row(artifact.target, artifact.submodel, ", ".join(artifact.files) or "compiled at load", f"{artifact.seconds:.1f}")

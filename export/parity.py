@@ -6,6 +6,7 @@ whatever the model's size: the torch side casts a module's parameters only while
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
@@ -92,9 +93,10 @@ def _view(ref: TensorRef) -> torch.Tensor:
     """A tensor on the memory map itself. numpy has no bfloat16 that torch knows, so those bytes travel as int16."""
     array = ref.array()
     is_bfloat16 = array.dtype == ml_dtypes.bfloat16
-    writable = np.frombuffer(memoryview(array.view(np.uint8).reshape(-1)), np.uint8)
-    tensor = torch.frombuffer(writable, dtype=torch.uint8) if writable.size else torch.empty(0, dtype=torch.uint8)
-    return tensor.view(torch.bfloat16 if is_bfloat16 else getattr(torch, array.dtype.name)).view(ref.shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a map that is not writable: nothing writes to it
+        tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 def _run(model: ir.Model, inputs: Mapping[str, Array], names: list[str]) -> list[Array]:
