@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle, Manifest, Source
 from runtime.engine import FakeEngine
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, NotFound
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
 from runtime.signature import Array
 from serving.client import Client

@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from runtime.errors import EnginecastError, MissingDependency
+from runtime.errors import EnginecastError
+from runtime.optional import require
 
 ROOT: Final = Path(__file__).parent.parent
 PROTOS: Final = ROOT / "proto"
@@ -23,10 +24,7 @@ MARKER: Final = '"""Stubs of proto/enginecast/v1, made by `python -m serving.gen
 
 def generate(output: Path) -> list[Path]:
     """Write the stubs of every .proto into the folder `output`; return the files. Needs grpcio-tools (extra "dev")."""
-    try:
-        from grpc_tools import protoc
-    except ImportError:
-        raise MissingDependency("grpcio-tools", "dev") from None
+    protoc = require("grpc_tools.protoc", "dev")
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         # protoc's own well-known types come with grpcio-tools.

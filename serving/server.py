@@ -111,7 +111,7 @@ class Server:
     def __init__(self, host: ModelHost, address: str) -> None:
         self.host = host
         self._server = grpc.aio.server(options=OPTIONS)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
         image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(host), self._server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(host), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)
@@ -155,7 +155,8 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
     announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
     loaded = asyncio.gather(*(_load(host, status.name, announce) for status in host.statuses()))
     try:
-        await asyncio.wait({stopped, loaded}, return_when=asyncio.FIRST_COMPLETED)
+        first: set[asyncio.Future[Any]] = {stopped, loaded}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if loaded.done():
             await loaded
         await stopped

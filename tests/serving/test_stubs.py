@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 from serving.generate import PROTOS, STUBS, generate
@@ -17,7 +18,7 @@ def test_proto_holds_nothing_but_protos() -> None:
 def test_every_field_has_a_comment() -> None:
     for path in PROTOS.rglob("*.proto"):
         lines = [line.strip() for line in path.read_text().splitlines()]
-        for before, line in zip(lines, lines[1:], strict=False):
+        for before, line in pairwise(lines):
             if line.endswith(";") and "=" in line and not line.startswith(("//", "syntax")) and "oneof" not in before:
                 # The arms of an event oneof are messages that carry their own comments.
                 arm = line.split()[0] in ("Queued", "ImageProgress", "Image", "ImageDone", "TextDelta", "ChatDone")

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from runtime import engine
+from runtime.engine import Availability, FakeEngine
+from serving import cli
+from serving.fake import FakeModel, FakeServer, bundle, until
+from serving.local import Local
+
+
+class Result:
+    """How a command ended: exit code, standard output, standard error."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Any:
+    def run(*arguments: str) -> Result:
+        monkeypatch.setattr(sys, "argv", ["enginecast", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        captured = capfd.readouterr()
+        return Result(int(caught.value.code or 0), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModel]:
+    """The model that --bundle loads."""
+    model = FakeModel()
+    monkeypatch.setattr(Local, "open", classmethod(lambda cls, root, target, options: cls(model)))
+    yield model
+    assert model.closed
+
+
+class TestGenerate:
+    def test_over_grpc(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        out = tmp_path / "x.png"
+        ended = run(
+            "generate", "--address", warm.address, "--model", "draw", "--prompt", "", "--out", str(out), "--steps", "2", "--seed", "9"
+        )
+        assert (ended.code, ended.out) == (0, f"{out}\n")
+        assert "seed 9" in ended.err and "on fake (none)" in ended.err
+        with Image.open(out) as picture:
+            assert picture.size == (16, 8)
+        assert [path.name for path in tmp_path.glob("*.png*")] == ["x.png"]
+        assert warm.draw.calls == 2
+
+    def test_several_pictures(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        ended = run(
+            "generate", "--address", warm.address, "--model", "draw", "--prompt", "x", "--out", f"{tmp_path}/x.png", "--images", "2"
+        )
+        assert ended.out.split() == [f"{tmp_path}/x-0.png", f"{tmp_path}/x-1.png"]
+
+    def test_in_process(self, run: Any, local: FakeModel, tmp_path: Path) -> None:
+        ended = run("generate", "--bundle", "somewhere", "--prompt", "x", "--out", f"{tmp_path}/x.png")
+        assert (ended.code, ended.out) == (0, f"{tmp_path}/x.png\n")
+        assert local.calls == 4
+
+    @pytest.mark.parametrize(
+        ("arguments", "code", "message"),
+        [
+            (("--steps", "0"), 2, "enginecast: steps: is 0, expected 1 to 1000"),
+            (("--model", "drow"), 3, "did you mean 'draw'"),
+            (("--model", "talk"), 2, "talk is a chat model"),
+            (("--target", "openvino"), 2, "target: belongs to --bundle"),
+            (("--out", "x.jpg"), 2, "out: 'x.jpg' has no .png ending"),
+            (("--out", "/nowhere/x.png"), 3, "folder /nowhere does not exist"),
+            (("--address", "127.0.0.1:1"), 10, "no server answers there"),
+            (("--bundle", "/nowhere", "--address", "127.0.0.1:1"), 2, "exclude each other"),
+            (("--prompt", "\udcff"), 2, "prompt: is no valid UTF-8 text"),
+        ],
+    )
+    def test_mistakes(self, run: Any, warm: FakeServer, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+        base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", str(tmp_path / "x.png"))
+        ended = run("generate", *base, *arguments)
+        assert ended.code == code
+        assert ended.err.count("\n") == 1 and message in ended.err
+        assert not list(tmp_path.glob("*.png*"))
+
+    def test_a_number_out_of_range_is_a_usage_error(self, run: Any, tmp_path: Path) -> None:
+        assert run("generate", "--prompt", "x", "--out", "x.png", "--steps", "-1").code == 2
+
+    def test_interrupting(self, warm: FakeServer, tmp_path: Path) -> None:
+        warm.draw.hold()
+        command = ["generate", "--address", warm.address, "--model", "draw", "--prompt", "x", "--out", str(tmp_path / "x.png")]
+        with subprocess.Popen([sys.executable, "-m", "serving.cli", *command], stderr=subprocess.PIPE, text=True) as process:
+            until(lambda: warm.draw.calls == 1, 30)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(20) == 130
+            assert process.stderr is not None and "Traceback" not in process.stderr.read()
+        until(warm.leaving)
+        warm.draw.release()
+        assert warm.alive()
+
+
+class TestChat:
+    def test_one_question(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+        ended = run("chat", "--address", warm.address, "--model", "talk", "--image", str(tmp_path / "p.png"), "--prompt", "what?")
+        assert (ended.code, ended.out) == (0, "a red círcle\n")
+        assert "3 tokens" in ended.err
+
+    def test_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen = []
+        chat = FakeModel.pipeline
+
+        def pipeline(self: FakeModel, request: Any) -> Any:
+            seen.append([(turn.role, turn.content) for turn in request.messages])
+            return chat(self, request)
+
+        monkeypatch.setattr(FakeModel, "pipeline", pipeline)
+        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input="what?\nsure?\n\n")
+        assert ended.exit_code == 0, ended.output
+        first = ("user", ("what?",))
+        assert seen == [[first], [first, ("assistant", ("a red círcle",)), ("user", ("sure?",))]]
+
+    def test_a_missing_picture(self, run: Any) -> None:
+        ended = run("chat", "--image", "/nowhere.png", "--prompt", "what?")
+        assert (ended.code, ended.err) == (3, "enginecast: picture /nowhere.png cannot be read: No such file or directory\n")
+
+    def test_in_process_wrong_kind(self, run: Any, local: FakeModel) -> None:
+        ended = run("chat", "--bundle", "somewhere", "--prompt", "what?")
+        assert ended.code == 2 and "holds a diffusion model" in ended.err
+
+
+class TestServe:
+    def test_mistakes(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        root = str(bundle(tmp_path, "empty").root)
+        assert run("serve", "/nowhere").code == 3
+        assert run("serve", str(tmp_path)).code == 6
+        assert "both called" in run("serve", root, root).err
+        in_use = run("serve", root, "--address", warm.address)
+        assert in_use.code == 10 and "in use" in in_use.err
+        assert run("serve", root, "--address", "nonsense").code == 2
+
+
+class TestDevices:
+    def test_says_why_not(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        class Broken(FakeEngine):
+            target = "broken"
+
+            @classmethod
+            def available(cls) -> Availability:
+                return Availability(False, reason="no such device")
+
+        engine.targets.cache_clear()
+        monkeypatch.setattr("serving.terminal.targets", lambda: {"fake": FakeEngine, "broken": Broken})
+        ended = run("devices")
+        rows = {line.split("│")[1].strip(): line for line in ended.out.splitlines() if "│" in line}
+        assert "yes" in rows["fake"] and "no such" in rows["broken"]
+
+
+class TestForwarding:
+    def test_help_of_another_layer(self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "other_cli.py").write_text(
+            "import typer\napp = typer.Typer()\n@app.command()\ndef bench(source: str, fast: bool = False): print(source, fast)\n"
+        )
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setattr(cli, "_forward", lambda module, extra, context, real=cli._forward: real("other_cli", extra, context))
+        assert run("bench", "x", "--fast").out == "x True\n"
+        assert "SOURCE" in run("bench", "--help").out.upper()
+        assert run("bench", "--nonsense").code == 2
+
+    def test_a_layer_that_is_not_installed(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cli, "_forward", lambda module, extra, context, real=cli._forward: real("not_there", extra, context))
+        ended = run("build")
+        assert ended.code == 8 and "pip install 'enginecast[export]'" in ended.err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; from serving.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'onnxruntime', 'openvino', 'grpc', 'numpy', 'export', 'profiles'} & set(sys.modules)), file=sys.stderr)"
+    )
+    environment = os.environ | {"COLUMNS": "200"}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=True)
+    assert ended.stderr == "[]\n"
+    commands = ("serve", "generate", "chat", "devices", "build", "inspect", "verify", "bench")
+    assert all(f"  {command} " in ended.stdout for command in commands)

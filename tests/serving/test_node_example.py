@@ -1,0 +1,57 @@
+"""The Node example against a real server. Its packages are installed once per machine, outside the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from serving.fake import FakeServer
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
+
+
+@pytest.fixture(scope="module")
+def packages() -> Path:
+    """A folder with the example's node_modules, named after what package.json asks for."""
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        pytest.skip("node and npm are not installed")
+    asked = (EXAMPLE / "package.json").read_bytes()
+    folder = Path(tempfile.gettempdir()) / f"enginecast-node-{os.getuid()}-{hashlib.sha256(asked).hexdigest()[:12]}"
+    if not (folder / "complete").exists():
+        folder.mkdir(exist_ok=True)
+        (folder / "package.json").write_bytes(asked)
+        command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts"]
+        installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
+        if installed.returncode != 0:
+            pytest.skip(f"npm install failed, which needs the registry: {installed.stderr.strip()[-200:]}")
+        (folder / "complete").touch()
+    return folder
+
+
+def run(packages: Path, server: FakeServer, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["node", str(EXAMPLE / "client.mjs"), "--address", server.address, "--ask", "talk", *arguments]
+    return subprocess.run(command, cwd=packages, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_draws_and_asks(packages: Path, warm: FakeServer, tmp_path: Path) -> None:
+    out = tmp_path / "picture.png"
+    done = run(packages, warm, "--draw", "draw", "--steps", "3", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{out}\na red círcle\n"
+    assert "step 3 of 3" in done.stderr
+    with Image.open(out) as picture:
+        assert picture.size == (16, 8)
+
+
+def test_a_refused_call(packages: Path, warm: FakeServer) -> None:
+    done = run(packages, warm, "--draw", "drow")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "NOT_FOUND: model 'drow' is not served here: did you mean 'draw'?" in done.stderr
