@@ -32,7 +32,7 @@ def bundle(folder: Path, name: str) -> Bundle:
     root.mkdir()
     source = Source(name=name, family="fake", architecture="Fake", fingerprint="")
     manifest = Manifest(
-        name=name, pipeline="fake", quant="none", source=source, submodels=(), artifacts=(), config={}, versions={}, files={}
+        name=name, key="", pipeline="fake", quant="none", source=source, submodels=(), artifacts=(), config={}, versions={}, files={}
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return Bundle(root)
@@ -122,7 +122,7 @@ class FakeServer:
         self.load_gate = threading.Event()
         self.load_gate.set()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self.stopped = False
 
@@ -169,7 +169,7 @@ class FakeServer:
         """Whether a picture can be drawn from beginning to end."""
         self.draw.release()
         self.draw.failure = None
-        return [r for r in self.client.generate(request(steps=2), timeout=10)][-1].HasField("done")
+        return list(self.client.generate(request(steps=2), timeout=10))[-1].HasField("done")
 
     def stop(self, grace: float = 5) -> None:
         if not self.stopped:

@@ -78,7 +78,7 @@ class TestGenerate:
         assert kinds(list(responses)) == ["progress", "image", "done"]
 
     def test_zero_differs_from_unset(self, warm: FakeServer) -> None:
-        with pytest.raises(InvalidInput, match="^steps: is 0") as caught:
+        with pytest.raises(InvalidInput, match=r"^steps: is 0") as caught:
             list(warm.client.generate(request(steps=0)))
         assert caught.value.field == "steps"
         assert kinds(list(warm.client.generate(request())))[-1] == "done"
@@ -155,7 +155,7 @@ class TestBadInput:
         assert dict(caught.value.trailing_metadata() or ())["enginecast-field"] == "steps"  # type: ignore[arg-type]  # pairs they are
 
     def test_a_long_message_still_arrives(self, warm: FakeServer) -> None:
-        with pytest.raises(NotFound, match="is not served here|…"):
+        with pytest.raises(NotFound, match=r"is not served here|…"):
             list(warm.client.generate(request(model="ü" * 50_000)))
 
     def test_unexpected_failure(self, warm: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
