@@ -16,6 +16,7 @@ from runtime.samplers import SAMPLERS, SchedulerConfig, State, alphas_cumprod, d
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
 
 CLASSES = {
     "ddim": ("DDIMScheduler", {}),
