@@ -1,0 +1,279 @@
+"""From a float graph to one quantized graph for every target: QuantizeLinear and DequantizeLinear of the standard, nothing else.
+
+Weights are read from the memory-mapped checkpoint a few columns at a time and only when the graph is written, so memory does not grow
+with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and OpenVINO keeps them compressed (FullyConnected):
+
+    int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size) -> MatMul, Gemm
+    int8 weight [K, N]    codes [K, N], float32 scales [N]            -> DequantizeLinear(axis=1)                     -> MatMul, Gemm
+    int8 weight [O, ...]  codes [O, ...], float32 scales [O]          -> DequantizeLinear(axis=0)                     -> Conv
+    int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
+
+Everything is symmetric: TensorRT accepts no other zero point. Nothing here depends on a model's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any, Final, Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from calibration.weights import INT8_PEAK, QuantizedWeight
+from runtime.errors import InvalidInput, did_you_mean
+
+WeightType = Literal["float", "int8", "int4"]
+
+SMALL: Final = 4096
+"""Weights of fewer elements stay as they are: nothing to save, and the first and last layers of small models are among them."""
+SMALLEST_BLOCK: Final = 32
+LEAST_SNR: Final = 20.0
+"""Activations whose own quantization noise is nearer than this to the signal, in dB, stay float."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a submodel is quantized. `bits` and `block` are those of MatMul and Gemm weights; convolution weights are int8.
+
+    `block` is the number of consecutive inputs that share an int4 scale. `activations` quantizes the inputs of these layers to int8 too,
+    which needs their ranges.
+    """
+
+    name: str
+    bits: Literal[4, 8]
+    block: int = 64
+    activations: bool = False
+
+
+RECIPES: Final[Mapping[str, Recipe]] = {
+    recipe.name: recipe for recipe in (Recipe("int8", 8, activations=True), Recipe("int8-weight", 8), Recipe("int4", 4))
+}
+
+
+def recipe(name: str, activations: bool = True) -> Recipe:
+    """The recipe of that name; without `activations`, its weight-only form. Raises InvalidInput with the nearest name."""
+    if name not in RECIPES:
+        raise InvalidInput("quant", f"'{name}' is not a recipe: {did_you_mean(name, RECIPES)}")
+    found = RECIPES[name]
+    return found if activations or not found.activations else replace(found, name=f"{name}-weight", activations=False)
+
+
+@dataclass(frozen=True)
+class Range:
+    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB."""
+
+    peak: float
+    snr_db: float
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one layer. `block` is 0 for one scale a channel. `reason` says why anything is not as the recipe asks."""
+
+    node: str
+    op: str
+    weight: str
+    elements: int
+    weight_type: WeightType
+    block: int
+    activation: bool
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A MatMul, Gemm or Conv, the initializer it multiplies by, and whether that one is stored as [N, K]."""
+
+    node: ir.Node
+    weight: ir.Value
+    transposed: bool
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        assert self.weight.shape is not None
+        return tuple(self.weight.shape.numpy())
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """Rows and columns [K, N] of the weight seen as a matrix: inputs by output channels."""
+        rows, *columns = reversed(self.stored) if self.transposed else self.stored
+        return (prod(self.stored[1:]), self.stored[0]) if self.node.op_type == "Conv" else (rows, prod(columns))
+
+
+def plan(model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> list[LayerPlan]:
+    """What `quantize` makes of each layer that has a weight, in graph order."""
+    return [_plan_layer(layer, recipe, ranges or {}) for layer in _layers(model)]
+
+
+def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
+    """The tensors whose ranges `quantize` needs, in graph order without repetition: none for a recipe of weights alone."""
+    if not recipe.activations:
+        return []
+    layers = (layer for layer in _layers(model) if _activation_obstacle(layer) is None)
+    return list(dict.fromkeys(_name(layer.node.inputs[0]) for layer in layers))
+
+
+def quantize(model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> ir.Model:
+    """A quantized copy of a float32-compute graph, as `plan` says. `model` stays as it is.
+
+    Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
+    exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks a tensor that the recipe quantizes.
+    """
+    ranges = ranges or {}
+    missing = [name for name in activation_tensors(model, recipe) if name not in ranges]
+    if missing:
+        raise InvalidInput(
+            "ranges", f"recipe {recipe.name} needs {len(missing)} more activation ranges ({', '.join(missing[:3])}): calibrate first"
+        )
+    copy = model.clone()
+    weights: dict[tuple[str, WeightType], ir.Value] = {}
+    activations: dict[str, ir.Value] = {}
+    for layer in _layers(copy):
+        planned = _plan_layer(layer, recipe, ranges)
+        if planned.weight_type != "float":
+            key = planned.weight, planned.weight_type
+            if key not in weights:
+                weights[key] = _add_weight(copy, layer, planned)
+            layer.node.replace_input_with(1, weights[key])
+            if layer.node.op_type == "Gemm":
+                layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
+        if planned.activation:
+            source = layer.node.inputs[0]
+            name = _name(source)
+            if name not in activations:
+                activations[name] = _add_activation(copy, layer.node, ranges[name])
+            layer.node.replace_input_with(0, activations[name])
+    common.RemoveUnusedNodesPass()(copy)
+    return copy
+
+
+def _layers(model: ir.Model) -> Iterator[_Layer]:
+    for node in list(model.graph):
+        if node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv"):
+            layer = _layer(node)
+            if layer is not None:
+                yield layer
+
+
+def _layer(node: ir.Node) -> _Layer | None:
+    """Look through Cast and Transpose for the initializer. None when both operands are activations, as within attention."""
+    transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
+    value = node.inputs[1]
+    while value is not None and (producer := value.producer()) is not None:
+        if producer.op_type == "Transpose" and _name(value) and value.shape is not None and len(value.shape) == 2:
+            transposed = not transposed
+        elif producer.op_type != "Cast":
+            return None
+        value = producer.inputs[0]
+    if value is None or not value.is_initializer() or (len(value.shape or ()) != 2 and node.op_type != "Conv"):
+        return None
+    return _Layer(node, value, transposed)
+
+
+def _plan_layer(layer: _Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> LayerPlan:
+    rows, columns = layer.matrix
+    planned = LayerPlan(_name(layer.node), layer.node.op_type, _name(layer.weight), rows * columns, "float", 0, False)
+    if rows * columns < SMALL:
+        return replace(planned, reason=f"fewer than {SMALL} elements")
+    if recipe.bits == 4 and layer.node.op_type == "Conv":
+        return replace(planned, weight_type="int8", reason="convolutions have no int4 kernels")
+    if recipe.bits == 4:
+        block = next((size for size in (recipe.block, SMALLEST_BLOCK) if rows % size == 0), 0)
+        if not block or columns % 2:
+            reason = f"{rows} inputs are no multiple of {SMALLEST_BLOCK}" if not block else f"{columns} outputs are an odd number"
+            return replace(planned, weight_type="int8", reason=reason)
+        return replace(
+            planned,
+            weight_type="int4",
+            block=block,
+            reason="" if block == recipe.block else f"{rows} inputs are no multiple of {recipe.block}",
+        )
+    planned = replace(planned, weight_type="int8")
+    if not recipe.activations:
+        return planned
+    obstacle = _activation_obstacle(layer)
+    seen = ranges.get(_name(layer.node.inputs[0]))
+    if obstacle is None and seen is not None and not seen.snr_db >= LEAST_SNR:
+        obstacle = f"int8 would leave its input {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}"
+    return replace(planned, activation=obstacle is None, reason=obstacle or "")
+
+
+def _activation_obstacle(layer: _Layer) -> str | None:
+    """Why a layer's input stays float whatever its range is."""
+    if prod(layer.matrix) < SMALL:
+        return f"fewer than {SMALL} elements"
+    if layer.node.op_type == "Gemm":
+        return "one row a sample: reading the weight takes the time, int8 inputs would gain none"
+    return None
+
+
+def _add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value:
+    """QuantizeLinear and DequantizeLinear on the consumer's first input, before the consumer."""
+    source = consumer.inputs[0]
+    assert source is not None
+    name = _name(source)
+    step = max(seen.peak / INT8_PEAK, float(np.finfo(np.float32).tiny))  # a tensor that is always zero still needs a scale
+    scale = _initializer(model, f"{name}.scale", ir.tensor(np.float32(step)))
+    zero = _initializer(model, f"{name}.zero_point", ir.tensor(np.int8(0)))
+    quantized = _node("QuantizeLinear", [source, scale, zero], {}, f"{name}.int8", ir.DataType.INT8, source.shape)
+    restored = _node("DequantizeLinear", [quantized, scale, zero], {}, f"{name}.dequantized", ir.DataType.FLOAT, source.shape)
+    _insert(model, consumer, quantized, restored)
+    return restored
+
+
+def _add_weight(model: ir.Model, layer: _Layer, planned: LayerPlan) -> ir.Value:
+    """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
+    (rows, columns), conv = layer.matrix, planned.op == "Conv"
+    name, first = planned.weight, model.graph[0]
+    weight = QuantizedWeight(_tensor(layer.weight), layer.transposed or conv, planned.block)
+    if planned.weight_type == "int4":
+        codes = _lazy(model, f"{name}.int4", ir.DataType.INT4, (rows, columns), weight.codes)
+        stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
+        scale = _node("Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape)
+        attributes, values = {"axis": 0, "block_size": planned.block}, [scale]
+    else:
+        codes = _lazy(
+            model, f"{name}.int8", ir.DataType.INT8, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes
+        )
+        scale = _lazy(model, f"{name}.scale", ir.DataType.FLOAT, (columns,), weight.scales)
+        attributes, values = {"axis": 0 if conv else 1}, []
+    restored = _node("DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape)
+    _insert(model, first, *values, restored)
+    return restored
+
+
+def _node(
+    op: str, inputs: list[ir.Value], attributes: Mapping[str, Any], output: str, dtype: ir.DataType, shape: ir.Shape | None
+) -> ir.Value:
+    node = ir.node(op, inputs, attributes, name=f"{output.rpartition('.')[0]}/{op}")
+    value = node.outputs[0]
+    value.name, value.dtype, value.shape = output, dtype, shape
+    return value
+
+
+def _insert(model: ir.Model, before: ir.Node, *values: ir.Value) -> None:
+    model.graph.insert_before(before, [node for value in values if (node := value.producer()) is not None])
+
+
+def _lazy(model: ir.Model, name: str, dtype: ir.DataType, shape: Iterable[int], compute: Callable[[], ir.TensorProtocol]) -> ir.Value:
+    return _initializer(model, name, ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name))
+
+
+def _initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+    model.graph.register_initializer(value)
+    return value
+
+
+def _tensor(value: ir.Value) -> ir.TensorProtocol:
+    assert value.const_value is not None, f"{value.name} has no values: attach the checkpoint before quantizing"
+    return value.const_value
+
+
+def _name(named: ir.Value | ir.Node | None) -> str:
+    assert named is not None
+    assert named.name, "every node and value of a canonical graph has a name"
+    return named.name

@@ -1,0 +1,150 @@
+"""Numbers of a quantized weight: codes and scales, computed from the mapped checkpoint a few columns at a time.
+
+Symmetric round to nearest: a weight is about code * scale, |error| <= scale / 2 unless it was clipped on purpose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from runtime.errors import SourceError
+
+Floats = NDArray[np.float32]
+Codes = NDArray[np.int8]
+
+CHUNK: Final = 1 << 18
+"""Weight elements quantized in one step: its buffers stay in cache."""
+WORKERS: Final = 2
+"""Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes."""
+INT8_PEAK: Final = 127
+INT4_PEAK: Final = 7
+INT4_SHARES: Final = (1.0, 0.94, 7 / 8, 0.8)
+"""int4 scales tried for each block, as shares of its largest magnitude / 7. 7/8 puts a negative extreme on code -8; less clips outliers."""
+
+
+def int8_columns(weights: Floats) -> tuple[Codes, Floats]:
+    """Codes [K, N] in -127..127 and scales [N] of weights [K, N]: one scale a column. A column of zeros has scale 1."""
+    scales = _usable(np.abs(weights).max(axis=0) / np.float32(INT8_PEAK))
+    return np.rint(weights / scales).astype(np.int8), scales
+
+
+def int4_blocks(weights: Floats, block: int) -> tuple[Codes, NDArray[np.float16]]:
+    """Codes [K, N] in -8..7 and scales [K / block, N] of weights [K, N]: of a few scales for each block, the one of least squared error.
+
+    Scales are rounded to float16 before codes are chosen, so the codes make up for that rounding. A block of zeros has scale 1.
+    """
+    blocks = weights.reshape(-1, block, weights.shape[1])
+    peak = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(INT4_PEAK)
+    best = np.full(peak.shape, np.inf, np.float32)
+    scales = np.ones(peak.shape, np.float32)
+    levels = np.empty_like(blocks)
+    for share in INT4_SHARES:
+        scale = _usable((peak * np.float32(share)).astype(np.float16).astype(np.float32))
+        _int4_levels(blocks, scale, levels)
+        levels *= scale[:, None]
+        levels -= blocks
+        error = np.einsum("ijk,ijk->ik", levels, levels)
+        better = error < best
+        best[better], scales[better] = error[better], scale[better]
+    _int4_levels(blocks, scales, levels)
+    return levels.reshape(weights.shape).astype(np.int8), scales.astype(np.float16)
+
+
+def _int4_levels(blocks: Floats, scale: Floats, out: Floats) -> None:
+    np.multiply(blocks, np.reciprocal(scale)[:, None], out=out)
+    np.rint(out, out=out)
+    np.clip(out, -INT4_PEAK - 1, INT4_PEAK, out=out)
+
+
+def _usable(scales: Floats) -> Floats:
+    """Zero is no scale for TensorRT, and its reciprocal none for us: where all weights round to zero any scale will do."""
+    scales[scales < np.finfo(np.float32).tiny] = 1
+    return scales
+
+
+def pack_int4(codes: Codes) -> NDArray[np.uint8]:
+    """Neighbours of the last axis (even length) in one byte, the first in its low half: the layout of ONNX and of numpy's row order."""
+    nibbles = codes.view(np.uint8) & 0xF
+    return np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4, dtype=np.uint8))
+
+
+class QuantizedWeight:
+    """A weight seen as a matrix [K, N], and its quantized tensors, each computed when asked for.
+
+    `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. `block` is that of int4, 0 for int8. Asking for the codes leaves
+    the scales behind for the next who asks, so that writing a graph quantizes each weight once. Raises SourceError for weights that are
+    not finite.
+    """
+
+    def __init__(self, source: ir.TensorProtocol, transposed: bool, block: int = 0) -> None:
+        self.source, self.transposed, self.block = source, transposed, block
+        shape = tuple(source.shape.numpy())
+        self.rows, self.columns = (math.prod(shape[1:]), shape[0]) if transposed else shape
+        self._scales: NDArray[Any] | None = None
+
+    def codes(self) -> ir.TensorProtocol:
+        """int8 or int4 [K, N]."""
+        codes = self._quantize()
+        if self.block:
+            return ir.PackedTensor(codes.reshape(-1), ir.DataType.INT4, shape=(self.rows, self.columns))
+        return ir.tensor(codes)
+
+    def kernel(self) -> ir.TensorProtocol:
+        """int8 in the stored order, as convolutions take it."""
+        return ir.tensor(np.ascontiguousarray(self._quantize().T).reshape(tuple(self.source.shape.numpy())))
+
+    def scales(self) -> ir.TensorProtocol:
+        """float32 [N] of int8, float16 [K / block, N] of int4."""
+        if self._scales is None:
+            self._quantize()
+        scales, self._scales = self._scales, None
+        assert scales is not None
+        return ir.tensor(scales)
+
+    def _quantize(self) -> NDArray[Any]:
+        """Codes [K, N], or [K, N / 2] of packed int4."""
+        codes = np.empty((self.rows, self.columns // 2), np.uint8) if self.block else np.empty((self.rows, self.columns), np.int8)
+        scales = np.empty((self.rows // self.block, self.columns), np.float16) if self.block else np.empty(self.columns, np.float32)
+        with ThreadPoolExecutor(WORKERS) as pool:
+            for _ in pool.map(partial(self._fill, self.source.numpy(), codes, scales), _chunks(self.rows, self.columns)):
+                pass  # raises what a worker raised
+        if isinstance(self.source, ir.ExternalTensor):
+            self.source.release()  # else every weight would keep a mapping of its whole file
+        self._scales = scales
+        return codes
+
+    def _fill(self, values: NDArray[Any], codes: NDArray[Any], scales: NDArray[Any], chunk: slice) -> None:
+        """Quantize the columns of one chunk into place."""
+        if self.transposed:
+            part = np.ascontiguousarray(values[chunk].reshape(-1, self.rows).astype(np.float32).T)
+        else:
+            part = values[:, chunk].astype(np.float32)
+        self._check(part)
+        if self.block:
+            chosen, scales[:, chunk] = int4_blocks(part, self.block)
+            codes[:, chunk.start // 2 : chunk.stop // 2] = pack_int4(chosen)
+        else:
+            codes[:, chunk], scales[chunk] = int8_columns(part)
+
+    def _check(self, part: Floats) -> None:
+        limit = float(np.finfo(np.float16).max) * INT4_PEAK if self.block else float(np.finfo(np.float32).max)
+        if not np.abs(part).max(initial=0) <= limit:
+            raise SourceError(
+                f"weight '{self.source.name}' holds NaN, infinity or a magnitude above {limit:.3g}, which cannot be quantized: "
+                "the checkpoint is damaged or overflowed when it was saved. Download it again or build with --quant none"
+            )
+
+
+def _chunks(rows: int, columns: int) -> Iterator[slice]:
+    """Column ranges of about CHUNK elements, each but the last a whole number of vector registers wide."""
+    width = max(16, CHUNK // rows // 16 * 16)
+    for start in range(0, columns, width):
+        yield slice(start, min(start + width, columns))
