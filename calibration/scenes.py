@@ -92,7 +92,8 @@ def test_prompts(count: int = 500, seed: int = 0) -> list[Scene]:
     single = [scene for scene in scenes if len(scene.things) == 1]
     pairs = [scene for scene in scenes if len(scene.things) == 2]
     singles = min(len(single), count // 3)
-    chosen = [single[i] for i in rng.permutation(len(single))[:singles]] + [pairs[i] for i in rng.permutation(len(pairs))[: count - singles]]
+    chosen = [single[i] for i in rng.permutation(len(single))[:singles]]
+    chosen += [pairs[i] for i in rng.permutation(len(pairs))[: count - singles]]
     return [chosen[i] for i in rng.permutation(len(chosen))]
 
 

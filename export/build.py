@@ -1,6 +1,6 @@
 """The build: from a checkpoint to a bundle. Each step takes what the one before made, and nothing is edited in place.
 
-    check weights -> trace -> parity -> [calibrate] -> quantize and write -> compile -> bundle
+check weights -> trace -> parity -> [calibrate] -> quantize and write -> compile -> bundle
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import onnx_ir as ir
+from calibration.data import capture
+from calibration.ranges import Range, collect_ranges
 
 import export.trace
-from calibration.data import capture
 from calibration.quantize import Recipe, activation_tensors, quantize, recipe
-from calibration.ranges import Range, collect_ranges
 from export import graph, parity
 from export.family import Family, Part, family_of
 from export.progress import Listener, Progress, Step
@@ -30,7 +30,7 @@ from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, sha256
 from runtime.bundle import Source as BundleSource
 from runtime.engine import Engine, target
-from runtime.errors import EngineUnavailable, InvalidInput, did_you_mean
+from runtime.errors import BundleError, EngineUnavailable, InvalidInput, NotFound, did_you_mean
 from runtime.loading import load_model
 
 QUANTS: Final = ("none", "int8", "int4")
@@ -42,7 +42,10 @@ PACKAGES: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "
 
 @dataclass(frozen=True)
 class Options:
-    """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin."""
+    """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin.
+
+    `name` is what clients call the model; empty, it is the source's.
+    """
 
     source: str
     output: Path
@@ -50,6 +53,7 @@ class Options:
     quant: str = "none"
     parity: str = "auto"
     force: bool = False
+    name: str = ""
 
     def __post_init__(self) -> None:
         for name, value, known in (("quant", self.quant, QUANTS), ("parity", self.parity, PARITIES)):
@@ -89,6 +93,10 @@ class Build:
         """The tensors of the part's component by the library's names."""
         return self.checkpoints[part.component.folder].mapped(part.component.model)
 
+    @property
+    def name(self) -> str:
+        return self.options.name or self.source.name
+
     @cached_property
     def fingerprint(self) -> str:
         return key_of({folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()})
@@ -101,7 +109,7 @@ class Build:
     @cached_property
     def key(self) -> str:
         options = self.options
-        return key_of(self.fingerprint, options.quant, sorted(options.targets), options.parity, self.versions, _code())
+        return key_of(self.fingerprint, self.name, options.quant, sorted(options.targets), options.parity, self.versions, _code())
 
     def recipe(self, part: Part) -> Recipe | None:
         return None if self.options.quant == "none" else recipe(self.options.quant, activations=part.activations)
@@ -191,8 +199,8 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
 def _graph(state: Build, part: Part) -> ir.Model:
     """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
     weights = state.weights(part)
-    config = part.component.model.config
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+    settings: Any = part.component.model.config
+    config = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
     key = key_of("graph", part.name, config, part.signature.model_dump(), state.versions, _code())
     path = cached(key, ".onnx", lambda path: graph.save_traced(export.trace.trace(part.module, part.signature), path))
     model = ir.load(path)
@@ -267,7 +275,7 @@ def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / relative)
     manifest = Manifest(
-        name=state.source.name,
+        name=state.name,
         key=state.key,
         pipeline=state.family.pipeline,
         quant=state.options.quant,
@@ -288,7 +296,11 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _existing(output: Path) -> Bundle | None:
-    return Bundle(output) if (output / MANIFEST).is_file() else None
+    """What an earlier build left at the output, if it can be read."""
+    try:
+        return Bundle(output)
+    except (BundleError, NotFound):
+        return None
 
 
 def _version(package: str) -> str:

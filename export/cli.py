@@ -28,11 +28,18 @@ errors = Console(highlight=False, stderr=True, soft_wrap=True)
 
 @app.command()
 def build(
-    source: Annotated[str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")] = None,
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")
+    ] = None,
     quant: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
-    output: Annotated[Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
+    ] = None,
     parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
+    name: Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
@@ -40,9 +47,11 @@ def build(
         from export.build import Options
     except ImportError as error:
         raise MissingDependency(error.name or "torch", "export") from None
+    if name and not source:
+        raise InvalidInput("name", "names one model, so it needs a SOURCE")
     jobs = [_job(source, target, quant, output)] if source else _listed(target, quant, output)
     for job in jobs:
-        _build(Options(parity=parity, force=force, **job))
+        _build(Options(parity=parity, force=force, name=name, **job))
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def _listed(target: list[str] | None, quant: str, output: Path | None) -> list[d
     """What enginecast.toml lists under [[build]] (source, target, quant, output), else the samples. Options of the command line win."""
     path, jobs = Path(SETTINGS), []
     if not path.is_file():
-        names = [(sample, target, quant, None) for sample in SAMPLES]
+        names: list[tuple[str, list[str] | None, str, Path | None]] = [(sample, target, quant, None) for sample in SAMPLES]
     else:
         names = [_entry(entry, target, quant) for entry in _settings(path)]
     for source, targets, precision, folder in names:
@@ -81,7 +90,12 @@ def _settings(path: Path) -> list[dict[str, Any]]:
 def _entry(entry: dict[str, Any], target: list[str] | None, quant: str) -> tuple[str, list[str] | None, str, Path | None]:
     named = entry.get("target")
     targets = target or ([named] if isinstance(named, str) else named)
-    return entry["source"], targets, quant if quant != "none" else entry.get("quant", quant), Path(entry["output"]) if "output" in entry else None
+    return (
+        entry["source"],
+        targets,
+        quant if quant != "none" else entry.get("quant", quant),
+        Path(entry["output"]) if "output" in entry else None,
+    )
 
 
 def _build(options: Any) -> None:
@@ -97,7 +111,9 @@ def _build(options: Any) -> None:
         return
     compiling = sum(seconds for stage, seconds in timings.items() if stage.startswith("compile"))
     total = time.perf_counter() - start
-    out.print(f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code")
+    out.print(
+        f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code"
+    )
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -118,7 +134,9 @@ def _show(report: Any) -> None:
 def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")]) -> None:
     """Show what a bundle holds: submodels, signatures, sizes, precisions, parity, artifacts."""
     manifest = Bundle(bundle).manifest
-    out.print(f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}")
+    out.print(
+        f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}"
+    )
     out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     for submodel in manifest.submodels:
         parity = submodel.parity

@@ -47,7 +47,8 @@ class Family:
     """Everything about a model family.
 
     `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config, fewer layers.
-    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the model's own files, such as those of its tokenizer.
+    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
+    model's own files, such as those of its tokenizer.
     """
 
     name: str
@@ -69,5 +70,6 @@ def family_of(source: Source) -> Family:
     """The family that knows the source's architecture. Raises UnsupportedModel with the nearest known name."""
     known = families()
     if source.architecture not in known:
-        raise UnsupportedModel(f"{source.root} is a {source.architecture}, which no family handles: {did_you_mean(source.architecture, known)}")
+        nearest = did_you_mean(source.architecture, known)
+        raise UnsupportedModel(f"{source.root} is a {source.architecture}, which no family handles: {nearest}")
     return known[source.architecture]

@@ -91,7 +91,7 @@ def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
     for node in lookups:
         node.replace_input_with(0, stored)
         output = node.outputs[0]
-        output.dtype = stored.dtype
+        output.dtype = stored.dtype or COMPUTE
         cast = _cast(output, f"{node.name}/Cast")
         output.name, cast.outputs[0].name = f"{output.name}.stored", output.name
         ir.convenience.replace_all_uses_with(output, cast.outputs[0], replace_graph_outputs=True)
@@ -118,27 +118,25 @@ def write(model: ir.Model, folder: Path) -> int:
     Raises ResourceExhausted when the disk is full.
     """
     folder.mkdir(parents=True)
-    for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if tensor is not None and tensor.nbytes < INLINE_BYTES:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, shape=tensor.shape, name=value.name)
-    large = {name: v for name, v in model.graph.initializers.items() if v.const_value is not None and v.const_value.nbytes >= INLINE_BYTES}
-    ordered = sorted(large.items(), key=lambda item: item[1].const_value.nbytes % ALIGNMENT != 0)  # keeps most offsets aligned
-    need = sum(value.const_value.nbytes for value in large.values())
-    free = shutil.disk_usage(folder).free
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    for name, tensor in tensors.items():
+        if tensor.nbytes < INLINE_BYTES:
+            model.graph.initializers[name].const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
+    large = [(name, tensor) for name, tensor in tensors.items() if tensor.nbytes >= INLINE_BYTES]
+    large.sort(key=lambda item: item[1].nbytes % ALIGNMENT != 0)  # keeps most offsets aligned
+    need, free = sum(tensor.nbytes for _, tensor in large), shutil.disk_usage(folder).free
     if need > free:
-        raise ResourceExhausted(f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output")
+        raise ResourceExhausted(
+            f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output"
+        )
     try:
-        header = _header(ordered)
         with (folder / WEIGHTS).open("wb") as file:
-            file.write(header)
-            for name, value in ordered:
-                tensor = value.const_value
-                offset = file.tell()
+            file.write(_header(large))
+            for name, tensor in large:
+                offset, shape = file.tell(), ir.Shape(tensor.shape.numpy())
                 _copy(tensor, file)
-                value.const_value = ir.ExternalTensor(
-                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name, base_dir=folder
-                )
+                moved = ir.ExternalTensor(WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=folder)
+                model.graph.initializers[name].const_value = moved
         ir.save(model, folder / MODEL)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -147,11 +145,10 @@ def write(model: ir.Model, folder: Path) -> int:
     return need + (folder / MODEL).stat().st_size
 
 
-def _header(tensors: list[tuple[str, ir.Value]]) -> bytes:
+def _header(tensors: list[tuple[str, ir.TensorProtocol]]) -> bytes:
     """Length-prefixed JSON header (safetensors format specification), padded so that the data begins aligned."""
     entries, offset = {}, 0
-    for name, value in tensors:
-        tensor = value.const_value
+    for name, tensor in tensors:
         whole = tensor.dtype in SAFETENSORS
         entries[name] = {
             "dtype": SAFETENSORS[tensor.dtype] if whole else "U8",
@@ -169,7 +166,7 @@ def _copy(tensor: ir.TensorProtocol, file: BinaryIO) -> None:
     if not isinstance(tensor, ir.ExternalTensor):
         file.write(tensor.tobytes())
         return
-    with open(tensor.path, "rb") as source:
+    with Path(tensor.path).open("rb") as source:
         source.seek(tensor.offset or 0)
         remaining = tensor.nbytes
         while remaining:

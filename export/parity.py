@@ -49,7 +49,7 @@ def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method:
 
 
 def _compare(name: str, wanted: Array, got: Array, floor: float, method: str) -> Parity:
-    difference = np.abs(got.astype(np.float64) - wanted)
+    difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
     scale = float(np.abs(wanted).max(initial=0))
     noise, signal = float((difference**2).mean()), float((wanted.astype(np.float64) ** 2).mean())
     error = float(difference.max(initial=0)) / (scale or 1.0)
@@ -63,7 +63,11 @@ def mapped(part: Part, weights: Mapping[str, TensorRef]) -> Iterator[None]:
     names = parameter_names(part.module, part.component.model)
     handles = []
     for path, module in part.module.named_modules():
-        stored = {key: _view(weights[names[f"{path}.{key}" if path else key]]) for key in module._parameters if module._parameters[key] is not None}
+        stored = {
+            key: _view(weights[names[f"{path}.{key}" if path else key]])
+            for key in module._parameters
+            if module._parameters[key] is not None
+        }
         if stored:
             handles += [module.register_forward_pre_hook(_load(stored)), module.register_forward_hook(_drop(stored))]
     try:

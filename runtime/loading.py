@@ -42,9 +42,8 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
     if wanted is not None:
         target(wanted)
         if wanted not in bundle.targets:
-            raise EngineUnavailable(
-                f"bundle {bundle.name} was not built for '{wanted}': {did_you_mean(wanted, bundle.targets)}. Build it with --target {wanted}"
-            )
+            built = ", ".join(bundle.targets)
+            raise EngineUnavailable(f"bundle {bundle.name} was built for {built}, not for {wanted}: build it with --target {wanted}")
     reasons = []
     for name, engine in targets().items():
         if name not in ([wanted] if wanted else bundle.targets):

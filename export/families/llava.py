@@ -68,7 +68,9 @@ class Decoder(nn.Module):
         position = torch.arange(total, device=inputs_embeds.device)
         causal = position[None, :] <= position[total - length :, None]
         mask = causal[None, None] & (attention_mask[:, None, None, :] != 0)
-        hidden = self.decoder(inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, use_cache=False).last_hidden_state
+        hidden = self.decoder(
+            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
         present = [layer.self_attn.present for layer in self.decoder.layers]
         return (self.head(hidden[:, -1:]), *(tensor for pair in present for tensor in pair))
 
@@ -77,7 +79,7 @@ def _attention(
     module: nn.Module, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, **_: Any
 ) -> tuple[TorchTensor, None]:
     """ONNX `Attention` with past (opset 23): query [batch, heads, length, size], key and value with grouped heads."""
-    past_key, past_value = module.past
+    past_key, past_value = module.past  # type: ignore[misc]
     output, present_key, present_value, _scores = torch.onnx.ops.attention(query, key, value, mask, past_key, past_value, scale=scaling)
     module.present = (present_key, present_value)  # type: ignore[assignment]
     return output.transpose(1, 2), None
@@ -118,10 +120,10 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     pixels = Tensor(name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size))
     embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
     ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
+    features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
     component = Component("", model)
     return [
-        Part("vision_encoder", component, VisionEncoder(model), Signature(
-            inputs=(pixels,), outputs=(Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size)),))),
+        Part("vision_encoder", component, VisionEncoder(model), Signature(inputs=(pixels,), outputs=(features,))),
         Part("token_embedding", component, TokenEmbedding(model), Signature(inputs=(ids,), outputs=(embeds,)), activations=False),
         Part("decoder", component, Decoder(model), Signature(
             inputs=(
@@ -169,7 +171,7 @@ def _tokenizer(source: Source) -> Path:
     file = source.root / "tokenizer.json"
     if not file.is_file():
         raise SourceError(
-            f"{source.root} has no tokenizer.json. Make one: python -c \"from transformers import AutoTokenizer; "
+            f'{source.root} has no tokenizer.json. Make one: python -c "from transformers import AutoTokenizer; '
             f"AutoTokenizer.from_pretrained('{source.root}').save_pretrained('{source.root}')\""
         )
     return file

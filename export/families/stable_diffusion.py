@@ -101,16 +101,33 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
     text_component, unet_component, vae_component = Component("text_encoder", text), Component("unet", unet), Component("vae", vae)
     return [
-        Part("text_encoder", text_component, TextEncoder(text), Signature(
-            inputs=(ids,),
-            outputs=(Tensor(name="last_hidden_state", dtype="float32", dims=(BATCH, sequence, hidden)),))),
-        Part("unet", unet_component, UNet(unet), Signature(
-            inputs=(sample, timestep, states),
-            outputs=(Tensor(name="noise_pred", dtype="float32", dims=(BATCH, unet.config.out_channels, *latents[2:])),))),
-        Part("vae_decoder", vae_component, VaeDecoder(vae), Signature(
-            inputs=(Tensor(name="latents", dtype="float32", dims=latents),), outputs=(image,))),
-        Part("vae_encoder", vae_component, VaeEncoder(vae), Signature(
-            inputs=(image,), outputs=(Tensor(name="latents", dtype="float32", dims=latents),))),
+        Part(
+            "text_encoder",
+            text_component,
+            TextEncoder(text),
+            Signature(inputs=(ids,), outputs=(Tensor(name="last_hidden_state", dtype="float32", dims=(BATCH, sequence, hidden)),)),
+        ),
+        Part(
+            "unet",
+            unet_component,
+            UNet(unet),
+            Signature(
+                inputs=(sample, timestep, states),
+                outputs=(Tensor(name="noise_pred", dtype="float32", dims=(BATCH, unet.config.out_channels, *latents[2:])),),
+            ),
+        ),
+        Part(
+            "vae_decoder",
+            vae_component,
+            VaeDecoder(vae),
+            Signature(inputs=(Tensor(name="latents", dtype="float32", dims=latents),), outputs=(image,)),
+        ),
+        Part(
+            "vae_encoder",
+            vae_component,
+            VaeEncoder(vae),
+            Signature(inputs=(image,), outputs=(Tensor(name="latents", dtype="float32", dims=latents),)),
+        ),
     ]
 
 

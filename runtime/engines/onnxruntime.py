@@ -155,7 +155,9 @@ def _share_cache(graph: Path, lowered: Path, signature: Signature) -> None:
         heads, grouped = query.shape[1], past_key.shape[1]
         packed = [_pack(ir, node, tensor) for tensor in (query, key, value)]
         attributes = {"num_heads": heads, "kv_num_heads": grouped, "scale": node.attributes["scale"].as_float()}
-        fused = ir.node("GroupQueryAttention", [*packed, past_key, past_value, *lengths], attributes, domain=CONTRIB, num_outputs=3, name=node.name)
+        fused = ir.node(
+            "GroupQueryAttention", [*packed, past_key, past_value, *lengths], attributes, domain=CONTRIB, num_outputs=3, name=node.name
+        )
         model.graph.insert_before(node, fused)
         for old, new in zip(node.outputs[1:3], fused.outputs[1:], strict=True):
             new.name, new.type, new.shape = old.name, old.type, old.shape

@@ -51,7 +51,9 @@ class OpenVINO(Engine):
         except MissingDependency as error:
             return Availability(False, reason=str(error))
         names = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
-        return Availability(bool(names), tuple(f"{name} ({full})" for name, full in names.items()), "" if names else "no device", sdk.__version__)
+        return Availability(
+            bool(names), tuple(f"{name} ({full})" for name, full in names.items()), "" if names else "no device", sdk.__version__
+        )
 
     @classmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
@@ -103,7 +105,9 @@ def _compile(signature: Signature, graph: Path, options: Options) -> tuple[Any, 
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **options.settings}
     if device == "CPU":
         # The plugin would choose bfloat16 where there is AMX and an 8-bit KV cache: precision is the bundle's decision, not the machine's.
-        config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+        config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} | (
+            {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
+        )
     try:
         model = core.read_model(graph)
         if signature.states:
