@@ -91,7 +91,8 @@ class ONNXRuntime(Engine):
             binding.bind_ortvalue_output(state.present.name, buffers[state.past.name])
         self._session.run_with_iobinding(binding)
         results = binding.get_outputs()  # in the order they were bound
-        return {name: value.numpy() for name, value in zip(self._outputs, results, strict=False)}
+        # A view of a value dies with the value, so the caller gets copies.
+        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, results, strict=False)}
 
     def trim(self, slot: Slot, length: int) -> None:
         """The next call's mask says how much of the buffers is valid, so there is nothing to do."""
