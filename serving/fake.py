@@ -176,11 +176,19 @@ class FakeServer:
             self.stopped = True
             self.do(self.server.stop(grace))
 
+    async def _finish(self) -> None:
+        """Let RPCs that were cancelled last come to their end before the loop does."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=1)
+        await self._loop.shutdown_asyncgens()
+
     def end(self) -> None:
         for model in self.models.values():
             model.release()
         self.client.close()
         self.stop(0)
+        self.do(self._finish())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
