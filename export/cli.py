@@ -45,7 +45,7 @@ def build(
     """Convert, quantize and compile a model into a bundle."""
     try:
         from export.build import Options
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
