@@ -1,6 +1,6 @@
 """The `enginecast` command. It starts fast: each command imports what it needs when it runs.
 
-build, inspect, verify and bench belong to the layers beside this one and are imported by name, on demand, so that a serving machine
+build, inspect, verify, bench and score belong to the layers beside this one and are imported by name, on demand, so that a serving machine
 needs neither their code nor their dependencies.
 """
 
@@ -191,6 +191,12 @@ def verify(context: typer.Context) -> None:
 @app.command(context_settings=FORWARDED)
 def bench(context: typer.Context) -> None:
     """Measure a bundle on this machine."""
+    _forward("profiles.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
+def score(context: typer.Context) -> None:
+    """Score bundles of the sample models on their task."""
     _forward("profiles.cli", "export", context)
 
 

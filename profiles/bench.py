@@ -1,0 +1,226 @@
+"""Measure models side by side: each in a process of its own, in turns (A B A B), after one run that does not count.
+
+Turns matter because a machine's speed drifts with its load and its heat: what is measured in turns drifts alike.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from types import TracebackType
+from typing import Any, Final
+
+from rich.table import Table
+
+from profiles import machine
+from profiles.memory import GB, Sampler, session_memory, supported
+from profiles.protocol import Hello
+from profiles.rows import Row, Spread
+from profiles.worker import Job
+from runtime.bundle import Bundle
+from runtime.errors import EngineError, InvalidInput, NotFound, did_you_mean
+
+PATIENCE: Final = 10.0
+"""Seconds that a worker gets to end when its input has."""
+Say = Callable[[str], None]
+
+
+class Worker:
+    """A process that measures one model, from `with` to its end. Raises EngineError with what the worker says when it fails."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._command = command
+        self._name = " ".join(command[:3])
+
+    def __enter__(self) -> Worker:
+        try:
+            # A session of its own, so that its memory can be told from others'.
+            self._process = subprocess.Popen(
+                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+            )
+        except OSError as error:
+            raise NotFound(f"worker '{self._command[0]}' cannot be started: {error.strerror}") from None
+        self._sampler = Sampler(lambda: session_memory(self._process.pid)) if supported() else None
+        if self._sampler is not None:
+            self._sampler.__enter__()
+        try:
+            message: Any = self._read()
+            if "metrics" not in message:
+                raise EngineError(f"{self._name} does not begin with its metrics: see profiles/protocol.py for what a worker says")
+        except BaseException:
+            self._stop(0)
+            raise
+        self.hello: Hello = message
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stop(PATIENCE if kind is None else 0)
+
+    def _stop(self, patience: float) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        if self._sampler is not None:
+            self._sampler.__exit__(None, None, None)
+        self._process.stdin.close()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def measure(self, metric: str) -> float:
+        """One repetition."""
+        assert self._process.stdin is not None
+        try:
+            print(metric, file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise EngineError(f"{self._name} ended before it measured {metric}: see its messages above") from None
+        message = self._read()
+        if not isinstance(message.get("value"), (int, float)):
+            raise EngineError(f"{self._name} answered {message} for {metric}, expected a number")
+        return float(message["value"])
+
+    def peak_memory(self) -> int | None:
+        """Peak bytes of anonymous memory since it was asked last; None where that cannot be measured."""
+        return self._sampler.cut().anonymous if self._sampler is not None else None
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        try:
+            message = json.loads(line)
+        except ValueError:
+            said = f"said '{line.strip()}'" if line.strip() else f"ended with exit code {self._process.wait()}"
+            raise EngineError(f"{self._name} {said}, expected a line of JSON: see its messages above") from None
+        if "error" in message:
+            raise EngineError(f"{self._name}: {message['error']}")
+        return dict(message)
+
+
+def bundle_worker(job: Job) -> Worker:
+    """The worker that measures a bundle of ours."""
+    return Worker([sys.executable, "-m", "profiles.worker", job.model_dump_json()])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure, and how often. No metrics means all that the workers have."""
+
+    repeat: int = 5
+    metrics: tuple[str, ...] = ()
+
+
+def bench(bundle: Bundle, workers: Iterable[Worker], plan: Plan, say: Say = lambda line: None) -> list[Row]:
+    """Measure all workers in turns; a row for each metric of each. Raises EngineError, or InvalidInput for a metric none of them has."""
+    with ExitStack() as stack:
+        entered = [stack.enter_context(worker) for worker in workers]  # one after another: loading is timed too
+        metrics = _wanted(plan.metrics, entered)
+        needs = [
+            metric["bytes"]
+            for worker in entered
+            for name, metric in worker.hello["metrics"].items()
+            if name in metrics and "bytes" in metric
+        ]
+        bandwidth = machine.read_bandwidth() if needs else 0.0
+        if needs:
+            say(f"memory is read at {bandwidth / GB:.1f} GB/s")
+        rows = []
+        for metric in metrics:
+            having = [worker for worker in entered if metric in worker.hello["metrics"]]
+            for worker, values in zip(having, turns([_measurement(worker, metric) for worker in having], plan.repeat), strict=True):
+                rows.append(_row(bundle, worker, metric, values, bandwidth))
+                say(f"{metric} on {worker.hello['target']}: {rows[-1].spread.median:.4g} {rows[-1].unit}")
+        for worker in entered:
+            rows += _whole(bundle, worker)
+    return rows
+
+
+def turns(measurements: Sequence[Callable[[], float]], repeat: int) -> list[list[float]]:
+    """Values of each measurement, taken in turns `repeat` times after one turn that does not count."""
+    rounds = [[measure() for measure in measurements] for _ in range(repeat + 1)][1:]
+    return [list(values) for values in zip(*rounds, strict=True)]
+
+
+def _measurement(worker: Worker, metric: str) -> Callable[[], float]:
+    return lambda: worker.measure(metric)
+
+
+def _wanted(asked: Sequence[str], workers: Sequence[Worker]) -> list[str]:
+    known = dict.fromkeys(name for worker in workers for name in worker.hello["metrics"])
+    for name in asked:
+        if name not in known:
+            raise InvalidInput("metric", f"'{name}' is not measured of this bundle: {did_you_mean(name, known)}")
+    return list(asked or known)
+
+
+def _row(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
+    metric = worker.hello["metrics"][name]
+    bound = bandwidth / metric["bytes"] if "bytes" in metric else None
+    return _labelled(bundle, worker.hello, name, metric["unit"], values, bound, metric.get("settings", {}))
+
+
+def _whole(bundle: Bundle, worker: Worker) -> list[Row]:
+    """What is not repeated: loading, and the most memory it took all along."""
+    rows = [_labelled(bundle, worker.hello, "load", "s", [worker.hello["load"]])]
+    peak = worker.peak_memory()
+    return rows if peak is None else [*rows, _labelled(bundle, worker.hello, "memory", "GB", [peak / GB])]
+
+
+def _labelled(
+    bundle: Bundle,
+    hello: Hello,
+    metric: str,
+    unit: str,
+    values: Sequence[float],
+    bound: float | None = None,
+    settings: Mapping[str, int | float | str] | None = None,
+) -> Row:
+    return Row(
+        metric=metric,
+        unit=unit,
+        spread=Spread.of(values),
+        bound=bound,
+        program=hello["program"],
+        bundle=bundle.name,
+        source=bundle.manifest.source.name,
+        quant=hello.get("quant", bundle.manifest.quant),
+        target=hello["target"],
+        device=hello["device"],
+        cpu=machine.cpu_model(),
+        threads=hello["threads"],
+        settings=settings or {},
+        versions=hello["versions"],
+        date=datetime.now(UTC),
+        notes=hello.get("notes", ""),
+    )
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Rows for reading: metrics together, each compared with the first program and target that has it."""
+    shown = Table("metric", "program", "target", "median", "quartiles", "range", "n", "of bound", "ratio")
+    first: dict[str, float] = {}
+    for metric in dict.fromkeys(row.metric for row in rows):
+        for row in (row for row in rows if row.metric == metric):
+            spread = row.spread
+            base = first.setdefault(metric, spread.median)
+            unit, scale = ("ms", 1e3) if row.unit == "s" and base < 0.1 else (row.unit, 1.0)
+            lowest, lower, median, upper, highest = (
+                f"{value * scale:.4g}" for value in (spread.minimum, spread.lower, spread.median, spread.upper, spread.maximum)
+            )
+            shown.add_row(
+                metric,
+                row.program,
+                f"{row.target} {row.quant}",
+                f"{median} {unit}",
+                f"{lower}..{upper}",
+                f"{lowest}..{highest}",
+                str(spread.repetitions),
+                f"{spread.median / row.bound:.0%}" if row.bound else "",
+                f"{spread.median / base:.2f}" if base else "",
+            )
+    return shown

@@ -1,0 +1,123 @@
+"""The measuring commands: bench and score. `enginecast bench` and `enginecast score` are these."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from profiles import machine
+from runtime.errors import InvalidInput, MissingDependency
+
+ROWS: Final = Path("profiles/rows")
+WIDTH: Final = 160
+"""Of tables that do not go to a terminal, in characters."""
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+notes = Console(highlight=False, stderr=True)
+
+Targets = Annotated[list[str] | None, typer.Option("--target", help="Engine to run on; repeat for several. Default: all of the bundle.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
+Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
+StoreAt = Annotated[Path | None, typer.Option("--rows", help=f"That file. Default: {ROWS}/PROCESSOR.jsonl.")]
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder made by `enginecast build`.")],
+    target: Targets = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Repetitions that count; one more is made first.")] = 5,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--metric", "--submodel", help="Measure only this: a submodel, picture, first_token, prefill or decode; may be repeated."
+        ),
+    ] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Width of pictures in pixels.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Height of pictures in pixels.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole picture.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
+    beside: Annotated[list[str] | None, typer.Option(help="Command of another worker to measure in turns (profiles/protocol.py).")] = None,
+    threads: Threads = 0,
+    store: Store = False,
+    rows_file: StoreAt = None,
+) -> None:
+    """Measure a bundle on its targets in turns, each in a process of its own: medians, spread, memory."""
+    from profiles import bench as measuring
+    from profiles.probes import Settings
+    from profiles.rows import append
+    from profiles.worker import Job
+    from runtime.bundle import Bundle
+    from runtime.loading import choose_target
+
+    opened = Bundle(bundle)
+    settings = Settings(width=width, height=height, steps=steps, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    names = [choose_target(opened, name).target for name in target or opened.targets]
+    workers = [measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names]
+    workers += [measuring.Worker(_command(command)) for command in beside or ()]
+    rows = measuring.bench(opened, workers, measuring.Plan(repeat, tuple(metric or ())), notes.print)
+    out.print(measuring.table(rows))
+    if store:
+        append(_store(rows_file), rows)
+
+
+@app.command()
+def score(
+    bundles: Annotated[
+        list[Path] | None, typer.Argument(metavar="BUNDLE...", help="Folders made by `enginecast build` from a sample.")
+    ] = None,
+    source: Annotated[Path | None, typer.Option(help="Checkpoint folder to score first, in plain diffusers or transformers.")] = None,
+    target: Targets = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
+    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance of pictures.")] = 3.0,
+    batch: Annotated[int, typer.Option(min=1, max=32, help="Pictures drawn together.")] = 16,
+    threads: Threads = 0,
+    store: Store = False,
+    rows_file: StoreAt = None,
+) -> None:
+    """Score sample models on their task: the source and each bundle on each target, on the same held-out cases."""
+    try:
+        from profiles import score as scoring
+    except ImportError as error:
+        raise MissingDependency(error.name or "opencv-python-headless", "export") from None
+    from profiles.rows import append
+    from runtime.engine import Options
+
+    if not bundles and source is None:
+        raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
+    kind = scoring.kind_of(source, bundles or ())
+    exam = scoring.Exam(count=count or scoring.COUNTS[kind], steps=steps, guidance_scale=guidance_scale, batch=batch)
+    results = []
+    for subject in scoring.subjects(source, bundles or (), target or (), Options(threads=threads)):
+        with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
+            task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=exam.count)
+            scores = scoring.score(subject, exam, partial(bar.advance, task))
+        notes.print(f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s")
+        results.append((subject, scores))
+        if store:
+            append(_store(rows_file), scoring.rows(subject, exam, scores, threads))
+    out.print(scoring.table(results))
+
+
+def _command(text: str) -> Sequence[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise InvalidInput("beside", f"is no command: {error}") from None
+    if not words:
+        raise InvalidInput("beside", "is empty, expected the command of a worker")
+    return words
+
+
+def _store(path: Path | None) -> Path:
+    return path or ROWS / f"{machine.slug()}.jsonl"

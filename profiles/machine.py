@@ -1,0 +1,67 @@
+"""What a figure depends on besides the bundle: processor, threads, versions, how fast memory can be read."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+PACKAGES: Final = ("numpy", "onnxruntime", "openvino", "tokenizers")
+
+
+def cpu_model() -> str:
+    """The processor's name as the system gives it."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def threads() -> int:
+    """Processors that this program may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def slug() -> str:
+    """A file name for this kind of machine, without its host name: "amd-epyc-2-threads"."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {threads()} threads".lower()).strip("-")
+
+
+def version(package: str) -> str:
+    """The installed version of a distribution, or ""."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python, of what always matters and of the packages named; what is not installed is left out."""
+    found = {name: version(name) for name in (*PACKAGES, *packages)}
+    return {"python": platform.python_version()} | {name: number for name, number in found.items() if number}
+
+
+def program() -> str:
+    """This program's name and version, for rows."""
+    return f"enginecast {version('enginecast')}".strip()
+
+
+def read_bandwidth(nbytes: int = 1 << 29, repeat: int = 5) -> float:
+    """Bytes a second at which all processors together read memory: numpy's maximum over an array far larger than the caches.
+
+    The maximum is taken because it needs the least arithmetic for each element; the best of `repeat` runs counts.
+    """
+    parts = np.array_split(np.ones(nbytes // 4, np.float32), threads())
+    best = 0.0
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(repeat):
+            start = time.perf_counter()
+            list(pool.map(np.max, parts))  # numpy lets go of the interpreter lock while it reduces
+            best = max(best, nbytes / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,102 @@
+"""Measured rows: one schema for every figure, ours or a peer's, kept as JSON lines in `profiles/rows/`.
+
+A row is meant to be read alone, years later: it says what was measured, of what, on what, with which versions and how often.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pydantic import AwareDatetime, Field, ValidationError, model_validator
+
+from runtime.bundle import Frozen
+from runtime.errors import BundleError, NotFound, ResourceExhausted
+
+
+class Spread(Frozen):
+    """Median and spread of repeated measurements of one thing, all in one unit."""
+
+    repetitions: int = Field(ge=1)
+    minimum: float
+    lower: float
+    """First quartile."""
+    median: float
+    upper: float
+    """Third quartile."""
+    maximum: float
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Spread:
+        if not self.minimum <= self.lower <= self.median <= self.upper <= self.maximum:
+            raise ValueError("expected minimum <= lower <= median <= upper <= maximum, all of them numbers")
+        return self
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value; quartiles interpolate between values (method "inclusive" of Python's statistics)."""
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return cls(repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values))
+
+
+class Row(Frozen):
+    """One figure. `metric` is a submodel's name (its latency), or what `profiles.probes` and `profiles.score` call it."""
+
+    metric: str
+    unit: str
+    spread: Spread
+    bound: float | None = None
+    """What the machine's memory speed allows at best, in the same unit; None where nothing simple bounds it."""
+    program: str
+    """Name and version of what was measured, such as "enginecast 0.1.0"."""
+    bundle: str
+    source: str
+    quant: str
+    target: str
+    device: str
+    """As the engine names it: what really ran."""
+    cpu: str
+    threads: int = Field(ge=1)
+    settings: Mapping[str, int | float | str] = Field(default_factory=dict)
+    """What was asked of it: width and height in pixels, steps, tokens, number of cases."""
+    versions: Mapping[str, str]
+    date: AwareDatetime
+    notes: str = ""
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows at the end of a file, all or none. Raises ResourceExhausted when the disk is full."""
+    data = "".join(f"{row.model_dump_json()}\n" for row in rows).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        size = os.fstat(file).st_size
+        try:
+            written = os.write(file, data)  # one write in append mode: rows of two programs do not mix
+        except OSError:
+            written = -1
+        if written != len(data):
+            os.ftruncate(file, size)
+            raise ResourceExhausted(f"{path}: {len(data)} bytes could not be written, nothing was stored: free some disk space")
+    finally:
+        os.close(file)
+
+
+def read(path: Path) -> list[Row]:
+    """Every row of a file, in order. Raises NotFound, or BundleError naming the line that is no row."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise NotFound(f"rows {path} cannot be read ({error.strerror}): `enginecast bench --store` writes such files") from None
+    except UnicodeDecodeError:
+        raise BundleError(f"{path} is no text, expected one row of JSON per line: remove the file or restore it") from None
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(Row.model_validate_json(line))
+        except ValidationError as error:
+            faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'line'}: {fault['msg']}" for fault in error.errors())
+            raise BundleError(f"{path}, line {number} is no row ({faults}): remove or mend that line") from None
+    return rows

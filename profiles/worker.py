@@ -1,0 +1,67 @@
+"""The worker that measures one bundle on one target: `python -m profiles.worker JOB`, which `profiles.bench` starts.
+
+What it says is in `profiles.protocol`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+from profiles import machine
+from profiles.probes import Probe, Settings, probes
+from profiles.protocol import Channel, Hello, Metric
+from runtime.bundle import Frozen
+from runtime.engine import Options
+from runtime.loading import LoadedModel, load_model
+
+
+class Job(Frozen):
+    """Which bundle to load, on which target, with how many threads (0 = all), and what to ask of it."""
+
+    bundle: Path
+    target: str
+    threads: int = 0
+    settings: Settings = Settings()
+
+
+def main() -> None:
+    """Load, then measure until told to end."""
+    channel = Channel()
+    try:
+        job = Job.model_validate_json(sys.argv[1])
+        start = time.perf_counter()
+        model = load_model(job.bundle, job.target, Options(threads=job.threads))
+        load = time.perf_counter() - start
+        found = probes(model, job.settings)
+    except Exception as error:  # the driver shows it
+        channel.fail(error)
+        sys.exit(1)
+    channel.serve(hello(model, job, load, found), {probe.metric: probe.run for probe in found})
+    model.close()
+
+
+def hello(model: LoadedModel, job: Job, load: float, found: list[Probe]) -> Hello:
+    """What this worker is."""
+    return Hello(
+        program=machine.program(),
+        target=model.target,
+        device=model.device,
+        threads=job.threads or machine.threads(),
+        versions=machine.versions(),
+        load=load,
+        metrics={probe.metric: metric(probe) for probe in found},
+        quant=model.bundle.manifest.quant,
+    )
+
+
+def metric(probe: Probe) -> Metric:
+    described = Metric(unit=probe.unit, settings=dict(probe.settings))
+    if probe.nbytes is not None:
+        described["bytes"] = probe.nbytes
+    return described
+
+
+if __name__ == "__main__":
+    main()
