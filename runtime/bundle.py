@@ -12,10 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Final
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Final
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import BundleError, NotFound, did_you_mean
 from runtime.signature import Signature
@@ -23,6 +23,17 @@ from runtime.signature import Signature
 SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 CHUNK: Final = 1 << 22
+
+
+def _inside(path: str) -> str:
+    """A path that cannot leave the folder it is relative to: a bundle may come from anywhere."""
+    parts = PurePosixPath(path)
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path:
+        raise ValueError(f"'{path}' is no path inside the bundle")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(_inside)]
 
 
 class Frozen(BaseModel):
@@ -47,7 +58,7 @@ class Artifact(Frozen):
 
     target: str
     submodel: str
-    files: tuple[str, ...] = ()
+    files: tuple[Inside, ...] = ()
     key: Mapping[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
 
@@ -55,9 +66,9 @@ class Artifact(Frozen):
 class Submodel(Frozen):
     """One network of the model: its signature, where its graph lies, what precision it has."""
 
-    name: str
+    name: Inside
     signature: Signature
-    graph: str
+    graph: Inside
     precision: str
     nbytes: int
     parity: Parity | None = None
@@ -88,7 +99,7 @@ class Manifest(Frozen):
     artifacts: tuple[Artifact, ...]
     config: Mapping[str, Any]
     versions: Mapping[str, str]
-    files: Mapping[str, str]
+    files: Mapping[Inside, str]
     """sha256 of every other file, by path relative to the bundle."""
 
 
@@ -108,7 +119,7 @@ class Bundle:
             if version != SCHEMA:
                 raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA}: build the bundle again")
             self.manifest = Manifest.model_validate(data)
-        except (ValueError, ValidationError) as error:
+        except (ValueError, RecursionError, ValidationError) as error:
             raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
 
     @property

@@ -54,7 +54,6 @@ class Tensor(BaseModel):
         """The shape where each varying dim has the length given under its name."""
         return tuple(lengths[dim.name] if isinstance(dim, Dim) else dim for dim in self.dims)
 
-
     def sample(self, lengths: Mapping[str, int], rng: np.random.Generator) -> Array:
         """A likely value of this tensor at the given lengths."""
         shape = self.shape(lengths)

@@ -1,0 +1,116 @@
+"""Checkpoints and bundles that tests share, each made once in a session, and a cache of build steps that is not the user's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SAMPLES = Path(__file__).parents[1] / "export" / "samples"
+Rename = Callable[[str], str]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the tests' builds keep finished steps."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ENGINECAST_CACHE", str(folder))
+        yield folder
+
+
+def cast(source: str, output: Path, **options: Any) -> Path:
+    """Build a bundle; imported late, because tests of the device side must not need the build side."""
+    from export.build import Options, build
+
+    build(Options(source, output, **options))
+    return output
+
+
+BOTH = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="session")
+def diffusion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of sample:shapes-diffusion, unquantized, for both targets."""
+    return cast("sample:shapes-diffusion", tmp_path_factory.mktemp("bundles") / "shapes-diffusion", targets=BOTH)
+
+
+@pytest.fixture(scope="session")
+def vlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of sample:shapes-vlm, unquantized, for both targets."""
+    return cast("sample:shapes-vlm", tmp_path_factory.mktemp("bundles") / "shapes-vlm", targets=BOTH)
+
+
+@pytest.fixture(scope="session")
+def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion of some ten thousand float16 parameters in the diffusers layout: quick to build, draws noise."""
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-diffusion"
+    sample = SAMPLES / "shapes-diffusion"
+    torch.manual_seed(0)
+    tokens = json.loads((sample / "text_encoder" / "config.json").read_bytes())
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+            **{key: tokens[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")},
+        )
+    )  # fmt: skip
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, scaling_factor=0.5,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    for name, model in (("text_encoder", text), ("unet", unet), ("vae", vae)):
+        model.half().save_pretrained(folder / name)
+    for name in ("tokenizer", "scheduler"):
+        shutil.copytree(sample / name, folder / name)
+    shutil.copy(sample / "model_index.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaVA of two layers with grouped heads, float16, in the transformers layout under its library's own names."""
+    import torch
+    from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-vlm"
+    sample = SAMPLES / "shapes-vlm"
+    config = json.loads((sample / "config.json").read_bytes())
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config["text_config"] |= small | {"num_key_value_heads": 2, "head_dim": 8}
+    config["vision_config"] |= small | {"image_size": 32}
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(config)).half()
+    model.save_pretrained(folder, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json", "generation_config.json"):
+        shutil.copy(sample / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_vlm`, for ONNX Runtime. Tests that alter it take a copy."""
+    return cast(str(tiny_vlm), tmp_path_factory.mktemp("bundles") / "tiny-vlm")
+
+
+@pytest.fixture(params=BOTH)
+def target(request: pytest.FixtureRequest) -> str:
+    """Each target that bundles are built for here; skips with the reason where it cannot be used."""
+    from runtime.engine import targets
+
+    found = targets()[request.param].available()
+    if not found.usable:
+        pytest.skip(f"{request.param}: {found.reason}")
+    return str(request.param)
