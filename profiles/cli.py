@@ -88,6 +88,7 @@ def score(
     """Score sample models on their task: the source and each bundle on each target, on the same held-out cases."""
     try:
         from profiles import score as scoring
+        from profiles import subjects
     except ImportError as error:
         raise MissingDependency(error.name or "opencv-python-headless", "export") from None
     from profiles.rows import append
@@ -95,10 +96,10 @@ def score(
 
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
-    kind = scoring.kind_of(source, bundles or ())
-    exam = scoring.Exam(count=count or scoring.COUNTS[kind], steps=steps, guidance_scale=guidance_scale, batch=batch)
+    kind = subjects.kind_of(source, bundles or ())
+    exam = subjects.Exam(count=count or subjects.COUNTS[kind], steps=steps, guidance_scale=guidance_scale, batch=batch)
     results = []
-    for subject in scoring.subjects(source, bundles or (), target or (), Options(threads=threads)):
+    for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
             task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=exam.count)
             scores = scoring.score(subject, exam, partial(bar.advance, task))
