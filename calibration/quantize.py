@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from calibration.ranges import Range
 from calibration.weights import INT8_PEAK, QuantizedWeight
 from runtime.errors import InvalidInput, did_you_mean
 
@@ -59,14 +60,6 @@ def recipe(name: str, activations: bool = True) -> Recipe:
         raise InvalidInput("quant", f"'{name}' is not a recipe: {did_you_mean(name, RECIPES)}")
     found = RECIPES[name]
     return found if activations or not found.activations else replace(found, name=f"{name}-weight", activations=False)
-
-
-@dataclass(frozen=True)
-class Range:
-    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB."""
-
-    peak: float
-    snr_db: float
 
 
 @dataclass(frozen=True)
