@@ -140,7 +140,7 @@ def config(source: Source) -> dict[str, Any]:
     edge = unet["sample_size"] * pixels
     sizes = Sizes(min=step * pixels, max=_longest(unet["sample_size"]) * pixels, default=edge, multiple=step * pixels)
     return DiffusionConfig(
-        scheduler=SchedulerConfig.model_validate(scheduler),
+        scheduler=SchedulerConfig.parse(scheduler),
         vae=Vae(
             scaling_factor=vae.get("scaling_factor", 0.18215),
             shift_factor=vae.get("shift_factor") or 0.0,
