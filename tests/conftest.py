@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runtime.engine import targets
+
 SAMPLES = Path(__file__).parents[1] / "export" / "samples"
-Rename = Callable[[str], str]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -23,27 +24,24 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-def cast(source: str, output: Path, **options: Any) -> Path:
-    """Build a bundle; imported late, because tests of the device side must not need the build side."""
+def cast(source: str, output: Path) -> Path:
+    """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the build side."""
     from export.build import Options, build
 
-    build(Options(source, output, **options))
+    build(Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable)))
     return output
-
-
-BOTH = ("onnxruntime", "openvino")
 
 
 @pytest.fixture(scope="session")
 def diffusion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of sample:shapes-diffusion, unquantized, for both targets."""
-    return cast("sample:shapes-diffusion", tmp_path_factory.mktemp("bundles") / "shapes-diffusion", targets=BOTH)
+    """The bundle of sample:shapes-diffusion, unquantized."""
+    return cast("sample:shapes-diffusion", tmp_path_factory.mktemp("bundles") / "shapes-diffusion")
 
 
 @pytest.fixture(scope="session")
 def vlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of sample:shapes-vlm, unquantized, for both targets."""
-    return cast("sample:shapes-vlm", tmp_path_factory.mktemp("bundles") / "shapes-vlm", targets=BOTH)
+    """The bundle of sample:shapes-vlm, unquantized."""
+    return cast("sample:shapes-vlm", tmp_path_factory.mktemp("bundles") / "shapes-vlm")
 
 
 @pytest.fixture(scope="session")
@@ -101,15 +99,13 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_bundle(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of `tiny_vlm`, for ONNX Runtime. Tests that alter it take a copy."""
+    """The bundle of `tiny_vlm`. Tests that alter it take a copy."""
     return cast(str(tiny_vlm), tmp_path_factory.mktemp("bundles") / "tiny-vlm")
 
 
-@pytest.fixture(params=BOTH)
+@pytest.fixture(params=sorted(targets()))
 def target(request: pytest.FixtureRequest) -> str:
-    """Each target that bundles are built for here; skips with the reason where it cannot be used."""
-    from runtime.engine import targets
-
+    """Each target there is; skips with the reason where it cannot be used."""
     found = targets()[request.param].available()
     if not found.usable:
         pytest.skip(f"{request.param}: {found.reason}")

@@ -17,7 +17,7 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, MissingDependency
 from runtime.optional import require
-from runtime.signature import Array, Signature
+from runtime.signature import Array, Dim, Signature, Tensor
 
 PROVIDER: Final = "CPUExecutionProvider"
 CONTRIB: Final = "com.microsoft"
@@ -70,17 +70,35 @@ class ONNXRuntime(Engine):
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         try:
-            if slot is None:
+            if not self.submodel.signature.states:
                 return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
-            return self._run_slot(inputs, slot)
-        except (RuntimeError, ValueError) as error:
+            return self._run_slot(inputs, slot or Slot())
+        except EngineError:
+            raise
+        except Exception as error:  # the SDK raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
+        """Run on a slot's buffers. GroupQueryAttention continues several rows only one position at a time, and reads no padding."""
+        if not inputs["attention_mask"].all():
+            raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: attention_mask has zeros, expected rows without padding")
+        (batch, sequence), total = inputs["position_ids"].shape, inputs["attention_mask"].shape[1]
+        cache = self._slots.setdefault(slot, _Cache(self.submodel.signature, batch))
+        if batch != cache.batch:
+            raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: the slot holds {cache.batch} rows, this call has {batch}")
+        buffers = cache.reserve(total)
+        if batch == 1 or sequence in (1, total):
+            return self._run_bound(inputs, buffers)
+        outputs: dict[str, Array] = {}
+        for position in range(sequence):
+            now = {"sequence": slice(position, position + 1), "total": slice(total - sequence + position + 1)}
+            outputs = self._run_bound(
+                {tensor.name: _cut(tensor, inputs[tensor.name], now) for tensor in self.submodel.signature.inputs}, buffers
+            )
+        return outputs
+
+    def _run_bound(self, inputs: Mapping[str, Array], buffers: Mapping[str, Any]) -> dict[str, Array]:
         """Bind past and present of each state to the same buffer, so that keys and values are written where they stay."""
-        batch, total = inputs["attention_mask"].shape
-        cache = self._slots.setdefault(slot, _Cache(self.submodel.signature))
-        buffers = cache.reserve(batch, total)
         binding = self._session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
@@ -95,7 +113,9 @@ class ONNXRuntime(Engine):
         return {name: np.array(value.numpy()) for name, value in zip(self._outputs, results, strict=False)}
 
     def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the buffers is valid, so there is nothing to do."""
+        """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to forget."""
+        if length == 0:
+            self._slots.pop(slot, None)
 
     def close(self) -> None:
         self._slots.clear()
@@ -105,27 +125,30 @@ class ONNXRuntime(Engine):
 class _Cache:
     """The buffers of one slot, [batch, heads, capacity, size] each."""
 
-    def __init__(self, signature: Signature) -> None:
+    def __init__(self, signature: Signature, batch: int) -> None:
         self.states = signature.states
+        self.batch = batch
         self.capacity = 0
-        self.arrays: dict[str, Array] = {}
         self.values: dict[str, Any] = {}
 
-    def reserve(self, batch: int, length: int) -> dict[str, Any]:
+    def reserve(self, length: int) -> dict[str, Any]:
         """Buffers that hold at least `length` positions, with what they held before."""
         if length > self.capacity:
             sdk = require("onnxruntime", "onnxruntime")
             self.capacity = max(FIRST_CAPACITY, 1 << (length - 1).bit_length())
             for state in self.states:
                 name = state.past.name
-                grown = np.zeros(state.past.shape({"batch": batch, "past": self.capacity}), state.past.dtype)
-                if name in self.arrays:
-                    held = self.arrays[name]
+                grown = np.zeros(state.past.shape({"batch": self.batch, "past": self.capacity}), state.past.dtype)
+                if name in self.values:
+                    held = self.values[name].numpy()
                     grown[:, :, : held.shape[2]] = held
-                self.arrays[name] = grown
                 self.values[name] = sdk.OrtValue.ortvalue_from_numpy(grown)
-                self.arrays[name] = self.values[name].numpy()
         return self.values
+
+
+def _cut(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
+    """The part of an array that lies within the given range of each varying dim."""
+    return array[tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)]
 
 
 def _session(graph: Path, weights: Path, options: Options) -> Any:

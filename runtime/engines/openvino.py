@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -42,7 +42,7 @@ class OpenVINO(Engine):
         self.device = device
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self._slots: WeakKeyDictionary[Slot, Any] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Slot, _Held] = WeakKeyDictionary()
 
     @classmethod
     def available(cls) -> Availability:
@@ -67,10 +67,10 @@ class OpenVINO(Engine):
         return cls(submodel, compiled, device)
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
-        request = self._request if slot is None else self._slot(slot)
-        feed = dict(inputs)
+        request, feed = self._request, dict(inputs)
         if self.submodel.signature.states:
-            batch = next(iter(inputs.values())).shape[0]
+            batch = len(next(iter(inputs.values())))
+            request = self._slot(slot or Slot(), batch)
             feed[BEAMS] = np.arange(batch, dtype=np.int32)
         try:
             results = request.infer(feed, share_inputs=True)
@@ -79,11 +79,12 @@ class OpenVINO(Engine):
         return {tensor.name: np.array(results[tensor.name]) for tensor in self.submodel.signature.outputs}
 
     def trim(self, slot: Slot, length: int) -> None:
-        sdk = require("openvino", "openvino")
         if length == 0:
             self._slots.pop(slot, None)
+        if slot not in self._slots:
             return
-        for state in self._slot(slot).query_state():
+        sdk = require("openvino", "openvino")
+        for state in self._slots[slot].request.query_state():
             kept = np.ascontiguousarray(state.state.data[:, :, :length])
             state.state = sdk.Tensor(kept)
 
@@ -91,10 +92,21 @@ class OpenVINO(Engine):
         self._slots.clear()
         self._request = self._compiled = None
 
-    def _slot(self, slot: Slot) -> Any:
+    def _slot(self, slot: Slot, batch: int) -> Any:
+        """The infer request that holds the slot's states. The plugin would read beyond them for rows that they do not have."""
         if slot not in self._slots:
-            self._slots[slot] = self._compiled.create_infer_request()
-        return self._slots[slot]
+            self._slots[slot] = _Held(self._compiled.create_infer_request(), batch)
+        held = self._slots[slot]
+        if held.batch != batch:
+            raise EngineError(f"OpenVINO could not run {self.submodel.name}: the slot holds {held.batch} rows, this call has {batch}")
+        return held.request
+
+
+class _Held(NamedTuple):
+    """What a slot has: an infer request with its states, and their number of rows."""
+
+    request: Any
+    batch: int
 
 
 def _compile(signature: Signature, graph: Path, options: Options) -> tuple[Any, str]:

@@ -111,7 +111,7 @@ def test_bind_names_what_is_wrong(changes: dict[str, Any], message: str) -> None
 
 @pytest.mark.parametrize("shape", [(1, 3, 12, 16), (1, 3, 72, 16), (1, 4, 16, 16)])
 def test_bind_checks_multiples_and_fixed_dims(shape: tuple[int, ...]) -> None:
-    with pytest.raises(InvalidInput, match="^image: "):
+    with pytest.raises(InvalidInput, match=r"^image: "):
         IMAGE.bind({"image": np.zeros(shape, np.float32)})
 
 
