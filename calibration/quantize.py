@@ -156,7 +156,7 @@ def _layer(node: ir.Node) -> _Layer | None:
     transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     value = node.inputs[1]
     while value is not None and (producer := value.producer()) is not None:
-        if producer.op_type == "Transpose" and _name(value) and value.shape is not None and len(value.shape) == 2:
+        if producer.op_type == "Transpose" and list(producer.attributes.get_ints("perm", ())) == [1, 0]:
             transposed = not transposed
         elif producer.op_type != "Cast":
             return None

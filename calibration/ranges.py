@@ -21,7 +21,7 @@ from runtime.errors import InvalidInput
 from runtime.signature import Array
 
 BINS: Final = 4096
-CLIPS: Final = np.linspace(1.0, 0.3, 36)
+CLIPS: Final = tuple(1 - i / 50 for i in range(36))
 """Shares of the largest magnitude tried as the peak that int8 spans."""
 GROUP_BYTES: Final = 512 << 20
 """Activations that one run may return together, of the size they have with the first input."""
@@ -63,16 +63,17 @@ class Histogram:
 
     def range(self) -> Range:
         """The peak of least squared error, and the signal to noise ratio it gives. A tensor that is always zero loses nothing."""
-        centers = (np.arange(BINS) + 0.5) * (self.top / BINS)
+        centers = (np.arange(BINS, dtype=np.float64) + 0.5) * (self.top / BINS)
         used = np.flatnonzero(self.counts)
-        values, counts = centers[used], self.counts[used].astype(np.float64)
+        values = centers[used]
+        counts = self.counts[used].astype(np.float64)
         if self.largest == 0:
             return Range(0.0, math.inf)
-        peaks = self.largest * CLIPS
-        errors = [float(np.dot(counts, _error(values, float(peak)))) for peak in peaks]
+        peaks = [self.largest * share for share in CLIPS]
+        errors = [float(np.dot(counts, _error(values, peak))) for peak in peaks]
         best = int(np.argmin(errors))
         power = float(np.dot(counts, values**2))
-        return Range(float(peaks[best]), 10 * math.log10(power / errors[best]) if errors[best] else math.inf)
+        return Range(peaks[best], 10 * math.log10(power / errors[best]) if errors[best] else math.inf)
 
 
 def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
