@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -247,7 +247,7 @@ def _calibrate(state: Build, folder: Path) -> Mapping[str, Mapping[str, Range]]:
             tensors = activation_tensors(ir.load(float_graph), recipe(state.options.quant))
             found[part.name] = collect_ranges(float_graph, tensors, samples[part.name])
         shutil.rmtree(floating)
-        path.write_text(json.dumps({name: {tensor: astuple(seen) for tensor, seen in part.items()} for name, part in found.items()}))
+        path.write_text(json.dumps({name: {tensor: list(seen) for tensor, seen in part.items()} for name, part in found.items()}))
 
     key = key_of("ranges", state.fingerprint, state.options.quant, state.versions, _code())
     data = json.loads(cached(key, ".json", measure).read_bytes())

@@ -91,7 +91,7 @@ def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
     for node in lookups:
         node.replace_input_with(0, stored)
         output = node.outputs[0]
-        output.dtype = stored.dtype or COMPUTE
+        output.type = stored.type  # a new one: values may share the old one
         cast = _cast(output, f"{node.name}/Cast")
         output.name, cast.outputs[0].name = f"{output.name}.stored", output.name
         ir.convenience.replace_all_uses_with(output, cast.outputs[0], replace_graph_outputs=True)
@@ -106,7 +106,7 @@ def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
 
 def _cast(value: ir.Value, name: str) -> ir.Node:
     cast = ir.node("Cast", [value], {"to": COMPUTE}, name=name)
-    cast.outputs[0].name, cast.outputs[0].dtype, cast.outputs[0].shape = f"{value.name}.float", COMPUTE, value.shape
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{value.name}.float", ir.TensorType(COMPUTE), value.shape
     return cast
 
 
