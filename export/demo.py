@@ -25,7 +25,19 @@ def main() -> None:
     outputs = []
     for sample in ("shapes-diffusion", "shapes-vlm"):
         outputs.append(str(BUNDLES / f"{sample}-int8"))
-        run("build", f"sample:{sample}", "--target", "onnxruntime", "--target", "openvino", "--quant", "int8", "--output", outputs[-1], "--force")
+        run(
+            "build",
+            f"sample:{sample}",
+            "--target",
+            "onnxruntime",
+            "--target",
+            "openvino",
+            "--quant",
+            "int8",
+            "--output",
+            outputs[-1],
+            "--force",
+        )
     print(f"$ enginecast serve {' '.join(outputs)}", flush=True)
     command = [*ENGINECAST, "serve", *outputs, "--address", "127.0.0.1:0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as server:

@@ -72,10 +72,10 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
         if value is None:
             continue
         ref = weights[name]
-        data_type = STORED[ref.dtype]
+        data_type, file = STORED[ref.dtype], ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
         stored = ir.Value(name=name, type=ir.TensorType(data_type), shape=ir.Shape(ref.shape))
         stored.const_value = ir.ExternalTensor(
-            ref.file.name, ref.offset, ref.nbytes, data_type, shape=ir.Shape(ref.shape), name=name, base_dir=ref.file.parent
+            file.name, ref.offset, ref.nbytes, data_type, shape=ir.Shape(ref.shape), name=name, base_dir=file.parent
         )
         del model.graph.initializers[traced]
         _replace(model, value, stored)

@@ -138,8 +138,8 @@ class Bundle:
         """The targets the bundle was built for, in the order it was asked for them."""
         return tuple(dict.fromkeys(artifact.target for artifact in self.manifest.artifacts))
 
-    def verify(self) -> None:
-        """Compare every file with its hash. Raises BundleError naming each file that is missing, altered or unknown."""
+    def verify(self, strangers: bool = True) -> None:
+        """Compare every file with its hash. Raises BundleError naming each that is missing, altered or, with `strangers`, unknown."""
         faults = []
         for relative, expected in self.manifest.files.items():
             path = self.root / relative
@@ -148,7 +148,8 @@ class Bundle:
             elif sha256(path) != expected:
                 faults.append(f"{relative} was altered")
         present = {str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file()} - {MANIFEST}
-        faults += [f"{relative} is not in the manifest" for relative in sorted(present - set(self.manifest.files))]
+        if strangers:
+            faults += [f"{relative} is not in the manifest" for relative in sorted(present - set(self.manifest.files))]
         if faults:
             raise BundleError(f"bundle {self.root} is damaged: {'; '.join(faults)}. Copy or build it again")
 
