@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import onnx_ir as ir
-from calibration.data import capture
-from calibration.ranges import Range, collect_ranges
 
 import export.trace
+from calibration.data import capture
 from calibration.quantize import Recipe, activation_tensors, quantize, recipe
+from calibration.ranges import Range, collect_ranges
 from export import graph, parity
 from export.family import Family, Part, family_of
 from export.progress import Listener, Progress, Step

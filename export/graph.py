@@ -72,7 +72,8 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
         if value is None:
             continue
         ref = weights[name]
-        data_type, file = STORED[ref.dtype], ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
+        data_type = STORED[ref.dtype]
+        file = ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
         stored = ir.Value(name=name, type=ir.TensorType(data_type), shape=ir.Shape(ref.shape))
         stored.const_value = ir.ExternalTensor(
             file.name, ref.offset, ref.nbytes, data_type, shape=ir.Shape(ref.shape), name=name, base_dir=file.parent

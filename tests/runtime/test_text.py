@@ -125,7 +125,7 @@ def test_helpers_of_templates_equal_transformers(mistral: ChatText) -> None:
 
 
 def test_a_template_that_refuses_is_invalid_input(mistral: ChatText) -> None:
-    with pytest.raises(InvalidInput, match="messages: .*no system messages here"):
+    with pytest.raises(InvalidInput, match=r"messages: .*no system messages here"):
         mistral.render([Message("system", ("be brief",)), Message("user", ("hi",))])
 
 
@@ -164,13 +164,13 @@ def test_where_templates_lie(tmp_path: Path, name: str, content: str) -> None:
 
 
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="tokenizer.json cannot be read"):
+    with pytest.raises(BundleError, match=r"tokenizer.json cannot be read"):
         ChatText(tmp_path)
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(BundleError, match="no chat template"):
         ChatText(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    with pytest.raises(BundleError, match="tokenizer_config.json cannot be read"):
+    with pytest.raises(BundleError, match=r"tokenizer_config.json cannot be read"):
         ChatText(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
     with pytest.raises(BundleError, match="no added token 400"):
