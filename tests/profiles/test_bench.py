@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from profiles import bench, cli, machine, probes, rows
+from profiles.bench import Plan, Worker
+from profiles.probes import Settings
+from runtime.bundle import Bundle
+from runtime.errors import EngineError, InvalidInput, NotFound
+from runtime.loading import LoadedModel, load_model
+
+WORKER = """
+import sys
+from profiles.protocol import Channel, Hello, Metric
+channel = Channel()
+print("a library's chatter")
+name, log = sys.argv[1:]
+def value(metric):
+    def run():
+        with open(log, "a") as file:
+            file.write(name + metric + " ")
+        return 1 / 0 if metric == "broken" else float(len(open(log).read().split()))
+    return run
+names = ["first", "broken", "only " + name]
+metrics = {metric: Metric(unit="tokens/s", bytes=1e6) if metric == "first" else Metric(unit="s") for metric in names}
+channel.serve(
+    Hello(program="p " + name, target="t", device="d", threads=1, versions={}, load=0.25, metrics=metrics, quant="int4"),
+    {metric: value(metric) for metric in names},
+)
+"""
+
+
+def worker(name: str, log: Path) -> Worker:
+    return Worker([sys.executable, "-c", WORKER, name, str(log)])
+
+
+def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle) -> None:
+    log = tmp_path / "log"
+    plan = Plan(repeat=2, metrics=("first", "only B"))
+    found = bench.bench(bundle, [worker("A", log), worker("B", log)], plan)
+    assert log.read_text().split() == ["Afirst", "Bfirst"] * 3 + ["Bonly", "B"] * 3
+    by_name = {(row.program, row.metric): row for row in found}
+    a, b = by_name["p A", "first"], by_name["p B", "first"]
+    assert (a.spread.minimum, a.spread.maximum, a.spread.repetitions) == (3, 5, 2) and b.spread.median == 5  # the first turn is left out
+    assert a.bound is not None and a.bound > 1000 and a.unit == "tokens/s"
+    assert (a.bundle, a.source, a.quant, a.device, a.threads) == ("fake", "fake-source", "int4", "d", 1)
+    assert by_name["p A", "load"].spread.median == 0.25
+    assert 0.001 < by_name["p B", "memory"].spread.median < 1
+    assert [row.metric for row in found] == ["first", "first", "only B", "load", "memory", "load", "memory"]
+    console = Console(width=200, record=True, quiet=True)
+    console.print(bench.table(found))
+
+
+def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> None:
+    log = tmp_path / "log"
+    with pytest.raises(EngineError, match="ZeroDivisionError: division by zero"):
+        bench.bench(bundle, [worker("A", log)], Plan(metrics=("broken",)))
+    with pytest.raises(InvalidInput, match="metric: 'frist' is not measured of this bundle: did you mean 'first'"):
+        bench.bench(bundle, [worker("A", log)], Plan(metrics=("frist",)))
+    with pytest.raises(NotFound, match="'no-such-worker' cannot be started"):
+        bench.bench(bundle, [Worker(["no-such-worker"])], Plan())
+    for code, message in [("", "ended with exit code 0"), ("print('hi')", "said 'hi'"), ("print('{}')", "does not begin with its metrics")]:
+        with pytest.raises(EngineError, match=message):
+            bench.bench(bundle, [Worker([sys.executable, "-c", code])], Plan())
+
+
+def test_turns() -> None:
+    order: list[str] = []
+
+    def measure(name: str) -> float:
+        order.append(name)
+        return float(len(order))
+
+    assert bench.turns([lambda: measure("a"), lambda: measure("b")], 2) == [[3, 5], [4, 6]]
+    assert order == ["a", "b"] * 3
+
+
+def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:
+    found = {probe.metric: probe for probe in probes.probes(drawing, Settings(width=256, height=64, steps=2))}
+    assert list(found) == ["text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"]
+    assert found["unet"].settings == {"sample": "2x4x4x16", "timestep": "2", "encoder_hidden_states": "2x32x8"}  # 2: guidance
+    assert found["vae_decoder"].settings == {"latents": "1x4x4x16"}
+    assert found["vae_encoder"].settings == {"image": "1x3x128x128"}
+    assert found["picture"].settings == {"width": 256, "height": 64, "steps": 2}
+    engines: Any = drawing.engines
+    assert not any(engine.calls for engine in engines.values())
+    assert all(probe.run() > 0 for probe in found.values())
+    assert len(engines["unet"].calls) == 3 and len(engines["vae_decoder"].calls) == 2
+    with pytest.raises(InvalidInput, match="width"):
+        probes.probes(drawing, Settings(width=100))
+
+
+def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:
+    model = load_model(tiny_bundle, "onnxruntime")
+    found = {probe.metric: probe for probe in probes.probes(model, Settings(prompt_tokens=40, new_tokens=5))}
+    assert list(found) == ["vision_encoder", "token_embedding", "first_token", "prefill", "decode"]
+    assert found["decode"].settings["new_tokens"] == 5 and 30 < int(found["decode"].settings["prompt_tokens"]) <= 40
+    decoder = model.bundle.submodel("decoder")
+    assert found["decode"].nbytes is not None and found["decode"].nbytes > decoder.nbytes
+    assert found["decode"].unit == found["prefill"].unit == "tokens/s"
+    assert all(probe.run() > 0 for probe in found.values())
+    with pytest.raises(InvalidInput, match="prompt_tokens: is 2, expected at least"):
+        probes.probes(model, Settings(prompt_tokens=2))
+    with pytest.raises(InvalidInput, match="max_tokens"):
+        probes.probes(model, Settings(new_tokens=5000))
+    model.close()
+
+
+def test_command_line(tiny_bundle: Path, tmp_path: Path) -> None:
+    stored = tmp_path / "rows.jsonl"
+    arguments = ["bench", str(tiny_bundle), "--metric", "decode", "--repeat", "2", "--prompt-tokens", "30", "--new-tokens", "4", "--store"]
+    ended = CliRunner().invoke(cli.app, [*arguments, "--rows", str(stored)])
+    assert ended.exit_code == 0, ended.output
+    assert [row.metric for row in rows.read(stored)] == ["decode", "load", "memory"]
+    decode = rows.read(stored)[0]
+    assert (decode.target, decode.quant, decode.spread.repetitions) == ("onnxruntime", "none", 2)
+    assert "onnxruntime" in ended.output and "decode" in ended.output
+
+
+def test_a_worker_that_cannot_load_says_why(bundle: Bundle) -> None:
+    job = json.dumps({"bundle": str(bundle.root), "target": "openvino"})
+    ended = subprocess.run([sys.executable, "-m", "profiles.worker", job], capture_output=True, text=True)
+    assert ended.returncode == 1 and "error" in json.loads(ended.stdout)
+
+
+def test_machine() -> None:
+    assert machine.cpu_model() and machine.threads() >= 1
+    assert machine.slug().endswith(f"{machine.threads()}-threads") and " " not in machine.slug()
+    assert machine.versions()["numpy"] and "no-such-package" not in machine.versions("no-such-package")
+    assert machine.read_bandwidth(1 << 22, 1) > 1e8
