@@ -109,7 +109,9 @@ class Build:
     @cached_property
     def key(self) -> str:
         options = self.options
-        return key_of(self.fingerprint, self.name, options.quant, sorted(options.targets), options.parity, self.versions, _code())
+        files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
+        asked = (self.name, options.quant, sorted(options.targets), options.parity)
+        return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, _code())
 
     def recipe(self, part: Part) -> Recipe | None:
         return None if self.options.quant == "none" else recipe(self.options.quant, activations=part.activations)
@@ -154,8 +156,12 @@ def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bun
     state = Build.open(options)
     existing = _existing(options.output)
     if existing is not None and existing.manifest.key == state.key:
-        existing.verify()
-        return existing, {}
+        try:
+            existing.verify()
+            return existing, {}
+        except BundleError:
+            if not options.force:
+                raise
     progress = Progress(state.steps(), listen)
     with staging(options.output, options.force) as folder:
         _fill(state, folder, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,27 +18,40 @@ from typing import Any, Final
 from runtime.bundle import MANIFEST
 from runtime.errors import InvalidInput, ResourceExhausted
 
-JANITOR: Final = "import shutil, sys; sys.stdin.read(); shutil.rmtree(sys.argv[1], ignore_errors=True)"
-"""Waits for the end of its input, which also comes when the build is killed, and removes the folder."""
+JANITOR: Final = """
+import pathlib, shutil, sys
+sys.stdin.read()
+folder, cache, process = sys.argv[1:]
+shutil.rmtree(folder, ignore_errors=True)
+for path in pathlib.Path(cache).glob(f"*.{process}.*"):
+    path.unlink(missing_ok=True)
+"""
+"""Waits for the end of its input, which also comes when the build is killed, and removes the folder and what is unfinished in the cache."""
 
 
 @contextmanager
 def staging(output: Path, force: bool) -> Iterator[Path]:
     """A new folder beside `output`, which takes its place when the block ends well and is removed otherwise, even after SIGKILL.
 
-    Raises InvalidInput when `output` exists and is not ours to replace.
+    Raises InvalidInput when `output` exists and is not ours to replace, ResourceExhausted when the disk is full.
     """
     _check_replaceable(output, force)
-    output.parent.mkdir(parents=True, exist_ok=True)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
     except OSError as error:
         raise ResourceExhausted(f"cannot write beside {output}: {error.strerror}. Choose another --output") from None
-    janitor = subprocess.Popen([sys.executable, "-c", JANITOR, str(folder)], stdin=subprocess.PIPE, start_new_session=True)
+    arguments = [str(folder), str(cache_folder()), str(os.getpid())]
+    janitor = subprocess.Popen([sys.executable, "-c", JANITOR, *arguments], stdin=subprocess.PIPE, start_new_session=True)
     try:
         yield folder
         folder.chmod(0o755)
         _replace(folder, output)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        where = f"{output.parent} or the cache {cache_folder()}"
+        raise ResourceExhausted(f"the disk of {where} is full: free some space, choose another --output or set ENGINECAST_CACHE") from None
     finally:
         janitor.communicate()
 
@@ -77,11 +91,20 @@ def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
     """The file kept under `key`; made by `make(path)` when it is not there yet. Only whole files are ever seen."""
     path = cache_folder() / f"{key}{suffix}"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{key}.{os.getpid()}{suffix}")
+        part = unfinished(f"{key}{suffix}")
         try:
             make(part)
             part.replace(path)
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def unfinished(name: str) -> Path:
+    """A path in the cache for something under way. Whatever lies there is removed when the build ends, however it ends."""
+    folder, stem = cache_folder(), Path(name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ResourceExhausted(f"cannot write the cache {folder}: {error.strerror}. Set ENGINECAST_CACHE to another folder") from None
+    return folder / f"{stem.stem}.{os.getpid()}{stem.suffix}"

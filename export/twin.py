@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Final
 
 import torch
 from safetensors.torch import save_file
 
 from export.family import Part
+from export.staging import unfinished
 from export.tensors import TensorRef, read_header, release
 
 STD: Final = 0.05
@@ -27,8 +26,10 @@ def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
         values = torch.randn(parameter.shape, generator=generator) * STD
         is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a normalisation
         tensors[name] = (values + 1 if is_scale else values).half()
-    with TemporaryDirectory(prefix="enginecast-twin-") as folder:
-        file = Path(folder) / "model.safetensors"
+    file = unfinished(f"{part.name}-twin.safetensors")
+    try:
         save_file(tensors, file)
         yield read_header(file)[1]
+    finally:
         release()
+        file.unlink(missing_ok=True)

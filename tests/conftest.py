@@ -92,8 +92,11 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(config)).half()
     model.save_pretrained(folder, save_original_format=False)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "processor_config.json", "generation_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(sample / name, folder)
+    processor = json.loads((sample / "processor_config.json").read_bytes())
+    processor["image_processor"] |= {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
     return folder
 
 
