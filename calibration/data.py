@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import count, islice
+from typing import Any, Final
 
 import numpy as np
 
 from calibration.questions import draw_scene, scene_questions
 from calibration.scenes import held_out, picture_scenes, render
+from runtime.errors import InvalidInput
 from runtime.loading import LoadedModel
 from runtime.pipeline import Call, ImageReady, Outputs, Pipeline, drive
 from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest
+from runtime.pipelines.diffusion import ImageRequest
 from runtime.signature import Array
 from runtime.text import Message
 
@@ -20,6 +22,8 @@ VAE_ENCODER: Final = "vae_encoder"
 SAMPLES: Final = 24
 """Calls kept of each submodel."""
 REQUESTS: Final = 8
+TRIES: Final = 4
+"""Requests tried for each one wanted."""
 STEPS: Final = 12
 MAX_TOKENS: Final = 24
 
@@ -36,26 +40,45 @@ PROMPTS: Final = (
 """Prompts of general models: people, places, things, and several styles."""
 
 
-def image_requests(count: int = REQUESTS, seed: int = 0) -> list[ImageRequest]:
-    """Pictures to draw: general prompts and scenes of coloured shapes in turn, each with its own seed. No scene is a held-out one."""
+def image_requests(seed: int = 0) -> Iterator[ImageRequest]:
+    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out."""
     rng = np.random.default_rng(seed)
-    scenes = [scene for scene in picture_scenes() if not held_out(scene.caption)]
-    chosen = iter([scenes[i].caption for i in rng.permutation(len(scenes))])
-    prompts = [PROMPTS[i // 2 % len(PROMPTS)] if i % 2 else next(chosen) for i in range(count)]
-    return [ImageRequest(prompt=prompt, steps=STEPS, seed=seed + i) for i, prompt in enumerate(prompts)]
+    captions = [scene.caption for scene in picture_scenes() if not held_out(scene.caption)]
+    for i in count():
+        prompt = PROMPTS[i // 2 % len(PROMPTS)] if i % 2 else captions[rng.integers(len(captions))]
+        yield ImageRequest(prompt=prompt, steps=STEPS, seed=seed + i)
 
 
-def chat_requests(count: int = REQUESTS, seed: int = 0) -> list[ChatRequest]:
-    """Questions about drawn scenes, none of them a held-out one, answered greedily."""
+def chat_requests(seed: int = 0) -> Iterator[ChatRequest]:
+    """Questions about drawn scenes, without end, none of them held out, answered greedily."""
     rng = np.random.default_rng(seed)
-    requests = []
-    for _ in range(count):
+    while True:
         scene = draw_scene(rng)
         questions = scene_questions(scene, rng)
         question = questions[rng.integers(len(questions))]
         message = Message("user", (render(scene, rng), question.text))
-        requests.append(ChatRequest(messages=(message,), max_tokens=MAX_TOKENS, temperature=0.0, seed=seed))
-    return requests
+        yield ChatRequest(messages=(message,), max_tokens=MAX_TOKENS, temperature=0.0, seed=seed)
+
+
+def accepted(pipeline: Callable[[Any], Pipeline], requests: Iterable[ImageRequest | ChatRequest], wanted: int) -> Iterator[Pipeline]:
+    """The first `wanted` requests that a model can read, ready to be driven. Raises what the model raised when it reads none of TRIES.
+
+    A prompt may be too long for a small model's tokenizer, or a picture too many for its context.
+    """
+    found = 0
+    refusal: InvalidInput | None = None
+    for request in islice(requests, TRIES * wanted):
+        try:
+            ready = pipeline(request)
+        except InvalidInput as error:
+            refusal = error
+            continue
+        yield ready
+        found += 1
+        if found == wanted:
+            return
+    if not found and refusal is not None:
+        raise refusal
 
 
 def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> dict[str, list[dict[str, Array]]]:
@@ -64,15 +87,11 @@ def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> dict[str
     No pipeline encodes pictures into latents, so a model that draws has its own pictures offered to its VAE encoder.
     """
     sample = Sample([submodel.name for submodel in model.bundle.manifest.submodels], limit, seed)
-    if isinstance(model.pipeline, DiffusionPipeline):
-        for request in image_requests(seed=seed):
-            for event in drive(sample.watch(model.pipeline(request)), model.engines):
-                if isinstance(event, ImageReady):
-                    sample.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
-    else:
-        for question in chat_requests(seed=seed):
-            for _ in drive(sample.watch(model.pipeline(question)), model.engines):
-                pass
+    requests = image_requests(seed) if model.kind == "diffusion" else chat_requests(seed)
+    for pipeline in accepted(model.pipeline, requests, REQUESTS):
+        for event in drive(sample.watch(pipeline), model.engines):
+            if isinstance(event, ImageReady):
+                sample.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
     return sample.kept
 
 

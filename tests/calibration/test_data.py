@@ -2,31 +2,50 @@
 
 from __future__ import annotations
 
-import numpy as np
+from itertools import islice
 
-from calibration.data import PROMPTS, Sample, chat_requests, image_requests
+import numpy as np
+import pytest
+
+from calibration.data import PROMPTS, Sample, accepted, chat_requests, image_requests
 from calibration.scenes import held_out
 from runtime.engine import FakeEngine, Slot
+from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event, Pipeline, Progress, drive
+from runtime.pipelines.diffusion import ImageRequest
 
 
 def test_requests_are_seeded_and_mixed() -> None:
-    requests = image_requests(8)
-    assert [r.prompt for r in requests] == [r.prompt for r in image_requests(8)]
-    assert [r.prompt for r in requests] != [r.prompt for r in image_requests(8, seed=1)]
+    requests, again, others = (list(islice(image_requests(seed), 8)) for seed in (0, 0, 1))
+    assert [r.prompt for r in requests] == [r.prompt for r in again]
+    assert [r.prompt for r in requests] != [r.prompt for r in others]
     assert len({r.seed for r in requests}) == 8
     assert {r.prompt for r in requests[1::2]} == set(PROMPTS[:4])
 
 
 def test_no_case_that_models_are_scored_on_is_used() -> None:
-    assert not any(held_out(request.prompt) for request in image_requests(40)[::2])
+    assert not any(held_out(request.prompt) for request in islice(image_requests(), 0, 40, 2))
 
 
 def test_questions_show_a_picture() -> None:
-    first, again = chat_requests(6), chat_requests(6)
+    first, again = (list(islice(chat_requests(), 6)) for _ in range(2))
     assert all(request.images[0].shape == (128, 128, 3) for request in first)
     assert [request.messages[0].content[1] for request in first] == [request.messages[0].content[1] for request in again]
     assert all(np.array_equal(one.images[0], other.images[0]) for one, other in zip(first, again, strict=True))
+
+
+def test_requests_that_a_model_cannot_read_are_passed_over() -> None:
+    def pipeline(request: ImageRequest) -> Pipeline:
+        if request.prompt in PROMPTS:
+            raise InvalidInput("prompt", "is too long")
+        return steps(1)
+
+    def deaf(request: ImageRequest) -> Pipeline:
+        raise InvalidInput("prompt", "is too long")
+
+    assert len(list(accepted(pipeline, image_requests(), 5))) == 5
+    with pytest.raises(InvalidInput, match="too long"):
+        list(accepted(deaf, image_requests(), 5))
 
 
 def steps(count: int) -> Pipeline:
