@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel, sha256
+from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.engine import FakeEngine
 from runtime.loading import LoadedModel
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
@@ -96,26 +94,3 @@ def drawing(bundle: Bundle) -> LoadedModel:
         "vae_encoder": FakeEngine(lambda inputs: {"latents": inputs["image"]}),
     }
     return LoadedModel(bundle, "diffusion", "fake", "none", engines, DiffusionPipeline(DiffusionConfig.parse(CONFIG), SAMPLE / "tokenizer"))
-
-
-def _seeing(folder: Path, copy: Path, processor: str) -> Path:
-    """A copy whose pictures have the size that the tiny model's vision tower takes, not the sample's."""
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / processor).read_bytes())
-    config["image_processor"] |= {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    (copy / processor).write_text(json.dumps(config))
-    if (copy / MANIFEST).is_file():
-        manifest = json.loads((copy / MANIFEST).read_bytes())
-        manifest["files"][processor] = sha256(copy / processor)
-        (copy / MANIFEST).write_text(json.dumps(manifest))
-    return copy
-
-
-@pytest.fixture(scope="session")
-def seeing_source(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _seeing(tiny_vlm, tmp_path_factory.mktemp("sources") / "seeing", "processor_config.json")
-
-
-@pytest.fixture(scope="session")
-def seeing_bundle(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _seeing(tiny_bundle, tmp_path_factory.mktemp("bundles") / "seeing", "preprocessor/processor_config.json")

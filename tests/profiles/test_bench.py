@@ -98,8 +98,8 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
         probes.probes(drawing, Settings(width=100))
 
 
-def test_chat_is_measured_with_a_fixed_number_of_tokens(seeing_bundle: Path) -> None:
-    model = load_model(seeing_bundle, "onnxruntime")
+def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:
+    model = load_model(tiny_bundle, "onnxruntime")
     found = {probe.metric: probe for probe in probes.probes(model, Settings(prompt_tokens=40, new_tokens=5))}
     assert list(found) == ["vision_encoder", "token_embedding", "first_token", "prefill", "decode"]
     assert found["decode"].settings["new_tokens"] == 5 and 30 < int(found["decode"].settings["prompt_tokens"]) <= 40
@@ -114,22 +114,10 @@ def test_chat_is_measured_with_a_fixed_number_of_tokens(seeing_bundle: Path) -> 
     model.close()
 
 
-def test_command_line(seeing_bundle: Path, tmp_path: Path) -> None:
+def test_command_line(tiny_bundle: Path, tmp_path: Path) -> None:
     stored = tmp_path / "rows.jsonl"
-    arguments = [
-        "bench",
-        str(seeing_bundle),
-        "--metric",
-        "decode",
-        "--repeat",
-        "2",
-        "--prompt-tokens",
-        "30",
-        "--new-tokens",
-        "4",
-        "--store",
-    ]
-    ended = CliRunner().invoke(cli.app, [*arguments, "--rows", str(stored)])
+    options = "--target onnxruntime --metric decode --repeat 2 --prompt-tokens 30 --new-tokens 4 --store"
+    ended = CliRunner().invoke(cli.app, ["bench", str(tiny_bundle), *options.split(), "--rows", str(stored)])
     assert ended.exit_code == 0, ended.output
     assert [row.metric for row in rows.read(stored)] == ["decode", "load", "memory"]
     decode = rows.read(stored)[0]

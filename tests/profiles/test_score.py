@@ -98,26 +98,14 @@ def _keeping(of: Subject, kept: list[Any]) -> Subject:
     return replace(of, pictures=pictures)
 
 
-def test_source_and_bundle_answer_alike(seeing_source: Path, seeing_bundle: Path, tmp_path: Path) -> None:
+def test_source_and_bundle_answer_alike(tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     stored = tmp_path / "rows.jsonl"
-    arguments = [
-        "score",
-        str(seeing_bundle),
-        "--target",
-        "onnxruntime",
-        "--source",
-        str(seeing_source),
-        "--count",
-        "8",
-        "--store",
-        "--rows",
-        str(stored),
-    ]
-    ended = CliRunner().invoke(cli.app, arguments)
+    options = f"--target onnxruntime --source {tiny_vlm} --count 8 --store --rows {stored}"
+    ended = CliRunner().invoke(cli.app, ["score", str(tiny_bundle), *options.split()])
     assert ended.exit_code == 0, ended.output
     assert [row.target for row in rows.read(stored) if row.metric == "right"] == ["torch", "onnxruntime"]
     exam, cases = Exam(count=4), score.test_questions(4)
-    (source, bundle) = (list(one.answers(cases, exam)) for one in _subjects(seeing_source, seeing_bundle))
+    (source, bundle) = (list(one.answers(cases, exam)) for one in _subjects(tiny_vlm, tiny_bundle))
     assert [answer.strip() for answer in source] == [answer.strip() for answer in bundle]
 
 
