@@ -14,7 +14,7 @@ from profiles import bench, cli, machine, probes, rows
 from profiles.bench import Plan, Worker
 from profiles.probes import Settings
 from runtime.bundle import Bundle
-from runtime.errors import EngineError, InvalidInput, NotFound
+from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
 from runtime.loading import LoadedModel, load_model
 
 WORKER = """
@@ -42,7 +42,8 @@ def worker(name: str, log: Path) -> Worker:
     return Worker([sys.executable, "-c", WORKER, name, str(log)])
 
 
-def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle) -> None:
+def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "read_bandwidth", lambda: 5e9)
     log = tmp_path / "log"
     plan = Plan(repeat=2, metrics=("first", "only B"))
     found = bench.bench(bundle, [worker("A", log), worker("B", log)], plan)
@@ -50,7 +51,7 @@ def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle) -> None:
     by_name = {(row.program, row.metric): row for row in found}
     a, b = by_name["p A", "first"], by_name["p B", "first"]
     assert (a.spread.minimum, a.spread.maximum, a.spread.repetitions) == (3, 5, 2) and b.spread.median == 5  # the first turn is left out
-    assert a.bound is not None and a.bound > 1000 and a.unit == "tokens/s"
+    assert a.bound == 5000 and a.unit == "tokens/s"
     assert (a.bundle, a.source, a.quant, a.device, a.threads) == ("fake", "fake-source", "int4", "d", 1)
     assert by_name["p A", "load"].spread.median == 0.25
     assert 0.001 < by_name["p B", "memory"].spread.median < 1
@@ -136,3 +137,8 @@ def test_machine() -> None:
     assert machine.slug().endswith(f"{machine.threads()}-threads") and " " not in machine.slug()
     assert machine.versions()["numpy"] and "no-such-package" not in machine.versions("no-such-package")
     assert machine.read_bandwidth(1 << 22, 1) > 1e8
+
+
+def test_a_bundle_that_was_built_for_nothing(bundle: Bundle) -> None:
+    with pytest.raises(EngineUnavailable, match="built for none"):
+        CliRunner().invoke(cli.app, ["bench", str(bundle.root)], catch_exceptions=False)
