@@ -61,7 +61,8 @@ def bench(
 
     opened = Bundle(bundle)
     settings = Settings(width=width, height=height, steps=steps, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
-    names = [choose_target(opened, name).target for name in target or opened.targets or [None]]
+    wanted: Sequence[str | None] = target or opened.targets or [None]  # of a bundle built for nothing, choosing says so
+    names = [choose_target(opened, name).target for name in wanted]
     workers = [measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names]
     workers += [measuring.Worker(_command(command)) for command in beside or ()]
     rows = measuring.bench(opened, workers, measuring.Plan(repeat, tuple(metric or ())), notes.print)
