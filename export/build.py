@@ -30,7 +30,7 @@ from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, sha256
 from runtime.bundle import Source as BundleSource
 from runtime.engine import Engine, target
-from runtime.errors import BundleError, EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, SourceError, did_you_mean
 from runtime.loading import load_model
 
 QUANTS: Final = ("none", "int8", "int4")
@@ -81,7 +81,16 @@ class Build:
         """Read configs and headers; nothing of the weights yet. Raises SourceError."""
         source = resolve(options.source)
         family = family_of(source)
-        parts = family.parts(source, False)
+        try:
+            parts = family.parts(source, False)
+        except (EnginecastError, AssertionError):
+            raise
+        except Exception as error:  # the libraries check configs with exceptions of every kind
+            reason = " ".join(str(error).split())
+            raise SourceError(
+                f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
+                f"({type(error).__name__}: {reason}). Download them again"
+            ) from error
         build = cls(options, source, family, parts)
         for part in parts:
             folder = part.component.folder

@@ -179,7 +179,10 @@ def _tokenizer(source: Source) -> Path:
 
 def _leading_token(tokenizer: Path) -> int | None:
     """The token that the model's tokenizer puts before every text by itself, if any."""
-    ids = Tokenizer.from_file(str(tokenizer)).encode("").ids
+    try:
+        ids = Tokenizer.from_file(str(tokenizer)).encode("").ids
+    except Exception as error:  # the library raises no other class
+        raise SourceError(f"{tokenizer} cannot be read: {error}. Download it again") from None
     return int(ids[0]) if ids else None
 
 
