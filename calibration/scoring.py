@@ -30,7 +30,7 @@ _PLACE_TOLERANCE: Final = 0.08
 _SIZE_TOLERANCE: Final = 0.22
 """Largest relative difference from a named size: a renderer's reaches 0.06, small and large are 0.61 of a mean apart."""
 _OVERLAP: Final = 0.8
-"""Least intersection over union with the ideal shape; a circle and the square around it share 0.785."""
+"""Least intersection over union with the ideal shape; a circle and a square of one area share 0.83, so the best of the shapes counts."""
 _WIDEST: Final = 0.53
 """A blob wider than this share of the edge is two things of one colour that touch; the widest thing is 0.48."""
 
@@ -134,13 +134,13 @@ def _thing(picture: NDArray[np.uint8], blob: Mask, edge: int) -> Thing:
 
 
 def _ideal(blob: Mask, shape: str) -> tuple[float, float, float, float]:
-    """The ideal shape with the blob's middle and area: how much they share (IoU), its centre x, y and its radius, in pixels."""
-    rows, columns = np.flatnonzero(blob.any(axis=1)), np.flatnonzero(blob.any(axis=0))
-    x, y = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    """The ideal shape with the blob's area and centre of mass: how much they share (IoU), its middle x, y and its radius, in pixels."""
+    rows, columns = np.nonzero(blob)
+    x, y = float(columns.mean()) + 0.5, float(rows.mean()) + 0.5
     unit = float(np.pi) if shape == "circle" else float(cv2.contourArea(outline(shape, 0, 0, 1)))
     radius = float(np.sqrt(blob.sum() / unit))
     if shape == "triangle":
-        y += 0.075 * radius  # its corners lie from 1 above to 0.85 below its centre
+        y -= float(outline(shape, 0, 0, radius)[:, 1].mean())  # its mass lies below the middle it is drawn from
     canvas = np.zeros(blob.shape, np.uint8)
     bits = 4  # sub-pixel bits of cv2's fixed-point coordinates
     if shape == "circle":
