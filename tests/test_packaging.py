@@ -1,0 +1,89 @@
+"""What is shipped: the wheel's content, its metadata, and layers that import only what is below them."""
+
+from __future__ import annotations
+
+import email
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = {"export", "runtime", "serving", "calibration", "profiles"}
+HEAVY = {"torch", "diffusers", "transformers", "optimum", "nncf", "onnx", "onnx-ir", "onnxscript", "openvino", "accelerate", "safetensors"}
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path, names: set[str]) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))))
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, names: set[str]) -> None:
+    assert wheel.name.startswith("enginecast-")
+    tops = {name.split("/")[0] for name in names}
+    assert {top for top in tops if not top.endswith(".dist-info")} == PACKAGES
+    assert not [name for name in names if "test" in Path(name).name or name.endswith((".pyc", ".proto"))]
+
+
+def test_the_wheel_holds_every_module_and_sample(names: set[str]) -> None:
+    listed = subprocess.run(["git", "ls-files", *sorted(PACKAGES)], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert set(listed.stdout.split()) <= names
+    for sample, weights in (("shapes-vlm", "model"), ("shapes-diffusion/unet", "diffusion_pytorch_model")):
+        assert f"export/samples/{sample}/{weights}.safetensors" in names
+
+
+def test_commands(wheel: Path, names: set[str]) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert "enginecast = serving.cli:main" in text and "export = export.cli:main" in text
+
+
+def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message) -> None:
+    assert metadata["Name"] == "enginecast"
+    required = metadata.get_all("Requires-Dist") or []
+    base = {line.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip() for line in required if "extra ==" not in line}
+    assert "onnxruntime" in base and not base & HEAVY
+    extras = set(metadata.get_all("Provides-Extra") or [])
+    assert extras == {"openvino", "tensorrt", "tensorrt-rtx", "cuda", "directml", "coreml", "export", "dev"}
+
+
+def test_every_target_file_has_its_extra(metadata: Message) -> None:
+    targets = {path.stem.replace("_", "-") for path in (ROOT / "runtime" / "engines").glob("[!_]*.py")}
+    assert targets - {"onnxruntime"} <= set(metadata.get_all("Provides-Extra") or [])
+
+
+def test_constraints_pin_what_the_extras_need(metadata: Message) -> None:
+    pinned = {line.split("==")[0].strip().lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy"):
+        assert name in pinned
+
+
+def test_layers_import_only_what_is_below_them() -> None:
+    code = "from importlinter.cli import lint_imports; import sys; sys.exit(lint_imports(no_cache=True))"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert len(contracts) >= 2
