@@ -70,8 +70,8 @@ class Plan:
     text_lr: float = 2e-3
     renders: int = 2
     """Jittered pictures of each scene whose latents are cached."""
-    unet_steps: int = 2700
-    unet_decay_steps: int = 1800
+    unet_steps: int = 3100
+    unet_decay_steps: int = 2000
     unet_batch: int = 64
     unet_lr: float = 2.5e-3
     emphasis: float = 4.0
@@ -83,7 +83,7 @@ class Plan:
     """Share of samples that start from noise alone, as sampling does: the last training timestep still leaks the picture's mean."""
     evaluate_every: int = 300
     inference_steps: int = 20
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
 
 
 def validation(caption: str) -> bool:
