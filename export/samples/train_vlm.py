@@ -5,9 +5,10 @@
     python -m export.samples.train_vlm --score export/samples/shapes-vlm
 
 One training sequence is one picture and several turns about it in the chat format, so the picture is encoded once for many answers;
-only the answers carry loss. Early on a throw-away linear head names what each patch shows, which teaches the vision tower to see well
-before the language model can ask for it. Every step draws its data from (seed, step), so a resumed run sees what an unbroken one would.
-A run without a checkpoint starts from the committed sample where there is one.
+only the answers carry loss. A second loss asks that the projected feature of each patch lies close to the embeddings of the words for
+what it shows: it teaches the tower to see before the decoder can ask for it, and the decoder to find what a question names. Every step
+draws its data from (seed, step), so a resumed run sees what an unbroken one would. A run without a checkpoint starts from the exported
+weights where there are some.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -55,7 +56,17 @@ SPECIALS: Final = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 VOCABULARY: Final = 512
 IGNORED: Final = -100
 """The label of a token that carries no loss."""
-THINGS: Final = [*product(SIZES, COLOURS, SHAPES)]
+NAMES: Final = [
+    [],
+    *(
+        ["Ġ" + word for word in (size, colour, shape, *place.split())]
+        for size, colour, shape, place in product(SIZES, COLOURS, SHAPES, PLACES)
+    ),
+    *([letter] for letter in LETTERS),
+]
+"""The tokens that name what a patch shows, by the patch's class: nothing, then the things at their places, then the letters."""
+SHOWN: Final = [{name.removeprefix("Ġ") for name in names} for names in NAMES]
+CLASSES: Final = {tuple(name.removeprefix("Ġ") for name in names): i for i, names in enumerate(NAMES)}
 
 CHAT_TEMPLATE: Final = """\
 {%- for message in messages -%}
@@ -70,6 +81,12 @@ CHAT_TEMPLATE: Final = """\
 {%- if add_generation_prompt -%}{{ ' ASSISTANT:' }}{%- endif -%}
 """
 
+ATTRIBUTES: Final = {"Ġ" + word + plural: word for word in (*SIZES, *COLOURS, *SHAPES) for plural in ("", "s")}
+"""The tokens of a question that say which things it means, with the attribute each stands for."""
+
+SHARES: Final = {"colour": 3, "shape": 3, "size": 5, "position": 5, "count": 5, "left": 4, "caption": 1, "read": 1}
+"""How often each kind is asked about a picture that admits it, compared to the others."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -77,15 +94,17 @@ class Recipe:
 
     pictures: int = 250_000
     batch: int = 32
-    turns: int = 6
+    length: int = 192
+    """Tokens of a conversation, filled with as many turns as fit: room for two pictures with two short turns each."""
     rate: float = 1.5e-3
     warmup: int = 200
-    decay: float = 0.3
+    decay: float = 0.6
     """The share of the run, at its end, over which the learning rate falls to zero."""
-    patch_loss: float = 0.5
-    """Weight of the patch head's loss at the start; it falls to zero over the first half of the run."""
-    ema: float = 0.998
-    doubles: float = 0.35
+    patch_loss: float = 1.0
+    point_loss: float = 1.0
+    """Weights of the losses of patches and pointers at the start; they fall to zero over the run."""
+    ema: float = 0.995
+    doubles: float = 0.2
     """Share of conversations that are about two pictures, mostly of words, rather than one scene."""
     seed: int = 0
 
@@ -187,6 +206,10 @@ class Batch:
     labels: Tensor
     kinds: Tensor
     turns: Tensor
+    pointers: Tensor
+    """The conversation and place [pointers, 2] of each token that names things in a question."""
+    pointed: Tensor
+    """What it points at, bool [pointers, length]: the patches of those things, or the first token if there are none."""
 
 
 @dataclass(eq=False)
@@ -199,6 +222,7 @@ class Row:
     labels: list[int]
     kinds: list[int]
     turns: list[int]
+    pointers: dict[int, list[int]] = field(default_factory=dict)
 
 
 class Data:
@@ -209,17 +233,22 @@ class Data:
         tokenizer = processor.tokenizer
         self.image, self.start, self.end, self.pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<s>", "</s>", "<pad>"))
         self.encode = lru_cache(1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        self.attributes = {tokenizer.convert_tokens_to_ids(token): word for token, word in ATTRIBUTES.items()}
         self.mean = np.array(processor.image_processor.image_mean, np.float32) * 255
         self.std = np.array(processor.image_processor.image_std, np.float32) * 255
 
     def batch(self, step: int, size: int, seed: int) -> Batch:
         rng = np.random.default_rng((seed, step))
         rows = [self.row(rng) for _ in range(size)]
-        length = math.ceil(max(len(row.tokens) for row in rows) / 16) * 16
+        length = self.recipe.length
 
         def padded(lists: list[list[int]], empty: int) -> Tensor:
             return torch.tensor([one + [empty] * (length - len(one)) for one in lists])
 
+        pointers = torch.tensor([(i, place) for i, row in enumerate(rows) for place in row.pointers]).view(-1, 2)
+        pointed = torch.zeros(len(pointers), length, dtype=torch.bool)
+        for mask, places in zip(pointed, (places for row in rows for places in row.pointers.values()), strict=True):
+            mask[places] = True
         pictures = (np.stack([picture for row in rows for picture in row.pictures]).astype(np.float32) - self.mean) / self.std
         return Batch(
             torch.from_numpy(pictures).permute(0, 3, 1, 2),
@@ -228,20 +257,22 @@ class Data:
             padded([row.labels for row in rows], IGNORED),
             padded([row.kinds for row in rows], IGNORED),
             padded([row.turns for row in rows], IGNORED),
+            pointers,
+            pointed,
         )
 
     def row(self, rng: np.random.Generator) -> Row:
         """A conversation: many turns about one scene, or few about each of two pictures that mostly show words."""
         row = Row([], [], [self.start], [IGNORED], [IGNORED], [IGNORED])
         if rng.random() < self.recipe.doubles:
-            for _ in range(2):
-                self.show(row, rng, word=rng.random() < 0.85, turns=2)
+            for end in (self.recipe.length // 2, self.recipe.length):
+                self.show(row, rng, word=rng.random() < 0.85, end=end)
         else:
-            self.show(row, rng, word=False, turns=self.recipe.turns)
+            self.show(row, rng, word=False, end=self.recipe.length)
         return row
 
-    def show(self, row: Row, rng: np.random.Generator, word: bool, turns: int) -> None:
-        """Put one more picture before the conversation, and ask about it."""
+    def show(self, row: Row, rng: np.random.Generator, word: bool, end: int) -> None:
+        """Put one more picture before the conversation, and ask about it until there are `end` tokens."""
         if word:
             written = draw_word(rng)
             picture, questions, patches = render_word(written, rng), word_questions(written), word_patches(written)
@@ -253,23 +284,41 @@ class Data:
         by_kind = defaultdict(list)
         for question in questions:
             by_kind[question.kind].append(question)
-        # A caption answers all other questions, so it is asked once; so is the one question about what a word says, always.
-        kinds = [kind for kind in by_kind for _ in range(1 if kind in ("caption", "read") else 3)]
-        chosen = [kinds[i] for i in rng.permutation(len(kinds))[:turns]]
-        if word and "read" not in chosen:
-            chosen[rng.integers(len(chosen))] = "read"
-        for turn, kind in enumerate(chosen):
+        # A caption answers all other questions, so it is asked less; finding a thing by its look is learnt last, so it is asked more.
+        kinds = [kind for kind in by_kind for _ in range(SHARES[kind])]
+        chosen = [kinds[i] for i in rng.permutation(len(kinds))]
+        if word:
+            chosen = ["read", *chosen] if rng.random() < 0.7 else chosen
+        image, asked = "<image>\n", set()
+        for kind in chosen:
             question = by_kind[kind][rng.integers(len(by_kind[kind]))]
-            image = "<image>\n" if turn == 0 else ""
+            if question.text in asked:  # its answer stands above: nothing to see for
+                continue
             prompt: list[int] = []
             for token in (*self.encode(f"USER: {image}{rephrase(question.text, rng)}"), *self.encode(" ASSISTANT:")):
                 prompt += [token] * (GRID * GRID if token == self.image else 1)
             answer = [*self.encode(f" {question.answer}"), self.end]
-            blank, number = [IGNORED] * len(prompt), max(row.turns) + 1
-            row.tokens += prompt + answer
-            row.labels += blank + answer
-            row.kinds += blank + [KINDS.index(kind)] * len(answer)
-            row.turns += blank + [max(0, number)] * len(answer)
+            if len(row.tokens) + len(prompt) + len(answer) <= end:
+                if image:
+                    first = len(row.tokens) + prompt.index(self.image)
+                image, number = "", max(row.turns) + 1
+                row.pointers |= self.point(prompt, len(row.tokens), patches, first)
+                asked.add(question.text)
+                row.tokens += prompt + answer
+                row.labels += [IGNORED] * len(prompt) + answer
+                row.kinds += [IGNORED] * len(prompt) + [KINDS.index(kind)] * len(answer)
+                row.turns += [IGNORED] * len(prompt) + [max(0, number)] * len(answer)
+
+    def point(self, prompt: list[int], start: int, patches: NDArray[np.int64], first: int) -> dict[int, list[int]]:
+        """Where each attribute in a prompt at `start` points: at the patches, from `first` on, of what it and those just before it name."""
+        pointers: dict[int, list[int]] = {}
+        said: set[str] = set()
+        for i, token in enumerate(prompt):
+            attribute = self.attributes.get(token)
+            said = {*said, attribute} if attribute else set()
+            if said:
+                pointers[start + i] = [first + k for k, c in enumerate(patches) if said <= SHOWN[c]] or [0]
+        return pointers
 
 
 def rephrase(question: str, rng: np.random.Generator) -> str:
@@ -292,48 +341,63 @@ def roughen(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.
 
 
 def scene_patches(scene: Scene) -> NDArray[np.int64]:
-    """What each patch [64] shows: 0 for the background, else 1 + the thing's look."""
+    """What each patch [64] shows, as a class of `NAMES`."""
     classes = np.zeros((GRID, GRID), np.int64)
     centres = (np.arange(GRID) + 0.5) / GRID
     for thing in scene.things:
         (x, y), reach = PLACES[thing.place], SIZES[thing.size]
         inside = (np.abs(centres - y) < reach)[:, None] & (np.abs(centres - x) < reach)[None, :]
-        classes[inside] = 1 + THINGS.index((thing.size, thing.colour, thing.shape))
+        classes[inside] = CLASSES[thing.size, thing.colour, thing.shape, *thing.place.split()]
     return classes.ravel()
 
 
 def word_patches(word: Word) -> NDArray[np.int64]:
-    """Which letter each patch [64] shows part of; 0 where there is none."""
+    """Which letter each patch [64] shows part of, as a class of `NAMES`."""
     classes = np.zeros((GRID, GRID), np.int64)
     for i, letter in enumerate(word.text):
         left = (word.column + i * CELL) // PATCH
-        classes[GRID // 2 - 1 : GRID // 2 + 1, left : left + CELL // PATCH] = 1 + len(THINGS) + LETTERS.index(letter)
+        classes[GRID // 2 - 1 : GRID // 2 + 1, left : left + CELL // PATCH] = CLASSES[(letter,)]
     return classes.ravel()
 
 
 class Trainee(nn.Module):
-    """The model with the throw-away patch head."""
+    """The model as it is trained; `named` [classes, vocabulary] shares each patch class out over the tokens that name it."""
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         super().__init__()
         self.model = model
-        self.head = nn.Linear(model.config.vision_config.hidden_size, 1 + len(THINGS) + len(LETTERS))
+        named = torch.zeros(len(NAMES), VOCABULARY)
+        for row, tokens in zip(named, NAMES, strict=True):
+            row[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1 / max(1, len(tokens))
+        self.register_buffer("named", named, persistent=False)
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits of the tokens to predict [labels, vocabulary], and of the patches [batch * 64, classes]."""
+        # One group of heads in the second layer: the first has told each token what stands before it, the others carry on what is found.
+        model.model.language_model.layers[1].self_attn.register_forward_hook(self.watch)
+
+    def watch(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
+        self.attention = outputs[1][:, : self.model.config.text_config.num_attention_heads // 2]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits of the tokens to predict [labels, vocabulary], and the losses of the patches and of the pointers."""
         inner = self.model.model
         tower = inner.vision_tower
         seen = tower.pre_layrnorm(tower.embeddings(batch.pictures))
         for layer in tower.encoder.layers[:-1]:  # LLaVA reads the layer before the last, so the last need not run
             seen = layer(seen, attention_mask=None)
-        seen = seen[:, 1:]
-        words = inner.get_input_embeddings()(batch.tokens)
+        embed = inner.get_input_embeddings()
+        words = embed(batch.tokens)
+        features = inner.multi_modal_projector(seen[:, 1:]).to(words.dtype)
         pictured = (batch.tokens == self.model.config.image_token_index).unsqueeze(-1)
-        words = words.masked_scatter(pictured, inner.multi_modal_projector(seen).to(words.dtype))
-        # Padding is at the end, where causal attention never looks: no mask, so attention takes its fast path.
+        words = words.masked_scatter(pictured, features)
+        # Padding is at the end, where causal attention never looks: it needs no mask.
         hidden = inner.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
         predicting = batch.labels[:, 1:] != IGNORED
-        return self.model.lm_head(hidden[:, :-1][predicting]).float(), self.head(seen).flatten(0, 1).float()
+        # The sum of four embeddings has a cosine of 0.5 with each, so that times 16 it outweighs the rest of the vocabulary.
+        close = 16 * F.normalize(features.flatten(0, 1), dim=-1) @ F.normalize(embed.weight, dim=-1).T
+        patch_loss = F.cross_entropy(close.float(), self.named[batch.patches.flatten()], reduction="sum") / (batch.patches > 0).sum()
+        rows, places = batch.pointers.T
+        caught = (self.attention[rows, :, places].float() * batch.pointed.unsqueeze(1)).sum(-1)
+        return self.model.lm_head(hidden[:, :-1][predicting]).float(), patch_loss, -(caught + 1e-4).log().mean()
 
 
 def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, float]:
@@ -343,7 +407,7 @@ def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, flo
     for step in range(pictures // 32):
         batch = data.batch(step, 32, seed=1_000_003)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            logits, _ = trainee(batch)
+            logits, *_ = trainee(batch)
         predicting = batch.labels != IGNORED
         hits = (logits.argmax(-1) == batch.labels[predicting]).tolist()
         turns: dict[tuple[int, int, int], bool] = {}
@@ -377,26 +441,42 @@ def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
 
 
-def train(run: Path, recipe: Recipe, minutes: float) -> None:
-    """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`."""
+def build_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
+    """Muon for the weights of the layers, which learn in about half the steps that AdamW needs; AdamW for all else.
+
+    Each group also holds the names of its parameters, for checkpoints, and `scale`, its learning rate as a multiple of the recipe's.
+    """
+    named = dict(trainee.named_parameters())
+    layers = {name for name, p in named.items() if p.ndim == 2 and (".layers." in name or "projector" in name)}
+    vectors = {name for name, p in named.items() if p.ndim < 2}
+
+    def group(names: Iterable[str], scale: float, weight_decay: float) -> dict[str, Any]:
+        ordered = sorted(names)
+        return {"params": [named[name] for name in ordered], "names": ordered, "scale": scale, "weight_decay": weight_decay}
+
+    return [
+        torch.optim.Muon([group(layers, 1.5, 0.05)], adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([group(named.keys() - layers - vectors, 1.0, 0.05), group(vectors, 1.0, 0.0)], betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def train(run: Path, recipe: Recipe, minutes: float, start: Path | None) -> None:
+    """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`.
+
+    Without a checkpoint the training starts from the exported weights in `start`, if there are any.
+    """
     torch.manual_seed(recipe.seed)
-    data = Data(build_processor(), recipe)
-    trainee = Trainee(build_model())
-    averaged = Trainee(build_model())
-    if SAMPLE.joinpath("model.safetensors").exists():
-        trainee.model = LlavaForConditionalGeneration.from_pretrained(SAMPLE, dtype=torch.float32)
+    processor = build_processor()
+    data = Data(processor, recipe)
+    model = build_model()
+    if start and start.joinpath("model.safetensors").exists():
+        model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    trainee, averaged = Trainee(model, processor), Trainee(build_model(), processor)
     averaged.load_state_dict(trainee.state_dict())
-    # Attention spelled out is half again as fast as the fused kernel's backward pass on a CPU at these lengths.
+    # Attention spelled out is a quarter faster, with its backward pass, than the fused kernel on a CPU at these lengths.
     trainee.model.set_attn_implementation("eager")
-    trained = dict(trainee.named_parameters())
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in trained.values() if p.ndim > 1], "weight_decay": 0.05},
-            {"params": [p for p in trained.values() if p.ndim < 2], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.98),
-        fused=True,
-    )
+    averaged.model.set_attn_implementation("eager")
+    optimizers = build_optimizers(trainee)
     first, best = 0, 0.0
     checkpoint = run / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -404,50 +484,48 @@ def train(run: Path, recipe: Recipe, minutes: float) -> None:
         first, best = int(facts["step"]), facts["best"]
         trainee.load_state_dict(below("model", tensors))
         averaged.load_state_dict(below("ema", tensors))
-        means, squares = below("mean", tensors), below("square", tensors)
-        for name in means:
-            optimizer.state[trained[name]] = {
-                "step": torch.tensor(float(first)),
-                "exp_avg": means[name],
-                "exp_avg_sq": squares[name],
-            }
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for name, p in zip(group["names"], group["params"], strict=True):
+                    optimizer.state[p] = below(f"state/{name}", tensors)
 
     def keep(step: int) -> None:
-        state = {name: optimizer.state[p] for name, p in trained.items() if p in optimizer.state}
-        save(
-            checkpoint,
-            prefixed("model", trainee.state_dict())
-            | prefixed("ema", averaged.state_dict())
-            | prefixed("mean", {name: s["exp_avg"] for name, s in state.items()})
-            | prefixed("square", {name: s["exp_avg_sq"] for name, s in state.items()}),
-            step=step,
-            best=best,
-        )
+        tensors = prefixed("model", trainee.state_dict()) | prefixed("ema", averaged.state_dict())
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                for name, p in zip(group["names"], group["params"], strict=True):
+                    tensors |= prefixed(f"state/{name}", optimizer.state[p])
+        save(checkpoint, tensors, step=step, best=best)
 
     began, losses = time.monotonic(), []
     for step in range(first, recipe.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(step) * group["scale"]
         batch = data.batch(step, recipe.batch, recipe.seed)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, patches = trainee(batch)
+            logits, patch_loss, point_loss = trainee(batch)
         loss = F.cross_entropy(logits, batch.labels[batch.labels != IGNORED])
-        patch_loss = F.cross_entropy(patches, batch.patches.flatten())
-        total = loss + recipe.patch_loss * max(0.0, 1 - 2 * step / recipe.steps) * patch_loss
-        optimizer.zero_grad()
+        fading = 1 - step / recipe.steps
+        total = loss + fading * (recipe.patch_loss * patch_loss + recipe.point_loss * point_loss)
+        trainee.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
         with torch.no_grad():
             weight = 1 - min(recipe.ema, (step + 1) / (step + 10))
-            torch._foreach_lerp_(list(averaged.parameters()), list(trained.values()), weight)
-        losses.append((loss.item(), patch_loss.item()))
+            torch._foreach_lerp_(list(averaged.parameters()), list(trainee.parameters()), weight)
+        losses.append((loss.item(), patch_loss.item(), point_loss.item()))
         done, out_of_time = step + 1, time.monotonic() - began > minutes * 60
         if done % 50 == 0:
             speed = (done - first) * recipe.batch / (time.monotonic() - began)
             mean = np.mean(losses[-50:], axis=0)
-            print(f"step {done}/{recipe.steps} loss {mean[0]:.4f} patches {mean[1]:.4f} pictures/s {speed:.1f}", flush=True)
-        if done % 500 == 0 or done == recipe.steps or out_of_time:
+            print(
+                f"step {done}/{recipe.steps} loss {mean[0]:.4f} patches {mean[1]:.4f} pointers {mean[2]:.4f} conversations/s {speed:.1f}",
+                flush=True,
+            )
+        if done % 250 == 0 or done == recipe.steps or out_of_time:
             scores = validate(averaged, data)
             score = float(np.mean(list(scores.values())))
             print(f"  {time.strftime('%H:%M:%S')} score {score:.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
@@ -508,6 +586,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, default=Path("runs/vlm"), help="folder of the run's checkpoint")
     parser.add_argument("--out", type=Path, default=SAMPLE, help="where to export to")
     parser.add_argument("--pictures", type=int, default=Recipe.pictures, help="how many pictures the whole run sees")
+    parser.add_argument("--fresh", action="store_true", help="do not start from the exported weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; the next call goes on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--export", action="store_true", help="only export the best weights so far")
@@ -518,7 +597,7 @@ def main() -> None:
         score(options.score)
         return
     if not options.export:
-        train(options.run, Recipe(pictures=options.pictures), options.minutes)
+        train(options.run, Recipe(pictures=options.pictures), options.minutes, None if options.fresh else options.out)
     export(options.run, options.out)
 
 
