@@ -3,8 +3,9 @@
     python -m export.samples.train_diffusion --run runs/diffusion             # train, resume, and write the best weights
     python -m export.samples.train_diffusion --score export/samples/shapes-diffusion
 
-Four stages, each resumable from the run folder after any kill: the VAE, the text encoder, the cached latents, the UNet. A run folder
-without checkpoints starts from the weights already exported, so training goes on where another machine stopped (`--fresh` starts anew).
+Five stages, each resumable from the run folder after any kill: the VAE, the text encoder, the cached latents, the UNet, and the decoder
+once more, which may run beside the UNet (`--decoder`). A run folder without checkpoints starts from the weights already exported, so
+training goes on where another machine stopped (`--fresh` starts anew).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,10 +61,10 @@ class Plan:
     vae_lr: float = 3e-3
     kl: float = 3e-4
     """Weight of the mean KL of a latent element: high enough that every channel gets a like share of what there is to tell."""
-    decoder_steps: int = 1000
+    decoder_steps: int = 1700
     decoder_batch: int = 8
     decoder_lr: float = 2e-3
-    decoder_noise: float = 0.2
+    decoder_noise: float = 0.5
     """Most noise on the latents that the decoder refines on, as a share of their standard deviation."""
     text_steps: int = 400
     text_batch: int = 128
@@ -137,7 +138,7 @@ def build_tokenizer() -> CLIPTokenizer:
             merges.append((pieces[0], pieces[1]))
             pieces[:2] = ["".join(pieces[:2])]
     tokens = alphabet + [token + "</w>" for token in alphabet] + [left + right for left, right in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, model_max_length=TOKENS)
 
 
@@ -240,10 +241,11 @@ class Training:
     @torch.no_grad()
     def _muon(self, rate: float, momentum: float = 0.95) -> None:
         for names in self.stacks:
-            weights, gradients = [self.parameters[name] for name in names], [self.parameters[name].grad for name in names]
-            for name, gradient in zip(names, gradients, strict=True):
-                self.momentum[name].lerp_(gradient, 1 - momentum)
-            ahead = [g.lerp(self.momentum[name], momentum).flatten(1) for name, g in zip(names, gradients, strict=True)]
+            weights, ahead = [self.parameters[name] for name in names], []
+            for name, weight in zip(names, weights, strict=True):
+                assert weight.grad is not None
+                self.momentum[name].lerp_(weight.grad, 1 - momentum)
+                ahead.append(weight.grad.lerp(self.momentum[name], momentum).flatten(1))  # Nesterov's look ahead
             steps = orthogonal(torch.stack(ahead))
             scale = 0.2 * max(steps.shape[1:]) ** 0.5  # elements as large as AdamW's steps make them, so that one rate fits both
             for weight, step in zip(weights, steps, strict=True):
@@ -265,7 +267,8 @@ class Training:
         with safe_open(self.path, "pt") as file:
             self.step = int(file.metadata()["step"])
         tensors = load_file(self.path)
-        for kind, values in {"model": self.parameters, "average": self.average, "momentum": self.momentum}.items():
+        kinds: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "average": self.average, "momentum": self.momentum}
+        for kind, values in kinds.items():
             for name, value in values.items():
                 value.copy_(tensors[f"{kind}.{name}"])
         for name, p in self.others.items():
@@ -524,22 +527,8 @@ def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, trainin
         captions = tokenize(pipeline.tokenizer, [scene.caption for scene in scenes] + [""])
         features = torch.cat([pipeline.text_encoder(chunk).last_hidden_state for chunk in captions.split(256)])
 
-    def evaluate() -> None:
-        if (run / "decoder.safetensors").exists():  # perhaps better by now: it may train beside this process
-            decoder_training(plan, run, pipeline.vae).averaged()
-        training.averaged()
-        report = score_pipeline(pipeline, validation_scenes(), plan, sheet=run / f"step{training.step:06}.png")
-        training.restore()
-        log(run, stage="validation", step=training.step, **report)
-        best = run / "best.json"
-        if not best.exists() or report["right"] >= json.loads(best.read_text())["right"]:
-            training.averaged()
-            export_pipeline(pipeline, run / "best")
-            training.restore()
-            best.write_text(json.dumps({"step": training.step, **report}))
-
     if not (run / "best.json").exists():
-        evaluate()  # a warm start may be better than what its first steps make of it
+        evaluate(plan, run, pipeline, training)  # a warm start may be better than what its first steps make of it
     started, since, total = time.monotonic(), training.step, 0.0
     while not training.done:
         rng = rng_for(plan, 4, training.step)
@@ -565,8 +554,22 @@ def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, trainin
             total = 0.0
         if training.step % plan.evaluate_every == 0 or training.done:
             training.save()
-            evaluate()
+            evaluate(plan, run, pipeline, training)
             started, since = time.monotonic(), training.step
+
+
+def evaluate(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
+    """Score the averaged weights on the validation prompts and keep them in `run / "best"` if none scored better."""
+    if (run / "decoder.safetensors").exists():
+        decoder_training(plan, run, pipeline.vae).averaged()
+    training.averaged()
+    report = score_pipeline(pipeline, validation_scenes(), plan, sheet=run / f"step{training.step:06}.png")
+    log(run, stage="validation", step=training.step, **report)
+    best = run / "best.json"
+    if not best.exists() or report["right"] >= json.loads(best.read_text())["right"]:
+        export_pipeline(pipeline, run / "best")
+        best.write_text(json.dumps({"step": training.step, **report}))
+    training.restore()
 
 
 # Pipeline
@@ -589,6 +592,9 @@ def export_pipeline(pipeline: StableDiffusionPipeline, out: Path) -> None:
     bpe = json.loads((partial / "tokenizer/tokenizer.json").read_text())["model"]
     (partial / "tokenizer/vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))  # older transformers read these two
     (partial / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]) + "\n")
+    for path in partial.glob("*/config.json"):
+        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}  # a path of this machine
+        path.write_text(json.dumps(config, indent=2) + "\n")
     move_files(partial, out)
 
 
@@ -689,6 +695,8 @@ def main() -> None:
         export_pipeline(pipeline, options.out)
         return
     train_unet(plan, options.run, pipeline, training)
+    train_decoder(plan, options.run, pipeline.vae)
+    evaluate(plan, options.run, pipeline, training)
     export_pipeline(load_pipeline(options.run / "best"), options.out)
 
 
