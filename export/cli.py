@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Annotated, Any, Final
 
 import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,7 @@ def build(
     target: Annotated[
         list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")
     ] = None,
-    quant: Annotated[str, typer.Option(help="none, int8 or int4.")] = "none",
+    quant: Annotated[str | None, typer.Option(help="none (the default), int8 or int4.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
     ] = None,
@@ -49,53 +50,55 @@ def build(
         raise MissingDependency(error.name or "torch", "export") from None
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
-    jobs = [_job(source, target, quant, output)] if source else _listed(target, quant, output)
+    jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
     for job in jobs:
         _build(Options(parity=parity, force=force, name=name, **job))
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
-    name = source.removeprefix("sample:").rstrip("/").split("/")[-1]
+    name = Path(source).resolve().name if Path(source).is_dir() else source.removeprefix("sample:").rstrip("/").split("/")[-1]
     return {"source": source, "targets": tuple(target or TARGETS), "quant": quant, "output": output or Path("bundles") / f"{name}-{quant}"}
 
 
-def _listed(target: list[str] | None, quant: str, output: Path | None) -> list[dict[str, Any]]:
-    """What enginecast.toml lists under [[build]] (source, target, quant, output), else the samples. Options of the command line win."""
+class Entry(BaseModel):
+    """One [[build]] table of enginecast.toml: the options of `build` under the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    target: list[str] | str | None = None
+    quant: str = "none"
+    output: Path | None = None
+
+
+class Settings(BaseModel):
+    """enginecast.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    build: list[Entry] = Field(min_length=1)
+
+
+def _listed(target: list[str] | None, quant: str | None, output: Path | None) -> list[dict[str, Any]]:
+    """What enginecast.toml lists, else the samples. Options of the command line win."""
     path, jobs = Path(SETTINGS), []
-    if not path.is_file():
-        names: list[tuple[str, list[str] | None, str, Path | None]] = [(sample, target, quant, None) for sample in SAMPLES]
-    else:
-        names = [_entry(entry, target, quant) for entry in _settings(path)]
-    for source, targets, precision, folder in names:
-        job = _job(source, targets, precision, folder)
+    for entry in _settings(path).build if path.is_file() else [Entry(source=sample) for sample in SAMPLES]:
+        listed = [entry.target] if isinstance(entry.target, str) else entry.target
+        job = _job(entry.source, target or listed, quant or entry.quant, entry.output)
         if output is not None:
             job["output"] = output / job["output"].name
         jobs.append(job)
     return jobs
 
 
-def _settings(path: Path) -> list[dict[str, Any]]:
+def _settings(path: Path) -> Settings:
     try:
-        entries = tomllib.loads(path.read_text()).get("build", [])
+        return Settings.model_validate(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(SETTINGS, f"is no TOML: {error}") from None
-    if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("source"), str) for entry in entries):
-        raise InvalidInput(SETTINGS, "lists no build, expected one or more [[build]] tables with a source")
-    unknown = {key for entry in entries for key in entry} - {"source", "target", "quant", "output"}
-    if unknown:
-        raise InvalidInput(SETTINGS, f"has unknown settings {', '.join(sorted(unknown))}, expected source, target, quant, output")
-    return entries
-
-
-def _entry(entry: dict[str, Any], target: list[str] | None, quant: str) -> tuple[str, list[str] | None, str, Path | None]:
-    named = entry.get("target")
-    targets = target or ([named] if isinstance(named, str) else named)
-    return (
-        entry["source"],
-        targets,
-        quant if quant != "none" else entry.get("quant", quant),
-        Path(entry["output"]) if "output" in entry else None,
-    )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        expected = "expected [[build]] tables with a source and, if wanted, target, quant and output"
+        raise InvalidInput(SETTINGS, f"'{where}' is wrong ({fault['msg']}), {expected}") from None
 
 
 def _build(options: Any) -> None:

@@ -65,22 +65,25 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
     """Give every parameter of the graph its bytes in the checkpoint, under the checkpoint's own precision.
 
     The graph computes in float32: a weight stored as float16 or bfloat16 is followed by a Cast, which engines fold or fuse. A table that
-    is only looked up is cast after the lookup.
+    is only looked up is cast after the lookup. Tied weights are one initializer.
     """
+    attached: dict[TensorRef, ir.Value] = {}
     for traced, name in names.items():
         value = model.graph.initializers.get(traced)
         if value is None:
             continue
         ref = weights[name]
-        data_type = STORED[ref.dtype]
-        file = ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
-        stored = ir.Value(name=name, type=ir.TensorType(data_type), shape=ir.Shape(ref.shape))
-        stored.const_value = ir.ExternalTensor(
-            file.name, ref.offset, ref.nbytes, data_type, shape=ir.Shape(ref.shape), name=name, base_dir=file.parent
-        )
+        stored = attached.setdefault(ref, _stored(name, ref))
         del model.graph.initializers[traced]
         _replace(model, value, stored)
-        model.graph.initializers[name] = stored
+        model.graph.initializers[str(stored.name)] = stored
+
+
+def _stored(name: str, ref: TensorRef) -> ir.Value:
+    data_type, shape = STORED[ref.dtype], ir.Shape(ref.shape)
+    file = ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
+    tensor = ir.ExternalTensor(file.name, ref.offset, ref.nbytes, data_type, shape=shape, name=name, base_dir=file.parent)
+    return ir.Value(name=name, type=ir.TensorType(data_type), shape=shape, const_value=tensor)
 
 
 def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
