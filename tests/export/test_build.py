@@ -33,9 +33,8 @@ from runtime.errors import (
     UnsupportedModel,
 )
 from runtime.loading import load_model
-from runtime.pipeline import Finished, ImageReady, drive
+from runtime.pipeline import Finished, drive
 from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
 from runtime.text import Message
 
 CANONICAL = re.compile(r"\.(onnx|safetensors)$")
@@ -104,19 +103,6 @@ def test_the_weights_are_the_checkpoint_s(tiny_bundle: Path, tiny_vlm: Path) -> 
 def test_no_path_of_this_machine_is_in_a_bundle(tiny_bundle: Path, tiny_vlm: Path) -> None:
     for name, content in files(tiny_bundle).items():
         assert str(tiny_vlm).encode() not in content and str(tiny_bundle.parent).encode() not in content, name
-
-
-def test_a_diffusion_bundle_draws(tiny_diffusion: Path, tmp_path: Path) -> None:
-    bundle, _ = build(Options(str(tiny_diffusion), tmp_path / "b"))
-    assert [submodel.name for submodel in bundle.manifest.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
-    model = load_model(tmp_path / "b")
-    images = [
-        event.image
-        for event in drive(model.pipeline(ImageRequest("a circle", steps=2, seed=0)), model.engines)
-        if isinstance(event, ImageReady)
-    ]
-    model.close()
-    assert images[0].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
