@@ -372,10 +372,16 @@ class Trainee(nn.Module):
         self.register_buffer("named", named, persistent=False)
 
         # One group of heads in the second layer: the first has told each token what stands before it, the others carry on what is found.
-        model.model.language_model.layers[1].self_attn.register_forward_hook(self.watch)
+        self.seen: dict[str, Any] = {}
+        second = model.model.language_model.layers[1]
+        second.self_attn.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(attention=outputs[1]))
+        second.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(hidden=outputs))
 
-    def watch(self, _module: nn.Module, _inputs: object, outputs: tuple[Tensor, Tensor]) -> None:
-        self.attention = outputs[1][:, : self.model.config.text_config.num_attention_heads // 2]
+    def naming_loss(self, features: Tensor, named: Tensor) -> Tensor:
+        """How far features [n, width] lie from the embeddings of the tokens that name them, shared out in `named` [n, vocabulary]."""
+        # The sum of four embeddings has a cosine of 0.5 with each, so that times 16 it outweighs the rest of the vocabulary.
+        close = 16 * F.normalize(features, dim=-1) @ F.normalize(self.model.get_input_embeddings().weight, dim=-1).T
+        return F.cross_entropy(close.float(), named, reduction="sum") / named.sum().clamp(min=1)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Logits of the tokens to predict [labels, vocabulary], and the losses of the patches and of the pointers."""
@@ -392,12 +398,15 @@ class Trainee(nn.Module):
         # Padding is at the end, where causal attention never looks: it needs no mask.
         hidden = inner.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
         predicting = batch.labels[:, 1:] != IGNORED
-        # The sum of four embeddings has a cosine of 0.5 with each, so that times 16 it outweighs the rest of the vocabulary.
-        close = 16 * F.normalize(features.flatten(0, 1), dim=-1) @ F.normalize(embed.weight, dim=-1).T
-        patch_loss = F.cross_entropy(close.float(), self.named[batch.patches.flatten()], reduction="sum") / (batch.patches > 0).sum()
+        patch_loss = self.naming_loss(features.flatten(0, 1), self.named[batch.patches.flatten()])
         rows, places = batch.pointers.T
-        caught = (self.attention[rows, :, places].float() * batch.pointed.unsqueeze(1)).sum(-1)
-        return self.model.lm_head(hidden[:, :-1][predicting]).float(), patch_loss, -(caught + 1e-4).log().mean()
+        heads = self.model.config.text_config.num_attention_heads // 2
+        caught = (self.seen["attention"][rows, :heads, places].float() * batch.pointed.unsqueeze(1)).sum(-1)
+        classes = torch.zeros_like(batch.tokens).masked_scatter(pictured.squeeze(-1), batch.patches)
+        found = torch.zeros(len(rows), len(NAMES)).scatter_add(1, classes[rows], batch.pointed.float())
+        found = F.normalize(found, p=1.0, dim=-1) @ self.named
+        point_loss = self.naming_loss(self.seen["hidden"][rows, places], found) - (caught + 1e-4).log().mean()
+        return self.model.lm_head(hidden[:, :-1][predicting]).float(), patch_loss, point_loss
 
 
 def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, float]:
