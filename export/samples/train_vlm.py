@@ -5,10 +5,11 @@
     python -m export.samples.train_vlm --score export/samples/shapes-vlm
 
 One training sequence is one picture and several turns about it in the chat format, so the picture is encoded once for many answers;
-only the answers carry loss. A second loss asks that the projected feature of each patch lies close to the embeddings of the words for
-what it shows: it teaches the tower to see before the decoder can ask for it, and the decoder to find what a question names. Every step
+only the answers carry loss. Two more losses fade over the run. One asks that the projected feature of each patch lies close to the
+embeddings of the words for what it shows. The other asks that a question's words for a thing look, in the decoder's second layer, at the
+patches of that thing and lie close to its name: without it, finding a thing by its look is not learnt in any time we have. Every step
 draws its data from (seed, step), so a resumed run sees what an unbroken one would. A run without a checkpoint starts from the exported
-weights where there are some.
+weights where there are some. Those were trained while this recipe was found, with the second and third loss added on the way.
 """
 
 from __future__ import annotations
@@ -289,7 +290,8 @@ class Data:
         chosen = [kinds[i] for i in rng.permutation(len(kinds))]
         if word:
             chosen = ["read", *chosen] if rng.random() < 0.7 else chosen
-        image, asked = "<image>\n", set()
+        image, first = "<image>\n", 0
+        asked: set[str] = set()
         for kind in chosen:
             question = by_kind[kind][rng.integers(len(by_kind[kind]))]
             if question.text in asked:  # its answer stands above: nothing to see for
@@ -301,13 +303,13 @@ class Data:
             if len(row.tokens) + len(prompt) + len(answer) <= end:
                 if image:
                     first = len(row.tokens) + prompt.index(self.image)
-                image, number = "", max(row.turns) + 1
+                image, turn = "", max(0, *row.turns) + 1
                 row.pointers |= self.point(prompt, len(row.tokens), patches, first)
                 asked.add(question.text)
                 row.tokens += prompt + answer
                 row.labels += [IGNORED] * len(prompt) + answer
                 row.kinds += [IGNORED] * len(prompt) + [KINDS.index(kind)] * len(answer)
-                row.turns += [IGNORED] * len(prompt) + [max(0, number)] * len(answer)
+                row.turns += [IGNORED] * len(prompt) + [turn] * len(answer)
 
     def point(self, prompt: list[int], start: int, patches: NDArray[np.int64], first: int) -> dict[int, list[int]]:
         """Where each attribute in a prompt at `start` points: at the patches, from `first` on, of what it and those just before it name."""
@@ -361,16 +363,20 @@ def word_patches(word: Word) -> NDArray[np.int64]:
 
 
 class Trainee(nn.Module):
-    """The model as it is trained; `named` [classes, vocabulary] shares each patch class out over the tokens that name it."""
+    """The model as it is trained."""
+
+    named: Tensor
+    """Shares each patch class out over the tokens that name it: [classes, vocabulary]."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         super().__init__()
         self.model = model
+        # The pointers' loss needs the weights of the attention; on a CPU at these lengths this is also faster than the fused kernel.
+        model.set_attn_implementation("eager")
         named = torch.zeros(len(NAMES), VOCABULARY)
         for row, tokens in zip(named, NAMES, strict=True):
             row[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1 / max(1, len(tokens))
         self.register_buffer("named", named, persistent=False)
-
         # One group of heads in the second layer: the first has told each token what stands before it, the others carry on what is found.
         self.seen: dict[str, Any] = {}
         second = model.model.language_model.layers[1]
@@ -482,9 +488,6 @@ def train(run: Path, recipe: Recipe, minutes: float, start: Path | None) -> None
         model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     trainee, averaged = Trainee(model, processor), Trainee(build_model(), processor)
     averaged.load_state_dict(trainee.state_dict())
-    # Attention spelled out is a quarter faster, with its backward pass, than the fused kernel on a CPU at these lengths.
-    trainee.model.set_attn_implementation("eager")
-    averaged.model.set_attn_implementation("eager")
     optimizers = build_optimizers(trainee)
     first, best = 0, 0.0
     checkpoint = run / "checkpoint.safetensors"
