@@ -61,7 +61,7 @@ class Plan:
     vae_lr: float = 3e-3
     kl: float = 3e-4
     """Weight of the mean KL of a latent element: high enough that every channel gets a like share of what there is to tell."""
-    decoder_steps: int = 1700
+    decoder_steps: int = 1500
     decoder_batch: int = 8
     decoder_lr: float = 2e-3
     decoder_noise: float = 0.5
@@ -71,7 +71,7 @@ class Plan:
     text_lr: float = 2e-3
     renders: int = 2
     """Jittered pictures of each scene whose latents are cached."""
-    unet_steps: int = 3100
+    unet_steps: int = 3500
     unet_decay_steps: int = 2000
     unet_batch: int = 64
     unet_lr: float = 2.5e-3
