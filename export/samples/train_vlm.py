@@ -104,7 +104,7 @@ class Recipe:
     patch_loss: float = 1.0
     point_loss: float = 1.0
     """Weights of the losses of patches and pointers at the start; they fall to zero over the run."""
-    ema: float = 0.995
+    ema: float = 0.99
     doubles: float = 0.2
     """Share of conversations that are about two pictures, mostly of words, rather than one scene."""
     seed: int = 0
