@@ -138,7 +138,16 @@ def write_bundle(root: Path, processor: LlavaProcessor, config: Mapping[str, Any
         processor.save_pretrained(root / folder)
     source = Source(name="tiny", family="llava", architecture="LlavaForConditionalGeneration", fingerprint="")
     manifest = Manifest(
-        name="tiny", pipeline="chat", quant="none", source=source, submodels=(), artifacts=(), config=config, versions={}, files={}
+        name="tiny",
+        key="none",
+        pipeline="chat",
+        quant="none",
+        source=source,
+        submodels=(),
+        artifacts=(),
+        config=config,
+        versions={},
+        files={},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return Bundle(root)
