@@ -84,7 +84,8 @@ class Plan:
     """Share of samples that start from noise alone, as sampling does: the last training timestep still leaks the picture's mean."""
     evaluate_every: int = 300
     inference_steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.5
+    """As yet 2 bends shapes (4 to 5 % fewer right) and 3 does worse: the UNet without a caption is the least trained."""
 
 
 def validation(caption: str) -> bool:
