@@ -43,7 +43,23 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as server:
         try:
             address = _address(server, len(outputs))
-            run("generate", "--model", "shapes-diffusion", "--prompt", PROMPT, "--seed", "7", "--out", str(PICTURE), "--address", address)
+            run(
+                "generate",
+                "--model",
+                "shapes-diffusion",
+                "--prompt",
+                PROMPT,
+                "--seed",
+                "7",
+                "--steps",
+                "20",
+                "--guidance-scale",
+                "1.5",
+                "--out",
+                str(PICTURE),
+                "--address",
+                address,
+            )
             answer = run("chat", "--model", "shapes-vlm", "--image", str(PICTURE), "--prompt", QUESTION, "--address", address)
         finally:
             server.send_signal(signal.SIGTERM)
