@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -144,16 +144,17 @@ class Build:
 
     def steps(self) -> list[Step]:
         """Everything that will be done, with a guess of its seconds."""
-        steps = [Step("weights", "check", sum(self.size(part) for part in self.parts) / 2e9)]
+        sizes = {part.name: self.size(part) / 1e9 for part in self.parts}
+        steps = [Step("weights", "check", sum(sizes.values()) / 2)]
         for part in self.parts:
-            modules, gigabytes = sum(1 for _ in part.module.modules()), self.size(part) / 1e9
+            modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
             steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
         if any(map(self.calibrated, self.parts)):
             steps.append(Step("pipeline", "calibrate", 30))
         for part in self.parts:
-            steps.append(Step(part.name, "write", 0.2 + self.size(part) / 1e9 * (3 if self.options.quant == "none" else 15)))
+            steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
         for name in self.options.targets:
-            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * self.size(part) / 1e9) for part in self.parts]
+            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
         return [*steps, Step("bundle", "hash", 0.2)]
 
 
@@ -325,6 +326,7 @@ def _version(package: str) -> str:
         return ""
 
 
+@cache
 def _code() -> str:
     """Identifies the code that makes graphs: a changed exporter must not reuse what an older one made."""
     roots = [Path(str(importlib.import_module(name).__file__)).parent for name in ("export", "calibration")]
