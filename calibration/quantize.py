@@ -3,7 +3,7 @@
 Weights are read from the memory-mapped checkpoint a few columns at a time and only when the graph is written, so memory does not grow
 with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and OpenVINO keeps them compressed (FullyConnected):
 
-    int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size) -> MatMul, Gemm
+    int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size) -> MatMul
     int8 weight [K, N]    codes [K, N], float32 scales [N]            -> DequantizeLinear(axis=1)                     -> MatMul, Gemm
     int8 weight [O, ...]  codes [O, ...], float32 scales [O]          -> DequantizeLinear(axis=0)                     -> Conv
     int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
@@ -37,15 +37,17 @@ LEAST_SNR: Final = 20.0
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a submodel is quantized. `bits` and `block` are those of MatMul and Gemm weights; convolution weights are int8.
+    """How a submodel is quantized. `bits` and `block` are those of MatMul weights; those of Gemm and convolutions are int8.
 
-    `block` is the number of consecutive inputs that share an int4 scale. `activations` quantizes the inputs of these layers to int8 too,
+    `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead.
+    `activations` quantizes the inputs of these layers to int8 too,
     which needs their ranges.
     """
 
     name: str
     bits: Literal[4, 8]
     block: int = 64
+    worth: int = 1 << 15
     activations: bool = False
 
 
@@ -54,11 +56,16 @@ RECIPES: Final[Mapping[str, Recipe]] = {
 }
 
 
-def recipe(name: str, activations: bool = True) -> Recipe:
-    """The recipe of that name; without `activations`, its weight-only form. Raises InvalidInput with the nearest name."""
+def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
+    """The recipe of that name; without `activations`, its weight-only form; int8 weights where it would go below `least_bits`.
+
+    Raises InvalidInput with the nearest name.
+    """
     if name not in RECIPES:
         raise InvalidInput("quant", f"'{name}' is not a recipe: {did_you_mean(name, RECIPES)}")
     found = RECIPES[name]
+    if found.bits < least_bits:
+        return RECIPES["int8-weight"]
     return found if activations or not found.activations else replace(found, name=f"{name}-weight", activations=False)
 
 
@@ -173,6 +180,10 @@ def _plan_layer(layer: _Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> L
         return replace(planned, reason=f"fewer than {SMALL} elements")
     if recipe.bits == 4 and layer.node.op_type == "Conv":
         return replace(planned, weight_type="int8", reason="convolutions have no int4 kernels")
+    if recipe.bits == 4 and layer.node.op_type == "Gemm":
+        return replace(planned, weight_type="int8", reason="one row a sample, such as a time embedding: little to save, much to lose")
+    if recipe.bits == 4 and rows * columns < recipe.worth:
+        return replace(planned, weight_type="int8", reason=f"int4 would save only {rows * columns // 2} bytes")
     if recipe.bits == 4:
         block = next((size for size in (recipe.block, SMALLEST_BLOCK) if rows % size == 0), 0)
         if not block or columns % 2:

@@ -123,7 +123,7 @@ class Build:
         return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, _code())
 
     def recipe(self, part: Part) -> Recipe | None:
-        return None if self.options.quant == "none" else recipe(self.options.quant, activations=part.activations)
+        return None if self.options.quant == "none" else recipe(self.options.quant, part.activations, part.least_bits)
 
     def calibrated(self, part: Part) -> bool:
         found = self.recipe(part)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -31,7 +31,8 @@ class Part:
     """One submodel: a module over a component's own parameters, and its signature.
 
     `module` takes the signature's graph inputs in order and returns its graph outputs in order. `activations` says whether int8 also covers
-    activations (W8A8, calibrated) or only weights. `floor` is the largest relative error that the parity gate lets pass.
+    activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `floor` is the largest relative error that
+    the parity gate lets pass.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Part:
     module: nn.Module
     signature: Signature
     activations: bool = True
+    least_bits: Literal[4, 8] = 4
     floor: float = 1e-3
 
 

@@ -79,8 +79,8 @@ def score(
     source: Annotated[Path | None, typer.Option(help="Checkpoint folder to score first, in plain diffusers or transformers.")] = None,
     target: Targets = None,
     count: Annotated[int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Denoising steps of a picture.")] = 20,
-    guidance_scale: Annotated[float, typer.Option(min=0, help="Classifier-free guidance of pictures.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a picture. Default: the model's.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")] = None,
     batch: Annotated[int, typer.Option(min=1, max=32, help="Pictures drawn together.")] = 16,
     threads: Threads = 0,
     store: Store = False,
@@ -98,7 +98,13 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     kind = subjects.kind_of(source, bundles or ())
-    exam = subjects.Exam(count=count or subjects.COUNTS[kind], steps=steps, guidance_scale=guidance_scale, batch=batch)
+    defaults = subjects.defaults(source, bundles or ())
+    exam = subjects.Exam(
+        count=count or subjects.COUNTS[kind],
+        steps=steps or defaults.steps,
+        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
+        batch=batch,
+    )
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:

@@ -22,7 +22,7 @@ from runtime.loading import LoadedModel, load_model
 from runtime.optional import require
 from runtime.pipeline import ImageReady, TextDelta, drive
 from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest, random_stream
+from runtime.pipelines.diffusion import Defaults, DiffusionConfig, ImageRequest, random_stream
 from runtime.signature import BATCH
 from runtime.text import Message
 
@@ -34,11 +34,11 @@ COUNTS: Final[dict[Kind, int]] = {"diffusion": 500, "chat": 1000}
 
 
 class Exam(Frozen):
-    """What is asked. `count` cases; steps and guidance of pictures are those the sample was trained to be drawn with."""
+    """What is asked: `count` cases, and how pictures are drawn."""
 
     count: int = Field(ge=1)
-    steps: int = Field(default=20, ge=1)
-    guidance_scale: float = Field(default=3.0, ge=0)
+    steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
     batch: int = Field(default=16, ge=1, le=BATCH.max // 2)
     """Pictures drawn together; with guidance each takes two rows of a batch."""
 
@@ -65,6 +65,14 @@ def kind_of(source: Path | None, bundles: Sequence[Path]) -> Kind:
     if len(kinds) != 1 or not kinds <= set(COUNTS):
         raise BundleError(f"these are models of the kinds {', '.join(sorted(kinds))}, expected one of {', '.join(COUNTS)} at a time")
     return "diffusion" if "diffusion" in kinds else "chat"
+
+
+def defaults(source: Path | None, bundles: Sequence[Path]) -> Defaults:
+    """How the first of them draws by its own settings: all are asked alike. Raises BundleError or SourceError."""
+    if source is not None:
+        return Defaults.read(source)
+    manifest = Bundle(bundles[0]).manifest
+    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else Defaults()
 
 
 def subjects(source: Path | None, bundles: Sequence[Path], targets: Sequence[str], options: Options) -> Iterator[Subject]:

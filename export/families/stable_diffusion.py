@@ -14,7 +14,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from export.family import Component, Family, Part
 from export.source import Source, read_json
 from export.trace import without_weights
-from runtime.pipelines.diffusion import DiffusionConfig, Sizes, Vae
+from runtime.pipelines.diffusion import Defaults, DiffusionConfig, Sizes, Vae
 from runtime.samplers import SchedulerConfig
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
@@ -106,6 +106,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             text_component,
             TextEncoder(text),
             Signature(inputs=(ids,), outputs=(Tensor(name="last_hidden_state", dtype="float32", dims=(BATCH, sequence, hidden)),)),
+            least_bits=8,  # its error bends every step alike: at int4 the sample draws 7 of 100 prompts wrong by that alone
         ),
         Part(
             "unet",
@@ -148,6 +149,7 @@ def config(source: Source) -> dict[str, Any]:
             latent_channels=vae["latent_channels"],
         ),
         sizes=sizes,
+        defaults=Defaults.read(source.root),
     ).dump()
 
 

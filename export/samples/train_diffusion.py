@@ -37,6 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from calibration.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, held_out, picture_scenes, render, test_prompts
 from calibration.scoring import score_picture
+from runtime.pipelines.diffusion import DEFAULTS, Defaults
 
 EXPORTED: Final = Path(__file__).parent / "shapes-diffusion"
 EDGE: Final = 128
@@ -71,18 +72,18 @@ class Plan:
     text_lr: float = 2e-3
     renders: int = 2
     """Jittered pictures of each scene whose latents are cached."""
-    unet_steps: int = 3500
-    unet_decay_steps: int = 2000
+    unet_steps: int = 4500
+    unet_decay_steps: int = 3600
     unet_batch: int = 64
     unet_lr: float = 2.5e-3
     emphasis: float = 4.0
     """Loss weight of the latents where things are: a small thing is 4 of 64, and its colour would be learned last."""
-    caption_dropout: float = 0.1
+    caption_dropout: float = 0.15
     singles: float = 0.33
     """Share of training scenes with one thing."""
     pure_noise: float = 0.04
     """Share of samples that start from noise alone, as sampling does: the last training timestep still leaks the picture's mean."""
-    evaluate_every: int = 300
+    evaluate_every: int = 500
     inference_steps: int = 20
     guidance_scale: float = 1.5
     """As yet 2 bends shapes (4 to 5 % fewer right) and 3 does worse: the UNet without a caption is the least trained."""
@@ -596,6 +597,8 @@ def export_pipeline(pipeline: StableDiffusionPipeline, out: Path) -> None:
     for path in partial.glob("*/config.json"):
         config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}  # a path of this machine
         path.write_text(json.dumps(config, indent=2) + "\n")
+    defaults = Defaults(steps=Plan.inference_steps, guidance_scale=Plan.guidance_scale)
+    (partial / DEFAULTS).write_text(defaults.model_dump_json(exclude_none=True, indent=2) + "\n")
     move_files(partial, out)
 
 

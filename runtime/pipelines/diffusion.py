@@ -24,12 +24,14 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from runtime.bundle import Bundle, Frozen
-from runtime.errors import BundleError, EngineError, InvalidInput
+from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, ImageReady, Outputs, Pipeline, Progress
 from runtime.samplers import Latents, Sampler, SchedulerConfig, State, default_sampler, make_sampler
 from runtime.signature import Array
 from runtime.tokenizing import ClipTokenizer
 
+DEFAULTS: Final = "enginecast.json"
+"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for that."""
 MAX_STEPS: Final = 1000
 MAX_GUIDANCE: Final = 50.0
 MAX_IMAGES: Final = 64
@@ -69,6 +71,18 @@ class Defaults(Frozen):
     steps: int = Field(default=25, ge=1, le=MAX_STEPS)
     guidance_scale: float = Field(default=7.5, ge=0, le=MAX_GUIDANCE)
     sampler: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Defaults:
+        """Those that the file `enginecast.json` of a checkpoint's folder gives for this model, where there is one. Raises SourceError."""
+        file = folder / DEFAULTS
+        if not file.is_file():
+            return cls()
+        try:
+            return cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+            raise SourceError(f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}") from None
 
 
 class DiffusionConfig(Frozen):

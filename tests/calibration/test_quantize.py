@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -25,6 +26,8 @@ from export.trace import trace
 from runtime.errors import InvalidInput, SourceError
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
+INT4 = replace(RECIPES["int4"], worth=0)
+"""The toys are small."""
 WIDTH = 96
 LENGTH = Dim(name="sequence", min=1, opt=4, max=64)
 SIGNATURE = Signature(
@@ -99,7 +102,7 @@ def snr_db(values: NDArray[np.float32], reference: NDArray[np.float32]) -> float
 
 
 def quantized(floating: Path, name: str, folder: Path, activations: bool = True) -> tuple[Path, dict[str, LayerPlan]]:
-    model, chosen = ir.load(floating), recipe(name, activations)
+    model, chosen = ir.load(floating), INT4 if name == "int4" else recipe(name, activations)
     ranges = collect_ranges(floating, activation_tensors(model, chosen), [inputs(), inputs(1)])
     write(quantize(model, chosen, ranges), folder / name)
     onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
@@ -124,26 +127,32 @@ def test_engines_run_what_was_quantized(floating: Path, tmp_path: Path, name: st
         assert operators["MatMulIntegerToFloat"] >= 1
     else:
         assert operators["MatMulNBits"] == 4  # three MatMuls and the Gemm
-        assert kernels["FullyConnected", "i4" if name == "int4" else "i8"] >= 4
+        assert kernels["FullyConnected", "i4" if name == "int4" else "i8"] >= (3 if name == "int4" else 4)
     assert layers["small.weight"].weight_type == "float"
 
 
 def test_plan_says_what_and_why(floating: Path) -> None:
-    layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
+    layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4)}
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
     assert layers["first.weight"].reason == "96 inputs are no multiple of 64"
     assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == ("int4", 64, "")
     assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == ("int8", "convolutions have no int4 kernels")
     assert layers["small.weight"].reason == "fewer than 4096 elements"
-    assert layers["time.weight"].op == "Gemm"
+    assert (layers["time.weight"].op, layers["time.weight"].weight_type) == ("Gemm", "int8")
 
 
 @pytest.mark.parametrize(
     ("rows", "columns", "reason"), [(72, 128, "72 inputs are no multiple of 32"), (64, 129, "129 outputs are an odd number")]
 )
 def test_what_int4_does_not_fit_is_int8_and_said(rows: int, columns: int, reason: str) -> None:
-    (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), RECIPES["int4"])
+    (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), INT4)
     assert (layer.weight_type, layer.block, layer.reason) == ("int8", 0, reason)
+
+
+def test_int4_is_for_weights_worth_it(floating: Path) -> None:
+    layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
+    assert layers["first.weight"].weight_type == "int8"
+    assert layers["first.weight"].reason == f"int4 would save only {layers['first.weight'].elements // 2} bytes"
 
 
 def test_noisy_activations_stay_float(floating: Path) -> None:
@@ -171,6 +180,11 @@ def test_missing_ranges_are_named(floating: Path) -> None:
         quantize(ir.load(floating), RECIPES["int8"], {})
 
 
+def test_a_submodel_may_ask_for_more_bits() -> None:
+    assert recipe("int4", least_bits=8) == RECIPES["int8-weight"]
+    assert recipe("int8", least_bits=8) == RECIPES["int8"] and recipe("int4") == RECIPES["int4"]
+
+
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(InvalidInput, match="did you mean 'int8'"):
         recipe("int88")
@@ -182,7 +196,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, bad:
     weights = np.ones((128, 64), np.float32)
     weights[77, 3] = bad
     with pytest.raises(SourceError, match="'w' holds NaN"):
-        write(quantize(matmul(weights), RECIPES[name]), tmp_path / "out")
+        write(quantize(matmul(weights), INT4 if name == "int4" else RECIPES[name]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -238,7 +252,7 @@ def test_packing_is_that_of_onnx() -> None:
 
 def test_shared_weight_is_stored_once() -> None:
     model = matmul(np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), twice=True)
-    copy = quantize(model, RECIPES["int4"])
+    copy = quantize(model, INT4)
     assert sorted(copy.graph.initializers) == ["w.int4", "w.scale"]
 
 

@@ -16,7 +16,7 @@ from export.build import Options, build
 from export.family import Family, families, family_of
 from export.graph import parameter_names
 from export.source import open_component, resolve
-from runtime.errors import UnsupportedModel
+from runtime.errors import SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
 State = dict[str, torch.Tensor]
@@ -204,3 +204,19 @@ def test_assets_are_the_model_s_own_files(checkpoint: Path) -> None:
     source = resolve(str(checkpoint))
     for path, file in family_of(source).assets(source).items():
         assert file.is_file() and file.is_relative_to(checkpoint) and Path(path).parts[0] in ("tokenizer", "scheduler", "preprocessor")
+
+
+def test_a_model_may_say_how_it_is_best_drawn_with(tiny_diffusion: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_diffusion, tmp_path / "model"))
+    file = folder / "enginecast.json"
+    family = family_of(resolve(str(folder)))
+
+    def defaults(text: str) -> object:
+        file.write_text(text)
+        return family.config(resolve(str(folder)))["defaults"]
+
+    assert "defaults" not in family.config(resolve(str(folder))) or family.config(resolve(str(folder)))["defaults"] == {}
+    assert defaults('{"steps": 20, "guidance_scale": 1.5}') == {"steps": 20, "guidance_scale": 1.5}
+    for text, field in (('{"steps": 0}', "steps"), ('{"guidance": 2}', "guidance"), ("[]", "object"), ("{", "JSON")):
+        with pytest.raises(SourceError, match=rf"enginecast\.json.*{field}"):
+            defaults(text)

@@ -17,9 +17,13 @@ from profiles.together import drive_together
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
 from runtime.loading import LoadedModel
 from runtime.pipeline import ImageReady, Progress, drive
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipelines.diffusion import Defaults, ImageRequest
 
 Pictures = Callable[[Sequence[Scene], Exam], Iterable[Any]]
+
+
+def exam_of(count: int) -> Exam:
+    return Exam(count=count, steps=2, guidance_scale=3.0, batch=2)
 
 
 def subject(**changes: Any) -> Subject:
@@ -42,19 +46,19 @@ def said(cases: Sequence[Case], exam: Exam) -> list[str]:
 
 def test_pictures() -> None:
     ticks: list[None] = []
-    scores = score.score(subject(kind="diffusion", pictures=drawn), Exam(count=10), lambda: ticks.append(None))
+    scores = score.score(subject(kind="diffusion", pictures=drawn), exam_of(10), lambda: ticks.append(None))
     assert scores.right == 90 and scores.count == len(ticks) == 10
     assert scores.parts == {"background": 90, "missing": 90, "extra": 100, "size": 100, "colour": 100, "shape": 100}
 
 
 def test_answers() -> None:
-    scores = score.score(subject(answers=said), Exam(count=80))
+    scores = score.score(subject(answers=said), exam_of(80))
     assert scores.right == 87.5
     assert scores.parts == {kind: 0.0 if kind == "count" else 100.0 for kind in KINDS}
 
 
 def test_rows_and_table(tmp_path: Path) -> None:
-    exam = Exam(count=80)
+    exam = exam_of(80)
     one, other = subject(answers=said), subject(quant="int8", answers=lambda cases, exam: ["?"] * len(cases))
     results = [(one, score.score(one, exam)), (other, score.score(other, exam))]
     found = score.rows(one, exam, results[0][1], threads=1)
@@ -80,7 +84,7 @@ def test_pictures_drawn_together_are_those_drawn_alone(drawing: LoadedModel) -> 
 
 
 def test_a_bundle_draws_each_case_from_its_own_seed(drawing: LoadedModel) -> None:
-    exam = Exam(count=5, steps=2, batch=2)
+    exam = exam_of(5)
     pictures: list[Any] = []
     scores = score.score(_keeping(subjects.bundle_subject(drawing), pictures), exam)
     assert scores.count == len(pictures) == 5
@@ -104,7 +108,7 @@ def test_source_and_bundle_answer_alike(tiny_vlm: Path, tiny_bundle: Path, tmp_p
     ended = CliRunner().invoke(cli.app, ["score", str(tiny_bundle), *options.split()])
     assert ended.exit_code == 0, ended.output
     assert [row.target for row in rows.read(stored) if row.metric == "right"] == ["torch", "onnxruntime"]
-    exam, cases = Exam(count=4), score.test_questions(4)
+    exam, cases = exam_of(4), score.test_questions(4)
     (source, bundle) = (list(one.answers(cases, exam)) for one in _subjects(tiny_vlm, tiny_bundle))
     assert [answer.strip() for answer in source] == [answer.strip() for answer in bundle]
 
@@ -116,13 +120,20 @@ def _subjects(source: Path, bundle: Path) -> Iterable[Subject]:
 
 
 def test_the_source_draws_from_the_same_noise(tiny_diffusion: Path) -> None:
-    exam = Exam(count=3, steps=2, batch=2)
+    exam = exam_of(3)
     scenes = score.test_prompts(3)
     source = subjects.source_subject(tiny_diffusion)
     pictures = list(source.pictures(scenes, exam))
     assert len(pictures) == 3 and pictures[0].dtype == np.uint8 and pictures[0].ndim == 3
     alone = list(source.pictures(scenes, exam.model_copy(update={"batch": 1})))
     assert all(np.abs(one.astype(int) - other).max() <= 1 for one, other in zip(pictures, alone, strict=True))
+
+
+def test_models_are_drawn_as_they_ask_to_be(drawing: LoadedModel, tiny_diffusion: Path, tmp_path: Path) -> None:
+    assert subjects.defaults(tiny_diffusion, []) == Defaults()
+    assert subjects.defaults(None, [drawing.bundle.root]).steps == 3
+    (tmp_path / "enginecast.json").write_text('{"guidance_scale": 2.5}')
+    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == Defaults(guidance_scale=2.5)
 
 
 @pytest.mark.parametrize(
