@@ -31,8 +31,11 @@ WeightType = Literal["float", "int8", "int4"]
 SMALL: Final = 4096
 """Weights of fewer elements stay as they are: nothing to save, and the first and last layers of small models are among them."""
 SMALLEST_BLOCK: Final = 32
-LEAST_SNR: Final = 20.0
-"""Activations whose own quantization noise is nearer than this to the signal, in dB, stay float."""
+LEAST_SNR: Final = 32.0
+"""Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
+
+Measured on the sample UNet: its noisiest fifth, the shortcuts that carry the residual among them, make the final latents 26 dB instead of 34.
+"""
 
 
 @dataclass(frozen=True)

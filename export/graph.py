@@ -104,7 +104,7 @@ def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
     if value.uses():
         cast = _cast(stored, f"{stored.name}/Cast")
         users = {user for user, _ in value.uses()}
-        model.graph.insert_before(next(node for node in model.graph if node in users), cast)  # late, so that an engine can free it early
+        model.graph.insert_before(next(node for node in model.graph if node in users), cast)
         ir.convenience.replace_all_uses_with(value, cast.outputs[0])
 
 

@@ -114,5 +114,23 @@ def _run(model: ir.Model, inputs: Mapping[str, Array], names: list[str]) -> list
     assert len(folders) <= 1, "one component lies in one folder"
     for folder in folders:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"])
     return list(session.run(names, dict(inputs)))
+
+
+def _weights_first(model: ir.Model) -> ir.Model:
+    """The same graph with what is made of weights alone at its head.
+
+    ONNX Runtime orders nodes by depth-first search from the outputs and, where a node has several inputs, visits the later ones of the file
+    first: a Cast or Transpose of a weight runs just before its user only if it stands in front of everything else.
+    """
+    ordered = model.clone()
+    constant = set(ordered.graph.initializers.values())
+    nodes = []
+    for node in ordered.graph:
+        if all(value is None or value in constant for value in node.inputs):
+            constant.update(node.outputs)
+            nodes.append(node)
+    ordered.graph.remove(nodes)
+    ordered.graph.insert_before(ordered.graph[0], nodes)
+    return ordered

@@ -152,8 +152,8 @@ def supported() -> bool:
     return Path("/proc/self/status").is_file()
 
 
-def measure(command: Sequence[str], echo: Callable[[str], None] = lambda line: None) -> Measured:
-    """Run a command in a session of its own; `echo` gets each line of its standard output. Raises NotFound if it cannot be started."""
+def measure(command: Sequence[str], echo: Callable[[Stretch], None] = lambda stretch: None) -> Measured:
+    """Run a command in a session of its own; `echo` is told of each line of its standard output. Raises NotFound if it cannot be started."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a line must come when it is printed, not when a buffer is full
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True)
@@ -165,7 +165,7 @@ def measure(command: Sequence[str], echo: Callable[[str], None] = lambda line: N
         try:
             for line in process.stdout:
                 stretches.append(Stretch(line.rstrip("\n"), sampler.cut()))
-                echo(line.rstrip("\n"))
+                echo(stretches[-1])
             process.wait()
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
@@ -182,12 +182,15 @@ def main(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run and measure.")],
     until: Annotated[str | None, typer.Option(help="Report apart what was used before and in the steps whose output lines match.")] = None,
 ) -> None:
-    """Print wall seconds, peak anonymous and peak resident memory of a command and its children; exit with its exit code."""
+    """Print wall seconds, peak anonymous and peak resident memory of a command and its children; exit with its exit code.
+
+    In front of each line of the command's output stands the peak of anonymous memory since the line before.
+    """
     try:
         pattern = re.compile(until) if until is not None else None
     except re.error as error:
         raise InvalidInput("until", f"is no regular expression: {error}") from None
-    measured = measure(command, lambda line: print(line, flush=True))
+    measured = measure(command, lambda stretch: print(f"{stretch.usage.anonymous / GB:5.2f} GB  {stretch.line}", flush=True))
     print(f"whole: {measured.whole}")
     if pattern is not None:
         before, matching = measured.before(pattern), measured.matching(pattern)

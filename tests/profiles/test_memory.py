@@ -23,10 +23,10 @@ print("held here", flush=True)
 
 
 def test_peak_of_a_process_tree_by_lines() -> None:
-    lines: list[str] = []
-    measured = memory.measure([sys.executable, "-c", NESTED], lines.append)
-    assert measured.exit_code == 0
-    assert lines == [stretch.line for stretch in measured.stretches][:-1] == ["first", "held in a child", "held here"]
+    told: list[memory.Stretch] = []
+    measured = memory.measure([sys.executable, "-c", NESTED], told.append)
+    assert measured.exit_code == 0 and tuple(told) == measured.stretches[:-1]
+    assert [stretch.line for stretch in told] == ["first", "held in a child", "held here"]
     first, child, here, rest = (stretch.usage for stretch in measured.stretches)
     assert first.anonymous < 60e6 < 80e6 < child.anonymous < 140e6 and 80e6 < here.anonymous < 140e6
     assert child.resident > child.anonymous
@@ -54,7 +54,7 @@ def test_a_grandchild_whose_parent_has_ended_counts() -> None:
 
 
 def test_an_error_ends_the_command() -> None:
-    def refuse(line: str) -> None:
+    def refuse(stretch: memory.Stretch) -> None:
         raise KeyboardInterrupt
 
     start = time.perf_counter()
@@ -73,7 +73,7 @@ def test_command_line() -> None:
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 3
     assert re.fullmatch(
-        r"a\nb\nwhole: [\d.]+ s, peak [\d.]+ GB anonymous, [\d.]+ GB resident\n"
+        r" +0.00 GB  a\n +0.00 GB  b\nwhole: [\d.]+ s, peak [\d.]+ GB anonymous, [\d.]+ GB resident\n"
         r"before the first '\^b': .*\nsteps '\^b': .*\nwithout them: .* s\n",
         ended.stdout,
     )
