@@ -34,7 +34,7 @@ SMALLEST_BLOCK: Final = 32
 LEAST_SNR: Final = 32.0
 """Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
 
-Measured on the sample UNet: its noisiest fifth, the shortcuts that carry the residual among them, make the final latents 26 dB instead of 34.
+Measured on the sample UNet: its noisiest fifth, shortcuts of the residual stream among them, costs the final latents 8 of 34 dB.
 """
 
 

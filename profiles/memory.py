@@ -153,7 +153,7 @@ def supported() -> bool:
 
 
 def measure(command: Sequence[str], echo: Callable[[Stretch], None] = lambda stretch: None) -> Measured:
-    """Run a command in a session of its own; `echo` is told of each line of its standard output. Raises NotFound if it cannot be started."""
+    """Run a command in a session of its own; `echo` is told of each line of its output. Raises NotFound if it cannot be started."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a line must come when it is printed, not when a buffer is full
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True)
