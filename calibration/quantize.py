@@ -13,7 +13,7 @@ Everything is symmetric: TensorRT accepts no other zero point. Nothing here depe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Final, Literal
@@ -107,7 +107,7 @@ class _Layer:
 
 
 def plan(model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> list[LayerPlan]:
-    """What `quantize` makes of each layer that has a weight, in graph order."""
+    """What the recipe makes of each layer that has a weight, in graph order: what `quantize` takes, as it is or changed."""
     return [_plan_layer(layer, recipe, ranges or {}) for layer in _layers(model)]
 
 
@@ -119,25 +119,25 @@ def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(_name(layer.node.inputs[0]) for layer in layers))
 
 
-def quantize(model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> ir.Model:
-    """A quantized copy of a float32-compute graph, as `plan` says. `model` stays as it is.
+def quantize(model: ir.Model, layers: Sequence[LayerPlan], ranges: Mapping[str, Range] | None = None) -> ir.Model:
+    """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model` stays as it is.
 
     Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
-    exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks a tensor that the recipe quantizes.
+    exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of a layer whose plan quantizes it.
     """
-    ranges = ranges or {}
-    missing = [name for name in activation_tensors(model, recipe) if name not in ranges]
+    ranges, plans = ranges or {}, {planned.node: planned for planned in layers}
+    missing = [
+        name for layer in _layers(model) if plans[_name(layer.node)].activation and (name := _name(layer.node.inputs[0])) not in ranges
+    ]
     if missing:
-        raise InvalidInput(
-            "ranges", f"recipe {recipe.name} needs {len(missing)} more activation ranges ({', '.join(missing[:3])}): calibrate first"
-        )
+        raise InvalidInput("ranges", f"lack {len(missing)} activations ({', '.join(missing[:3])}): calibrate first")
     copy = model.clone()
-    weights: dict[tuple[str, WeightType], ir.Value] = {}
+    weights: dict[tuple[str, WeightType, int], ir.Value] = {}
     activations: dict[str, ir.Value] = {}
     for layer in _layers(copy):
-        planned = _plan_layer(layer, recipe, ranges)
+        planned = plans[_name(layer.node)]
         if planned.weight_type != "float":
-            key = planned.weight, planned.weight_type
+            key = planned.weight, planned.weight_type, planned.block
             if key not in weights:
                 weights[key] = _add_weight(copy, layer, planned)
             layer.node.replace_input_with(1, weights[key])

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 import export.trace
 from calibration.data import capture
-from calibration.quantize import Recipe, activation_tensors, quantize, recipe
+from calibration.quantize import Recipe, activation_tensors, plan, quantize, recipe
 from calibration.ranges import Range, collect_ranges
 from export import graph, parity
 from export.family import Family, Part, family_of
@@ -288,7 +288,7 @@ def _write(state: Build, part: Part, model: ir.Model, ranges: Mapping[str, Range
     """Quantize and write one graph with its weights."""
     found = state.recipe(part) if quantized else None
     if found is not None:
-        model = quantize(model, found, ranges)
+        model = quantize(model, plan(model, found, ranges), ranges)
     nbytes = graph.write(model, folder / "onnx" / part.name)
     return Submodel(
         name=part.name, signature=part.signature, graph=f"onnx/{part.name}/{graph.MODEL}", precision=graph.precision(model), nbytes=nbytes

@@ -104,7 +104,7 @@ def snr_db(values: NDArray[np.float32], reference: NDArray[np.float32]) -> float
 def quantized(floating: Path, name: str, folder: Path, activations: bool = True) -> tuple[Path, dict[str, LayerPlan]]:
     model, chosen = ir.load(floating), INT4 if name == "int4" else recipe(name, activations)
     ranges = collect_ranges(floating, activation_tensors(model, chosen), [inputs(), inputs(1)])
-    write(quantize(model, chosen, ranges), folder / name)
+    write(quantize(model, plan(model, chosen, ranges), ranges), folder / name)
     onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
     return folder / name / "model.onnx", {layer.weight: layer for layer in plan(model, chosen, ranges)}
 
@@ -163,21 +163,28 @@ def test_noisy_activations_stay_float(floating: Path) -> None:
     assert not layers["first.weight"].activation
     assert "10.0 dB" in layers["first.weight"].reason
     assert layers["last.weight"].activation
-    copy = quantize(model, chosen, noisy)
+    copy = quantize(model, plan(model, chosen, noisy), noisy)
     assert sum(node.op_type == "QuantizeLinear" for node in copy.graph) == len(tensors) - 1
 
 
 def test_one_quantizer_serves_all_consumers(floating: Path) -> None:
     model, chosen = ir.load(floating), RECIPES["int8"]
     ranges = {name: Range(1.0, 40.0) for name in activation_tensors(model, chosen)}
-    copy = quantize(model, chosen, ranges)
+    copy = quantize(model, plan(model, chosen, ranges), ranges)
     assert sum(node.op_type == "QuantizeLinear" and node.inputs[0].name == "tokens" for node in copy.graph) == 1
     assert not any(node.op_type == "QuantizeLinear" for node in model.graph), "the source graph was changed"
 
 
+def test_a_changed_plan_is_what_is_done(floating: Path, tmp_path: Path) -> None:
+    model = ir.load(floating)
+    layers = [replace(layer, weight_type="float") if layer.weight != "last.weight" else layer for layer in plan(model, INT4)]
+    copy = quantize(model, layers)
+    assert [name for name in copy.graph.initializers if name.endswith(".int4")] == ["last.weight.int4"]
+
+
 def test_missing_ranges_are_named(floating: Path) -> None:
     with pytest.raises(InvalidInput, match="tokens"):
-        quantize(ir.load(floating), RECIPES["int8"], {})
+        quantize(ir.load(floating), plan(ir.load(floating), RECIPES["int8"]), {})
 
 
 def test_a_submodel_may_ask_for_more_bits() -> None:
@@ -196,7 +203,8 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, bad:
     weights = np.ones((128, 64), np.float32)
     weights[77, 3] = bad
     with pytest.raises(SourceError, match="'w' holds NaN"):
-        write(quantize(matmul(weights), INT4 if name == "int4" else RECIPES[name]), tmp_path / "out")
+        model = matmul(weights)
+        write(quantize(model, plan(model, INT4 if name == "int4" else RECIPES[name])), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -252,7 +260,7 @@ def test_packing_is_that_of_onnx() -> None:
 
 def test_shared_weight_is_stored_once() -> None:
     model = matmul(np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), twice=True)
-    copy = quantize(model, INT4)
+    copy = quantize(model, plan(model, INT4))
     assert sorted(copy.graph.initializers) == ["w.int4", "w.scale"]
 
 
