@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 import export.trace
 from calibration.data import capture
+from calibration.lean import LeanEngine
 from calibration.quantize import Recipe, activation_tensors, plan, quantize, recipe
 from calibration.ranges import Range, collect_ranges
 from export import graph, parity
@@ -33,7 +34,7 @@ from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submode
 from runtime.bundle import Source as BundleSource
 from runtime.engine import Engine, target
 from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, SourceError, did_you_mean
-from runtime.loading import load_model
+from runtime.loading import PIPELINES, LoadedModel
 
 QUANTS: Final = ("none", "int8", "int4")
 PARITIES: Final = ("auto", "full", "twin")
@@ -264,19 +265,17 @@ def _calibrate(state: Build, folder: Path) -> Mapping[str, Mapping[str, Range]]:
     """Run the float model as its users will, through the real pipeline, and look at the activations of the calibrated parts."""
 
     def measure(path: Path) -> None:
-        floating = folder / "float"
-        submodels = [_write(state, part, _graph(state, part), None, floating, quantized=False) for part in state.parts]
-        artifacts = [_compile(target("onnxruntime"), submodel, floating) for submodel in submodels]
-        _finish(state, floating, submodels, artifacts)
-        model = load_model(floating, "onnxruntime")
+        model = _floating(state, folder / "float")
         samples = capture(model)
         model.close()
+        shutil.rmtree(model.bundle.root)
         found = {}
         for part in filter(state.calibrated, state.parts):
-            float_graph = floating / "onnx" / part.name / graph.MODEL
-            tensors = activation_tensors(ir.load(float_graph), recipe(state.options.quant))
-            found[part.name] = collect_ranges(float_graph, tensors, samples[part.name])
-        shutil.rmtree(floating)
+            graph.write(_graph(state, part), folder / "float")
+            floating = folder / "float" / graph.MODEL
+            tensors = activation_tensors(ir.load(floating), recipe(state.options.quant))
+            found[part.name] = collect_ranges(floating, tensors, samples[part.name])
+            shutil.rmtree(floating.parent)
         path.write_text(json.dumps({name: {tensor: list(seen) for tensor, seen in part.items()} for name, part in found.items()}))
 
     key = key_of("ranges", state.fingerprint, state.options.quant, state.versions, _code())
@@ -284,15 +283,38 @@ def _calibrate(state: Build, folder: Path) -> Mapping[str, Mapping[str, Range]]:
     return {name: {tensor: Range(*values) for tensor, values in part.items()} for name, part in data.items()}
 
 
-def _write(state: Build, part: Part, model: ir.Model, ranges: Mapping[str, Range] | None, folder: Path, quantized: bool = True) -> Submodel:
+def _floating(state: Build, folder: Path) -> LoadedModel:
+    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes."""
+    parts = {part.name: part for part in state.parts}
+    submodels = {
+        name: Submodel(name=name, signature=part.signature, graph=_place(name), precision="float32", nbytes=0)
+        for name, part in parts.items()
+    }
+    folder.mkdir()
+    _finish(state, folder, list(submodels.values()), [])
+    bundle = Bundle(folder)
+
+    class Engines(dict[str, Engine]):
+        def __missing__(self, name: str) -> Engine:
+            self[name] = LeanEngine(submodels[name], _graph(state, parts[name]))
+            return self[name]
+
+    kind: Any = state.family.pipeline
+    return LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), PIPELINES[kind](bundle))
+
+
+def _write(state: Build, part: Part, model: ir.Model, ranges: Mapping[str, Range] | None, folder: Path) -> Submodel:
     """Quantize and write one graph with its weights."""
-    found = state.recipe(part) if quantized else None
+    found = state.recipe(part)
     if found is not None:
         model = quantize(model, plan(model, found, ranges), ranges)
     nbytes = graph.write(model, folder / "onnx" / part.name)
-    return Submodel(
-        name=part.name, signature=part.signature, graph=f"onnx/{part.name}/{graph.MODEL}", precision=graph.precision(model), nbytes=nbytes
-    )
+    return Submodel(name=part.name, signature=part.signature, graph=_place(part.name), precision=graph.precision(model), nbytes=nbytes)
+
+
+def _place(submodel: str) -> str:
+    """Where a submodel's graph lies in a bundle."""
+    return f"onnx/{submodel}/{graph.MODEL}"
 
 
 def _compile(engine: type[Engine], submodel: Submodel, folder: Path) -> Artifact:

@@ -14,10 +14,10 @@ from typing import Any, Final
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 from torch import nn
 
+from calibration.lean import lean_session
 from export.family import Part
 from export.graph import parameter_names
 from export.source import TensorRef
@@ -35,7 +35,7 @@ def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method:
     with mapped(part, weights), torch.inference_mode():
         expected = [tensor.float().numpy() for tensor in part.module(*(torch.from_numpy(array) for array in inputs.values()))]
     worst: Parity | None = None
-    for name, wanted, got in zip(names, expected, _run(model, inputs, names), strict=True):
+    for name, wanted, got in zip(names, expected, lean_session(model).run(names, inputs), strict=True):
         found = _compare(name, wanted, got, part.floor, method)
         if not found.error <= part.floor:  # NaN is beyond every floor
             raise ParityError(
@@ -101,36 +101,3 @@ def _view(ref: TensorRef) -> torch.Tensor:
         warnings.simplefilter("ignore")  # of a map that is not writable: nothing writes to it
         tensor = torch.from_numpy(array.view(np.int16) if is_bfloat16 else array)
     return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
-
-
-def _run(model: ir.Model, inputs: Mapping[str, Array], names: list[str]) -> list[Array]:
-    """Run a graph whose weights lie in the checkpoint, unoptimised: constants stay mapped, each node frees what it no longer needs."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.disable_prepacking", "1")
-    folders = {str(v.const_value.base_dir) for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)}
-    assert len(folders) <= 1, "one component lies in one folder"
-    for folder in folders:
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    session = ort.InferenceSession(ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(names, dict(inputs)))
-
-
-def _weights_first(model: ir.Model) -> ir.Model:
-    """The same graph with what is made of weights alone at its head.
-
-    ONNX Runtime orders nodes by depth-first search from the outputs and, where a node has several inputs, visits the later ones of the file
-    first: a Cast or Transpose of a weight runs just before its user only if it stands in front of everything else.
-    """
-    ordered = model.clone()
-    constant = set(ordered.graph.initializers.values())
-    nodes = []
-    for node in ordered.graph:
-        if all(value is None or value in constant for value in node.inputs):
-            constant.update(node.outputs)
-            nodes.append(node)
-    ordered.graph.remove(nodes)
-    ordered.graph.insert_before(ordered.graph[0], nodes)
-    return ordered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from runtime.engine import targets
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background ignores it, and so would what tests interrupt
 SAMPLES = Path(__file__).parents[1] / "export" / "samples"
 
 
