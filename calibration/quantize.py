@@ -23,7 +23,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from calibration.ranges import Range
-from calibration.weights import INT8_PEAK, QuantizedWeight
+from calibration.weights import INT8_PEAK, Floats, QuantizedWeight
 from runtime.errors import InvalidInput, did_you_mean
 
 WeightType = Literal["float", "int8", "int4"]
@@ -87,7 +87,7 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
     """A MatMul, Gemm or Conv, the initializer it multiplies by, and whether that one is stored as [N, K]."""
 
     node: ir.Node
@@ -108,44 +108,59 @@ class _Layer:
 
 def plan(model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None) -> list[LayerPlan]:
     """What the recipe makes of each layer that has a weight, in graph order: what `quantize` takes, as it is or changed."""
-    return [_plan_layer(layer, recipe, ranges or {}) for layer in _layers(model)]
+    return [_plan_layer(layer, recipe, ranges or {}) for layer in weight_layers(model)]
 
 
 def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
     """The tensors whose ranges `quantize` needs, in graph order without repetition: none for a recipe of weights alone."""
     if not recipe.activations:
         return []
-    layers = (layer for layer in _layers(model) if _activation_obstacle(layer) is None)
-    return list(dict.fromkeys(_name(layer.node.inputs[0]) for layer in layers))
+    layers = (layer for layer in weight_layers(model) if _activation_obstacle(layer) is None)
+    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in layers))
 
 
-def quantize(model: ir.Model, layers: Sequence[LayerPlan], ranges: Mapping[str, Range] | None = None) -> ir.Model:
+def measured_tensors(model: ir.Model, layers: Sequence[LayerPlan]) -> list[str]:
+    """The tensors whose channel statistics improve what these plans make: inputs of MatMuls with int4 weights or int8 activations."""
+    wanted = {planned.node for planned in layers if planned.op == "MatMul" and (planned.weight_type == "int4" or planned.activation)}
+    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in wanted))
+
+
+def quantize(
+    model: ir.Model,
+    layers: Sequence[LayerPlan],
+    ranges: Mapping[str, Range] | None = None,
+    importance: Mapping[str, Floats] | None = None,
+) -> ir.Model:
     """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model` stays as it is.
 
+    `importance` is the mean square of each channel, float32 [K], of the tensors that layers read, where known: int4 scales then minimise
+    the error of the layer's output instead of the weight's.
     Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
     exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of a layer whose plan quantizes it.
     """
-    ranges, plans = ranges or {}, {planned.node: planned for planned in layers}
+    ranges, importance, plans = ranges or {}, importance or {}, {planned.node: planned for planned in layers}
     missing = [
-        name for layer in _layers(model) if plans[_name(layer.node)].activation and (name := _name(layer.node.inputs[0])) not in ranges
+        name
+        for layer in weight_layers(model)
+        if plans[name_of(layer.node)].activation and (name := name_of(layer.node.inputs[0])) not in ranges
     ]
     if missing:
         raise InvalidInput("ranges", f"lack {len(missing)} activations ({', '.join(missing[:3])}): calibrate first")
     copy = model.clone()
     weights: dict[tuple[str, WeightType, int], ir.Value] = {}
     activations: dict[str, ir.Value] = {}
-    for layer in _layers(copy):
-        planned = plans[_name(layer.node)]
+    for layer in weight_layers(copy):
+        planned = plans[name_of(layer.node)]
         if planned.weight_type != "float":
             key = planned.weight, planned.weight_type, planned.block
             if key not in weights:
-                weights[key] = _add_weight(copy, layer, planned)
+                weights[key] = _add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])))
             layer.node.replace_input_with(1, weights[key])
             if layer.node.op_type == "Gemm":
                 layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
         if planned.activation:
             source = layer.node.inputs[0]
-            name = _name(source)
+            name = name_of(source)
             if name not in activations:
                 activations[name] = _add_activation(copy, layer.node, ranges[name])
             layer.node.replace_input_with(0, activations[name])
@@ -153,15 +168,16 @@ def quantize(model: ir.Model, layers: Sequence[LayerPlan], ranges: Mapping[str, 
     return copy
 
 
-def _layers(model: ir.Model) -> Iterator[_Layer]:
+def weight_layers(model: ir.Model) -> Iterator[Layer]:
+    """The layers of a float graph that have a weight, in graph order."""
     for node in list(model.graph):
         if node.domain == "" and node.op_type in ("MatMul", "Gemm", "Conv"):
-            layer = _layer(node)
+            layer = layer_of(node)
             if layer is not None:
                 yield layer
 
 
-def _layer(node: ir.Node) -> _Layer | None:
+def layer_of(node: ir.Node) -> Layer | None:
     """Look through Cast and Transpose for the initializer. None when both operands are activations, as within attention."""
     transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     value = node.inputs[1]
@@ -173,12 +189,12 @@ def _layer(node: ir.Node) -> _Layer | None:
         value = producer.inputs[0]
     if value is None or not value.is_initializer() or (len(value.shape or ()) != 2 and node.op_type != "Conv"):
         return None
-    return _Layer(node, value, transposed)
+    return Layer(node, value, transposed)
 
 
-def _plan_layer(layer: _Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> LayerPlan:
+def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> LayerPlan:
     rows, columns = layer.matrix
-    planned = LayerPlan(_name(layer.node), layer.node.op_type, _name(layer.weight), rows * columns, "float", 0, False)
+    planned = LayerPlan(name_of(layer.node), layer.node.op_type, name_of(layer.weight), rows * columns, "float", 0, False)
     if rows * columns < SMALL:
         return replace(planned, reason=f"fewer than {SMALL} elements")
     if recipe.bits == 4 and layer.node.op_type == "Conv":
@@ -202,13 +218,13 @@ def _plan_layer(layer: _Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> L
     if not recipe.activations:
         return planned
     obstacle = _activation_obstacle(layer)
-    seen = ranges.get(_name(layer.node.inputs[0]))
+    seen = ranges.get(name_of(layer.node.inputs[0]))
     if obstacle is None and seen is not None and not seen.snr_db >= LEAST_SNR:
         obstacle = f"int8 would leave its input {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}"
     return replace(planned, activation=obstacle is None, reason=obstacle or "")
 
 
-def _activation_obstacle(layer: _Layer) -> str | None:
+def _activation_obstacle(layer: Layer) -> str | None:
     """Why a layer's input stays float whatever its range is."""
     if prod(layer.matrix) < SMALL:
         return f"fewer than {SMALL} elements"
@@ -221,21 +237,21 @@ def _add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value
     """QuantizeLinear and DequantizeLinear on the consumer's first input, before the consumer."""
     source = consumer.inputs[0]
     assert source is not None
-    name = _name(source)
+    name = name_of(source)
     step = max(seen.peak / INT8_PEAK, float(np.finfo(np.float32).tiny))  # a tensor that is always zero still needs a scale
-    scale = _initializer(model, f"{name}.scale", ir.tensor(np.float32(step)))
-    zero = _initializer(model, f"{name}.zero_point", ir.tensor(np.int8(0)))
+    scale = add_initializer(model, f"{name}.scale", ir.tensor(np.float32(step)))
+    zero = add_initializer(model, f"{name}.zero_point", ir.tensor(np.int8(0)))
     quantized = _node("QuantizeLinear", [source, scale, zero], {}, f"{name}.int8", ir.DataType.INT8, source.shape)
     restored = _node("DequantizeLinear", [quantized, scale, zero], {}, f"{name}.dequantized", ir.DataType.FLOAT, source.shape)
     _insert(model, consumer, quantized, restored)
     return restored
 
 
-def _add_weight(model: ir.Model, layer: _Layer, planned: LayerPlan) -> ir.Value:
+def _add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
     name, first = planned.weight, model.graph[0]
-    weight = QuantizedWeight(_tensor(layer.weight), layer.transposed or conv, planned.block)
+    weight = QuantizedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, importance)
     if planned.weight_type == "int4":
         codes = _lazy(model, f"{name}.int4", ir.DataType.INT4, (rows, columns), weight.codes)
         stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
@@ -266,21 +282,21 @@ def _insert(model: ir.Model, before: ir.Node, *values: ir.Value) -> None:
 
 
 def _lazy(model: ir.Model, name: str, dtype: ir.DataType, shape: Iterable[int], compute: Callable[[], ir.TensorProtocol]) -> ir.Value:
-    return _initializer(model, name, ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name))
+    return add_initializer(model, name, ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name))
 
 
-def _initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
     model.graph.register_initializer(value)
     return value
 
 
-def _tensor(value: ir.Value) -> ir.TensorProtocol:
+def tensor_of(value: ir.Value) -> ir.TensorProtocol:
     assert value.const_value is not None, f"{value.name} has no values: attach the checkpoint before quantizing"
     return value.const_value
 
 
-def _name(named: ir.Value | ir.Node | None) -> str:
+def name_of(named: ir.Value | ir.Node | None) -> str:
     assert named is not None
     assert named.name, "every node and value of a canonical graph has a name"
     return named.name

@@ -1,23 +1,24 @@
-"""Ranges of activations, from real runs of a float graph through ONNX Runtime.
+"""Ranges and channel statistics of activations, from real runs of a float graph through ONNX Runtime.
 
-Memory is bounded: each tensor is reduced to a histogram of magnitudes as soon as it is seen, and a graph whose tensors would not fit
-together is run in groups. Nothing is random, so the same inputs give the same ranges.
+Memory is bounded: each tensor is reduced to a histogram of magnitudes, or to sums and a few rows, as soon as it is seen, and a graph whose
+tensors would not fit together is run in groups. Nothing is random, so the same inputs give the same figures.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from calibration.weights import INT8_PEAK
-from runtime.errors import InvalidInput
+from calibration.weights import INT8_PEAK, Floats
+from runtime.errors import InvalidInput, did_you_mean
 from runtime.signature import Array
 
 BINS: Final = 4096
@@ -27,11 +28,40 @@ GROUP_BYTES: Final = 512 << 20
 """Activations that one run may return together, of the size they have with the first input."""
 
 
+ROWS: Final = 128
+"""Rows kept of each tensor as a sample of its inputs."""
+PERCENTILE: Final = 99.99
+
+Method = Literal["minmax", "percentile", "mse"]
+METHODS: Final[tuple[Method, ...]] = get_args(Method)
+
+
 class Range(NamedTuple):
-    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB."""
+    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB.
+
+    `method` is what chose the peak: the largest magnitude, a percentile of the magnitudes, or a search for the least squared error.
+    """
 
     peak: float
     snr_db: float
+    method: Method = "mse"
+
+
+@dataclass(frozen=True)
+class ChannelStats:
+    """What was seen of each channel, the K entries of the last axis, of an activation tensor.
+
+    Largest magnitude, mean magnitude and mean square, each float32 [K], and `rows` [R, K]: R <= ROWS samples, evenly spread over each call.
+    """
+
+    largest: Floats
+    mean_magnitude: Floats
+    mean_square: Floats
+    rows: Floats
+
+    def divided(self, scales: Floats) -> ChannelStats:
+        """Those of the same tensor with each channel divided by its scale (positive, [K])."""
+        return ChannelStats(self.largest / scales, self.mean_magnitude / scales, self.mean_square / scales**2, self.rows / scales)
 
 
 class Histogram:
@@ -61,19 +91,65 @@ class Histogram:
         magnitudes *= np.float32(BINS / self.top)
         self.counts += np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), minlength=BINS)
 
-    def range(self) -> Range:
-        """The peak of least squared error, and the signal to noise ratio it gives. A tensor that is always zero loses nothing."""
+    def range(self, method: Method | Literal["auto"] = "auto") -> Range:
+        """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals the simplest.
+
+        A tensor that is always zero loses nothing.
+        """
         centers = (np.arange(BINS, dtype=np.float64) + 0.5) * (self.top / BINS)
         used = np.flatnonzero(self.counts)
-        values = centers[used]
-        counts = self.counts[used].astype(np.float64)
+        values, counts = centers[used], self.counts[used].astype(np.float64)
+        tried = METHODS if method == "auto" else (method,)
         if self.largest == 0:
-            return Range(0.0, math.inf)
-        peaks = [self.largest * share for share in CLIPS]
-        errors = [float(np.dot(counts, _error(values, peak))) for peak in peaks]
-        best = int(np.argmin(errors))
+            return Range(0.0, math.inf, tried[0])
+        peaks: dict[Method, Callable[[], list[float]]] = {
+            "minmax": lambda: [self.largest],
+            "percentile": lambda: [self._percentile()],
+            "mse": lambda: [self.largest * share for share in CLIPS],
+        }
+        error, peak, winner = min(
+            ((float(np.dot(counts, _error(values, peak))), peak, name) for name in tried for peak in peaks[name]()),
+            key=lambda found: found[0],
+        )
         power = float(np.dot(counts, values**2))
-        return Range(peaks[best], 10 * math.log10(power / errors[best]) if errors[best] else math.inf)
+        return Range(peak, 10 * math.log10(power / error) if error else math.inf, winner)
+
+    def _percentile(self) -> float:
+        """The upper edge of the bin that PERCENTILE of the magnitudes do not exceed."""
+        reached = int(np.searchsorted(np.cumsum(self.counts), PERCENTILE / 100 * self.counts.sum()))
+        return min((reached + 1) * self.top / BINS, self.largest)
+
+
+class Channels:
+    """Sums over the channels of one tensor, and `wanted` rows of each call."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.count = 0
+        self.largest: Any = 0.0
+        self.magnitude: Any = 0.0
+        self.square: Any = 0.0
+        self.rows: list[Floats] = []
+
+    def add(self, values: Array) -> None:
+        """Sum [..., K]. Raises ValueError for NaN and infinity."""
+        rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
+        magnitudes = np.abs(rows)
+        largest = magnitudes.max(axis=0, initial=0)
+        if not np.isfinite(largest).all():
+            raise ValueError("holds NaN or infinity")
+        self.count += len(rows)
+        self.largest = np.maximum(self.largest, largest)
+        self.magnitude = self.magnitude + magnitudes.sum(axis=0, dtype=np.float64)
+        self.square = self.square + np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
+        spread = np.linspace(0, len(rows) - 1, min(self.wanted, len(rows))).astype(int)
+        self.rows.append(rows[spread])
+
+    def stats(self) -> ChannelStats:
+        count = max(self.count, 1)
+        highest = float(np.finfo(np.float32).max)
+        magnitude, square = (np.minimum(total / count, highest).astype(np.float32) for total in (self.magnitude, self.square))
+        return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(self.rows)[:ROWS])
 
 
 def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
@@ -82,27 +158,77 @@ def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
     return (values - step * np.minimum(np.rint(values / step), INT8_PEAK)) ** 2
 
 
-def collect_ranges(graph: Path, tensors: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> dict[str, Range]:
+def collect_ranges(
+    graph: Path,
+    tensors: Sequence[str],
+    samples: Sequence[Mapping[str, Array]],
+    method: Method | Literal["auto"] = "auto",
+    scales: Mapping[str, Floats] | None = None,
+) -> dict[str, Range]:
     """The range of each named tensor of the float graph (`model.onnx` beside its weights) over the captured inputs.
 
-    Raises InvalidInput when there are no samples, the graph has no such tensor, or a tensor held NaN or infinity.
+    `scales` divides the channels of some tensors, positive float32 [K] each: their ranges after equalization, measured on the graph
+    before it.
+    Raises InvalidInput for an unknown method, when there are no samples, the graph has no such tensor, or a tensor held NaN or infinity.
     """
-    if not tensors:
-        return {}
+    return collect(graph, tensors, (), samples, method, scales)[0]
+
+
+def collect_stats(graph: Path, tensors: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> dict[str, ChannelStats]:
+    """The channel statistics of each named tensor; the rest as collect_ranges."""
+    return collect(graph, (), tensors, samples)[1]
+
+
+def collect(
+    graph: Path,
+    tensors: Sequence[str],
+    channels: Sequence[str],
+    samples: Sequence[Mapping[str, Array]],
+    method: Method | Literal["auto"] = "auto",
+    scales: Mapping[str, Floats] | None = None,
+) -> tuple[dict[str, Range], dict[str, ChannelStats]]:
+    """Ranges of some tensors and channel statistics of some, in the same runs; the rest as collect_ranges."""
+    if method not in ("auto", *METHODS):
+        raise InvalidInput("method", f"'{method}' is not known: {did_you_mean(method, ('auto', *METHODS))}")
+    names = list(dict.fromkeys([*tensors, *channels]))
+    if not names:
+        return {}, {}
     if not samples:
         raise InvalidInput(
             "samples", f"are none, expected at least one captured input for {graph.parent.name}: calibrate with more prompts"
         )
-    histograms = {name: Histogram() for name in tensors}
-    for group in _groups(_element_counts(graph, tensors, samples[0])):
+    histograms = {name: _Divided(Histogram(), (scales or {}).get(name)) for name in tensors}
+    statistics = {name: Channels(math.ceil(ROWS / len(samples))) for name in channels}
+    observers: dict[str, list[_Observer]] = {
+        name: [*([histograms[name]] if name in histograms else []), *([statistics[name]] if name in statistics else [])] for name in names
+    }
+    for group in _groups(_element_counts(graph, names, samples[0])):
         session = _session(graph, group)
         for sample in samples:
             for name, values in zip(group, session.run(group, dict(sample)), strict=True):
                 try:
-                    histograms[name].add(values)
+                    for observer in observers[name]:
+                        observer.add(values)
                 except ValueError as error:
                     raise InvalidInput("samples", f"tensor '{name}' of {graph.parent.name} {error}: it cannot be calibrated") from None
-    return {name: histogram.range() for name, histogram in histograms.items()}
+    return (
+        {name: found.histogram.range(method) for name, found in histograms.items()},
+        {name: found.stats() for name, found in statistics.items()},
+    )
+
+
+class _Observer(Protocol):
+    def add(self, values: Array) -> None: ...
+
+
+class _Divided:
+    """A histogram of what is left when each channel is divided by its scale."""
+
+    def __init__(self, histogram: Histogram, scales: Floats | None) -> None:
+        self.histogram, self.scales = histogram, scales
+
+    def add(self, values: Array) -> None:
+        self.histogram.add(values if self.scales is None else np.asarray(values, np.float32) / self.scales)
 
 
 def _element_counts(graph: Path, tensors: Sequence[str], sample: Mapping[str, Array]) -> dict[str, int]:
