@@ -154,7 +154,7 @@ def quantize(
         if planned.weight_type != "float":
             key = planned.weight, planned.weight_type, planned.block
             if key not in weights:
-                weights[key] = _add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])))
+                weights[key] = add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])))
             layer.node.replace_input_with(1, weights[key])
             if layer.node.op_type == "Gemm":
                 layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
@@ -162,7 +162,7 @@ def quantize(
             source = layer.node.inputs[0]
             name = name_of(source)
             if name not in activations:
-                activations[name] = _add_activation(copy, layer.node, ranges[name])
+                activations[name] = add_activation(copy, layer.node, ranges[name])
             layer.node.replace_input_with(0, activations[name])
     common.RemoveUnusedNodesPass()(copy)
     return copy
@@ -233,7 +233,7 @@ def _activation_obstacle(layer: Layer) -> str | None:
     return None
 
 
-def _add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value:
+def add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value:
     """QuantizeLinear and DequantizeLinear on the consumer's first input, before the consumer."""
     source = consumer.inputs[0]
     assert source is not None
@@ -247,20 +247,18 @@ def _add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value
     return restored
 
 
-def _add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None) -> ir.Value:
+def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
-    name, first = planned.weight, model.graph[0]
+    name, first = f"{planned.weight}.{planned.weight_type}", model.graph[0]
     weight = QuantizedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, importance)
     if planned.weight_type == "int4":
-        codes = _lazy(model, f"{name}.int4", ir.DataType.INT4, (rows, columns), weight.codes)
+        codes = _lazy(model, name, ir.DataType.INT4, (rows, columns), weight.codes)
         stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
         scale = _node("Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape)
         attributes, values = {"axis": 0, "block_size": planned.block}, [scale]
     else:
-        codes = _lazy(
-            model, f"{name}.int8", ir.DataType.INT8, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes
-        )
+        codes = _lazy(model, name, ir.DataType.INT8, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes)
         scale = _lazy(model, f"{name}.scale", ir.DataType.FLOAT, (columns,), weight.scales)
         attributes, values = {"axis": 0 if conv else 1}, []
     restored = _node("DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape)

@@ -1,0 +1,101 @@
+"""Switched graphs do what quantized graphs do, and noise is measured where it arises."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from calibration.lean import lean_session
+from calibration.quantize import RECIPES, plan, quantize
+from calibration.ranges import Range
+from calibration.sensitivity import FLOAT, Board, snr_db
+from export.trace import trace
+from runtime.errors import InvalidInput
+from runtime.signature import BATCH, Signature, Tensor
+
+SIGNATURE = Signature(
+    inputs=(
+        Tensor(name="x", dtype="float32", dims=(BATCH, 8, 64)),
+        Tensor(name="time", dtype="float32", dims=(BATCH, 64)),
+    ),
+    outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 8, 64)),),
+)
+INT4 = replace(RECIPES["int4"], worth=0)
+
+
+class Toy(nn.Module):
+    """Two MatMuls, a Gemm and a convolution too small to quantize."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noisy, self.time, self.last = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
+        self.conv = nn.Conv1d(8, 8, 9, padding=4, groups=1)
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.last(torch.relu(self.noisy(self.conv(x)) + self.time(time)[:, None])),)
+
+
+@pytest.fixture(scope="module")
+def toy() -> ir.Model:
+    torch.manual_seed(0)
+    module = Toy().eval()
+    values = {name: parameter.detach().numpy() for name, parameter in module.named_parameters()}
+    model = trace(module.to("meta"), SIGNATURE)
+    for name, array in values.items():
+        model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    return model
+
+
+def samples(count: int = 3) -> list[dict[str, np.ndarray]]:
+    return [SIGNATURE.sample({"batch": 2}, seed) for seed in range(count)]
+
+
+@pytest.fixture(scope="module")
+def ranges(toy: ir.Model) -> dict[str, Range]:
+    from calibration.quantize import activation_tensors
+
+    return {name: Range(4.0, 40.0) for name in activation_tensors(toy, RECIPES["int8"])}
+
+
+@pytest.fixture(scope="module")
+def board(toy: ir.Model, ranges: dict[str, Range]) -> Board:
+    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)], ranges, samples())
+
+
+def test_an_assignment_is_what_the_quantized_graph_gives(toy: ir.Model, ranges: dict[str, Range], board: Board) -> None:
+    int8, int4 = plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)
+    mixed = [four if number % 2 else eight for number, (eight, four) in enumerate(zip(int8, int4, strict=True))]
+    for plans in (int8, int4, mixed):
+        session = lean_session(quantize(toy, plans, ranges))
+        reference = lean_session(toy)
+        error = power = 0.0
+        for sample in samples():
+            wanted, got = reference.run(["y"], sample)[0], session.run(["y"], sample)[0]
+            error, power = error + float(np.square(got - wanted).sum()), power + float(np.square(wanted).sum())
+        assert board.noise(board.choice(plans)) == pytest.approx(error / power, rel=1e-3)
+
+
+def test_nothing_quantized_is_no_noise(board: Board) -> None:
+    assert board.noise(np.full(len(board.layers), FLOAT)) == 0 and snr_db(0) == 200
+    assert snr_db(0.01) == pytest.approx(20)
+
+
+def test_each_alternative_is_measured_alone_and_noises_add_up(toy: ir.Model, board: Board) -> None:
+    found = board.alternatives()
+    int4 = plan(toy, INT4)
+    assert [len(forms) for forms in found] == [{"Conv": 0, "Gemm": 1, "MatMul": 2}[planned.op] for planned in int4]
+    alone = sum(forms[-1].noise for forms in found if forms)
+    assert alone > 0 and board.noise(board.choice(int4)) == pytest.approx(alone, rel=0.3)
+    for name, forms in zip(board.layers, found, strict=True):
+        if len(forms) == 2:
+            assert forms[1].plan.weight_type == "int4" and forms[1].noise > forms[0].noise, name
+
+
+def test_without_samples_there_is_nothing_to_measure(toy: ir.Model) -> None:
+    with pytest.raises(InvalidInput, match="samples"):
+        Board(toy, [], {}, [])
