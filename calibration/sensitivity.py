@@ -66,7 +66,7 @@ class Board:
     def noise(self, choice: Choice) -> float:
         """Relative noise power of the output under an assignment, over all samples."""
         pairs = zip(self._reference, self._samples, strict=True)
-        error = sum(float(np.square(self._run(choice, sample) - wanted, dtype=np.float64).sum()) for wanted, sample in pairs)
+        error = sum(float(np.sum(np.square(np.subtract(self._run(choice, sample), wanted, dtype=np.float64)))) for wanted, sample in pairs)
         return error / (self._power or 1.0)
 
     def alternatives(self) -> list[list[Alternative]]:
@@ -134,7 +134,7 @@ def _as_stored(model: ir.Model, node: ir.Node) -> ir.Value:
     """The node's float weight in the order of its quantized forms: [K, N] for a Gemm too."""
     weight = node.inputs[1]
     assert weight is not None
-    if node.op_type == "Gemm" and node.attributes.get_int("transB", 0):
+    if node.op_type == "Gemm" and "transB" in node.attributes and node.attributes["transB"].as_int():
         node.attributes["transB"] = ir.AttrInt64("transB", 0)
         return _put(model, node, "Transpose", [weight], {"perm": [1, 0]})
     return weight
