@@ -29,7 +29,7 @@ GROUP_BYTES: Final = 512 << 20
 
 
 ROWS: Final = 128
-"""Rows kept of each tensor as a sample of its inputs."""
+"""Rows kept of each tensor, about: one at least of each call."""
 PERCENTILE: Final = 99.99
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -51,17 +51,44 @@ class Range(NamedTuple):
 class ChannelStats:
     """What was seen of each channel, the K entries of the last axis, of an activation tensor.
 
-    Largest magnitude, mean magnitude and mean square, each float32 [K], and `rows` [R, K]: R <= ROWS samples, evenly spread over each call.
+    Largest magnitude, mean magnitude and mean square, each float32 [K], over `count` rows, and `rows` [R, K]: some of them, evenly spread
+    over each call. `parts` are the same of every other call and of the rest, so that what is chosen by one can be checked on the other;
+    none where there was one call.
     """
 
     largest: Floats
     mean_magnitude: Floats
     mean_square: Floats
     rows: Floats
+    count: int = 1
+    parts: tuple[ChannelStats, ...] = ()
+
+    @classmethod
+    def merged(cls, parts: Sequence[ChannelStats]) -> ChannelStats:
+        """Those of all calls, from those of some and of the others."""
+        known = [part for part in parts if part.count]
+        if len(known) < 2:
+            return (known or list(parts))[0]
+        count = sum(part.count for part in known)
+        return cls(
+            np.maximum.reduce([part.largest for part in known]),
+            np.sum([part.mean_magnitude * np.float32(part.count / count) for part in known], axis=0, dtype=np.float32),
+            np.sum([part.mean_square * np.float32(part.count / count) for part in known], axis=0, dtype=np.float32),
+            np.concatenate([part.rows for part in known]),
+            count,
+            tuple(known),
+        )
 
     def divided(self, scales: Floats) -> ChannelStats:
         """Those of the same tensor with each channel divided by its scale (positive, [K])."""
-        return ChannelStats(self.largest / scales, self.mean_magnitude / scales, self.mean_square / scales**2, self.rows / scales)
+        return ChannelStats(
+            self.largest / scales,
+            self.mean_magnitude / scales,
+            self.mean_square / scales**2,
+            self.rows / scales,
+            self.count,
+            tuple(part.divided(scales) for part in self.parts),
+        )
 
 
 class Histogram:
@@ -149,7 +176,7 @@ class Channels:
         count = max(self.count, 1)
         highest = float(np.finfo(np.float32).max)
         magnitude, square = (np.minimum(total / count, highest).astype(np.float32) for total in (self.magnitude, self.square))
-        return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(self.rows)[:ROWS])
+        return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(self.rows), self.count)
 
 
 def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
@@ -197,23 +224,22 @@ def collect(
         raise InvalidInput(
             "samples", f"are none, expected at least one captured input for {graph.parent.name}: calibrate with more prompts"
         )
-    histograms = {name: _Divided(Histogram(), (scales or {}).get(name)) for name in tensors}
-    statistics = {name: Channels(math.ceil(ROWS / len(samples))) for name in channels}
-    observers: dict[str, list[_Observer]] = {
-        name: [*([histograms[name]] if name in histograms else []), *([statistics[name]] if name in statistics else [])] for name in names
-    }
+    histograms = {name: _Divided((scales or {}).get(name)) for name in tensors}
+    halves = [{name: Channels(-(-ROWS // len(samples))) for name in channels} for _ in samples[:2]]
+    seen: list[list[Mapping[str, _Observer]]] = [[histograms, half] for half in halves]
     for group in _groups(_element_counts(graph, names, samples[0])):
         session = _session(graph, group)
-        for sample in samples:
+        for i, sample in enumerate(samples):
             for name, values in zip(group, session.run(group, dict(sample)), strict=True):
                 try:
-                    for observer in observers[name]:
-                        observer.add(values)
+                    for observers in seen[i % 2]:
+                        if name in observers:
+                            observers[name].add(values)
                 except ValueError as error:
                     raise InvalidInput("samples", f"tensor '{name}' of {graph.parent.name} {error}: it cannot be calibrated") from None
     return (
         {name: found.histogram.range(method) for name, found in histograms.items()},
-        {name: found.stats() for name, found in statistics.items()},
+        {name: ChannelStats.merged([half[name].stats() for half in halves]) for name in channels},
     )
 
 
@@ -224,8 +250,8 @@ class _Observer(Protocol):
 class _Divided:
     """A histogram of what is left when each channel is divided by its scale."""
 
-    def __init__(self, histogram: Histogram, scales: Floats | None) -> None:
-        self.histogram, self.scales = histogram, scales
+    def __init__(self, scales: Floats | None) -> None:
+        self.histogram, self.scales = Histogram(), scales
 
     def add(self, values: Array) -> None:
         self.histogram.add(values if self.scales is None else np.asarray(values, np.float32) / self.scales)
