@@ -1,98 +1,165 @@
-"""What pipelines are run on to calibrate them, and the capture of their submodels' inputs."""
+"""The capture of what submodels get while a model works: the inputs that it is calibrated with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import count, islice
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from calibration.questions import draw_scene, scene_questions
-from calibration.scenes import held_out, picture_scenes, render
-from runtime.errors import InvalidInput
+from calibration.recording import Inputs, Quota, Recorder, count_positions
+from calibration.requests import (
+    MAX_TOKENS,
+    PROMPTS,
+    REQUESTS,
+    STEPS,
+    TRIES,
+    Asked,
+    Requests,
+    accepted,
+    built_in,
+    chat_requests,
+    image_requests,
+)
+from calibration.sets import CalibrationSet, Samples
+from runtime.errors import InvalidInput, NotFound, SourceError
+from runtime.images import Edge, ImagePreprocessor, Size
 from runtime.loading import LoadedModel
-from runtime.pipeline import Call, ImageReady, Outputs, Pipeline, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Call, ImageReady, Pipeline, drive
+from runtime.pipelines.diffusion import DiffusionConfig
 from runtime.signature import Array
-from runtime.text import Message
+
+__all__ = [
+    "MAX_TOKENS",
+    "PROMPTS",
+    "REQUESTS",
+    "STEPS",
+    "TRIES",
+    "Done",
+    "accepted",
+    "capture",
+    "chat_requests",
+    "image_requests",
+    "record",
+]
 
 VAE_ENCODER: Final = "vae_encoder"
 SAMPLES: Final = 24
-"""Calls kept of each submodel."""
-REQUESTS: Final = 8
-TRIES: Final = 4
-"""Requests tried for each one wanted."""
-STEPS: Final = 12
-MAX_TOKENS: Final = 24
-
-PROMPTS: Final = (
-    "a photograph of an old lighthouse on a cliff at sunset, waves below",
-    "portrait of an elderly fisherman in a yellow raincoat, soft light",
-    "a bowl of ripe oranges on a wooden table, oil painting",
-    "a crowded street market at night in the rain, neon reflections",
-    "a watercolour of snowy mountains behind a frozen lake",
-    "a small red bicycle leaning against a white brick wall",
-    "an isometric drawing of a tidy workshop with many tools",
-    "close-up of a green frog on a leaf, macro photography",
-)
-"""Prompts of general models: people, places, things, and several styles."""
+"""Calls kept of each submodel, at least where so many are seen."""
+PER_REQUEST: Final = 3
+"""Calls kept of each submodel for a request, where that is more."""
 
 
-def image_requests(seed: int = 0) -> Iterator[ImageRequest]:
-    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out."""
-    rng = np.random.default_rng(seed)
-    captions = [scene.caption for scene in picture_scenes() if not held_out(scene.caption)]
-    for i in count():
-        prompt = PROMPTS[i // 2 % len(PROMPTS)] if i % 2 else captions[rng.integers(len(captions))]
-        yield ImageRequest(prompt=prompt, steps=STEPS, seed=seed + i)
+@dataclass(frozen=True)
+class Done:
+    """A request begins (`seconds` None) or is done; `reused` if an earlier capture had done it. `number` counts from 1."""
+
+    number: int
+    total: int
+    name: str
+    seconds: float | None = None
+    reused: bool = False
 
 
-def chat_requests(seed: int = 0) -> Iterator[ChatRequest]:
-    """Questions about drawn scenes, without end, none of them held out, answered greedily."""
-    rng = np.random.default_rng(seed)
-    while True:
-        scene = draw_scene(rng)
-        questions = scene_questions(scene, rng)
-        question = questions[rng.integers(len(questions))]
-        message = Message("user", (render(scene, rng), question.text))
-        yield ChatRequest(messages=(message,), max_tokens=MAX_TOKENS, temperature=0.0, seed=seed)
+def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
+    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls of each."""
+    return record(model, built_in(model.kind, seed), limit=limit, seed=seed).samples
 
 
-def accepted(pipeline: Callable[[Any], Pipeline], requests: Iterable[ImageRequest | ChatRequest], wanted: int) -> Iterator[Pipeline]:
-    """The first `wanted` requests that a model can read, ready to be driven. Raises what the model raised when it reads none of TRIES.
+def record(
+    model: LoadedModel,
+    requests: Requests,
+    count: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    listen: Callable[[Done], None] = lambda done: None,
+) -> CalibrationSet:
+    """Run a float model on `count` requests; the inputs that its submodels got, at most `limit` calls of each (None: by the requests).
 
-    A prompt may be too long for a small model's tokenizer, or a picture too many for its context.
+    Equal arguments give equal sets. No pipeline encodes pictures into latents, so a model that draws has its request's picture, else the
+    one it drew, offered to its VAE encoder. In `folder` each finished request is kept; a later call with the same model, requests and
+    arguments goes on from there. Raises InvalidInput when no request can be used; EngineError.
     """
-    found = 0
-    refusal: InvalidInput | None = None
-    for request in islice(requests, TRIES * wanted):
-        try:
-            ready = pipeline(request)
-        except InvalidInput as error:
-            refusal = error
-            continue
-        yield ready
-        found += 1
-        if found == wanted:
-            return
-    if not found and refusal is not None:
-        raise refusal
+    manifest = model.bundle.manifest
+    wanted = requests.wanted(count)
+    quota = Quota(max(SAMPLES, PER_REQUEST * wanted) if limit is None else limit, wanted, seed)
+    samples: dict[str, list[Inputs]] = {submodel.name: [] for submodel in manifest.submodels}
+    positions: dict[str, list[int]] = {submodel: [] for submodel in samples}
+    used = 0
+    for asked, work in accepted(lambda asked: _prepared(model, asked), requests, wanted):
+        done = Done(used + 1, wanted, asked.name)
+        listen(done)
+        start = time.perf_counter()
+        file = folder / f"{used:04d}.safetensors" if folder else None
+        key = _key(manifest.key, quota, used, asked)
+        part = _kept(file, key) if file else None
+        reused = part is not None
+        if part is None:
+            part = _run(model, work, asked, quota, used, key)
+            if file:
+                part.save(file)
+        for submodel, calls in part.samples.items():
+            samples[submodel] += [dict(call) for call in calls]
+            positions[submodel] = _added(positions[submodel], part.settings["positions"][submodel])
+        used += 1
+        listen(dataclasses.replace(done, seconds=time.perf_counter() - start, reused=reused))
+    settings = {
+        "origin": requests.origin,
+        "file": requests.file,
+        "count": count,
+        "limit": quota.limit,
+        "seed": seed,
+        "requests": used,
+        "skipped": list(requests.skipped),
+        "positions": positions,
+    }
+    return CalibrationSet(model.kind, manifest.source.fingerprint, settings, samples)
 
 
-def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> dict[str, list[dict[str, Array]]]:
-    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls of each.
+@dataclass(frozen=True)
+class _Work:
+    """What the model does for a request. `pixels` float32 [1, 3, height, width] in -1..1 are for the VAE encoder."""
 
-    No pipeline encodes pictures into latents, so a model that draws has its own pictures offered to its VAE encoder.
-    """
-    sample = Sample([submodel.name for submodel in model.bundle.manifest.submodels], limit, seed)
-    requests = image_requests(seed) if model.kind == "diffusion" else chat_requests(seed)
-    for pipeline in accepted(model.pipeline, requests, REQUESTS):
-        for event in drive(sample.watch(pipeline), model.engines):
-            if isinstance(event, ImageReady):
-                sample.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
-    return sample.kept
+    pipeline: Pipeline
+    pixels: Array | None
+
+
+def _prepared(model: LoadedModel, asked: Asked) -> _Work:
+    """Raises InvalidInput when the model cannot read the request."""
+    pixels = None
+    if asked.picture is not None:
+        edge = DiffusionConfig.parse(model.bundle.manifest.config).sizes.default
+        pixels = _fitted(edge)([asked.picture], asked.name)
+    return _Work(model.pipeline(asked.request), pixels)
+
+
+def _fitted(edge: int) -> ImagePreprocessor:
+    """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
+    half = (0.5, 0.5, 0.5)
+    return ImagePreprocessor(size=Edge(shortest_edge=edge), crop_size=Size(height=edge, width=edge), image_mean=half, image_std=half)
+
+
+def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: int, key: str) -> CalibrationSet:
+    """Run one request; what is kept of it. `number` counts from 0."""
+    recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
+    if work.pixels is not None:
+        recorder.offer(Call(VAE_ENCODER, {"image": work.pixels}))
+    for event in drive(recorder.watch(work.pipeline), model.engines):
+        if isinstance(event, ImageReady) and work.pixels is None:
+            recorder.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
+    samples, positions = {}, {}
+    for submodel, calls in recorder.calls().items():
+        kept = quota.positions(submodel, number, len(calls))
+        samples[submodel] = [calls[place] for place in kept]
+        positions[submodel] = count_positions(kept, len(calls))
+    return CalibrationSet(model.kind, key, {"name": asked.name, "positions": positions}, samples)
 
 
 def _pixels(image: Array) -> Array:
@@ -100,40 +167,31 @@ def _pixels(image: Array) -> Array:
     return np.ascontiguousarray((image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None])
 
 
-class Sample:
-    """Inputs of each submodel: at most `limit` calls, every call as likely to be kept as any other, the same ones for the same seed.
+def _kept(file: Path, key: str) -> CalibrationSet | None:
+    """What an earlier capture kept of this very request."""
+    try:
+        found = CalibrationSet.load(file)
+    except (NotFound, InvalidInput, SourceError):
+        return None
+    return found if found.fingerprint == key else None
 
-    Reservoir sampling (Vitter 1985, algorithm R): memory is that of the calls kept, however many are seen. Calls with a slot are left out:
-    their states live in the engine.
-    """
 
-    def __init__(self, submodels: Collection[str], limit: int = SAMPLES, seed: int = 0) -> None:
-        self.kept: dict[str, list[dict[str, Array]]] = {name: [] for name in submodels}
-        self._seen = dict.fromkeys(submodels, 0)
-        self._limit = limit
-        self._rng = {name: np.random.default_rng([seed, i]) for i, name in enumerate(sorted(submodels))}
+def _key(model: str, quota: Quota, number: int, asked: Asked) -> str:
+    """Identifies everything that what is kept of a request depends on."""
+    facts = (model, dataclasses.astuple(quota), number, _facts(asked))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def watch(self, pipeline: Pipeline) -> Pipeline:
-        """The same pipeline, its calls offered to the sample."""
-        outputs: Outputs | None = None
-        try:
-            while True:
-                item = pipeline.send(outputs)
-                if isinstance(item, Call):
-                    self.offer(item)
-                outputs = yield item
-        except StopIteration:
-            return
-        finally:
-            pipeline.close()
 
-    def offer(self, call: Call) -> None:
-        """Keep a copy of the call's inputs, or not."""
-        if call.submodel not in self.kept or call.slot is not None:
-            return
-        kept, seen = self.kept[call.submodel], self._seen[call.submodel]
-        self._seen[call.submodel] += 1
-        place = seen if seen < self._limit else int(self._rng[call.submodel].integers(seen + 1))
-        if place < self._limit:
-            copy = {name: np.array(array) for name, array in call.inputs.items()}
-            kept[place : place + 1] = [copy]
+def _facts(value: Any) -> Any:
+    """A request as JSON, pictures as their hashes."""
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _facts(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_facts(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _added(counts: list[int], more: list[int]) -> list[int]:
+    """The sums of two lists of counts, the shorter one filled up with zeros."""
+    length = max(len(counts), len(more))
+    return [sum(pair) for pair in zip(*(one + [0] * (length - len(one)) for one in (counts, more)), strict=True)]
