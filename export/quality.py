@@ -1,0 +1,585 @@
+"""How near a quantized bundle comes to the same model without quantization: measured once, when it is built, and kept in the bundle.
+
+    quality/quality.json      this file's `Quality`
+    quality/*.png             the pictures it names: drawn by both models, or shown to both
+
+Both models run on the same machine, one request at a time, through the pipelines that users' requests take. The seconds told are those of
+these single runs: no benchmark, `enginecast bench` is.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from calibration.metrics import PEAK, Comparison, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
+from calibration.questions import test_questions
+from calibration.scenes import test_prompts
+from calibration.scoring import score_answer, score_picture
+from runtime.bundle import Bundle, Frozen, Inside, Submodel
+from runtime.engine import Slot
+from runtime.errors import BundleError, EngineError, InvalidInput, NotFound
+from runtime.images import Picture, encode_image
+from runtime.loading import LoadedModel
+from runtime.pipeline import Call, Event, Finished, ImageReady, Outputs, Pipeline, TextDelta, drive, run_call
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from runtime.signature import Array
+from runtime.text import Message
+
+R = TypeVar("R", ImageRequest, ChatRequest)
+Samples = Mapping[str, Sequence[Mapping[str, Array]]]
+"""Inputs of each submodel, one mapping a call: what `calibration.data.capture` gives."""
+Pictures = dict[str, Picture]
+"""Pictures by their path in the bundle."""
+
+FOLDER: Final = "quality"
+QUALITY: Final = f"{FOLDER}/quality.json"
+SEED: Final = 1000
+"""Requests are drawn from this seed and those after it. Calibration begins at 0 and stays far below."""
+TRIES: Final = 4
+"""Requests tried for each one wanted."""
+MAX_TOKENS: Final = 32
+PROMPTS: Final = (
+    "a wooden sailing boat on a calm sea at dawn, photograph",
+    "an old man playing chess in a park, oil painting",
+    "a plate of pasta with basil, food photography",
+    "a stone bridge over a river in autumn, watercolour",
+    "a grey cat asleep on a stack of books",
+    "a robot watering plants in a greenhouse, digital art",
+    "a red tram in a snowy city street at night",
+    "a desert road under a starry sky, long exposure",
+)
+"""Prompts of general models. None of them is calibrated with."""
+SCENES: Final = frozenset({"shapes-diffusion", "shapes-vlm"})
+"""Sources that were trained on `calibration.scenes`, so that a program can tell whether what they draw and say is right."""
+
+Measure = Literal["submodel_snr_db", "latents_snr_db", "next_token_agreement"]
+UNITS: Final[Mapping[Measure, str]] = {"submodel_snr_db": " dB", "latents_snr_db": " dB", "next_token_agreement": ""}
+TITLES: Final[Mapping[Measure, str]] = {
+    "submodel_snr_db": "SNR of every submodel's outputs",
+    "latents_snr_db": "SNR of the final latents, median of all pictures",
+    "next_token_agreement": "agreement on the next token",
+}
+
+
+class Floor(Frozen):
+    """The least that a bundle of this `quant` must reach in one measure, and why it is set there."""
+
+    quant: str
+    measure: Measure
+    least: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.least:g}{UNITS[self.measure]}"
+
+
+FLOORS: Final = (
+    Floor(
+        quant="int8",
+        measure="submodel_snr_db",
+        least=20,
+        reason="The samples have 28 dB and more. Noise of 20 dB on the logits cost shapes-vlm 3 of 96 right answers.",
+    ),
+    Floor(
+        quant="int8",
+        measure="latents_snr_db",
+        least=15,
+        reason="The sample has 33 dB. Noise in the UNet that left 19 dB or 16 dB cost shapes-diffusion one right picture at most.",
+    ),
+    Floor(
+        quant="int8",
+        measure="next_token_agreement",
+        least=0.95,
+        reason="The sample agrees on every token, a model of random weights on 99 %. At 96 %, noise had cost shapes-vlm 17 of 96 right answers.",
+    ),
+    Floor(
+        quant="int4",
+        measure="submodel_snr_db",
+        least=12,
+        reason="The samples have 20 dB and more. Noise of 12 dB on the logits cost shapes-vlm 3 of 96 right answers, of 8 dB 8, of 5 dB 17.",
+    ),
+    Floor(
+        quant="int4",
+        measure="latents_snr_db",
+        least=10,
+        reason="The sample has 26 dB. Noise in the UNet that left 11 dB cost shapes-diffusion 1 of 11 right pictures, 7 dB 3 of 11.",
+    ),
+    Floor(
+        quant="int4",
+        measure="next_token_agreement",
+        least=0.85,
+        reason="The sample agrees on every token. Larger models choose otherwise where two tokens are nearly as likely, which costs little.",
+    ),
+)
+"""Below these a build is taken for failed. Noise: Gaussian, the same in every call, on the one output, so that its SNR is the one told."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is drawn and asked: `pictures` and `questions` that the report shows, and `cases` of a sample's own task.
+
+    `steps` of each picture; None is as many as the model's users get.
+    """
+
+    pictures: int = 4
+    steps: int | None = None
+    questions: int = 8
+    cases: int = 20
+
+
+class OutputQuality(Frozen):
+    """One output of a submodel over all its calls: what `calibration.metrics` says of it. The peak of the PSNR is its largest magnitude."""
+
+    name: str
+    snr_db: float
+    psnr_db: float
+    cosine: float
+
+
+class SubmodelQuality(Frozen):
+    """A submodel alone: both given the same inputs, those that the reference model's pipeline gave its own. `nbytes` are of weights."""
+
+    name: str
+    precision: str
+    reference_precision: str
+    nbytes: int
+    reference_nbytes: int
+    calls: int = Field(ge=0)
+    outputs: tuple[OutputQuality, ...]
+
+
+class PictureQuality(Frozen):
+    """One prompt drawn by both models from the same noise. Latents are those that the VAE decoder is given."""
+
+    prompt: str
+    seed: int
+    latents_snr_db: float
+    psnr_db: float
+    ssim: float
+    reference: Inside
+    quantized: Inside
+    reference_seconds: float
+    quantized_seconds: float
+
+
+class AnswerQuality(Frozen):
+    """One question answered greedily by both models.
+
+    `token_agreement` compares the two answers place by place. The other figures come from giving the quantized model the reference's answer
+    token by token (teacher forcing), so that each of its `tokens` is judged alone: `next_token_agreement` is the share of them that the
+    quantized model would have chosen too, `kl_divergence` the mean distance of the two distributions in nats, and the perplexities
+    tell how unexpected the reference's answer is to either model.
+    """
+
+    question: str
+    picture: Inside | None
+    reference: str
+    quantized: str
+    tokens: int = Field(ge=1)
+    token_agreement: float
+    next_token_agreement: float
+    kl_divergence: float
+    reference_perplexity: float
+    quantized_perplexity: float
+    reference_seconds: float
+    quantized_seconds: float
+
+
+class TaskQuality(Frozen):
+    """Held-out cases of the task that a sample was trained for, and how many of them each model does right."""
+
+    task: str
+    cases: int = Field(ge=1)
+    reference_right: int
+    quantized_right: int
+
+
+class Quality(Frozen):
+    """Everything measured of one quantized bundle."""
+
+    quant: str
+    reference_quant: str
+    target: str
+    reference_target: str
+    device: str
+    submodels: tuple[SubmodelQuality, ...]
+    pictures: tuple[PictureQuality, ...] = ()
+    answers: tuple[AnswerQuality, ...] = ()
+    task: TaskQuality | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights of all submodels."""
+        return sum(submodel.nbytes for submodel in self.submodels)
+
+    @property
+    def reference_nbytes(self) -> int:
+        return sum(submodel.reference_nbytes for submodel in self.submodels)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all the reference's answers."""
+        return sum(answer.tokens for answer in self.answers)
+
+    def over_pictures(self, name: str) -> float:
+        """The median of a figure of `PictureQuality`: one picture that turns out otherwise does not decide it."""
+        return statistics.median(getattr(picture, name) for picture in self.pictures)
+
+    def over_tokens(self, name: str) -> float:
+        """The mean of a figure of `AnswerQuality`, every token counted alike."""
+        return sum(answer.tokens * float(getattr(answer, name)) for answer in self.answers) / self.tokens
+
+    def over_text(self, name: str) -> float:
+        """A perplexity of `AnswerQuality` over all answers as one text."""
+        return math.exp(sum(answer.tokens * math.log(getattr(answer, name)) for answer in self.answers) / self.tokens)
+
+    def found(self, measure: Measure) -> dict[str, float]:
+        """The figures that a floor of this measure is about, by what they are of. Empty where the measure does not apply."""
+        if measure == "submodel_snr_db":
+            return {f"SNR of {submodel.name}.{output.name}": output.snr_db for submodel in self.submodels for output in submodel.outputs}
+        if measure == "latents_snr_db":
+            return {"median SNR of the final latents": self.over_pictures("latents_snr_db")} if self.pictures else {}
+        return {"agreement on the next token": self.over_tokens("next_token_agreement")} if self.answers else {}
+
+    def shortfalls(self, quant: str) -> list[str]:
+        """What is below its floor at this quantization, or was not measured though there is a floor for it; empty where all is well."""
+        faults = [
+            f"{name} is {figure:.3g}{UNITS[floor.measure]}, expected at least {floor} at {quant}"
+            for floor in floors(quant)
+            for name, figure in self.found(floor.measure).items()
+            if not figure >= floor.least
+        ]
+        if floors(quant):
+            faults += [
+                f"{submodel.name}: was not measured, no call of it was captured" for submodel in self.submodels if not submodel.calls
+            ]
+        return faults
+
+
+def floors(quant: str) -> list[Floor]:
+    """The floors of a quantization; none for "none"."""
+    return [floor for floor in FLOORS if floor.quant == quant]
+
+
+def measure(quantized: LoadedModel, reference: LoadedModel, samples: Samples, effort: Effort | None = None) -> tuple[Quality, Pictures]:
+    """Compare a quantized model with the same one before quantization; the pictures are those that the result names.
+
+    `samples` are the inputs to compare each submodel on; of submodels with states, the calls of the answers are compared instead.
+    Raises BundleError when the two are not the same model, EngineError when a submodel gives numbers that are not finite.
+    """
+    _check_alike(quantized, reference)
+    effort = effort or Effort()
+    pictures: Pictures = {}
+    drawn: list[PictureQuality] = []
+    answers: list[AnswerQuality] = []
+    compared = _compare_calls(quantized, reference, samples)
+    if reference.kind == "diffusion":
+        drawn = [_picture(i, request, quantized, reference, pictures) for i, request in enumerate(_image_requests(reference, effort))]
+    else:
+        requests = _accepted(reference, _chat_requests(effort.questions), effort.questions)
+        answers = [_answer(i, request, quantized, reference, pictures, compared) for i, request in enumerate(requests)]
+    quality = Quality(
+        quant=quantized.bundle.manifest.quant,
+        reference_quant=reference.bundle.manifest.quant,
+        target=quantized.target,
+        reference_target=reference.target,
+        device=quantized.device,
+        submodels=tuple(
+            _submodel(submodel, reference.bundle.submodel(submodel.name), compared[submodel.name])
+            for submodel in quantized.bundle.manifest.submodels
+        ),
+        pictures=tuple(drawn),
+        answers=tuple(answers),
+        task=_task(quantized, reference, effort.cases),
+    )
+    return quality, pictures
+
+
+def save_quality(root: Path, quality: Quality, pictures: Pictures) -> None:
+    """Write what `measure` gave into the folder of a bundle that is being built."""
+    (root / FOLDER).mkdir(exist_ok=True)
+    for path, picture in pictures.items():
+        (root / path).write_bytes(encode_image(picture))
+    (root / QUALITY).write_text(quality.model_dump_json(indent=1))
+
+
+def load_quality(bundle: Bundle) -> Quality:
+    """What was measured of a bundle. Raises NotFound when nothing was, BundleError when it cannot be read."""
+    path = bundle.root / QUALITY
+    if not path.is_file():
+        if bundle.manifest.quant == "none":
+            raise NotFound(f"bundle {bundle.root} has no quality report: it is not quantized, so there is nothing to compare it with")
+        again = f"enginecast build {bundle.manifest.source.name} --quant {bundle.manifest.quant} --output {bundle.root} --force"
+        raise NotFound(f"bundle {bundle.root} has no quality report, expected {QUALITY}: build it again with `{again}`")
+    try:
+        return Quality.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+
+
+def _check_alike(quantized: LoadedModel, reference: LoadedModel) -> None:
+    one, other = quantized.bundle.manifest, reference.bundle.manifest
+    names = [[submodel.name for submodel in manifest.submodels] for manifest in (one, other)]
+    if (one.pipeline, one.source.fingerprint, names[0]) != (other.pipeline, other.source.fingerprint, names[1]):
+        raise BundleError(
+            f"bundle {one.name} ({', '.join(names[0])}) and bundle {other.name} ({', '.join(names[1])}) are not of the same checkpoint: "
+            "compare two that were built from one source"
+        )
+
+
+@dataclass
+class _Compared:
+    """The outputs of one submodel, compared call by call."""
+
+    calls: int = 0
+    outputs: dict[str, Comparison] = field(default_factory=dict)
+
+    def add(self, submodel: str, reference: Outputs, quantized: Outputs) -> None:
+        self.calls += 1
+        for name, array in reference.items():
+            try:
+                self.outputs.setdefault(name, Comparison()).add(array, quantized[name])
+            except InvalidInput as error:
+                raise EngineError(f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision") from None
+
+
+def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples) -> dict[str, _Compared]:
+    """Both engines of each submodel without states on the captured inputs."""
+    compared = {submodel.name: _Compared() for submodel in quantized.bundle.manifest.submodels}
+    for name, found in compared.items():
+        stateless = not quantized.bundle.submodel(name).signature.states
+        for inputs in samples.get(name, ()) if stateless else ():
+            found.add(name, reference.engines[name].run(inputs), quantized.engines[name].run(inputs))
+    return compared
+
+
+def _submodel(quantized: Submodel, reference: Submodel, compared: _Compared) -> SubmodelQuality:
+    return SubmodelQuality(
+        name=quantized.name,
+        precision=quantized.precision,
+        reference_precision=reference.precision,
+        nbytes=quantized.nbytes,
+        reference_nbytes=reference.nbytes,
+        calls=compared.calls,
+        outputs=tuple(
+            OutputQuality(name=name, snr_db=one.snr_db, psnr_db=one.psnr_db(), cosine=one.cosine) for name, one in compared.outputs.items()
+        ),
+    )
+
+
+def _accepted(model: LoadedModel, requests: Iterable[R], wanted: int) -> list[R]:
+    """The first `wanted` requests that the model can read: a prompt may be too long for a small one. Raises what it raised at the last."""
+    found: list[R] = []
+    refusal: InvalidInput | None = None
+    for request in islice(requests, TRIES * wanted):
+        try:
+            model.pipeline(request).close()
+        except InvalidInput as error:
+            refusal = error
+            continue
+        found.append(request)
+        if len(found) == wanted:
+            break
+    if refusal is not None and not found:
+        raise refusal
+    return found
+
+
+def _image_requests(model: LoadedModel, effort: Effort) -> list[ImageRequest]:
+    """Prompts of what the model was trained on, as far as that is known."""
+    scenes = [scene.caption for scene in test_prompts(effort.pictures, SEED)]
+    prompts = scenes if model.bundle.manifest.source.name in SCENES else [*PROMPTS, *scenes]
+    requests = (ImageRequest(prompt, steps=effort.steps, seed=SEED + i) for i, prompt in enumerate(prompts))
+    return _accepted(model, requests, effort.pictures)
+
+
+def _chat_requests(count: int) -> Iterator[ChatRequest]:
+    """Every kind of question in turn, answered greedily; those to try where the model cannot read some."""
+    for case in test_questions(TRIES * count, SEED):
+        yield ChatRequest((Message("user", (case.picture, case.question)),), max_tokens=MAX_TOKENS, temperature=0.0, repetition_penalty=1.0)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    events: list[Event]
+    seconds: float
+
+    def one(self, kind: type[Any]) -> Any:
+        """The one event of that kind."""
+        (event,) = (event for event in self.events if isinstance(event, kind))
+        return event
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, TextDelta))
+
+
+def _run(
+    model: LoadedModel, request: ImageRequest | ChatRequest, watch: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
+) -> _Ran:
+    start = time.perf_counter()
+    events = list(drive(watch(model.pipeline(request)), model.engines))
+    return _Ran(events, time.perf_counter() - start)
+
+
+def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
+    """The same pipeline, but each call is answered with what `seen` makes of its outputs."""
+    outputs: Outputs | None = None
+    try:
+        while True:
+            item = pipeline.send(outputs)
+            outputs = yield item
+            if isinstance(item, Call):
+                assert outputs is not None, "a driver answers a call with its outputs"
+                outputs = seen(item, outputs)
+    except StopIteration:
+        return
+    finally:
+        pipeline.close()
+
+
+def _picture(i: int, request: ImageRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures) -> PictureQuality:
+    """Draw one request with both models, and keep the pictures."""
+    (wanted, image, seconds), (got, other, more) = (_draw(model, request) for model in (reference, quantized))
+    paths = [f"{FOLDER}/picture-{i}-{which}.png" for which in ("reference", "quantized")]
+    pictures |= dict(zip(paths, (image, other), strict=True))
+    return PictureQuality(
+        prompt=request.prompt,
+        seed=request.seed or 0,
+        latents_snr_db=snr_db(wanted, got),
+        psnr_db=psnr_db(image, other, PEAK),
+        ssim=ssim(image, other),
+        reference=paths[0],
+        quantized=paths[1],
+        reference_seconds=round(seconds, 3),
+        quantized_seconds=round(more, 3),
+    )
+
+
+def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture, float]:
+    """The final latents, the picture and the seconds it took."""
+    latents: list[Array] = []
+
+    def seen(call: Call, outputs: Outputs) -> Outputs:
+        if call.submodel == "vae_decoder":
+            latents.append(np.array(call.inputs["latents"]))
+        return outputs
+
+    ran = _run(model, request, lambda pipeline: _answering(pipeline, seen))
+    return latents[-1], ran.one(ImageReady).image, ran.seconds
+
+
+@dataclass
+class _Decoding:
+    """The decoder calls of one answer. With `forced`, the pipeline is told that each of these tokens was the likeliest.
+
+    `prompt` is the prompt's length in tokens where it is known beforehand.
+    """
+
+    forced: Sequence[int] = ()
+    prompt: int = 0
+    calls: list[tuple[Call, Outputs]] = field(default_factory=list)
+
+    def __call__(self, call: Call, outputs: Outputs) -> Outputs:
+        if call.slot is None:
+            return outputs
+        if not np.isfinite(outputs["logits"]).all():
+            raise EngineError(
+                f"{call.submodel} gave NaN or infinite logits, expected finite ones: verify the bundle, or build with a higher precision"
+            )
+        copied = replace(call, inputs={name: np.array(array) for name, array in call.inputs.items()})
+        self.calls.append((copied, dict(outputs)))
+        place = _length(call) - self.prompt
+        if not self.forced or place < 0:
+            return outputs
+        certain = np.full_like(outputs["logits"], -1)
+        certain[..., self.forced[place]] = 1
+        return {**outputs, "logits": certain}
+
+    def logits(self, prompt: int) -> NDArray[np.float32]:
+        """The logits [tokens, vocab] that each token of the answer was chosen from."""
+        return np.stack([np.asarray(outputs["logits"][0, -1], np.float32) for call, outputs in self.calls if _length(call) >= prompt])
+
+
+def _length(call: Call) -> int:
+    """Positions that the decoder holds after a call."""
+    return int(call.inputs["attention_mask"].shape[1])
+
+
+def _answer(
+    i: int, request: ChatRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures, compared: Mapping[str, _Compared]
+) -> AnswerQuality:
+    """Ask both models one question, and the quantized one again on the reference's tokens where it chose others."""
+    wanted, free = _Decoding(), _Decoding()
+    first, second = (
+        _run(model, request, lambda pipeline, seen=seen: _answering(pipeline, seen))  # type: ignore[misc]
+        for model, seen in ((reference, wanted), (quantized, free))
+    )
+    prompt = first.one(Finished).prompt_tokens
+    logits, others = wanted.logits(prompt), free.logits(prompt)
+    tokens, chosen = ([int(token) for token in one.argmax(axis=1)] for one in (logits, others))
+    if chosen != tokens:
+        forced = _Decoding(tokens, prompt)
+        _run(quantized, request, lambda pipeline: _answering(pipeline, forced))
+        others = forced.logits(prompt)
+    _replay(wanted.calls, quantized, compared)
+    shown = request.images
+    path = f"{FOLDER}/question-{i}.png" if shown else None
+    if path:
+        pictures[path] = shown[0]
+    return AnswerQuality(
+        question=" ".join(part for part in request.messages[-1].content if isinstance(part, str)),
+        picture=path,
+        reference=first.text.strip(),
+        quantized=second.text.strip(),
+        tokens=len(tokens),
+        token_agreement=token_agreement(tokens, chosen),
+        next_token_agreement=token_agreement(tokens, [int(token) for token in others.argmax(axis=1)]),
+        kl_divergence=kl_divergence(logits, others),
+        reference_perplexity=perplexity(logits, tokens),
+        quantized_perplexity=perplexity(others, tokens),
+        reference_seconds=round(first.seconds, 3),
+        quantized_seconds=round(second.seconds, 3),
+    )
+
+
+def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compared: Mapping[str, _Compared]) -> None:
+    """Give the quantized submodels that keep states the calls the reference's got, in the same order, in slots of their own."""
+    slots: dict[int, Slot] = {}
+    for call, outputs in calls:
+        slot = slots.setdefault(id(call.slot), Slot())
+        compared[call.submodel].add(call.submodel, outputs, run_call(quantized.engines, replace(call, slot=slot)))
+
+
+def _task(quantized: LoadedModel, reference: LoadedModel, cases: int) -> TaskQuality | None:
+    """Held-out cases, the first of those that `enginecast score` asks, for a source that was trained for them."""
+    if reference.bundle.manifest.source.name not in SCENES or not cases:
+        return None
+    right = _drawn_right if reference.kind == "diffusion" else _answered_right
+    task = "held-out prompts drawn right" if reference.kind == "diffusion" else "held-out questions answered right"
+    counts = [sum(right(model, cases)) for model in (reference, quantized)]
+    return TaskQuality(task=task, cases=cases, reference_right=counts[0], quantized_right=counts[1])
+
+
+def _drawn_right(model: LoadedModel, cases: int) -> Iterator[bool]:
+    for seed, scene in enumerate(test_prompts(cases)):
+        image = _run(model, ImageRequest(scene.caption, seed=seed)).one(ImageReady).image
+        yield bool(score_picture(image, scene))
+
+
+def _answered_right(model: LoadedModel, cases: int) -> Iterator[bool]:
+    for case in test_questions(cases):
+        text = _run(model, ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)).text
+        yield score_answer(text, case.answer)
