@@ -1,0 +1,108 @@
+"""Calibration sets: run a checkpoint's float model on chosen requests, and write what its submodels got to one file.
+
+What is finished is kept in the cache until the set is written, so a capture that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import export.build
+from calibration.data import Done, record
+from calibration.requests import Requests, built_in, read_images, read_prompts, read_questions
+from calibration.sets import CalibrationSet, Kind
+from export.build import Build, build
+from export.progress import Listener, Report, Step
+from export.staging import cache_folder, key_of
+from runtime.errors import InvalidInput, NotFound, SourceError
+from runtime.loading import load_model
+
+TARGET = "onnxruntime"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else requests are built-in.
+
+    `count` is the most requests to run, None what is usual for where they come from. Raises InvalidInput.
+    """
+
+    source: str
+    output: Path
+    prompts: Path | None = None
+    images: Path | None = None
+    questions: Path | None = None
+    count: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompts", "images", "questions") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise InvalidInput(given[1], f"cannot be given together with {given[0]}: capture one set of each")
+        if self.count is not None and self.count < 1:
+            raise InvalidInput("count", f"is {self.count}, expected 1 or more requests")
+        if self.seed < 0:
+            raise InvalidInput("seed", f"is {self.seed}, expected 0 or more")
+        if self.output.exists() and not _is_set(self.output):
+            raise InvalidInput("output", f"{self.output} exists and is no calibration set: choose another file")
+
+    def requests(self, kind: Kind) -> Requests:
+        """Where requests for this kind of model come from. Raises NotFound or InvalidInput."""
+        if self.prompts:
+            return read_prompts(self.prompts, kind, self.seed)
+        if self.images:
+            return read_images(self.images, kind, self.seed)
+        if self.questions:
+            return read_questions(self.questions, kind, self.seed)
+        return built_in(kind, self.seed)
+
+
+def _is_set(path: Path) -> bool:
+    try:
+        CalibrationSet.load(path)
+    except (InvalidInput, NotFound, SourceError):
+        return False
+    return True
+
+
+def calibrate(options: Options, listen: Listener = lambda report: None) -> CalibrationSet:
+    """Capture a set and write it to `options.output`, replacing an older set there only when all is done.
+
+    Raises InvalidInput, NotFound, SourceError, ParityError, EngineError or ResourceExhausted.
+    """
+    wanted = export.build.Options(options.source, options.output, targets=(TARGET,))
+    state = Build.open(wanted)
+    kind: Kind = "diffusion" if state.family.pipeline == "diffusion" else "chat"
+    requests = options.requests(kind)
+    work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
+    before, after = len(state.steps()), requests.wanted(options.count)
+    build(replace(wanted, output=work / "float", force=True), lambda report: listen(replace(report, total=before + after)))
+    model = load_model(work / "float", TARGET)
+    try:
+        progress = _Requests(listen, before)
+        found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=progress)
+    finally:
+        model.close()
+    found.save(options.output)
+    shutil.rmtree(work, ignore_errors=True)
+    return found
+
+
+class _Requests:
+    """Reports requests as the steps that come after the first `before`. ETA is the mean of those run, for each that is left."""
+
+    def __init__(self, listen: Listener, before: int) -> None:
+        self.listen, self.before = listen, before
+        self.seconds: list[float] = []
+
+    def __call__(self, done: Done) -> None:
+        if done.seconds is not None and not done.reused:
+            self.seconds.append(done.seconds)
+        left = done.total - done.number + (done.seconds is None)
+        eta = left * fmean(self.seconds) if self.seconds else 0.0
+        step = Step(done.name, "capture", 1.0)
+        detail = "kept from before" if done.reused else ""
+        self.listen(Report(self.before + done.number, self.before + done.total, step, eta, done.seconds, detail))
