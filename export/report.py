@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -41,7 +42,8 @@ def report(bundle: Bundle, output: Path) -> None:
     except OSError as error:
         raise ResourceExhausted(f"cannot write {output}: {error.strerror}. Choose another place") from None
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def render(bundle: Bundle, quality: Quality) -> str:

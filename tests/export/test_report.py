@@ -1,0 +1,243 @@
+"""The page of a bundle's quality: whole, self-contained, and unable to run what a bundle's author wrote into it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.quality import (
+    FOLDER,
+    QUALITY,
+    AnswerQuality,
+    OutputQuality,
+    PictureQuality,
+    Quality,
+    SubmodelQuality,
+    TaskQuality,
+    save_quality,
+)
+from export.report import GAIN, difference, report
+from runtime.bundle import MANIFEST, Bundle
+from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
+from runtime.images import decode_image
+
+HOSTILE = "<script>alert('x')</script><img src=\"https://example.org/x.png\" onerror=alert(1)>{{ 7 * 191 }}"
+VOID = {"meta", "img", "br"}
+Make = Callable[..., Bundle]
+
+
+class Page(HTMLParser):
+    """What a page consists of. Fails on tags that are closed wrongly."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self._open, f"never closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, {name: value or "" for name, value in attrs}))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open[-1:] != ["style"]:
+            self.text += f" {data}"
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
+
+    @property
+    def images(self) -> list[np.ndarray[Any, Any]]:
+        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+        return [decode_image(base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)) for source in sources]
+
+
+def submodel(name: str, snr: float) -> SubmodelQuality:
+    output = OutputQuality(name="out", snr_db=snr, psnr_db=snr + 10, cosine=0.999)
+    return SubmodelQuality(
+        name=name, precision="int4", reference_precision="float16", nbytes=500_000, reference_nbytes=2_000_000, calls=3, outputs=(output,)
+    )
+
+
+PICTURE = PictureQuality(
+    prompt="a red tram", seed=5, latents_snr_db=22.25, psnr_db=31.5, ssim=0.9125, reference=f"{FOLDER}/a.png", quantized=f"{FOLDER}/b.png",
+    reference_seconds=1.5, quantized_seconds=1.25,
+)  # fmt: skip
+ANSWER = AnswerQuality(
+    question="what is this?", picture=f"{FOLDER}/c.png", reference="a tram", quantized="a bus", tokens=4, token_agreement=0.5,
+    next_token_agreement=0.75, kl_divergence=0.125, reference_perplexity=1.5, quantized_perplexity=2.5,
+    reference_seconds=1, quantized_seconds=2,
+)  # fmt: skip
+QUALITY_OF = Quality(
+    quant="int4", reference_quant="none", target="onnxruntime", reference_target="onnxruntime", device="CPU",
+    submodels=(submodel("decoder", 25.5), submodel("weak", 7.5)), pictures=(PICTURE,), answers=(ANSWER,),
+    task=TaskQuality(task="held-out questions answered right", cases=20, reference_right=19, quantized_right=17),
+)  # fmt: skip
+
+
+@pytest.fixture
+def make(tiny_bundle: Path, tmp_path: Path) -> Make:
+    """A bundle with a quality report, both changed as asked: what stands in the manifest is not the point here."""
+
+    def bundle(quality: Quality = QUALITY_OF, **changes: Any) -> Bundle:
+        root = tmp_path / "bundle"
+        root.mkdir()
+        (root / MANIFEST).write_text(json.dumps({**json.loads((tiny_bundle / MANIFEST).read_bytes()), **changes}))
+        pictures = {f"{FOLDER}/{name}.png": np.full((16, 16, 3), level, np.uint8) for name, level in (("a", 100), ("b", 110), ("c", 50))}
+        save_quality(root, quality, pictures)
+        return Bundle(root)
+
+    return bundle
+
+
+def written(bundle: Bundle, tmp_path: Path) -> Page:
+    output = tmp_path / "pages" / "report.html"
+    report(bundle, output)
+    assert list(output.parent.iterdir()) == [output], "nothing unfinished is left"
+    return Page(output.read_text(encoding="utf-8"))
+
+
+def test_everything_is_shown(make: Make, tmp_path: Path) -> None:
+    page = written(make(quant="int4"), tmp_path)
+    assert re.match(r".*tiny-vlm int4 .*LlavaForConditionalGeneration from .*without quantization", page.words)
+    for shown in (
+        "2 below their floors",
+        "SNR of weak.out is 7.5 dB, expected at least 12 dB at int4",
+        "agreement on the next token is 0.75, expected at least 0.85 at int4",
+        "1.00 MB of weights, 25 % of 4.00 MB",
+        "22.2 dB SNR of the final latents, median of 1 picture",
+        "17 / 20 held-out questions answered right; 19 without quantization",
+        "a red tram Without quantization int4 Difference \u00d7 8 PSNR 31.5 dB SSIM 0.9125 SNR of the final latents 22.2 dB Seed 5",
+        "what is this? a tram a bus differs 50 % 75 % 0.1250 1.500 → 2.500 1.00 → 2.00",
+        "decoder.out int4 2.00 MB → 0.50 MB 3 25.5 35.5 0.99900 held",
+        "weak.out int4 2.00 MB → 0.50 MB 3 7.5 17.5 0.99900 below",
+        "Noise in the UNet that left 11 dB",
+        "LPIPS Not measured",
+        "No benchmark",
+        "onnxruntime on CPU",
+    ):
+        assert shown in page.words
+    for one in Bundle(tmp_path / "bundle").manifest.submodels:
+        assert one.parity is not None and f"{one.name} full {one.parity.tensor} {one.parity.error:.1e}" in page.words
+    assert f"torch {json.loads((tmp_path / 'bundle' / MANIFEST).read_bytes())['versions']['torch']}" in page.words
+
+
+def test_nothing_is_loaded_from_elsewhere(make: Make, tmp_path: Path) -> None:
+    page = written(make(), tmp_path)
+    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "a", "form", "base"})
+    values = [(name, value) for _, attributes in page.tags for name, value in attributes.items()]
+    assert all(value.startswith("data:image/png;base64,") for name, value in values if name in ("src", "href", "srcset"))
+    assert not any(name.startswith("on") or name == "style" for name, _ in values)
+    text = (tmp_path / "pages" / "report.html").read_text()
+    assert "://" not in text and "url(" not in text and "@import" not in text
+    policy = next(attributes for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    assert policy["content"].startswith("default-src 'none'; img-src data:;")
+
+
+def test_pictures_are_those_of_the_bundle(make: Make, tmp_path: Path) -> None:
+    page = written(make(), tmp_path)
+    assert [int(image.mean()) for image in page.images] == [100, 110, 10 * GAIN, 50]
+
+
+def test_difference_is_capped_and_has_no_sign() -> None:
+    one, other = np.zeros((1, 1, 3), np.uint8), np.array([[[0, 3, 255]]], np.uint8)
+    assert difference(one, other).tolist() == difference(other, one).tolist() == [[[0, 3 * GAIN, 255]]]
+
+
+def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
+    manifest = json.loads((tiny_bundle / MANIFEST).read_bytes())
+    source = {**manifest["source"], "name": HOSTILE, "architecture": HOSTILE}
+    parts = [{**one, "name": f"{i}{HOSTILE}"} for i, one in enumerate(manifest["submodels"])]
+    quality = QUALITY_OF.model_copy(
+        update={
+            "submodels": (submodel(HOSTILE, 3),),
+            "pictures": (PICTURE.model_copy(update={"prompt": HOSTILE}),),
+            "answers": (ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),),
+            "device": HOSTILE,
+        }
+    )
+    page = written(make(quality, name=HOSTILE, source=source, submodels=parts, versions={HOSTILE: HOSTILE}), tmp_path)
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags and all("onerror" not in attributes for _, attributes in page.tags)
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == 4
+    assert page.words.count(" ".join(HOSTILE.split())) >= 10
+    assert "1337" not in page.words, "no template is made of what a bundle holds"
+
+
+def test_without_pictures_answers_or_floors(make: Make, tmp_path: Path) -> None:
+    plain = QUALITY_OF.model_copy(update={"quant": "none", "pictures": (), "answers": (), "task": None})
+    page = written(make(plain), tmp_path)
+    assert "no floors are set for none" in page.words and not page.images
+    for absent in ("Pictures", "Answers", "Floors at", "LPIPS", "Perplexity"):
+        assert absent not in page.words
+
+
+def test_held_floors(make: Make, tmp_path: Path) -> None:
+    fine = QUALITY_OF.model_copy(update={"submodels": (submodel("decoder", 300),), "answers": ()})
+    page = written(make(fine), tmp_path)
+    assert "every floor is held" in page.words and "below" not in page.words
+    assert "decoder.out int4 2.00 MB → 0.50 MB 3 equal equal 0.99900 held" in page.words
+
+
+def test_what_was_not_measured(make: Make, tmp_path: Path) -> None:
+    absent = submodel("vae_encoder", 0).model_copy(update={"calls": 0, "outputs": ()})
+    page = written(make(QUALITY_OF.model_copy(update={"submodels": (absent,), "answers": ()})), tmp_path)
+    assert "1 below its floor" in page.words
+    assert "vae_encoder int4 2.00 MB → 0.50 MB 0 not measured" in page.words
+
+
+def test_mistakes(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
+    with pytest.raises(NotFound, match="no quality report"):
+        report(Bundle(tiny_bundle), tmp_path / "report.html")
+    bundle = make()
+    with pytest.raises(InvalidInput, match="is a folder"):
+        report(bundle, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceExhausted, match="cannot write"):
+        report(bundle, tmp_path / "file" / "report.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bundle", "file"]
+
+
+@pytest.mark.parametrize(
+    ("path", "data", "message"),
+    [
+        ("quality/a.png", None, "is missing"),
+        ("quality/a.png", b"<svg onload='alert(1)'/>", "cannot be shown"),
+        (QUALITY, b"{", "cannot be read"),
+        (QUALITY, b'{"quant": "int4"}', "cannot be read"),
+    ],
+)
+def test_damaged(make: Make, tmp_path: Path, path: str, data: bytes | None, message: str) -> None:
+    bundle = make()
+    (bundle.root / path).unlink()
+    if data is not None:
+        (bundle.root / path).write_bytes(data)
+    with pytest.raises(BundleError, match=message):
+        report(bundle, tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_pictures_of_different_sizes(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="differ in size"):
+        changed = PICTURE.model_copy(update={"quantized": f"{FOLDER}/d.png"})
+        bundle = make(QUALITY_OF.model_copy(update={"pictures": (changed,)}))
+        save_quality(
+            bundle.root, QUALITY_OF.model_copy(update={"pictures": (changed,)}), {f"{FOLDER}/d.png": np.zeros((8, 8, 3), np.uint8)}
+        )
+        report(bundle, tmp_path / "report.html")
