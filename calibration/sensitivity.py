@@ -55,6 +55,7 @@ class Board:
         """Raises InvalidInput when there are no samples."""
         if not samples:
             raise InvalidInput("samples", "are none, expected captured inputs to measure sensitivity with: calibrate with more requests")
+        self._model = model
         self.layers = [name_of(layer.node) for layer in weight_layers(model)]
         self.forms = [{planned.node: planned for planned in recipe} for recipe in recipes]
         self._outputs = [name_of(value) for value in model.graph.outputs][:1]  # states follow: the first output is what is asked for
@@ -82,6 +83,10 @@ class Board:
                     forms[planned] = self.noise(choice)
             found.append([Alternative(planned, noise) for planned, noise in forms.items()])
         return found
+
+    def work(self) -> list[int]:
+        """Multiply-accumulates of each layer over the first sample."""
+        return _multiplications(self._model, self.layers, self._samples[0])
 
     def choice(self, plans: Sequence[LayerPlan]) -> Choice:
         """The assignment that these plans, each one of the forms, stand for."""
@@ -128,6 +133,22 @@ def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], ranges: M
         layer.node.replace_input_with(0, read)
         layer.node.replace_input_with(1, multiplied)
     return switched
+
+
+def _multiplications(model: ir.Model, layers: Sequence[str], sample: Mapping[str, Array]) -> list[int]:
+    """Outputs of each layer times the inputs that each is summed over."""
+    counted = model.clone()
+    nodes = {name_of(layer.node): layer for layer in weight_layers(counted)}
+    sizes = [ir.node("Size", [nodes[name].node.outputs[0]]) for name in layers]
+    counted.graph.extend(sizes)
+    for index, size in enumerate(sizes):
+        value = size.outputs[0]
+        value.name, value.dtype, value.shape = f"{CHOICE}.size.{index}", ir.DataType.INT64, ir.Shape([])
+    counted.graph.outputs[:] = [size.outputs[0] for size in sizes]
+    found = lean_session(counted).run(None, dict(sample))
+    return [
+        int(size) // nodes[name].matrix[1] * nodes[name].matrix[0] * nodes[name].matrix[1] for name, size in zip(layers, found, strict=True)
+    ]
 
 
 def _as_stored(model: ir.Model, node: ir.Node) -> ir.Value:
