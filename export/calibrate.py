@@ -14,13 +14,11 @@ import export.build
 from calibration.data import Done, record
 from calibration.requests import Requests, built_in, read_images, read_prompts, read_questions
 from calibration.sets import CalibrationSet, Kind
-from export.build import Build, build
-from export.progress import Listener, Report, Step
+from export.build import Build
+from export.progress import Listener, Progress, Report, Step
+from export.source import check_finite
 from export.staging import cache_folder, key_of
 from runtime.errors import InvalidInput, NotFound, SourceError
-from runtime.loading import load_model
-
-TARGET = "onnxruntime"
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,36 @@ def _is_set(path: Path) -> bool:
 def calibrate(options: Options, listen: Listener = lambda report: None) -> CalibrationSet:
     """Capture a set and write it to `options.output`, replacing an older set there only when all is done.
 
-    Raises InvalidInput, NotFound, SourceError, ParityError, EngineError or ResourceExhausted.
+    Raises InvalidInput, NotFound, SourceError, EngineError or ResourceExhausted.
     """
-    wanted = export.build.Options(options.source, options.output, targets=(TARGET,))
-    state = Build.open(wanted)
+    state = Build.open(export.build.Options(options.source, options.output))
     kind: Kind = "diffusion" if state.family.pipeline == "diffusion" else "chat"
     requests = options.requests(kind)
     work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
-    before, after = len(state.steps()), requests.wanted(options.count)
-    build(replace(wanted, output=work / "float", force=True), lambda report: listen(replace(report, total=before + after)))
-    model = load_model(work / "float", TARGET)
+    steps = [step for step in state.steps() if step.stage in ("check", "trace")]
+    total = len(steps) + requests.wanted(options.count)
+    progress = Progress(steps, lambda report: listen(replace(report, total=total)))
+    _prepare(state, progress)
+    shutil.rmtree(work / "float", ignore_errors=True)  # left by a capture that was killed
+    work.mkdir(parents=True, exist_ok=True)
+    model = export.build._floating(state, work / "float")
     try:
-        progress = _Requests(listen, before)
-        found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=progress)
+        found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Requests(listen, len(steps)))
     finally:
         model.close()
     found.save(options.output)
     shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+def _prepare(state: Build, progress: Progress) -> None:
+    """Check the weights and trace what was not traced before, as a build does."""
+    with progress.step("weights", "check"):
+        for checkpoint in state.checkpoints.values():
+            check_finite(checkpoint.tensors)
+    for part in state.parts:
+        with progress.step(part.name, "trace"):
+            export.build._graph(state, part)
 
 
 class _Requests:
