@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def test_nothing_beats_the_frontier(pairs: list[tuple[float, float]], goal: Any)
     macs = [7 * (index + 3) for index in range(len(pairs))]
     floats = [layer(index) for index in range(len(pairs))]
     hull = frontier(Known(found, macs), floats, goal)  # type: ignore[arg-type]
-    assert all(one.noise < two.noise and one.cost > two.cost for one, two in zip(hull, hull[1:], strict=False))
+    assert all(one.noise < two.noise and one.cost > two.cost for one, two in pairwise(hull))
 
     def price(plans: Any) -> float:
         if goal == "size":
