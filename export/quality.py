@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from calibration.metrics import PEAK, Comparison, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
 from calibration.questions import test_questions
@@ -69,7 +69,7 @@ UNITS: Final[Mapping[Measure, str]] = {"submodel_snr_db": " dB", "latents_snr_db
 TITLES: Final[Mapping[Measure, str]] = {
     "submodel_snr_db": "SNR of every submodel's outputs",
     "latents_snr_db": "SNR of the final latents, median of all pictures",
-    "next_token_agreement": "agreement on the next token",
+    "next_token_agreement": "Agreement on the next token",
 }
 
 
@@ -136,10 +136,16 @@ class Effort:
     pictures: int = 4
     steps: int | None = None
     questions: int = 8
-    cases: int = 20
+    cases: int = 16
 
 
-class OutputQuality(Frozen):
+class Measured(Frozen):
+    """Figures that are numbers: what a bundle from anywhere holds instead is refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class OutputQuality(Measured):
     """One output of a submodel over all its calls: what `calibration.metrics` says of it. The peak of the PSNR is its largest magnitude."""
 
     name: str
@@ -148,19 +154,19 @@ class OutputQuality(Frozen):
     cosine: float
 
 
-class SubmodelQuality(Frozen):
+class SubmodelQuality(Measured):
     """A submodel alone: both given the same inputs, those that the reference model's pipeline gave its own. `nbytes` are of weights."""
 
     name: str
     precision: str
     reference_precision: str
-    nbytes: int
-    reference_nbytes: int
+    nbytes: int = Field(ge=0)
+    reference_nbytes: int = Field(ge=0)
     calls: int = Field(ge=0)
     outputs: tuple[OutputQuality, ...]
 
 
-class PictureQuality(Frozen):
+class PictureQuality(Measured):
     """One prompt drawn by both models from the same noise. Latents are those that the VAE decoder is given."""
 
     prompt: str
@@ -174,7 +180,7 @@ class PictureQuality(Frozen):
     quantized_seconds: float
 
 
-class AnswerQuality(Frozen):
+class AnswerQuality(Measured):
     """One question answered greedily by both models.
 
     `token_agreement` compares the two answers place by place. The other figures come from giving the quantized model the reference's answer
@@ -191,13 +197,13 @@ class AnswerQuality(Frozen):
     token_agreement: float
     next_token_agreement: float
     kl_divergence: float
-    reference_perplexity: float
-    quantized_perplexity: float
+    reference_perplexity: float = Field(ge=1)
+    quantized_perplexity: float = Field(ge=1)
     reference_seconds: float
     quantized_seconds: float
 
 
-class TaskQuality(Frozen):
+class TaskQuality(Measured):
     """Held-out cases of the task that a sample was trained for, and how many of them each model does right."""
 
     task: str
@@ -206,7 +212,7 @@ class TaskQuality(Frozen):
     quantized_right: int
 
 
-class Quality(Frozen):
+class Quality(Measured):
     """Everything measured of one quantized bundle."""
 
     quant: str

@@ -233,6 +233,16 @@ def test_damaged(make: Make, tmp_path: Path, path: str, data: bytes | None, mess
     assert not (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize(("figure", "number"), [("quantized_perplexity", 0), ("kl_divergence", float("nan")), ("tokens", 0)])
+def test_figures_that_are_none(make: Make, tmp_path: Path, figure: str, number: float) -> None:
+    bundle = make()
+    data = json.loads((bundle.root / QUALITY).read_bytes())
+    data["answers"][0][figure] = number
+    (bundle.root / QUALITY).write_text(json.dumps(data))
+    with pytest.raises(BundleError, match=figure):
+        report(bundle, tmp_path / "report.html")
+
+
 def test_pictures_of_different_sizes(make: Make, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="differ in size"):
         changed = PICTURE.model_copy(update={"quantized": f"{FOLDER}/d.png"})
