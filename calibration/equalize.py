@@ -22,7 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from calibration.quantize import Layer, LayerPlan, add_initializer, layer_of, name_of, tensor_of, weight_layers
+from calibration.quantize import LEAST_SNR, Layer, LayerPlan, add_initializer, layer_of, name_of, tensor_of, weight_layers
 from calibration.ranges import ChannelStats, Histogram
 from calibration.weights import INT8_PEAK, Floats, check, chunks, int4_blocks, int8_columns, release
 from runtime.errors import InvalidInput
@@ -32,7 +32,7 @@ Kind = Literal["smoothquant", "awq"]
 ALPHAS: Final = tuple(i / 10 for i in range(1, 10))
 COLUMNS: Final = 128
 """Columns of each weight, evenly spread, on which alphas are compared."""
-LEAST_GAIN: Final = 0.1
+LEAST_GAIN: Final = 0.2
 """Gain in dB below which a tensor stays as it is: no more than the sample's own error."""
 SPREAD: Final = 1e3
 """Scales stay within 1 / SPREAD and SPREAD, so that weights stay within what float16 scales express."""
@@ -337,7 +337,7 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
         for known, new in halves:
             scales = np.ones_like(peaks) if alpha is None else _scales(fold.kind, alpha, known, peaks)
             scaled = [sample * scales[:, None] for sample in samples]
-            total += _noise(scaled, planned, known.divided(scales), new.divided(scales).rows) / len(halves)
+            total += _noise(scaled, planned, known.divided(scales), new.rows / scales, scales) / len(halves)
         return total
 
     noises = {alpha: noise(alpha) for alpha in ALPHAS}
@@ -345,6 +345,10 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
     fold = replace(fold, alpha=alpha, before_db=_decibel(noise(None)), after_db=_decibel(noises[alpha]))
     if not fold.after_db >= fold.before_db + LEAST_GAIN:
         return replace(fold, reason=f"no alpha gains {LEAST_GAIN} dB")
+    if fold.kind == "smoothquant" and fold.after_db < LEAST_SNR:
+        return replace(
+            fold, reason=f"its layers would have {fold.after_db:.1f} dB, less than the {LEAST_SNR:.0f} that int8 activations need"
+        )
     return replace(fold, scales=_scales(fold.kind, alpha, stats, peaks))
 
 
@@ -361,9 +365,9 @@ def _scales(kind: Kind, alpha: float, stats: ChannelStats, peaks: Floats) -> Flo
     return scales
 
 
-def _noise(samples: Sequence[Floats], planned: Sequence[LayerPlan], known: ChannelStats, rows: Floats) -> float:
+def _noise(samples: Sequence[Floats], planned: Sequence[LayerPlan], known: ChannelStats, rows: Floats, scales: Floats) -> float:
     """Noise of the products of rows relative to their signal, quantized as planned by what is known; the mean over the group."""
-    quantized = _quantized(rows, known.rows) if any(one.activation for one in planned) else rows
+    quantized = _quantized(rows, known, scales) if any(one.activation for one in planned) else rows
     ratios = []
     for weights, one in zip(samples, planned, strict=True):
         exact = rows @ weights
@@ -383,10 +387,10 @@ def _restored(weights: Floats, planned: LayerPlan, importance: Floats) -> Floats
     return weights
 
 
-def _quantized(rows: Floats, known: Floats) -> Floats:
-    """Rows as int8 with the one scale that a tensor calibrated with the known rows would have gives them back."""
+def _quantized(rows: Floats, known: ChannelStats, scales: Floats) -> Floats:
+    """Divided rows as int8 with the one scale gives them back that a tensor calibrated with what is known would have."""
     histogram = Histogram()
-    histogram.add(known)
+    histogram.add(np.vstack([known.rows, known.largest]), scales**2)
     step = np.float32(max(histogram.range().peak / INT8_PEAK, float(np.finfo(np.float32).tiny)))
     return np.clip(np.rint(rows / step), -INT8_PEAK, INT8_PEAK) * step
 

@@ -30,6 +30,8 @@ GROUP_BYTES: Final = 512 << 20
 
 ROWS: Final = 128
 """Rows kept of each tensor, about: one at least of each call."""
+CHUNK: Final = 1 << 20
+"""Elements scaled in one step."""
 PERCENTILE: Final = 99.99
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -95,19 +97,20 @@ class Histogram:
     """How often each magnitude was seen: BINS equal bins from 0 to `top`, which doubles when something larger comes."""
 
     def __init__(self) -> None:
-        self.counts: NDArray[np.int64] = np.zeros(BINS, np.int64)
+        self.counts: NDArray[np.float64] = np.zeros(BINS)
         self.top = 0.0
         self.largest = 0.0
 
-    def add(self, values: Array) -> None:
-        """Count magnitudes. Raises ValueError for NaN and infinity."""
+    def add(self, values: Array, weights: Floats | None = None) -> None:
+        """Count magnitudes, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
         magnitudes = np.abs(values, dtype=np.float32).reshape(-1)
         largest = float(magnitudes.max(initial=0))
         if not np.isfinite(largest):
             raise ValueError("holds NaN or infinity")
         self.largest = max(self.largest, largest)
+        counted = None if weights is None else np.broadcast_to(weights, values.shape).reshape(-1)
         if largest == 0:
-            self.counts[0] += magnitudes.size
+            self.counts[0] += magnitudes.size if counted is None else counted.sum(dtype=np.float64)
             return
         if self.top == 0:
             self.top = 2.0 ** np.ceil(np.log2(largest))  # a power of two, so that doubling later is exact
@@ -116,7 +119,7 @@ class Histogram:
             self.counts[BINS // 2 :] = 0
             self.top *= 2
         magnitudes *= np.float32(BINS / self.top)
-        self.counts += np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), minlength=BINS)
+        self.counts += np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), counted, minlength=BINS)
 
     def range(self, method: Method | Literal["auto"] = "auto") -> Range:
         """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals the simplest.
@@ -125,7 +128,7 @@ class Histogram:
         """
         centers = (np.arange(BINS, dtype=np.float64) + 0.5) * (self.top / BINS)
         used = np.flatnonzero(self.counts)
-        values, counts = centers[used], self.counts[used].astype(np.float64)
+        values, counts = centers[used], self.counts[used]
         tried = METHODS if method == "auto" else (method,)
         if self.largest == 0:
             return Range(0.0, math.inf, tried[0])
@@ -195,7 +198,8 @@ def collect_ranges(
     """The range of each named tensor of the float graph (`model.onnx` beside its weights) over the captured inputs.
 
     `scales` divides the channels of some tensors, positive float32 [K] each: their ranges after equalization, measured on the graph
-    before it.
+    before it. Errors then count by the square of their channel's scale, for the weights that they meet are multiplied by it: both the range
+    and the ratio are those that the products see.
     Raises InvalidInput for an unknown method, when there are no samples, the graph has no such tensor, or a tensor held NaN or infinity.
     """
     return collect(graph, tensors, (), samples, method, scales)[0]
@@ -248,13 +252,19 @@ class _Observer(Protocol):
 
 
 class _Divided:
-    """A histogram of what is left when each channel is divided by its scale."""
+    """A histogram of what is left when each channel is divided by its scale; errors count as they are once it is multiplied again."""
 
     def __init__(self, scales: Floats | None) -> None:
         self.histogram, self.scales = Histogram(), scales
 
     def add(self, values: Array) -> None:
-        self.histogram.add(values if self.scales is None else np.asarray(values, np.float32) / self.scales)
+        if self.scales is None:
+            self.histogram.add(values)
+            return
+        rows = values.reshape(-1, len(self.scales))
+        step = max(1, CHUNK // len(self.scales))
+        for start in range(0, len(rows), step):
+            self.histogram.add(rows[start : start + step].astype(np.float32) / self.scales, self.scales**2)
 
 
 def _element_counts(graph: Path, tensors: Sequence[str], sample: Mapping[str, Array]) -> dict[str, int]:
