@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, auto
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -55,6 +55,17 @@ class Fold:
     after_db: float = math.nan
     reason: str = ""
     scales: Floats | None = field(default=None, compare=False, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """As plain JSON."""
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return values | {"scales": None if self.scales is None else self.scales.tolist()}
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Fold:
+        """The fold that was recorded."""
+        scales, names = record["scales"], {name: tuple(record[name]) for name in ("weights", "into")}
+        return cls(**{**record, **names, "scales": None if scales is None else np.array(scales, np.float32)})
 
 
 def find_folds(model: ir.Model, layers: Sequence[LayerPlan], stats: Mapping[str, ChannelStats]) -> list[Fold]:

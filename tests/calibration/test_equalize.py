@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -199,7 +200,7 @@ def test_the_float_function_stays(tmp_path: Path, name: str) -> None:
         assert {layer.node: layer.weight for layer in plan(copy, INT8)} == {layer.node: layer.weight for layer in layers}
         ratio = snr_db(run(written(copy, tmp_path / kind), calls(seed=1)), reference)
         print(f"{name}, {kind}: {ratio:.0f} dB")
-        assert ratio > 115
+        assert ratio > 105
     assert {name: value.const_value for name, value in model.graph.initializers.items()} == before, "the source graph was changed"
 
 
@@ -215,7 +216,7 @@ def width(model: ir.Model, fold: Fold) -> int:
     return shape[-1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_stored_precision_costs_nothing(tmp_path: Path, dtype: torch.dtype) -> None:
     """What a fold changes is float32, what it does not stays as stored."""
     graph = written(attached(Outlying(Gated()), tmp_path, dtype), tmp_path / "float")
@@ -225,7 +226,7 @@ def test_stored_precision_costs_nothing(tmp_path: Path, dtype: torch.dtype) -> N
     assert kinds.pop("blocks.0.weight.folded") == ir.DataType.FLOAT
     assert set(kinds.values()) == {ir.DataType.FLOAT} and len(kinds) == 3, "all three products were changed"
     assert not any(node.op_type == "Cast" for node in copy.graph)
-    assert snr_db(run(written(copy, tmp_path / "out"), calls(seed=1)), run(graph, calls(seed=1))) > 115
+    assert snr_db(run(written(copy, tmp_path / "out"), calls(seed=1)), run(graph, calls(seed=1))) > 105
 
 
 def test_a_norm_of_the_standard(tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_a_norm_of_the_standard(tmp_path: Path) -> None:
     graph = written(model, tmp_path / "float")
     _, _, (fold,) = measured(graph, INT8, calls())
     assert fold.scales is not None and fold.into == ("scale",)
-    assert snr_db(run(written(equalize(ir.load(graph), [fold]), tmp_path / "out"), calls()), run(graph, calls())) > 115
+    assert snr_db(run(written(equalize(ir.load(graph), [fold]), tmp_path / "out"), calls()), run(graph, calls())) > 105
 
 
 def normed(scale: NDArray[Any], weight: NDArray[Any], seen_too: bool = False) -> ir.Model:
@@ -280,6 +281,15 @@ def test_smoothquant_helps_int8_activations(outlying: Path, tmp_path: Path) -> N
     print("W8A8: " + ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in ratios.items()))
     assert [fold.kind for fold in folds] == ["smoothquant"] * 8 and len(folded_scales(folds)) >= 6
     assert ratios["smoothed"] > max(ratios["naive"], ratios["clipped"]) + 3
+    assert all("that int8 activations need" in fold.reason for fold in folds if fold.scales is None)
+
+
+def test_folds_survive_json(outlying: Path) -> None:
+    *_, folds = measured(outlying, INT4, calls())
+    again = [Fold.of_record(json.loads(json.dumps(fold.record()))) for fold in folds]
+    assert again == folds
+    for one, other in zip(folded_scales(folds).values(), folded_scales(again).values(), strict=True):
+        assert one.tobytes() == other.tobytes()
 
 
 def test_awq_helps_int4_weights(outlying: Path, tmp_path: Path) -> None:
@@ -395,7 +405,7 @@ def test_what_holds_for_some_calls_only_is_not_believed() -> None:
     (fickle,) = find_folds(model, plan(model, INT8), {"x": merged(rng, 4, [large, large[::-1].copy()])})
     print(f"steady {steady.before_db:.1f} -> {steady.after_db:.1f} dB, fickle {fickle.before_db:.1f} -> {fickle.after_db:.1f} dB")
     assert steady.scales is not None and steady.after_db > steady.before_db + 6
-    assert fickle.scales is None or fickle.after_db > fickle.before_db
+    assert fickle.scales is None and fickle.after_db < fickle.before_db
 
 
 @settings(max_examples=25, deadline=None)
@@ -430,8 +440,8 @@ def test_foreign_folds_and_damaged_weights_are_refused() -> None:
 def test_the_sample_text_encoder(diffusion_bundle: Path, tmp_path: Path) -> None:
     """What each method does for real weights, on prompts that it has not seen."""
     tokenizer = ClipTokenizer(diffusion_bundle / "tokenizer")
-    prompts = [np.asarray(tokenizer(request.prompt), np.int64).reshape(1, -1) for request in islice(image_requests(5), 0, 64, 2)]
-    seen, unseen = ([{"input_ids": ids} for ids in half] for half in (prompts[:16], prompts[16:]))
+    prompts = [np.asarray(tokenizer(request.prompt), np.int64).reshape(1, -1) for request in islice(image_requests(5), 0, 192, 2)]
+    seen, unseen = ([{"input_ids": ids} for ids in half] for half in (prompts[:48], prompts[48:]))
     graph = diffusion_bundle / "onnx" / "text_encoder" / "model.onnx"
     reference, model, ratios = run(graph, unseen), ir.load(graph), {}
     for recipe in (INT8, INT4):
