@@ -175,17 +175,17 @@ def render_word(word: Word, rng: np.random.Generator) -> NDArray[np.uint8]:
     return canvas
 
 
-def test_questions(count: int = 1000, seed: int = 0) -> list[Case]:
-    """Held-out questions to score a model with: every kind as often, each about its own scene or word."""
+def test_questions(count: int = 1000, seed: int = 0, held: bool = True) -> list[Case]:
+    """Held-out questions to score a model with, or others: every kind as often, each about its own scene or word."""
     rng = np.random.default_rng(seed)
     cases: list[Case] = []
     while len(cases) < count:
         kind = KINDS[len(cases) % len(KINDS)]
         if kind == "read":
-            word = draw_word(rng, held=True)
+            word = draw_word(rng, held=held)
             picture, questions = render_word(word, rng), word_questions(word)
         else:
-            scene = draw_scene(rng, held=True)
+            scene = draw_scene(rng, held=held)
             picture, questions = render(scene, rng), scene_questions(scene, rng)
         fitting = [question for question in questions if question.kind == kind]
         if fitting:  # not every scene has two things of which one is further left

@@ -85,10 +85,10 @@ def picture_scenes() -> Iterator[Scene]:
             yield Scene(background, (Thing(*left, "left"), Thing(*right, "right")))
 
 
-def test_prompts(count: int = 500, seed: int = 0) -> list[Scene]:
-    """Held-out scenes to score a model with: a third with one thing, the rest with two, no scene twice."""
+def test_prompts(count: int = 500, seed: int = 0, held: bool = True) -> list[Scene]:
+    """Held-out scenes to score a model with, or others: a third with one thing, the rest with two, no scene twice."""
     rng = np.random.default_rng(seed)
-    scenes = [scene for scene in picture_scenes() if held_out(scene.caption)]
+    scenes = [scene for scene in picture_scenes() if held_out(scene.caption) == held]
     single = [scene for scene in scenes if len(scene.things) == 1]
     pairs = [scene for scene in scenes if len(scene.things) == 2]
     singles = min(len(single), count // 3)

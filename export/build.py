@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -20,24 +21,33 @@ from typing import Any, Final
 import onnx_ir as ir
 
 import export.trace
-from calibration.data import capture
+from calibration.data import SAMPLES, record
 from calibration.lean import LeanEngine
-from calibration.quantize import Recipe, activation_tensors, plan, quantize, recipe
+from calibration.quantize import LayerPlan, Recipe, activation_tensors, plan, quantize, recipe
 from calibration.ranges import Range, collect_ranges
-from export import graph, parity
+from calibration.requests import built_in
+from calibration.search import GOALS, Goal
+from calibration.sets import CalibrationSet
+from export import auto, graph, parity
+from export.auto import Plans
 from export.family import Family, Part, family_of
 from export.progress import Listener, Progress, Step
+from export.quality import measure, save_quality
 from export.source import Checkpoint, Source, TensorRef, check_finite, open_component, resolve
 from export.staging import cached, key_of, staging
+from export.tasks import TASKS, right
 from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, sha256
 from runtime.bundle import Source as BundleSource
 from runtime.engine import Engine, target
-from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, SourceError, did_you_mean
-from runtime.loading import PIPELINES, LoadedModel
+from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, QualityError, SourceError, did_you_mean
+from runtime.loading import PIPELINES, LoadedModel, load_model
 
-QUANTS: Final = ("none", "int8", "int4")
+QUANTS: Final = ("none", "int8", "int4", "auto")
 PARITIES: Final = ("auto", "full", "twin")
+QUALITIES: Final = ("auto", "full", "none")
+FULL_QUALITY_BYTES: Final = 1 << 30
+"""`auto` compares quantized models up to this size of weights: the float model runs in little memory, but slowly."""
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
 M_MMAP_THRESHOLD: Final = -3
@@ -48,7 +58,9 @@ PACKAGES: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "
 class Options:
     """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin.
 
-    `name` is what clients call the model; empty, it is the source's.
+    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `export calibrate`; without one,
+    built-in requests are captured where a recipe needs them. `quality` is one of auto, full, none: whether the quantized model is compared
+    with the float one. `allow_low_quality` keeps a bundle that falls below the floors. `max_drop` and `goal` are those of quant "auto".
     """
 
     source: str
@@ -58,11 +70,23 @@ class Options:
     parity: str = "auto"
     force: bool = False
     name: str = ""
+    calibration: Path | None = None
+    quality: str = "auto"
+    allow_low_quality: bool = False
+    max_drop: float = 1.0
+    goal: Goal = "size"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("quant", self.quant, QUANTS), ("parity", self.parity, PARITIES)):
+        for name, value, known in (
+            ("quant", self.quant, QUANTS),
+            ("parity", self.parity, PARITIES),
+            ("quality", self.quality, QUALITIES),
+            ("goal", self.goal, GOALS),
+        ):
             if value not in known:
                 raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
+        if self.calibration is not None and self.quant == "none":
+            raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")
         if not self.targets:
             raise InvalidInput("target", "is missing: name at least one, such as --target openvino")
         unusable = [f"{name}: {found.reason}" for name in self.targets if not (found := target(name).available()).usable]
@@ -100,6 +124,7 @@ class Build:
             folder = part.component.folder
             if folder not in build.checkpoints:
                 build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
+        _ = build.calibration  # a wrong set is refused before any work
         return build
 
     def weights(self, part: Part) -> dict[str, TensorRef]:
@@ -123,23 +148,50 @@ class Build:
     def key(self) -> str:
         options = self.options
         files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
-        asked = (self.name, options.quant, sorted(options.targets), options.parity)
+        asked: list[object] = [self.name, options.quant, sorted(options.targets), options.parity, self.measured, self.calibration_key]
+        if options.quant == "auto":
+            asked += [options.max_drop, options.goal]
         return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, _code())
 
     def recipe(self, part: Part) -> Recipe | None:
-        return None if self.options.quant == "none" else recipe(self.options.quant, part.activations, part.least_bits)
+        """The recipe of a part; of a search, the one whose ranges it needs."""
+        name = "int8" if self.options.quant == "auto" else self.options.quant
+        return None if name == "none" else recipe(name, part.activations, part.least_bits)
 
     def calibrated(self, part: Part) -> bool:
         found = self.recipe(part)
         return found is not None and found.activations
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all weights of the checkpoint."""
+        return sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
+
+    @property
+    def measured(self) -> bool:
+        """Whether quality is measured."""
+        wanted = self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
+        return self.options.quant != "none" and wanted
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """The set given to calibrate with. Raises NotFound, SourceError, or InvalidInput when it is of another checkpoint."""
+        if self.options.calibration is None:
+            return None
+        found = CalibrationSet.load(self.options.calibration)
+        found.check(self.fingerprint, self.name)
+        return found
+
+    @cached_property
+    def calibration_key(self) -> str:
+        return sha256(self.options.calibration) if self.calibration is not None and self.options.calibration is not None else ""
+
+    @property
     def method(self) -> str:
         """How parity is established: "full" or "twin"."""
         if self.options.parity != "auto":
             return self.options.parity
-        size = sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
-        return "full" if size <= FULL_PARITY_BYTES else "twin"
+        return "full" if self.nbytes <= FULL_PARITY_BYTES else "twin"
 
     def size(self, part: Part) -> int:
         """Bytes of the part's weights in the checkpoint."""
@@ -155,10 +207,14 @@ class Build:
             steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
         if any(map(self.calibrated, self.parts)):
             steps.append(Step("pipeline", "calibrate", 30))
+        if self.options.quant == "auto":
+            steps += [Step(part.name, "explore", 30) for part in self.parts] + [Step("pipeline", "search", 200)]
         for part in self.parts:
             steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
         for name in self.options.targets:
             steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
+        if self.measured:
+            steps.append(Step("pipeline", "quality", 20))
         return [*steps, Step("bundle", "hash", 0.2)]
 
 
@@ -202,7 +258,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     graphs, parities = {}, {}
     for part in state.parts:
         with progress.step(part.name, "trace") as notes:
-            graphs[part.name] = _graph(state, part)
+            graphs[part.name] = part_graph(state, part)
             notes.append(f"{sum(1 for _ in graphs[part.name].graph)} nodes")
         with progress.step(part.name, "parity") as notes:
             parities[part.name] = _parity(state, part)
@@ -210,12 +266,16 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     ranges: Mapping[str, Mapping[str, Range]] = {}
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
-            ranges = _calibrate(state, folder)
-            notes.append(f"{sum(len(found) for found in ranges.values())} ranges")
+            samples = _samples(state, folder)
+            ranges = _ranges(state, folder, samples)
+            notes += [f"{sum(len(found) for found in ranges.values())} ranges", *samples.warnings()]
+    plans = _plans(state, graphs, ranges)
+    if state.options.quant == "auto":
+        plans = _search(state, graphs, ranges, folder, progress)
     submodels = []
     for part in state.parts:
         with progress.step(part.name, "write") as notes:
-            submodel = _write(state, part, graphs.pop(part.name), ranges.get(part.name), folder)
+            submodel = _write(part, graphs.pop(part.name), plans.get(part.name), ranges.get(part.name), folder)
             submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
     artifacts = []
@@ -223,11 +283,14 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         for submodel in submodels:
             with progress.step(submodel.name, f"compile {name}"):
                 artifacts.append(_compile(target(name), submodel, folder))
+    if state.measured:
+        with progress.step("pipeline", "quality") as notes:
+            notes.append(_quality(state, folder, submodels, artifacts))
     with progress.step("bundle", "hash"):
         _finish(state, folder, submodels, artifacts)
 
 
-def _graph(state: Build, part: Part) -> ir.Model:
+def part_graph(state: Build, part: Part) -> ir.Model:
     """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
     weights = state.weights(part)
     settings: Any = part.component.model.config
@@ -244,7 +307,7 @@ def _parity(state: Build, part: Part) -> Parity:
 
     def compare(path: Path) -> None:
         if state.method == "full":
-            found = parity.check(part, _graph(state, part), state.weights(part), "full")
+            found = parity.check(part, part_graph(state, part), state.weights(part), "full")
         else:
             found = _twin_parity(state, part)
         path.write_text(found.model_dump_json())
@@ -261,53 +324,137 @@ def _twin_parity(state: Build, part: Part) -> Parity:
         return parity.check(twin, model, weights, "twin")
 
 
-def _calibrate(state: Build, folder: Path) -> Mapping[str, Mapping[str, Range]]:
-    """Run the float model as its users will, through the real pipeline, and look at the activations of the calibrated parts."""
+def _samples(state: Build, folder: Path) -> CalibrationSet:
+    """The set given, else what submodels get while the float model does built-in requests, captured once for the same checkpoint."""
+    if state.calibration is not None:
+        return state.calibration
 
     def measure(path: Path) -> None:
-        model = _floating(state, folder / "float")
-        samples = capture(model)
-        model.close()
-        shutil.rmtree(model.bundle.root)
+        with floating_model(state, folder) as model:
+            record(model, built_in(model.kind), limit=SAMPLES).save(path)
+
+    key = key_of("samples", state.fingerprint, state.family.config(state.source), state.versions, _code())
+    return CalibrationSet.load(cached(key, ".safetensors", measure))
+
+
+def _ranges(state: Build, folder: Path, samples: CalibrationSet) -> Mapping[str, Mapping[str, Range]]:
+    """The ranges of the calibrated parts' activations."""
+
+    def measure(path: Path) -> None:
         found = {}
         for part in filter(state.calibrated, state.parts):
-            graph.write(_graph(state, part), folder / "float")
+            graph.write(part_graph(state, part), folder / "float")
             floating = folder / "float" / graph.MODEL
-            tensors = activation_tensors(ir.load(floating), recipe(state.options.quant))
-            found[part.name] = collect_ranges(floating, tensors, samples[part.name])
+            tensors = activation_tensors(ir.load(floating), recipe("int8"))
+            found[part.name] = collect_ranges(floating, tensors, samples.samples[part.name])
             shutil.rmtree(floating.parent)
         path.write_text(json.dumps({name: {tensor: list(seen) for tensor, seen in part.items()} for name, part in found.items()}))
 
-    key = key_of("ranges", state.fingerprint, state.options.quant, state.versions, _code())
+    key = key_of("ranges", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())
     data = json.loads(cached(key, ".json", measure).read_bytes())
     return {name: {tensor: Range(*values) for tensor, values in part.items()} for name, part in data.items()}
 
 
-def _floating(state: Build, folder: Path) -> LoadedModel:
-    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes."""
+def _quality(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact]) -> str:
+    """Compare the quantized model with the float one and store what was found; what there is to say about it."""
+    _finish(state, folder, submodels, artifacts)  # a manifest for now, so that the model can be loaded
+    samples = _samples(state, folder)
+    quantized = load_model(folder, state.options.targets[0])
+    try:
+        with floating_model(state, folder) as reference:
+            quality, pictures = measure(quantized, reference, samples.samples)
+    finally:
+        quantized.close()
+        (folder / MANIFEST).unlink()
+    save_quality(folder, quality, pictures)
+    faults = quality.shortfalls(state.options.quant)
+    if faults and not state.options.allow_low_quality:
+        raise QualityError(
+            f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle was written. "
+            "Calibrate with more requests like yours (`export calibrate`), choose another --quant, or insist with --allow-low-quality"
+        )
+    return "; ".join(faults) or "every floor held"
+
+
+@contextmanager
+def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
+    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes.
+
+    Its manifest and assets lie in a folder of its own inside `folder` meanwhile.
+    """
+    root = folder / "float"
     parts = {part.name: part for part in state.parts}
     submodels = {
         name: Submodel(name=name, signature=part.signature, graph=_place(name), precision="float32", nbytes=0)
         for name, part in parts.items()
     }
-    folder.mkdir()
-    _finish(state, folder, list(submodels.values()), [])
-    bundle = Bundle(folder)
+    root.mkdir()
+    _finish(state, root, list(submodels.values()), [], quant="none")
+    bundle = Bundle(root)
 
     class Engines(dict[str, Engine]):
         def __missing__(self, name: str) -> Engine:
-            self[name] = LeanEngine(submodels[name], _graph(state, parts[name]))
+            self[name] = LeanEngine(submodels[name], part_graph(state, parts[name]))
             return self[name]
 
     kind: Any = state.family.pipeline
-    return LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), PIPELINES[kind](bundle))
+    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), PIPELINES[kind](bundle))
+    try:
+        yield model
+    finally:
+        model.close()
+        shutil.rmtree(root)
 
 
-def _write(state: Build, part: Part, model: ir.Model, ranges: Mapping[str, Range] | None, folder: Path) -> Submodel:
-    """Quantize and write one graph with its weights."""
-    found = state.recipe(part)
-    if found is not None:
-        model = quantize(model, plan(model, found, ranges), ranges)
+def _plans(state: Build, graphs: Mapping[str, ir.Model], ranges: Mapping[str, Mapping[str, Range]]) -> Plans:
+    """What the recipe makes of each part; nothing without one."""
+    recipes = {part.name: state.recipe(part) for part in state.parts}
+    return {name: plan(graphs[name], found, ranges.get(name)) for name, found in recipes.items() if found is not None}
+
+
+def _search(
+    state: Build, graphs: Mapping[str, ir.Model], ranges: Mapping[str, Mapping[str, Range]], folder: Path, progress: Progress
+) -> Plans:
+    """The plans of the search, which is written into the bundle."""
+    samples, found = _samples(state, folder).samples, {}
+    for part in state.parts:
+        with progress.step(part.name, "explore") as notes:
+            explored = auto.Submodel.explore(
+                graphs[part.name], part.activations, ranges.get(part.name, {}), samples[part.name], state.options.goal
+            )
+            found[part.name] = explored
+            notes.append(f"{len(explored.assignments)} assignments worth having")
+    trial = folder / "trial"
+
+    def drop(plans: Plans) -> float:
+        submodels = [_write(part, graphs[part.name], plans[part.name], ranges.get(part.name), trial) for part in state.parts]
+        _finish(state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels])
+        with closing(load_model(trial, "onnxruntime")) as model:
+            score = _score(model)
+        shutil.rmtree(trial)
+        return whole - score
+
+    with progress.step("pipeline", "search") as notes:
+        judged = state.source.name in TASKS
+        if judged:
+            with floating_model(state, folder) as reference:
+                whole = _score(reference)
+        plans, tried = auto.search(found, state.options.goal, state.options.max_drop, drop if judged else None)
+        (folder / auto.FILE).write_text(tried.model_dump_json(indent=1))
+        notes.append(f"{len(tried.points)} tried, drop {tried.points[tried.chosen].drop:.1f} {tried.unit}")
+    return plans
+
+
+def _score(model: LoadedModel) -> float:
+    """Percent of the search's cases that a model does right."""
+    done = list(right(model, auto.CASES[model.kind], held=False, seed=1))
+    return 100 * sum(done) / len(done)
+
+
+def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, ranges: Mapping[str, Range] | None, folder: Path) -> Submodel:
+    """Quantize as planned, if at all, and write one graph with its weights."""
+    if plans is not None:
+        model = quantize(model, plans, ranges)
     nbytes = graph.write(model, folder / "onnx" / part.name)
     return Submodel(name=part.name, signature=part.signature, graph=_place(part.name), precision=graph.precision(model), nbytes=nbytes)
 
@@ -321,7 +468,7 @@ def _compile(engine: type[Engine], submodel: Submodel, folder: Path) -> Artifact
     return engine.compile(submodel, folder / submodel.graph, folder / "engines" / engine.target)
 
 
-def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact]) -> None:
+def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "") -> None:
     """Add the model's own files and the manifest."""
     for relative, file in state.family.assets(state.source).items():
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -330,7 +477,7 @@ def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
         name=state.name,
         key=state.key,
         pipeline=state.family.pipeline,
-        quant=state.options.quant,
+        quant=quant or state.options.quant,
         source=BundleSource(
             name=state.source.name, family=state.family.name, architecture=state.source.architecture, fingerprint=state.fingerprint
         ),

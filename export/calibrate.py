@@ -81,11 +81,8 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     _prepare(state, progress)
     shutil.rmtree(work / "float", ignore_errors=True)  # left by a capture that was killed
     work.mkdir(parents=True, exist_ok=True)
-    model = export.build._floating(state, work / "float")
-    try:
+    with export.build.floating_model(state, work) as model:
         found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Requests(listen, len(steps)))
-    finally:
-        model.close()
     found.save(options.output)
     shutil.rmtree(work, ignore_errors=True)
     return found
@@ -98,7 +95,7 @@ def _prepare(state: Build, progress: Progress) -> None:
             check_finite(checkpoint.tensors)
     for part in state.parts:
         with progress.step(part.name, "trace"):
-            export.build._graph(state, part)
+            export.build.part_graph(state, part)
 
 
 class _Requests:

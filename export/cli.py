@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 import time
@@ -35,12 +36,21 @@ def build(
     target: Annotated[
         list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")
     ] = None,
-    quant: Annotated[str | None, typer.Option(help="none (the default), int8 or int4.")] = None,
+    quant: Annotated[str | None, typer.Option(help="none (the default), int8, int4, or auto: what --max-drop allows.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
     ] = None,
     parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
     name: Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")] = "",
+    calibration: Annotated[Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")] = None,
+    quality: Annotated[
+        str, typer.Option(help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none.")
+    ] = "auto",
+    allow_low_quality: Annotated[bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")] = False,
+    max_drop: Annotated[
+        float, typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score.")
+    ] = 1.0,
+    optimize: Annotated[str, typer.Option(help="Of --quant auto: size or speed.")] = "size",
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
@@ -50,9 +60,13 @@ def build(
         raise MissingDependency(error.name or "torch", "export") from None
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
+    if calibration and not source:
+        raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
+    common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
+    common |= {"allow_low_quality": allow_low_quality, "max_drop": max_drop, "goal": optimize}
     jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
     for job in jobs:
-        _build(Options(parity=parity, force=force, name=name, **job))
+        _build(Options(**common, **job))
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -118,6 +132,20 @@ def _build(options: Any) -> None:
         f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code"
     )
 
+    if (bundle.root / "search.json").is_file():
+        _show_search(bundle.root / "search.json")
+
+
+def _show_search(path: Path) -> None:
+    """The assignments that a search tried."""
+    found = json.loads(path.read_bytes())
+    table = Table("taken", "cost", "least SNR", f"drop, {found['unit']}", "layers")
+    for number, point in enumerate(found["points"]):
+        layers = ", ".join(f"{count} {form}" for form, count in point["layers"].items())
+        mark = "*" if number == found["chosen"] else ""
+        table.add_row(mark, f"{point['cost']:.3f}", f"{point['snr_db']:.1f} dB", f"{point['drop']:+.1f}", layers)
+    out.print(table)
+
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + signal.SIGTERM)
@@ -159,6 +187,44 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
 def _tensor(tensor: Any) -> str:
     dims = (str(dim) if isinstance(dim, int) else f"{dim.name} {dim.min}..{dim.max}" for dim in tensor.dims)
     return f"{tensor.name} {tensor.dtype} \\[{', '.join(dims)}]"
+
+
+@app.command()
+def calibrate(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
+    output: Annotated[Path, typer.Option(help="File to write, such as set.safetensors.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures; to draw with, each with a caption (x.png, x.txt).")] = None,
+    questions: Annotated[Path | None, typer.Option(help='JSON Lines of {"image": path, "question": text}, for models that chat.')] = None,
+    count: Annotated[int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
+) -> None:
+    """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
+    try:
+        from export.calibrate import Options
+        from export.calibrate import calibrate as run
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "torch", "export") from None
+    signal.signal(signal.SIGTERM, _terminate)
+    found = run(Options(source, output, prompts, images, questions, count, seed), _show)
+    kept = ", ".join(f"{len(calls)} of {name}" for name, calls in found.samples.items())
+    out.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {kept}, from {found.settings['requests']} requests")
+    for warning in found.warnings():
+        errors.print(f"warning: {warning}", markup=False)
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+) -> None:
+    """Write the quality report of a quantized bundle as one page."""
+    try:
+        from export.report import report as write
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "jinja2", "export") from None
+    write(Bundle(bundle), output)
+    out.print(f"{output}: quality of {bundle}")
 
 
 @app.command()

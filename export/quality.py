@@ -25,7 +25,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from calibration.metrics import PEAK, Comparison, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
 from calibration.questions import test_questions
 from calibration.scenes import test_prompts
-from calibration.scoring import score_answer, score_picture
+from export.tasks import TASKS, right
 from runtime.bundle import Bundle, Frozen, Inside, Submodel
 from runtime.engine import Slot
 from runtime.errors import BundleError, EngineError, InvalidInput, NotFound
@@ -61,8 +61,6 @@ PROMPTS: Final = (
     "a desert road under a starry sky, long exposure",
 )
 """Prompts of general models. None of them is calibrated with."""
-SCENES: Final = frozenset({"shapes-diffusion", "shapes-vlm"})
-"""Sources that were trained on `calibration.scenes`, so that a program can tell whether what they draw and say is right."""
 
 Measure = Literal["submodel_snr_db", "latents_snr_db", "next_token_agreement"]
 UNITS: Final[Mapping[Measure, str]] = {"submodel_snr_db": " dB", "latents_snr_db": " dB", "next_token_agreement": ""}
@@ -406,7 +404,7 @@ def _accepted(model: LoadedModel, requests: Iterable[R], wanted: int) -> list[R]
 def _image_requests(model: LoadedModel, effort: Effort) -> list[ImageRequest]:
     """Prompts of what the model was trained on, as far as that is known."""
     scenes = [scene.caption for scene in test_prompts(effort.pictures, SEED)]
-    prompts = scenes if model.bundle.manifest.source.name in SCENES else [*PROMPTS, *scenes]
+    prompts = scenes if model.bundle.manifest.source.name in TASKS else [*PROMPTS, *scenes]
     requests = (ImageRequest(prompt, steps=effort.steps, seed=SEED + i) for i, prompt in enumerate(prompts))
     return _accepted(model, requests, effort.pictures)
 
@@ -571,21 +569,8 @@ def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compa
 
 def _task(quantized: LoadedModel, reference: LoadedModel, cases: int) -> TaskQuality | None:
     """Held-out cases, the first of those that `enginecast score` asks, for a source that was trained for them."""
-    if reference.bundle.manifest.source.name not in SCENES or not cases:
+    name = reference.bundle.manifest.source.name
+    if name not in TASKS or not cases:
         return None
-    right = _drawn_right if reference.kind == "diffusion" else _answered_right
-    task = "held-out prompts drawn right" if reference.kind == "diffusion" else "held-out questions answered right"
     counts = [sum(right(model, cases)) for model in (reference, quantized)]
-    return TaskQuality(task=task, cases=cases, reference_right=counts[0], quantized_right=counts[1])
-
-
-def _drawn_right(model: LoadedModel, cases: int) -> Iterator[bool]:
-    for seed, scene in enumerate(test_prompts(cases)):
-        image = _run(model, ImageRequest(scene.caption, seed=seed)).one(ImageReady).image
-        yield bool(score_picture(image, scene))
-
-
-def _answered_right(model: LoadedModel, cases: int) -> Iterator[bool]:
-    for case in test_questions(cases):
-        text = _run(model, ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)).text
-        yield score_answer(text, case.answer)
+    return TaskQuality(task=f"held-out {TASKS[name]}", cases=cases, reference_right=counts[0], quantized_right=counts[1])

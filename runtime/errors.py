@@ -7,6 +7,7 @@
     ├── SourceError               a checkpoint cannot be read or is damaged
     │   └── UnsupportedModel      no family knows this architecture
     ├── ParityError               a converted submodel is not faithful to its source
+    ├── QualityError              a quantized model is worse than its recipe allows
     ├── BundleError               a bundle is damaged or of another schema
     ├── EngineError               an engine failed to compile, load or run
     │   └── EngineUnavailable     no usable engine; every tried target's reason is listed
@@ -63,6 +64,12 @@ class UnsupportedModel(SourceError):
 
 class ParityError(EnginecastError):
     """A submodel's ONNX graph does not reproduce the source within the floor."""
+
+    exit_code = 5
+
+
+class QualityError(EnginecastError):
+    """A quantized model is further from its source than the floors of its recipe allow."""
 
     exit_code = 5
 

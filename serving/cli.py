@@ -183,6 +183,18 @@ def inspect(context: typer.Context) -> None:
 
 
 @app.command(context_settings=FORWARDED)
+def calibrate(context: typer.Context) -> None:
+    """Capture what a model's submodels get while it works, to calibrate builds with."""
+    _forward("export.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
+def report(context: typer.Context) -> None:
+    """Write the quality report of a quantized bundle as one page."""
+    _forward("export.cli", "export", context)
+
+
+@app.command(context_settings=FORWARDED)
 def verify(context: typer.Context) -> None:
     """Compare a bundle's files with their hashes."""
     _forward("export.cli", "export", context)

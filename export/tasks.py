@@ -1,0 +1,34 @@
+"""What the samples were trained for, as a task whose results a program can judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+import numpy as np
+
+from calibration.questions import test_questions
+from calibration.scenes import test_prompts
+from calibration.scoring import score_answer, score_picture
+from runtime.loading import LoadedModel
+from runtime.pipeline import ImageReady, TextDelta, drive
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from runtime.text import Message
+
+TASKS: Final = {"shapes-diffusion": "prompts drawn right", "shapes-vlm": "questions answered right"}
+"""Sources by name, and what they can be judged by."""
+
+
+def right(model: LoadedModel, count: int, held: bool = True, seed: int = 0) -> Iterator[bool]:
+    """Whether the model does each case right: the first that `enginecast score` asks, or with `held` False some it never asks."""
+    if model.kind == "diffusion":
+        for number, scene in enumerate(test_prompts(count, seed, held)):
+            request = ImageRequest(scene.caption, seed=number)
+            (ready,) = (event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady))
+            yield bool(score_picture(ready.image.astype(np.uint8, copy=False), scene))
+    else:
+        for case in test_questions(count, seed, held):
+            asked = ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)
+            said = "".join(event.text for event in drive(model.pipeline(asked), model.engines) if isinstance(event, TextDelta))
+            yield score_answer(said, case.answer)
