@@ -43,8 +43,8 @@ class Recipe:
     """How a submodel is quantized. `bits` and `block` are those of MatMul weights; those of Gemm and convolutions are int8.
 
     `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead.
-    `activations` quantizes the inputs of these layers to int8 too,
-    which needs their ranges.
+    `activations` quantizes the inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the
+    largest magnitude seen: what the methods of calibration are measured against.
     """
 
     name: str
@@ -52,10 +52,17 @@ class Recipe:
     block: int = 64
     worth: int = 1 << 15
     activations: bool = False
+    naive: bool = False
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
-    recipe.name: recipe for recipe in (Recipe("int8", 8, activations=True), Recipe("int8-weight", 8), Recipe("int4", 4))
+    recipe.name: recipe
+    for recipe in (
+        Recipe("int8", 8, activations=True),
+        Recipe("int8-naive", 8, activations=True, naive=True),
+        Recipe("int8-weight", 8),
+        Recipe("int4", 4),
+    )
 }
 
 
@@ -69,7 +76,7 @@ def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
     found = RECIPES[name]
     if found.bits < least_bits:
         return RECIPES["int8-weight"]
-    return found if activations or not found.activations else replace(found, name=f"{name}-weight", activations=False)
+    return found if activations or not found.activations else RECIPES["int8-weight"]
 
 
 @dataclass(frozen=True)
@@ -219,7 +226,7 @@ def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> La
         return planned
     obstacle = _activation_obstacle(layer)
     seen = ranges.get(name_of(layer.node.inputs[0]))
-    if obstacle is None and seen is not None and not seen.snr_db >= LEAST_SNR:
+    if obstacle is None and seen is not None and not recipe.naive and not seen.snr_db >= LEAST_SNR:
         obstacle = f"int8 would leave its input {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}"
     return replace(planned, activation=obstacle is None, reason=obstacle or "")
 

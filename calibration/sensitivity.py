@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from calibration.lean import lean_session
 from calibration.quantize import LayerPlan, add_activation, add_initializer, add_weight, name_of, weight_layers
-from calibration.ranges import Range
+from calibration.tuning import Tuning
 from runtime.errors import InvalidInput
 from runtime.signature import Array
 
@@ -49,7 +49,7 @@ class Board:
         self,
         model: ir.Model,
         recipes: Sequence[Sequence[LayerPlan]],
-        ranges: Mapping[str, Range],
+        tuning: Tuning,
         samples: Sequence[Mapping[str, Array]],
     ) -> None:
         """Raises InvalidInput when there are no samples."""
@@ -59,7 +59,7 @@ class Board:
         self.layers = [name_of(layer.node) for layer in weight_layers(model)]
         self.forms = [{planned.node: planned for planned in recipe} for recipe in recipes]
         self._outputs = [name_of(value) for value in model.graph.outputs][:1]  # states follow: the first output is what is asked for
-        self._session: Any = lean_session(_switched(model, recipes, ranges))
+        self._session: Any = lean_session(_switched(model, recipes, tuning))
         self._samples = samples
         self._reference = [self._run(np.zeros(len(self.layers), np.int64), sample) for sample in samples]
         self._power = sum(float(np.square(array, dtype=np.float64).sum()) for array in self._reference)
@@ -103,7 +103,7 @@ class Board:
         return np.asarray(output)
 
 
-def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], ranges: Mapping[str, Range]) -> ir.Model:
+def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], tuning: Tuning) -> ir.Model:
     """The float graph with each layer's operands behind Where nodes that `choice` int64 [layers] controls."""
     switched = model.clone()
     layers = list(weight_layers(switched))
@@ -123,12 +123,12 @@ def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], ranges: M
             here = _put(switched, layer.node, "Equal", [chosen, _constant(switched, number)])
             key = planned.weight, planned.weight_type, planned.block
             if key not in weights:
-                weights[key] = add_weight(switched, layer, planned)
+                weights[key] = add_weight(switched, layer, planned, tuning.importance.get(name_of(source)))
             multiplied = _put(switched, layer.node, "Where", [here, weights[key], multiplied])
             if planned.activation:
                 name = name_of(source)
                 if name not in activations:
-                    activations[name] = add_activation(switched, layer.node, ranges[name])
+                    activations[name] = add_activation(switched, layer.node, tuning.ranges[name])
                 read = _put(switched, layer.node, "Where", [here, activations[name], read])
         layer.node.replace_input_with(0, read)
         layer.node.replace_input_with(1, multiplied)

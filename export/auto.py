@@ -16,9 +16,9 @@ import onnx_ir as ir
 from pydantic import Field
 
 from calibration.quantize import RECIPES, LayerPlan, plan
-from calibration.ranges import Range
 from calibration.search import Assignment, Goal, cheapest, frontier
 from calibration.sensitivity import Board, snr_db
+from calibration.tuning import Tuning
 from runtime.bundle import Frozen
 from runtime.errors import QualityError
 from runtime.signature import Array
@@ -65,17 +65,15 @@ class Submodel:
     assignments: Sequence[Assignment]
 
     @classmethod
-    def explore(
-        cls, graph: ir.Model, activations: bool, ranges: Mapping[str, Range], samples: Sequence[Mapping[str, Array]], goal: Goal
-    ) -> Submodel:
-        """Measure every layer in every form. Raises InvalidInput without samples."""
+    def explore(cls, graph: ir.Model, activations: bool, tuning: Tuning, samples: Sequence[Mapping[str, Array]], goal: Goal) -> Submodel:
+        """Measure every layer of the folded graph in every form. Raises InvalidInput without samples."""
         weights = plan(graph, RECIPES["int8-weight"])
         forms = [weights, plan(graph, INT4)]
         int8: Sequence[LayerPlan] = weights
         if activations:
-            int8 = plan(graph, RECIPES["int8"], ranges)
+            int8 = plan(graph, RECIPES["int8"], tuning.ranges)
             forms.insert(0, [replace(form, activation=_may_be_w8a8(form), reason="") for form in weights])
-        board = Board(graph, forms, ranges, samples[:: max(1, len(samples) // CALLS)])
+        board = Board(graph, forms, tuning, samples[:: max(1, len(samples) // CALLS)])
         floats = [replace(form, weight_type="float", block=0, reason="costs more than it saves") for form in weights]
         return cls(board, int8, frontier(board, floats, goal))
 

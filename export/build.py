@@ -23,11 +23,11 @@ import onnx_ir as ir
 import export.trace
 from calibration.data import SAMPLES, record
 from calibration.lean import LeanEngine
-from calibration.quantize import LayerPlan, Recipe, activation_tensors, plan, quantize, recipe
-from calibration.ranges import Range, collect_ranges
+from calibration.quantize import LayerPlan, Recipe, plan, recipe
 from calibration.requests import built_in
 from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
+from calibration.tuning import Tuning
 from export import auto, graph, parity
 from export.auto import Plans
 from export.family import Family, Part, family_of
@@ -43,7 +43,7 @@ from runtime.engine import Engine, target
 from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, QualityError, SourceError, did_you_mean
 from runtime.loading import PIPELINES, LoadedModel, load_model
 
-QUANTS: Final = ("none", "int8", "int4", "auto")
+QUANTS: Final = ("none", "int8", "int8-naive", "int4", "auto")
 PARITIES: Final = ("auto", "full", "twin")
 QUALITIES: Final = ("auto", "full", "none")
 FULL_QUALITY_BYTES: Final = 1 << 30
@@ -159,8 +159,9 @@ class Build:
         return None if name == "none" else recipe(name, part.activations, part.least_bits)
 
     def calibrated(self, part: Part) -> bool:
+        """Whether captured inputs decide how a part is quantized: where activations are, and everywhere with a set that was given."""
         found = self.recipe(part)
-        return found is not None and found.activations
+        return found is not None and (found.activations or bool(self.calibration and self.calibration.samples.get(part.name)))
 
     @property
     def nbytes(self) -> int:
@@ -263,19 +264,23 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         with progress.step(part.name, "parity") as notes:
             parities[part.name] = _parity(state, part)
             notes.append(f"{parities[part.name].method}, error {parities[part.name].error:.1e}")
-    ranges: Mapping[str, Mapping[str, Range]] = {}
+    tunings: dict[str, Tuning] = {}
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
             samples = _samples(state, folder)
-            ranges = _ranges(state, folder, samples)
-            notes += [f"{sum(len(found) for found in ranges.values())} ranges", *samples.warnings()]
-    plans = _plans(state, graphs, ranges)
+            tunings = _tunings(state, folder, samples)
+            graphs = {name: tunings[name].folded(model) if name in tunings else model for name, model in graphs.items()}
+            ranges, folds = (
+                sum(len(found) for found in every) for every in zip(*((t.ranges, t.folds) for t in tunings.values()), strict=True)
+            )
+            notes += [f"{ranges} ranges, {folds} folds", *samples.warnings()]
+    plans = _plans(state, graphs, tunings)
     if state.options.quant == "auto":
-        plans = _search(state, graphs, ranges, folder, progress)
+        plans = _search(state, graphs, tunings, folder, progress)
     submodels = []
     for part in state.parts:
         with progress.step(part.name, "write") as notes:
-            submodel = _write(part, graphs.pop(part.name), plans.get(part.name), ranges.get(part.name), folder)
+            submodel = _write(part, graphs.pop(part.name), plans.get(part.name), tunings.get(part.name), folder)
             submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
     artifacts = []
@@ -337,22 +342,22 @@ def _samples(state: Build, folder: Path) -> CalibrationSet:
     return CalibrationSet.load(cached(key, ".safetensors", measure))
 
 
-def _ranges(state: Build, folder: Path, samples: CalibrationSet) -> Mapping[str, Mapping[str, Range]]:
-    """The ranges of the calibrated parts' activations."""
+def _tunings(state: Build, folder: Path, samples: CalibrationSet) -> dict[str, Tuning]:
+    """What calibration finds for each part that takes part in it."""
 
     def measure(path: Path) -> None:
         found = {}
         for part in filter(state.calibrated, state.parts):
+            chosen = state.recipe(part)
+            assert chosen is not None
             graph.write(part_graph(state, part), folder / "float")
-            floating = folder / "float" / graph.MODEL
-            tensors = activation_tensors(ir.load(floating), recipe("int8"))
-            found[part.name] = collect_ranges(floating, tensors, samples.samples[part.name])
-            shutil.rmtree(floating.parent)
-        path.write_text(json.dumps({name: {tensor: list(seen) for tensor, seen in part.items()} for name, part in found.items()}))
+            found[part.name] = Tuning.measure(folder / "float" / graph.MODEL, chosen, samples.samples[part.name]).record()
+            shutil.rmtree(folder / "float")
+        path.write_text(json.dumps(found))
 
-    key = key_of("ranges", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())
+    key = key_of("tunings", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())
     data = json.loads(cached(key, ".json", measure).read_bytes())
-    return {name: {tensor: Range(*values) for tensor, values in part.items()} for name, part in data.items()}
+    return {name: Tuning.of_record(record) for name, record in data.items()}
 
 
 def _quality(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact]) -> str:
@@ -406,28 +411,26 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
         shutil.rmtree(root)
 
 
-def _plans(state: Build, graphs: Mapping[str, ir.Model], ranges: Mapping[str, Mapping[str, Range]]) -> Plans:
+def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning]) -> Plans:
     """What the recipe makes of each part; nothing without one."""
     recipes = {part.name: state.recipe(part) for part in state.parts}
-    return {name: plan(graphs[name], found, ranges.get(name)) for name, found in recipes.items() if found is not None}
+    return {name: plan(graphs[name], found, tunings.get(name, Tuning()).ranges) for name, found in recipes.items() if found is not None}
 
 
-def _search(
-    state: Build, graphs: Mapping[str, ir.Model], ranges: Mapping[str, Mapping[str, Range]], folder: Path, progress: Progress
-) -> Plans:
+def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path, progress: Progress) -> Plans:
     """The plans of the search, which is written into the bundle."""
     samples, found = _samples(state, folder).samples, {}
     for part in state.parts:
         with progress.step(part.name, "explore") as notes:
             explored = auto.Submodel.explore(
-                graphs[part.name], part.activations, ranges.get(part.name, {}), samples[part.name], state.options.goal
+                graphs[part.name], part.activations, tunings.get(part.name, Tuning()), samples[part.name], state.options.goal
             )
             found[part.name] = explored
             notes.append(f"{len(explored.assignments)} assignments worth having")
     trial = folder / "trial"
 
     def drop(plans: Plans) -> float:
-        submodels = [_write(part, graphs[part.name], plans[part.name], ranges.get(part.name), trial) for part in state.parts]
+        submodels = [_write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts]
         _finish(state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels])
         with closing(load_model(trial, "onnxruntime")) as model:
             score = _score(model)
@@ -451,10 +454,10 @@ def _score(model: LoadedModel) -> float:
     return 100 * sum(done) / len(done)
 
 
-def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, ranges: Mapping[str, Range] | None, folder: Path) -> Submodel:
+def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tuning: Tuning | None, folder: Path) -> Submodel:
     """Quantize as planned, if at all, and write one graph with its weights."""
     if plans is not None:
-        model = quantize(model, plans, ranges)
+        model = (tuning or Tuning()).quantize(model, plans)
     nbytes = graph.write(model, folder / "onnx" / part.name)
     return Submodel(name=part.name, signature=part.signature, graph=_place(part.name), precision=graph.precision(model), nbytes=nbytes)
 

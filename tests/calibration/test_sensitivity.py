@@ -14,6 +14,7 @@ from calibration.lean import lean_session
 from calibration.quantize import RECIPES, plan, quantize
 from calibration.ranges import Range
 from calibration.sensitivity import FLOAT, Board, snr_db
+from calibration.tuning import Tuning
 from export.trace import trace
 from runtime.errors import InvalidInput
 from runtime.signature import BATCH, Signature, Tensor
@@ -64,7 +65,7 @@ def ranges(toy: ir.Model) -> dict[str, Range]:
 
 @pytest.fixture(scope="module")
 def board(toy: ir.Model, ranges: dict[str, Range]) -> Board:
-    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)], ranges, samples())
+    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)], Tuning(ranges=ranges), samples())
 
 
 def test_an_assignment_is_what_the_quantized_graph_gives(toy: ir.Model, ranges: dict[str, Range], board: Board) -> None:
@@ -98,4 +99,4 @@ def test_each_alternative_is_measured_alone_and_noises_add_up(toy: ir.Model, boa
 
 def test_without_samples_there_is_nothing_to_measure(toy: ir.Model) -> None:
     with pytest.raises(InvalidInput, match="samples"):
-        Board(toy, [], {}, [])
+        Board(toy, [], Tuning(), [])

@@ -1,0 +1,70 @@
+"""What calibration finds out for one submodel, from its captured inputs: how to fold, how far int8 reaches, which channels matter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
+from calibration.quantize import LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
+from calibration.ranges import Range, collect_ranges, collect_stats
+from calibration.weights import Floats
+from runtime.signature import Array
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Scales to fold into a float graph, and of the folded graph the activations' ranges and the mean square of their channels.
+
+    Empty, it leaves the graph as it is and its weights to be rounded without data.
+    """
+
+    folds: Sequence[Fold] = ()
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    importance: Mapping[str, Floats] = field(default_factory=dict)
+
+    @classmethod
+    def measure(cls, graph: Path, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
+        """Run the written float graph on the samples. Raises InvalidInput when they are none or give numbers that are not finite."""
+        model = ir.load(graph)
+        tensors = activation_tensors(model, recipe)
+        if recipe.naive:
+            return cls(ranges=collect_ranges(graph, tensors, samples, method="minmax"))
+        layers = plan(model, recipe)  # without ranges: all that could be int8
+        channels = measured_tensors(model, layers)
+        if len(samples) < 2 or not channels:  # one call cannot tell what holds for the next
+            return cls(ranges=collect_ranges(graph, tensors, samples))
+        stats = collect_stats(graph, channels, samples)
+        folds = find_folds(model, layers, stats)
+        ranges = collect_ranges(graph, tensors, samples, scales=folded_scales(folds))
+        return cls(folds, ranges, {name: seen.mean_square for name, seen in folded_stats(stats, folds).items()})
+
+    def folded(self, model: ir.Model) -> ir.Model:
+        """The graph that ranges and importance are of; what it computes is the same."""
+        return equalize(model, self.folds) if self.folds else model
+
+    def quantize(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> ir.Model:
+        """Carry out plans for the folded graph."""
+        return quantize(folded, plans, self.ranges, self.importance)
+
+    def record(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return {
+            "folds": [fold.record() for fold in self.folds],
+            "ranges": {name: list(found) for name, found in self.ranges.items()},
+            "importance": {name: values.tolist() for name, values in self.importance.items()},
+        }
+
+    @classmethod
+    def of_record(cls, record: Mapping[str, Any]) -> Tuning:
+        """What `record` gave."""
+        return cls(
+            [Fold.of_record(fold) for fold in record["folds"]],
+            {name: Range(*values) for name, values in record["ranges"].items()},
+            {name: np.array(values, np.float32) for name, values in record["importance"].items()},
+        )
