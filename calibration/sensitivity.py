@@ -86,7 +86,7 @@ class Board:
 
     def work(self) -> list[int]:
         """Multiply-accumulates of each layer over the first sample."""
-        return _multiplications(self._model, self.layers, self._samples[0])
+        return _multiplications(self._model, self.layers, self._samples[0]) if self.layers else []
 
     def choice(self, plans: Sequence[LayerPlan]) -> Choice:
         """The assignment that these plans, each one of the forms, stand for."""

@@ -390,7 +390,7 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
     root = folder / "float"
     parts = {part.name: part for part in state.parts}
     submodels = {
-        name: Submodel(name=name, signature=part.signature, graph=_place(name), precision="float32", nbytes=0)
+        name: Submodel(name=name, signature=part.signature, graph=_place(name), precision="float32", nbytes=state.size(part))
         for name, part in parts.items()
     }
     root.mkdir()

@@ -1,0 +1,60 @@
+"""What calibration finds is carried out, survives JSON, and is not needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from calibration.lean import lean_session
+from calibration.quantize import RECIPES, plan
+from calibration.tuning import Tuning
+from runtime.bundle import Bundle
+
+
+@pytest.fixture(scope="module")
+def floating(tiny_bundle: Path) -> Path:
+    return tiny_bundle / "onnx" / "vision_encoder" / "model.onnx"
+
+
+def samples(bundle: Path, count: int = 4) -> list[dict[str, np.ndarray]]:
+    signature = Bundle(bundle).submodel("vision_encoder").signature
+    return [signature.sample({"images": 1}, seed) for seed in range(count)]
+
+
+def run(model: ir.Model, sample: dict[str, np.ndarray]) -> np.ndarray:
+    return np.asarray(lean_session(model).run(["image_features"], sample)[0])
+
+
+def test_found_folded_and_recorded(tiny_bundle: Path, floating: Path) -> None:
+    found = Tuning.measure(floating, RECIPES["int8"], samples(tiny_bundle))
+    again = Tuning.of_record(json.loads(json.dumps(found.record())))
+    assert again.ranges == found.ranges and again.ranges
+    assert all(np.allclose(again.importance[name], values) for name, values in found.importance.items())
+    model, sample = ir.load(floating), samples(tiny_bundle, 9)[8]
+    folded = again.folded(model)
+    wanted = run(model, sample)
+    np.testing.assert_allclose(run(folded, sample), wanted, rtol=1e-3, atol=1e-4 * float(np.abs(wanted).max()))
+    quantized = again.quantize(folded, plan(folded, RECIPES["int8"], again.ranges))
+    assert 0 < float(np.square(run(quantized, sample) - wanted).sum() / np.square(wanted).sum()) < 0.02
+
+
+def test_naive_takes_the_largest_magnitude_and_folds_nothing(tiny_bundle: Path, floating: Path) -> None:
+    found = Tuning.measure(floating, RECIPES["int8-naive"], samples(tiny_bundle))
+    assert not found.folds and not found.importance and {seen.method for seen in found.ranges.values()} == {"minmax"}
+    layers = plan(ir.load(floating), RECIPES["int8-naive"], found.ranges)
+    assert all(layer.activation for layer in layers if layer.weight_type == "int8" and layer.op != "Gemm")
+
+
+def test_one_call_gives_ranges_alone(tiny_bundle: Path, floating: Path) -> None:
+    found = Tuning.measure(floating, RECIPES["int8"], samples(tiny_bundle, 1))
+    assert found.ranges and not found.folds
+
+
+def test_without_data_nothing_changes(floating: Path) -> None:
+    model = ir.load(floating)
+    assert Tuning().folded(model) is model
+    assert any(name.endswith(".int8") for name in Tuning().quantize(model, plan(model, RECIPES["int8-weight"])).graph.initializers)
