@@ -325,7 +325,7 @@ def load_quality(bundle: Bundle) -> Quality:
     if not path.is_file():
         if bundle.manifest.quant == "none":
             raise NotFound(f"bundle {bundle.root} has no quality report: it is not quantized, so there is nothing to compare it with")
-        again = f"enginecast build {bundle.manifest.source.name} --quant {bundle.manifest.quant} --output {bundle.root} --force"
+        again = f"enginecast build SOURCE --quality full --quant {bundle.manifest.quant} --output {bundle.root} --force"
         raise NotFound(f"bundle {bundle.root} has no quality report, expected {QUALITY}: build it again with `{again}`")
     try:
         return Quality.model_validate_json(path.read_bytes())

@@ -4,6 +4,8 @@
   manifest.json            this file's `Manifest`
   onnx/<submodel>/         model.onnx and weights.safetensors: the canonical graph, loadable by any ONNX tool
   engines/<target>/        what a target compiled, if it stores anything
+  quality/                 of a quantized bundle: figures and pictures beside those of the float model
+  search.json              of a searched one: the assignments tried
   tokenizer/ scheduler/ preprocessor/   the model's own files, as published
 """
 

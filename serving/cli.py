@@ -1,7 +1,7 @@
 """The `enginecast` command. It starts fast: each command imports what it needs when it runs.
 
-build, inspect, verify, bench and score belong to the layers beside this one and are imported by name, on demand, so that a serving machine
-needs neither their code nor their dependencies.
+The commands in FORWARDS belong to the layers beside this one and are imported by name, on demand, so that a serving machine needs neither
+their code nor their dependencies.
 """
 
 from __future__ import annotations
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 ADDRESS: Final = "127.0.0.1:50051"
 UINT32: Final = 2**32 - 1
 UINT64: Final = 2**64 - 1
-FORWARDED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+UNPARSED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+FORWARDS: Final = {
+    "build": ("export.cli", "Build a bundle from a checkpoint."),
+    "calibrate": ("export.cli", "Capture what a model's submodels get while it works, to calibrate builds with."),
+    "report": ("export.cli", "Write the quality report of a quantized bundle as one page."),
+    "inspect": ("export.cli", "Show what a bundle holds."),
+    "verify": ("export.cli", "Compare a bundle's files with their hashes."),
+    "bench": ("profiles.cli", "Measure a bundle on this machine."),
+    "score": ("profiles.cli", "Score bundles of the sample models on their task."),
+}
+"""Commands of the layers beside this one: where each is, and what help says of it."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -170,56 +180,20 @@ def devices() -> None:
     terminal.show_devices()
 
 
-@app.command(context_settings=FORWARDED)
-def build(context: typer.Context) -> None:
-    """Build a bundle from a checkpoint."""
-    _forward("export.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def inspect(context: typer.Context) -> None:
-    """Show what a bundle holds."""
-    _forward("export.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def calibrate(context: typer.Context) -> None:
-    """Capture what a model's submodels get while it works, to calibrate builds with."""
-    _forward("export.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def report(context: typer.Context) -> None:
-    """Write the quality report of a quantized bundle as one page."""
-    _forward("export.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def verify(context: typer.Context) -> None:
-    """Compare a bundle's files with their hashes."""
-    _forward("export.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def bench(context: typer.Context) -> None:
-    """Measure a bundle on this machine."""
-    _forward("profiles.cli", "export", context)
-
-
-@app.command(context_settings=FORWARDED)
-def score(context: typer.Context) -> None:
-    """Score bundles of the sample models on their task."""
-    _forward("profiles.cli", "export", context)
-
-
-def _forward(module: str, extra: str, context: typer.Context) -> None:
+def _forward(context: typer.Context) -> None:
     """Run the command of the same name of another layer's typer app."""
+    name = context.info_name or ""
+    module, _ = FORWARDS[name]
     try:
         other: typer.Typer = importlib.import_module(module).app
     except ModuleNotFoundError as error:
-        raise MissingDependency(error.name or module, extra) from None
+        raise MissingDependency(error.name or module, "export") from None
     # get_group: an app of one command would otherwise take no command name
-    typer.main.get_group(other)([context.info_name or "", *context.args], prog_name="enginecast")
+    typer.main.get_group(other)([name, *context.args], prog_name="enginecast")
+
+
+for _name, (_, _help) in FORWARDS.items():
+    app.command(_name, help=_help, context_settings=UNPARSED)(_forward)
 
 
 @contextmanager

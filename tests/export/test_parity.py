@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from export.build import Build, Options, _graph
+from export.build import Build, Options, part_graph
 from export.family import Part
 from export.parity import check, mapped
 from export.tensors import TensorRef
@@ -29,7 +29,7 @@ def state(tiny_diffusion: Path) -> Build:
 def prepared(state: Build) -> Prepared:
     """The text encoder, its graph and its weights."""
     part = next(part for part in state.parts if part.name == "text_encoder")
-    return part, _graph(state, part), state.weights(part)
+    return part, part_graph(state, part), state.weights(part)
 
 
 def test_a_faithful_graph_passes(prepared: Prepared) -> None:

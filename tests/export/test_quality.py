@@ -259,7 +259,9 @@ def test_stored_and_read(drawing: LoadedModel, drawn: Samples, tmp_path: Path) -
         load_quality(Bundle(root))
 
 
-@pytest.mark.parametrize(("quant", "message"), [("none", "not quantized"), ("int8", "enginecast build tiny-vlm --quant int8 --output")])
+@pytest.mark.parametrize(
+    ("quant", "message"), [("none", "not quantized"), ("int8", "enginecast build SOURCE --quality full --quant int8 --output")]
+)
 def test_no_quality(tiny_bundle: Path, tmp_path: Path, quant: str, message: str) -> None:
     manifest = json.loads((tiny_bundle / MANIFEST).read_bytes())
     (tmp_path / MANIFEST).write_text(json.dumps({**manifest, "quant": quant}))

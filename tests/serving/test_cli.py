@@ -171,13 +171,13 @@ class TestForwarding:
             "import typer\napp = typer.Typer()\n@app.command()\ndef bench(source: str, fast: bool = False): print(source, fast)\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.setattr(cli, "_forward", lambda module, extra, context, real=cli._forward: real("other_cli", extra, context))
+        monkeypatch.setitem(cli.FORWARDS, "bench", ("other_cli", ""))
         assert run("bench", "x", "--fast").out == "x True\n"
         assert "SOURCE" in run("bench", "--help").out.upper()
         assert run("bench", "--nonsense").code == 2
 
     def test_a_layer_that_is_not_installed(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cli, "_forward", lambda module, extra, context, real=cli._forward: real("not_there", extra, context))
+        monkeypatch.setitem(cli.FORWARDS, "build", ("not_there", ""))
         ended = run("build")
         assert ended.code == 8 and "pip install 'enginecast[export]'" in ended.err
 
