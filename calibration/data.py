@@ -14,19 +14,7 @@ from typing import Any, Final
 import numpy as np
 
 from calibration.recording import Inputs, Quota, Recorder, count_positions
-from calibration.requests import (
-    MAX_TOKENS,
-    PROMPTS,
-    REQUESTS,
-    STEPS,
-    TRIES,
-    Asked,
-    Requests,
-    accepted,
-    built_in,
-    chat_requests,
-    image_requests,
-)
+from calibration.requests import Asked, Requests, accepted, built_in
 from calibration.sets import CalibrationSet, Samples
 from runtime.errors import InvalidInput, NotFound, SourceError
 from runtime.images import Edge, ImagePreprocessor, Size
@@ -34,20 +22,6 @@ from runtime.loading import LoadedModel
 from runtime.pipeline import Call, ImageReady, Pipeline, drive
 from runtime.pipelines.diffusion import DiffusionConfig
 from runtime.signature import Array
-
-__all__ = [
-    "MAX_TOKENS",
-    "PROMPTS",
-    "REQUESTS",
-    "STEPS",
-    "TRIES",
-    "Done",
-    "accepted",
-    "capture",
-    "chat_requests",
-    "image_requests",
-    "record",
-]
 
 VAE_ENCODER: Final = "vae_encoder"
 SAMPLES: Final = 24

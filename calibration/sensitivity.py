@@ -59,7 +59,7 @@ class Board:
         self.layers = [name_of(layer.node) for layer in weight_layers(model)]
         self.forms = [{planned.node: planned for planned in recipe} for recipe in recipes]
         self._outputs = [name_of(value) for value in model.graph.outputs][:1]  # states follow: the first output is what is asked for
-        self._session: Any = lean_session(_switched(model, recipes, tuning))
+        self._session: Any = lean_session(_switched(model, self.forms, tuning))
         self._samples = samples
         self._reference = [self._run(np.zeros(len(self.layers), np.int64), sample) for sample in samples]
         self._power = sum(float(np.square(array, dtype=np.float64).sum()) for array in self._reference)
@@ -103,7 +103,7 @@ class Board:
         return np.asarray(output)
 
 
-def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], tuning: Tuning) -> ir.Model:
+def _switched(model: ir.Model, forms: Sequence[Mapping[str, LayerPlan]], tuning: Tuning) -> ir.Model:
     """The float graph with each layer's operands behind Where nodes that `choice` int64 [layers] controls."""
     switched = model.clone()
     layers = list(weight_layers(switched))
@@ -116,8 +116,8 @@ def _switched(model: ir.Model, recipes: Sequence[Sequence[LayerPlan]], tuning: T
         assert source is not None
         chosen = _put(switched, layer.node, "Gather", [choice, _constant(switched, index)])
         read, multiplied = source, weight
-        for number, recipe in enumerate(recipes, 1):
-            planned = next(found for found in recipe if found.node == name_of(layer.node))
+        for number, plans in enumerate(forms, 1):
+            planned = plans[name_of(layer.node)]
             if planned.weight_type == "float":
                 continue
             here = _put(switched, layer.node, "Equal", [chosen, _constant(switched, number)])
@@ -146,9 +146,7 @@ def _multiplications(model: ir.Model, layers: Sequence[str], sample: Mapping[str
         value.name, value.dtype, value.shape = f"{CHOICE}.size.{index}", ir.DataType.INT64, ir.Shape([])
     counted.graph.outputs[:] = [size.outputs[0] for size in sizes]
     found = lean_session(counted).run(None, dict(sample))
-    return [
-        int(size) // nodes[name].matrix[1] * nodes[name].matrix[0] * nodes[name].matrix[1] for name, size in zip(layers, found, strict=True)
-    ]
+    return [int(size) * nodes[name].matrix[0] for name, size in zip(layers, found, strict=True)]
 
 
 def _as_stored(model: ir.Model, node: ir.Node) -> ir.Value:

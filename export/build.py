@@ -1,6 +1,6 @@
 """The build: from a checkpoint to a bundle. Each step takes what the one before made, and nothing is edited in place.
 
-check weights -> trace -> parity -> [calibrate] -> quantize and write -> compile -> bundle
+check weights -> trace -> parity -> [calibrate -> search] -> quantize and write -> compile -> [quality] -> bundle
 """
 
 from __future__ import annotations
@@ -274,9 +274,8 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 sum(len(found) for found in every) for every in zip(*((t.ranges, t.folds) for t in tunings.values()), strict=True)
             )
             notes += [f"{ranges} ranges, {folds} folds", *samples.warnings()]
-    plans = _plans(state, graphs, tunings)
-    if state.options.quant == "auto":
-        plans = _search(state, graphs, tunings, folder, progress)
+    searched = state.options.quant == "auto"
+    plans = _search(state, graphs, tunings, folder, progress) if searched else _plans(state, graphs, tunings)
     submodels = []
     for part in state.parts:
         with progress.step(part.name, "write") as notes:

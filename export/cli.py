@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 import time
@@ -132,18 +131,20 @@ def _build(options: Any) -> None:
         f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code"
     )
 
-    if (bundle.root / "search.json").is_file():
-        _show_search(bundle.root / "search.json")
+    if options.quant == "auto":
+        _show_search(bundle.root)
 
 
-def _show_search(path: Path) -> None:
+def _show_search(root: Path) -> None:
     """The assignments that a search tried."""
-    found = json.loads(path.read_bytes())
-    table = Table("taken", "cost", "least SNR", f"drop, {found['unit']}", "layers")
-    for number, point in enumerate(found["points"]):
-        layers = ", ".join(f"{count} {form}" for form, count in point["layers"].items())
-        mark = "*" if number == found["chosen"] else ""
-        table.add_row(mark, f"{point['cost']:.3f}", f"{point['snr_db']:.1f} dB", f"{point['drop']:+.1f}", layers)
+    from export.auto import FILE, Found
+
+    found = Found.model_validate_json((root / FILE).read_bytes())
+    table = Table("taken", "cost", "least SNR", f"drop, {found.unit}", "layers")
+    for number, point in enumerate(found.points):
+        layers = ", ".join(f"{count} {form}" for form, count in point.layers.items())
+        mark = "*" if number == found.chosen else ""
+        table.add_row(mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", layers)
     out.print(table)
 
 

@@ -14,9 +14,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +23,7 @@ from pydantic import ConfigDict, Field, ValidationError
 
 from calibration.metrics import PEAK, Comparison, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
 from calibration.questions import test_questions
+from calibration.requests import BUILT_IN, TRIES, Asked, Requests, accepted
 from calibration.scenes import test_prompts
 from export.tasks import TASKS, right
 from runtime.bundle import Bundle, Frozen, Inside, Submodel
@@ -47,8 +47,6 @@ FOLDER: Final = "quality"
 QUALITY: Final = f"{FOLDER}/quality.json"
 SEED: Final = 1000
 """Requests are drawn from this seed and those after it. Calibration begins at 0 and stays far below."""
-TRIES: Final = 4
-"""Requests tried for each one wanted."""
 MAX_TOKENS: Final = 32
 PROMPTS: Final = (
     "a wooden sailing boat on a calm sea at dawn, photograph",
@@ -384,21 +382,13 @@ def _submodel(quantized: Submodel, reference: Submodel, compared: _Compared) -> 
 
 
 def _accepted(model: LoadedModel, requests: Iterable[R], wanted: int) -> list[R]:
-    """The first `wanted` requests that the model can read: a prompt may be too long for a small one. Raises what it raised at the last."""
-    found: list[R] = []
-    refusal: InvalidInput | None = None
-    for request in islice(requests, TRIES * wanted):
-        try:
-            model.pipeline(request).close()
-        except InvalidInput as error:
-            refusal = error
-            continue
-        found.append(request)
-        if len(found) == wanted:
-            break
-    if refusal is not None and not found:
-        raise refusal
-    return found
+    """The first `wanted` requests that the model can read. Raises what it raised when there is none."""
+
+    def ready(asked: Asked) -> None:
+        model.pipeline(asked.request).close()
+
+    tried = Requests(model.kind, BUILT_IN, (Asked("", request) for request in requests))
+    return [cast(R, asked.request) for asked, _ in accepted(ready, tried, wanted)]
 
 
 def _image_requests(model: LoadedModel, effort: Effort) -> list[ImageRequest]:

@@ -14,8 +14,8 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from calibration.data import PER_REQUEST, SAMPLES, STEPS, VAE_ENCODER, Done, capture, record
-from calibration.requests import built_in, read_images, read_prompts
+from calibration.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, capture, record
+from calibration.requests import STEPS, built_in, read_images, read_prompts
 from calibration.sets import CalibrationSet
 from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.engine import FakeEngine
