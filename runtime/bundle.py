@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -66,7 +66,11 @@ class Artifact(Frozen):
 
 
 class Submodel(Frozen):
-    """One network of the model: its signature, where its graph lies, what precision it has."""
+    """One network of the model: its signature, where its graph lies, what precision its weights have.
+
+    The graph computes in float32. `compute` is what a target that has it shall compute in instead, but for the nodes named in `keep`;
+    `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it goes, where it is faster so.
+    """
 
     name: Inside
     signature: Signature
@@ -74,6 +78,9 @@ class Submodel(Frozen):
     precision: str
     nbytes: int
     parity: Parity | None = None
+    compute: Literal["float32", "float16", "bfloat16"] = "float32"
+    keep: tuple[str, ...] = ()
+    dynamic: bool = False
 
 
 class Source(Frozen):
