@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import runtime.engines
 from runtime.bundle import Artifact, Submodel
-from runtime.errors import NotFound, did_you_mean
+from runtime.errors import InvalidInput, NotFound, did_you_mean
 from runtime.signature import Array
 
 
@@ -23,12 +23,16 @@ class Slot:
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a target can run on this machine. `reason` says why not, `devices` which devices it can use, best first."""
+    """Whether a target can run on this machine. `reason` says why not, `devices` which devices it can use, best first.
+
+    `compiles` is True where it cannot run and compiles all the same, ahead of time, for devices of other machines.
+    """
 
     usable: bool
     devices: tuple[str, ...] = ()
     reason: str = ""
     version: str = ""
+    compiles: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,17 @@ class Options:
     device: str = ""
     threads: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How a target shall compile. `settings` are the target's own, by name; `progress` hears of the share done, from 0 to 1, and of what.
+
+    What `progress` raises stops the compilation and is raised again.
+    """
+
+    settings: Mapping[str, str] = field(default_factory=dict)
+    progress: Callable[[float, str], None] = lambda share, phase: None
 
 
 class Engine(ABC):
@@ -58,6 +73,13 @@ class Engine(ABC):
     @abstractmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         """Lower the canonical ONNX at `graph` for this target into the folder `output`. Raises EngineError."""
+
+    @classmethod
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+        """`compile` with settings of the target's own. Raises InvalidInput for one that the target lacks."""
+        for name in options.settings:
+            raise InvalidInput(name, f"is no setting of target {cls.target}, which has none")
+        return cls.compile(submodel, graph, output)
 
     @classmethod
     @abstractmethod
