@@ -17,10 +17,11 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from profiles import machine
+from calibration import machine
+from calibration.timing import Spread, turns
 from profiles.memory import GB, Sampler, session_memory, supported
 from profiles.protocol import Hello
-from profiles.rows import Row, Spread
+from profiles.rows import Row
 from profiles.worker import Job
 from runtime.bundle import Bundle
 from runtime.errors import EngineError, InvalidInput, NotFound, did_you_mean
@@ -138,12 +139,6 @@ def bench(bundle: Bundle, workers: Iterable[Worker], plan: Plan, say: Say = lamb
         for worker in entered:
             rows += _whole(bundle, worker)
     return rows
-
-
-def turns(measurements: Sequence[Callable[[], float]], repeat: int) -> list[list[float]]:
-    """Values of each measurement, taken in turns `repeat` times after one turn that does not count."""
-    rounds = [[measure() for measure in measurements] for _ in range(repeat + 1)][1:]
-    return [list(values) for values in zip(*rounds, strict=True)]
 
 
 def _measurement(worker: Worker, metric: str) -> Callable[[], float]:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from profiles import machine
+from calibration import machine
 from runtime.errors import InvalidInput, MissingDependency
 
 ROWS: Final = Path("profiles/rows")

@@ -6,39 +6,14 @@ A row is meant to be read alone, years later: it says what was measured, of what
 from __future__ import annotations
 
 import os
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from pydantic import AwareDatetime, Field, ValidationError, model_validator
+from pydantic import AwareDatetime, Field, ValidationError
 
+from calibration.timing import Spread
 from runtime.bundle import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
-
-
-class Spread(Frozen):
-    """Median and spread of repeated measurements of one thing, all in one unit."""
-
-    repetitions: int = Field(ge=1)
-    minimum: float
-    lower: float
-    """First quartile."""
-    median: float
-    upper: float
-    """Third quartile."""
-    maximum: float
-
-    @model_validator(mode="after")
-    def _is_ordered(self) -> Spread:
-        if not self.minimum <= self.lower <= self.median <= self.upper <= self.maximum:
-            raise ValueError("expected minimum <= lower <= median <= upper <= maximum, all of them numbers")
-        return self
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value; quartiles interpolate between values (method "inclusive" of Python's statistics)."""
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-        return cls(repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values))
 
 
 class Row(Frozen):

@@ -15,11 +15,12 @@ from typing import Final, TypeVar
 
 from rich.table import Table
 
+from calibration import machine
 from calibration.questions import test_questions
 from calibration.scenes import test_prompts
 from calibration.scoring import score_answer, score_picture
-from profiles import machine
-from profiles.rows import Row, Spread
+from calibration.timing import Spread
+from profiles.rows import Row
 from profiles.subjects import Exam, Subject
 
 T = TypeVar("T")

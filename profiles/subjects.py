@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
+from calibration import machine
 from calibration.questions import Case
 from calibration.scenes import Scene
-from profiles import machine
 from profiles.together import drive_together
 from runtime.bundle import Bundle, Frozen
 from runtime.engine import Options

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from profiles import machine
+from calibration import machine
 from profiles.probes import Probe, Settings, probes
 from profiles.protocol import Channel, Hello, Metric
 from runtime.bundle import Frozen

@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from profiles import bench, cli, machine, probes, rows
+from calibration import machine
+from profiles import bench, cli, probes, rows
 from profiles.bench import Plan, Worker
 from profiles.probes import Settings
 from runtime.bundle import Bundle
@@ -73,17 +74,6 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> 
             bench.bench(bundle, [Worker([sys.executable, "-c", code])], Plan())
 
 
-def test_turns() -> None:
-    order: list[str] = []
-
-    def measure(name: str) -> float:
-        order.append(name)
-        return float(len(order))
-
-    assert bench.turns([lambda: measure("a"), lambda: measure("b")], 2) == [[3, 5], [4, 6]]
-    assert order == ["a", "b"] * 3
-
-
 def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:
     found = {probe.metric: probe for probe in probes.probes(drawing, Settings(width=256, height=64, steps=2))}
     assert list(found) == ["text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"]
@@ -130,13 +120,6 @@ def test_a_worker_that_cannot_load_says_why(bundle: Bundle) -> None:
     job = json.dumps({"bundle": str(bundle.root), "target": "openvino"})
     ended = subprocess.run([sys.executable, "-m", "profiles.worker", job], capture_output=True, text=True)
     assert ended.returncode == 1 and "error" in json.loads(ended.stdout)
-
-
-def test_machine() -> None:
-    assert machine.cpu_model() and machine.threads() >= 1
-    assert machine.slug().endswith(f"{machine.threads()}-threads") and " " not in machine.slug()
-    assert machine.versions()["numpy"] and "no-such-package" not in machine.versions("no-such-package")
-    assert machine.read_bandwidth(1 << 22, 1) > 1e8
 
 
 def test_a_bundle_that_was_built_for_nothing(bundle: Bundle) -> None:

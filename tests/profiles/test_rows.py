@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from pydantic import ValidationError
 
+from calibration.timing import Spread
 from profiles import rows
-from profiles.rows import Row, Spread
+from profiles.rows import Row
 from runtime.errors import BundleError, NotFound, ResourceExhausted
 
 COMMITTED = Path(rows.__file__).parent / "rows"
@@ -25,22 +23,6 @@ def row(**changes: Any) -> Row:
         "versions": {"numpy": "2"}, "date": datetime(2026, 1, 2, tzinfo=UTC), "notes": "a line\nand another",
     }  # fmt: skip
     return Row(**fields | changes)
-
-
-def test_spread() -> None:
-    assert Spread.of([3.0]) == Spread(repetitions=1, minimum=3, lower=3, median=3, upper=3, maximum=3)
-    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(repetitions=5, minimum=1, lower=2, median=3, upper=4, maximum=5)
-
-
-@given(st.lists(st.floats(0, 1e9), min_size=1, max_size=9))
-def test_a_spread_is_ordered(values: list[float]) -> None:
-    spread = Spread.of(values)
-    assert spread.repetitions == len(values) and spread.minimum == min(values) and spread.maximum == max(values)
-
-
-def test_a_spread_of_no_numbers_is_refused() -> None:
-    with pytest.raises(ValidationError, match="expected minimum <= lower"):
-        Spread.of([float("nan")])
 
 
 def test_appended_rows_are_read_back(tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Taking times: in turns, with their spread. Knows neither models nor engines."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from pydantic import Field, model_validator
+
+from runtime.bundle import Frozen
+
+T = TypeVar("T")
+
+
+class Spread(Frozen):
+    """Median and spread of repeated measurements of one thing, all in one unit."""
+
+    repetitions: int = Field(ge=1)
+    minimum: float
+    lower: float
+    """First quartile."""
+    median: float
+    upper: float
+    """Third quartile."""
+    maximum: float
+
+    @model_validator(mode="after")
+    def _is_ordered(self) -> Spread:
+        if not self.minimum <= self.lower <= self.median <= self.upper <= self.maximum:
+            raise ValueError("expected minimum <= lower <= median <= upper <= maximum, all of them numbers")
+        return self
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of at least one value; quartiles interpolate between values (method "inclusive" of Python's statistics)."""
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        return cls(repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values))
+
+
+def turns(measurements: Sequence[Callable[[], T]], repeat: int, done: Callable[[int], None] = lambda turn: None) -> list[list[T]]:
+    """What each measurement gives, taken in turns (A B C A B C) `repeat` times after one turn that does not count.
+
+    A machine's speed drifts with its load and its heat: what is measured in turns drifts alike. `done` hears each turn's number, from 0.
+    """
+    rounds = []
+    for turn in range(repeat + 1):
+        rounds.append([measure() for measure in measurements])
+        done(turn)
+    return [list(values) for values in zip(*rounds[1:], strict=True)]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
