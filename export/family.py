@@ -31,8 +31,8 @@ class Part:
     """One submodel: a module over a component's own parameters, and its signature.
 
     `module` takes the signature's graph inputs in order and returns its graph outputs in order. `activations` says whether int8 also covers
-    activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `floor` is the largest relative error that
-    the parity gate lets pass.
+    activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from computing
+    it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the parity gate lets pass.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Part:
     signature: Signature
     activations: bool = True
     least_bits: Literal[4, 8] = 4
+    float16: bool = True
     floor: float = 1e-3
 
 

@@ -121,7 +121,8 @@ def source_subject(folder: Path) -> Subject:
 
 def _diffusers_subject(folder: Path) -> Subject:
     torch, diffusers = require("torch", "export"), require("diffusers", "export")
-    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)  # of the class that model_index.json names
+    pipeline.watermark = None  # Stable Diffusion XL has one where a package for it is installed
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.unet.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)

@@ -80,6 +80,50 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion XL of some ten thousand float16 parameters, in the diffusers layout, with every part of the published one.
+
+    As published, its second tokenizer pads with another token than the first.
+    """
+    import torch
+    from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-xl"
+    sample = SAMPLES / "shapes-diffusion"
+    torch.manual_seed(0)
+    tokens = json.loads((sample / "text_encoder" / "config.json").read_bytes())
+    ids = {key: tokens[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    text = CLIPTextModel(CLIPTextConfig(hidden_size=16, **layers, **ids))
+    text_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=12, hidden_act="gelu", **layers, **ids))
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=[2, 4], cross_attention_dim=40,
+        transformer_layers_per_block=[1, 1], use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    vae: Any = AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, scaling_factor=0.13025,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    first, second = CLIPTokenizer.from_pretrained(sample / "tokenizer"), CLIPTokenizer.from_pretrained(sample / "tokenizer", pad_token="!")
+    pipeline = StableDiffusionXLPipeline(
+        vae.half(), text.half(), text_2.half(), first, second, unet.half(), add_watermarker=False,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+            timestep_spacing="leading"),
+    )  # fmt: skip
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def xl_bundle(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of `tiny_xl`. Tests that alter it take a copy."""
+    return cast(str(tiny_xl), tmp_path_factory.mktemp("bundles") / "tiny-xl")
+
+
+@pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random LLaVA of two layers with grouped heads, float16, in the transformers layout under its library's own names."""
     import torch

@@ -7,6 +7,13 @@ The submodels that a diffusion bundle has, and what this pipeline calls them wit
                    [batch, sequence, hidden] -> noise_pred float32, shaped as sample
     vae_decoder    latents float32 [batch, channels, height, width], unscaled -> image float32 [batch, 3, height, width], -1 to 1
 
+Those of a model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 2307.01952) differ so far:
+
+    text_encoder   input_ids -> penultimate_hidden_state float32 [batch, sequence, hidden]
+    text_encoder_2 input_ids -> penultimate_hidden_state float32 [batch, sequence, hidden_2], text_embeds float32 [batch, projection]
+    unet           encoder_hidden_states float32 [batch, sequence, hidden + hidden_2], and besides text_embeds, as above, and time_ids
+                   float32 [batch, 6]: height and width of the original, top and left of the crop, height and width aimed at, in pixels
+
 The pictures of one request are drawn one after another, each from its own seed, so a picture does not depend on its neighbours.
 """
 
@@ -27,7 +34,6 @@ from runtime.bundle import Bundle, Frozen
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, ImageReady, Outputs, Pipeline, Progress
 from runtime.samplers import Latents, Sampler, SchedulerConfig, State, default_sampler, make_sampler
-from runtime.signature import Array
 from runtime.tokenizing import ClipTokenizer
 
 DEFAULTS: Final = "enginecast.json"
@@ -35,7 +41,10 @@ DEFAULTS: Final = "enginecast.json"
 MAX_STEPS: Final = 1000
 MAX_GUIDANCE: Final = 50.0
 MAX_IMAGES: Final = 64
+MAX_EDGE: Final = 65_536
 SEEDS: Final = 2**63
+Rows = dict[str, NDArray[np.float32]]
+"""Arrays by the name of the UNet's input, a row for the prompt and, where there is guidance, one for the negative prompt before it."""
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]
 """A part of the pipeline that results in a T."""
@@ -73,29 +82,40 @@ class Defaults(Frozen):
     sampler: str | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Defaults:
-        """Those that the file `enginecast.json` of a checkpoint's folder gives for this model, where there is one. Raises SourceError."""
-        file = folder / DEFAULTS
+    def read(cls, folder: Path, usual: Defaults | None = None) -> Defaults:
+        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual. Raises SourceError."""
+        file, usual = folder / DEFAULTS, usual or cls()
         if not file.is_file():
-            return cls()
+            return usual
         try:
-            return cls.model_validate_json(file.read_bytes())
+            own = cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
             raise SourceError(f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}") from None
+        return usual.model_copy(update=own.model_dump(exclude_unset=True))
+
+
+class AddedConditions(Frozen):
+    """What a UNet is told besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section 2.2).
+
+    With `force_zeros_for_empty_prompt`, of the model's model_index.json, no negative prompt is zeros, not the encoding of an empty text.
+    """
+
+    force_zeros_for_empty_prompt: bool
 
 
 class DiffusionConfig(Frozen):
     """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
 
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline sets
-    steps_offset 1 and clip_sample false on whatever file it loads.
+    steps_offset 1 and clip_sample false on whatever file it loads. `added` is None where the UNet has one text encoder and no sizes.
     """
 
     scheduler: SchedulerConfig
     vae: Vae
     sizes: Sizes
     defaults: Defaults = Defaults()
+    added: AddedConditions | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:
@@ -131,6 +151,9 @@ class ImageRequest:
     2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of `images` is drawn from `seed` + i; without
     a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0 adds a preview to every nth step's `Progress`, at the cost of
     one run of the VAE decoder each. `latents` float32 [images, channels, height, width] replace the standard normal starting noise.
+
+    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with added conditions is
+    told of the picture: how large it was before it was scaled, what was cut off, how large it shall look. None is the size drawn, uncut.
     """
 
     prompt: str
@@ -145,6 +168,9 @@ class ImageRequest:
     images: int = 1
     preview_every: int = 0
     latents: Latents | None = None
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
@@ -157,13 +183,28 @@ class ImageRequest:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
         if self.preview_every < 0:
             raise InvalidInput("preview_every", f"is {self.preview_every}, expected 0 (no previews) or more")
+        for field, pair in self.told_sizes.items():
+            if len(pair) != 2 or not all(0 <= length <= MAX_EDGE for length in pair):
+                raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {MAX_EDGE}")
+
+    @property
+    def told_sizes(self) -> dict[str, tuple[int, int]]:
+        """The sizes given by name: only a model with added conditions can be told them."""
+        named = {"original_size": self.original_size, "crop_top_left": self.crop_top_left, "target_size": self.target_size}
+        return {name: pair for name, pair in named.items() if pair is not None}
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A request that was found valid. `ids` int64 [1 or 2, sequence]: the negative prompt first, where there is guidance."""
+    """A request that was found valid.
 
-    ids: NDArray[np.int64]
+    `ids` int64 [1 or 2, sequence] of each text encoder: the negative prompt first, where it is encoded. `rows` is 2 where there is
+    guidance: an unencoded negative prompt is zeros. `time_ids` float32 [rows, 6].
+    """
+
+    ids: tuple[NDArray[np.int64], ...]
+    rows: int
+    time_ids: NDArray[np.float32]
     sampler: Sampler
     guidance_scale: float
     noises: tuple[_Noise, ...]
@@ -188,16 +229,20 @@ def random_stream(seed: int) -> np.random.Generator:
 
 
 class DiffusionPipeline:
-    """Draws pictures with the submodels of one model. `tokenizer` is the model's tokenizer folder."""
+    """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in order."""
 
-    def __init__(self, config: DiffusionConfig, tokenizer: Path) -> None:
+    def __init__(self, config: DiffusionConfig, *tokenizers: Path) -> None:
         self.config = config
-        self.tokenizer = ClipTokenizer(tokenizer)
+        self.tokenizers = [ClipTokenizer(folder) for folder in tokenizers]
+        if len({tokenizer.limit for tokenizer in self.tokenizers}) > 1:
+            told = ", ".join(f"{folder} {tokenizer.limit}" for folder, tokenizer in zip(tokenizers, self.tokenizers, strict=True))
+            raise BundleError(f"the tokenizers differ in how many tokens they read ({told}), expected the same: copy both again")
 
     @classmethod
     def from_bundle(cls, bundle: Bundle) -> DiffusionPipeline:
-        """The pipeline of an opened bundle. Raises BundleError when its settings or tokenizer do not fit."""
-        return cls(DiffusionConfig.parse(bundle.manifest.config), bundle.root / "tokenizer")
+        """The pipeline of an opened bundle. Raises BundleError when its settings or tokenizers do not fit."""
+        config = DiffusionConfig.parse(bundle.manifest.config)
+        return cls(config, *(bundle.root / name for name in (("tokenizer", "tokenizer_2") if config.added else ("tokenizer",))))
 
     def __call__(self, request: ImageRequest) -> Pipeline:
         """The generator that draws: `Progress` after every step (counted over all pictures), `ImageReady` for every picture.
@@ -213,30 +258,56 @@ class DiffusionPipeline:
         height = config.sizes.check("height", config.sizes.default if request.height is None else request.height)
         steps = defaults.steps if request.steps is None else request.steps
         guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        prompt = self.tokenizer(request.prompt)
-        negative = self.tokenizer(request.negative_prompt, "negative_prompt")
+        prompts = [tokenizer(request.prompt) for tokenizer in self.tokenizers]
+        negatives = [tokenizer(request.negative_prompt, "negative_prompt") for tokenizer in self.tokenizers]
+        guided = guidance_scale > 1
+        zeroed = config.added is not None and config.added.force_zeros_for_empty_prompt and not request.negative_prompt
+        encoded = zip(negatives, prompts, strict=True) if guided and not zeroed else zip(prompts, strict=True)
         shape = (1, config.vae.latent_channels, height // config.vae.scale_factor, width // config.vae.scale_factor)
         return _Job(
-            ids=np.stack([negative, prompt] if guidance_scale > 1 else [prompt]),
+            ids=tuple(map(np.stack, encoded)),
+            rows=1 + guided,
+            time_ids=np.tile(self._time_ids(request, (height, width)), (1 + guided, 1)),
             sampler=make_sampler(request.sampler or config.sampler, config.scheduler, steps, request.eta),
             guidance_scale=guidance_scale,
             noises=_noises(request, shape),
             preview_every=request.preview_every,
         )
 
+    def _time_ids(self, request: ImageRequest, size: tuple[int, int]) -> NDArray[np.float32]:
+        """The six numbers that a model with added conditions is told of a picture of this size (height, width)."""
+        told = request.told_sizes
+        if told and self.config.added is None:
+            raise InvalidInput(next(iter(told)), "cannot be told to this model, which has no such condition: leave it out")
+        original, crop, aim = told.get("original_size", size), told.get("crop_top_left", (0, 0)), told.get("target_size", size)
+        return np.array([*original, *crop, *aim], np.float32)
+
     def _draw(self, job: _Job) -> Pipeline:
-        hidden = yield from _run(Call("text_encoder", {"input_ids": job.ids}), "last_hidden_state")
+        conditions = yield from self._encode(job)
         for index, noise in enumerate(job.noises):
-            latents = yield from self._denoise(job, index, noise, hidden)
+            latents = yield from self._denoise(job, index, noise, conditions)
             image = yield from self._decode(latents)
             yield ImageReady(image, index, noise.seed)
 
-    def _denoise(self, job: _Job, index: int, noise: _Noise, hidden: Array) -> Step[Latents]:
+    def _encode(self, job: _Job) -> Step[Rows]:
+        """What the UNet is told of the prompts."""
+        if self.config.added is None:
+            outputs = yield from _run(Call("text_encoder", {"input_ids": job.ids[0]}))
+            return {"encoder_hidden_states": outputs["last_hidden_state"]}
+        first = yield from _run(Call("text_encoder", {"input_ids": job.ids[0]}))
+        second = yield from _run(Call("text_encoder_2", {"input_ids": job.ids[1]}))
+        hidden = np.concatenate([outputs["penultimate_hidden_state"] for outputs in (first, second)], axis=-1)
+        told = {"encoder_hidden_states": hidden, "text_embeds": second["text_embeds"]}
+        if len(hidden) < job.rows:
+            told = {name: np.concatenate([np.zeros_like(array), array]) for name, array in told.items()}
+        return told | {"time_ids": job.time_ids}
+
+    def _denoise(self, job: _Job, index: int, noise: _Noise, conditions: Rows) -> Step[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
         sampler, steps = job.sampler, len(job.sampler.timesteps)
         state = State(noise.start * np.float32(sampler.init_noise_sigma))
         for step, timestep in enumerate(sampler.timesteps, start=1):
-            output = yield from _guided(job, sampler.model_input(state), timestep, hidden)
+            output = yield from _guided(job, sampler.model_input(state), timestep, conditions)
             state = sampler.step(state, output, noise.fresh() if sampler.stochastic else None)
             preview = None
             if job.preview_every and step % job.preview_every == 0 and state.denoised is not None:
@@ -248,17 +319,16 @@ class DiffusionPipeline:
         """The picture of latents [1, channels, height, width]: uint8 RGB [height, width, 3]."""
         vae = self.config.vae
         unscaled = np.asarray(latents / vae.scaling_factor + vae.shift_factor, np.float32)
-        image = yield from _run(Call("vae_decoder", {"latents": unscaled}), "image")
-        picture: NDArray[np.uint8] = np.round((image[0] / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+        outputs = yield from _run(Call("vae_decoder", {"latents": unscaled}))
+        picture: NDArray[np.uint8] = np.round((outputs["image"][0] / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
         return picture.transpose(1, 2, 0)
 
 
-def _guided(job: _Job, x: Latents, timestep: np.float32, hidden: Array) -> Step[Latents]:
+def _guided(job: _Job, x: Latents, timestep: np.float32, conditions: Rows) -> Step[Latents]:
     """What the UNet predicts for the prompt, pushed away from what it predicts for the negative prompt."""
-    batch = len(hidden)
-    inputs = {"sample": np.repeat(x, batch, axis=0), "timestep": np.full(batch, timestep, np.float32), "encoder_hidden_states": hidden}
-    output = yield from _run(Call("unet", inputs), "noise_pred")
-    if batch == 1:
+    inputs = {"sample": np.repeat(x, job.rows, axis=0), "timestep": np.full(job.rows, timestep, np.float32), **conditions}
+    output = (yield from _run(Call("unet", inputs)))["noise_pred"]
+    if job.rows == 1:
         return output
     negative, positive = output[:1], output[1:]
     return np.asarray(negative + job.guidance_scale * (positive - negative), np.float32)
@@ -277,13 +347,14 @@ def _noises(request: ImageRequest, shape: tuple[int, ...]) -> tuple[_Noise, ...]
     return tuple(_Noise(seed + i, start, stream) for i, (start, stream) in enumerate(zip(starts, streams, strict=True)))
 
 
-def _run(call: Call, output: str) -> Step[NDArray[np.float32]]:
-    """One output of a call, as float32. Raises EngineError if it is not finite: a black picture would hide that."""
+def _run(call: Call) -> Step[Rows]:
+    """The outputs of a call, as float32. Raises EngineError if one is not finite: a black picture would hide that."""
     outputs = yield call
     assert outputs is not None, "a driver answers a call with its outputs"
-    array = np.asarray(outputs[output], np.float32)
-    if not math.isfinite(float(array.sum(dtype=np.float64))):
-        raise EngineError(
-            f"{call.submodel} gave NaN or infinite values in '{output}', expected finite ones: try another target or --quant none"
-        )
-    return array
+    arrays = {name: np.asarray(array, np.float32) for name, array in outputs.items()}
+    for name, array in arrays.items():
+        if not math.isfinite(float(array.sum(dtype=np.float64))):
+            raise EngineError(
+                f"{call.submodel} gave NaN or infinite values in '{name}', expected finite ones: try another target or --quant none"
+            )
+    return arrays

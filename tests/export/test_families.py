@@ -150,14 +150,14 @@ def test_tied_weights_are_written_once(tiny_vlm: Path, tmp_path: Path) -> None:
 # What a family declares
 
 
-@pytest.fixture(params=["tiny_diffusion", "tiny_vlm"])
+@pytest.fixture(params=["tiny_diffusion", "tiny_vlm", "tiny_xl"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
-def test_every_family_is_found_and_tested(tiny_diffusion: Path, tiny_vlm: Path) -> None:
-    tested = {family_of(resolve(str(path))).name for path in (tiny_diffusion, tiny_vlm)}
+def test_every_family_is_found_and_tested(tiny_diffusion: Path, tiny_vlm: Path, tiny_xl: Path) -> None:
+    tested = {family_of(resolve(str(path))).name for path in (tiny_diffusion, tiny_vlm, tiny_xl)}
     assert tested == {family.name for family in families().values()}
     assert all(isinstance(family, Family) and architecture in family.architectures for architecture, family in families().items())
 
@@ -203,7 +203,7 @@ def test_the_twin_is_made_of_the_same_modules(checkpoint: Path) -> None:
 def test_assets_are_the_model_s_own_files(checkpoint: Path) -> None:
     source = resolve(str(checkpoint))
     for path, file in family_of(source).assets(source).items():
-        assert file.is_file() and file.is_relative_to(checkpoint) and Path(path).parts[0] in ("tokenizer", "scheduler", "preprocessor")
+        assert file.is_file() and file.is_relative_to(checkpoint) and re.fullmatch(r"(tokenizer(_2)?|scheduler|preprocessor)/[^/]+", path)
 
 
 def test_a_model_may_say_how_it_is_best_drawn_with(tiny_diffusion: Path, tmp_path: Path) -> None:

@@ -206,6 +206,84 @@ def test_bad_requests_name_the_field_before_any_work(pipeline: DiffusionPipeline
     assert caught.value.field == field
 
 
+# Conditions added to the prompt's
+
+
+@pytest.fixture
+def added(tokenizer: Path, request: pytest.FixtureRequest) -> DiffusionPipeline:
+    """A pipeline with added conditions; its parameter, True unless given, is force_zeros_for_empty_prompt."""
+    config = CONFIG | {"added": {"force_zeros_for_empty_prompt": getattr(request, "param", True)}}
+    return DiffusionPipeline(DiffusionConfig.parse(config), tokenizer, tokenizer)
+
+
+def added_fakes() -> dict[str, FakeEngine]:
+    """Two text encoders that tell their ids, the second half as wide, and a UNet that heeds everything it is told."""
+
+    def told(inputs: Mapping[str, Array], width: int) -> Array:
+        return np.repeat(1 + inputs["input_ids"][..., None], width, axis=2).astype(np.float32) / 100
+
+    def encode_2(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        state = told(inputs, HIDDEN // 2)
+        return {"penultimate_hidden_state": state, "text_embeds": state[:, 1]}
+
+    def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
+        heard = sum(inputs[name].reshape(len(inputs["sample"]), -1).mean(axis=1) for name in ("encoder_hidden_states", "text_embeds"))
+        heard = heard + inputs["time_ids"].mean(axis=1) / 1000
+        return {"noise_pred": np.asarray(inputs["sample"] * np.float32(0.5) + heard.reshape(-1, 1, 1, 1), np.float32)}
+
+    encode = FakeEngine(lambda inputs: {"penultimate_hidden_state": told(inputs, HIDDEN)})
+    return fakes() | {"text_encoder": encode, "text_encoder_2": FakeEngine(encode_2), "unet": FakeEngine(predict)}
+
+
+def test_added_conditions(added: DiffusionPipeline) -> None:
+    engines = added_fakes()
+    sizes: dict[str, Any] = {"original_size": (100, 200), "crop_top_left": (3, 4), "target_size": (50, 60)}
+    pictures(added, ImageRequest("ab", "c", width=24, height=16, seed=7), engines)
+    pictures(added, ImageRequest("ab", "c", width=24, height=16, seed=7, **sizes), engines)
+    for name in ("text_encoder", "text_encoder_2"):
+        assert [call["input_ids"][:, 1].tolist() for call in engines[name].calls] == [[28, 0]] * 2  # the negative prompt, "c</w>", first
+    plain, told = engines["unet"].calls[0], engines["unet"].calls[-1]
+    assert plain["encoder_hidden_states"].shape == (2, LIMIT, HIDDEN + HIDDEN // 2) and plain["text_embeds"].shape == (2, HIDDEN // 2)
+    assert plain["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2 and plain["time_ids"].dtype == np.float32
+    assert told["time_ids"].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
+
+
+@pytest.mark.parametrize("added", [True, False], indirect=True)
+def test_no_negative_prompt_is_zeros_where_the_model_was_trained_so(added: DiffusionPipeline) -> None:
+    assert added.config.added is not None
+    zeros, engines = added.config.added.force_zeros_for_empty_prompt, added_fakes()
+    pictures(added, ImageRequest("ab", seed=0), engines)
+    assert {len(engines[name].calls[0]["input_ids"]) for name in ("text_encoder", "text_encoder_2")} == {1 if zeros else 2}
+    call = engines["unet"].calls[0]
+    for name in ("encoder_hidden_states", "text_embeds", "time_ids"):
+        assert len(call[name]) == 2 and call[name][1].any(), name
+        assert call[name][0].any() == (not zeros or name == "time_ids"), name
+
+
+@pytest.mark.parametrize("negative", ["", "c"])
+def test_added_conditions_without_guidance(added: DiffusionPipeline, negative: str) -> None:
+    engines = added_fakes()
+    pictures(added, ImageRequest("ab", negative, guidance_scale=1.0, seed=0), engines)
+    assert {len(array) for array in engines["unet"].calls[0].values()} == {1}
+    assert len(engines["text_encoder_2"].calls[0]["input_ids"]) == 1
+
+
+def test_every_output_must_be_finite(added: DiffusionPipeline) -> None:
+    engines = added_fakes()
+    good = engines["text_encoder_2"].function
+    engines["text_encoder_2"] = FakeEngine(lambda inputs: good(inputs) | {"text_embeds": np.full((1, 4), math.nan, np.float32)})
+    with pytest.raises(EngineError, match=r"^text_encoder_2 gave NaN or infinite values in 'text_embeds'"):
+        pictures(added, ImageRequest("ab", seed=0), engines)
+
+
+@pytest.mark.parametrize("field", ["original_size", "crop_top_left", "target_size"])
+def test_a_model_without_added_conditions_is_told_no_sizes(pipeline: DiffusionPipeline, field: str) -> None:
+    sizes: dict[str, Any] = {field: (8, 8)}
+    with pytest.raises(InvalidInput, match="has no such condition: leave it out") as caught:
+        pipeline(ImageRequest("ab", **sizes))
+    assert caught.value.field == field
+
+
 def test_an_empty_prompt_is_valid(pipeline: DiffusionPipeline) -> None:
     assert len(pictures(pipeline, ImageRequest("", seed=0))) == 1
 

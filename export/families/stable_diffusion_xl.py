@@ -1,0 +1,118 @@
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that is told pooled text and sizes as well (Podell et al. 2023, arXiv:2307.01952)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor as TorchTensor
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from export.families import stable_diffusion as base
+from export.family import Family, Part
+from export.source import PIPELINE, Source, read_json
+from export.trace import without_weights
+from runtime.pipelines.diffusion import Defaults
+from runtime.signature import BATCH, Tensor
+
+TIME_IDS: Final = 6
+"""Height and width of the original, top and left of the crop, height and width aimed at."""
+USUAL: Final = Defaults(guidance_scale=5.0)
+"""As diffusers' StableDiffusionXLPipeline has it."""
+
+
+class TextEncoder(nn.Module):
+    """What goes into the last layer: `input_ids` to penultimate_hidden_state [batch, sequence, hidden]."""
+
+    def __init__(self, model: CLIPTextModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
+        return (self.model(input_ids=input_ids, output_hidden_states=True).hidden_states[-2],)
+
+
+class ProjectedTextEncoder(nn.Module):
+    """The same, and text_embeds [batch, projection]: the last layer's output at the end token, projected."""
+
+    def __init__(self, model: CLIPTextModelWithProjection) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
+        output = self.model(input_ids=input_ids, output_hidden_states=True)
+        return (output.hidden_states[-2], output.text_embeds)
+
+
+class UNet(nn.Module):
+    def __init__(self, model: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        sample: TorchTensor,
+        timestep: TorchTensor,
+        encoder_hidden_states: TorchTensor,
+        text_embeds: TorchTensor,
+        time_ids: TorchTensor,
+    ) -> tuple[TorchTensor, ...]:
+        added = {"text_embeds": text_embeds, "time_ids": time_ids}
+        return (self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0],)
+
+
+def parts(source: Source, reduced: bool) -> list[Part]:
+    names = ("text_encoder", "text_encoder_2", "unet", "vae")
+    text_config, text_2_config, unet_config, vae_config = base.configs(source, *names, reduced=reduced)
+    hidden, hidden_2, projection = text_config["hidden_size"], text_2_config["hidden_size"], text_2_config["projection_dim"]
+    base.require(source, "vae", vae_config, latents_mean=None, latents_std=None)
+    base.require(
+        source, "unet", unet_config, in_channels=vae_config["latent_channels"], time_cond_proj_dim=None, addition_embed_type="text_time",
+        cross_attention_dim=hidden + hidden_2,
+        projection_class_embeddings_input_dim=TIME_IDS * (unet_config["addition_time_embed_dim"] or 0) + projection,
+    )  # fmt: skip
+    with without_weights():
+        text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
+        text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_2_config)).eval()
+        unet = UNet2DConditionModel.from_config(unet_config).eval()
+        vae = AutoencoderKL.from_config(vae_config).eval()
+    grid, length = base.Grid.of(unet_config, vae_config), base.tokens(text)
+    return [
+        base.text_part("text_encoder", text, TextEncoder(text), {"penultimate_hidden_state": (length, hidden)}),
+        base.text_part(
+            "text_encoder_2",
+            text_2,
+            ProjectedTextEncoder(text_2),
+            {"penultimate_hidden_state": (base.tokens(text_2), hidden_2), "text_embeds": (projection,)},
+        ),
+        base.unet_part(
+            unet,
+            UNet(unet),
+            grid,
+            length.opt,
+            Tensor(name="text_embeds", dtype="float32", dims=(BATCH, projection)),
+            Tensor(name="time_ids", dtype="float32", dims=(BATCH, TIME_IDS), values="below", limit=grid.sizes.default),
+        ),
+        # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its config.
+        *base.vae_parts(vae, grid, float16=not vae_config["force_upcast"]),
+    ]
+
+
+def config(source: Source) -> dict[str, Any]:
+    zeros = read_json(source.root / PIPELINE).get("force_zeros_for_empty_prompt", True)
+    return base.settings(
+        source,
+        base.scheduler_config(source),
+        defaults=Defaults.read(source.root, USUAL),
+        added={"force_zeros_for_empty_prompt": zeros},
+    )
+
+
+def assets(source: Source) -> Mapping[str, Path]:
+    return base.files(source, {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"})
+
+
+FAMILY = Family("stable-diffusion-xl", "diffusion", ("StableDiffusionXLPipeline",), parts, config, assets)
