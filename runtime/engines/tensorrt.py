@@ -9,21 +9,25 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from runtime import cuda
-from runtime.bundle import Artifact, Submodel
+from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency, did_you_mean
 from runtime.lowering import to_half
 from runtime.optional import require
 from runtime.signature import Array, Dim, Signature, Tensor
-from runtime.static_cache import INDICES, with_static_cache
+from runtime.static_cache import INDICES, MASK, with_static_cache
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
+AMPERE: Final = 80
 OLDEST_FLOAT32: Final = 80
 """TensorRT for RTX multiplies float32 matrices from compute capability 8.0 on; it refuses them for 7.5."""
 PREFILL: Final = 256
@@ -31,7 +35,41 @@ PREFILL: Final = 256
 UNITS: Final[Mapping[str, int]] = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-class Settings(BaseModel):
+def _bytes(text: str) -> int:
+    """Bytes of a size such as 512MiB."""
+    number = text.rstrip("KMGiB")
+    if not number.isdecimal() or text[len(number) :] not in UNITS:
+        raise ValueError(f"is '{text}', expected a size such as 512MiB or 4GiB")
+    return int(number) * UNITS[text[len(number) :]]
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part) for part in text.split(",") if part)
+
+
+Bytes = Annotated[int, BeforeValidator(_bytes)]
+Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
+T = TypeVar("T", bound="Texts")
+
+
+class Texts(BaseModel):
+    """Settings given as texts, as a command line has them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @classmethod
+    def parse(cls: type[T], settings: Mapping[str, str]) -> T:
+        """Settings from texts. Raises InvalidInput naming the one that is wrong."""
+        try:
+            return cls.model_validate(dict(settings))
+        except ValidationError as error:
+            found = error.errors()[0]
+            name = str(found["loc"][0])
+            known = f" (known: {', '.join(sorted(cls.model_fields))})" if found["type"] == "extra_forbidden" else ""
+            raise InvalidInput(name, f"{found['msg'].removeprefix('Value error, ')}{known}") from None
+
+
+class Settings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
     `compute_capability`: the GPUs to compile for, "8.9,12.0"; by default this machine's, or all that the SDK knows where it has none.
@@ -48,29 +86,17 @@ class Settings(BaseModel):
     `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     compute_capability: tuple[int, ...] = ()
     shapes: Mapping[str, tuple[int, int, int]] = Field(default_factory=dict)
     context: int = Field(default=0, ge=0)
-    workspace: int = Field(default=0, ge=0)
+    workspace: Bytes = 0
     weights: Literal["engine", "refit", "stripped", "streamed"] = "engine"
     compatible: Literal["", "version"] = ""
     hardware: Literal["", "ampere+", "same"] = ""
     timing_cache: str = ""
     optimization_level: int | None = Field(default=None, ge=0, le=5)
-    plugins: tuple[Path, ...] = ()
+    plugins: Paths = ()
     tf32: bool = False
-
-    @classmethod
-    def parse(cls, settings: Mapping[str, str]) -> Settings:
-        """Settings from texts. Raises InvalidInput naming the one that is wrong."""
-        try:
-            return cls.model_validate(dict(settings))
-        except ValidationError as error:
-            found = error.errors()[0]
-            name = str(found["loc"][0])
-            known = f" (known: {', '.join(sorted(cls.model_fields))})" if found["type"] == "extra_forbidden" else ""
-            raise InvalidInput(name, f"{found['msg'].removeprefix('Value error, ')}{known}") from None
 
     @field_validator("compute_capability", mode="before")
     @classmethod
@@ -95,24 +121,28 @@ class Settings(BaseModel):
             found[name] = low, usual, high
         return found
 
-    @field_validator("workspace", mode="before")
-    @classmethod
-    def _bytes(cls, text: str) -> int:
-        number = text.rstrip("KMGiB")
-        if not number.isdecimal() or text[len(number) :] not in UNITS:
-            raise ValueError(f"is '{text}', expected a size such as 512MiB or 4GiB")
-        return int(number) * UNITS[text[len(number) :]]
-
-    @field_validator("plugins", mode="before")
-    @classmethod
-    def _paths(cls, text: str) -> tuple[Path, ...]:
-        return tuple(Path(part) for part in text.split(",") if part)
-
     def key(self) -> dict[str, str]:
         """What of the settings decides where an engine can be loaded, and how."""
         return {"weights": self.weights} | {
             name: value for name, value in (("compatible", self.compatible), ("hardware", self.hardware)) if value
         }
+
+
+class LoadSettings(Texts):
+    """What `Options.settings` of `load` may hold.
+
+    `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default what the SDK finds right for the memory there is.
+    `plugins`: libraries that the engine's plugins are in. They run as native code: name only those you trust.
+    `lean_runtime`: the library of the version that compiled the engine, for one made with compatible=version.
+    `runtime_cache`: a file that kernels made on this device are kept in for the next start (TensorRT for RTX).
+    `graphs`: whether repeated work is recorded and replayed (CUDA Graphs).
+    """
+
+    weight_budget: Bytes = 0
+    plugins: Paths = ()
+    lean_runtime: Path | None = None
+    runtime_cache: Path | None = None
+    graphs: bool = True
 
 
 class SDK(NamedTuple):
@@ -196,10 +226,61 @@ class TensorRT(Engine):
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        raise EngineUnavailable(f"{cls.target} compiles for other machines, and does not run here: {cls.available().reason}")
+        settings = LoadSettings.parse(options.settings)
+        device = cls._device(options.device)
+        artifact = _artifact(Bundle(root), cls.target, submodel.name)
+        _require_key(cls.sdk, artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__, device)
+        return cls(submodel, _Plan(cls.sdk, submodel, settings, device, root / "engines" / cls.target, artifact, root / submodel.graph))
+
+    @classmethod
+    def _device(cls, wanted: str) -> cuda.Device:
+        """The device of that name, "cuda:0" or "cuda", or the first. Raises EngineUnavailable."""
+        found = cls.available()
+        if not found.usable:
+            raise EngineUnavailable(f"{cls.target} cannot run here: {found.reason}")
+        devices, _ = cuda.devices(cls.sdk.extra)
+        for device in devices:
+            if wanted in ("", "cuda", f"cuda:{device.index}"):
+                return device
+        raise EngineUnavailable(f"{cls.sdk.name} has no device '{wanted}' here: it found {', '.join(found.devices)}")
+
+    def __init__(self, submodel: Submodel, plan: _Plan) -> None:
+        self.submodel = submodel
+        self.device = f"{self.target}:cuda:{plan.device.index} ({plan.device.name})"
+        self._plan = plan
+        self._slots: WeakKeyDictionary[Slot, _Cache] = WeakKeyDictionary()
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
-        raise EngineError(f"{self.target} does not run here")
+        try:
+            if not self.submodel.signature.states:
+                return self._plan.run(0, inputs, {})
+            return self._run_slot(inputs, slot or Slot())
+        except (EngineError, RuntimeError) as error:  # the SDK's own are RuntimeErrors
+            raise EngineError(f"{self.sdk.name} could not run {self.submodel.name}: {error}") from None
+
+    def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
+        """Run on a slot's caches: new keys and values are written behind those that the mask says are there."""
+        (batch, sequence), total, capacity = inputs["position_ids"].shape, inputs[MASK].shape[1], self._plan.capacity
+        if total > capacity:
+            raise EngineError(f"{total} positions do not fit its cache of {capacity}: build it with a larger context, or say less")
+        if slot not in self._slots:
+            self._slots[slot] = _Cache(batch, self._plan)
+        cache = self._slots[slot]
+        if cache.batch != batch:
+            raise EngineError(f"the slot holds {cache.batch} rows, this call has {batch}")
+        mask = np.zeros((batch, capacity), np.int64)
+        mask[:, :total] = inputs[MASK]
+        fixed = dict(inputs) | {MASK: mask, INDICES: np.full(batch, total - sequence, np.int64)}
+        return self._plan.run(0 if sequence == 1 else 1, fixed, cache.buffers)
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to forget."""
+        if length == 0:
+            self._slots.pop(slot, None)
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._plan.close()
 
 
 class TensorRTForRTX(TensorRT):
@@ -279,7 +360,7 @@ class _Compiler:
 
     def error(self, step: str) -> EngineError:
         """What failed, with the SDK's own words."""
-        reason = "; ".join(dict.fromkeys(self.messages[-3:])) or "it gives no reason"
+        reason = _reasons(self.messages) or "it gives no reason"
         return EngineError(f"{self.sdk.name} {self.trt.__version__} could not compile {self.submodel.name} ({step}): {reason}")
 
     def parse(self, lowered: bytes, graph: Path) -> None:
@@ -309,6 +390,7 @@ class _Compiler:
         if settings.hardware:
             levels = {"ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS, "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY}
             config.hardware_compatibility_level = levels[settings.hardware]
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         if self.sdk.ahead:
             config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
@@ -383,6 +465,11 @@ def _profiles(signature: Signature, settings: Settings) -> list[dict[str, tuple[
     return [lengths | {"sequence": (1, 1, 1)}, lengths | {"sequence": (1, min(PREFILL, longest), longest)}]
 
 
+def _reasons(messages: list[str]) -> str:
+    """What the SDK reported first: the rest follows from it."""
+    return "; ".join([text for text in dict.fromkeys(messages) if "catchCudaError" not in text][:2] or messages[:1])
+
+
 def _logger(trt: Any, messages: list[str]) -> Any:
     """A logger that collects errors."""
 
@@ -428,3 +515,241 @@ def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
                 self.spans.pop(phase_name, None)
 
     return Monitor()
+
+
+def _artifact(bundle: Bundle, target: str, submodel: str) -> Artifact:
+    """What the target made of the submodel. Raises EngineError when the bundle has none."""
+    for artifact in bundle.manifest.artifacts:
+        if (artifact.target, artifact.submodel) == (target, submodel):
+            return artifact
+    raise EngineError(f"bundle {bundle.name} holds no {target} engine of {submodel}: build it with --target {target}")
+
+
+def _require_key(sdk: SDK, key: Mapping[str, str], version: str, device: cuda.Device) -> None:
+    """Raise EngineError when an engine compiled under this key cannot run here, saying what differs and what to do."""
+    built = [int(part.replace(".", "")) for part in key.get("compute_capability", "").split(",") if part]
+    same = key.get("sdk") == version or key.get("compatible") == "version"
+    fits = device.capability in built or (key.get("hardware") == "ampere+" and device.capability >= AMPERE)
+    if not (same and fits):
+        raise EngineError(
+            f"the engine was compiled by {sdk.name} {key.get('sdk')} for compute capability {key.get('compute_capability')}, and here are "
+            f"{sdk.name} {version} and {device.name} of {_dotted(device.capability)}: build the bundle again"
+            + (
+                f" with compute_capability={_dotted(device.capability)}"
+                if sdk.ahead and not fits
+                else " on this machine"
+                if not fits
+                else ""
+            )
+        )
+
+
+class _Plan:
+    """An engine on its device: its execution contexts, one for each profile, and the buffers of its inputs and outputs.
+
+    Buffers stay from call to call and grow as needed. Contexts share the memory for what lies between inputs and outputs, which is as
+    large as the shapes of a call want, not as those of the profile would. A call that is like the one before is recorded, and replayed
+    from then on, where shapes and addresses stay (decoding steps of one slot, the steps of one picture).
+    """
+
+    def __init__(
+        self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, folder: Path, artifact: Artifact, graph: Path
+    ) -> None:
+        self.trt = require(sdk.module, sdk.extra)
+        self.sdk, self.submodel, self.settings, self.device = sdk, submodel, settings, device
+        self.messages: list[str] = []
+        self.stream = cuda.Stream(device, sdk.extra)
+        self.logger = _logger(self.trt, self.messages)
+        self.runtime, self.engine = self._deserialize(folder, artifact)
+        if artifact.key.get("weights") == "stripped":
+            self._refit(folder / artifact.files[1], graph)
+        if self.engine.streamable_weights_size > 0:
+            self.engine.weight_streaming_budget_v2 = settings.weight_budget or self.engine.get_weight_streaming_automatic_budget()
+        self.capacity = self._capacity()
+        past = {state.past.name for state in submodel.signature.states}
+        self.inputs = [tensor for tensor in _engine_inputs(submodel.signature, self.capacity) if tensor.name not in past]
+        self.buffers: dict[str, cuda.Buffer] = {}
+        self.memory = cuda.Buffer(self.stream)
+        self.cache: Any = None
+        self.contexts = [self._context(profile) for profile in range(self.engine.num_optimization_profiles)]
+        self.last: list[_Call | None] = [None] * len(self.contexts)
+
+    def _error(self, what: str) -> EngineError:
+        reasons = _reasons(self.messages)
+        return EngineError(f"{what} ({reasons})" if reasons else what)
+
+    def _deserialize(self, folder: Path, artifact: Artifact) -> tuple[Any, Any]:
+        path = folder / artifact.files[0]
+        try:
+            plan = path.read_bytes()
+        except OSError as error:
+            raise EngineError(f"{self.sdk.name} could not load {path}: {error.strerror}. Copy or build the bundle again") from None
+        runtime = self.trt.Runtime(self.logger)
+        if artifact.key.get("compatible") == "version" and self.settings.lean_runtime is not None:
+            runtime = runtime.load_runtime(str(self.settings.lean_runtime))
+        for library in self.settings.plugins:
+            runtime.get_plugin_registry().load_library(str(library))
+        engine = runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._error(f"{self.sdk.name} {self.trt.__version__} could not load {path}: it is damaged, or of another version or GPU")
+        return runtime, engine
+
+    def _refit(self, lowered: Path, graph: Path) -> None:
+        """Give a stripped engine the weights that lie beside the canonical graph."""
+        refitter = self.trt.Refitter(self.engine, self.logger)
+        parser = self.trt.OnnxParserRefitter(refitter, self.logger)
+        if not (parser.refit_from_bytes(lowered.read_bytes(), str(graph)) and refitter.refit_cuda_engine()):
+            raise self._error(f"{self.sdk.name} could not give {self.submodel.name} its weights from {graph.parent}")
+
+    def _capacity(self) -> int:
+        """Positions that a decoder's caches hold; 0 of other submodels."""
+        states = self.submodel.signature.states
+        for state in states:
+            if self.engine.get_aliased_input_tensor(state.present.name) != state.past.name:
+                raise EngineError(f"the engine of {self.submodel.name} does not update {state.past.name} in place: build the bundle again")
+        return int(self.engine.get_tensor_shape(states[0].past.name)[2]) if states else 0
+
+    def _context(self, profile: int) -> Any:
+        strategy = self.trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self.sdk.ahead:
+            config = self.engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(strategy)
+            if self.settings.graphs:
+                config.cuda_graph_strategy = self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+            if self.settings.runtime_cache is not None:
+                config.set_runtime_cache(self._runtime_cache(config))
+            context = self.engine.create_execution_context(config)
+        else:
+            context = self.engine.create_execution_context(strategy)
+        if context is None or not context.set_optimization_profile_async(profile, self.stream.handle):
+            raise self._error(f"{self.sdk.name} could not prepare {self.submodel.name} to run")
+        self.stream.wait()
+        return context
+
+    def _runtime_cache(self, config: Any) -> Any:
+        """Kernels made in earlier runs on this device, where the file is of this version and device."""
+        if self.cache is None:
+            self.cache = config.create_runtime_cache()
+            path = self.settings.runtime_cache
+            if path is not None and path.is_file():
+                self.cache.deserialize(path.read_bytes())
+        return self.cache
+
+    def run(self, profile: int, inputs: Mapping[str, Array], states: Mapping[str, cuda.Buffer]) -> dict[str, Array]:
+        """Copy the inputs to the device, run, and return copies of the outputs. `states` are read and written where they are."""
+        self.stream.select()
+        self.messages.clear()
+        arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
+        for tensor in self.inputs:
+            if tensor.name not in arrays or arrays[tensor.name].dtype != tensor.dtype:
+                found = f"is {arrays[tensor.name].dtype}" if tensor.name in arrays else "is missing"
+                raise EngineError(f"{tensor.name} {found}, expected {tensor.dtype}")
+        call = self._prepare(profile, arrays, states)
+        outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in call.outputs.items()}
+        try:
+            for name, array in arrays.items():
+                self.stream.to_device(self.buffers[name].address, array)
+            if call.graph is not None:
+                call.graph.launch()
+            else:
+                self._enqueue(profile)
+            for name, array in outputs.items():
+                self.stream.to_host(array, self.buffers[name].address)
+        finally:
+            self.stream.wait()  # copies still use these arrays
+        return outputs
+
+    def _prepare(self, profile: int, arrays: Mapping[str, Array], states: Mapping[str, cuda.Buffer]) -> _Call:
+        """Shapes and addresses of a call: those of the last one where nothing changed, recorded when it comes a second time."""
+        context = self.contexts[profile]
+        shapes = {name: array.shape for name, array in arrays.items()}
+        for name, array in arrays.items():
+            self._buffer(name).reserve(array.nbytes)
+        last = self.last[profile]
+        if last is not None and last.shapes == shapes and last.places == self._places(states):
+            if self.settings.graphs and not self.sdk.ahead and last.graph is None and context.is_stream_capturable(self.stream.handle):
+                last.graph = self.stream.record(lambda: self._enqueue(profile))
+            return last
+        self.last[profile] = None
+        self._set_shapes(context, shapes, states)
+        outputs: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {}
+        for tensor in self.submodel.signature.outputs:
+            shape, dtype = tuple(context.get_tensor_shape(tensor.name)), np.dtype(tensor.dtype)
+            outputs[tensor.name] = shape, dtype
+            self._buffer(tensor.name).reserve(int(np.prod(shape)) * dtype.itemsize)
+        self.memory.reserve(context.update_device_memory_size_for_shapes())
+        places = self._places(states)
+        for name, address in places.items():
+            if name:
+                context.set_tensor_address(name, address)
+        for state in self.submodel.signature.states:
+            context.set_tensor_address(state.present.name, places[state.past.name])
+        context.set_device_memory(self.memory.address, self.memory.nbytes)
+        self.last[profile] = call = _Call(shapes, places, outputs)
+        return call
+
+    def _places(self, states: Mapping[str, cuda.Buffer]) -> dict[str, int]:
+        """The address of everything that a call reads and writes, that of the memory between under the name ""."""
+        return {name: buffer.address for name, buffer in {**self.buffers, **states, "": self.memory}.items()}
+
+    def _set_shapes(self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, cuda.Buffer]) -> None:
+        caches = {name: self.cache_shape(name, next(iter(shapes.values()))[0]) for name in states}
+        for name, shape in {**shapes, **caches}.items():
+            if not context.set_input_shape(name, shape):
+                raise self._error(f"{name} of shape {list(shape)} is outside of what the engine was compiled for")
+        missing = context.infer_shapes()
+        if missing:
+            raise self._error(f"its inputs {', '.join(missing)} do not determine the shapes of its outputs")
+
+    def _enqueue(self, profile: int) -> None:
+        if not self.contexts[profile].execute_async_v3(self.stream.handle):
+            raise self._error("the engine refused the work")
+
+    def _buffer(self, name: str) -> cuda.Buffer:
+        return self.buffers.setdefault(name, cuda.Buffer(self.stream))
+
+    def cache_shape(self, name: str, batch: int) -> tuple[int, ...]:
+        """[batch, heads, capacity, size] of a decoder's cache."""
+        return (batch, *(int(length) for length in tuple(self.engine.get_tensor_shape(name))[1:]))
+
+    def cache_nbytes(self, name: str, batch: int) -> int:
+        return int(np.prod(self.cache_shape(name, batch))) * int(self.engine.get_tensor_dtype(name).itemsize)
+
+    def close(self) -> None:
+        """Free everything; keep the kernels that were made where there is a file for them. May be called twice."""
+        if self.cache is not None and self.settings.runtime_cache is not None:
+            _write(self.settings.runtime_cache, self.cache.serialize())
+        self.cache = None
+        for call in self.last:
+            if call is not None and call.graph is not None:
+                call.graph.close()
+        self.last, self.contexts = [], []
+        self.engine = self.runtime = None
+        for buffer in (*self.buffers.values(), self.memory):
+            buffer.close()
+        self.buffers = {}
+        self.stream.close()
+
+
+@dataclass
+class _Call:
+    """What a context is set to: shapes of the inputs, addresses of everything, shapes and dtypes of the outputs."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    places: Mapping[str, int]
+    outputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+    graph: cuda.Recorded | None = None
+
+
+class _Cache:
+    """The caches of one slot, zero at first: [batch, heads, capacity, size] each, read as past and written as present."""
+
+    def __init__(self, batch: int, plan: _Plan) -> None:
+        self.batch = batch
+        self.buffers: dict[str, cuda.Buffer] = {}
+        plan.stream.select()
+        for state in plan.submodel.signature.states:
+            name = state.past.name
+            nbytes = plan.cache_nbytes(name, batch)
+            self.buffers[name] = cuda.Buffer(plan.stream)
+            plan.stream.zero(self.buffers[name].reserve(nbytes), nbytes)
