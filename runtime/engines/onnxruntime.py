@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -25,6 +26,8 @@ FIRST_CAPACITY: Final = 256
 """Positions that a slot's cache holds at first."""
 DISABLED: Final = ["QDQPropagationTransformer"]
 """It inserts uint8 zero points into symmetric int8 graphs, which ONNX Runtime then refuses (seen in 1.31)."""
+ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
+"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, 32 to a scale; "0" is float32."""
 
 
 class ONNXRuntime(Engine):
@@ -35,7 +38,8 @@ class ONNXRuntime(Engine):
 
     def __init__(self, submodel: Submodel, session: Any) -> None:
         self.submodel = submodel
-        self.device = f"onnxruntime:{PROVIDER}"
+        asked = submodel.dynamic and session.get_session_options().get_session_config_entry(ACCURACY) == "4"
+        self.device = f"onnxruntime:{PROVIDER}" + (" with dynamic 8-bit activations" if asked and _processor_rounds() else "")
         self._session = session
         self._outputs = [tensor.name for tensor in submodel.signature.outputs]
         self._slots: WeakKeyDictionary[Slot, _Cache] = WeakKeyDictionary()
@@ -52,12 +56,12 @@ class ONNXRuntime(Engine):
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         if not submodel.signature.states:
-            _session(graph, graph.parent, Options())
+            _session(graph, graph.parent, submodel.dynamic, Options())
             return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
         output.mkdir(parents=True, exist_ok=True)
         lowered = output / f"{submodel.name}.onnx"
         _share_cache(graph, lowered, submodel.signature)
-        _session(lowered, graph.parent, Options())
+        _session(lowered, graph.parent, submodel.dynamic, Options())
         return Artifact(target=cls.target, submodel=submodel.name, files=(lowered.name,), seconds=time.perf_counter() - start)
 
     @classmethod
@@ -66,7 +70,8 @@ class ONNXRuntime(Engine):
             raise EngineUnavailable(f"ONNX Runtime has no device '{options.device}' here: expected {PROVIDER}")
         canonical = root / submodel.graph
         lowered = root / "engines" / cls.target / f"{submodel.name}.onnx"
-        return cls(submodel, _session(lowered if submodel.signature.states else canonical, canonical.parent, options))
+        graph = lowered if submodel.signature.states else canonical
+        return cls(submodel, _session(graph, canonical.parent, submodel.dynamic, options))
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         try:
@@ -151,18 +156,65 @@ def _cut(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
     return array[tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)]
 
 
-def _session(graph: Path, weights: Path, options: Options) -> Any:
+def _session(graph: Path, weights: Path, dynamic: bool, options: Options) -> Any:
     sdk = require("onnxruntime", "onnxruntime")
     settings = sdk.SessionOptions()
     settings.intra_op_num_threads = options.threads
     settings.log_severity_level = 3
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
-    for key, value in options.settings.items():
+    entries = {"session.model_external_initializers_file_folder_path": str(weights), ACCURACY: "4" if dynamic else "0"}
+    for key, value in (entries | dict(options.settings)).items():
         settings.add_session_config_entry(key, value)
     try:
         return sdk.InferenceSession(graph.read_bytes(), settings, providers=[PROVIDER], disabled_optimizers=DISABLED)
     except Exception as error:  # the SDK raises a dozen unrelated classes
         raise EngineError(f"ONNX Runtime could not compile {graph}: {error}") from None
+
+
+@cache
+def _processor_rounds() -> bool:
+    """Try one product of either number of bits, whose result tells: next to 127, an input of 0.25 is lost in 8 bits."""
+    sdk = require("onnxruntime", "onnxruntime")
+    values = np.array([[127] + [0.25] * 31], np.float32)
+    sessions = [sdk.InferenceSession(_product_of_ones(bits), providers=[PROVIDER]) for bits in (4, 8)]
+    return all(float(session.run(None, {"x": values})[0][0, 0]) != float(values.sum()) for session in sessions)
+
+
+def _product_of_ones(bits: int) -> bytes:
+    """The ONNX model y [1, 1] = MatMulNBits(x [1, 32]) with weights of 1, written field by field (numbers: onnx.proto of ONNX 1.23).
+
+    Serving machines have no library that writes ONNX.
+    """
+
+    def tensor_type(length: int) -> bytes:
+        shape = b"".join(_field(1, _field(1, dim)) for dim in (1, length))
+        return _field(1, _field(1, 1) + _field(2, shape))
+
+    def initializer(name: str, dtype: int, dims: tuple[int, ...], data: bytes) -> bytes:
+        return b"".join(_field(1, dim) for dim in dims) + _field(2, dtype) + _field(8, name) + _field(9, data)
+
+    numbers = {"K": 32, "N": 1, "bits": bits, "block_size": 32, "accuracy_level": 4}
+    codes = bytes([0x99] * 16 if bits == 4 else [129] * 32)  # the zero point is in the middle: 8 and 128
+    node = b"".join(_field(1, name) for name in ("x", "codes", "scales")) + _field(2, "y") + _field(4, "MatMulNBits") + _field(7, CONTRIB)
+    node += b"".join(_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in numbers.items())
+    graph = _field(1, node) + _field(2, "product")
+    graph += _field(5, initializer("codes", 2, (1, 1, len(codes)), codes))
+    graph += _field(5, initializer("scales", 1, (1, 1), np.ones(1, "<f4").tobytes()))
+    graph += _field(11, _field(1, "x") + _field(2, tensor_type(32))) + _field(12, _field(1, "y") + _field(2, tensor_type(1)))
+    opsets = _field(8, _field(1, "") + _field(2, 21)) + _field(8, _field(1, CONTRIB) + _field(2, 1))
+    return _field(1, 10) + _field(7, graph) + opsets
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    """A field of a protocol buffer message: its number and an integer, or a text, bytes or message with its length."""
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; all but the last have the highest bit set."""
+    return bytes([value]) if value < 128 else bytes([value & 127 | 128]) + _varint(value >> 7)
 
 
 def _share_cache(graph: Path, lowered: Path, signature: Signature) -> None:

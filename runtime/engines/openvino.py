@@ -2,6 +2,9 @@
 
 Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the processor it finds, so a
 bundle never carries an engine that does not fit. Compiling at build time proves that the graph is accepted, and measures it.
+
+Numbers are what the bundle says, not what the plugin likes on this processor: bfloat16, a cache of 8 bits, inputs rounded to 8 bits. Who
+loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the cache a quarter as large.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,6 +26,9 @@ from runtime.signature import Array, Signature
 
 BEAMS = "beam_idx"
 """Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
+GROUP: Final = 64
+"""Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of it, or whose int8
+weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md."""
 
 
 @cache
@@ -58,12 +64,12 @@ class OpenVINO(Engine):
     @classmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        _compile(submodel.signature, graph, Options())
+        _compile(submodel, graph, Options())
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        compiled, device = _compile(submodel.signature, root / submodel.graph, options)
+        compiled, device = _compile(submodel, root / submodel.graph, options)
         return cls(submodel, compiled, device)
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
@@ -109,25 +115,59 @@ class _Held(NamedTuple):
     batch: int
 
 
-def _compile(signature: Signature, graph: Path, options: Options) -> tuple[Any, str]:
+def _compile(submodel: Submodel, graph: Path, options: Options) -> tuple[Any, str]:
     core = _core()
     device = options.device or "CPU"
     if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise EngineUnavailable(f"OpenVINO has no device '{device}' here: it found {', '.join(core.available_devices) or 'none'}")
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **options.settings}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if device == "CPU":
-        # The plugin would choose bfloat16 where there is AMX and an 8-bit KV cache: precision is the bundle's decision, not the machine's.
-        config |= {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"} | (
-            {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
-        )
+        config |= _numbers(submodel.dynamic) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
     try:
         model = core.read_model(graph)
-        if signature.states:
-            _keep_states(model, signature)
-        compiled = core.compile_model(model, device, config)
+        if submodel.signature.states:
+            _keep_states(model, submodel.signature)
+        compiled = core.compile_model(model, device, config | dict(options.settings))
     except RuntimeError as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
-    return compiled, f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
+    name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
+    return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
+
+
+def _numbers(dynamic: bool) -> dict[str, Any]:
+    """What the CPU plugin computes in."""
+    return {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "KV_CACHE_PRECISION": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if dynamic else 0),
+    }
+
+
+def _rounds(compiled: Any) -> bool:
+    """Whether inputs of layers are rounded to 8 bits: asked for, by a model that has such layers, on a processor that can."""
+    return int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0 and _has_quantized_weights(compiled) and _processor_rounds()
+
+
+def _has_quantized_weights(compiled: Any) -> bool:
+    """Whether there are layers with quantized weights and float inputs. The others' primitives are those of int8."""
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    layers = [node for node in nodes if node["layerType"].astype(str) == "FullyConnected"]
+    return any(
+        node["runtimePrecision"].astype(str) in ("i4", "i8") and not node["primitiveType"].astype(str).endswith("_i8") for node in layers
+    )
+
+
+@cache
+def _processor_rounds() -> bool:
+    """Try one product whose result tells: next to 127, an input of 0.25 is lost in 8 bits."""
+    ops = require("openvino.opset15", "openvino")
+    inputs = ops.parameter([1, 2 * GROUP], np.float32)
+    weights = ops.multiply(ops.convert(ops.constant(np.ones((2 * GROUP, 16), np.int8)), "f32"), ops.constant(np.ones((1, 16), np.float32)))
+    model = require("openvino", "openvino").Model([ops.matmul(inputs, weights, False, False)], [inputs])
+    values = np.full((1, 2 * GROUP), 0.25, np.float32)
+    values[:, ::GROUP] = 127
+    (result,) = _core().compile_model(model, "CPU", _numbers(True))(values).values()
+    return float(result[0, 0]) != float(values.sum())
 
 
 def _keep_states(model: Any, signature: Signature) -> None:
