@@ -16,7 +16,7 @@ from export.build import Options, build
 from export.family import Family, families, family_of
 from export.graph import parameter_names
 from export.source import open_component, resolve
-from runtime.errors import SourceError, UnsupportedModel
+from runtime.errors import NotFound, SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
 State = dict[str, torch.Tensor]
@@ -204,6 +204,22 @@ def test_assets_are_the_model_s_own_files(checkpoint: Path) -> None:
     source = resolve(str(checkpoint))
     for path, file in family_of(source).assets(source).items():
         assert file.is_file() and file.is_relative_to(checkpoint) and re.fullmatch(r"(tokenizer(_2)?|scheduler|preprocessor)/[^/]+", path)
+
+
+@pytest.mark.parametrize("folder", ["tokenizer", "scheduler"])
+def test_a_missing_asset_is_named(tiny_diffusion: Path, tmp_path: Path, folder: str) -> None:
+    copy = Path(shutil.copytree(tiny_diffusion, tmp_path / "copy"))
+    shutil.rmtree(copy / folder)
+    with pytest.raises(NotFound, match=rf"{folder} does not exist: a StableDiffusionPipeline needs it\. Download"):
+        family_of(resolve(str(copy))).assets(resolve(str(copy)))
+
+
+def test_an_inpainting_unet_is_refused(tiny_diffusion: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_diffusion, tmp_path / "copy"))
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"in_channels": 9}))
+    with pytest.raises(UnsupportedModel, match=r"in_channels 9 \(expected 4\)"):
+        family_of(resolve(str(copy))).parts(resolve(str(copy)), False)
 
 
 def test_a_model_may_say_how_it_is_best_drawn_with(tiny_diffusion: Path, tmp_path: Path) -> None:

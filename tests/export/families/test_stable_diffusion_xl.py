@@ -19,6 +19,7 @@ import calibration.scenes
 import export.cli
 from calibration.data import capture
 from export.build import Build, Options, build
+from export.families.stable_diffusion import Grid
 from export.family import family_of
 from export.source import resolve
 from profiles.probes import Settings, probes
@@ -27,7 +28,7 @@ from runtime.bundle import Bundle
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.loading import LoadedModel, load_model
 from runtime.pipeline import ImageReady, drive
-from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest, random_stream
+from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest, Sizes, random_stream
 from runtime.signature import Array
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
@@ -101,6 +102,11 @@ def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle:
     assert config.sizes.default == theirs.default_sample_size * theirs.vae_scale_factor
     assert (config.sampler, config.defaults.guidance_scale) == ("euler", 5.0)
     assert config.added is not None and config.added.force_zeros_for_empty_prompt
+
+
+def test_the_published_shape_draws_1024_pixels() -> None:
+    grid = Grid.of({"sample_size": 128, "block_out_channels": (320, 640, 1280)}, {"block_out_channels": (128, 256, 512, 512)})
+    assert grid.sizes == Sizes(min=32, max=4096, default=1024, multiple=32)
 
 
 def test_a_bundle_of_faithful_parts(xl_bundle: Path) -> None:
