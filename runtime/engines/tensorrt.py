@@ -6,12 +6,14 @@ signature are one optimization profile; decoders have two, for one position and 
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, BinaryIO, ClassVar, Final, Literal, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,7 +22,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from runtime import cuda
 from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options, Slot
-from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency, did_you_mean
+from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency, ResourceExhausted, did_you_mean
 from runtime.lowering import to_half
 from runtime.optional import require
 from runtime.signature import Array, Dim, Signature, Tensor
@@ -30,6 +32,8 @@ STANDARD_DOMAINS: Final = ("", "ai.onnx")
 AMPERE: Final = 80
 OLDEST_FLOAT32: Final = 80
 """TensorRT for RTX multiplies float32 matrices from compute capability 8.0 on; it refuses them for 7.5."""
+INLINE_BYTES: Final = 1024
+"""Converted weights from this size on are handed over by address: a serialized graph holds 2 GB at most."""
 PREFILL: Final = 256
 """Usual number of new positions in the profile for many: about one picture and a question."""
 UNITS: Final[Mapping[str, int]] = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
@@ -188,15 +192,15 @@ class TensorRT(Engine):
         capabilities = cls._capabilities(settings)
         lowered = _lower(submodel, graph, settings)
         output.mkdir(parents=True, exist_ok=True)
+        files = [f"{submodel.name}.engine"]
         with _Compiler(cls.sdk, submodel, settings, options.progress) as compiler:
             compiler.parse(lowered, graph)
             compiler.configure(capabilities)
-            plan = compiler.build()
-        files = {f"{submodel.name}.engine": plan}
+            compiler.build(output / files[0])
         if settings.weights == "stripped":
-            files[f"{submodel.name}.onnx"] = lowered
-        for name, content in files.items():
-            _write(output / name, content)
+            files.append(f"{submodel.name}.onnx")
+            with _written(output / files[1]) as file:
+                file.write(lowered.content)
         key = {"sdk": found.version, "compute_capability": ",".join(map(_dotted, capabilities)), **settings.key()}
         return Artifact(target=cls.target, submodel=submodel.name, files=tuple(files), key=key, seconds=time.perf_counter() - start)
 
@@ -295,15 +299,31 @@ def _dotted(capability: int) -> str:
     return f"{capability // 10}.{capability % 10}"
 
 
-def _write(path: Path, content: Any) -> None:
-    """Under its own name only once it is complete."""
+@contextmanager
+def _written(path: Path) -> Iterator[BinaryIO]:
+    """A file that has its name only once it is complete. Raises ResourceExhausted when the disk is full."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceExhausted(f"the disk filled up while writing {path}: free some space or choose another --output") from None
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _lower(submodel: Submodel, graph: Path, settings: Settings) -> bytes:
-    """The canonical graph as this target takes it, serialized: weights stay in the files beside `graph`."""
+class Lowered(NamedTuple):
+    """A graph as this target takes it, serialized. Weights lie in the canonical files; those that changed their type, in `converted`."""
+
+    content: bytes
+    converted: Mapping[str, Array]
+
+
+def _lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
+    """The canonical graph in the type that the submodel computes in, a decoder with caches of fixed length."""
     ir = require("onnx_ir", "export")
     try:
         model = ir.load(graph)
@@ -319,8 +339,14 @@ def _lower(submodel: Submodel, graph: Path, settings: Settings) -> bytes:
         model = to_half(model, submodel.compute, submodel.keep)
     if submodel.signature.states:
         model = with_static_cache(model, submodel.signature, _capacity(submodel.signature, settings))
-    lowered: bytes = ir.to_proto(model).SerializeToString()
-    return lowered
+    converted = {}
+    if settings.weights != "stripped":  # those are written with the graph, for the device to read
+        for name, value in model.graph.initializers.items():
+            tensor = value.const_value
+            if isinstance(tensor, ir.LazyTensor) and tensor.nbytes >= INLINE_BYTES:
+                converted[name] = np.frombuffer(tensor.tobytes(), np.uint8)
+                value.const_value = ir.ExternalTensor("converted", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+    return Lowered(ir.to_proto(model).SerializeToString(), converted)
 
 
 def _capacity(signature: Signature, settings: Settings) -> int:
@@ -340,6 +366,7 @@ class _Compiler:
         self.messages: list[str] = []
         self.monitor = _monitor(self.trt, progress)
         self.parser: Any = None
+        self.weights: Mapping[str, Array] = {}
 
     def __enter__(self) -> _Compiler:
         trt = self.trt
@@ -363,11 +390,15 @@ class _Compiler:
         reason = _reasons(self.messages) or "it gives no reason"
         return EngineError(f"{self.sdk.name} {self.trt.__version__} could not compile {self.submodel.name} ({step}): {reason}")
 
-    def parse(self, lowered: bytes, graph: Path) -> None:
-        """Read the graph, its weights from the folder of `graph`. Attention without a kernel of its own is taken apart."""
+    def parse(self, lowered: Lowered, graph: Path) -> None:
+        """Read the graph, mapping its weights from the folder of `graph`. Attention without a kernel of its own is taken apart."""
         trt = self.trt
         self.parser = trt.OnnxParser(self.network, self.logger)
-        if not self.parser.parse(lowered, str(graph)):
+        self.weights = lowered.converted  # read until the plan is built
+        loaded = self.parser.load_model_proto(lowered.content, str(graph)) and all(
+            self.parser.load_initializer(name, values.ctypes.data, values.nbytes) for name, values in self.weights.items()
+        )
+        if not (loaded and self.parser.parse_model_proto()):
             self.messages[:] = [str(self.parser.get_error(index).desc()) for index in range(self.parser.num_errors)] or self.messages
             raise self.error("read its graph")
         for index in range(self.network.num_layers):
@@ -403,17 +434,20 @@ class _Compiler:
             if config.add_optimization_profile(profile) < 0:
                 raise self.error("set its profile")
 
-    def build(self) -> Any:
-        """The plan: a buffer of bytes."""
+    def build(self, path: Path) -> None:
+        """Write the plan as it is made, some 64 MiB at a time: it need not fit into memory beside the weights."""
         cache = self._timing_cache()
-        plan = self.builder.build_serialized_network(self.network, self.config)
-        if self.monitor.stopped is not None:
-            raise self.monitor.stopped
-        if plan is None:
-            raise self.error("build its engine")
+        with _written(path) as file:
+            writer = _writer(self.trt, file)
+            done = self.builder.build_serialized_network_to_stream(self.network, self.config, writer)
+            for stopped in (self.monitor.stopped, writer.failed):
+                if stopped is not None:
+                    raise stopped
+            if not done:
+                raise self.error("build its engine")
         if cache is not None:
-            _write(Path(self.settings.timing_cache), self.config.get_timing_cache().serialize())
-        return plan
+            with _written(Path(self.settings.timing_cache)) as file:
+                file.write(self.config.get_timing_cache().serialize())
 
     def _timing_cache(self) -> Any:
         if not self.settings.timing_cache or self.sdk.ahead:
@@ -482,6 +516,24 @@ def _logger(trt: Any, messages: list[str]) -> Any:
                 messages.append(text)
 
     return Logger()
+
+
+def _writer(trt: Any, file: BinaryIO) -> Any:
+    """A stream that the SDK writes a plan to. Exceptions may not pass through its code: `failed` holds the first."""
+
+    class Writer(trt.IStreamWriter):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IStreamWriter.__init__(self)
+            self.failed: BaseException | None = None
+
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except BaseException as error:
+                self.failed = self.failed or error
+                return 0
+
+    return Writer()
 
 
 def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
@@ -718,7 +770,8 @@ class _Plan:
     def close(self) -> None:
         """Free everything; keep the kernels that were made where there is a file for them. May be called twice."""
         if self.cache is not None and self.settings.runtime_cache is not None:
-            _write(self.settings.runtime_cache, self.cache.serialize())
+            with _written(self.settings.runtime_cache) as file:
+                file.write(self.cache.serialize())
         self.cache = None
         for call in self.last:
             if call is not None and call.graph is not None:

@@ -173,7 +173,7 @@ def with_engines(bundle: Bundle, root: Path, key: dict[str, str]) -> Path:
     for submodel in bundle.manifest.submodels:
         graph = bundle.root / submodel.graph
         head = json.dumps({"weights": str(graph.parent)}).encode()
-        (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + _lower(submodel, graph, Settings()))
+        (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + _lower(submodel, graph, Settings()).content)
         artifacts.append(Artifact(target=FakeTarget.target, submodel=submodel.name, files=(f"{submodel.name}.engine",), key=key))
     manifest = bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)})
     (root / "manifest.json").write_text(manifest.model_dump_json())
