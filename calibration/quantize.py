@@ -7,6 +7,7 @@ with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and 
     int8 weight [K, N]    codes [K, N], float32 scales [N]            -> DequantizeLinear(axis=1)                     -> MatMul, Gemm
     int8 weight [O, ...]  codes [O, ...], float32 scales [O]          -> DequantizeLinear(axis=0)                     -> Conv
     int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
+    fp8 of either         as int8, with codes of E4M3 (FLOAT8E4M3FN) and scales that put the peak at 448
 
 Everything is symmetric: TensorRT accepts no other zero point. Nothing here depends on a model's name.
 """
@@ -22,11 +23,13 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from calibration.float8 import FP8_PEAK, Float8Weight
 from calibration.ranges import Range
 from calibration.weights import INT8_PEAK, Floats, QuantizedWeight
 from runtime.errors import InvalidInput, did_you_mean
+from runtime.lowering import Half
 
-WeightType = Literal["float", "int8", "int4"]
+WeightType = Literal["float", "int8", "int4", "fp8"]
 
 SMALL: Final = 4096
 """Weights of fewer elements stay as they are: nothing to save, and the first and last layers of small models are among them."""
@@ -44,15 +47,23 @@ class Recipe:
 
     `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead.
     `activations` quantizes the inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the
-    largest magnitude seen: what the methods of calibration are measured against.
+    largest magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are quantized.
+    `half` quantizes nothing: all weights are stored in it (`calibration.precision`), and targets that can compute in it.
     """
 
     name: str
-    bits: Literal[4, 8]
+    bits: Literal[4, 8, 16]
     block: int = 64
     worth: int = 1 << 15
     activations: bool = False
     naive: bool = False
+    fp8: bool = False
+    half: Half | None = None
+
+    @property
+    def precisions(self) -> frozenset[str]:
+        """What a target must have kernels for: none for half, which all read and compute in float32 where they must."""
+        return frozenset({4: {"int4", "int8"}, 8: {"int8", "fp8"} if self.fp8 else {"int8"}, 16: set()}[self.bits])
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
@@ -62,6 +73,9 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         Recipe("int8-naive", 8, activations=True, naive=True),
         Recipe("int8-weight", 8),
         Recipe("int4", 4),
+        Recipe("fp8", 8, activations=True, fp8=True),
+        Recipe("fp16", 16, half="float16"),
+        Recipe("bf16", 16, half="bfloat16"),
     )
 }
 
@@ -155,7 +169,7 @@ def quantize(
         raise InvalidInput("ranges", f"lack {len(missing)} activations ({', '.join(missing[:3])}): calibrate first")
     copy = model.clone()
     weights: dict[tuple[str, WeightType, int], ir.Value] = {}
-    activations: dict[str, ir.Value] = {}
+    activations: dict[tuple[str, bool], ir.Value] = {}
     for layer in weight_layers(copy):
         planned = plans[name_of(layer.node)]
         if planned.weight_type != "float":
@@ -167,10 +181,10 @@ def quantize(
                 layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
         if planned.activation:
             source = layer.node.inputs[0]
-            name = name_of(source)
-            if name not in activations:
-                activations[name] = add_activation(copy, layer.node, ranges[name])
-            layer.node.replace_input_with(0, activations[name])
+            read = name_of(source), planned.weight_type == "fp8"
+            if read not in activations:
+                activations[read] = add_activation(copy, layer.node, ranges[read[0]], fp8=read[1])
+            layer.node.replace_input_with(0, activations[read])
     common.RemoveUnusedNodesPass()(copy)
     return copy
 
@@ -202,6 +216,8 @@ def layer_of(node: ir.Node) -> Layer | None:
 def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> LayerPlan:
     rows, columns = layer.matrix
     planned = LayerPlan(name_of(layer.node), layer.node.op_type, name_of(layer.weight), rows * columns, "float", 0, False)
+    if recipe.half:
+        return planned
     if rows * columns < SMALL:
         return replace(planned, reason=f"fewer than {SMALL} elements")
     if recipe.bits == 4 and layer.node.op_type == "Conv":
@@ -228,7 +244,9 @@ def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> La
     seen = ranges.get(name_of(layer.node.inputs[0]))
     if obstacle is None and seen is not None and not recipe.naive and not seen.snr_db >= LEAST_SNR:
         obstacle = f"int8 would leave its input {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}"
-    return replace(planned, activation=obstacle is None, reason=obstacle or "")
+    if obstacle is not None:
+        return replace(planned, reason=obstacle)  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
+    return replace(planned, weight_type="fp8" if recipe.fp8 else "int8", activation=True)
 
 
 def _activation_obstacle(layer: Layer) -> str | None:
@@ -240,16 +258,17 @@ def _activation_obstacle(layer: Layer) -> str | None:
     return None
 
 
-def add_activation(model: ir.Model, consumer: ir.Node, seen: Range) -> ir.Value:
-    """QuantizeLinear and DequantizeLinear on the consumer's first input, before the consumer."""
+def add_activation(model: ir.Model, consumer: ir.Node, seen: Range, fp8: bool = False) -> ir.Value:
+    """QuantizeLinear and DequantizeLinear, of int8 or E4M3, on the consumer's first input, before the consumer."""
     source = consumer.inputs[0]
     assert source is not None
-    name = name_of(source)
-    step = max(seen.peak / INT8_PEAK, float(np.finfo(np.float32).tiny))  # a tensor that is always zero still needs a scale
-    scale = add_initializer(model, f"{name}.scale", ir.tensor(np.float32(step)))
-    zero = add_initializer(model, f"{name}.zero_point", ir.tensor(np.int8(0)))
-    quantized = _node("QuantizeLinear", [source, scale, zero], {}, f"{name}.int8", ir.DataType.INT8, source.shape)
-    restored = _node("DequantizeLinear", [quantized, scale, zero], {}, f"{name}.dequantized", ir.DataType.FLOAT, source.shape)
+    name, code = name_of(source), "fp8" if fp8 else "int8"
+    dtype, peak = (ir.DataType.FLOAT8E4M3FN, FP8_PEAK) if fp8 else (ir.DataType.INT8, INT8_PEAK)
+    step = max(seen.peak / peak, float(np.finfo(np.float32).tiny))  # a tensor that is always zero still needs a scale
+    scale = add_initializer(model, f"{name}.{code}.scale", ir.tensor(np.float32(step)))
+    zero = add_initializer(model, f"{name}.{code}.zero_point", ir.tensor(np.zeros((), dtype.numpy())))
+    quantized = _node("QuantizeLinear", [source, scale, zero], {}, f"{name}.{code}", dtype, source.shape)
+    restored = _node("DequantizeLinear", [quantized, scale, zero], {}, f"{name}.{code}.dequantized", ir.DataType.FLOAT, source.shape)
     _insert(model, consumer, quantized, restored)
     return restored
 
@@ -258,14 +277,16 @@ def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Fl
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
     name, first = f"{planned.weight}.{planned.weight_type}", model.graph[0]
-    weight = QuantizedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, importance)
+    fp8, source, transposed = planned.weight_type == "fp8", tensor_of(layer.weight), layer.transposed or conv
+    weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance)
     if planned.weight_type == "int4":
         codes = _lazy(model, name, ir.DataType.INT4, (rows, columns), weight.codes)
         stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
         scale = _node("Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape)
         attributes, values = {"axis": 0, "block_size": planned.block}, [scale]
     else:
-        codes = _lazy(model, name, ir.DataType.INT8, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes)
+        dtype = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.INT8
+        codes = _lazy(model, name, dtype, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes)
         scale = _lazy(model, f"{name}.scale", ir.DataType.FLOAT, (columns,), weight.scales)
         attributes, values = {"axis": 0 if conv else 1}, []
     restored = _node("DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -61,6 +61,8 @@ class Engine(ABC):
     target: ClassVar[str]
     rank: ClassVar[int]
     """Order of preference among usable targets: lower is tried first."""
+    precisions: ClassVar[frozenset[str]] = frozenset({"float32", "int8", "int4"})
+    """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is slower than float32."""
     device: str
     submodel: Submodel
 
@@ -137,6 +139,19 @@ def targets() -> dict[str, type[Engine]]:
         loaded = importlib.import_module(f"runtime.engines.{module.name}")
         found += [c for c in vars(loaded).values() if isinstance(c, type) and issubclass(c, Engine) and c.__module__ == loaded.__name__]
     return {engine.target: engine for engine in sorted(found, key=lambda engine: engine.rank)}
+
+
+def check_precisions(names: Iterable[str], needed: Collection[str]) -> None:
+    """Raise InvalidInput when one of these targets has no kernels for what a recipe makes of layers, naming those that have."""
+    able = [engine.target for engine in targets().values() if engine.precisions.issuperset(needed)]
+    for name in names:
+        lacking = sorted(set(needed) - target(name).precisions)
+        if lacking:
+            raise InvalidInput(
+                "target",
+                f"{name} cannot compute in {' and '.join(lacking)}, only in {', '.join(sorted(target(name).precisions))}: "
+                f"choose another --quant, or of the targets {', '.join(able) or 'none that is known here'}",
+            )
 
 
 def target(name: str) -> type[Engine]:

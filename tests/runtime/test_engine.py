@@ -1,0 +1,32 @@
+"""What targets say of themselves."""
+
+from __future__ import annotations
+
+import pytest
+
+from calibration.quantize import RECIPES
+from runtime.engine import check_precisions, targets
+from runtime.errors import InvalidInput, NotFound
+
+
+@pytest.mark.parametrize("recipe", [name for name, found in RECIPES.items() if not found.fp8])
+def test_every_target_takes_what_all_can(recipe: str) -> None:
+    check_precisions(targets(), RECIPES[recipe].precisions)
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_fp8_is_refused_where_it_would_be_emulated(name: str) -> None:
+    with pytest.raises(InvalidInput, match=f"target: {name} cannot compute in fp8, only in float32, int4, int8: choose another --quant"):
+        check_precisions([name], RECIPES["fp8"].precisions)
+
+
+def test_targets_that_can_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets()["openvino"], "precisions", frozenset({"float32", "int8", "int4", "fp8"}))
+    check_precisions(["openvino"], RECIPES["fp8"].precisions)
+    with pytest.raises(InvalidInput, match=r"of the targets .*openvino"):
+        check_precisions(["openvino", "onnxruntime"], RECIPES["fp8"].precisions)
+
+
+def test_unknown_targets_are_named() -> None:
+    with pytest.raises(NotFound, match="did you mean 'openvino'"):
+        check_precisions(["openvin"], {"int8"})
