@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,6 +19,9 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError
 from runtime.signature import Array
+
+BATCH: Final = "batch"
+"""The dim along which rows do not depend on each other."""
 
 
 def lean_session(model: ir.Model) -> ort.InferenceSession:
@@ -33,6 +36,13 @@ def lean_session(model: ir.Model) -> ort.InferenceSession:
     for folder in folders:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
     return ort.InferenceSession(ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def rows_of(inputs: Mapping[str, Array], session: ort.InferenceSession) -> list[dict[str, Array]]:
+    """The inputs of each row of a batch: attention over a large picture holds gigabytes for every row that runs."""
+    batched = {asked.name for asked in session.get_inputs() if asked.shape and asked.shape[0] == BATCH}
+    count = max((len(array) for name, array in inputs.items() if name in batched), default=1)
+    return [{name: array[row : row + 1] if name in batched else array for name, array in inputs.items()} for row in range(count)]
 
 
 def _weights_first(model: ir.Model) -> ir.Model:
@@ -85,7 +95,11 @@ class LeanEngine(Engine):
             batch = len(next(iter(inputs.values())))
             past = {s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), s.past.dtype) for s in signature.states}
         try:
-            results = dict(zip(names, self._session.run(names, {**inputs, **past}), strict=True))
+            if signature.states:
+                results = dict(zip(names, self._session.run(names, {**inputs, **past}), strict=True))
+            else:
+                every = [self._session.run(names, row) for row in rows_of(inputs, self._session)]
+                results = {name: np.concatenate(rows) for name, rows in zip(names, zip(*every, strict=True), strict=True)}
         except Exception as error:  # the SDK raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
         if signature.states and slot is not None:

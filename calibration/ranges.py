@@ -1,7 +1,8 @@
 """Ranges and channel statistics of activations, from real runs of a float graph through ONNX Runtime.
 
-Memory is bounded: each tensor is reduced to a histogram of magnitudes, or to sums and a few rows, as soon as it is seen, and a graph whose
-tensors would not fit together is run in groups. Nothing is random, so the same inputs give the same figures.
+The graph itself reduces each tensor, as soon as it is there, to its extremes, its sums and some of its values, evenly spread: one run of
+each input on mapped weights tells everything, in little more memory than the run takes. Nothing is random, so the same inputs give the
+same figures.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple, Protocol, get_args
+from typing import Any, Final, Literal, NamedTuple, get_args
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime
 from numpy.typing import NDArray
+from onnx_ir.passes import common
 
+from calibration.lean import lean_session, rows_of
 from calibration.weights import INT8_PEAK, Floats
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.signature import Array
@@ -24,14 +25,10 @@ from runtime.signature import Array
 BINS: Final = 4096
 CLIPS: Final = tuple(1 - i / 50 for i in range(36))
 """Shares of the largest magnitude tried as the peak that int8 spans."""
-GROUP_BYTES: Final = 512 << 20
-"""Activations that one run may return together, of the size they have with the first input."""
-
-
+VALUES: Final = 1 << 18
+"""Values kept of each tensor over all calls, at least, where there are so many; at most about three times as many."""
 ROWS: Final = 128
-"""Rows kept of each tensor, about: one at least of each call."""
-CHUNK: Final = 1 << 20
-"""Elements scaled in one step."""
+"""Rows kept of each tensor for `ChannelStats`, about: one at least of each call."""
 PERCENTILE: Final = 99.99
 
 Method = Literal["minmax", "percentile", "mse"]
@@ -101,8 +98,8 @@ class Histogram:
         self.top = 0.0
         self.largest = 0.0
 
-    def add(self, values: Array, weights: Floats | None = None) -> None:
-        """Count magnitudes, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
+    def add(self, values: Array, weights: Floats | None = None, times: float = 1.0) -> None:
+        """Count magnitudes `times` each, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
         magnitudes = np.abs(values, dtype=np.float32).reshape(-1)
         largest = float(magnitudes.max(initial=0))
         if not np.isfinite(largest):
@@ -110,7 +107,7 @@ class Histogram:
         self.largest = max(self.largest, largest)
         counted = None if weights is None else np.broadcast_to(weights, values.shape).reshape(-1)
         if largest == 0:
-            self.counts[0] += magnitudes.size if counted is None else counted.sum(dtype=np.float64)
+            self.counts[0] += times * (magnitudes.size if counted is None else counted.sum(dtype=np.float64))
             return
         if self.top == 0:
             self.top = 2.0 ** np.ceil(np.log2(largest))  # a power of two, so that doubling later is exact
@@ -119,7 +116,7 @@ class Histogram:
             self.counts[BINS // 2 :] = 0
             self.top *= 2
         magnitudes *= np.float32(BINS / self.top)
-        self.counts += np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), counted, minlength=BINS)
+        self.counts += times * np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), counted, minlength=BINS)
 
     def range(self, method: Method | Literal["auto"] = "auto") -> Range:
         """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals the simplest.
@@ -151,35 +148,94 @@ class Histogram:
 
 
 class Channels:
-    """Sums over the channels of one tensor, and `wanted` rows of each call."""
+    """Sums over the channels of one tensor, and some rows of each call."""
 
-    def __init__(self, wanted: int) -> None:
-        self.wanted = wanted
+    def __init__(self) -> None:
         self.count = 0
         self.largest: Any = 0.0
         self.magnitude: Any = 0.0
         self.square: Any = 0.0
         self.rows: list[Floats] = []
 
-    def add(self, values: Array) -> None:
-        """Sum [..., K]. Raises ValueError for NaN and infinity."""
-        rows = values.reshape(-1, values.shape[-1]).astype(np.float32, copy=False)
-        magnitudes = np.abs(rows)
-        largest = magnitudes.max(axis=0, initial=0)
-        if not np.isfinite(largest).all():
-            raise ValueError("holds NaN or infinity")
-        self.count += len(rows)
+    def add(self, count: int, largest: Floats, magnitude: Floats, square: Floats, rows: Floats) -> None:
+        """Add sums over `count` rows: the largest magnitude, the sum of magnitudes and of squares, each [K]; and some rows [R, K]."""
+        self.count += count
         self.largest = np.maximum(self.largest, largest)
-        self.magnitude = self.magnitude + magnitudes.sum(axis=0, dtype=np.float64)
-        self.square = self.square + np.einsum("ij,ij->j", rows, rows, dtype=np.float64)
-        spread = np.linspace(0, len(rows) - 1, min(self.wanted, len(rows))).astype(int)
-        self.rows.append(rows[spread])
+        self.magnitude = self.magnitude + magnitude.astype(np.float64)
+        self.square = self.square + square.astype(np.float64)
+        self.rows.append(rows)
 
-    def stats(self) -> ChannelStats:
+    def stats(self, wanted: int = ROWS) -> ChannelStats:
+        """What was seen, with about `wanted` of the rows, evenly spread over the calls."""
         count = max(self.count, 1)
         highest = float(np.finfo(np.float32).max)
         magnitude, square = (np.minimum(total / count, highest).astype(np.float32) for total in (self.magnitude, self.square))
-        return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(self.rows), self.count)
+        each = -(-wanted // max(len(self.rows), 1))
+        rows = [rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)] for rows in self.rows]
+        return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(rows), self.count)
+
+
+class _Seen(NamedTuple):
+    """One tensor of one call: every `step`th of its values, or of its rows [R, K], and the largest magnitude, of all or of each channel."""
+
+    values: Floats
+    step: int
+    largest: Floats
+
+    def into(self, histogram: Histogram, scales: Floats | None) -> None:
+        """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied again."""
+        values, largest, weights = self.values, self.largest, None
+        if scales is not None:
+            values, largest, weights = values / scales, largest / scales, scales**2
+        histogram.add(values, weights, self.step)
+        if self.step > 1:  # else it was among the values
+            top = np.argmax(largest)
+            histogram.add(largest.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1])
+
+
+class Observation:
+    """What was seen of some tensors of a graph over all calls: all of them as they are read, some by channel."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[_Seen]] = {}
+        self._channels: dict[str, tuple[Channels, Channels]] = {}
+
+    def ranges(
+        self, names: Sequence[str], method: Method | Literal["auto"] = "auto", scales: Mapping[str, Floats] | None = None
+    ) -> dict[str, Range]:
+        """The range of each named tensor.
+
+        `scales` divides the channels of some of those seen by channel, positive float32 [K] each: their ranges after equalization, measured
+        on the graph before it. Errors then count by the square of their channel's scale, for the weights that they meet are multiplied by
+        it: both the range and the ratio are those that the products see. Raises InvalidInput for an unknown method.
+        """
+        if method not in ("auto", *METHODS):
+            raise InvalidInput("method", f"'{method}' is not known: {did_you_mean(method, ('auto', *METHODS))}")
+        found = {}
+        for name in names:
+            histogram = Histogram()
+            for seen in self._seen[name]:
+                seen.into(histogram, (scales or {}).get(name))
+            found[name] = histogram.range(method)
+        return found
+
+    @property
+    def stats(self) -> dict[str, ChannelStats]:
+        """The channel statistics of each tensor seen so: of every other call and of the rest, merged."""
+        return {
+            name: ChannelStats.merged([half.stats(ROWS // 2 if halves[1].rows else ROWS) for half in halves if half.rows])
+            for name, halves in self._channels.items()
+        }
+
+    def add(self, name: str, call: int, found: Mapping[str, Any]) -> None:
+        """Add what the graph said of a tensor. Raises ValueError when it held NaN or infinity."""
+        largest = np.asarray(np.maximum(found["max"], -found["min"]))
+        if not np.isfinite(largest).all() or np.isnan(found["magnitude"]).any():  # a maximum may pass over NaN, a sum does not
+            raise ValueError("holds NaN or infinity")
+        self._seen.setdefault(name, []).append(_Seen(found["values"], int(found["step"][0]), largest))
+        if "square" in found:
+            halves = self._channels.setdefault(name, (Channels(), Channels()))
+            halves[call % 2].add(int(found["count"][0]), largest, found["magnitude"], found["square"], found["values"])
 
 
 def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
@@ -188,121 +244,117 @@ def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
     return (values - step * np.minimum(np.rint(values / step), INT8_PEAK)) ** 2
 
 
+def observe(model: ir.Model, tensors: Sequence[str], channels: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Observation:
+    """Run a float graph on the captured inputs; what is seen of the named tensors, of some by channel, their last axis.
+
+    Raises InvalidInput when there are no samples, the graph has no such tensor, or one held NaN or infinity.
+    """
+    names = [*dict.fromkeys([*channels, *tensors])]
+    found = Observation()
+    if not names:
+        return found
+    if not samples:
+        raise InvalidInput("samples", f"are none, expected at least one captured input for {model.graph.name}: calibrate with more prompts")
+    watched, outputs = _watched(model, names, set(channels), len(samples))
+    session = lean_session(watched)
+    wanted = [output for every in outputs.values() for output in every.values()]
+    for call, sample in enumerate(samples):
+        for row in rows_of(sample, session):
+            values = iter(session.run(wanted, row))
+            for name, every in outputs.items():
+                try:
+                    found.add(name, call, {key: next(values) for key in every})
+                except ValueError as error:
+                    raise InvalidInput("samples", f"tensor '{name}' of {model.graph.name} {error}: it cannot be calibrated") from None
+    return found
+
+
 def collect_ranges(
-    graph: Path,
+    model: ir.Model,
     tensors: Sequence[str],
     samples: Sequence[Mapping[str, Array]],
     method: Method | Literal["auto"] = "auto",
     scales: Mapping[str, Floats] | None = None,
 ) -> dict[str, Range]:
-    """The range of each named tensor of the float graph (`model.onnx` beside its weights) over the captured inputs.
+    """The range of each named tensor, as `observe` and `Observation.ranges` find it."""
+    return observe(model, tensors, [name for name in tensors if name in (scales or {})], samples).ranges(tensors, method, scales)
 
-    `scales` divides the channels of some tensors, positive float32 [K] each: their ranges after equalization, measured on the graph
-    before it. Errors then count by the square of their channel's scale, for the weights that they meet are multiplied by it: both the range
-    and the ratio are those that the products see.
-    Raises InvalidInput for an unknown method, when there are no samples, the graph has no such tensor, or a tensor held NaN or infinity.
+
+def _watched(model: ir.Model, names: Sequence[str], channels: set[str], calls: int) -> tuple[ir.Model, dict[str, dict[str, str]]]:
+    """The graph that gives back what is to be known of each tensor instead of its outputs, and by which names.
+
+    ONNX Runtime visits the last of the nodes that nothing reads first: those of the first tensor stand at the end, so that each tensor is
+    reduced before the next is computed.
     """
-    return collect(graph, tensors, (), samples, method, scales)[0]
-
-
-def collect_stats(graph: Path, tensors: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> dict[str, ChannelStats]:
-    """The channel statistics of each named tensor; the rest as collect_ranges."""
-    return collect(graph, (), tensors, samples)[1]
-
-
-def collect(
-    graph: Path,
-    tensors: Sequence[str],
-    channels: Sequence[str],
-    samples: Sequence[Mapping[str, Array]],
-    method: Method | Literal["auto"] = "auto",
-    scales: Mapping[str, Floats] | None = None,
-) -> tuple[dict[str, Range], dict[str, ChannelStats]]:
-    """Ranges of some tensors and channel statistics of some, in the same runs; the rest as collect_ranges."""
-    if method not in ("auto", *METHODS):
-        raise InvalidInput("method", f"'{method}' is not known: {did_you_mean(method, ('auto', *METHODS))}")
-    names = list(dict.fromkeys([*tensors, *channels]))
-    if not names:
-        return {}, {}
-    if not samples:
-        raise InvalidInput(
-            "samples", f"are none, expected at least one captured input for {graph.parent.name}: calibrate with more prompts"
-        )
-    histograms = {name: _Divided((scales or {}).get(name)) for name in tensors}
-    halves = [{name: Channels(-(-ROWS // len(samples))) for name in channels} for _ in samples[:2]]
-    seen: list[list[Mapping[str, _Observer]]] = [[histograms, half] for half in halves]
-    for group in _groups(_element_counts(graph, names, samples[0])):
-        session = _session(graph, group)
-        for i, sample in enumerate(samples):
-            for name, values in zip(group, session.run(group, dict(sample)), strict=True):
-                try:
-                    for observers in seen[i % 2]:
-                        if name in observers:
-                            observers[name].add(values)
-                except ValueError as error:
-                    raise InvalidInput("samples", f"tensor '{name}' of {graph.parent.name} {error}: it cannot be calibrated") from None
-    return (
-        {name: found.histogram.range(method) for name, found in histograms.items()},
-        {name: ChannelStats.merged([half[name].stats() for half in halves]) for name in channels},
-    )
-
-
-class _Observer(Protocol):
-    def add(self, values: Array) -> None: ...
-
-
-class _Divided:
-    """A histogram of what is left when each channel is divided by its scale; errors count as they are once it is multiplied again."""
-
-    def __init__(self, scales: Floats | None) -> None:
-        self.histogram, self.scales = Histogram(), scales
-
-    def add(self, values: Array) -> None:
-        if self.scales is None:
-            self.histogram.add(values)
-            return
-        rows = values.reshape(-1, len(self.scales))
-        step = max(1, CHUNK // len(self.scales))
-        for start in range(0, len(rows), step):
-            self.histogram.add(rows[start : start + step].astype(np.float32) / self.scales, self.scales**2)
-
-
-def _element_counts(graph: Path, tensors: Sequence[str], sample: Mapping[str, Array]) -> dict[str, int]:
-    """How many elements each tensor has with this input: a run that keeps none of them."""
-    sizes = [f"{name}/Size" for name in tensors]
-    session = _session(graph, tensors, sizes)
-    return {name: int(size) for name, size in zip(tensors, session.run(sizes, dict(sample)), strict=True)}
-
-
-def _groups(elements: Mapping[str, int]) -> list[list[str]]:
-    """Names in order, as many together as may be in memory at once."""
-    groups: list[list[str]] = [[]]
-    held = 0
-    for name, count in elements.items():
-        if groups[-1] and held + 4 * count > GROUP_BYTES:
-            groups.append([])
-            held = 0
-        groups[-1].append(name)
-        held += 4 * count
-    return groups
-
-
-def _session(graph: Path, tensors: Sequence[str], sizes: Sequence[str] = ()) -> Any:
-    """A session whose outputs are these tensors, or with `sizes` only how many elements each has."""
-    model = ir.load(graph)
-    values = ir.convenience.create_value_mapping(model.graph)
-    missing = [name for name in tensors if name not in values]
+    copy = model.clone()
+    values = ir.convenience.create_value_mapping(copy.graph)
+    missing = [name for name in names if name not in values]
     if missing:
-        raise InvalidInput("tensors", f"{graph} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another graph")
-    outputs = [values[name] for name in tensors]
-    if sizes:
-        nodes = [ir.node("Size", [value]) for value in outputs]
-        for node, name in zip(nodes, sizes, strict=True):
-            node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.INT64, ir.Shape([])
-        model.graph.extend(nodes)
-        outputs = [node.outputs[0] for node in nodes]
-    model.graph.outputs[:] = outputs
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent))
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"])
+        raise InvalidInput(
+            "tensors", f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another graph"
+        )
+    place = {node: number for number, node in enumerate(copy.graph)}
+    ordered = sorted(names, key=lambda name: place.get(values[name].producer(), -1))  # type: ignore[arg-type]
+    constants = _Constants(copy)
+    copy.graph.outputs.clear()
+    asked = {}
+    for name in reversed(ordered):
+        nodes, outputs = _reduced(values[name], constants, name in channels, calls)
+        copy.graph.extend(nodes)
+        copy.graph.outputs.extend(outputs.values())
+        asked[name] = {key: str(value.name) for key, value in outputs.items()}
+    common.RemoveUnusedNodesPass()(copy)
+    return copy, asked
+
+
+class _Constants:
+    """Integers of a graph as initializers, each once."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._model, self._made = model, dict[tuple[int, ...], ir.Value]()
+
+    def __call__(self, *integers: int) -> ir.Value:
+        if integers not in self._made:
+            name = f"watched.{'_'.join(map(str, integers))}"
+            tensor = ir.tensor(np.array(integers, np.int64), name=name)
+            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(integers)]), const_value=tensor)
+            self._model.graph.register_initializer(value)
+            self._made[integers] = value
+        return self._made[integers]
+
+
+def _reduced(value: ir.Value, constant: _Constants, by_channel: bool, calls: int) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+    """Nodes that reduce a tensor, and what they give.
+
+    max, min and magnitude (the sum of magnitudes): of all or of each channel; values: every `step`th, or rows [R, K]; step: odd, so that
+    neighbours of every alignment are among them. By channel square, the sums of squares, and count, the number of rows.
+    """
+    nodes: list[ir.Node] = []
+
+    def add(op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, rank: int = 1, **attributes: int) -> ir.Value:
+        node = ir.node(op, inputs, attributes, name=f"{value.name}/watched/{len(nodes)}")
+        nodes.append(node)
+        found = node.outputs[0]
+        found.name, found.dtype, found.shape = f"{node.name}:0", dtype, ir.Shape([None] * rank)
+        return found
+
+    width = int(value.shape[-1]) if by_channel and value.shape is not None else 1  # type: ignore[arg-type]
+    flat = add("Reshape", value, constant(-1, width) if by_channel else constant(-1), rank=2 if by_channel else 1)
+    integer = ir.DataType.INT64
+    count = add("Slice", add("Shape", flat, dtype=integer), constant(0), constant(1), dtype=integer)
+    wanted = max(VALUES // width, ROWS if by_channel else 1)
+    ratio = add("Div", count, constant(max(1, wanted // calls)), dtype=integer)
+    less = add("Sub", add("Max", ratio, constant(1), dtype=integer), constant(1), dtype=integer)
+    even = add("Mul", add("Div", less, constant(2), dtype=integer), constant(2), dtype=integer)
+    step = add("Add", even, constant(1), dtype=integer)
+    outputs = {
+        "values": add("Slice", flat, constant(0), constant(2**62), constant(0), step, rank=2 if by_channel else 1),
+        "step": step,
+    }
+    axis = constant(0)
+    sums = {"max": "ReduceMax", "min": "ReduceMin", "magnitude": "ReduceL1"} | ({"square": "ReduceSumSquare"} if by_channel else {})
+    for key, op in sums.items():
+        outputs[key] = add(op, flat, axis, keepdims=0, rank=1 if by_channel else 0)
+    if by_channel:
+        outputs["count"] = count
+    return nodes, outputs

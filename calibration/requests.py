@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -27,7 +27,10 @@ MOST: Final = 128
 TRIES: Final = 4
 """Built-in requests tried for each one wanted."""
 STEPS: Final = 12
+BRIEF_STEPS: Final = (3, 4, 5)
+"""Steps of the built-in requests of a brief capture, one each: twelve calls, each at a noise level of its own."""
 MAX_TOKENS: Final = 24
+BRIEF_TOKENS: Final = 2
 LONGEST: Final = 256 << 20
 """Bytes above which a file is not read: the largest picture that is accepted takes less, even uncompressed."""
 BUILT_IN: Final = "built-in"
@@ -71,7 +74,8 @@ class Asked:
 @dataclass
 class Requests:
     """Where requests come from; to be read once. `origin` is built-in, prompts, images or questions, `size` how many there may be (None:
-    without end), `file` the file's or folder's name. `skipped` grows while the requests are read: what could not be used, and why.
+    without end), `file` the file's or folder's name, `usual` how many are run where no count is asked for. `skipped` grows while the
+    requests are read: what could not be used, and why.
     """
 
     kind: Kind
@@ -79,41 +83,48 @@ class Requests:
     asked: Iterator[Asked]
     size: int | None = None
     file: str = ""
+    usual: int = MOST
     skipped: list[str] = field(default_factory=list)
 
     def wanted(self, count: int | None) -> int:
         """How many requests to run where `count` is asked for, None being what is usual."""
-        most = (REQUESTS if self.size is None else MOST) if count is None else count
+        most = self.usual if count is None else count
         return most if self.size is None else min(most, self.size)
 
 
-def image_requests(seed: int = 0) -> Iterator[ImageRequest]:
-    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out."""
+def image_requests(seed: int = 0, steps: Sequence[int] = (STEPS,)) -> Iterator[ImageRequest]:
+    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out.
+
+    They take `steps` in turn.
+    """
     rng = np.random.default_rng(seed)
     captions = [scene.caption for scene in picture_scenes() if not held_out(scene.caption)]
     for i in count():
         prompt = PROMPTS[i // 2 % len(PROMPTS)] if i % 2 else captions[rng.integers(len(captions))]
-        yield ImageRequest(prompt=prompt, steps=STEPS, seed=seed + i)
+        yield ImageRequest(prompt=prompt, steps=steps[i % len(steps)], seed=seed + i)
 
 
-def chat_requests(seed: int = 0) -> Iterator[ChatRequest]:
-    """Questions about drawn scenes, without end, none of them held out, answered greedily."""
+def chat_requests(seed: int = 0, tokens: int = MAX_TOKENS) -> Iterator[ChatRequest]:
+    """Questions about drawn scenes, without end, none of them held out, answered greedily in `tokens` at most."""
     rng = np.random.default_rng(seed)
     while True:
         scene = draw_scene(rng)
         questions = scene_questions(scene, rng)
         question = questions[rng.integers(len(questions))]
-        yield _question(render(scene, rng), question.text, seed)
+        yield _question(render(scene, rng), question.text, seed, tokens)
 
 
-def _question(picture: Picture, text: str, seed: int) -> ChatRequest:
-    return ChatRequest(messages=(Message("user", (picture, text)),), max_tokens=MAX_TOKENS, temperature=0.0, seed=seed)
+def _question(picture: Picture, text: str, seed: int, tokens: int = MAX_TOKENS) -> ChatRequest:
+    return ChatRequest(messages=(Message("user", (picture, text)),), max_tokens=tokens, temperature=0.0, seed=seed)
 
 
-def built_in(kind: Kind, seed: int = 0) -> Requests:
-    """The requests that need no files."""
-    requests: Iterator[ImageRequest | ChatRequest] = image_requests(seed) if kind == "diffusion" else chat_requests(seed)
-    return Requests(kind, BUILT_IN, (Asked(f"{BUILT_IN} {number}", request) for number, request in enumerate(requests, start=1)))
+def built_in(kind: Kind, seed: int = 0, brief: bool = False) -> Requests:
+    """The requests that need no files; `brief` ones for models of which each call takes many seconds."""
+    drawn = image_requests(seed, BRIEF_STEPS if brief else (STEPS,))
+    asked = chat_requests(seed, BRIEF_TOKENS if brief else MAX_TOKENS)
+    every: Iterator[ImageRequest | ChatRequest] = drawn if kind == "diffusion" else asked
+    requests = (Asked(f"{BUILT_IN} {number}", request) for number, request in enumerate(every, start=1))
+    return Requests(kind, BUILT_IN, requests, usual=len(BRIEF_STEPS) if brief else REQUESTS)
 
 
 def read_prompts(path: Path, kind: Kind, seed: int = 0) -> Requests:

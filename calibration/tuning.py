@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnx_ir as ir
 
 from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
 from calibration.quantize import LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
-from calibration.ranges import Range, collect_ranges, collect_stats
+from calibration.ranges import Range, collect_ranges, observe
 from calibration.weights import Floats
 from runtime.signature import Array
 
@@ -29,20 +28,17 @@ class Tuning:
     importance: Mapping[str, Floats] = field(default_factory=dict)
 
     @classmethod
-    def measure(cls, graph: Path, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
-        """Run the written float graph on the samples. Raises InvalidInput when they are none or give numbers that are not finite."""
-        model = ir.load(graph)
+    def measure(cls, model: ir.Model, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
+        """Run the float graph on the samples, each once. Raises InvalidInput when they are none or give numbers that are not finite."""
         tensors = activation_tensors(model, recipe)
         if recipe.naive:
-            return cls(ranges=collect_ranges(graph, tensors, samples, method="minmax"))
+            return cls(ranges=collect_ranges(model, tensors, samples, method="minmax"))
         layers = plan(model, recipe)  # without ranges: all that could be int8
-        channels = measured_tensors(model, layers)
-        if len(samples) < 2 or not channels:  # one call cannot tell what holds for the next
-            return cls(ranges=collect_ranges(graph, tensors, samples))
-        stats = collect_stats(graph, channels, samples)
-        folds = find_folds(model, layers, stats)
-        ranges = collect_ranges(graph, tensors, samples, scales=folded_scales(folds))
-        return cls(folds, ranges, {name: seen.mean_square for name, seen in folded_stats(stats, folds).items()})
+        channels = measured_tensors(model, layers) if len(samples) > 1 else []  # one call cannot tell what holds for the next
+        seen = observe(model, tensors, channels, samples)
+        folds = find_folds(model, layers, seen.stats)
+        ranges = seen.ranges(tensors, scales=folded_scales(folds))
+        return cls(folds, ranges, {name: stats.mean_square for name, stats in folded_stats(seen.stats, folds).items()})
 
     def folded(self, model: ir.Model) -> ir.Model:
         """The graph that ranges and importance are of; what it computes is the same."""

@@ -47,7 +47,8 @@ QUANTS: Final = ("none", "int8", "int8-naive", "int4", "auto")
 PARITIES: Final = ("auto", "full", "twin")
 QUALITIES: Final = ("auto", "full", "none")
 FULL_QUALITY_BYTES: Final = 1 << 30
-"""`auto` compares quantized models up to this size of weights: the float model runs in little memory, but slowly."""
+"""`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
+slowly."""
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
 M_MMAP_THRESHOLD: Final = -3
@@ -335,7 +336,7 @@ def _samples(state: Build, folder: Path) -> CalibrationSet:
 
     def measure(path: Path) -> None:
         with floating_model(state, folder) as model:
-            record(model, built_in(model.kind), limit=SAMPLES).save(path)
+            record(model, built_in(model.kind, brief=state.nbytes > FULL_QUALITY_BYTES), limit=SAMPLES).save(path)
 
     key = key_of("samples", state.fingerprint, state.family.config(state.source), state.versions, _code())
     return CalibrationSet.load(cached(key, ".safetensors", measure))
@@ -349,9 +350,7 @@ def _tunings(state: Build, folder: Path, samples: CalibrationSet) -> dict[str, T
         for part in filter(state.calibrated, state.parts):
             chosen = state.recipe(part)
             assert chosen is not None
-            graph.write(part_graph(state, part), folder / "float")
-            found[part.name] = Tuning.measure(folder / "float" / graph.MODEL, chosen, samples.samples[part.name]).record()
-            shutil.rmtree(folder / "float")
+            found[part.name] = Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()
         path.write_text(json.dumps(found))
 
     key = key_of("tunings", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())

@@ -14,6 +14,7 @@ from typing import BinaryIO, Final
 import onnx_ir as ir
 from torch import nn
 
+from export.products import divide_products
 from export.source import TensorRef
 from runtime.errors import ResourceExhausted
 
@@ -65,7 +66,7 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
     """Give every parameter of the graph its bytes in the checkpoint, under the checkpoint's own precision.
 
     The graph computes in float32: a weight stored as float16 or bfloat16 is followed by a Cast, which engines fold or fuse. A table that
-    is only looked up is cast after the lookup. Tied weights are one initializer.
+    is only looked up is cast after the lookup. Tied weights are one initializer. Products that are split at once are divided.
     """
     attached: dict[TensorRef, ir.Value] = {}
     for traced, name in names.items():
@@ -77,6 +78,7 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
         del model.graph.initializers[traced]
         _replace(model, value, stored)
         model.graph.initializers[str(stored.name)] = stored
+    divide_products(model)
 
 
 def _stored(name: str, ref: TensorRef) -> ir.Value:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
 from calibration.quantize import RECIPES, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
-from calibration.ranges import Channels, ChannelStats, collect, collect_ranges
+from calibration.ranges import Channels, ChannelStats, collect_ranges, observe
 from calibration.requests import image_requests
 from export.graph import attach, write
 from export.tensors import read_header
@@ -168,7 +168,7 @@ def snr_db(values: Floats, reference: Floats) -> float:
 def measured(graph: Path, recipe: Recipe, samples: Samples) -> tuple[list[LayerPlan], dict[str, ChannelStats], list[Fold]]:
     model = ir.load(graph)
     layers = plan(model, recipe)
-    _, stats = collect(graph, (), measured_tensors(model, layers), samples)
+    stats = observe(model, (), measured_tensors(model, layers), samples).stats
     return layers, stats, find_folds(model, layers, stats)
 
 
@@ -267,7 +267,7 @@ def test_smoothquant_helps_int8_activations(outlying: Path, tmp_path: Path) -> N
     """The same layers each time: those that a plan quantizes with what was folded."""
     *_, folds = measured(outlying, INT8, calls())
     tensors = activation_tensors(ir.load(outlying), INT8)
-    layers = plan(ir.load(outlying), INT8, collect_ranges(outlying, tensors, calls(), scales=folded_scales(folds)))
+    layers = plan(ir.load(outlying), INT8, collect_ranges(ir.load(outlying), tensors, calls(), scales=folded_scales(folds)))
     reference, ratios = run(outlying, calls(seed=1)), {}
     cases: list[tuple[str, list[Fold], Literal["minmax", "auto"]]] = [
         ("naive", [], "minmax"),
@@ -275,7 +275,7 @@ def test_smoothquant_helps_int8_activations(outlying: Path, tmp_path: Path) -> N
         ("smoothed", folds, "auto"),
     ]
     for name, used, method in cases:
-        ranges = collect_ranges(outlying, tensors, calls(), method, folded_scales(used))
+        ranges = collect_ranges(ir.load(outlying), tensors, calls(), method, folded_scales(used))
         copy = quantize(equalize(ir.load(outlying), used), layers, ranges)
         ratios[name] = snr_db(run(written(copy, tmp_path / name), calls(seed=1)), reference)
     print("W8A8: " + ", ".join(f"{name} {ratio:.1f} dB" for name, ratio in ratios.items()))
@@ -308,8 +308,9 @@ def test_awq_helps_int4_weights(outlying: Path, tmp_path: Path) -> None:
 def test_ranges_by_scales_are_those_of_the_folded_graph(outlying: Path, tmp_path: Path) -> None:
     _, stats, folds = measured(outlying, INT8, calls())
     tensors = activation_tensors(ir.load(outlying), INT8)
-    divided = collect_ranges(outlying, tensors, calls(), "minmax", folded_scales(folds))
-    folded, seen = collect(written(equalize(ir.load(outlying), folds), tmp_path / "folded"), tensors, list(stats), calls(), "minmax")
+    divided = collect_ranges(ir.load(outlying), tensors, calls(), "minmax", folded_scales(folds))
+    observed = observe(ir.load(written(equalize(ir.load(outlying), folds), tmp_path / "folded")), tensors, list(stats), calls())
+    folded, seen = observed.ranges(tensors, "minmax"), observed.stats
     for name in tensors:
         assert divided[name].peak == pytest.approx(folded[name].peak, rel=1e-3)
     for name, figures in folded_stats(stats, folds).items():
@@ -322,7 +323,7 @@ def test_ranges_by_scales_are_those_of_the_folded_graph(outlying: Path, tmp_path
 def test_engines_agree_on_what_was_folded(outlying: Path, tmp_path: Path, recipe: Recipe) -> None:
     openvino = pytest.importorskip("openvino")
     layers, _, folds = measured(outlying, recipe, calls())
-    ranges = collect_ranges(outlying, activation_tensors(ir.load(outlying), recipe), calls(), scales=folded_scales(folds))
+    ranges = collect_ranges(ir.load(outlying), activation_tensors(ir.load(outlying), recipe), calls(), scales=folded_scales(folds))
     graph = written(quantize(equalize(ir.load(outlying), folds), layers, ranges), tmp_path / "out")
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
@@ -389,10 +390,12 @@ def merged(rng: np.random.Generator, calls: int, sizes: Sequence[Floats] = ()) -
     """Statistics of random calls, those of the two halves of sizes of their own."""
     parts = []
     for half in range(2):
-        channels = Channels(64)
+        channels = Channels()
         for _ in range(calls):
-            channels.add((rng.standard_normal((64, WIDTH)) * (sizes[half] if sizes else 1)).astype(np.float32))
-        parts.append(channels.stats())
+            rows = (rng.standard_normal((64, WIDTH)) * (sizes[half] if sizes else 1)).astype(np.float32)
+            magnitudes = np.abs(rows)
+            channels.add(len(rows), magnitudes.max(0), magnitudes.sum(0, np.float64), np.square(rows).sum(0, np.float64), rows)
+        parts.append(channels.stats(64 * calls))
     return ChannelStats.merged(parts)
 
 
@@ -448,7 +451,7 @@ def test_the_sample_text_encoder(diffusion_bundle: Path, tmp_path: Path) -> None
         layers, stats, folds = measured(graph, recipe, seen)
         tensors = activation_tensors(model, recipe)
         for name, used in (("naive", []), ("folded", folds)):
-            ranges = collect_ranges(graph, tensors, seen, "auto" if used else "minmax", folded_scales(used))
+            ranges = collect_ranges(model, tensors, seen, "auto" if used else "minmax", folded_scales(used))
             importance = {tensor: figures.mean_square for tensor, figures in folded_stats(stats, used).items()} if used else None
             copy = quantize(equalize(model, used), layers, ranges, importance)
             ratios[recipe.name, name] = snr_db(run(written(copy, tmp_path / recipe.name / name), unseen), reference)

@@ -103,7 +103,7 @@ def snr_db(values: NDArray[np.float32], reference: NDArray[np.float32]) -> float
 
 def quantized(floating: Path, name: str, folder: Path, activations: bool = True) -> tuple[Path, dict[str, LayerPlan]]:
     model, chosen = ir.load(floating), INT4 if name == "int4" else recipe(name, activations)
-    ranges = collect_ranges(floating, activation_tensors(model, chosen), [inputs(), inputs(1)])
+    ranges = collect_ranges(model, activation_tensors(model, chosen), [inputs(), inputs(1)])
     write(quantize(model, plan(model, chosen, ranges), ranges), folder / name)
     onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
     return folder / name / "model.onnx", {layer.weight: layer for layer in plan(model, chosen, ranges)}

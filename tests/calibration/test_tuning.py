@@ -30,7 +30,7 @@ def run(model: ir.Model, sample: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def test_found_folded_and_recorded(tiny_bundle: Path, floating: Path) -> None:
-    found = Tuning.measure(floating, RECIPES["int8"], samples(tiny_bundle))
+    found = Tuning.measure(ir.load(floating), RECIPES["int8"], samples(tiny_bundle))
     again = Tuning.of_record(json.loads(json.dumps(found.record())))
     assert again.ranges == found.ranges and again.ranges
     assert all(np.allclose(again.importance[name], values) for name, values in found.importance.items())
@@ -43,14 +43,14 @@ def test_found_folded_and_recorded(tiny_bundle: Path, floating: Path) -> None:
 
 
 def test_naive_takes_the_largest_magnitude_and_folds_nothing(tiny_bundle: Path, floating: Path) -> None:
-    found = Tuning.measure(floating, RECIPES["int8-naive"], samples(tiny_bundle))
+    found = Tuning.measure(ir.load(floating), RECIPES["int8-naive"], samples(tiny_bundle))
     assert not found.folds and not found.importance and {seen.method for seen in found.ranges.values()} == {"minmax"}
     layers = plan(ir.load(floating), RECIPES["int8-naive"], found.ranges)
     assert all(layer.activation for layer in layers if layer.weight_type == "int8" and layer.op != "Gemm")
 
 
 def test_one_call_gives_ranges_alone(tiny_bundle: Path, floating: Path) -> None:
-    found = Tuning.measure(floating, RECIPES["int8"], samples(tiny_bundle, 1))
+    found = Tuning.measure(ir.load(floating), RECIPES["int8"], samples(tiny_bundle, 1))
     assert found.ranges and not found.folds
 
 
