@@ -53,7 +53,7 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
 class Precision:
     """What a target that can shall compute a submodel in, and the nodes that stay in float32 then, each with the reason.
 
-    `snr_db` is the signal to noise ratio of the outputs against float32, of the mean noise of all outputs.
+    `snr_db` is the signal to noise ratio of the outputs against the reference, of the mean noise of all outputs.
     """
 
     compute: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -62,8 +62,13 @@ class Precision:
     reason: str = ""
 
     @classmethod
-    def measure(cls, graph: Path, half: Half, samples: Sequence[Mapping[str, Array]]) -> Precision:
-        """Try a written canonical graph, of whatever recipe, in half. Raises InvalidInput without samples, or for NaN and infinity."""
+    def measure(cls, graph: Path, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model | None = None) -> Precision:
+        """Try a written canonical graph, of whatever recipe, in half.
+
+        `reference` is what its outputs are compared with: the float graph of a quantized one, for where activations are quantized the least
+        difference changes codes, and half is as near to float as float32 is; None is the graph itself.
+        Raises InvalidInput without samples, or for NaN and infinity.
+        """
         model = ir.load(graph)
         if not samples:
             raise InvalidInput("samples", f"are none, expected captured inputs of {graph.parent.name}: calibrate with more requests")
@@ -73,7 +78,7 @@ class Precision:
         for name, peak in peaks(model, samples).items():
             if peak > limit:
                 keep |= dict.fromkeys(_around(model, name), f"{name} reaches {peak:.3g}")
-        trial = _Trial(model, half, samples[:: -(-len(samples) // CALLS)])
+        trial = _Trial(model, half, samples[:: -(-len(samples) // CALLS)], reference or model)
         best = trial.snr_db(keep)
         for kind, nodes in _kinds(model):
             new = [name for name in nodes if name not in keep]
@@ -81,8 +86,9 @@ class Precision:
             if reached >= best + WORTH:
                 keep |= dict.fromkeys(new, f"{kind}: all of them gain {reached - best:.1f} dB")
                 best = reached
-        if not best >= LEAST_SNR:
-            return cls(reason=f"{half} leaves its outputs {best:.1f} dB, less than {LEAST_SNR:.0f}", snr_db=best)
+        least = min(LEAST_SNR, trial.snr_db() - WORTH) if reference else LEAST_SNR
+        if not best >= least:
+            return cls(reason=f"{half} leaves its outputs {best:.1f} dB, less than {least:.0f}", snr_db=best)
         return cls(half, keep, best)
 
 
@@ -256,15 +262,15 @@ def statistics(model: ir.Model) -> list[str]:
 
 
 class _Trial:
-    """A graph in half against itself in float32, with whichever nodes kept."""
+    """A graph in half against its reference, with whichever nodes kept."""
 
-    def __init__(self, model: ir.Model, half: Half, samples: Sequence[Mapping[str, Array]]) -> None:
+    def __init__(self, model: ir.Model, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model) -> None:
         self.model, self.half, self.samples = model, half, samples
-        self.reference = self._run(model)
+        self.reference = self._run(reference)
 
-    def snr_db(self, keep: Iterable[str]) -> float:
-        """Of the outputs' mean relative noise; -200 where one is NaN or infinite."""
-        found = self._run(emulate(to_half(self.model, self.half, set(keep))))
+    def snr_db(self, keep: Iterable[str] | None = None) -> float:
+        """Of the outputs' mean relative noise, in float32 without `keep`; -200 where one is NaN or infinite."""
+        found = self._run(self.model if keep is None else emulate(to_half(self.model, self.half, set(keep))))
         noises = [_noise(values, wanted) for values, wanted in zip(found, self.reference, strict=True)]
         mean = float(np.mean(noises)) if noises else 0.0
         return -10 * math.log10(max(mean, 1e-20)) if math.isfinite(mean) else -200.0

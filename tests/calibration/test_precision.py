@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from calibration.lean import lean_session
 from calibration.precision import HEADROOM, LEAST_SNR, WORTH, Precision, angles, emulate, peaks, statistics, store
+from calibration.quantize import RECIPES, plan, quantize
+from calibration.ranges import Range
 from export.graph import precision, write
 from runtime.bundle import Bundle
 from runtime.errors import InvalidInput
@@ -182,6 +184,20 @@ def test_half_that_is_too_noisy_is_not_chosen(tmp_path: Path) -> None:
     found = Precision.measure(saved(model, tmp_path), "bfloat16", samples())
     assert found.compute == "float32" and not found.keep
     assert found.reason.startswith("bfloat16 leaves its outputs") and found.snr_db < 30
+
+
+def test_quantized_graphs_are_compared_with_their_float_graph(tmp_path: Path) -> None:
+    """Rounding to half first changes codes of int8 activations: as far from the float graph as before, elsewhere on the way."""
+    draw = Drawing()
+    model = draw.done(draw("MatMul", draw("Tanh", draw.x, name="bent"), draw.constant("w", weights()), name="product"))
+    quantized = quantize(model, plan(model, RECIPES["int8"]), {"bent.out": Range(1.0, 40.0)})
+    graph = saved(quantized, tmp_path)
+    found = Precision.measure(graph, "bfloat16", samples(), model)
+    itself = Precision.measure(graph, "bfloat16", samples())
+    exact = snr_db(outputs(ir.load(graph)), outputs(model))
+    print(f"int8 {exact:.1f} dB, in bfloat16 {found.snr_db:.1f} dB, against itself {itself.snr_db:.1f} dB")
+    assert found.compute == "bfloat16"
+    assert exact - WORTH < found.snr_db < exact + 0.5
 
 
 def test_measuring_needs_samples(tmp_path: Path) -> None:
