@@ -256,10 +256,11 @@ class TensorRT(Engine):
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         try:
+            self.submodel.signature.bind(inputs)
             if not self.submodel.signature.states:
                 return self._plan.run(0, inputs, {})
             return self._run_slot(inputs, slot or Slot())
-        except (EngineError, RuntimeError) as error:  # the SDK's own are RuntimeErrors
+        except (EngineError, InvalidInput, RuntimeError) as error:  # the SDK's own are RuntimeErrors
             raise EngineError(f"{self.sdk.name} could not run {self.submodel.name}: {error}") from None
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
@@ -618,8 +619,6 @@ class _Plan:
         if self.engine.streamable_weights_size > 0:
             self.engine.weight_streaming_budget_v2 = settings.weight_budget or self.engine.get_weight_streaming_automatic_budget()
         self.capacity = self._capacity()
-        past = {state.past.name for state in submodel.signature.states}
-        self.inputs = [tensor for tensor in _engine_inputs(submodel.signature, self.capacity) if tensor.name not in past]
         self.buffers: dict[str, cuda.Buffer] = {}
         self.memory = cuda.Buffer(self.stream)
         self.cache: Any = None
@@ -692,10 +691,6 @@ class _Plan:
         self.stream.select()
         self.messages.clear()
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        for tensor in self.inputs:
-            if tensor.name not in arrays or arrays[tensor.name].dtype != tensor.dtype:
-                found = f"is {arrays[tensor.name].dtype}" if tensor.name in arrays else "is missing"
-                raise EngineError(f"{tensor.name} {found}, expected {tensor.dtype}")
         call = self._prepare(profile, arrays, states)
         outputs = {name: np.empty(shape, dtype) for name, (shape, dtype) in call.outputs.items()}
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 from runtime.bundle import Bundle, Submodel
 from runtime.engine import CompileOptions, Engine, Options, Slot, target, targets
 from runtime.engines.tensorrt import Settings, TensorRTForRTX
-from runtime.errors import EngineError, EngineUnavailable, ResourceExhausted
+from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.signature import Array
 
 RECIPES = ("none", "int8", "int8-weight", "int4")
@@ -79,6 +81,190 @@ def test_every_recipe_of_a_decoder_is_compiled(
     plan = (tmp_path / "engines" / "decoder.engine").read_bytes()
     assert len(plan) > 10_000
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["decoder.engine"], "nothing temporary is left"
+
+
+def compile_embedding(rtx: type[Engine], bundle: Path, output: Path, submodel: Submodel | None = None, **settings: str) -> Any:
+    """Compile the smallest submodel there is, for one GPU unless told otherwise."""
+    opened = Bundle(bundle)
+    submodel = submodel or opened.submodel("token_embedding")
+    chosen = {"compute_capability": "8.9", **settings}
+    return rtx.compile_with(CompileOptions(chosen), submodel, opened.root / submodel.graph, output)
+
+
+def test_compiled_ahead_for_every_gpu_that_it_knows(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle(tiny_bundle)
+    submodel = opened.submodel("token_embedding")
+    if rtx.available().usable:
+        pytest.skip("compiles for the GPU that is here")
+    artifact = rtx.compile(submodel, opened.root / submodel.graph, tmp_path)
+    assert artifact.key["compute_capability"] == "8.0,8.6,8.9,12.0,12.1"
+    several = compile_embedding(rtx, tiny_bundle, tmp_path, compute_capability="8.9, 12.0,8.9")
+    assert several.key["compute_capability"] == "8.9,12.0"
+
+
+def test_the_same_input_gives_the_same_engine(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    plans = []
+    for name in ("a", "b"):
+        compile_embedding(rtx, tiny_bundle, tmp_path / name)
+        plans.append((tmp_path / name / "token_embedding.engine").read_bytes())
+    assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"compute_capability": "9"}, "compute_capability: is '9', expected versions such as 8.9 or 8.9,12.0"),
+        ({"compute_capability": "9.0"}, "compute_capability: 9.0 is none that TensorRT for RTX knows: 7.5, 8.0"),
+        ({"shapes": "batch=1:2"}, "shapes: has 'batch=1:2', expected NAME=MIN:OPT:MAX"),
+        ({"shapes": "batch=4:2:8"}, "expected MIN <= OPT <= MAX"),
+        ({"shapes": "batch=1:2:65"}, "shapes: has batch=1:2:65, outside of the model's 1 to 64"),
+        ({"shapes": "bach=1:2:4"}, "shapes: has 'bach', which is no dim of this submodel: did you mean 'batch'"),
+        ({"workspace": "4GB"}, "workspace: is '4GB', expected a size such as 512MiB or 4GiB"),
+        ({"weights": "none"}, "weights: Input should be 'engine', 'refit', 'stripped' or 'streamed'"),
+        ({"optimization_level": "9"}, "optimization_level: "),
+        ({"workspce": "4GiB"}, "workspce: Extra inputs are not permitted .known: .*workspace"),
+        ({"plugins": "nowhere.so"}, "plugins: nowhere.so is no library of plugins that TensorRT for RTX can load"),
+    ],
+)
+def test_settings_that_cannot_be(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        compile_embedding(rtx, tiny_bundle, tmp_path, **settings)
+    assert not list(tmp_path.rglob("*.engine"))
+
+
+def test_more_context_than_the_model_has(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInput, match="context: is 100000, and the model has 1024 positions"):
+        compile_embedding(rtx, tiny_bundle, tmp_path, Bundle(tiny_bundle).submodel("decoder"), context="100000")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"workspace": "64MiB"}, {"weights": "streamed"}, {"compatible": "version"}, {"tf32": "true"}, {"timing_cache": "times"}]
+)
+def test_settings_that_are_heeded(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+    artifact = compile_embedding(rtx, tiny_bundle, tmp_path, **settings)
+    kept = {name: value for name, value in settings.items() if name in ("weights", "compatible")}
+    assert kept.items() <= artifact.key.items()
+
+
+def test_flags_and_limits_reach_the_builder(rtx: type[TensorRTForRTX], tiny_bundle: Path) -> None:
+    from runtime.engines.tensorrt import _Compiler
+
+    submodel = Bundle(tiny_bundle).submodel("token_embedding")
+    settings = Settings.parse({"weights": "streamed", "compatible": "version", "workspace": "64MiB", "shapes": "batch=1:2:3"})
+    with _Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
+        trt, config = compiler.trt, compiler.config
+        compiler.configure((89, 120))
+        assert not config.get_flag(trt.BuilderFlag.TF32), "float32 is float32 unless asked otherwise"
+        assert all(config.get_flag(getattr(trt.BuilderFlag, name)) for name in ("WEIGHT_STREAMING", "VERSION_COMPATIBLE"))
+        assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
+        assert [config.get_compute_capability(index) for index in range(2)] == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+        assert compiler.network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+
+
+def test_a_stripped_engine_needs_a_gpu_to_be_made(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    if rtx.available().usable:
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineError, match=r"could not compile token_embedding \(build its engine\): .*CUDA"):
+        compile_embedding(rtx, tiny_bundle, tmp_path, weights="stripped")
+    assert not list(tmp_path.rglob("*token_embedding*")), "nothing half written is left"
+
+
+def test_progress_goes_forward_and_may_stop_the_build(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle(tiny_bundle)
+    submodel, heard = opened.submodel("token_embedding"), []
+
+    def listen(share: float, phase: str) -> None:
+        heard.append(share)
+        if "stop" in phases:
+            raise Cancelled("enough")
+        phases.append(phase)
+
+    phases: list[str] = []
+    settings = {"compute_capability": "8.9"}
+    rtx.compile_with(CompileOptions(settings, listen), submodel, opened.root / submodel.graph, tmp_path)
+    assert heard == sorted(heard) and heard[-1] == 1.0 and len(heard) > 10 and phases[-1] == "Building engine"
+    phases.append("stop")
+    with pytest.raises(Cancelled, match="enough"):
+        rtx.compile_with(CompileOptions(settings, listen), submodel, opened.root / submodel.graph, tmp_path / "stopped")
+    assert not list((tmp_path / "stopped").iterdir())
+
+
+def test_operators_of_plugins_are_refused_unless_allowed(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
+    import onnx_ir as ir
+
+    opened = Bundle(tiny_bundle)
+    submodel = opened.submodel("token_embedding")
+    model = ir.load(opened.root / submodel.graph)
+    node = ir.node("Vendor", [model.graph.outputs[0]], domain="com.example")
+    model.graph.append(node)
+    model.graph.opset_imports["com.example"] = 1
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "made", model.graph.outputs[0].type, model.graph.outputs[0].shape
+    model.graph.outputs[0] = node.outputs[0]
+    for tensor in model.graph.initializers.values():
+        tensor.const_value = ir.Tensor(tensor.const_value.numpy().copy(), dtype=tensor.dtype, name=tensor.name)  # type: ignore[union-attr]
+    ir.save(model, tmp_path / "model.onnx")
+    with pytest.raises(EngineError, match=r"operators outside of the standard \(com\.example\.Vendor\), which plugins run"):
+        rtx.compile(submodel, tmp_path / "model.onnx", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "no weights", "absent"])
+def test_a_graph_that_cannot_be_compiled(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, damage: str) -> None:
+    opened = Bundle(tiny_bundle)
+    submodel = opened.submodel("vision_encoder")
+    shutil.copytree((opened.root / submodel.graph).parent, tmp_path / "onnx")
+    graph = tmp_path / "onnx" / "model.onnx"
+    if damage == "no weights":
+        (tmp_path / "onnx" / "weights.safetensors").unlink()
+    elif damage == "absent":
+        graph.unlink()
+    else:
+        graph.write_bytes(graph.read_bytes()[:2000] if damage == "truncated" else b"")
+    with pytest.raises(EngineError, match="could not compile"):
+        rtx.compile_with(CompileOptions({"compute_capability": "8.9"}), submodel, graph, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.engine"))
+
+
+def test_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path, tmp_path: Path) -> None:
+    """TensorRT itself, where it is missing: the package, and the target that needs no GPU."""
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    found = target("tensorrt").available()
+    assert not found.usable and not found.compiles
+    for part in ("tensorrt is not installed", "'enginecast[tensorrt]'", "--target tensorrt-rtx", "'enginecast[tensorrt-rtx]'"):
+        assert part in found.reason
+    with pytest.raises(EngineUnavailable, match="cannot compile for tensorrt: tensorrt is not installed"):
+        compile_embedding(target("tensorrt"), tiny_bundle, tmp_path)
+
+
+def test_loading_without_a_gpu(rtx: type[Engine], tiny_bundle: Path) -> None:
+    if rtx.available().usable:
+        pytest.skip("there is a GPU")
+    with pytest.raises(EngineUnavailable, match="tensorrt-rtx cannot run here: there is no NVIDIA GPU that CUDA can use"):
+        rtx.load(Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, Options())
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "empty", "absent"])
+def test_a_damaged_engine(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, fake_cuda: Any, damage: str) -> None:
+    """What the SDK itself says of it, before it looks for a GPU."""
+    artifact = compile_embedding(rtx, tiny_bundle, tmp_path / "engines" / rtx.target)
+    opened = Bundle(tiny_bundle)
+    manifest = opened.manifest.model_copy(update={"artifacts": (artifact,)})
+    (tmp_path / "manifest.json").write_text(manifest.model_dump_json())
+    plan = tmp_path / "engines" / rtx.target / "token_embedding.engine"
+    if damage == "absent":
+        plan.unlink()
+    else:
+        plan.write_bytes({"truncated": plan.read_bytes()[:5000], "foreign": b"ONNX" * 1000, "empty": b""}[damage])
+    reason = (
+        "No such file" if damage == "absent" else "damaged, or of another version or GPU .*(Serialization assertion|empty memory buffer)"
+    )
+    with pytest.raises(EngineError, match=f"could not load .*token_embedding.engine: .*{reason}"):
+        rtx.load(opened.submodel("token_embedding"), tmp_path, Options())
+    assert not fake_cuda.live
+
+
+def test_a_bundle_without_engines_of_the_target(rtx: type[Engine], tiny_bundle: Path, fake_cuda: Any) -> None:
+    with pytest.raises(EngineError, match="holds no tensorrt-rtx engine of decoder: build it with --target tensorrt-rtx"):
+        rtx.load(Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, Options())
 
 
 # Running, on a fake of the SDK whose engines are the lowered graphs
@@ -221,9 +407,9 @@ def test_outputs_belong_to_the_caller(load_fake: Any, vlm_bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"input_ids": np.zeros((1, 2, 3), np.int64)}, r"input_ids of shape \[1, 2, 3\] is outside .* \(input_ids has a wrong shape\)"),
-        ({"input_ids": np.zeros((1, 2), np.int32)}, "input_ids is int32, expected int64"),
-        ({}, "input_ids is missing, expected int64"),
+        ({"input_ids": np.zeros((1, 2, 3), np.int64)}, "input_ids: has 3 dims, expected 2"),
+        ({"input_ids": np.zeros((1, 2), np.int32)}, "input_ids: has dtype int32, expected int64"),
+        ({}, "input_ids: is missing"),
     ],
 )
 def test_inputs_that_do_not_fit(load_fake: Any, vlm_bundle: Path, inputs: dict[str, Array], message: str) -> None:
@@ -233,12 +419,22 @@ def test_inputs_that_do_not_fit(load_fake: Any, vlm_bundle: Path, inputs: dict[s
     assert engine.run({"input_ids": np.array([[5, 6]])})["inputs_embeds"].any(), "the engine works on"
 
 
-def test_more_positions_than_the_cache_has(pair: tuple[Engine, Engine]) -> None:
-    engine = pair[0]
-    longest = engine.submodel.signature.dims["total"].max
-    inputs = engine.submodel.signature.sample({"batch": 1, "past": longest, "sequence": 1, "total": longest + 1})
-    with pytest.raises(EngineError, match=f"{longest + 1} positions do not fit its cache of {longest}"):
-        engine.run({tensor.name: inputs[tensor.name] for tensor in engine.submodel.signature.inputs}, Slot())
+def test_lengths_outside_of_the_profile(load_fake: Any, vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = load_fake(Bundle(vlm_bundle), "token_embedding")
+    context = engine._plan.contexts[0]
+    allowed = context.set_input_shape
+    monkeypatch.setattr(context, "set_input_shape", lambda name, shape: allowed(name, shape) and shape[0] <= 2)
+    with pytest.raises(EngineError, match=r"input_ids of shape \[3, 2\] is outside of what the engine was compiled for"):
+        engine.run({"input_ids": np.zeros((3, 2), np.int64)})
+    assert engine.run({"input_ids": np.array([[5, 6]])})["inputs_embeds"].any(), "the engine works on"
+
+
+def test_more_positions_than_the_cache_has(pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    text, plan = Text(*pair), pair[0]._plan  # type: ignore[attr-defined]
+    text.feed(4)
+    monkeypatch.setattr(plan, "capacity", 4)
+    with pytest.raises(EngineError, match="5 positions do not fit its cache of 4: build it with a larger context, or say less"):
+        text.feed(1)
 
 
 def test_another_batch_within_a_slot(pair: tuple[Engine, Engine]) -> None:
@@ -338,3 +534,53 @@ def test_devices_by_name(load_fake: Any, vlm_bundle: Path) -> None:
         load_fake(Bundle(vlm_bundle), "token_embedding", options=Options(device=name))
     with pytest.raises(EngineUnavailable, match=r"FakeRT has no device 'QPU' here: it found cuda:0 \(Fake 4090, 8.9\)"):
         load_fake(Bundle(vlm_bundle), "token_embedding", options=Options(device="QPU"))
+
+
+# On a GPU
+
+
+@pytest.fixture(params=["tensorrt", "tensorrt-rtx"])
+def on_gpu(request: pytest.FixtureRequest) -> type[Engine]:
+    """Each target whose SDK finds a GPU here; skips with its reason elsewhere."""
+    engine = target(request.param)
+    found = engine.available()
+    if not found.usable:
+        pytest.skip(f"{request.param}: {found.reason}")
+    return engine
+
+
+def loaded(engine: type[Engine], bundle: Bundle, name: str, root: Path, **settings: str) -> Engine:
+    """A submodel compiled and loaded on the GPU that is here."""
+    submodel = bundle.submodel(name)
+    root.mkdir()
+    shutil.copytree(bundle.root / "onnx", root / "onnx")
+    artifact = engine.compile_with(CompileOptions(settings), submodel, root / submodel.graph, root / "engines" / engine.target)
+    (root / "manifest.json").write_text(bundle.manifest.model_copy(update={"artifacts": (artifact,)}).model_dump_json())
+    return engine.load(submodel, root, Options())
+
+
+@pytest.mark.parametrize("weights", ["engine", "stripped", "streamed"])
+def test_a_decoder_on_a_gpu(on_gpu: type[Engine], tiny_bundle: Path, tmp_path: Path, weights: str) -> None:
+    bundle = Bundle(tiny_bundle)
+    engine = loaded(on_gpu, bundle, "decoder", tmp_path / "bundle", weights=weights)
+    texts = [Text(engine, reference(bundle, "decoder"), seed=seed, batch=1 + seed) for seed in range(2)]
+    for count in (7, 1, 1, 1, 4, 1):
+        for text in texts:
+            text.feed(count)
+    texts[0].trim(3)
+    for count in (2, 1, 1):
+        texts[0].feed(count)
+    engine.close()
+
+
+@pytest.mark.parametrize(("kind", "name", "sizes"), STATELESS, ids=[name for _, name, _ in STATELESS])
+def test_a_submodel_on_a_gpu(
+    on_gpu: type[Engine], request: pytest.FixtureRequest, tmp_path: Path, kind: str, name: str, sizes: list[dict[str, int]]
+) -> None:
+    bundle = Bundle(request.getfixturevalue(kind))
+    engine, wanted = loaded(on_gpu, bundle, name, tmp_path / "bundle"), reference(bundle, name)
+    for seed, lengths in enumerate([sizes[0], sizes[0], sizes[1], sizes[0]]):
+        inputs = engine.submodel.signature.sample(lengths, seed)
+        for output, expected in wanted.run(inputs).items():
+            assert distance(engine.run(inputs)[output], expected) < FLOOR
+    engine.close()
