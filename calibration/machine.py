@@ -52,6 +52,32 @@ def program() -> str:
     return f"enginecast {version('enginecast')}".strip()
 
 
+class Others:
+    """Tells how busy other programs kept the processors since it was made, where the system counts that (Linux)."""
+
+    def __init__(self) -> None:
+        self._start = self._now()
+
+    def share(self) -> float | None:
+        """Share of the processors' time that other programs had, 0 to 1; None where it cannot be told."""
+        now = self._now()
+        if self._start is None or now is None:
+            return None
+        busy, own, whole = (end - begin for begin, end in zip(self._start, now, strict=True))
+        return min(max((busy - own) / whole, 0.0), 1.0) if whole > 0 else 0.0
+
+    @staticmethod
+    def _now() -> tuple[float, float, float] | None:
+        """Seconds of all processors so far: spent on any program, spent on this process, and spent or idle; see proc_stat(5)."""
+        file = Path("/proc/stat")
+        if not file.is_file():
+            return None
+        user, nice, system, idle, waiting, interrupts, soft, stolen = (int(word) for word in file.read_text().split()[1:9])
+        busy = user + nice + system + interrupts + soft + stolen
+        tick, own = os.sysconf("SC_CLK_TCK"), os.times()
+        return busy / tick, own.user + own.system, (busy + idle + waiting) / tick
+
+
 def read_bandwidth(nbytes: int = 1 << 29, repeat: int = 5) -> float:
     """Bytes a second at which all processors together read memory: numpy's maximum over an array far larger than the caches.
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from pydantic import Field, model_validator
 
 from runtime.bundle import Frozen
 
 T = TypeVar("T")
+LEAST: Final = 3
+"""Turns that make a median and quartiles of sorts."""
 
 
 class Spread(Frozen):
@@ -39,15 +42,19 @@ class Spread(Frozen):
         return cls(repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values))
 
 
-def turns(measurements: Sequence[Callable[[], T]], repeat: int, done: Callable[[int], None] = lambda turn: None) -> list[list[T]]:
+def turns(
+    measurements: Sequence[Callable[[], T]], repeat: int, done: Callable[[int], None] = lambda turn: None, budget: float = math.inf
+) -> list[list[T]]:
     """What each measurement gives, taken in turns (A B C A B C) `repeat` times after one turn that does not count.
 
     A machine's speed drifts with its load and its heat: what is measured in turns drifts alike. `done` hears each turn's number, from 0.
+    Once `budget` seconds have passed, `LEAST` turns that count are enough.
     """
-    rounds = []
-    for turn in range(repeat + 1):
+    rounds: list[list[T]] = []
+    end = time.perf_counter() + budget
+    while len(rounds) <= min(repeat, LEAST if time.perf_counter() > end else repeat):
         rounds.append([measure() for measure in measurements])
-        done(turn)
+        done(len(rounds) - 1)
     return [list(values) for values in zip(*rounds[1:], strict=True)]
 
 

@@ -3,28 +3,28 @@
     quality/quality.json      this file's `Quality`
     quality/*.png             the pictures it names: drawn by both models, or shown to both
 
-Both models run on the same machine, one request at a time, through the pipelines that users' requests take. The seconds told are those of
-these single runs: no benchmark, `enginecast bench` is.
+Both models run on the same machine, one request at a time, through the pipelines that users' requests take. Speed is not told by these
+runs but by `export.speed`, whose figures lie in the same file.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, cast
+from typing import Any, Final, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from calibration.metrics import PEAK, Comparison, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
+from calibration.metrics import PEAK, Comparison, gmsd, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
 from calibration.questions import test_questions
 from calibration.requests import BUILT_IN, TRIES, Asked, Requests, accepted
 from calibration.scenes import test_prompts
+from export.speed import Measured, Note, Speed
 from export.tasks import TASKS, right
 from runtime.bundle import Bundle, Frozen, Inside, Submodel
 from runtime.engine import Slot
@@ -38,6 +38,7 @@ from runtime.signature import Array
 from runtime.text import Message
 
 R = TypeVar("R", ImageRequest, ChatRequest)
+T = TypeVar("T")
 Samples = Mapping[str, Sequence[Mapping[str, Array]]]
 """Inputs of each submodel, one mapping a call: what `calibration.data.capture` gives."""
 Pictures = dict[str, Picture]
@@ -135,12 +136,6 @@ class Effort:
     cases: int = 16
 
 
-class Measured(Frozen):
-    """Figures that are numbers: what a bundle from anywhere holds instead is refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 class OutputQuality(Measured):
     """One output of a submodel over all its calls: what `calibration.metrics` says of it. The peak of the PSNR is its largest magnitude."""
 
@@ -151,29 +146,29 @@ class OutputQuality(Measured):
 
 
 class SubmodelQuality(Measured):
-    """A submodel alone: both given the same inputs, those that the reference model's pipeline gave its own. `nbytes` are of weights."""
+    """A submodel alone: both given the same inputs, those that the reference model's pipeline gave its own."""
 
     name: str
     precision: str
     reference_precision: str
-    nbytes: int = Field(ge=0)
-    reference_nbytes: int = Field(ge=0)
     calls: int = Field(ge=0)
     outputs: tuple[OutputQuality, ...]
 
 
 class PictureQuality(Measured):
-    """One prompt drawn by both models from the same noise. Latents are those that the VAE decoder is given."""
+    """One prompt drawn by both models from the same noise. Latents are those that the VAE decoder is given.
+
+    `gmsd` is None in what versions wrote that did not measure it.
+    """
 
     prompt: str
     seed: int
     latents_snr_db: float
     psnr_db: float
     ssim: float
+    gmsd: float | None = None
     reference: Inside
     quantized: Inside
-    reference_seconds: float
-    quantized_seconds: float
 
 
 class AnswerQuality(Measured):
@@ -195,8 +190,6 @@ class AnswerQuality(Measured):
     kl_divergence: float
     reference_perplexity: float = Field(ge=1)
     quantized_perplexity: float = Field(ge=1)
-    reference_seconds: float
-    quantized_seconds: float
 
 
 class TaskQuality(Measured):
@@ -209,7 +202,7 @@ class TaskQuality(Measured):
 
 
 class Quality(Measured):
-    """Everything measured of one quantized bundle."""
+    """Everything measured of one quantized bundle. `speed` is None when it was not timed."""
 
     quant: str
     reference_quant: str
@@ -220,15 +213,7 @@ class Quality(Measured):
     pictures: tuple[PictureQuality, ...] = ()
     answers: tuple[AnswerQuality, ...] = ()
     task: TaskQuality | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights of all submodels."""
-        return sum(submodel.nbytes for submodel in self.submodels)
-
-    @property
-    def reference_nbytes(self) -> int:
-        return sum(submodel.reference_nbytes for submodel in self.submodels)
+    speed: Speed | None = None
 
     @property
     def tokens(self) -> int:
@@ -238,6 +223,23 @@ class Quality(Measured):
     def over_pictures(self, name: str) -> float:
         """The median of a figure of `PictureQuality`: one picture that turns out otherwise does not decide it."""
         return statistics.median(getattr(picture, name) for picture in self.pictures)
+
+    @property
+    def perplexity_change(self) -> float:
+        """How many times as unexpected the reference's answers, as one text, are to the quantized model; 1 is no change."""
+        return self.over_text("quantized_perplexity") / self.over_text("reference_perplexity")
+
+    def summary(self) -> dict[str, float]:
+        """The figures in short, for the manifest: the worst submodel, medians of the pictures, means of the tokens, the task's score."""
+        found = {measure: min(figures.values()) for measure in get_args(Measure) if (figures := self.found(measure))}
+        if self.pictures:
+            found |= {name: self.over_pictures(name) for name in ("psnr_db", "ssim", "gmsd") if getattr(self.pictures[0], name) is not None}
+        if self.answers:
+            found |= {name: self.over_tokens(name) for name in ("token_agreement", "kl_divergence")}
+            found["perplexity_change"] = self.perplexity_change
+        if self.task:
+            found |= {f"{of}_right": getattr(self.task, f"{of}_right") / self.task.cases for of in ("reference", "quantized")}
+        return found
 
     def over_tokens(self, name: str) -> float:
         """The mean of a figure of `AnswerQuality`, every token counted alike."""
@@ -271,27 +273,39 @@ class Quality(Measured):
 
 
 def floors(quant: str) -> list[Floor]:
-    """The floors of a quantization; none for "none"."""
+    """The floors of a quantization; none for "none" and for "int8-naive", which is there to be compared with.
+
+    A search has those of int4, the lowest form that it gives to layers; what it may cost beside is asked for with --max-drop.
+    """
+    quant = "int4" if quant == "auto" else quant
     return [floor for floor in FLOORS if floor.quant == quant]
 
 
-def measure(quantized: LoadedModel, reference: LoadedModel, samples: Samples, effort: Effort | None = None) -> tuple[Quality, Pictures]:
+def measure(
+    quantized: LoadedModel,
+    reference: LoadedModel,
+    samples: Samples,
+    effort: Effort | None = None,
+    note: Note = lambda what, number, total: None,
+) -> tuple[Quality, Pictures]:
     """Compare a quantized model with the same one before quantization; the pictures are those that the result names.
 
     `samples` are the inputs to compare each submodel on; of submodels with states, the calls of the answers are compared instead.
-    Raises BundleError when the two are not the same model, EngineError when a submodel gives numbers that are not finite.
+    `note` hears of every submodel, picture, question and case when its turn comes. Raises BundleError when the two are not the same
+    model, EngineError when a submodel gives numbers that are not finite.
     """
     _check_alike(quantized, reference)
     effort = effort or Effort()
     pictures: Pictures = {}
     drawn: list[PictureQuality] = []
     answers: list[AnswerQuality] = []
-    compared = _compare_calls(quantized, reference, samples)
+    compared = _compare_calls(quantized, reference, samples, note)
     if reference.kind == "diffusion":
-        drawn = [_picture(i, request, quantized, reference, pictures) for i, request in enumerate(_image_requests(reference, effort))]
+        prompts = _image_requests(reference, effort)
+        drawn = [_picture(i, one, quantized, reference, pictures) for i, one in _noted(note, "picture", prompts)]
     else:
-        requests = _accepted(reference, _chat_requests(effort.questions), effort.questions)
-        answers = [_answer(i, request, quantized, reference, pictures, compared) for i, request in enumerate(requests)]
+        questions = _accepted(reference, _chat_requests(effort.questions), effort.questions)
+        answers = [_answer(i, one, quantized, reference, pictures, compared) for i, one in _noted(note, "question", questions)]
     quality = Quality(
         quant=quantized.bundle.manifest.quant,
         reference_quant=reference.bundle.manifest.quant,
@@ -304,7 +318,7 @@ def measure(quantized: LoadedModel, reference: LoadedModel, samples: Samples, ef
         ),
         pictures=tuple(drawn),
         answers=tuple(answers),
-        task=_task(quantized, reference, effort.cases),
+        task=_task(quantized, reference, effort.cases, note),
     )
     return quality, pictures
 
@@ -328,7 +342,10 @@ def load_quality(bundle: Bundle) -> Quality:
     try:
         return Quality.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
+        raise BundleError(
+            f"{path} cannot be read ({faults}): it is damaged, or another version of this program wrote it. Build the bundle again"
+        ) from None
 
 
 def _check_alike(quantized: LoadedModel, reference: LoadedModel) -> None:
@@ -357,10 +374,17 @@ class _Compared:
                 raise EngineError(f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision") from None
 
 
-def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples) -> dict[str, _Compared]:
+def _noted(note: Note, what: str, items: Sequence[T]) -> Iterator[tuple[int, T]]:
+    """Each item with its number, from 0; `note` hears the number from 1 before."""
+    for number, item in enumerate(items):
+        note(what, number + 1, len(items))
+        yield number, item
+
+
+def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples, note: Note) -> dict[str, _Compared]:
     """Both engines of each submodel without states on the captured inputs."""
     compared = {submodel.name: _Compared() for submodel in quantized.bundle.manifest.submodels}
-    for name, found in compared.items():
+    for _, (name, found) in _noted(note, "submodel", list(compared.items())):
         stateless = not quantized.bundle.submodel(name).signature.states
         for inputs in samples.get(name, ()) if stateless else ():
             found.add(name, reference.engines[name].run(inputs), quantized.engines[name].run(inputs))
@@ -372,8 +396,6 @@ def _submodel(quantized: Submodel, reference: Submodel, compared: _Compared) -> 
         name=quantized.name,
         precision=quantized.precision,
         reference_precision=reference.precision,
-        nbytes=quantized.nbytes,
-        reference_nbytes=reference.nbytes,
         calls=compared.calls,
         outputs=tuple(
             OutputQuality(name=name, snr_db=one.snr_db, psnr_db=one.psnr_db(), cosine=one.cosine) for name, one in compared.outputs.items()
@@ -408,7 +430,6 @@ def _chat_requests(count: int) -> Iterator[ChatRequest]:
 @dataclass(frozen=True)
 class _Ran:
     events: list[Event]
-    seconds: float
 
     def one(self, kind: type[Any]) -> Any:
         """The one event of that kind."""
@@ -423,9 +444,7 @@ class _Ran:
 def _run(
     model: LoadedModel, request: ImageRequest | ChatRequest, watch: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
 ) -> _Ran:
-    start = time.perf_counter()
-    events = list(drive(watch(model.pipeline(request)), model.engines))
-    return _Ran(events, time.perf_counter() - start)
+    return _Ran(list(drive(watch(model.pipeline(request)), model.engines)))
 
 
 def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
@@ -446,7 +465,7 @@ def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> 
 
 def _picture(i: int, request: ImageRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures) -> PictureQuality:
     """Draw one request with both models, and keep the pictures."""
-    (wanted, image, seconds), (got, other, more) = (_draw(model, request) for model in (reference, quantized))
+    (wanted, image), (got, other) = (_draw(model, request) for model in (reference, quantized))
     paths = [f"{FOLDER}/picture-{i}-{which}.png" for which in ("reference", "quantized")]
     pictures |= dict(zip(paths, (image, other), strict=True))
     return PictureQuality(
@@ -455,15 +474,14 @@ def _picture(i: int, request: ImageRequest, quantized: LoadedModel, reference: L
         latents_snr_db=snr_db(wanted, got),
         psnr_db=psnr_db(image, other, PEAK),
         ssim=ssim(image, other),
+        gmsd=gmsd(image, other),
         reference=paths[0],
         quantized=paths[1],
-        reference_seconds=round(seconds, 3),
-        quantized_seconds=round(more, 3),
     )
 
 
-def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture, float]:
-    """The final latents, the picture and the seconds it took."""
+def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture]:
+    """The final latents and the picture."""
     latents: list[Array] = []
 
     def seen(call: Call, outputs: Outputs) -> Outputs:
@@ -472,7 +490,7 @@ def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture, fl
         return outputs
 
     ran = _run(model, request, lambda pipeline: _answering(pipeline, seen))
-    return latents[-1], ran.one(ImageReady).image, ran.seconds
+    return latents[-1], ran.one(ImageReady).image
 
 
 @dataclass
@@ -544,8 +562,6 @@ def _answer(
         kl_divergence=kl_divergence(logits, others),
         reference_perplexity=perplexity(logits, tokens),
         quantized_perplexity=perplexity(others, tokens),
-        reference_seconds=round(first.seconds, 3),
-        quantized_seconds=round(second.seconds, 3),
     )
 
 
@@ -557,10 +573,14 @@ def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compa
         compared[call.submodel].add(call.submodel, outputs, run_call(quantized.engines, replace(call, slot=slot)))
 
 
-def _task(quantized: LoadedModel, reference: LoadedModel, cases: int) -> TaskQuality | None:
+def _task(quantized: LoadedModel, reference: LoadedModel, cases: int, note: Note) -> TaskQuality | None:
     """Held-out cases, the first of those that `enginecast score` asks, for a source that was trained for them."""
     name = reference.bundle.manifest.source.name
     if name not in TASKS or not cases:
         return None
-    counts = [sum(right(model, cases)) for model in (reference, quantized)]
+    judged = [right(model, cases) for model in (reference, quantized)]
+    counts = [0, 0]
+    for number in range(cases):
+        note("case", number + 1, cases)
+        counts = [count + next(done) for count, done in zip(counts, judged, strict=True)]
     return TaskQuality(task=f"held-out {TASKS[name]}", cases=cases, reference_right=counts[0], quantized_right=counts[1])

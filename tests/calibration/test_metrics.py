@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy.signal import convolve2d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from calibration.metrics import (
@@ -19,6 +20,7 @@ from calibration.metrics import (
     PEAK,
     Comparison,
     cosine,
+    gmsd,
     kl_divergence,
     log_softmax,
     perplexity,
@@ -108,6 +110,34 @@ def test_ssim_is_symmetric_and_in_range(one: Any, other: Any) -> None:
     assert ssim(one, other) == pytest.approx(ssim(other, one), abs=1e-12)
 
 
+def test_gmsd_is_that_of_the_paper() -> None:
+    """Its formulas 1 to 5, by convolutions: Prewitt over 3, means of 2 x 2 pixels, c = 170."""
+    one, other = noisy()
+    kernel = np.array([[1, 0, -1]] * 3) / 3
+
+    def gradients(picture: Any) -> Any:
+        grey = convolve2d(picture @ np.array([0.299, 0.587, 0.114]), np.full((2, 2), 0.25), "valid")[::2, ::2]
+        return np.hypot(convolve2d(grey, kernel, "valid"), convolve2d(grey, kernel.T, "valid"))
+
+    r, m = gradients(one), gradients(other)
+    assert gmsd(one, other) == pytest.approx(np.std((2 * r * m + 170) / (r**2 + m**2 + 170)), abs=1e-12)
+    assert 0.01 < gmsd(one, other) < 0.5
+
+
+@given(PICTURES, PICTURES)
+def test_gmsd_is_symmetric_and_in_range(one: Any, other: Any) -> None:
+    assert gmsd(one, other) == pytest.approx(gmsd(other, one)) and 0 <= gmsd(one, other) <= 0.5
+    assert gmsd(one, one) == 0
+
+
+def test_more_noise_is_a_larger_distance() -> None:
+    picture, _ = noisy()
+    rng = np.random.default_rng(1)
+    noise = rng.normal(0, 1, picture.shape)
+    found = [gmsd(picture, np.asarray((picture + level * noise).clip(0, 255), np.uint8)) for level in (2, 8, 32)]
+    assert found == sorted(found)
+
+
 def test_known_divergence_and_perplexity() -> None:
     even, biased = np.log([[0.5, 0.5]]), np.log([[0.75, 0.25]])
     assert kl_divergence(even, biased) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
@@ -149,6 +179,7 @@ def test_what_is_missing_at_the_end_disagrees() -> None:
         (lambda: ssim(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)), "at least 11 pixels"),
         (lambda: ssim(np.zeros((16, 16, 3), np.uint8), np.zeros((16, 17, 3), np.uint8)), "expected one size"),
         (lambda: ssim(np.zeros((16, 16, 3)), np.zeros((16, 16, 3))), "reference: has dtype"),
+        (lambda: gmsd(np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.uint8)), "at least 11 pixels"),
         (lambda: kl_divergence(np.zeros((1, 2)), np.zeros((2, 2))), "measured: has shape"),
         (lambda: kl_divergence(np.zeros((0, 2)), np.zeros((0, 2))), "reference: has shape"),
         (lambda: perplexity(np.array([[0, np.nan]]), [0]), "logits: holds NaN"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from calibration import machine
-from calibration.timing import Spread, seconds, turns
+from calibration.timing import LEAST, Spread, seconds, turns
 
 
 def test_spread() -> None:
@@ -37,6 +40,28 @@ def test_turns() -> None:
 
     assert turns([lambda: measure("a"), lambda: measure("b")], 2, done.append) == [[3, 5], [4, 6]]
     assert order == ["a", "b"] * 3 and done == [0, 1, 2]
+
+
+def test_turns_within_a_budget() -> None:
+    assert len(turns([lambda: None], 100, budget=0)[0]) == LEAST
+    assert len(turns([lambda: None], 2, budget=0)[0]) == 2
+    assert len(turns([lambda: None], 5, budget=60)[0]) == 5
+
+
+def test_how_busy_others_are() -> None:
+    others = machine.Others()
+    end = time.perf_counter() + 0.1
+    while time.perf_counter() < end:
+        pass
+    share = others.share()
+    assert (share is not None and 0 <= share <= 1) if Path("/proc/stat").is_file() else share is None
+
+
+def test_others_are_what_is_not_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 seconds of processors' time, 12 were spent, 5 of them by this process."""
+    moments = iter([(100.0, 30.0, 200.0), (112.0, 35.0, 220.0)])
+    monkeypatch.setattr(machine.Others, "_now", staticmethod(lambda: next(moments)))
+    assert machine.Others().share() == pytest.approx(7 / 20)
 
 
 def test_seconds() -> None:

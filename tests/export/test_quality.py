@@ -114,13 +114,15 @@ def said(talking: LoadedModel) -> Samples:
 
 
 def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples) -> None:
-    quality, pictures = measure(drawing, drawing, drawn, EFFORT)
+    heard: list[tuple[str, int, int]] = []
+    quality, pictures = measure(drawing, drawing, drawn, EFFORT, lambda *told: heard.append(told))
+    assert heard == [("submodel", n, 4) for n in (1, 2, 3, 4)] + [("picture", n, 2) for n in (1, 2)]
     assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(submodel.calls == 4 for submodel in quality.submodels)
     figures = [(output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs]
     assert figures == [(CAP_DB, CAP_DB, 1)] * 4
-    assert [(one.latents_snr_db, one.psnr_db, one.ssim) for one in quality.pictures] == [(CAP_DB, CAP_DB, 1)] * 2
-    assert quality.nbytes == quality.reference_nbytes == sum(submodel.nbytes for submodel in drawing.bundle.manifest.submodels)
+    assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.pictures] == [(CAP_DB, CAP_DB, 1, 0)] * 2
+    assert quality.summary() == {"submodel_snr_db": CAP_DB, "latents_snr_db": CAP_DB, "psnr_db": CAP_DB, "ssim": 1, "gmsd": 0}
     assert quality.shortfalls("int8") == [] and quality.shortfalls("none") == []
     assert quality.task is None, "what random weights draw is no task"
     assert sorted(pictures) == sorted(path for one in quality.pictures for path in (one.reference, one.quantized))
@@ -129,11 +131,10 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
 def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: LoadedModel, drawn: Samples) -> None:
     quality, pictures = measure(drawing_int8, drawing, drawn, EFFORT)
     assert (quality.quant, quality.reference_quant, quality.target) == ("int8", "none", "onnxruntime")
-    assert quality.nbytes < quality.reference_nbytes
     unet = quality.submodels[1]
     assert "int8" in unet.precision and unet.reference_precision == "float16"
     assert 30 < unet.outputs[0].snr_db < unet.outputs[0].psnr_db < 100
-    assert all(20 < one.latents_snr_db < 100 and 0.9 < one.ssim < 1 and one.quantized_seconds > 0 for one in quality.pictures)
+    assert all(20 < one.latents_snr_db < 100 and 0.9 < one.ssim < 1 and one.gmsd and 0 < one.gmsd < 0.1 for one in quality.pictures)
     assert quality.shortfalls("int8") == []
     first = quality.pictures[0]
     assert not np.array_equal(pictures[first.reference], pictures[first.quantized])
@@ -142,7 +143,12 @@ def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: Loade
 
 
 def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) -> None:
-    quality, pictures = measure(talking, talking, said, EFFORT)
+    heard: list[tuple[str, int, int]] = []
+    quality, pictures = measure(talking, talking, said, EFFORT, lambda *told: heard.append(told))
+    assert heard == [("submodel", n, 3) for n in (1, 2, 3)] + [("question", n, 4) for n in (1, 2, 3, 4)]
+    assert quality.summary() == {
+        "submodel_snr_db": CAP_DB, "next_token_agreement": 1, "token_agreement": 1, "kl_divergence": 0, "perplexity_change": 1,
+    }  # fmt: skip
     assert [output.snr_db for submodel in quality.submodels for output in submodel.outputs] == [CAP_DB] * 3
     assert quality.submodels[2].calls == quality.tokens, "the decoder is compared on every token of every answer"
     for one in quality.answers:
@@ -231,15 +237,19 @@ def test_models_of_different_sources(drawing: LoadedModel, talking: LoadedModel)
 
 
 def test_the_samples_are_scored(vlm_bundle: Path) -> None:
+    heard: list[tuple[str, int, int]] = []
     for model in loaded(vlm_bundle):
-        quality, _ = measure(model, model, {}, Effort(questions=1, cases=4))
+        quality, _ = measure(model, model, {}, Effort(questions=1, cases=4), lambda *told: heard.append(told))
+    assert heard[-4:] == [("case", number, 4) for number in (1, 2, 3, 4)]
+    assert quality.summary()["quantized_right"] == quality.summary()["reference_right"] >= 0.75
     assert quality.task is not None
     assert (quality.task.task, quality.task.cases) == ("held-out questions answered right", 4)
     assert 3 <= quality.task.reference_right == quality.task.quantized_right
 
 
 def test_floors() -> None:
-    assert {floor.quant for floor in FLOORS} == {"int8", "int4"} and floors("none") == []
+    assert {floor.quant for floor in FLOORS} == {"int8", "int4"} and floors("none") == floors("int8-naive") == []
+    assert floors("auto") == floors("int4")
     assert all(floor.reason for floor in FLOORS)
     for int8, int4 in zip(floors("int8"), floors("int4"), strict=True):
         assert int8.measure == int4.measure and int8.least > int4.least
@@ -252,6 +262,13 @@ def test_stored_and_read(drawing: LoadedModel, drawn: Samples, tmp_path: Path) -
     assert load_quality(Bundle(root)) == quality
     assert {f"{FOLDER}/{path.name}" for path in (root / FOLDER).iterdir()} == {QUALITY, *pictures}
     assert all(np.array_equal(decode_image((root / path).read_bytes()), picture) for path, picture in pictures.items())
+    other = {**json.loads((root / QUALITY).read_bytes()), "what a later version adds": 1}
+    for one in other["pictures"]:
+        del one["gmsd"]  # as earlier versions wrote it
+        one["reference_seconds"] = 1.5
+    (root / QUALITY).write_text(json.dumps(other))
+    earlier = load_quality(Bundle(root))
+    assert [one.gmsd for one in earlier.pictures] == [None, None] and "gmsd" not in earlier.summary() and earlier.speed is None
     damaged = json.loads((root / QUALITY).read_bytes())
     damaged["pictures"][0]["reference"] = "../outside.png"
     (root / QUALITY).write_text(json.dumps(damaged))

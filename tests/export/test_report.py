@@ -5,14 +5,18 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
+from calibration.timing import Spread
 from export.quality import (
     FOLDER,
     QUALITY,
@@ -24,7 +28,9 @@ from export.quality import (
     TaskQuality,
     save_quality,
 )
-from export.report import GAIN, difference, report
+from export.report import GAIN, _is_parameter, difference, report, sizes
+from export.speed import WHOLE, Speed, Timed, Timing
+from export.tensors import read_header
 from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
 from runtime.images import decode_image
@@ -70,19 +76,44 @@ class Page(HTMLParser):
 
 def submodel(name: str, snr: float) -> SubmodelQuality:
     output = OutputQuality(name="out", snr_db=snr, psnr_db=snr + 10, cosine=0.999)
-    return SubmodelQuality(
-        name=name, precision="int4", reference_precision="float16", nbytes=500_000, reference_nbytes=2_000_000, calls=3, outputs=(output,)
+    return SubmodelQuality(name=name, precision="int4", reference_precision="float16", calls=3, outputs=(output,))
+
+
+def timed(target: str, quant: str, median: float) -> Timed:
+    return Timed(target=target, quant=quant, device=f"{target}:CPU", spread=Spread.of([median / 2, median, median * 2]))
+
+
+def speed(*targets: str, others: float | None = 0.02) -> Speed:
+    """PyTorch takes 0.3 s for a prompt and 30 ms for a token, the float engines half of that, quantized a third of theirs."""
+    times = [
+        (
+            timed("torch", "none", whole),
+            *(timed(name, quant, whole / part) for name in targets for quant, part in (("none", 2), ("int4", 6))),
+        )
+        for whole in (0.3, 0.03)
+    ]
+    return Speed(
+        cpu="a processor",
+        threads=2,
+        others=others,
+        versions={"torch": "9.9"},
+        timings=(
+            Timing(submodel="decoder", what="prompt of 60 tokens", tokens=60, calls=1, times=times[0]),
+            Timing(submodel="decoder", what="next token", tokens=1, calls=50, times=times[1]),
+            Timing(submodel="vae_encoder", what="1x3x8x8", tokens=0, calls=0, times=times[1]),
+            Timing(submodel=WHOLE, what="answer, 51 tokens", tokens=0, calls=1, times=times[0]),
+        ),
+        left_out=("tensorrt: it has no GPU here",),
     )
 
 
 PICTURE = PictureQuality(
-    prompt="a red tram", seed=5, latents_snr_db=22.25, psnr_db=31.5, ssim=0.9125, reference=f"{FOLDER}/a.png", quantized=f"{FOLDER}/b.png",
-    reference_seconds=1.5, quantized_seconds=1.25,
+    prompt="a red tram", seed=5, latents_snr_db=22.25, psnr_db=31.5, ssim=0.9125, gmsd=0.0625, reference=f"{FOLDER}/a.png",
+    quantized=f"{FOLDER}/b.png",
 )  # fmt: skip
 ANSWER = AnswerQuality(
     question="what is this?", picture=f"{FOLDER}/c.png", reference="a tram", quantized="a bus", tokens=4, token_agreement=0.5,
     next_token_agreement=0.75, kl_divergence=0.125, reference_perplexity=1.5, quantized_perplexity=2.5,
-    reference_seconds=1, quantized_seconds=2,
 )  # fmt: skip
 QUALITY_OF = Quality(
     quant="int4", reference_quant="none", target="onnxruntime", reference_target="onnxruntime", device="CPU",
@@ -93,11 +124,11 @@ QUALITY_OF = Quality(
 
 @pytest.fixture
 def make(tiny_bundle: Path, tmp_path: Path) -> Make:
-    """A bundle with a quality report, both changed as asked: what stands in the manifest is not the point here."""
+    """A bundle with a quality report, both changed as asked: what else stands in the manifest is not the point here."""
 
     def bundle(quality: Quality = QUALITY_OF, **changes: Any) -> Bundle:
         root = tmp_path / "bundle"
-        root.mkdir()
+        shutil.copytree(tiny_bundle, root, ignore=shutil.ignore_patterns("*.safetensors"))
         (root / MANIFEST).write_text(json.dumps({**json.loads((tiny_bundle / MANIFEST).read_bytes()), **changes}))
         pictures = {f"{FOLDER}/{name}.png": np.full((16, 16, 3), level, np.uint8) for name, level in (("a", 100), ("b", 110), ("c", 50))}
         save_quality(root, quality, pictures)
@@ -120,22 +151,93 @@ def test_everything_is_shown(make: Make, tmp_path: Path) -> None:
         "2 below their floors",
         "SNR of weak.out is 7.5 dB, expected at least 12 dB at int4",
         "agreement on the next token is 0.75, expected at least 0.85 at int4",
-        "1.00 MB of weights, 25 % of 4.00 MB",
         "22.2 dB SNR of the final latents, median of 1 picture",
         "17 / 20 held-out questions answered right; 19 without quantization",
-        "a red tram Without quantization int4 Difference \u00d7 8 PSNR 31.5 dB SSIM 0.9125 SNR of the final latents 22.2 dB Seed 5",
-        "what is this? a tram a bus differs 50 % 75 % 0.1250 1.500 → 2.500 1.00 → 2.00",
-        "decoder.out int4 2.00 MB → 0.50 MB 3 25.5 35.5 0.99900 held",
-        "weak.out int4 2.00 MB → 0.50 MB 3 7.5 17.5 0.99900 below",
+        "a red tram Without quantization int4 Difference \u00d7 8 PSNR 31.5 dB SSIM 0.9125 SNR of",
+        "SNR of the final latents 22.2 dB GMSD 0.0625 Seed 5",
+        "what is this? a tram a bus differs 50 % 75 % 0.1250 1.500 → 2.500",
+        "2.5000 at int4: a change of +66.67 %. 50.0 % of the answers' tokens are the same.",
+        "decoder.out int4 3 25.5 35.5 0.99900 held",
+        "weak.out int4 3 7.5 17.5 0.99900 below",
         "Noise in the UNet that left 11 dB",
         "LPIPS Not measured",
-        "No benchmark",
+        "Not timed when this bundle was built. enginecast report DIR --speed SOURCE",
         "onnxruntime on CPU",
     ):
         assert shown in page.words
     for one in Bundle(tmp_path / "bundle").manifest.submodels:
         assert one.parity is not None and f"{one.name} full {one.parity.tensor} {one.parity.error:.1e}" in page.words
     assert f"torch {json.loads((tmp_path / 'bundle' / MANIFEST).read_bytes())['versions']['torch']}" in page.words
+
+
+def plain(page: Page) -> str:
+    """The words with letters and hyphens for signs that look like them."""
+    return page.words.replace("\u00d7", "x").replace("\u2013", "-")
+
+
+def test_speed_is_shown(make: Make, tmp_path: Path) -> None:
+    page = written(make(QUALITY_OF.model_copy(update={"speed": speed("onnxruntime", "openvino")})), tmp_path)
+    for shown in (
+        "5.00 ms decoder, next token on onnxruntime; 3.00 x as fast as not quantized, 6.00 x PyTorch",
+        "carried out by each in turns: 3 times",
+        "On a processor, 2 threads; other programs had 2 % of the processors' time",
+        "decoder prompt of 60 tokens , 1 x a request PyTorch float32 300 ms 225 ms - 450 ms 200",
+        "onnxruntime not quantized 150 ms 112 ms - 225 ms 400 2.00 x",
+        "openvino int4 50.0 ms 37.5 ms - 75.0 ms 1200 6.00 x 3.00 x",
+        "vae_encoder 1x3x8x8 , not in this request",
+        "request answer, 51 tokens PyTorch",
+        "Left out: tensorrt: it has no GPU here",
+        "With torch 9.9; on torch:CPU, onnxruntime:CPU, openvino:CPU",
+    ):
+        assert shown in plain(page)
+    assert "the machine was busy" not in page.words and "Not timed" not in page.words
+    widths = [attributes["width"] for tag, attributes in page.tags if tag == "rect"]
+    assert widths[:3] == ["100.00", "50.00", "16.67"] and len(widths) == 4 * 5
+
+
+def test_speed_measured_anew_is_shown_instead(make: Make, tmp_path: Path) -> None:
+    bundle = make(QUALITY_OF.model_copy(update={"speed": speed("onnxruntime")}))
+    report(bundle, tmp_path / "report.html", speed("openvino", others=0.5))
+    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert "the machine was busy" in page.words and "openvino int4" in page.words and "onnxruntime int4" not in page.words
+
+
+def test_speed_without_torch_or_quantized(make: Make, tmp_path: Path) -> None:
+    timing = Timing(submodel="unet", what="2x4x8x8", tokens=0, calls=4, times=(timed("openvino", "none", 0.25),))
+    alone = speed("openvino", others=None).model_copy(update={"timings": (timing,), "left_out": ()})
+    page = written(make(QUALITY_OF.model_copy(update={"speed": alone})), tmp_path)
+    assert "openvino not quantized 250 ms 188 ms - 375 ms With" in plain(page)
+    assert "Tokens/s" not in page.words and "other programs" not in page.words
+
+
+def test_sizes(tiny_bundle: Path, tiny_vlm: Path, make: Make, tmp_path: Path) -> None:
+    """Of a bundle without quantization: as many parameters as the checkpoint has, less the vision layer that LLaVA does not use."""
+    found = {size.name: size for size in sizes(Bundle(tiny_bundle))}
+    stored = {name: prod(ref.shape) for name, ref in read_header(tiny_vlm / "model.safetensors")[1].items()}
+    embedding = next(count for name, count in stored.items() if name.endswith("embed_tokens.weight"))
+    assert found["token_embedding"].parameters == embedding and 16 <= found["token_embedding"].bits < 17
+    assert 0.6 * sum(stored.values()) < sum(size.parameters for size in found.values()) <= sum(stored.values())
+    page = written(make(), tmp_path)
+    size, total = found["decoder"], sum(size.parameters for size in found.values())
+    assert f"decoder {size.precision} {size.parameters:,} {4e-6 * size.parameters:.2f} MB {2e-6 * size.parameters:.2f} MB" in page.words
+    assert f"all {total:,} {4e-6 * total:.2f} MB" in page.words
+
+
+def test_scales_are_no_parameters() -> None:
+    """A weight with three scales: as it is, cast, and one that is a factor elsewhere too."""
+    weight, scale, half, both = (
+        ir.Value(name=name, const_value=ir.tensor(np.ones(shape, dtype), name=name), shape=ir.Shape(shape), type=ir.TensorType(code))
+        for name, shape, dtype, code in (
+            ("w", (2, 3), np.int8, ir.DataType.INT8),
+            ("s", (3,), np.float32, ir.DataType.FLOAT),
+            ("h", (3,), np.float16, ir.DataType.FLOAT16),
+            ("b", (3,), np.float32, ir.DataType.FLOAT),
+        )
+    )
+    cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT})
+    users = [ir.node("DequantizeLinear", [weight, factor]) for factor in (scale, cast.outputs[0], both)]
+    users.append(ir.node("Mul", [both, both]))
+    assert [_is_parameter(value) for value in (weight, scale, half, both)] == [True, False, False, True]
 
 
 def test_nothing_is_loaded_from_elsewhere(make: Make, tmp_path: Path) -> None:
@@ -160,6 +262,13 @@ def test_difference_is_capped_and_has_no_sign() -> None:
     assert difference(one, other).tolist() == difference(other, one).tolist() == [[[0, 3 * GAIN, 255]]]
 
 
+def hostile_speed() -> Speed:
+    one = speed("onnxruntime")
+    times = tuple(time.model_copy(update={"target": HOSTILE, "device": HOSTILE}) for time in one.timings[0].times)
+    timing = one.timings[0].model_copy(update={"submodel": HOSTILE, "what": HOSTILE, "times": times})
+    return one.model_copy(update={"cpu": HOSTILE, "left_out": (HOSTILE,), "versions": {HOSTILE: HOSTILE}, "timings": (timing,)})
+
+
 def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
     manifest = json.loads((tiny_bundle / MANIFEST).read_bytes())
     source = {**manifest["source"], "name": HOSTILE, "architecture": HOSTILE}
@@ -170,6 +279,7 @@ def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -
             "pictures": (PICTURE.model_copy(update={"prompt": HOSTILE}),),
             "answers": (ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),),
             "device": HOSTILE,
+            "speed": hostile_speed(),
         }
     )
     page = written(make(quality, name=HOSTILE, source=source, submodels=parts, versions={HOSTILE: HOSTILE}), tmp_path)
@@ -192,14 +302,22 @@ def test_held_floors(make: Make, tmp_path: Path) -> None:
     fine = QUALITY_OF.model_copy(update={"submodels": (submodel("decoder", 300),), "answers": ()})
     page = written(make(fine), tmp_path)
     assert "every floor is held" in page.words and "below" not in page.words
-    assert "decoder.out int4 2.00 MB → 0.50 MB 3 equal equal 0.99900 held" in page.words
+    assert "decoder.out int4 3 equal equal 0.99900 held" in page.words
 
 
 def test_what_was_not_measured(make: Make, tmp_path: Path) -> None:
     absent = submodel("vae_encoder", 0).model_copy(update={"calls": 0, "outputs": ()})
     page = written(make(QUALITY_OF.model_copy(update={"submodels": (absent,), "answers": ()})), tmp_path)
     assert "1 below its floor" in page.words
-    assert "vae_encoder int4 2.00 MB → 0.50 MB 0 not measured" in page.words
+    assert "vae_encoder int4 0 not measured" in page.words
+
+
+def test_a_bundle_of_an_older_version(make: Make) -> None:
+    bundle = make()
+    manifest = json.loads((bundle.root / MANIFEST).read_bytes())
+    (bundle.root / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 0}))
+    with pytest.raises(BundleError, match="has schema version 0, this program reads 1: build the bundle again"):
+        report(Bundle(bundle.root), bundle.root / "report.html")
 
 
 def test_mistakes(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
@@ -220,7 +338,10 @@ def test_mistakes(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
         ("quality/a.png", None, "is missing"),
         ("quality/a.png", b"<svg onload='alert(1)'/>", "cannot be shown"),
         (QUALITY, b"{", "cannot be read"),
-        (QUALITY, b'{"quant": "int4"}', "cannot be read"),
+        (QUALITY, b'{"quant": "int4"}', "reference_quant: Field required"),
+        (QUALITY, b"\xff\xfe", "damaged, or another version of this program wrote it"),
+        ("onnx/decoder/model.onnx", None, "model.onnx cannot be read"),
+        ("onnx/decoder/model.onnx", b"no graph", "model.onnx cannot be read"),
     ],
 )
 def test_damaged(make: Make, tmp_path: Path, path: str, data: bytes | None, message: str) -> None:

@@ -1,0 +1,33 @@
+"""A bundle timed anew on the machine where this runs, beside the checkpoint it was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from export.baseline import compare_speed
+from export.build import Build, Options, build
+from export.progress import Listener
+from export.speed import THOROUGH, Note, Speed, SpeedEffort
+from runtime.bundle import Bundle
+from runtime.errors import InvalidInput
+
+
+def time_bundle(
+    bundle: Bundle,
+    source: str,
+    listen: Listener = lambda report: None,
+    note: Note = lambda what, number, total: None,
+    effort: SpeedEffort = THOROUGH,
+) -> Speed:
+    """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside PyTorch.
+
+    `source` is what `export build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build raises.
+    """
+    with TemporaryDirectory(prefix="enginecast-") as folder:
+        options = Options(source, Path(folder) / "float", targets=bundle.targets)
+        state = Build.open(options)
+        if state.fingerprint != bundle.manifest.source.fingerprint:
+            raise InvalidInput("speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one")
+        floating, _ = build(options, listen)
+        return compare_speed(bundle.root, floating.root, state.family.parts(state.source, False), state.weights, effort, note)
