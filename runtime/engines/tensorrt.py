@@ -32,6 +32,7 @@ STANDARD_DOMAINS: Final = ("", "ai.onnx")
 AMPERE: Final = 80
 OLDEST_FLOAT32: Final = 80
 """TensorRT for RTX multiplies float32 matrices from compute capability 8.0 on; it refuses them for 7.5."""
+OLDEST_FLOAT8: Final = 89
 INLINE_BYTES: Final = 1024
 """Converted weights from this size on are handed over by address: a serialized graph holds 2 GB at most."""
 PREFILL: Final = 256
@@ -163,6 +164,7 @@ class TensorRT(Engine):
 
     target = "tensorrt"
     rank = 10
+    precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4", "fp8"})
     sdk: ClassVar[SDK] = SDK("tensorrt", "TensorRT", "tensorrt", ahead=False)
 
     @classmethod
@@ -189,8 +191,8 @@ class TensorRT(Engine):
         found = cls.available()
         if not (found.usable or found.compiles):
             raise EngineUnavailable(f"cannot compile for {cls.target}: {found.reason}")
-        capabilities = cls._capabilities(settings)
         lowered = _lower(submodel, graph, settings)
+        capabilities = cls._capabilities(settings, lowered.oldest)
         output.mkdir(parents=True, exist_ok=True)
         files = [f"{submodel.name}.engine"]
         with _Compiler(cls.sdk, submodel, settings, options.progress) as compiler:
@@ -205,8 +207,11 @@ class TensorRT(Engine):
         return Artifact(target=cls.target, submodel=submodel.name, files=tuple(files), key=key, seconds=time.perf_counter() - start)
 
     @classmethod
-    def _capabilities(cls, settings: Settings) -> tuple[int, ...]:
-        """What to compile for. Raises InvalidInput for a GPU that the SDK does not know, or, of TensorRT, is not in this machine."""
+    def _capabilities(cls, settings: Settings, oldest: int) -> tuple[int, ...]:
+        """What to compile for. `oldest` has the types of the graph.
+
+        Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, of TensorRT, that is not in this machine.
+        """
         here = sorted({device.capability for device in cuda.devices(cls.sdk.extra)[0]})
         if not cls.sdk.ahead:
             if settings.compute_capability and set(settings.compute_capability) - set(here[:1]):
@@ -222,10 +227,12 @@ class TensorRT(Engine):
                 raise InvalidInput(
                     "compute_capability", f"{_dotted(capability)} is none that {cls.sdk.name} knows: {', '.join(map(_dotted, known))}"
                 )
+        if oldest == OLDEST_FLOAT8 and any(capability < oldest for capability in settings.compute_capability):
+            raise InvalidInput("compute_capability", f"fp8 needs {_dotted(oldest)} or later: choose another --quant for older GPUs")
         return (
             settings.compute_capability
             or tuple(capability for capability in here if capability in known)
-            or tuple(capability for capability in known if capability >= OLDEST_FLOAT32)
+            or tuple(capability for capability in known if capability >= oldest)
         )
 
     @classmethod
@@ -321,6 +328,8 @@ class Lowered(NamedTuple):
 
     content: bytes
     converted: Mapping[str, Array]
+    oldest: int
+    """The first compute capability that has all its types."""
 
 
 def _lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
@@ -347,7 +356,9 @@ def _lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
             if isinstance(tensor, ir.LazyTensor) and tensor.nbytes >= INLINE_BYTES:
                 converted[name] = np.frombuffer(tensor.tobytes(), np.uint8)
                 value.const_value = ir.ExternalTensor("converted", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
-    return Lowered(ir.to_proto(model).SerializeToString(), converted)
+    types = {value.dtype for value in model.graph.initializers.values()}
+    oldest = OLDEST_FLOAT8 if ir.DataType.FLOAT8E4M3FN in types else OLDEST_FLOAT32
+    return Lowered(ir.to_proto(model).SerializeToString(), converted, oldest)
 
 
 def _capacity(signature: Signature, settings: Settings) -> int:

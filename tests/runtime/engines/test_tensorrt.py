@@ -18,7 +18,7 @@ from runtime.engines.tensorrt import Settings, TensorRTForRTX
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.signature import Array
 
-RECIPES = ("none", "int8", "int8-weight", "int4")
+RECIPES = ("none", "int8", "int8-weight", "int4", "fp8")
 SMALL = {"shapes": "batch=1:1:2,sequence=1:8:16", "compute_capability": "8.9", "optimization_level": "0"}
 
 
@@ -100,6 +100,17 @@ def test_compiled_ahead_for_every_gpu_that_it_knows(rtx: type[Engine], tiny_bund
     assert artifact.key["compute_capability"] == "8.0,8.6,8.9,12.0,12.1"
     several = compile_embedding(rtx, tiny_bundle, tmp_path, compute_capability="8.9, 12.0,8.9")
     assert several.key["compute_capability"] == "8.9,12.0"
+
+
+def test_fp8_is_compiled_for_gpus_that_have_it(rtx: type[Engine], vlm_bundle: Path, tmp_path: Path) -> None:
+    opened = Bundle(vlm_bundle)
+    submodel = opened.submodel("decoder")
+    graph = quantized(opened, submodel, "fp8", tmp_path)
+    with pytest.raises(InvalidInput, match=r"compute_capability: fp8 needs 8\.9 or later"):
+        rtx.compile_with(CompileOptions({"compute_capability": "8.6,8.9"}), submodel, graph, tmp_path / "engines")
+    if rtx.available().usable:
+        pytest.skip("compiles for the GPU that is here")
+    assert rtx.compile(submodel, graph, tmp_path / "engines").key["compute_capability"] == "8.9,12.0,12.1"
 
 
 def test_the_same_input_gives_the_same_engine(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path) -> None:
