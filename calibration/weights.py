@@ -6,10 +6,10 @@ Symmetric round to nearest: a weight is about code * scale, |error| <= scale / 2
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -26,10 +26,23 @@ WORKERS: Final = 2
 """Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes."""
 INT8_PEAK: Final = 127
 INT4_PEAK: Final = 7
+INT4_LARGEST: Final = float(np.finfo(np.float16).max) * INT4_PEAK
+"""Magnitude above which float16 scales cannot express a weight."""
 INT4_SHARES: Final = (1.0, 0.94, 7 / 8, 0.8)
 """int4 scales tried for each block, as shares of its largest magnitude / 7. 7/8 puts a negative extreme on code -8; less clips outliers."""
 WEIGHTED_SHARES: Final = (*INT4_SHARES, 0.97, 0.91, 0.84, 0.75, 0.69)
 """Tried where inputs are known to matter unequally: then clipping what few inputs read pays more often. Holds all of INT4_SHARES."""
+
+
+class Int4(NamedTuple):
+    """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K / block, N]."""
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+
+
+Known = Callable[[], Int4]
+"""Reads what was computed before, such as by `calibration.gptq`."""
 
 
 def int8_columns(weights: Floats) -> tuple[Codes, Floats]:
@@ -64,11 +77,11 @@ def int4_blocks(weights: Floats, block: int, importance: Floats | None = None) -
         best[better], scales[better] = error[better], scale[better]
 
     for share in INT4_SHARES if weighting is None else WEIGHTED_SHARES:
-        attempt(_half(peak * np.float32(share)))
+        attempt(half(peak * np.float32(share)))
     _int4_levels(blocks, scales, levels)
     if weighting is not None:
         fitted = np.einsum("ij,ijk,ijk->ik", weighting, levels, blocks) / _usable(np.einsum("ij,ijk,ijk->ik", weighting, levels, levels))
-        attempt(_half(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
+        attempt(half(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
         _int4_levels(blocks, scales, levels)
     return levels.reshape(weights.shape).astype(np.int8), scales.astype(np.float16)
 
@@ -84,7 +97,7 @@ def _relative(importance: Floats) -> Floats:
     return np.maximum(importance / np.float32(mean), np.float32(1e-6))
 
 
-def _half(scales: Floats) -> Floats:
+def half(scales: Floats) -> Floats:
     """Scales that float16 can hold, as float32."""
     return _usable(scales.astype(np.float16).astype(np.float32))
 
@@ -111,12 +124,20 @@ class QuantizedWeight:
     """A weight seen as a matrix [K, N], and its quantized tensors, each computed when asked for.
 
     `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. `block` is that of int4, 0 for int8; `importance` is that of
-    int4_blocks. Asking for the codes leaves the scales behind for the next who asks, so that writing a graph quantizes each weight once.
+    int4_blocks. With `known`, int4 is what that gives, and the source is not read.
+    Asking for the codes leaves the scales behind for the next who asks, so that writing a graph quantizes each weight once.
     Raises SourceError for weights that are not finite.
     """
 
-    def __init__(self, source: ir.TensorProtocol, transposed: bool, block: int = 0, importance: Floats | None = None) -> None:
-        self.source, self.transposed, self.block, self.importance = source, transposed, block, importance
+    def __init__(
+        self,
+        source: ir.TensorProtocol,
+        transposed: bool,
+        block: int = 0,
+        importance: Floats | None = None,
+        known: Known | None = None,
+    ) -> None:
+        self.source, self.transposed, self.block, self.importance, self.known = source, transposed, block, importance, known
         shape = tuple(source.shape.numpy())
         self.rows, self.columns = (math.prod(shape[1:]), shape[0]) if transposed else shape
         self._scales: NDArray[Any] | None = None
@@ -142,6 +163,9 @@ class QuantizedWeight:
 
     def _quantize(self) -> NDArray[Any]:
         """Codes [K, N], or [K, N / 2] of packed int4."""
+        if self.block and self.known is not None:
+            codes, self._scales = self.known()
+            return codes
         codes = np.empty((self.rows, self.columns // 2), np.uint8) if self.block else np.empty((self.rows, self.columns), np.int8)
         scales = np.empty((self.rows // self.block, self.columns), np.float16) if self.block else np.empty(self.columns, np.float32)
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -153,16 +177,20 @@ class QuantizedWeight:
 
     def _fill(self, values: NDArray[Any], codes: NDArray[Any], scales: NDArray[Any], chunk: slice) -> None:
         """Quantize the columns of one chunk into place."""
-        if self.transposed:
-            part = np.ascontiguousarray(values[chunk].reshape(-1, self.rows).astype(np.float32).T)
-        else:
-            part = values[:, chunk].astype(np.float32)
-        check(self.source.name, part, float(np.finfo(np.float16).max) * INT4_PEAK if self.block else float(np.finfo(np.float32).max))
+        part = matrix_columns(values, self.transposed, self.rows, chunk)
+        check(self.source.name, part, INT4_LARGEST if self.block else float(np.finfo(np.float32).max))
         if self.block:
             chosen, scales[:, chunk] = int4_blocks(part, self.block, self.importance)
             codes[:, chunk.start // 2 : chunk.stop // 2] = pack_int4(chosen)
         else:
             codes[:, chunk], scales[chunk] = int8_columns(part)
+
+
+def matrix_columns(values: NDArray[Any], transposed: bool, rows: int, chunk: slice) -> Floats:
+    """Columns of a weight as float32 [rows, C], from [N, rows, ...] when `transposed`, else from [rows, N]."""
+    if transposed:
+        return np.ascontiguousarray(values[chunk].reshape(-1, rows).astype(np.float32).T)
+    return values[:, chunk].astype(np.float32)
 
 
 def check(name: str | None, part: Floats, limit: float) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from calibration.weights import QuantizedWeight, int4_blocks
+from calibration.weights import Int4, QuantizedWeight, int4_blocks, pack_int4
 
 Floats = NDArray[np.float32]
 
@@ -64,3 +64,15 @@ def test_importance_reaches_every_chunk() -> None:
     for stored, transposed in ((weights, False), (np.ascontiguousarray(weights.T), True)):
         weight = QuantizedWeight(ir.tensor(stored, name="w"), transposed, 64, importance)
         np.testing.assert_array_equal(weight.scales().numpy(), scales)
+
+
+def test_what_was_computed_before_is_taken_as_it_is() -> None:
+    """Codes and scales come from where they are known, and int8 has none."""
+    weights = ir.tensor(np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32), name="w")
+    codes, scales = np.arange(256, dtype=np.uint8).reshape(64, 4), np.full((2, 8), 0.25, np.float16)
+    known = QuantizedWeight(weights, False, 32, known=lambda: Int4(codes, scales))
+    levels = known.codes().numpy().astype(np.int8)
+    np.testing.assert_array_equal(pack_int4(np.ascontiguousarray(levels)), codes)
+    np.testing.assert_array_equal(known.scales().numpy(), scales)
+    plain = QuantizedWeight(weights, False)
+    np.testing.assert_array_equal(QuantizedWeight(weights, False, known=lambda: Int4(codes, scales)).codes().numpy(), plain.codes().numpy())
