@@ -1,4 +1,4 @@
-"""OpenVINO: reads the canonical graph as it is; KV caches become states of the model, updated in place.
+"""OpenVINO: reads the canonical graph as it is; KV caches become pages (on the CPU) or states of the model, updated in place.
 
 Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the processor it finds, so a
 bundle never carries an engine that does not fit. Compiling at build time proves that the graph is accepted, and measures it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -22,6 +23,7 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, MissingDependency
 from runtime.optional import require
+from runtime.paged_cache import Pages, fits, has_pages, use_pages
 from runtime.signature import Array, Signature
 
 BEAMS = "beam_idx"
@@ -48,7 +50,7 @@ class OpenVINO(Engine):
         self.device = device
         self._compiled = compiled
         self._request = compiled.create_infer_request()
-        self._slots: WeakKeyDictionary[Slot, _Held] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Slot, _Held | Pages] = WeakKeyDictionary()
 
     @classmethod
     def available(cls) -> Availability:
@@ -74,23 +76,25 @@ class OpenVINO(Engine):
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         request, feed = self._request, dict(inputs)
-        if self.submodel.signature.states:
-            batch = len(next(iter(inputs.values())))
-            request = self._slot(slot or Slot(), batch)
-            feed[BEAMS] = np.arange(batch, dtype=np.int32)
         try:
+            if self.submodel.signature.states:
+                batch = len(next(iter(inputs.values())))
+                held = self._slot(slot or Slot(), batch)
+                request = held.request
+                feed = held.feed(inputs) if isinstance(held, Pages) else feed | {BEAMS: np.arange(batch, dtype=np.int32)}
             results = request.infer(feed, share_inputs=True)
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             raise EngineError(f"OpenVINO could not run {self.submodel.name}: {error}") from None
         return {tensor.name: np.array(results[tensor.name]) for tensor in self.submodel.signature.outputs}
 
     def trim(self, slot: Slot, length: int) -> None:
         if length == 0:
             self._slots.pop(slot, None)
-        if slot not in self._slots:
+        held = self._slots.get(slot)
+        if held is None or isinstance(held, Pages):  # each call says how much of the pages is valid
             return
         sdk = require("openvino", "openvino")
-        for state in self._slots[slot].request.query_state():
+        for state in held.request.query_state():
             kept = np.ascontiguousarray(state.state.data[:, :, :length])
             state.state = sdk.Tensor(kept)
 
@@ -98,18 +102,19 @@ class OpenVINO(Engine):
         self._slots.clear()
         self._request = self._compiled = None
 
-    def _slot(self, slot: Slot, batch: int) -> Any:
-        """The infer request that holds the slot's states. The plugin would read beyond them for rows that they do not have."""
+    def _slot(self, slot: Slot, batch: int) -> _Held | Pages:
+        """What holds the slot's states. The plugin would read beyond them for rows that they do not have."""
         if slot not in self._slots:
-            self._slots[slot] = _Held(self._compiled.create_infer_request(), batch)
+            paged = has_pages(self._compiled)
+            self._slots[slot] = Pages(self._compiled, batch) if paged else _Held(self._compiled.create_infer_request(), batch)
         held = self._slots[slot]
         if held.batch != batch:
             raise EngineError(f"OpenVINO could not run {self.submodel.name}: the slot holds {held.batch} rows, this call has {batch}")
-        return held.request
+        return held
 
 
 class _Held(NamedTuple):
-    """What a slot has: an infer request with its states, and their number of rows."""
+    """What a slot has where there are no pages: an infer request with its states, and their number of rows."""
 
     request: Any
     batch: int
@@ -124,14 +129,28 @@ def _compile(submodel: Submodel, graph: Path, options: Options) -> tuple[Any, st
     if device == "CPU":
         config |= _numbers(submodel.dynamic) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
     try:
-        model = core.read_model(graph)
-        if submodel.signature.states:
-            _keep_states(model, submodel.signature)
-        compiled = core.compile_model(model, device, config | dict(options.settings))
+        compiled = _compiled(core, submodel.signature, graph, device, config | dict(options.settings))
     except RuntimeError as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
     name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
     return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
+
+
+def _compiled(core: Any, signature: Signature, graph: Path, device: str, config: Mapping[str, Any]) -> Any:
+    """A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states."""
+
+    def read() -> Any:
+        model = core.read_model(graph)
+        if signature.states:
+            _keep_states(model, signature)
+        return model
+
+    if device == "CPU" and fits(signature):
+        with suppress(RuntimeError):
+            model = read()
+            use_pages(model)
+            return core.compile_model(model, device, config)
+    return core.compile_model(read(), device, config)
 
 
 def _numbers(dynamic: bool) -> dict[str, Any]:
