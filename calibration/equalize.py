@@ -339,7 +339,7 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
         return replace(fold, reason="it was always zero")
     if len(stats.parts) < 2:
         return replace(fold, reason="a single call was seen: nothing to check a choice on")
-    samples = [_columns(layer) for layer in group]
+    samples = [columns(layer) for layer in group]
     peaks = _row_peaks(group) if fold.kind == "smoothquant" else np.ones_like(stats.largest)
     halves = [stats.parts, stats.parts[::-1]]
 
@@ -382,12 +382,12 @@ def _noise(samples: Sequence[Floats], planned: Sequence[LayerPlan], known: Chann
     ratios = []
     for weights, one in zip(samples, planned, strict=True):
         exact = rows @ weights
-        error = (quantized if one.activation else rows) @ _restored(weights, one, known.mean_square) - exact
+        error = (quantized if one.activation else rows) @ restored(weights, one, known.mean_square) - exact
         ratios.append(float(np.square(error).sum(dtype=np.float64) / max(np.square(exact).sum(dtype=np.float64), 1e-300)))
     return float(np.mean(ratios))
 
 
-def _restored(weights: Floats, planned: LayerPlan, importance: Floats) -> Floats:
+def restored(weights: Floats, planned: LayerPlan, importance: Floats | None) -> Floats:
     """What quantization leaves of columns [K, C]."""
     if planned.weight_type == "int4":
         codes, halves = int4_blocks(weights, planned.block, importance)
@@ -410,12 +410,13 @@ def _decibel(ratio: float) -> float:
     return -10 * math.log10(ratio) if ratio > 0 else math.inf
 
 
-def _columns(layer: Layer) -> Floats:
+def columns(layer: Layer) -> Floats:
     """COLUMNS columns of a weight, evenly spread, float32 [K, COLUMNS]. Raises SourceError when they are not finite."""
     tensor = tensor_of(layer.weight)
     values, count = tensor.numpy(), layer.matrix[1]
     chosen = np.linspace(0, count - 1, min(COLUMNS, count)).astype(int)
-    part = np.array((values[chosen].T if layer.transposed else values[:, chosen]), np.float32, order="C")
+    by_output = layer.transposed or layer.node.op_type == "Conv"
+    part = np.array((values[chosen].reshape(len(chosen), -1).T if by_output else values[:, chosen]), np.float32, order="C")
     del values  # what is still seen cannot be released
     release(tensor)
     check(layer.weight.name, part, float(np.finfo(np.float32).max))

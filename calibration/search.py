@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
 from typing import Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from calibration.quantize import LayerPlan
-from calibration.sensitivity import Alternative, Board, snr_db
+from calibration.sensitivity import Alternative, Board, Choice, Kept, measured, snr_db
 
 Goal = Literal["size", "speed"]
 GOALS: Final[tuple[Goal, ...]] = ("size", "speed")
@@ -47,16 +50,22 @@ def weight_bytes(planned: LayerPlan) -> float:
     return planned.elements * WEIGHT_BYTES[planned.weight_type] + blocks * SCALE_BYTES[planned.weight_type]
 
 
-def frontier(board: Board, floats: Sequence[LayerPlan], goal: Goal) -> list[Assignment]:
+def frontier(
+    board: Board,
+    floats: Sequence[LayerPlan],
+    goal: Goal,
+    alternatives: Sequence[Sequence[Alternative]],
+    kept: Kept = measured,
+) -> list[Assignment]:
     """The assignments worth having, least noise first. `floats` are the plans of the layers as they are."""
-    work = board.work() if goal == "speed" else [0] * len(floats)
+    work = board.work if goal == "speed" else [0] * len(floats)
 
     def cost(index: int) -> Callable[[LayerPlan], float]:
         if goal == "size":
             return weight_bytes
         return lambda planned: work[index] * (W8A8_PACE if planned.activation else 1.0)
 
-    forms = [[Alternative(planned, 0.0), *others] for planned, others in zip(floats, board.alternatives(), strict=True)]
+    forms = [[Alternative(planned, 0.0), *others] for planned, others in zip(floats, alternatives, strict=True)]
     costs = [[cost(index)(form.plan) for form in choices] for index, choices in enumerate(forms)]
     whole = sum(layer[0] for layer in costs) or 1.0
     found: dict[tuple[int, ...], Assignment] = {}
@@ -69,8 +78,14 @@ def frontier(board: Board, floats: Sequence[LayerPlan], goal: Goal) -> list[Assi
             picked = [choices[index] for choices, index in zip(forms, chosen, strict=True)]
             plans = tuple(form.plan for form in picked)
             price = sum(prices[index] for prices, index in zip(costs, chosen, strict=True)) / whole
-            found[chosen] = Assignment(plans, price, sum(form.noise for form in picked), board.noise(board.choice(plans)))
+            choice = board.choice(plans)
+            noise = kept(f"assignment-{sha256(choice.tobytes()).hexdigest()[:16]}", partial(_measure, board, choice))
+            found[chosen] = Assignment(plans, price, sum(form.noise for form in picked), float(noise))
     return _undominated(found.values())
+
+
+def _measure(board: Board, choice: Choice) -> NDArray[np.float64]:
+    return np.array(board.noise(choice))
 
 
 def _undominated(assignments: Iterable[Assignment]) -> list[Assignment]:

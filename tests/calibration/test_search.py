@@ -18,21 +18,18 @@ class Known:
     """A board on which noises add up exactly."""
 
     def __init__(self, layers: list[list[Alternative]], macs: list[int]) -> None:
-        self.found, self.macs = layers, macs
-
-    def alternatives(self) -> list[list[Alternative]]:
-        return self.found
-
-    def work(self) -> list[int]:
-        return self.macs
+        self.found, self.work = layers, macs
 
     def choice(self, plans: Any) -> Any:
-        return plans
-
-    def noise(self, plans: Any) -> float:
-        return sum(
-            next((form.noise for form in forms if form.plan == planned), 0.0) for planned, forms in zip(plans, self.found, strict=True)
+        return np.array(
+            [
+                next((number for number, form in enumerate(forms, 1) if form.plan == planned), 0)
+                for planned, forms in zip(plans, self.found, strict=True)
+            ]
         )
+
+    def noise(self, choice: Any) -> float:
+        return sum((forms[number - 1].noise for number, forms in zip(choice, self.found, strict=True) if number), 0.0)
 
 
 def layer(index: int, kind: Any = "float", activation: bool = False) -> LayerPlan:
@@ -51,7 +48,7 @@ def test_nothing_beats_the_frontier(pairs: list[tuple[float, float]], goal: Any)
     ]
     macs = [7 * (index + 3) for index in range(len(pairs))]
     floats = [layer(index) for index in range(len(pairs))]
-    hull = frontier(Known(found, macs), floats, goal)  # type: ignore[arg-type]
+    hull = frontier(Known(found, macs), floats, goal, found)  # type: ignore[arg-type]
     assert all(one.noise < two.noise and one.cost > two.cost for one, two in pairwise(hull))
 
     def price(plans: Any) -> float:
@@ -70,3 +67,14 @@ def test_the_cheapest_that_is_good_enough() -> None:
     assert [cheapest(points, db).cost for db in (50, 40, 20, 10)] == [1.0, 0.6, 0.3, 0.3]
     assert cheapest(points[1:], 60).cost == 0.6
     assert snr_db(float(np.float64(1e-3))) == 30.0
+
+
+def test_what_is_known_of_an_assignment_is_not_measured() -> None:
+    found = [[Alternative(layer(index, "int8"), 1e-4), Alternative(layer(index, "int4"), 1e-2)] for index in range(3)]
+    floats = [layer(index) for index in range(3)]
+    known: dict[str, Any] = {}
+    board: Any = Known(found, [1, 1, 1])
+    first = frontier(board, floats, "size", found, lambda name, measure: known.setdefault(name, measure()))
+    assert len(known) >= len(first) > 1
+    board.noise = None
+    assert frontier(board, floats, "size", found, lambda name, measure: known[name]) == first

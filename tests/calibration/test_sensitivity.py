@@ -100,3 +100,51 @@ def test_each_alternative_is_measured_alone_and_noises_add_up(toy: ir.Model, boa
 def test_without_samples_there_is_nothing_to_measure(toy: ir.Model) -> None:
     with pytest.raises(InvalidInput, match="samples"):
         Board(toy, [], Tuning(), [])
+
+
+def test_calls_that_fit_are_run_together(toy: ir.Model, ranges: dict[str, Range], board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)]
+    calls = [*samples(), SIGNATURE.sample({"batch": 3}, 9)]
+    together = Board(toy, recipes, Tuning(ranges=ranges), calls)
+    monkeypatch.setattr("calibration.sensitivity.TOGETHER_BYTES", 0)
+    apart = Board(toy, recipes, Tuning(ranges=ranges), calls)
+    assert [len(call["x"]) for call in together._calls] == [6, 3] and len(apart._calls) == 4
+    choice = together.choice(recipes[1])
+    assert together.noise(choice) == pytest.approx(apart.noise(choice), rel=1e-4)
+    assert together.work == apart.work
+
+
+def test_a_little_of_an_error_does_a_little(board: Board) -> None:
+    index, form = next((index, form) for index, forms in enumerate(board.alternatives()) for form in forms if form.plan.activation)
+
+    def change(share: float) -> np.ndarray:
+        errors = board.none()
+        errors.weights[index, 0] = errors.activations[index] = share
+        return board.change(errors)
+
+    assert np.corrcoef(change(0.2), change(0.1))[0, 1] > 0.99 and np.corrcoef(change(0.1), change(-0.1))[0, 1] < -0.99
+    assert np.std(change(0.2)) / np.std(change(0.1)) == pytest.approx(2, rel=0.02)
+    assert not change(0).any()
+    assert float(np.square(change(1)).sum()) == pytest.approx(form.noise, rel=1e-4)
+
+
+def test_only_scales_are_held(toy: ir.Model, ranges: dict[str, Range]) -> None:
+    from calibration.sensitivity import _switched
+
+    forms = [{planned.node: planned for planned in recipe} for recipe in (plan(toy, RECIPES["int8"], ranges), plan(toy, INT4))]
+    switched = _switched(toy, forms, [("int8", 0), ("int4", 64)], Tuning(ranges=ranges))
+    floats = sum(value.const_value.nbytes for value in toy.graph.initializers.values() if value.const_value is not None)
+    all_of_it = sum(value.const_value.nbytes for value in switched.graph.initializers.values() if value.const_value is not None)
+    assert 0 < all_of_it - floats < floats / 10
+
+
+def test_figures_that_are_known_are_not_measured(board: Board) -> None:
+    names: list[str] = []
+
+    def kept(name: str, measure: object) -> np.ndarray:
+        names.append(name)
+        return np.array(0.5)
+
+    found = board.alternatives(kept)
+    assert {form.noise for forms in found for form in forms} == {0.5}
+    assert len(set(names)) == len(names) == sum(map(len, found))
