@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin
 from calibration import machine
 from export.family import Part
 from export.graph import parameter_names
-from export.speed import Note, Speed, SpeedEffort, measure_speed
+from export.speed import Note, Speed, SpeedEffort, carry_out, measure_speed
 from export.tensors import TensorRef
 from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
@@ -25,8 +25,10 @@ from runtime.errors import EngineError, EngineUnavailable, UnsupportedModel
 from runtime.loading import LoadedModel, choose_target, load_model
 from runtime.signature import Array
 
-ATTENTION = "sdpa"
+ATTENTION: Final = "sdpa"
 """What transformers takes by itself where it can."""
+TRIAL: Final = SpeedEffort(steps=2, tokens=2)
+"""A request that shows whether PyTorch can run the model as its pipeline calls it."""
 Weights = Callable[[Part], Mapping[str, TensorRef]]
 """The tensors of a part's component by the library's names."""
 
@@ -59,12 +61,16 @@ class TorchEngine(Engine):
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         signature = self.submodel.signature
         feed = {tensor.name: torch.tensor(inputs[tensor.name]) for tensor in signature.inputs}
-        with torch.inference_mode():
-            if not signature.states:
-                results = self._module(*feed.values())
-            else:
-                cache = self._slots.setdefault(slot or Slot(), DynamicCache())
-                results = (self._module(**feed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits,)
+        try:
+            with torch.inference_mode():
+                if not signature.states:
+                    results = self._module(*feed.values())
+                else:
+                    cache = self._slots.setdefault(slot or Slot(), DynamicCache())
+                    results = (self._module(**feed, past_key_values=cache, use_cache=True, logits_to_keep=1).logits,)
+        except Exception as error:  # the libraries raise exceptions of every kind
+            reason = " ".join(str(error).split())
+            raise EngineError(f"PyTorch could not run {self.submodel.name}: {type(error).__name__}: {reason}") from None
         return {tensor.name: result.numpy() for tensor, result in zip(signature.outputs, results, strict=True)}
 
     def trim(self, slot: Slot, length: int) -> None:
@@ -126,7 +132,8 @@ def compare_speed(
     """Time the bundle at `quantized` beside that at `floating`, built from the same checkpoint without quantization, and PyTorch.
 
     `parts` and `weights` are the checkpoint's, the parts new ones without weights. Each target of the bundle that can be used here takes
-    part, with all threads. Raises EngineUnavailable when there is none, EngineError when an engine cannot run.
+    part, with all threads; what PyTorch cannot run is left out. Raises EngineUnavailable when there is no target, EngineError when an
+    engine cannot run.
     """
     threads, left_out, usable = machine.threads(), list[str](), list[str]()
     for name in Bundle(quantized).targets:
@@ -146,7 +153,9 @@ def compare_speed(
         stack.callback(torch.set_num_threads, before)
         torch.set_num_threads(threads)
         try:
-            models.insert(0, stack.enter_context(closing(torch_model(pairs[0][0], parts, weights))))
-        except UnsupportedModel as error:
+            library = stack.enter_context(closing(torch_model(pairs[0][0], parts, weights)))
+            carry_out(library, TRIAL)
+            models.insert(0, library)
+        except (UnsupportedModel, EngineError) as error:
             left_out.append(f"torch: {error}")
         return measure_speed(models, threads, effort, left_out, note)

@@ -101,7 +101,7 @@ def render(bundle: Bundle, quality: Quality) -> str:
         float32=FLOAT32,
         float16=FLOAT16,
         whole=WHOLE,
-        busy=BUSY,
+        disturbed=bool(quality.speed and (quality.speed.others or 0) > BUSY),
         devices=_devices(quality),
         bars=bars,
         fastest=_fastest(quality),

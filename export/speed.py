@@ -132,7 +132,7 @@ def measure_speed(
     def turn(model: LoadedModel) -> Callable[[], dict[Kind, float]]:
         def run() -> dict[Kind, float]:
             time.sleep(REST)
-            spent = _carry_out(model, effort)
+            spent = carry_out(model, effort)
             counts.update({kind: len(times) for kind, times in spent.items()})
             uncalled = _uncalled(model, spent)
             return {kind: sum(times) / len(times) for kind, times in spent.items()} | uncalled
@@ -180,8 +180,8 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2 * HEAP)
 
 
-def _carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]]:
-    """Seconds of every call of a request, calls alike together, and of the whole."""
+def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]]:
+    """Carry out the request: seconds of every call, calls alike together, and of the whole. Raises EngineError when a call fails."""
     spent: dict[Kind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
     pipeline, what = _request(model, effort)

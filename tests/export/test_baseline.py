@@ -123,6 +123,25 @@ def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> 
     assert speed.others is None or 0 <= speed.others <= 1
 
 
+def test_what_torch_cannot_run_is_left_out(tiny_bundle: Path, talking_state: Build) -> None:
+    parts = talking_state.family.parts(talking_state.source, False)
+    parts[0] = replace(parts[0], module=Broken(parts[0].module))
+    speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT)
+    assert speed.left_out == ("torch: PyTorch could not run vision_encoder: TypeError: not made for this",)
+    assert {timed.target for timing in speed.timings for timed in timing.times} == set(Bundle(tiny_bundle).targets)
+
+
+class Broken(nn.Module):
+    """A module whose weights are there, but which cannot run."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *inputs: torch.Tensor) -> None:
+        raise TypeError("not made for this")
+
+
 def test_no_target_can_be_used(tiny_bundle: Path, talking_state: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(bundle: Bundle, wanted: str) -> None:
         raise EngineUnavailable(f"{wanted} needs another machine")
