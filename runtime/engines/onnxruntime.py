@@ -27,7 +27,7 @@ FIRST_CAPACITY: Final = 256
 DISABLED: Final = ["QDQPropagationTransformer"]
 """It inserts uint8 zero points into symmetric int8 graphs, which ONNX Runtime then refuses (seen in 1.31)."""
 ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
-"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, 32 to a scale; "0" is float32."""
+"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, a block of theirs to a scale; "0" is float32."""
 
 
 class ONNXRuntime(Engine):
