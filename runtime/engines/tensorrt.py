@@ -84,8 +84,8 @@ class Settings(Texts):
     `weights`: "engine" stores them in the engine; "refit" lets them be exchanged later; "stripped" leaves them in the bundle's own files,
     from where they are read when the engine is loaded; "streamed" lets loading keep a part of them in the memory of the host.
     `compatible`: "version" makes an engine that later versions of the SDK load.
-    `hardware`: "ampere+" makes one for all GPUs from Ampere on, "same" for those of the same compute capability.
-    `timing_cache`: a file in which the times of kernels are kept between compilations. TensorRT for RTX measures none.
+    `hardware` (TensorRT): "ampere+" makes one for all GPUs from Ampere on, "same" for those of the same compute capability.
+    `timing_cache` (TensorRT): a file in which the times of kernels are kept between compilations.
     `optimization_level`: 0 (quick to compile) to 5 (quick to run).
     `plugins`: libraries that operators outside of the standard may be taken from. They run as native code: name only those you trust.
     `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
@@ -188,6 +188,9 @@ class TensorRT(Engine):
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         settings = Settings.parse(options.settings)
+        for name in ("hardware", "timing_cache"):
+            if cls.sdk.ahead and getattr(settings, name):
+                raise InvalidInput(name, f"is of no use to {cls.sdk.name}: it times nothing, and is told its GPUs by compute_capability")
         found = cls.available()
         if not (found.usable or found.compiles):
             raise EngineUnavailable(f"cannot compile for {cls.target}: {found.reason}")
@@ -584,7 +587,7 @@ def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
 def _artifact(bundle: Bundle, target: str, submodel: str) -> Artifact:
     """What the target made of the submodel. Raises EngineError when the bundle has none."""
     for artifact in bundle.manifest.artifacts:
-        if (artifact.target, artifact.submodel) == (target, submodel):
+        if (artifact.target, artifact.submodel) == (target, submodel) and artifact.files:
             return artifact
     raise EngineError(f"bundle {bundle.name} holds no {target} engine of {submodel}: build it with --target {target}")
 
@@ -635,6 +638,7 @@ class _Plan:
         self.cache: Any = None
         self.contexts = [self._context(profile) for profile in range(self.engine.num_optimization_profiles)]
         self.last: list[_Call | None] = [None] * len(self.contexts)
+        self.recording = settings.graphs and not sdk.ahead  # TensorRT for RTX records by itself
 
     def _error(self, what: str) -> EngineError:
         reasons = _reasons(self.messages)
@@ -725,8 +729,8 @@ class _Plan:
             self._buffer(name).reserve(array.nbytes)
         last = self.last[profile]
         if last is not None and last.shapes == shapes and last.places == self._places(states):
-            if self.settings.graphs and not self.sdk.ahead and last.graph is None and context.is_stream_capturable(self.stream.handle):
-                last.graph = self.stream.record(lambda: self._enqueue(profile))
+            if self.recording and last.graph is None:
+                self._record(profile, last)
             return last
         self.last[profile] = None
         self._set_shapes(context, shapes, states)
@@ -745,6 +749,13 @@ class _Plan:
         context.set_device_memory(self.memory.address, self.memory.nbytes)
         self.last[profile] = call = _Call(shapes, places, outputs)
         return call
+
+    def _record(self, profile: int, call: _Call) -> None:
+        """Record the call, where the engine does nothing that cannot be recorded, such as holding more memory as it goes."""
+        try:
+            call.graph = self.stream.record(lambda: self._enqueue(profile))
+        except EngineError:
+            self.recording = False
 
     def _places(self, states: Mapping[str, cuda.Buffer]) -> dict[str, int]:
         """The address of everything that a call reads and writes, that of the memory between under the name ""."""

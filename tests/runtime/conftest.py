@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import importlib
 import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ class FakeCuda:
         self.captured: list[Callable[[], None]] | None = None
         self.allocations = self.launches = self.graphs = 0
         self.broken = ""
+        self.real: Any = None
 
     def put(self, work: Callable[[], None]) -> None:
         """Work of a kernel or a copy: done when the stream is waited for, or recorded."""
@@ -122,7 +124,11 @@ class FakeCuda:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """The CUDA runtime replaced by one in the host's memory, with one GPU of compute capability 8.9."""
+    """The CUDA runtime replaced by one in the host's memory, with one GPU of compute capability 8.9; `real` is what it stands for."""
     fake = FakeCuda()
+    try:
+        fake.real = importlib.import_module("cuda.bindings.runtime")
+    except ImportError:
+        fake.real = None
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", fake)  # type: ignore[arg-type]
     yield fake

@@ -23,6 +23,17 @@ def test_devices_are_described(fake_cuda: Any) -> None:
     assert found == (cuda.Device(0, "Fake 4090", 89, 1 << 32),) and not reason
 
 
+def test_the_real_runtime_has_what_the_fake_one_has(fake_cuda: Any) -> None:
+    """Where cuda-bindings is installed: the same functions, which answer a code and as many values."""
+    if fake_cuda.real is None:
+        pytest.skip("cuda-bindings is not installed")
+    names = [name for name in dir(fake_cuda) if name.startswith("cuda")]
+    assert not [name for name in names if not hasattr(fake_cuda.real, name)]
+    assert isinstance(fake_cuda.real.cudaGetDeviceCount(), tuple) and len(fake_cuda.real.cudaGetDeviceCount()) == 2
+    assert int(fake_cuda.real.cudaError_t.cudaErrorMemoryAllocation) == cuda.OUT_OF_MEMORY
+    assert fake_cuda.real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal == cuda.THREAD_LOCAL
+
+
 def test_why_there_are_none(fake_cuda: Any) -> None:
     fake_cuda.broken = "cudaGetDeviceCount"
     found, reason = cuda.devices("tensorrt")

@@ -72,9 +72,6 @@ class FakeContext:
         assert nbytes >= self.update_device_memory_size_for_shapes()
         self.memory = address, nbytes
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return True
-
     def execute_async_v3(self, stream: int) -> bool:
         engine, shapes, places, memory = self.engine, dict(self.shapes), dict(self.places), self.memory
         assert stream == 7 and set(places) == set(engine.inputs) | set(engine.outputs)

@@ -134,6 +134,8 @@ def test_the_same_input_gives_the_same_engine(rtx: type[Engine], tiny_bundle: Pa
         ({"weights": "none"}, "weights: Input should be 'engine', 'refit', 'stripped' or 'streamed'"),
         ({"optimization_level": "9"}, "optimization_level: "),
         ({"workspce": "4GiB"}, "workspce: Extra inputs are not permitted .known: .*workspace"),
+        ({"timing_cache": "times"}, "timing_cache: is of no use to TensorRT for RTX"),
+        ({"hardware": "ampere+"}, "hardware: is of no use to TensorRT for RTX: it .* is told its GPUs by compute_capability"),
         ({"plugins": "nowhere.so"}, "plugins: nowhere.so is no library of plugins that TensorRT for RTX can load"),
     ],
 )
@@ -148,9 +150,7 @@ def test_more_context_than_the_model_has(rtx: type[Engine], tiny_bundle: Path, t
         compile_embedding(rtx, tiny_bundle, tmp_path, Bundle(tiny_bundle).submodel("decoder"), context="100000")
 
 
-@pytest.mark.parametrize(
-    "settings", [{"workspace": "64MiB"}, {"weights": "streamed"}, {"compatible": "version"}, {"tf32": "true"}, {"timing_cache": "times"}]
-)
+@pytest.mark.parametrize("settings", [{"workspace": "64MiB"}, {"weights": "streamed"}, {"compatible": "version"}, {"tf32": "true"}])
 def test_settings_that_are_heeded(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str]) -> None:
     artifact = compile_embedding(rtx, tiny_bundle, tmp_path, **settings)
     kept = {name: value for name, value in settings.items() if name in ("weights", "compatible")}
@@ -304,6 +304,17 @@ def reference(bundle: Bundle, name: str) -> Engine:
     return targets()["onnxruntime"].load(bundle.submodel(name), bundle.root, Options(threads=1))
 
 
+def test_the_real_sdk_has_what_the_fake_one_has(rtx: type[TensorRTForRTX], load_fake: Any, vlm_bundle: Path) -> None:
+    """The fake may not promise methods that the SDK lacks."""
+    import tensorrt_rtx
+
+    plan = load_fake(Bundle(vlm_bundle), "token_embedding")._plan
+    own = {"known", "session", "inputs", "outputs", "logger", "cuda", "view", "output_shapes", "refuses", "engine", "profile", "shapes"}
+    for fake, real in ((plan.engine, tensorrt_rtx.ICudaEngine), (plan.contexts[0], tensorrt_rtx.IExecutionContext)):
+        names = {name for name in dir(fake) if not name.startswith("_")} - own - {"places", "memory"}
+        assert len(names) > 5 and not [name for name in names if not hasattr(real, name)]
+
+
 @pytest.mark.parametrize(("kind", "name", "sizes"), STATELESS, ids=[name for _, name, _ in STATELESS])
 def test_one_size_after_another(load_fake: Any, request: pytest.FixtureRequest, kind: str, name: str, sizes: list[dict[str, int]]) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
@@ -403,6 +414,16 @@ def test_recording_can_be_switched_off(load_fake: Any, vlm_bundle: Path, fake_cu
     engine = load_fake(Bundle(vlm_bundle), "token_embedding", options=Options(settings={"graphs": "false"}))
     for _ in range(3):
         engine.run({"input_ids": np.array([[5, 6]])})
+    assert fake_cuda.launches == 0
+
+
+def test_work_that_cannot_be_recorded_is_done_all_the_same(
+    pair: tuple[Engine, Engine], fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_cuda, "cudaStreamEndCapture", lambda stream: setattr(fake_cuda, "captured", None) or (900, None))
+    text = Text(*pair)
+    for count in (5, 1, 1, 1):
+        text.feed(count)
     assert fake_cuda.launches == 0
 
 
