@@ -379,7 +379,7 @@ class _Compiler:
         self.trt = require(sdk.module, sdk.extra)
         self.sdk, self.submodel, self.settings = sdk, submodel, settings
         self.messages: list[str] = []
-        self.monitor = _monitor(self.trt, progress)
+        self.progress, self.monitor = progress, _monitor(self.trt, progress)
         self.parser: Any = None
         self.weights: Mapping[str, Array] = {}
 
@@ -460,6 +460,7 @@ class _Compiler:
                     raise stopped
             if not done:
                 raise self.error("build its engine")
+            self.progress(1.0, "Engine written")  # the SDK need not do all the steps it announced
         if cache is not None:
             with _written(Path(self.settings.timing_cache)) as file:
                 file.write(self.config.get_timing_cache().serialize())
@@ -559,18 +560,19 @@ def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
             trt.IProgressMonitor.__init__(self)
             self.stopped: BaseException | None = None
             self.share = 0.0
-            self.spans: dict[str, tuple[float, float, int]] = {}
+            self.phases: dict[str, tuple[float, float]] = {}  # the share where each phase is, and what a step of it adds
             self.lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             with self.lock:
-                begin, end, _ = self.spans.get(parent_phase or "", (0.0, 1.0, 1))
-                self.spans[phase_name] = max(begin, self.share), end, max(1, num_steps)
+                begin, width = self.phases.get(parent_phase or "", (0.0, 1.0))
+                self.phases[phase_name] = begin, width / max(1, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             with self.lock:
-                begin, end, steps = self.spans.get(phase_name, (self.share, self.share, 1))
-                self.share = max(self.share, begin + (end - begin) * min(1.0, (step + 1) / steps))
+                begin, width = self.phases.get(phase_name, (self.share, 0.0))
+                self.phases[phase_name] = begin + width, width
+                self.share = min(1.0, max(self.share, begin + width))
                 try:
                     progress(self.share, phase_name)
                 except BaseException as error:
@@ -579,7 +581,7 @@ def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
 
         def phase_finish(self, phase_name: str) -> None:
             with self.lock:
-                self.spans.pop(phase_name, None)
+                self.phases.pop(phase_name, None)
 
     return Monitor()
 
