@@ -46,6 +46,8 @@ DAMPING: Final = 0.05
 ENOUGH_ROWS: Final = 4
 """Rows for each channel below which the damping grows, in proportion, up to MOST_DAMPING times."""
 MOST_DAMPING: Final = 10
+MOST_SNR: Final = 200.0
+"""In dB: what is told where there is no error, or nothing to have one."""
 COLUMNS: Final = 512
 """Columns of a weight compensated in one step."""
 
@@ -54,11 +56,13 @@ COLUMNS: Final = 512
 class Compensation:
     """What was made of one weight. `rows` are those its inputs had in all calls; `share` is that of its columns that are compensated.
 
-    `gain_db` is how much less error its output has on these rows than by rounding. `reason` says why a weight is only rounded.
+    `snr_db` is the signal to noise ratio of the layer's output on these rows, `gain_db` how much of it rounding would lack. `reason` says
+    why a weight is only rounded.
     """
 
     weight: str
     rows: int
+    snr_db: float = MOST_SNR
     gain_db: float = 0.0
     share: float = 0.0
     reason: str = ""
@@ -67,12 +71,13 @@ class Compensation:
 class Compensated(NamedTuple):
     """Codes [K, N] in -8..7 and float16 scales [K / block, N].
 
-    For each column whether it is compensated, and E^T H E by rounding and as it is.
+    For each column whether it is compensated, W^T H W, and E^T H E by rounding and as it is.
     """
 
     codes: Codes
     scales: NDArray[np.float16]
     chosen: NDArray[np.bool_]
+    signal: NDArray[np.float64]
     rounded: NDArray[np.float64]
     error: NDArray[np.float64]
 
@@ -105,16 +110,19 @@ def compensated(weights: Floats, hessian: Floats, found: Factor, block: int) -> 
     """int4 blocks of weights [K, N], each column compensated where that leaves less error on the rows of H than rounding."""
     codes, scales = int4_blocks(weights, block, np.diagonal(hessian).copy())
     others, finer = _compensated(weights, found, block)
-    rounded, error = (_error(weights, hessian, *form, block) for form in ((codes, scales), (others, finer)))
+    rounded, error = (_power(_restored(*form, block) - weights, hessian) for form in ((codes, scales), (others, finer)))
     chosen = error < rounded
     codes[:, chosen], scales[:, chosen] = others[:, chosen], finer[:, chosen]
-    return Compensated(codes, scales, chosen, rounded, np.where(chosen, error, rounded))
+    return Compensated(codes, scales, chosen, _power(weights, hessian), rounded, np.where(chosen, error, rounded))
 
 
-def _error(weights: Floats, hessian: Floats, codes: Codes, scales: NDArray[np.float16], block: int) -> NDArray[np.float64]:
-    """E^T H E of each column."""
-    error = codes * np.repeat(scales.astype(np.float32), block, axis=0) - weights
-    return np.asarray(np.einsum("kn,kn->n", error, hessian @ error, dtype=np.float64))
+def _restored(codes: Codes, scales: NDArray[np.float16], block: int) -> Floats:
+    return np.multiply(codes, np.repeat(scales.astype(np.float32), block, axis=0), dtype=np.float32)
+
+
+def _power(columns: Floats, hessian: Floats) -> NDArray[np.float64]:
+    """c^T H c of each column."""
+    return np.asarray(np.einsum("kn,kn->n", columns, hessian @ columns, dtype=np.float64))
 
 
 def _compensated(weights: Floats, found: Factor, block: int) -> tuple[Codes, NDArray[np.float16]]:
@@ -220,9 +228,10 @@ def _weight(layer: Layer, planned: LayerPlan, hessian: Hessian, found: Factor | 
     release(tensor)
     if isinstance(found, str):
         return Compensation(planned.weight, hessian.rows, reason=found)
-    rounded, error, chosen = (sum(numbers) for numbers in zip(*done, strict=True))
-    gain = 10 * math.log10(rounded / error) if error > 0 else 0.0
-    return Compensation(planned.weight, hessian.rows, gain, chosen / columns, "" if chosen else "rounding leaves no more error")
+    signal, rounded, error, chosen = (sum(numbers) for numbers in zip(*done, strict=True))
+    snr, before = (10 * math.log10(signal / noise) if signal > 0 and noise > 0 else MOST_SNR for noise in (error, rounded))
+    reason = "" if chosen else "rounding leaves no more error"
+    return Compensation(planned.weight, hessian.rows, snr, snr - before, chosen / columns, reason)
 
 
 def _fill(
@@ -233,8 +242,8 @@ def _fill(
     into: tuple[NDArray[np.uint8], NDArray[np.float16]],
     values: NDArray[Any],
     chunk: slice,
-) -> tuple[float, float, int]:
-    """Codes and scales of some columns into place; their errors by rounding and as they are, and how many are compensated."""
+) -> tuple[float, float, float, int]:
+    """Codes and scales of some columns into place; their signal, errors by rounding and as they are, and how many are compensated."""
     part = matrix_columns(values, layer.transposed, layer.matrix[0], chunk)
     check(planned.weight, part, INT4_LARGEST)
     codes, scales = into
@@ -242,7 +251,7 @@ def _fill(
     if isinstance(found, str):
         chosen, scales[:, chunk] = int4_blocks(part, planned.block, np.diagonal(hessian).copy())
         codes[:, packed] = pack_int4(chosen)
-        return 0.0, 0.0, 0
+        return 0.0, 0.0, 0.0, 0
     made = compensated(part, hessian, found, planned.block)
     codes[:, packed], scales[:, chunk] = pack_int4(made.codes), made.scales
-    return float(made.rounded.sum()), float(made.error.sum()), int(made.chosen.sum())
+    return float(made.signal.sum()), float(made.rounded.sum()), float(made.error.sum()), int(made.chosen.sum())

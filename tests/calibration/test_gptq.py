@@ -86,7 +86,7 @@ def test_each_row_makes_up_for_those_before() -> None:
     weights[30:] = [[0.4], [0.4]]
     seen = np.eye(32, dtype=np.float32)
     seen[30, 31] = seen[31, 30] = 0.999
-    codes, scales, chosen, _, _ = compensated(weights, seen, Factor(*factor(Hessian(seen, 1000))), 32)
+    codes, scales, chosen, *_ = compensated(weights, seen, Factor(*factor(Hessian(seen, 1000))), 32)
     assert chosen.all()
     assert abs(float(restored(codes, scales)[30:].sum()) - 0.8) < 0.3  # rounding alone leaves 0: 0.8 off
 
@@ -157,6 +157,10 @@ def model(weights: dict[str, Floats]) -> ir.Model:
     return ir.Model(graph, ir_version=10)
 
 
+def normed(x: Floats) -> Floats:
+    return np.asarray((x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True))
+
+
 def toy() -> dict[str, Floats]:
     rng = np.random.default_rng(3)
     return {
@@ -185,11 +189,13 @@ def test_a_graph_is_compensated(tmp_path: Path) -> None:
     assert set(known) == {("up", 64), ("down", 64)}
     codes, scales = known["up", 64]()
     levels = np.stack([codes & 15, codes >> 4], axis=-1).reshape(64, 512).astype(np.int8)
-    x = rows(500, 64, 77)
-    normed = (x - x.mean(axis=1, keepdims=True)) / x.std(axis=1, keepdims=True)
-    folded = weights["up"].T * SCALES[:, None]
-    plain = int4_blocks(folded, 64, np.square(normed / SCALES).mean(axis=0))
-    errors = [output_error(normed / SCALES, folded, form).sum() for form in (plain, ((levels ^ 8) - 8, scales))]
+    form, folded = ((levels ^ 8) - 8, scales), weights["up"].T * SCALES[:, None]
+    seen = normed(np.concatenate([sample["x"] for sample in SAMPLES])) / SCALES
+    snr = 10 * np.log10(np.square((seen @ folded).astype(np.float64)).sum() / output_error(seen, folded, form).sum())
+    assert made[0].snr_db == pytest.approx(snr, abs=0.01)
+    others = normed(rows(500, 64, 77)) / SCALES
+    plain = int4_blocks(folded, 64, np.square(others).mean(axis=0))
+    errors = [output_error(others, folded, one).sum() for one in (plain, form)]
     print(f"other rows: {10 * np.log10(errors[0] / errors[1]):.1f} dB less error than by rounding")
     assert errors[1] < errors[0] / 1.5
 
