@@ -183,14 +183,19 @@ class _Seen(NamedTuple):
     largest: Floats
 
     def into(self, histogram: Histogram, scales: Floats | None) -> None:
-        """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied again."""
+        """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied again.
+
+        Each call counts by the inverse of its power: what matters to it is the noise beside its own signal, and a few loud calls, such as
+        late steps of a sampler, would have the quiet ones rounded away.
+        """
         values, largest, weights = self.values, self.largest, None
+        share = 1 / max(float(np.square(values, dtype=np.float64).sum()), 1e-200)
         if scales is not None:
             values, largest, weights = values / scales, largest / scales, scales**2
-        histogram.add(values, weights, self.step)
+        histogram.add(values, weights, share)
         if self.step > 1:  # else it was among the values
             top = np.argmax(largest)
-            histogram.add(largest.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1])
+            histogram.add(largest.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1], share / self.step)
 
 
 class Observation:

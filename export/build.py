@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,36 +23,55 @@ import onnx_ir as ir
 import export.trace
 from calibration.data import SAMPLES, record
 from calibration.lean import LeanEngine
-from calibration.quantize import LayerPlan, Recipe, plan, recipe
+from calibration.precision import Precision, store
+from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
 from calibration.requests import built_in
 from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
 from export import auto, graph, parity
 from export.auto import Plans
+from export.baseline import compare_speed
 from export.family import Family, Part, family_of
 from export.progress import Listener, Progress, Step
-from export.quality import measure, save_quality
+from export.quality import Pictures, Quality, measure, save_quality
 from export.source import Checkpoint, Source, TensorRef, check_finite, open_component, resolve
 from export.staging import cached, key_of, staging
 from export.tasks import TASKS, right
 from export.twin import twin_weights
-from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, sha256
+from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, Verdict, sha256
 from runtime.bundle import Source as BundleSource
-from runtime.engine import Engine, target
+from runtime.engine import CompileOptions, Engine, check_precisions, target
 from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, QualityError, SourceError, did_you_mean
 from runtime.loading import PIPELINES, LoadedModel, load_model
+from runtime.lowering import Half
 
-QUANTS: Final = ("none", "int8", "int8-naive", "int4", "auto")
+QUANTS: Final = ("none", *RECIPES, "auto")
+COMPUTES: Final = ("auto", "float32", "float16", "bfloat16")
 PARITIES: Final = ("auto", "full", "twin")
 QUALITIES: Final = ("auto", "full", "none")
 FULL_QUALITY_BYTES: Final = 1 << 30
 """`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
 slowly."""
+SPEED_BYTES: Final = 256 << 20
+"""`auto` times quantized models up to this size of weights: all that are compared lie in memory at once, in float32 but for one."""
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
 M_MMAP_THRESHOLD: Final = -3
-PACKAGES: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "openvino")
+REPORTS: Final = {"quality", "report", "speed", "baseline", "timed", "cli", "demo", "progress"}
+"""Modules that look at what was built and change nothing of it."""
+PACKAGES: Final = (
+    "enginecast",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +80,9 @@ class Options:
 
     `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `export calibrate`; without one,
     built-in requests are captured where a recipe needs them. `quality` is one of auto, full, none: whether the quantized model is compared
-    with the float one. `allow_low_quality` keeps a bundle that falls below the floors. `max_drop` and `goal` are those of quant "auto".
+    with the float one; `speed`, one of the same, whether both are timed beside PyTorch, too. `allow_low_quality` keeps a bundle that falls
+    below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it may compute in where that is
+    measured to be harmless; auto is the recipe's own. `settings` are those of each target, by its name.
     """
 
     source: str
@@ -73,16 +94,21 @@ class Options:
     name: str = ""
     calibration: Path | None = None
     quality: str = "auto"
+    speed: str = "auto"
     allow_low_quality: bool = False
     max_drop: float = 1.0
     goal: Goal = "size"
+    compute: str = "auto"
+    settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("quant", self.quant, QUANTS),
             ("parity", self.parity, PARITIES),
             ("quality", self.quality, QUALITIES),
+            ("speed", self.speed, QUALITIES),
             ("goal", self.goal, GOALS),
+            ("compute", self.compute, COMPUTES),
         ):
             if value not in known:
                 raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
@@ -90,9 +116,15 @@ class Options:
             raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")
         if not self.targets:
             raise InvalidInput("target", "is missing: name at least one, such as --target openvino")
-        unusable = [f"{name}: {found.reason}" for name in self.targets if not (found := target(name).available()).usable]
+        found = {name: target(name).available() for name in self.targets}
+        unusable = [f"{name}: {one.reason}" for name, one in found.items() if not (one.usable or one.compiles)]
         if unusable:
             raise EngineUnavailable(f"cannot compile for {'; '.join(unusable)}")
+        if self.quant in RECIPES:
+            check_precisions(self.targets, RECIPES[self.quant].precisions)
+        strangers = sorted(set(self.settings) - set(self.targets))
+        if strangers:
+            raise InvalidInput("setting", f"is for {strangers[0]}, which is not among the targets {', '.join(self.targets)}")
 
 
 @dataclass
@@ -149,7 +181,17 @@ class Build:
     def key(self) -> str:
         options = self.options
         files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
-        asked: list[object] = [self.name, options.quant, sorted(options.targets), options.parity, self.measured, self.calibration_key]
+        asked: list[object] = [
+            self.name,
+            options.quant,
+            sorted(options.targets),
+            options.parity,
+            self.measured,
+            self.timed,
+            self.calibration_key,
+            options.compute,
+            {name: dict(settings) for name, settings in options.settings.items()},
+        ]
         if options.quant == "auto":
             asked += [options.max_drop, options.goal]
         return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, _code())
@@ -173,7 +215,28 @@ class Build:
     def measured(self) -> bool:
         """Whether quality is measured."""
         wanted = self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
-        return self.options.quant != "none" and wanted
+        return self.options.quant != "none" and wanted and self.judge is not None
+
+    @cached_property
+    def judge(self) -> str | None:
+        """The target that quality is measured on: one of the bundle's that runs here, else ONNX Runtime if it has the kernels."""
+        usable = [name for name in self.options.targets if target(name).available().usable]
+        needed = RECIPES[self.options.quant].precisions if self.options.quant in RECIPES else frozenset()
+        return next((name for name in [*usable, "onnxruntime"] if needed <= target(name).precisions), None)
+
+    def half(self, part: Part) -> Half | None:
+        """What targets that have it shall compute a part in, if not float32 alone."""
+        chosen = self.recipe(part)
+        asked = self.options.compute if self.options.compute != "auto" else chosen.half if chosen else None
+        if asked == "bfloat16":
+            return "bfloat16"
+        return "float16" if asked == "float16" and part.float16 else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the quantized model is timed beside the float one and PyTorch."""
+        wanted = self.options.speed == "full" or (self.options.speed == "auto" and self.nbytes <= SPEED_BYTES)
+        return self.measured and wanted and all(target(name).available().usable for name in self.options.targets)
 
     @cached_property
     def calibration(self) -> CalibrationSet | None:
@@ -217,6 +280,8 @@ class Build:
             steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
         if self.measured:
             steps.append(Step("pipeline", "quality", 20))
+        if self.timed:
+            steps.append(Step("pipeline", "speed", 10))
         return [*steps, Step("bundle", "hash", 0.2)]
 
 
@@ -280,19 +345,47 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     submodels = []
     for part in state.parts:
         with progress.step(part.name, "write") as notes:
-            submodel = _write(part, graphs.pop(part.name), plans.get(part.name), tunings.get(part.name), folder)
-            submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
+            chosen, model = state.recipe(part), graphs.pop(part.name)
+            if chosen is not None and chosen.half:
+                model = store(model, chosen.half)
+            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder)
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
+            half = state.half(part)
+            if half is not None:
+                found = Precision.measure(
+                    folder / submodel.graph, half, _samples(state, folder).samples[part.name], part_graph(state, part)
+                )
+                submodel = submodel.model_copy(update={"compute": found.compute, "keep": tuple(found.keep)})
+                notes.append(found.reason or f"computes in {found.compute} at {found.snr_db:.1f} dB, {len(found.keep)} nodes in float32")
+            submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
     artifacts = []
     for name in state.options.targets:
         for submodel in submodels:
             with progress.step(submodel.name, f"compile {name}"):
-                artifacts.append(_compile(target(name), submodel, folder))
+                options = CompileOptions(
+                    state.options.settings.get(name, {}), lambda share, phase: progress.note(phase, round(100 * share), 100)
+                )
+                artifacts.append(_compile(target(name), submodel, folder, options))
+    verdict = None
     if state.measured:
+        assert state.judge is not None
+        judges = [] if state.judge in state.options.targets else [_compile(target(state.judge), one, folder) for one in submodels]
+        _finish(state, folder, submodels, [*artifacts, *judges])  # a manifest for now, so that the model can be loaded
         with progress.step("pipeline", "quality") as notes:
-            notes.append(_quality(state, folder, submodels, artifacts))
+            quality, pictures = _quality(state, folder, progress)
+            verdict = Verdict(figures=quality.summary(), shortfalls=tuple(quality.shortfalls(state.options.quant)))
+            notes.append("; ".join(verdict.shortfalls) or "every floor held")
+        if state.timed:
+            with progress.step("pipeline", "speed"), floating_bundle(state, folder) as floating:
+                parts = state.family.parts(state.source, False)  # new ones: they get their weights
+                speed = compare_speed(folder, floating, parts, state.weights, note=progress.note)
+                quality = quality.model_copy(update={"speed": speed})
+        if judges:
+            shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)
+        (folder / MANIFEST).unlink()
+        save_quality(folder, quality, pictures)
     with progress.step("bundle", "hash"):
-        _finish(state, folder, submodels, artifacts)
+        _finish(state, folder, submodels, artifacts, verdict=verdict)
 
 
 def part_graph(state: Build, part: Part) -> ir.Model:
@@ -358,25 +451,32 @@ def _tunings(state: Build, folder: Path, samples: CalibrationSet) -> dict[str, T
     return {name: Tuning.of_record(record) for name, record in data.items()}
 
 
-def _quality(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact]) -> str:
-    """Compare the quantized model with the float one and store what was found; what there is to say about it."""
-    _finish(state, folder, submodels, artifacts)  # a manifest for now, so that the model can be loaded
+def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, Pictures]:
+    """Compare the quantized model with the float one. Raises QualityError when it falls below a floor and that is not allowed."""
     samples = _samples(state, folder)
-    quantized = load_model(folder, state.options.targets[0])
-    try:
-        with floating_model(state, folder) as reference:
-            quality, pictures = measure(quantized, reference, samples.samples)
-    finally:
-        quantized.close()
-        (folder / MANIFEST).unlink()
-    save_quality(folder, quality, pictures)
+    with closing(load_model(folder, state.judge)) as quantized, floating_model(state, folder) as reference:
+        quality, pictures = measure(quantized, reference, samples.samples, note=progress.note)
     faults = quality.shortfalls(state.options.quant)
     if faults and not state.options.allow_low_quality:
         raise QualityError(
             f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle was written. "
             "Calibrate with more requests like yours (`export calibrate`), choose another --quant, or insist with --allow-low-quality"
         )
-    return "; ".join(faults) or "every floor held"
+    return quality, pictures
+
+
+@contextmanager
+def floating_bundle(state: Build, folder: Path) -> Iterator[Path]:
+    """The float model as a bundle for the same targets, in a folder of its own inside `folder` meanwhile: what speed is compared with."""
+    root = folder / "float"
+    root.mkdir()
+    try:
+        submodels = [_write(part, part_graph(state, part), None, None, root) for part in state.parts]
+        artifacts = [_compile(target(name), submodel, root) for name in state.options.targets for submodel in submodels]
+        _finish(state, root, submodels, artifacts, quant="none")
+        yield root
+    finally:
+        shutil.rmtree(root)
 
 
 @contextmanager
@@ -418,38 +518,36 @@ def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, T
 def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path, progress: Progress) -> Plans:
     """The plans of the search, which is written into the bundle."""
     samples, found = _samples(state, folder).samples, {}
+    key = key_of("auto", state.fingerprint, state.calibration_key, state.versions, _code())
     for part in state.parts:
         with progress.step(part.name, "explore") as notes:
+            tuning, calls = tunings.get(part.name, Tuning()), samples[part.name]
             explored = auto.Submodel.explore(
-                graphs[part.name], part.activations, tunings.get(part.name, Tuning()), samples[part.name], state.options.goal
+                graphs[part.name], part.activations, tuning, calls, state.options.goal, state.size(part), key_of(key, part.name)
             )
             found[part.name] = explored
-            notes.append(f"{len(explored.assignments)} assignments worth having")
+            notes.append(f"noises {explored.how.method} in {explored.how.runs} runs, {len(explored.assignments)} assignments worth having")
     trial = folder / "trial"
 
-    def drop(plans: Plans) -> float:
+    def done(plans: Plans | None, first: int) -> Generator[bool, None, None]:
+        if plans is None:
+            with floating_model(state, folder) as model:
+                yield from right(model, auto.CASES, held=False, seed=1, first=first)
+            return
         submodels = [_write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts]
-        _finish(state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels])
-        with closing(load_model(trial, "onnxruntime")) as model:
-            score = _score(model)
-        shutil.rmtree(trial)
-        return whole - score
+        try:
+            _finish(state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels])
+            with closing(load_model(trial, "onnxruntime")) as model:
+                yield from right(model, auto.CASES, held=False, seed=1, first=first)
+        finally:
+            shutil.rmtree(trial)
 
-    with progress.step("pipeline", "search") as notes:
-        judged = state.source.name in TASKS
-        if judged:
-            with floating_model(state, folder) as reference:
-                whole = _score(reference)
-        plans, tried = auto.search(found, state.options.goal, state.options.max_drop, drop if judged else None)
+    with progress.step("pipeline", "search") as notes, ExitStack() as stack:
+        exam = stack.enter_context(closing(auto.Exam(done, key))) if state.source.name in TASKS else None
+        plans, tried = auto.search(found, state.options.goal, state.options.max_drop, exam)
         (folder / auto.FILE).write_text(tried.model_dump_json(indent=1))
-        notes.append(f"{len(tried.points)} tried, drop {tried.points[tried.chosen].drop:.1f} {tried.unit}")
+        notes.append(f"{len(tried.points)} tried, {tried.claim}")
     return plans
-
-
-def _score(model: LoadedModel) -> float:
-    """Percent of the search's cases that a model does right."""
-    done = list(right(model, auto.CASES[model.kind], held=False, seed=1))
-    return 100 * sum(done) / len(done)
 
 
 def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tuning: Tuning | None, folder: Path) -> Submodel:
@@ -457,7 +555,14 @@ def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tunin
     if plans is not None:
         model = (tuning or Tuning()).quantize(model, plans)
     nbytes = graph.write(model, folder / "onnx" / part.name)
-    return Submodel(name=part.name, signature=part.signature, graph=_place(part.name), precision=graph.precision(model), nbytes=nbytes)
+    return Submodel(
+        name=part.name,
+        signature=part.signature,
+        graph=_place(part.name),
+        precision=graph.precision(model),
+        nbytes=nbytes,
+        dynamic=any(one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()),
+    )
 
 
 def _place(submodel: str) -> str:
@@ -465,11 +570,13 @@ def _place(submodel: str) -> str:
     return f"onnx/{submodel}/{graph.MODEL}"
 
 
-def _compile(engine: type[Engine], submodel: Submodel, folder: Path) -> Artifact:
-    return engine.compile(submodel, folder / submodel.graph, folder / "engines" / engine.target)
+def _compile(engine: type[Engine], submodel: Submodel, folder: Path, options: CompileOptions | None = None) -> Artifact:
+    return engine.compile_with(options or CompileOptions(), submodel, folder / submodel.graph, folder / "engines" / engine.target)
 
 
-def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "") -> None:
+def _finish(
+    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "", verdict: Verdict | None = None
+) -> None:
     """Add the model's own files and the manifest."""
     for relative, file in state.family.assets(state.source).items():
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
@@ -486,6 +593,7 @@ def _finish(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
         artifacts=tuple(artifacts),
         config=state.family.config(state.source),
         versions=state.versions,
+        quality=verdict,
         files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
@@ -512,7 +620,7 @@ def _version(package: str) -> str:
 
 @cache
 def _code() -> str:
-    """Identifies the code that makes graphs: a changed exporter must not reuse what an older one made."""
+    """Identifies the code that makes graphs: a changed exporter must not reuse what an older one made. Reports make none."""
     roots = [Path(str(importlib.import_module(name).__file__)).parent for name in ("export", "calibration")]
-    files = [file for root in roots for file in sorted(root.glob("*.py")) + sorted(root.glob("families/*.py"))]
+    files = [file for root in roots for file in sorted(root.glob("*.py")) + sorted(root.glob("families/*.py")) if file.stem not in REPORTS]
     return key_of([file.read_text() for file in files])

@@ -35,7 +35,9 @@ def build(
     target: Annotated[
         list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")
     ] = None,
-    quant: Annotated[str | None, typer.Option(help="none (the default), int8, int4, or auto: what --max-drop allows.")] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
     ] = None,
@@ -45,11 +47,19 @@ def build(
     quality: Annotated[
         str, typer.Option(help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none.")
     ] = "auto",
+    speed: Annotated[
+        str, typer.Option(help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or none.")
+    ] = "auto",
     allow_low_quality: Annotated[bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")] = False,
     max_drop: Annotated[
         float, typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score.")
     ] = 1.0,
     optimize: Annotated[str, typer.Option(help="Of --quant auto: size or speed.")] = "size",
+    compute: Annotated[
+        str, typer.Option(help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto.")
+    ] = "auto",
+    compute_capability: Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")] = "",
+    setting: Annotated[list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
@@ -62,10 +72,29 @@ def build(
     if calibration and not source:
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
-    common |= {"allow_low_quality": allow_low_quality, "max_drop": max_drop, "goal": optimize}
+    common |= {"speed": speed, "allow_low_quality": allow_low_quality, "max_drop": max_drop, "goal": optimize}
     jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
+    common |= {"compute": compute}
     for job in jobs:
+        common["settings"] = _settings_of(job["targets"], compute_capability, setting or [])
         _build(Options(**common, **job))
+
+
+def _settings_of(targets: tuple[str, ...], capability: str, settings: list[str]) -> dict[str, dict[str, str]]:
+    """Settings by target. Raises InvalidInput for what is no TARGET.NAME=VALUE."""
+    found: dict[str, dict[str, str]] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        owner, dot, name = name.partition(".")
+        if not (equals and dot and owner and name):
+            raise InvalidInput("setting", f"'{text}' is none, expected TARGET.NAME=VALUE such as tensorrt-rtx.workspace=4GiB")
+        found.setdefault(owner, {})[name] = value
+    if capability:
+        for owner in (name for name in targets if name.startswith("tensorrt")):
+            found.setdefault(owner, {})["compute_capability"] = capability
+    if capability and not any(name.startswith("tensorrt") for name in targets):
+        raise InvalidInput("compute-capability", f"is of tensorrt targets, and the targets are {', '.join(targets)}")
+    return found
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -136,16 +165,22 @@ def _build(options: Any) -> None:
 
 
 def _show_search(root: Path) -> None:
-    """The assignments that a search tried."""
+    """The assignments that a search tried, and how sure it is of the one it took."""
     from export.auto import FILE, Found
 
     found = Found.model_validate_json((root / FILE).read_bytes())
-    table = Table("taken", "cost", "least SNR", f"drop, {found.unit}", "layers")
+    table = Table("taken", "cost", "least SNR", f"drop, {found.unit}", "give or take", "cases", f"within {found.max_drop:g}", "layers")
     for number, point in enumerate(found.points):
         layers = ", ".join(f"{count} {form}" for form, count in point.layers.items())
         mark = "*" if number == found.chosen else ""
-        table.add_row(mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", layers)
+        error = "" if point.resolution is None else f"{point.resolution:.1f}"
+        sure = "" if point.sure is None else f"{100 * point.sure:.0f} % sure"
+        cases = str(point.cases or "")
+        table.add_row(mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", error, cases, sure, layers)
     out.print(table)
+    for name, explored in found.submodels.items():
+        out.print(f"{name}: noises {explored.method} in {explored.runs} runs")
+    out.print(found.claim)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -157,9 +192,15 @@ def _show(report: Any) -> None:
     head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
     if report.seconds is None:
         if out.is_terminal:
-            out.print(f"{head} ... ETA {report.eta:.0f} s", end="\r")
+            out.print(f"{head} ... ETA {report.eta:.0f} s  {report.detail:<24}", end="\r")
         return
     out.print(f"{head} {report.seconds:7.1f} s  ETA {report.eta:4.0f} s  {report.detail}")
+
+
+def _note(what: str, number: int, total: int) -> None:
+    """On a terminal, how far a step is."""
+    if out.is_terminal:
+        out.print(f"{what} {number} of {total}", end="\r")
 
 
 @app.command()
@@ -170,6 +211,10 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
         f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}"
     )
     out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    if manifest.quality:
+        out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()))
+        for fault in manifest.quality.shortfalls:
+            out.print(f"[bold]below its floor, and allowed[/]: {fault}")
     for submodel in manifest.submodels:
         parity = submodel.parity
         checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
@@ -218,13 +263,20 @@ def calibrate(
 def report(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    speed: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from.")
+    ] = "",
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
     try:
         from export.report import report as write
+
+        if speed:
+            from export.timed import time_bundle
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "jinja2", "export") from None
-    write(Bundle(bundle), output)
+    opened = Bundle(bundle)
+    write(opened, output, time_bundle(opened, speed, _show, _note) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 
 

@@ -28,10 +28,11 @@ COMPUTE: Final = ir.DataType.FLOAT
 STORED: Final[Mapping[str, ir.DataType]] = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
 }  # fmt: skip
-PRECISIONS: Final = {ir.DataType.FLOAT: "float32"}
+PRECISIONS: Final = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "fp8"}
 SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
     **{data_type: name for name, data_type in STORED.items()},
     ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64", ir.DataType.BOOL: "BOOL",
+    ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
 }  # fmt: skip
 
 

@@ -83,6 +83,16 @@ class Submodel(Frozen):
     dynamic: bool = False
 
 
+class Verdict(Frozen):
+    """What was found of a quantized bundle, in short: quality/quality.json has it all.
+
+    `shortfalls` is what is below its floor, or was not measured, and was allowed.
+    """
+
+    figures: Mapping[str, float]
+    shortfalls: tuple[str, ...] = ()
+
+
 class Source(Frozen):
     """Where the weights came from. `fingerprint` is a sha256 over the configs, weight headers and samples of every tensor."""
 
@@ -108,6 +118,7 @@ class Manifest(Frozen):
     artifacts: tuple[Artifact, ...]
     config: Mapping[str, Any]
     versions: Mapping[str, str]
+    quality: Verdict | None = None
     files: Mapping[Inside, str]
     """sha256 of every other file, by path relative to the bundle."""
 

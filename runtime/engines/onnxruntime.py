@@ -240,7 +240,7 @@ def _share_cache(graph: Path, lowered: Path, signature: Signature) -> None:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         ir.convenience.replace_all_uses_with(node.outputs[0], _unpack(ir, node, fused.outputs[0], heads))
     model.graph.remove(nodes, safe=True)
-    ir.passes.common.RemoveUnusedNodesPass()(model)
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
     model.graph.opset_imports[CONTRIB] = 1
     ir.save(model, lowered)
 

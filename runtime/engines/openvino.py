@@ -5,12 +5,15 @@ bundle never carries an engine that does not fit. Compiling at build time proves
 
 Numbers are what the bundle says, not what the plugin likes on this processor: bfloat16, a cache of 8 bits, inputs rounded to 8 bits. Who
 loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the cache a quarter as large.
+
+On the CPU, graphs with quantized activations are compiled for each shape they are called with: at dynamic shapes the plugin of 2026.4
+computes int8 convolutions of Stable Diffusion wrongly (3 dB). See docs/decisions/0011-int8-at-fixed-shapes.md.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,6 +29,8 @@ from runtime.optional import require
 from runtime.paged_cache import Pages, fits, has_pages, use_pages
 from runtime.signature import Array, Signature
 
+Shapes = Mapping[str, tuple[int, ...]]
+"""Of each input, by name."""
 BEAMS = "beam_idx"
 """Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
 GROUP: Final = 64
@@ -39,17 +44,25 @@ def _core() -> Any:
     return core
 
 
+SHAPES: Final = 2
+"""Shapes that a submodel is kept compiled for where each needs its own; the one not used for longest goes first."""
+
+
 class OpenVINO(Engine):
-    """A compiled model; one infer request for stateless calls, one for each slot."""
+    """A compiled model; one infer request for stateless calls, or one for each shape; one for each slot."""
 
     target = "openvino"
     rank = 20
 
-    def __init__(self, submodel: Submodel, compiled: Any, device: str) -> None:
+    def __init__(self, submodel: Submodel, compiled: Any, device: str, fix: Callable[[Shapes], Any] | None = None) -> None:
         self.submodel = submodel
         self.device = device
         self._compiled = compiled
         self._request = compiled.create_infer_request()
+        self._fix = fix
+        self._fixed: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+        if fix is not None:
+            self._fixed[tuple(sorted(_usual(submodel).items()))] = self._request
         self._slots: WeakKeyDictionary[Slot, _Held | Pages] = WeakKeyDictionary()
 
     @classmethod
@@ -66,18 +79,24 @@ class OpenVINO(Engine):
     @classmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        _compile(submodel, graph, Options())
+        _compile(submodel, graph, Options(), _usual(submodel) if _needs_shape(submodel) else None)
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        compiled, device = _compile(submodel, root / submodel.graph, options)
-        return cls(submodel, compiled, device)
+        graph = root / submodel.graph
+        if (options.device or "CPU") != "CPU" or not _needs_shape(submodel):
+            return cls(submodel, *_compile(submodel, graph, options))
+        return cls(
+            submodel, *_compile(submodel, graph, options, _usual(submodel)), lambda shapes: _compile(submodel, graph, options, shapes)[0]
+        )
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         request, feed = self._request, dict(inputs)
         try:
-            if self.submodel.signature.states:
+            if self._fix is not None:
+                request = self._for(self._fix, {name: array.shape for name, array in inputs.items()})
+            elif self.submodel.signature.states:
                 batch = len(next(iter(inputs.values())))
                 held = self._slot(slot or Slot(), batch)
                 request = held.request
@@ -100,7 +119,20 @@ class OpenVINO(Engine):
 
     def close(self) -> None:
         self._slots.clear()
+        self._fixed.clear()
         self._request = self._compiled = None
+
+    def _for(self, fix: Callable[[Shapes], Any], shapes: Shapes) -> Any:
+        """The request of the model compiled for these shapes, compiled now where it is not."""
+        key = tuple(sorted(shapes.items()))
+        request = self._fixed.pop(key, None)
+        if request is None:
+            while len(self._fixed) >= SHAPES:
+                del self._fixed[next(iter(self._fixed))]
+            self._request = self._compiled = None  # the usual shape's is held by the table alone
+            request = fix(shapes).create_infer_request()
+        self._fixed[key] = request
+        return request
 
     def _slot(self, slot: Slot, batch: int) -> _Held | Pages:
         """What holds the slot's states. The plugin would read beyond them for rows that they do not have."""
@@ -120,29 +152,49 @@ class _Held(NamedTuple):
     batch: int
 
 
-def _compile(submodel: Submodel, graph: Path, options: Options) -> tuple[Any, str]:
+def _needs_shape(submodel: Submodel) -> bool:
+    """Whether the graph has quantized activations, and shapes that vary."""
+    signature = submodel.signature
+    return not signature.states and "W8A8" in submodel.precision and any(not isinstance(d, int) for t in signature.inputs for d in t.dims)
+
+
+def _usual(submodel: Submodel) -> Shapes:
+    """The shapes that are expected most."""
+    inputs = submodel.signature.inputs
+    lengths = {dim.name: dim.opt for tensor in inputs for dim in tensor.dims if not isinstance(dim, int)}
+    return {tensor.name: tensor.shape(lengths) for tensor in inputs}
+
+
+def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes | None = None) -> tuple[Any, str]:
+    """Compile for the device, at fixed shapes if there are any; and what the device is."""
     core = _core()
     device = options.device or "CPU"
     if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
         raise EngineUnavailable(f"OpenVINO has no device '{device}' here: it found {', '.join(core.available_devices) or 'none'}")
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if device == "CPU":
-        config |= _numbers(submodel.dynamic) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+        config |= _numbers(submodel.dynamic, _half(core, submodel)) | (
+            {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
+        )
     try:
-        compiled = _compiled(core, submodel.signature, graph, device, config | dict(options.settings))
+        compiled = _compiled(core, submodel.signature, graph, device, config | dict(options.settings), shapes)
     except RuntimeError as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
     name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
+    if device == "CPU" and _half(core, submodel):
+        name += " in bfloat16"
     return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
 
 
-def _compiled(core: Any, signature: Signature, graph: Path, device: str, config: Mapping[str, Any]) -> Any:
+def _compiled(core: Any, signature: Signature, graph: Path, device: str, config: Mapping[str, Any], shapes: Shapes | None = None) -> Any:
     """A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states."""
 
     def read() -> Any:
         model = core.read_model(graph)
         if signature.states:
             _keep_states(model, signature)
+        if shapes is not None:
+            model.reshape({name: list(shape) for name, shape in shapes.items()})
         return model
 
     if device == "CPU" and fits(signature):
@@ -153,10 +205,16 @@ def _compiled(core: Any, signature: Signature, graph: Path, device: str, config:
     return core.compile_model(read(), device, config)
 
 
-def _numbers(dynamic: bool) -> dict[str, Any]:
+def _half(core: Any, submodel: Submodel) -> bool:
+    """Whether the bundle allows bfloat16 and the processor has it. States would fall out of their pages."""
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return submodel.compute == "bfloat16" and not submodel.signature.states and "BF16" in capabilities
+
+
+def _numbers(dynamic: bool, half: bool = False) -> dict[str, Any]:
     """What the CPU plugin computes in."""
     return {
-        "INFERENCE_PRECISION_HINT": "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "KV_CACHE_PRECISION": "f32",
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if dynamic else 0),
     }

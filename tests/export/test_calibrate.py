@@ -12,7 +12,6 @@ import pytest
 import export.build
 from calibration.ranges import collect_ranges
 from calibration.sets import CalibrationSet
-from export import graph
 from export.build import Build
 from export.calibrate import Options, calibrate
 from export.progress import Report
