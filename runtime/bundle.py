@@ -6,7 +6,7 @@
   engines/<target>/        what a target compiled, if it stores anything
   quality/                 of a quantized bundle: figures and pictures beside those of the float model
   search.json              of a searched one: the assignments tried
-  tokenizer/ scheduler/ preprocessor/   the model's own files, as published
+  tokenizer/ tokenizer_2/ scheduler/ preprocessor/   the model's own files, as published
 """
 
 from __future__ import annotations
