@@ -83,7 +83,11 @@ def test_build(run: Run, tiny_vlm: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--quant", "int44"), 2, "quant: 'int44' is not known: did you mean 'int4'? (known: auto, int4, int8, int8-naive, none)"),
+        (
+            ("--quant", "int44"),
+            2,
+            "quant: 'int44' is not known: did you mean 'int4'? (known: auto, bf16, fp16, fp8, int4, int8, int8-naive, int8-weight, none)",
+        ),
         (("--parity", "some"), 2, "parity: 'some' is not known"),
         (("--target", "open-vino"), 3, "target 'open-vino' is not known: did you mean 'openvino'?"),
         (("--nonsense",), 2, "No such option"),
