@@ -25,7 +25,7 @@ from onnx_ir.passes import common
 
 from calibration.float8 import FP8_PEAK, Float8Weight
 from calibration.ranges import Range
-from calibration.weights import INT8_PEAK, Floats, QuantizedWeight
+from calibration.weights import INT8_PEAK, Floats, Known, QuantizedWeight
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.lowering import Half
 
@@ -34,6 +34,7 @@ WeightType = Literal["float", "int8", "int4", "fp8"]
 SMALL: Final = 4096
 """Weights of fewer elements stay as they are: nothing to save, and the first and last layers of small models are among them."""
 SMALLEST_BLOCK: Final = 32
+BLOCKS: Final = (128, 64, SMALLEST_BLOCK)
 LEAST_SNR: Final = 32.0
 """Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
 
@@ -151,11 +152,13 @@ def quantize(
     layers: Sequence[LayerPlan],
     ranges: Mapping[str, Range] | None = None,
     importance: Mapping[str, Floats] | None = None,
+    codes: Mapping[tuple[str, int], Known] | None = None,
 ) -> ir.Model:
     """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model` stays as it is.
 
     `importance` is the mean square of each channel, float32 [K], of the tensors that layers read, where known: int4 scales then minimise
-    the error of the layer's output instead of the weight's.
+    the error of the layer's output instead of the weight's. `codes` are int4 weights made before, by weight and block, such as those of
+    `calibration.gptq`: they are taken as they are.
     Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
     exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of a layer whose plan quantizes it.
     """
@@ -175,7 +178,8 @@ def quantize(
         if planned.weight_type != "float":
             key = planned.weight, planned.weight_type, planned.block
             if key not in weights:
-                weights[key] = add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])))
+                known = (codes or {}).get((planned.weight, planned.block))
+                weights[key] = add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])), known)
             layer.node.replace_input_with(1, weights[key])
             if layer.node.op_type == "Gemm":
                 layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
@@ -227,7 +231,7 @@ def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range]) -> La
     if recipe.bits == 4 and rows * columns < recipe.worth:
         return replace(planned, weight_type="int8", reason=f"int4 would save only {rows * columns // 2} bytes")
     if recipe.bits == 4:
-        block = next((size for size in (recipe.block, SMALLEST_BLOCK) if rows % size == 0), 0)
+        block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
         if not block or columns % 2:
             reason = f"{rows} inputs are no multiple of {SMALLEST_BLOCK}" if not block else f"{columns} outputs are an odd number"
             return replace(planned, weight_type="int8", reason=reason)
@@ -273,12 +277,12 @@ def add_activation(model: ir.Model, consumer: ir.Node, seen: Range, fp8: bool = 
     return restored
 
 
-def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None) -> ir.Value:
+def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
     name, first = f"{planned.weight}.{planned.weight_type}", model.graph[0]
     fp8, source, transposed = planned.weight_type == "fp8", tensor_of(layer.weight), layer.transposed or conv
-    weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance)
+    weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance, known)
     if planned.weight_type == "int4":
         codes = _lazy(model, name, ir.DataType.INT4, (rows, columns), weight.codes)
         stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)

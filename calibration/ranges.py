@@ -15,7 +15,6 @@ from typing import Any, Final, Literal, NamedTuple, get_args
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes import common
 
 from calibration.lean import lean_session, rows_of
 from calibration.weights import INT8_PEAK, Floats
@@ -308,7 +307,6 @@ def _watched(model: ir.Model, names: Sequence[str], channels: set[str], calls: i
         copy.graph.extend(nodes)
         copy.graph.outputs.extend(outputs.values())
         asked[name] = {key: str(value.name) for key, value in outputs.items()}
-    common.RemoveUnusedNodesPass()(copy)
     return copy, asked
 
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
 from calibration.quantize import LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
 from calibration.ranges import Range, collect_ranges, observe
-from calibration.weights import Floats
+from calibration.weights import Floats, Known
 from runtime.signature import Array
 
 
@@ -26,6 +26,7 @@ class Tuning:
     folds: Sequence[Fold] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
     importance: Mapping[str, Floats] = field(default_factory=dict)
+    codes: Mapping[tuple[str, int], Known] = field(default_factory=dict)
 
     @classmethod
     def measure(cls, model: ir.Model, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
@@ -46,7 +47,7 @@ class Tuning:
 
     def quantize(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> ir.Model:
         """Carry out plans for the folded graph."""
-        return quantize(folded, plans, self.ranges, self.importance)
+        return quantize(folded, plans, self.ranges, self.importance, self.codes)
 
     def record(self) -> dict[str, Any]:
         """All of it as JSON can hold it."""

@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +21,9 @@ from typing import Any, Final
 import onnx_ir as ir
 
 import export.trace
+from calibration.codes import read_codes
 from calibration.data import SAMPLES, record
+from calibration.gptq import compensate
 from calibration.lean import LeanEngine
 from calibration.precision import Precision, store
 from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
@@ -29,6 +31,7 @@ from calibration.requests import built_in
 from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
+from calibration.weights import Known
 from export import auto, graph, parity
 from export.auto import Plans
 from export.baseline import compare_speed
@@ -45,6 +48,7 @@ from runtime.engine import CompileOptions, Engine, check_precisions, target
 from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, QualityError, SourceError, did_you_mean
 from runtime.loading import PIPELINES, LoadedModel, load_model
 from runtime.lowering import Half
+from runtime.signature import Array
 
 QUANTS: Final = ("none", *RECIPES, "auto")
 COMPUTES: Final = ("auto", "float32", "float16", "bfloat16")
@@ -448,7 +452,25 @@ def _tunings(state: Build, folder: Path, samples: CalibrationSet) -> dict[str, T
 
     key = key_of("tunings", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())
     data = json.loads(cached(key, ".json", measure).read_bytes())
-    return {name: Tuning.of_record(record) for name, record in data.items()}
+    tunings = {name: Tuning.of_record(record) for name, record in data.items()}
+    parts = {part.name: part for part in state.parts}
+    return {name: replace(found, codes=_codes(state, parts[name], found, samples.samples[name])) for name, found in tunings.items()}
+
+
+def _codes(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Mapping[tuple[str, int], Known]:
+    """The part's int4 weights, compensated on these calls; none where it has none or one call cannot tell what holds for the next."""
+    chosen = state.recipe(part)
+    assert chosen is not None
+    model = part_graph(state, part)
+    layers = plan(model, chosen)
+    if chosen.naive or len(calls) < 2 or not any(planned.weight_type == "int4" for planned in layers):
+        return {}
+    key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, _code())
+    return read_codes(cached(key, ".safetensors", lambda path: _compensate(model, layers, tuning, calls, path)))
+
+
+def _compensate(model: ir.Model, layers: Sequence[LayerPlan], tuning: Tuning, calls: Sequence[Mapping[str, Array]], path: Path) -> None:
+    compensate(model, layers, tuning.folds, calls, path)
 
 
 def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, Pictures]:

@@ -58,3 +58,17 @@ def test_without_data_nothing_changes(floating: Path) -> None:
     model = ir.load(floating)
     assert Tuning().folded(model) is model
     assert any(name.endswith(".int8") for name in Tuning().quantize(model, plan(model, RECIPES["int8-weight"])).graph.initializers)
+
+
+def test_a_decoder_with_a_cache(tiny_bundle: Path) -> None:
+    """Its presents are read by nobody, and its past has length 0."""
+    bundle = Bundle(tiny_bundle)
+    signature = bundle.submodel("decoder").signature
+    lengths = {dim.name: dim.opt for tensor in signature.inputs for dim in tensor.dims if not isinstance(dim, int)}
+    calls = []
+    for seed in range(3):
+        call = signature.sample({**lengths, "batch": 1, "past": 0, "total": lengths["sequence"]}, seed)
+        past = {s.past.name: np.zeros(s.past.shape({**lengths, "batch": 1, "past": 0}), s.past.dtype) for s in signature.states}
+        calls.append(call | past)
+    found = Tuning.measure(ir.load(tiny_bundle / "onnx" / "decoder" / "model.onnx"), RECIPES["int8"], calls)
+    assert found.ranges and all(np.isfinite(seen.peak) for seen in found.ranges.values())
