@@ -183,6 +183,8 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
     name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
     if device == "CPU" and _half(core, submodel):
         name += " in bfloat16"
+    if device == "CPU" and fits(submodel.signature) and not has_pages(compiled):
+        name += " with caches in states"  # the plugin has no attention over pages for this processor and these numbers
     return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
 
 
