@@ -5,17 +5,13 @@ A number keeps three binary digits whatever its magnitude, |error| <= |weight| /
 
 from __future__ import annotations
 
-import math
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any, Final
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.weights import WORKERS, Floats, check, chunks, release
+from calibration.weights import Floats, QuantizedWeight
 
 FP8: Final = ml_dtypes.float8_e4m3fn
 FP8_PEAK: Final = 448.0
@@ -28,49 +24,10 @@ def fp8_columns(weights: Floats) -> tuple[NDArray[Any], Floats]:
     return np.clip(weights / scales, -FP8_PEAK, FP8_PEAK).astype(FP8), scales
 
 
-class Float8Weight:
-    """A weight seen as a matrix [K, N] and its E4M3 tensors, each computed when asked for, a few columns at a time.
+class Float8Weight(QuantizedWeight):
+    """A weight whose tensors are E4M3: the same in all else."""
 
-    `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. Asking for the codes leaves the scales behind for the next who
-    asks, so that writing a graph converts each weight once. Raises SourceError for weights that are not finite.
-    """
+    dtype = FP8
 
-    def __init__(self, source: ir.TensorProtocol, transposed: bool) -> None:
-        self.source, self.transposed = source, transposed
-        shape = tuple(source.shape.numpy())
-        self.rows, self.columns = (math.prod(shape[1:]), shape[0]) if transposed else shape
-        self._scales: Floats | None = None
-
-    def codes(self) -> ir.TensorProtocol:
-        """[K, N]."""
-        return ir.tensor(self._convert())
-
-    def kernel(self) -> ir.TensorProtocol:
-        """In the stored order, as convolutions take it."""
-        return ir.tensor(np.ascontiguousarray(self._convert().T).reshape(tuple(self.source.shape.numpy())))
-
-    def scales(self) -> ir.TensorProtocol:
-        """float32 [N]."""
-        if self._scales is None:
-            self._convert()
-        scales, self._scales = self._scales, None
-        assert scales is not None
-        return ir.tensor(scales)
-
-    def _convert(self) -> NDArray[Any]:
-        codes, scales = np.empty((self.rows, self.columns), FP8), np.empty(self.columns, np.float32)
-        with ThreadPoolExecutor(WORKERS) as pool:
-            for _ in pool.map(partial(self._fill, self.source.numpy(), codes, scales), chunks(self.rows, self.columns)):
-                pass  # raises what a worker raised
-        release(self.source)
-        self._scales = scales
-        return codes
-
-    def _fill(self, values: NDArray[Any], codes: NDArray[Any], scales: Floats, chunk: slice) -> None:
-        """Convert the columns of one chunk into place."""
-        if self.transposed:
-            part = np.ascontiguousarray(values[chunk].reshape(-1, self.rows).astype(np.float32).T)
-        else:
-            part = values[:, chunk].astype(np.float32)
-        check(self.source.name, part, float(np.finfo(np.float32).max))
-        codes[:, chunk], scales[chunk] = fp8_columns(part)
+    def _columns(self, part: Floats) -> tuple[NDArray[Any], Floats]:
+        return fp8_columns(part)

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -129,6 +129,9 @@ class QuantizedWeight:
     Raises SourceError for weights that are not finite.
     """
 
+    dtype: ClassVar[Any] = np.int8
+    """Of codes that are not packed."""
+
     def __init__(
         self,
         source: ir.TensorProtocol,
@@ -150,7 +153,7 @@ class QuantizedWeight:
         return ir.tensor(codes)
 
     def kernel(self) -> ir.TensorProtocol:
-        """int8 in the stored order, as convolutions take it."""
+        """Codes in the stored order, as convolutions take them."""
         return ir.tensor(np.ascontiguousarray(self._quantize().T).reshape(tuple(self.source.shape.numpy())))
 
     def scales(self) -> ir.TensorProtocol:
@@ -166,8 +169,7 @@ class QuantizedWeight:
         if self.block and self.known is not None:
             codes, self._scales = self.known()
             return codes
-        codes = np.empty((self.rows, self.columns // 2), np.uint8) if self.block else np.empty((self.rows, self.columns), np.int8)
-        scales = np.empty((self.rows // self.block, self.columns), np.float16) if self.block else np.empty(self.columns, np.float32)
+        codes, scales = self._empty()
         with ThreadPoolExecutor(WORKERS) as pool:
             for _ in pool.map(partial(self._fill, self.source.numpy(), codes, scales), chunks(self.rows, self.columns)):
                 pass  # raises what a worker raised
@@ -183,7 +185,17 @@ class QuantizedWeight:
             chosen, scales[:, chunk] = int4_blocks(part, self.block, self.importance)
             codes[:, chunk.start // 2 : chunk.stop // 2] = pack_int4(chosen)
         else:
-            codes[:, chunk], scales[chunk] = int8_columns(part)
+            codes[:, chunk], scales[chunk] = self._columns(part)
+
+    def _empty(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Room for codes and scales."""
+        if self.block:
+            return np.empty((self.rows, self.columns // 2), np.uint8), np.empty((self.rows // self.block, self.columns), np.float16)
+        return np.empty((self.rows, self.columns), self.dtype), np.empty(self.columns, np.float32)
+
+    def _columns(self, part: Floats) -> tuple[NDArray[Any], Floats]:
+        """Codes and scales of columns that have one scale each."""
+        return int8_columns(part)
 
 
 def matrix_columns(values: NDArray[Any], transposed: bool, rows: int, chunk: slice) -> Floats:

@@ -338,7 +338,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
             samples = _samples(state, folder)
-            tunings = _tunings(state, folder, samples)
+            tunings = _tunings(state, samples)
             graphs = {name: tunings[name].folded(model) if name in tunings else model for name, model in graphs.items()}
             ranges, folds = (
                 sum(len(found) for found in every) for every in zip(*((t.ranges, t.folds) for t in tunings.values()), strict=True)
@@ -370,24 +370,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                     state.options.settings.get(name, {}), lambda share, phase: progress.note(phase, round(100 * share), 100)
                 )
                 artifacts.append(_compile(target(name), submodel, folder, options))
-    verdict = None
-    if state.measured:
-        assert state.judge is not None
-        judges = [] if state.judge in state.options.targets else [_compile(target(state.judge), one, folder) for one in submodels]
-        _finish(state, folder, submodels, [*artifacts, *judges])  # a manifest for now, so that the model can be loaded
-        with progress.step("pipeline", "quality") as notes:
-            quality, pictures = _quality(state, folder, progress)
-            verdict = Verdict(figures=quality.summary(), shortfalls=tuple(quality.shortfalls(state.options.quant)))
-            notes.append("; ".join(verdict.shortfalls) or "every floor held")
-        if state.timed:
-            with progress.step("pipeline", "speed"), floating_bundle(state, folder) as floating:
-                parts = state.family.parts(state.source, False)  # new ones: they get their weights
-                speed = compare_speed(folder, floating, parts, state.weights, note=progress.note)
-                quality = quality.model_copy(update={"speed": speed})
-        if judges:
-            shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)
-        (folder / MANIFEST).unlink()
-        save_quality(folder, quality, pictures)
+    verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
     with progress.step("bundle", "hash"):
         _finish(state, folder, submodels, artifacts, verdict=verdict)
 
@@ -439,7 +422,7 @@ def _samples(state: Build, folder: Path) -> CalibrationSet:
     return CalibrationSet.load(cached(key, ".safetensors", measure))
 
 
-def _tunings(state: Build, folder: Path, samples: CalibrationSet) -> dict[str, Tuning]:
+def _tunings(state: Build, samples: CalibrationSet) -> dict[str, Tuning]:
     """What calibration finds for each part that takes part in it."""
 
     def measure(path: Path) -> None:
@@ -461,16 +444,35 @@ def _codes(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str
     """The part's int4 weights, compensated on these calls; none where it has none or one call cannot tell what holds for the next."""
     chosen = state.recipe(part)
     assert chosen is not None
+    if chosen.bits != 4 or len(calls) < 2:
+        return {}
     model = part_graph(state, part)
     layers = plan(model, chosen)
-    if chosen.naive or len(calls) < 2 or not any(planned.weight_type == "int4" for planned in layers):
+    if not any(planned.weight_type == "int4" for planned in layers):
         return {}
     key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, _code())
-    return read_codes(cached(key, ".safetensors", lambda path: _compensate(model, layers, tuning, calls, path)))
+    return read_codes(cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path)))
 
 
-def _compensate(model: ir.Model, layers: Sequence[LayerPlan], tuning: Tuning, calls: Sequence[Mapping[str, Array]], path: Path) -> None:
-    compensate(model, layers, tuning.folds, calls, path)
+def _judged(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> Verdict:
+    """Measure quality, and speed where that is asked for, and store both in the bundle."""
+    assert state.judge is not None
+    judges = [] if state.judge in state.options.targets else [_compile(target(state.judge), one, folder) for one in submodels]
+    _finish(state, folder, submodels, [*artifacts, *judges])  # a manifest for now, so that the model can be loaded
+    with progress.step("pipeline", "quality") as notes:
+        quality, pictures = _quality(state, folder, progress)
+        verdict = Verdict(figures=quality.summary(), shortfalls=tuple(quality.shortfalls(state.options.quant)))
+        notes.append("; ".join(verdict.shortfalls) or "every floor held")
+    if state.timed:
+        with progress.step("pipeline", "speed"), floating_bundle(state, folder) as floating:
+            parts = state.family.parts(state.source, False)  # new ones: they get their weights
+            speed = compare_speed(folder, floating, parts, state.weights, note=progress.note)
+            quality = quality.model_copy(update={"speed": speed})
+    if judges:
+        shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)
+    (folder / MANIFEST).unlink()
+    save_quality(folder, quality, pictures)
+    return verdict
 
 
 def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, Pictures]:

@@ -87,7 +87,7 @@ def key_of(*facts: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
+def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
     """The file kept under `key`; made by `make(path)` when it is not there yet. Only whole files are ever seen."""
     path = cache_folder() / f"{key}{suffix}"
     if not path.is_file():

@@ -79,17 +79,16 @@ class OpenVINO(Engine):
     @classmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        _compile(submodel, graph, Options(), _usual(submodel) if _needs_shape(submodel) else None)
+        _compile(submodel, graph, Options())
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         graph = root / submodel.graph
-        if (options.device or "CPU") != "CPU" or not _needs_shape(submodel):
-            return cls(submodel, *_compile(submodel, graph, options))
-        return cls(
-            submodel, *_compile(submodel, graph, options, _usual(submodel)), lambda shapes: _compile(submodel, graph, options, shapes)[0]
-        )
+        compiled, device = _compile(submodel, graph, options)
+        if not _needs_shape(submodel, options):
+            return cls(submodel, compiled, device)
+        return cls(submodel, compiled, device, lambda shapes: _compile(submodel, graph, options, shapes)[0])
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         request, feed = self._request, dict(inputs)
@@ -152,9 +151,11 @@ class _Held(NamedTuple):
     batch: int
 
 
-def _needs_shape(submodel: Submodel) -> bool:
-    """Whether the graph has quantized activations, and shapes that vary."""
+def _needs_shape(submodel: Submodel, options: Options) -> bool:
+    """Whether the graph has quantized activations, shapes that vary, and the CPU to run on."""
     signature = submodel.signature
+    if (options.device or "CPU") != "CPU":
+        return False
     return not signature.states and "W8A8" in submodel.precision and any(not isinstance(d, int) for t in signature.inputs for d in t.dims)
 
 
@@ -166,7 +167,9 @@ def _usual(submodel: Submodel) -> Shapes:
 
 
 def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes | None = None) -> tuple[Any, str]:
-    """Compile for the device, at fixed shapes if there are any; and what the device is."""
+    """Compile for the device, at these shapes, or the usual ones, where it needs fixed ones; and what the device is."""
+    if shapes is None and _needs_shape(submodel, options):
+        shapes = _usual(submodel)
     core = _core()
     device = options.device or "CPU"
     if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:

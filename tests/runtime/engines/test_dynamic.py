@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from runtime.bundle import Bundle, Submodel
 from runtime.engine import Options, Slot, targets
 from runtime.engines import onnxruntime as ort
+from runtime.engines.openvino import OpenVINO
 from runtime.signature import Array, Dim, Signature, Tensor
 
 ROWS = Dim(name="rows", min=1, opt=8, max=64)
@@ -123,3 +124,21 @@ def test_the_probe_is_a_model_of_the_standard() -> None:
         session: Any = onnxruntime.InferenceSession(model.SerializeToString(), providers=[ort.PROVIDER])
         powers = np.exp2(-np.arange(32, dtype=np.float32))[None]
         assert session.run(None, {"x": powers})[0] == pytest.approx(2.0, rel=0.02)
+
+
+def test_quantized_activations_run_at_fixed_shapes(tmp_path: Path) -> None:
+    """Each shape is compiled when it first comes, the two last used are kept, and all give what the open shape gives."""
+    if not targets()["openvino"].available().usable:
+        pytest.skip(targets()["openvino"].available().reason)
+    submodel, _ = layer(tmp_path, 8)
+    engines = {
+        precision: OpenVINO.load(submodel.model_copy(update={"precision": precision}), tmp_path, Options())
+        for precision in ("int8", "int8 W8A8")
+    }
+    fixed = engines["int8 W8A8"]
+    assert isinstance(fixed, OpenVINO)
+    rng = np.random.default_rng(0)
+    for rows, kept in ((8, [8]), (3, [8, 3]), (8, [3, 8]), (5, [8, 5]), (3, [5, 3])):
+        x = {"x": rng.standard_normal((rows, INPUTS)).astype(np.float32)}
+        np.testing.assert_allclose(fixed.run(x)["y"], engines["int8"].run(x)["y"], rtol=1e-4, atol=1e-4)
+        assert [dict(shapes)["x"][0] for shapes in fixed._fixed] == kept
