@@ -13,7 +13,7 @@ from typing import ClassVar
 
 import runtime.engines
 from runtime.bundle import Artifact, Submodel
-from runtime.errors import InvalidInput, NotFound, did_you_mean
+from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
 from runtime.signature import Array
 
 
@@ -87,6 +87,22 @@ class Engine(ABC):
     @abstractmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         """Load a submodel of the bundle at `root`. Raises EngineError."""
+
+    @classmethod
+    def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        """An engine that computes on this machine what was compiled for another, to be compared with the canonical graph.
+
+        Where the target runs here, that is `load`. Raises EngineUnavailable, saying what is missing, where neither can be done.
+        """
+        found = cls.available()
+        if not found.usable:
+            raise EngineUnavailable(f"what {cls.target} compiles cannot be computed here: {found.reason}")
+        return cls.load(submodel, root, options)
+
+    @classmethod
+    def misfit(cls, artifact: Artifact) -> str:
+        """Why `load` would refuse what was compiled, on this machine (another GPU, another version); empty where it fits."""
+        return ""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
