@@ -65,6 +65,15 @@ class Engine(ABC):
     """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is slower than float32."""
     device: str
     submodel: Submodel
+    fallbacks: tuple[str, ...] = ()
+    """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict` refuses that."""
+    reload_seconds: float = 0.0
+    """Time spent on loading it again after it made room for others; see `runtime.offload`."""
+
+    @property
+    def computes(self) -> str:
+        """What it computes in where nothing is quantized: what the bundle asks for where the target has kernels for that, else float32."""
+        return self.submodel.compute if self.submodel.compute in self.precisions else "float32"
 
     @classmethod
     @abstractmethod
@@ -122,6 +131,7 @@ class FakeEngine(Engine):
     target = "fake"
     rank = 99
     device = "none"
+    computes = "float32"
 
     def __init__(self, function: Callable[[Mapping[str, Array]], dict[str, Array]]) -> None:
         self.function = function
