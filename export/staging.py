@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, Final
 
 from runtime.bundle import MANIFEST
 from runtime.errors import InvalidInput, ResourceExhausted
-
-JANITOR: Final = """
-import pathlib, shutil, sys
-sys.stdin.read()
-folder, cache, process = sys.argv[1:]
-shutil.rmtree(folder, ignore_errors=True)
-for path in pathlib.Path(cache).glob(f"*.{process}.*"):
-    path.unlink(missing_ok=True)
-"""
-"""Waits for the end of its input, which also comes when the build is killed, and removes the folder and what is unfinished in the cache."""
+from runtime.files import FULL, vanishing
+from runtime.files import cache_folder as cache_folder  # for the modules beside this one
+from runtime.files import key_of as key_of
 
 
 @contextmanager
@@ -36,24 +23,24 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
     Raises InvalidInput when `output` exists and is not ours to replace, ResourceExhausted when the disk is full.
     """
     _check_replaceable(output, force)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(mkdtemp(prefix=f".{output.name}.building-", dir=output.parent))
-    except OSError as error:
-        raise ResourceExhausted(f"cannot write beside {output}: {error.strerror}. Choose another --output") from None
-    arguments = [str(folder), str(cache_folder()), str(os.getpid())]
-    janitor = subprocess.Popen([sys.executable, "-c", JANITOR, *arguments], stdin=subprocess.PIPE, start_new_session=True)
-    try:
-        yield folder
-        folder.chmod(0o755)
-        _replace(folder, output)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        where = f"{output.parent} or the cache {cache_folder()}"
-        raise ResourceExhausted(f"the disk of {where} is full: free some space, choose another --output or set ENGINECAST_CACHE") from None
-    finally:
-        janitor.communicate()
+    with ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = str(cache_folder() / f"*.{os.getpid()}.*")
+            folder = stack.enter_context(vanishing(output.parent, f".{output.name}.building-", unfinished))
+        except OSError as error:
+            raise ResourceExhausted(f"cannot write beside {output}: {error.strerror}. Choose another --output") from None
+        try:
+            yield folder
+            folder.chmod(0o755)
+            _replace(folder, output)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            where = f"{output.parent} or the cache {cache_folder()}"
+            raise ResourceExhausted(
+                f"the disk of {where} is full: free some space, choose another --output or set ENGINECAST_CACHE"
+            ) from None
 
 
 def _check_replaceable(output: Path, force: bool) -> None:
@@ -74,17 +61,6 @@ def _replace(folder: Path, output: Path) -> None:
     output.rename(aside / output.name)
     folder.rename(output)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def cache_folder() -> Path:
-    """Where finished steps are kept: $ENGINECAST_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginecast"
-    return Path(os.environ.get("ENGINECAST_CACHE") or default)
-
-
-def key_of(*facts: Any) -> str:
-    """Hex sha256 of JSON-serialisable facts."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:

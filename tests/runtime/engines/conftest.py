@@ -17,7 +17,10 @@ import pytest
 
 from runtime.bundle import Artifact, Bundle
 from runtime.engine import Engine, Options
-from runtime.engines.tensorrt import SDK, Settings, TensorRT, _lower
+from runtime.engines.tensorrt import TensorRT
+from runtime.tensorrt.lower import lower
+from runtime.tensorrt.sdk import SDK
+from runtime.tensorrt.settings import Settings
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 Loader = Callable[..., Engine]
@@ -170,7 +173,7 @@ def with_engines(bundle: Bundle, root: Path, key: dict[str, str]) -> Path:
     for submodel in bundle.manifest.submodels:
         graph = bundle.root / submodel.graph
         head = json.dumps({"weights": str(graph.parent)}).encode()
-        (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + _lower(submodel, graph, Settings()).content)
+        (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + lower(submodel, graph, Settings()).content)
         artifacts.append(Artifact(target=FakeTarget.target, submodel=submodel.name, files=(f"{submodel.name}.engine",), key=key))
     manifest = bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)})
     (root / "manifest.json").write_text(manifest.model_dump_json())

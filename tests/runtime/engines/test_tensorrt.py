@@ -14,9 +14,10 @@ import pytest
 
 from runtime.bundle import Bundle, Submodel
 from runtime.engine import CompileOptions, Engine, Options, Slot, target, targets
-from runtime.engines.tensorrt import Settings, TensorRTForRTX
+from runtime.engines.tensorrt import TensorRTForRTX
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.signature import Array
+from runtime.tensorrt.settings import Settings
 
 RECIPES = ("none", "int8", "int8-weight", "int4", "fp8")
 SMALL = {"shapes": "batch=1:1:2,sequence=1:8:16", "compute_capability": "8.9", "optimization_level": "0"}
@@ -54,14 +55,15 @@ def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> 
 @pytest.mark.parametrize("kind", ["diffusion_bundle", "vlm_bundle"])
 def test_every_recipe_is_read(rtx: type[TensorRTForRTX], request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str) -> None:
     """TensorRT's parser takes each submodel's graph of either sample, down to attention, caches and block-wise int4."""
-    from runtime.engines.tensorrt import _Compiler, _lower
+    from runtime.tensorrt.compile import Compiler
+    from runtime.tensorrt.lower import lower
 
     bundle = Bundle(request.getfixturevalue(kind))
     for submodel in bundle.manifest.submodels:
         graph = quantized(bundle, submodel, recipe, tmp_path / submodel.name)
         settings = Settings()
-        with _Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
-            compiler.parse(_lower(submodel, graph, settings), graph)
+        with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
+            compiler.parse(lower(submodel, graph, settings), graph)
             compiler.configure((89,))
             names = {compiler.network.get_input(index).name for index in range(compiler.network.num_inputs)}
         assert {tensor.name for tensor in submodel.signature.graph_inputs} <= names
@@ -158,11 +160,11 @@ def test_settings_that_are_heeded(rtx: type[Engine], tiny_bundle: Path, tmp_path
 
 
 def test_flags_and_limits_reach_the_builder(rtx: type[TensorRTForRTX], tiny_bundle: Path) -> None:
-    from runtime.engines.tensorrt import _Compiler
+    from runtime.tensorrt.compile import Compiler
 
     submodel = Bundle(tiny_bundle).submodel("token_embedding")
     settings = Settings.parse({"weights": "streamed", "compatible": "version", "workspace": "64MiB", "shapes": "batch=1:2:3"})
-    with _Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
+    with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
         trt, config = compiler.trt, compiler.config
         compiler.configure((89, 120))
         assert not config.get_flag(trt.BuilderFlag.TF32), "float32 is float32 unless asked otherwise"
