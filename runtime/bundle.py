@@ -2,8 +2,9 @@
 
 <name>/
   manifest.json            this file's `Manifest`
+  manifest.sig             of a signed bundle: the signature of that file, see runtime/signing.py
   onnx/<submodel>/         model.onnx and weights.safetensors: the canonical graph, loadable by any ONNX tool
-  engines/<target>/        what a target compiled, if it stores anything
+  engines/<target>/        what a target compiled, if it stores anything; what was added later, in a folder of its own there
   quality/                 of a quantized bundle: figures and pictures beside those of the float model
   search.json              of a searched one: the assignments tried
   tokenizer/ tokenizer_2/ scheduler/ preprocessor/   the model's own files, as published
@@ -24,6 +25,7 @@ from runtime.signature import Signature
 
 SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
+SIGNATURE: Final = "manifest.sig"
 CHUNK: Final = 1 << 22
 
 
@@ -56,12 +58,16 @@ class Parity(Frozen):
 
 
 class Artifact(Frozen):
-    """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there."""
+    """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there.
+
+    `files` are relative to `engines/<target>`. `settings` are those it was compiled with and would be again, on whatever machine.
+    """
 
     target: str
     submodel: str
     files: tuple[Inside, ...] = ()
     key: Mapping[str, str] = Field(default_factory=dict)
+    settings: Mapping[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
 
 
@@ -134,11 +140,15 @@ class Bundle:
         if not path.is_file():
             raise BundleError(f"{root} is no bundle: it has no {MANIFEST}. Build one with `enginecast build SOURCE --output {root}`")
         try:
-            data = json.loads(path.read_bytes())
+            self.content = path.read_bytes()
+            """The manifest as it stands on disk: what a signature is of."""
+            data = json.loads(self.content)
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA:
-                raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA}: build the bundle again")
+                raise BundleError(f"{path} has schema version {version}, this program reads {SCHEMA}: {_other_schema(data)}")
             self.manifest = Manifest.model_validate(data)
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}. Let this user read it") from None
         except (ValueError, RecursionError, ValidationError) as error:
             raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
 
@@ -158,20 +168,46 @@ class Bundle:
         """The targets the bundle was built for, in the order it was asked for them."""
         return tuple(dict.fromkeys(artifact.target for artifact in self.manifest.artifacts))
 
+    def artifacts(self, target: str, submodel: str) -> tuple[Artifact, ...]:
+        """What the target made of the submodel, the newest last: for several kinds of machine, one each."""
+        return tuple(one for one in self.manifest.artifacts if (one.target, one.submodel) == (target, submodel))
+
+    def graph_files(self, submodel: Submodel) -> tuple[str, ...]:
+        """The submodel's canonical graph and its weights, relative to the bundle; none where they were left out."""
+        folder = PurePosixPath(submodel.graph).parent
+        return tuple(path for path in self.manifest.files if PurePosixPath(path).parent == folder)
+
+    def strangers(self) -> list[str]:
+        """What lies in the bundle's folder and is not in the manifest, relative to it, sorted."""
+        present = {path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if not path.is_dir()}
+        return sorted(present - {MANIFEST, SIGNATURE} - set(self.manifest.files))
+
     def verify(self, strangers: bool = True) -> None:
         """Compare every file with its hash. Raises BundleError naming each that is missing, altered or, with `strangers`, unknown."""
         faults = []
         for relative, expected in self.manifest.files.items():
-            path = self.root / relative
-            if not path.is_file():
+            try:
+                if sha256(self.root / relative) != expected:
+                    faults.append(f"{relative} was altered")
+            except (FileNotFoundError, NotADirectoryError):
                 faults.append(f"{relative} is missing")
-            elif sha256(path) != expected:
-                faults.append(f"{relative} was altered")
-        present = {str(p.relative_to(self.root)) for p in self.root.rglob("*") if p.is_file()} - {MANIFEST}
+            except OSError as error:
+                faults.append(f"{relative} cannot be read ({error.strerror})")
         if strangers:
-            faults += [f"{relative} is not in the manifest" for relative in sorted(present - set(self.manifest.files))]
+            faults += [f"{relative} is not in the manifest" for relative in self.strangers()]
         if faults:
             raise BundleError(f"bundle {self.root} is damaged: {'; '.join(faults)}. Copy or build it again")
+
+
+def _other_schema(data: Any) -> str:
+    """What to do about a manifest of another schema: a newer one names the program that wrote it."""
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(version, int) or version < SCHEMA:
+        return "build the bundle again"
+    versions = data.get("versions")
+    writer = versions.get("enginecast") if isinstance(versions, dict) else None
+    wanted = f"enginecast {writer} or later" if isinstance(writer, str) else "a later enginecast"
+    return f"install {wanted}, or build the bundle again with this one"
 
 
 def sha256(path: Path) -> str:

@@ -36,12 +36,24 @@ class Availability:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """What a target made of a submodel, and the folder that the artifact's files lie in: the bundle's, or one of the user's cache."""
+
+    artifact: Artifact
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Options:
-    """How an engine is to be loaded. `threads` 0 means all cores."""
+    """How an engine is to be loaded. `threads` 0 means all cores.
+
+    `compiled` is what to load, as `runtime.portable.fitting` found it; without one, it is what the bundle holds.
+    """
 
     device: str = ""
     threads: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
+    compiled: Compiled | None = None
 
 
 @dataclass(frozen=True)
@@ -112,6 +124,11 @@ class Engine(ABC):
     def misfit(cls, artifact: Artifact) -> str:
         """Why `load` would refuse what was compiled, on this machine (another GPU, another version); empty where it fits."""
         return ""
+
+    @classmethod
+    def reads_graph(cls, artifact: Artifact) -> bool:
+        """Whether `load` needs the canonical graph, or its weights, beside what was compiled. If not, a bundle may leave them out."""
+        return True
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:

@@ -6,6 +6,7 @@ signature are one optimization profile; decoders have two, for one position and 
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from runtime import cuda
 from runtime.bundle import Artifact, Bundle, Submodel
-from runtime.engine import Availability, CompileOptions, Engine, Options, Slot
+from runtime.engine import Availability, Compiled, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency
 from runtime.files import written
 from runtime.optional import require
@@ -29,6 +30,8 @@ from runtime.tensorrt.sdk import SDK, dotted
 from runtime.tensorrt.settings import LoadSettings, Settings
 
 AMPERE: Final = 80
+OF_THE_MACHINE: Final = ("compute_capability", "timing_cache", "plugins")
+"""Settings that mean nothing, or another thing, on another machine."""
 
 
 class TensorRT(Engine):
@@ -66,6 +69,7 @@ class TensorRT(Engine):
         found = cls.available()
         if not (found.usable or found.compiles):
             raise EngineUnavailable(f"cannot compile for {cls.target}: {found.reason}")
+        require("onnx_ir", cls.sdk.extra)
         lowered = lower(submodel, graph, settings)
         capabilities = cls._capabilities(settings, lowered.oldest)
         output.mkdir(parents=True, exist_ok=True)
@@ -78,8 +82,19 @@ class TensorRT(Engine):
             files.append(f"{submodel.name}.onnx")
             with written(output / files[1]) as file:
                 file.write(lowered.content)
-        key = {"sdk": found.version, "compute_capability": ",".join(map(dotted, capabilities)), **settings.key()}
-        return Artifact(target=cls.target, submodel=submodel.name, files=tuple(files), key=key, seconds=time.perf_counter() - start)
+        return Artifact(
+            target=cls.target,
+            submodel=submodel.name,
+            files=tuple(files),
+            key={"sdk": found.version, "compute_capability": ",".join(map(dotted, capabilities)), **cls._system(), **settings.key()},
+            settings={name: value for name, value in options.settings.items() if name not in OF_THE_MACHINE},
+            seconds=time.perf_counter() - start,
+        )
+
+    @classmethod
+    def _system(cls) -> dict[str, str]:
+        """The system an engine is bound to: engines of TensorRT are (its support matrix), those of TensorRT for RTX are not."""
+        return {} if cls.sdk.ahead else {"os": platform.system().lower()}
 
     @classmethod
     def _capabilities(cls, settings: Settings, oldest: int) -> tuple[int, ...]:
@@ -114,9 +129,47 @@ class TensorRT(Engine):
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         settings = LoadSettings.parse(options.settings)
         device = cls._device(options.device)
-        artifact = _artifact(Bundle(root), cls.target, submodel.name)
-        _require_key(cls.sdk, artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__, device)
-        return cls(submodel, Plan(cls.sdk, submodel, settings, device, root / "engines" / cls.target, artifact, root / submodel.graph))
+        compiled = options.compiled or cls._held(Bundle(root), submodel.name)
+        reason = cls._misfit(compiled.artifact, device)
+        if reason:
+            raise EngineError(
+                f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with `export add-target`"
+            )
+        return cls(submodel, Plan(cls.sdk, submodel, settings, device, compiled, root / submodel.graph))
+
+    @classmethod
+    def _held(cls, bundle: Bundle, submodel: str) -> Compiled:
+        """What the bundle holds for this machine, else what it holds at all. Raises EngineError when that is nothing."""
+        artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
+        if not artifacts:
+            raise EngineError(f"bundle {bundle.name} holds no {cls.target} engine of {submodel}: build it with --target {cls.target}")
+        fitting = (artifact for artifact in artifacts if not cls.misfit(artifact))
+        return Compiled(next(fitting, artifacts[0]), bundle.root / "engines" / cls.target)
+
+    @classmethod
+    def misfit(cls, artifact: Artifact) -> str:
+        found = cls.available()
+        return cls._misfit(artifact, cls._device("")) if found.usable else f"cannot run here: {found.reason}"
+
+    @classmethod
+    def _misfit(cls, artifact: Artifact, device: cuda.Device) -> str:
+        """What differs between where an engine was compiled, or what for, and this machine."""
+        key, version = artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__
+        built = [int(part.replace(".", "")) for part in key.get("compute_capability", "").split(",") if part]
+        same = key.get("sdk") == version or key.get("compatible") == "version"
+        fits = device.capability in built or (key.get("hardware") == "ampere+" and device.capability >= AMPERE)
+        system = platform.system().lower()
+        if same and fits and key.get("os", system) == system:
+            return ""
+        under = f" on {key['os']}" if key.get("os", system) != system else ""
+        return (
+            f"was compiled by {cls.sdk.name} {key.get('sdk')}{under} for compute capability {key.get('compute_capability')}, "
+            f"and here are {cls.sdk.name} {version}{f' on {system}' if under else ''} and {device.name} of {dotted(device.capability)}"
+        )
+
+    @classmethod
+    def reads_graph(cls, artifact: Artifact) -> bool:
+        return artifact.key.get("weights") == "stripped"
 
     @classmethod
     def _device(cls, wanted: str) -> cuda.Device:
@@ -176,30 +229,3 @@ class TensorRTForRTX(TensorRT):
     target = "tensorrt-rtx"
     rank = 11
     sdk = SDK("tensorrt_rtx", "TensorRT for RTX", "tensorrt-rtx", ahead=True)
-
-
-def _artifact(bundle: Bundle, target: str, submodel: str) -> Artifact:
-    """What the target made of the submodel. Raises EngineError when the bundle has none."""
-    for artifact in bundle.manifest.artifacts:
-        if (artifact.target, artifact.submodel) == (target, submodel) and artifact.files:
-            return artifact
-    raise EngineError(f"bundle {bundle.name} holds no {target} engine of {submodel}: build it with --target {target}")
-
-
-def _require_key(sdk: SDK, key: Mapping[str, str], version: str, device: cuda.Device) -> None:
-    """Raise EngineError when an engine compiled under this key cannot run here, saying what differs and what to do."""
-    built = [int(part.replace(".", "")) for part in key.get("compute_capability", "").split(",") if part]
-    same = key.get("sdk") == version or key.get("compatible") == "version"
-    fits = device.capability in built or (key.get("hardware") == "ampere+" and device.capability >= AMPERE)
-    if not (same and fits):
-        raise EngineError(
-            f"the engine was compiled by {sdk.name} {key.get('sdk')} for compute capability {key.get('compute_capability')}, and here are "
-            f"{sdk.name} {version} and {device.name} of {dotted(device.capability)}: build the bundle again"
-            + (
-                f" with compute_capability={dotted(device.capability)}"
-                if sdk.ahead and not fits
-                else " on this machine"
-                if not fits
-                else ""
-            )
-        )

@@ -11,6 +11,7 @@ import numpy as np
 
 from runtime import cuda
 from runtime.bundle import Artifact, Submodel
+from runtime.engine import Compiled
 from runtime.errors import EngineError
 from runtime.files import written
 from runtime.optional import require
@@ -27,9 +28,8 @@ class Plan:
     from then on, where shapes and addresses stay (decoding steps of one slot, the steps of one picture).
     """
 
-    def __init__(
-        self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, folder: Path, artifact: Artifact, graph: Path
-    ) -> None:
+    def __init__(self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, compiled: Compiled, graph: Path) -> None:
+        artifact, folder = compiled.artifact, compiled.folder
         self.trt = require(sdk.module, sdk.extra)
         self.sdk, self.submodel, self.settings, self.device = sdk, submodel, settings, device
         self.messages: list[str] = []

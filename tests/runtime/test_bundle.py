@@ -57,10 +57,23 @@ def test_no_bundle(tmp_path: Path) -> None:
         Bundle(tmp_path)
 
 
-@pytest.mark.parametrize("version", [SCHEMA + 1, 0, None, "1"])
+@pytest.mark.parametrize("version", [0, None, "1", 0.5])
 def test_another_schema_version(tmp_path: Path, manifest: dict[str, Any], version: object) -> None:
     with pytest.raises(BundleError, match=f"has schema version {version}, this program reads {SCHEMA}: build the bundle again"):
         opened(tmp_path, manifest | {"schema_version": version, "something": "new"})
+
+
+@pytest.mark.parametrize(
+    ("versions", "wanted"),
+    [
+        ({"enginecast": "0.3.0"}, "install enginecast 0.3.0 or later, or build the bundle again with this one"),
+        ({"enginecast": [1]}, "install a later enginecast, or"),
+        ("none", "install a later enginecast, or"),
+    ],
+)
+def test_a_newer_schema_says_what_reads_it(tmp_path: Path, manifest: dict[str, Any], versions: object, wanted: str) -> None:
+    with pytest.raises(BundleError, match=f"has schema version {SCHEMA + 1}, this program reads {SCHEMA}: {wanted}"):
+        opened(tmp_path, manifest | {"schema_version": SCHEMA + 1, "versions": versions})
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b'{"schema_version": 1}', b"[" * 100_000])
@@ -94,3 +107,26 @@ def test_verify_names_every_fault(tmp_path: Path, manifest: dict[str, Any]) -> N
     assert "onnx/unet/model.onnx was altered" in message
     assert "tokenizer/vocab.json is missing" in message
     assert "added.txt is not in the manifest" in message
+
+
+def test_what_is_of_a_graph_and_what_was_compiled_of_it(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    files = manifest["files"] | {"onnx/unet/weights.safetensors": "0", "onnx/unet/other/x": "0", "engines/openvino/unet.onnx": "0"}
+    added = [{"target": "openvino", "submodel": "unet", "key": {"sdk": "2"}}, {"target": "openvino", "submodel": "vae"}]
+    bundle = opened(tmp_path, manifest | {"files": files, "artifacts": [manifest["artifacts"][0], *added]})
+    assert bundle.graph_files(bundle.submodel("unet")) == ("onnx/unet/model.onnx", "onnx/unet/weights.safetensors")
+    assert [artifact.key for artifact in bundle.artifacts("openvino", "unet")] == [{}, {"sdk": "2"}]
+    assert not bundle.artifacts("onnxruntime", "unet")
+
+
+def test_links_to_nowhere_are_strangers(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    (tmp_path / "engines").symlink_to(tmp_path / "nowhere")
+    bundle = opened(tmp_path, manifest)
+    bundle.verify(strangers=False)
+    with pytest.raises(BundleError, match="engines is not in the manifest"):
+        bundle.verify()
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    bundle = opened(tmp_path, manifest | {"files": {"onnx": "0", "onnx/unet/model.onnx/x": "0"}})
+    with pytest.raises(BundleError, match=r"onnx cannot be read .*; onnx/unet/model\.onnx/x is missing"):
+        bundle.verify()

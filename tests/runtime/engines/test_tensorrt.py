@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import platform
 import shutil
 import sys
 import weakref
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle import Bundle, Submodel
-from runtime.engine import CompileOptions, Engine, Options, Slot, target, targets
+from runtime.engine import Compiled, CompileOptions, Engine, Options, Slot, target, targets
 from runtime.engines.tensorrt import TensorRTForRTX
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.signature import Array
@@ -80,6 +81,8 @@ def test_every_recipe_of_a_decoder_is_compiled(
     artifact = rtx.compile_with(CompileOptions(SMALL), submodel, graph, tmp_path / "engines")
     assert artifact.files == ("decoder.engine",) and artifact.seconds > 0
     assert artifact.key == {"sdk": rtx.available().version, "compute_capability": "8.9", "weights": "engine"}
+    assert artifact.settings == {"shapes": SMALL["shapes"], "optimization_level": "0"}, "what another machine would compile with, too"
+    assert not rtx.reads_graph(artifact) and rtx.reads_graph(artifact.model_copy(update={"key": {"weights": "stripped"}}))
     plan = (tmp_path / "engines" / "decoder.engine").read_bytes()
     assert len(plan) > 10_000
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["decoder.engine"], "nothing temporary is left"
@@ -538,10 +541,14 @@ def test_a_cache_that_an_engine_would_copy_is_refused(
         ),
         (
             {"sdk": "99.1", "compute_capability": "8.6"},
-            "for compute capability 8.6, and here .* of 8.9: build the bundle again on this machine",
+            "for compute capability 8.6, and here .* of 8.9: build the bundle again, or add one for this machine with `export add-target`",
         ),
         ({"sdk": "99.1", "compute_capability": "12.0", "hardware": "same"}, "for compute capability 12.0"),
         ({}, "compiled by FakeRT None"),
+        (
+            {"sdk": "99.1", "compute_capability": "8.9", "os": "plan9"},
+            f"by FakeRT 99.1 on plan9 for compute capability 8.9, and here are FakeRT 99.1 on {platform.system().lower()} and",
+        ),
     ],
 )
 def test_an_engine_of_elsewhere(load_fake: Any, vlm_bundle: Path, key: dict[str, str], message: str) -> None:
@@ -561,6 +568,27 @@ def test_an_engine_that_fits(load_fake: Any, vlm_bundle: Path, key: dict[str, st
     engine = load_fake(Bundle(vlm_bundle), "token_embedding", key)
     assert engine.run({"input_ids": np.array([[5, 6]])})["inputs_embeds"].any()
     assert engine.device == "fake-tensorrt:cuda:0 (Fake 4090)"
+
+
+def test_of_several_engines_the_fitting_one_is_loaded(load_fake: Any, vlm_bundle: Path, tmp_path: Path) -> None:
+    """Which fits is known before anything is loaded, and the folder it lies in may be another than the bundle's."""
+    name, root = "token_embedding", tmp_path / "several"
+    loaded = load_fake(Bundle(vlm_bundle), name)
+    engine, folder = type(loaded), next(tmp_path.glob("*/engines/fake-tensorrt"))
+    (good,) = Bundle(folder.parents[1]).artifacts(engine.target, name)
+    stale = good.model_copy(update={"key": {"sdk": "98.0", "compute_capability": "8.9"}})
+    assert engine.misfit(stale).startswith("was compiled by FakeRT 98.0") and engine.misfit(good) == ""
+    for artifacts in ([stale, good], [good, stale]):
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(folder.parents[1], root, symlinks=True)
+        (root / "manifest.json").write_text(
+            Bundle(vlm_bundle).manifest.model_copy(update={"artifacts": tuple(artifacts)}).model_dump_json()
+        )
+        engine.load(loaded.submodel, root, Options()).close()
+    shutil.rmtree(root / "engines")
+    engine.load(loaded.submodel, root, Options(compiled=Compiled(good, folder))).close()
+    with pytest.raises(EngineError, match=r"No such file"):
+        engine.load(loaded.submodel, root, Options())
 
 
 def test_devices_by_name(load_fake: Any, vlm_bundle: Path) -> None:
