@@ -34,6 +34,7 @@ from runtime.bundle import Bundle, Frozen
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, ImageReady, Outputs, Pipeline, Progress
 from runtime.samplers import Latents, Sampler, SchedulerConfig, State, default_sampler, make_sampler
+from runtime.tiling import Mosaic, places, tile_shape
 from runtime.tokenizing import ClipTokenizer
 
 DEFAULTS: Final = "enginecast.json"
@@ -229,7 +230,12 @@ def random_stream(seed: int) -> np.random.Generator:
 
 
 class DiffusionPipeline:
-    """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in order."""
+    """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in order.
+
+    `decodes_at_once` is how many latents (height times width) the VAE decoder may get in one call; what is larger is decoded in tiles.
+    """
+
+    decodes_at_once: float = math.inf
 
     def __init__(self, config: DiffusionConfig, *tokenizers: Path) -> None:
         self.config = config
@@ -319,8 +325,13 @@ class DiffusionPipeline:
         """The picture of latents [1, channels, height, width]: uint8 RGB [height, width, 3]."""
         vae = self.config.vae
         unscaled = np.asarray(latents / vae.scaling_factor + vae.shift_factor, np.float32)
-        outputs = yield from _run(Call("vae_decoder", {"latents": unscaled}))
-        picture: NDArray[np.uint8] = np.round((outputs["image"][0] / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+        height, width = unscaled.shape[2:]
+        tile = tile_shape(height, width, self.decodes_at_once, self.config.sizes.multiple // vae.scale_factor)
+        mosaic = Mosaic(height, width, vae.scale_factor)
+        for rows, columns in places(height, width, tile):
+            outputs = yield from _run(Call("vae_decoder", {"latents": np.ascontiguousarray(unscaled[:, :, rows, columns])}))
+            mosaic.add(rows, columns, outputs["image"][0])
+        picture: NDArray[np.uint8] = np.round((mosaic.picture() / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
         return picture.transpose(1, 2, 0)
 
 
