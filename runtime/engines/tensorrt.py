@@ -154,6 +154,8 @@ class TensorRT(Engine):
     @classmethod
     def _misfit(cls, artifact: Artifact, device: cuda.Device) -> str:
         """What differs between where an engine was compiled, or what for, and this machine."""
+        if not artifact.files:
+            return "has no file"
         key, version = artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__
         built = [int(part.replace(".", "")) for part in key.get("compute_capability", "").split(",") if part]
         same = key.get("sdk") == version or key.get("compatible") == "version"
