@@ -94,10 +94,10 @@ def of_tensor(tensor: Any) -> Constant:
 class Deferred(np.ndarray[Any, Any]):
     """Stands for a large constant in a MIL program: shape and dtype at no cost, and the values when coremltools flattens it to write it.
 
-    Only for constants that nothing is computed from while the program is built.
+    Whatever else is done with it raises NotImplementedError, from which coremltools' folding of constants takes that it cannot know.
     """
 
-    read: Callable[[], Array] | None
+    read: Callable[[], Array]
 
     @classmethod
     def of(cls, shape: tuple[int, ...], dtype: Any, read: Callable[[], Array]) -> Deferred:
@@ -106,10 +106,16 @@ class Deferred(np.ndarray[Any, Any]):
         return array
 
     def __array_finalize__(self, source: Any) -> None:
-        self.read = None  # of a part or a sum
+        if isinstance(source, Deferred):
+            raise NotImplementedError
+
+    def __array_ufunc__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
+
+    def __array_function__(self, *_: Any, **__: Any) -> Any:
+        raise NotImplementedError
 
     def flatten(self, order: Any = "C") -> Any:
-        assert self.read is not None, "something was computed from a constant that was not read"
         values = self.read()
         assert values.shape == self.shape
         return np.ascontiguousarray(values.astype(self.dtype, copy=False)).reshape(-1)

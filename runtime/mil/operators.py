@@ -15,6 +15,8 @@ Operator = Callable[[Any, Any], Any]
 """Takes the translator and the node of onnx_ir."""
 OPERATORS: Final[dict[str, Operator]] = {}
 LAST: Final = 2**31 - 1
+LEAST: Final = 2.0**-10
+"""What a group is divided by at least, in half: beside epsilon, smaller values are nothing."""
 UNARY: Final[Mapping[str, str]] = {
     **{"Abs": "abs", "Ceil": "ceil", "Cos": "cos", "Erf": "erf", "Exp": "exp", "Floor": "floor", "Not": "logical_not", "Relu": "relu"},
     **{"Sigmoid": "sigmoid", "Sin": "sin", "Sqrt": "sqrt", "Tanh": "tanh"},
@@ -196,6 +198,9 @@ def _kept(t: Any, x: Any, axis: int) -> Any:
 
 @operator("Transpose")
 def _transpose(t: Any, node: Any) -> Any:
+    constant = t.constant(node.inputs[0])
+    if constant is not None:
+        return constant.transposed(tuple(attribute(node, "perm", range(len(constant.shape) - 1, -1, -1))))
     x = t.var(node.inputs[0])
     return t.mb.transpose(x=x, perm=list(attribute(node, "perm", range(x.rank - 1, -1, -1))))
 
@@ -284,10 +289,6 @@ def _placed(t: Any, node: Any, rest: list[int], axes: Any, computed: Any) -> Any
 
 @operator("Gather")
 def _gather(t: Any, node: Any) -> Any:
-    table, indices = t.constant(node.inputs[0]), t.numbers(node.inputs[1])
-    if table is not None and indices is not None:
-        values = np.take(table.array(), indices, attribute(node, "axis", 0))
-        return Constant(values.shape, table.dtype, table.dtype, lambda: values)
     return t.mb.gather(x=t.weight(node.inputs[0]), indices=t.var(node.inputs[1]), axis=attribute(node, "axis", 0), validate_indices=False)
 
 
@@ -430,8 +431,12 @@ def _group_norm(t: Any, node: Any) -> Any:
     """Means over the positions of each channel, then over the channels of each group: no shape depends on how many positions there are."""
     x, groups = t.var(node.inputs[0]), attribute(node, "num_groups", 1)
     centred = t.mb.sub(x=x, y=_group_means(t, x, groups))
-    variance = _group_means(t, t.mb.square(x=centred), groups)
-    normal = t.mb.mul(x=centred, y=t.mb.rsqrt(x=variance, epsilon=_like(t, x, attribute(node, "epsilon", 1e-5))))
+    epsilon = attribute(node, "epsilon", 1e-5)
+    if x.dtype == t.mb.types.fp16:
+        normal = _normal_in_half(t, centred, groups, epsilon)
+    else:
+        root = t.mb.rsqrt(x=_group_means(t, t.mb.square(x=centred), groups), epsilon=_like(t, x, epsilon))
+        normal = t.mb.mul(x=centred, y=root)
     scale, bias = (t.numbers(value) for value in node.inputs[1:3])
     if scale is None or bias is None:
         raise refuse(node, "scales by what is computed")
@@ -439,12 +444,28 @@ def _group_norm(t: Any, node: Any) -> Any:
     return t.mb.add(x=t.mb.mul(x=normal, y=scale.reshape(along)), y=bias.reshape(along))
 
 
+def _normal_in_half(t: Any, centred: Any, groups: int, epsilon: float) -> Any:
+    """Divided by the group's greatest value first: from 256 on, a square is beyond what 16 bits hold.
+
+    With z = centred / greatest, centred / sqrt(mean(centred ** 2) + epsilon) is z / sqrt(mean(z ** 2) + epsilon / greatest ** 2).
+    """
+    greatest = t.mb.maximum(x=_of_groups(t, t.mb.abs(x=centred), groups, t.mb.reduce_max), y=_like(t, centred, LEAST))
+    shares = t.mb.real_div(x=centred, y=greatest)
+    share = t.mb.square(x=t.mb.real_div(x=_like(t, centred, math.sqrt(epsilon)), y=greatest))
+    variance = t.mb.add(x=_group_means(t, t.mb.square(x=shares), groups), y=share)
+    return t.mb.mul(x=shares, y=t.mb.rsqrt(x=variance, epsilon=_like(t, centred, 1e-7)))
+
+
 def _group_means(t: Any, x: Any, groups: int) -> Any:
-    """[batch, channels, 1, ...]: each channel's is its group's."""
+    return _of_groups(t, x, groups, t.mb.reduce_mean)
+
+
+def _of_groups(t: Any, x: Any, groups: int, reduce: Any) -> Any:
+    """[batch, channels, 1, ...]: for each channel what its group is reduced to."""
     channels = int(x.shape[1])
-    means = t.mb.reduce_mean(x=x, axes=list(range(2, x.rank)), keep_dims=True)
-    means = t.mb.reduce_mean(x=t.mb.reshape(x=means, shape=[-1, groups, channels // groups]), axes=[2], keep_dims=True)
-    return t.mb.reshape(x=t.mb.tile(x=means, reps=[1, 1, channels // groups]), shape=[-1, channels] + [1] * (x.rank - 2))
+    found = reduce(x=x, axes=list(range(2, x.rank)), keep_dims=True)
+    found = reduce(x=t.mb.reshape(x=found, shape=[-1, groups, channels // groups]), axes=[2], keep_dims=True)
+    return t.mb.reshape(x=t.mb.tile(x=found, reps=[1, 1, channels // groups]), shape=[-1, channels] + [1] * (x.rank - 2))
 
 
 @operator("Attention")

@@ -7,7 +7,7 @@ arrays, but `constexpr` operations over what is stored (https://apple.github.io/
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -23,23 +23,26 @@ STANDARD_DOMAINS: Final = ("", "ai.onnx")
 INTEGERS: Final = ("int64", "int32", "int8", "uint8", "bool")
 
 
-def translate(model: Any, dims: Mapping[str, Any], states: Iterable[str] = ()) -> Any:
+def translate(
+    model: Any, dims: Mapping[str, Any], states: Iterable[str] = (), progress: Callable[[int], None] = lambda nbytes: None
+) -> Any:
     """The program (coremltools' Program) of a graph (onnx_ir.Model).
 
     `dims` gives each varying dim of the inputs a length or a RangeDim. Inputs named in `states` become states, which are float16; outputs
-    that are states, updated, are none of the program's. int64 becomes int32, the widest that Core ML has.
+    that are states, updated, are none of the program's. int64 becomes int32, the widest that Core ML has. `progress` hears of bytes of
+    weights as they are read, when the program is written.
     Raises EngineError naming the node and operator that has no translation.
     """
-    return _Translator(model, dims, frozenset(states)).run()
+    return _Translator(model, dims, frozenset(states), progress).run()
 
 
 class _Translator:
     """One pass over the nodes. What the operators of `operators.py` see of it is `mb`, `var`, `weight`, `constant` and `numbers`."""
 
-    def __init__(self, model: Any, dims: Mapping[str, Any], states: frozenset[str]) -> None:
+    def __init__(self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]) -> None:
         self.ct = coremltools()
         self.ir = require("onnx_ir", "export")
-        self.model, self.dims, self.state_names = model, dims, states
+        self.model, self.dims, self.state_names, self.progress = model, dims, states, progress
         self.values: dict[Any, Any] = {}
         self.states: dict[Any, Any] = {}
         self.updated: set[Any] = set()
@@ -162,7 +165,7 @@ class _Translator:
         dtype = types.np_int4_dtype if constant.stored == "int4" else np.dtype(constant.stored)
         if constant.scale is None and constant.size < COMPRESSED:
             return self.mb.const(val=self._plain(constant))
-        codes = self.mb.const(val=Deferred.of(constant.shape, dtype, constant.read))
+        codes = self.mb.const(val=Deferred.of(constant.shape, dtype, lambda: self._heard(constant.read())))
         if constant.scale is None and constant.dtype == constant.stored:
             return codes
         if constant.scale is None:
@@ -171,6 +174,10 @@ class _Translator:
         if constant.offset is None:
             return self.mb.constexpr_blockwise_shift_scale(data=codes, scale=scale)
         return self.mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, offset=np.ascontiguousarray(constant.offset).astype(dtype))
+
+    def _heard(self, values: Array) -> Array:
+        self.progress(values.nbytes)
+        return values
 
 
 class _Named:
