@@ -1,0 +1,209 @@
+"""A graph as DirectML has kernels for it: opset 21, and what that lacks, from operators that are in the table of `kernels`.
+
+Attention             MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
+GroupNormalization    InstanceNormalization of the groups, then the channels' scale and bias
+Gelu                  Gelu and FastGelu of ONNX Runtime
+TensorScatter         Gather and Where
+others                the body that the standard itself gives the operator (RMSNormalization, RotaryEmbedding)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from runtime.errors import EngineError
+from runtime.optional import require
+from runtime.ort.attention import CONTRIB, Graph, bias, heads, is_attention, pack, replace, scale, with_multihead
+from runtime.ort.kernels import OPSET, kernels
+from runtime.static_cache import INDICES
+
+BODIES: Final = "enginecast.bodies"
+"""Domain that operators are in for a moment, while the bodies that the standard gives them take their place."""
+NEWEST: Final = 24
+
+
+def to_directml(model: Any, capacity: int = 0, steps: bool = False) -> None:
+    """Lower a graph (onnx_ir.Model) in place. One with a cache of fixed length (`static_cache`) has `capacity` positions.
+
+    `steps` makes the graph for one new position a call, whose attention is GroupQueryAttention, and updates the cache in place. With more
+    positions that kernel takes no notice of what the cache holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
+    """
+    graph = Graph(model)
+    if steps:
+        _with_grouped_steps(graph, capacity)
+    with_multihead(model, spread=True)
+    _inline_bodies(model)
+    rules = {"Attention": _attention, "GroupNormalization": _group_normalization, "Gelu": _gelu, "TensorScatter": _scatter}
+    for node in list(model.graph):
+        if not node.domain and node.op_type in rules:
+            rules[node.op_type](graph, node)
+    for node in model.graph:
+        if node.op_type in ("DequantizeLinear", "QuantizeLinear") and "output_dtype" in node.attributes:
+            del node.attributes["output_dtype"]  # of opset 23; what it says follows from the scale
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
+    model.opset_imports[""] = OPSET
+    model.opset_imports[CONTRIB] = 1
+
+
+def _attention(graph: Graph, node: Any) -> None:
+    """Softmax of products. The heads that share keys are laid beside each other, so that keys are not repeated."""
+    query, key, value = node.inputs[:3]
+    count, groups, size = heads(node)
+    length = key.shape[2]
+    scaled = graph.before(node, node.name, "Mul", query, _number(graph, scale(node), query))
+    if count != groups:
+        if not isinstance(length, int):
+            raise EngineError(f"node '{node.name}' has grouped heads over keys of varying length, expected a cache of fixed length")
+        scaled = graph.before(node, f"{node.name}/groups", "Reshape", scaled, graph.constant(f"groups.{groups}", [0, groups, -1, size]))
+    turned = graph.before(node, f"{node.name}/keys", "Transpose", key, perm=[0, 1, 3, 2])
+    products = graph.before(node, f"{node.name}/products", "MatMul", scaled, turned)
+    if count != groups:
+        products = graph.before(node, f"{node.name}/heads", "Reshape", products, graph.constant(f"heads.{count}", [0, count, -1, length]))
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    if mask is not None:
+        products = graph.before(node, f"{node.name}/masked", "Add", products, bias(graph, mask, query))
+    shares = graph.before(node, f"{node.name}/shares", "Softmax", products, axis=-1)
+    if count != groups:
+        shares = graph.before(node, f"{node.name}/shares", "Reshape", shares, graph.constant(f"shares.{groups}", [0, groups, -1, length]))
+    result = graph.before(node, f"{node.name}/result", "MatMul", shares, value)
+    if count != groups:
+        result = graph.before(node, f"{node.name}/result", "Reshape", result, graph.constant(f"result.{count}", [0, count, -1, size]))
+    graph.instead(node.outputs[0], result)
+    graph.graph.remove([node], safe=False)
+
+
+def _group_normalization(graph: Graph, node: Any) -> None:
+    values, weight, offset = node.inputs
+    groups, number = node.attributes["num_groups"].as_int(), values.dtype.numpy()
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    rank = len(values.shape)
+    ones = graph.constant(f"ones.{groups}.{values.dtype.name.lower()}", np.ones(groups), number)
+    zeros = graph.constant(f"zeros.{groups}.{values.dtype.name.lower()}", np.zeros(groups), number)
+    shape = graph.before(node, node.name, "Shape", values, like=graph.constant("groups.axes", [0]))
+    split = graph.before(node, f"{node.name}/groups", "Reshape", values, graph.constant(f"split.{groups}", [0, groups, -1]))
+    normal = graph.before(node, node.name, "InstanceNormalization", split, ones, zeros, epsilon=epsilon)
+    result = graph.before(node, f"{node.name}/joined", "Reshape", normal, shape)
+    channels = graph.constant(f"channels.{rank}", [-1] + [1] * (rank - 2))
+    for op, by, name in (("Mul", weight, "weight"), ("Add", offset, "bias")):
+        wide = graph.before(node, f"{node.name}/{name}", "Reshape", by, channels)
+        result = graph.before(node, f"{node.name}/{name}", op, result, wide)
+    graph.instead(node.outputs[0], result)
+    graph.graph.remove([node], safe=False)
+
+
+def _gelu(graph: Graph, node: Any) -> None:
+    near = "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh"
+    made = graph.before(node, node.name, "FastGelu" if near else "Gelu", node.inputs[0], domain=CONTRIB)
+    graph.instead(node.outputs[0], made)
+    graph.graph.remove([node], safe=False)
+
+
+def _scatter(graph: Graph, node: Any) -> None:
+    """Write new keys or values [batch, heads, sequence, size] into the cache, where they begin. The table lacks the latest Scatters.
+
+    Each position of the cache takes the new one that belongs there, or keeps what it holds. All rows begin at the same position.
+    """
+    cache, new, starts = node.inputs
+    source, inside = _places(graph, starts, new, cache.shape[2])
+    taken = graph.before(node, f"{node.name}/taken", "Gather", new, source, axis=2)
+    graph.instead(node.outputs[0], graph.before(node, node.name, "Where", inside, taken, cache, like=cache))
+    graph.graph.remove([node], safe=False)
+
+
+def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, Any]:
+    """For each position of a cache, which of the new ones it takes, int64 [capacity], and whether it takes any, bool [1, 1, capacity, 1].
+
+    They are the same for all layers, and are made once.
+    """
+    made = {node.name: node.outputs[0] for node in graph.graph if node.name in ("places.source/Min", "places.inside/Unsqueeze")}
+    if made:
+        return made["places.source/Min"], made["places.inside/Unsqueeze"]
+    place = next(node for node in graph.graph if node.op_type == "TensorScatter")
+    zero, one = graph.constant("places.zero", [0]), graph.constant("places.one", [1])
+    columns = graph.constant("places.columns", np.arange(capacity))
+    start = graph.before(place, "places.start", "Slice", starts, zero, one)
+    length = graph.before(place, "places.length", "Shape", new, like=starts, start=2, end=3)
+    offset = graph.before(place, "places.offset", "Sub", columns, start)
+    last = graph.before(place, "places.last", "Sub", length, one)
+    source = graph.before(place, "places.source", "Min", graph.before(place, "places.source", "Max", offset, zero), last)
+    truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
+    behind = graph.before(place, "places.behind", "GreaterOrEqual", offset, zero, like=truth)
+    ahead = graph.before(place, "places.ahead", "Less", offset, length, like=truth)
+    both = graph.before(place, "places.inside", "And", behind, ahead)
+    return source, graph.before(place, "places.inside", "Unsqueeze", both, graph.constant("places.axes", [0, 1, 3]))
+
+
+def _with_grouped_steps(graph: Graph, capacity: int) -> None:
+    """Let GroupQueryAttention do what attention over TensorScatter does, of one new position a row.
+
+    The total length is that of the buffers, a constant: a kernel is made anew when it changes. Valid positions follow from the indices.
+    """
+    ir = graph.ir
+    indices = next(value for value in graph.graph.inputs if value.name == INDICES)
+    first = graph.graph[0]
+    last = graph.before(first, "steps.last", "Cast", indices, to=ir.DataType.INT32)
+    last.type = ir.TensorType(ir.DataType.INT32)
+    total = graph.constant("steps.total", capacity, np.int32)
+    for node in [node for node in graph.graph if is_attention(node) and node.inputs[1].producer().op_type == "TensorScatter"]:
+        scatters = [node.inputs[index].producer() for index in (1, 2)]
+        count, groups, _ = heads(node)
+        packed = [pack(graph, node, tensor) for tensor in (node.inputs[0], *(scatter.inputs[1] for scatter in scatters))]
+        inputs = [*packed, *(scatter.inputs[0] for scatter in scatters), last, total]
+        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)}
+        fused = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
+        graph.graph.insert_before(node, fused)
+        fused.outputs[0].name, fused.outputs[0].type = f"{node.name}.packed", node.outputs[0].type
+        replace(graph, node, fused.outputs[0], count)
+        for scatter, present in zip(scatters, fused.outputs[1:], strict=True):
+            graph.instead(scatter.outputs[0], present)
+
+
+def _inline_bodies(model: Any) -> None:
+    """Put the standard's own body in the place of operators that are newer than the table and have no rule here."""
+    defs, ir = require("onnx.defs", "export"), require("onnx_ir", "export")
+    found = [node for node in model.graph if not node.domain and ("", node.op_type) not in kernels() and node.op_type not in RULED]
+    version = model.opset_imports[""]
+    for number, node in enumerate(found):
+        if not defs.has(node.op_type, min(version, NEWEST), ""):
+            continue
+        body = _body(defs.get_schema(node.op_type, min(version, NEWEST), ""), node)
+        if body is None:
+            continue
+        function = ir.from_proto(body)
+        function.domain, function.name = BODIES, f"{node.op_type}.{number}"
+        model.functions[function.identifier()] = function
+        node.domain, node.op_type = BODIES, function.name
+        model.opset_imports[BODIES] = 1
+    if BODIES in model.opset_imports:
+        require("onnx_ir.passes.common", "export").InlinePass()(model)
+        model.functions.clear()
+        del model.opset_imports[BODIES]
+
+
+RULED: Final = ("Attention", "GroupNormalization", "Gelu", "TensorScatter")
+
+
+def _body(schema: Any, node: Any) -> Any:
+    """The function that the standard defines an operator by, for this node's types and attributes; None where it has none."""
+    onnx = require("onnx", "export")
+    if schema.has_context_dependent_function:
+        ir = require("onnx_ir", "export")
+        types = [onnx.TypeProto() for _ in node.inputs]
+        for value, proto in zip(node.inputs, types, strict=True):
+            if value is not None and value.dtype is not None:
+                proto.tensor_type.elem_type = int(value.dtype)
+        version = max(schema.context_dependent_function_opset_versions)
+        body = onnx.FunctionProto()
+        body.ParseFromString(
+            schema.get_context_dependent_function_with_opset_version(
+                version, ir.to_proto(node).SerializeToString(), [proto.SerializeToString() for proto in types]
+            )
+        )
+        return body
+    return schema.function_body if schema.has_function else None
+
+
+def _number(graph: Graph, number: float, like: Any) -> Any:
+    return graph.constant(f"attention.scale.{number}.{like.dtype.name.lower()}", number, like.dtype.numpy())

@@ -1,0 +1,154 @@
+"""Which kernels ONNX Runtime's DirectML provider has, from the table beside this file, and which nodes of a graph it has none for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from runtime.errors import EngineError
+from runtime.optional import require
+
+TABLE: Final = Path(__file__).with_name("directml_kernels.txt")
+OPSET: Final = 21
+"""The latest opset whose operators have kernels: 22 changed Conv, 23 Reshape, and the table knows neither change."""
+TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
+"""Attributes that name the type of an output."""
+
+
+class Kernel(NamedTuple):
+    """One entry: the operator's versions it is for and the types of each type variable.
+
+    `inputs` and `outputs` are the variables of operators outside of the standard, whose schemas are not at hand.
+    """
+
+    versions: frozenset[int]
+    types: Mapping[str, frozenset[str]]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+
+
+@cache
+def kernels() -> Mapping[tuple[str, str], tuple[Kernel, ...]]:
+    """Every entry of the table by domain ("" is the standard's) and operator."""
+    sets: dict[str, tuple[str, ...]] = {}
+    found: dict[tuple[str, str], list[Kernel]] = {}
+    domain = ""
+    for line in TABLE.read_text().splitlines():
+        words = line.split()
+        if not words or words[0] == "#":
+            continue
+        if words[0] == "set":
+            sets[words[1]] = tuple(words[2:])
+        elif words[0] == "domain":
+            domain = "" if words[1] == "ai.onnx" else words[1]
+        else:
+            found.setdefault((domain, words[0]), []).append(_kernel(words, sets))
+    return {key: tuple(entries) for key, entries in found.items()}
+
+
+def _kernel(words: Sequence[str], sets: Mapping[str, tuple[str, ...]]) -> Kernel:
+    """An entry from its line: operator, versions, types, and what follows a colon."""
+    colon = words.index(":") if ":" in words else len(words)
+    types = {}
+    for word in words[2:colon]:
+        variable, _, names = word.partition("=")
+        types[variable] = frozenset(name for one in names.split(",") for name in sets.get(one, (one,)))
+    rest = list(words[colon + 1 :])
+    split = rest.index(">") if rest else 0
+    return Kernel(frozenset(map(int, words[1].split(","))), types, tuple(rest[:split]), tuple(rest[split + 1 :]))
+
+
+def check(model: Any, name: str) -> None:
+    """Raise EngineError naming each node of a graph (onnx_ir.Model) that DirectML has no kernel for. `name` is the submodel's."""
+    strangers = list(outside(model))
+    if strangers:
+        more = f", and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+        raise EngineError(
+            f"could not compile {name}: DirectML has no kernel for {'; '.join(strangers[:5])}{more}. Expected operators of opset {OPSET} "
+            "in the types of its table: choose another target, or let the submodel compute in float32 or float16"
+        )
+
+
+def outside(model: Any) -> Iterator[str]:
+    """Each node that DirectML has no kernel for, and why. Fills in the types of values that have none, which follow from their nodes."""
+    for node in model.graph:
+        reason = _Reader(model, node).reason()
+        if reason:
+            yield f"node '{node.name}' ({node.domain + '.' if node.domain else ''}{node.op_type}: {reason})"
+
+
+class _Reader:
+    """One node beside the table."""
+
+    def __init__(self, model: Any, node: Any) -> None:
+        self.ir, self.node = require("onnx_ir", "export"), node
+        self.declared = model.opset_imports.get(node.domain, 1)
+        self.entries = kernels().get((node.domain, node.op_type), ())
+
+    def reason(self) -> str:
+        """Why there is no kernel; empty where there is one."""
+        if self.node.domain:
+            return self._match(1, *((self.entries[0].inputs, self.entries[0].outputs) if self.entries else ((), ())))
+        if self.declared != OPSET:
+            return f"the graph declares opset {self.declared}"
+        schemas = require("onnx.defs", "export")
+        if not schemas.has(self.node.op_type, OPSET, ""):
+            return f"opset {OPSET} has no such operator"
+        schema = schemas.get_schema(self.node.op_type, OPSET, "")
+        unknown = set(self.node.attributes) - set(schema.attributes)
+        if unknown:
+            return f"version {schema.since_version} has no attribute {sorted(unknown)[0]}"
+        only = {found.type_param_str: found.allowed_type_strs[0] for found in schema.type_constraints if len(found.allowed_type_strs) == 1}
+        inputs = [formal.type_str for formal in schema.inputs]
+        outputs = [
+            formal.type_str if formal.type_str in inputs else only.get(formal.type_str, formal.type_str) for formal in schema.outputs
+        ]
+        return self._match(schema.since_version, inputs, outputs)
+
+    def _match(self, version: int, inputs: Sequence[str], outputs: Sequence[str]) -> str:
+        bound = self._bind(inputs, outputs)
+        fitting = [entry for entry in self.entries if version in entry.versions]
+        if not fitting:
+            known = sorted({version for entry in self.entries for version in entry.versions})
+            return f"version {version}, it has {', '.join(map(str, known)) or 'none'}"
+        for variable, dtype in bound.items():
+            if not any(dtype in entry.types.get(variable, (dtype,)) for entry in fitting):
+                allowed = sorted({name for entry in fitting for name in entry.types[variable]})
+                return f"{variable} is {dtype}, it has {', '.join(allowed)}"
+        return ""
+
+    def _bind(self, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
+        """The type that stands for each type variable, inputs first; what an output has no type yet gets it."""
+        bound: dict[str, str] = {}
+        for value, variable in _paired(self.node.inputs, inputs):
+            if value is not None:
+                bound.setdefault(variable, _name(value.dtype))
+        for value, variable in _paired(self.node.outputs, outputs):
+            if value.dtype is None:
+                value.type = self.ir.TensorType(self._made(bound, variable))
+            bound.setdefault(variable, _name(value.dtype))
+        return {variable: dtype for variable, dtype in bound.items() if not variable.startswith("tensor(")}
+
+    def _made(self, bound: Mapping[str, str], variable: str) -> Any:
+        """The type of an output that the graph does not tell."""
+        for name in TYPE_ATTRIBUTES:
+            if name in self.node.attributes:
+                return self.ir.DataType(self.node.attributes[name].as_int())
+        text = bound.get(variable) or variable.removeprefix("tensor(").removesuffix(")")
+        if text.upper() not in self.ir.DataType.__members__:
+            raise EngineError(f"the type of what node '{self.node.name}' ({self.node.op_type}) gives is unknown: build the bundle again")
+        return self.ir.DataType[text.upper()]
+
+
+def _paired(values: Sequence[Any], variables: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """Each operand with its type variable: the last one may stand for any number."""
+    for index, value in enumerate(values):
+        if variables:
+            yield value, variables[min(index, len(variables) - 1)]
+
+
+def _name(dtype: Any) -> str:
+    """A type as the table writes it."""
+    return "none" if dtype is None else str(dtype.name).lower()
