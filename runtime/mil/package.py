@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
@@ -73,7 +74,7 @@ class Package:
         model = require("coremltools.proto.Model_pb2", "coreml")
         try:
             self.spec = model.Model.FromString((path / MODEL).read_bytes())
-        except (OSError, ValueError, RuntimeError) as error:  # protobuf's own is a ValueError
+        except (OSError, DecodeError) as error:
             raise EngineError(f"could not compile {path}: its model cannot be read ({error}). Build the bundle again") from None
         if self.spec.WhichOneof("Type") != "mlProgram" or "main" not in self.spec.mlProgram.functions:
             raise EngineError(f"could not compile {path}: it holds no ML program. Build the bundle again")

@@ -84,9 +84,7 @@ def capacity(signature: Signature, settings: Settings) -> int:
 def symbols(lengths: Lengths) -> dict[str, Any]:
     """For the translator: a number for each dim of one length, a RangeDim for those that vary."""
     ct = coremltools()
-    return {
-        name: low if low == high else ct.RangeDim(low, high, default=usual, symbol=name) for name, (low, usual, high) in lengths.items()
-    }
+    return {name: low if low == high else ct.RangeDim(low, high, default=usual) for name, (low, usual, high) in lengths.items()}
 
 
 def input_types(inputs: Mapping[str, tuple[Any, Any]], lengths: Lengths, dims: Mapping[str, Any], enumerated: bool) -> list[Any]:
