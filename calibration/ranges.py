@@ -20,6 +20,7 @@ from calibration.lean import lean_session, rows_of
 from calibration.weights import INT8_PEAK, Floats
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.signature import Array
+from runtime.spans import CODES, affine
 
 BINS: Final = 4096
 CLIPS: Final = tuple(1 - i / 50 for i in range(36))
@@ -29,6 +30,8 @@ VALUES: Final = 1 << 18
 ROWS: Final = 128
 """Rows kept of each tensor for `ChannelStats`, about: one at least of each call."""
 PERCENTILE: Final = 99.99
+WORTH: Final = 1.0
+"""Gain in dB from which a zero point is worth having."""
 
 Method = Literal["minmax", "percentile", "mse"]
 METHODS: Final[tuple[Method, ...]] = get_args(Method)
@@ -38,11 +41,15 @@ class Range(NamedTuple):
     """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB.
 
     `method` is what chose the peak: the largest magnitude, a percentile of the magnitudes, or a search for the least squared error.
+    `low` and `high` are what 8 bits with a zero point would better span, for targets that have such: a tensor that lies mostly on one side
+    of zero, such as SiLU's, wastes almost half of the symmetric codes. Both are 0 where that would gain less than WORTH.
     """
 
     peak: float
     snr_db: float
     method: Method = "mse"
+    low: float = 0.0
+    high: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,41 +97,49 @@ class ChannelStats:
 
 
 class Histogram:
-    """How often each magnitude was seen: BINS equal bins from 0 to `top`, which doubles when something larger comes."""
+    """How often each value was seen: BINS equal bins of magnitudes from 0 to `top`, which doubles when something larger comes.
+
+    `signed` [2, BINS] has those that are not negative, and the others.
+    """
 
     def __init__(self) -> None:
-        self.counts: NDArray[np.float64] = np.zeros(BINS)
+        self.signed: NDArray[np.float64] = np.zeros((2, BINS))
         self.top = 0.0
         self.largest = 0.0
 
+    @property
+    def counts(self) -> NDArray[np.float64]:
+        """Of magnitudes, [BINS]."""
+        return self.signed.sum(axis=0)
+
     def add(self, values: Array, weights: Floats | None = None, times: float = 1.0) -> None:
-        """Count magnitudes `times` each, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
-        magnitudes = np.abs(values, dtype=np.float32).reshape(-1)
+        """Count values `times` each, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
+        flat = np.asarray(values, np.float32).reshape(-1)
+        magnitudes = np.abs(flat)
         largest = float(magnitudes.max(initial=0))
         if not np.isfinite(largest):
             raise ValueError("holds NaN or infinity")
         self.largest = max(self.largest, largest)
         counted = None if weights is None else np.broadcast_to(weights, values.shape).reshape(-1)
         if largest == 0:
-            self.counts[0] += times * (magnitudes.size if counted is None else counted.sum(dtype=np.float64))
+            self.signed[0, 0] += times * (magnitudes.size if counted is None else counted.sum(dtype=np.float64))
             return
         if self.top == 0:
             self.top = 2.0 ** np.ceil(np.log2(largest))  # a power of two, so that doubling later is exact
         while self.top < largest:
-            self.counts[: BINS // 2] = self.counts.reshape(-1, 2).sum(axis=1)
-            self.counts[BINS // 2 :] = 0
+            self.signed[:, : BINS // 2] = self.signed.reshape(2, -1, 2).sum(axis=2)
+            self.signed[:, BINS // 2 :] = 0
             self.top *= 2
         magnitudes *= np.float32(BINS / self.top)
-        self.counts += times * np.bincount(np.minimum(magnitudes.astype(np.int32), BINS - 1), counted, minlength=BINS)
+        bins = np.minimum(magnitudes.astype(np.int32), BINS - 1) + BINS * (flat < 0)
+        self.signed += times * np.bincount(bins, counted, minlength=2 * BINS).reshape(2, BINS)
 
     def range(self, method: Method | Literal["auto"] = "auto") -> Range:
         """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals the simplest.
 
         A tensor that is always zero loses nothing.
         """
-        centers = (np.arange(BINS, dtype=np.float64) + 0.5) * (self.top / BINS)
-        used = np.flatnonzero(self.counts)
-        values, counts = centers[used], self.counts[used]
+        values, counts = self._seen(None)
         tried = METHODS if method == "auto" else (method,)
         if self.largest == 0:
             return Range(0.0, math.inf, tried[0])
@@ -139,6 +154,22 @@ class Histogram:
         )
         power = float(np.dot(counts, values**2))
         return Range(peak, 10 * math.log10(power / error) if error else math.inf, winner)
+
+    def spanned(self, found: Range) -> Range:
+        """The same range, and what 8 bits with a zero point would better span, if they would."""
+        values, counts = (np.concatenate(both) for both in zip(self._seen(0), self._seen(1), strict=True))
+        values[len(self._seen(0)[0]) :] *= -1
+        error = float(np.dot(counts, _error(np.abs(values), found.peak))) if found.peak else 0.0
+        if not error:
+            return found
+        less, low, high = _best_span(values, counts)
+        return found._replace(low=low, high=high) if less * 10 ** (WORTH / 10) <= error else found
+
+    def _seen(self, negative: int | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Magnitudes that were seen, of either sign or of both, and how often."""
+        counts = self.counts if negative is None else self.signed[negative]
+        used = np.flatnonzero(counts)
+        return np.asarray((used + 0.5) * (self.top / BINS), np.float64), counts[used]
 
     def _percentile(self) -> float:
         """The upper edge of the bin that PERCENTILE of the magnitudes do not exceed."""
@@ -175,11 +206,11 @@ class Channels:
 
 
 class _Seen(NamedTuple):
-    """One tensor of one call: every `step`th of its values, or of its rows [R, K], and the largest magnitude, of all or of each channel."""
+    """One tensor of one call: every `step`th of its values, or of its rows [R, K], and what is largest in magnitude, of each or all."""
 
     values: Floats
     step: int
-    largest: Floats
+    extreme: Floats
 
     def into(self, histogram: Histogram, scales: Floats | None) -> None:
         """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied again.
@@ -187,14 +218,14 @@ class _Seen(NamedTuple):
         Each call counts by the inverse of its power: what matters to it is the noise beside its own signal, and a few loud calls, such as
         late steps of a sampler, would have the quiet ones rounded away.
         """
-        values, largest, weights = self.values, self.largest, None
+        values, extreme, weights = self.values, self.extreme, None
         share = 1 / max(float(np.square(values, dtype=np.float64).sum()), 1e-200)
         if scales is not None:
-            values, largest, weights = values / scales, largest / scales, scales**2
+            values, extreme, weights = values / scales, extreme / scales, scales**2
         histogram.add(values, weights, share)
         if self.step > 1:  # else it was among the values
-            top = np.argmax(largest)
-            histogram.add(largest.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1], share / self.step)
+            top = np.argmax(np.abs(extreme))
+            histogram.add(extreme.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1], share / self.step)
 
 
 class Observation:
@@ -221,6 +252,8 @@ class Observation:
             for seen in self._seen[name]:
                 seen.into(histogram, (scales or {}).get(name))
             found[name] = histogram.range(method)
+            if method == "auto":
+                found[name] = histogram.spanned(found[name])
         return found
 
     @property
@@ -236,7 +269,8 @@ class Observation:
         largest = np.asarray(np.maximum(found["max"], -found["min"]))
         if not np.isfinite(largest).all() or np.isnan(found["magnitude"]).any():  # a maximum may pass over NaN, a sum does not
             raise ValueError("holds NaN or infinity")
-        self._seen.setdefault(name, []).append(_Seen(found["values"], int(found["step"][0]), largest))
+        extreme = np.where(largest == found["max"], largest, -largest)
+        self._seen.setdefault(name, []).append(_Seen(found["values"], int(found["step"][0]), extreme))
         if "square" in found:
             halves = self._channels.setdefault(name, (Channels(), Channels()))
             halves[call % 2].add(int(found["count"][0]), largest, found["magnitude"], found["square"], found["values"])
@@ -246,6 +280,26 @@ def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
     """Squared error of each magnitude when int8 spans `peak`."""
     step = peak / INT8_PEAK
     return (values - step * np.minimum(np.rint(values / step), INT8_PEAK)) ** 2
+
+
+def _best_span(values: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float, float]:
+    """The least squared error of 8 bits with a zero point, and what they span then: each end in turn is drawn in from the extreme."""
+    ends = [min(float(values.min()), 0.0), max(float(values.max()), 0.0)]
+    extremes, least = list(ends), math.inf
+    for end in (1, 0, 1, 0):
+        for share in CLIPS:
+            tried = list(ends)
+            tried[end] = extremes[end] * share
+            error = float(np.dot(counts, _span_error(values, *tried)))
+            if error < least:
+                least, ends = error, tried
+    return least, ends[0], ends[1]
+
+
+def _span_error(values: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """Squared error of each value when 256 codes span `low` to `high`, one of them zero itself."""
+    step, zero = affine(low, high)
+    return (values - step * (np.clip(np.rint(values / step) + zero, 0, CODES - 1) - zero)) ** 2
 
 
 def observe(model: ir.Model, tensors: Sequence[str], channels: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Observation:

@@ -8,13 +8,14 @@ import math
 import numpy as np
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import calibration.ranges
 from calibration.ranges import METHODS, PERCENTILE, ROWS, Histogram, Range, collect_ranges, observe
 from runtime.errors import InvalidInput
+from runtime.spans import affine
 
 
 def seen(*arrays: NDArray[np.float32]) -> Histogram:
@@ -57,8 +58,8 @@ def test_growing_equals_seeing_the_largest_first(seed: int, scale: float, parts:
 
 
 def test_zeros_constants_and_empty_tensors() -> None:
-    assert seen(np.zeros((2, 3), np.float32)).range() == (0.0, math.inf, "minmax")
-    assert seen(np.zeros(0, np.float32)).range() == (0.0, math.inf, "minmax")
+    assert seen(np.zeros((2, 3), np.float32)).range() == Range(0.0, math.inf, "minmax")
+    assert seen(np.zeros(0, np.float32)).range() == Range(0.0, math.inf, "minmax")
     assert seen(np.full(100, -2.5, np.float32)).range().snr_db > 50
 
 
@@ -77,6 +78,45 @@ def test_the_method_of_least_error_wins() -> None:
     assert best.snr_db > by_method["minmax"].snr_db + 3
     assert seen(rng.integers(-127, 128, 1000).astype(np.float32)).range().snr_db > 50
     assert seen(np.array([-127.0, 127], np.float32)).range().method == "minmax", "of equals the simplest"
+
+
+def span_snr(values: NDArray[np.float32], found: Range) -> float:
+    step, zero = affine(found.low, found.high)
+    error = values - step * (np.clip(np.rint(values / step) + zero, 0, 255) - zero)
+    return float(10 * np.log10(np.sum(values**2) / np.sum(error**2)))
+
+
+def test_a_zero_point_for_what_lies_on_one_side() -> None:
+    rng = np.random.default_rng(0)
+    normal = rng.standard_normal(300_000).astype(np.float32)
+    silu = normal / (1 + np.exp(-normal))
+    for values, gain in ((silu, 4.5), (-silu, 4.5), (np.abs(normal), 5.0)):
+        histogram = seen(values)
+        found = histogram.spanned(histogram.range())
+        assert found.low <= 0 <= found.high
+        assert span_snr(values, found) > measured_snr(values, found.peak) + gain
+    for values in (normal, np.zeros(4, np.float32), rng.integers(-127, 128, 1000).astype(np.float32)):
+        histogram = seen(values)
+        assert histogram.spanned(histogram.range())[3:] == (0, 0), "a zero point gains nothing here"
+    constant = seen(np.full(100, -2.5, np.float32))
+    assert constant.spanned(constant.range()).high <= 0
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.floats(-1e30, 0), st.floats(0, 1e30))
+def test_spans_have_a_code_for_zero(low: float, high: float) -> None:
+    assume(high - low > 1e-30)
+    found = affine(low, high)
+    assert 0 <= found.zero <= 255 and found.low <= 0 <= found.high
+    assert abs(found.low - low) <= found.step and abs(found.high - high) <= found.step
+
+
+def test_one_sided_inputs_of_observed_graphs() -> None:
+    values = np.abs(np.random.default_rng(0).standard_normal((1, 999, 3))).astype(np.float32)
+    for scales in ({}, {"x": np.array([1, 2, 4], np.float32)}):
+        found = observe(channelled(3), ["x", "y"], ["x"], [{"x": values}]).ranges(["x", "y"], scales=scales)
+        assert found["x"].low == 0 < found["x"].high and found["y"].low < 0 == found["y"].high
+        assert found["x"].high <= (values / scales.get("x", np.float32(1))).max() * 1.01
 
 
 def test_ranges_survive_json() -> None:
@@ -116,7 +156,7 @@ def test_constant_zero_and_huge_channels() -> None:
     assert stats.mean_magnitude.tolist() == [0, 2.5, pytest.approx(1e30)]
     assert stats.mean_square.tolist() == [0, 6.25, np.finfo(np.float32).max]
     zero = observe(channelled(3), ["x"], ["x"], [{"x": np.zeros((1, 4, 3), np.float32)}])
-    assert zero.ranges(["x"])["x"] == (0.0, math.inf, "minmax") and not zero.stats["x"].largest.any()
+    assert zero.ranges(["x"])["x"] == Range(0.0, math.inf, "minmax") and not zero.stats["x"].largest.any()
     for bad in (np.nan, np.inf, -np.inf):
         for names in ((["x"], ()), ((), ["x"])):
             with pytest.raises(InvalidInput, match=r"'x' of g holds NaN or infinity"):
