@@ -353,7 +353,7 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
 
     noises = {alpha: noise(alpha) for alpha in ALPHAS}
     alpha = min(noises, key=noises.__getitem__)
-    fold = replace(fold, alpha=alpha, before_db=_decibel(noise(None)), after_db=_decibel(noises[alpha]))
+    fold = replace(fold, alpha=alpha, before_db=decibel(noise(None)), after_db=decibel(noises[alpha]))
     if not fold.after_db >= fold.before_db + LEAST_GAIN:
         return replace(fold, reason=f"no alpha gains {LEAST_GAIN} dB")
     if fold.kind == "smoothquant" and fold.after_db < LEAST_SNR:
@@ -406,7 +406,8 @@ def _quantized(rows: Floats, known: ChannelStats, scales: Floats) -> Floats:
     return np.clip(np.rint(rows / step), -INT8_PEAK, INT8_PEAK) * step
 
 
-def _decibel(ratio: float) -> float:
+def decibel(ratio: float) -> float:
+    """How far something is below what it is this share of, in power."""
     return -10 * math.log10(ratio) if ratio > 0 else math.inf
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from calibration.lean import lean_session
-from calibration.quantize import name_of, tensor_of
+from calibration.quantize import is_constant, name_of, tensor_of
 from calibration.weights import release
 from runtime.errors import InvalidInput
 from runtime.lowering import TOLERANCE, Half, rounding, to_half
@@ -229,13 +229,7 @@ def _kinds(model: ir.Model) -> Iterator[tuple[str, list[str]]]:
 
 def _is_bias(node: ir.Node) -> bool:
     """Whether an Add adds a constant, as opposed to two results, such as the residual stream's."""
-    return node.op_type == "Add" and any(_is_constant(value) for value in node.inputs)
-
-
-def _is_constant(value: ir.Value | None) -> bool:
-    while value is not None and (maker := value.producer()) is not None and maker.op_type == "Cast":
-        value = maker.inputs[0]
-    return value is not None and value.is_initializer()
+    return node.op_type == "Add" and any(is_constant(value) for value in node.inputs)
 
 
 def statistics(model: ir.Model) -> list[str]:
@@ -255,7 +249,7 @@ def statistics(model: ir.Model) -> list[str]:
             if len(readers) != 1 or next(iter(readers)).op_type not in POINTWISE:
                 break
             last, node = node, readers.pop()
-            if any(value is not last.outputs[0] and not _is_constant(value) for value in node.inputs):
+            if any(value is not last.outputs[0] and not is_constant(value) for value in node.inputs):
                 found.add(node)
                 break
     return [name_of(node) for node in model.graph if node in found]

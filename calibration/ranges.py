@@ -233,6 +233,7 @@ class Observation:
 
     def __init__(self) -> None:
         self._seen: dict[str, list[_Seen]] = {}
+        self._powers: dict[str, list[float]] = {}
         self._channels: dict[str, tuple[Channels, Channels]] = {}
 
     def ranges(
@@ -264,8 +265,19 @@ class Observation:
             for name, halves in self._channels.items()
         }
 
+    def ratio(self, part: str, whole: str) -> float:
+        """The power of one tensor beside that of another, both observed, each call counting alike."""
+        pairs = zip(self._powers[part], self._powers[whole], strict=True)
+        return float(np.mean([own / max(other, 1e-200) for own, other in pairs]))
+
     def add(self, name: str, call: int, found: Mapping[str, Any]) -> None:
         """Add what the graph said of a tensor. Raises ValueError when it held NaN or infinity."""
+        if "power" in found:
+            if not np.isfinite(found["power"]):
+                raise ValueError("holds NaN or infinity")
+            self._powers.setdefault(name, []).append(float(found["power"]))
+        if "values" not in found:
+            return
         largest = np.asarray(np.maximum(found["max"], -found["min"]))
         if not np.isfinite(largest).all() or np.isnan(found["magnitude"]).any():  # a maximum may pass over NaN, a sum does not
             raise ValueError("holds NaN or infinity")
@@ -302,23 +314,28 @@ def _span_error(values: NDArray[np.float64], low: float, high: float) -> NDArray
     return (values - step * (np.clip(np.rint(values / step) + zero, 0, CODES - 1) - zero)) ** 2
 
 
-def observe(model: ir.Model, tensors: Sequence[str], channels: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Observation:
+def observe(
+    model: ir.Model, tensors: Sequence[str], channels: Sequence[str], samples: Sequence[Mapping[str, Array]], powers: Sequence[str] = ()
+) -> Observation:
     """Run a float graph on the captured inputs; what is seen of the named tensors, of some by channel, their last axis.
+
+    Of those in `powers`, their sums of squares.
 
     Raises InvalidInput when there are no samples, the graph has no such tensor, or one held NaN or infinity.
     """
-    names = [*dict.fromkeys([*channels, *tensors])]
+    names = [*dict.fromkeys([*channels, *tensors, *powers])]
     found = Observation()
     if not names:
         return found
     if not samples:
         raise InvalidInput("samples", f"are none, expected at least one captured input for {model.graph.name}: calibrate with more prompts")
-    watched, outputs = _watched(model, names, set(channels), len(samples))
+    wanted = {name: _Wanted(name in {*tensors, *channels}, name in channels, name in powers) for name in names}
+    watched, outputs = _watched(model, wanted, len(samples))
     session = lean_session(watched)
-    wanted = [output for every in outputs.values() for output in every.values()]
+    asked = [output for every in outputs.values() for output in every.values()]
     for call, sample in enumerate(samples):
         for row in rows_of(sample, session):
-            values = iter(session.run(wanted, row))
+            values = iter(session.run(asked, row))
             for name, every in outputs.items():
                 try:
                     found.add(name, call, {key: next(values) for key in every})
@@ -338,7 +355,15 @@ def collect_ranges(
     return observe(model, tensors, [name for name in tensors if name in (scales or {})], samples).ranges(tensors, method, scales)
 
 
-def _watched(model: ir.Model, names: Sequence[str], channels: set[str], calls: int) -> tuple[ir.Model, dict[str, dict[str, str]]]:
+class _Wanted(NamedTuple):
+    """What is to be known of a tensor: extremes and values, by channel, and its sum of squares."""
+
+    values: bool
+    by_channel: bool
+    power: bool
+
+
+def _watched(model: ir.Model, wanted: Mapping[str, _Wanted], calls: int) -> tuple[ir.Model, dict[str, dict[str, str]]]:
     """The graph that gives back what is to be known of each tensor instead of its outputs, and by which names.
 
     ONNX Runtime visits the last of the nodes that nothing reads first: those of the first tensor stand at the end, so that each tensor is
@@ -346,18 +371,18 @@ def _watched(model: ir.Model, names: Sequence[str], channels: set[str], calls: i
     """
     copy = model.clone()
     values = ir.convenience.create_value_mapping(copy.graph)
-    missing = [name for name in names if name not in values]
+    missing = [name for name in wanted if name not in values]
     if missing:
         raise InvalidInput(
             "tensors", f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another graph"
         )
     place = {node: number for number, node in enumerate(copy.graph)}
-    ordered = sorted(names, key=lambda name: place.get(values[name].producer(), -1))  # type: ignore[arg-type]
+    ordered = sorted(wanted, key=lambda name: place.get(values[name].producer(), -1))  # type: ignore[arg-type]
     constants = _Constants(copy)
     copy.graph.outputs.clear()
     asked = {}
     for name in reversed(ordered):
-        nodes, outputs = _reduced(values[name], constants, name in channels, calls)
+        nodes, outputs = _reduced(values[name], constants, wanted[name], calls)
         copy.graph.extend(nodes)
         copy.graph.outputs.extend(outputs.values())
         asked[name] = {key: str(value.name) for key, value in outputs.items()}
@@ -380,13 +405,15 @@ class _Constants:
         return self._made[integers]
 
 
-def _reduced(value: ir.Value, constant: _Constants, by_channel: bool, calls: int) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+def _reduced(value: ir.Value, constant: _Constants, asked: _Wanted, calls: int) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """Nodes that reduce a tensor, and what they give.
 
     max, min and magnitude (the sum of magnitudes): of all or of each channel; values: every `step`th, or rows [R, K]; step: odd, so that
-    neighbours of every alignment are among them. By channel square, the sums of squares, and count, the number of rows.
+    neighbours of every alignment are among them. By channel square, the sums of squares, and count, the number of rows. power: the sum of
+    all squares.
     """
     nodes: list[ir.Node] = []
+    by_channel = asked.by_channel
 
     def add(op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, rank: int = 1, **attributes: int) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=f"{value.name}/watched/{len(nodes)}")
@@ -395,6 +422,11 @@ def _reduced(value: ir.Value, constant: _Constants, by_channel: bool, calls: int
         found.name, found.dtype, found.shape = f"{node.name}:0", dtype, ir.Shape([None] * rank)
         return found
 
+    outputs: dict[str, ir.Value] = {}
+    if asked.power:
+        outputs["power"] = add("ReduceSumSquare", value, keepdims=0, rank=0)
+    if not asked.values:
+        return nodes, outputs
     width = int(value.shape[-1]) if by_channel and value.shape is not None else 1  # type: ignore[arg-type]
     flat = add("Reshape", value, constant(-1, width) if by_channel else constant(-1), rank=2 if by_channel else 1)
     integer = ir.DataType.INT64
@@ -404,7 +436,7 @@ def _reduced(value: ir.Value, constant: _Constants, by_channel: bool, calls: int
     less = add("Sub", add("Max", ratio, constant(1), dtype=integer), constant(1), dtype=integer)
     even = add("Mul", add("Div", less, constant(2), dtype=integer), constant(2), dtype=integer)
     step = add("Add", even, constant(1), dtype=integer)
-    outputs = {
+    outputs |= {
         "values": add("Slice", flat, constant(0), constant(2**62), constant(0), step, rank=2 if by_channel else 1),
         "step": step,
     }

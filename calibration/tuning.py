@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize import LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
+from calibration.attention import attention_in_half
+from calibration.equalize import Fold, decibel, equalize, find_folds, folded_scales, folded_stats
+from calibration.quantize import LEAST_SNR, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize, spans, sums
 from calibration.ranges import Range, collect_ranges, observe
 from calibration.weights import Floats, Known
 from runtime.signature import Array
@@ -20,6 +21,9 @@ from runtime.signature import Array
 class Tuning:
     """Scales to fold into a float graph, and of the folded graph the activations' ranges and the mean square of their channels.
 
+    `dilution` is how far the outputs of layers are below the sums that they are added to (`calibration.quantize.sums`), `attention` the
+    signal to noise ratio of each attention in bfloat16 (`calibration.attention`), both in dB by node.
+
     Empty, it leaves the graph as it is and its weights to be rounded without data.
     """
 
@@ -27,6 +31,8 @@ class Tuning:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     importance: Mapping[str, Floats] = field(default_factory=dict)
     codes: Mapping[tuple[str, int], Known] = field(default_factory=dict)
+    dilution: Mapping[str, float] = field(default_factory=dict)
+    attention: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def measure(cls, model: ir.Model, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
@@ -36,14 +42,31 @@ class Tuning:
             return cls(ranges=collect_ranges(model, tensors, samples, method="minmax"))
         layers = plan(model, recipe)  # without ranges: all that could be int8
         channels = measured_tensors(model, layers) if len(samples) > 1 else []  # one call cannot tell what holds for the next
-        seen = observe(model, tensors, channels, samples)
+        landings = sums(model) if tensors else {}
+        seen = observe(model, tensors, channels, samples, [name for pair in landings.values() for name in pair])
         folds = find_folds(model, layers, seen.stats)
         ranges = seen.ranges(tensors, scales=folded_scales(folds))
-        return cls(folds, ranges, {name: stats.mean_square for name, stats in folded_stats(seen.stats, folds).items()})
+        importance = {name: stats.mean_square for name, stats in folded_stats(seen.stats, folds).items()}
+        dilution = {node: max(0.0, decibel(seen.ratio(*pair))) for node, pair in landings.items()}
+        return cls(folds, ranges, importance, dilution=dilution, attention=attention_in_half(model, samples) if tensors else {})
+
+    def plan(self, folded: ir.Model, recipe: Recipe) -> list[LayerPlan]:
+        """What a recipe makes of each layer of the folded graph, knowing this."""
+        return plan(folded, recipe, self.ranges, self.dilution)
 
     def folded(self, model: ir.Model) -> ir.Model:
         """The graph that ranges and importance are of; what it computes is the same."""
         return equalize(model, self.folds) if self.folds else model
+
+    def spans(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> dict[str, tuple[float, float]]:
+        """What targets with zero points shall span, by QuantizeLinear nodes."""
+        return spans(plans, folded, self.ranges)
+
+    def bfloat16(self, plans: Sequence[LayerPlan]) -> tuple[str, ...]:
+        """Attentions that may compute in bfloat16 beside the layers of these plans: those that lose no more than int8 inputs may."""
+        if not any(planned.activation for planned in plans):
+            return ()
+        return tuple(node for node, snr_db in self.attention.items() if snr_db >= LEAST_SNR)
 
     def quantize(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> ir.Model:
         """Carry out plans for the folded graph."""
@@ -55,6 +78,8 @@ class Tuning:
             "folds": [fold.record() for fold in self.folds],
             "ranges": {name: list(found) for name, found in self.ranges.items()},
             "importance": {name: values.tolist() for name, values in self.importance.items()},
+            "dilution": dict(self.dilution),
+            "attention": dict(self.attention),
         }
 
     @classmethod
@@ -64,4 +89,6 @@ class Tuning:
             [Fold.of_record(fold) for fold in record["folds"]],
             {name: Range(*values) for name, values in record["ranges"].items()},
             {name: np.array(values, np.float32) for name, values in record["importance"].items()},
+            dilution=record["dilution"],
+            attention=record["attention"],
         )

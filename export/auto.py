@@ -159,7 +159,7 @@ def _explore(
     forms = [weights, plan(graph, INT4)]
     int8: Sequence[LayerPlan] = weights
     if activations:
-        int8 = plan(graph, RECIPES["int8"], tuning.ranges)
+        int8 = tuning.plan(graph, RECIPES["int8"])
         forms.insert(0, [replace(form, activation=_may_be_w8a8(form), reason="") for form in weights])
     calls = np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int)
     board = Board(graph, forms, tuning, [samples[index] for index in calls])

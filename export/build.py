@@ -536,7 +536,7 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
 def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning]) -> Plans:
     """What the recipe makes of each part; nothing without one."""
     recipes = {part.name: state.recipe(part) for part in state.parts}
-    return {name: plan(graphs[name], found, tunings.get(name, Tuning()).ranges) for name, found in recipes.items() if found is not None}
+    return {name: tunings.get(name, Tuning()).plan(graphs[name], found) for name, found in recipes.items() if found is not None}
 
 
 def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path, progress: Progress) -> Plans:
@@ -576,8 +576,9 @@ def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, 
 
 def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tuning: Tuning | None, folder: Path) -> Submodel:
     """Quantize as planned, if at all, and write one graph with its weights."""
+    tuning, folded = tuning or Tuning(), model
     if plans is not None:
-        model = (tuning or Tuning()).quantize(model, plans)
+        model = tuning.quantize(folded, plans)
     nbytes = graph.write(model, folder / "onnx" / part.name)
     return Submodel(
         name=part.name,
@@ -586,6 +587,8 @@ def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tunin
         precision=graph.precision(model),
         nbytes=nbytes,
         dynamic=any(one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()),
+        bfloat16=tuning.bfloat16(plans or ()),
+        spans=tuning.spans(folded, plans or ()),
     )
 
 

@@ -76,6 +76,8 @@ class Submodel(Frozen):
 
     The graph computes in float32. `compute` is what a target that has it shall compute in instead, but for the nodes named in `keep`;
     `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it goes, where it is faster so.
+    `bfloat16` names nodes that were measured to lose nothing beside what quantization takes when they compute in bfloat16 all the same, and
+    `spans` what targets with zero points shall let the 8 bits of QuantizeLinear nodes span instead, from low to high (`runtime.spans`).
     """
 
     name: Inside
@@ -87,6 +89,8 @@ class Submodel(Frozen):
     compute: Literal["float32", "float16", "bfloat16"] = "float32"
     keep: tuple[str, ...] = ()
     dynamic: bool = False
+    bfloat16: tuple[str, ...] = ()
+    spans: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
 
 
 class Verdict(Frozen):

@@ -25,14 +25,13 @@ import numpy as np
 from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, MissingDependency
+from runtime.openvino_graph import BEAMS, halve_attention, keep_states, use_zero_points
 from runtime.optional import require
 from runtime.paged_cache import Pages, fits, has_pages, use_pages
-from runtime.signature import Array, Signature
+from runtime.signature import Array
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each input, by name."""
-BEAMS = "beam_idx"
-"""Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
 GROUP: Final = 64
 """Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of it, or whose int8
 weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md."""
@@ -180,29 +179,34 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
             {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
         )
     try:
-        compiled = _compiled(core, submodel.signature, graph, device, config | dict(options.settings), shapes)
-    except RuntimeError as error:
+        compiled = _compiled(core, submodel, graph, device, config | dict(options.settings), shapes)
+    except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
     name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
     if device == "CPU" and _half(core, submodel):
         name += " in bfloat16"
+    elif device == "CPU" and submodel.bfloat16 and _has_bfloat16(core):
+        name += " with attention in bfloat16"
     if device == "CPU" and fits(submodel.signature) and not has_pages(compiled):
         name += " with caches in states"  # the plugin has no attention over pages for this processor and these numbers
     return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
 
 
-def _compiled(core: Any, signature: Signature, graph: Path, device: str, config: Mapping[str, Any], shapes: Shapes | None = None) -> Any:
+def _compiled(core: Any, submodel: Submodel, graph: Path, device: str, config: Mapping[str, Any], shapes: Shapes | None = None) -> Any:
     """A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states."""
 
     def read() -> Any:
         model = core.read_model(graph)
-        if signature.states:
-            _keep_states(model, signature)
+        use_zero_points(model, submodel.spans)
+        if device == "CPU" and submodel.compute == "float32" and _has_bfloat16(core):
+            halve_attention(model, submodel.bfloat16)
+        if submodel.signature.states:
+            keep_states(model, submodel.signature)
         if shapes is not None:
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         return model
 
-    if device == "CPU" and fits(signature):
+    if device == "CPU" and fits(submodel.signature):
         with suppress(RuntimeError):
             model = read()
             use_pages(model)
@@ -211,9 +215,12 @@ def _compiled(core: Any, signature: Signature, graph: Path, device: str, config:
 
 
 def _half(core: Any, submodel: Submodel) -> bool:
-    """Whether the bundle allows bfloat16 and the processor has it. States would fall out of their pages."""
-    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return submodel.compute == "bfloat16" and not submodel.signature.states and "BF16" in capabilities
+    """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of their pages."""
+    return submodel.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
+
+
+def _has_bfloat16(core: Any) -> bool:
+    return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _numbers(dynamic: bool, half: bool = False) -> dict[str, Any]:
@@ -250,61 +257,3 @@ def _processor_rounds() -> bool:
     values[:, ::GROUP] = 127
     (result,) = _core().compile_model(model, "CPU", _numbers(True))(values).values()
     return float(result[0, 0]) != float(values.sum())
-
-
-def _keep_states(model: Any, signature: Signature) -> None:
-    """Turn past inputs and present outputs into states, in the form that the CPU plugin fuses into one attention with its cache.
-
-    That form is ReadValue - Gather(beam_idx) - Concat - [expanded heads] - ScaledDotProductAttention, and Assign.
-    """
-    ops = require("openvino.opset15", "openvino")
-    transformations = require("openvino._offline_transformations", "openvino")
-    _expand_heads(model, ops)
-    beams = ops.parameter([-1], np.int32, name=BEAMS)
-    beams.output(0).get_tensor().set_names({BEAMS})
-    model.add_parameters([beams])
-    batch = ops.gather(ops.shape_of(model.input(signature.inputs[0].name)), ops.constant([0]), ops.constant(0))
-    empty = {}
-    for state in signature.states:
-        past = model.input(state.past.name)
-        users = list(past.get_target_inputs())
-        gathered = ops.gather(past, beams, ops.constant(0))
-        for user in users:
-            user.replace_source_output(gathered.output(0))
-        fixed = [ops.constant([length if isinstance(length, int) else 0]) for length in state.past.dims[1:]]
-        empty[state.past.name] = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, *fixed], 0))
-    transformations.apply_make_stateful_transformation(model, {state.past.name: state.present.name for state in signature.states})
-    for node in model.get_ops():
-        if node.get_type_name() == "ReadValue":  # the id is both tensors' names, one after the other
-            name = next(name for name in empty if node.get_variable_id().startswith(name + "present"))
-            node.set_arguments([empty[name].output(0)])
-    model.validate_nodes_and_infer_types()
-
-
-def _expand_heads(model: Any, ops: Any) -> None:
-    """Repeat grouped keys and values for every query head in the form that the CPU plugin folds back into its attention.
-
-    OpenVINO's attention has no grouped heads; its ONNX reader repeats them by Tile, which the plugin does not recognise.
-    """
-    for node in model.get_ops():
-        if node.get_type_name() != "ScaledDotProductAttention":
-            continue
-        heads = node.input_value(0).get_partial_shape()[1].get_length()
-        for index in (1, 2):
-            source = _before_expansion(node.input_value(index))
-            grouped, size = (source.get_partial_shape()[axis].get_length() for axis in (1, 3))
-            if heads == grouped:
-                continue
-            shape = ops.shape_of(source)
-            batch, length = (ops.gather(shape, ops.constant([axis]), ops.constant(0)) for axis in (0, 2))
-            wide = ops.concat([batch, ops.constant([grouped]), ops.constant([heads // grouped]), length, ops.constant([size])], 0)
-            repeated = ops.broadcast(ops.unsqueeze(source, ops.constant(2)), wide, broadcast_spec="BIDIRECTIONAL")
-            merged = ops.reshape(repeated, ops.constant([0, heads, -1, size]), special_zero=True)
-            node.input(index).replace_source_output(merged.output(0))
-
-
-def _before_expansion(output: Any) -> Any:
-    """The grown keys or values themselves, behind whatever repeats them."""
-    while output.get_node().get_type_name() in ("Reshape", "Tile", "Unsqueeze"):
-        output = output.get_node().input_value(0)
-    return output
