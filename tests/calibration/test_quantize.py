@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from calibration.quantize import RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe
+from calibration.quantize import RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe, sums
 from calibration.ranges import Range, collect_ranges
 from calibration.weights import QuantizedWeight, int4_blocks, int8_columns, pack_int4
 from export.graph import write
@@ -165,6 +165,36 @@ def test_noisy_activations_stay_float(floating: Path) -> None:
     assert layers["last.weight"].activation
     copy = quantize(model, plan(model, chosen, noisy), noisy)
     assert sum(node.op_type == "QuantizeLinear" for node in copy.graph) == len(tensors) - 1
+
+
+def test_noise_that_drowns_in_a_sum_is_allowed(floating: Path) -> None:
+    model, chosen = ir.load(floating), RECIPES["int8"]
+    ranges = {name: Range(1.0, 30.0) for name in activation_tensors(model, chosen)}
+    node = next(layer.node for layer in plan(model, chosen) if layer.weight == "last.weight")
+    for dilution, allowed in ((9.0, False), (11.0, True)):
+        planned = {layer.node: layer for layer in plan(model, chosen, ranges, {node: dilution})}
+        assert planned.pop(node).activation == allowed
+        assert not any(layer.activation for layer in planned.values())
+
+
+class Residual(nn.Module):
+    """x + bias-added product, a sum that is broadcast, and a product that nothing is added to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.added, self.spread, self.alone = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 128)
+
+    def forward(self, tokens: torch.Tensor, time: torch.Tensor, picture: torch.Tensor) -> tuple[torch.Tensor]:
+        stream = tokens + self.added(torch.tanh(tokens))
+        return (self.alone(self.spread(stream) + time[:, None]) * picture.mean(),)
+
+
+def test_sums_are_found() -> None:
+    model = trace(Residual().to("meta"), SIGNATURE)
+    found, weights = sums(model), {layer.node: layer.weight for layer in plan(model, RECIPES["int8"])}
+    assert [weights[node] for node in found] == ["added.weight"], "no bias, no broadcast sum, no product alone"
+    added, total = next(iter(found.values()))
+    assert added != total
 
 
 def test_one_quantizer_serves_all_consumers(floating: Path) -> None:

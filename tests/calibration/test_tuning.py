@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import onnx_ir as ir
 import pytest
 
 from calibration.lean import lean_session
-from calibration.quantize import RECIPES, plan
+from calibration.quantize import LEAST_SNR, RECIPES, plan, sums
 from calibration.tuning import Tuning
 from runtime.bundle import Bundle
 
@@ -33,6 +34,7 @@ def test_found_folded_and_recorded(tiny_bundle: Path, floating: Path) -> None:
     found = Tuning.measure(ir.load(floating), RECIPES["int8"], samples(tiny_bundle))
     again = Tuning.of_record(json.loads(json.dumps(found.record())))
     assert again.ranges == found.ranges and again.ranges
+    assert again.dilution == found.dilution and again.attention == found.attention
     assert all(np.allclose(again.importance[name], values) for name, values in found.importance.items())
     model, sample = ir.load(floating), samples(tiny_bundle, 9)[8]
     folded = again.folded(model)
@@ -72,3 +74,28 @@ def test_a_decoder_with_a_cache(tiny_bundle: Path) -> None:
         calls.append(call | past)
     found = Tuning.measure(ir.load(tiny_bundle / "onnx" / "decoder" / "model.onnx"), RECIPES["int8"], calls)
     assert found.ranges and all(np.isfinite(seen.peak) for seen in found.ranges.values())
+
+
+def test_layers_are_held_against_the_sums_they_add_to(tiny_bundle: Path, floating: Path) -> None:
+    model, calls = ir.load(floating), samples(tiny_bundle)
+    found, landings = Tuning.measure(model, RECIPES["int8"], calls), sums(model)
+    assert landings and found.dilution.keys() == landings.keys()
+    node, (added, total) = next(iter(landings.items()))
+    copy = model.clone()
+    values = ir.convenience.create_value_mapping(copy.graph)
+    copy.graph.outputs.extend([values[added], values[total]])
+    powers = [[float(np.square(array).sum()) for array in lean_session(copy).run([added, total], call)] for call in calls]
+    assert found.dilution[node] == pytest.approx(max(0, -10 * np.log10(np.mean([own / other for own, other in powers]))), abs=0.01)
+
+
+def test_what_targets_may_do_besides(tiny_bundle: Path, floating: Path) -> None:
+    model = ir.load(floating)
+    found = Tuning.measure(model, RECIPES["int8"], samples(tiny_bundle))
+    layers = found.plan(found.folded(model), RECIPES["int8"])
+    attentions = [str(node.name) for node in model.graph if node.op_type == "Attention"]
+    assert found.attention.keys() == set(attentions)
+    assert set(found.bfloat16(layers)) == {name for name, snr_db in found.attention.items() if snr_db >= LEAST_SNR}
+    assert found.bfloat16([replace(layer, activation=False) for layer in layers]) == ()
+    made = {str(node.name) for node in found.quantize(found.folded(model), layers).graph if node.op_type == "QuantizeLinear"}
+    spanned = replace(found, ranges={name: seen._replace(low=-0.25, high=2.0) for name, seen in found.ranges.items()})
+    assert spanned.spans(found.folded(model), layers) == dict.fromkeys(made, (-0.25, 2.0))
