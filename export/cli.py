@@ -1,4 +1,4 @@
-"""The build side's commands: build, inspect, verify. `export build`, `enginecast build` and `python -m export build` are the same."""
+"""The build side's commands: build, calibrate, report, and those on finished bundles, `export X` or `enginecast X`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 import time
 import tomllib
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Final
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
 from rich.table import Table
 
+from export import bundles
+from export.console import errors, note, out, settings_of, show, terminate
 from runtime.bundle import Bundle
 from runtime.errors import EnginecastError, InvalidInput, MissingDependency
 
@@ -23,8 +23,7 @@ SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
 TARGETS: Final = ("onnxruntime", "openvino")
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-out = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, stderr=True, soft_wrap=True)
+app.add_typer(bundles.app)
 
 
 @app.command()
@@ -33,7 +32,10 @@ def build(
         str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")
     ] = None,
     target: Annotated[
-        list[str] | None, typer.Option(help="Engine to compile for; repeat for several. Default: onnxruntime and openvino.")
+        list[str] | None,
+        typer.Option(
+            help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime and openvino."
+        ),
     ] = None,
     quant: Annotated[
         str | None, typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows.")
@@ -64,6 +66,7 @@ def build(
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
     try:
+        from export.artifacts import resolve_targets
         from export.build import Options
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
@@ -76,25 +79,9 @@ def build(
     jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
     common |= {"compute": compute}
     for job in jobs:
-        common["settings"] = _settings_of(job["targets"], compute_capability, setting or [])
+        job["targets"] = resolve_targets(job["targets"], job["quant"])
+        common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
         _build(Options(**common, **job))
-
-
-def _settings_of(targets: tuple[str, ...], capability: str, settings: list[str]) -> dict[str, dict[str, str]]:
-    """Settings by target. Raises InvalidInput for what is no TARGET.NAME=VALUE."""
-    found: dict[str, dict[str, str]] = {}
-    for text in settings:
-        name, equals, value = text.partition("=")
-        owner, dot, name = name.partition(".")
-        if not (equals and dot and owner and name):
-            raise InvalidInput("setting", f"'{text}' is none, expected TARGET.NAME=VALUE such as tensorrt-rtx.workspace=4GiB")
-        found.setdefault(owner, {})[name] = value
-    if capability:
-        for owner in (name for name in targets if name.startswith("tensorrt")):
-            found.setdefault(owner, {})["compute_capability"] = capability
-    if capability and not any(name.startswith("tensorrt") for name in targets):
-        raise InvalidInput("compute-capability", f"is of tensorrt targets, and the targets are {', '.join(targets)}")
-    return found
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -146,10 +133,10 @@ def _settings(path: Path) -> Settings:
 def _build(options: Any) -> None:
     from export.build import build as run
 
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     start = time.perf_counter()
     out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
-    bundle, timings = run(options, _show)
+    bundle, timings = run(options, show)
     size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
     if not timings:
         out.print(f"{options.output} is up to date: the same build made it before ({size / 1e6:.1f} MB)")
@@ -183,58 +170,6 @@ def _show_search(root: Path) -> None:
     out.print(found.claim)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
-
-
-def _show(report: Any) -> None:
-    """One line a step when it is done; on a terminal also a line that says what runs now."""
-    head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
-    if report.seconds is None:
-        if out.is_terminal:
-            out.print(f"{head} ... ETA {report.eta:.0f} s  {report.detail:<24}", end="\r")
-        return
-    out.print(f"{head} {report.seconds:7.1f} s  ETA {report.eta:4.0f} s  {report.detail}")
-
-
-def _note(what: str, number: int, total: int) -> None:
-    """On a terminal, how far a step is."""
-    if out.is_terminal:
-        out.print(f"{what} {number} of {total}", end="\r")
-
-
-@app.command()
-def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")]) -> None:
-    """Show what a bundle holds: submodels, signatures, sizes, precisions, parity, artifacts."""
-    manifest = Bundle(bundle).manifest
-    out.print(
-        f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}"
-    )
-    out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
-    if manifest.quality:
-        out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()))
-        for fault in manifest.quality.shortfalls:
-            out.print(f"[bold]below its floor, and allowed[/]: {fault}")
-    for submodel in manifest.submodels:
-        parity = submodel.parity
-        checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
-        out.print(f"\n[bold]{submodel.name}[/]: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}")
-        for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
-            for tensor in tensors:
-                out.print(f"  {arrow} {_tensor(tensor)}")
-        if submodel.signature.states:
-            out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}")
-    compiled = Table("target", "submodel", "files", "compile s")
-    for artifact in manifest.artifacts:
-        compiled.add_row(artifact.target, artifact.submodel, ", ".join(artifact.files) or "compiled at load", f"{artifact.seconds:.1f}")
-    out.print(compiled)
-
-
-def _tensor(tensor: Any) -> str:
-    dims = (str(dim) if isinstance(dim, int) else f"{dim.name} {dim.min}..{dim.max}" for dim in tensor.dims)
-    return f"{tensor.name} {tensor.dtype} \\[{', '.join(dims)}]"
-
-
 @app.command()
 def calibrate(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
@@ -251,8 +186,8 @@ def calibrate(
         from export.calibrate import calibrate as run
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
-    signal.signal(signal.SIGTERM, _terminate)
-    found = run(Options(source, output, prompts, images, questions, count, seed), _show)
+    signal.signal(signal.SIGTERM, terminate)
+    found = run(Options(source, output, prompts, images, questions, count, seed), show)
     kept = ", ".join(f"{len(calls)} of {name}" for name, calls in found.samples.items())
     out.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {kept}, from {found.settings['requests']} requests")
     for warning in found.warnings():
@@ -276,16 +211,8 @@ def report(
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "jinja2", "export") from None
     opened = Bundle(bundle)
-    write(opened, output, time_bundle(opened, speed, _show, _note) if speed else None)
+    write(opened, output, time_bundle(opened, speed, show, note) if speed else None)
     out.print(f"{output}: quality of {bundle}")
-
-
-@app.command()
-def verify(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")]) -> None:
-    """Compare every file of a bundle with its hash."""
-    opened = Bundle(bundle)
-    opened.verify()
-    out.print(f"{bundle}: {len(opened.manifest.files)} files, all as they were built")
 
 
 def main() -> None:

@@ -78,8 +78,8 @@ def require_signature(bundle: Bundle, public: Path) -> None:
     signature = _read(bundle)
     if signature.key != _name(key):
         raise BundleError(
-            f"{bundle.root / SIGNATURE} is of the key {signature.key[:16]}, expected {_name(key)[:16]} of {public}: it was signed by another, "
-            "or altered"
+            f"{bundle.root / SIGNATURE} is of the key {signature.key[:16]}, expected {_name(key)[:16]} of {public}: it was signed by "
+            "another, or altered"
         )
     try:
         key.verify(base64.b64decode(signature.signature), bundle.content)
