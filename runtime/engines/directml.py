@@ -1,6 +1,6 @@
 """DirectML through ONNX Runtime: any GPU with DirectX 12, on Windows. It is compiled anywhere, and can be computed on the CPU elsewhere.
 
-Graphs are lowered to what the provider has kernels for (`runtime/ort/directml.py`), checked against its table (`runtime/ort/kernels.py`)
+Graphs are lowered to what the provider has kernels for (`runtime/ort/opset21.py`), checked against its table (`runtime/ort/kernels.py`)
 and opened with all lengths fixed.
 """
 
@@ -17,9 +17,9 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency
 from runtime.lowering import to_half
-from runtime.ort.directml import to_directml
 from runtime.ort.engine import SessionEngine, stored
-from runtime.ort.kernels import OPSET, check
+from runtime.ort.kernels import DIRECTML, OPSET, check
+from runtime.ort.opset21 import to_opset21
 from runtime.ort.sessions import (
     ACCURACY,
     CPU,
@@ -121,8 +121,8 @@ class DirectML(SessionEngine):
             model = to_half(model, submodel.compute, submodel.keep)
         if submodel.signature.states:
             model = with_static_cache(model, submodel.signature, capacity)
-        to_directml(model, capacity, steps)
-        check(model, submodel.name)
+        to_opset21(model, DIRECTML, capacity if steps else 0)
+        check(model, DIRECTML, submodel.name)
         return model
 
     @classmethod

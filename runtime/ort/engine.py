@@ -267,7 +267,10 @@ def _key(shape: Shape) -> Key:
 def stored(
     submodel: Submodel, root: Path, target: str, device: Device, *, threads: int, entries: Mapping[str, str], fallback: str
 ) -> tuple[Plan, Open]:
-    """How a target stored a submodel in the bundle at `root`, and what opens sessions of it. Raises EngineError."""
+    """How a target stored a submodel in the bundle at `root`, and what opens sessions of it. Raises EngineError.
+
+    On the CPU nothing is fused beyond what the graph says: that would round as no other device does.
+    """
     folder, canonical = folder_of(root, target), (root / submodel.graph).parent
     plan = read_plan(folder, submodel)
     converted = values_of(folder / plan.weights) if plan.weights else {}
@@ -275,7 +278,8 @@ def stored(
 
     def opened(shape: Shape, step: bool) -> Any:
         graph = folder / (plan.step if step else plan.graph)
-        return open_session(graph, canonical, device, threads=threads, entries=chosen, fixed=shape, converted=converted)
+        level = "ORT_ENABLE_BASIC" if device.provider == CPU else "ORT_ENABLE_ALL"
+        return open_session(graph, canonical, device, threads=threads, entries=chosen, fixed=shape, converted=converted, level=level)
 
     return plan, opened
 

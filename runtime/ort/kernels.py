@@ -1,4 +1,4 @@
-"""Which kernels ONNX Runtime's DirectML provider has, from the table beside this file, and which nodes of a graph it has none for."""
+"""Which kernels a provider of ONNX Runtime has, from the tables beside this file, and which nodes of a graph it has none for."""
 
 from __future__ import annotations
 
@@ -10,11 +10,22 @@ from typing import Any, Final, NamedTuple
 from runtime.errors import EngineError
 from runtime.optional import require
 
-TABLE: Final = Path(__file__).with_name("directml_kernels.txt")
 OPSET: Final = 21
-"""The latest opset whose operators have kernels: 22 changed Conv, 23 Reshape, and the table knows neither change."""
+"""The latest opset whose operators have kernels. 22 changed Conv, Cos and Sin, which DirectML, and the last two CUDA, have not followed."""
 TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
 """Attributes that name the type of an output."""
+
+
+class Provider(NamedTuple):
+    """A provider's name and its table. `spread`: its MultiHeadAttention wants what stands for a mask for every row and head."""
+
+    name: str
+    table: Path
+    spread: bool
+
+
+DIRECTML: Final = Provider("DirectML", Path(__file__).with_name("directml_kernels.txt"), spread=True)
+CUDA: Final = Provider("CUDA", Path(__file__).with_name("cuda_kernels.txt"), spread=False)
 
 
 class Kernel(NamedTuple):
@@ -30,12 +41,12 @@ class Kernel(NamedTuple):
 
 
 @cache
-def kernels() -> Mapping[tuple[str, str], tuple[Kernel, ...]]:
-    """Every entry of the table by domain ("" is the standard's) and operator."""
+def kernels(table: Path) -> Mapping[tuple[str, str], tuple[Kernel, ...]]:
+    """Every entry of a table by domain ("" is the standard's) and operator."""
     sets: dict[str, tuple[str, ...]] = {}
     found: dict[tuple[str, str], list[Kernel]] = {}
     domain = ""
-    for line in TABLE.read_text().splitlines():
+    for line in table.read_text().splitlines():
         words = line.split()
         if not words or words[0] == "#":
             continue
@@ -57,35 +68,50 @@ def _kernel(words: Sequence[str], sets: Mapping[str, tuple[str, ...]]) -> Kernel
         types[variable] = frozenset(name for one in names.split(",") for name in sets.get(one, (one,)))
     rest = list(words[colon + 1 :])
     split = rest.index(">") if rest else 0
-    return Kernel(frozenset(map(int, words[1].split(","))), types, tuple(rest[:split]), tuple(rest[split + 1 :]))
+    versions = (one.partition("-") for one in words[1].split(","))
+    numbers = (number for first, _, last in versions for number in range(int(first), int(last or first) + 1))
+    return Kernel(frozenset(numbers), types, tuple(rest[:split]), tuple(rest[split + 1 :]))
 
 
-def check(model: Any, name: str) -> None:
-    """Raise EngineError naming each node of a graph (onnx_ir.Model) that DirectML has no kernel for. `name` is the submodel's."""
-    strangers = list(outside(model))
+def covers(provider: Provider, operator: str) -> bool:
+    """Whether it has a kernel of a standard operator, in the version that it has in the opset of lowered graphs, for some types."""
+    schemas = require("onnx.defs", "export")
+    if not schemas.has(operator, OPSET, ""):
+        return False
+    version = schemas.get_schema(operator, OPSET, "").since_version
+    return any(version in entry.versions for entry in kernels(provider.table).get(("", operator), ()))
+
+
+def check(model: Any, provider: Provider, name: str) -> None:
+    """Raise EngineError naming nodes of a graph (onnx_ir.Model) that a provider has no kernel for. `name` is the submodel's."""
+    strangers = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
     if strangers:
         more = f", and {len(strangers) - 5} more" if len(strangers) > 5 else ""
         raise EngineError(
-            f"could not compile {name}: DirectML has no kernel for {'; '.join(strangers[:5])}{more}. Expected operators of opset {OPSET} "
-            "in the types of its table: choose another target, or let the submodel compute in float32 or float16"
+            f"could not compile {name}: {provider.name} has no kernel for {'; '.join(strangers[:5])}{more}. Expected operators of opset "
+            f"{OPSET} in the types of its table: choose another target, or let the submodel compute in float32 or float16"
         )
 
 
-def outside(model: Any) -> Iterator[str]:
-    """Each node that DirectML has no kernel for, and why. Fills in the types of values that have none, which follow from their nodes."""
+def outside(model: Any, provider: Provider) -> Iterator[tuple[Any, str]]:
+    """Each node that a provider has no kernel for, and why. Fills in the types of values that have none, which follow from their nodes."""
     for node in model.graph:
-        reason = _Reader(model, node).reason()
+        reason = _Reader(model, node, kernels(provider.table)).reason()
         if reason:
-            yield f"node '{node.name}' ({node.domain + '.' if node.domain else ''}{node.op_type}: {reason})"
+            yield node, reason
+
+
+def _operator(node: Any) -> str:
+    return f"{node.domain + '.' if node.domain else ''}{node.op_type}"
 
 
 class _Reader:
     """One node beside the table."""
 
-    def __init__(self, model: Any, node: Any) -> None:
+    def __init__(self, model: Any, node: Any, table: Mapping[tuple[str, str], tuple[Kernel, ...]]) -> None:
         self.ir, self.node = require("onnx_ir", "export"), node
         self.declared = model.opset_imports.get(node.domain, 1)
-        self.entries = kernels().get((node.domain, node.op_type), ())
+        self.entries = table.get((node.domain, node.op_type), ())
 
     def reason(self) -> str:
         """Why there is no kernel; empty where there is one."""

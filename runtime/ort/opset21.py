@@ -1,4 +1,4 @@
-"""A graph as DirectML has kernels for it: opset 21, and what that lacks, from operators that are in the table of `kernels`.
+"""A graph as a provider has kernels for it: opset 21, and what that lacks, from operators that are in the table of `kernels`.
 
 Attention             MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
 GroupNormalization    InstanceNormalization of the groups, then the channels' scale and bias
@@ -9,6 +9,7 @@ others                the body that the standard itself gives the operator (RMSN
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -16,7 +17,7 @@ import numpy as np
 from runtime.errors import EngineError
 from runtime.optional import require
 from runtime.ort.attention import CONTRIB, Graph, bias, heads, is_attention, pack, replace, scale, with_multihead
-from runtime.ort.kernels import OPSET, kernels
+from runtime.ort.kernels import OPSET, Provider, covers, kernels
 from runtime.static_cache import INDICES
 
 BODIES: Final = "enginecast.bodies"
@@ -24,18 +25,19 @@ BODIES: Final = "enginecast.bodies"
 NEWEST: Final = 24
 
 
-def to_directml(model: Any, capacity: int = 0, steps: bool = False) -> None:
-    """Lower a graph (onnx_ir.Model) in place. One with a cache of fixed length (`static_cache`) has `capacity` positions.
+def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
+    """Lower a graph (onnx_ir.Model) in place.
 
-    `steps` makes the graph for one new position a call, whose attention is GroupQueryAttention, and updates the cache in place. With more
-    positions that kernel takes no notice of what the cache holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
+    `steps` makes one with a cache of fixed length (`static_cache`), which has so many positions, the graph for one new position a call: its
+    attention is GroupQueryAttention and updates the cache in place. With more positions DirectML's kernel takes no notice of what the cache
+    holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
     """
     graph = Graph(model)
     if steps:
-        _with_grouped_steps(graph, capacity)
-    with_multihead(model, spread=True)
-    _inline_bodies(model)
-    rules = {"Attention": _attention, "GroupNormalization": _group_normalization, "Gelu": _gelu, "TensorScatter": _scatter}
+        _with_grouped_steps(graph, steps)
+    with_multihead(model, spread=provider.spread)
+    _inline_bodies(model, provider)
+    rules = {name: rule for name, rule in RULES.items() if not covers(provider, name)}
     for node in list(model.graph):
         if not node.domain and node.op_type in rules:
             rules[node.op_type](graph, node)
@@ -100,6 +102,13 @@ def _gelu(graph: Graph, node: Any) -> None:
     graph.graph.remove([node], safe=False)
 
 
+def _equal(graph: Graph, node: Any) -> None:
+    truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
+    less, greater = (graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual"))
+    graph.instead(node.outputs[0], graph.before(node, node.name, "And", less, greater))
+    graph.graph.remove([node], safe=False)
+
+
 def _scatter(graph: Graph, node: Any) -> None:
     """Write new keys or values [batch, heads, sequence, size] into the cache, where they begin. The table lacks the latest Scatters.
 
@@ -160,10 +169,20 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
             graph.instead(scatter.outputs[0], present)
 
 
-def _inline_bodies(model: Any) -> None:
-    """Put the standard's own body in the place of operators that are newer than the table and have no rule here."""
+RULES: Final[Mapping[str, Callable[[Graph, Any], None]]] = {
+    "Attention": _attention,
+    "Equal": _equal,
+    "Gelu": _gelu,
+    "GroupNormalization": _group_normalization,
+    "TensorScatter": _scatter,
+}
+
+
+def _inline_bodies(model: Any, provider: Provider) -> None:
+    """Put the standard's own body in the place of operators that the table lacks and that have no rule."""
     defs, ir = require("onnx.defs", "export"), require("onnx_ir", "export")
-    found = [node for node in model.graph if not node.domain and ("", node.op_type) not in kernels() and node.op_type not in RULED]
+    known = {operator for domain, operator in kernels(provider.table) if not domain} | set(RULES)
+    found = [node for node in model.graph if not node.domain and node.op_type not in known]
     version = model.opset_imports[""]
     for number, node in enumerate(found):
         if not defs.has(node.op_type, min(version, NEWEST), ""):
@@ -180,9 +199,6 @@ def _inline_bodies(model: Any) -> None:
         require("onnx_ir.passes.common", "export").InlinePass()(model)
         model.functions.clear()
         del model.opset_imports[BODIES]
-
-
-RULED: Final = ("Attention", "GroupNormalization", "Gelu", "TensorScatter")
 
 
 def _body(schema: Any, node: Any) -> Any:
