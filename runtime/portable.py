@@ -10,7 +10,6 @@ The key is a hash of everything that the result depends on: the canonical graph,
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -19,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -102,11 +102,16 @@ def _note(engine: type[Engine], submodel: Submodel, why: str, done: str) -> str:
 
 def _key(bundle: Bundle, submodel: Submodel, engine: type[Engine], settings: Mapping[str, str]) -> str:
     found = engine.available()
-    program = importlib.metadata.version("enginecast")
     graph = {path: bundle.manifest.files[path] for path in bundle.graph_files(submodel)}
     told = submodel.model_dump(mode="json", exclude={"parity"})
     machine = [platform.system(), platform.machine(), processor_features(), found.version, found.devices]
-    return key_of(engine.target, graph, told, settings, program, machine)
+    return key_of(engine.target, graph, told, settings, _code(), machine)
+
+
+@cache
+def _code() -> str:
+    """Identifies what lowers and compiles: a later program must not load what an older one made of the same graph."""
+    return key_of([path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))])
 
 
 def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:

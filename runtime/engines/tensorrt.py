@@ -26,7 +26,7 @@ from runtime.static_cache import INDICES, MASK
 from runtime.tensorrt.compile import Compiler
 from runtime.tensorrt.lower import OLDEST_FLOAT8, lower
 from runtime.tensorrt.run import Cache, Plan
-from runtime.tensorrt.sdk import SDK, dotted
+from runtime.tensorrt.sdk import SDK, dotted, driver
 from runtime.tensorrt.settings import LoadSettings, Settings
 
 AMPERE: Final = 80
@@ -93,8 +93,8 @@ class TensorRT(Engine):
 
     @classmethod
     def _system(cls) -> dict[str, str]:
-        """The system an engine is bound to: engines of TensorRT are (its support matrix), those of TensorRT for RTX are not."""
-        return {} if cls.sdk.ahead else {"os": platform.system().lower()}
+        """System and driver that engines of TensorRT are bound to (its support matrix); those of TensorRT for RTX are not."""
+        return {} if cls.sdk.ahead else {"os": platform.system().lower(), "driver": str(driver(cls.sdk))}
 
     @classmethod
     def _capabilities(cls, settings: Settings, oldest: int) -> tuple[int, ...]:
@@ -154,20 +154,24 @@ class TensorRT(Engine):
     @classmethod
     def _misfit(cls, artifact: Artifact, device: cuda.Device) -> str:
         """What differs between where an engine was compiled, or what for, and this machine."""
+        key, version, system = artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__, platform.system().lower()
+        capabilities = key.get("compute_capability", "").split(",")
+        here = dotted(device.capability)
         if not artifact.files:
             return "has no file"
-        key, version = artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__
-        built = [int(part.replace(".", "")) for part in key.get("compute_capability", "").split(",") if part]
         same = key.get("sdk") == version or key.get("compatible") == "version"
-        fits = device.capability in built or (key.get("hardware") == "ampere+" and device.capability >= AMPERE)
-        system = platform.system().lower()
-        if same and fits and key.get("os", system) == system:
-            return ""
-        under = f" on {key['os']}" if key.get("os", system) != system else ""
-        return (
-            f"was compiled by {cls.sdk.name} {key.get('sdk')}{under} for compute capability {key.get('compute_capability')}, "
-            f"and here are {cls.sdk.name} {version}{f' on {system}' if under else ''} and {device.name} of {dotted(device.capability)}"
-        )
+        fits = here in capabilities or (key.get("hardware") == "ampere+" and device.capability >= AMPERE)
+        differences = []
+        if not (same and fits):
+            differences.append(
+                f"by {cls.sdk.name} {key.get('sdk')} for compute capability {key.get('compute_capability')}, and here are {cls.sdk.name} "
+                f"{version} and {device.name} of {here}"
+            )
+        if key.get("os", system) != system:
+            differences.append(f"on {key['os']}, and here is {system}")
+        if "driver" in key and not (key["driver"].isdecimal() and int(key["driver"]) <= driver(cls.sdk)):
+            differences.append(f"with a driver of CUDA {key['driver']}, and here is one of CUDA {driver(cls.sdk)}")
+        return f"was compiled {'; '.join(differences)}" if differences else ""
 
     @classmethod
     def reads_graph(cls, artifact: Artifact) -> bool:

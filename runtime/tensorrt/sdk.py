@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from runtime import cuda
+from runtime.optional import require
+
 
 class SDK(NamedTuple):
     """One of the two packages. `ahead`: it compiles on machines without a GPU, for the compute capabilities that it is told."""
@@ -12,6 +15,12 @@ class SDK(NamedTuple):
     name: str
     extra: str
     ahead: bool
+
+
+def driver(sdk: SDK) -> int:
+    """The major version of the newest CUDA that this machine's driver runs, 0 where it cannot be asked."""
+    code, version = require(cuda.MODULE, sdk.extra).cudaDriverGetVersion()
+    return 0 if int(code) else int(version) // 1000
 
 
 def dotted(capability: int) -> str:

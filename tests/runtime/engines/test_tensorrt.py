@@ -547,11 +547,17 @@ def test_a_cache_that_an_engine_would_copy_is_refused(
         ({}, "compiled by FakeRT None"),
         (
             {"sdk": "99.1", "compute_capability": "8.9", "os": "plan9"},
-            f"by FakeRT 99.1 on plan9 for compute capability 8.9, and here are FakeRT 99.1 on {platform.system().lower()} and",
+            f"was compiled on plan9, and here is {platform.system().lower()}: build the bundle again",
         ),
+        ({"sdk": "99.1", "compute_capability": "8.9", "driver": "14"}, "compiled with a driver of CUDA 14, and here is one of CUDA 13"),
+        ({"sdk": "99.1", "compute_capability": "8.9", "driver": "thirteen"}, "compiled with a driver of CUDA thirteen"),
+        ({"sdk": "99.1", "compute_capability": "eight,9", "os": "plan9"}, "for compute capability eight,9, .*; on plan9, and here"),
     ],
 )
-def test_an_engine_of_elsewhere(load_fake: Any, vlm_bundle: Path, key: dict[str, str], message: str) -> None:
+def test_an_engine_of_elsewhere(
+    load_fake: Any, vlm_bundle: Path, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, key: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr(fake_cuda, "cudaDriverGetVersion", lambda: (0, 13010), raising=False)
     with pytest.raises(EngineError, match=message):
         load_fake(Bundle(vlm_bundle), "token_embedding", key)
 
@@ -560,11 +566,15 @@ def test_an_engine_of_elsewhere(load_fake: Any, vlm_bundle: Path, key: dict[str,
     "key",
     [
         {"sdk": "99.1", "compute_capability": "8.0,8.9"},
+        {"sdk": "99.1", "compute_capability": "8.9", "driver": "12", "os": platform.system().lower()},
         {"sdk": "98.0", "compute_capability": "8.9", "compatible": "version"},
         {"sdk": "99.1", "compute_capability": "8.0", "hardware": "ampere+"},
     ],
 )
-def test_an_engine_that_fits(load_fake: Any, vlm_bundle: Path, key: dict[str, str]) -> None:
+def test_an_engine_that_fits(
+    load_fake: Any, vlm_bundle: Path, fake_cuda: Any, monkeypatch: pytest.MonkeyPatch, key: dict[str, str]
+) -> None:
+    monkeypatch.setattr(fake_cuda, "cudaDriverGetVersion", lambda: (0, 13010), raising=False)
     engine = load_fake(Bundle(vlm_bundle), "token_embedding", key)
     assert engine.run({"input_ids": np.array([[5, 6]])})["inputs_embeds"].any()
     assert engine.device == "fake-tensorrt:cuda:0 (Fake 4090)"
