@@ -1,10 +1,12 @@
 """A graph as a provider has kernels for it: opset 21, and what that lacks, from operators that are in the table of `kernels`.
 
-Attention             MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
-GroupNormalization    InstanceNormalization of the groups, then the channels' scale and bias
-Gelu                  Gelu and FastGelu of ONNX Runtime
-TensorScatter         Gather and Where
-others                the body that the standard itself gives the operator (RMSNormalization, RotaryEmbedding)
+Attention            MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
+Equal                neither less nor greater
+Gelu                 Gelu and FastGelu of ONNX Runtime
+GroupNormalization   InstanceNormalization of the groups, then the channels' scale and bias
+RMSNormalization     its formula
+TensorScatter        Gather and Where
+others               the body that the standard itself gives the operator, such as RotaryEmbedding
 """
 
 from __future__ import annotations
@@ -102,6 +104,27 @@ def _gelu(graph: Graph, node: Any) -> None:
     graph.graph.remove([node], safe=False)
 
 
+def _rms_normalization(graph: Graph, node: Any) -> None:
+    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 where the type is another one, as the standard's stash_type says."""
+    values, weight = node.inputs
+    single = graph.ir.DataType.FLOAT
+    axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
+    epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    rank = len(values.shape)
+    axes = graph.constant(f"rms.axes.{axis % rank}.{rank}", list(range(axis % rank, rank)))
+    wide = values
+    if values.dtype != single:
+        wide = graph.before(node, f"{node.name}/wide", "Cast", values, to=single, like=graph.ir.Value(type=graph.ir.TensorType(single)))
+    squares = graph.before(node, f"{node.name}/squares", "Mul", wide, wide)
+    mean = graph.before(node, node.name, "ReduceMean", squares, axes, keepdims=1)
+    shifted = graph.before(node, f"{node.name}/shifted", "Add", mean, graph.constant(f"rms.epsilon.{epsilon}", epsilon, np.float32))
+    normal = graph.before(node, node.name, "Div", wide, graph.before(node, node.name, "Sqrt", shifted))
+    if values.dtype != single:
+        normal = graph.before(node, f"{node.name}/narrow", "Cast", normal, to=values.dtype, like=values)
+    graph.instead(node.outputs[0], graph.before(node, node.name, "Mul", normal, weight))
+    graph.graph.remove([node], safe=False)
+
+
 def _equal(graph: Graph, node: Any) -> None:
     truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
     less, greater = (graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual"))
@@ -174,6 +197,7 @@ RULES: Final[Mapping[str, Callable[[Graph, Any], None]]] = {
     "Equal": _equal,
     "Gelu": _gelu,
     "GroupNormalization": _group_normalization,
+    "RMSNormalization": _rms_normalization,
     "TensorScatter": _scatter,
 }
 
@@ -196,7 +220,10 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
         node.domain, node.op_type = BODIES, function.name
         model.opset_imports[BODIES] = 1
     if BODIES in model.opset_imports:
-        require("onnx_ir.passes.common", "export").InlinePass()(model)
+        passes = require("onnx_ir.passes.common", "export")
+        passes.InlinePass()(model)
+        passes.IdentityEliminationPass()(model)
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         model.functions.clear()
         del model.opset_imports[BODIES]
 
@@ -204,21 +231,17 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
 def _body(schema: Any, node: Any) -> Any:
     """The function that the standard defines an operator by, for this node's types and attributes; None where it has none."""
     onnx = require("onnx", "export")
-    if schema.has_context_dependent_function:
-        ir = require("onnx_ir", "export")
-        types = [onnx.TypeProto() for _ in node.inputs]
-        for value, proto in zip(node.inputs, types, strict=True):
-            if value is not None and value.dtype is not None:
-                proto.tensor_type.elem_type = int(value.dtype)
-        version = max(schema.context_dependent_function_opset_versions)
-        body = onnx.FunctionProto()
-        body.ParseFromString(
-            schema.get_context_dependent_function_with_opset_version(
-                version, ir.to_proto(node).SerializeToString(), [proto.SerializeToString() for proto in types]
-            )
-        )
-        return body
-    return schema.function_body if schema.has_function else None
+    if not schema.has_context_dependent_function:
+        return schema.function_body if schema.has_function else None
+    ir = require("onnx_ir", "export")
+    types = [onnx.TypeProto() if value is None else ir.to_proto(value).type for value in node.inputs]
+    version = max(schema.context_dependent_function_opset_versions)
+    body = onnx.FunctionProto()
+    made = schema.get_context_dependent_function_with_opset_version
+    body.ParseFromString(made(version, ir.to_proto(node).SerializeToString(), [proto.SerializeToString() for proto in types]))
+    if not body.node:
+        raise EngineError(f"node '{node.name}' ({node.op_type}) has no body for these inputs: it has to be lowered by a rule of its own")
+    return body
 
 
 def _number(graph: Graph, number: float, like: Any) -> Any:
