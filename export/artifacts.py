@@ -138,11 +138,11 @@ def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], si
     place = PurePosixPath(ENGINES, name)
     taken = any(place in PurePosixPath(path).parents for path in manifest.files)
     inside = key_of(hashes)[:8] if taken and hashes else ""
-    added = [one.model_copy(update={"files": tuple(str(PurePosixPath(inside, file)) for file in one.files)}) for one in artifacts]
+    added = [one.model_copy(update={"folder": inside if one.files else ""}) for one in artifacts]
     replaced = {(one.target, one.submodel, tuple(sorted(one.key.items()))) for one in added}
     kept = [one for one in manifest.artifacts if (one.target, one.submodel, tuple(sorted(one.key.items()))) not in replaced]
     all_artifacts = (*kept, *added)
-    needed = {str(PurePosixPath(ENGINES, one.target, file)) for one in all_artifacts for file in one.files}
+    needed = {str(PurePosixPath(ENGINES, one.target, one.folder, file)) for one in all_artifacts for file in one.files}
     before = {path: known for path, known in manifest.files.items() if not path.startswith(f"{ENGINES}/") or path in needed}
     after = before | {str(place / inside / path): found for path, found in hashes.items()}
     if hashes and not all(str(place / inside / path) in manifest.files for path in hashes):

@@ -44,7 +44,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     for artifact in manifest.artifacts:
         fits = (targets()[artifact.target].misfit(artifact) or "yes") if artifact.target in targets() else "not known to this program"
         made_for = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
-        files = ", ".join(artifact.files) or "compiled at load"
+        files = f"{artifact.folder}/" * bool(artifact.folder) + ", ".join(artifact.files) or "compiled at load"
         rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", fits))
     show_table(*rows)
     if (bundle / SIGNATURE).exists():

@@ -37,7 +37,13 @@ def _inside(path: str) -> str:
     return path
 
 
+def _inside_or_empty(path: str) -> str:
+    return _inside(path) if path else path
+
+
 Inside = Annotated[str, AfterValidator(_inside)]
+Folder = Annotated[str, AfterValidator(_inside_or_empty)]
+"""Of a folder inside another: empty where it is that one itself."""
 
 
 class Frozen(BaseModel):
@@ -60,12 +66,13 @@ class Parity(Frozen):
 class Artifact(Frozen):
     """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there.
 
-    `files` are relative to `engines/<target>`. `settings` are those it was compiled with and would be again, on whatever machine.
+    `files` lie in `engines/<target>/<folder>`. `settings` are those it was compiled with and would be again, on whatever machine.
     """
 
     target: str
     submodel: str
     files: tuple[Inside, ...] = ()
+    folder: Folder = ""
     key: Mapping[str, str] = Field(default_factory=dict)
     settings: Mapping[str, str] = Field(default_factory=dict)
     seconds: float = 0.0

@@ -42,6 +42,11 @@ class Compiled:
     artifact: Artifact
     folder: Path
 
+    @classmethod
+    def of(cls, root: Path, artifact: Artifact) -> Compiled:
+        """An artifact of the bundle at `root`."""
+        return cls(artifact, root / "engines" / artifact.target / artifact.folder)
+
 
 @dataclass(frozen=True)
 class Options:

@@ -72,7 +72,7 @@ def fitting(
     for artifact in held:
         reason = engine.misfit(artifact)
         if not reason:
-            return Fitted(Compiled(artifact, bundle.root / "engines" / engine.target))
+            return Fitted(Compiled.of(bundle.root, artifact))
         misfits.append(reason)
     why = "; ".join(f"one {reason}" for reason in misfits) or f"bundle {bundle.name} holds none"
     if not bundle.graph_files(submodel):

@@ -144,7 +144,7 @@ class TensorRT(Engine):
         if not artifacts:
             raise EngineError(f"bundle {bundle.name} holds no {cls.target} engine of {submodel}: build it with --target {cls.target}")
         fitting = (artifact for artifact in artifacts if not cls.misfit(artifact))
-        return Compiled(next(fitting, artifacts[0]), bundle.root / "engines" / cls.target)
+        return Compiled.of(bundle.root, next(fitting, artifacts[0]))
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:

@@ -18,7 +18,7 @@ import export.artifacts
 from export.artifacts import Signed, add_target, check_strippable, every_target, remove_graphs, resolve_targets, strip
 from export.sizes import sizes
 from runtime.bundle import MANIFEST, SCHEMA, SIGNATURE, Artifact, Bundle, sha256
-from runtime.engine import Availability, Engine, targets
+from runtime.engine import Availability, Compiled, Engine, targets
 from runtime.errors import BundleError, EngineUnavailable, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from runtime.fake import Bound
 from runtime.signing import generate, require_signature, sign
@@ -103,13 +103,13 @@ def test_engines_for_several_machines_lie_side_by_side(root: Path, monkeypatch: 
     after, added = add_target(root, "bound")
     after.verify()
     assert [one.key["here"] for one in after.artifacts("bound", "unet")] == ["this machine", "that machine"]
-    assert all("/" in one.files[0] for one in added)
-    kinds = {(root / "engines/bound" / one.files[0]).read_text().split()[-2] for one in after.artifacts("bound", "vae")}
+    assert all(one.folder and one.files == (f"{one.submodel}.bound",) for one in added)
+    kinds = {(Compiled.of(root, one).folder / one.files[0]).read_text().split()[-2] for one in after.artifacts("bound", "vae")}
     assert kinds == {"this", "that"}
     again, replaced = add_target(root, "bound", {"shapes": "large"})
     again.verify()
     assert len(again.artifacts("bound", "unet")) == 2 and replaced[0].settings == {"shapes": "large"}, "the same machine's are replaced"
-    assert not (root / "engines/bound" / added[0].files[0]).parent.exists(), "and removed"
+    assert not Compiled.of(root, added[0]).folder.exists(), "and removed"
 
 
 def test_the_same_again_changes_nothing_but_the_time(root: Path) -> None:

@@ -90,9 +90,15 @@ def test_a_manifest_of_another_form(tmp_path: Path, manifest: dict[str, Any], ch
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../elsewhere/model.onnx", "onnx/../../x"])
-@pytest.mark.parametrize("where", ["graph", "files"])
+@pytest.mark.parametrize("where", ["graph", "files", "artifact", "folder"])
 def test_a_manifest_that_points_out_of_its_folder(tmp_path: Path, manifest: dict[str, Any], path: str, where: str) -> None:
-    change = {"files": {path: "0"}} if where == "files" else {"submodels": [PART | {"graph": path}]}
+    artifact = {"target": "openvino", "submodel": "unet"}
+    change = {
+        "files": {"files": {path: "0"}},
+        "graph": {"submodels": [PART | {"graph": path}]},
+        "artifact": {"artifacts": [artifact | {"files": [path]}]},
+        "folder": {"artifacts": [artifact | {"folder": path}]},
+    }[where]
     with pytest.raises(BundleError, match="cannot be read"):
         opened(tmp_path, manifest | change)
 

@@ -93,6 +93,8 @@ def test_the_bundle_s_own_is_taken_where_it_fits(tmp_path: Path, cache: Path) ->
     found = fit(bundle)
     assert found.compiled.artifact == held("this machine") and found.compiled.folder == bundle.root / "engines" / "bound"
     assert not found.note and not cache.exists()
+    added = held("this machine").model_copy(update={"folder": "3fa1"})
+    assert fit(make(tmp_path / "added", held("nowhere"), added)).compiled.folder == tmp_path / "added/engines/bound/3fa1"
 
 
 @pytest.mark.parametrize("artifacts", [(), (held("elsewhere"),), (held("elsewhere"), held("elsewhere"))], ids=len)
