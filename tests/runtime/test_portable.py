@@ -16,7 +16,7 @@ import pytest
 
 import runtime.portable
 from runtime.bundle import MANIFEST, SCHEMA, Artifact, Bundle, Submodel, sha256
-from runtime.engine import CompileOptions, Options
+from runtime.engine import CompileOptions, Options, targets
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, ResourceExhausted
 from runtime.fake import Bound
 from runtime.portable import Fitted, fitting
@@ -263,3 +263,28 @@ def test_of_two_processes_one_compiles(bundle: Bundle, cache: Path) -> None:
     assert told[0][-1] == told[1][-1] == f"found {cache / entries(cache)[0]}"
     compiling = [lines for lines in told if "Sliding beads" in lines]
     assert len(compiling) == 1, "the other waits, or comes when it is done"
+
+
+# Real targets
+
+
+def test_a_decoder_for_onnx_runtime_is_lowered_here(tiny_bundle: Path, cache: Path) -> None:
+    """What the bundle was not built for at all: its weights stay where they are."""
+    opened = Bundle(tiny_bundle)
+    opened.manifest = opened.manifest.model_copy(update={"artifacts": ()})
+    decoder = opened.submodel("decoder")
+    found = fitting(opened, decoder, targets()["onnxruntime"])
+    assert "bundle tiny-vlm holds none" in found.note and found.compiled.artifact.files == ("decoder.onnx",)
+    lowered = found.compiled.folder / "decoder.onnx"
+    assert b"GroupQueryAttention" in lowered.read_bytes() and lowered.stat().st_size < decoder.nbytes
+    assert "compiled here before" in fitting(opened, decoder, targets()["onnxruntime"]).note
+
+
+def test_engines_that_cannot_run_here_are_not_made_in_vain(tiny_bundle: Path, cache: Path) -> None:
+    engine = targets()["tensorrt-rtx"]
+    if engine.available().usable or not engine.available().compiles:
+        pytest.skip("a GPU is here, or no TensorRT for RTX")
+    opened = Bundle(tiny_bundle)
+    with pytest.raises(EngineError, match="engine of token_embedding does not fit where it was compiled: it cannot run here: there is no"):
+        fitting(opened, opened.submodel("token_embedding"), engine)
+    assert not entries(cache)
