@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -28,7 +28,7 @@ TRIES: Final = 4
 """Built-in requests tried for each one wanted."""
 STEPS: Final = 12
 BRIEF_STEPS: Final = (3, 4, 5)
-"""Steps of the built-in requests of a brief capture, one each: twelve calls, each at a noise level of its own."""
+"""Steps of the requests of a brief capture, in turn: of three, twelve calls, each at a noise level of its own."""
 MAX_TOKENS: Final = 24
 BRIEF_TOKENS: Final = 2
 LONGEST: Final = 256 << 20
@@ -92,39 +92,45 @@ class Requests:
         return most if self.size is None else min(most, self.size)
 
 
-def image_requests(seed: int = 0, steps: Sequence[int] = (STEPS,)) -> Iterator[ImageRequest]:
-    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out.
-
-    They take `steps` in turn.
-    """
+def image_requests(seed: int = 0) -> Iterator[ImageRequest]:
+    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out."""
     rng = np.random.default_rng(seed)
     captions = [scene.caption for scene in picture_scenes() if not held_out(scene.caption)]
     for i in count():
         prompt = PROMPTS[i // 2 % len(PROMPTS)] if i % 2 else captions[rng.integers(len(captions))]
-        yield ImageRequest(prompt=prompt, steps=steps[i % len(steps)], seed=seed + i)
+        yield ImageRequest(prompt=prompt, steps=STEPS, seed=seed + i)
 
 
-def chat_requests(seed: int = 0, tokens: int = MAX_TOKENS) -> Iterator[ChatRequest]:
-    """Questions about drawn scenes, without end, none of them held out, answered greedily in `tokens` at most."""
+def chat_requests(seed: int = 0) -> Iterator[ChatRequest]:
+    """Questions about drawn scenes, without end, none of them held out, answered greedily."""
     rng = np.random.default_rng(seed)
     while True:
         scene = draw_scene(rng)
         questions = scene_questions(scene, rng)
         question = questions[rng.integers(len(questions))]
-        yield _question(render(scene, rng), question.text, seed, tokens)
+        yield _question(render(scene, rng), question.text, seed)
 
 
-def _question(picture: Picture, text: str, seed: int, tokens: int = MAX_TOKENS) -> ChatRequest:
-    return ChatRequest(messages=(Message("user", (picture, text)),), max_tokens=tokens, temperature=0.0, seed=seed)
+def _question(picture: Picture, text: str, seed: int) -> ChatRequest:
+    return ChatRequest(messages=(Message("user", (picture, text)),), max_tokens=MAX_TOKENS, temperature=0.0, seed=seed)
 
 
-def built_in(kind: Kind, seed: int = 0, brief: bool = False) -> Requests:
-    """The requests that need no files; `brief` ones for models of which each call takes many seconds."""
-    drawn = image_requests(seed, BRIEF_STEPS if brief else (STEPS,))
-    asked = chat_requests(seed, BRIEF_TOKENS if brief else MAX_TOKENS)
-    every: Iterator[ImageRequest | ChatRequest] = drawn if kind == "diffusion" else asked
+def built_in(kind: Kind, seed: int = 0) -> Requests:
+    """The requests that need no files."""
+    every: Iterator[ImageRequest | ChatRequest] = image_requests(seed) if kind == "diffusion" else chat_requests(seed)
     requests = (Asked(f"{BUILT_IN} {number}", request) for number, request in enumerate(every, start=1))
-    return Requests(kind, BUILT_IN, requests, usual=len(BRIEF_STEPS) if brief else REQUESTS)
+    return Requests(kind, BUILT_IN, requests, usual=REQUESTS)
+
+
+def briefly(requests: Requests) -> Requests:
+    """The same requests in few steps or tokens, and fewer of them unless asked: for models of which each call takes many seconds."""
+
+    def cut(i: int, asked: Asked) -> Asked:
+        if isinstance(asked.request, ImageRequest):
+            return replace(asked, request=replace(asked.request, steps=BRIEF_STEPS[i % len(BRIEF_STEPS)]))
+        return replace(asked, request=replace(asked.request, max_tokens=BRIEF_TOKENS))
+
+    return replace(requests, asked=(cut(i, asked) for i, asked in enumerate(requests.asked)), usual=len(BRIEF_STEPS))
 
 
 def read_prompts(path: Path, kind: Kind, seed: int = 0) -> Requests:

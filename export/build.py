@@ -27,12 +27,13 @@ from calibration.gptq import compensate
 from calibration.lean import LeanEngine
 from calibration.precision import Precision, store
 from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
-from calibration.requests import built_in
+from calibration.requests import briefly, built_in
 from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
 from calibration.weights import Known
 from export import auto, graph, parity
+from export.agreement import agree
 from export.auto import Plans
 from export.baseline import compare_speed
 from export.family import Family, Part, family_of
@@ -190,7 +191,7 @@ class Build:
             options.quant,
             sorted(options.targets),
             options.parity,
-            self.measured,
+            self.checked,
             self.timed,
             self.calibration_key,
             options.compute,
@@ -216,10 +217,19 @@ class Build:
         return sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
 
     @property
+    def brief(self) -> bool:
+        """Whether captures are brief: each call of the float model takes many seconds."""
+        return self.nbytes > FULL_QUALITY_BYTES
+
+    @property
+    def checked(self) -> bool:
+        """Whether what targets compiled is compared with the canonical graphs."""
+        return self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
+
+    @property
     def measured(self) -> bool:
         """Whether quality is measured."""
-        wanted = self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
-        return self.options.quant != "none" and wanted and self.judge is not None
+        return self.options.quant != "none" and self.checked and self.judge is not None
 
     @cached_property
     def judge(self) -> str | None:
@@ -282,6 +292,8 @@ class Build:
             steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
         for name in self.options.targets:
             steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
+        if self.checked:
+            steps += [Step(part.name, f"check {name}", 1 + 20 * sizes[part.name]) for name in self.options.targets for part in self.parts]
         if self.measured:
             steps.append(Step("pipeline", "quality", 20))
         if self.timed:
@@ -370,6 +382,14 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                     state.options.settings.get(name, {}), lambda share, phase: progress.note(phase, round(100 * share), 100)
                 )
                 artifacts.append(_compile(target(name), submodel, folder, options))
+    if state.checked:
+        _finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
+        for index, artifact in enumerate(artifacts):
+            with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
+                submodel = next(one for one in submodels if one.name == artifact.submodel)
+                artifacts[index] = found = agree(target(artifact.target), submodel, folder, artifact)
+                notes.append(f"{found.agreement.snr_db:.0f} dB" if found.agreement else found.unchecked)
+        (folder / MANIFEST).unlink()
     verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
     with progress.step("bundle", "hash"):
         _finish(state, folder, submodels, artifacts, verdict=verdict)
@@ -416,7 +436,8 @@ def _samples(state: Build, folder: Path) -> CalibrationSet:
 
     def measure(path: Path) -> None:
         with floating_model(state, folder) as model:
-            record(model, built_in(model.kind, brief=state.nbytes > FULL_QUALITY_BYTES), limit=SAMPLES).save(path)
+            requests = built_in(model.kind)
+            record(model, briefly(requests) if state.brief else requests, limit=SAMPLES).save(path)
 
     key = key_of("samples", state.fingerprint, state.family.config(state.source), state.versions, _code())
     return CalibrationSet.load(cached(key, ".safetensors", measure))

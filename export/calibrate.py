@@ -12,7 +12,7 @@ from statistics import fmean
 
 import export.build
 from calibration.data import Done, record
-from calibration.requests import Requests, built_in, read_images, read_prompts, read_questions
+from calibration.requests import Requests, briefly, built_in, read_images, read_prompts, read_questions
 from calibration.sets import CalibrationSet, Kind
 from export.build import Build
 from export.progress import Listener, Progress, Report, Step
@@ -74,6 +74,8 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     state = Build.open(export.build.Options(options.source, options.output))
     kind: Kind = "diffusion" if state.family.pipeline == "diffusion" else "chat"
     requests = options.requests(kind)
+    if state.brief:
+        requests = briefly(requests)
     work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
     steps = [step for step in state.steps() if step.stage in ("check", "trace")]
     total = len(steps) + requests.wanted(options.count)

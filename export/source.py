@@ -35,8 +35,10 @@ VARIANT: Final = "fp16"
 PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 SHARD: Final = re.compile(r"-\d+-of-\d+\.safetensors$")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-LDM: Final = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.")
+LDM: Final = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
 """Prefixes of a single-file checkpoint in the layout of the original Stable Diffusion code."""
+LDM_XL: Final = "conditioner.embedders."
+"""Prefix of the text encoders of SDXL's."""
 
 SAMPLED: Final = 1024
 """Bytes of a tensor's start, middle and end that enter the fingerprint."""
@@ -120,7 +122,7 @@ def open_component(folder: Path) -> Checkpoint:
     if absent := sorted(owners.keys() - tensors.keys()):
         raise SourceError(f"{owners[absent[0]]}: tensor '{absent[0]}' of the index is not in it. Download the checkpoint again")
     if any(name.startswith(LDM) for name in tensors):
-        _refuse_ldm(folder)
+        _refuse_ldm(folder, tensors)
     return Checkpoint(folder, config, tensors, headers)
 
 
@@ -176,11 +178,12 @@ def _refuse_pickle(file: Path) -> NoReturn:
     )
 
 
-def _refuse_ldm(path: Path) -> NoReturn:
+def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
+    pipeline = "StableDiffusionXLPipeline" if any(name.startswith(LDM_XL) for name in names) else "StableDiffusionPipeline"
     raise UnsupportedModel(
         f"{path} is a single-file checkpoint in the original Stable Diffusion layout, expected a diffusers folder. Make one: "
-        f'python -c "from diffusers import StableDiffusionPipeline; '
-        f"StableDiffusionPipeline.from_single_file('{path}').save_pretrained('{path.with_suffix('')}-diffusers')\""
+        f'python -c "from diffusers import {pipeline}; '
+        f"{pipeline}.from_single_file('{path}').save_pretrained('{path.with_suffix('')}-diffusers')\""
     )
 
 
@@ -233,8 +236,9 @@ def _refuse_file(path: Path) -> NoReturn:
     """A single file is never a model; say what to do with this kind."""
     if path.suffix in PICKLES:
         _refuse_pickle(path)
-    if path.suffix == ".safetensors" and any(name.startswith(LDM) for name in read_header(path)[1]):
-        _refuse_ldm(path)
+    names = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    if any(name.startswith(LDM) for name in names):
+        _refuse_ldm(path, names)
     raise UnsupportedModel(f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}")
 
 

@@ -63,10 +63,19 @@ class Parity(Frozen):
     snr_db: float
 
 
+class Agreement(Frozen):
+    """How near what a target compiled is to the canonical graph: the worst output, on derived inputs. `device` is what computed it."""
+
+    tensor: str
+    snr_db: float
+    device: str
+
+
 class Artifact(Frozen):
     """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there.
 
     `files` lie in `engines/<target>/<folder>`. `settings` are those it was compiled with and would be again, on whatever machine.
+    `agreement` is what was found of it when it was built; `unchecked` says why nothing was.
     """
 
     target: str
@@ -76,6 +85,8 @@ class Artifact(Frozen):
     key: Mapping[str, str] = Field(default_factory=dict)
     settings: Mapping[str, str] = Field(default_factory=dict)
     seconds: float = 0.0
+    agreement: Agreement | None = None
+    unchecked: str = ""
 
 
 class Submodel(Frozen):

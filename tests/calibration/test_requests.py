@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 import calibration.requests
 from calibration.requests import (
+    BRIEF_STEPS,
+    BRIEF_TOKENS,
     MOST,
     PROMPTS,
     QUESTIONS,
@@ -22,6 +24,7 @@ from calibration.requests import (
     Asked,
     Requests,
     accepted,
+    briefly,
     built_in,
     chat_requests,
     image_requests,
@@ -94,6 +97,18 @@ def fussy(asked: Asked) -> str:
 
 def deaf(_asked: Asked) -> str:
     raise InvalidInput("prompt", "is too long")
+
+
+def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
+    brief, usual = briefly(built_in("diffusion", 3)), built_in("diffusion", 3)
+    assert brief.wanted(None) == len(BRIEF_STEPS) and brief.wanted(50) == 50
+    for (short, long), steps in zip(zip(brief.asked, usual.asked, strict=False), BRIEF_STEPS, strict=False):
+        assert isinstance(long.request, ImageRequest) and isinstance(short.request, ImageRequest)
+        assert (short.name, short.request.prompt, short.request.seed) == (long.name, long.request.prompt, long.request.seed)
+        assert short.request.steps == steps != long.request.steps
+    (tmp_path / "prompts.txt").write_text("what is it?\n")
+    (asked,) = briefly(read_prompts(tmp_path / "prompts.txt", "chat")).asked
+    assert isinstance(asked.request, ChatRequest) and asked.request.max_tokens == BRIEF_TOKENS
 
 
 def test_built_in_requests_that_a_model_cannot_read_are_passed_over() -> None:

@@ -387,6 +387,9 @@ def test_single_file_checkpoints(tmp_path: Path, inside: bool) -> None:
         UnsupportedModel, match=r"original Stable Diffusion layout.*from_single_file\('.*v1-5-pruned\.safetensors'\)\.save_pretrained"
     ):
         resolve(str(tmp_path if inside else file))
+    save_file({"conditioner.embedders.0.weight": torch.ones(1)}, file)
+    with pytest.raises(UnsupportedModel, match=r"import StableDiffusionXLPipeline; StableDiffusionXLPipeline.from_single_file"):
+        resolve(str(tmp_path if inside else file))
     save_file({"weight": torch.ones(1)}, file)
     with pytest.raises(UnsupportedModel, match="is a single file, expected a folder"):
         resolve(str(tmp_path if inside else file))

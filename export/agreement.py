@@ -1,0 +1,72 @@
+"""Whether what a target compiled computes what the canonical graph says: run here, by the target itself or by what emulates its device.
+
+Reference is the canonical graph, unoptimised, on ONNX Runtime. Int8 layers round their inputs, so the least difference of order moves some
+of them by a whole code: figures of 30 to 50 dB are two equal engines then, and float graphs have 100 and more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from calibration.lean import LeanEngine
+from calibration.metrics import snr_db
+from runtime.bundle import Agreement, Artifact, Submodel
+from runtime.engine import Engine, Options, Slot
+from runtime.errors import EngineError, EngineUnavailable
+from runtime.signature import Array, Signature
+
+FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
+"""Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
+POSITIONS: Final = (8, 1, 1)
+"""New positions of each call of a decoder: a prompt and two steps behind it."""
+
+
+def agree(engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifact) -> Artifact:
+    """The artifact of a submodel of the bundle at `root`, with what was found of it, or why it could not be computed here.
+
+    Raises EngineError when it does not compute what the canonical graph says.
+    """
+    try:
+        emulated = engine.emulate(submodel, root, Options())
+    except EngineUnavailable as error:
+        return artifact.model_copy(update={"unchecked": str(error)})
+    with closing(emulated), closing(LeanEngine.load(submodel, root, Options())) as reference:
+        found = _compare(emulated, reference)
+    least = FLOORS["quantized" if "int" in submodel.precision else "float32" if submodel.compute == "float32" else "half"]
+    if not found.snr_db >= least:
+        raise EngineError(
+            f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} has "
+            f"{found.snr_db:.1f} dB on {found.device}, expected at least {least:.0f}. Build for another target, and please report this"
+        )
+    return artifact.model_copy(update={"agreement": found})
+
+
+def _compare(emulated: Engine, reference: Engine) -> Agreement:
+    """The worst output of all calls."""
+    signature, worst = reference.submodel.signature, Agreement(tensor="", snr_db=math.inf, device=emulated.device)
+    slots = Slot(), Slot()
+    for inputs in _calls(signature):
+        got, wanted = (one.run(inputs, slot if signature.states else None) for one, slot in zip((emulated, reference), slots, strict=True))
+        for name, values in wanted.items():
+            ratio = snr_db(values, got[name]) if np.isfinite(got[name]).all() else -math.inf
+            if ratio < worst.snr_db:
+                worst = worst.model_copy(update={"tensor": name, "snr_db": ratio})
+    return worst.model_copy(update={"snr_db": float(np.clip(worst.snr_db, -300, 300))})
+
+
+def _calls(signature: Signature) -> Iterator[dict[str, Array]]:
+    """Inputs of usual lengths, one row; of a decoder, a prompt and what follows."""
+    rng = np.random.default_rng(0)
+    usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
+    past = 0
+    for count in POSITIONS if signature.states else (0,):
+        lengths = usual | ({"sequence": count, "past": past} if signature.states else {})
+        lengths |= {name: sum(lengths[one] for one in dim.sum_of) for name, dim in signature.dims.items() if dim.sum_of}
+        yield {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}
+        past += count
