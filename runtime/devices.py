@@ -63,7 +63,7 @@ class Machine:
 
     def find(self, name: str) -> Device | None:
         """The device that a target calls by this name: "CPU", "CUDAExecutionProvider", "cuda:1", "GPU.0"; None where it is unknown."""
-        known = _plain(name)
+        known = plain(name)
         return next((device for device in self.devices if device.name == known), None)
 
     def memory_of(self, name: str) -> Device:
@@ -83,7 +83,7 @@ PLAIN: Final = (
 """How targets name devices, and the name here that it stands for."""
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A device's name here, from a target's name for it, with or without its description in parentheses."""
     short = name.partition(" (")[0].strip().casefold()
     for pattern, plain in reversed(PLAIN):
@@ -243,7 +243,7 @@ def _intel(note: Callable[[str], None]) -> Iterator[Device]:
         features = tuple(str(one) for one in _property(core, name, "OPTIMIZATION_CAPABILITIES") or ())
         kinds: dict[str, Kind] = {"GPU": "intel-gpu", "NPU": "intel-npu"}
         model = str(_property(core, name, "FULL_DEVICE_NAME") or name)
-        yield Device(_plain(name), kinds[kind], model, int(memory) if memory else None, None, features, HOST if shared else "")
+        yield Device(plain(name), kinds[kind], model, int(memory) if memory else None, None, features, HOST if shared else "")
 
 
 def _property(core: Any, device: str, name: str) -> Any:

@@ -1,25 +1,43 @@
-"""From a bundle on disk to a model that runs: which target, on which device, and why not the others."""
+"""From a bundle on disk to a model that runs: each submodel where `runtime.placement` puts it, or where it can be loaded instead, as told.
+
+Under a memory limit the engines share a `Budget` (`runtime.offload`), and pictures whose decoding would not fit are decoded in tiles.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from runtime.bundle import Bundle
-from runtime.engine import Engine, Options, target, targets
-from runtime.errors import BundleError, EngineUnavailable, did_you_mean
+from runtime import memory, placement
+from runtime.bundle import Bundle, Submodel
+from runtime.containers import Allowance
+from runtime.devices import detect
+from runtime.engine import Engine, Options, target
+from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean
+from runtime.offload import Budget, OffloadedEngine
 from runtime.pipeline import Pipeline
 from runtime.pipelines.chat import ChatPipeline
 from runtime.pipelines.diffusion import DiffusionPipeline
+from runtime.placement import Choice, Place, Wishes
+
+log = logging.getLogger(__name__)
 
 PIPELINES: Mapping[str, Callable[[Bundle], Callable[..., Pipeline]]] = {"diffusion": DiffusionPipeline.from_bundle, "chat": ChatPipeline}
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to run: its engines by submodel name, and the pipeline that calls them."""
+    """A model ready to run: its engines by submodel name, and the pipeline that calls them.
+
+    `places` is where each submodel was loaded, `notes` what did not go as first wished. `again` loads it anew, avoiding some places.
+    """
 
     bundle: Bundle
     kind: Literal["diffusion", "chat"]
@@ -27,11 +45,26 @@ class LoadedModel:
     device: str
     engines: Mapping[str, Engine]
     pipeline: Callable[[Any], Pipeline]
+    places: Mapping[str, Place] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    again: Callable[[Collection[Place]], LoadedModel] | None = None
 
     def close(self) -> None:
-        """Free every engine."""
-        for engine in self.engines.values():
-            engine.close()
+        """Free every engine, also where one cannot be: a lost device takes its memory with it."""
+        for name, engine in self.engines.items():
+            with suppress(EngineError):
+                log.debug("closing %s", name)
+                engine.close()
+
+    def broken(self) -> tuple[str, ...]:
+        """Submodels whose engines cannot run even a small sample, as when their device was taken away."""
+        return tuple(name for name, engine in self.engines.items() if not _works(engine))
+
+    def elsewhere(self, broken: Collection[str]) -> LoadedModel:
+        """Close this model and load it again, without the places of the broken submodels if there are others. Raises as loading does."""
+        self.close()
+        assert self.again is not None, "a model that was loaded can be loaded again"
+        return self.again([self.places[name] for name in broken])
 
 
 def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
@@ -39,44 +72,111 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
 
     Raises EngineUnavailable listing what is wrong with every one: a target is never replaced by another without a word.
     """
-    if wanted is not None:
-        target(wanted)
-        if wanted not in bundle.targets:
-            built = ", ".join(bundle.targets)
-            raise EngineUnavailable(f"bundle {bundle.name} was built for {built}, not for {wanted}: build it with --target {wanted}")
-    reasons = []
-    asked = (wanted,) if wanted else bundle.targets
-    for name, engine in targets().items():
-        if name not in asked:
-            continue
-        found = engine.available()
-        if found.usable:
-            return engine
-        reasons.append(f"{name}: {found.reason}")
-    reasons += [f"{name}: not known to this program" for name in asked if name not in targets()]
-    raise EngineUnavailable(f"no target of bundle {bundle.name} is usable here. {'; '.join(reasons) or 'It was built for none'}")
+    machine = detect()
+    return target(placement.usable(bundle, placement.order(bundle, wanted, Wishes(), machine), "", machine)[0].target)
 
 
-def load_model(root: Path, wanted: str | None = None, options: Options | None = None) -> LoadedModel:
-    """Open a bundle, compare its files with their hashes, and load all its submodels on one target.
+def load_model(root: Path, wanted: str | None = None, options: Options | None = None, wishes: Wishes | None = None) -> LoadedModel:
+    """Open a bundle, compare its files with their hashes, and load its submodels, on the target that is wanted or as `wishes` say.
 
-    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code. Raises NotFound, BundleError or
-    EngineError; leaves nothing loaded then.
+    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code. Raises NotFound, BundleError,
+    InvalidInput, ResourceExhausted or EngineError; leaves nothing loaded then.
     """
     bundle = Bundle(root)
     bundle.verify(strangers=False)
     kind = bundle.manifest.pipeline
     if kind not in PIPELINES:
         raise BundleError(f"bundle {bundle.name} needs the pipeline '{kind}', which this program lacks: {did_you_mean(kind, PIPELINES)}")
+    return _load(bundle, wanted, options or Options(), wishes or Wishes(), ())
+
+
+def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, avoid: Collection[Place]) -> LoadedModel:
+    kind = bundle.manifest.pipeline
     pipeline = PIPELINES[kind](bundle)
-    engine = choose_target(bundle, wanted)
-    loaded: dict[str, Engine] = {}
+    machine = detect()
+    options = replace(options, threads=options.threads or _threads(machine.allowed))
+    plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)
+    budget = Budget(plan.rooms) if plan.rooms else None
+    engines, places, notes = dict[str, Engine](), dict[str, Place](), list(plan.notes)
     try:
         for submodel in bundle.manifest.submodels:
-            loaded[submodel.name] = engine.load(submodel, root, options or Options())
+            choice = plan.choices[submodel.name]
+            where, engine = _first(submodel, choice, partial(_load_one, bundle, submodel, options), budget, notes)
+            engines[submodel.name], places[submodel.name] = engine, where
+            if wishes.strict and engine.fallbacks:
+                raise EngineError(
+                    f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose another target or "
+                    "device, or allow that by leaving out --strict"
+                )
+        _tile(pipeline, engines.get("vae_decoder"), budget, notes)
     except BaseException:
-        for one in loaded.values():
+        for one in engines.values():
             one.close()
         raise
-    devices = ", ".join(dict.fromkeys(one.device for one in loaded.values()))
-    return LoadedModel(bundle, kind, engine.target, devices, loaded, pipeline)  # type: ignore[arg-type]
+    for note in notes:
+        log.warning("model %s: %s", bundle.name, note)
+    names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
+    again = partial(_load, bundle, wanted, options, wishes)
+    return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
+
+
+def _first(
+    submodel: Submodel, choice: Choice, load: Callable[[Place], Engine], budget: Budget | None, notes: list[str]
+) -> tuple[Place, Engine]:
+    """The submodel's engine at the first of its places where it can be loaded; the others' reasons are noted."""
+    reasons = []
+    for place in choice.places:
+        try:
+            engine = _held(submodel, place, choice.estimated[place], budget, load) if budget else load(place)
+        except (EngineError, ResourceExhausted, MissingDependency) as error:
+            if len(choice.places) == 1:
+                raise
+            reasons.append(f"{place}: {error}")
+            continue
+        if reasons:
+            notes.append(f"{submodel.name} is on {place} since it could not be loaded elsewhere ({'; '.join(reasons)})")
+        return place, engine
+    raise EngineUnavailable(f"{submodel.name} could be loaded nowhere. {'; '.join(reasons)}")
+
+
+def _load_one(bundle: Bundle, submodel: Submodel, options: Options, place: Place) -> Engine:
+    return target(place.target).load(submodel, bundle.root, replace(options, device=place.device))
+
+
+def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
+    """An engine that makes room for others. It is loaded once now, so that mistakes show at once and its memory is known."""
+    engine = OffloadedEngine(submodel, place.target, place.memory, budget, estimated, partial(load, place))
+    try:
+        engine.measure(place.memory == "cpu")
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _tile(pipeline: Any, decoder: Engine | None, budget: Budget | None, notes: list[str]) -> None:
+    """Have a diffusion pipeline decode in tiles what its VAE decoder has no room for."""
+    if not isinstance(pipeline, DiffusionPipeline) or not isinstance(decoder, OffloadedEngine) or budget is None:
+        return
+    room = budget.rooms.get(decoder.memory)
+    if room is not None:
+        pipeline.decodes_at_once = decoder.need.inputs_within(room) / (FLOAT_BYTES * pipeline.config.vae.latent_channels)
+        edge = int(pipeline.decodes_at_once**0.5) * pipeline.config.vae.scale_factor if pipeline.decodes_at_once < float("inf") else 0
+        if edge:
+            notes.append(f"pictures of more than about {edge}x{edge} pixels are decoded in tiles")
+
+
+def _works(engine: Engine) -> bool:
+    try:
+        engine.run(memory.sample(engine.submodel.signature))
+    except ResourceExhausted:
+        return True  # what is full may be free again
+    except Exception as error:
+        log.info("%s on %s cannot run a sample: %s", engine.submodel.name, engine.device, error)
+        return False
+    return True
+
+
+def _threads(allowed: Allowance) -> int:
+    """What SDKs are told where this process may use only some of the processors: they count those of the machine. 0 is for all."""
+    return allowed.threads if allowed.cpus < (os.cpu_count() or 1) else 0

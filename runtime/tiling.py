@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 OVERLAP: Final = 4
 """Neighbours share one part in so many of a tile's edge."""
-LEAST: Final = 8
-"""Edge of the smallest tile worth decoding, in latents: below, most of what is computed is border."""
+LEAST: Final = 16
+"""Edge of the smallest tile, in latents: smaller ones see too little of the picture to be alike (decision 15 has the figures)."""
 Pixels = NDArray[np.float32]
 
 

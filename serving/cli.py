@@ -19,6 +19,8 @@ import typer
 from runtime.errors import EnginecastError, InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
+    from runtime.engine import Options
+    from runtime.placement import Wishes
     from serving.enginecast_pb import chat_pb2, image_pb2
     from serving.job import Model
 
@@ -44,6 +46,19 @@ Address = Annotated[str | None, typer.Option(help=f"Server to ask, HOST:PORT. Wi
 BundleFolder = Annotated[Path | None, typer.Option("--bundle", help="Run this bundle in process, without a server.")]
 Target = Annotated[str | None, typer.Option(help="Engine to run on, such as openvino. Default: the best usable one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
+DeviceName = Annotated[str, typer.Option("--device", help="Device to run on, such as cpu, cuda:1, GPU.0 or HETERO:GPU,CPU.")]
+PlaceText = Annotated[
+    str | None,
+    typer.Option(
+        "--place",
+        help="Where submodels run, by name or role: SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as text_encoder=cpu,unet=cuda:0.",
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."),
+]
+Strict = Annotated[bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=UINT64, help="Seed; the same one gives the same result on the same engine.")]
 
 
@@ -66,6 +81,13 @@ def serve(
         str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
     ] = ADDRESS,
     target: Target = None,
+    device: DeviceName = "",
+    place: PlaceText = None,
+    memory_limit: MemoryLimit = None,
+    strict: Strict = False,
+    require_signature: Annotated[
+        Path | None, typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file).")
+    ] = None,
     threads: Threads = 0,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16,
     grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get to finish when the server stops.")] = 30.0,
@@ -73,14 +95,18 @@ def serve(
     """Serve bundles over gRPC until SIGINT or SIGTERM."""
     import logging
 
+    from runtime import signing
     from runtime.bundle import Bundle
-    from runtime.engine import Options
     from runtime.loading import load_model
     from serving import server
     from serving.host import Limits, ModelHost
 
+    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
+
     def load(root: Path, asked: str | None) -> Model:
-        return load_model(root, asked or target, Options(threads=threads))
+        if require_signature is not None:
+            signing.require_signature(Bundle(root), require_signature)
+        return load_model(root, asked or target, options, wishes)
 
     async def run() -> None:
         host = ModelHost(map(Bundle, bundles), load, Limits(max_queue=max_queue, grace_seconds=grace))
@@ -107,6 +133,10 @@ def generate(
     address: Address = None,
     bundle: BundleFolder = None,
     target: Target = None,
+    device: DeviceName = "",
+    place: PlaceText = None,
+    memory_limit: MemoryLimit = None,
+    strict: Strict = False,
     threads: Threads = 0,
 ) -> None:
     """Draw a picture from a prompt."""
@@ -127,7 +157,7 @@ def generate(
         seed=seed,
         images=images,
     )
-    with _session(address, bundle, target, threads) as session:
+    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict)) as session:
         for path in terminal.draw(session.generate(request), out):
             print(path)
 
@@ -147,6 +177,10 @@ def chat(
     address: Address = None,
     bundle: BundleFolder = None,
     target: Target = None,
+    device: DeviceName = "",
+    place: PlaceText = None,
+    memory_limit: MemoryLimit = None,
+    strict: Strict = False,
     threads: Threads = 0,
 ) -> None:
     """Ask about pictures, once or in a conversation."""
@@ -164,7 +198,7 @@ def chat(
         seed=seed,
         stop=stop or (),
     )
-    with _session(address, bundle, target, threads) as session:
+    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict)) as session:
         for question in _questions() if prompt is None else [_unicode("prompt", prompt)]:
             request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
             answer = terminal.speak(session.chat(request))
@@ -173,11 +207,21 @@ def chat(
 
 
 @app.command()
-def devices() -> None:
-    """Every target, whether it can be used on this machine, and why not."""
-    from serving import terminal
+def devices(
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+    bundle: Annotated[
+        Path | None, typer.Option(help="Show where the submodels of this bundle would be loaded, and what they take.")
+    ] = None,
+    target: Target = None,
+    device: DeviceName = "",
+    place: PlaceText = None,
+    memory_limit: MemoryLimit = None,
+    address: Annotated[str | None, typer.Option(help="Show what the models of the server at HOST:PORT really run on.")] = None,
+) -> None:
+    """Devices of this machine, their features and memory; every target, whether it can be used here, and why not."""
+    from serving import overview
 
-    terminal.show_devices()
+    overview.show(overview.collect(bundle, target, device, _wishes(place, memory_limit, False), address), as_json)
 
 
 def _forward(context: typer.Context) -> None:
@@ -197,23 +241,44 @@ for _name, (_, _help) in FORWARDS.items():
 
 
 @contextmanager
-def _session(address: str | None, bundle: Path | None, target: str | None, threads: int) -> Iterator[Session]:
+def _session(address: str | None, bundle: Path | None, target: str | None, options: Options, wishes: Wishes) -> Iterator[Session]:
     opened: AbstractContextManager[Session]
     if bundle is None:
-        if target is not None:
-            raise InvalidInput("target", "belongs to --bundle: the engine of a server is chosen by `enginecast serve --target`")
+        given = {
+            "target": target,
+            "device": options.device,
+            "place": wishes.place,
+            "memory_limit": wishes.memory_limit,
+            "strict": wishes.strict,
+        }
+        for name in (name for name, value in given.items() if value):
+            option = name.replace("_", "-")
+            raise InvalidInput(name, f"belongs to --bundle: what runs on a server is chosen by `enginecast serve --{option}`")
         from serving.client import Client
 
         opened = Client(address or ADDRESS)
     elif address is not None:
         raise InvalidInput("address", "and --bundle exclude each other: ask a server, or run the bundle in process")
     else:
-        from runtime.engine import Options
         from serving.local import Local
 
-        opened = Local.open(bundle, target, Options(threads=threads))
+        opened = Local.open(bundle, target, options, wishes)
     with opened as session:
         yield session
+
+
+def _options(device: str, threads: int) -> Options:
+    from runtime.engine import Options
+
+    return Options(device=device, threads=threads)
+
+
+def _wishes(place: str | None, memory_limit: str | None, strict: bool) -> Wishes:
+    from runtime.memory import parse_size
+    from runtime.placement import Wishes, parse_place
+
+    limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
+    return Wishes(parse_place(place) if place else {}, limit, strict)
 
 
 def _questions() -> Iterator[str]:

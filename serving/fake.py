@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from runtime.bundle import MANIFEST, Bundle, Manifest, Source
+from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput, NotFound
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
-from runtime.signature import Array
+from runtime.signature import Array, Signature
 from serving.client import Client
 from serving.enginecast_pb import image_pb2
 from serving.host import Limits, ModelHost
@@ -43,15 +43,21 @@ class FakeModel:
 
     target = "fake"
     device = "none"
+    notes: tuple[str, ...] = ()
 
     def __init__(self, kind: Kind = "diffusion") -> None:
         self.kind: Kind = kind
         self.engine = FakeEngine(self._step)
+        self.engine.submodel = Submodel(
+            name="denoiser", signature=Signature(inputs=(), outputs=()), graph="onnx/denoiser/model.onnx", precision="int8 W8A8", nbytes=0
+        )
         self.engines: Mapping[str, FakeEngine] = {"denoiser": self.engine}
         self.closed = False
         self.entered = threading.Semaphore(0)
         self._permits: threading.Semaphore | None = None
         self.failure: Exception | None = None
+        self.successor: FakeModel | Exception | None = None
+        """What is loaded in its place when it is found broken: another model, or why none can be."""
 
     @property
     def calls(self) -> int:
@@ -103,6 +109,15 @@ class FakeModel:
 
     def close(self) -> None:
         self.closed = True
+
+    def broken(self) -> tuple[str, ...]:
+        return ("denoiser",) if self.successor is not None else ()
+
+    def elsewhere(self, broken: Sequence[str]) -> FakeModel:
+        self.close()
+        if isinstance(self.successor, FakeModel):
+            return self.successor
+        raise self.successor or AssertionError("it was not broken")
 
 
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
     EnginecastError,
+    EngineError,
     InvalidInput,
     NotFound,
     ResourceExhausted,
@@ -27,7 +30,7 @@ from runtime.errors import (
     did_you_mean,
 )
 from runtime.pipeline import Event, drive
-from serving.job import Driver, Job, Kind, Model, Queued
+from serving.job import Driver, Job, Kind, Model, Queued, precision
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +58,22 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Placement:
+    """What a submodel runs on, as it is and not as asked for."""
+
+    submodel: str
+    target: str
+    device: str
+    precision: str
+    fallbacks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Status:
-    """A model as it stands. `kind` is known once it was loaded; `target` and `device` while it is; `error` when loading failed."""
+    """A model as it stands.
+
+    `kind` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading failed.
+    """
 
     name: str
     state: State
@@ -67,6 +84,8 @@ class Status:
     error: str | None
     running: int
     queued: int
+    placements: tuple[Placement, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class _Run:
@@ -75,6 +94,7 @@ class _Run:
     def __init__(self, job: Job, workers: ThreadPoolExecutor) -> None:
         self.job = job
         self.events: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+        self.error: BaseException | None = None
         self._loop = asyncio.get_running_loop()
         self.future: Future[None] = workers.submit(self._work)
 
@@ -86,6 +106,7 @@ class _Run:
             for event in self.job.events():
                 send(event)
         except BaseException as error:  # it is raised again on the event loop, by whoever reads the events
+            self.error = error
             send(error)
         else:
             send(None)
@@ -109,6 +130,7 @@ class _Served:
         self.error: str | None = None
         self.runs: set[_Run] = set()
         self.change: asyncio.Task[None] | None = None
+        self.check: asyncio.Task[None] | None = None
         self.workers = ThreadPoolExecutor(limits.slots, thread_name_prefix=bundle.name)
 
     @property
@@ -126,11 +148,12 @@ class _Served:
             raise ResourceExhausted(f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later")
         return self.model
 
-    def start(self, job: Job) -> _Run:
+    def start(self, job: Job, ended: Callable[[_Run], None]) -> _Run:
+        """Have a worker do the job; `ended` is called on the loop when it has."""
         loop = asyncio.get_running_loop()
         run = _Run(job, self.workers)
         self.runs.add(run)
-        run.future.add_done_callback(lambda _: loop.call_soon_threadsafe(self.runs.discard, run))
+        run.future.add_done_callback(lambda _: loop.call_soon_threadsafe(ended, run))
         return run
 
     async def drain(self, grace: float, error: EnginecastError) -> None:
@@ -146,8 +169,13 @@ class _Served:
     def status(self) -> Status:
         running = min(len(self.runs), self.limits.slots)
         target, device = (self.model.target, self.model.device) if self.model else (None, None)
-        quant = self.bundle.manifest.quant
-        return Status(self.name, self.state, quant, self.kind, target, device, self.error, running, len(self.runs) - running)
+        placements = tuple(
+            Placement(name, engine.target, engine.device, precision(engine), engine.fallbacks)
+            for name, engine in (self.model.engines if self.model else {}).items()
+        )
+        notes = tuple(self.model.notes) if self.model else ()
+        queued, quant = len(self.runs) - running, self.bundle.manifest.quant
+        return Status(self.name, self.state, quant, self.kind, target, device, self.error, running, queued, placements, notes)
 
 
 class ModelHost:
@@ -188,7 +216,7 @@ class ModelHost:
         pipeline = await asyncio.to_thread(served.ready(kind).pipeline, request)
         job = Job(served.ready(kind), pipeline, self._driver)
         position = len(served.runs)
-        run = served.start(job)
+        run = served.start(job, partial(self._ended, served))
         over = DeadlineExceeded(f"the request was not done after {timeout or 0:.3g} s: allow it more time or ask for less work")
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
         try:
@@ -224,7 +252,8 @@ class ModelHost:
         """Refuse new requests, unload every model, end the worker threads."""
         self.stopping = True
         self.changed.set()
-        await asyncio.gather(*(served.change for served in self._models.values() if served.change), return_exceptions=True)
+        tasks = [task for served in self._models.values() for task in (served.check, served.change) if task]
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*(self.unload(name, grace) for name in self._models))
         for served in self._models.values():
             served.workers.shutdown()
@@ -259,6 +288,37 @@ class ModelHost:
         served.change.add_done_callback(ended)
         await asyncio.shield(served.change)
 
+    def _ended(self, served: _Served, run: _Run) -> None:
+        """Where an engine failed, see whether it was the request or the engine: a device may have been taken away."""
+        served.runs.discard(run)
+        if isinstance(run.error, EngineError) and served.state is State.READY and served.check is None and not self.stopping:
+            served.check = asyncio.create_task(self._check(served, run.error))
+
+    async def _check(self, served: _Served, error: EngineError) -> None:
+        """Load a model again, elsewhere where it can be, if its engines do not even run a sample. Until then requests wait behind this."""
+        try:
+            model = served.model
+            broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
+            if broken and served.state is State.READY and served.model is model and served.change is None:
+                log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
+                with suppress(Exception):  # it is in the model's status and in the log
+                    await self._change(served, self._reload(served, broken, error))
+        finally:
+            served.check = None
+
+    async def _reload(self, served: _Served, broken: Sequence[str], error: EngineError) -> None:
+        self._become(served, State.LOADING)
+        why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
+        await served.drain(0, Unavailable(f"{why}: the model is being loaded again, send the request again when it is ready"))
+        model, served.model = served.model, None
+        assert model is not None, "a model is ready when it is found broken"
+        try:
+            served.model = await asyncio.to_thread(model.elsewhere, broken)
+        except Exception as reason:
+            self._become(served, State.FAILED, f"{why}, and it could not be loaded again: {reason}")
+            raise
+        self._become(served, State.READY)
+
     def _become(self, served: _Served, state: State, error: str | None = None) -> None:
         served.state, served.error = state, error
         self.changed.set()
@@ -277,6 +337,8 @@ class ModelHost:
         self._become(served, State.UNLOADING)
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
         await served.drain(grace, Unavailable(f"{why} and the request did not finish within {grace:g} s: send it again later"))
+        if served.check is not None:
+            await asyncio.wait([served.check])
         model, served.model = served.model, None
         try:
             if model is not None:

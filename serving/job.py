@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
@@ -30,7 +30,11 @@ class Model(Protocol):
     def engines(self) -> Mapping[str, Engine]: ...
     @property
     def pipeline(self) -> Callable[[Any], Pipeline]: ...
+    @property
+    def notes(self) -> Sequence[str]: ...
     def close(self) -> None: ...
+    def broken(self) -> Sequence[str]: ...
+    def elsewhere(self, broken: Sequence[str], /) -> Model: ...
 
 
 @dataclass(frozen=True)
@@ -47,13 +51,16 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class EngineUse:
-    """What ran a submodel: measured, not asked for. `seconds` is the time the pipeline waited for it."""
+    """What ran a submodel: measured, not asked for. `seconds` is the time the pipeline waited for it, `reload_seconds` a part of it."""
 
     submodel: str
     target: str
     device: str
     calls: int
     seconds: float
+    precision: str = ""
+    fallbacks: tuple[str, ...] = ()
+    reload_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,7 @@ class Job:
         self._driver = driver
         self._admitted = perf_counter()
         self._seconds: dict[str, list[float]] = {}
+        self._reloads: dict[str, float] = {}
         self._stopped_by: EnginecastError | None = None
 
     def stop(self, error: EnginecastError) -> None:
@@ -104,14 +112,23 @@ class Job:
                     item = pipeline.send(outputs)
                 except StopIteration:
                     return
+                if isinstance(item, Call):
+                    self._reloads.setdefault(item.submodel, self._model.engines[item.submodel].reload_seconds)
                 began = perf_counter()
                 outputs = yield item
                 if isinstance(item, Call):
                     self._seconds.setdefault(item.submodel, []).append(perf_counter() - began)
 
     def _uses(self) -> tuple[EngineUse, ...]:
-        engines = self._model.engines
-        return tuple(
-            EngineUse(name, engines[name].target, engines[name].device, len(seconds), sum(seconds))
-            for name, seconds in self._seconds.items()
+        return tuple(self._use(name, self._model.engines[name], seconds) for name, seconds in self._seconds.items())
+
+    def _use(self, name: str, engine: Engine, seconds: Sequence[float]) -> EngineUse:
+        again = engine.reload_seconds - self._reloads[name]
+        return EngineUse(
+            name, engine.target, engine.device, len(seconds), sum(seconds), precision(engine), engine.fallbacks, max(0.0, again)
         )
+
+
+def precision(engine: Engine) -> str:
+    """What a submodel computes in, for reading: "int8 W8A8, float32"."""
+    return f"{engine.submodel.precision}, {engine.computes}"

@@ -10,6 +10,7 @@ from runtime.engine import Options
 from runtime.errors import InvalidInput
 from runtime.loading import load_model
 from runtime.pipeline import Event, drive
+from runtime.placement import Wishes
 from serving import messages
 from serving.enginecast_pb import chat_pb2, image_pb2
 from serving.job import Job, Kind, Model
@@ -22,9 +23,9 @@ class Local:
         self._model = model
 
     @classmethod
-    def open(cls, root: Path, target: str | None = None, options: Options | None = None) -> Local:
+    def open(cls, root: Path, target: str | None = None, options: Options | None = None, wishes: Wishes | None = None) -> Local:
         """Load the bundle at `root` for a target, or for the best usable one."""
-        return cls(load_model(root, target, options or Options()))
+        return cls(load_model(root, target, options, wishes))
 
     def __enter__(self) -> Local:
         return self

@@ -154,7 +154,16 @@ def _timings(done: Done) -> common_pb2.Timings:
 
 def _engines(done: Done) -> list[common_pb2.EngineUse]:
     return [
-        common_pb2.EngineUse(submodel=use.submodel, target=use.target, device=use.device, calls=use.calls, seconds=use.seconds)
+        common_pb2.EngineUse(
+            submodel=use.submodel,
+            target=use.target,
+            device=use.device,
+            calls=use.calls,
+            seconds=use.seconds,
+            precision=use.precision,
+            fallbacks=use.fallbacks,
+            reload_seconds=use.reload_seconds,
+        )
         for use in done.engines
     ]
 
@@ -171,4 +180,11 @@ def model(status: Status) -> model_pb2.Model:
         error=status.error,
         running=status.running,
         queued=status.queued,
+        placements=[
+            model_pb2.Placement(
+                submodel=one.submodel, target=one.target, device=one.device, precision=one.precision, fallbacks=one.fallbacks
+            )
+            for one in status.placements
+        ],
+        notes=status.notes,
     )

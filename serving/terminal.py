@@ -14,9 +14,7 @@ from typing import Final
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
-from runtime.engine import targets
 from runtime.errors import InvalidInput, NotFound
 from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2
 
@@ -62,17 +60,6 @@ def speak(responses: Iterable[chat_pb2.ChatResponse]) -> str:
     return answer
 
 
-def show_devices() -> None:
-    """Print every target: whether it is usable here, on which devices and in which version, or why not."""
-    table = Table()
-    for column in ("target", "usable", "devices", "version", "reason"):
-        table.add_column(column, overflow="fold")
-    for name, engine in targets().items():
-        found = engine.available()
-        table.add_row(name, "yes" if found.usable else "no", ", ".join(found.devices), found.version, found.reason)
-    Console().print(table)
-
-
 def read_image(path: Path) -> bytes:
     """The bytes of a picture file. Raises NotFound."""
     try:
@@ -107,4 +94,9 @@ def write(path: Path, data: bytes) -> None:
 
 def _summary(timings: common_pb2.Timings, engines: Sequence[common_pb2.EngineUse], what: str) -> None:
     where = ", ".join(dict.fromkeys(f"{use.target} ({use.device})" for use in engines))
-    errors.print(f"[dim]{what}, {timings.run_seconds:.1f} s on {where}[/dim]")
+    again = sum(use.reload_seconds for use in engines)
+    loading = f", {again:.1f} s of it loading again" if again else ""
+    errors.print(f"{what}, {timings.run_seconds:.1f} s on {where}{loading}", style="dim", markup=False)
+    for use in engines:
+        for fallback in use.fallbacks:
+            errors.print(f"{use.submodel}: {fallback}", style="dim", markup=False)

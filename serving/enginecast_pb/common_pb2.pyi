@@ -1,5 +1,7 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable
 from typing import ClassVar as _ClassVar, Optional as _Optional
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -21,15 +23,21 @@ class Timings(_message.Message):
     def __init__(self, queue_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., first_output_seconds: _Optional[float] = ...) -> None: ...
 
 class EngineUse(_message.Message):
-    __slots__ = ("submodel", "target", "device", "calls", "seconds")
+    __slots__ = ("submodel", "target", "device", "calls", "seconds", "precision", "fallbacks", "reload_seconds")
     SUBMODEL_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     CALLS_FIELD_NUMBER: _ClassVar[int]
     SECONDS_FIELD_NUMBER: _ClassVar[int]
+    PRECISION_FIELD_NUMBER: _ClassVar[int]
+    FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    RELOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     submodel: str
     target: str
     device: str
     calls: int
     seconds: float
-    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., calls: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...
+    precision: str
+    fallbacks: _containers.RepeatedScalarFieldContainer[str]
+    reload_seconds: float
+    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., calls: _Optional[int] = ..., seconds: _Optional[float] = ..., precision: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ..., reload_seconds: _Optional[float] = ...) -> None: ...

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 
-from runtime import loading
-from runtime.bundle import MANIFEST, Bundle, Submodel
+from runtime import devices, loading, memory, placement
+from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel
+from runtime.containers import Allowance
 from runtime.engine import Availability, Engine, FakeEngine, Options, targets
-from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound
-from runtime.loading import choose_target, load_model
+from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound, ResourceExhausted
+from runtime.loading import LoadedModel, choose_target, load_model
+from runtime.memory import parse_size
 from runtime.pipeline import ImageReady, TextDelta, drive
 from runtime.pipelines.chat import ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
-from runtime.signature import Array
+from runtime.placement import Wishes, parse_place
+from runtime.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.text import Message
 
 SAMPLES = Path(__file__).parents[2] / "export" / "samples"
@@ -53,12 +57,12 @@ def test_the_best_usable_target_is_taken(tiny_bundle: Path, monkeypatch: pytest.
     bundle = Bundle(tiny_bundle)
     assert choose_target(bundle).target == next(name for name in targets() if name in bundle.targets)
     others = {"openvino": unusable("openvino", "no such processor"), "onnxruntime": targets()["onnxruntime"]}
-    monkeypatch.setattr(loading, "targets", lambda: others)
+    monkeypatch.setattr(placement, "targets", lambda: others)
     assert choose_target(bundle).target == "onnxruntime"
 
 
 def test_when_nothing_fits_every_reason_is_told(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "targets", lambda: {name: unusable(name, f"{name} is broken") for name in ("openvino", "onnxruntime")})
+    monkeypatch.setattr(placement, "targets", lambda: {name: unusable(name, f"{name} is broken") for name in ("openvino", "onnxruntime")})
     artifacts = json.loads((tiny_bundle / MANIFEST).read_bytes())["artifacts"]
     bundle = Bundle(changed(tiny_bundle, tmp_path / "b", artifacts=[*artifacts, {"target": "abacus", "submodel": "decoder"}]))
     with pytest.raises(EngineUnavailable) as caught:
@@ -123,6 +127,206 @@ def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, target, Options(threads=1))
     assert (model.kind, model.target) == ("chat", target) and model.device.startswith(f"{target}:") and "," not in model.device
     model.close()
+
+
+# Places
+
+
+class Plain(FakeEngine):
+    """An engine that gives zeros. Whether it can be loaded, whether it runs and what it leaves to others, a test says."""
+
+    target = "plain"
+    rank = 1
+    failure: ClassVar[Exception | None] = None
+    lost: ClassVar[bool] = False
+    left: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def available(cls) -> Availability:
+        return Availability(True, ("CPU",))
+
+    @classmethod
+    def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        if cls.failure is not None and submodel.name == "unet":
+            raise cls.failure
+
+        def zeros(inputs: Mapping[str, Array]) -> dict[str, Array]:
+            if cls.lost:
+                raise EngineError("the device is gone")
+            return {"image": np.zeros((1, 3, 8, 8), np.float32)}
+
+        engine = cls(zeros)
+        engine.submodel, engine.device, engine.fallbacks = submodel, f"{cls.target}:{options.device}", cls.left
+        return engine
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Plain], type[Plain]]:
+    """A diffusion bundle without graphs, and two targets that it was built for: "quick", on a device of its own, and "slow"."""
+
+    class Quick(Plain):
+        target = "quick"
+
+        @classmethod
+        def available(cls) -> Availability:
+            return Availability(True, ("cuda:0 (made up)",))
+
+    class Slow(Plain):
+        target = "slow"
+
+    known = {"quick": Quick, "slow": Slow}
+    for module, name in ((placement, "targets"), (placement, "target"), (loading, "target")):
+        monkeypatch.setattr(module, name, (lambda: known) if name == "targets" else known.__getitem__)
+    latents = Tensor(name="latents", dtype="float32", dims=(BATCH, 8, Dim(name="height", min=2, opt=8, max=64), 8))
+    submodels = tuple(
+        Submodel(name=name, signature=Signature(inputs=(latents,), outputs=()), graph="g", precision="int8", nbytes=size)
+        for name, size in (("text_encoder", 10), ("unet", 30), ("vae_decoder", 20))
+    )
+    config = json.loads(json.dumps(CONFIG))
+    manifest = Manifest(
+        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={}, files={},
+        artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in submodels),
+        source=Source(name="made-up", family="f", architecture="A", fingerprint=""),
+    )  # fmt: skip
+    root = tmp_path / "made-up"
+    root.mkdir()
+    (root / MANIFEST).write_text(manifest.model_dump_json())
+    shutil.copytree(SAMPLES / "shapes-diffusion" / "tokenizer", root / "tokenizer")
+    return root, Quick, Slow
+
+
+CONFIG: Mapping[str, Any] = {
+    "scheduler": {
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "set_alpha_to_one": False, "steps_offset": 1,
+    },
+    "vae": {"scaling_factor": 1.0, "scale_factor": 16, "latent_channels": 8},
+    "sizes": {"min": 64, "max": 1024, "default": 128, "multiple": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("failure", [ResourceExhausted("cuda:0 has too little free memory"), EngineError("made for another GPU")])
+def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_told(two: Any, failure: Exception) -> None:
+    root, quick, _ = two
+    quick.failure = failure
+    model = load_model(root)
+    assert {name: engine.device for name, engine in model.engines.items()} == {
+        "text_encoder": "quick:cuda:0", "unet": "slow:CPU", "vae_decoder": "quick:cuda:0",
+    }  # fmt: skip
+    assert (model.target, model.device) == ("quick, slow", "quick:cuda:0, slow:CPU")
+    assert model.notes == (f"unet is on slow:CPU since it could not be loaded elsewhere (quick:cuda:0: {failure})",)
+
+
+def test_where_nothing_can_be_loaded_every_reason_is_told(two: Any) -> None:
+    root, quick, slow = two
+    quick.failure, slow.failure = ResourceExhausted("too little memory"), EngineError("out of order")
+    with pytest.raises(EngineUnavailable, match=r"unet could be loaded nowhere\. quick:cuda:0: too little memory; slow:CPU: out of order"):
+        load_model(root)
+    with pytest.raises(ResourceExhausted, match=r"^too little memory$"):
+        load_model(root, "quick")
+
+
+def test_strict_refuses_what_runs_elsewhere(two: Any) -> None:
+    root, quick, _ = two
+    quick.left = ("3 of 120 nodes on the CPU: Loop",)
+    assert load_model(root).engines["unet"].fallbacks == quick.left
+    with pytest.raises(EngineError, match="text_encoder on quick:cuda:0 runs a part elsewhere: 3 of 120 nodes on the CPU: Loop"):
+        load_model(root, wishes=Wishes(strict=True))
+    assert load_model(root, wishes=Wishes(strict=True, place=dict.fromkeys(("text_encoder", "unet", "vae"), "slow"))).target == "slow"
+
+
+def test_a_lost_device_is_found_and_left(two: Any) -> None:
+    root, quick, slow = two
+    model = load_model(root)
+    assert model.broken() == ()
+    quick.lost = True
+    assert model.broken() == ("text_encoder", "unet", "vae_decoder")
+    moved = model.elsewhere(model.broken())
+    assert (moved.target, moved.device, moved.broken()) == ("slow", "slow:CPU", ())
+    slow.lost, quick.lost = True, False
+    assert moved.elsewhere(moved.broken()).target == "quick", "what came back is used again"
+
+
+def test_the_limit_of_a_container_reaches_the_engines(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        Plain, "load", classmethod(lambda cls, submodel, root, options: seen.append(options.threads) or FakeEngine(lambda x: {}))
+    )
+    monkeypatch.setattr(devices, "allowance", lambda: Allowance(0.5))
+    load_model(two[0])
+    load_model(two[0], options=Options(threads=3))
+    assert set(seen[:3]) == {1} and set(seen[3:]) == {3}
+
+
+def draw(model: LoadedModel, size: int, steps: int = 2) -> Any:
+    request = ImageRequest(PROMPT, width=size, height=size, steps=steps, seed=4)
+    (ready,) = [event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady)]
+    return ready.image
+
+
+def both_cpu_targets() -> bool:
+    return all(targets()[name].available().usable for name in ("openvino", "onnxruntime"))
+
+
+@pytest.mark.skipif(not both_cpu_targets(), reason="needs OpenVINO and ONNX Runtime")
+def test_submodels_on_different_targets_draw_the_same_picture(diffusion_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alone = load_model(diffusion_bundle, "openvino", Options(threads=1))
+    whole = draw(alone, 128, STEPS)
+    alone.close()
+    mixed = load_model(
+        diffusion_bundle, options=Options(threads=1), wishes=Wishes(place=parse_place("text_encoder=onnxruntime,unet=openvino"))
+    )
+    figure = psnr(draw(mixed, 128, STEPS), whole)
+    targets_used = {name: engine.target for name, engine in mixed.engines.items()}
+    mixed.close()
+    with capsys.disabled():
+        print(f"\n{targets_used}: {figure:.1f} dB to OpenVINO alone")
+    assert (targets_used["text_encoder"], targets_used["unet"]) == ("onnxruntime", "openvino") and figure >= 50
+
+
+@pytest.mark.skipif(memory.of_process() is None, reason="the system does not tell what a process has")
+def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
+    target: str, diffusion_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = load_model(diffusion_bundle, target, Options(threads=1))
+    whole = draw(free, 512)
+    free.close()
+    lines = []
+    for limit in ("400MB", "130MB"):
+        model = load_model(diffusion_bundle, target, Options(threads=1), Wishes(memory_limit=parse_size("", limit)))
+        picture: Any = draw(model, 512)
+        engines: Any = model.engines
+        tiled = model.pipeline.decodes_at_once < 32 * 32  # type: ignore[attr-defined]
+        loads = {name: engine.loads for name, engine in engines.items() if name != "vae_encoder"}
+        again = sum(engine.reload_seconds for engine in engines.values())
+        taken = sum(engine.taken for engine in engines.values())
+        figure = psnr(picture, whole)
+        lines.append(f"{target} within {limit}: {figure:.1f} dB, {'in tiles' if tiled else 'whole'}, loads {loads}, {again:.2f} s again")
+        model.close()
+        assert taken <= parse_size("", limit) and (figure >= 33 if tiled else figure == math.inf)
+    with capsys.disabled():
+        print("\n" + "\n".join(lines))
+    assert "in tiles" in lines[1] and "whole" in lines[0]
+
+
+def test_a_limit_too_small_for_a_submodel(diffusion_bundle: Path) -> None:
+    with pytest.raises(ResourceExhausted, match=r"no memory suffices for unet.*needs .*MiB, has 19\.1 MiB"):
+        load_model(diffusion_bundle, wishes=Wishes(memory_limit=20_000_000))
+
+
+def test_a_conversation_under_a_limit(target: str, vlm_bundle: Path) -> None:
+    """The decoder's caches stay while it answers, though vision encoder and embedding come and go."""
+    request = ChatRequest(
+        (Message("user", (np.full((128, 128, 3), 200, np.uint8), "what color is the background?")),), max_tokens=8, temperature=0.0
+    )
+
+    def answer(wishes: Wishes) -> str:
+        model = load_model(vlm_bundle, target, Options(threads=1), wishes)
+        text = "".join(event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta))
+        model.close()
+        return text
+
+    assert answer(Wishes(memory_limit=110_000_000)) == answer(Wishes()) != ""
 
 
 # The whole

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from runtime import engine
+from runtime import signing
 from runtime.engine import Availability, FakeEngine
 from serving import cli
 from serving.fake import FakeModel, FakeServer, bundle, until
@@ -42,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModel]:
     """The model that --bundle loads."""
     model = FakeModel()
-    monkeypatch.setattr(Local, "open", classmethod(lambda cls, root, target, options: cls(model)))
+    monkeypatch.setattr(Local, "open", classmethod(lambda cls, root, target, options, wishes: cls(model)))
     yield model
     assert model.closed
 
@@ -78,6 +79,14 @@ class TestGenerate:
             (("--model", "drow"), 3, "did you mean 'draw'"),
             (("--model", "talk"), 2, "talk is a chat model"),
             (("--target", "openvino"), 2, "target: belongs to --bundle"),
+            (
+                ("--memory-limit", "4GiB"),
+                2,
+                "memory_limit: belongs to --bundle: what runs on a server is chosen by `enginecast serve --memory-limit`",
+            ),
+            (("--strict",), 2, "strict: belongs to --bundle"),
+            (("--place", "unet"), 2, "place: has 'unet', expected SUBMODEL=TARGET[:DEVICE]"),
+            (("--memory-limit", "4 elephants"), 2, "memory_limit: is '4 elephants', expected a size above 0 such as 4GiB"),
             (("--out", "x.jpg"), 2, "out: 'x.jpg' has no .png ending"),
             (("--out", "/nowhere/x.png"), 3, "folder /nowhere does not exist"),
             (("--address", "127.0.0.1:1"), 10, "no server answers there"),
@@ -147,10 +156,22 @@ class TestServe:
         in_use = run("serve", root, "--address", warm.address)
         assert in_use.code == 10 and "in use" in in_use.err
         assert run("serve", root, "--address", "nonsense").code == 2
+        assert run("serve", root, "--memory-limit", "lots").code == 2
+
+    def test_only_signed_bundles(self, run: Any, tmp_path: Path) -> None:
+        private, public = tmp_path / "key.pem", tmp_path / "key.pub"
+        signing.generate(private, public)
+        unsigned = bundle(tmp_path, "unsigned")
+        ended = run("serve", str(unsigned.root), "--address", "127.0.0.1:0", "--require-signature", str(public))
+        assert ended.code == 6 and "is not signed, and a signature is required" in ended.err
+        signing.sign(unsigned, private)
+        ended = run("serve", str(unsigned.root), "--address", "127.0.0.1:0", "--require-signature", str(public))
+        assert "needs the pipeline 'fake'" in ended.err, "the signature is good; there is nothing to run"
 
 
 class TestDevices:
-    def test_says_why_not(self, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.fixture(autouse=True)
+    def made_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
         class Broken(FakeEngine):
             target = "broken"
 
@@ -158,11 +179,37 @@ class TestDevices:
             def available(cls) -> Availability:
                 return Availability(False, reason="no such device")
 
-        engine.targets.cache_clear()
-        monkeypatch.setattr("serving.terminal.targets", lambda: {"fake": FakeEngine, "broken": Broken})
+        monkeypatch.setattr("serving.overview.targets", lambda: {"fake": FakeEngine, "broken": Broken})
+
+    def test_says_why_not(self, run: Any) -> None:
         ended = run("devices")
         rows = {line.split("│")[1].strip(): line for line in ended.out.splitlines() if "│" in line}
-        assert "yes" in rows["fake"] and "no such" in rows["broken"]
+        assert "yes" in rows["fake"] and "no such" in rows["broken"] and "GiB" in rows["cpu"]
+
+    def test_json(self, run: Any) -> None:
+        found = json.loads(run("devices", "--json").out)
+        assert [(one["target"], one["usable"], one["reason"]) for one in found["targets"]] == [
+            ("fake", True, ""), ("broken", False, "no such device"),
+        ]  # fmt: skip
+        host = found["devices"][0]
+        assert (host["name"], host["kind"]) == ("cpu", "cpu") and host["memory"] > host["free"] > 0 and found["processors"] > 0
+
+    def test_of_a_server(self, run: Any, warm: FakeServer) -> None:
+        warm.draw.notes = ("it did not fit",)
+        found = json.loads(run("devices", "--json", "--address", warm.address).out)
+        assert found["models"][0] == {
+            "model": "draw", "submodel": "denoiser", "target": "fake", "device": "none", "precision": "int8 W8A8, float32", "fallbacks": [],
+        }  # fmt: skip
+        assert "draw: it did not fit" in found["notes"]
+        assert run("devices", "--address", "127.0.0.1:1").code == 10
+
+    def test_of_a_bundle(self, run: Any, tiny_bundle: Path) -> None:
+        found = json.loads(run("devices", "--json", "--bundle", str(tiny_bundle), "--place", "decoder=onnxruntime").out)
+        rows = {row["submodel"]: row for row in found["placement"]}
+        assert rows["decoder"]["place"] == "onnxruntime:CPUExecutionProvider" and rows["decoder"]["needs"] > 0
+        assert rows["vision_encoder"]["memory of"] == "cpu"
+        ended = run("devices", "--bundle", str(tiny_bundle), "--place", "decodr=cpu")
+        assert ended.code == 2 and "did you mean 'decoder'" in ended.err
 
 
 class TestForwarding:

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
-from runtime.errors import Cancelled, DeadlineExceeded, EnginecastError, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from runtime.errors import Cancelled, DeadlineExceeded, EnginecastError, EngineError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from serving.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
 from serving.fake import FakeModel, FakeServer, bundle, request, until
@@ -65,6 +65,7 @@ class TestGenerate:
         assert Image.open(io.BytesIO(images[0].png)).size == (16, 8)
         done = responses[-1].done
         assert [(use.submodel, use.target, use.device, use.calls) for use in done.engines] == [("denoiser", "fake", "none", 3)]
+        assert done.engines[0].precision == "int8 W8A8, float32" and not done.engines[0].fallbacks and done.engines[0].reload_seconds == 0
         assert 0 < done.timings.first_output_seconds <= done.timings.run_seconds
 
     def test_progress_arrives_while_it_runs(self, warm: FakeServer) -> None:
@@ -338,6 +339,86 @@ class TestModels:
             warm.draw.release()
             unloading.result(10)
         assert warm.draw.closed and warm.draw.calls == 1
+
+
+class TestWhatReallyRuns:
+    def test_placements_and_notes_of_a_model(self, cold: FakeServer) -> None:
+        cold.draw.engine.fallbacks = ("3 of 120 nodes on the CPU: Loop",)
+        cold.draw.notes = ("denoiser is on fake since cuda:0 is full",)
+        model = cold.client.load("draw")
+        (one,) = model.placements
+        assert (one.submodel, one.target, one.device, one.precision) == ("denoiser", "fake", "none", "int8 W8A8, float32")
+        assert (list(one.fallbacks), list(model.notes)) == (list(cold.draw.engine.fallbacks), list(cold.draw.notes))
+        assert list(cold.client.generate(request()))[-1].done.engines[0].fallbacks == one.fallbacks
+        assert not cold.client.unload("draw").placements
+
+    def test_what_loading_again_took_is_told(self, warm: FakeServer) -> None:
+        warm.draw.engine.reload_seconds = 5.0
+        responses = warm.client.generate(request(steps=2))
+        assert next(responses).HasField("queued")
+        next(responses)
+        warm.draw.engine.reload_seconds = 7.5
+        assert list(responses)[-1].done.engines[0].reload_seconds in (0.0, 2.5), "what was spent during this request"
+
+
+class TestALostDevice:
+    """Engines that raise, and on being asked do not even run a sample."""
+
+    def lose(self, server: FakeServer, successor: FakeModel | Exception) -> None:
+        server.draw.successor = successor
+        server.draw.failure = EngineError("CUDA could not run: device was lost")
+        with pytest.raises(EnginecastError, match="device was lost"):
+            list(server.client.generate(request()))
+
+    def test_the_model_is_loaded_elsewhere(self, warm: FakeServer) -> None:
+        lost, successor = warm.draw, FakeModel()
+        self.lose(warm, successor)
+        until(lambda: warm.host.status("draw").state.value == "ready" and lost.closed)
+        warm.models["draw"] = successor
+        assert warm.alive() and successor.calls
+
+    def test_or_failed_with_the_reason(self, warm: FakeServer) -> None:
+        self.lose(warm, EngineError("no other place"))
+        until(lambda: warm.client.model("draw").state == model_pb2.MODEL_STATE_FAILED)
+        error = warm.client.model("draw").error
+        assert "denoiser of model draw stopped working" in error and "device was lost" in error and "no other place" in error
+        with pytest.raises(Unavailable, match="device was lost"):
+            list(warm.client.generate(request()))
+        assert list(warm.client.chat(ask()))[-1].HasField("done"), "the other model goes on"
+        warm.draw.successor = None
+        warm.client.load("draw")
+        assert warm.alive()
+
+    def test_requests_that_wait_are_answered(self, warm: FakeServer) -> None:
+        warm.draw.hold()
+        warm.draw.successor = FakeModel()
+        streams = [warm.client.generate(request()) for _ in range(3)]
+        assert all(next(stream).HasField("queued") for stream in streams)
+        warm.draw.failure = EngineError("device was lost")
+        lost = warm.draw
+        lost.release()
+        for stream in streams:
+            with pytest.raises(EnginecastError, match="device was lost"):
+                list(stream)
+        until(lambda: warm.host.status("draw").state.value == "ready" and lost.closed)
+        assert isinstance(lost.successor, FakeModel)
+        warm.models["draw"] = lost.successor
+        assert warm.alive()
+
+    def test_an_error_of_one_request_changes_nothing(self, warm: FakeServer) -> None:
+        warm.draw.failure = EngineError("unet gave NaN")
+        with pytest.raises(EnginecastError, match="gave NaN"):
+            list(warm.client.generate(request()))
+        until(lambda: warm.host._models["draw"].check is None)
+        assert warm.client.model("draw").state == model_pb2.MODEL_STATE_READY and not warm.draw.closed
+        assert warm.alive()
+
+    def test_unloading_while_it_is_checked(self, warm: FakeServer) -> None:
+        self.lose(warm, FakeModel())
+        lost = warm.draw
+        until(lambda: lost.closed or warm.host._models["draw"].check is None)
+        until(lambda: warm.host.status("draw").state.value == "ready")
+        assert warm.client.unload("draw").state == model_pb2.MODEL_STATE_UNLOADED
 
 
 class TestHealthAndReflection:
