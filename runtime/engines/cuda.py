@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import io
 import platform
+import re
 import time
 from functools import cache
 from pathlib import Path
@@ -33,6 +34,7 @@ from runtime.static_cache import with_static_cache
 
 PROVIDER: Final = "CUDAExecutionProvider"
 EXTRA: Final = "cuda"
+DRIVER: Final = re.compile(r"libcuda\.so|nvcuda\.dll")
 PACKAGE: Final = "pip install 'enginecast[cuda]', in place of onnxruntime"
 
 
@@ -175,6 +177,8 @@ def _provider_reason(package: Any) -> str:
     try:
         ctypes.CDLL(str(Path(package.__file__).with_name("capi") / name))
     except OSError as error:
+        if DRIVER.search(str(error)):
+            return f"there is no NVIDIA driver ({error})"
         return (
             f"its CUDA libraries do not load ({error}): ONNX Runtime {package.__version__} needs CUDA {package.cuda_version} and cuDNN 9. "
             "pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas, or install them as NVIDIA says"

@@ -47,6 +47,12 @@ class Graph:
         self.graph.insert_before(place, node)
         return output
 
+    def drop(self, node: Any) -> None:
+        """Take a node out that nothing depends on any more, so that what only it read is unused too."""
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+        self.graph.remove([node], safe=False)
+
     def instead(self, old: Any, new: Any) -> None:
         """Let one value stand for another, under its name."""
         new.name, new.type, new.shape = old.name, old.type, old.shape
@@ -152,7 +158,7 @@ def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
         shape = graph.constant(f"attention.heads.{count}", [0, 0, count, -1])
         split = graph.before(node, node.name, "Reshape", packed, shape)
         graph.instead(output, graph.before(node, node.name, "Transpose", split, perm=list(HEADS_AND_LENGTH)))
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _joined(output: Any, count: int) -> Any:

@@ -86,8 +86,8 @@ class SessionEngine(Engine):
         if key not in self._sessions:
             others = [known for known in self._sessions if known not in self._planned]
             if key not in self._planned and len(others) >= KEPT:
-                del self._sessions[others[0]]
-                self._calls.clear()
+                gone = self._sessions.pop(others[0])
+                self._calls = OrderedDict((one, call) for one, call in self._calls.items() if call.session is not gone)
             self._sessions[key] = self._inspected(self._open(dict(key), self._steps(lengths)))
         self._sessions.move_to_end(key)
         return self._sessions[key]
@@ -96,6 +96,8 @@ class SessionEngine(Engine):
         """The session, if its provider does all that it must. Raises EngineError naming what else would run on the CPU."""
         if self._device.provider == CPU:
             return session
+        if self._device.provider not in session.get_providers():  # a warning is all that ONNX Runtime itself has for it
+            raise EngineError(f"ONNX Runtime could not start {self._device.provider}, and would run all on the CPU: see its message above")
         nodes = elsewhere(session, self._device.provider)
         if self._fallback != "any" and set(nodes) - SHAPE_OPERATORS:
             raise EngineError(f"ONNX Runtime would run {listed(nodes)} on the CPU: load it with the setting fallback=any to let it")

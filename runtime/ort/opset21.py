@@ -75,7 +75,7 @@ def _attention(graph: Graph, node: Any) -> None:
     if count != groups:
         result = graph.before(node, f"{node.name}/result", "Reshape", result, graph.constant(f"result.{count}", [0, count, -1, size]))
     graph.instead(node.outputs[0], result)
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _group_normalization(graph: Graph, node: Any) -> None:
@@ -94,14 +94,14 @@ def _group_normalization(graph: Graph, node: Any) -> None:
         wide = graph.before(node, f"{node.name}/{name}", "Reshape", by, channels)
         result = graph.before(node, f"{node.name}/{name}", op, result, wide)
     graph.instead(node.outputs[0], result)
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _gelu(graph: Graph, node: Any) -> None:
     near = "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh"
     made = graph.before(node, node.name, "FastGelu" if near else "Gelu", node.inputs[0], domain=CONTRIB)
     graph.instead(node.outputs[0], made)
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _rms_normalization(graph: Graph, node: Any) -> None:
@@ -122,14 +122,14 @@ def _rms_normalization(graph: Graph, node: Any) -> None:
     if values.dtype != single:
         normal = graph.before(node, f"{node.name}/narrow", "Cast", normal, to=values.dtype, like=values)
     graph.instead(node.outputs[0], graph.before(node, node.name, "Mul", normal, weight))
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _equal(graph: Graph, node: Any) -> None:
     truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
     less, greater = (graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual"))
     graph.instead(node.outputs[0], graph.before(node, node.name, "And", less, greater))
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _scatter(graph: Graph, node: Any) -> None:
@@ -141,7 +141,7 @@ def _scatter(graph: Graph, node: Any) -> None:
     source, inside = _places(graph, starts, new, cache.shape[2])
     taken = graph.before(node, f"{node.name}/taken", "Gather", new, source, axis=2)
     graph.instead(node.outputs[0], graph.before(node, node.name, "Where", inside, taken, cache, like=cache))
-    graph.graph.remove([node], safe=False)
+    graph.drop(node)
 
 
 def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, Any]:
