@@ -7,7 +7,7 @@ of them by a whole code: figures of 30 to 50 dB are two equal engines then, and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Final
@@ -19,7 +19,7 @@ from calibration.metrics import snr_db
 from runtime.bundle import Agreement, Artifact, Submodel
 from runtime.engine import Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable
-from runtime.signature import Array, Signature
+from runtime.signature import Array, Signature, Tensor
 
 FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
 """Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
@@ -27,9 +27,12 @@ POSITIONS: Final = (8, 1, 1)
 """New positions of each call of a decoder: a prompt and two steps behind it."""
 
 
-def agree(engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifact) -> Artifact:
+def agree(
+    engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifact, captured: Sequence[Mapping[str, Array]] = ()
+) -> Artifact:
     """The artifact of a submodel of the bundle at `root`, with what was found of it, or why it could not be computed here.
 
+    It gets what was captured of it, where there is such of usual lengths, else likely values, which int8 may clip.
     Raises EngineError when it does not compute what the canonical graph says.
     """
     try:
@@ -37,7 +40,7 @@ def agree(engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifa
     except EngineUnavailable as error:
         return artifact.model_copy(update={"unchecked": str(error)})
     with closing(emulated), closing(LeanEngine.load(submodel, root, Options())) as reference:
-        found = _compare(emulated, reference)
+        found = _compare(emulated, reference, captured)
     least = FLOORS["quantized" if "int" in submodel.precision else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
@@ -47,11 +50,11 @@ def agree(engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifa
     return artifact.model_copy(update={"agreement": found})
 
 
-def _compare(emulated: Engine, reference: Engine) -> Agreement:
+def _compare(emulated: Engine, reference: Engine, captured: Sequence[Mapping[str, Array]]) -> Agreement:
     """The worst output of all calls."""
     signature, worst = reference.submodel.signature, Agreement(tensor="", snr_db=math.inf, device=emulated.device)
     slots = Slot(), Slot()
-    for inputs in _calls(signature):
+    for inputs in _calls(signature, captured):
         got, wanted = (one.run(inputs, slot if signature.states else None) for one, slot in zip((emulated, reference), slots, strict=True))
         for name, values in wanted.items():
             ratio = snr_db(values, got[name]) if np.isfinite(got[name]).all() else -math.inf
@@ -60,13 +63,22 @@ def _compare(emulated: Engine, reference: Engine) -> Agreement:
     return worst.model_copy(update={"snr_db": float(np.clip(worst.snr_db, -300, 300))})
 
 
-def _calls(signature: Signature) -> Iterator[dict[str, Array]]:
+def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
     """Inputs of usual lengths, one row; of a decoder, a prompt and what follows."""
     rng = np.random.default_rng(0)
     usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
+    for call in captured if not signature.states else ():
+        row = {tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs}
+        if all(row[tensor.name].shape == tensor.shape(usual) for tensor in signature.inputs):
+            yield row
+            return
     past = 0
     for count in POSITIONS if signature.states else (0,):
         lengths = usual | ({"sequence": count, "past": past} if signature.states else {})
         lengths |= {name: sum(lengths[one] for one in dim.sum_of) for name, dim in signature.dims.items() if dim.sum_of}
         yield {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}
         past += count
+
+
+def _batched(tensor: Tensor) -> bool:
+    return bool(tensor.dims) and getattr(tensor.dims[0], "name", "") == "batch"

@@ -383,12 +383,13 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 )
                 artifacts.append(_compile(target(name), submodel, folder, options))
     if state.checked:
+        calls = _samples(state, folder).samples if any(map(state.calibrated, state.parts)) else {}
         _finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
         for index, artifact in enumerate(artifacts):
             with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
                 submodel = next(one for one in submodels if one.name == artifact.submodel)
-                artifacts[index] = found = agree(target(artifact.target), submodel, folder, artifact)
-                notes.append(f"{found.agreement.snr_db:.0f} dB" if found.agreement else found.unchecked)
+                artifacts[index] = compared = agree(target(artifact.target), submodel, folder, artifact, calls.get(submodel.name, ()))
+                notes.append(f"{compared.agreement.snr_db:.0f} dB" if compared.agreement else compared.unchecked)
         (folder / MANIFEST).unlink()
     verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
     with progress.step("bundle", "hash"):
