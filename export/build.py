@@ -26,7 +26,7 @@ from calibration.data import SAMPLES, record
 from calibration.gptq import compensate
 from calibration.lean import LeanEngine
 from calibration.precision import Precision, store
-from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
+from calibration.quantize import BLOCKS, RECIPES, LayerPlan, Recipe, plan, recipe
 from calibration.requests import briefly, built_in
 from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
@@ -34,6 +34,7 @@ from calibration.tuning import Tuning
 from calibration.weights import Known
 from export import auto, graph, parity
 from export.agreement import agree
+from export.artifacts import check_strippable, remove_graphs
 from export.auto import Plans
 from export.baseline import compare_speed
 from export.family import Family, Part, family_of
@@ -87,7 +88,8 @@ class Options:
     built-in requests are captured where a recipe needs them. `quality` is one of auto, full, none: whether the quantized model is compared
     with the float one; `speed`, one of the same, whether both are timed beside PyTorch, too. `allow_low_quality` keeps a bundle that falls
     below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it may compute in where that is
-    measured to be harmless; auto is the recipe's own. `settings` are those of each target, by its name.
+    measured to be harmless; auto is the recipe's own. `block` is the number of consecutive inputs that share an int4 scale, 0 being the
+    recipe's. `strip_canonical` leaves graphs and weights out that no target reads. `settings` are those of each target, by its name.
     """
 
     source: str
@@ -104,6 +106,8 @@ class Options:
     max_drop: float = 1.0
     goal: Goal = "size"
     compute: str = "auto"
+    block: int = 0
+    strip_canonical: bool = False
     settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -117,6 +121,9 @@ class Options:
         ):
             if value not in known:
                 raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
+        if self.block and (self.block not in BLOCKS or self.quant != "int4"):
+            expected = f"one of {', '.join(map(str, sorted(BLOCKS)))} with --quant int4"
+            raise InvalidInput("block", f"is {self.block} with --quant {self.quant}, expected {expected}")
         if self.calibration is not None and self.quant == "none":
             raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")
         if not self.targets:
@@ -127,6 +134,8 @@ class Options:
             raise EngineUnavailable(f"cannot compile for {'; '.join(unusable)}")
         if self.quant in RECIPES:
             check_precisions(self.targets, RECIPES[self.quant].precisions)
+        if self.strip_canonical:
+            check_strippable([Artifact(target=name, submodel="", key=dict(self.settings.get(name, {}))) for name in self.targets], ())
         strangers = sorted(set(self.settings) - set(self.targets))
         if strangers:
             raise InvalidInput("setting", f"is for {strangers[0]}, which is not among the targets {', '.join(self.targets)}")
@@ -195,6 +204,8 @@ class Build:
             self.timed,
             self.calibration_key,
             options.compute,
+            options.block,
+            options.strip_canonical,
             {name: dict(settings) for name, settings in options.settings.items()},
         ]
         if options.quant == "auto":
@@ -204,7 +215,10 @@ class Build:
     def recipe(self, part: Part) -> Recipe | None:
         """The recipe of a part; of a search, the one whose ranges it needs."""
         name = "int8" if self.options.quant == "auto" else self.options.quant
-        return None if name == "none" else recipe(name, part.activations, part.least_bits)
+        if name == "none":
+            return None
+        found = recipe(name, part.activations, part.least_bits)
+        return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
     def calibrated(self, part: Part) -> bool:
         """Whether captured inputs decide how a part is quantized: where activations are, and everywhere with a set that was given."""
@@ -392,6 +406,8 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 notes.append(f"{compared.agreement.snr_db:.0f} dB" if compared.agreement else compared.unchecked)
         (folder / MANIFEST).unlink()
     verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
+    if state.options.strip_canonical:
+        remove_graphs(folder, submodels, artifacts)
     with progress.step("bundle", "hash"):
         _finish(state, folder, submodels, artifacts, verdict=verdict)
 
@@ -455,7 +471,8 @@ def _tunings(state: Build, samples: CalibrationSet) -> dict[str, Tuning]:
             found[part.name] = Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()
         path.write_text(json.dumps(found))
 
-    key = key_of("tunings", state.fingerprint, state.options.quant, state.calibration_key, state.versions, _code())
+    asked = state.options.quant, state.options.block, state.calibration_key
+    key = key_of("tunings", state.fingerprint, asked, state.versions, _code())
     data = json.loads(cached(key, ".json", measure).read_bytes())
     tunings = {name: Tuning.of_record(record) for name, record in data.items()}
     parts = {part.name: part for part in state.parts}

@@ -11,7 +11,7 @@ import typer
 from export.console import errors, out, settings_of, show, show_table, terminate
 from export.sizes import sizes
 from runtime import signing
-from runtime.bundle import SIGNATURE, Bundle
+from runtime.bundle import SIGNATURE, Artifact, Bundle
 from runtime.engine import targets
 from runtime.errors import InvalidInput, MissingDependency
 
@@ -40,16 +40,22 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
                 out.print(f"  {arrow} {_tensor(tensor)}")
         if submodel.signature.states:
             out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}")
-    rows = [("target", "submodel", "files", "compiled for", "compile s", "fits here")]
+    rows = [("target", "submodel", "files", "compiled for", "compile s", "agreement", "fits here")]
     for artifact in manifest.artifacts:
         fits = (targets()[artifact.target].misfit(artifact) or "yes") if artifact.target in targets() else "not known to this program"
         made_for = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
-        files = f"{artifact.folder}/" * bool(artifact.folder) + ", ".join(artifact.files) or "compiled at load"
-        rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", fits))
+        stored = ", ".join(dict.fromkeys(file.split("/")[0] for file in artifact.files))
+        files = f"{artifact.folder}/" * bool(artifact.folder) + stored or "compiled at load"
+        rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", _agreement(artifact), fits))
     show_table(*rows)
     if (bundle / SIGNATURE).exists():
         out.print("signed; `export verify --signature PUBLIC` tells by whom")
     _show_sizes(opened)
+
+
+def _agreement(artifact: Artifact) -> str:
+    """How near what was compiled is to the canonical graph, where it could be computed."""
+    return f"{artifact.agreement.snr_db:.0f} dB" if artifact.agreement else "not computed" if artifact.unchecked else "not compared"
 
 
 def _show_sizes(bundle: Bundle) -> None:

@@ -60,8 +60,14 @@ def build(
     compute: Annotated[
         str, typer.Option(help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto.")
     ] = "auto",
+    block: Annotated[
+        int, typer.Option(help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64.")
+    ] = 0,
     compute_capability: Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")] = "",
     setting: Annotated[list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")] = None,
+    strip_canonical: Annotated[
+        bool, typer.Option("--strip-canonical", help="Leave out graphs and weights; for targets alone whose engines hold all they need.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
@@ -77,7 +83,7 @@ def build(
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
     common |= {"speed": speed, "allow_low_quality": allow_low_quality, "max_drop": max_drop, "goal": optimize}
     jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
-    common |= {"compute": compute}
+    common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     for job in jobs:
         job["targets"] = resolve_targets(job["targets"], job["quant"])
         common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
