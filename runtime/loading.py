@@ -1,5 +1,7 @@
 """From a bundle on disk to a model that runs: each submodel where `runtime.placement` puts it, or where it can be loaded instead, as told.
 
+What was compiled for other machines alone is compiled anew on this one (`runtime.portable`).
+
 Under a memory limit the engines share a `Budget` (`runtime.offload`), and pictures whose decoding would not fit are decoded in tiles.
 """
 
@@ -25,6 +27,7 @@ from runtime.pipeline import Pipeline
 from runtime.pipelines.chat import ChatPipeline
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placement import Choice, Place, Wishes
+from runtime.portable import fitting
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +104,7 @@ def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, 
     try:
         for submodel in bundle.manifest.submodels:
             choice = plan.choices[submodel.name]
-            where, engine = _first(submodel, choice, partial(_load_one, bundle, submodel, options), budget, notes)
+            where, engine = _first(submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes)
             engines[submodel.name], places[submodel.name] = engine, where
             if wishes.strict and engine.fallbacks:
                 raise EngineError(
@@ -139,8 +142,27 @@ def _first(
     raise EngineUnavailable(f"{submodel.name} could be loaded nowhere. {'; '.join(reasons)}")
 
 
-def _load_one(bundle: Bundle, submodel: Submodel, options: Options, place: Place) -> Engine:
-    return target(place.target).load(submodel, bundle.root, replace(options, device=place.device))
+def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
+    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits, which is noted."""
+    engine = target(place.target)
+    fitted = fitting(bundle, submodel, engine, _Told(f"{place.target} {submodel.name}"))
+    if fitted.note and fitted.note not in notes:
+        notes.append(fitted.note)
+    return engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
+
+
+class _Told:
+    """Logs how far a compilation on this machine is: each new phase, and every tenth of it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.last: tuple[str, int] | None = None
+
+    def __call__(self, share: float, phase: str) -> None:
+        now = phase, int(10 * share)
+        if now != self.last:
+            self.last = now
+            log.info("compiling %s: %.0f %%, %s", self.what, 100 * share, phase)
 
 
 def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
