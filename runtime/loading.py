@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from runtime import memory, placement
 from runtime.bundle import Bundle, Submodel
@@ -32,7 +32,7 @@ from runtime.portable import fitting
 log = logging.getLogger(__name__)
 
 PIPELINES: Mapping[str, Callable[[Bundle], Callable[..., Pipeline]]] = {"diffusion": DiffusionPipeline.from_bundle, "chat": ChatPipeline}
-FLOAT_BYTES = 4
+FLOAT_BYTES: Final = 4
 
 
 @dataclass(frozen=True)

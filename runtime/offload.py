@@ -7,6 +7,7 @@ whose states somebody still holds, stays. What loading again costs is in `Engine
 from __future__ import annotations
 
 import itertools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,8 @@ from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import ResourceExhausted
 from runtime.memory import Need, show_size
 from runtime.signature import Array
+
+log = logging.getLogger(__name__)
 
 Load = Callable[[], Engine]
 _ticks: Final = itertools.count()
@@ -49,6 +52,7 @@ class Budget:
         """The engine, loaded, with room for inputs of so many bytes. Raises ResourceExhausted, or what loading raises."""
         with self._changed:
             self._make_room(engine, inputs)
+            self._warn(engine, inputs)
             loaded = engine.pick_up()
             engine.taken = max(engine.taken, self._foreseen(engine, inputs))
             engine.uses += 1
@@ -59,6 +63,13 @@ class Budget:
                 engine.uses -= 1
                 engine.last_used = next(_ticks)
                 self._changed.notify_all()
+
+    def _warn(self, engine: OffloadedEngine, inputs: int) -> None:
+        """Tell, once an engine, where a call is thought to take more than there is."""
+        need, room = engine.need.at(inputs), self.rooms.get(engine.memory)
+        if room is not None and need > room and not engine.warned:
+            engine.warned = True
+            log.warning("%s is thought to need %s for this call, %s are allowed", engine.submodel.name, show_size(need), show_size(room))
 
     def _foreseen(self, engine: OffloadedEngine, inputs: int) -> int:
         """Bytes to count for a call. No call is refused for what its activations are thought to take, so they are at most all there is."""
@@ -98,6 +109,7 @@ class OffloadedEngine(Engine):
         self.memory = where
         self.need = Need(estimated)
         self.taken = self.uses = self.loads = 0
+        self.warned = False
         self.last_used = next(_ticks)
         self._budget = budget
         self._load = load

@@ -96,7 +96,7 @@ def _summary(timings: common_pb2.Timings, engines: Sequence[common_pb2.EngineUse
     where = ", ".join(dict.fromkeys(f"{use.target} ({use.device})" for use in engines))
     again = sum(use.reload_seconds for use in engines)
     loading = f", {again:.1f} s of it loading again" if again else ""
-    errors.print(f"{what}, {timings.run_seconds:.1f} s on {where}{loading}", style="dim", markup=False)
+    errors.print(f"{what}, {timings.run_seconds:.1f} s on {where}{loading}", style="dim", markup=False, soft_wrap=True)
     for use in engines:
         for fallback in use.fallbacks:
-            errors.print(f"{use.submodel}: {fallback}", style="dim", markup=False)
+            errors.print(f"{use.submodel}: {fallback}", style="dim", markup=False, soft_wrap=True)

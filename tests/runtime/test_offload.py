@@ -76,7 +76,7 @@ def test_memories_do_not_disturb_each_other() -> None:
     assert loads.now == ["here", "there"]
 
 
-def test_activations_count() -> None:
+def test_activations_count(caplog: pytest.LogCaptureFixture) -> None:
     """Two bytes for each byte of inputs: 20 bytes of them push the other out, none do not."""
     loads = Loads()
     text, vae = loads.make("text", 40), loads.make("vae", 30)
@@ -88,6 +88,7 @@ def test_activations_count() -> None:
     assert loads.now == ["vae"]
     vae.run({"latents": np.zeros(10**6, np.uint8)})
     assert vae.taken == 100, "nothing is refused for what activations are thought to take"
+    assert [record.message for record in caplog.records] == ["vae is thought to need 1.9 MiB for this call, 100 B are allowed"]
 
 
 def test_too_large_for_the_room() -> None:
