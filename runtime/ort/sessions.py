@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -54,10 +54,12 @@ def open_session(
     fixed: Mapping[str, int] | None = None,
     converted: Mapping[str, Any] | None = None,
     level: str = "ORT_ENABLE_ALL",
+    skipped: Sequence[str] = (),
 ) -> Any:
     """A session over `graph`, whose weights lie in the folder `weights` but for those in `converted`, which must outlive the session.
 
-    `entries` are ONNX Runtime's own settings of a session, `fixed` lengths by the name of their dim. Raises EngineError.
+    `entries` are ONNX Runtime's own settings of a session, `fixed` lengths by the name of their dim, `level` and `skipped` what of its
+    optimization is done and left out. Raises EngineError.
     """
     package = sdk()
     settings = package.SessionOptions()
@@ -75,7 +77,7 @@ def open_session(
         settings.add_external_initializers(list(converted), list(converted.values()))
     try:
         providers = [(device.provider, dict(device.options))] + ([CPU] if device.provider != CPU else [])
-        return package.InferenceSession(graph.read_bytes(), settings, providers=providers, disabled_optimizers=DISABLED)
+        return package.InferenceSession(graph.read_bytes(), settings, providers=providers, disabled_optimizers=[*DISABLED, *skipped])
     except Exception as error:  # the SDK raises a dozen unrelated classes
         raise EngineError(f"ONNX Runtime could not compile {graph}: {error}") from None
 
