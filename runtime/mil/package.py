@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from runtime.errors import EngineError
-from runtime.mil.sdk import coremltools, quiet
+from runtime.mil.sdk import converting, coremltools
 from runtime.optional import require
 from runtime.signature import Array
 
@@ -44,7 +44,7 @@ def save(program: Any, inputs: list[Any], path: Path) -> None:
     part = path.with_name(f".{path.stem}.part.mlpackage")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        with quiet():
+        with converting(path.parent):
             ct.convert(
                 program,
                 source="milinternal",

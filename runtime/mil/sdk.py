@@ -6,9 +6,12 @@ import contextlib
 import io
 import logging
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 from threading import Lock
 from typing import Any, Final
 
@@ -42,8 +45,19 @@ def coremltools() -> Any:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """coremltools draws progress bars on stderr, and leaves a temporary folder to the garbage collector, which Python warns of."""
+def converting(folder: Path) -> Iterator[None]:
+    """Around a conversion: its temporary files lie in `folder`, they are gone at the end, and nothing is drawn on stderr.
+
+    coremltools leaves its folder of weights to the garbage collector, of which Python warns, and which an error's frames would keep.
+    """
+    before = tempfile.tempdir
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore", ResourceWarning)
-        yield
+        tempfile.tempdir = str(folder)
+        try:
+            yield
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            tempfile.tempdir = before
