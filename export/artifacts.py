@@ -8,6 +8,7 @@ names and the next change removes.
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from calibration.quantize import RECIPES
+from export.agreement import agree
 from export.progress import Listener, Progress, Step
 from runtime.bundle import MANIFEST, SIGNATURE, Artifact, Bundle, Manifest, Submodel, sha256
 from runtime.engine import CompileOptions, Engine, check_precisions, target, targets
@@ -26,7 +28,12 @@ from runtime.signing import private_key, sign
 
 ENGINES: Final = "engines"
 UNFINISHED: Final = ".adding-"
+TRIES: Final = 50
+SECONDS_BETWEEN_TRIES: Final = 0.1
 AUTO: Final = "auto"
+CHECKED_BYTES: Final = 1 << 30
+"""Engines of bundles with weights up to this size are compared with their graphs when they are added; beyond, that takes minutes."""
+TOO_LARGE: Final = "it was added to a bundle of more than 1 GiB of weights, where comparing takes long"
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,13 @@ def add_target(
         signed.check(bundle)
         bundle.verify(strangers=False)
         submodels = bundle.manifest.submodels
-        progress = Progress([Step(part.name, f"compile {name}", 0.5 + 5 * part.nbytes / 1e9) for part in submodels], listen)
+        steps = [Step(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9) for what in ("compile", "check") for part in submodels]
+        progress = Progress(steps, listen)
         with vanishing(root, UNFINISHED) as folder:
-            made = folder / name
-            made.mkdir()
-            artifacts = [_compile(engine, bundle, part, made, settings, progress) for part in submodels]
+            made = folder / ENGINES / name
+            made.mkdir(parents=True)
+            compiled = [_compile(engine, bundle, part, made, settings, progress) for part in submodels]
+            artifacts = _checked(engine, bundle, folder, compiled, progress)
             _commit(bundle, name, made, artifacts, signed)
     after = Bundle(root)
     return after, tuple(one for one in after.manifest.artifacts if one not in bundle.manifest.artifacts)
@@ -100,6 +109,7 @@ def _changing(root: Path) -> Iterator[Bundle]:
             f"cannot lock {root} in the cache {cache_folder()}: {error}. Set ENGINECAST_CACHE to another folder"
         ) from None
     try:
+        _remove_unfinished(root)
         yield bundle
     except OSError as error:
         if error.errno in FULL:
@@ -107,6 +117,17 @@ def _changing(root: Path) -> Iterator[Bundle]:
         raise ResourceExhausted(f"cannot change {root}: {error}. Change a copy that can be written") from None
     finally:
         lock.release()
+
+
+def _remove_unfinished(root: Path) -> None:
+    """What a killed change left, which its own janitor may be removing just now."""
+    for _ in range(TRIES):
+        left = list(root.glob(f"{UNFINISHED}*"))
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not left:
+            return
+        time.sleep(SECONDS_BETWEEN_TRIES)
 
 
 def _compiler(bundle: Bundle, name: str) -> type[Engine]:
@@ -126,6 +147,25 @@ def _compile(engine: type[Engine], bundle: Bundle, part: Submodel, made: Path, s
     with progress.step(part.name, f"compile {engine.target}"):
         options = CompileOptions(settings, lambda share, phase: progress.note(phase, round(100 * share), 100))
         return engine.compile_with(options, part, bundle.root / part.graph, made)
+
+
+def _checked(engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list[Artifact], progress: Progress) -> list[Artifact]:
+    """The artifacts, each with how near it is to the canonical graph. Raises EngineError when one computes something else.
+
+    `folder` has what was compiled, and gets what else engines expect of a bundle: a manifest, and the graphs as links.
+    """
+    submodels = bundle.manifest.submodels
+    for top in {PurePosixPath(part.graph).parts[0] for part in submodels}:
+        (folder / top).symlink_to(bundle.root.resolve() / top, target_is_directory=True)
+    (folder / MANIFEST).write_text(bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)}).model_dump_json())
+    small = sum(part.nbytes for part in submodels) <= CHECKED_BYTES
+    found = []
+    for part, artifact in zip(submodels, artifacts, strict=True):
+        with progress.step(part.name, f"check {engine.target}") as notes:
+            one = agree(engine, part, folder, artifact) if small else artifact.model_copy(update={"unchecked": TOO_LARGE})
+            notes.append(f"{one.agreement.snr_db:.0f} dB" if one.agreement else one.unchecked)
+            found.append(one)
+    return found
 
 
 def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], signed: Signed) -> None:
@@ -162,7 +202,7 @@ def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
     with written(root / MANIFEST) as file:
         file.write(manifest.model_dump_json(indent=1).encode())
     for left in root.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(left)
+        shutil.rmtree(left, ignore_errors=True)
     gone = {
         *(set(bundle.manifest.files) - set(manifest.files)),
         *(path for path in Bundle(root).strangers() if path.startswith(f"{ENGINES}/")),

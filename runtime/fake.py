@@ -10,7 +10,7 @@ import numpy as np
 
 from runtime.bundle import Artifact, Submodel, sha256
 from runtime.engine import Availability, Compiled, CompileOptions, Engine, FakeEngine, Options
-from runtime.errors import EngineError
+from runtime.errors import EngineError, EngineUnavailable
 
 
 class Bound(FakeEngine):
@@ -47,6 +47,10 @@ class Bound(FakeEngine):
         if not text.endswith(cls.here.encode()):
             raise EngineError(f"{submodel.name} was compiled for another machine than {cls.here}")
         return cls(lambda inputs: {"text": np.frombuffer(text, np.uint8)})
+
+    @classmethod
+    def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        raise EngineUnavailable("a fake computes nothing to compare")
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:

@@ -19,7 +19,7 @@ from export.artifacts import Signed, add_target, check_strippable, every_target,
 from export.sizes import sizes
 from runtime.bundle import MANIFEST, SCHEMA, SIGNATURE, Artifact, Bundle, sha256
 from runtime.engine import Availability, Compiled, Engine, targets
-from runtime.errors import BundleError, EngineUnavailable, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from runtime.errors import BundleError, EngineError, EngineUnavailable, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from runtime.fake import Bound
 from runtime.signing import generate, require_signature, sign
 
@@ -93,7 +93,8 @@ def test_a_target_is_added(root: Path, tmp_path: Path) -> None:
     assert all(one.key == {"here": "this machine"} and one.settings == {"shapes": "small"} for one in added)
     assert (root / "engines/bound/unet.bound").read_text().startswith(sha256(root / "onnx/unet/model.onnx"))
     assert before.manifest.files.items() <= after.manifest.files.items() and after.manifest.key == before.manifest.key
-    assert any("Sliding beads" in report.detail for report in reports) and reports[-1].number == reports[-1].total == 2
+    assert any("Sliding beads" in report.detail for report in reports) and reports[-1].number == reports[-1].total == 4
+    assert {one.unchecked for one in added} == {"a fake computes nothing to compare"}
     assert (root / "engines/bound").stat().st_mode & 0o777 == (root / "onnx").stat().st_mode & 0o777, "others may read it as well"
 
 
@@ -235,7 +236,7 @@ def test_killed_while_it_compiles_the_old_bundle_is_left(root: Path) -> None:
     [
         ("(export.artifacts, '_swap')", False),
         ("(export.artifacts, 'written')", False),
-        ("(export.artifacts.Path, 'glob')", True),
+        ("(export.artifacts.Bundle, 'strangers')", True),
         ("(export.artifacts.Path, 'rmdir')", True),
     ],
     ids=["files in place", "manifest unwritten", "manifest written", "files removed"],
@@ -253,6 +254,27 @@ def test_killed_while_it_swaps_one_of_the_two_is_left(root: Path, place: str, ne
     assert (after.content != before.content) == new
     assert [one.settings for one in after.artifacts("bound", "unet")][-1] == ({} if new else {"shapes": "small"})
     add_target(root, "bound")[0].verify()
+
+
+def test_what_is_added_is_compared_with_the_graphs(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = shutil.copytree(tiny_bundle, tmp_path / "b")
+    told = json.loads((root / MANIFEST).read_text())
+    told["artifacts"] = [one for one in told["artifacts"] if one["target"] != "onnxruntime"]
+    (root / MANIFEST).write_text(json.dumps(told))
+    _, added = add_target(root, "onnxruntime")
+    assert [one.agreement is not None and one.agreement.snr_db > 100 for one in added] == [True] * 3
+    engine, before = targets()["onnxruntime"], content(root)
+
+    class Wrong(engine):  # type: ignore[misc, valid-type]
+        def run(self, inputs: Any, slot: Any = None) -> dict[str, Any]:
+            return {name: values + 1 for name, values in super().run(inputs, slot).items()}
+
+    with monkeypatch.context() as patch, pytest.raises(EngineError, match="does not compute what its graph says"):
+        patch.setitem(targets(), "onnxruntime", Wrong)
+        add_target(root, "onnxruntime", {})
+    assert content(root) == before
+    monkeypatch.setattr(export.artifacts, "CHECKED_BYTES", 0)
+    assert {one.unchecked for one in add_target(root, "onnxruntime")[1]} == {export.artifacts.TOO_LARGE}
 
 
 # Signatures
