@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from runtime import placement
@@ -94,7 +95,7 @@ def _table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
     for column in rows[0]:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*(_text(column, value) for column, value in row.items()))
+        table.add_row(*(escape(_text(column, value)) for column, value in row.items()))
     return table
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from runtime import signing
+from runtime.bundle import MANIFEST
 from runtime.engine import Availability, FakeEngine
 from serving import cli
 from serving.fake import FakeModel, FakeServer, bundle, until
@@ -177,19 +178,19 @@ class TestDevices:
 
             @classmethod
             def available(cls) -> Availability:
-                return Availability(False, reason="no such device")
+                return Availability(False, reason="no such device: [extra]")
 
         monkeypatch.setattr("serving.overview.targets", lambda: {"fake": FakeEngine, "broken": Broken})
 
     def test_says_why_not(self, run: Any) -> None:
         ended = run("devices")
         rows = {line.split("│")[1].strip(): line for line in ended.out.splitlines() if "│" in line}
-        assert "yes" in rows["fake"] and "no such" in rows["broken"] and "GiB" in rows["cpu"]
+        assert "yes" in rows["fake"] and "no such device: [extra]" in rows["broken"] and "GiB" in rows["cpu"]
 
     def test_json(self, run: Any) -> None:
         found = json.loads(run("devices", "--json").out)
         assert [(one["target"], one["usable"], one["reason"]) for one in found["targets"]] == [
-            ("fake", True, ""), ("broken", False, "no such device"),
+            ("fake", True, ""), ("broken", False, "no such device: [extra]"),
         ]  # fmt: skip
         host = found["devices"][0]
         assert (host["name"], host["kind"]) == ("cpu", "cpu") and host["memory"] > host["free"] > 0 and found["processors"] > 0
@@ -203,12 +204,20 @@ class TestDevices:
         assert "draw: it did not fit" in found["notes"]
         assert run("devices", "--address", "127.0.0.1:1").code == 10
 
-    def test_of_a_bundle(self, run: Any, tiny_bundle: Path) -> None:
-        found = json.loads(run("devices", "--json", "--bundle", str(tiny_bundle), "--place", "decoder=onnxruntime").out)
-        rows = {row["submodel"]: row for row in found["placement"]}
-        assert rows["decoder"]["place"] == "onnxruntime:CPUExecutionProvider" and rows["decoder"]["needs"] > 0
-        assert rows["vision_encoder"]["memory of"] == "cpu"
-        ended = run("devices", "--bundle", str(tiny_bundle), "--place", "decodr=cpu")
+    def test_of_a_bundle(self, run: Any, tmp_path: Path) -> None:
+        root = bundle(tmp_path, "placed").root
+        manifest = json.loads((root / MANIFEST).read_bytes())
+        signature = {"inputs": [], "outputs": []}
+        names = ("vision_encoder", "decoder")
+        manifest["submodels"] = [{"name": n, "signature": signature, "graph": "g", "precision": "int8", "nbytes": 1000} for n in names]
+        manifest["artifacts"] = [{"target": "onnxruntime", "submodel": name} for name in names]
+        (root / MANIFEST).write_text(json.dumps(manifest))
+        found = json.loads(run("devices", "--json", "--bundle", str(root), "--place", "decoder=cpu").out)
+        assert [(row["submodel"], row["place"], row["memory of"]) for row in found["placement"]] == [
+            (name, "onnxruntime:CPUExecutionProvider", "cpu") for name in names
+        ]
+        assert all(row["needs"] > 1000 for row in found["placement"])
+        ended = run("devices", "--bundle", str(root), "--place", "decodr=cpu")
         assert ended.code == 2 and "did you mean 'decoder'" in ended.err
 
 
