@@ -216,6 +216,7 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
             continue
         function = ir.from_proto(body)
         function.domain, function.name = BODIES, f"{node.op_type}.{number}"
+        function.opset_imports[""] = version  # what its nodes are in the end is checked with the rest
         model.functions[function.identifier()] = function
         node.domain, node.op_type = BODIES, function.name
         model.opset_imports[BODIES] = 1

@@ -84,6 +84,11 @@ def test_rms_normalization(axis: int) -> None:
     assert operators(lowered) == ["Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
 
 
+def test_a_body_of_an_older_opset() -> None:
+    lowered = agree(one("Mish", [value("x", ["n", 8])], {}), {"x": normal(4, 8)})
+    assert operators(lowered) == ["Softplus", "Tanh", "Mul"]
+
+
 @pytest.mark.parametrize("interleaved", [0, 1])
 @pytest.mark.parametrize("partial", [0, 4])
 def test_rotary_embedding(interleaved: int, partial: int) -> None:
