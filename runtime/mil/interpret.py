@@ -98,7 +98,7 @@ class Interpreter:
 
     def _step(self, operation: Any) -> Step:
         if operation.type not in ("const", "read_state", "write_state") and operation.type not in KERNELS:
-            raise EngineError(f"operation {operation.type} cannot be computed here: add it to runtime/mil/kernels.py")
+            raise EngineError(f"operation {operation.type} cannot be computed here: add it to runtime/mil/kernels/")
         variables: dict[str, str | list[str]] = {}
         values: dict[str, Callable[[], Any]] = {}
         for name, argument in operation.inputs.items():

@@ -1,4 +1,4 @@
-"""A canonical ONNX graph as a MIL program of iOS 18 (macOS 15), operator by operator as in `operators.py`.
+"""A canonical ONNX graph as a MIL program of iOS 18 (macOS 15), operator by operator as in `operators/`.
 
 Values of the graph become variables of the program, or stay `Constant`s until something reads them: dequantized and cast weights never are
 arrays, but `constexpr` operations over what is stored (https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
@@ -37,7 +37,7 @@ def translate(
 
 
 class _Translator:
-    """One pass over the nodes. What the operators of `operators.py` see of it is `mb`, `var`, `weight`, `constant` and `numbers`."""
+    """One pass over the nodes. What the operators of `operators/` see of it is `mb`, `var`, `weight`, `constant` and `numbers`."""
 
     def __init__(self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]) -> None:
         self.ct = coremltools()
@@ -85,7 +85,7 @@ class _Translator:
         if node.domain not in STANDARD_DOMAINS or node.op_type not in OPERATORS:
             raise EngineError(
                 f"node '{node.name}' is a {node.domain or 'standard'} {node.op_type}, which has no translation to Core ML: "
-                "choose another target, or add it to runtime/mil/operators.py"
+                "choose another target, or add it to runtime/mil/operators/"
             )
         self.mb.prefix = identifier(node.name or node.outputs[0].name)
         try:

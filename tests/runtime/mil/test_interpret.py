@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from runtime.errors import EngineError
 from runtime.mil.interpret import Interpreter
-from runtime.mil.kernels import KERNELS, erf
+from runtime.mil.kernels import KERNELS
+from runtime.mil.kernels.elementwise import erf
 from runtime.mil.package import Package
 
 

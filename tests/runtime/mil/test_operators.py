@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from runtime.errors import EngineError
-from runtime.mil.operators import BINARY, OPERATORS, REDUCTIONS, UNARY
+from runtime.mil.operators import OPERATORS
+from runtime.mil.operators.elementwise import BINARY, REDUCTIONS, UNARY
 from runtime.signature import Array
 
 few = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
