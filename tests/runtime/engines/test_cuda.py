@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -121,11 +121,10 @@ def probe(monkeypatch: pytest.MonkeyPatch, providers: list[str], fails: str = ""
     def preload() -> None:
         print("Failed to load libcublas.so.13")
 
-    package = SimpleNamespace(
-        __version__="9.9", __file__="/sdk/onnxruntime/__init__.py", package_name="onnxruntime", cuda_version="13.0", preload_dlls=preload,
-        get_available_providers=lambda: providers,
-    )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "onnxruntime", package)  # type: ignore[arg-type]
+    package: Any = ModuleType("onnxruntime")
+    package.__version__, package.__file__, package.package_name = "9.9", "/sdk/onnxruntime/__init__.py", "onnxruntime"
+    package.cuda_version, package.preload_dlls, package.get_available_providers = "13.0", preload, lambda: providers
+    monkeypatch.setitem(sys.modules, "onnxruntime", package)
     monkeypatch.setattr(provider, "ctypes", SimpleNamespace(CDLL=load))
     monkeypatch.setattr(cuda, "devices", lambda extra: devices)
     provider._provider_reason.cache_clear()
