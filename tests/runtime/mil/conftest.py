@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
+from runtime.engines.coreml import CoreML
 from runtime.mil.interpret import Interpreter
 from runtime.mil.package import Package, save
 from runtime.mil.sdk import coremltools
@@ -59,6 +60,13 @@ def graph(nodes: Sequence[Node], inputs: Mapping[str, Array], constants: Mapping
 
 
 Compute = Callable[..., Both]
+
+
+@pytest.fixture(autouse=True)
+def needs_coremltools() -> None:
+    found = CoreML.available()
+    if not found.compiles:
+        pytest.skip(f"coreml: {found.reason}")
 
 
 @pytest.fixture
