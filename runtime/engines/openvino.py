@@ -24,11 +24,13 @@ import numpy as np
 
 from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
-from runtime.errors import EngineError, EngineUnavailable, MissingDependency
-from runtime.openvino_graph import BEAMS, halve_attention, keep_states, use_zero_points
+from runtime.errors import EngineError, MissingDependency
+from runtime.files import cache_folder
+from runtime.openvino.devices import Where
+from runtime.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points
+from runtime.openvino.pages import Pages, fits, has_pages, use_pages
 from runtime.optional import require
-from runtime.paged_cache import Pages, fits, has_pages, use_pages
-from runtime.signature import Array
+from runtime.signature import Array, Signature
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each input, by name."""
@@ -53,14 +55,16 @@ class OpenVINO(Engine):
     target = "openvino"
     rank = 20
 
-    def __init__(self, submodel: Submodel, compiled: Any, device: str, fix: Callable[[Shapes], Any] | None = None) -> None:
+    def __init__(self, submodel: Submodel, made: _Made, fix: Callable[[Shapes], Any] | None = None, every: bool = False) -> None:
         self.submodel = submodel
-        self.device = device
-        self._compiled = compiled
-        self._request = compiled.create_infer_request()
-        self._fix = fix
+        self.device = made.device
+        self.fallbacks = made.fallbacks
+        self._compiled = made.compiled
+        self._request = made.compiled.create_infer_request()
+        self._computes = made.computes
+        self._fix, self._every = fix, every
         self._fixed: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
-        if fix is not None:
+        if every:
             self._fixed[tuple(sorted(_usual(submodel).items()))] = self._request
         self._slots: WeakKeyDictionary[Slot, _Held | Pages] = WeakKeyDictionary()
 
@@ -84,16 +88,23 @@ class OpenVINO(Engine):
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         graph = root / submodel.graph
-        compiled, device = _compile(submodel, graph, options)
-        if not _needs_shape(submodel, options):
-            return cls(submodel, compiled, device)
-        return cls(submodel, compiled, device, lambda shapes: _compile(submodel, graph, options, shapes)[0])
+        made = _compile(submodel, graph, options)
+        if submodel.signature.states or not _varies(submodel):
+            return cls(submodel, made)
+        return cls(
+            submodel, made, lambda shapes: _compile(submodel, graph, options, shapes).compiled, _needs_shape(submodel, _where(options))
+        )
+
+    @property
+    def computes(self) -> str:
+        return self._computes
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         request, feed = self._request, dict(inputs)
         try:
-            if self._fix is not None:
-                request = self._for(self._fix, {name: array.shape for name, array in inputs.items()})
+            shapes = {name: array.shape for name, array in inputs.items()}
+            if self._fix is not None and (self._every or _least(self.submodel.signature, shapes)):
+                request = self._for(self._fix, shapes)
             elif self.submodel.signature.states:
                 batch = len(next(iter(inputs.values())))
                 held = self._slot(slot or Slot(), batch)
@@ -127,7 +138,8 @@ class OpenVINO(Engine):
         if request is None:
             while len(self._fixed) >= SHAPES:
                 del self._fixed[next(iter(self._fixed))]
-            self._request = self._compiled = None  # the usual shape's is held by the table alone
+            if self._every:
+                self._request = self._compiled = None  # the usual shape's is held by the table alone
             request = fix(shapes).create_infer_request()
         self._fixed[key] = request
         return request
@@ -150,12 +162,40 @@ class _Held(NamedTuple):
     batch: int
 
 
-def _needs_shape(submodel: Submodel, options: Options) -> bool:
-    """Whether the graph has quantized activations, shapes that vary, and the CPU to run on."""
-    signature = submodel.signature
-    if (options.device or "CPU") != "CPU":
-        return False
-    return not signature.states and "W8A8" in submodel.precision and any(not isinstance(d, int) for t in signature.inputs for d in t.dims)
+class _Made(NamedTuple):
+    """A compiled model, the device in words, what it computes in, and what of it runs elsewhere."""
+
+    compiled: Any
+    device: str
+    computes: str
+    fallbacks: tuple[str, ...]
+
+
+def _where(options: Options) -> Where:
+    return Where.of(_core(), options.device)
+
+
+def _varies(submodel: Submodel) -> bool:
+    return any(not isinstance(dim, int) for tensor in submodel.signature.inputs for dim in tensor.dims)
+
+
+def _needs_shape(submodel: Submodel, where: Where) -> bool:
+    """Whether each shape has to be compiled for: on an NPU, and on the CPU where activations are quantized."""
+    wrong = where.cpu and "W8A8" in submodel.precision
+    return (wrong or where.npu) and not submodel.signature.states and _varies(submodel)
+
+
+def _least(signature: Signature, shapes: Shapes) -> bool:
+    """Whether a length that varies, of something else than rows, is the least possible: such calls get a model of their own.
+
+    At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample UNet had 2x2 latents,
+    whose smallest feature map is one value, or one token of text.
+    """
+    return any(
+        not isinstance(dim, int) and dim.name != "batch" and dim.min < dim.max and shapes[tensor.name][axis] == dim.min
+        for tensor in signature.inputs
+        for axis, dim in enumerate(tensor.dims)
+    )
 
 
 def _usual(submodel: Submodel) -> Shapes:
@@ -165,40 +205,45 @@ def _usual(submodel: Submodel) -> Shapes:
     return {tensor.name: tensor.shape(lengths) for tensor in inputs}
 
 
-def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes | None = None) -> tuple[Any, str]:
-    """Compile for the device, at these shapes, or the usual ones, where it needs fixed ones; and what the device is."""
-    if shapes is None and _needs_shape(submodel, options):
+def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes | None = None) -> _Made:
+    """Compile for the device, at these shapes, or the usual ones, where it needs fixed ones."""
+    core, where = _core(), _where(options)
+    if shapes is None and _needs_shape(submodel, where):
         shapes = _usual(submodel)
-    core = _core()
-    device = options.device or "CPU"
-    if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-        raise EngineUnavailable(f"OpenVINO has no device '{device}' here: it found {', '.join(core.available_devices) or 'none'}")
+    half = where.cpu and _half(core, submodel)
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if device == "CPU":
-        config |= _numbers(submodel.dynamic, _half(core, submodel)) | (
-            {"INFERENCE_NUM_THREADS": options.threads} if options.threads else {}
-        )
+    if where.cpu:
+        config |= _numbers(submodel.dynamic, half) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+    else:
+        config["CACHE_DIR"] = str(cache_folder() / "openvino")  # their compilers take minutes
     try:
-        compiled = _compiled(core, submodel, graph, device, config | dict(options.settings), shapes)
+        model, compiled = _compiled(core, submodel, graph, where, config | dict(options.settings), shapes)
+        name, fallbacks = f"openvino:{where.told(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
-    name = f"openvino:{device} ({core.get_property(device, 'FULL_DEVICE_NAME')})"
-    if device == "CPU" and _half(core, submodel):
+    if half:
         name += " in bfloat16"
-    elif device == "CPU" and submodel.bfloat16 and _has_bfloat16(core):
+    elif where.cpu and submodel.bfloat16 and _has_bfloat16(core):
         name += " with attention in bfloat16"
-    if device == "CPU" and fits(submodel.signature) and not has_pages(compiled):
+    if where.cpu and fits(submodel.signature) and not has_pages(compiled):
         name += " with caches in states"  # the plugin has no attention over pages for this processor and these numbers
-    return compiled, f"{name} with dynamic 8-bit activations" if device == "CPU" and _rounds(compiled) else name
+    if where.cpu and _rounds(compiled):
+        name += " with dynamic 8-bit activations"
+    return _Made(compiled, name, "bfloat16" if half else "float32", fallbacks)
 
 
-def _compiled(core: Any, submodel: Submodel, graph: Path, device: str, config: Mapping[str, Any], shapes: Shapes | None = None) -> Any:
-    """A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states."""
+def _compiled(
+    core: Any, submodel: Submodel, graph: Path, where: Where, config: Mapping[str, Any], shapes: Shapes | None = None
+) -> tuple[Any, Any]:
+    """The model that was read, and compiled.
+
+    A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states.
+    """
 
     def read() -> Any:
         model = core.read_model(graph)
         use_zero_points(model, submodel.spans)
-        if device == "CPU" and submodel.compute == "float32" and _has_bfloat16(core):
+        if where.cpu and submodel.compute == "float32" and _has_bfloat16(core):
             halve_attention(model, submodel.bfloat16)
         if submodel.signature.states:
             keep_states(model, submodel.signature)
@@ -206,12 +251,13 @@ def _compiled(core: Any, submodel: Submodel, graph: Path, device: str, config: M
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         return model
 
-    if device == "CPU" and fits(submodel.signature):
+    if where.cpu and fits(submodel.signature):
         with suppress(RuntimeError):
             model = read()
             use_pages(model)
-            return core.compile_model(model, device, config)
-    return core.compile_model(read(), device, config)
+            return model, core.compile_model(model, where.name, config)
+    model = read()
+    return model, core.compile_model(model, where.name, config)
 
 
 def _half(core: Any, submodel: Submodel) -> bool:

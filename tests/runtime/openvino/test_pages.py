@@ -13,7 +13,7 @@ from runtime.bundle import Bundle
 from runtime.engine import Options, Slot, targets
 from runtime.engines import openvino
 from runtime.errors import EngineError
-from runtime.paged_cache import FIRST_CAPACITY, fits, has_pages
+from runtime.openvino.pages import FIRST_CAPACITY, fits, has_pages
 from runtime.signature import Array
 
 FLOOR = 1e-4
