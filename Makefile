@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[export,openvino,tensorrt-rtx,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[export,openvino,tensorrt-rtx,coreml,signing,devices,dev]"
 	touch $@
 
 # The main job: both samples built at int8, served, a picture drawn, a question asked about it.

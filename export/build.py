@@ -64,7 +64,7 @@ SPEED_BYTES: Final = 256 << 20
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
 M_MMAP_THRESHOLD: Final = -3
-REPORTS: Final = {"quality", "report", "speed", "baseline", "timed", "cli", "demo", "progress"}
+REPORTS: Final = {"artifacts", "baseline", "bundles", "cli", "console", "demo", "progress", "quality", "report", "sizes", "speed", "timed"}
 """Modules that look at what was built and change nothing of it."""
 PACKAGES: Final = (
     "enginecast",

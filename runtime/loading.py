@@ -28,6 +28,7 @@ from runtime.pipelines.chat import ChatPipeline
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placement import Choice, Place, Wishes
 from runtime.portable import fitting
+from runtime.signing import require_signature
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +80,21 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
     return target(placement.usable(bundle, placement.order(bundle, wanted, Wishes(), machine), "", machine)[0].target)
 
 
-def load_model(root: Path, wanted: str | None = None, options: Options | None = None, wishes: Wishes | None = None) -> LoadedModel:
+def load_model(
+    root: Path, wanted: str | None = None, options: Options | None = None, wishes: Wishes | None = None, public: Path | None = None
+) -> LoadedModel:
     """Open a bundle, compare its files with their hashes, and load its submodels, on the target that is wanted or as `wishes` say.
+
+    With the file of a `public` key, it must be signed by that key's owner.
 
     Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code. Raises NotFound, BundleError,
     InvalidInput, ResourceExhausted or EngineError; leaves nothing loaded then.
     """
     bundle = Bundle(root)
-    bundle.verify(strangers=False)
+    if public is None:
+        bundle.verify(strangers=False)
+    else:
+        require_signature(bundle, public)
     kind = bundle.manifest.pipeline
     if kind not in PIPELINES:
         raise BundleError(f"bundle {bundle.name} needs the pipeline '{kind}', which this program lacks: {did_you_mean(kind, PIPELINES)}")

@@ -34,6 +34,11 @@ FORWARDS: Final = {
     "report": ("export.cli", "Write the quality report of a quantized bundle as one page."),
     "inspect": ("export.cli", "Show what a bundle holds."),
     "verify": ("export.cli", "Compare a bundle's files with their hashes."),
+    "add-target": ("export.cli", "Compile a bundle for one more target or machine, from its own graphs."),
+    "strip": ("export.cli", "Leave out the canonical graphs and weights of a bundle."),
+    "keygen": ("export.cli", "Make a pair of keys to sign bundles with."),
+    "sign": ("export.cli", "Sign a bundle."),
+    "targets": ("export.cli", "Every target: whether it compiles here, whether it runs here, and why not."),
     "bench": ("profiles.cli", "Measure a bundle on this machine."),
     "score": ("profiles.cli", "Score bundles of the sample models on their task."),
 }
@@ -103,10 +108,11 @@ def serve(
 
     options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
 
+    if require_signature is not None:
+        signing.public_key(require_signature)  # a wrong key fails at once
+
     def load(root: Path, asked: str | None) -> Model:
-        if require_signature is not None:
-            signing.require_signature(Bundle(root), require_signature)
-        return load_model(root, asked or target, options, wishes)
+        return load_model(root, asked or target, options, wishes, require_signature)
 
     async def run() -> None:
         host = ModelHost(map(Bundle, bundles), load, Limits(max_queue=max_queue, grace_seconds=grace))

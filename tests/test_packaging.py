@@ -67,7 +67,7 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
     base = {line.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip() for line in required if "extra ==" not in line}
     assert "onnxruntime" in base and not base & HEAVY
     extras = set(metadata.get_all("Provides-Extra") or [])
-    assert extras == {"openvino", "tensorrt", "tensorrt-rtx", "cuda", "directml", "coreml", "export", "dev"}
+    assert extras == {"openvino", "tensorrt", "tensorrt-rtx", "cuda", "directml", "coreml", "devices", "signing", "export", "dev"}
 
 
 def test_every_target_file_has_its_extra(metadata: Message) -> None:

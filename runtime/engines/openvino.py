@@ -188,8 +188,8 @@ def _needs_shape(submodel: Submodel, where: Where) -> bool:
 def _least(signature: Signature, shapes: Shapes) -> bool:
     """Whether a length that varies, of something else than rows, is the least possible: such calls get a model of their own.
 
-    At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample UNet had 2x2 latents,
-    whose smallest feature map is one value, or one token of text.
+    At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample UNet had 2x2
+    latents, whose smallest feature map is one value, or one token of text.
     """
     return any(
         not isinstance(dim, int) and dim.name != "batch" and dim.min < dim.max and shapes[tensor.name][axis] == dim.min
@@ -213,7 +213,7 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
     half = where.cpu and _half(core, submodel)
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if where.cpu:
-        config |= _numbers(submodel.dynamic, half) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
+        config |= _numbers(submodel.dynamic and where.plain, half) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
     else:
         config["CACHE_DIR"] = str(cache_folder() / "openvino")  # their compilers take minutes
     try:
@@ -223,11 +223,11 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
     if half:
         name += " in bfloat16"
-    elif where.cpu and submodel.bfloat16 and _has_bfloat16(core):
+    elif where.plain and submodel.bfloat16 and _has_bfloat16(core):
         name += " with attention in bfloat16"
-    if where.cpu and fits(submodel.signature) and not has_pages(compiled):
+    if where.plain and fits(submodel.signature) and not has_pages(compiled):
         name += " with caches in states"  # the plugin has no attention over pages for this processor and these numbers
-    if where.cpu and _rounds(compiled):
+    if where.plain and _rounds(compiled):
         name += " with dynamic 8-bit activations"
     return _Made(compiled, name, "bfloat16" if half else "float32", fallbacks)
 
@@ -243,7 +243,7 @@ def _compiled(
     def read() -> Any:
         model = core.read_model(graph)
         use_zero_points(model, submodel.spans)
-        if where.cpu and submodel.compute == "float32" and _has_bfloat16(core):
+        if where.plain and submodel.compute == "float32" and _has_bfloat16(core):
             halve_attention(model, submodel.bfloat16)
         if submodel.signature.states:
             keep_states(model, submodel.signature)
@@ -251,7 +251,7 @@ def _compiled(
             model.reshape({name: list(shape) for name, shape in shapes.items()})
         return model
 
-    if where.cpu and fits(submodel.signature):
+    if where.plain and fits(submodel.signature):
         with suppress(RuntimeError):
             model = read()
             use_pages(model)

@@ -25,7 +25,7 @@ class Where:
         name, here = asked or "CPU", tuple(core.available_devices)
         kind, _, listed = name.partition(":")
         if kind not in MADE_OF_OTHERS:
-            parts = (name,)
+            parts: tuple[str, ...] = (name,)
         elif listed:
             parts = tuple(re.sub(r"\(.*\)$", "", part.strip()) for part in listed.split(",") if not part.strip().startswith("-"))
         else:
@@ -39,6 +39,11 @@ class Where:
     def cpu(self) -> bool:
         """Whether it is the CPU alone, by whatever name."""
         return all(part == "CPU" for part in self.parts)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is the CPU by its own name: what is made of others does not tell everything that the CPU does."""
+        return self.name == "CPU"
 
     @property
     def npu(self) -> bool:
