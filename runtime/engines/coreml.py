@@ -151,7 +151,7 @@ class CoreML(Engine):
         artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
         if not artifacts:
             raise EngineError(f"bundle {bundle.name} holds no {cls.target} package of {submodel}: build it with --target {cls.target}")
-        return Compiled(artifacts[-1], bundle.root / "engines" / cls.target)
+        return Compiled.of(bundle.root, artifacts[-1])
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:

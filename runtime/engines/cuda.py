@@ -148,7 +148,7 @@ class CUDAEngine(SessionEngine):
     def _opened(
         cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str, replay: bool
     ) -> SessionEngine:
-        plan, opened = stored(submodel, root, cls.target, device, threads=options.threads, entries={ACCURACY: "0"}, fallback=fallback)
+        plan, opened = stored(submodel, root, cls.target, device, options, entries={ACCURACY: "0"}, fallback=fallback)
         return cls(submodel, name, device, plan, opened, vary=not replay, replay=replay, fallback=fallback)
 
 

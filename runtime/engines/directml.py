@@ -146,7 +146,7 @@ class DirectML(SessionEngine):
 
     @classmethod
     def _opened(cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str) -> DirectML:
-        plan, opened = stored(submodel, root, cls.target, device, threads=options.threads, entries={ACCURACY: "0"}, fallback=fallback)
+        plan, opened = stored(submodel, root, cls.target, device, options, entries={ACCURACY: "0"}, fallback=fallback)
         return cls(submodel, name, device, plan, opened, fallback=fallback)
 
 

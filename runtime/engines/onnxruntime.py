@@ -60,7 +60,7 @@ class ONNXRuntime(SessionEngine):
             raise EngineUnavailable(f"ONNX Runtime has no device '{options.device}' here: expected {PROVIDER}")
         canonical = root / submodel.graph
         states = bool(submodel.signature.states)
-        graph = folder_of(root, cls.target) / f"{submodel.name}.onnx" if states else canonical
+        graph = folder_of(root, cls.target, options.compiled) / f"{submodel.name}.onnx" if states else canonical
         entries = {ACCURACY: "4" if submodel.dynamic else "0"} | dict(options.settings)
         device = Device(PROVIDER)
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.bundle import Submodel
-from runtime.engine import Engine, Slot
+from runtime.engine import Compiled, Engine, Options, Slot
 from runtime.errors import EngineError
 from runtime.ort.attention import MASK
 from runtime.ort.caches import Cache
@@ -267,13 +267,13 @@ def _key(shape: Shape) -> Key:
 
 
 def stored(
-    submodel: Submodel, root: Path, target: str, device: Device, *, threads: int, entries: Mapping[str, str], fallback: str
+    submodel: Submodel, root: Path, target: str, device: Device, options: Options, *, entries: Mapping[str, str], fallback: str
 ) -> tuple[Plan, Open]:
-    """How a target stored a submodel in the bundle at `root`, and what opens sessions of it. Raises EngineError.
+    """How a target stored a submodel of the bundle at `root`, and what opens sessions of it. Raises EngineError.
 
     On the CPU nothing is fused beyond what the graph says: that would round as no other device does.
     """
-    folder, canonical = folder_of(root, target), (root / submodel.graph).parent
+    folder, canonical = folder_of(root, target, options.compiled), (root / submodel.graph).parent
     plan = read_plan(folder, submodel)
     converted = values_of(folder / plan.weights) if plan.weights else {}
     chosen = {RECORD: "1"} | dict(entries) | ({NO_FALLBACK: "1"} if fallback == "none" else {})
@@ -281,11 +281,13 @@ def stored(
     def opened(shape: Shape, step: bool) -> Any:
         graph = folder / (plan.step if step else plan.graph)
         level = "ORT_ENABLE_BASIC" if device.provider == CPU else "ORT_ENABLE_ALL"
-        return open_session(graph, canonical, device, threads=threads, entries=chosen, fixed=shape, converted=converted, level=level)
+        return open_session(
+            graph, canonical, device, threads=options.threads, entries=chosen, fixed=shape, converted=converted, level=level
+        )
 
     return plan, opened
 
 
-def folder_of(root: Path, target: str) -> Path:
-    """Where a bundle keeps what a target stored."""
-    return root / "engines" / target
+def folder_of(root: Path, target: str, compiled: Compiled | None) -> Path:
+    """Where what a target stored lies: as `runtime.portable` found it, else in the bundle."""
+    return compiled.folder if compiled else root / "engines" / target
