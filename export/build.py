@@ -26,18 +26,18 @@ from calibration.data import SAMPLES, record
 from calibration.gptq import compensate
 from calibration.lean import LeanEngine
 from calibration.precision import Precision, store
-from calibration.quantize import BLOCKS, RECIPES, LayerPlan, Recipe, plan, recipe
+from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
 from calibration.requests import briefly, built_in
-from calibration.search import GOALS, Goal
 from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
 from calibration.weights import Known
 from export import auto, graph, parity
 from export.agreement import agree
-from export.artifacts import check_strippable, remove_graphs
+from export.artifacts import remove_graphs
 from export.auto import Plans
 from export.baseline import compare_speed
 from export.family import Family, Part, family_of
+from export.options import Options
 from export.progress import Listener, Progress, Step
 from export.quality import Pictures, Quality, measure, save_quality
 from export.source import Checkpoint, Source, TensorRef, check_finite, open_component, resolve
@@ -46,16 +46,12 @@ from export.tasks import TASKS, right
 from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Parity, Submodel, Verdict, sha256
 from runtime.bundle import Source as BundleSource
-from runtime.engine import CompileOptions, Engine, check_precisions, target
-from runtime.errors import BundleError, EnginecastError, EngineUnavailable, InvalidInput, NotFound, QualityError, SourceError, did_you_mean
+from runtime.engine import CompileOptions, Engine, target
+from runtime.errors import BundleError, EnginecastError, NotFound, QualityError, SourceError
 from runtime.loading import PIPELINES, LoadedModel, load_model
 from runtime.lowering import Half
 from runtime.signature import Array
 
-QUANTS: Final = ("none", *RECIPES, "auto")
-COMPUTES: Final = ("auto", "float32", "float16", "bfloat16")
-PARITIES: Final = ("auto", "full", "twin")
-QUALITIES: Final = ("auto", "full", "none")
 FULL_QUALITY_BYTES: Final = 1 << 30
 """`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
 slowly."""
@@ -77,68 +73,8 @@ PACKAGES: Final = (
     "onnxruntime",
     "openvino",
     "tensorrt-rtx",
+    "coremltools",
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin.
-
-    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `export calibrate`; without one,
-    built-in requests are captured where a recipe needs them. `quality` is one of auto, full, none: whether the quantized model is compared
-    with the float one; `speed`, one of the same, whether both are timed beside PyTorch, too. `allow_low_quality` keeps a bundle that falls
-    below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it may compute in where that is
-    measured to be harmless; auto is the recipe's own. `block` is the number of consecutive inputs that share an int4 scale, 0 being the
-    recipe's. `strip_canonical` leaves graphs and weights out that no target reads. `settings` are those of each target, by its name.
-    """
-
-    source: str
-    output: Path
-    targets: tuple[str, ...] = ("onnxruntime",)
-    quant: str = "none"
-    parity: str = "auto"
-    force: bool = False
-    name: str = ""
-    calibration: Path | None = None
-    quality: str = "auto"
-    speed: str = "auto"
-    allow_low_quality: bool = False
-    max_drop: float = 1.0
-    goal: Goal = "size"
-    compute: str = "auto"
-    block: int = 0
-    strip_canonical: bool = False
-    settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("quant", self.quant, QUANTS),
-            ("parity", self.parity, PARITIES),
-            ("quality", self.quality, QUALITIES),
-            ("speed", self.speed, QUALITIES),
-            ("goal", self.goal, GOALS),
-            ("compute", self.compute, COMPUTES),
-        ):
-            if value not in known:
-                raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
-        if self.block and (self.block not in BLOCKS or self.quant != "int4"):
-            expected = f"one of {', '.join(map(str, sorted(BLOCKS)))} with --quant int4"
-            raise InvalidInput("block", f"is {self.block} with --quant {self.quant}, expected {expected}")
-        if self.calibration is not None and self.quant == "none":
-            raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")
-        if not self.targets:
-            raise InvalidInput("target", "is missing: name at least one, such as --target openvino")
-        found = {name: target(name).available() for name in self.targets}
-        unusable = [f"{name}: {one.reason}" for name, one in found.items() if not (one.usable or one.compiles)]
-        if unusable:
-            raise EngineUnavailable(f"cannot compile for {'; '.join(unusable)}")
-        if self.quant in RECIPES:
-            check_precisions(self.targets, RECIPES[self.quant].precisions)
-        if self.strip_canonical:
-            check_strippable([Artifact(target=name, submodel="", key=dict(self.settings.get(name, {}))) for name in self.targets], ())
-        strangers = sorted(set(self.settings) - set(self.targets))
-        if strangers:
-            raise InvalidInput("setting", f"is for {strangers[0]}, which is not among the targets {', '.join(self.targets)}")
 
 
 @dataclass

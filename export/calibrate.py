@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 import export.build
+import export.options
 from calibration.data import Done, record
 from calibration.requests import Requests, briefly, built_in, read_images, read_prompts, read_questions
 from calibration.sets import CalibrationSet, Kind
@@ -71,7 +72,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
 
     Raises InvalidInput, NotFound, SourceError, EngineError or ResourceExhausted.
     """
-    state = Build.open(export.build.Options(options.source, options.output))
+    state = Build.open(export.options.Options(options.source, options.output))
     kind: Kind = "diffusion" if state.family.pipeline == "diffusion" else "chat"
     requests = options.requests(kind)
     if state.brief:

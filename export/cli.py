@@ -73,7 +73,7 @@ def build(
     """Convert, quantize and compile a model into a bundle."""
     try:
         from export.artifacts import resolve_targets
-        from export.build import Options
+        from export.options import Options
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
     if name and not source:

@@ -6,7 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from export.baseline import compare_speed
-from export.build import Build, Options, build
+from export.build import Build, build
+from export.options import Options
 from export.progress import Listener
 from export.speed import THOROUGH, Note, Speed, SpeedEffort
 from runtime.bundle import Bundle

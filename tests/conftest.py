@@ -28,7 +28,8 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def cast(source: str, output: Path) -> Path:
     """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the build side."""
-    from export.build import Options, build
+    from export.build import build
+    from export.options import Options
 
     build(Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable)))
     return output

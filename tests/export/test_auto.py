@@ -25,7 +25,8 @@ from calibration.search import Assignment
 from calibration.sensitivity import Board
 from calibration.tuning import Tuning
 from export import auto, graph, quality
-from export.build import Options, build
+from export.build import build
+from export.options import Options
 from export.trace import trace
 from runtime.bundle import Bundle
 from runtime.errors import NotFound, QualityError

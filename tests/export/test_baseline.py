@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from export.baseline import TorchEngine, compare_speed, torch_model
-from export.build import Build, Options, build
+from export.build import Build, build
 from export.graph import parameter_names
+from export.options import Options
 from export.speed import WHOLE, SpeedEffort
 from export.timed import time_bundle
 from runtime.bundle import Bundle

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 import export.build
 import export.trace
 from calibration.quantize import RECIPES
-from export.build import Options, build
+from export.build import build
+from export.options import Options
 from export.progress import Report
 from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import (

@@ -14,6 +14,7 @@ import pytest
 
 import export.build
 import export.cli
+import export.options
 from runtime.bundle import MANIFEST, SIGNATURE, Bundle
 from runtime.engine import targets
 from runtime.fake import Bound
@@ -156,9 +157,9 @@ def test_adding_needs_no_torch(bundle: Path) -> None:
 
 
 def test_auto_reaches_the_build_as_names(run: Run, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[export.build.Options] = []
+    asked: list[export.options.Options] = []
 
-    def build(options: export.build.Options, listen: object) -> tuple[Bundle, dict[str, float]]:
+    def build(options: export.options.Options, listen: object) -> tuple[Bundle, dict[str, float]]:
         asked.append(options)
         return Bundle(tiny_bundle), {"trace": 1.0}
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import export.build
+import export.options
 from calibration.ranges import collect_ranges
 from calibration.sets import CalibrationSet
 from export.build import Build
@@ -81,7 +82,7 @@ def test_a_set_of_a_model_that_draws_can_be_calibrated_with(tiny_diffusion: Path
     few, skipped = found.warnings()
     assert few.startswith("2 requests are few") and skipped.startswith("1 requests were skipped: broken.jpg: ")
     assert {round(float(call["image"].mean()), 2) for call in found.samples["vae_encoder"]} == {-1.0, -0.22}
-    state = Build.open(export.build.Options(str(tiny_diffusion), tmp_path / "bundle"))
+    state = Build.open(export.options.Options(str(tiny_diffusion), tmp_path / "bundle"))
     loaded = CalibrationSet.load(output)
     loaded.check(state.fingerprint, state.name)
     unet = next(part for part in state.parts if part.name == "unet")
@@ -98,7 +99,7 @@ def test_another_checkpoint_has_another_fingerprint(tiny_vlm: Path, tmp_path: Pa
     content = bytearray(weights.read_bytes())
     content[-2:] = b"\x00\x3c" if content[-2:] != b"\x00\x3c" else b"\x00\x00"
     weights.write_bytes(content)
-    states = [Build.open(export.build.Options(str(source), tmp_path / "b")) for source in (tiny_vlm, other)]
+    states = [Build.open(export.options.Options(str(source), tmp_path / "b")) for source in (tiny_vlm, other)]
     found = CalibrationSet("chat", states[0].fingerprint, {}, {})
     found.check(states[0].fingerprint, "tiny-vlm")
     with pytest.raises(InvalidInput, match="was captured from the checkpoint"):

@@ -17,6 +17,7 @@ import pytest
 
 import export.build
 import export.cli
+import export.options
 import serving.cli
 from runtime.bundle import MANIFEST, Bundle
 
@@ -52,11 +53,11 @@ def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: 
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> list[export.build.Options]:
+def built(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> list[export.options.Options]:
     """No build is made: the options of each that is asked for are kept."""
-    asked: list[export.build.Options] = []
+    asked: list[export.options.Options] = []
 
-    def build(options: export.build.Options, listen: object) -> tuple[Bundle, dict[str, float]]:
+    def build(options: export.options.Options, listen: object) -> tuple[Bundle, dict[str, float]]:
         asked.append(options)
         return Bundle(tiny_bundle), {"trace": 1.0}
 
@@ -116,7 +117,7 @@ def test_sources_that_cannot_be(run: Run, tmp_path: Path, tiny_vlm: Path) -> Non
         assert ended.err.count("\n") == 1 and not Path("out").exists()
 
 
-def test_without_a_source_both_samples_are_built(run: Run, built: list[export.build.Options]) -> None:
+def test_without_a_source_both_samples_are_built(run: Run, built: list[export.options.Options]) -> None:
     assert run("build", "--quant", "int8").code == 0
     assert [(options.source, str(options.output)) for options in built] == [
         ("sample:shapes-diffusion", "bundles/shapes-diffusion-int8"),
@@ -125,7 +126,7 @@ def test_without_a_source_both_samples_are_built(run: Run, built: list[export.bu
     assert {options.targets for options in built} == {("onnxruntime", "openvino")}
 
 
-def test_settings_list_what_to_build(run: Run, built: list[export.build.Options]) -> None:
+def test_settings_list_what_to_build(run: Run, built: list[export.options.Options]) -> None:
     Path("enginecast.toml").write_text(
         '[[build]]\nsource = "sample:shapes-vlm"\nquant = "int4"\ntarget = "onnxruntime"\noutput = "x/y"\n[[build]]\nsource = "org/model"\n'
     )

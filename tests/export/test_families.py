@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.build import Options, build
+from export.build import build
 from export.family import Family, families, family_of
 from export.graph import parameter_names
+from export.options import Options
 from export.source import open_component, resolve
 from runtime.errors import NotFound, SourceError, UnsupportedModel
 

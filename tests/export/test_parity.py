@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from export.build import Build, Options, part_graph
+from export.build import Build, part_graph
 from export.family import Part
+from export.options import Options
 from export.parity import check, mapped
 from export.tensors import TensorRef
 from runtime.errors import ParityError

@@ -16,7 +16,8 @@ import pytest
 from calibration.data import capture
 from calibration.metrics import CAP_DB, perplexity
 from calibration.questions import test_questions as questions_of
-from export.build import Options, build
+from export.build import build
+from export.options import Options
 from export.quality import (
     FLOORS,
     FOLDER,
