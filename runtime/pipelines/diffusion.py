@@ -327,11 +327,15 @@ class DiffusionPipeline:
         unscaled = np.asarray(latents / vae.scaling_factor + vae.shift_factor, np.float32)
         height, width = unscaled.shape[2:]
         tile = tile_shape(height, width, self.decodes_at_once, self.config.sizes.multiple // vae.scale_factor)
-        mosaic = Mosaic(height, width, vae.scale_factor)
-        for rows, columns in places(height, width, tile):
-            outputs = yield from _run(Call("vae_decoder", {"latents": np.ascontiguousarray(unscaled[:, :, rows, columns])}))
-            mosaic.add(rows, columns, outputs["image"][0])
-        picture: NDArray[np.uint8] = np.round((mosaic.picture() / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+        if tile[0] >= height and tile[1] >= width:
+            pixels = (yield from _run(Call("vae_decoder", {"latents": unscaled})))["image"][0]
+        else:
+            mosaic = Mosaic(height, width, vae.scale_factor)
+            for rows, columns in places(height, width, tile):
+                outputs = yield from _run(Call("vae_decoder", {"latents": np.ascontiguousarray(unscaled[:, :, rows, columns])}))
+                mosaic.add(rows, columns, outputs["image"][0])
+            pixels = mosaic.picture()
+        picture: NDArray[np.uint8] = np.round((pixels / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
         return picture.transpose(1, 2, 0)
 
 

@@ -73,8 +73,8 @@ def test_build(run: Run, tiny_vlm: Path) -> None:
     assert ended.code == 0, ended.err
     lines = ended.out.splitlines()
     assert lines[0] == f"{tiny_vlm} -> out (none, onnxruntime)"
-    assert lines[1].startswith("[ 1/14] weights") and lines[14].startswith("[14/14] bundle")
-    assert all("ETA" in line for line in lines[1:15]) and "MB of weights in" in lines[15]
+    assert lines[1].startswith("[ 1/17] weights") and lines[17].startswith("[17/17] bundle")
+    assert all("ETA" in line for line in lines[1:18]) and "MB of weights in" in lines[18]
     again = run("build", tiny_vlm, "--target", "onnxruntime", "--output", "out")
     assert again.code == 0 and "out is up to date" in again.out
     other = run("build", tiny_vlm, "--target", "onnxruntime", "--output", "out", "--quant", "int4")
