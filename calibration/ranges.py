@@ -157,8 +157,8 @@ class Histogram:
 
     def spanned(self, found: Range) -> Range:
         """The same range, and what 8 bits with a zero point would better span, if they would."""
-        values, counts = (np.concatenate(both) for both in zip(self._seen(0), self._seen(1), strict=True))
-        values[len(self._seen(0)[0]) :] *= -1
+        (above, often), (below, others) = self._seen(0), self._seen(1)
+        values, counts = np.concatenate([above, -below]), np.concatenate([often, others])
         error = float(np.dot(counts, _error(np.abs(values), found.peak))) if found.peak else 0.0
         if not error:
             return found

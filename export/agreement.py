@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -27,20 +28,36 @@ POSITIONS: Final = (8, 1, 1)
 """New positions of each call of a decoder: a prompt and two steps behind it."""
 
 
-def agree(
-    engine: type[Engine], submodel: Submodel, root: Path, artifact: Artifact, captured: Sequence[Mapping[str, Array]] = ()
-) -> Artifact:
-    """The artifact of a submodel of the bundle at `root`, with what was found of it, or why it could not be computed here.
+class Reference:
+    """What the canonical graph of a submodel of the bundle at `root` gives, computed once for however many targets.
 
     It gets what was captured of it, where there is such of usual lengths, else likely values, which int8 may clip.
+    """
+
+    def __init__(self, submodel: Submodel, root: Path, captured: Sequence[Mapping[str, Array]] = ()) -> None:
+        self.submodel, self.root = submodel, root
+        self._captured = captured
+
+    @cached_property
+    def calls(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+        """Inputs and outputs of every call; those of a decoder go on in one slot."""
+        slot = Slot() if self.submodel.signature.states else None
+        with closing(LeanEngine.load(self.submodel, self.root, Options())) as engine:
+            return [(inputs, engine.run(inputs, slot)) for inputs in _calls(self.submodel.signature, self._captured)]
+
+
+def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Artifact:
+    """The artifact of the reference's submodel, with what was found of it, or why it could not be computed here.
+
     Raises EngineError when it does not compute what the canonical graph says.
     """
+    submodel = reference.submodel
     try:
-        emulated = engine.emulate(submodel, root, Options())
+        emulated = engine.emulate(submodel, reference.root, Options())
     except EngineUnavailable as error:
         return artifact.model_copy(update={"unchecked": str(error)})
-    with closing(emulated), closing(LeanEngine.load(submodel, root, Options())) as reference:
-        found = _compare(emulated, reference, captured)
+    with closing(emulated):
+        found = _compare(emulated, reference)
     least = FLOORS["quantized" if "int" in submodel.precision else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
@@ -50,12 +67,17 @@ def agree(
     return artifact.model_copy(update={"agreement": found})
 
 
-def _compare(emulated: Engine, reference: Engine, captured: Sequence[Mapping[str, Array]]) -> Agreement:
+def told(artifact: Artifact) -> str:
+    """What `agree` found, in short."""
+    return f"{artifact.agreement.snr_db:.0f} dB" if artifact.agreement else artifact.unchecked
+
+
+def _compare(emulated: Engine, reference: Reference) -> Agreement:
     """The worst output of all calls."""
-    signature, worst = reference.submodel.signature, Agreement(tensor="", snr_db=math.inf, device=emulated.device)
-    slots = Slot(), Slot()
-    for inputs in _calls(signature, captured):
-        got, wanted = (one.run(inputs, slot if signature.states else None) for one, slot in zip((emulated, reference), slots, strict=True))
+    slot = Slot() if reference.submodel.signature.states else None
+    worst = Agreement(tensor="", snr_db=math.inf, device=emulated.device)
+    for inputs, wanted in reference.calls:
+        got = emulated.run(inputs, slot)
         for name, values in wanted.items():
             ratio = snr_db(values, got[name]) if np.isfinite(got[name]).all() else -math.inf
             if ratio < worst.snr_db:

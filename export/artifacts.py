@@ -18,7 +18,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from calibration.quantize import RECIPES
-from export.agreement import agree
+from export.agreement import Reference, agree, told
 from export.progress import Listener, Progress, Step
 from runtime.bundle import MANIFEST, SIGNATURE, Artifact, Bundle, Manifest, Submodel, sha256
 from runtime.engine import CompileOptions, Engine, check_precisions, target, targets
@@ -162,8 +162,8 @@ def _checked(engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list
     found = []
     for part, artifact in zip(submodels, artifacts, strict=True):
         with progress.step(part.name, f"check {engine.target}") as notes:
-            one = agree(engine, part, folder, artifact) if small else artifact.model_copy(update={"unchecked": TOO_LARGE})
-            notes.append(f"{one.agreement.snr_db:.0f} dB" if one.agreement else one.unchecked)
+            one = agree(engine, Reference(part, folder), artifact) if small else artifact.model_copy(update={"unchecked": TOO_LARGE})
+            notes.append(told(one))
             found.append(one)
     return found
 

@@ -32,7 +32,7 @@ from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
 from calibration.weights import Known
 from export import auto, graph, parity
-from export.agreement import agree
+from export.agreement import Reference, agree, told
 from export.artifacts import remove_graphs
 from export.auto import Plans
 from export.baseline import compare_speed
@@ -333,14 +333,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 )
                 artifacts.append(_compile(target(name), submodel, folder, options))
     if state.checked:
-        calls = _samples(state, folder).samples if any(map(state.calibrated, state.parts)) else {}
-        _finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
-        for index, artifact in enumerate(artifacts):
-            with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
-                submodel = next(one for one in submodels if one.name == artifact.submodel)
-                artifacts[index] = compared = agree(target(artifact.target), submodel, folder, artifact, calls.get(submodel.name, ()))
-                notes.append(f"{compared.agreement.snr_db:.0f} dB" if compared.agreement else compared.unchecked)
-        (folder / MANIFEST).unlink()
+        artifacts = _agreed(state, folder, submodels, artifacts, progress)
     verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
     if state.options.strip_canonical:
         remove_graphs(folder, submodels, artifacts)
@@ -427,6 +420,20 @@ def _codes(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str
         return {}
     key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, _code())
     return read_codes(cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path)))
+
+
+def _agreed(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> list[Artifact]:
+    """The artifacts, each compared with its canonical graph where that can be done here."""
+    calls = _samples(state, folder).samples if any(map(state.calibrated, state.parts)) else {}
+    _finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
+    references = {one.name: Reference(one, folder, calls.get(one.name, ())) for one in submodels}
+    found = []
+    for artifact in artifacts:
+        with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
+            found.append(agree(target(artifact.target), references[artifact.submodel], artifact))
+            notes.append(told(found[-1]))
+    (folder / MANIFEST).unlink()
+    return found
 
 
 def _judged(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> Verdict:

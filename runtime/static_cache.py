@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from runtime.errors import EngineError
+from runtime.errors import EngineError, InvalidInput
 from runtime.optional import require
 from runtime.signature import Array, Signature
 
@@ -22,6 +22,17 @@ OPSET: Final = 24
 MASK: Final = "attention_mask"
 INDICES: Final = "write_indices"
 """int64 [batch]: where each row's new keys and values begin, which is the number of positions before them."""
+
+
+def capacity(signature: Signature, context: int) -> int:
+    """Positions that a decoder's caches hold: the `context` that is asked for, 0 being all that the model has.
+
+    Raises InvalidInput when it is more than that.
+    """
+    longest = signature.dims["total"].max
+    if context > longest:
+        raise InvalidInput("context", f"is {context}, and the model has {longest} positions")
+    return context or longest
 
 
 def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:

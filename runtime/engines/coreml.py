@@ -26,12 +26,12 @@ from runtime.lowering import to_half
 from runtime.mil.interpret import Interpreter
 from runtime.mil.package import Package, save
 from runtime.mil.sdk import coremltools
-from runtime.mil.shapes import Settings, Taken, capacity, input_types, lengths_of, symbols
+from runtime.mil.shapes import Settings, Taken, input_types, lengths_of, symbols
 from runtime.mil.translate import identifier, translate
 from runtime.optional import require
 from runtime.settings import Texts
 from runtime.signature import Array, Dim
-from runtime.static_cache import INDICES, MASK, with_static_cache
+from runtime.static_cache import INDICES, MASK, capacity, with_static_cache
 
 UNITS: Final = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
 """What may compute: coremltools' ComputeUnit."""
@@ -290,7 +290,7 @@ def _lowered(submodel: Submodel, graph: Path, settings: Settings) -> Any:
     if (settings.precision or asked) == "float16":
         model = to_half(model, "float16", submodel.keep)
     if submodel.signature.states:
-        model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings))
+        model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings.context))
     return model
 
 

@@ -21,7 +21,7 @@ from pydantic import Field
 from runtime import cuda
 from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
-from runtime.errors import EngineUnavailable, InvalidInput, MissingDependency
+from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.lowering import to_half
 from runtime.ort.attention import with_grouped_cache
 from runtime.ort.engine import SessionEngine, stored
@@ -30,7 +30,7 @@ from runtime.ort.opset21 import to_opset21
 from runtime.ort.sessions import ACCURACY, CPU, Device, sdk
 from runtime.ort.stored import Plan, load_graph, store
 from runtime.settings import Texts
-from runtime.static_cache import with_static_cache
+from runtime.static_cache import capacity, with_static_cache
 
 PROVIDER: Final = "CUDAExecutionProvider"
 EXTRA: Final = "cuda"
@@ -91,11 +91,8 @@ class CUDAEngine(SessionEngine):
         settings = Settings.parse(options.settings)
         plan = Plan(graph=f"{submodel.name}.onnx", compute=submodel.compute)
         if submodel.signature.states:
-            longest = submodel.signature.dims["total"].max
-            if settings.context > longest:
-                raise InvalidInput("context", f"is {settings.context}, and the model has {longest} positions")
             form = "fixed" if submodel.compute == "float32" else "grouped"
-            plan = plan.model_copy(update={"cache": form, "capacity": settings.context or longest})
+            plan = plan.model_copy(update={"cache": form, "capacity": capacity(submodel.signature, settings.context)})
         model = cls._lowered(submodel, graph, plan)
         options.progress(0.5, "Lowered")
         files = store(output, submodel, plan, {plan.graph: model})

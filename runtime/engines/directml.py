@@ -15,21 +15,16 @@ from pydantic import Field, field_validator
 
 from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
-from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency
+from runtime.errors import EngineError, EngineUnavailable, MissingDependency
 from runtime.lowering import to_half
 from runtime.ort.engine import SessionEngine, stored
 from runtime.ort.kernels import DIRECTML, OPSET, check
 from runtime.ort.opset21 import to_opset21
-from runtime.ort.sessions import (
-    ACCURACY,
-    CPU,
-    Device,
-    sdk,
-)
+from runtime.ort.sessions import ACCURACY, CPU, Device, sdk
 from runtime.ort.shapes import parse_shapes, shapes_of
 from runtime.ort.stored import Plan, load_graph, store
 from runtime.settings import Texts
-from runtime.static_cache import with_static_cache
+from runtime.static_cache import capacity, with_static_cache
 
 PROVIDER: Final = "DmlExecutionProvider"
 PACKAGE: Final = "pip install 'enginecast[directml]', on Windows and in place of onnxruntime"
@@ -93,16 +88,16 @@ class DirectML(SessionEngine):
         start = time.perf_counter()
         settings = Settings.parse(options.settings)
         signature = submodel.signature
-        capacity = _capacity(submodel, settings) if signature.states else 0
+        positions = capacity(signature, settings.context) if signature.states else 0
         shapes = shapes_of(settings.shapes, signature)
-        plan = Plan(graph=f"{submodel.name}.onnx", capacity=capacity, shapes=shapes, compute=submodel.compute)
-        models = {plan.graph: cls._lowered(submodel, graph, capacity, steps=False)}
+        plan = Plan(graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.compute)
+        models = {plan.graph: cls._lowered(submodel, graph, positions, steps=False)}
         if signature.states:
-            sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= capacity)
+            sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= positions)
             plan = plan.model_copy(update={"cache": "fixed", "shapes": sizes})
             if settings.grouped and any(shape.get("sequence") == 1 for shape in sizes):
                 plan = plan.model_copy(update={"step": f"{submodel.name}.step.onnx"})
-                models[plan.step] = cls._lowered(submodel, graph, capacity, steps=True)
+                models[plan.step] = cls._lowered(submodel, graph, positions, steps=True)
         options.progress(0.5, "Lowered")
         files = store(output, submodel, plan, models)
         options.progress(1.0, "Graph written")
@@ -110,7 +105,7 @@ class DirectML(SessionEngine):
         return Artifact(target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start)
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, capacity: int, steps: bool) -> Any:
+    def _lowered(cls, submodel: Submodel, graph: Path, positions: int, steps: bool) -> Any:
         """The graph as the provider has kernels for it. Raises EngineError naming nodes that it has none for."""
         model = load_graph(graph)
         if submodel.compute == "bfloat16":
@@ -120,8 +115,8 @@ class DirectML(SessionEngine):
         if submodel.compute != "float32":
             model = to_half(model, submodel.compute, submodel.keep)
         if submodel.signature.states:
-            model = with_static_cache(model, submodel.signature, capacity)
-        to_opset21(model, DIRECTML, capacity if steps else 0)
+            model = with_static_cache(model, submodel.signature, positions)
+        to_opset21(model, DIRECTML, positions if steps else 0)
         check(model, DIRECTML, submodel.name)
         return model
 
@@ -148,11 +143,3 @@ class DirectML(SessionEngine):
     def _opened(cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str) -> DirectML:
         plan, opened = stored(submodel, root, cls.target, device, options, entries={ACCURACY: "0"}, fallback=fallback)
         return cls(submodel, name, device, plan, opened, fallback=fallback)
-
-
-def _capacity(submodel: Submodel, settings: Settings) -> int:
-    """Positions that a decoder's caches hold."""
-    longest = submodel.signature.dims["total"].max
-    if settings.context > longest:
-        raise InvalidInput("context", f"is {settings.context}, and the model has {longest} positions")
-    return settings.context or longest

@@ -12,6 +12,7 @@ from runtime.errors import InvalidInput
 from runtime.mil.sdk import coremltools
 from runtime.settings import Texts
 from runtime.signature import Dim, Signature
+from runtime.static_cache import capacity
 
 Lengths = Mapping[str, tuple[int, int, int]]
 """Least, usual and greatest length of each varying dim."""
@@ -65,20 +66,12 @@ def lengths_of(signature: Signature, settings: Settings) -> dict[str, tuple[int,
     if signature.states:
         found["batch"] = (1, 1, 1)
         if "sequence" in found and "sequence" not in settings.lengths:
-            found["sequence"] = (1, *_steps(capacity(signature, settings)))
+            found["sequence"] = (1, *_steps(capacity(signature, settings.context)))
     return {name: (usual, usual, usual) if settings.shapes == "fixed" else (low, usual, high) for name, (low, usual, high) in found.items()}
 
 
 def _steps(context: int) -> tuple[int, int]:
     return min(64, context), context
-
-
-def capacity(signature: Signature, settings: Settings) -> int:
-    """Positions that a decoder's caches hold. Raises InvalidInput when that is more than the model has."""
-    longest = signature.dims["total"].max
-    if settings.context > longest:
-        raise InvalidInput("context", f"is {settings.context}, and the model has {longest} positions")
-    return settings.context or longest
 
 
 def symbols(lengths: Lengths) -> dict[str, Any]:

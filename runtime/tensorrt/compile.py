@@ -12,8 +12,8 @@ from runtime.errors import EngineError, InvalidInput, did_you_mean
 from runtime.files import written
 from runtime.optional import require
 from runtime.signature import Array, Dim, Signature, Tensor
-from runtime.static_cache import INDICES
-from runtime.tensorrt.lower import Lowered, capacity
+from runtime.static_cache import INDICES, capacity
+from runtime.tensorrt.lower import Lowered
 from runtime.tensorrt.sdk import SDK, logger, reasons
 from runtime.tensorrt.settings import Settings
 
@@ -132,7 +132,7 @@ def _flags(settings: Settings) -> list[str]:
 
 
 def _capacity_or_none(signature: Signature, settings: Settings) -> int:
-    return capacity(signature, settings) if signature.states else 0
+    return capacity(signature, settings.context) if signature.states else 0
 
 
 def _engine_inputs(signature: Signature, capacity: int) -> tuple[Tensor, ...]:
@@ -160,7 +160,7 @@ def _profiles(signature: Signature, settings: Settings) -> list[dict[str, tuple[
         lengths[name] = wanted
     if not signature.states:
         return [lengths]
-    longest = min(lengths["sequence"][2], capacity(signature, settings))
+    longest = min(lengths["sequence"][2], capacity(signature, settings.context))
     return [lengths | {"sequence": (1, 1, 1)}, lengths | {"sequence": (1, min(PREFILL, longest), longest)}]
 
 

@@ -9,11 +9,11 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from runtime.bundle import Submodel
-from runtime.errors import EngineError, InvalidInput
+from runtime.errors import EngineError
 from runtime.lowering import to_half
 from runtime.optional import require
-from runtime.signature import Array, Signature
-from runtime.static_cache import with_static_cache
+from runtime.signature import Array
+from runtime.static_cache import capacity, with_static_cache
 from runtime.tensorrt.settings import Settings
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
@@ -49,7 +49,7 @@ def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
     if submodel.compute != "float32":
         model = to_half(model, submodel.compute, submodel.keep)
     if submodel.signature.states:
-        model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings))
+        model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings.context))
     converted = {}
     if settings.weights != "stripped":  # those are written with the graph, for the device to read
         for name, value in model.graph.initializers.items():
@@ -60,11 +60,3 @@ def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
     types = {value.dtype for value in model.graph.initializers.values()}
     oldest = OLDEST_FLOAT8 if ir.DataType.FLOAT8E4M3FN in types else OLDEST_FLOAT32
     return Lowered(ir.to_proto(model).SerializeToString(), converted, oldest)
-
-
-def capacity(signature: Signature, settings: Settings) -> int:
-    """Positions that a decoder's caches hold."""
-    longest = signature.dims["total"].max
-    if settings.context > longest:
-        raise InvalidInput("context", f"is {settings.context}, and the model has {longest} positions")
-    return settings.context or longest

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calibration.lean import LeanEngine
-from export.agreement import agree
+from export.agreement import Reference, agree
 from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, Engine, Options, Slot, targets
 from runtime.errors import EngineError
@@ -41,7 +41,7 @@ class Elsewhere(LeanEngine):
 
 
 def found(engine: type[Engine], root: Path, submodel: str, captured: tuple[Mapping[str, Array], ...] = ()) -> Artifact:
-    return agree(engine, Bundle(root).submodel(submodel), root, Artifact(target=engine.target, submodel=submodel), captured)
+    return agree(engine, Reference(Bundle(root).submodel(submodel), root, captured), Artifact(target=engine.target, submodel=submodel))
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])

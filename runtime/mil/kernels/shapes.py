@@ -75,10 +75,10 @@ def _slices(
     x: Array,
     begin: Array,
     end: Array,
-    stride: Array | None,
-    begin_mask: Array | None,
-    end_mask: Array | None,
-    squeeze_mask: Array | None,
+    stride: Array | None = None,
+    begin_mask: Array | None = None,
+    end_mask: Array | None = None,
+    squeeze_mask: Array | None = None,
 ) -> tuple[slice, ...]:
     no = [False] * x.ndim
     assert squeeze_mask is None or not any(squeeze_mask)
@@ -89,30 +89,13 @@ def _slices(
 
 
 @kernel("slice_by_index")
-def _slice_by_index(
-    x: Array,
-    begin: Array,
-    end: Array,
-    stride: Array | None = None,
-    begin_mask: Array | None = None,
-    end_mask: Array | None = None,
-    squeeze_mask: Array | None = None,
-) -> Any:
-    return x[_slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)]
+def _slice_by_index(x: Array, **where: Any) -> Any:
+    return x[_slices(x, **where)]
 
 
 @kernel("slice_update")
-def _slice_update(
-    x: Array,
-    update: Array,
-    begin: Array,
-    end: Array,
-    stride: Array | None = None,
-    begin_mask: Array | None = None,
-    end_mask: Array | None = None,
-    squeeze_mask: Array | None = None,
-) -> Any:
-    place = _slices(x, begin, end, stride, begin_mask, end_mask, squeeze_mask)
+def _slice_update(x: Array, update: Array, **where: Any) -> Any:
+    place = _slices(x, **where)
     if x[place].shape != update.shape:
         raise ValueError(f"{update.shape} does not fit into {x[place].shape}")
     changed = x.copy()

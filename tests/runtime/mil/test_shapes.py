@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from runtime.errors import InvalidInput
-from runtime.mil.shapes import Settings, Taken, capacity, lengths_of
+from runtime.mil.shapes import Settings, Taken, lengths_of
 from runtime.signature import BATCH, Dim, Signature, State, Tensor
+from runtime.static_cache import capacity
 
 HEIGHT = Dim(name="height", min=0, opt=64, max=128, multiple=8)
 PICTURE = Signature(
@@ -38,7 +39,7 @@ def test_lengths_are_the_signatures_unless_told_otherwise() -> None:
 def test_rows_of_a_decoder_are_computed_one_by_one() -> None:
     assert lengths_of(DECODER, Settings(context=100)) == {"batch": (1, 1, 1), "sequence": (1, 64, 100)}
     assert lengths_of(DECODER, Settings(context=40)) == {"batch": (1, 1, 1), "sequence": (1, 40, 40)}
-    assert capacity(DECODER, Settings()) == 512 and capacity(DECODER, Settings(context=40)) == 40
+    assert capacity(DECODER, Settings().context) == 512 and capacity(DECODER, 40) == 40
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_wrong_settings_are_named(settings: dict[str, str], what: str) -> None:
 
 def test_a_context_beyond_the_models_is_refused() -> None:
     with pytest.raises(InvalidInput, match="context: is 513, and the model has 512"):
-        capacity(DECODER, Settings(context=513))
+        capacity(DECODER, 513)
 
 
 def feature(shape: tuple[int, ...], ranges: Any = None, sets: Any = None) -> Any:
