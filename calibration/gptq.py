@@ -20,6 +20,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
+from scipy import linalg
 
 from calibration.codes import CodeWriter, Place
 from calibration.equalize import Fold, equalize, folded_scales
@@ -50,14 +51,16 @@ MOST_SNR: Final = 200.0
 """In dB: what is told where there is no error, or nothing to have one."""
 COLUMNS: Final = 512
 """Columns of a weight compensated in one step."""
+MEASURED: Final = 64
+"""Columns of a step whose errors are measured: each costs as much as compensating it."""
 
 
 @dataclass(frozen=True)
 class Compensation:
     """What was made of one weight. `rows` are those its inputs had in all calls; `share` is that of its columns that are compensated.
 
-    `snr_db` is the signal to noise ratio of the layer's output on these rows, `gain_db` how much of it rounding would lack. `reason` says
-    why a weight is only rounded.
+    `snr_db` is the signal to noise ratio of the layer's output on these rows, `gain_db` how much of it rounding would lack, both over the
+    columns that were measured. `reason` says why a weight is only rounded.
     """
 
     weight: str
@@ -69,17 +72,17 @@ class Compensation:
 
 
 class Compensated(NamedTuple):
-    """Codes [K, N] in -8..7 and float16 scales [K / block, N].
+    """Codes [K, N] in -8..7 and float16 scales [K / block, N], compensated or, unless `chosen`, rounded.
 
-    For each column whether it is compensated, W^T H W, and E^T H E by rounding and as it is.
+    Of the columns that were measured W^T H W, E^T H E by rounding, and as it is, each summed.
     """
 
     codes: Codes
     scales: NDArray[np.float16]
-    chosen: NDArray[np.bool_]
-    signal: NDArray[np.float64]
-    rounded: NDArray[np.float64]
-    error: NDArray[np.float64]
+    chosen: bool
+    signal: float
+    rounded: float
+    error: float
 
 
 class Factor(NamedTuple):
@@ -98,7 +101,7 @@ def factor(hessian: Hessian) -> Factor:
     few = ENOUGH_ROWS * len(damped) / max(hessian.rows, 1)
     damped[np.diag_indices_from(damped)] += np.float32(DAMPING * min(max(few, 1), MOST_DAMPING))
     try:
-        lower = np.linalg.cholesky(damped)
+        lower = linalg.cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
         raise np.linalg.LinAlgError("its inputs are too nearly dependent to be told apart") from None
     roots = np.diagonal(lower).copy()
@@ -107,22 +110,31 @@ def factor(hessian: Hessian) -> Factor:
 
 
 def compensated(weights: Floats, hessian: Floats, found: Factor, block: int) -> Compensated:
-    """int4 blocks of weights [K, N], each column compensated where that leaves less error on the rows of H than rounding."""
-    codes, scales = int4_blocks(weights, block, np.diagonal(hessian).copy())
-    others, finer = _compensated(weights, found, block)
-    rounded, error = (_power(_restored(*form, block) - weights, hessian) for form in ((codes, scales), (others, finer)))
-    chosen = error < rounded
-    codes[:, chosen], scales[:, chosen] = others[:, chosen], finer[:, chosen]
-    return Compensated(codes, scales, chosen, _power(weights, hessian), rounded, np.where(chosen, error, rounded))
+    """int4 blocks of weights [K, N], compensated where that leaves less error than rounding, on the rows of H and some of the columns."""
+    importance = np.diagonal(hessian).copy()
+    codes, scales = _compensated(weights, found, block)
+    some = np.linspace(0, weights.shape[1] - 1, min(MEASURED, weights.shape[1])).astype(int)
+    part = weights[:, some]
+    signal, rounded, error = (
+        _power(columns, hessian)
+        for columns in (
+            part,
+            _restored(*int4_blocks(part, block, importance), block) - part,
+            _restored(codes[:, some], scales[:, some], block) - part,
+        )
+    )
+    if error < rounded:
+        return Compensated(codes, scales, True, signal, rounded, error)
+    return Compensated(*int4_blocks(weights, block, importance), False, signal, rounded, rounded)
 
 
 def _restored(codes: Codes, scales: NDArray[np.float16], block: int) -> Floats:
     return np.multiply(codes, np.repeat(scales.astype(np.float32), block, axis=0), dtype=np.float32)
 
 
-def _power(columns: Floats, hessian: Floats) -> NDArray[np.float64]:
-    """c^T H c of each column."""
-    return np.asarray(np.einsum("kn,kn->n", columns, hessian @ columns, dtype=np.float64))
+def _power(columns: Floats, hessian: Floats) -> float:
+    """The sum of c^T H c over all columns."""
+    return float(np.einsum("kn,kn->", columns, hessian @ columns, dtype=np.float64))
 
 
 def _compensated(weights: Floats, found: Factor, block: int) -> tuple[Codes, NDArray[np.float16]]:
@@ -243,7 +255,7 @@ def _fill(
     values: NDArray[Any],
     chunk: slice,
 ) -> tuple[float, float, float, int]:
-    """Codes and scales of some columns into place; their signal, errors by rounding and as they are, and how many are compensated."""
+    """Codes and scales of some columns into place; the signal and errors that `compensated` measured, and how many are compensated."""
     part = matrix_columns(values, layer.transposed, layer.matrix[0], chunk)
     check(planned.weight, part, INT4_LARGEST)
     codes, scales = into
@@ -254,4 +266,4 @@ def _fill(
         return 0.0, 0.0, 0.0, 0
     made = compensated(part, hessian, found, planned.block)
     codes[:, packed], scales[:, chunk] = pack_int4(made.codes), made.scales
-    return float(made.signal.sum()), float(made.rounded.sum()), float(made.error.sum()), int(made.chosen.sum())
+    return made.signal, made.rounded, made.error, part.shape[1] if made.chosen else 0

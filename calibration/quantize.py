@@ -52,7 +52,8 @@ would not do here, too: the norm behind a sum takes away what is constant in it.
 class Recipe:
     """How a submodel is quantized. `bits` and `block` are those of MatMul weights; those of Gemm and convolutions are int8.
 
-    `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead.
+    `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead, and, with
+    `spare_last`, that of the layer which makes a submodel's output.
     `activations` quantizes the inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the
     largest magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are quantized.
     `half` quantizes nothing: all weights are stored in it (`calibration.precision`), and targets that can compute in it.
@@ -62,6 +63,7 @@ class Recipe:
     bits: Literal[4, 8, 16]
     block: int = 64
     worth: int = 1 << 15
+    spare_last: bool = False
     activations: bool = False
     naive: bool = False
     fp8: bool = False
@@ -79,12 +81,15 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         Recipe("int8", 8, activations=True),
         Recipe("int8-naive", 8, activations=True, naive=True),
         Recipe("int8-weight", 8),
-        Recipe("int4", 4),
+        Recipe("int4", 4, spare_last=True),
         Recipe("fp8", 8, activations=True, fp8=True),
         Recipe("fp16", 16, half="float16"),
         Recipe("bf16", 16, half="bfloat16"),
     )
 }
+
+INT4_EVERYWHERE: Final = replace(RECIPES["int4"], worth=0, spare_last=False)
+"""int4 for every weight that can have it: what a search chooses from."""
 
 
 def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
@@ -265,6 +270,8 @@ def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range], dilut
         return replace(planned, weight_type="int8", reason="one row a sample, such as a time embedding: little to save, much to lose")
     if recipe.bits == 4 and rows * columns < recipe.worth:
         return replace(planned, weight_type="int8", reason=f"int4 would save only {rows * columns // 2} bytes")
+    if recipe.bits == 4 and recipe.spare_last and _makes_output(layer):
+        return replace(planned, weight_type="int8", reason="makes the output: nothing behind it averages its error")
     if recipe.bits == 4:
         block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
         if not block or columns % 2:
@@ -288,6 +295,17 @@ def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range], dilut
     if obstacle is not None:
         return replace(planned, reason=obstacle)  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
     return replace(planned, weight_type="fp8" if recipe.fp8 else "int8", activation=True)
+
+
+def _makes_output(layer: Layer) -> bool:
+    """Whether what a layer gives is an output of the graph but for its form and a bias."""
+    value = layer.node.outputs[0]
+    while not value.is_graph_output() and len(value.uses()) == 1:
+        user = next(iter(value.uses())).node
+        if user.op_type not in ("Reshape", "Transpose", "Cast") and not (user.op_type == "Add" and any(map(is_constant, user.inputs))):
+            break
+        value = user.outputs[0]
+    return value.is_graph_output()
 
 
 def _activation_obstacle(layer: Layer) -> str | None:

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from calibration.approximate import approximate
 from calibration.paired import Paired
-from calibration.quantize import RECIPES, LayerPlan, plan
+from calibration.quantize import INT4_EVERYWHERE, RECIPES, LayerPlan, plan
 from calibration.search import Assignment, Goal, cheapest, frontier
 from calibration.sensitivity import Alternative, Board, Measure, snr_db
 from calibration.tuning import Tuning
@@ -47,7 +47,6 @@ SURE: Final = 0.98
 
 With a look after each of up to 5 batches this takes one that is just beyond the drop in 4 to 5 % of all searches (simulated, decision 6).
 """
-INT4: Final = replace(RECIPES["int4"], worth=0)
 FILE: Final = "search.json"
 
 Method = Literal["measured", "approximated"]
@@ -156,7 +155,7 @@ def _explore(
 ) -> Submodel:
     """`folder`, in the cache, keeps each figure as it is found."""
     weights = plan(graph, RECIPES["int8-weight"])
-    forms = [weights, plan(graph, INT4)]
+    forms = [weights, plan(graph, INT4_EVERYWHERE)]
     int8: Sequence[LayerPlan] = weights
     if activations:
         int8 = tuning.plan(graph, RECIPES["int8"])

@@ -157,9 +157,15 @@ class Build:
         return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
     def calibrated(self, part: Part) -> bool:
-        """Whether captured inputs decide how a part is quantized: where activations are, and everywhere with a set that was given."""
+        """Whether captured inputs decide how a part is quantized.
+
+        They do where activations are, at int4 unless each call takes many seconds, and everywhere with a set that was given.
+        """
         found = self.recipe(part)
-        return found is not None and (found.activations or bool(self.calibration and self.calibration.samples.get(part.name)))
+        if found is None:
+            return False
+        given = self.calibration is not None and bool(self.calibration.samples.get(part.name))
+        return given or found.activations or (found.bits == 4 and not self.brief)
 
     @property
     def nbytes(self) -> int:
@@ -316,6 +322,8 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 model = store(model, chosen.half)
             submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder)
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
+            if "int4" in submodel.precision and part.name not in tunings:
+                notes.append("rounded without data: a set of `export calibrate` makes it better")
             half = state.half(part)
             if half is not None:
                 found = Precision.measure(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -13,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from calibration.approximate import FAINTEST, LEAST, SOURCES_PER_PROBE, approximate, fitted
-from calibration.quantize import RECIPES, activation_tensors, plan
+from calibration.quantize import INT4_EVERYWHERE, RECIPES, activation_tensors, plan
 from calibration.ranges import Range
 from calibration.sensitivity import Board, Measure
 from calibration.tuning import Tuning
@@ -67,7 +65,7 @@ def tuning(toy: ir.Model) -> Tuning:
 
 @pytest.fixture(scope="module")
 def board(toy: ir.Model, tuning: Tuning) -> Board:
-    forms = [plan(toy, RECIPES["int8"], tuning.ranges), plan(toy, RECIPES["int8-weight"]), plan(toy, replace(RECIPES["int4"], worth=0))]
+    forms = [plan(toy, RECIPES["int8"], tuning.ranges), plan(toy, RECIPES["int8-weight"]), plan(toy, INT4_EVERYWHERE)]
     return Board(toy, forms, tuning, [SIGNATURE.sample({"batch": 1}, seed) for seed in range(4)])
 
 

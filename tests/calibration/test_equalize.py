@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from calibration.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize import RECIPES, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
+from calibration.quantize import INT4_EVERYWHERE, RECIPES, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
 from calibration.ranges import Channels, ChannelStats, collect_ranges, observe
 from calibration.requests import image_requests
 from export.graph import attach, write
@@ -38,7 +38,7 @@ Floats = NDArray[np.float32]
 Samples = Sequence[Mapping[str, NDArray[Any]]]
 
 WIDTH, INNER, HEADS = 64, 128, 4
-INT8, INT4 = RECIPES["int8"], replace(RECIPES["int4"], worth=0)
+INT8, INT4 = RECIPES["int8"], INT4_EVERYWHERE
 LENGTH = Dim(name="sequence", min=1, opt=8, max=64)
 TOKENS = Tensor(name="tokens", dtype="float32", dims=(BATCH, LENGTH, WIDTH))
 SIGNATURE = Signature(inputs=(TOKENS,), outputs=(TOKENS.model_copy(update={"name": "out"}),))

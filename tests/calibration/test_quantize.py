@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from calibration.quantize import RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe, sums
+from calibration.quantize import INT4_EVERYWHERE, RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe, sums
 from calibration.ranges import Range, collect_ranges
 from calibration.weights import QuantizedWeight, int4_blocks, int8_columns, pack_int4
 from export.graph import write
@@ -26,7 +26,6 @@ from export.trace import trace
 from runtime.errors import InvalidInput, SourceError
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
-INT4 = replace(RECIPES["int4"], worth=0)
 """The toys are small."""
 WIDTH = 96
 LENGTH = Dim(name="sequence", min=1, opt=4, max=64)
@@ -102,7 +101,7 @@ def snr_db(values: NDArray[np.float32], reference: NDArray[np.float32]) -> float
 
 
 def quantized(floating: Path, name: str, folder: Path, activations: bool = True) -> tuple[Path, dict[str, LayerPlan]]:
-    model, chosen = ir.load(floating), INT4 if name == "int4" else recipe(name, activations)
+    model, chosen = ir.load(floating), INT4_EVERYWHERE if name == "int4" else recipe(name, activations)
     ranges = collect_ranges(model, activation_tensors(model, chosen), [inputs(), inputs(1)])
     write(quantize(model, plan(model, chosen, ranges), ranges), folder / name)
     onnx.checker.check_model(str(folder / name / "model.onnx"), full_check=True)
@@ -132,7 +131,7 @@ def test_engines_run_what_was_quantized(floating: Path, tmp_path: Path, name: st
 
 
 def test_plan_says_what_and_why(floating: Path) -> None:
-    layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4)}
+    layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4_EVERYWHERE)}
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
     assert layers["first.weight"].reason == "96 inputs are no multiple of 64"
     assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == ("int4", 64, "")
@@ -145,7 +144,7 @@ def test_plan_says_what_and_why(floating: Path) -> None:
     ("rows", "columns", "reason"), [(72, 128, "72 inputs are no multiple of 32"), (64, 129, "129 outputs are an odd number")]
 )
 def test_what_int4_does_not_fit_is_int8_and_said(rows: int, columns: int, reason: str) -> None:
-    (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), INT4)
+    (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), INT4_EVERYWHERE)
     assert (layer.weight_type, layer.block, layer.reason) == ("int8", 0, reason)
 
 
@@ -153,6 +152,14 @@ def test_int4_is_for_weights_worth_it(floating: Path) -> None:
     layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
     assert layers["first.weight"].weight_type == "int8"
     assert layers["first.weight"].reason == f"int4 would save only {layers['first.weight'].elements // 2} bytes"
+
+
+def test_what_makes_the_output_is_int8_at_int4(floating: Path) -> None:
+    chosen = replace(INT4_EVERYWHERE, spare_last=True)
+    layers = {layer.weight: layer for layer in plan(ir.load(floating), chosen)}
+    spared = {name for name, layer in layers.items() if layer.reason.startswith("makes the output")}
+    assert spared == {"last.weight"} and layers["last.weight"].weight_type == "int8"
+    assert layers["first.weight"].weight_type == "int4"
 
 
 def test_noisy_activations_stay_float(floating: Path) -> None:
@@ -207,7 +214,7 @@ def test_one_quantizer_serves_all_consumers(floating: Path) -> None:
 
 def test_a_changed_plan_is_what_is_done(floating: Path, tmp_path: Path) -> None:
     model = ir.load(floating)
-    layers = [replace(layer, weight_type="float") if layer.weight != "last.weight" else layer for layer in plan(model, INT4)]
+    layers = [replace(layer, weight_type="float") if layer.weight != "last.weight" else layer for layer in plan(model, INT4_EVERYWHERE)]
     copy = quantize(model, layers)
     assert [name for name in copy.graph.initializers if name.endswith(".int4")] == ["last.weight.int4"]
 
@@ -234,7 +241,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, name: str, bad:
     weights[77, 3] = bad
     with pytest.raises(SourceError, match="'w' holds NaN"):
         model = matmul(weights)
-        write(quantize(model, plan(model, INT4 if name == "int4" else RECIPES[name])), tmp_path / "out")
+        write(quantize(model, plan(model, INT4_EVERYWHERE if name == "int4" else RECIPES[name])), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
@@ -290,7 +297,7 @@ def test_packing_is_that_of_onnx() -> None:
 
 def test_shared_weight_is_stored_once() -> None:
     model = matmul(np.random.default_rng(0).standard_normal((64, 64)).astype(np.float32), twice=True)
-    copy = quantize(model, plan(model, INT4))
+    copy = quantize(model, plan(model, INT4_EVERYWHERE))
     assert sorted(copy.graph.initializers) == ["w.int4", "w.int4.scale"]
 
 

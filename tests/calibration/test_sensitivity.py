@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import nn
 
 from calibration.lean import lean_session
-from calibration.quantize import RECIPES, plan, quantize
+from calibration.quantize import INT4_EVERYWHERE, RECIPES, plan, quantize
 from calibration.ranges import Range
 from calibration.sensitivity import FLOAT, Board, snr_db
 from calibration.tuning import Tuning
@@ -26,7 +24,6 @@ SIGNATURE = Signature(
     ),
     outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 8, 64)),),
 )
-INT4 = replace(RECIPES["int4"], worth=0)
 
 
 class Toy(nn.Module):
@@ -65,11 +62,11 @@ def ranges(toy: ir.Model) -> dict[str, Range]:
 
 @pytest.fixture(scope="module")
 def board(toy: ir.Model, ranges: dict[str, Range]) -> Board:
-    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)], Tuning(ranges=ranges), samples())
+    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)], Tuning(ranges=ranges), samples())
 
 
 def test_an_assignment_is_what_the_quantized_graph_gives(toy: ir.Model, ranges: dict[str, Range], board: Board) -> None:
-    int8, int4 = plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)
+    int8, int4 = plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)
     mixed = [four if number % 2 else eight for number, (eight, four) in enumerate(zip(int8, int4, strict=True))]
     for plans in (int8, int4, mixed):
         session = lean_session(quantize(toy, plans, ranges))
@@ -88,7 +85,7 @@ def test_nothing_quantized_is_no_noise(board: Board) -> None:
 
 def test_each_alternative_is_measured_alone_and_noises_add_up(toy: ir.Model, board: Board) -> None:
     found = board.alternatives()
-    int4 = plan(toy, INT4)
+    int4 = plan(toy, INT4_EVERYWHERE)
     assert [len(forms) for forms in found] == [{"Conv": 0, "Gemm": 1, "MatMul": 2}[planned.op] for planned in int4]
     alone = sum(forms[-1].noise for forms in found if forms)
     assert alone > 0 and board.noise(board.choice(int4)) == pytest.approx(alone, rel=0.3)
@@ -103,7 +100,7 @@ def test_without_samples_there_is_nothing_to_measure(toy: ir.Model) -> None:
 
 
 def test_calls_that_fit_are_run_together(toy: ir.Model, ranges: dict[str, Range], board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipes = [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4)]
+    recipes = [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)]
     calls = [*samples(), SIGNATURE.sample({"batch": 3}, 9)]
     together = Board(toy, recipes, Tuning(ranges=ranges), calls)
     monkeypatch.setattr("calibration.sensitivity.TOGETHER_BYTES", 0)
@@ -131,7 +128,7 @@ def test_a_little_of_an_error_does_a_little(board: Board) -> None:
 def test_only_scales_are_held(toy: ir.Model, ranges: dict[str, Range]) -> None:
     from calibration.sensitivity import _switched
 
-    forms = [{planned.node: planned for planned in recipe} for recipe in (plan(toy, RECIPES["int8"], ranges), plan(toy, INT4))]
+    forms = [{planned.node: planned for planned in recipe} for recipe in (plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE))]
     switched = _switched(toy, forms, [("int8", 0), ("int4", 64)], Tuning(ranges=ranges))
     floats = sum(value.const_value.nbytes for value in toy.graph.initializers.values() if value.const_value is not None)
     all_of_it = sum(value.const_value.nbytes for value in switched.graph.initializers.values() if value.const_value is not None)

@@ -113,7 +113,7 @@ def test_quantized_bundles_answer(tiny_vlm: Path, tmp_path: Path, quant: str, mo
     monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], worth=0))  # the model is tiny
     bundle, timings = build(Options(str(tiny_vlm), tmp_path / "b", quant=quant))
     bundle.verify()
-    assert ("calibrate" in timings) == (quant == "int8")
+    assert "calibrate" in timings
     assert bundle.manifest.quant == quant and quant in bundle.submodel("decoder").precision
     assert ("W8A8" in bundle.submodel("vision_encoder").precision) == (quant == "int8")
     assert not (tmp_path / "b" / "float").exists()
