@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 from scipy import linalg
+from threadpoolctl import threadpool_limits
 
 from calibration.codes import CodeWriter, Place
 from calibration.equalize import Fold, equalize, folded_scales
@@ -234,7 +235,8 @@ def _compensate(group: Iterable[tuple[Layer, LayerPlan]], hessian: Hessian, writ
 def _weight(layer: Layer, planned: LayerPlan, hessian: Hessian, found: Factor | str, writer: CodeWriter) -> Compensation:
     tensor, columns = tensor_of(layer.weight), layer.matrix[1]
     fill = partial(_fill, layer, planned, hessian.matrix, found, writer.tensors(planned.weight, planned.block))
-    with ThreadPoolExecutor(WORKERS) as pool:
+    # A thread's products are of one block: too small to be shared among the threads of a BLAS, which would wait for one another.
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
         starts = range(0, columns, COLUMNS)
         done = list(pool.map(partial(fill, tensor.numpy()), (slice(start, min(start + COLUMNS, columns)) for start in starts)))
     release(tensor)

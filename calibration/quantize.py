@@ -46,6 +46,10 @@ LEAST_IN_SUM: Final = 40.0
 Of Stable Diffusion 1.5's UNet, six products behind GEGLU have 29 to 31 dB by themselves, and each leaves 52 to 72 dB of the output. 32 dB
 would not do here, too: the norm behind a sum takes away what is constant in it. On the sample UNet that cost 6 dB.
 """
+LEAST_INT4: Final = 30.0
+"""int4 weights that leave their layer's output less than this, in dB, are int8 instead, the worst first."""
+MOST_SPARED: Final = 0.03
+"""As many as hold this share of all elements that would be int4: what they cost in size and time. See decision 8."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,23 @@ def plan(
     `dilution` says how far, in dB, the output of some layers, by node, is below the sum that it is added to: see `sums`.
     """
     return [_plan_layer(layer, recipe, ranges or {}, dilution or {}) for layer in weight_layers(model)]
+
+
+def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[LayerPlan]:
+    """The plans with int8 for the few int4 weights that leave least of their layer's output. `snr_db` is what they leave, by weight."""
+    elements = {layer.weight: layer.elements for layer in layers if layer.weight_type == "int4"}
+    left = MOST_SPARED * sum(elements.values())
+    spared = set()
+    for weight in sorted(elements.keys() & snr_db.keys(), key=snr_db.__getitem__):
+        if snr_db[weight] < LEAST_INT4 and elements[weight] <= left:
+            left -= elements[weight]
+            spared.add(weight)
+    return [
+        replace(layer, weight_type="int8", block=0, reason=f"int4 would leave its output {snr_db[layer.weight]:.1f} dB")
+        if layer.weight in spared
+        else layer
+        for layer in layers
+    ]
 
 
 def sums(model: ir.Model) -> dict[str, tuple[str, str]]:

@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from calibration.attention import attention_in_half
 from calibration.equalize import Fold, decibel, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize import LEAST_SNR, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize, spans, sums
+from calibration.quantize import LEAST_SNR, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize, spans, spare, sums
 from calibration.ranges import Range, collect_ranges, observe
 from calibration.weights import Floats, Known
 from runtime.signature import Array
@@ -21,8 +21,9 @@ from runtime.signature import Array
 class Tuning:
     """Scales to fold into a float graph, and of the folded graph the activations' ranges and the mean square of their channels.
 
+    `codes` are int4 weights made before, and `compensated` what they leave of their layers' outputs, by weight (`calibration.gptq`).
     `dilution` is how far the outputs of layers are below the sums that they are added to (`calibration.quantize.sums`), `attention` the
-    signal to noise ratio of each attention in bfloat16 (`calibration.attention`), both in dB by node.
+    signal to noise ratio of each attention in bfloat16 (`calibration.attention`), all in dB, the last two by node.
 
     Empty, it leaves the graph as it is and its weights to be rounded without data.
     """
@@ -31,6 +32,7 @@ class Tuning:
     ranges: Mapping[str, Range] = field(default_factory=dict)
     importance: Mapping[str, Floats] = field(default_factory=dict)
     codes: Mapping[tuple[str, int], Known] = field(default_factory=dict)
+    compensated: Mapping[str, float] = field(default_factory=dict)
     dilution: Mapping[str, float] = field(default_factory=dict)
     attention: Mapping[str, float] = field(default_factory=dict)
 
@@ -52,7 +54,7 @@ class Tuning:
 
     def plan(self, folded: ir.Model, recipe: Recipe) -> list[LayerPlan]:
         """What a recipe makes of each layer of the folded graph, knowing this."""
-        return plan(folded, recipe, self.ranges, self.dilution)
+        return spare(plan(folded, recipe, self.ranges, self.dilution), self.compensated)
 
     def folded(self, model: ir.Model) -> ir.Model:
         """The graph that ranges and importance are of; what it computes is the same."""

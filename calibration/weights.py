@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.machine import threads
 from runtime.errors import SourceError
 
 Floats = NDArray[np.float32]
@@ -22,8 +23,8 @@ Codes = NDArray[np.int8]
 
 CHUNK: Final = 1 << 18
 """Weight elements quantized in one step: its buffers stay in cache."""
-WORKERS: Final = 2
-"""Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes."""
+WORKERS: Final = min(8, threads())
+"""Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes, or some 100 for GPTQ."""
 INT8_PEAK: Final = 127
 INT4_PEAK: Final = 7
 INT4_LARGEST: Final = float(np.finfo(np.float16).max) * INT4_PEAK

@@ -21,7 +21,7 @@ from typing import Any, Final
 import onnx_ir as ir
 
 import export.trace
-from calibration.codes import read_codes
+from calibration.codes import read_codes, read_records
 from calibration.data import SAMPLES, record
 from calibration.gptq import compensate
 from calibration.lean import LeanEngine
@@ -30,7 +30,6 @@ from calibration.quantize import RECIPES, LayerPlan, Recipe, plan, recipe
 from calibration.requests import briefly, built_in
 from calibration.sets import CalibrationSet
 from calibration.tuning import Tuning
-from calibration.weights import Known
 from export import auto, graph, parity
 from export.agreement import Reference, agree, told
 from export.artifacts import remove_graphs
@@ -413,21 +412,22 @@ def _tunings(state: Build, samples: CalibrationSet) -> dict[str, Tuning]:
     data = json.loads(cached(key, ".json", measure).read_bytes())
     tunings = {name: Tuning.of_record(record) for name, record in data.items()}
     parts = {part.name: part for part in state.parts}
-    return {name: replace(found, codes=_codes(state, parts[name], found, samples.samples[name])) for name, found in tunings.items()}
+    return {name: _compensated(state, parts[name], found, samples.samples[name]) for name, found in tunings.items()}
 
 
-def _codes(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Mapping[tuple[str, int], Known]:
-    """The part's int4 weights, compensated on these calls; none where it has none or one call cannot tell what holds for the next."""
+def _compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Tuning:
+    """The tuning with int4 weights compensated on these calls; as it is without such weights, or where one call is all there is."""
     chosen = state.recipe(part)
     assert chosen is not None
     if chosen.bits != 4 or len(calls) < 2:
-        return {}
+        return tuning
     model = part_graph(state, part)
     layers = plan(model, chosen)
     if not any(planned.weight_type == "int4" for planned in layers):
-        return {}
+        return tuning
     key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, _code())
-    return read_codes(cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path)))
+    path = cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path))
+    return replace(tuning, codes=read_codes(path), compensated={record["weight"]: record["snr_db"] for record in read_records(path)})
 
 
 def _agreed(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> list[Artifact]:
