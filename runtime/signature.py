@@ -40,7 +40,8 @@ class Tensor(BaseModel):
     """A named array: its dtype and its dims, each a fixed length or a `Dim`.
 
     `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last axis that end with
-    the longest length, ones, or whole numbers from 0 up to and without `limit`.
+    the longest length, ones, or whole numbers from 0 up to and without `limit`. A `condition` is what the rows of a guided call differ in;
+    in inputs that are none they are the same.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -49,6 +50,7 @@ class Tensor(BaseModel):
     dims: tuple[int | Dim, ...]
     values: Values = "normal"
     limit: int = 0
+    condition: bool = False
 
     def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each varying dim has the length given under its name."""

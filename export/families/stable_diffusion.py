@@ -168,7 +168,12 @@ def unet_part(model: UNet2DConditionModel, module: nn.Module, grid: Grid, length
     config = model.config
     context = Dim(name="sequence", min=1, opt=length, max=16 * length)
     timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
-    states = Tensor(name="encoder_hidden_states", dtype="float32", dims=(BATCH, context, config.cross_attention_dim))
+    states = Tensor(
+        name="encoder_hidden_states",
+        dtype="float32",
+        dims=(BATCH, context, config.cross_attention_dim),
+        condition=not added,  # what is added to the time embedding is of the prompt, too: then rows differ from the first block on
+    )
     return Part(
         "unet",
         Component("unet", model),

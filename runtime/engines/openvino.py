@@ -7,7 +7,8 @@ Numbers are what the bundle says, not what the plugin likes on this processor: b
 loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the cache a quarter as large.
 
 On the CPU, graphs with quantized activations are compiled for each shape they are called with: at dynamic shapes the plugin of 2026.4
-computes int8 convolutions of Stable Diffusion wrongly (3 dB). See docs/decisions/0011-int8-at-fixed-shapes.md.
+computes int8 convolutions of Stable Diffusion wrongly (3 dB). See docs/decisions/0011-int8-at-fixed-shapes.md. Such a model of a denoiser
+is made for guided calls, too, whose rows begin alike (`runtime.openvino.sharing`).
 """
 
 from __future__ import annotations
@@ -29,11 +30,25 @@ from runtime.files import cache_folder
 from runtime.openvino.devices import Where
 from runtime.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points
 from runtime.openvino.pages import Pages, fits, has_pages, use_pages
+from runtime.openvino.sharing import guided, has_conditions, share_rows
 from runtime.optional import require
 from runtime.signature import Array, Signature
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each input, by name."""
+
+
+class Fixed(NamedTuple):
+    """What a model is compiled for where that is not any call: shapes of inputs, by name, and whether rows are those of a guided call."""
+
+    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    guided: bool = False
+
+    @classmethod
+    def of(cls, shapes: Shapes, guided: bool = False) -> Fixed:
+        return cls(tuple(sorted(shapes.items())), guided)
+
+
 GROUP: Final = 64
 """Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of it, or whose int8
 weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md."""
@@ -55,7 +70,7 @@ class OpenVINO(Engine):
     target = "openvino"
     rank = 20
 
-    def __init__(self, submodel: Submodel, made: _Made, fix: Callable[[Shapes], Any] | None = None, every: bool = False) -> None:
+    def __init__(self, submodel: Submodel, made: _Made, fix: Callable[[Fixed], Any] | None = None, every: bool = False) -> None:
         self.submodel = submodel
         self.device = made.device
         self.fallbacks = made.fallbacks
@@ -63,9 +78,9 @@ class OpenVINO(Engine):
         self._request = made.compiled.create_infer_request()
         self._computes = made.computes
         self._fix, self._every = fix, every
-        self._fixed: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
+        self._fixed: dict[Fixed, Any] = {}
         if every:
-            self._fixed[tuple(sorted(_usual(submodel).items()))] = self._request
+            self._fixed[_usual(submodel)] = self._request
         self._slots: WeakKeyDictionary[Slot, _Held | Pages] = WeakKeyDictionary()
 
     @classmethod
@@ -92,7 +107,7 @@ class OpenVINO(Engine):
         if submodel.signature.states or not _varies(submodel):
             return cls(submodel, made)
         return cls(
-            submodel, made, lambda shapes: _compile(submodel, graph, options, shapes).compiled, _needs_shape(submodel, _where(options))
+            submodel, made, lambda fixed: _compile(submodel, graph, options, fixed).compiled, _needs_shape(submodel, _where(options))
         )
 
     @property
@@ -104,7 +119,7 @@ class OpenVINO(Engine):
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
             if self._fix is not None and (self._every or _least(self.submodel.signature, shapes)):
-                request = self._for(self._fix, shapes)
+                request = self._for(self._fix, Fixed.of(shapes, self._every and guided(self.submodel.signature, inputs)))
             elif self.submodel.signature.states:
                 batch = len(next(iter(inputs.values())))
                 held = self._slot(slot or Slot(), batch)
@@ -131,17 +146,16 @@ class OpenVINO(Engine):
         self._fixed.clear()
         self._request = self._compiled = None
 
-    def _for(self, fix: Callable[[Shapes], Any], shapes: Shapes) -> Any:
-        """The request of the model compiled for these shapes, compiled now where it is not."""
-        key = tuple(sorted(shapes.items()))
-        request = self._fixed.pop(key, None)
+    def _for(self, fix: Callable[[Fixed], Any], fixed: Fixed) -> Any:
+        """The request of the model compiled for this, compiled now where it is not."""
+        request = self._fixed.pop(fixed, None)
         if request is None:
             while len(self._fixed) >= SHAPES:
                 del self._fixed[next(iter(self._fixed))]
             if self._every:
                 self._request = self._compiled = None  # the usual shape's is held by the table alone
-            request = fix(shapes).create_infer_request()
-        self._fixed[key] = request
+            request = fix(fixed).create_infer_request()
+        self._fixed[fixed] = request
         return request
 
     def _slot(self, slot: Slot, batch: int) -> _Held | Pages:
@@ -198,18 +212,18 @@ def _least(signature: Signature, shapes: Shapes) -> bool:
     )
 
 
-def _usual(submodel: Submodel) -> Shapes:
-    """The shapes that are expected most."""
+def _usual(submodel: Submodel) -> Fixed:
+    """What is expected most: guided calls where there are conditions."""
     inputs = submodel.signature.inputs
     lengths = {dim.name: dim.opt for tensor in inputs for dim in tensor.dims if not isinstance(dim, int)}
-    return {tensor.name: tensor.shape(lengths) for tensor in inputs}
+    return Fixed.of({tensor.name: tensor.shape(lengths) for tensor in inputs}, has_conditions(submodel.signature))
 
 
-def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes | None = None) -> _Made:
-    """Compile for the device, at these shapes, or the usual ones, where it needs fixed ones."""
+def _compile(submodel: Submodel, graph: Path, options: Options, fixed: Fixed | None = None) -> _Made:
+    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones."""
     core, where = _core(), _where(options)
-    if shapes is None and _needs_shape(submodel, where):
-        shapes = _usual(submodel)
+    if fixed is None and _needs_shape(submodel, where):
+        fixed = _usual(submodel)
     half = where.cpu and _half(core, submodel)
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if where.cpu:
@@ -217,7 +231,7 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
     else:
         config["CACHE_DIR"] = str(cache_folder() / "openvino")  # their compilers take minutes
     try:
-        model, compiled = _compiled(core, submodel, graph, where, config | dict(options.settings), shapes)
+        model, compiled = _compiled(core, submodel, graph, where, config | dict(options.settings), fixed)
         name, fallbacks = f"openvino:{where.told(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
@@ -233,7 +247,7 @@ def _compile(submodel: Submodel, graph: Path, options: Options, shapes: Shapes |
 
 
 def _compiled(
-    core: Any, submodel: Submodel, graph: Path, where: Where, config: Mapping[str, Any], shapes: Shapes | None = None
+    core: Any, submodel: Submodel, graph: Path, where: Where, config: Mapping[str, Any], fixed: Fixed | None = None
 ) -> tuple[Any, Any]:
     """The model that was read, and compiled.
 
@@ -247,8 +261,10 @@ def _compiled(
             halve_attention(model, submodel.bfloat16)
         if submodel.signature.states:
             keep_states(model, submodel.signature)
-        if shapes is not None:
-            model.reshape({name: list(shape) for name, shape in shapes.items()})
+        if fixed is not None:
+            model.reshape({name: list(shape) for name, shape in fixed.shapes})
+            if fixed.guided:
+                share_rows(model, submodel.signature)
         return model
 
     if where.plain and fits(submodel.signature):
