@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import nn
 
-from calibration.quantize import INT4_EVERYWHERE, RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe, sums
+from calibration.quantize import INT4_EVERYWHERE, MOST_SPARED, RECIPES, LayerPlan, activation_tensors, plan, quantize, recipe, spare, sums
 from calibration.ranges import Range, collect_ranges
 from calibration.weights import QuantizedWeight, int4_blocks, int8_columns, pack_int4
 from export.graph import write
@@ -160,6 +160,20 @@ def test_what_makes_the_output_is_int8_at_int4(floating: Path) -> None:
     spared = {name for name, layer in layers.items() if layer.reason.startswith("makes the output")}
     assert spared == {"last.weight"} and layers["last.weight"].weight_type == "int8"
     assert layers["first.weight"].weight_type == "int4"
+
+
+def test_the_few_weights_that_int4_harms_most_are_int8() -> None:
+    """The worst first, none above the limit, and no more than their share of the elements."""
+    sizes = {"a": 20, "b": 20, "c": 20, "d": 10, "e": 4000}
+    layers = [LayerPlan(name, "MatMul", name, elements, "int4", 64, False) for name, elements in sizes.items()]
+    layers.append(LayerPlan("f", "MatMul", "f", 20, "int8", 0, False, "before"))
+    budget = MOST_SPARED * sum(sizes.values())
+    found = {layer.weight: layer for layer in spare(layers, {"a": 25.0, "b": 35.0, "c": 20.0, "e": 10.0, "f": 5.0})}
+    assert [name for name, layer in found.items() if layer.weight_type == "int8"] == ["a", "c", "f"]  # b is good enough, e too large
+    assert found["c"].block == 0 and found["c"].reason == "int4 would leave its output 20.0 dB" and found["f"].reason == "before"
+    tight = spare(layers, {name: 20.0 + number for number, name in enumerate(sizes)})
+    assert sum(layer.elements for layer in tight[:5] if layer.weight_type == "int8") <= budget
+    assert spare(layers, {}) == layers
 
 
 def test_noisy_activations_stay_float(floating: Path) -> None:
