@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-import export.build
 import export.options
 from calibration.data import Done, record
 from calibration.requests import Requests, briefly, built_in, read_images, read_prompts, read_questions
 from calibration.sets import CalibrationSet, Kind
-from export.build import Build
+from export.learned import floating_model
 from export.progress import Listener, Progress, Report, Step
 from export.source import check_finite
 from export.staging import cache_folder, key_of
+from export.state import Build, part_graph
 from runtime.errors import InvalidInput, NotFound, SourceError
 
 
@@ -84,7 +84,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     _prepare(state, progress)
     shutil.rmtree(work / "float", ignore_errors=True)  # left by a capture that was killed
     work.mkdir(parents=True, exist_ok=True)
-    with export.build.floating_model(state, work) as model:
+    with floating_model(state, work) as model:
         found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Requests(listen, len(steps)))
     found.save(options.output)
     shutil.rmtree(work, ignore_errors=True)
@@ -98,7 +98,7 @@ def _prepare(state: Build, progress: Progress) -> None:
             check_finite(checkpoint.tensors)
     for part in state.parts:
         with progress.step(part.name, "trace"):
-            export.build.part_graph(state, part)
+            part_graph(state, part)
 
 
 class _Requests:

@@ -6,10 +6,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from export.baseline import compare_speed
-from export.build import Build, build
+from export.build import build
 from export.options import Options
 from export.progress import Listener
 from export.speed import THOROUGH, Note, Speed, SpeedEffort
+from export.state import Build
 from runtime.bundle import Bundle
 from runtime.errors import InvalidInput
 

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from export.baseline import TorchEngine, compare_speed, torch_model
-from export.build import Build, build
+from export.build import build
 from export.graph import parameter_names
 from export.options import Options
 from export.speed import WHOLE, SpeedEffort
+from export.state import Build
 from export.timed import time_bundle
 from runtime.bundle import Bundle
 from runtime.engine import Slot

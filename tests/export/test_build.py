@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export.build
+import export.state
 import export.trace
-from calibration.quantize import RECIPES
+from calibration.quantize import INT4_EVERYWHERE, RECIPES
 from export.build import build
 from export.options import Options
 from export.progress import Report
+from export.state import Build
 from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import (
     BundleError,
@@ -110,7 +111,7 @@ def test_no_path_of_this_machine_is_in_a_bundle(tiny_bundle: Path, tiny_vlm: Pat
 
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_quantized_bundles_answer(tiny_vlm: Path, tmp_path: Path, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], worth=0))  # the model is tiny
+    monkeypatch.setitem(RECIPES, "int4", INT4_EVERYWHERE)  # the model is tiny
     bundle, timings = build(Options(str(tiny_vlm), tmp_path / "b", quant=quant))
     bundle.verify()
     assert "calibrate" in timings
@@ -243,11 +244,11 @@ def test_parity_with_the_twin(kind: str, tiny_diffusion: Path, tiny_vlm: Path, t
 
 
 def test_a_large_source_is_compared_by_its_twin(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = export.build.Build.open(Options(str(tiny_vlm), tmp_path / "b"))
+    state = Build.open(Options(str(tiny_vlm), tmp_path / "b"))
     assert state.method == "full"
-    monkeypatch.setattr(export.build, "FULL_PARITY_BYTES", 1000)
+    monkeypatch.setattr(export.state, "FULL_PARITY_BYTES", 1000)
     assert state.method == "twin"
-    assert export.build.Build.open(Options(str(tiny_vlm), tmp_path / "b", parity="full")).method == "full"
+    assert Build.open(Options(str(tiny_vlm), tmp_path / "b", parity="full")).method == "full"
 
 
 # Progress

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-import export.build
 import export.options
 from calibration.ranges import collect_ranges
 from calibration.sets import CalibrationSet
-from export.build import Build
 from export.calibrate import Options, calibrate
 from export.progress import Report
+from export.state import Build, part_graph
 from runtime.bundle import Bundle
 from runtime.errors import EnginecastError, InvalidInput, NotFound, SourceError
 from runtime.images import encode_image
@@ -86,7 +85,7 @@ def test_a_set_of_a_model_that_draws_can_be_calibrated_with(tiny_diffusion: Path
     loaded = CalibrationSet.load(output)
     loaded.check(state.fingerprint, state.name)
     unet = next(part for part in state.parts if part.name == "unet")
-    ranges = collect_ranges(export.build.part_graph(state, unet), ["sample", "noise_pred"], loaded.samples["unet"])
+    ranges = collect_ranges(part_graph(state, unet), ["sample", "noise_pred"], loaded.samples["unet"])
     assert 0 < ranges["sample"].peak <= max(float(np.abs(call["sample"]).max()) for call in loaded.samples["unet"])
     assert ranges["noise_pred"].peak > 0
     with pytest.raises(InvalidInput, match=r"calibration: was captured from the checkpoint \w{16}, but tiny is 0{16}"):

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from export.build import Build, part_graph
 from export.family import Part
 from export.options import Options
 from export.parity import check, mapped
+from export.state import Build, part_graph
 from export.tensors import TensorRef
 from runtime.errors import ParityError
 

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 import calibration.scenes
 import export.cli
 from calibration.data import capture
-from export.build import Build, build
+from export.build import build
 from export.families.stable_diffusion import Grid
 from export.family import family_of
 from export.options import Options
 from export.source import resolve
+from export.state import Build
 from profiles.probes import Settings, probes
 from profiles.subjects import Exam, source_subject
 from runtime.bundle import Bundle

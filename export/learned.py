@@ -1,0 +1,105 @@
+"""What a build learns from the float model at work: captured calls, and from them folds, ranges and codes of each part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from calibration.codes import read_codes, read_records
+from calibration.data import SAMPLES, record
+from calibration.gptq import compensate
+from calibration.lean import LeanEngine
+from calibration.quantize import plan
+from calibration.requests import briefly, built_in
+from calibration.sets import CalibrationSet
+from calibration.tuning import Tuning
+from export.family import Part
+from export.staging import cached, key_of
+from export.state import Build, code, finish, part_graph, place
+from runtime.bundle import Bundle, Submodel
+from runtime.engine import Engine
+from runtime.loading import PIPELINES, LoadedModel
+from runtime.signature import Array
+
+
+def captured(state: Build, folder: Path) -> CalibrationSet:
+    """The set given, else what submodels get while the float model does built-in requests, captured once for the same checkpoint."""
+    if state.calibration is not None:
+        return state.calibration
+
+    def measure(path: Path) -> None:
+        with floating_model(state, folder) as model:
+            requests = built_in(model.kind)
+            record(model, briefly(requests) if state.brief else requests, limit=SAMPLES).save(path)
+
+    key = key_of("samples", state.fingerprint, state.family.config(state.source), state.versions, code())
+    return CalibrationSet.load(cached(key, ".safetensors", measure))
+
+
+def tuned(state: Build, samples: CalibrationSet) -> dict[str, Tuning]:
+    """What calibration finds for each part that takes part in it."""
+
+    def measure(path: Path) -> None:
+        found = {}
+        for part in filter(state.calibrated, state.parts):
+            chosen = state.recipe(part)
+            assert chosen is not None
+            found[part.name] = Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()
+        path.write_text(json.dumps(found))
+
+    asked = state.options.quant, state.options.block, state.calibration_key
+    key = key_of("tunings", state.fingerprint, asked, state.versions, code())
+    data = json.loads(cached(key, ".json", measure).read_bytes())
+    tunings = {name: Tuning.of_record(record) for name, record in data.items()}
+    parts = {part.name: part for part in state.parts}
+    return {name: _compensated(state, parts[name], found, samples.samples[name]) for name, found in tunings.items()}
+
+
+def _compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Tuning:
+    """The tuning with int4 weights compensated on these calls; as it is without such weights, or where one call is all there is."""
+    chosen = state.recipe(part)
+    assert chosen is not None
+    if chosen.bits != 4 or len(calls) < 2:
+        return tuning
+    model = part_graph(state, part)
+    layers = plan(model, chosen)
+    if not any(planned.weight_type == "int4" for planned in layers):
+        return tuning
+    key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, code())
+    path = cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path))
+    return replace(tuning, codes=read_codes(path), compensated={record["weight"]: record["snr_db"] for record in read_records(path)})
+
+
+@contextmanager
+def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
+    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes.
+
+    Its manifest and assets lie in a folder of its own inside `folder` meanwhile.
+    """
+    root = folder / "float"
+    parts = {part.name: part for part in state.parts}
+    submodels = {
+        name: Submodel(name=name, signature=part.signature, graph=place(name), precision="float32", nbytes=state.size(part))
+        for name, part in parts.items()
+    }
+    root.mkdir()
+    finish(state, root, list(submodels.values()), [], quant="none")
+    bundle = Bundle(root)
+
+    class Engines(dict[str, Engine]):
+        def __missing__(self, name: str) -> Engine:
+            self[name] = LeanEngine(submodels[name], part_graph(state, parts[name]))
+            return self[name]
+
+    kind: Any = state.family.pipeline
+    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), PIPELINES[kind](bundle))
+    try:
+        yield model
+    finally:
+        model.close()
+        shutil.rmtree(root)

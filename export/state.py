@@ -1,0 +1,294 @@
+"""One build: what was read of its source, what follows from its options, and what its manifest says."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+import export.trace
+from calibration.quantize import RECIPES, Recipe, recipe
+from calibration.sets import CalibrationSet
+from export import graph
+from export.family import Family, Part, family_of
+from export.options import Options
+from export.progress import Step
+from export.source import Checkpoint, Source, TensorRef, open_component, resolve
+from export.staging import cached, key_of
+from runtime.bundle import MANIFEST, Artifact, Manifest, Submodel, Verdict, sha256
+from runtime.bundle import Source as BundleSource
+from runtime.engine import target
+from runtime.errors import EnginecastError, SourceError
+from runtime.lowering import Half
+
+FULL_QUALITY_BYTES: Final = 1 << 30
+"""`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
+slowly."""
+SPEED_BYTES: Final = 256 << 20
+"""`auto` times quantized models up to this size of weights: all that are compared lie in memory at once, in float32 but for one."""
+FULL_PARITY_BYTES: Final = 4 << 30
+"""`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
+REPORTS: Final = {"artifacts", "baseline", "bundles", "cli", "console", "demo", "progress", "quality", "report", "sizes", "speed", "timed"}
+"""Modules that look at what was built and change nothing of it."""
+PACKAGES: Final = (
+    "enginecast",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt-rtx",
+    "coremltools",
+)
+
+
+@dataclass
+class Build:
+    """One build under way: what was read, and the steps that turn it into a bundle."""
+
+    options: Options
+    source: Source
+    family: Family
+    parts: list[Part]
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, options: Options) -> Build:
+        """Read configs and headers; nothing of the weights yet. Raises SourceError."""
+        source = resolve(options.source)
+        family = family_of(source)
+        try:
+            parts = family.parts(source, False)
+        except (EnginecastError, AssertionError):
+            raise
+        except Exception as error:  # the libraries check configs with exceptions of every kind
+            reason = " ".join(str(error).split())
+            raise SourceError(
+                f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
+                f"({type(error).__name__}: {reason}). Download them again"
+            ) from error
+        build = cls(options, source, family, parts)
+        for part in parts:
+            folder = part.component.folder
+            if folder not in build.checkpoints:
+                build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
+        _ = build.calibration  # a wrong set is refused before any work
+        return build
+
+    def weights(self, part: Part) -> dict[str, TensorRef]:
+        """The tensors of the part's component by the library's names."""
+        return self.checkpoints[part.component.folder].mapped(part.component.model)
+
+    @property
+    def name(self) -> str:
+        return self.options.name or self.source.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return key_of({folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()})
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        found = {name: _version(name) for name in PACKAGES}
+        return {"python": sys.version.split()[0]} | {name: version for name, version in found.items() if version}
+
+    @cached_property
+    def key(self) -> str:
+        options = self.options
+        files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
+        asked: list[object] = [
+            self.name,
+            options.quant,
+            sorted(options.targets),
+            options.parity,
+            self.checked,
+            self.timed,
+            self.calibration_key,
+            options.compute,
+            options.block,
+            options.strip_canonical,
+            {name: dict(settings) for name, settings in options.settings.items()},
+        ]
+        if options.quant == "auto":
+            asked += [options.max_drop, options.goal]
+        return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, code())
+
+    def recipe(self, part: Part) -> Recipe | None:
+        """The recipe of a part; of a search, the one whose ranges it needs."""
+        name = "int8" if self.options.quant == "auto" else self.options.quant
+        if name == "none":
+            return None
+        found = recipe(name, part.activations, part.least_bits)
+        return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
+
+    def calibrated(self, part: Part) -> bool:
+        """Whether captured inputs decide how a part is quantized.
+
+        They do where activations are, at int4 unless each call takes many seconds, and everywhere with a set that was given.
+        """
+        found = self.recipe(part)
+        if found is None:
+            return False
+        given = self.calibration is not None and bool(self.calibration.samples.get(part.name))
+        return given or found.activations or (found.bits == 4 and not self.brief)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights of the checkpoint."""
+        return sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
+
+    @property
+    def brief(self) -> bool:
+        """Whether captures are brief: each call of the float model takes many seconds."""
+        return self.nbytes > FULL_QUALITY_BYTES
+
+    @property
+    def checked(self) -> bool:
+        """Whether what targets compiled is compared with the canonical graphs."""
+        return self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
+
+    @property
+    def measured(self) -> bool:
+        """Whether quality is measured."""
+        return self.options.quant != "none" and self.checked and self.judge is not None
+
+    @cached_property
+    def judge(self) -> str | None:
+        """The target that quality is measured on: one of the bundle's that runs here, else ONNX Runtime if it has the kernels."""
+        usable = [name for name in self.options.targets if target(name).available().usable]
+        needed = RECIPES[self.options.quant].precisions if self.options.quant in RECIPES else frozenset()
+        return next((name for name in [*usable, "onnxruntime"] if needed <= target(name).precisions), None)
+
+    def half(self, part: Part) -> Half | None:
+        """What targets that have it shall compute a part in, if not float32 alone."""
+        chosen = self.recipe(part)
+        asked = self.options.compute if self.options.compute != "auto" else chosen.half if chosen else None
+        if asked == "bfloat16":
+            return "bfloat16"
+        return "float16" if asked == "float16" and part.float16 else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the quantized model is timed beside the float one and PyTorch."""
+        wanted = self.options.speed == "full" or (self.options.speed == "auto" and self.nbytes <= SPEED_BYTES)
+        return self.measured and wanted and all(target(name).available().usable for name in self.options.targets)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """The set given to calibrate with. Raises NotFound, SourceError, or InvalidInput when it is of another checkpoint."""
+        if self.options.calibration is None:
+            return None
+        found = CalibrationSet.load(self.options.calibration)
+        found.check(self.fingerprint, self.name)
+        return found
+
+    @cached_property
+    def calibration_key(self) -> str:
+        return sha256(self.options.calibration) if self.calibration is not None and self.options.calibration is not None else ""
+
+    @property
+    def method(self) -> str:
+        """How parity is established: "full" or "twin"."""
+        if self.options.parity != "auto":
+            return self.options.parity
+        return "full" if self.nbytes <= FULL_PARITY_BYTES else "twin"
+
+    def size(self, part: Part) -> int:
+        """Bytes of the part's weights in the checkpoint."""
+        names = set(graph.parameter_names(part.module, part.component.model).values())
+        return sum(ref.nbytes for name, ref in self.weights(part).items() if name in names)
+
+    def steps(self) -> list[Step]:
+        """Everything that will be done, with a guess of its seconds."""
+        sizes = {part.name: self.size(part) / 1e9 for part in self.parts}
+        steps = [Step("weights", "check", sum(sizes.values()) / 2)]
+        for part in self.parts:
+            modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
+            steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
+        if any(map(self.calibrated, self.parts)):
+            steps.append(Step("pipeline", "calibrate", 30))
+        if self.options.quant == "auto":
+            steps += [Step(part.name, "explore", 30) for part in self.parts] + [Step("pipeline", "search", 200)]
+        for part in self.parts:
+            steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
+        for name in self.options.targets:
+            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
+        if self.checked:
+            steps += [Step(part.name, f"check {name}", 1 + 20 * sizes[part.name]) for name in self.options.targets for part in self.parts]
+        if self.measured:
+            steps.append(Step("pipeline", "quality", 20))
+        if self.timed:
+            steps.append(Step("pipeline", "speed", 10))
+        return [*steps, Step("bundle", "hash", 0.2)]
+
+
+def part_graph(state: Build, part: Part) -> ir.Model:
+    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
+    weights = state.weights(part)
+    settings: Any = part.component.model.config
+    config = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
+    key = key_of("graph", part.name, config, part.signature.model_dump(), state.versions, code())
+    path = cached(key, ".onnx", lambda path: graph.save_traced(export.trace.trace(part.module, part.signature), path))
+    model = ir.load(path)
+    graph.attach(model, graph.parameter_names(part.module, part.component.model), weights)
+    return model
+
+
+def place(submodel: str) -> str:
+    """Where a submodel's graph lies in a bundle."""
+    return f"onnx/{submodel}/{graph.MODEL}"
+
+
+def finish(
+    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "", verdict: Verdict | None = None
+) -> None:
+    """Add the model's own files and the manifest."""
+    for relative, file in state.family.assets(state.source).items():
+        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / relative)
+    manifest = Manifest(
+        name=state.name,
+        key=state.key,
+        pipeline=state.family.pipeline,
+        quant=quant or state.options.quant,
+        source=BundleSource(
+            name=state.source.name, family=state.family.name, architecture=state.source.architecture, fingerprint=state.fingerprint
+        ),
+        submodels=tuple(submodels),
+        artifacts=tuple(artifacts),
+        config=state.family.config(state.source),
+        versions=state.versions,
+        quality=verdict,
+        files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@cache
+def code() -> str:
+    """Identifies the code that makes graphs: a changed exporter must not reuse what an older one made. Reports make none."""
+    roots = [Path(str(importlib.import_module(name).__file__)).parent for name in ("export", "calibration")]
+    files = [file for root in roots for file in sorted(root.glob("*.py")) + sorted(root.glob("families/*.py")) if file.stem not in REPORTS]
+    return key_of([file.read_text() for file in files])
