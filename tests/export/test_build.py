@@ -125,6 +125,16 @@ def test_quantized_bundles_answer(tiny_vlm: Path, tmp_path: Path, quant: str, mo
     model.close()
 
 
+def test_a_large_model_is_rounded_to_int4_and_told(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(RECIPES, "int4", INT4_EVERYWHERE)
+    monkeypatch.setattr(export.state, "FULL_QUALITY_BYTES", 1000)
+    reports: list[Report] = []
+    _, timings = build(Options(str(tiny_vlm), tmp_path / "b", quant="int4"), reports.append)
+    assert "calibrate" not in timings
+    told = {report.step.submodel: report.detail for report in reports if report.step.stage == "write" and report.detail}
+    assert "rounded without data" in told["decoder"] and "rounded" not in told["token_embedding"]
+
+
 # Reuse
 
 
