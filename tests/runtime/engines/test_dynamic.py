@@ -141,4 +141,4 @@ def test_quantized_activations_run_at_fixed_shapes(tmp_path: Path) -> None:
     for rows, kept in ((8, [8]), (3, [8, 3]), (8, [3, 8]), (5, [8, 5]), (3, [5, 3])):
         x = {"x": rng.standard_normal((rows, INPUTS)).astype(np.float32)}
         np.testing.assert_allclose(fixed.run(x)["y"], engines["int8"].run(x)["y"], rtol=1e-4, atol=1e-4)
-        assert [dict(shapes)["x"][0] for shapes in fixed._fixed] == kept
+        assert [dict(one.shapes)["x"][0] for one in fixed._fixed] == kept
