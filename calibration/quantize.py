@@ -158,7 +158,7 @@ def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[Laye
     elements = {layer.weight: layer.elements for layer in layers if layer.weight_type == "int4"}
     left = MOST_SPARED * sum(elements.values())
     spared = set()
-    for weight in sorted(elements.keys() & snr_db.keys(), key=snr_db.__getitem__):
+    for weight in sorted(elements.keys() & snr_db.keys(), key=lambda weight: (snr_db[weight], weight)):
         if snr_db[weight] < LEAST_INT4 and elements[weight] <= left:
             left -= elements[weight]
             spared.add(weight)
