@@ -55,7 +55,7 @@ PACKAGES: Final = (
 
 @dataclass
 class Build:
-    """One build under way: what was read, and the steps that turn it into a bundle."""
+    """One build under way: what was read, and what follows from what was asked for: recipes, what is measured, the steps to come."""
 
     options: Options
     source: Source

@@ -214,9 +214,9 @@ def _least(signature: Signature, shapes: Shapes) -> bool:
 
 def _usual(submodel: Submodel) -> Fixed:
     """What is expected most: guided calls where there are conditions."""
-    inputs = submodel.signature.inputs
-    lengths = {dim.name: dim.opt for tensor in inputs for dim in tensor.dims if not isinstance(dim, int)}
-    return Fixed.of({tensor.name: tensor.shape(lengths) for tensor in inputs}, has_conditions(submodel.signature))
+    signature = submodel.signature
+    lengths = {name: dim.opt for name, dim in signature.dims.items()}
+    return Fixed.of({tensor.name: tensor.shape(lengths) for tensor in signature.inputs}, has_conditions(signature))
 
 
 def _compile(submodel: Submodel, graph: Path, options: Options, fixed: Fixed | None = None) -> _Made:

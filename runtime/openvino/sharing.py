@@ -28,10 +28,9 @@ def share_rows(model: Any, signature: Signature) -> None:
     """Let a model of fixed shapes compute what no condition takes part in for the first row, and repeat it where one comes in."""
     ops = require("openvino.opset15", "openvino")
     alike, different = _split(model, signature)
-    inputs = {tensor.name: model.input(tensor.name).get_node() for tensor in signature.inputs if not tensor.condition}
-    rows = {int(node.output(0).get_shape()[0]) for node in inputs.values()}
-    assert len(rows) == 1, "all inputs have the same rows"
-    count, repeated = rows.pop(), dict[str, Any]()
+    inputs = [model.input(tensor.name) for tensor in signature.inputs if not tensor.condition]
+    (count,) = {int(port.get_shape()[0]) for port in inputs}
+    repeated: dict[str, Any] = {}
     for node in model.get_ordered_ops():
         if node.get_friendly_name() not in different:
             continue
@@ -46,9 +45,9 @@ def share_rows(model: Any, signature: Signature) -> None:
                 repeated[key] = ops.broadcast(source, form, broadcast_spec="BIDIRECTIONAL").output(0)
             port.replace_source_output(repeated[key])
     zero, one = ops.constant([0]), ops.constant([1])
-    for node in inputs.values():
-        readers = [port for port in node.output(0).get_target_inputs() if port.get_node().get_type_name() != "ShapeOf"]
-        first = ops.slice(node.output(0), zero, one, one, zero)
+    for source in inputs:
+        readers = [port for port in source.get_target_inputs() if port.get_node().get_type_name() != "ShapeOf"]
+        first = ops.slice(source, zero, one, one, zero)
         for port in readers:
             port.replace_source_output(first.output(0))
     model.validate_nodes_and_infer_types()

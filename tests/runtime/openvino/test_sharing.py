@@ -9,7 +9,7 @@ import pytest
 
 from runtime.bundle import Bundle, Submodel
 from runtime.engine import Options
-from runtime.engines.openvino import Fixed, OpenVINO, _core
+from runtime.engines.openvino import OpenVINO, _core
 from runtime.openvino.sharing import guided, has_conditions, share_rows
 from runtime.signature import Array
 
@@ -54,7 +54,7 @@ def test_a_single_row_shares_nothing(diffusion_bundle: Path) -> None:
 def test_what_no_prompt_takes_part_in_has_one_row(diffusion_bundle: Path) -> None:
     submodel = denoiser(diffusion_bundle)
     model = _core().read_model(diffusion_bundle / submodel.graph)
-    model.reshape({name: list(shape) for name, shape in Fixed.of({n: a.shape for n, a in call(submodel, True).items()}).shapes})
+    model.reshape({name: list(array.shape) for name, array in call(submodel, True).items()})
     before = {node.get_friendly_name(): list(node.output(0).get_shape()) for node in model.get_ordered_ops() if node.get_output_size()}
     share_rows(model, submodel.signature)
     after = {node.get_friendly_name(): list(node.output(0).get_shape()) for node in model.get_ordered_ops() if node.get_output_size()}
