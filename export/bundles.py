@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from export.console import errors, out, settings_of, show, show_table, terminate
+from export.console import errors, out, settings_of, show, show_notes, show_table, terminate
 from export.sizes import sizes
 from runtime import signing
 from runtime.bundle import SIGNATURE, Artifact, Bundle
@@ -27,6 +27,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
         f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}"
     )
     out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    show_notes(manifest)
     if manifest.quality:
         out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()))
         for fault in manifest.quality.shortfalls:

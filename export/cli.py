@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from export import bundles
-from export.console import errors, note, out, settings_of, show, terminate
+from export.console import errors, note, out, settings_of, show, show_notes, terminate
 from runtime.bundle import Bundle
 from runtime.errors import EnginecastError, InvalidInput, MissingDependency
 
@@ -143,6 +143,7 @@ def _build(options: Any) -> None:
     start = time.perf_counter()
     out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
     bundle, timings = run(options, show)
+    show_notes(bundle.manifest)
     size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
     if not timings:
         out.print(f"{options.output} is up to date: the same build made it before ({size / 1e6:.1f} MB)")

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from runtime.bundle import Manifest
 from runtime.errors import InvalidInput
 
 out = Console(highlight=False, soft_wrap=True)
@@ -33,6 +34,12 @@ def note(what: str, number: int, total: int) -> None:
     """On a terminal, how far a step is."""
     if out.is_terminal:
         out.print(f"{what} {number} of {total}", end="\r")
+
+
+def show_notes(manifest: Manifest) -> None:
+    """What of the checkpoint is served otherwise than published."""
+    for text in manifest.notes:
+        out.print(f"note: {text}", markup=False)
 
 
 def show_table(*rows: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,8 @@ class Family:
 
     `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config, fewer layers.
     `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
-    model's own files, such as those of its tokenizer.
+    model's own files, such as those of its tokenizer. `notes(source)` are sentences on what of the checkpoint is served otherwise than
+    published (`Manifest.notes`): what cannot be served is refused, what is replaced or left out is reported.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Family:
     parts: Callable[[Source, bool], list[Part]]
     config: Callable[[Source], dict[str, Any]]
     assets: Callable[[Source], Mapping[str, Path]]
+    notes: Callable[[Source], Sequence[str]] = lambda source: ()
 
 
 @cache

@@ -122,7 +122,8 @@ class Build:
         ]
         if options.quant == "auto":
             asked += [options.max_drop, options.goal]
-        return key_of(self.fingerprint, files, self.family.config(self.source), asked, self.versions, code())
+        published = self.family.config(self.source), self.family.notes(self.source)
+        return key_of(self.fingerprint, files, published, asked, self.versions, code())
 
     def recipe(self, part: Part) -> Recipe | None:
         """The recipe of a part; of a search, the one whose ranges it needs."""
@@ -270,6 +271,7 @@ def finish(
         config=state.family.config(state.source),
         versions=state.versions,
         quality=verdict,
+        notes=tuple(state.family.notes(state.source)),
         files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))

@@ -133,7 +133,8 @@ class Source(Frozen):
 class Manifest(Frozen):
     """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its settings.
 
-    `key` identifies source, settings and versions: a build with the same key would write the same bundle.
+    `key` identifies source, settings and versions: a build with the same key would write the same bundle. `notes` are sentences on what of
+    the checkpoint is served otherwise than published, such as a replaced noise schedule: every answer carries them.
     """
 
     schema_version: int = SCHEMA
@@ -147,6 +148,7 @@ class Manifest(Frozen):
     config: Mapping[str, Any]
     versions: Mapping[str, str]
     quality: Verdict | None = None
+    notes: tuple[str, ...] = ()
     files: Mapping[Inside, str]
     """sha256 of every other file, by path relative to the bundle."""
 

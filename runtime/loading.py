@@ -40,7 +40,8 @@ FLOAT_BYTES: Final = 4
 class LoadedModel:
     """A model ready to run: its engines by submodel name, and the pipeline that calls them.
 
-    `places` is where each submodel was loaded, `notes` what did not go as first wished. `again` loads it anew, avoiding some places.
+    `places` is where each submodel was loaded. `notes` are sentences on what differs from the published model (`Manifest.notes`) or from
+    the requested placement. `again` loads it anew, avoiding some places.
     """
 
     bundle: Bundle
@@ -108,7 +109,7 @@ def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, 
     options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)
     budget = Budget(plan.rooms) if plan.rooms else None
-    engines, places, notes = dict[str, Engine](), dict[str, Place](), list(plan.notes)
+    engines, places, notes = dict[str, Engine](), dict[str, Place](), [*bundle.manifest.notes, *plan.notes]
     try:
         for submodel in bundle.manifest.submodels:
             choice = plan.choices[submodel.name]
@@ -125,7 +126,7 @@ def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, 
             one.close()
         raise
     for note in notes:
-        log.warning("model %s: %s", bundle.name, note)
+        log.info("model %s: %s", bundle.name, note)
     names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
     again = partial(_load, bundle, wanted, options, wishes)
     return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]

@@ -65,12 +65,16 @@ class EngineUse:
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first picture or text."""
+    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first picture or text.
+
+    `notes` are those of the model: what differs from the published model or from the requested placement.
+    """
 
     queue_seconds: float
     run_seconds: float
     first_output_seconds: float | None
     engines: tuple[EngineUse, ...]
+    notes: tuple[str, ...] = ()
 
 
 class Job:
@@ -99,7 +103,7 @@ class Job:
                 if first_output is None and isinstance(event, ImageReady | TextDelta):
                     first_output = perf_counter() - started
                 yield event
-        yield Done(started - self._admitted, perf_counter() - started, first_output, self._uses())
+        yield Done(started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(self._model.notes))
 
     def _stoppable(self) -> Pipeline:
         """The pipeline, with a look at `stop` before every step. It is wrapped here, not in the driver, so that it holds for any driver."""

@@ -113,7 +113,8 @@ class ImageStream:
                 image = image_pb2.Image(png=png(picture), width=width, height=height, seed=seed, index=index)
                 return image_pb2.GenerateResponse(image=image)
             case Done():
-                return image_pb2.GenerateResponse(done=image_pb2.ImageDone(timings=_timings(event), engines=_engines(event)))
+                done = image_pb2.ImageDone(timings=_timings(event), engines=_engines(event), notes=event.notes)
+                return image_pb2.GenerateResponse(done=done)
         return None
 
 
@@ -143,6 +144,7 @@ class ChatStream:
             completion_tokens=self._finished.completion_tokens,
             timings=_timings(event),
             engines=_engines(event),
+            notes=event.notes,
         )
 
 

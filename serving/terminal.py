@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from runtime.errors import InvalidInput, NotFound
-from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2
+from serving.enginecast_pb import chat_pb2, image_pb2
 
 errors: Final = Console(stderr=True, highlight=False)
 
@@ -36,7 +36,7 @@ def draw(responses: Iterable[image_pb2.GenerateResponse], out: Path) -> list[Pat
                 case "image":
                     images.append(response.image)
                 case "done":
-                    _summary(response.done.timings, response.done.engines, f"seed {', '.join(str(image.seed) for image in images)}")
+                    _summary(response.done, f"seed {', '.join(str(image.seed) for image in images)}")
     paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{image.index}") for image in images]
     for path, image in zip(paths, images, strict=True):
         write(path, image.png)
@@ -56,7 +56,7 @@ def speak(responses: Iterable[chat_pb2.ChatResponse]) -> str:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
                 cut = ", cut at max tokens" if response.done.reason == chat_pb2.FINISH_REASON_LENGTH else ""
-                _summary(response.done.timings, response.done.engines, f"{response.done.completion_tokens} tokens{cut}")
+                _summary(response.done, f"{response.done.completion_tokens} tokens{cut}")
     return answer
 
 
@@ -92,7 +92,8 @@ def write(path: Path, data: bytes) -> None:
         raise
 
 
-def _summary(timings: common_pb2.Timings, engines: Sequence[common_pb2.EngineUse], what: str) -> None:
+def _summary(done: image_pb2.ImageDone | chat_pb2.ChatDone, what: str) -> None:
+    timings, engines = done.timings, done.engines
     where = ", ".join(dict.fromkeys(f"{use.target} ({use.device})" for use in engines))
     again = sum(use.reload_seconds for use in engines)
     loading = f", {again:.1f} s of it loading again" if again else ""
@@ -100,3 +101,5 @@ def _summary(timings: common_pb2.Timings, engines: Sequence[common_pb2.EngineUse
     for use in engines:
         for fallback in use.fallbacks:
             errors.print(f"{use.submodel}: {fallback}", style="dim", markup=False, soft_wrap=True)
+    for note in done.notes:
+        errors.print(f"note: {note}", style="dim", markup=False, soft_wrap=True)

@@ -74,9 +74,11 @@ class Image(_message.Message):
     def __init__(self, png: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., seed: _Optional[int] = ..., index: _Optional[int] = ...) -> None: ...
 
 class ImageDone(_message.Message):
-    __slots__ = ("timings", "engines")
+    __slots__ = ("timings", "engines", "notes")
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     ENGINES_FIELD_NUMBER: _ClassVar[int]
+    NOTES_FIELD_NUMBER: _ClassVar[int]
     timings: _common_pb2.Timings
     engines: _containers.RepeatedCompositeFieldContainer[_common_pb2.EngineUse]
-    def __init__(self, timings: _Optional[_Union[_common_pb2.Timings, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[_common_pb2.EngineUse, _Mapping]]] = ...) -> None: ...
+    notes: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, timings: _Optional[_Union[_common_pb2.Timings, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[_common_pb2.EngineUse, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...

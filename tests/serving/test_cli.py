@@ -69,8 +69,10 @@ class TestGenerate:
         assert ended.out.split() == [f"{tmp_path}/x-0.png", f"{tmp_path}/x-1.png"]
 
     def test_in_process(self, run: Any, local: FakeModel, tmp_path: Path) -> None:
+        local.notes = ("one is replaced",)
         ended = run("generate", "--bundle", "somewhere", "--prompt", "x", "--out", f"{tmp_path}/x.png")
         assert (ended.code, ended.out) == (0, f"{tmp_path}/x.png\n")
+        assert "\nnote: one is replaced\n" in ended.err
         assert local.calls == 4
 
     @pytest.mark.parametrize(

@@ -352,6 +352,14 @@ class TestWhatReallyRuns:
         assert list(cold.client.generate(request()))[-1].done.engines[0].fallbacks == one.fallbacks
         assert not cold.client.unload("draw").placements
 
+    def test_notes_are_in_every_answer_of_either_kind(self, warm: FakeServer) -> None:
+        for model in warm.models.values():
+            model.notes = ("one is replaced", "the other is left out")
+        question = chat_pb2.Message(role=chat_pb2.ROLE_USER, parts=[chat_pb2.Part(text="?")])
+        drawn = list(warm.client.generate(request()))[-1].done
+        said = list(warm.client.chat(chat_pb2.ChatRequest(model="talk", messages=[question])))[-1].done
+        assert list(drawn.notes) == list(said.notes) == ["one is replaced", "the other is left out"]
+
     def test_what_loading_again_took_is_told(self, warm: FakeServer) -> None:
         warm.draw.engine.reload_seconds = 5.0
         responses = warm.client.generate(request(steps=2))
