@@ -91,14 +91,15 @@ class CalibrationSet:
         """Read a set. Raises NotFound, InvalidInput for a file of another kind or version, SourceError for a damaged one."""
         if not path.is_file():
             what = "is no file" if path.exists() else "does not exist"
-            raise NotFound(f"calibration set {path} {what}: expected a file that `export calibrate` wrote")
+            raise NotFound(f"calibration set {path} {what}: expected a file that `enginecast calibrate` wrote")
         try:
             with safe_open(path, framework="numpy") as file:
                 header = _header(path, file.metadata())
                 return cls(header.kind, header.fingerprint, header.settings, _samples(path, file, header.counts))
         except (SafetensorError, OSError) as error:
             raise SourceError(
-                f"{path} cannot be read as safetensors ({error}): it is damaged or something else. Make it again with `export calibrate`"
+                f"{path} cannot be read as safetensors ({error}): it is damaged or something else. "
+                "Make it again with `enginecast calibrate`"
             ) from None
 
     def check(self, fingerprint: str, name: str) -> None:
@@ -107,7 +108,7 @@ class CalibrationSet:
             raise InvalidInput(
                 "calibration",
                 f"was captured from the checkpoint {self.fingerprint[:16]}, but {name} is {fingerprint[:16]}: "
-                "capture a set from this very model with `export calibrate`",
+                "capture a set from this very model with `enginecast calibrate`",
             )
 
     def warnings(self) -> list[str]:
@@ -142,13 +143,13 @@ def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
         return Header.model_validate(data)
     except (ValidationError, ValueError, RecursionError) as error:
         raise SourceError(
-            f"{path} has a damaged header: {' '.join(str(error).split())}. Capture it again with `export calibrate`"
+            f"{path} has a damaged header: {' '.join(str(error).split())}. Capture it again with `enginecast calibrate`"
         ) from None
 
 
 def _samples(path: Path, file: Any, counts: Mapping[str, int]) -> dict[str, list[dict[str, Array]]]:
     """Every tensor in its place. Raises SourceError unless tensors and counts agree."""
-    again = "it is damaged. Capture it again with `export calibrate`"
+    again = "it is damaged. Capture it again with `enginecast calibrate`"
     keys = list(file.keys())
     if sum(counts.values()) > len(keys):  # seen before anything of that size is made
         raise SourceError(f"{path} announces {sum(counts.values())} calls but has {len(keys)} tensors: {again}")

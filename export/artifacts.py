@@ -64,7 +64,7 @@ def resolve_targets(names: Sequence[str], quant: str = "none") -> tuple[str, ...
     """The targets as named, with "auto" as every one that can be compiled here. Raises EngineUnavailable when that is none."""
     found = [name for one in names for name in (every_target(quant) if one == AUTO else (one,))]
     if not found:
-        raise EngineUnavailable(f"no target can be compiled here for --quant {quant}: see `export targets`")
+        raise EngineUnavailable(f"no target can be compiled here for --quant {quant}: see `enginecast targets`")
     return tuple(dict.fromkeys(found))
 
 

@@ -108,7 +108,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
             submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder)
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
             if "int4" in submodel.precision and part.name not in tunings:
-                notes.append("rounded without data: a set of `export calibrate` makes it better")
+                notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
             half = state.half(part)
             if half is not None:
                 found = Precision.measure(
@@ -200,7 +200,7 @@ def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, P
     if faults and not state.options.allow_low_quality:
         raise QualityError(
             f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle was written. "
-            "Calibrate with more requests like yours (`export calibrate`), choose another --quant, or insist with --allow-low-quality"
+            "Calibrate with more requests like yours (`enginecast calibrate`), choose another --quant, or insist with --allow-low-quality"
         )
     return quality, pictures
 

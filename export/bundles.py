@@ -50,7 +50,7 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
         rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", _agreement(artifact), fits))
     show_table(*rows)
     if (bundle / SIGNATURE).exists():
-        out.print("signed; `export verify --signature PUBLIC` tells by whom")
+        out.print("signed; `enginecast verify --signature PUBLIC` tells by whom")
     _show_sizes(opened)
 
 

@@ -1,4 +1,4 @@
-"""The build side's commands: build, calibrate, report, and those on finished bundles, `export X` or `enginecast X`."""
+"""The build side's commands of `enginecast`: build, calibrate, report, and those on finished bundles."""
 
 from __future__ import annotations
 
@@ -223,11 +223,11 @@ def report(
 
 
 def main() -> None:
-    """Entry point: user mistakes are one line on standard error and an exit code, never a traceback."""
+    """Entry point of `python -m export` and `uv run export`: user mistakes are one line on standard error and an exit code."""
     try:
-        app()
+        app(prog_name="enginecast")
     except EnginecastError as error:
-        errors.print(f"error: {error}", markup=False)
+        errors.print(f"enginecast: {' '.join(str(error).split())}", markup=False)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted: nothing was written")

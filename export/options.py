@@ -24,7 +24,7 @@ QUALITIES: Final = ("auto", "full", "none")
 class Options:
     """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin.
 
-    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `export calibrate`; without one,
+    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `enginecast calibrate`; without one,
     built-in requests are captured where a recipe needs them, for int4 where the model is not so big that this takes long. `quality` is one
     of auto, full, none: whether the quantized model is compared with the float one; `speed`, one of the same, whether both are timed beside
     PyTorch, too. `allow_low_quality` keeps a bundle that falls below the floors. `max_drop` and `goal` are those of quant "auto". `compute`

@@ -24,7 +24,8 @@ def time_bundle(
 ) -> Speed:
     """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside PyTorch.
 
-    `source` is what `export build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build raises.
+    `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build
+    raises.
     """
     with TemporaryDirectory(prefix="enginecast-") as folder:
         options = Options(source, Path(folder) / "float", targets=bundle.targets)

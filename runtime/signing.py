@@ -102,7 +102,7 @@ def _read(bundle: Bundle) -> Signature:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise BundleError(f"{bundle.root} is not signed, and a signature is required: sign it with `export sign`") from None
+        raise BundleError(f"{bundle.root} is not signed, and a signature is required: sign it with `enginecast sign`") from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     try:
@@ -124,7 +124,7 @@ def private_key(path: Path) -> Any:
     except TypeError:
         raise InvalidInput("key", f"{path} is encrypted: write a copy that is not, `openssl pkey -in {path} -out COPY`") from None
     except Exception as error:  # ValueError, UnsupportedAlgorithm, and what OpenSSL says
-        raise InvalidInput("key", f"{path} is no private key in PEM: {error}. Make one with `export keygen`") from None
+        raise InvalidInput("key", f"{path} is no private key in PEM: {error}. Make one with `enginecast keygen`") from None
     return _ed25519(key, "Ed25519PrivateKey", path)
 
 
@@ -137,7 +137,7 @@ def public_key(path: Path) -> Any:
         key = serialization.load_pem_public_key(content)
     except Exception as error:
         raise InvalidInput(
-            "key", f"{path} is no public key in PEM: {error}. Expected what `export keygen` writes beside the private one"
+            "key", f"{path} is no public key in PEM: {error}. Expected what `enginecast keygen` writes beside the private one"
         ) from None
     return _ed25519(key, "Ed25519PublicKey", path)
 
@@ -145,7 +145,7 @@ def public_key(path: Path) -> Any:
 def _ed25519(key: Any, kind: str, path: Path) -> Any:
     if not isinstance(key, getattr(require("cryptography.hazmat.primitives.asymmetric.ed25519", EXTRA), kind)):
         found = type(key).__name__.strip("_").removesuffix("PrivateKey").removesuffix("PublicKey")
-        raise InvalidInput("key", f"{path} is of the kind {found}, expected Ed25519: make one with `export keygen`")
+        raise InvalidInput("key", f"{path} is of the kind {found}, expected Ed25519: make one with `enginecast keygen`")
     return key
 
 
@@ -154,7 +154,7 @@ def _key_file(path: Path) -> bytes:
         with path.open("rb") as file:
             content = file.read(LONGEST_KEY + 1)
     except FileNotFoundError:
-        raise NotFound(f"key {path} does not exist: make a pair with `export keygen`") from None
+        raise NotFound(f"key {path} does not exist: make a pair with `enginecast keygen`") from None
     except OSError as error:
         raise InvalidInput("key", f"{path} cannot be read: {error.strerror}") from None
     if len(content) > LONGEST_KEY:

@@ -133,7 +133,7 @@ class TensorRT(Engine):
         reason = cls._misfit(compiled.artifact, device)
         if reason:
             raise EngineError(
-                f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with `export add-target`"
+                f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with `enginecast add-target`"
             )
         return cls(submodel, Plan(cls.sdk, submodel, settings, device, compiled, root / submodel.graph))
 

@@ -87,7 +87,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(NotFound, match="does not exist: expected a file that `export calibrate` wrote"):
+    with pytest.raises(NotFound, match="does not exist: expected a file that `enginecast calibrate` wrote"):
         CalibrationSet.load(tmp_path / "none")
     with pytest.raises(NotFound, match="is no file"):
         CalibrationSet.load(tmp_path)

@@ -77,7 +77,7 @@ def test_add_a_target_sign_and_verify(run: Run, bundle: Path) -> None:
     assert run("sign", bundle, "--key", "private.pem").code == 0
     ended = run("verify", bundle, "--signature", "private.pub.pem")
     assert ended.code == 0 and "all as they were built, signed by the owner of private.pub.pem" in ended.out
-    assert run("verify", bundle).code == 0 and "signed; `export verify" in run("inspect", bundle).out
+    assert run("verify", bundle).code == 0 and "signed; `enginecast verify" in run("inspect", bundle).out
     ended = run("add-target", bundle, "--target", "bound")
     assert ended.code == 2 and "key: is missing" in ended.err and "--force drops the signature" in ended.err
     ended = run("add-target", bundle, "--target", "bound", "--key", "private.pem")
@@ -111,7 +111,7 @@ def key_of_last() -> str:
             "strip-canonical: leaves out graphs and weights that are read when these targets are loaded: openvino, onnxruntime.",
         ),
         (("strip", "nowhere"), 3, "does not exist"),
-        (("sign", "b", "--key", "nowhere.pem"), 3, "key nowhere.pem does not exist: make a pair with `export keygen`"),
+        (("sign", "b", "--key", "nowhere.pem"), 3, "key nowhere.pem does not exist: make a pair with `enginecast keygen`"),
         (("sign", "b", "--key", "b/manifest.json"), 2, "key: b/manifest.json is no private key in PEM"),
         (("verify", "b", "--signature", "b/manifest.json"), 2, "key: b/manifest.json is no public key in PEM"),
         (("keygen", "b/manifest.json"), 2, "output: b/manifest.json exists, and keys are never overwritten"),

@@ -147,7 +147,7 @@ def test_hashes_that_were_altered_along_with_the_file(signed: Path, keys: Path, 
 
 
 def test_without_a_signature_or_with_another_s(signed: Path, keys: Path, tmp_path: Path) -> None:
-    refused(make(tmp_path / "unsigned").root, keys, "is not signed, and a signature is required: sign it with `export sign`")
+    refused(make(tmp_path / "unsigned").root, keys, "is not signed, and a signature is required: sign it with `enginecast sign`")
     other = shutil.copytree(signed, tmp_path / "other")
     made = sign(Bundle(other), keys / "other.pem")
     refused(other, keys, f"manifest.sig is of the key {made.key[:16]}, expected [0-9a-f]{{16}} of .*public.pem")
@@ -255,7 +255,7 @@ def test_files_that_are_no_keys(tmp_path: Path, content: bytes, private: str, pu
 
 def test_keys_that_are_not_there(tmp_path: Path) -> None:
     for read in (private_key, public_key):
-        with pytest.raises(NotFound, match=r"key .* does not exist: make a pair with `export keygen`"):
+        with pytest.raises(NotFound, match=r"key .* does not exist: make a pair with `enginecast keygen`"):
             read(tmp_path / "key.pem")
         with pytest.raises(InvalidInput, match="cannot be read: Is a directory"):
             read(tmp_path)

@@ -541,7 +541,8 @@ def test_a_cache_that_an_engine_would_copy_is_refused(
         ),
         (
             {"sdk": "99.1", "compute_capability": "8.6"},
-            "for compute capability 8.6, and here .* of 8.9: build the bundle again, or add one for this machine with `export add-target`",
+            "for compute capability 8.6, and here .* of 8.9: build the bundle again, or add one for this machine with "
+            "`enginecast add-target`",
         ),
         ({"sdk": "99.1", "compute_capability": "12.0", "hardware": "same"}, "for compute capability 12.0"),
         ({}, "compiled by FakeRT None"),
