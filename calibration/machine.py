@@ -13,14 +13,9 @@ from typing import Final
 
 import numpy as np
 
+from runtime.devices import processor
+
 PACKAGES: Final = ("numpy", "onnxruntime", "openvino", "tokenizers")
-
-
-def cpu_model() -> str:
-    """The processor's name as the system gives it."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def threads() -> int:
@@ -29,8 +24,8 @@ def threads() -> int:
 
 
 def slug() -> str:
-    """A file name for this kind of machine, without its host name: "amd-epyc-2-threads"."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {threads()} threads".lower()).strip("-")
+    """A file name for this kind of machine, without its host name: "amd-epyc-family-25-model-17-2-threads"."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{processor()} {threads()} threads".lower()).strip("-")
 
 
 def version(package: str) -> str:

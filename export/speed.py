@@ -20,14 +20,15 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from calibration import machine
-from calibration.timing import Spread, seconds, turns
 from runtime.bundle import Frozen
+from runtime.devices import processor
 from runtime.loading import LoadedModel
 from runtime.pipeline import Call, Outputs, Pipeline, run_call
 from runtime.pipelines.chat import ChatPipeline, ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
 from runtime.signature import Array
 from runtime.text import Message
+from runtime.timing import Spread, seconds, turns
 
 PROMPT: Final = "a large red circle at the top left on a white background"
 QUESTION: Final = "describe the picture."
@@ -160,7 +161,7 @@ def measure_speed(
         for kind in found[0][0]
     ]
     return Speed(
-        cpu=machine.cpu_model(),
+        cpu=processor(),
         threads=threads,
         others=others.share(),
         versions=machine.versions("torch", "diffusers", "transformers"),

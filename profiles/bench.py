@@ -18,13 +18,14 @@ from typing import Any, Final
 from rich.table import Table
 
 from calibration import machine
-from calibration.timing import Spread, turns
 from profiles.memory import GB, Sampler, session_memory, supported
 from profiles.protocol import Hello
 from profiles.rows import Row
 from profiles.worker import Job
 from runtime.bundle import Bundle
+from runtime.devices import processor
 from runtime.errors import EngineError, InvalidInput, NotFound, did_you_mean
+from runtime.timing import Spread, turns
 
 PATIENCE: Final = 10.0
 """Seconds that a worker gets to end when its input has."""
@@ -186,7 +187,7 @@ def _labelled(
         quant=hello.get("quant", bundle.manifest.quant),
         target=hello["target"],
         device=hello["device"],
-        cpu=machine.cpu_model(),
+        cpu=processor(),
         threads=hello["threads"],
         settings=settings or {},
         versions=hello["versions"],

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from calibration.timing import Spread
 from runtime.bundle import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
+from runtime.timing import Spread
 
 
 class Row(Frozen):

@@ -19,9 +19,10 @@ from calibration import machine
 from calibration.questions import test_questions
 from calibration.scenes import test_prompts
 from calibration.scoring import score_answer, score_picture
-from calibration.timing import Spread
 from profiles.rows import Row
 from profiles.subjects import Exam, Subject
+from runtime.devices import processor
+from runtime.timing import Spread
 
 T = TypeVar("T")
 ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
@@ -82,7 +83,7 @@ def rows(subject: Subject, exam: Exam, scores: Scores, threads: int) -> list[Row
             quant=subject.quant,
             target=subject.target,
             device=subject.device,
-            cpu=machine.cpu_model(),
+            cpu=processor(),
             threads=threads or machine.threads(),
             settings=asked,
             versions=machine.versions("torch", "diffusers", "transformers") if subject.target == "torch" else machine.versions(),

@@ -112,10 +112,15 @@ def _host(allowed: Allowance) -> Device:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it, the same as in measured rows."""
-    found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    """The processor's name as the system gives it, the same as in measured rows.
+
+    On x86 with Linux, family and model follow: virtual machines call processors of several generations "AMD EPYC".
+    """
+    told = dict(re.findall(r"^(model name|Model|cpu family|model)[ \t]*:[ \t]*(.*\S)", _cpuinfo(), re.MULTILINE))
+    if name := told.get("model name") or told.get("Model"):
+        return f"{name} (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else name
     brand = _sysctl("machdep.cpu.brand_string").rstrip(b"\0").decode(errors="replace")
-    return found[1].strip() if found else brand or platform.processor() or platform.machine()
+    return brand or platform.processor() or platform.machine()
 
 
 def processor_features() -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from calibration.timing import Spread
 from export.quality import (
     FOLDER,
     QUALITY,
@@ -34,6 +33,7 @@ from export.tensors import read_header
 from runtime.bundle import MANIFEST, Bundle
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
 from runtime.images import decode_image
+from runtime.timing import Spread
 
 HOSTILE = "<script>alert('x')</script><img src=\"https://example.org/x.png\" onerror=alert(1)>{{ 7 * 191 }}"
 VOID = {"meta", "img", "br"}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from calibration.timing import Spread
 from profiles import rows
 from profiles.rows import Row
 from runtime.errors import BundleError, NotFound, ResourceExhausted
+from runtime.timing import Spread
 
 COMMITTED = Path(rows.__file__).parent / "rows"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,3 +172,14 @@ def test_names_that_targets_use_are_known() -> None:
         for name in engine.available().devices:
             assert machine.find(name) is not None, f"{engine.target}: {name}"
     assert machine.memory_of("none") is machine.host
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    info = "vendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    found = []
+    for numbers in ((25, 17), (26, 2)):
+        monkeypatch.setattr(devices, "_cpuinfo", partial(info.format, *numbers))
+        found.append(devices.processor())
+    assert found == ["AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"]
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: ARMv8 Processor\n")
+    assert devices.processor() == "ARMv8 Processor"

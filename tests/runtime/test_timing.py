@@ -1,17 +1,13 @@
-"""Spreads of repeated measurements, turns, and what is said of the machine."""
+"""Spreads of repeated measurements, and turns."""
 
 from __future__ import annotations
-
-import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from calibration import machine
-from calibration.timing import LEAST, Spread, seconds, turns
+from runtime.timing import LEAST, Spread, seconds, turns
 
 
 def test_spread() -> None:
@@ -48,28 +44,5 @@ def test_turns_within_a_budget() -> None:
     assert len(turns([lambda: None], 5, budget=60)[0]) == 5
 
 
-def test_how_busy_others_are() -> None:
-    others = machine.Others()
-    end = time.perf_counter() + 0.1
-    while time.perf_counter() < end:
-        pass
-    share = others.share()
-    assert (share is not None and 0 <= share <= 1) if Path("/proc/stat").is_file() else share is None
-
-
-def test_others_are_what_is_not_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20 seconds of processors' time, 12 were spent, 5 of them by this process."""
-    moments = iter([(100.0, 30.0, 200.0), (112.0, 35.0, 220.0)])
-    monkeypatch.setattr(machine.Others, "_now", staticmethod(lambda: next(moments)))
-    assert machine.Others().share() == pytest.approx(7 / 20)
-
-
 def test_seconds() -> None:
     assert 0 <= seconds(lambda: None) < 1
-
-
-def test_machine() -> None:
-    assert machine.cpu_model() and machine.threads() >= 1
-    assert machine.slug().endswith(f"{machine.threads()}-threads") and " " not in machine.slug()
-    assert machine.versions()["numpy"] and "no-such-package" not in machine.versions("no-such-package")
-    assert machine.read_bandwidth(1 << 22, 1) > 1e8
