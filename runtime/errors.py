@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Final
 
 
 class EnginecastError(Exception):
@@ -123,9 +124,19 @@ class Cancelled(EnginecastError):
     exit_code = 130
 
 
+SHOWN: Final = 100
+"""Characters of a name that a message quotes, and that are compared with known names."""
+
+
+def quoted(name: str) -> str:
+    """A name as messages show it: in quotes, its control characters escaped, at most SHOWN characters of it."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name[:SHOWN])
+    return f"'{shown}'" if len(name) <= SHOWN else f"'{shown}...' ({len(name):,} characters)"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The known names as a phrase, the nearest one first asked for: "did you mean 'int8'? (known: int4, int8, none)"."""
+    """The known names as a phrase, the nearest one first: "did you mean 'int8'? (known: int4, int8, none)"."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= SHOWN else []
     asked = f"did you mean '{near[0]}'? " if near else ""
     return f"{asked}(known: {', '.join(names)})"

@@ -50,12 +50,20 @@ class Message:
         if self.role not in get_args(Role):
             raise InvalidInput(f"{field}.role", f"is '{self.role}', expected {', '.join(get_args(Role))}")
         if not self.content:
-            raise InvalidInput(f"{field}.content", "is empty, expected texts and pictures (an empty text is allowed)")
+            raise InvalidInput(f"{field}.parts", "is empty, expected texts and pictures (an empty text is allowed)")
         for i, part in enumerate(self.content):
             if not isinstance(part, str):
-                check_picture(part, f"{field}.content[{i}]")
-            elif any("\ud800" <= character <= "\udfff" for character in part):
-                raise InvalidInput(f"{field}.content[{i}]", "holds half a surrogate pair, which is no Unicode text")
+                check_picture(part, f"{field}.parts[{i}]")
+            elif not _is_unicode(part):
+                raise InvalidInput(f"{field}.parts[{i}]", "holds half a surrogate pair, which is no Unicode text")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class ChatText:
@@ -98,7 +106,7 @@ class ChatText:
         """
         for i, message in enumerate(messages):
             for j, part in enumerate(message.content):
-                self._check_plain(part, f"messages[{i}].content[{j}]")
+                self._check_plain(part, f"messages[{i}].parts[{j}]")
         ids = self._ids(messages)
         harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
         if self._specials(ids) != self._specials(self._ids(harmless)):
@@ -113,7 +121,8 @@ class ChatText:
         return -1 if self.image_token_id is None else self.image_token_id
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
-        return list(self.tokenizer.encode(self.render(messages), add_special_tokens=False).ids)
+        # A batch of one: `encode` holds the interpreter lock, `encode_batch` does not.
+        return list(self.tokenizer.encode_batch([self.render(messages)], add_special_tokens=False)[0].ids)
 
     def _specials(self, ids: Sequence[int]) -> Counter[int]:
         known = set(self.special.values())
@@ -232,27 +241,47 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Ends a stream of text at the first stop string, which is not part of it. What may yet become one is held back."""
+    """Ends a stream of text at the first stop string, which is not part of it. What may yet become one is held back.
+
+    Takes time linear in the text, whatever the strings: each is followed by the automaton of Knuth, Morris and Pratt (1977).
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = tuple(stops)
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)
         self._held = ""
         self.found = False
 
     def push(self, text: str) -> str:
         """What may be passed on. After a stop string was completed, `found` is true and the stream is over."""
-        self._held += text
-        ends = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if ends:  # the one completed first, so that the result does not hang on how the text arrived
-            self.found = True
-            text, self._held = self._held[: min(ends)[1]], ""
-            return text
-        keep = max((n for stop in self._stops for n in range(1, len(stop)) if self._held.endswith(stop[:n])), default=0)
-        split = len(self._held) - keep
-        text, self._held = self._held[:split], self._held[split:]
-        return text
+        held, self._held = self._held, ""
+        for end, character in enumerate(text, start=1):
+            self._matched = [_follow(*stop, matched, character) for stop, matched in zip(self._stops, self._matched, strict=True)]
+            complete = [n for (stop, _), n in zip(self._stops, self._matched, strict=True) if n == len(stop)]
+            if complete:  # of those completed first the longest, so that the result does not hang on how the text arrived
+                self.found = True
+                return (held + text[:end])[: len(held) + end - max(complete)]
+        text = held + text
+        split = len(text) - max(self._matched, default=0)
+        self._held = text[split:]
+        return text[:split]
 
     def flush(self) -> str:
         """What was held back, when the stream ends without a stop string."""
         text, self._held = self._held, ""
         return text
+
+
+def _borders(stop: str) -> list[int]:
+    """For each beginning of the string, the length of the longest shorter beginning that it ends with."""
+    borders = [0] * len(stop)
+    for end in range(1, len(stop)):
+        borders[end] = _follow(stop, borders, borders[end - 1], stop[end])
+    return borders
+
+
+def _follow(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
+    """How much of the string's beginning the text ends with, once one more character follows `matched` of them."""
+    while matched and stop[matched] != character:
+        matched = borders[matched - 1]
+    return matched + (stop[matched] == character)

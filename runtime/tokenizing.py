@@ -50,7 +50,7 @@ class ClipTokenizer:
         Raises InvalidInput for `field` when the text is longer than the model can read: nothing is cut off silently.
         """
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` holds the interpreter lock
         except (UnicodeEncodeError, TypeError):
             raise InvalidInput(field, "is not valid Unicode text") from None
         room = self.limit - 2

@@ -16,11 +16,12 @@ import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Final, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
+from runtime import limits
 from runtime.bundle import Bundle, Frozen
 from runtime.decoding import Sampling, Scores, choose
 from runtime.engine import Slot
@@ -30,7 +31,6 @@ from runtime.pipeline import Call, Event, Finished, Outputs, Pipeline, TextDelta
 from runtime.signature import Array
 from runtime.text import ChatText, Detokenizer, Message, StopStrings
 
-MAX_STOPS: Final = 16
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]
 """A part of the pipeline that results in a T."""
@@ -95,16 +95,23 @@ class ChatRequest:
     def __post_init__(self) -> None:
         if not self.messages:
             raise InvalidInput("messages", "is empty, expected at least one message of the user")
+        limits.MESSAGES.length("messages", self.messages)
+        limits.PARTS.count("messages", sum(len(message.content) for message in self.messages))
+        limits.PICTURES.count("messages", sum(len(message.images) for message in self.messages))
+        limits.TEXT.count("messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str)))
+        limits.STOPS.length("stop", self.stop)
+        for stop in self.stop:
+            limits.STOP.length("stop", stop)
+            if not stop:
+                raise InvalidInput("stop", "holds an empty string, expected one character or more")
+        if self.max_tokens is not None:
+            limits.MAX_TOKENS.number("max_tokens", self.max_tokens)
+        if self.seed is not None:
+            limits.SEED.number("seed", self.seed)
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.messages[-1].role != "user":
             raise InvalidInput(f"messages[{len(self.messages) - 1}].role", f"is '{self.messages[-1].role}', expected 'user' to answer to")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidInput("max_tokens", f"is {self.max_tokens}, expected 1 or more")
-        if self.seed is not None and self.seed < 0:
-            raise InvalidInput("seed", f"is {self.seed}, expected 0 or more")
-        if len(self.stop) > MAX_STOPS or not all(self.stop):
-            raise InvalidInput("stop", f"has {len(self.stop)} strings, expected at most {MAX_STOPS}, none of them empty")
 
     @property
     def images(self) -> list[Picture]:

@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
+from runtime import limits
 from runtime.bundle import Bundle, Frozen
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, ImageReady, Outputs, Pipeline, Progress
@@ -39,11 +40,6 @@ from runtime.tokenizing import ClipTokenizer
 
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for that."""
-MAX_STEPS: Final = 1000
-MAX_GUIDANCE: Final = 50.0
-MAX_IMAGES: Final = 64
-MAX_EDGE: Final = 65_536
-SEEDS: Final = 2**63
 Rows = dict[str, NDArray[np.float32]]
 """Arrays by the name of the UNet's input, a row for the prompt and, where there is guidance, one for the negative prompt before it."""
 T = TypeVar("T")
@@ -78,8 +74,8 @@ class Sizes(Frozen):
 class Defaults(Frozen):
     """What a request leaves open. `sampler` None is the one the model was published with."""
 
-    steps: int = Field(default=25, ge=1, le=MAX_STEPS)
-    guidance_scale: float = Field(default=7.5, ge=0, le=MAX_GUIDANCE)
+    steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
+    guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
     sampler: str | None = None
 
     @classmethod
@@ -174,19 +170,20 @@ class ImageRequest:
     target_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
-            raise InvalidInput("steps", f"is {self.steps}, expected 1 to {MAX_STEPS}")
-        if self.guidance_scale is not None and not 0 <= self.guidance_scale <= MAX_GUIDANCE:
-            raise InvalidInput("guidance_scale", f"is {self.guidance_scale}, expected 0 to {MAX_GUIDANCE:g}")
-        if not 1 <= self.images <= MAX_IMAGES:
-            raise InvalidInput("images", f"is {self.images}, expected 1 to {MAX_IMAGES}")
-        if self.seed is not None and not 0 <= self.seed <= SEEDS - self.images:
+        for field in ("prompt", "negative_prompt"):
+            limits.PROMPT.length(field, getattr(self, field))
+        limits.NAME.length("sampler", self.sampler or "")
+        limits.IMAGES.number("images", self.images)
+        limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
+        limits.ETA.number("eta", self.eta)
+        for field, limit in (("steps", limits.STEPS), ("guidance_scale", limits.GUIDANCE), ("width", limits.EDGE), ("height", limits.EDGE)):
+            if (value := getattr(self, field)) is not None:
+                limit.number(field, value)
+        if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
-        if self.preview_every < 0:
-            raise InvalidInput("preview_every", f"is {self.preview_every}, expected 0 (no previews) or more")
         for field, pair in self.told_sizes.items():
-            if len(pair) != 2 or not all(0 <= length <= MAX_EDGE for length in pair):
-                raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {MAX_EDGE}")
+            if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
+                raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
 
     @property
     def told_sizes(self) -> dict[str, tuple[int, int]]:
@@ -214,14 +211,22 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The noise of one picture: `start`, then what `fresh` draws, both float32 [1, channels, height, width]."""
+    """The noise of one picture: `begin`, then what `fresh` draws, both float32 [1, channels, height, width].
+
+    It is drawn when it is needed: of a request that waits nothing is held. `given` takes the place of the first.
+    """
 
     seed: int
-    start: Latents
+    shape: tuple[int, ...]
     rng: np.random.Generator
+    given: Latents | None = None
+
+    def begin(self) -> Latents:
+        drawn = self.fresh()
+        return drawn if self.given is None else self.given
 
     def fresh(self) -> Latents:
-        return self.rng.standard_normal(self.start.shape, np.float32)
+        return self.rng.standard_normal(self.shape, np.float32)
 
 
 def random_stream(seed: int) -> np.random.Generator:
@@ -263,6 +268,10 @@ class DiffusionPipeline:
         width = config.sizes.check("width", config.sizes.default if request.width is None else request.width)
         height = config.sizes.check("height", config.sizes.default if request.height is None else request.height)
         steps = defaults.steps if request.steps is None else request.steps
+        if steps * request.images > limits.ALL_STEPS.most:
+            raise InvalidInput(
+                "images", f"of {steps} steps each make {steps * request.images:,} steps, expected at most {limits.ALL_STEPS.most:,}"
+            )
         guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         prompts = [tokenizer(request.prompt) for tokenizer in self.tokenizers]
         negatives = [tokenizer(request.negative_prompt, "negative_prompt") for tokenizer in self.tokenizers]
@@ -311,7 +320,7 @@ class DiffusionPipeline:
     def _denoise(self, job: _Job, index: int, noise: _Noise, conditions: Rows) -> Step[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
         sampler, steps = job.sampler, len(job.sampler.timesteps)
-        state = State(noise.start * np.float32(sampler.init_noise_sigma))
+        state = State(noise.begin() * np.float32(sampler.init_noise_sigma))
         for step, timestep in enumerate(sampler.timesteps, start=1):
             output = yield from _guided(job, sampler.model_input(state), timestep, conditions)
             state = sampler.step(state, output, noise.fresh() if sampler.stochastic else None)
@@ -352,14 +361,13 @@ def _guided(job: _Job, x: Latents, timestep: np.float32, conditions: Rows) -> St
 def _noises(request: ImageRequest, shape: tuple[int, ...]) -> tuple[_Noise, ...]:
     """The noise of every picture, its start drawn or given. Raises InvalidInput naming `latents`."""
     seed = secrets.randbits(32) if request.seed is None else request.seed
-    streams = [random_stream(seed + i) for i in range(request.images)]
-    starts = [stream.standard_normal(shape, np.float32) for stream in streams]
+    given: list[Latents | None] = [None] * request.images
     if request.latents is not None:
-        given = (request.images, *shape[1:])
-        if request.latents.shape != given or request.latents.dtype != np.float32 or not np.isfinite(request.latents).all():
-            raise InvalidInput("latents", f"are {request.latents.dtype} {request.latents.shape}, expected finite float32 {given}")
-        starts = list(np.split(request.latents, request.images))
-    return tuple(_Noise(seed + i, start, stream) for i, (start, stream) in enumerate(zip(starts, streams, strict=True)))
+        expected = (request.images, *shape[1:])
+        if request.latents.shape != expected or request.latents.dtype != np.float32 or not np.isfinite(request.latents).all():
+            raise InvalidInput("latents", f"are {request.latents.dtype} {request.latents.shape}, expected finite float32 {expected}")
+        given = list(np.split(request.latents, request.images))
+    return tuple(_Noise(seed + i, shape, random_stream(seed + i), start) for i, start in enumerate(given))
 
 
 def _run(call: Call) -> Step[Rows]:

@@ -191,7 +191,7 @@ def test_special_tokens_in_text_are_refused_by_field(llava: ChatText, token: str
     messages = [Message("user", ("hi",)), Message("assistant", ("yes",)), Message("user", (PICTURE, f"see {token}"))]
     with pytest.raises(InvalidInput, match=token) as caught:
         llava.encode(messages)
-    assert caught.value.field == "messages[2].content[1]"
+    assert caught.value.field == "messages[2].parts[1]"
 
 
 @pytest.mark.parametrize("parts", [("<ima", "ge>"), ("</", "s>"), (" <ima\n", " ge>"), ("<", "image", ">", PICTURE)])
@@ -280,10 +280,10 @@ def test_stop_strings_hold_back_no_more_than_needed() -> None:
     ("message", "field"),
     [
         (Message("tool", ("x",)), "m.role"),  # type: ignore[arg-type]
-        (Message("user", ()), "m.content"),
-        (Message("user", ("a", np.zeros((2, 2, 4), np.uint8))), "m.content[1]"),
-        (Message("user", (np.zeros((2, 2, 3), np.float32),)), "m.content[0]"),
-        (Message("user", ("\ud83d",)), "m.content[0]"),
+        (Message("user", ()), "m.parts"),
+        (Message("user", ("a", np.zeros((2, 2, 4), np.uint8))), "m.parts[1]"),
+        (Message("user", (np.zeros((2, 2, 3), np.float32),)), "m.parts[0]"),
+        (Message("user", ("\ud83d",)), "m.parts[0]"),
     ],
 )
 def test_messages_of_the_wrong_kind_are_named(message: Message, field: str) -> None:

@@ -338,8 +338,8 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"messages": ()}, "messages"),
         ({"messages": (Message("assistant", ("hi",)),)}, "messages[0].role"),
         ({"messages": (user("hi"), Message("robot", ("hi",)))}, "messages[1].role"),  # type: ignore[arg-type]
-        ({"messages": (user("hi", np.zeros((2, 2), np.uint8)),)}, "messages[0].content[1]"),
-        ({"messages": (user("an <image> here"),)}, "messages[0].content[0]"),
+        ({"messages": (user("hi", np.zeros((2, 2), np.uint8)),)}, "messages[0].parts[1]"),
+        ({"messages": (user("an <image> here"),)}, "messages[0].parts[0]"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"temperature": -1.0}, "temperature"),
         ({"top_k": -1}, "top_k"),
