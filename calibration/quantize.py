@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -32,9 +32,14 @@ from runtime.lowering import Half
 WeightType = Literal["float", "int8", "int4", "fp8"]
 
 SMALL: Final = 4096
-"""Weights of fewer elements stay as they are: nothing to save, and the first and last layers of small models are among them."""
+"""Weights of fewer elements stay as they are, as there is nothing to save."""
+SMALL_SHARE: Final = 256
+"""But only while they are less than one part in so many of all weights: of a tiny model they are what there is to save."""
+SMALL_SHARE_INT4: Final = 16
+"""The same for weights that are int8 where int4 would save little (`Recipe.worth`)."""
 SMALLEST_BLOCK: Final = 32
 BLOCKS: Final = (128, 64, SMALLEST_BLOCK)
+FEW: Final = "too few elements"
 LEAST_SNR: Final = 32.0
 """Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
 
@@ -111,7 +116,10 @@ def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one layer. `block` is 0 for one scale a channel. `reason` says why anything is not as the recipe asks."""
+    """What becomes of one layer. `block` is 0 for one scale a channel.
+
+    `reason` says why anything is not as the recipe asks: the kind of reason, and after a colon what holds for this layer alone.
+    """
 
     node: str
     op: str
@@ -150,7 +158,21 @@ def plan(
 
     `dilution` says how far, in dB, the output of some layers, by node, is below the sum that it is added to: see `sums`.
     """
-    return [_plan_layer(layer, recipe, ranges or {}, dilution or {}) for layer in weight_layers(model)]
+    layers = list(weight_layers(model))
+    small = Small.of(layers, recipe)
+    return [_plan_layer(layer, recipe, small, ranges or {}, dilution or {}) for layer in layers]
+
+
+class Small(NamedTuple):
+    """Elements below which a weight stays float, and below which it stays int8 where the recipe is int4."""
+
+    least: int
+    worth: int
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], recipe: Recipe) -> Small:
+        total = sum({name_of(layer.weight): prod(layer.matrix) for layer in layers}.values())
+        return cls(min(SMALL, total // SMALL_SHARE), min(recipe.worth, total // SMALL_SHARE_INT4))
 
 
 def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[LayerPlan]:
@@ -163,7 +185,7 @@ def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[Laye
             left -= elements[weight]
             spared.add(weight)
     return [
-        replace(layer, weight_type="int8", block=0, reason=f"int4 would leave its output {snr_db[layer.weight]:.1f} dB")
+        replace(layer, weight_type="int8", block=0, reason=f"sensitive: int4 would leave its output {snr_db[layer.weight]:.1f} dB")
         if layer.weight in spared
         else layer
         for layer in layers
@@ -198,8 +220,9 @@ def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
     """The tensors whose ranges `quantize` needs, in graph order without repetition: none for a recipe of weights alone."""
     if not recipe.activations:
         return []
-    layers = (layer for layer in weight_layers(model) if _activation_obstacle(layer) is None)
-    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in layers))
+    layers = list(weight_layers(model))
+    least = Small.of(layers, recipe).least
+    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in layers if _activation_obstacle(layer, least) is None))
 
 
 def measured_tensors(model: ir.Model, layers: Sequence[LayerPlan]) -> list[str]:
@@ -278,41 +301,44 @@ def layer_of(node: ir.Node) -> Layer | None:
     return Layer(node, value, transposed)
 
 
-def _plan_layer(layer: Layer, recipe: Recipe, ranges: Mapping[str, Range], dilution: Mapping[str, float]) -> LayerPlan:
+def _plan_layer(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: Mapping[str, float]) -> LayerPlan:
     rows, columns = layer.matrix
     planned = LayerPlan(name_of(layer.node), layer.node.op_type, name_of(layer.weight), rows * columns, "float", 0, False)
     if recipe.half:
         return planned
-    if rows * columns < SMALL:
-        return replace(planned, reason=f"fewer than {SMALL} elements")
+    if rows * columns < small.least:
+        return replace(planned, reason=f"{FEW}: {rows * columns}")
     if recipe.bits == 4 and layer.node.op_type == "Conv":
         return replace(planned, weight_type="int8", reason="convolutions have no int4 kernels")
     if recipe.bits == 4 and layer.node.op_type == "Gemm":
-        return replace(planned, weight_type="int8", reason="one row a sample, such as a time embedding: little to save, much to lose")
-    if recipe.bits == 4 and rows * columns < recipe.worth:
-        return replace(planned, weight_type="int8", reason=f"int4 would save only {rows * columns // 2} bytes")
+        return replace(
+            planned, weight_type="int8", reason="one row a sample, such as a time embedding, has little to save and much to lose"
+        )
+    if recipe.bits == 4 and rows * columns < small.worth:
+        return replace(planned, weight_type="int8", reason=f"{FEW}: int4 would save only {rows * columns // 2} bytes")
     if recipe.bits == 4 and recipe.spare_last and _makes_output(layer):
-        return replace(planned, weight_type="int8", reason="makes the output: nothing behind it averages its error")
+        return replace(planned, weight_type="int8", reason="makes the output, and nothing behind it averages its error")
     if recipe.bits == 4:
         block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
         if not block or columns % 2:
             reason = f"{rows} inputs are no multiple of {SMALLEST_BLOCK}" if not block else f"{columns} outputs are an odd number"
+            reason = f"does not divide into blocks: {reason}"
             return replace(planned, weight_type="int8", reason=reason)
         return replace(
             planned,
             weight_type="int4",
             block=block,
-            reason="" if block == recipe.block else f"{rows} inputs are no multiple of {recipe.block}",
+            reason="" if block == recipe.block else f"smaller blocks: {rows} inputs are no multiple of {recipe.block}",
         )
     planned = replace(planned, weight_type="int8")
     if not recipe.activations:
         return planned
-    obstacle = _activation_obstacle(layer)
+    obstacle = _activation_obstacle(layer, small.least)
     seen = ranges.get(name_of(layer.node.inputs[0]))
     if obstacle is None and seen is not None and not recipe.naive and not seen.snr_db >= LEAST_SNR:
         in_sum = seen.snr_db + dilution.get(planned.node, 0.0)
         if not in_sum >= LEAST_IN_SUM:
-            obstacle = f"int8 would leave its input {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}, and what it adds to {in_sum:.1f}"
+            obstacle = f"noisy input: int8 would leave it {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}, and what it adds to {in_sum:.1f}"
     if obstacle is not None:
         return replace(planned, reason=obstacle)  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
     return replace(planned, weight_type="fp8" if recipe.fp8 else "int8", activation=True)
@@ -329,10 +355,10 @@ def _makes_output(layer: Layer) -> bool:
     return value.is_graph_output()
 
 
-def _activation_obstacle(layer: Layer) -> str | None:
-    """Why a layer's input stays float whatever its range is."""
-    if prod(layer.matrix) < SMALL:
-        return f"fewer than {SMALL} elements"
+def _activation_obstacle(layer: Layer, least: int) -> str | None:
+    """Why a layer's input stays float whatever its range is. Weights of fewer than `least` elements stay float themselves."""
+    if prod(layer.matrix) < least:
+        return FEW
     if layer.node.op_type == "Gemm":
         return "one row a sample: reading the weight takes the time, int8 inputs would gain none"
     return None
@@ -364,22 +390,32 @@ def spans(layers: Sequence[LayerPlan], model: ir.Model, ranges: Mapping[str, Ran
 def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
-    name, first = f"{planned.weight}.{planned.weight_type}", model.graph[0]
+    name, first = code_name(planned), model.graph[0]
     fp8, source, transposed = planned.weight_type == "fp8", tensor_of(layer.weight), layer.transposed or conv
     weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance, known)
     if planned.weight_type == "int4":
         codes = _lazy(model, name, ir.DataType.INT4, (rows, columns), weight.codes)
-        stored = _lazy(model, f"{name}.scale", ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
+        stored = _lazy(model, scale_name(name), ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
         scale = _node("Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape)
         attributes, values = {"axis": 0, "block_size": planned.block}, [scale]
     else:
         dtype = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.INT8
         codes = _lazy(model, name, dtype, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes)
-        scale = _lazy(model, f"{name}.scale", ir.DataType.FLOAT, (columns,), weight.scales)
+        scale = _lazy(model, scale_name(name), ir.DataType.FLOAT, (columns,), weight.scales)
         attributes, values = {"axis": 0 if conv else 1}, []
     restored = _node("DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape)
     _insert(model, first, *values, restored)
     return restored
+
+
+def code_name(planned: LayerPlan) -> str:
+    """The initializer that holds the codes of a layer's weight; empty where it stays float."""
+    return "" if planned.weight_type == "float" else f"{planned.weight}.{planned.weight_type}"
+
+
+def scale_name(codes: str) -> str:
+    """The initializer that holds the scales of these codes."""
+    return f"{codes}.scale"
 
 
 def _node(

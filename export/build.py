@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import onnx_ir as ir
 
 import export.trace
 from calibration.precision import Precision, store
-from calibration.quantize import LayerPlan
+from calibration.quantize import LayerPlan, plan
 from calibration.tuning import Tuning
 from export import auto, graph, parity
 from export.agreement import Reference, agree, told
@@ -36,7 +37,7 @@ from export.tasks import TASKS, right
 from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Parity, Submodel, Verdict
 from runtime.engine import CompileOptions, Engine, target
-from runtime.errors import BundleError, NotFound, QualityError
+from runtime.errors import BundleError, InvalidInput, NotFound, QualityError
 from runtime.loading import load_model
 
 M_MMAP_THRESHOLD: Final = -3
@@ -87,6 +88,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         with progress.step(part.name, "parity") as notes:
             parities[part.name] = _parity(state, part)
             notes.append(f"{parities[part.name].method}, error {parities[part.name].error:.1e}")
+    _check_quantized(state, graphs)
     tunings: dict[str, Tuning] = {}
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
@@ -105,7 +107,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
             chosen, model = state.recipe(part), graphs.pop(part.name)
             if chosen is not None and chosen.half:
                 model = store(model, chosen.half)
-            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder)
+            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested)
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
             if "int4" in submodel.precision and part.name not in tunings:
                 notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
@@ -132,6 +134,19 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         remove_graphs(folder, submodels, artifacts)
     with progress.step("bundle", "hash"):
         finish(state, folder, submodels, artifacts, verdict=verdict)
+
+
+def _check_quantized(state: Build, graphs: Mapping[str, ir.Model]) -> None:
+    """Raises InvalidInput where the recipe would leave every weight of the model as it is, with the reasons."""
+    recipes = {part.name: chosen for part in state.parts if (chosen := state.recipe(part)) and not chosen.half}
+    plans = [planned for name, chosen in recipes.items() for planned in plan(graphs[name], chosen)]
+    if not recipes or state.options.quant == "auto" or any(planned.weight_type != "float" for planned in plans):
+        return
+    counted = Counter(planned.reason.partition(":")[0] for planned in plans).most_common()
+    reasons = "; ".join(f"{count} layers: {reason}" for reason, count in counted) or "it has no layers with weights"
+    raise InvalidInput(
+        "quant", f"is {state.options.quant}, and no weight of {state.name} can be quantized ({reasons}): build it with --quant none or fp16"
+    )
 
 
 def _parity(state: Build, part: Part) -> Parity:
@@ -260,11 +275,22 @@ def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, 
     return plans
 
 
-def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tuning: Tuning | None, folder: Path) -> Submodel:
-    """Quantize as planned, if at all, and write one graph with its weights."""
+def _write(
+    part: Part,
+    model: ir.Model,
+    plans: Sequence[LayerPlan] | None,
+    tuning: Tuning | None,
+    folder: Path,
+    requested: tuple[str, str] | None = None,
+) -> Submodel:
+    """Quantize as planned, if at all, and write one graph with its weights.
+
+    `requested` is the form that weights should take, and why those do not whose plans give no reason: the manifest then says what they did.
+    """
     tuning, folded = tuning or Tuning(), model
     if plans is not None:
         model = tuning.quantize(folded, plans)
+    weights = graph.weights_of(model, folded, plans or (), *requested) if requested else ()
     nbytes = graph.write(model, folder / "onnx" / part.name)
     return Submodel(
         name=part.name,
@@ -275,6 +301,7 @@ def _write(part: Part, model: ir.Model, plans: Sequence[LayerPlan] | None, tunin
         dynamic=any(one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()),
         bfloat16=tuning.bfloat16(plans or ()),
         spans=tuning.spans(folded, plans or ()),
+        weights=weights,
     )
 
 

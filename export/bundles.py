@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from export.console import errors, out, settings_of, show, show_notes, show_table, terminate
-from export.sizes import sizes
+from export.sizes import forms, sizes
 from runtime import signing
 from runtime.bundle import SIGNATURE, Artifact, Bundle
 from runtime.engine import targets
@@ -36,6 +36,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
         parity = submodel.parity
         checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
         out.print(f"\n[bold]{submodel.name}[/]: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}")
+        if told := forms([submodel], manifest.quant):
+            out.print(f"  weights: {told}", markup=False)
         for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
             for tensor in tensors:
                 out.print(f"  {arrow} {_tensor(tensor)}")
@@ -52,6 +54,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     if (bundle / SIGNATURE).exists():
         out.print("signed; `enginecast verify --signature PUBLIC` tells by whom")
     _show_sizes(opened)
+    if told := forms(manifest.submodels, manifest.quant):
+        out.print(f"weights: {told}", markup=False)
 
 
 def _agreement(artifact: Artifact) -> str:

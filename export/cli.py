@@ -15,6 +15,7 @@ from rich.table import Table
 
 from export import bundles
 from export.console import errors, note, out, settings_of, show, show_notes, terminate
+from export.sizes import forms
 from runtime.bundle import Bundle
 from runtime.errors import EnginecastError, InvalidInput, MissingDependency
 
@@ -147,6 +148,7 @@ def _build(options: Any) -> None:
     size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
     if not timings:
         out.print(f"{options.output} is up to date: the same build made it before ({size / 1e6:.1f} MB)")
+        _show_forms(bundle)
         return
     compiling = sum(seconds for stage, seconds in timings.items() if stage.startswith("compile"))
     total = time.perf_counter() - start
@@ -156,6 +158,15 @@ def _build(options: Any) -> None:
 
     if options.quant == "auto":
         _show_search(bundle.root)
+    _show_forms(bundle)
+
+
+def _show_forms(bundle: Bundle) -> None:
+    """What the weights of each submodel, and of all, became, and why the rest did not become it."""
+    submodels, quant = bundle.manifest.submodels, bundle.manifest.quant
+    for name, some in [*((one.name, [one]) for one in submodels), ("all weights", submodels)]:
+        if told := forms(some, quant):
+            out.print(f"{name}: {told}", markup=False)
 
 
 def _show_search(root: Path) -> None:

@@ -7,15 +7,17 @@ import json
 import shutil
 import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import onnx_ir as ir
 from torch import nn
 
+from calibration.quantize import LayerPlan, code_name, scale_name
 from export.products import divide_products
 from export.source import TensorRef
+from runtime.bundle import Weights
 from runtime.errors import ResourceExhausted
 
 MODEL: Final = "model.onnx"
@@ -29,6 +31,8 @@ STORED: Final[Mapping[str, ir.DataType]] = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
 }  # fmt: skip
 PRECISIONS: Final = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "fp8"}
+FLOATS: Final = frozenset(STORED.values())
+OTHERS: Final = "no layer multiplies by them, such as tables, norms and biases"
 SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
     **{data_type: name for name, data_type in STORED.items()},
     ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64", ir.DataType.BOOL: "BOOL",
@@ -55,6 +59,25 @@ def precision(model: ir.Model) -> str:
     names = [name for name, size in sizes.most_common() if size / total > 0.02]
     suffix = " W8A8" if any(node.op_type == "QuantizeLinear" for node in model.graph) else ""
     return " + ".join(names) + suffix
+
+
+def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], requested: str, kept: str = "") -> tuple[Weights, ...]:
+    """What the weights of a quantized graph are stored as, most bytes first, each with the reason where that is not `requested`.
+
+    `folded` is the float graph that it was made of by these plans. `kept` is the reason of layers whose plans give none.
+    """
+    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    reasons = {name: OTHERS for name in folded.graph.initializers if name in tensors and tensors[name].dtype in FLOATS}
+    reasons |= {code_name(planned) or planned.weight: planned.reason.partition(":")[0] or kept for planned in plans}
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for name, reason in reasons.items():
+        form = PRECISIONS.get(tensors[name].dtype, tensors[name].dtype.name.lower())
+        key = form, "" if form == requested else reason
+        scales = tensors.get(scale_name(name))
+        elements, nbytes = found.get(key, (0, 0))
+        found[key] = elements + tensors[name].size, nbytes + tensors[name].nbytes + (scales.nbytes if scales is not None else 0)
+    ordered = sorted(found.items(), key=lambda item: -item[1][1])
+    return tuple(Weights(form=form, elements=count, nbytes=size, reason=reason) for (form, reason), (count, size) in ordered)
 
 
 def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:

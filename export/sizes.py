@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from runtime.bundle import MANIFEST, Bundle
+from runtime.bundle import MANIFEST, Bundle, Submodel
 from runtime.engine import target, targets
 from runtime.errors import BundleError
 
@@ -41,3 +42,24 @@ def sizes(bundle: Bundle) -> Sizes:
     reading = {one.target for one in manifest.artifacts if one.target not in targets() or target(one.target).reads_graph(one)}
     apart = sum(size + rest + (graphs if name in reading else 0) for name, size in own.items())
     return Sizes(graphs, own, rest, apart)
+
+
+def megabytes(nbytes: int) -> str:
+    """Bytes in MB with three digits or all before the point."""
+    return f"{nbytes / 1e6:.{0 if nbytes >= 1e8 else 1 if nbytes >= 1e7 else 3}f} MB"
+
+
+def forms(submodels: Sequence[Submodel], quant: str) -> str:
+    """What the weights of these submodels are stored as, by share of all numbers, and why not all as `quant` says; empty where unknown."""
+    counts, nbytes, reasons = Counter[str](), Counter[str](), Counter[str]()
+    for weights in (one for submodel in submodels for one in submodel.weights):
+        counts[weights.form] += weights.elements
+        nbytes[weights.form] += weights.nbytes
+        if weights.reason:
+            reasons[weights.reason] += weights.elements
+    total = sum(counts.values())
+    if not total:
+        return ""
+    shares = ", ".join(f"{form} {100 * count / total:.1f} % ({megabytes(nbytes[form])})" for form, count in counts.most_common())
+    why = "; ".join(f"{100 * count / total:.1f} % {reason}" for reason, count in reasons.most_common())
+    return shares + (f". Not {quant}: {why}" if why else "")

@@ -133,6 +133,16 @@ class Build:
         found = recipe(name, part.activations, part.least_bits)
         return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
+    @property
+    def requested(self) -> tuple[str, str] | None:
+        """The form that weights should take, and why a submodel with a recipe of its own takes another; None without quantization."""
+        quant = self.options.quant
+        if quant not in RECIPES:
+            return ("auto", "chosen by the search") if quant == "auto" else None
+        chosen = RECIPES[quant]
+        form = chosen.half or ("fp8" if chosen.fp8 else f"int{chosen.bits}")
+        return form, f"kept out of {form}: its errors cost more than those of other submodels"
+
     def calibrated(self, part: Part) -> bool:
         """Whether captured inputs decide how a part is quantized.
 

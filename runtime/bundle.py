@@ -89,6 +89,18 @@ class Artifact(Frozen):
     unchecked: str = ""
 
 
+class Weights(Frozen):
+    """The weights of a submodel that are stored in one form, such as "int8": how many numbers, in how many bytes, scales included.
+
+    `reason` says why they are not in the form that was requested; it is empty where they are.
+    """
+
+    form: str
+    elements: int
+    nbytes: int
+    reason: str = ""
+
+
 class Submodel(Frozen):
     """One network of the model: its signature, where its graph lies, what precision its weights have.
 
@@ -96,6 +108,7 @@ class Submodel(Frozen):
     `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it goes, where it is faster so.
     `bfloat16` names nodes that were measured to lose nothing beside what quantization takes when they compute in bfloat16 all the same, and
     `spans` what targets with zero points shall let the 8 bits of QuantizeLinear nodes span instead, from low to high (`runtime.spans`).
+    `weights` says what the weights of a quantized submodel became.
     """
 
     name: Inside
@@ -109,6 +122,7 @@ class Submodel(Frozen):
     dynamic: bool = False
     bfloat16: tuple[str, ...] = ()
     spans: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
+    weights: tuple[Weights, ...] = ()
 
 
 class Verdict(Frozen):

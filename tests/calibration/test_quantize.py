@@ -133,10 +133,10 @@ def test_engines_run_what_was_quantized(floating: Path, tmp_path: Path, name: st
 def test_plan_says_what_and_why(floating: Path) -> None:
     layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4_EVERYWHERE)}
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
-    assert layers["first.weight"].reason == "96 inputs are no multiple of 64"
+    assert layers["first.weight"].reason == "smaller blocks: 96 inputs are no multiple of 64"
     assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == ("int4", 64, "")
     assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == ("int8", "convolutions have no int4 kernels")
-    assert layers["small.weight"].reason == "fewer than 4096 elements"
+    assert layers["small.weight"].reason == "too few elements: 128"
     assert (layers["time.weight"].op, layers["time.weight"].weight_type) == ("Gemm", "int8")
 
 
@@ -145,13 +145,21 @@ def test_plan_says_what_and_why(floating: Path) -> None:
 )
 def test_what_int4_does_not_fit_is_int8_and_said(rows: int, columns: int, reason: str) -> None:
     (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), INT4_EVERYWHERE)
-    assert (layer.weight_type, layer.block, layer.reason) == ("int8", 0, reason)
+    assert (layer.weight_type, layer.block, layer.reason) == ("int8", 0, f"does not divide into blocks: {reason}")
 
 
-def test_int4_is_for_weights_worth_it(floating: Path) -> None:
+@pytest.mark.parametrize("name", ["int8", "int4"])
+def test_all_layers_of_a_tiny_model_may_be_small(name: str) -> None:
+    """What is little of a large model may be all of a small one, which is quantized all the same."""
+    (layer,) = plan(matmul(np.ones((64, 8), np.float32)), replace(RECIPES[name], spare_last=False))
+    assert (layer.weight_type, layer.reason) == (name, "")
+
+
+def test_int4_is_for_weights_worth_it(floating: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibration.quantize.SMALL_SHARE_INT4", 1)  # as if there were much more than these
     layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
     assert layers["first.weight"].weight_type == "int8"
-    assert layers["first.weight"].reason == f"int4 would save only {layers['first.weight'].elements // 2} bytes"
+    assert layers["first.weight"].reason == f"too few elements: int4 would save only {layers['first.weight'].elements // 2} bytes"
 
 
 def test_what_makes_the_output_is_int8_at_int4(floating: Path) -> None:
@@ -170,7 +178,7 @@ def test_the_few_weights_that_int4_harms_most_are_int8() -> None:
     budget = MOST_SPARED * sum(sizes.values())
     found = {layer.weight: layer for layer in spare(layers, {"a": 25.0, "b": 35.0, "c": 20.0, "e": 10.0, "f": 5.0})}
     assert [name for name, layer in found.items() if layer.weight_type == "int8"] == ["a", "c", "f"]  # b is good enough, e too large
-    assert found["c"].block == 0 and found["c"].reason == "int4 would leave its output 20.0 dB" and found["f"].reason == "before"
+    assert found["c"].block == 0 and found["c"].reason == "sensitive: int4 would leave its output 20.0 dB" and found["f"].reason == "before"
     tight = spare(layers, {name: 20.0 + number for number, name in enumerate(sizes)})
     assert sum(layer.elements for layer in tight[:5] if layer.weight_type == "int8") <= budget
     assert spare(layers, {}) == layers

@@ -22,6 +22,7 @@ import export.state
 import export.trace
 from calibration.quantize import INT4_EVERYWHERE, RECIPES
 from export.build import build
+from export.bundles import inspect
 from export.options import Options
 from export.progress import Report
 from export.state import Build
@@ -123,6 +124,38 @@ def test_quantized_bundles_answer(tiny_vlm: Path, tmp_path: Path, quant: str, mo
     request = ChatRequest((Message("user", (picture, "what color is the background?")),), max_tokens=3)
     assert isinstance([*drive(model.pipeline(request), model.engines)][-1], Finished)
     model.close()
+
+
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_what_the_weights_became_is_in_the_manifest(
+    tiny_diffusion: Path, tmp_path: Path, quant: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every weight is counted once, in the form it is stored in; what was requested is most, even of a tiny model."""
+    bundle, _ = build(Options(str(tiny_diffusion), tmp_path / "b", quant=quant, quality="none", speed="none"))
+    whole = collections.Counter[str]()
+    for submodel in bundle.manifest.submodels:
+        stored, told = collections.Counter[str](), collections.Counter[str]()
+        for value in ir.load(bundle.root / submodel.graph).graph.initializers.values():
+            stored[value.dtype.name.lower()] += value.const_value.size
+        for weights in submodel.weights:
+            told[weights.form] += weights.elements
+            assert bool(weights.reason) == (weights.form != quant), weights
+        assert told["int4"] == stored["int4"] and told["int8"] <= stored["int8"] < told["int8"] + 100, "zero points are int8, too"
+        assert sum(weights.nbytes for weights in submodel.weights) < submodel.nbytes
+        whole += told
+    assert whole["int8"] + whole["int4"] > whole.total() / 2
+    inspect(bundle.root)
+    last = capfd.readouterr().out.splitlines()[-1]
+    assert last.startswith("weights: int") and f"Not {quant}: " in last and "no layer multiplies by them" in last
+
+
+def test_a_recipe_that_changes_nothing_is_refused(tiny_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("calibration.quantize.SMALL_SHARE", 1)
+    monkeypatch.setattr("calibration.quantize.SMALL", 1 << 30)
+    for quant in ("int8", "int4"):
+        with pytest.raises(InvalidInput, match=r"no weight of tiny-diffusion can be quantized \(\d+ layers: too few elements\)"):
+            build(Options(str(tiny_diffusion), tmp_path / "b", quant=quant))
+    assert not (tmp_path / "b").exists()
 
 
 def test_a_large_model_is_rounded_to_int4_and_told(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
