@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -16,8 +16,9 @@ from rich.table import Table
 from export import bundles
 from export.console import errors, note, out, settings_of, show, show_notes, terminate
 from export.sizes import forms
+from runtime import command
 from runtime.bundle import Bundle
-from runtime.errors import EnginecastError, InvalidInput, MissingDependency
+from runtime.errors import InvalidInput, MissingDependency
 
 SETTINGS: Final = "enginecast.toml"
 SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
@@ -234,12 +235,5 @@ def report(
 
 
 def main() -> None:
-    """Entry point of `python -m export` and `uv run export`: user mistakes are one line on standard error and an exit code."""
-    try:
-        app(prog_name="enginecast")
-    except EnginecastError as error:
-        errors.print(f"enginecast: {' '.join(str(error).split())}", markup=False)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        errors.print("interrupted: nothing was written")
-        sys.exit(130)
+    """Entry point of `python -m export` and `uv run export`: a mistake of the user is one line on standard error and an exit code."""
+    command.run(partial(app, prog_name="enginecast"), "interrupted: nothing was written")

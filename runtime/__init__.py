@@ -1,0 +1,3 @@
+from runtime.silence import keep_silent
+
+keep_silent()

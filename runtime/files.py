@@ -1,11 +1,16 @@
-"""Files that are whole or not there: written under another name first, in folders that vanish with the process that fills them."""
+"""Files that are whole or not there: written under another name first, in folders that vanish with the process that fills them.
+
+And files that are read: regular ones alone, of a bounded size. What the system says of a file, in our words.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import json
+import math
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,9 +19,28 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, BinaryIO, Final
 
-from runtime.errors import ResourceExhausted
+from runtime.errors import EnginecastError, InvalidInput, NotFound, ResourceExhausted
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+KINDS: Final = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+ADVICE: Final = {
+    **dict.fromkeys(FULL, "Free some space there, or choose another folder"),
+    errno.EFBIG: "Allow larger files there (ulimit -f), or choose another folder",
+    errno.EACCES: "Give this user the right to it, or choose another",
+    errno.EPERM: "Give this user the right to it, or choose another",
+    errno.EROFS: "Choose a folder that can be written",
+    errno.ENAMETOOLONG: "Choose a shorter name",
+    errno.ELOOP: "Remove the links that lead back to themselves",
+    errno.EMFILE: "Allow more open files (ulimit -n)",
+    errno.ENOMEM: "Free some memory",
+}
+"""What to do where the system refuses, by its number; where nothing is said, the number's own words say enough."""
 JANITOR: Final = """
 import pathlib, shutil, sys
 sys.stdin.read()
@@ -60,10 +84,83 @@ def vanishing(parent: Path, prefix: str, *patterns: str) -> Iterator[Path]:
         janitor.communicate()
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read. Raises OSError, also for what is none: a pipe waits for a writer, a device may never end.
+
+    What was exchanged since it was looked at is not waited for, and looked at again.
+    """
+    _require_regular(path, path.stat())
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        _require_regular(path, os.fstat(descriptor))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _require_regular(path: Path, found: os.stat_result) -> None:
+    if not stat.S_ISREG(found.st_mode):
+        kind = KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, expected a file", str(path))
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file. Raises OSError, also where it has more than `limit` bytes, of which no more are read."""
+    with open_regular(path) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EINVAL, f"it has more than {limit / 1e6:.0f} MB, which none such has", str(path))
+    return content
+
+
+def strict_json(content: bytes) -> Any:
+    """What JSON says (RFC 8259, UTF-8). Raises ValueError for what readers take differently: a name twice, NaN, infinity, deep nesting."""
+    try:
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)[:80]!r} stands in it twice")
+    return found
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:80]} is too large a number")
+    return number
+
+
+def file_error(error: OSError) -> EnginecastError:
+    """What the system said of a file, as an error of ours: which file, what was wrong, what to do."""
+    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    reason = error.strerror or str(error) or type(error).__name__
+    advice = ADVICE.get(error.errno or 0, "")
+    message = f"{where}{reason}" + (f". {advice}" if advice else "")
+    if error.errno in (*FULL, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        return ResourceExhausted(message)
+    if isinstance(error, FileNotFoundError):
+        return NotFound(message if where else f"{message}: was the current folder removed?")
+    return InvalidInput("file", message)
+
+
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $ENGINECAST_CACHE, else the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginecast"
-    return Path(os.environ.get("ENGINECAST_CACHE") or default)
+    """Where what can be made again is kept: $ENGINECAST_CACHE, else the user's cache folder. Raises InvalidInput where there is neither."""
+    if chosen := os.environ.get("ENGINECAST_CACHE"):
+        return Path(chosen)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginecast"
+    except RuntimeError:
+        raise InvalidInput("ENGINECAST_CACHE", "is not set and this user has no home folder: set it to a folder for caches") from None
 
 
 def key_of(*facts: Any) -> str:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, Protocol
 
 import typer
 
-from runtime.errors import EnginecastError, InvalidInput, MissingDependency
+from runtime import command
+from runtime.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
     from runtime.engine import Options
@@ -308,14 +309,8 @@ def _unicode(field: str, text: str) -> str:
 
 
 def main() -> None:
-    """The console script: an error of ours is one line on standard error and its exit code."""
-    try:
-        app(prog_name="enginecast")
-    except EnginecastError as error:
-        print(f"enginecast: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """The console script: a mistake of the user is one line on standard error and an exit code."""
+    command.run(partial(app, prog_name="enginecast"))
 
 
 if __name__ == "__main__":
