@@ -148,7 +148,7 @@ def keygen(
     ] = None,
 ) -> None:
     """Make a pair of keys to sign bundles with."""
-    shown = public or private.with_suffix(".pub.pem")
+    shown = public or private.parent / f"{private.stem}.pub.pem"
     name = signing.generate(private, shown)
     out.print(f"{private} signs, {shown} checks: key {name[:16]}", markup=False)
 

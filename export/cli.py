@@ -78,6 +78,8 @@ def build(
         from export.options import Options
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
+    if source == "":
+        raise InvalidInput("SOURCE", "is empty: name a checkpoint, or leave it out to build what enginecast.toml lists")
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
     if calibration and not source:

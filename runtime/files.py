@@ -84,6 +84,10 @@ def vanishing(parent: Path, prefix: str, *patterns: str) -> Iterator[Path]:
         janitor.communicate()
 
 
+class TooLarge(OSError):
+    """A file has more bytes than any of its kind."""
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open a regular file to read. Raises OSError, also for what is none: a pipe waits for a writer, a device may never end.
 
@@ -110,7 +114,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
-        raise OSError(errno.EINVAL, f"it has more than {limit / 1e6:.0f} MB, which none such has", str(path))
+        raise TooLarge(errno.EINVAL, f"it has more than {limit:,} bytes, which no such file has", str(path))
     return content
 
 
@@ -142,14 +146,15 @@ def _finite(text: str) -> float:
 
 def file_error(error: OSError) -> EnginecastError:
     """What the system said of a file, as an error of ours: which file, what was wrong, what to do."""
-    where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+    named = isinstance(error.filename, str | bytes)
+    where = os.fsdecode(error.filename) if named else "a file, or standard output"
     reason = error.strerror or str(error) or type(error).__name__
     advice = ADVICE.get(error.errno or 0, "")
-    message = f"{where}{reason}" + (f". {advice}" if advice else "")
+    message = f"{where}: {reason}" + (f". {advice}" if advice else "")
     if error.errno in (*FULL, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         return ResourceExhausted(message)
     if isinstance(error, FileNotFoundError):
-        return NotFound(message if where else f"{message}: was the current folder removed?")
+        return NotFound(message if named else f"{reason}: was the current folder removed?")
     return InvalidInput("file", message)
 
 

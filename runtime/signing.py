@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from runtime.bundle import MANIFEST, SIGNATURE, Bundle, Frozen
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
-from runtime.files import FULL, written
+from runtime.files import FULL, TooLarge, read_regular, written
 from runtime.optional import require
 
 EXTRA: Final = "signing"
@@ -100,9 +100,11 @@ def _read(bundle: Bundle) -> Signature:
     """What manifest.sig says, byte for byte as `sign` writes it, so that nothing of it can be altered unseen."""
     path = bundle.root / SIGNATURE
     try:
-        content = path.read_bytes()
+        content = read_regular(path, LONGEST_KEY)
     except FileNotFoundError:
         raise BundleError(f"{bundle.root} is not signed, and a signature is required: sign it with `enginecast sign`") from None
+    except TooLarge:
+        content = b""
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     try:
@@ -151,15 +153,11 @@ def _ed25519(key: Any, kind: str, path: Path) -> Any:
 
 def _key_file(path: Path) -> bytes:
     try:
-        with path.open("rb") as file:
-            content = file.read(LONGEST_KEY + 1)
+        return read_regular(path, LONGEST_KEY)
     except FileNotFoundError:
         raise NotFound(f"key {path} does not exist: make a pair with `enginecast keygen`") from None
     except OSError as error:
-        raise InvalidInput("key", f"{path} cannot be read: {error.strerror}") from None
-    if len(content) > LONGEST_KEY:
-        raise InvalidInput("key", f"{path} is no key: it is too large")
-    return content
+        raise InvalidInput("key", f"{path} cannot be read: {error.strerror}. Give the PEM file of a key") from None
 
 
 def _name(public: Any) -> str:
@@ -168,6 +166,8 @@ def _name(public: Any) -> str:
 
 def _create(path: Path, content: bytes, mode: int) -> None:
     """A new file with these rights from its first moment on."""
+    if not path.name:
+        raise InvalidInput("output", f"'{path}' is a folder, expected the name of a file")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         with os.fdopen(descriptor, "wb") as file:

@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from runtime.errors import InvalidInput, NotFound
+from runtime.files import read_regular
+from runtime.limits import MESSAGE
 from serving.enginecast_pb import chat_pb2, image_pb2
 
 errors: Final = Console(stderr=True, highlight=False)
@@ -63,7 +65,7 @@ def speak(responses: Iterable[chat_pb2.ChatResponse]) -> str:
 def read_image(path: Path) -> bytes:
     """The bytes of a picture file. Raises NotFound."""
     try:
-        return path.read_bytes()
+        return read_regular(path, MESSAGE.most)
     except OSError as error:
         raise NotFound(f"picture {path} cannot be read: {error.strerror}") from None
 

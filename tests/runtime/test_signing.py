@@ -240,7 +240,7 @@ RIGHT = Ed25519PrivateKey.generate()
         (pem(RIGHT, False)[:60], "is a public key", "is no public key in PEM"),
         (b"", "is no private key in PEM", "is no public key in PEM"),
         (b"\0\xff" * 100, "is no private key in PEM", "is no public key in PEM"),
-        (b"-----BEGIN " * 9000, "is no key: it is too large", "is no key: it is too large"),
+        (b"-----BEGIN " * 9000, "cannot be read: it has more than", "is no key: it is too large"),
     ],
     ids=["rsa", "rsa public", "curve", "encrypted", "cut", "cut public", "empty", "garbage", "large"],
 )
@@ -257,7 +257,7 @@ def test_keys_that_are_not_there(tmp_path: Path) -> None:
     for read in (private_key, public_key):
         with pytest.raises(NotFound, match=r"key .* does not exist: make a pair with `enginecast keygen`"):
             read(tmp_path / "key.pem")
-        with pytest.raises(InvalidInput, match="cannot be read: Is a directory"):
+        with pytest.raises(InvalidInput, match="cannot be read: it is a folder"):
             read(tmp_path)
 
 
