@@ -79,7 +79,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         tensors = {name: ref for checkpoint in state.checkpoints.values() for name, ref in checkpoint.tensors.items()}
         for checkpoint in state.checkpoints.values():
             check_finite(checkpoint.tensors)
-        notes.append(f"{sum(ref.nbytes for ref in tensors.values()) / 1e9:.2f} GB")
+        notes += [f"{sum(ref.nbytes for ref in tensors.values()) / 1e9:.2f} GB", *state.refused]
     graphs, parities = {}, {}
     for part in state.parts:
         with progress.step(part.name, "trace") as notes:

@@ -23,7 +23,7 @@ from export.staging import cached, key_of
 from export.state import Build, code, finish, part_graph, place
 from runtime.bundle import Bundle, Submodel
 from runtime.engine import Engine
-from runtime.loading import PIPELINES, LoadedModel
+from runtime.loading import LoadedModel, open_pipeline
 from runtime.signature import Array
 
 
@@ -97,7 +97,7 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
             return self[name]
 
     kind: Any = state.family.pipeline
-    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), PIPELINES[kind](bundle))
+    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle))
     try:
         yield model
     finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -20,6 +19,7 @@ from calibration.sets import CalibrationSet
 from export import graph
 from export.family import Family, Part, family_of
 from export.options import Options
+from export.preflight import lay_assets, rehearse
 from export.progress import Step
 from export.source import Checkpoint, Source, TensorRef, open_component, resolve
 from export.staging import cached, key_of
@@ -62,10 +62,12 @@ class Build:
     family: Family
     parts: list[Part]
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    """What the model does not take, such as system messages: found by the dry run."""
 
     @classmethod
     def open(cls, options: Options) -> Build:
-        """Read configs and headers; nothing of the weights yet. Raises SourceError."""
+        """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises SourceError."""
         source = resolve(options.source)
         family = family_of(source)
         try:
@@ -84,6 +86,7 @@ class Build:
             if folder not in build.checkpoints:
                 build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
         _ = build.calibration  # a wrong set is refused before any work
+        build.refused = rehearse(source, family, parts)
         return build
 
     def weights(self, part: Part) -> dict[str, TensorRef]:
@@ -265,9 +268,7 @@ def finish(
     state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "", verdict: Verdict | None = None
 ) -> None:
     """Add the model's own files and the manifest."""
-    for relative, file in state.family.assets(state.source).items():
-        (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / relative)
+    lay_assets(state.family.assets(state.source), folder)
     manifest = Manifest(
         name=state.name,
         key=state.key,

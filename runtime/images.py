@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from runtime.errors import BundleError, InvalidInput
 
@@ -118,6 +118,7 @@ class ImagePreprocessor(BaseModel):
     do_normalize: bool = True
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    _file: str = PrivateAttr("the image processor's settings")
 
     @model_validator(mode="before")
     @classmethod
@@ -148,10 +149,17 @@ class ImagePreprocessor(BaseModel):
             if path.is_file():
                 try:
                     data = json.loads(path.read_bytes())
-                    return cls.model_validate(data[section] if section else data)
+                    found = cls.model_validate(data[section] if section else data)
+                    found._file = str(path)
+                    return found
                 except (ValueError, KeyError, TypeError) as error:
                     raise BundleError(f"{path} cannot be used: {_reason(error)}") from None
-        raise BundleError(f"{folder} holds neither preprocessor_config.json nor processor_config.json: build the bundle again")
+        raise BundleError(f"{folder} holds neither preprocessor_config.json nor processor_config.json")
+
+    @property
+    def origin(self) -> str:
+        """The file and field that say how large the pictures are."""
+        return f"{self._file} ({'crop_size' if self.do_center_crop else 'size'})"
 
     @property
     def output_size(self) -> Size:

@@ -23,7 +23,7 @@ from runtime.devices import detect
 from runtime.engine import Engine, Options, target
 from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean
 from runtime.offload import Budget, OffloadedEngine
-from runtime.pipeline import Pipeline
+from runtime.pipeline import ModelPipeline, Pipeline
 from runtime.pipelines.chat import ChatPipeline
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placement import Choice, Place, Wishes
@@ -32,7 +32,11 @@ from runtime.signing import require_signature
 
 log = logging.getLogger(__name__)
 
-PIPELINES: Mapping[str, Callable[[Bundle], Callable[..., Pipeline]]] = {"diffusion": DiffusionPipeline.from_bundle, "chat": ChatPipeline}
+PIPELINES: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], ModelPipeline]]] = {
+    "diffusion": DiffusionPipeline.open,
+    "chat": ChatPipeline,
+}
+"""What opens a pipeline, by kind: from the folder of the model's own files and the settings in `Manifest.config`. Raises BundleError."""
 FLOAT_BYTES: Final = 4
 
 
@@ -104,7 +108,7 @@ def load_model(
 
 def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, avoid: Collection[Place]) -> LoadedModel:
     kind = bundle.manifest.pipeline
-    pipeline = PIPELINES[kind](bundle)
+    pipeline = open_pipeline(bundle)
     machine = detect()
     options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)
@@ -130,6 +134,14 @@ def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, 
     names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
     again = partial(_load, bundle, wanted, options, wishes)
     return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
+
+
+def open_pipeline(bundle: Bundle) -> ModelPipeline:
+    """The pipeline of a bundle, without engines. Raises BundleError when its settings or files do not fit."""
+    try:
+        return PIPELINES[bundle.manifest.pipeline](bundle.root, bundle.manifest.config)
+    except BundleError as error:
+        raise BundleError(f"bundle {bundle.name} cannot be used: {error}. Build it again with this version") from None
 
 
 def _first(

@@ -10,9 +10,9 @@ Closing the generator cancels the work at the next call.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from runtime.engine import Engine, Slot
 from runtime.signature import Array
@@ -69,6 +69,32 @@ class Finished(Event):
 
 
 Pipeline = Generator[Call | Event, Outputs | None, None]
+
+
+@dataclass(frozen=True)
+class Example:
+    """A small request that a pipeline's model should answer. `what` names what is special about it, as in "a picture".
+
+    A model that refuses an `optional` one can be used all the same.
+    """
+
+    what: str
+    request: Any
+    optional: bool = False
+
+
+class ModelPipeline(Protocol):
+    """What answers the requests of one model. It is made from the folder that holds the model's own files, and `Manifest.config`."""
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """What makes each input of the submodels, by the input's name: the file and its field, or another submodel. For messages."""
+
+    def examples(self) -> Iterator[Example]:
+        """Requests to try a model with before it is built: together they use everything that can be wrong with the model's files."""
+
+    def __call__(self, request: Any, /) -> Pipeline:
+        """The generator that answers. Raises InvalidInput."""
 
 
 class Engines(Protocol):

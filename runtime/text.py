@@ -75,20 +75,26 @@ class ChatText:
     """
 
     def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
-        path = folder / "tokenizer.json"
+        self.file = path = folder / "tokenizer.json"
         try:
             self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+            raise BundleError(f"{path} cannot be read: {error}") from None
         self.tokenizer.no_truncation()  # files may ask for either; a prompt is never cut silently
         self.tokenizer.no_padding()
         added = self.tokenizer.get_added_tokens_decoder()
         if image_token_id is not None and image_token_id not in added:
-            raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images. Build the bundle again")
+            raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images that the model's config.json names")
         self.image_token_id = image_token_id
         self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
         self._names = _named_tokens(folder)
         self._template = _compile(_template_source(folder), folder)
+
+    @property
+    def last(self) -> tuple[str, int]:
+        """The token with the largest id that a text can be made of, and its id. Special tokens are none: no text may hold them."""
+        plain = ((token, id) for token, id in self.tokenizer.get_vocab().items() if token not in self.special)
+        return max(plain, key=lambda item: item[1], default=("", -1))
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
@@ -170,9 +176,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_bytes()) if path.is_file() else {}
     except ValueError as error:
-        raise BundleError(f"{path} cannot be read: {error}. Build the bundle again") from None
+        raise BundleError(f"{path} cannot be read: {error}") from None
     if not isinstance(data, dict):
-        raise BundleError(f"{path} holds no JSON object. Build the bundle again")
+        raise BundleError(f"{path} holds no JSON object")
     return data
 
 

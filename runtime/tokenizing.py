@@ -36,6 +36,7 @@ class ClipTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         config = _read_json(folder / "tokenizer_config.json")
         published = _read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
         special = _special_tokens(folder, config)
@@ -43,6 +44,12 @@ class ClipTokenizer:
         self._tokenizer.add_tokens(_added_tokens(config, published, special))
         self.start, self.end, self.pad = (self._id(folder, special[name]) for name in ("bos_token", "eos_token", "pad_token"))
         self.limit = _limit(folder, config)
+
+    @property
+    def last(self) -> str:
+        """The text of the token with the largest id, which a text encoder must have an embedding for."""
+        text: str = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])[0]
+        return text.removesuffix("</w>")
 
     def __call__(self, text: str, field: str = "prompt") -> NDArray[np.int64]:
         """Token ids of a prompt: start, text, end, padding; int64 [limit]. An empty text is valid.

@@ -13,21 +13,22 @@ token per picture, which is repeated once per patch, and the picture's features 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
-from runtime.bundle import Bundle, Frozen
+from runtime.bundle import Frozen
 from runtime.decoding import Sampling, Scores, choose
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.images import ImagePreprocessor, Picture
-from runtime.pipeline import Call, Event, Finished, Outputs, Pipeline, TextDelta
+from runtime.pipeline import Call, Event, Example, Finished, Outputs, Pipeline, TextDelta
 from runtime.signature import Array
 from runtime.text import ChatText, Detokenizer, Message, StopStrings
 
@@ -68,6 +69,8 @@ class ChatConfig(Frozen):
     def _sees_or_not(self) -> ChatConfig:
         if self.has_vision != bool(self.tokens_per_image):
             raise ValueError("image_token_id and tokens_per_image belong together")
+        if self.tokens_per_image >= self.context_length:
+            raise ValueError(f"a picture takes {self.tokens_per_image} tokens, the model's context is {self.context_length}")
         return self
 
     @property
@@ -154,15 +157,47 @@ class Prompt:
 
 
 class ChatPipeline:
-    """Answers conversations with the submodels of one bundle. Raises BundleError when the bundle's settings or files do not fit."""
+    """Answers conversations with the submodels of one bundle.
 
-    def __init__(self, bundle: Bundle) -> None:
+    Made from the folder of the model's files and `Manifest.config`. Raises BundleError when settings or files do not fit.
+    """
+
+    def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
         try:
-            self.config = ChatConfig.model_validate(dict(bundle.manifest.config))
+            self.config = ChatConfig.model_validate(dict(config))
         except ValidationError as error:
-            raise BundleError(f"bundle {bundle.name} has settings this program cannot read: {error}. Build it again") from None
-        self.text = ChatText(bundle.root / "tokenizer", self.config.image_token_id)
-        self.preprocessor = ImagePreprocessor.from_folder(bundle.root / "preprocessor") if self.config.has_vision else None
+            raise BundleError(f"the chat settings cannot be read: {error}") from None
+        self.text = ChatText(root / "tokenizer", self.config.image_token_id)
+        token, largest = self.text.last
+        if largest >= self.config.vocab_size:
+            raise BundleError(
+                f"{self.text.file} has the token '{token}' with id {largest}, the model has embeddings for ids below "
+                f"{self.config.vocab_size} (vocab_size in its config.json): take both from the same checkpoint"
+            )
+        self.preprocessor = ImagePreprocessor.from_folder(root / "preprocessor") if self.config.has_vision else None
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """What makes each input of the submodels."""
+        pixels = {"pixel_values": self.preprocessor.origin} if self.preprocessor else {}
+        return pixels | {"input_ids": str(self.text.file), "inputs_embeds": "token_embedding"}
+
+    def examples(self) -> Iterator[Example]:
+        """Requests that try the model's files."""
+        picture = np.zeros((24, 36, 3), np.uint8)
+        shown: tuple[str | Picture, ...] = (picture, "x") if self.config.has_vision else ("x",)
+        question, answer = Message("user", ("x",)), Message("assistant", ("x",))
+
+        def example(what: str, *messages: Message, optional: bool = False) -> Example:
+            return Example(what, ChatRequest(messages, max_tokens=1, seed=0), optional)
+
+        yield example("a question", question)
+        if self.config.has_vision:
+            yield example("a picture", Message("user", shown))
+            yield example("a picture behind the text", Message("user", ("x", picture)), optional=True)
+            yield example("two pictures", Message("user", (picture, *shown)), optional=True)
+        yield example("two turns", Message("user", shown), answer, question, optional=True)
+        yield example("a system message", Message("system", ("x",)), question, optional=True)
 
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
         """The generator that answers: TextDelta events, then Finished, whose completion tokens count the end token.

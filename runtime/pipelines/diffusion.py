@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
-from runtime.bundle import Bundle, Frozen
+from runtime.bundle import Frozen
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
-from runtime.pipeline import Call, Event, ImageReady, Outputs, Pipeline, Progress
+from runtime.pipeline import Call, Event, Example, ImageReady, Outputs, Pipeline, Progress
 from runtime.samplers import Latents, Sampler, SchedulerConfig, State, default_sampler, make_sampler
 from runtime.tiling import Mosaic, places, tile_shape
 from runtime.tokenizing import ClipTokenizer
@@ -133,7 +133,7 @@ class DiffusionConfig(Frozen):
         try:
             return cls.model_validate(dict(config))
         except (ValidationError, InvalidInput) as error:
-            raise BundleError(f"the diffusion settings cannot be read: {error}. Build the bundle again") from None
+            raise BundleError(f"the diffusion settings cannot be read: {error}") from None
 
     def dump(self) -> dict[str, Any]:
         """What `parse` reads: only the fields that were given, since samplers differ in what they take for an absent one."""
@@ -250,10 +250,31 @@ class DiffusionPipeline:
             raise BundleError(f"the tokenizers differ in how many tokens they read ({told}), expected the same: copy both again")
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle) -> DiffusionPipeline:
-        """The pipeline of an opened bundle. Raises BundleError when its settings or tokenizers do not fit."""
-        config = DiffusionConfig.parse(bundle.manifest.config)
-        return cls(config, *(bundle.root / name for name in (("tokenizer", "tokenizer_2") if config.added else ("tokenizer",))))
+    def open(cls, root: Path, config: Mapping[str, Any]) -> DiffusionPipeline:
+        """From the folder of the model's files and `Manifest.config`. Raises BundleError when settings or tokenizers do not fit."""
+        parsed = DiffusionConfig.parse(config)
+        return cls(parsed, *(root / name for name in (("tokenizer", "tokenizer_2") if parsed.added else ("tokenizer",))))
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """What makes each input of the submodels."""
+        encoders = "text_encoder and text_encoder_2" if self.config.added else "text_encoder"
+        return {
+            "input_ids": " or ".join(str(tokenizer.folder) for tokenizer in self.tokenizers),
+            "encoder_hidden_states": encoders,
+            "text_embeds": "text_encoder_2",
+            "sample": "the configuration of vae",
+            "latents": "unet",
+        }
+
+    def examples(self) -> Iterator[Example]:
+        """Requests that try the model's files."""
+        yield Example("guidance", ImageRequest("a", negative_prompt="b", steps=2, guidance_scale=2.0, seed=0))
+        sizes, last = self.config.sizes, [tokenizer.last for tokenizer in self.tokenizers]
+        for text in dict.fromkeys(last):
+            yield Example(
+                f"the prompt '{text}'", ImageRequest(text, steps=2, width=sizes.min, height=sizes.min, guidance_scale=1.0, seed=0)
+            )
 
     def __call__(self, request: ImageRequest) -> Pipeline:
         """The generator that draws: `Progress` after every step (counted over all pictures), `ImageReady` for every picture.

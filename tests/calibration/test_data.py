@@ -77,7 +77,7 @@ def drawing(tmp_path: Path) -> LoadedModel:
     bundle = Bundle(root)
     functions = {"text_encoder": _encode, "unet": _denoise, "vae_decoder": _decode}
     engines = {name: FakeEngine(function) for name, function in functions.items()}
-    return LoadedModel(bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.from_bundle(bundle))
+    return LoadedModel(bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config))
 
 
 @pytest.fixture

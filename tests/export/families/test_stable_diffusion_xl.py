@@ -30,7 +30,7 @@ from runtime.bundle import Bundle
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.loading import LoadedModel, load_model
 from runtime.pipeline import ImageReady, drive
-from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest, Sizes, random_stream
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, Sizes, random_stream
 from runtime.signature import Array
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
@@ -100,7 +100,7 @@ def test_the_same_picture_as_diffusers(theirs: Any, ours: LoadedModel, case: str
 
 
 def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle: Path) -> None:
-    config = DiffusionPipeline.from_bundle(Bundle(xl_bundle)).config
+    config = DiffusionConfig.parse(Bundle(xl_bundle).manifest.config)
     assert config.sizes.default == theirs.default_sample_size * theirs.vae_scale_factor
     assert (config.sampler, config.defaults.guidance_scale) == ("euler", 5.0)
     assert config.added is not None and config.added.force_zeros_for_empty_prompt
@@ -211,7 +211,7 @@ def test_the_checkpoint_itself_can_be_scored(tiny_xl: Path, theirs: Any) -> None
     ],
 )
 def test_bad_requests_name_the_field(xl_bundle: Path, field: str, change: dict[str, Any]) -> None:
-    pipeline = DiffusionPipeline.from_bundle(Bundle(xl_bundle))
+    pipeline = DiffusionPipeline.open(xl_bundle, Bundle(xl_bundle).manifest.config)
     with pytest.raises(InvalidInput) as caught:
         pipeline(replace(REQUEST, **change))
     assert caught.value.field == field
@@ -285,4 +285,4 @@ def test_what_does_not_fit_is_named(
 def test_a_bundle_whose_tokenizers_differ_is_refused(xl_bundle: Path, tmp_path: Path) -> None:
     bundle = edited(xl_bundle, tmp_path, "tokenizer_2/tokenizer_config.json", {"model_max_length": 20})
     with pytest.raises(BundleError, match=r"differ in how many tokens .*tokenizer_2 20\), expected the same"):
-        DiffusionPipeline.from_bundle(Bundle(bundle))
+        DiffusionPipeline.open(bundle, Bundle(bundle).manifest.config)

@@ -175,7 +175,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, processor: LlavaProcessor) 
 
 @pytest.fixture(scope="module")
 def chat(bundle: Bundle) -> ChatPipeline:
-    return ChatPipeline(bundle)
+    return ChatPipeline(bundle.root, bundle.manifest.config)
 
 
 def picture(seed: int, height: int = 30, width: int = 41) -> Picture:
@@ -373,7 +373,8 @@ def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dic
 
 def test_a_model_without_vision_refuses_pictures(tmp_path: Path, processor: LlavaProcessor, engines: dict[str, FakeEngine]) -> None:
     config = CONFIG.model_copy(update={"image_token_id": None, "tokens_per_image": 0})
-    chat = ChatPipeline(write_bundle(tmp_path, processor, config.model_dump()))
+    bundle = write_bundle(tmp_path, processor, config.model_dump())
+    chat = ChatPipeline(bundle.root, bundle.manifest.config)
     with pytest.raises(InvalidInput, match="no vision"):
         chat(ChatRequest(CONVERSATIONS["picture"]))
     assert answer(drive(chat(ChatRequest(CONVERSATIONS["text"])), engines))
@@ -382,8 +383,8 @@ def test_a_model_without_vision_refuses_pictures(tmp_path: Path, processor: Llav
 @pytest.mark.parametrize("change", [{"tokens_per_image": 0}, {"context_length": 0}, {"surprise": 1}])
 def test_bundles_with_other_settings_are_refused(tmp_path: Path, processor: LlavaProcessor, change: dict[str, Any]) -> None:
     bundle = write_bundle(tmp_path, processor, CONFIG.model_dump() | change)
-    with pytest.raises(BundleError, match="settings this program cannot read"):
-        ChatPipeline(bundle)
+    with pytest.raises(BundleError, match="chat settings cannot be read"):
+        ChatPipeline(bundle.root, bundle.manifest.config)
 
 
 def test_an_encoder_of_other_patches_is_refused(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
@@ -409,7 +410,8 @@ def test_the_sample_answers_as_with_transformers(tmp_path: Path) -> None:
         image_token_id=settings.get("image_token_index", settings.get("image_token_id")),
         tokens_per_image=model.config.image_seq_length,
     )
-    chat = ChatPipeline(write_bundle(tmp_path, processor, config.model_dump()))
+    bundle = write_bundle(tmp_path, processor, config.model_dump())
+    chat = ChatPipeline(bundle.root, bundle.manifest.config)
     engines = build_engines(model)
     for question in draw_questions(6):
         request = ChatRequest((user(question.picture, question.question),), max_tokens=40)
