@@ -123,6 +123,17 @@ def processor() -> str:
     return brand or platform.processor() or platform.machine()
 
 
+def cores() -> int:
+    """Cores among the processors that this process may use, fewer than those where a core runs several threads; 0 where that is unknown."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    found = set()
+    for block in _cpuinfo().split("\n\n"):
+        told = dict(re.findall(r"^(processor|physical id|core id)[ \t]*:[ \t]*(\d+)", block, re.MULTILINE))
+        if len(told) == 3 and (usable is None or int(told["processor"]) in usable):
+            found.add((told["physical id"], told["core id"]))
+    return len(found)
+
+
 def processor_features() -> tuple[str, ...]:
     """Its instruction sets that matter here, such as AVX512-VNNI."""
     listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)

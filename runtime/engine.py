@@ -9,10 +9,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 import runtime.engines
 from runtime.bundle import Artifact, Submodel
+from runtime.choices import Decision
 from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
 from runtime.signature import Array
 
@@ -84,8 +86,17 @@ class Engine(ABC):
     submodel: Submodel
     fallbacks: tuple[str, ...] = ()
     """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict` refuses that."""
+    choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """What it can do in several ways that differ in speed by the processor, by name, and every value; see `runtime.choices`."""
+    decisions: Mapping[str, Decision] = MappingProxyType({})
+    """What was decided of those choices that this submodel has, and why."""
     reload_seconds: float = 0.0
     """Time spent on loading it again after it made room for others; see `runtime.offload`."""
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """What was decided for this device, and why, for reading: "attention=float32: measured on this processor: ..."."""
+        return tuple(f"{name}={decision.value}: {decision.reason}" for name, decision in self.decisions.items())
 
     @property
     def computes(self) -> str:

@@ -157,6 +157,7 @@ class OffloadedEngine(Engine):
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
             self.device, self.fallbacks, self._computes = self._engine.device, self._engine.fallbacks, self._engine.computes
+            self.decisions = self._engine.decisions
             self.reload_seconds += time.perf_counter() - began if self.loads else 0.0
             self.loads += 1
         return self._engine

@@ -66,6 +66,7 @@ class Placement:
     device: str
     precision: str
     fallbacks: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ class _Served:
         running = min(len(self.runs), self.limits.slots)
         target, device = (self.model.target, self.model.device) if self.model else (None, None)
         placements = tuple(
-            Placement(name, engine.target, engine.device, precision(engine), engine.fallbacks)
+            Placement(name, engine.target, engine.device, precision(engine), engine.fallbacks, engine.chosen)
             for name, engine in (self.model.engines if self.model else {}).items()
         )
         notes = tuple(self.model.notes) if self.model else ()

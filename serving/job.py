@@ -61,6 +61,7 @@ class EngineUse:
     precision: str = ""
     fallbacks: tuple[str, ...] = ()
     reload_seconds: float = 0.0
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,8 @@ class Job:
 
     def _use(self, name: str, engine: Engine, seconds: Sequence[float]) -> EngineUse:
         again = engine.reload_seconds - self._reloads[name]
-        return EngineUse(
-            name, engine.target, engine.device, len(seconds), sum(seconds), precision(engine), engine.fallbacks, max(0.0, again)
-        )
+        told = precision(engine), engine.fallbacks, max(0.0, again), engine.chosen
+        return EngineUse(name, engine.target, engine.device, len(seconds), sum(seconds), *told)
 
 
 def precision(engine: Engine) -> str:

@@ -165,6 +165,7 @@ def _engines(done: Done) -> list[common_pb2.EngineUse]:
             precision=use.precision,
             fallbacks=use.fallbacks,
             reload_seconds=use.reload_seconds,
+            choices=use.choices,
         )
         for use in done.engines
     ]
@@ -184,7 +185,12 @@ def model(status: Status) -> model_pb2.Model:
         queued=status.queued,
         placements=[
             model_pb2.Placement(
-                submodel=one.submodel, target=one.target, device=one.device, precision=one.precision, fallbacks=one.fallbacks
+                submodel=one.submodel,
+                target=one.target,
+                device=one.device,
+                precision=one.precision,
+                fallbacks=one.fallbacks,
+                choices=one.choices,
             )
             for one in status.placements
         ],

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from runtime import placement
 from runtime.bundle import Bundle
+from runtime.choices import measured
 from runtime.devices import Machine, detect
 from runtime.engine import targets
 from runtime.memory import show_size
@@ -36,6 +37,7 @@ def collect(bundle: Path | None, target: str | None, device: str, wishes: Wishes
     found: dict[str, Any] = {
         "devices": [asdict(one) for one in machine.devices],
         "targets": [_target(name) for name in targets()],
+        "choices": [row for name in targets() for row in _choices(name)],
         "processors": machine.allowed.cpus,
         "notes": list(machine.notes),
     }
@@ -51,7 +53,10 @@ def collect(bundle: Path | None, target: str | None, device: str, wishes: Wishes
 
 def _running(one: model_pb2.Placement) -> dict[str, Any]:
     told = ("submodel", "target", "device", "precision")
-    return {name: getattr(one, name) for name in told} | {"fallbacks": list(one.fallbacks)}
+    return {name: getattr(one, name) for name in told} | {
+        "fallbacks": list(one.fallbacks),
+        "choices": list(one.choices),
+    }
 
 
 def _target(name: str) -> dict[str, Any]:
@@ -60,6 +65,18 @@ def _target(name: str) -> dict[str, Any]:
     return {"target": name, "usable": available.usable, "compiles": available.usable or available.compiles} | {
         key: told[key] for key in ("devices", "version", "reason")
     }
+
+
+def _choices(name: str) -> list[dict[str, Any]]:
+    """What was measured on this device to choose between, of one target."""
+    if not targets()[name].choices:
+        return []
+    rows = measured(name, targets()[name].available().version)
+    return [
+        {"target": name, "submodel": row.name, "choice": f"{choice}={value}", "why": row.reason(choice), "measured": f"{row.date:%Y-%m-%d}"}
+        for row in rows
+        for choice, value in row.values.items()
+    ]
 
 
 def _placed(bundle: Bundle, target: str | None, device: str, wishes: Wishes, machine: Machine) -> dict[str, Any]:

@@ -23,13 +23,17 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from runtime.bundle import Artifact, Submodel
+from runtime.bundle import Artifact, Submodel, sha256
+from runtime.choices import Choice, Decision, Subject, decide
+from runtime.containers import allowance
+from runtime.devices import cores
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError, MissingDependency
-from runtime.files import cache_folder
+from runtime.files import cache_folder, key_of
 from runtime.openvino.devices import Where
 from runtime.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points
 from runtime.openvino.pages import Pages, fits, has_pages, use_pages
+from runtime.openvino.part import cut, where_to_cut
 from runtime.openvino.sharing import guided, has_conditions, share_rows
 from runtime.optional import require
 from runtime.signature import Array, Signature
@@ -54,6 +58,27 @@ GROUP: Final = 64
 weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md."""
 
 
+SHAPES_CHOICE: Final = "shapes"
+CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
+    "attention": ("bfloat16", "float32"),
+    "zero_points": ("on", "off"),
+    SHAPES_CHOICE: ("any", "fixed"),
+    "activation_group": (str(GROUP), "32", "0"),
+    "threads": ("cores", "all"),
+}
+"""What depends on the processor, the default first (`runtime.choices`). A bundle that allows inputs of 8 bits in groups of 64 allows
+smaller groups too, and none (0): both are nearer to float. There is a thread for each core, or for all that the cores can run at once."""
+MARGIN: Final = 0.02
+MARGINS: Final = {"zero_points": 0.05, SHAPES_CHOICE: 0.1}
+"""Zero points bring the output 1 dB and more, and each fixed shape takes seconds to compile: giving up either must be worth it."""
+PART: Final = 10**11
+"""Multiplications of the part of a submodel that is timed for its choices: some 0.3 s on two cores."""
+UNWORTHY: Final = 2 * 10**9
+"""Submodels with fewer multiplications in a call take milliseconds: nothing is measured for them."""
+ANSWER: Final = 64
+"""Steps of one token that a decoder is timed with behind one prompt."""
+
+
 @cache
 def _core() -> Any:
     core = require("openvino", "openvino").Core()
@@ -69,11 +94,13 @@ class OpenVINO(Engine):
 
     target = "openvino"
     rank = 20
+    choices = CHOICES
 
     def __init__(self, submodel: Submodel, made: _Made, fix: Callable[[Fixed], Any] | None = None, every: bool = False) -> None:
         self.submodel = submodel
         self.device = made.device
         self.fallbacks = made.fallbacks
+        self.decisions = made.decisions
         self._compiled = made.compiled
         self._request = made.compiled.create_infer_request()
         self._computes = made.computes
@@ -106,9 +133,7 @@ class OpenVINO(Engine):
         made = _compile(submodel, graph, options)
         if submodel.signature.states or not _varies(submodel):
             return cls(submodel, made)
-        return cls(
-            submodel, made, lambda fixed: _compile(submodel, graph, options, fixed).compiled, _needs_shape(submodel, _where(options))
-        )
+        return cls(submodel, made, lambda fixed: _compile(submodel, graph, options, fixed, made.decisions).compiled, made.fixed)
 
     @property
     def computes(self) -> str:
@@ -177,12 +202,15 @@ class _Held(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A compiled model, the device in words, what it computes in, and what of it runs elsewhere."""
+    """A compiled model, the device in words, what it computes in, what of it runs elsewhere, what was decided on this processor, and
+    whether it is compiled for fixed shapes."""
 
     compiled: Any
     device: str
     computes: str
     fallbacks: tuple[str, ...]
+    decisions: Mapping[str, Decision]
+    fixed: bool
 
 
 def _where(options: Options) -> Where:
@@ -219,35 +247,70 @@ def _usual(submodel: Submodel) -> Fixed:
     return Fixed.of({tensor.name: tensor.shape(lengths) for tensor in signature.inputs}, has_conditions(signature))
 
 
-def _compile(submodel: Submodel, graph: Path, options: Options, fixed: Fixed | None = None) -> _Made:
-    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones."""
+def _compile(
+    submodel: Submodel, graph: Path, options: Options, fixed: Fixed | None = None, decisions: Mapping[str, Decision] | None = None
+) -> _Made:
+    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones. What is not decided yet is decided now."""
     core, where = _core(), _where(options)
-    if fixed is None and _needs_shape(submodel, where):
+    if decisions is None:
+        decisions = _decide(core, submodel, graph, where, options)
+    values = {name: decision.value for name, decision in decisions.items()}
+    if fixed is None and (_needs_shape(submodel, where) or values.get(SHAPES_CHOICE) == "fixed"):
         fixed = _usual(submodel)
-    half = where.cpu and _half(core, submodel)
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
-    if where.cpu:
-        config |= _numbers(submodel.dynamic and where.plain, half) | ({"INFERENCE_NUM_THREADS": options.threads} if options.threads else {})
-    else:
-        config["CACHE_DIR"] = str(cache_folder() / "openvino")  # their compilers take minutes
     try:
-        model, compiled = _compiled(core, submodel, graph, where, config | dict(options.settings), fixed)
+        model, compiled = _compiled(core, submodel, graph, where, _config(core, submodel, where, options, values), values, fixed)
         name, fallbacks = f"openvino:{where.told(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
+    half = where.cpu and _half(core, submodel)
     if half:
         name += " in bfloat16"
-    elif where.plain and submodel.bfloat16 and _has_bfloat16(core):
+    elif values.get("attention") == "bfloat16":
         name += " with attention in bfloat16"
     if where.plain and fits(submodel.signature) and not has_pages(compiled):
         name += " with caches in states"  # the plugin has no attention over pages for this processor and these numbers
     if where.plain and _rounds(compiled):
         name += " with dynamic 8-bit activations"
-    return _Made(compiled, name, "bfloat16" if half else "float32", fallbacks)
+    return _Made(compiled, name, "bfloat16" if half else "float32", fallbacks, decisions, fixed is not None)
+
+
+def _config(core: Any, submodel: Submodel, where: Where, options: Options, values: Mapping[str, str]) -> dict[str, Any]:
+    """The plugin's settings. What the caller sets counts most."""
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if where.cpu:
+        group = int(values.get("activation_group", GROUP if submodel.dynamic and where.plain else 0))
+        config |= _numbers(group, _half(core, submodel))
+        if options.threads:
+            config["INFERENCE_NUM_THREADS"] = options.threads
+        elif values.get("threads") == "all":
+            config |= {"INFERENCE_NUM_THREADS": allowance().threads, "ENABLE_HYPER_THREADING": True}
+    else:
+        config["CACHE_DIR"] = str(cache_folder() / "openvino")  # their compilers take minutes
+    return config | {name: value for name, value in options.settings.items() if name not in CHOICES}
+
+
+def _read(core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None) -> Any:
+    """The graph as it is compiled, but for its states."""
+    model = core.read_model(graph)
+    if values.get("zero_points") != "off":
+        use_zero_points(model, submodel.spans)
+    if values.get("attention") == "bfloat16":
+        halve_attention(model, submodel.bfloat16)
+    if fixed is not None:
+        model.reshape({name: list(shape) for name, shape in fixed.shapes})
+        if fixed.guided:
+            share_rows(model, submodel.signature)
+    return model
 
 
 def _compiled(
-    core: Any, submodel: Submodel, graph: Path, where: Where, config: Mapping[str, Any], fixed: Fixed | None = None
+    core: Any,
+    submodel: Submodel,
+    graph: Path,
+    where: Where,
+    config: Mapping[str, Any],
+    values: Mapping[str, str],
+    fixed: Fixed | None = None,
 ) -> tuple[Any, Any]:
     """The model that was read, and compiled.
 
@@ -255,16 +318,9 @@ def _compiled(
     """
 
     def read() -> Any:
-        model = core.read_model(graph)
-        use_zero_points(model, submodel.spans)
-        if where.plain and submodel.compute == "float32" and _has_bfloat16(core):
-            halve_attention(model, submodel.bfloat16)
+        model = _read(core, submodel, graph, where, values, fixed)
         if submodel.signature.states:
             keep_states(model, submodel.signature)
-        if fixed is not None:
-            model.reshape({name: list(shape) for name, shape in fixed.shapes})
-            if fixed.guided:
-                share_rows(model, submodel.signature)
         return model
 
     if where.plain and fits(submodel.signature):
@@ -276,6 +332,82 @@ def _compiled(
     return model, core.compile_model(model, where.name, config)
 
 
+def _decide(core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> dict[str, Decision]:
+    """What this submodel can do in several ways on this device, decided for this processor."""
+    choices = [Choice(name, values, MARGINS.get(name, MARGIN)) for name, values in _possible(core, submodel, where, options).items()]
+    if not choices:
+        return {}
+    described = submodel.model_dump(mode="json", exclude={"name", "parity"})
+    key = key_of(described, sha256(graph), options.threads, dict(options.settings))
+    subject = Subject(submodel.name, OpenVINO.target, str(require("openvino", "openvino").__version__), key)
+    own = {name: value for name, value in options.settings.items() if name in CHOICES}
+    return decide(choices, subject, _Parts(core, submodel, graph, where, options), own)
+
+
+def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> dict[str, tuple[str, ...]]:
+    """The values of each choice that the submodel, the processor and the settings leave open."""
+    if not where.plain or _half(core, submodel):
+        return {}
+    open_ones = {
+        "attention": bool(submodel.bfloat16) and submodel.compute == "float32" and _has_bfloat16(core),
+        "zero_points": bool(submodel.spans),
+        SHAPES_CHOICE: _varies(submodel) and not submodel.signature.states and not _needs_shape(submodel, where),
+        "activation_group": submodel.dynamic and "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in options.settings and _processor_rounds(),
+        "threads": not options.threads and "INFERENCE_NUM_THREADS" not in options.settings and 0 < cores() < allowance().threads,
+    }
+    return {name: CHOICES[name] for name, is_open in open_ones.items() if is_open}
+
+
+class _Parts:
+    """Makes the first layers of a submodel in several ways, to be timed."""
+
+    def __init__(self, core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> None:
+        self.core, self.submodel, self.graph, self.where, self.options = core, submodel, graph, where, options
+        self.end: str | None = None
+
+    def __call__(self, values: Mapping[str, str]) -> Callable[[], object]:
+        """What runs the part once, for the calls that a submodel gets in a picture's step, or in an answer. Raises EngineError."""
+        signature, calls = self.submodel.signature, _calls(self.submodel.signature)
+        try:
+            if self.end is None:
+                self.end, total = where_to_cut(self.core.read_model(self.graph), _shapes(signature, calls[0][0]), PART)
+                if total < UNWORTHY:
+                    raise EngineError("it has too little work to be worth it")
+            needs_shape = _needs_shape(self.submodel, self.where) or values.get(SHAPES_CHOICE) == "fixed"
+            fixed = _usual(self.submodel) if needs_shape else None
+            model = cut(_read(self.core, self.submodel, self.graph, self.where, values, fixed), self.end)
+            config = _config(self.core, self.submodel, self.where, self.options, values)
+            request = self.core.compile_model(model, self.where.name, config).create_infer_request()
+            names = [port.any_name for port in model.inputs]
+            feeds = [({name: signature.sample(lengths)[name] for name in names}, times) for lengths, times in calls]
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(f"OpenVINO could not compile a part of {self.submodel.name}: {error}") from None
+
+        def run() -> None:
+            for feed, times in feeds:
+                for _ in range(times):
+                    request.infer(feed, share_inputs=True)
+
+        return run
+
+
+def _calls(signature: Signature) -> list[tuple[dict[str, int], int]]:
+    """Lengths of typical calls, and how many of each there are together; the first has most work.
+
+    A decoder reads a prompt of half its context and at most 512 tokens, then writes an answer.
+    """
+    usual = {name: dim.opt for name, dim in signature.dims.items()}
+    if not signature.states:
+        return [(usual, 1)]
+    prompt = min(512, max(1, signature.dims["total"].max // 2))
+    first = usual | {"batch": 1, "sequence": prompt, "past": 0, "total": prompt}
+    return [(first, 1), (usual | {"batch": 1, "sequence": 1, "past": prompt, "total": prompt + 1}, ANSWER)]
+
+
+def _shapes(signature: Signature, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    return {tensor.name: tensor.shape(lengths) for tensor in signature.graph_inputs}
+
+
 def _half(core: Any, submodel: Submodel) -> bool:
     """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of their pages."""
     return submodel.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
@@ -285,12 +417,12 @@ def _has_bfloat16(core: Any) -> bool:
     return "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def _numbers(dynamic: bool, half: bool = False) -> dict[str, Any]:
-    """What the CPU plugin computes in."""
+def _numbers(group: int, half: bool = False) -> dict[str, Any]:
+    """What the CPU plugin computes in, with inputs of quantized layers rounded in groups of so many, 0 for not at all."""
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "KV_CACHE_PRECISION": "f32",
-        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(GROUP if dynamic else 0),
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group),
     }
 
 
@@ -317,5 +449,5 @@ def _processor_rounds() -> bool:
     model = require("openvino", "openvino").Model([ops.matmul(inputs, weights, False, False)], [inputs])
     values = np.full((1, 2 * GROUP), 0.25, np.float32)
     values[:, ::GROUP] = 127
-    (result,) = _core().compile_model(model, "CPU", _numbers(True))(values).values()
+    (result,) = _core().compile_model(model, "CPU", _numbers(GROUP))(values).values()
     return float(result[0, 0]) != float(values.sum())

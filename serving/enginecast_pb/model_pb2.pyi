@@ -58,18 +58,20 @@ class Model(_message.Message):
     def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Placement(_message.Message):
-    __slots__ = ("submodel", "target", "device", "precision", "fallbacks")
+    __slots__ = ("submodel", "target", "device", "precision", "fallbacks", "choices")
     SUBMODEL_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     FALLBACKS_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     submodel: str
     target: str
     device: str
     precision: str
     fallbacks: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ...) -> None: ...
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., precision: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from runtime import signing
 from runtime.bundle import MANIFEST
+from runtime.choices import Choice, Decision, Subject, decide
 from runtime.engine import Availability, FakeEngine
 from serving import cli
 from serving.fake import FakeModel, FakeServer, bundle, until
@@ -197,11 +198,28 @@ class TestDevices:
         host = found["devices"][0]
         assert (host["name"], host["kind"]) == ("cpu", "cpu") and host["memory"] > host["free"] > 0 and found["processors"] > 0
 
+    def test_what_was_chosen_for_the_processor(self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        """In a cache of its own, where the default is planted to take twice as long."""
+        monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path))
+        monkeypatch.delenv("ENGINECAST_CHOICES")
+        monkeypatch.setattr("runtime.choices.seconds", lambda part: part())
+        monkeypatch.setattr(FakeEngine, "choices", {"attention": ("bfloat16", "float32")})
+        assert json.loads(run("devices", "--json").out)["choices"] == []
+        taken = {"bfloat16": 2.0, "float32": 1.0}
+        choice, subject = Choice("attention", ("bfloat16", "float32")), Subject("denoiser", "fake", "", "key")
+        decide([choice], subject, lambda values: lambda: taken[values["attention"]], {})
+        (found,) = json.loads(run("devices", "--json").out)["choices"]
+        assert (found["target"], found["submodel"], found["choice"]) == ("fake", "denoiser", "attention=float32")
+        assert found["why"] == "measured on this processor: 2.00 x as fast as the default"
+        assert "attention=float32" in run("devices").out
+
     def test_of_a_server(self, run: Any, warm: FakeServer) -> None:
         warm.draw.notes = ("it did not fit",)
+        warm.draw.engine.decisions = {"attention": Decision("float32", "as set")}
         found = json.loads(run("devices", "--json", "--address", warm.address).out)
         assert found["models"][0] == {
             "model": "draw", "submodel": "denoiser", "target": "fake", "device": "none", "precision": "int8 W8A8, float32", "fallbacks": [],
+            "choices": ["attention=float32: as set"],
         }  # fmt: skip
         assert "draw: it did not fit" in found["notes"]
         assert run("devices", "--address", "127.0.0.1:1").code == 10

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
+from runtime.choices import Decision
 from runtime.errors import Cancelled, DeadlineExceeded, EnginecastError, EngineError, InvalidInput, NotFound, ResourceExhausted, Unavailable
 from serving.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
@@ -344,12 +345,15 @@ class TestModels:
 class TestWhatReallyRuns:
     def test_placements_and_notes_of_a_model(self, cold: FakeServer) -> None:
         cold.draw.engine.fallbacks = ("3 of 120 nodes on the CPU: Loop",)
+        cold.draw.engine.decisions = {"attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")}
         cold.draw.notes = ("denoiser is on fake since cuda:0 is full",)
         model = cold.client.load("draw")
         (one,) = model.placements
         assert (one.submodel, one.target, one.device, one.precision) == ("denoiser", "fake", "none", "int8 W8A8, float32")
+        assert list(one.choices) == ["attention=float32: measured on this processor: 1.24 x as fast as the default"]
         assert (list(one.fallbacks), list(model.notes)) == (list(cold.draw.engine.fallbacks), list(cold.draw.notes))
-        assert list(cold.client.generate(request()))[-1].done.engines[0].fallbacks == one.fallbacks
+        done = list(cold.client.generate(request()))[-1].done.engines[0]
+        assert (done.fallbacks, done.choices) == (one.fallbacks, one.choices)
         assert not cold.client.unload("draw").placements
 
     def test_notes_are_in_every_answer_of_either_kind(self, warm: FakeServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime import choices
 from runtime.bundle import Submodel
 from runtime.engine import Engine, Options
+from runtime.engines import openvino
 from runtime.engines.openvino import OpenVINO, _core, _has_bfloat16
 from runtime.errors import EngineError
 from runtime.signature import Array, Dim, Signature, Tensor
@@ -122,3 +125,55 @@ def test_only_the_named_attention_computes_in_bfloat16(tmp_path: Path) -> None:
     print({names: f"{ratio:.1f} dB" for names, ratio in found.items()})
     assert found[()] > 100 and found["another/Attention",] > 100
     assert 35 < found["attn/Attention",] < 70
+
+
+@pytest.mark.parametrize("slow", ["bfloat16", "float32"])
+def test_the_faster_attention_on_this_processor_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+    """Real parts, compiled and run; what they take is planted."""
+    if not _has_bfloat16(_core()):
+        pytest.skip("this processor has no bfloat16")
+    monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choices.VARIABLE)
+    monkeypatch.setattr(openvino, "UNWORTHY", 0)
+    monkeypatch.setattr(choices, "_known", {})
+    made: list[Any] = []
+    prepare = openvino._Parts.__call__
+
+    def planted(parts: Any, values: Mapping[str, str]) -> Any:
+        run = prepare(parts, values)
+        made.append(dict(values))
+        run()
+        return lambda: 2.0 if values["attention"] == slow else 1.0
+
+    monkeypatch.setattr(openvino._Parts, "__call__", planted)
+    monkeypatch.setattr(choices, "seconds", lambda part: part())
+    submodel = attention(tmp_path).model_copy(update={"bfloat16": ("attn/Attention",)})
+    engine = load(submodel, tmp_path)
+    assert engine.decisions["attention"].value != slow and engine.decisions["shapes"].value == "any"
+    assert ("attention in bfloat16" in engine.device) == (slow == "float32")
+    assert engine.chosen[0].startswith(f"attention={engine.decisions['attention'].value}: measured on this processor")
+    feed = {name: np.random.default_rng(0).standard_normal((1, HEADS, 32, SIZE)).astype(np.float32) for name in "qkv"}
+    exact = OpenVINO.load(submodel, tmp_path, Options(threads=1, settings={"attention": "float32"})).run(feed)["y"]
+    assert np.array_equal(engine.run(feed)["y"], exact) == (slow == "bfloat16")
+    timed = len(made)
+    assert load(submodel, tmp_path).decisions == engine.decisions and len(made) == timed, "what was decided is not measured again"
+    set_by_hand = OpenVINO.load(submodel, tmp_path, Options(settings={"attention": slow}))
+    assert set_by_hand.decisions["attention"].reason == "as set"
+
+
+def test_choices_are_measured_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choices.VARIABLE)
+    monkeypatch.setattr(openvino, "UNWORTHY", 0)
+    submodel = attention(tmp_path).model_copy(update={"bfloat16": ("attn/Attention",)})
+    engine = load(submodel, tmp_path)
+    assert all(decision.reason.startswith("measured on this processor") for decision in engine.decisions.values())
+    (one,) = choices.measured("openvino", OpenVINO.available().version)
+    assert dict(one.values) == {name: decision.value for name, decision in engine.decisions.items()} and one.default > 0
+
+
+def test_little_work_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(choices.VARIABLE)
+    engine = load(attention(tmp_path), tmp_path)
+    assert engine.decisions["shapes"] == choices.Decision("any", "default, not measured: it has too little work to be worth it")

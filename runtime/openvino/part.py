@@ -1,0 +1,66 @@
+"""A part of a model that stands for the whole where candidates are timed: its first layers, as many as hold a given amount of work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from runtime.optional import require
+
+PRODUCTS: Final = ("Convolution", "GroupConvolution", "MatMul")
+
+
+def work(node: Any) -> int:
+    """Multiplications of a node whose shapes are known; only products and attention count."""
+    kind = node.get_type_name()
+    if kind == "ScaledDotProductAttention":
+        query, key = (_shape(node.input_value(index)) for index in (0, 1))
+        return 2 * _count(query) * key[-2]
+    if kind not in PRODUCTS:
+        return 0
+    result, weights = _count(_shape(node.output(0))), _shape(node.input_value(1))
+    if kind == "MatMul":
+        return result * weights[-1 if node.get_attributes()["transpose_b"] else -2]
+    return result * _count(weights[1:] if kind == "Convolution" else weights[2:])
+
+
+def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int) -> tuple[str, int]:
+    """The product at which the first layers end that have `budget` multiplications, "" for the whole model; and how many the whole has.
+
+    The model's inputs get these shapes.
+    """
+    model.reshape({name: list(shape) for name, shape in shapes.items()})
+    end, total = "", 0
+    for node in model.get_ordered_ops():
+        total += work(node)
+        if not end and total >= budget and node.get_type_name() in PRODUCTS:
+            end = node.get_friendly_name()
+    return end, total
+
+
+def cut(model: Any, end: str) -> Any:
+    """What the product of this name needs, as a model whose only output is its result; without a name, the model as it is."""
+    if not end:
+        return model
+    nodes = model.get_ordered_ops()
+    last = next(node for node in nodes if node.get_friendly_name() == end)
+    needed, todo = set[str](), [last]
+    while todo:
+        node = todo.pop()
+        name = node.get_friendly_name()
+        if name not in needed:
+            needed.add(name)
+            todo += [port.get_source_output().get_node() for port in node.inputs()]
+    inputs = [node for node in nodes if node.get_type_name() == "Parameter" and node.get_friendly_name() in needed]
+    return require("openvino", "openvino").Model([last.output(0)], inputs, model.get_friendly_name())
+
+
+def _shape(output: Any) -> list[int]:
+    return [int(length) for length in output.get_shape()]
+
+
+def _count(shape: list[int]) -> int:
+    count = 1
+    for length in shape:
+        count *= length
+    return count
