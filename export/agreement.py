@@ -17,6 +17,7 @@ import numpy as np
 
 from calibration.lean import LeanEngine
 from calibration.metrics import snr_db
+from export.parity import REACH
 from runtime.bundle import Agreement, Artifact, Submodel
 from runtime.engine import Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable
@@ -25,7 +26,7 @@ from runtime.signature import Array, Signature, Tensor
 FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
 """Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
 POSITIONS: Final = (8, 1, 1)
-"""New positions of each call of a decoder: a prompt and two steps behind it."""
+"""New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window, more go beyond it."""
 
 
 class Reference:
@@ -95,7 +96,8 @@ def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Ite
             yield row
             return
     past = 0
-    for count in POSITIONS if signature.states else (0,):
+    beyond = [count for window in signature.windows if 0 < window < REACH for count in (window, 1)]
+    for count in (*POSITIONS, *beyond) if signature.states else (0,):
         lengths = usual | ({"sequence": count, "past": past} if signature.states else {})
         lengths |= {name: sum(lengths[one] for one in dim.sum_of) for name, dim in signature.dims.items() if dim.sum_of}
         yield {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}

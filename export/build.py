@@ -153,11 +153,12 @@ def _parity(state: Build, part: Part) -> Parity:
     """Compare once for the same weights, graph and versions."""
 
     def compare(path: Path) -> None:
+        found = []
         if state.method == "full":
-            found = parity.check(part, part_graph(state, part), state.weights(part), "full")
-        else:
-            found = _twin_parity(state, part)
-        path.write_text(found.model_dump_json())
+            found.append(parity.check(part, part_graph(state, part), state.weights(part), "full"))
+        if state.method == "twin" or parity.beyond_reach(part.signature):
+            found.append(_twin_parity(state, part))
+        path.write_text(parity.worst(found).model_copy(update={"method": state.method}).model_dump_json())
 
     key = key_of("parity", state.fingerprint, part.name, part.floor, state.method, state.versions, code())
     return Parity.model_validate_json(cached(key, ".json", compare).read_bytes())

@@ -10,12 +10,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 import export.families
 from export.source import Source
 from runtime.errors import UnsupportedModel, did_you_mean
 from runtime.signature import Signature
+
+Reference = Callable[..., tuple[Tensor, ...]]
+"""A submodel as the library itself computes it: from its graph inputs in order to its graph outputs in order."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,16 @@ class Component:
 class Part:
     """One submodel: a module over a component's own parameters, and its signature.
 
-    `module` takes the signature's graph inputs in order and returns its graph outputs in order. `activations` says whether int8 also covers
-    activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from computing
-    it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the parity gate lets pass.
+    `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced. `reference` takes and
+    returns the same by the library's own forward over `component`: parity compares the graph with it. `activations` says whether int8 also
+    covers activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from
+    computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the parity gate lets pass.
     """
 
     name: str
     component: Component
     module: nn.Module
+    reference: Reference
     signature: Signature
     activations: bool = True
     least_bits: Literal[4, 8] = 4

@@ -18,14 +18,20 @@ STD: Final = 0.05
 
 @contextmanager
 def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
-    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as the block."""
+    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as the block.
+
+    Parameters that are tied get the same values.
+    """
     generator = torch.Generator().manual_seed(0)
     names = dict(part.component.model.named_parameters(remove_duplicate=False))
-    tensors = {}
+    tensors, made = dict[str, torch.Tensor](), dict[int, torch.Tensor]()
     for name, parameter in names.items():
+        if id(parameter) in made:
+            tensors[name] = made[id(parameter)].clone()
+            continue
         values = torch.randn(parameter.shape, generator=generator) * STD
         is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a normalisation
-        tensors[name] = (values + 1 if is_scale else values).half()
+        tensors[name] = made[id(parameter)] = (values + 1 if is_scale else values).half()
     file = unfinished(f"{part.name}-twin.safetensors")
     try:
         save_file(tensors, file)

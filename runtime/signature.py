@@ -73,13 +73,15 @@ class Tensor(BaseModel):
 class State(BaseModel):
     """An array that an engine keeps between calls of one slot, such as a layer's keys: read as `past`, written as `present`.
 
-    `axis` is the one that grows, from length 0 at the start of a slot.
+    `axis` is the one that grows, from length 0 at the start of a slot. `window` is how many positions the attention that reads it sees,
+    the newest included; 0 is all there are.
     """
 
     model_config = ConfigDict(frozen=True)
     past: Tensor
     present: Tensor
     axis: int
+    window: int = Field(default=0, ge=0)
 
 
 class Signature(BaseModel):
@@ -99,6 +101,11 @@ class Signature(BaseModel):
     def graph_outputs(self) -> tuple[Tensor, ...]:
         """Every output of the ONNX graph, states included, in order."""
         return self.outputs + tuple(state.present for state in self.states)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The limits of attention that occur, each once, in rising order; 0 where some layer has none."""
+        return tuple(sorted({state.window for state in self.states}))
 
     @property
     def dims(self) -> dict[str, Dim]:

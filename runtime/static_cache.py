@@ -9,17 +9,17 @@ TensorScatter is of opset 24 (https://onnx.ai/onnx/operators/onnx__TensorScatter
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
 
 from runtime.errors import EngineError, InvalidInput
+from runtime.masks import MASK, attentions, require_windows, window_of
 from runtime.optional import require
-from runtime.signature import Array, Signature
+from runtime.signature import Signature
 
 OPSET: Final = 24
-MASK: Final = "attention_mask"
 INDICES: Final = "write_indices"
 """int64 [batch]: where each row's new keys and values begin, which is the number of positions before them."""
 
@@ -40,21 +40,22 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
 
     Differences to the signature: `attention_mask` is int64 [batch, capacity], zero beyond the positions there are; `write_indices` is a new
     input; each present output is its past input, updated. Rows may be padded on the left.
-    Raises EngineError when the graph's attention is not causal over the positions that the mask allows: it has to be rebuilt.
+    Raises EngineError when the graph's attention sees other positions than the signature's windows say (`runtime.masks`).
     """
     ir = require("onnx_ir", "export")
+    require_windows(model, signature)
     copy = model.clone()
     graph = copy.graph
-    nodes = [node for node in graph if (node.domain, node.op_type) == ("", "Attention") and len(node.inputs) > 4 and node.inputs[4]]
-    _require_causal(ir, model, signature, [node.inputs[3].name if node.inputs[3] is not None else "" for node in nodes])
+    nodes = attentions(copy)
     inputs = {value.name: value for value in graph.inputs}
     indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([inputs[MASK].shape[0]]))
     graph.inputs.append(indices)
     inputs[MASK].shape = ir.Shape([inputs[MASK].shape[0], capacity])
     sequence = next(tensor.name for tensor in signature.inputs if any(getattr(dim, "name", "") == "sequence" for dim in tensor.dims))
-    mask = _mask(ir, copy, nodes[0], inputs[sequence], inputs[MASK], indices, capacity)
-    for node in nodes:
-        _share(ir, graph, node, mask, indices, capacity)
+    windows = [window_of(node, signature) for node in nodes]
+    masks = _masks(ir, copy, nodes[0], inputs[sequence], inputs[MASK], indices, capacity, windows)
+    for node, window in zip(nodes, windows, strict=True):
+        _share(ir, graph, node, masks[window], indices, capacity)
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
     strangers = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
     if strangers:
@@ -63,49 +64,6 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
         )
     copy.graph.opset_imports[""] = max(OPSET, copy.graph.opset_imports[""])
     return copy
-
-
-def _require_causal(ir: Any, model: Any, signature: Signature, masks: Iterable[str]) -> None:
-    """Compute the graph's own masks for a few lengths and compare them with what `_mask` means, padded rows among them."""
-    for name in dict.fromkeys(masks):
-        for batch, past, sequence in ((1, 0, 5), (2, 7, 1), (2, 4, 3)):
-            lengths = {"batch": batch, "past": past, "sequence": sequence, "total": past + sequence}
-            allowed = np.ones((batch, past + sequence), np.int64)
-            allowed[-1, : past // 2] = 0
-            found = _evaluate(ir, model, signature, name, lengths, allowed)
-            rows = np.arange(sequence)[:, None] + past
-            expected = (np.arange(past + sequence) <= rows)[None, None] & (allowed != 0)[:, None, None]
-            if found is None or not np.array_equal(np.broadcast_to(found, expected.shape), expected):
-                raise EngineError(
-                    f"the decoder's attention mask '{name}' is not causal over the positions that {MASK} allows, expected that of full "
-                    "attention: use a target that keeps the graph's own mask, such as onnxruntime"
-                )
-
-
-def _evaluate(ir: Any, model: Any, signature: Signature, name: str, lengths: Mapping[str, int], allowed: Array) -> Array | None:
-    """The value of that name, computed by ONNX Runtime, where it depends on nothing but shapes and the attention mask; else None."""
-    part = model.clone()
-    value = next((output for node in part.graph for output in node.outputs if output.name == name), None)
-    if value is None:
-        return None
-    part.graph.outputs.clear()
-    part.graph.outputs.append(value)
-    passes = require("onnx_ir.passes.common", "export")
-    passes.RemoveUnusedNodesPass()(part)
-    used = {found.name for found in part.graph.inputs if found.uses()}
-    part.graph.inputs[:] = [found for found in part.graph.inputs if found.name in used]
-    if any(tensor.name in used for tensor in (state.past for state in signature.states)):
-        return None
-    feed = {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.inputs if tensor.name in used}
-    if MASK in feed:
-        feed[MASK] = allowed
-    options = require("onnxruntime", "onnxruntime").SessionOptions()
-    options.log_severity_level = 3
-    session = require("onnxruntime", "onnxruntime").InferenceSession(
-        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    found: Array = session.run([name], feed)[0]
-    return found if found.dtype == np.bool_ else None
 
 
 def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: int) -> None:
@@ -139,8 +97,10 @@ def _casts(output: Any, value: Any) -> bool:
     return producer is not None and producer.op_type == "Cast" and producer.inputs[0] is value
 
 
-def _mask(ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int) -> Any:
-    """bool [batch, 1, sequence, capacity]: allowed positions up to the row's own, and always that one, so that padding is no 0 / 0."""
+def _masks(
+    ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int, windows: Iterable[int]
+) -> dict[int, Any]:
+    """bool [batch, 1, sequence, capacity] for each window: which positions a row sees, and always its own, so that padding is no 0 / 0."""
     made: list[Any] = []
 
     def constant(name: str, values: Any) -> Any:
@@ -162,9 +122,17 @@ def _mask(ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: 
     rows = node("Add", starts, steps, name="rows")
     real = node("Not", node("Equal", allowed, zero))
     real = node("Unsqueeze", real, constant("axes.mask", [1, 2]))
-    seen = node("And", node("LessOrEqual", columns, rows), real)
-    mask = node("Or", seen, node("Equal", columns, rows, name="own"))
-    mask.type, mask.name = ir.TensorType(ir.DataType.BOOL), "cache.mask"
+    causal = node("And", node("LessOrEqual", columns, rows), real)
+    own = node("Equal", columns, rows, name="own")
+    masks = {}
+    for window in sorted(set(windows)):
+        name = f"window.{window}" if window else ""
+        near = causal
+        if window:
+            first = node("Sub", rows, constant(f"window.{window}", window), name=name)
+            near = node("And", causal, node("Greater", columns, first, name=name), name=name)
+        masks[window] = node("Or", near, own, name=name)
+        masks[window].type, masks[window].name = ir.TensorType(ir.DataType.BOOL), f"cache.{name or 'mask'}.seen"
     first = next(found for found in model.graph if found.name == before.name)
     model.graph.insert_before(first, made)
-    return mask
+    return masks

@@ -1,8 +1,12 @@
-"""LLaVA 1.5: CLIP vision tower, two-layer projector, Llama-like decoder (Liu et al. 2023, arXiv:2310.03744). BakLLaVA is the same code."""
+"""LLaVA 1.5: vision tower, two-layer projector, language model (Liu et al. 2023, arXiv:2310.03744). BakLLaVA is the same code.
+
+The tower is CLIP's or SigLIP's, the language model one of `export.decoders`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,17 +14,20 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
-from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from export.family import Component, Family, Part
+from export.decoders import Decoder, library_decoder, reduced_decoder, require_known, states
+from export.family import Component, Family, Part, Reference
 from export.source import Source, read_json
 from export.trace import without_weights
 from runtime.errors import SourceError
 from runtime.pipelines.chat import ChatConfig, Defaults
-from runtime.signature import BATCH, Dim, Signature, State, Tensor
+from runtime.signature import BATCH, Dim, Signature, Tensor
 
-ATTENTION: Final = "enginecast_kv"
-KVCache = list[tuple[TorchTensor, TorchTensor]]
+TWIN_WINDOW: Final = 8
+"""Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample."""
+CLASS_TOKENS: Final[Mapping[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
+"""Positions that a tower puts before those of the patches, by its `model_type`."""
 
 
 class VisionEncoder(nn.Module):
@@ -33,9 +40,23 @@ class VisionEncoder(nn.Module):
         self.skip = 1 if model.config.vision_feature_select_strategy == "default" else 0
 
     def forward(self, pixel_values: TorchTensor) -> tuple[TorchTensor, ...]:
-        states = self.tower(pixel_values, output_hidden_states=True).hidden_states
+        with _without_pooling(self.tower):
+            states = self.tower(pixel_values, output_hidden_states=True).hidden_states
         layers = [self.layers] if isinstance(self.layers, int) else self.layers
         return (self.projector(torch.cat([states[layer][:, self.skip :] for layer in layers], dim=-1)),)
+
+
+@contextmanager
+def _without_pooling(tower: Any) -> Iterator[None]:
+    """While active, a SigLIP tower leaves out the head behind its last layer, which LLaVA makes no use of."""
+    if not getattr(tower, "use_head", False):
+        yield
+        return
+    tower.use_head = False
+    try:
+        yield
+    finally:
+        tower.use_head = True
 
 
 class TokenEmbedding(nn.Module):
@@ -47,54 +68,27 @@ class TokenEmbedding(nn.Module):
         return (self.embed_tokens(input_ids),)
 
 
-class Decoder(nn.Module):
-    """Language model and head: the logits of the last position, and every layer's grown keys and values.
-
-    Past, grouped heads and the causal mask all stay inside one ONNX `Attention` node a layer.
-    """
-
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        super().__init__()
-        self.decoder, self.head = model.model.language_model, model.lm_head
-        self.decoder.config._attn_implementation = ATTENTION
-
-    def forward(
-        self, inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
-    ) -> tuple[TorchTensor, ...]:
-        caches = list(zip(past[0::2], past[1::2], strict=True))
-        for layer, cache in zip(self.decoder.layers, caches, strict=True):
-            layer.self_attn.past = cache
-        length, total = inputs_embeds.shape[1], attention_mask.shape[1]
-        position = torch.arange(total, device=inputs_embeds.device)
-        causal = position[None, :] <= position[total - length :, None]
-        mask = causal[None, None] & (attention_mask[:, None, None, :] != 0)
-        hidden = self.decoder(
-            inputs_embeds=inputs_embeds, attention_mask=mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        present = [layer.self_attn.present for layer in self.decoder.layers]
-        return (self.head(hidden[:, -1:]), *(tensor for pair in present for tensor in pair))
-
-
-def _attention(
-    module: nn.Module, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, **_: Any
-) -> tuple[TorchTensor, None]:
-    """ONNX `Attention` with past (opset 23): query [batch, heads, length, size], key and value with grouped heads."""
-    past_key, past_value = module.past  # type: ignore[misc]
-    output, present_key, present_value, _scores = torch.onnx.ops.attention(query, key, value, mask, past_key, past_value, scale=scaling)
-    module.present = (present_key, present_value)  # type: ignore[assignment]
-    return output.transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
 def _config(source: Source, reduced: bool) -> LlavaConfig:
-    data = read_json(source.root / "config.json")
-    if reduced:
-        data = data | {"vision_feature_layer": -2}
-        for part in ("vision_config", "text_config"):
-            data[part] = data[part] | {"num_hidden_layers": 2}
+    """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
+    file = source.root / "config.json"
+    data = read_json(file)
+    found = LlavaConfig.from_dict(data)
+    require_known(file, found.text_config)
+    if not reduced:
+        return found
+    layers = found.vision_feature_layer
+    data["vision_feature_layer"] = -2 if isinstance(layers, int) else [-1 - i % 3 for i in range(len(layers))]
+    data["vision_config"] = data["vision_config"] | {"num_hidden_layers": 2}
+    data["text_config"] = reduced_decoder(found.text_config, TWIN_WINDOW)
     return LlavaConfig.from_dict(data)
+
+
+def _see(model: Any) -> Reference:
+    return lambda pixel_values: (torch.stack(list(model.get_image_features(pixel_values).pooler_output)),)
+
+
+def _embed(model: Any) -> Reference:
+    return lambda input_ids: (model.get_input_embeddings()(input_ids),)
 
 
 def parts(source: Source, reduced: bool) -> list[Part]:
@@ -106,33 +100,23 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     sequence = Dim(name="sequence", min=1, opt=1, max=context)
     past = Dim(name="past", min=0, opt=1023, max=context)
     total = Dim(name="total", min=1, opt=1024, max=context, sum_of=("past", "sequence"))
-    heads = text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-    def cache(name: str, length: Dim) -> Tensor:
-        return Tensor(name=name, dtype="float32", dims=(BATCH, heads, length, size))
-
-    states = tuple(
-        State(past=cache(f"past_key_values.{layer}.{kind}", past), present=cache(f"present.{layer}.{kind}", total), axis=2)
-        for layer in range(text.num_hidden_layers)
-        for kind in ("key", "value")
-    )
     pixels = Tensor(name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size))
     embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
     ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
     features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
     component = Component("", model)
     return [
-        Part("vision_encoder", component, VisionEncoder(model), Signature(inputs=(pixels,), outputs=(features,))),
-        Part("token_embedding", component, TokenEmbedding(model), Signature(inputs=(ids,), outputs=(embeds,)), activations=False),
-        Part("decoder", component, Decoder(model), Signature(
+        Part("vision_encoder", component, VisionEncoder(model), _see(model), Signature(inputs=(pixels,), outputs=(features,))),
+        Part("token_embedding", component, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,), outputs=(embeds,)),
+             activations=False),
+        Part("decoder", component, Decoder(model.model.language_model, model.lm_head), library_decoder(model), Signature(
             inputs=(
                 embeds,
                 Tensor(name="attention_mask", dtype="int64", dims=(BATCH, total), values="ones"),
                 Tensor(name="position_ids", dtype="int64", dims=(BATCH, sequence), values="positions"),
             ),
             outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, text.vocab_size)),),
-            states=states), activations=False),
+            states=states(text, BATCH, past, total)), activations=False),
     ]  # fmt: skip
 
 
@@ -162,9 +146,10 @@ def config(source: Source) -> dict[str, Any]:
 
 
 def _patches(model: LlavaConfig) -> int:
-    """Positions that a picture takes in the prompt: its patches, with the class token where the model keeps it."""
+    """Positions that a picture takes in the prompt: those of the tower, without the first one where the model leaves it out."""
     side = model.vision_config.image_size // model.vision_config.patch_size
-    return int(side * side) + (0 if model.vision_feature_select_strategy == "default" else 1)
+    first = 1 if model.vision_feature_select_strategy == "default" else 0
+    return int(side * side) + CLASS_TOKENS[model.vision_config.model_type] - first
 
 
 def _tokenizer(source: Source) -> Path:

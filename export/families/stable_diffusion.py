@@ -17,7 +17,7 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from export.family import Component, Family, Part
+from export.family import Component, Family, Part, Reference
 from export.source import Source, read_json
 from export.trace import without_weights
 from runtime.errors import BundleError, NotFound, SourceError, UnsupportedModel
@@ -145,13 +145,14 @@ def require(source: Source, component: str, config: Mapping[str, Any], **expecte
         )
 
 
-def text_part(name: str, model: Any, module: nn.Module, outputs: Mapping[str, tuple[int | Dim, ...]]) -> Part:
+def text_part(name: str, model: Any, module: nn.Module, reference: Reference, outputs: Mapping[str, tuple[int | Dim, ...]]) -> Part:
     """A CLIP text encoder. `outputs` are the shapes, behind the batch, of what `module` gives; the token dim is `tokens(model)`."""
     ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, tokens(model)), values="below", limit=model.config.vocab_size)
     return Part(
         name,
         Component(name, model),
         module,
+        reference,
         Signature(inputs=(ids,), outputs=tuple(Tensor(name=n, dtype="float32", dims=(BATCH, *dims)) for n, dims in outputs.items())),
         least_bits=8,  # its error bends every step alike: at int4 the sample draws 7 of 100 prompts wrong by that alone
     )
@@ -163,7 +164,7 @@ def tokens(model: Any) -> Dim:
     return Dim(name="sequence", min=1, opt=length, max=length)
 
 
-def unet_part(model: UNet2DConditionModel, module: nn.Module, grid: Grid, length: int, *added: Tensor) -> Part:
+def unet_part(model: UNet2DConditionModel, module: nn.Module, reference: Reference, grid: Grid, length: int, *added: Tensor) -> Part:
     """The UNet on prompts of usually `length` tokens. `added` are the inputs of `module` behind those that every one has."""
     config = model.config
     context = Dim(name="sequence", min=1, opt=length, max=16 * length)
@@ -178,6 +179,7 @@ def unet_part(model: UNet2DConditionModel, module: nn.Module, grid: Grid, length
         "unet",
         Component("unet", model),
         module,
+        reference,
         Signature(
             inputs=(grid.latents("sample", config.in_channels), timestep, states, *added),
             outputs=(grid.latents("noise_pred", config.out_channels),),
@@ -192,9 +194,10 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
         name="image", dtype="float32", dims=(BATCH, model.config.in_channels, grid.pixel("image_height"), grid.pixel("image_width"))
     )
     latents = grid.latents("latents", model.config.latent_channels)
+    decode, encode = Signature(inputs=(latents,), outputs=(image,)), Signature(inputs=(image,), outputs=(latents,))
     return [
-        Part("vae_decoder", component, VaeDecoder(model), Signature(inputs=(latents,), outputs=(image,)), float16=float16),
-        Part("vae_encoder", component, VaeEncoder(model), Signature(inputs=(image,), outputs=(latents,)), float16=float16),
+        Part("vae_decoder", component, VaeDecoder(model), lambda z: (model.decode(z).sample,), decode, float16=float16),
+        Part("vae_encoder", component, VaeEncoder(model), lambda x: (model.encode(x).latent_dist.mean,), encode, float16=float16),
     ]
 
 
@@ -269,8 +272,14 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         vae = AutoencoderKL.from_config(vae_config).eval()
     grid, length = Grid.of(unet_config, vae_config), tokens(text)
     return [
-        text_part("text_encoder", text, TextEncoder(text), {"last_hidden_state": (length, text.config.hidden_size)}),
-        unet_part(unet, UNet(unet), grid, length.opt),
+        text_part(
+            "text_encoder",
+            text,
+            TextEncoder(text),
+            lambda ids: (text(ids).last_hidden_state,),
+            {"last_hidden_state": (length, text.config.hidden_size)},
+        ),
+        unet_part(unet, UNet(unet), lambda x, t, states: (unet(x, t, states).sample,), grid, length.opt),
         *vae_parts(vae, grid),
     ]
 

@@ -80,17 +80,30 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         unet = UNet2DConditionModel.from_config(unet_config).eval()
         vae = AutoencoderKL.from_config(vae_config).eval()
     grid, length = base.Grid.of(unet_config, vae_config), base.tokens(text)
+
+    def read(ids: TorchTensor) -> tuple[TorchTensor, ...]:
+        return (text(ids, output_hidden_states=True).hidden_states[-2],)
+
+    def read_2(ids: TorchTensor) -> tuple[TorchTensor, ...]:
+        found = text_2(ids, output_hidden_states=True)
+        return (found.hidden_states[-2], found.text_embeds)
+
+    def denoise(x: TorchTensor, t: TorchTensor, states: TorchTensor, pooled: TorchTensor, sizes: TorchTensor) -> tuple[TorchTensor, ...]:
+        return (unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample,)
+
     return [
-        base.text_part("text_encoder", text, TextEncoder(text), {"penultimate_hidden_state": (length, hidden)}),
+        base.text_part("text_encoder", text, TextEncoder(text), read, {"penultimate_hidden_state": (length, hidden)}),
         base.text_part(
             "text_encoder_2",
             text_2,
             ProjectedTextEncoder(text_2),
+            read_2,
             {"penultimate_hidden_state": (base.tokens(text_2), hidden_2), "text_embeds": (projection,)},
         ),
         base.unet_part(
             unet,
             UNet(unet),
+            denoise,
             grid,
             length.opt,
             Tensor(name="text_embeds", dtype="float32", dims=(BATCH, projection)),

@@ -23,6 +23,7 @@ from runtime.engine import Availability, Compiled, CompileOptions, Engine, Optio
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency, ResourceExhausted
 from runtime.files import FULL
 from runtime.lowering import to_half
+from runtime.masks import MASK
 from runtime.mil.interpret import Interpreter
 from runtime.mil.package import Package, save
 from runtime.mil.sdk import coremltools
@@ -31,7 +32,7 @@ from runtime.mil.translate import identifier, translate
 from runtime.optional import require
 from runtime.settings import Texts
 from runtime.signature import Array, Dim
-from runtime.static_cache import INDICES, MASK, capacity, with_static_cache
+from runtime.static_cache import INDICES, capacity, with_static_cache
 
 UNITS: Final = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
 """What may compute: coremltools' ComputeUnit."""

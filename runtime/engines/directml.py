@@ -39,7 +39,8 @@ class Settings(Texts):
     made for each shape that is met. Dims of other submodels are left to those. A decoder's are of `sequence`, by default 1 and 32: calls
     are cut into such pieces, so that one of them should be 1.
     `context`: positions that a decoder's cache holds; by default all that the model has.
-    `grouped`: whether single steps use GroupQueryAttention, which updates the cache in place and reads no padding.
+    `grouped`: whether single steps use GroupQueryAttention, which updates the cache in place and reads no padding. Decoders whose attention
+    is limited to a window never do: DirectML's kernel takes no window.
     """
 
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -95,7 +96,7 @@ class DirectML(SessionEngine):
         if signature.states:
             sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= positions)
             plan = plan.model_copy(update={"cache": "fixed", "shapes": sizes})
-            if settings.grouped and any(shape.get("sequence") == 1 for shape in sizes):
+            if settings.grouped and not any(signature.windows) and any(shape.get("sequence") == 1 for shape in sizes):
                 plan = plan.model_copy(update={"step": f"{submodel.name}.step.onnx"})
                 models[plan.step] = cls._lowered(submodel, graph, positions, steps=True)
         options.progress(0.5, "Lowered")

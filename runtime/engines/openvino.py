@@ -326,7 +326,7 @@ def _compiled(
     if where.plain and fits(submodel.signature):
         with suppress(RuntimeError):
             model = read()
-            use_pages(model)
+            use_pages(model, submodel.signature)
             return model, core.compile_model(model, where.name, config)
     model = read()
     return model, core.compile_model(model, where.name, config)

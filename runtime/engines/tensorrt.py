@@ -20,9 +20,10 @@ from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, Compiled, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency
 from runtime.files import written
+from runtime.masks import MASK
 from runtime.optional import require
 from runtime.signature import Array
-from runtime.static_cache import INDICES, MASK
+from runtime.static_cache import INDICES
 from runtime.tensorrt.compile import Compiler
 from runtime.tensorrt.lower import OLDEST_FLOAT8, lower
 from runtime.tensorrt.run import Cache, Plan

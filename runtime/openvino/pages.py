@@ -1,12 +1,13 @@
 """KV caches in pages (Kwon et al. 2023, PagedAttention) for OpenVINO's CPU plugin, whose attention over pages is its fastest.
 
 The plugin takes a decoder's tokens [tokens, ...] without padding, row behind row, and where each row begins. Keys and values are tensors
-[pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold which row. Attention is causal by itself.
+[pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold which row. Attention is causal by itself,
+and each layer's is limited to the window that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -17,6 +18,9 @@ from runtime.signature import Array, Signature
 INPUTS: Final = {"inputs_embeds", "attention_mask", "position_ids"}
 LAST: Final = "last_positions"
 """The last token of each row: only these are worth logits."""
+KEYS: Final = 3
+WINDOW: Final = 10
+"""Inputs of an attention over pages, by place: the cache of keys, and how many positions are seen (0 is all)."""
 FIRST_CAPACITY: Final = 256
 """Positions that the pages of a row hold at first."""
 
@@ -26,16 +30,27 @@ def fits(signature: Signature) -> bool:
     return bool(signature.states) and {tensor.name for tensor in signature.inputs} == INPUTS
 
 
-def use_pages(model: Any) -> None:
+def use_pages(model: Any, signature: Signature) -> None:
     """Change a model that keeps states into one that keeps pages. Raises RuntimeError when the SDK finds no attention it knows."""
     ops = require("openvino.opset15", "openvino")
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
+    _limit(model, ops, [state.window for state in signature.states[::2]])
     product = model.output("logits").get_node().input_value(0).get_node()
     last = ops.parameter([-1], np.int32, name=LAST)
     last.output(0).get_tensor().set_names({LAST})
     model.add_parameters([last])
     product.input(0).replace_source_output(ops.gather(product.input_value(0), last, ops.constant(0)).output(0))
     model.validate_nodes_and_infer_types()
+
+
+def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:
+    """Give the attention of each layer its window. The transformation replaces masks by none, and numbers caches by layer."""
+    nodes = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    if len(nodes) != len(windows):
+        raise RuntimeError(f"{len(nodes)} attentions over pages, expected {len(windows)}")
+    for node in nodes:
+        layer = int(node.input_value(KEYS).get_node().get_friendly_name().removeprefix("key_cache."))
+        node.input(WINDOW).replace_source_output(ops.constant(windows[layer], np.int32).output(0))
 
 
 def has_pages(compiled: Any) -> bool:

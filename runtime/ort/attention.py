@@ -13,11 +13,11 @@ from typing import Any, Final
 import numpy as np
 
 from runtime.errors import EngineError
+from runtime.masks import MASK, require_windows, window_of
 from runtime.optional import require
 from runtime.signature import Signature
 
 CONTRIB: Final = "com.microsoft"
-MASK: Final = "attention_mask"
 HEADS_AND_LENGTH: Final = (0, 2, 1, 3)
 """The permutation between [batch, heads, length, size] and [batch, length, heads, size], either way."""
 
@@ -180,15 +180,17 @@ def _joined(output: Any, count: int) -> Any:
 def with_grouped_cache(model: Any, signature: Signature) -> None:
     """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the same buffer.
 
-    It takes the number of valid positions instead of a mask, and is causal by itself. States have the type that attention computes in.
+    It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a layer. States have
+    the type that attention computes in. Raises EngineError when the graph's own masks allow other positions.
     """
+    require_windows(model, signature)
     graph = Graph(model)
     lengths = _valid_lengths(graph)
     for node in [node for node in model.graph if is_attention(node) and has_past(node)]:
         count, groups, _ = heads(node)
         packed = [pack(graph, node, tensor) for tensor in node.inputs[:3]]
         caches = [cache_of(graph, node, index) for index in (1, 2)]
-        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)}
+        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(window_of(node, signature))
         inputs = [*packed, *(past for past, _ in caches), *lengths]
         fused = graph.ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
         graph.graph.insert_before(node, fused)
@@ -203,6 +205,11 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
         replace(graph, node, fused.outputs[0], count)
     model.opset_imports[CONTRIB] = 1
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
+
+
+def local(window: int) -> dict[str, int]:
+    """What limits a GroupQueryAttention to the latest `window` positions, its own included."""
+    return {"local_window_size": window} if window else {}
 
 
 def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:

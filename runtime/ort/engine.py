@@ -13,7 +13,7 @@ import numpy as np
 from runtime.bundle import Submodel
 from runtime.engine import Compiled, Engine, Options, Slot
 from runtime.errors import EngineError
-from runtime.ort.attention import MASK
+from runtime.masks import MASK
 from runtime.ort.caches import Cache
 from runtime.ort.sessions import CPU, NO_FALLBACK, RECORD, SHAPE_OPERATORS, Device, elsewhere, listed, open_session, sdk, values_of
 from runtime.ort.shapes import Shape, cuts, fitting

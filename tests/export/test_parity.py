@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,9 +14,12 @@ import pytest
 import torch
 from transformers import CLIPTextModel
 
-from export.family import Part
+import export.decoders
+from export.build import _parity
+from export.family import Part, family_of
 from export.options import Options
-from export.parity import check, mapped
+from export.parity import REACH, beyond_reach, check, mapped, samples
+from export.source import resolve
 from export.state import Build, part_graph
 from export.tensors import TensorRef
 from runtime.errors import ParityError
@@ -80,8 +86,60 @@ def test_what_is_not_a_number_is_beyond_every_floor(prepared: Prepared) -> None:
 def test_the_torch_side_is_the_library_s_float32_model(prepared: Prepared, tiny_diffusion: Path) -> None:
     part, _, weights = prepared
     ids = torch.arange(12).reshape(2, 6)
-    with mapped(part, weights), torch.inference_mode():
-        got = part.module(ids)[0]
+    with mapped(part.component.model, weights), torch.inference_mode():
+        got = part.reference(ids)[0]
         expected = CLIPTextModel.from_pretrained(tiny_diffusion / "text_encoder", dtype="float32")(ids).last_hidden_state
     assert torch.allclose(got, expected, atol=1e-6)
-    assert all(parameter.is_meta for parameter in part.module.parameters()), "nothing stays in memory"
+    assert all(parameter.is_meta for parameter in part.component.model.parameters()), "nothing stays in memory"
+
+
+# Decoders
+
+
+def windowed(source: Path, folder: Path, window: int) -> Path:
+    """A copy of a tiny LLaVA whose decoder has a window of attention."""
+    shutil.copytree(source, folder)
+    file = folder / "config.json"
+    config = json.loads(file.read_bytes())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": window}
+    file.write_text(json.dumps(config))
+    return folder
+
+
+def decoder_of(source: Path) -> Part:
+    found = resolve(str(source))
+    return next(part for part in family_of(found).parts(found, False) if part.name == "decoder")
+
+
+@pytest.mark.parametrize("window", [12, 4096], ids=["within-a-sample", "on-the-twin"])
+def test_a_fault_of_the_traced_module_is_found(tiny_vlm: Path, tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's own model is what a graph is compared with: a wrapper that lost the window would agree with itself."""
+    source = windowed(tiny_vlm, tmp_path / "source", window)
+    config = json.loads((source / "config.json").read_bytes())
+    config["text_config"]["max_position_embeddings"] = 8192
+    (source / "config.json").write_text(json.dumps(config))
+    mask = export.decoders._mask
+
+    def plain(**arguments: Any) -> torch.Tensor:
+        return mask(**arguments | {"mask_function": lambda row, head, query, key: key <= query})
+
+    monkeypatch.setitem(export.decoders.AttentionMaskInterface._global_mapping, export.decoders.ATTENTION, plain)
+    monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
+    opened = Build.open(Options(str(source), tmp_path / "bundle"))
+    with pytest.raises(ParityError, match="submodel 'decoder': output '"):
+        _parity(opened, next(part for part in opened.parts if part.name == "decoder"))
+
+
+def test_calls_of_a_decoder_leave_every_window_and_reach_the_end_of_the_context(tiny_vlm: Path, tmp_path: Path) -> None:
+    signature = decoder_of(windowed(tiny_vlm, tmp_path / "source", 40)).signature
+    calls = list(samples(signature))
+    totals = [call["attention_mask"].shape[1] for call in calls]
+    counts = [call["position_ids"].shape[1] for call in calls]
+    assert totals == list(np.cumsum(counts)) and counts[-1] == 1 and max(totals) < REACH
+    assert signature.windows == (40,) and sum(total > 40 for total in totals) >= 2 and sum(total < 40 for total in totals) >= 2
+    assert calls[-1]["position_ids"].max() == signature.dims["total"].max - 1
+    assert not beyond_reach(signature) and beyond_reach(decoder_of(windowed(tiny_vlm, tmp_path / "far", 500)).signature)
+
+
+def test_a_window_as_long_as_the_context_is_none(tiny_vlm: Path, tmp_path: Path) -> None:
+    assert decoder_of(windowed(tiny_vlm, tmp_path / "source", 1024)).signature.windows == (0,)

@@ -31,12 +31,14 @@ def session(model: Any, folder: Path) -> Any:
 class Decoder:
     """The canonical graph and the static one, fed the same."""
 
-    def __init__(self, bundle: Path, half: bool = False) -> None:
+    def __init__(self, bundle: Path, half: bool = False, window: int = 0) -> None:
         opened = Bundle(bundle)
         submodel = opened.submodel("decoder")
         graph = bundle / submodel.graph
         self.signature: Signature = submodel.signature
         self.canonical = ir.load(graph)
+        if window:
+            self.signature = limit(self.canonical, self.signature, window)
         self.static = with_static_cache(to_half(self.canonical, "float16") if half else self.canonical, self.signature, CAPACITY)
         self.sessions = session(self.canonical, graph.parent), session(self.static, graph.parent)
         self.dtype = np.float16 if half else np.float32
@@ -64,10 +66,28 @@ class Decoder:
         return errors
 
 
-@pytest.fixture(scope="module")
-def decoder(tiny_bundle: Path) -> Decoder:
-    """The small decoder, with two query heads for each key head."""
-    return Decoder(tiny_bundle)
+def limit(model: Any, signature: Signature, window: int) -> Signature:
+    """Let the last layer of a decoder see the latest `window` positions only; the signature that says so."""
+    node = [node for node in model.graph if node.op_type == "Attention"][-1]
+    compare = next(node for node in model.graph if node.op_type == "LessOrEqual")
+    columns, rows = compare.inputs
+    constant = ir.Value(name="window", const_value=ir.tensor(np.array(window), name="window"))
+    model.graph.register_initializer(constant)
+    made = [ir.node("Sub", [rows, constant])]
+    made.append(ir.node("Greater", [columns, made[0].outputs[0]]))
+    made.append(ir.node("And", [node.inputs[3], made[1].outputs[0]]))
+    for index, one in enumerate(made):
+        one.name = one.outputs[0].name = f"near.{index}"
+    model.graph.insert_before(node, made)
+    node.replace_input_with(3, made[-1].outputs[0])
+    last = [state.model_copy(update={"window": window}) for state in signature.states[-2:]]
+    return signature.model_copy(update={"states": (*signature.states[:-2], *last)})
+
+
+@pytest.fixture(scope="module", params=[0, 6], ids=["whole", "window"])
+def decoder(tiny_bundle: Path, request: pytest.FixtureRequest) -> Decoder:
+    """The small decoder, with two query heads for each key head; once with a window in its second layer."""
+    return Decoder(tiny_bundle, window=request.param)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -103,7 +123,7 @@ def test_the_given_graph_stays_as_it_is(decoder: Decoder, tiny_bundle: Path) -> 
 
 
 def test_a_mask_that_is_not_causal_is_refused(decoder: Decoder) -> None:
-    """Such as a sliding window: the rebuilt mask would let tokens see more than the model was trained with."""
+    """The rebuilt mask would let tokens see more than the model was trained with."""
     model = decoder.canonical.clone()
     (compare,) = (node for node in model.graph if node.op_type == "LessOrEqual")
     compare.op_type = "Less"
@@ -120,3 +140,17 @@ def test_a_decoder_that_reads_the_mask_elsewhere_is_refused(decoder: Decoder) ->
     model.graph.outputs.append(total.outputs[0])
     with pytest.raises(EngineError, match="reads attention_mask outside of attention, in count: its length cannot be fixed"):
         with_static_cache(model, decoder.signature, CAPACITY)
+
+
+def test_a_window_that_the_signature_does_not_say_is_refused(tiny_bundle: Path) -> None:
+    limited = Decoder(tiny_bundle, window=6)
+    without = limited.signature.model_copy(
+        update={"states": tuple(state.model_copy(update={"window": 0}) for state in limited.signature.states)}
+    )
+    with pytest.raises(EngineError, match="is not causal over the positions that attention_mask allows, expected that"):
+        with_static_cache(limited.canonical, without, CAPACITY)
+    other = limited.signature.model_copy(
+        update={"states": tuple(state.model_copy(update={"window": 5}) for state in limited.signature.states)}
+    )
+    with pytest.raises(EngineError, match="allows, the latest 5 of them, expected that"):
+        with_static_cache(limited.canonical, other, CAPACITY)

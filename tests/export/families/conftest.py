@@ -1,0 +1,99 @@
+"""Tiny LLaVA checkpoints of any decoder and tower, saved by transformers, and what the library answers with them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import runtime.pipelines.chat
+from runtime.images import Picture
+from runtime.loading import LoadedModel
+from runtime.pipeline import drive
+from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.text import Message
+
+SAMPLE = Path(__file__).parents[3] / "export" / "samples" / "shapes-vlm"
+EDGE, PATCH = 24, 8
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+QUESTION = "what color is the circle? how many shapes are there? "
+PICTURE: Picture = np.random.default_rng(0).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
+Settings = Mapping[str, Any]
+Make = Callable[..., Path]
+
+
+def save(folder: Path, text: Settings, vision: Settings, top: Settings, processor: Settings, generation: Settings | None) -> Path:
+    """A LLaVA of two layers and random float16 weights, large enough that answers vary. Each mapping is laid over a config file."""
+    config = json.loads((SAMPLE / "config.json").read_bytes())
+    tokens = {key: config["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config["text_config"] = {
+        "model_type": "llama", **tokens, **SMALL, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, **text,
+    }  # fmt: skip
+    config["vision_config"] = {"model_type": "clip_vision_model", **SMALL, "image_size": EDGE, "patch_size": PATCH, **vision}
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(config | dict(top)))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.half().save_pretrained(folder, save_original_format=False)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(SAMPLE / name, folder)
+    file = json.loads((SAMPLE / "processor_config.json").read_bytes())
+    file["image_processor"] |= {"crop_size": {"height": EDGE, "width": EDGE}, "size": {"shortest_edge": EDGE}}
+    (folder / "processor_config.json").write_text(json.dumps(file | {"patch_size": PATCH} | dict(processor)))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """Saves a tiny LLaVA; `text`, `vision`, `top`, `processor` and `generation` are what its config files say besides."""
+
+    def made(generation: Settings | None = None, **settings: Settings) -> Path:
+        text, vision, top, processor = (settings.get(key, {}) for key in ("text", "vision", "top", "processor"))
+        return save(tmp_path_factory.mktemp("sources") / "tiny", text, vision, top, processor, generation)
+
+    return made
+
+
+def ask(length: int, picture: bool = True, **settings: Any) -> ChatRequest:
+    """A question of about `length` tokens, with a picture of nine more."""
+    text = (QUESTION * (length // 12 + 1))[: length * 4]
+    return ChatRequest((Message("user", (PICTURE, text) if picture else (text,)),), **settings)
+
+
+def answer(model: LoadedModel, request: ChatRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens that a loaded model answers with."""
+    tokens: list[int] = []
+    choose = runtime.pipelines.chat.choose
+
+    def listen(*args: Any, **keywords: Any) -> int:
+        tokens.append(choose(*args, **keywords))
+        return tokens[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.pipelines.chat, "choose", listen)
+        for _ in drive(model.pipeline(request), model.engines):  # type: ignore[arg-type]
+            pass
+    return tokens
+
+
+def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings: Any) -> tuple[list[int], int]:
+    """The tokens of transformers' own generate, and how many the prompt has."""
+    assert isinstance(pipeline, ChatPipeline) and pipeline.preprocessor is not None
+    prompt = pipeline.prompt(request)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
+    pixels = {"pixel_values": torch.from_numpy(pipeline.preprocessor(prompt.images, "messages"))} if prompt.images else {}
+    ids = torch.tensor([prompt.ids])
+    with torch.inference_mode():
+        found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **settings)
+    return found[0, len(prompt.ids) :].tolist(), len(prompt.ids)
