@@ -29,7 +29,7 @@ from export.tasks import TASKS, right
 from runtime.bundle import Bundle, Frozen, Inside, Submodel
 from runtime.engine import Slot
 from runtime.errors import BundleError, EngineError, InvalidInput, NotFound
-from runtime.images import Picture, encode_image
+from runtime.images import Picture, decoded, encode_image
 from runtime.loading import LoadedModel
 from runtime.pipeline import Call, Event, Finished, ImageReady, Outputs, Pipeline, TextDelta, drive, run_call
 from runtime.pipelines.chat import ChatRequest
@@ -550,7 +550,7 @@ def _answer(
     shown = request.images
     path = f"{FOLDER}/question-{i}.png" if shown else None
     if path:
-        pictures[path] = shown[0]
+        pictures[path] = decoded(shown[0])
     return AnswerQuality(
         question=" ".join(part for part in request.messages[-1].content if isinstance(part, str)),
         picture=path,

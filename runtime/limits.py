@@ -49,13 +49,7 @@ class Limit:
 IMAGE, CHAT = "GenerateRequest", "ChatRequest"
 
 # The message as it arrives.
-MESSAGE: Final = Limit(
-    "message", 20 << 20, "bytes", "pictures travel in chat messages: one of the largest size, or several of a camera", ("ChatRequest",)
-)
-SMALL_MESSAGE: Final = Limit(
-    "message of any other call", 256 << 10, "bytes", "two prompts of the longest kind, four bytes a character",
-    ("GenerateRequest", "ModelService", "Health", "ServerReflection"),
-)  # fmt: skip
+MESSAGE: Final = Limit("message", 20 << 20, "bytes", "pictures travel in chat requests: one of the largest size, or several of a camera")
 FIELDS: Final = Limit(
     "fields of a message", 10_000, "fields, those of nested messages included", "an empty part takes 2 bytes to send and 50 to hold"
 )
@@ -91,12 +85,25 @@ SEED: Final = Limit("seed of an answer", 2**64 - 1, "", "what the field holds", 
 MESSAGES: Final = Limit("messages", 1000, "messages", "templates are rendered over all of them", (f"{CHAT}.messages", "Message.role"))
 PARTS: Final = Limit("parts", 2000, "parts of all messages", "as messages", ("Message.parts",))
 TEXT: Final = Limit(
-    "text", 400_000, "characters of all parts", "about 100,000 tokens: what does not fit the context is not tokenized", ("Part.text",)
+    "text",
+    100_000,
+    "characters of all parts",
+    "some 25,000 tokens; tokenizing takes 200 bytes and a microsecond for each byte",
+    ("Part.text",),
 )
-PICTURES: Final = Limit("pictures", 32, "pictures of all messages", "each takes tokens of the context", ("Part.image",))
+PICTURES: Final = Limit(
+    "pictures", 16, "pictures of all messages", "they are encoded together, and each takes tokens of the context", ("Part.image",)
+)
 PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "photographs of cameras", ("Part.image",))
 PICTURE_PIXELS: Final = Limit(
     "pixels of a picture", 64_000_000, "pixels", "read from the header; one picture at a time is decoded", ("Part.image",)
+)
+DECODED: Final = Limit(
+    "a decoded picture", 256 << 20, "bytes of memory to decode it in",
+    "4 a pixel of RGB files, 5 of grey ones, 8 with transparency or turned by EXIF, 12 of WebP", ("Part.image",),
+)  # fmt: skip
+RESIZED_PIXELS: Final = Limit(
+    "pixels of a resized picture", 8_000_000, "pixels", "a strip whose short edge gets the model's size becomes very long", ("Part.image",)
 )
 REQUEST_PIXELS: Final = Limit(
     "pixels of all pictures", 256_000_000, "pixels", "read from the headers; decoding takes a second per 64 million", ("Part.image",)
@@ -117,9 +124,13 @@ PENALTY: Final = Limit("repetition_penalty", 100, "(a factor, at least 0.01)", "
 CALLS: Final = Limit("calls at once", 1000, "calls of all clients", "each holds some memory while it waits")
 CONNECTION_CALLS: Final = Limit("calls at once on a connection", 100, "calls", "as gRPC advises; further ones wait in the client")
 ARRIVING: Final = Limit("messages arriving at once on a connection", 4, "messages", "further ones wait unread")
+CHECKED: Final = Limit("requests checked at once of a connection", 1, "requests", "tokenizing a long text takes a part of a second")
+CHECKS: Final = Limit("requests checked at once", 2, "requests of all clients", "as above")
 WAITING_BYTES: Final = Limit("pictures waiting", 128 << 20, "bytes of the files of all requests", "they are kept until it is their turn")
 UNREAD: Final = Limit("answers unread", 30, "seconds until the request is cancelled", "a reader that stands still may not hold the engine")
-UNREAD_PICTURES: Final = Limit("pictures unread", 2, "finished pictures of a request", "drawing goes on when they are read")
+UNREAD_BYTES: Final = Limit(
+    "pictures unread", 32 << 20, "bytes of the pictures of a request", "older previews are left out, and drawing waits to be read"
+)
 VANISHED: Final = Limit("a client that vanished", 30, "seconds until its requests are cancelled", "pings go unanswered")
 ERROR_TEXT: Final = Limit("error message", 1000, "characters", "it travels in trailers of 8 KiB, percent-encoded")
 

@@ -25,9 +25,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InvalidInput
-from runtime.images import Picture, check_picture
+from runtime.images import Picture, PictureFile, check_picture
 
 Role = Literal["system", "user", "assistant"]
+Part = str | Picture | PictureFile
+"""Text, a picture, or a file with one."""
 NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a template may name, as in transformers' special_tokens_map."""
 REPLACEMENT: Final = "\ufffd"
@@ -39,10 +41,10 @@ class Message:
     """One turn: its texts and pictures in order. A str is text, an array a picture, uint8 RGB [height, width, 3]."""
 
     role: Role
-    content: tuple[str | Picture, ...]
+    content: tuple[Part, ...]
 
     @property
-    def images(self) -> list[Picture]:
+    def images(self) -> list[Picture | PictureFile]:
         return [part for part in self.content if not isinstance(part, str)]
 
     def check(self, field: str) -> None:
@@ -52,6 +54,8 @@ class Message:
         if not self.content:
             raise InvalidInput(f"{field}.parts", "is empty, expected texts and pictures (an empty text is allowed)")
         for i, part in enumerate(self.content):
+            if isinstance(part, PictureFile):
+                continue
             if not isinstance(part, str):
                 check_picture(part, f"{field}.parts[{i}]")
             elif not _is_unicode(part):
@@ -134,18 +138,18 @@ class ChatText:
         known = set(self.special.values())
         return Counter(id for id in ids if id in known)
 
-    def _check_plain(self, part: str | Picture, field: str) -> None:
+    def _check_plain(self, part: Part, field: str) -> None:
         found = [token for token in self.special if isinstance(part, str) and token in part]
         if found:
             raise InvalidInput(field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way")
 
 
-def _part(part: str | Picture) -> dict[str, str]:
+def _part(part: Part) -> dict[str, str]:
     """A part as templates expect it."""
     return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
 
 
-def _harmless(part: str | Picture) -> str | Picture:
+def _harmless(part: Part) -> Part:
     """A part of the same kind that writes no special token; blank text stays, as templates may treat it apart."""
     return "x" if isinstance(part, str) and part.strip() else part
 

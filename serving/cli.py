@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -49,7 +50,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 ModelName = Annotated[str, typer.Option("--model", help="Name of the model, as the server lists it. Not needed with --bundle.")]
 Address = Annotated[str | None, typer.Option(help=f"Server to ask, HOST:PORT. Without --bundle: {ADDRESS}.")]
-BundleFolder = Annotated[Path | None, typer.Option("--bundle", help="Run this bundle in process, without a server.")]
+BundleFolder = Annotated[
+    str | None,
+    typer.Option("--bundle", metavar="[NAME=]DIR", help="Run this bundle in process, without a server, under a name of your own."),
+]
 Target = Annotated[str | None, typer.Option(help="Engine to run on, such as openvino. Default: the best usable one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
 DeviceName = Annotated[str, typer.Option("--device", help="Device to run on, such as cpu, cuda:1, GPU.0 or HETERO:GPU,CPU.")]
@@ -82,7 +86,13 @@ def enginecast() -> None:
 
 @app.command()
 def serve(
-    bundles: Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders made by `enginecast build`.")],
+    bundles: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[NAME=]DIR...",
+            help="Folders made by `enginecast build`. With a name, requests use that instead of the bundle's own: int8=DIR int4=DIR.",
+        ),
+    ],
     address: Annotated[
         str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
     ] = ADDRESS,
@@ -96,31 +106,46 @@ def serve(
     ] = None,
     threads: Threads = 0,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16,
-    grace: Annotated[float, typer.Option(min=0, help="Seconds that running requests get to finish when the server stops.")] = 30.0,
+    grace: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")
+    ] = 30.0,
 ) -> None:
     """Serve bundles over gRPC until SIGINT or SIGTERM."""
     import logging
 
-    from runtime import signing
-    from runtime.bundle import Bundle
+    from runtime import limits, signing
     from runtime.loading import load_model
     from serving import server
-    from serving.host import Limits, ModelHost
+    from serving.host import Limits, ModelHost, Offer
 
     options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
 
+    limits.GRACE.number("grace", grace)  # typer lets NaN pass
     if require_signature is not None:
         signing.public_key(require_signature)  # a wrong key fails at once
+    offers = [Offer.of(root, name) for name, root in map(named, bundles)]
+    if all(offer.error for offer in offers):
+        raise next(offer.error for offer in offers if offer.error)
 
     def load(root: Path, asked: str | None) -> Model:
         return load_model(root, asked or target, options, wishes, require_signature)
 
     async def run() -> None:
-        host = ModelHost(map(Bundle, bundles), load, Limits(max_queue=max_queue, grace_seconds=grace))
+        host = ModelHost(offers, load, Limits(max_queue=max_queue, grace_seconds=grace))
         await server.serve(host, address, lambda line: print(line, flush=True))
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(run())
+
+
+def named(text: str) -> tuple[str, Path]:
+    """The name and the folder of `NAME=DIR`; no name for a folder alone. A folder with "=" in its name is written as ./a=b."""
+    name, equals, folder = text.partition("=")
+    if not equals or "/" in name or os.sep in name:
+        return "", Path(text)
+    if not name or not folder:
+        raise InvalidInput("bundle", f"is '{text}', expected DIR or NAME=DIR")
+    return name, Path(folder)
 
 
 @app.command()
@@ -248,7 +273,7 @@ for _name, (_, _help) in FORWARDS.items():
 
 
 @contextmanager
-def _session(address: str | None, bundle: Path | None, target: str | None, options: Options, wishes: Wishes) -> Iterator[Session]:
+def _session(address: str | None, bundle: str | None, target: str | None, options: Options, wishes: Wishes) -> Iterator[Session]:
     opened: AbstractContextManager[Session]
     if bundle is None:
         given = {
@@ -269,7 +294,7 @@ def _session(address: str | None, bundle: Path | None, target: str | None, optio
     else:
         from serving.local import Local
 
-        opened = Local.open(bundle, target, options, wishes)
+        opened = Local.open(named(bundle)[1], target, options, wishes)
     with opened as session:
         yield session
 

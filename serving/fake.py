@@ -13,7 +13,7 @@ import numpy as np
 
 from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.engine import FakeEngine
-from runtime.errors import InvalidInput, NotFound
+from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
 from runtime.signature import Array, Signature
 from serving.client import Client
@@ -102,6 +102,8 @@ class FakeModel:
             yield ImageReady(picture, index, (request.seed or 0) + index)
 
     def _chat(self, request: Any) -> Pipeline:
+        for picture in request.images:
+            picture.decode()
         for word in WORDS[: request.max_tokens or 3]:
             yield Call("denoiser", {})
             yield TextDelta(word)
@@ -136,6 +138,7 @@ class FakeServer:
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
         self.load_gate.set()
+        self.load_failure: Exception | None = None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -158,8 +161,8 @@ class FakeServer:
     def _load(self, root: Path, target: str | None) -> FakeModel:
         assert self.load_gate.wait(20)
         self.loads.append((root.name, target))
-        if target == "missing":
-            raise NotFound("target 'missing' is not known")
+        if self.load_failure is not None:
+            raise self.load_failure
         self.models[root.name].closed = False
         return self.models[root.name]
 

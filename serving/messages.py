@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from time import perf_counter
 from typing import Any, Final
@@ -10,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 from google.protobuf.message import Message as ProtoMessage
 
-from runtime import images, text
+from runtime import images, limits, text
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Finished, ImageReady, Progress, TextDelta
 from runtime.pipelines.chat import ChatRequest
@@ -50,7 +49,11 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
-    """The request as the chat pipeline takes it, pictures decoded. Raises InvalidInput naming the field."""
+    """The request as the chat pipeline takes it, its picture files not yet decoded. Raises InvalidInput naming the field."""
+    limits.MESSAGES.length("messages", message.messages)
+    limits.PARTS.count("messages", sum(len(turn.parts) for turn in message.messages))
+    limits.PICTURES.count("messages", sum(part.HasField("image") for turn in message.messages for part in turn.parts))
+    limits.STOPS.length("stop", message.stop)
     turns = tuple(_turn(turn, f"messages[{i}]") for i, turn in enumerate(message.messages))
     return ChatRequest(messages=turns, stop=tuple(message.stop), **_given(message, CHAT_OPTIONS))
 
@@ -59,8 +62,7 @@ def grace(message: model_pb2.UnloadModelRequest) -> float | None:
     """Seconds that requests get to finish, None when unset. Raises InvalidInput."""
     if not message.HasField("grace_seconds"):
         return None
-    if not 0 <= message.grace_seconds < math.inf:
-        raise InvalidInput("grace_seconds", f"is {message.grace_seconds}, expected 0 or more")
+    limits.GRACE.number("grace_seconds", message.grace_seconds)
     return message.grace_seconds
 
 
@@ -74,12 +76,12 @@ def _turn(turn: chat_pb2.Message, field: str) -> text.Message:
     return text.Message(ROLES[turn.role], tuple(_part(part, f"{field}.parts[{i}]") for i, part in enumerate(turn.parts)))
 
 
-def _part(part: chat_pb2.Part, field: str) -> str | images.Picture:
+def _part(part: chat_pb2.Part, field: str) -> text.Part:
     match part.WhichOneof("content"):
         case "text":
             return part.text
         case "image":
-            return images.decode_image(part.image, f"{field}.image")
+            return images.PictureFile.open(part.image, f"{field}.image")
         case _:
             raise InvalidInput(field, "is empty, expected text or image")
 

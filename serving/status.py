@@ -6,6 +6,7 @@ of an InvalidInput. An unexpected exception becomes INTERNAL without its text, w
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,13 +15,18 @@ from urllib.parse import quote
 
 import grpc
 
-from runtime import errors
-from runtime.errors import EnginecastError, InvalidInput
+from runtime import errors, limits
+from runtime.errors import Cancelled, EnginecastError, InvalidInput
+from serving.shown import shortened
 
 log = logging.getLogger(__name__)
 
+Context = grpc.aio.ServicerContext[Any, Any]
+
 ERROR_KEY: Final = "enginecast-error"
 FIELD_KEY: Final = "enginecast-field"
+UNREAD_SECONDS = float(limits.UNREAD.most)
+FIELD_LENGTH: Final = 200
 MESSAGE_BYTES: Final = 4096
 """Longest message sent. It travels percent-encoded in the trailers, which gRPC limits to 8 KiB."""
 
@@ -46,15 +52,15 @@ def code(error: EnginecastError) -> grpc.StatusCode:
 
 
 @asynccontextmanager
-async def reported(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[None]:
+async def reported(context: Context) -> AsyncIterator[None]:
     """End the RPC with the status of whatever the body raises."""
     try:
         yield
     except EnginecastError as error:
         metadata = [(ERROR_KEY, type(error).__name__)]
         if isinstance(error, InvalidInput):
-            metadata.append((FIELD_KEY, quote(error.field, safe="[]")))
-        await context.abort(code(error), shortened(str(error)), tuple(metadata))
+            metadata.append((FIELD_KEY, quote(shortened(error.field, FIELD_LENGTH), safe="[]")))
+        await context.abort(code(error), fitting(str(error)), tuple(metadata))
     except grpc.aio.AbortError:
         raise
     except Exception:
@@ -62,8 +68,18 @@ async def reported(context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator
         await context.abort(grpc.StatusCode.INTERNAL, "the server failed unexpectedly: its log says why")
 
 
-def shortened(message: str) -> str:
+async def write(context: Context, response: Any) -> None:
+    """Send a response. Raises Cancelled when the client takes too long to read those before it."""
+    try:
+        async with asyncio.timeout(UNREAD_SECONDS):
+            await context.write(response)
+    except TimeoutError:
+        raise Cancelled(f"the client read nothing for {UNREAD_SECONDS:g} s") from None
+
+
+def fitting(message: str) -> str:
     """The message, cut where its percent-encoding would not fit the trailers."""
+    message = shortened(message)
     while len(quote(message)) > MESSAGE_BYTES:
         message = message[: len(message) * 3 // 4] + "…"
     return message

@@ -27,7 +27,7 @@ from runtime.bundle import Frozen
 from runtime.decoding import Sampling, Scores, choose
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
-from runtime.images import ImagePreprocessor, Picture
+from runtime.images import ImagePreprocessor, Picture, PictureFile
 from runtime.pipeline import Call, Event, Example, Finished, Outputs, Pipeline, TextDelta
 from runtime.signature import Array
 from runtime.text import ChatText, Detokenizer, Message, StopStrings
@@ -100,7 +100,9 @@ class ChatRequest:
             raise InvalidInput("messages", "is empty, expected at least one message of the user")
         limits.MESSAGES.length("messages", self.messages)
         limits.PARTS.count("messages", sum(len(message.content) for message in self.messages))
-        limits.PICTURES.count("messages", sum(len(message.images) for message in self.messages))
+        limits.PICTURES.length("messages", self.images)
+        files = [image for image in self.images if isinstance(image, PictureFile)]
+        limits.REQUEST_PIXELS.count("messages", sum(width * height for width, height in (file.size for file in files)))
         limits.TEXT.count("messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str)))
         limits.STOPS.length("stop", self.stop)
         for stop in self.stop:
@@ -117,9 +119,14 @@ class ChatRequest:
             raise InvalidInput(f"messages[{len(self.messages) - 1}].role", f"is '{self.messages[-1].role}', expected 'user' to answer to")
 
     @property
-    def images(self) -> list[Picture]:
+    def images(self) -> list[Picture | PictureFile]:
         """Every picture of the conversation, in order."""
         return [image for message in self.messages for image in message.images]
+
+    @property
+    def nbytes(self) -> int:
+        """What its picture files hold while the request waits."""
+        return sum(len(image.data) for image in self.images if isinstance(image, PictureFile))
 
     def sampling(self, defaults: Defaults) -> Sampling:
         """How to choose tokens: this request's values over the model's."""
@@ -153,7 +160,7 @@ class Prompt:
 
     ids: list[int]
     keys: list[int]
-    images: list[Picture]
+    images: list[Picture | PictureFile]
 
 
 class ChatPipeline:
@@ -220,6 +227,9 @@ class ChatPipeline:
         """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
         if request.images and not self.config.has_vision:
             raise InvalidInput("messages", "show pictures, but the model has no vision: send text only")
+        for picture in request.images:
+            if self.preprocessor is not None and isinstance(picture, PictureFile):
+                self.preprocessor.check(picture.size, picture.field)
         ids = self.text.encode(request.messages)
         bos = self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
@@ -314,7 +324,8 @@ def _shared(held: Sequence[int], keys: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(held, keys, strict=False)))
 
 
-def _name(picture: Picture) -> int:
-    """A negative number made from a picture's size and content."""
-    digest = hashlib.sha256(repr(picture.shape).encode() + picture.tobytes()).digest()
+def _name(picture: Picture | PictureFile) -> int:
+    """A negative number made from a picture's size and content, or from its file."""
+    content = picture.data if isinstance(picture, PictureFile) else repr(picture.shape).encode() + picture.tobytes()
+    digest = hashlib.sha256(content).digest()
     return -1 - int.from_bytes(digest[:8])

@@ -21,7 +21,17 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from PIL import Image
 
 from runtime.choices import Decision
-from runtime.errors import Cancelled, DeadlineExceeded, EnginecastError, EngineError, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from runtime.errors import (
+    BundleError,
+    Cancelled,
+    DeadlineExceeded,
+    EnginecastError,
+    EngineError,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from serving.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
 from serving.fake import FakeModel, FakeServer, bundle, request, until
@@ -303,12 +313,14 @@ class TestModels:
         until(lambda: cold.client.model("draw").state == model_pb2.MODEL_STATE_READY)
 
     def test_failing_to_load(self, cold: FakeServer) -> None:
-        with pytest.raises(NotFound, match="target 'missing'"):
-            cold.client.load("draw", target="missing")
+        cold.load_failure = BundleError("unet was altered")
+        with pytest.raises(BundleError, match="unet was altered"):
+            cold.client.load("draw")
         model = cold.client.model("draw")
-        assert model.state == model_pb2.MODEL_STATE_FAILED and "missing" in model.error
-        with pytest.raises(Unavailable, match="target 'missing'"):
+        assert model.state == model_pb2.MODEL_STATE_FAILED and model.error == "unet was altered"
+        with pytest.raises(Unavailable, match="unet was altered"):
             list(cold.client.generate(request()))
+        cold.load_failure = None
         cold.client.load("draw")
         assert cold.alive()
 

@@ -1,0 +1,81 @@
+"""From a worker thread to the event loop: the events of one request, bounded whatever its reader does."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from dataclasses import replace
+
+from runtime import limits
+from runtime.pipeline import Event, ImageReady, Progress
+
+
+class Mailbox:
+    """Events in the order they were put. Made on the event loop that reads them; `put` and `end` may be called from any thread.
+
+    Small events are all kept: their number is bounded by the request's steps and tokens. Of unread pictures at most
+    `limits.UNREAD_BYTES` are kept: older previews are dropped for newer ones, and `put` waits with a finished picture until there is
+    room.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._room = threading.Condition()
+        self._events: deque[Event] = deque()
+        self._ended = False
+        self._error: BaseException | None = None
+
+    def put(self, event: Event) -> None:
+        """Add an event. Nothing happens once the mailbox has ended."""
+        with self._room:
+            if isinstance(event, ImageReady):
+                self._room.wait_for(lambda: self._ended or not self._full(event))
+            if self._ended:
+                return
+            self._events.append(event)
+            for i, old in enumerate(self._events):
+                if not self._full():
+                    break
+                if isinstance(old, Progress) and old is not event:
+                    self._events[i] = replace(old, preview=None)
+        self._wake()
+
+    def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
+        """No more events: the reader gets those that are left, or with `at_once` none, then `error`. The first end counts."""
+        with self._room:
+            if not self._ended:
+                self._ended, self._error = True, error
+                if at_once:
+                    self._events.clear()
+            self._room.notify_all()
+        self._wake()
+
+    async def get(self) -> Event | None:
+        """The next event; None at the end. Raises the error that it ended with."""
+        while True:
+            self._arrived.clear()
+            with self._room:
+                if self._events:
+                    event = self._events.popleft()
+                    self._room.notify_all()
+                    return event
+                if self._ended:
+                    if self._error is not None:
+                        raise self._error
+                    return None
+            await self._arrived.wait()
+
+    def _full(self, further: Event | None = None) -> bool:
+        held = sum(map(_nbytes, self._events))
+        return held > 0 and held + (_nbytes(further) if further else 0) > limits.UNREAD_BYTES.most
+
+    def _wake(self) -> None:
+        self._loop.call_soon_threadsafe(self._arrived.set)
+
+
+def _nbytes(event: Event) -> int:
+    if isinstance(event, ImageReady):
+        return int(event.image.nbytes)
+    return int(event.preview.nbytes) if isinstance(event, Progress) and event.preview is not None else 0
