@@ -24,6 +24,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.equalize import columns, restored
+from calibration.progress import reached
 from calibration.quantize import Layer, LayerPlan, name_of, weight_layers
 from calibration.sensitivity import Alternative, Board, Errors, Kept, Kind, kind_of, measured
 from calibration.tuning import Tuning
@@ -113,6 +114,7 @@ def _noises(board: Board, sources: Sequence[Source], kept: Kept) -> Numbers:
     probes, changes = np.zeros((0, len(sources))), []
     for end in (total * number // ROUNDS for number in range(1, ROUNDS + 1)):
         for number in range(len(probes), end):
+            reached(number / total, f"probe {number + 1} of {total}")
             probe = generator.choice([-1.0, 1.0], len(sources)) * shares
             probes = np.vstack([probes, probe])
             changes.append(kept(f"probe-{number}", partial(board.change, _errors(board, sources, probe))))

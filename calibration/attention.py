@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from calibration.equalize import decibel
 from calibration.lean import lean_session, rows_of
+from calibration.progress import each
 from calibration.quantize import name_of
 from runtime.signature import Array
 
@@ -40,7 +41,7 @@ def attention_in_half(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -
     session: Any = lean_session(copy)
     wanted = [name for names in asked.values() for name in names]
     found = dict.fromkeys(asked, np.inf)
-    for index in np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int):
+    for index in each("attention, call", np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int).tolist()):
         totals = np.zeros(len(wanted))
         for row in rows_of(samples[index], session):
             totals += np.array(session.run(wanted, row), np.float64)

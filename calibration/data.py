@@ -13,6 +13,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from calibration.progress import each, followed
+from calibration.progress import reused as mark_reused
 from calibration.recording import Inputs, Quota, Recorder, count_positions
 from calibration.requests import Asked, Requests, accepted, built_in
 from calibration.sets import CalibrationSet, Samples
@@ -67,7 +69,7 @@ def record(
     samples: dict[str, list[Inputs]] = {submodel.name: [] for submodel in manifest.submodels}
     positions: dict[str, list[int]] = {submodel: [] for submodel in samples}
     used = 0
-    for asked, work in accepted(lambda asked: _prepared(model, asked), requests, wanted):
+    for asked, work in each("request", accepted(lambda asked: _prepared(model, asked), requests, wanted), wanted):
         done = Done(used + 1, wanted, asked.name)
         listen(done)
         start = time.perf_counter()
@@ -75,6 +77,8 @@ def record(
         key = _key(manifest.key, quota, used, asked)
         part = _kept(file, key) if file else None
         reused = part is not None
+        if reused:
+            mark_reused()
         if part is None:
             part = _run(model, work, asked, quota, used, key)
             if file:
@@ -125,7 +129,7 @@ def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: in
     recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
     if work.pixels is not None:
         recorder.offer(Call(VAE_ENCODER, {"image": work.pixels}))
-    for event in drive(recorder.watch(work.pipeline), model.engines):
+    for event in followed(drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0):
         if isinstance(event, ImageReady) and work.pixels is None:
             recorder.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
     samples, positions = {}, {}

@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from calibration.progress import each
 from calibration.quantize import LEAST_SNR, Layer, LayerPlan, add_initializer, layer_of, name_of, tensor_of, weight_layers
 from calibration.ranges import ChannelStats, Histogram
 from calibration.weights import INT8_PEAK, Floats, check, chunks, int4_blocks, int8_columns, release
@@ -75,7 +76,7 @@ def find_folds(model: ir.Model, layers: Sequence[LayerPlan], stats: Mapping[str,
     """
     plans = {planned.node: planned for planned in layers}
     folds = []
-    for tensor, group in _groups(model).items():
+    for tensor, group in each("scales of tensor", _groups(model).items()):
         planned = [plans[name_of(layer.node)] for layer in group]
         kind = _kind(planned)
         if kind is None or name_of(tensor) not in stats:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calibration.lean import lean_session, rows_of
+from calibration.progress import each, phase
 from calibration.quantize import name_of
 from calibration.weights import Floats
 from runtime.errors import InvalidInput
@@ -63,15 +64,17 @@ def hessians(model: ir.Model, tensors: Sequence[str], samples: Sequence[Mapping[
     calls: Calls = [row for sample in samples for row in rows_of(sample, whole)]
     del whole
     groups = _groups(wanted)
-    for number, group in enumerate(groups):
+    for number, group in enumerate(each("stretch", groups)):
         later = [value for others in groups[number + 1 :] for value in others]
         crossing = flow.crossing(later, group[-1])
-        found, calls = _gather(model, group, crossing, calls)
-        for value in group:
-            hessian = found.pop(name_of(value))
-            for name, source in sources.items():
-                if source is value:
-                    yield name, hessian
+        with phase(0.0, 0.5):
+            found, calls = _gather(model, group, crossing, calls)
+        with phase(0.5, 1.0):
+            for value in each("tensor", group):
+                hessian = found.pop(name_of(value))
+                for name, source in sources.items():
+                    if source is value:
+                        yield name, hessian
 
 
 def _unsliced(value: ir.Value) -> ir.Value:
@@ -154,7 +157,7 @@ def _gather(model: ir.Model, group: Sequence[ir.Value], crossing: Sequence[ir.Va
     sums: dict[str, Floats] = {}
     counts = dict.fromkeys(names, 0)
     left: Calls | None = []
-    for call in calls:
+    for call in each("call", calls):
         carried = made if left is not None else []
         results = iter(session.run([*asked, *carried], {name: array for name, array in call.items() if name in inputs}))
         for name in names:

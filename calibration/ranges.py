@@ -17,6 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.lean import lean_session, rows_of
+from calibration.progress import each
 from calibration.weights import INT8_PEAK, Floats
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.signature import Array
@@ -333,7 +334,7 @@ def observe(
     watched, outputs = _watched(model, wanted, len(samples))
     session = lean_session(watched)
     asked = [output for every in outputs.values() for output in every.values()]
-    for call, sample in enumerate(samples):
+    for call, sample in enumerate(each("call", samples)):
         for row in rows_of(sample, session):
             values = iter(session.run(asked, row))
             for name, every in outputs.items():

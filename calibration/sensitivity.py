@@ -20,6 +20,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.lean import lean_session
+from calibration.progress import each
 from calibration.quantize import Layer, LayerPlan, add_initializer, name_of, tensor_of, weight_layers
 from calibration.ranges import Range
 from calibration.tuning import Tuning
@@ -133,7 +134,7 @@ class Board:
         """For each layer its forms other than float, without those that are the same, and what each does alone."""
         return [
             [Alternative(form, float(kept(f"layer-{index}-{number}", partial(self._alone, index, number)))) for number, form in forms]
-            for index, forms in enumerate(self.choices())
+            for index, forms in enumerate(each("layer", self.choices()))
         ]
 
     def choices(self) -> list[list[tuple[int, LayerPlan]]]:

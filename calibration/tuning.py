@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from calibration.attention import attention_in_half
 from calibration.equalize import Fold, decibel, equalize, find_folds, folded_scales, folded_stats
+from calibration.progress import phase
 from calibration.quantize import LEAST_SNR, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize, spans, spare, sums
 from calibration.ranges import Range, collect_ranges, observe
 from calibration.weights import Floats, Known
@@ -45,12 +46,16 @@ class Tuning:
         layers = plan(model, recipe)  # without ranges: all that could be int8
         channels = measured_tensors(model, layers) if len(samples) > 1 else []  # one call cannot tell what holds for the next
         landings = sums(model) if tensors else {}
-        seen = observe(model, tensors, channels, samples, [name for pair in landings.values() for name in pair])
-        folds = find_folds(model, layers, seen.stats)
+        with phase(0.0, 0.5):
+            seen = observe(model, tensors, channels, samples, [name for pair in landings.values() for name in pair])
+        with phase(0.5, 0.9):
+            folds = find_folds(model, layers, seen.stats)
         ranges = seen.ranges(tensors, scales=folded_scales(folds))
         importance = {name: stats.mean_square for name, stats in folded_stats(seen.stats, folds).items()}
         dilution = {node: max(0.0, decibel(seen.ratio(*pair))) for node, pair in landings.items()}
-        return cls(folds, ranges, importance, dilution=dilution, attention=attention_in_half(model, samples) if tensors else {})
+        with phase(0.9, 1.0):
+            attention = attention_in_half(model, samples) if tensors else {}
+        return cls(folds, ranges, importance, dilution=dilution, attention=attention)
 
     def plan(self, folded: ir.Model, recipe: Recipe) -> list[LayerPlan]:
         """What a recipe makes of each layer of the folded graph, knowing this."""

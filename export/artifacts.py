@@ -145,7 +145,7 @@ def _compiler(bundle: Bundle, name: str) -> type[Engine]:
 
 def _compile(engine: type[Engine], bundle: Bundle, part: Submodel, made: Path, settings: Mapping[str, str], progress: Progress) -> Artifact:
     with progress.step(part.name, f"compile {engine.target}"):
-        options = CompileOptions(settings, lambda share, phase: progress.note(phase, round(100 * share), 100))
+        options = CompileOptions(settings, progress.compiling)
         return engine.compile_with(options, part, bundle.root / part.graph, made)
 
 

@@ -17,7 +17,7 @@ from transformers import DynamicCache, GenerationMixin
 from calibration import machine
 from export.family import Part
 from export.graph import parameter_names
-from export.speed import Note, Speed, SpeedEffort, carry_out, measure_speed
+from export.speed import Speed, SpeedEffort, carry_out, measure_speed
 from export.tensors import TensorRef
 from runtime.bundle import Artifact, Bundle, Submodel
 from runtime.engine import Availability, Engine, Options, Slot
@@ -127,7 +127,6 @@ def compare_speed(
     parts: Sequence[Part],
     weights: Weights,
     effort: SpeedEffort | None = None,
-    note: Note = lambda what, number, total: None,
 ) -> Speed:
     """Time the bundle at `quantized` beside that at `floating`, built from the same checkpoint without quantization, and PyTorch.
 
@@ -158,4 +157,4 @@ def compare_speed(
             models.insert(0, library)
         except (UnsupportedModel, EngineError) as error:
             left_out.append(f"torch: {error}")
-        return measure_speed(models, threads, effort, left_out, note)
+        return measure_speed(models, threads, effort, left_out)

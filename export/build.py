@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 import export.trace
 from calibration.precision import Precision, store
+from calibration.progress import each, phase
 from calibration.quantize import LayerPlan, plan
 from calibration.tuning import Tuning
 from export import auto, graph, parity
@@ -26,7 +27,7 @@ from export.artifacts import remove_graphs
 from export.auto import Plans
 from export.baseline import compare_speed
 from export.family import Part
-from export.learned import captured, floating_model, tuned
+from export.learned import captured, compensated, floating_model, tuned
 from export.options import Options
 from export.progress import Listener, Progress
 from export.quality import Pictures, Quality, measure, save_quality
@@ -76,10 +77,9 @@ def _return_freed_memory() -> None:
 
 def _fill(state: Build, folder: Path, progress: Progress) -> None:
     with progress.step("weights", "check") as notes:
-        tensors = {name: ref for checkpoint in state.checkpoints.values() for name, ref in checkpoint.tensors.items()}
-        for checkpoint in state.checkpoints.values():
+        for checkpoint in each("component", state.checkpoints.values()):
             check_finite(checkpoint.tensors)
-        notes += [f"{sum(ref.nbytes for ref in tensors.values()) / 1e9:.2f} GB", *state.refused]
+        notes += [f"{state.nbytes / 1e9:.2f} GB", *state.refused]
     graphs, parities = {}, {}
     for part in state.parts:
         with progress.step(part.name, "trace") as notes:
@@ -93,12 +93,17 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
             samples = captured(state, folder)
-            tunings = tuned(state, samples)
-            graphs = {name: tunings[name].folded(model) if name in tunings else model for name, model in graphs.items()}
-            ranges, folds = (
-                sum(len(found) for found in every) for every in zip(*((t.ranges, t.folds) for t in tunings.values()), strict=True)
-            )
-            notes += [f"{ranges} ranges, {folds} folds", *samples.warnings()]
+            notes += [", ".join(f"{len(calls)} of {name}" for name, calls in samples.samples.items()), *samples.warnings()]
+        for part in filter(state.calibrated, state.parts):
+            with progress.step(part.name, "tune") as notes:
+                tuning = tuned(state, part, samples)
+                notes.append(f"{len(tuning.ranges)} ranges, {len(tuning.folds)} folds")
+            if state.compensated(part):
+                with progress.step(part.name, "compensate") as notes:
+                    tuning = compensated(state, part, tuning, samples.samples[part.name])
+                    notes.append(f"{len(tuning.compensated)} weights")
+            tunings[part.name] = tuning
+            graphs[part.name] = tuning.folded(graphs[part.name])
     searched = state.options.quant == "auto"
     plans = _search(state, graphs, tunings, folder, progress) if searched else _plans(state, graphs, tunings)
     submodels = []
@@ -123,9 +128,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     for name in state.options.targets:
         for submodel in submodels:
             with progress.step(submodel.name, f"compile {name}"):
-                options = CompileOptions(
-                    state.options.settings.get(name, {}), lambda share, phase: progress.note(phase, round(100 * share), 100)
-                )
+                options = CompileOptions(state.options.settings.get(name, {}), progress.compiling)
                 artifacts.append(_compile(target(name), submodel, folder, options))
     if state.checked:
         artifacts = _agreed(state, folder, submodels, artifacts, progress)
@@ -196,9 +199,12 @@ def _judged(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
         verdict = Verdict(figures=quality.summary(), shortfalls=tuple(quality.shortfalls(state.options.quant)))
         notes.append("; ".join(verdict.shortfalls) or "every floor held")
     if state.timed:
-        with progress.step("pipeline", "speed"), floating_bundle(state, folder) as floating:
-            parts = state.family.parts(state.source, False)  # new ones: they get their weights
-            speed = compare_speed(folder, floating, parts, state.weights, note=progress.note)
+        with progress.step("pipeline", "speed"), ExitStack() as stack:
+            with phase(0.0, 0.5):
+                floating = stack.enter_context(floating_bundle(state, folder))
+            with phase(0.5, 1.0):
+                parts = state.family.parts(state.source, False)  # new ones: they get their weights
+                speed = compare_speed(folder, floating, parts, state.weights)
             quality = quality.model_copy(update={"speed": speed})
     if judges:
         shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)
@@ -211,7 +217,7 @@ def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, P
     """Compare the quantized model with the float one. Raises QualityError when it falls below a floor and that is not allowed."""
     samples = captured(state, folder)
     with closing(load_model(folder, state.judge)) as quantized, floating_model(state, folder) as reference:
-        quality, pictures = measure(quantized, reference, samples.samples, note=progress.note)
+        quality, pictures = measure(quantized, reference, samples.samples)
     faults = quality.shortfalls(state.options.quant)
     if faults and not state.options.allow_low_quality:
         raise QualityError(
@@ -228,7 +234,7 @@ def floating_bundle(state: Build, folder: Path) -> Iterator[Path]:
     root.mkdir()
     try:
         submodels = [_write(part, part_graph(state, part), None, None, root) for part in state.parts]
-        artifacts = [_compile(target(name), submodel, root) for name in state.options.targets for submodel in submodels]
+        artifacts = [_compile(target(name), submodel, root) for name in state.options.targets for submodel in each("compiling", submodels)]
         finish(state, root, submodels, artifacts, quant="none")
         yield root
     finally:

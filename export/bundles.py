@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from export.console import errors, out, settings_of, show, show_notes, show_table, terminate
+from export.console import errors, out, settings_of, show, show_notes, show_table
 from export.sizes import forms, sizes
 from runtime import signing
 from runtime.bundle import SIGNATURE, Artifact, Bundle
 from runtime.engine import targets
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.stopping import stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -98,6 +98,7 @@ DropOption = Annotated[bool, typer.Option("--force", help="Of a signed bundle: d
 
 
 @app.command("add-target")
+@stoppable("the bundle is as it was")
 def add_target(
     bundle: BundleArgument,
     target: Annotated[list[str], typer.Option(help="Engine to compile for, or auto: all that this machine can; repeat for several.")],
@@ -111,7 +112,6 @@ def add_target(
         from export import artifacts
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "onnx_ir", "export") from None
-    signal.signal(signal.SIGTERM, terminate)
     names = artifacts.resolve_targets(target, Bundle(bundle).manifest.quant)
     settings = settings_of(names, compute_capability, setting or [])
     strangers = sorted(set(settings) - set(names))

@@ -5,21 +5,25 @@ What is finished is kept in the cache until the set is written, so a capture tha
 
 from __future__ import annotations
 
+import os
 import shutil
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import export.options
 from calibration.data import Done, record
+from calibration.progress import each
 from calibration.requests import Requests, briefly, built_in, read_images, read_prompts, read_questions
 from calibration.sets import CalibrationSet, Kind
 from export.learned import floating_model
-from export.progress import Listener, Progress, Report, Step
+from export.progress import Listener, Progress, Step
 from export.source import check_finite
 from export.staging import cache_folder, key_of
 from export.state import Build, part_graph
-from runtime.errors import InvalidInput, NotFound, SourceError
+from runtime.errors import InvalidInput, NotFound, ResourceExhausted, SourceError
+from runtime.files import vanishing
 
 
 @dataclass(frozen=True)
@@ -79,40 +83,47 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
         requests = briefly(requests)
     work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
     steps = [step for step in state.steps() if step.stage in ("check", "trace")]
-    total = len(steps) + requests.wanted(options.count)
-    progress = Progress(steps, lambda report: listen(replace(report, total=total)))
-    _prepare(state, progress)
-    shutil.rmtree(work / "float", ignore_errors=True)  # left by a capture that was killed
-    work.mkdir(parents=True, exist_ok=True)
-    with floating_model(state, work) as model:
-        found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Requests(listen, len(steps)))
-    found.save(options.output)
+    progress = Progress([*steps, Step("pipeline", "capture", state.capturing(requests.wanted(options.count)))], listen)
+    with _scratch(work, options.output) as scratch:
+        _prepare(state, progress)
+        with progress.step("pipeline", "capture") as notes, floating_model(state, scratch) as model:
+            found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Reused(notes))
+        found.save(options.output)
     shutil.rmtree(work, ignore_errors=True)
     return found
+
+
+@contextmanager
+def _scratch(work: Path, output: Path) -> Iterator[Path]:
+    """A folder that vanishes however the capture ends, with all that it leaves half written. Raises ResourceExhausted."""
+    unfinished = f"*.{os.getpid()}", f"*.{os.getpid()}.*"
+    try:
+        (work / "requests").mkdir(parents=True, exist_ok=True)
+        folders = dict.fromkeys((work.parent, work / "requests", output.absolute().parent))
+        scratch = vanishing(work, "float-", *(str(folder / name) for folder in folders for name in unfinished))
+    except OSError as error:
+        raise ResourceExhausted(f"cannot write the cache {work.parent}: {error.strerror}. Set ENGINECAST_CACHE to another folder") from None
+    with scratch as folder:
+        yield folder
 
 
 def _prepare(state: Build, progress: Progress) -> None:
     """Check the weights and trace what was not traced before, as a build does."""
     with progress.step("weights", "check"):
-        for checkpoint in state.checkpoints.values():
+        for checkpoint in each("component", state.checkpoints.values()):
             check_finite(checkpoint.tensors)
     for part in state.parts:
         with progress.step(part.name, "trace"):
             part_graph(state, part)
 
 
-class _Requests:
-    """Reports requests as the steps that come after the first `before`. ETA is the mean of those run, for each that is left."""
+class _Reused:
+    """Counts the requests that an earlier capture had done, into the notes of the step."""
 
-    def __init__(self, listen: Listener, before: int) -> None:
-        self.listen, self.before = listen, before
-        self.seconds: list[float] = []
+    def __init__(self, notes: list[str]) -> None:
+        self._notes, self._count = notes, 0
 
     def __call__(self, done: Done) -> None:
-        if done.seconds is not None and not done.reused:
-            self.seconds.append(done.seconds)
-        left = done.total - done.number + (done.seconds is None)
-        eta = left * fmean(self.seconds) if self.seconds else 0.0
-        step = Step(done.name, "capture", 1.0)
-        detail = "kept from before" if done.reused else ""
-        self.listen(Report(self.before + done.number, self.before + done.total, step, eta, done.seconds, detail))
+        if done.seconds is not None:
+            self._count += done.reused
+            self._notes[:] = [f"{done.number} requests"] + [f"{self._count} kept from before"] * bool(self._count)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import time
 import tomllib
 from functools import partial
@@ -14,11 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.table import Table
 
 from export import bundles
-from export.console import errors, note, out, settings_of, show, show_notes, terminate
+from export.console import errors, out, settings_of, show, show_notes
 from export.sizes import forms
 from runtime import command
 from runtime.bundle import Bundle
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.stopping import stoppable
 
 SETTINGS: Final = "enginecast.toml"
 SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
@@ -29,6 +29,7 @@ app.add_typer(bundles.app)
 
 
 @app.command()
+@stoppable("nothing was written")
 def build(
     source: Annotated[
         str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")
@@ -143,7 +144,6 @@ def _settings(path: Path) -> Settings:
 def _build(options: Any) -> None:
     from export.build import build as run
 
-    signal.signal(signal.SIGTERM, terminate)
     start = time.perf_counter()
     out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
     bundle, timings = run(options, show)
@@ -192,6 +192,7 @@ def _show_search(root: Path) -> None:
 
 
 @app.command()
+@stoppable("what was captured is kept, and the same command goes on from there")
 def calibrate(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
     output: Annotated[Path, typer.Option(help="File to write, such as set.safetensors.")],
@@ -207,7 +208,6 @@ def calibrate(
         from export.calibrate import calibrate as run
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
-    signal.signal(signal.SIGTERM, terminate)
     found = run(Options(source, output, prompts, images, questions, count, seed), show)
     kept = ", ".join(f"{len(calls)} of {name}" for name, calls in found.samples.items())
     out.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {kept}, from {found.settings['requests']} requests")
@@ -216,6 +216,7 @@ def calibrate(
 
 
 @app.command()
+@stoppable("no report was written")
 def report(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
@@ -232,7 +233,7 @@ def report(
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "jinja2", "export") from None
     opened = Bundle(bundle)
-    write(opened, output, time_bundle(opened, speed, show, note) if speed else None)
+    write(opened, output, time_bundle(opened, speed, show) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 
 

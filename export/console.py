@@ -2,38 +2,60 @@
 
 from __future__ import annotations
 
-import signal
+import time
 from collections.abc import Sequence
-from types import FrameType
-from typing import Any
+from typing import Final
 
 from rich.console import Console
 
+from export.progress import Report
 from runtime.bundle import Manifest
 from runtime.errors import InvalidInput
 
 out = Console(highlight=False, soft_wrap=True)
 errors = Console(highlight=False, stderr=True, soft_wrap=True)
+QUIET: Final = 10.0
+"""Seconds without a line, where there is no terminal, after which the step under way is reported again."""
 
 
-def terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise SystemExit(128 + signal.SIGTERM)
+class Show:
+    """Prints one line for each step when it is done.
 
+    While a step runs, a terminal gets a line that is rewritten, other outputs a new line every QUIET seconds.
+    """
 
-def show(report: Any) -> None:
-    """One line a step when it is done; on a terminal also a line that says what runs now."""
-    head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
-    if report.seconds is None:
+    def __init__(self) -> None:
+        self._said = time.monotonic()
+
+    def __call__(self, report: Report) -> None:
+        head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
+        left = f"ETA {duration(report.eta):>8}"
+        if report.seconds is not None:
+            self._live("")
+            self._line(f"{head} {report.seconds:7.1f} s  {left}  {report.detail}".rstrip())
+        elif out.is_terminal:
+            self._live(f"{head} {report.elapsed:7.0f} s  {left}  {report.detail}"[: out.width - 1])
+        elif time.monotonic() - self._said >= QUIET:
+            self._line(f"{head} {report.elapsed:7.0f} s  {left}  {report.detail} ...".rstrip())
+
+    def _line(self, text: str) -> None:
+        out.print(text, markup=False)
+        self._said = time.monotonic()
+
+    def _live(self, text: str) -> None:
         if out.is_terminal:
-            out.print(f"{head} ... ETA {report.eta:.0f} s  {report.detail:<24}", end="\r")
-        return
-    out.print(f"{head} {report.seconds:7.1f} s  ETA {report.eta:4.0f} s  {report.detail}")
+            out.file.write(f"\r\x1b[2K{text}")
+            out.file.flush()
 
 
-def note(what: str, number: int, total: int) -> None:
-    """On a terminal, how far a step is."""
-    if out.is_terminal:
-        out.print(f"{what} {number} of {total}", end="\r")
+show = Show()
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "45 s", "12 min", "2.5 h"."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def show_notes(manifest: Manifest) -> None:

@@ -14,6 +14,7 @@ from typing import BinaryIO, Final
 import onnx_ir as ir
 from torch import nn
 
+from calibration.progress import each
 from calibration.quantize import LayerPlan, code_name, scale_name
 from export.products import divide_products
 from export.source import TensorRef
@@ -162,7 +163,7 @@ def write(model: ir.Model, folder: Path) -> int:
     try:
         with (folder / WEIGHTS).open("wb") as file:
             file.write(_header(large))
-            for name, tensor in large:
+            for name, tensor in each("tensor", large):
                 offset, shape = file.tell(), ir.Shape(tensor.shape.numpy())
                 _copy(tensor, file)
                 moved = ir.ExternalTensor(WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=folder)

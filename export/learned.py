@@ -41,30 +41,24 @@ def captured(state: Build, folder: Path) -> CalibrationSet:
     return CalibrationSet.load(cached(key, ".safetensors", measure))
 
 
-def tuned(state: Build, samples: CalibrationSet) -> dict[str, Tuning]:
-    """What calibration finds for each part that takes part in it."""
+def tuned(state: Build, part: Part, samples: CalibrationSet) -> Tuning:
+    """What calibration finds for a part that takes part in it."""
+    chosen = state.recipe(part)
+    assert chosen is not None
 
     def measure(path: Path) -> None:
-        found = {}
-        for part in filter(state.calibrated, state.parts):
-            chosen = state.recipe(part)
-            assert chosen is not None
-            found[part.name] = Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()
-        path.write_text(json.dumps(found))
+        path.write_text(json.dumps(Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()))
 
     asked = state.options.quant, state.options.block, state.calibration_key
-    key = key_of("tunings", state.fingerprint, asked, state.versions, code())
-    data = json.loads(cached(key, ".json", measure).read_bytes())
-    tunings = {name: Tuning.of_record(record) for name, record in data.items()}
-    parts = {part.name: part for part in state.parts}
-    return {name: _compensated(state, parts[name], found, samples.samples[name]) for name, found in tunings.items()}
+    key = key_of("tuning", state.fingerprint, part.name, asked, state.versions, code())
+    return Tuning.of_record(json.loads(cached(key, ".json", measure).read_bytes()))
 
 
-def _compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Tuning:
+def compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Tuning:
     """The tuning with int4 weights compensated on these calls; as it is without such weights, or where one call is all there is."""
     chosen = state.recipe(part)
     assert chosen is not None
-    if chosen.bits != 4 or len(calls) < 2:
+    if len(calls) < 2:
         return tuning
     model = part_graph(state, part)
     layers = plan(model, chosen)

@@ -21,10 +21,11 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from calibration.metrics import PEAK, Comparison, gmsd, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
+from calibration.progress import each, followed, phase
 from calibration.questions import test_questions
 from calibration.requests import BUILT_IN, TRIES, Asked, Requests, accepted
 from calibration.scenes import test_prompts
-from export.speed import Measured, Note, Speed
+from export.speed import Measured, Speed
 from export.tasks import TASKS, right
 from runtime.bundle import Bundle, Frozen, Inside, Submodel
 from runtime.engine import Slot
@@ -38,7 +39,6 @@ from runtime.signature import Array
 from runtime.text import Message
 
 R = TypeVar("R", ImageRequest, ChatRequest)
-T = TypeVar("T")
 Samples = Mapping[str, Sequence[Mapping[str, Array]]]
 """Inputs of each submodel, one mapping a call: what `calibration.data.capture` gives."""
 Pictures = dict[str, Picture]
@@ -286,26 +286,28 @@ def measure(
     reference: LoadedModel,
     samples: Samples,
     effort: Effort | None = None,
-    note: Note = lambda what, number, total: None,
 ) -> tuple[Quality, Pictures]:
     """Compare a quantized model with the same one before quantization; the pictures are those that the result names.
 
     `samples` are the inputs to compare each submodel on; of submodels with states, the calls of the answers are compared instead.
-    `note` hears of every submodel, picture, question and case when its turn comes. Raises BundleError when the two are not the same
-    model, EngineError when a submodel gives numbers that are not finite.
+    Raises BundleError when the two are not the same model, EngineError when a submodel gives numbers that are not finite.
     """
     _check_alike(quantized, reference)
     effort = effort or Effort()
     pictures: Pictures = {}
     drawn: list[PictureQuality] = []
     answers: list[AnswerQuality] = []
-    compared = _compare_calls(quantized, reference, samples, note)
-    if reference.kind == "diffusion":
-        prompts = _image_requests(reference, effort)
-        drawn = [_picture(i, one, quantized, reference, pictures) for i, one in _noted(note, "picture", prompts)]
-    else:
-        questions = _accepted(reference, _chat_requests(effort.questions), effort.questions)
-        answers = [_answer(i, one, quantized, reference, pictures, compared) for i, one in _noted(note, "question", questions)]
+    with phase(0.0, 0.3):
+        compared = _compare_calls(quantized, reference, samples)
+    with phase(0.3, 0.8):
+        if reference.kind == "diffusion":
+            prompts = _image_requests(reference, effort)
+            drawn = [_picture(i, one, quantized, reference, pictures) for i, one in enumerate(each("picture", prompts))]
+        else:
+            questions = _accepted(reference, _chat_requests(effort.questions), effort.questions)
+            answers = [_answer(i, one, quantized, reference, pictures, compared) for i, one in enumerate(each("question", questions))]
+    with phase(0.8, 1.0):
+        task = _task(quantized, reference, effort.cases)
     quality = Quality(
         quant=quantized.bundle.manifest.quant,
         reference_quant=reference.bundle.manifest.quant,
@@ -318,7 +320,7 @@ def measure(
         ),
         pictures=tuple(drawn),
         answers=tuple(answers),
-        task=_task(quantized, reference, effort.cases, note),
+        task=task,
     )
     return quality, pictures
 
@@ -374,19 +376,12 @@ class _Compared:
                 raise EngineError(f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision") from None
 
 
-def _noted(note: Note, what: str, items: Sequence[T]) -> Iterator[tuple[int, T]]:
-    """Each item with its number, from 0; `note` hears the number from 1 before."""
-    for number, item in enumerate(items):
-        note(what, number + 1, len(items))
-        yield number, item
-
-
-def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples, note: Note) -> dict[str, _Compared]:
+def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples) -> dict[str, _Compared]:
     """Both engines of each submodel without states on the captured inputs."""
     compared = {submodel.name: _Compared() for submodel in quantized.bundle.manifest.submodels}
-    for _, (name, found) in _noted(note, "submodel", list(compared.items())):
+    for name, found in each("submodel", compared.items()):
         stateless = not quantized.bundle.submodel(name).signature.states
-        for inputs in samples.get(name, ()) if stateless else ():
+        for inputs in each("call", samples.get(name, ()) if stateless else ()):
             found.add(name, reference.engines[name].run(inputs), quantized.engines[name].run(inputs))
     return compared
 
@@ -444,7 +439,7 @@ class _Ran:
 def _run(
     model: LoadedModel, request: ImageRequest | ChatRequest, watch: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
 ) -> _Ran:
-    return _Ran(list(drive(watch(model.pipeline(request)), model.engines)))
+    return _Ran(list(followed(drive(watch(model.pipeline(request)), model.engines), MAX_TOKENS)))
 
 
 def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
@@ -573,14 +568,13 @@ def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compa
         compared[call.submodel].add(call.submodel, outputs, run_call(quantized.engines, replace(call, slot=slot)))
 
 
-def _task(quantized: LoadedModel, reference: LoadedModel, cases: int, note: Note) -> TaskQuality | None:
+def _task(quantized: LoadedModel, reference: LoadedModel, cases: int) -> TaskQuality | None:
     """Held-out cases, the first of those that `enginecast score` asks, for a source that was trained for them."""
     name = reference.bundle.manifest.source.name
     if name not in TASKS or not cases:
         return None
     judged = [right(model, cases) for model in (reference, quantized)]
     counts = [0, 0]
-    for number in range(cases):
-        note("case", number + 1, cases)
+    for _ in each("case", range(cases)):
         counts = [count + next(done) for count, done in zip(counts, judged, strict=True)]
     return TaskQuality(task=f"held-out {TASKS[name]}", cases=cases, reference_right=counts[0], quantized_right=counts[1])

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import ConfigDict, Field
 
 from calibration import machine
+from calibration.progress import reached
 from runtime.bundle import Frozen
 from runtime.devices import processor
 from runtime.loading import LoadedModel
@@ -41,7 +42,6 @@ M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 HEAP: Final = 32 << 20
 
-Note = Callable[[str, int, int], None]
 """Hears what is being done, and that it is number n (from 1) of m."""
 
 
@@ -123,7 +123,6 @@ def measure_speed(
     threads: int,
     effort: SpeedEffort | None = None,
     left_out: Sequence[str] = (),
-    note: Note = lambda what, number, total: None,
 ) -> Speed:
     """Time models of one checkpoint beside each other, all loaded with so many threads. Raises EngineError when one of them cannot run."""
     effort = effort or SpeedEffort()
@@ -141,9 +140,12 @@ def measure_speed(
         return run
 
     others = machine.Others()
-    found = turns(
-        [turn(model) for model in models], effort.turns, lambda number: note("turn", number + 1, effort.turns + 1), effort.seconds
-    )
+    every = effort.turns + 1
+
+    def done(number: int) -> None:
+        reached((number + 1) / every, f"turn {number + 1} of {every}")
+
+    found = turns([turn(model) for model in models], effort.turns, done, effort.seconds)
     timings = [
         Timing(
             **kind._asdict(),

@@ -26,8 +26,8 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
     with ExitStack() as stack:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = str(cache_folder() / f"*.{os.getpid()}.*")
-            folder = stack.enter_context(vanishing(output.parent, f".{output.name}.building-", unfinished))
+            unfinished = (str(cache_folder() / name) for name in (f"*.{os.getpid()}", f"*.{os.getpid()}.*"))
+            folder = stack.enter_context(vanishing(output.parent, f".{output.name}.building-", *unfinished))
         except OSError as error:
             raise ResourceExhausted(f"cannot write beside {output}: {error.strerror}. Choose another --output") from None
         try:

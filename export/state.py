@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 import export.trace
 from calibration.quantize import RECIPES, Recipe, recipe
+from calibration.requests import BRIEF_STEPS, REQUESTS, STEPS
 from calibration.sets import CalibrationSet
 from export import graph
 from export.family import Family, Part, family_of
@@ -157,6 +158,22 @@ class Build:
         given = self.calibration is not None and bool(self.calibration.samples.get(part.name))
         return given or found.activations or (found.bits == 4 and not self.brief)
 
+    def compensated(self, part: Part) -> bool:
+        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before (`calibration.gptq`)."""
+        found = self.recipe(part)
+        return found is not None and found.bits == 4 and self.calibrated(part)
+
+    def capturing(self, requests: int | None = None) -> float:
+        """A guess of the seconds that capturing so many requests takes (None: those that are built in).
+
+        The float model casts its weights for every call.
+        """
+        if self.calibration is not None:
+            return 0.5
+        requests = requests or (len(BRIEF_STEPS) if self.brief else REQUESTS)
+        calls = requests * (sum(BRIEF_STEPS) / len(BRIEF_STEPS) if self.brief else STEPS)
+        return requests + 5 * self.nbytes / 1e9 * calls
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights of the checkpoint."""
@@ -231,7 +248,11 @@ class Build:
             modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
             steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
         if any(map(self.calibrated, self.parts)):
-            steps.append(Step("pipeline", "calibrate", 30))
+            steps.append(Step("pipeline", "calibrate", self.capturing()))
+            for part in filter(self.calibrated, self.parts):
+                steps.append(Step(part.name, "tune", 1 + sizes[part.name] * 100))
+                if self.compensated(part):
+                    steps.append(Step(part.name, "compensate", 1 + sizes[part.name] * 300))
         if self.options.quant == "auto":
             steps += [Step(part.name, "explore", 30) for part in self.parts] + [Step("pipeline", "search", 200)]
         for part in self.parts:

@@ -11,7 +11,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +21,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.progress import reached
 from runtime.errors import NotFound, SourceError
 
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
@@ -173,16 +174,17 @@ def _naturals(values: list[object]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
-def check_finite(tensors: Mapping[str, TensorRef], progress: Callable[[int], None] | None = None) -> None:
+def check_finite(tensors: Mapping[str, TensorRef]) -> None:
     """Look for NaN and infinity in every floating-point tensor, in chunks, over the memory map: a few MB of memory at any size.
 
-    `progress` is told the bytes done after each tensor. Raises SourceError naming file, tensor and index of the first such value.
+    Raises SourceError naming file, tensor and index of the first such value.
     """
+    total, done = sum(ref.nbytes for ref in tensors.values()) or 1, 0
     for name, ref in tensors.items():
+        reached(done / total, f"{done / 1e9:.1f} of {total / 1e9:.1f} GB")
         if ref.dtype in EXPONENTS:
             _check_tensor(name, ref)
-        if progress is not None:
-            progress(ref.nbytes)
+        done += ref.nbytes
 
 
 def _check_tensor(name: str, ref: TensorRef) -> None:

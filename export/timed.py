@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 from export.baseline import compare_speed
 from export.build import build
 from export.options import Options
-from export.progress import Listener
-from export.speed import THOROUGH, Note, Speed, SpeedEffort
+from export.progress import Listener, Progress, Step
+from export.speed import THOROUGH, Speed, SpeedEffort
 from export.state import Build
 from runtime.bundle import Bundle
 from runtime.errors import InvalidInput
+from runtime.files import vanishing
 
 
 def time_bundle(
     bundle: Bundle,
     source: str,
     listen: Listener = lambda report: None,
-    note: Note = lambda what, number, total: None,
     effort: SpeedEffort = THOROUGH,
 ) -> Speed:
     """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside PyTorch.
@@ -27,10 +27,12 @@ def time_bundle(
     `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build
     raises.
     """
-    with TemporaryDirectory(prefix="enginecast-") as folder:
-        options = Options(source, Path(folder) / "float", targets=bundle.targets)
+    with vanishing(Path(gettempdir()), "enginecast-") as folder:
+        options = Options(source, folder / "float", targets=bundle.targets)
         state = Build.open(options)
         if state.fingerprint != bundle.manifest.source.fingerprint:
             raise InvalidInput("speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one")
         floating, _ = build(options, listen)
-        return compare_speed(bundle.root, floating.root, state.family.parts(state.source, False), state.weights, effort, note)
+        parts = state.family.parts(state.source, False)
+        with Progress([Step("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
+            return compare_speed(bundle.root, floating.root, parts, state.weights, effort)

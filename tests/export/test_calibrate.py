@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,10 @@ def test_a_set_of_a_model_that_chats(tiny_vlm: Path, tiny_bundle: Path, tmp_path
     assert (loaded.kind, loaded.settings["origin"], loaded.settings["requests"]) == ("chat", "built-in", 3)
     assert {name: len(calls) for name, calls in loaded.samples.items()} == {"vision_encoder": 3, "token_embedding": 24, "decoder": 3}
     assert loaded.warnings() == ["3 requests are few: ranges seen in fewer than 8 may be exceeded by others"]
-    captured = [report for report in reports if report.step.stage == "capture" and report.seconds is not None]
-    assert [report.step.submodel for report in captured] == ["built-in 1", "built-in 2", "built-in 3"]
-    assert {report.total for report in reports} == {reports[-1].number} and captured[-1].eta == 0
+    capturing = [report.detail for report in reports if report.step.stage == "capture" and report.seconds is None]
+    assert [detail for detail in dict.fromkeys(capturing) if "," not in detail] == ["", *(f"request {n} of 3" for n in (1, 2, 3))]
+    assert any(re.fullmatch(r"request 3 of 3, token \d+ of at most \d+", detail) for detail in capturing)
+    assert {report.total for report in reports} == {reports[-1].number} and reports[-1].eta == 0 and reports[-1].detail == "3 requests"
     assert [report.number for report in reports if report.seconds is not None] == list(range(1, reports[-1].total + 1))
     assert not kept(build_cache), "what is done needs no going on"
 
@@ -57,7 +59,7 @@ def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, build_cache: Path)
     calibrate(Options(str(tiny_vlm), unbroken, count=4))
 
     def stop(report: Report) -> None:
-        if report.step.submodel == "built-in 3":
+        if report.detail == "request 3 of 4":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -66,9 +68,7 @@ def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, build_cache: Path)
 
     reports: list[Report] = []
     calibrate(Options(str(tiny_vlm), broken, count=4), reports.append)
-    assert [report.detail for report in reports if report.step.stage == "capture" and report.seconds is not None] == [
-        "kept from before"
-    ] * 2 + [""] * 2
+    assert reports[-1].detail == "4 requests, 2 kept from before"
     assert broken.read_bytes() == unbroken.read_bytes()
     assert not kept(build_cache)
 

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from calibration.progress import Position, listening
 from export import source as sources
 from export.source import Source, check_finite, open_component, release, resolve
 from export.tensors import DTYPES, EXPONENTS, PREFIX, read_header
@@ -340,9 +341,10 @@ def test_nan_and_infinity_are_found(component: Path, monkeypatch: pytest.MonkeyP
 
 def test_scan_reports_progress_and_skips_integers(component: Path) -> None:
     tensors = open_component(component).tensors
-    done: list[int] = []
-    check_finite(tensors, done.append)
-    assert done == [ref.nbytes for ref in tensors.values()]
+    reports: list[Position] = []
+    with listening(reports.append):
+        check_finite(tensors)
+    assert len(reports) == len(tensors) and reports[0].share == 0 and reports == sorted(reports)
     assert "I64" not in EXPONENTS
 
 
