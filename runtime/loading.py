@@ -86,11 +86,16 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
 
 
 def load_model(
-    root: Path, wanted: str | None = None, options: Options | None = None, wishes: Wishes | None = None, public: Path | None = None
+    root: Path,
+    wanted: str | None = None,
+    options: Options | None = None,
+    wishes: Wishes | None = None,
+    public: Path | None = None,
+    request: Any = None,
 ) -> LoadedModel:
     """Open a bundle, compare its files with their hashes, and load its submodels, on the target that is wanted or as `wishes` say.
 
-    With the file of a `public` key, it must be signed by that key's owner.
+    With the file of a `public` key, it must be signed by that key's owner. A `request` is checked before any engine is loaded.
 
     Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code. Raises NotFound, BundleError,
     InvalidInput, ResourceExhausted or EngineError; leaves nothing loaded then.
@@ -103,12 +108,16 @@ def load_model(
     kind = bundle.manifest.pipeline
     if kind not in PIPELINES:
         raise BundleError(f"bundle {bundle.name} needs the pipeline '{kind}', which this program lacks: {did_you_mean(kind, PIPELINES)}")
-    return _load(bundle, wanted, options or Options(), wishes or Wishes(), ())
+    return _load(bundle, wanted, options or Options(), wishes or Wishes(), (), request)
 
 
-def _load(bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, avoid: Collection[Place]) -> LoadedModel:
+def _load(
+    bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, avoid: Collection[Place], request: Any = None
+) -> LoadedModel:
     kind = bundle.manifest.pipeline
     pipeline = open_pipeline(bundle)
+    if request is not None:
+        pipeline(request).close()
     machine = detect()
     options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -19,6 +20,7 @@ import typer
 
 from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.limits import IMAGE_SEED, SEED
 
 if TYPE_CHECKING:
     from runtime.engine import Options
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
 ADDRESS: Final = "127.0.0.1:50051"
 UINT32: Final = 2**32 - 1
-UINT64: Final = 2**64 - 1
 UNPARSED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 FORWARDS: Final = {
     "build": ("export.cli", "Build a bundle from a checkpoint."),
@@ -69,7 +70,7 @@ MemoryLimit = Annotated[
     typer.Option(help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."),
 ]
 Strict = Annotated[bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")]
-Seed = Annotated[int | None, typer.Option(min=0, max=UINT64, help="Seed; the same one gives the same result on the same engine.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")]
 
 
 class Session(Protocol):
@@ -155,7 +156,14 @@ def generate(
     model: ModelName = "",
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Denoising steps.")] = None,
-    seed: Seed = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=IMAGE_SEED.most,
+            help="Seed of the noise, of further pictures 1 more each; the same one draws the same picture on the same engine.",
+        ),
+    ] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler by name, such as euler.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None,
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None,
@@ -170,6 +178,7 @@ def generate(
     memory_limit: MemoryLimit = None,
     strict: Strict = False,
     threads: Threads = 0,
+    verbose: Verbose = False,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving import terminal
@@ -178,8 +187,8 @@ def generate(
     terminal.check_output(out)
     request = image_pb2.GenerateRequest(
         model=model,
-        prompt=_unicode("prompt", prompt),
-        negative_prompt=None if negative_prompt is None else _unicode("negative_prompt", negative_prompt),
+        prompt=terminal.unicode("prompt", prompt),
+        negative_prompt=None if negative_prompt is None else terminal.unicode("negative_prompt", negative_prompt),
         width=width,
         height=height,
         steps=steps,
@@ -189,8 +198,8 @@ def generate(
         seed=seed,
         images=images,
     )
-    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict)) as session:
-        for path in terminal.draw(session.generate(request), out):
+    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), request) as session:
+        for path in terminal.draw(session.generate(request), out, verbose):
             print(path)
 
 
@@ -198,13 +207,15 @@ def generate(
 def chat(
     model: ModelName = "",
     image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask. Without it: a conversation, ended by Ctrl-D or an empty line.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="What to ask. Without it: a conversation; /help lists its commands.")] = None,
     max_tokens: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 = always the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Sample among the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this joint probability.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens already seen become less likely.")] = None,
-    seed: Seed = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=SEED.most, help="Seed of the sampling; the same one gives the same answer on the same engine.")
+    ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
     address: Address = None,
     bundle: BundleFolder = None,
@@ -214,12 +225,14 @@ def chat(
     memory_limit: MemoryLimit = None,
     strict: Strict = False,
     threads: Threads = 0,
+    verbose: Verbose = False,
 ) -> None:
     """Ask about pictures, once or in a conversation."""
     from serving import terminal
+    from serving.conversation import Conversation, typed
     from serving.enginecast_pb import chat_pb2
 
-    shown = [chat_pb2.Part(image=terminal.read_image(path)) for path in image or ()]
+    pictures = [terminal.read_image(path) for path in image or ()]
     request = chat_pb2.ChatRequest(
         model=model,
         max_tokens=max_tokens,
@@ -230,12 +243,18 @@ def chat(
         seed=seed,
         stop=stop or (),
     )
-    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict)) as session:
-        for question in _questions() if prompt is None else [_unicode("prompt", prompt)]:
-            request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
-            answer = terminal.speak(session.chat(request))
-            request.messages.add(role=chat_pb2.ROLE_ASSISTANT, parts=[chat_pb2.Part(text=answer)])
-            shown = []
+    first = chat_pb2.ChatRequest()
+    first.CopyFrom(request)
+    parts = [*(chat_pb2.Part(image=data) for data in pictures), chat_pb2.Part(text=terminal.unicode("prompt", prompt or "?"))]
+    first.messages.add(role=chat_pb2.ROLE_USER, parts=parts)
+    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), first) as session:
+        talk = Conversation(request, pictures, lambda request: terminal.speak(session.chat(request), verbose))
+        if prompt is not None:
+            talk.ask(prompt)
+            return
+        if sys.stdin.isatty():
+            terminal.errors.print(f"Ask {model or bundle}. /help lists commands, Ctrl-D ends.", markup=False)
+        talk.run(typed(), patient=sys.stdin.isatty())
 
 
 @app.command()
@@ -253,6 +272,9 @@ def devices(
     """Devices of this machine, their features and memory; every target, whether it can be used here, and why not."""
     from serving import overview
 
+    given = {"target": target, "device": device, "place": place, "memory_limit": memory_limit}
+    for name in (name for name, value in given.items() if value and bundle is None):
+        raise InvalidInput(name, "belongs to --bundle: it says where the submodels of one are loaded")
     overview.show(overview.collect(bundle, target, device, _wishes(place, memory_limit, False), address), as_json)
 
 
@@ -273,7 +295,15 @@ for _name, (_, _help) in FORWARDS.items():
 
 
 @contextmanager
-def _session(address: str | None, bundle: str | None, target: str | None, options: Options, wishes: Wishes) -> Iterator[Session]:
+def _session(
+    address: str | None,
+    bundle: str | None,
+    target: str | None,
+    options: Options,
+    wishes: Wishes,
+    request: image_pb2.GenerateRequest | chat_pb2.ChatRequest,
+) -> Iterator[Session]:
+    """Where the requests go; `request` is the first one, or one like it, which is checked before a bundle is loaded."""
     opened: AbstractContextManager[Session]
     if bundle is None:
         given = {
@@ -282,6 +312,7 @@ def _session(address: str | None, bundle: str | None, target: str | None, option
             "place": wishes.place,
             "memory_limit": wishes.memory_limit,
             "strict": wishes.strict,
+            "threads": options.threads,
         }
         for name in (name for name, value in given.items() if value):
             option = name.replace("_", "-")
@@ -289,12 +320,14 @@ def _session(address: str | None, bundle: str | None, target: str | None, option
         from serving.client import Client
 
         opened = Client(address or ADDRESS)
+    elif request.model not in ("", named(bundle)[0]):
+        raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
     elif address is not None:
         raise InvalidInput("address", "and --bundle exclude each other: ask a server, or run the bundle in process")
     else:
         from serving.local import Local
 
-        opened = Local.open(named(bundle)[1], target, options, wishes)
+        opened = Local.open(named(bundle)[1], target, options, wishes, request)
     with opened as session:
         yield session
 
@@ -311,26 +344,6 @@ def _wishes(place: str | None, memory_limit: str | None, strict: bool) -> Wishes
 
     limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
     return Wishes(parse_place(place) if place else {}, limit, strict)
-
-
-def _questions() -> Iterator[str]:
-    while True:
-        try:
-            question = input("> ").strip()
-        except EOFError:
-            return
-        if not question:
-            return
-        yield _unicode("prompt", question)
-
-
-def _unicode(field: str, text: str) -> str:
-    """The text, if it can be sent: an argument that is no UTF-8 reaches a program as half surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise InvalidInput(field, "is no valid UTF-8 text") from None
-    return text
 
 
 def main() -> None:

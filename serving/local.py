@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from runtime.bundle import Bundle
 from runtime.engine import Options
 from runtime.errors import InvalidInput
 from runtime.loading import load_model
@@ -23,9 +24,22 @@ class Local:
         self._model = model
 
     @classmethod
-    def open(cls, root: Path, target: str | None = None, options: Options | None = None, wishes: Wishes | None = None) -> Local:
-        """Load the bundle at `root` for a target, or for the best usable one."""
-        return cls(load_model(root, target, options, wishes))
+    def open(
+        cls,
+        root: Path,
+        target: str | None = None,
+        options: Options | None = None,
+        wishes: Wishes | None = None,
+        request: image_pb2.GenerateRequest | chat_pb2.ChatRequest | None = None,
+    ) -> Local:
+        """Load the bundle at `root` for a target, or for the best usable one. A `request` is checked before that, which takes long."""
+        if request is None:
+            return cls(load_model(root, target, options, wishes))
+        if isinstance(request, image_pb2.GenerateRequest):
+            _check_kind(Bundle(root).manifest.pipeline, "diffusion")
+            return cls(load_model(root, target, options, wishes, request=messages.image_request(request)))
+        _check_kind(Bundle(root).manifest.pipeline, "chat")
+        return cls(load_model(root, target, options, wishes, request=messages.chat_request(request)))
 
     def __enter__(self) -> Local:
         return self
@@ -44,6 +58,11 @@ class Local:
         return (response for event in self._run("chat", messages.chat_request(request)) if (response := stream.response(event)))
 
     def _run(self, kind: Kind, request: Any) -> Iterator[Event]:
-        if self._model.kind != kind:
-            raise InvalidInput("bundle", f"holds a {self._model.kind} model, expected a {kind} model")
+        _check_kind(self._model.kind, kind)
         return Job(self._model, self._model.pipeline(request), drive).events()
+
+
+def _check_kind(found: str, expected: Kind) -> None:
+    if found != expected:
+        does, command = ("draws", "generate") if found == "diffusion" else ("answers", "chat")
+        raise InvalidInput("bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `enginecast {command}`")

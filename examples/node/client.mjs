@@ -1,5 +1,6 @@
 // Draws a picture, writes it, asks a question about it: both streams of enginecast.v1 from Node.
 //
+//   node client.mjs --help
 //   node client.mjs --address 127.0.0.1:50051 --draw shapes-diffusion --ask shapes-vlm \
 //     --prompt "a large red circle at the top left on a white background" --question "what color is the circle?" --out picture.png
 
@@ -9,24 +10,58 @@ import path from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { parseArgs } from 'node:util';
 
+const OPTIONS = {
+  address: ['127.0.0.1:50051', 'server, HOST:PORT'],
+  draw: ['shapes-diffusion', 'name of the model that draws'],
+  ask: ['shapes-vlm', 'name of the model that is asked'],
+  prompt: ['a large red circle at the top left on a white background', 'what to draw'],
+  question: ['what color is the circle?', 'what to ask about the picture'],
+  steps: ['', 'denoising steps; without it, as many as the model usually takes'],
+  out: ['picture.png', 'PNG file to write'],
+};
+
+function usage() {
+  const lines = Object.entries(OPTIONS).map(([name, [value, text]]) => `  --${name.padEnd(9)} ${text}${value && ` (default: ${value})`}`);
+  return ['node client.mjs [OPTIONS]', 'Draws a picture and asks a question about it.', '', ...lines, '  --help      show this'].join('\n');
+}
+
+function stop(message, code) {
+  console.error(`client.mjs: ${message}`);
+  process.exit(code);
+}
+
+function readOptions() {
+  const known = Object.entries(OPTIONS).map(([name, [value]]) => [name, { type: 'string', default: value }]);
+  let values;
+  try {
+    ({ values } = parseArgs({ options: { ...Object.fromEntries(known), help: { type: 'boolean', default: false } } }));
+  } catch (error) {
+    stop(`${error.message.split('. ')[0]}: --help lists the options`, 2);
+  }
+  if (values.help) {
+    console.log(usage());
+    process.exit(0);
+  }
+  if (values.steps && !/^[1-9]\d{0,8}$/.test(values.steps)) stop(`--steps is '${values.steps}', expected a number of 1 or more`, 2);
+  return values;
+}
+
+const options = readOptions();
+
 // Found from the folder in which the program is run, so that its packages may be installed anywhere.
 const require = createRequire(path.join(process.cwd(), 'package.json'));
-const grpc = require('@grpc/grpc-js');
-const protoLoader = require('@grpc/proto-loader');
 
+function needed(name) {
+  try {
+    return require(name);
+  } catch (error) {
+    return stop(`cannot load ${name} (${error.code}): run \`npm install\` in this folder`, 1);
+  }
+}
+
+const grpc = needed('@grpc/grpc-js');
+const protoLoader = needed('@grpc/proto-loader');
 const protos = path.join(path.dirname(fileURLToPath(import.meta.url)), '..', '..', 'proto');
-
-const { values: options } = parseArgs({
-  options: {
-    address: { type: 'string', default: '127.0.0.1:50051' },
-    draw: { type: 'string', default: 'shapes-diffusion' },
-    ask: { type: 'string', default: 'shapes-vlm' },
-    prompt: { type: 'string', default: 'a large red circle at the top left on a white background' },
-    question: { type: 'string', default: 'what color is the circle?' },
-    steps: { type: 'string' },
-    out: { type: 'string', default: 'picture.png' },
-  },
-});
 
 function services() {
   const files = ['image', 'chat'].map((name) => `enginecast/v1/${name}.proto`);
@@ -57,8 +92,12 @@ async function draw(images) {
 
 async function ask(chats, png) {
   const parts = [{ image: png }, { text: options.question }];
+  let begun = false;
   for await (const response of chats.Chat({ model: options.ask, messages: [{ role: 'ROLE_USER', parts }] })) {
-    if (response.event === 'delta') process.stdout.write(response.delta.text);
+    if (response.event === 'delta') {
+      process.stdout.write(begun ? response.delta.text : response.delta.text.trimStart()); // answers of many models begin with a blank
+      begun ||= response.delta.text.trim() !== '';
+    }
     if (response.event === 'done') process.stdout.write('\n');
   }
 }
@@ -67,8 +106,7 @@ const [images, chats] = services();
 try {
   await ask(chats, await draw(images));
 } catch (error) {
-  if (error.code === undefined) throw error;
-  console.error(`${grpc.status[error.code] ?? error.code}: ${error.details ?? error.message}`);
+  console.error(`client.mjs: ${grpc.status[error.code] ?? error.code ?? error.name}: ${error.details ?? error.message}`);
   process.exitCode = 1;
 } finally {
   images.close();

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from runtime.engine import Availability, FakeEngine
 from serving import cli
 from serving.fake import FakeModel, FakeServer, bundle, until
 from serving.local import Local
+
+ROOT = Path(__file__).parents[2]
 
 
 class Result:
@@ -45,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModel]:
     """The model that --bundle loads."""
     model = FakeModel()
-    monkeypatch.setattr(Local, "open", classmethod(lambda cls, root, target, options, wishes: cls(model)))
+    monkeypatch.setattr(Local, "open", classmethod(lambda cls, *_: cls(model)))
     yield model
     assert model.closed
 
@@ -57,11 +61,16 @@ class TestGenerate:
             "generate", "--address", warm.address, "--model", "draw", "--prompt", "", "--out", str(out), "--steps", "2", "--seed", "9"
         )
         assert (ended.code, ended.out) == (0, f"{out}\n")
-        assert "seed 9" in ended.err and "on fake (none)" in ended.err
+        assert re.fullmatch(r"seed 9, \d+\.\d s on fake\n", ended.err)
         with Image.open(out) as picture:
             assert picture.size == (16, 8)
         assert [path.name for path in tmp_path.glob("*.png*")] == ["x.png"]
         assert warm.draw.calls == 2
+
+    def test_verbose(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", f"{tmp_path}/x.png", "--steps", "2")
+        lines = run("generate", *base, "-v").err.splitlines()
+        assert len(lines) == 2 and re.fullmatch(r"  denoiser: 2 calls, \d\.\d\d s on none, int8 W8A8, float32", lines[1])
 
     def test_several_pictures(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         ended = run(
@@ -93,16 +102,19 @@ class TestGenerate:
             (("--memory-limit", "4 elephants"), 2, "memory_limit: is '4 elephants', expected a size above 0 such as 4GiB"),
             (("--out", "x.jpg"), 2, "out: 'x.jpg' has no .png ending"),
             (("--out", "/nowhere/x.png"), 3, "folder /nowhere does not exist"),
+            (("--threads", "2"), 2, "threads: belongs to --bundle"),
+            (("--bundle", "/nowhere"), 2, "model: and --bundle exclude each other"),
+            (("--seed", str(2**63)), 2, "Input should be less than or equal to 9223372036854775807"),
             (("--address", "127.0.0.1:1"), 10, "no server answers there"),
-            (("--bundle", "/nowhere", "--address", "127.0.0.1:1"), 2, "exclude each other"),
+            (("--bundle", "/nowhere", "--address", "127.0.0.1:1", "--model", ""), 2, "address: and --bundle exclude each other"),
             (("--prompt", "\udcff"), 2, "prompt: is no valid UTF-8 text"),
         ],
     )
     def test_mistakes(self, run: Any, warm: FakeServer, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
         base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", str(tmp_path / "x.png"))
         ended = run("generate", *base, *arguments)
-        assert ended.code == code
-        assert ended.err.count("\n") == 1 and message in ended.err
+        assert ended.code == code, ended.err
+        assert message in " ".join(ended.err.replace("│", "").split()) and (ended.err.count("\n") == 1 or "Usage:" in ended.err)
         assert not list(tmp_path.glob("*.png*"))
 
     def test_a_number_out_of_range_is_a_usage_error(self, run: Any, tmp_path: Path) -> None:
@@ -141,6 +153,64 @@ class TestChat:
         assert ended.exit_code == 0, ended.output
         first = ("user", ("what?",))
         assert seen == [[first], [first, ("assistant", ("a red círcle",)), ("user", ("sure?",))]]
+
+    def test_commands_of_a_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        seen = []
+        chat = FakeModel.pipeline
+
+        def pipeline(self: FakeModel, request: Any) -> Any:
+            seen.append([len(turn.content) for turn in request.messages])
+            return chat(self, request)
+
+        monkeypatch.setattr(FakeModel, "pipeline", pipeline)
+        Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+        told = f"/help\n/image {tmp_path}/p.png\nwhat?\nsure?\n/clear\nwho?\nquit\nno more\n"
+        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input=told)
+        assert ended.exit_code == 0, ended.output
+        assert seen == [[2], [2, 1, 1], [1]], "commands and quit are none of the model's"
+        assert "/clear " in ended.stderr and ended.stdout == "a red círcle\n" * 3
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("/imge x", "/imge: is no command, expected one of /image PATH, /clear, /help, /quit"),
+            ("/image", "/image: needs the PATH of a picture"),
+            ("/image /nowhere.png", "picture /nowhere.png cannot be read: No such file"),
+        ],
+    )
+    def test_wrong_commands(self, warm: FakeServer, line: str, message: str) -> None:
+        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input=f"{line}\n")
+        assert message in str(ended.exception) and not ended.stdout
+
+    def test_at_a_terminal(self, warm: FakeServer) -> None:
+        """A banner, errors that do not end the conversation, and one short line behind each answer."""
+        command = [sys.executable, "-m", "serving.cli", "chat", "--address", warm.address, "--model", "talk"]
+        ours, theirs = pty.openpty()
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True) as process:
+            os.close(theirs)
+            shown = b""
+
+            def wait_for(text: bytes) -> None:
+                nonlocal shown
+                while text not in shown:
+                    shown += os.read(ours, 1000)
+
+            wait_for(b"Ask talk. /help lists commands, Ctrl-D ends.")
+            wait_for(b"> ")
+            os.write(ours, b"/imge x\nwhat?\n")
+            wait_for(b"is no command")
+            wait_for(b"s on fake")
+            os.write(ours, b"/quit\n")
+            assert process.wait(20) == 0
+        os.close(ours)
+        text = re.sub(rb"\x1b\[[0-9;?]*[a-zA-Z]", b"", shown).decode().replace("\r", "")
+        assert re.search(r"\na red círcle\n3 tokens, \d\.\d s on fake\n", text) and "fork" not in text, text
+
+    def test_no_picture(self, run: Any, tmp_path: Path) -> None:
+        (tmp_path / "fox.txt").write_text("a red fox")
+        for path, message in ((tmp_path / "fox.txt", "is no PNG"), (tmp_path, "is no file, expected a picture")):
+            ended = run("chat", "--image", str(path), "--prompt", "what?")
+            assert ended.code == 2 and f"enginecast: {path}: {message}" in ended.err
 
     def test_a_missing_picture(self, run: Any) -> None:
         ended = run("chat", "--image", "/nowhere.png", "--prompt", "what?")
@@ -223,6 +293,12 @@ class TestDevices:
         }  # fmt: skip
         assert "draw: it did not fit" in found["notes"]
         assert run("devices", "--address", "127.0.0.1:1").code == 10
+
+    @pytest.mark.parametrize("option", ["--target", "--device", "--place", "--memory-limit"])
+    def test_options_of_a_bundle(self, run: Any, option: str) -> None:
+        value = {"--place": "unet=cpu", "--memory-limit": "1GiB"}.get(option, "cpu")
+        ended = run("devices", option, value)
+        assert ended.code == 2 and "belongs to --bundle" in ended.err
 
     def test_of_a_bundle(self, run: Any, tmp_path: Path) -> None:
         root = bundle(tmp_path, "placed").root

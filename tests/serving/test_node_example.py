@@ -55,3 +55,33 @@ def test_a_refused_call(packages: Path, warm: FakeServer) -> None:
     done = run(packages, warm, "--draw", "drow")
     assert (done.returncode, done.stdout) == (1, "")
     assert "NOT_FOUND: model 'drow' is not served here: did you mean 'draw'?" in done.stderr
+
+
+def test_help(packages: Path, warm: FakeServer) -> None:
+    done = run(packages, warm, "--help")
+    assert (done.returncode, done.stderr) == (0, "") and "--question" in done.stdout and "(default: picture.png)" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--nonsense", "1"), 2, "Unknown option '--nonsense': --help lists the options"),
+        (("--steps", "many"), 2, "--steps is 'many', expected a number of 1 or more"),
+        (("--draw", "draw", "--out", "/nowhere/x.png"), 1, "ENOENT"),
+        (("--draw", "draw", "--address", "127.0.0.1:1"), 1, "UNAVAILABLE"),
+    ],
+)
+def test_mistakes(packages: Path, warm: FakeServer, arguments: tuple[str, ...], code: int, message: str) -> None:
+    done = run(packages, warm, *arguments)
+    last = done.stderr.splitlines()[-1]
+    assert (done.returncode, done.stdout) == (code, "") and last.startswith("client.mjs: ") and message in last
+    assert "    at " not in done.stderr, "no stack trace"
+
+
+def test_without_its_packages(tmp_path: Path) -> None:
+    command = ["node", str(EXAMPLE / "client.mjs")]
+    if shutil.which("node") is None:
+        pytest.skip("node is not installed")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "client.mjs: cannot load @grpc/grpc-js (MODULE_NOT_FOUND): run `npm install` in this folder\n"
