@@ -39,11 +39,21 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Score:
-    """What a picture shows and in which attributes it is wrong; true if in none."""
+    """What a picture shows and in which attributes it is wrong; true if in none.
+
+    `wrong` has any of background, missing, extra, size, colour, shape: one for each difference. `placed` is the number of things that were
+    drawn where they should be: only of those can size, colour and shape be told.
+    """
 
     found: Scene
     wrong: tuple[str, ...]
-    """Any of background, missing, extra, size, colour, shape: one for each difference."""
+    placed: int
+
+    def tells(self, attribute: str) -> bool:
+        """Whether the picture says anything of this attribute: nothing can be told of what was not drawn."""
+        if attribute in ("size", "colour", "shape"):
+            return self.placed > 0
+        return attribute != "extra" or bool(self.found.things) or self.found.background != UNCLEAR
 
     def __bool__(self) -> bool:
         return not self.wrong
@@ -62,15 +72,16 @@ def score_picture(picture: NDArray[np.uint8], scene: Scene) -> Score:
     """Compare a picture, uint8 RGB [edge, edge, 3], with the scene it should show."""
     found = read_picture(picture)
     wrong = [] if found.background == scene.background else ["background"]
-    left = list(found.things)
+    left, placed = list(found.things), 0
     for thing in scene.things:
         match = next((other for other in left if other.place == thing.place), None)
         if match is None:
             wrong.append("missing")
             continue
         left.remove(match)
+        placed += 1
         wrong += [name for name in ("size", "colour", "shape") if getattr(match, name) != getattr(thing, name)]
-    return Score(found, (*wrong, *["extra"] * len(left)))
+    return Score(found, (*wrong, *["extra"] * len(left)), placed)
 
 
 def read_picture(picture: NDArray[np.uint8]) -> Scene:

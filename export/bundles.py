@@ -13,6 +13,7 @@ from runtime import signing
 from runtime.bundle import SIGNATURE, Artifact, Bundle
 from runtime.engine import targets
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.portable import prospect
 from runtime.stopping import stoppable
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -23,34 +24,37 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     """Show what a bundle holds: submodels, signatures, sizes, precisions, parity, artifacts."""
     opened = Bundle(bundle)
     manifest = opened.manifest
-    out.print(
-        f"{manifest.name}: {manifest.source.architecture} ({manifest.source.family}), quant {manifest.quant}, pipeline {manifest.pipeline}"
-    )
-    out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    of = f"{manifest.source.architecture} ({manifest.source.family})"
+    out.print(f"{manifest.name}: {of}, quant {manifest.quant}, pipeline {manifest.pipeline}", markup=False)
+    out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()), markup=False)
     show_notes(manifest)
     if manifest.quality:
-        out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()))
+        out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()), markup=False)
         for fault in manifest.quality.shortfalls:
-            out.print(f"[bold]below its floor, and allowed[/]: {fault}")
+            out.print(f"below its floor, and allowed: {fault}", style="bold", markup=False)
     for submodel in manifest.submodels:
         parity = submodel.parity
         checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
-        out.print(f"\n[bold]{submodel.name}[/]: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}")
+        out.print(f"\n{submodel.name}: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}", style="bold", markup=False)
         if told := forms([submodel], manifest.quant):
             out.print(f"  weights: {told}", markup=False)
         for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
             for tensor in tensors:
-                out.print(f"  {arrow} {_tensor(tensor)}")
+                out.print(f"  {arrow} {_tensor(tensor)}", markup=False)
         if submodel.signature.states:
-            out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}")
+            out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}", markup=False)
     rows = [("target", "submodel", "files", "compiled for", "compile s", "agreement", "fits here")]
+    reasons: dict[str, None] = {}
     for artifact in manifest.artifacts:
-        fits = (targets()[artifact.target].misfit(artifact) or "yes") if artifact.target in targets() else "not known to this program"
+        found = prospect(opened, artifact)
+        reasons |= {f"{artifact.target}: {found.why}": None} if found.why else {}
         made_for = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
         stored = ", ".join(dict.fromkeys(file.split("/")[0] for file in artifact.files))
         files = f"{artifact.folder}/" * bool(artifact.folder) + stored or "compiled at load"
-        rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", _agreement(artifact), fits))
+        rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", _agreement(artifact), found.word))
     show_table(*rows)
+    for reason in reasons:
+        out.print(reason, markup=False)
     if (bundle / SIGNATURE).exists():
         out.print("signed; `enginecast verify --signature PUBLIC` tells by whom")
     _show_sizes(opened)
@@ -74,7 +78,7 @@ def _show_sizes(bundle: Bundle) -> None:
 
 def _tensor(tensor: Any) -> str:
     dims = (str(dim) if isinstance(dim, int) else f"{dim.name} {dim.min}..{dim.max}" for dim in tensor.dims)
-    return f"{tensor.name} {tensor.dtype} \\[{', '.join(dims)}]"
+    return f"{tensor.name} {tensor.dtype} [{', '.join(dims)}]"
 
 
 @app.command()

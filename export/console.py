@@ -12,8 +12,8 @@ from export.progress import Report
 from runtime.bundle import Manifest
 from runtime.errors import InvalidInput
 
-out = Console(highlight=False, soft_wrap=True)
-errors = Console(highlight=False, stderr=True, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, markup=False)
+errors = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
 QUIET: Final = 10.0
 """Seconds without a line, where there is no terminal, after which the step under way is reported again."""
 

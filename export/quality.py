@@ -71,7 +71,10 @@ TITLES: Final[Mapping[Measure, str]] = {
 
 
 class Floor(Frozen):
-    """The least that a bundle of this `quant` must reach in one measure, and why it is set there."""
+    """The least that a bundle of this `quant` must reach in one measure, and why it is set there.
+
+    The reason is what noise of known size did to the samples' work, or another floor: nothing that changes with the next build.
+    """
 
     quant: str
     measure: Measure
@@ -87,37 +90,37 @@ FLOORS: Final = (
         quant="int8",
         measure="submodel_snr_db",
         least=20,
-        reason="The samples have 28 dB and more. Noise of 20 dB on the logits cost shapes-vlm 3 of 96 right answers.",
+        reason="Noise of 20 dB on the logits cost shapes-vlm 3 of 96 right answers.",
     ),
     Floor(
         quant="int8",
         measure="latents_snr_db",
         least=15,
-        reason="The sample has 33 dB. Noise in the UNet that left 19 dB or 16 dB cost shapes-diffusion one right picture at most.",
+        reason="Noise in the UNet that left 19 dB or 16 dB cost shapes-diffusion one right picture at most.",
     ),
     Floor(
         quant="int8",
         measure="next_token_agreement",
         least=0.95,
-        reason="The sample agrees on every token, random weights on 99 %. Noise that left 96 % cost shapes-vlm 17 of 96 right answers.",
+        reason="Noise on the logits that left 96 % cost shapes-vlm 17 of 96 right answers.",
     ),
     Floor(
         quant="int4",
         measure="submodel_snr_db",
         least=12,
-        reason="The samples have 20 dB. Noise of 12 dB on the logits cost shapes-vlm 3 of 96 right answers, of 8 dB 8, of 5 dB 17.",
+        reason="Noise of 12 dB on the logits cost shapes-vlm 3 of 96 right answers, of 8 dB 8, of 5 dB 17.",
     ),
     Floor(
         quant="int4",
         measure="latents_snr_db",
         least=10,
-        reason="The sample has 26 dB. Noise in the UNet that left 11 dB cost shapes-diffusion 1 of 11 right pictures, 7 dB 3 of 11.",
+        reason="Noise in the UNet that left 11 dB cost shapes-diffusion 1 of 11 right pictures, 7 dB 3 of 11.",
     ),
     Floor(
         quant="int4",
         measure="next_token_agreement",
         least=0.85,
-        reason="The sample agrees on every token. Lower than at int8, since 4 bits may swap two tokens that are about as likely.",
+        reason="Lower than at int8, since 4 bits may swap two tokens that are about as likely.",
     ),
 )
 """Below these a build is taken for failed. Noise: Gaussian, the same in every call, on the one output, so that its SNR is the one told."""

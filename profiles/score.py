@@ -31,7 +31,10 @@ ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape"
 
 @dataclass(frozen=True)
 class Scores:
-    """Percent right: of all cases, and by part, which is an attribute of pictures or a kind of question."""
+    """Percent right: of all cases, and by part, which is an attribute of pictures or a kind of question.
+
+    Of an attribute, percent of the pictures that show it; one that no picture shows is left out.
+    """
 
     right: float
     parts: dict[str, float]
@@ -44,14 +47,16 @@ def score(subject: Subject, exam: Exam, tick: Callable[[], None] = lambda: None)
     start = time.perf_counter()
     if subject.kind == "diffusion":
         scenes = test_prompts(exam.count)
-        wrongs = [
-            score_picture(picture, scene).wrong
-            for picture, scene in _ticking(zip(subject.pictures(scenes, exam), scenes, strict=True), tick)
+        scores = [
+            score_picture(picture, scene) for picture, scene in _ticking(zip(subject.pictures(scenes, exam), scenes, strict=True), tick)
         ]
         seconds = time.perf_counter() - start
-        faults = Counter(name for wrong in wrongs for name in set(wrong))
-        parts = {name: 100 * (1 - faults[name] / len(wrongs)) for name in ATTRIBUTES}
-        return Scores(100 * sum(not wrong for wrong in wrongs) / len(wrongs), parts, len(wrongs), seconds)
+        parts = {}
+        for name in ATTRIBUTES:
+            shown = [name not in one.wrong for one in scores if one.tells(name)]
+            if shown:
+                parts[name] = 100 * sum(shown) / len(shown)
+        return Scores(100 * sum(map(bool, scores)) / len(scores), parts, len(scores), seconds)
     cases = test_questions(exam.count)
     right = [
         (case.kind, score_answer(said, case.answer)) for said, case in _ticking(zip(subject.answers(cases, exam), cases, strict=True), tick)
@@ -100,7 +105,7 @@ def table(results: Sequence[tuple[Subject, Scores]]) -> Table:
     shown = Table("model", "quant", "target", "right", "drop", *parts, "cases", "seconds")
     for subject, scores in results:
         drop = "" if base is None or subject is results[0][0] else f"{base - scores.right:+.1f}"
-        percents = [f"{scores.parts[part]:.1f}" if part in scores.parts else "" for part in parts]
+        percents = [f"{scores.parts[part]:.1f}" if part in scores.parts else "-" for part in parts]
         shown.add_row(
             subject.name,
             subject.quant,

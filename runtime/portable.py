@@ -20,14 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from runtime.bundle import Artifact, Bundle, Frozen, Inside, Submodel, sha256
 from runtime.devices import processor_features
-from runtime.engine import Compiled, CompileOptions, Engine
+from runtime.engine import Compiled, CompileOptions, Engine, targets
 from runtime.errors import EngineError, EngineUnavailable, ResourceExhausted
 from runtime.files import FULL, cache_folder, key_of, vanishing
 
@@ -52,6 +52,29 @@ class Entry(Frozen):
 
     artifact: Artifact
     files: Mapping[Inside, str]
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What loading will do with an artifact of a bundle on this machine: in a word, and why where it is not loaded as it is."""
+
+    word: Literal["yes", "compiled anew", "no"]
+    why: str = ""
+
+
+def prospect(bundle: Bundle, artifact: Artifact) -> Prospect:
+    """What `fitting`, and before it `runtime.placement`, will make of an artifact here. Nothing is loaded or compiled."""
+    if artifact.target not in targets():
+        return Prospect("no", "not known to this program")
+    engine = targets()[artifact.target]
+    found = engine.available()
+    if not found.usable:
+        return Prospect("no", f"does not run here: {found.reason}")
+    misfit = engine.misfit(artifact)
+    if not misfit:
+        return Prospect("yes")
+    compilable = bool(bundle.graph_files(bundle.submodel(artifact.submodel)))
+    return Prospect("compiled anew" if compilable else "no", misfit)
 
 
 def fitting(

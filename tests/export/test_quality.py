@@ -251,7 +251,7 @@ def test_the_samples_are_scored(vlm_bundle: Path) -> None:
 def test_floors() -> None:
     assert {floor.quant for floor in FLOORS} == {"int8", "int4"} and floors("none") == floors("int8-naive") == []
     assert floors("auto") == floors("int4")
-    assert all(floor.reason for floor in FLOORS)
+    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in FLOORS), "figures of builds go stale"
     for int8, int4 in zip(floors("int8"), floors("int4"), strict=True):
         assert int8.measure == int4.measure and int8.least > int4.least
 

@@ -51,6 +51,19 @@ def test_pictures() -> None:
     assert scores.parts == {"background": 90, "missing": 90, "extra": 100, "size": 100, "colour": 100, "shape": 100}
 
 
+def test_what_was_never_drawn_is_not_right() -> None:
+    empty = subject(kind="diffusion", pictures=lambda scenes, exam: [np.full((64, 64, 3), 255, np.uint8)] * len(scenes))
+    parts = score.score(empty, exam_of(10)).parts
+    assert parts.keys() == {"background", "missing", "extra"} and parts["missing"] == 0 and parts["extra"] == 100
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    noisy = subject(kind="diffusion", pictures=lambda scenes, exam: [noise] * len(scenes))
+    scores = score.score(noisy, exam_of(10))
+    assert scores.parts == {"background": 0, "missing": 0}
+    both = [(one, score.score(one, exam_of(10))) for one in (subject(kind="diffusion", pictures=drawn), noisy)]
+    columns = {column.header: list(column.cells) for column in score.table(both).columns}
+    assert columns["colour"] == ["100.0", "-"]
+
+
 def test_answers() -> None:
     scores = score.score(subject(answers=said), exam_of(80))
     assert scores.right == 87.5
