@@ -71,7 +71,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path) -> list[export.opt
 def test_build(run: Run, tiny_vlm: Path) -> None:
     ended = run("build", tiny_vlm, "--target", "onnxruntime", "--output", "out")
     assert ended.code == 0, ended.err
-    lines = ended.out.splitlines()
+    lines = [line for line in ended.out.splitlines() if not line.endswith(" ...")]  # which a slow machine adds
     assert lines[0] == f"{tiny_vlm} -> out (none, onnxruntime)"
     assert lines[1].startswith("[ 1/17] weights") and lines[17].startswith("[17/17] bundle")
     assert all("ETA" in line for line in lines[1:18]) and "MB of weights in" in lines[18]

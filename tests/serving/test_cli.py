@@ -208,9 +208,9 @@ class TestChat:
 
     def test_no_picture(self, run: Any, tmp_path: Path) -> None:
         (tmp_path / "fox.txt").write_text("a red fox")
-        for path, message in ((tmp_path / "fox.txt", "is no PNG"), (tmp_path, "is no file, expected a picture")):
-            ended = run("chat", "--image", str(path), "--prompt", "what?")
-            assert ended.code == 2 and f"enginecast: {path}: {message}" in ended.err
+        ended = run("chat", "--image", f"{tmp_path}/fox.txt", "--prompt", "what?")
+        assert ended.code == 2 and f"enginecast: {tmp_path}/fox.txt: is no PNG" in ended.err, "the file is named, not a field"
+        assert run("chat", "--image", str(tmp_path), "--prompt", "what?").code == 3
 
     def test_a_missing_picture(self, run: Any) -> None:
         ended = run("chat", "--image", "/nowhere.png", "--prompt", "what?")
