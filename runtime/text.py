@@ -1,7 +1,5 @@
 """Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of tokens spells.
 
-Templates are rendered the way transformers renders them (`apply_chat_template`, checked by a test), in jinja2's immutable sandbox.
-
 No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that contains one is
 refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen over tokenizing such text as
 plain because the boundaries of the pieces would then tokenize unlike the model's own tokenizer does.
@@ -9,72 +7,27 @@ plain because the boundaries of the pieces would then tokenize unlike the model'
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Final
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InvalidInput
-from runtime.images import Picture, PictureFile, check_picture
+from runtime.templates import ChatTemplate
+from runtime.templates import Message as Message  # for the modules above this one
+from runtime.templates import Part as Part
+from runtime.templates import Role as Role
 
-Role = Literal["system", "user", "assistant"]
-Part = str | Picture | PictureFile
-"""Text, a picture, or a file with one."""
-NAMED_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""The special tokens that a template may name, as in transformers' special_tokens_map."""
 REPLACEMENT: Final = "\ufffd"
 """What a decoder writes for bytes that are no whole character, or not yet."""
-
-
-@dataclass(frozen=True, eq=False)
-class Message:
-    """One turn: its texts and pictures in order. A str is text, an array a picture, uint8 RGB [height, width, 3]."""
-
-    role: Role
-    content: tuple[Part, ...]
-
-    @property
-    def images(self) -> list[Picture | PictureFile]:
-        return [part for part in self.content if not isinstance(part, str)]
-
-    def check(self, field: str) -> None:
-        """Raise InvalidInput, naming the part below `field`, unless role and every part are of the right kind."""
-        if self.role not in get_args(Role):
-            raise InvalidInput(f"{field}.role", f"is '{self.role}', expected {', '.join(get_args(Role))}")
-        if not self.content:
-            raise InvalidInput(f"{field}.parts", "is empty, expected texts and pictures (an empty text is allowed)")
-        for i, part in enumerate(self.content):
-            if isinstance(part, PictureFile):
-                continue
-            if not isinstance(part, str):
-                check_picture(part, f"{field}.parts[{i}]")
-            elif not _is_unicode(part):
-                raise InvalidInput(f"{field}.parts[{i}]", "holds half a surrogate pair, which is no Unicode text")
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 class ChatText:
     """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside it).
 
-    The template is looked for where transformers does: chat_template.jinja, chat_template.json, processor_config.json and
-    tokenizer_config.json, in this order. `image_token_id` is the placeholder that stands for a picture, of models that see.
+    `image_token_id` is the placeholder that stands for a picture, of models that see.
     Raises BundleError when a file is missing or cannot be used.
     """
 
@@ -91,8 +44,7 @@ class ChatText:
             raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images that the model's config.json names")
         self.image_token_id = image_token_id
         self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
-        self._names = _named_tokens(folder)
-        self._template = _compile(_template_source(folder), folder)
+        self.template = ChatTemplate(folder, None if image_token_id is None else added[image_token_id].content)
 
     @property
     def last(self) -> tuple[str, int]:
@@ -102,11 +54,7 @@ class ChatText:
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
-        conversation = [{"role": message.role, "content": [_part(part) for part in message.content]} for message in messages]
-        try:
-            return self._template.render(messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names)
-        except Exception as error:  # a template can raise whatever Python's operators raise
-            raise InvalidInput("messages", f"the model's chat template refuses this conversation: {error}") from None
+        return self.template.render(messages)
 
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
@@ -144,77 +92,9 @@ class ChatText:
             raise InvalidInput(field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way")
 
 
-def _part(part: Part) -> dict[str, str]:
-    """A part as templates expect it."""
-    return {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
-
-
 def _harmless(part: Part) -> Part:
     """A part of the same kind that writes no special token; blank text stays, as templates may treat it apart."""
     return "x" if isinstance(part, str) and part.strip() else part
-
-
-def _named_tokens(folder: Path) -> dict[str, str]:
-    """What a template may name: the tokens in tokenizer_config.json, and older files' special_tokens_map.json."""
-    settings = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
-    values = {name: settings.get(name) for name in NAMED_TOKENS}
-    contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in values.items()}
-    return {name: content for name, content in contents.items() if isinstance(content, str)}
-
-
-def _template_source(folder: Path) -> str:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
-        template = _read(folder / name).get("chat_template")
-        if isinstance(template, list):  # several by name: tools and the like; the plain one is called default
-            template = next((entry["template"] for entry in template if entry["name"] == "default"), None)
-        if template is not None:
-            return str(template)
-    raise BundleError(f"{folder} holds no chat template (chat_template.jinja, or the field in tokenizer_config.json): it is no chat model")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty when there is no such file."""
-    try:
-        data = json.loads(path.read_bytes()) if path.is_file() else {}
-    except ValueError as error:
-        raise BundleError(f"{path} cannot be read: {error}") from None
-    if not isinstance(data, dict):
-        raise BundleError(f"{path} holds no JSON object")
-    return data
-
-
-class Generation(Extension):
-    """`{% generation %}...{% endgeneration %}` marks what a model said, for training; here it is what it encloses."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(source: str, folder: Path) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateError as error:
-        raise BundleError(f"the chat template in {folder} cannot be used: {error}") from None
-
-
-def _tojson(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
-) -> str:
-    """JSON without jinja2's escapes for HTML, as transformers' templates expect."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> str:
-    raise jinja2.TemplateError(message)
 
 
 class Detokenizer:

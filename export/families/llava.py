@@ -20,6 +20,7 @@ from export.decoders import Decoder, library_decoder, reduced_decoder, require_k
 from export.family import Component, Family, Part, Reference
 from export.source import Source, read_json
 from export.trace import without_weights
+from runtime import templates
 from runtime.errors import SourceError
 from runtime.pipelines.chat import ChatConfig, Defaults
 from runtime.signature import BATCH, Dim, Signature, Tensor
@@ -173,7 +174,7 @@ def _leading_token(tokenizer: Path) -> int | None:
 
 def assets(source: Source) -> Mapping[str, Path]:
     _tokenizer(source)
-    text = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "chat_template.json")
+    text = ("tokenizer.json", "special_tokens_map.json", *templates.FILES)
     vision = ("preprocessor_config.json", "processor_config.json")
     wanted = {f"tokenizer/{name}": source.root / name for name in text} | {f"preprocessor/{name}": source.root / name for name in vision}
     return {path: file for path, file in wanted.items() if file.is_file()}

@@ -204,7 +204,11 @@ def test_the_twin_is_made_of_the_same_modules(checkpoint: Path) -> None:
 def test_assets_are_the_model_s_own_files(checkpoint: Path) -> None:
     source = resolve(str(checkpoint))
     for path, file in family_of(source).assets(source).items():
-        assert file.is_file() and file.is_relative_to(checkpoint) and re.fullmatch(r"(tokenizer(_2)?|scheduler|preprocessor)/[^/]+", path)
+        assert (
+            file.is_file()
+            and file.is_relative_to(checkpoint)
+            and re.fullmatch(r"(tokenizer(_2)?|scheduler|preprocessor)/(additional_chat_templates/)?[^/]+", path)
+        )
 
 
 @pytest.mark.parametrize("folder", ["tokenizer", "scheduler"])

@@ -1,6 +1,5 @@
 """Prompts equal transformers'; no text writes a special token; streams spell what the whole decodes to."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -139,30 +138,6 @@ def test_bad_templates_are_clear_errors(tmp_path: Path, template: str) -> None:
         ChatText(tmp_path).render([Message("user", ("hi",))])
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("chat_template.jinja", "told {{ bos_token }}"),
-        ("chat_template.json", json.dumps({"chat_template": "told {{ bos_token }}"})),
-        ("processor_config.json", json.dumps({"chat_template": "told {{ bos_token }}"})),
-        (
-            "tokenizer_config.json",
-            json.dumps(
-                {
-                    "bos_token": {"content": "<s>"},
-                    "chat_template": [{"name": "x", "template": ""}, {"name": "default", "template": "told {{ bos_token }}"}],
-                }
-            ),
-        ),
-    ],
-)
-def test_where_templates_lie(tmp_path: Path, name: str, content: str) -> None:
-    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>"}))
-    (tmp_path / name).write_text(content)
-    assert ChatText(tmp_path).render([Message("user", ("hi",))]) == "told <s>"
-
-
 def test_damaged_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer.json cannot be read"):
         ChatText(tmp_path)
@@ -206,9 +181,13 @@ def test_parts_that_join_up_to_a_special_token_are_refused(tmp_path: Path, parts
 
 def test_every_picture_has_its_placeholder(tmp_path: Path) -> None:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "chat_template.jinja").write_text("USER:")
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or ('<image>' if loop.last == loop.first or m.content|length < 4) }}"
+        "{% endfor %}{% endfor %}"
+    )
+    chat = ChatText(tmp_path, IMAGE)
     with pytest.raises(InvalidInput, match="places 0 of 1 pictures"):
-        ChatText(tmp_path, IMAGE).encode([Message("user", (PICTURE,))])
+        chat.encode([Message("user", ("a", "b", "c", PICTURE))])
 
 
 @settings(deadline=None)
