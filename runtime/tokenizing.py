@@ -3,27 +3,31 @@
 The vocabulary and merges come from tokenizer.json where there is one, else from vocab.json and merges.txt, as Stable Diffusion 1.x has
 them. What CLIP does around them (Unicode NFC, white space, lower case, word splitting, byte-level BPE; Radford et al. 2021,
 arXiv 2103.00020, section 2.4) is the same for every CLIP model and stands here, as it does in transformers.CLIPTokenizer, whose ids
-these equal.
+these equal. Learned tokens of several vectors (textual inversion; Gal et al. 2022, arXiv 2208.01618) are written out as diffusers'
+pipelines do.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate, count, takewhile
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
 from runtime.errors import BundleError, InvalidInput
 
 START: Final = "<|startoftext|>"
 END: Final = "<|endoftext|>"
-SPECIAL: Final = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
+SPECIAL: Final = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_token": END}
 """The special tokens of a CLIP model that names none."""
+NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+"""The special tokens that a model may name, in the order in which those that its vocabulary lacks get their ids."""
 WORD: Final = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 SHOWN: Final = 80
 """How many characters of a text an error message quotes."""
@@ -39,11 +43,12 @@ class ClipTokenizer:
         self.folder = folder
         config = _read_json(folder / "tokenizer_config.json")
         published = _read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-        special = _special_tokens(folder, config)
+        special, extra = _special_tokens(folder, config)
         self._tokenizer = _build(*_vocabulary(folder, published), special["unk_token"])
-        self._tokenizer.add_tokens(_added_tokens(config, published, special))
+        self._tokenizer.add_tokens(_added_tokens(folder, config, published, [*special.values(), *extra]))
         self.start, self.end, self.pad = (self._id(folder, special[name]) for name in ("bos_token", "eos_token", "pad_token"))
         self.limit = _limit(folder, config)
+        self._written_out = _several_vectors({token.content for token in self._tokenizer.get_added_tokens_decoder().values()})
 
     @property
     def last(self) -> str:
@@ -60,16 +65,37 @@ class ClipTokenizer:
             (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` holds the interpreter lock
         except (UnicodeEncodeError, TypeError):
             raise InvalidInput(field, "is not valid Unicode text") from None
+        whole = self._all_vectors(text, encoding.tokens)
+        found = encoding.ids if whole == text else self._tokenizer.encode(whole, add_special_tokens=False).ids
         room = self.limit - 2
-        if len(encoding.ids) > room:
-            lost = text[encoding.offsets[room][0] :]
+        if len(found) > room:
+            lost = text[self._beyond(encoding, room) :]
             quoted = lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}..."
             raise InvalidInput(
                 field,
-                f"has {len(encoding.ids)} tokens, the model reads {room} (and start and end): shorten it by what comes from '{quoted}' on",
+                f"has {len(found)} tokens, the model reads {room} (and start and end): shorten it by what comes from '{quoted}' on",
             )
-        ids = [self.start, *encoding.ids, self.end]
+        ids = [self.start, *found, self.end]
         return np.array(ids + [self.pad] * (self.limit - len(ids)), np.int64)
+
+    @property
+    def last(self) -> tuple[int, str]:
+        """The highest id that a text can have, and its token: a text encoder has embeddings up to it."""
+        token, found = max(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
+        return found, token
+
+    def _all_vectors(self, text: str, tokens: Sequence[str]) -> str:
+        """The text with every vector of each learned token in it, by the plain replacement that diffusers' maybe_convert_prompt does."""
+        for token in dict.fromkeys(tokens):
+            if token in self._written_out:
+                text = text.replace(token, " ".join(self._written_out[token]))
+        return text
+
+    def _beyond(self, encoding: Encoding, room: int) -> int:
+        """Where in its text the first token begins that no room is left for."""
+        lengths = accumulate(len(self._written_out.get(token, (token,))) for token in encoding.tokens)
+        starts = (start for (start, _), length in zip(encoding.offsets, lengths, strict=True) if length > room)
+        return int(next(starts, encoding.offsets[-1][0]))
 
     def _id(self, folder: Path, token: AddedToken) -> int:
         found: int | None = self._tokenizer.token_to_id(token.content)
@@ -103,30 +129,53 @@ def _vocabulary(folder: Path, published: Mapping[str, Any]) -> tuple[dict[str, i
     return model["vocab"], [(first, second) for first, second in pairs]
 
 
-def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, AddedToken]:
-    """The start, end, unknown and padding token. Folders of older format may hold them in a file of their own, which then decides."""
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
+    """The special tokens by their part, and those without one. In folders of older format, a file of their own decides."""
     own = folder / "special_tokens_map.json"
-    named = {**SPECIAL, **{key: config[key] for key in SPECIAL if config.get(key)}}
+    named = {**SPECIAL, **{key: config[key] for key in NAMED if config.get(key)}}
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
     if "added_tokens_decoder" not in config and own.is_file():
-        named |= {key: value for key, value in _read_json(own).items() if key in SPECIAL}
-    return {key: _added(value) for key, value in named.items()}
+        listed = _read_json(own)
+        named |= {key: value for key, value in listed.items() if key in NAMED}
+        extra = [*extra, *listed.get("additional_special_tokens", ())]
+    extra = extra.values() if isinstance(extra, Mapping) else extra
+    return {key: _special(named[key]) for key in NAMED if key in named}, [_special(token) for token in extra]
 
 
-def _added_tokens(config: Mapping[str, Any], published: Mapping[str, Any], special: Mapping[str, AddedToken]) -> list[AddedToken]:
-    """Tokens that are found in a text before words are split. The first of a name counts."""
-    listed = config.get("added_tokens_decoder")
-    if listed is not None:
-        found = [listed[key] for key in sorted(listed, key=int)]
+def _added_tokens(folder: Path, config: Mapping[str, Any], published: Mapping[str, Any], special: Sequence[AddedToken]) -> list[AddedToken]:
+    """Tokens that are found in a text before words are split, in the order of their ids. The first of a name counts.
+
+    They stand in tokenizer_config.json; in folders of older format in added_tokens.json (ids by token) and tokenizer.json.
+    """
+    found: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in config:
+        found = {int(key): _added(token) for key, token in config["added_tokens_decoder"].items()}
     else:
-        found = sorted(published.get("added_tokens", ()), key=lambda token: int(token["id"]))
-    return [_added(token) for token in found] + list(special.values())
+        names = {token.content for token in special}
+        if (folder / "added_tokens.json").is_file():
+            for token, key in _read_json(folder / "added_tokens.json").items():
+                found[int(key)] = AddedToken(token, special=token in names, normalized=token not in names)
+        found |= {int(token["id"]): _added(token) for token in published.get("added_tokens", ())}
+    return [found[key] for key in sorted(found)] + list(special)
 
 
-def _added(token: str | Mapping[str, Any]) -> AddedToken:
-    if isinstance(token, str):
-        return AddedToken(token, special=True, normalized=False)
-    flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized") if key in token}
-    return AddedToken(token["content"], special=bool(token.get("special", True)), **flags)
+def _special(token: str | Mapping[str, Any]) -> AddedToken:
+    return AddedToken(token, special=True) if isinstance(token, str) else _added({**token, "special": True})
+
+
+def _added(token: Mapping[str, Any]) -> AddedToken:
+    flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized", "special") if key in token}
+    return AddedToken(token["content"], **flags)
+
+
+def _several_vectors(added: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """All tokens of each learned token that has several vectors: `<x>`, `<x>_1`, `<x>_2` and so on."""
+    several = {}
+    for token in added:
+        further = takewhile(added.__contains__, (f"{token}_{i}" for i in count(1)))
+        if tokens := tuple(further):
+            several[token] = (token, *tokens)
+    return several
 
 
 def _limit(folder: Path, config: Mapping[str, Any]) -> int:

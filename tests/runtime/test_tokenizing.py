@@ -79,13 +79,94 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return ClipTokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
 
 
-def check(ours: ClipTokenizer, theirs: Any, text: str) -> None:
+LEARNED = ("<cat-toy>", "<cat-toy>_1", "<cat-toy>_2", "<Style>", "<one>", "<cat-toy>_2x", "<Style>_1")
+
+
+def write_learned(folder: Path, layout: str) -> Path:
+    """A tokenizer with learned tokens, as textual inversion adds them, in each layout that folders have."""
+    write_legacy(folder)
+    if layout == "added_tokens.json":
+        size = len(json.loads((folder / "vocab.json").read_text()))
+        (folder / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(LEARNED)}))
+        return folder
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(LEARNED))
+    tokenizer.add_tokens(
+        [transformers.AddedToken("<wide>", lstrip=True, rstrip=True), transformers.AddedToken("<wide>_1", single_word=True)]
+    )
+    if layout == "special":
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>", "<extra>_1"], "mask_token": "<mask>"})
+    tokenizer.save_pretrained(folder / "new")
+    if layout == "added_tokens_decoder":
+        config, saved = (json.loads((folder / "new" / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
+        config["added_tokens_decoder"] = {token.pop("id"): token for token in saved["added_tokens"]}
+        saved["added_tokens"] = []
+        for name, content in (("tokenizer_config.json", config), ("tokenizer.json", saved)):
+            (folder / "new" / name).write_text(json.dumps(content))
+    return folder / "new"
+
+
+@pytest.fixture(scope="module", params=["added_tokens.json", "tokenizer.json", "added_tokens_decoder", "special"])
+def learned(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ClipTokenizer, Any]:
+    """Our tokenizer and transformers' from one folder with learned tokens."""
+    folder = write_learned(tmp_path_factory.mktemp("learned"), request.param)
+    return ClipTokenizer(folder), transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def check_as_diffusers(ours: ClipTokenizer, theirs: Any, text: str) -> None:
+    """The ids of what diffusers' pipelines make of the text."""
+    diffusers = pytest.importorskip("diffusers")
+    check(ours, theirs, text, diffusers.loaders.TextualInversionLoaderMixin().maybe_convert_prompt(text, theirs))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red <cat-toy>",
+        "<cat-toy>_1",
+        "<cat-toy>_1 <cat-toy>",
+        "<cat-toy>x<cat-toy>_2x <CAT-TOY> <style> <Style>",
+        " <wide> <wide>_1 a<wide>b <extra> <mask>",
+        "<cat-toy>" * 8,
+        "red " * 18 + "<cat-toy> the rest",
+    ],
+)
+def test_learned_tokens_equal_diffusers(learned: tuple[ClipTokenizer, Any], text: str) -> None:
+    check_as_diffusers(*learned, text)
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=st.lists(st.sampled_from([*LEARNED, "<wide>", "<extra>", "_1", " ", "red", "A", "<", "<CAT-TOY>", "<style>"]), max_size=12))
+def test_learned_tokens_equal_diffusers_anywhere(learned: tuple[ClipTokenizer, Any], pieces: list[str]) -> None:
+    check_as_diffusers(*learned, "".join(pieces))
+
+
+def test_a_learned_token_of_three_vectors_gives_three_ids(tmp_path: Path) -> None:
+    tokenizer = ClipTokenizer(write_learned(tmp_path, "added_tokens.json"))
+    first = len(json.loads((tmp_path / "vocab.json").read_text()))
+    assert tokenizer("a red <cat-toy>").tolist()[3:6] == [first, first + 1, first + 2]
+    assert tokenizer("<cat-toy>_1").tolist()[1:3] == [first + 1, tokenizer.end]
+    assert tokenizer.last == (first + len(LEARNED) - 1, LEARNED[-1])
+
+
+def test_all_vectors_of_a_learned_token_count(tmp_path: Path) -> None:
+    tokenizer = ClipTokenizer(write_learned(tmp_path, "added_tokens.json"))
+    tokenizer("red " * 19 + "<cat-toy>")
+    with pytest.raises(InvalidInput, match=r"has 25 tokens, the model reads 22 .* from '<cat-toy> the 1' on"):
+        tokenizer("red " * 20 + "<cat-toy> the 1")
+    with pytest.raises(InvalidInput, match=r"has 23 tokens, the model reads 22 .* from 'the' on"):
+        tokenizer("red " * 19 + "<cat-toy> the")
+
+
+def check(ours: ClipTokenizer, theirs: Any, given: str, text: str | None = None) -> None:
+    """`text` is what the library gets for the `given` one; the same where None."""
+    text = given if text is None else text
     whole = theirs(text).input_ids
     if len(whole) > ours.limit:
         with pytest.raises(InvalidInput, match=f"has {len(whole) - 2} tokens, the model reads {ours.limit - 2}"):
-            ours(text)
+            ours(given)
         return
-    ids = ours(text)
+    ids = ours(given)
     assert ids.dtype == np.int64
     assert ids.tolist() == theirs(text, padding="max_length", max_length=theirs.model_max_length).input_ids
 
