@@ -72,6 +72,8 @@ class Build:
         source = resolve(options.source)
         family = family_of(source)
         try:
+            for look in (family.assets, family.notes):
+                look(source)  # what the small files say is refused before anything is made of it
             parts = family.parts(source, False)
         except (EnginecastError, AssertionError):
             raise
@@ -79,7 +81,7 @@ class Build:
             reason = " ".join(str(error).split())
             raise SourceError(
                 f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
-                f"({type(error).__name__}: {reason}). Download them again"
+                f"({type(error).__name__}: {reason}). Correct them, or take them as they were published"
             ) from error
         build = cls(options, source, family, parts)
         for part in parts:

@@ -34,13 +34,14 @@ class EnginecastError(Exception):
 
 
 class InvalidInput(EnginecastError):
-    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it."""
+    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it, `reason` the rest of the message."""
 
     exit_code = 2
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
+        self.reason = message
 
 
 class ContextLengthExceeded(InvalidInput):

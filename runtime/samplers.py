@@ -8,7 +8,7 @@
 
 Every algorithm reads one description of the trajectory: the signal share ᾱ (alpha bar, 1 = clean, 0 = pure noise) before and after
 each step. Results equal diffusers 0.42 (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
-DPMSolverMultistepScheduler) on the same noise, including which defaults each of them takes for what a config leaves out.
+DPMSolverMultistepScheduler) on the same noise, including which fields and defaults each of them takes (`runtime.schedules`).
 To start in the middle of a trajectory, as image-to-image does, give `State` an `index` and the latent noised to `signal[index]`.
 """
 
@@ -16,98 +16,27 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Annotated, Any, Final, Literal, cast
+from typing import Final, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from runtime.errors import InvalidInput, did_you_mean
+from runtime.schedules import KARRAS, SOURCES, Schedule, SchedulerConfig, Spacing
 
 Floats = NDArray[np.float64]
 Latents = NDArray[np.float32]
-Spacing = Literal["leading", "trailing", "linspace"]
 
 ZERO_SNR_FLOOR: Final = 2.0**-24
 """Stands in for ᾱ = 0 where an algorithm divides by it: the smallest half-precision number, as in diffusers."""
 KARRAS_RHO: Final = 7.0
+ROUNDING: Final = 1e-6
+"""Noise levels nearer than this, relative to themselves, are one: they come from float32 tables."""
 FEW_STEPS: Final = 15
 """Below this many steps DPM++ takes its last step at first order, for stability (its `lower_order_final`)."""
-
-
-def _none_or_unbounded(value: object) -> object:
-    return None if value == -math.inf else value
-
-
-class SchedulerConfig(BaseModel):
-    """The fields of a published scheduler_config.json. Values that no sampler here can honour are refused, never ignored.
-
-    A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between the classes
-    are None here. Betas are variances of one training step; timesteps count training steps from 0.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_train_timesteps: int = Field(default=1000, ge=2, le=1_000_000)
-    beta_start: float = Field(default=0.0001, gt=0, lt=1)
-    beta_end: float = Field(default=0.02, gt=0, lt=1)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    timestep_spacing: Spacing | None = None
-    """None: leading for DDIM, linspace for the others."""
-    steps_offset: int = Field(default=0, ge=0)
-    rescale_betas_zero_snr: bool = False
-    set_alpha_to_one: bool = True
-    clip_sample: bool = True
-    """DDIM only. True as in diffusers, although its Stable Diffusion pipeline always turns it off."""
-    clip_sample_range: float = Field(default=1.0, gt=0)
-    interpolation_type: Literal["linear", "log_linear"] = "linear"
-    """Euler only."""
-    lower_order_final: bool = True
-    """DPM++ only."""
-    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    """Euler and DPM++."""
-
-    # Accepted at the one value that the algorithms here implement.
-    trained_betas: None = None
-    thresholding: Literal[False] = False
-    use_exponential_sigmas: Literal[False] | None = False
-    use_beta_sigmas: Literal[False] | None = False
-    use_lu_lambdas: Literal[False] | None = False
-    use_flow_sigmas: Literal[False] | None = False
-    use_dynamic_shifting: Literal[False] = False
-    timestep_type: Literal["discrete"] = "discrete"
-    sigma_min: None = None
-    sigma_max: None = None
-    solver_order: Literal[2] = 2
-    algorithm_type: Literal["dpmsolver++"] = "dpmsolver++"
-    solver_type: Literal["midpoint"] = "midpoint"
-    euler_at_final: Literal[False] = False
-    lambda_min_clipped: Annotated[None, BeforeValidator(_none_or_unbounded)] = None
-
-    # Accepted at any value: details of other samplers, or of what is refused above; no algorithm here reads them.
-    class_name: str = Field(default="", alias="_class_name")
-    diffusers_version: str = Field(default="", alias="_diffusers_version")
-    use_karras_sigmas: bool | None = None
-    """The sampler's name says whether Karras sigmas are used; see `default_sampler`."""
-    skip_prk_steps: bool = True
-    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"] | None = None
-    dynamic_thresholding_ratio: float = 0.995
-    sample_max_value: float = 1.0
-    flow_shift: float = 1.0
-    time_shift_type: str = "exponential"
-
-    @classmethod
-    def parse(cls, published: Mapping[str, Any]) -> SchedulerConfig:
-        """Read the fields of a scheduler_config.json. Raises InvalidInput naming each field that is not supported, and what is."""
-        try:
-            return cls.model_validate(published)
-        except ValidationError as error:
-            faults = [f"{'.'.join(map(str, fault['loc']))}={fault['input']!r}: {fault['msg']}" for fault in error.errors()]
-            raise InvalidInput("scheduler", f"the model's noise schedule is not supported: {'; '.join(faults)}") from None
 
 
 @dataclass(frozen=True)
@@ -130,7 +59,7 @@ class Sampler(ABC):
     """What the model is told the time is, float32 [n], decreasing."""
     signal: Floats
     signal_after: Floats
-    config: SchedulerConfig
+    config: Schedule
     spacing: Spacing
     eta: float = 0.0
 
@@ -257,10 +186,13 @@ class Dpmpp2M(Sampler):
         return index == steps - 1 and (to_zero or (self.config.lower_order_final and steps < FEW_STEPS))
 
 
-def alphas_cumprod(config: SchedulerConfig) -> NDArray[np.float32]:
+def alphas_cumprod(config: Schedule) -> NDArray[np.float32]:
     """ᾱ of every training timestep, float32 [num_train_timesteps], computed in the float32 steps that models were trained with."""
     count = config.num_train_timesteps
+    betas: NDArray[np.float32]
     match config.beta_schedule:
+        case _ if config.trained_betas is not None:
+            betas = np.array(config.trained_betas, np.float32)
         case "linear":
             betas = _linspace(config.beta_start, config.beta_end, count)
         case "scaled_linear":
@@ -309,20 +241,21 @@ def _required(noise: Latents | None) -> Latents:
     return noise
 
 
-def _spaced(config: SchedulerConfig, spacing: Spacing, steps: int, *, beyond: int = 0) -> Floats:
+def _spaced(config: Schedule, spacing: Spacing, steps: int, *, beyond: int = 0, cut: int = 0) -> Floats:
     """Timesteps from noise to clean, float64 [steps], spaced as in table 2 of Lin et al. 2023 (arXiv 2305.08891).
 
-    With `beyond` 1 the range is cut for one step more, and its clean end left out: what DPM-Solver++ does.
+    With `beyond` 1 the range is cut for one step more, and its clean end left out: what DPM-Solver++ does. The last `cut` timesteps of
+    training are left out; with trailing there are fewer steps then.
     """
     total = config.num_train_timesteps
     match spacing:
         case "linspace":
-            return np.linspace(0, total - 1, steps + beyond)[::-1][:steps]
+            return np.linspace(0, total - cut - 1, steps + beyond)[::-1][:steps]
         case "leading":
-            ratio = total // (steps + beyond)
+            ratio = (total - cut) // (steps + beyond)
             return (np.arange(steps + beyond, dtype=np.float64) * ratio)[::-1][:steps] + config.steps_offset
         case "trailing":
-            return np.round(np.arange(total, 0, -total / steps)[:steps]) - 1  # for some counts it comes out one too long
+            return np.round(np.arange(total - cut, 0, -total / steps)[:steps]) - 1  # for some counts it comes out one too long
 
 
 def _karras(first: float, last: float, steps: int) -> Floats:
@@ -340,7 +273,7 @@ def _timesteps_of(sigmas: Floats, table: NDArray[np.float32]) -> Floats:
     return cast(Floats, low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clip(0, 1))
 
 
-def _noise_table(config: SchedulerConfig) -> NDArray[np.float32]:
+def _noise_table(config: Schedule) -> NDArray[np.float32]:
     """Noise over signal at every training timestep, float32, finite."""
     bar = alphas_cumprod(config)
     if config.rescale_betas_zero_snr:
@@ -348,7 +281,7 @@ def _noise_table(config: SchedulerConfig) -> NDArray[np.float32]:
     return cast(NDArray[np.float32], np.sqrt((1 - bar) / bar))
 
 
-def _checked(timesteps: Floats, config: SchedulerConfig) -> Floats:
+def _checked(timesteps: Floats, config: Schedule) -> Floats:
     """The same timesteps, if the model was trained on all of them and no two are equal. Raises InvalidInput naming `steps`."""
     last, steps = config.num_train_timesteps - 1, len(timesteps)
     if timesteps[0] > last or timesteps[-1] < 0 or not (np.diff(timesteps) < 0).all():
@@ -361,7 +294,12 @@ def _checked(timesteps: Floats, config: SchedulerConfig) -> Floats:
 
 
 def _trajectory(levels: Floats) -> tuple[Floats, Floats]:
-    """ᾱ before and after each step between noise levels (noise over signal), float64 [steps + 1]. Raises InvalidInput if one rises."""
+    """ᾱ before and after each step between noise levels (noise over signal), float64 [steps + 1]. Raises InvalidInput if one rises.
+
+    The last may stay where it is: a walk to the least noise of training often ends there one step early, up to rounding.
+    """
+    if math.isclose(levels[-1], levels[-2], rel_tol=ROUNDING):
+        levels = np.append(levels[:-1], levels[-2])
     falls = np.diff(levels)
     if (falls > 0).any() or (falls[:-1] == 0).any():
         raise InvalidInput("steps", f"{len(falls)} steps are too close together for the model's noise schedule. Use fewer steps")
@@ -369,12 +307,12 @@ def _trajectory(levels: Floats) -> tuple[Floats, Floats]:
     return signal[:-1], signal[1:]
 
 
-def _final_sigma(config: SchedulerConfig, table: NDArray[np.float32]) -> float:
+def _final_sigma(config: Schedule, table: NDArray[np.float32]) -> float:
     """The noise level after the last step."""
     return float(table[0]) if config.final_sigmas_type == "sigma_min" else 0.0
 
 
-def _ddim(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Sampler:
+def _ddim(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler:
     spacing = config.timestep_spacing or "leading"
     timesteps = _checked(np.round(_spaced(config, spacing, steps)), config)
     table = alphas_cumprod(config).astype(np.float64)
@@ -388,7 +326,7 @@ def _ddim(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Samp
     return Ddim(timesteps.astype(np.float32), table[index], after, config, spacing, eta)
 
 
-def _euler(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Sampler:
+def _euler(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler:
     spacing = config.timestep_spacing or "linspace"
     timesteps = _checked(_spaced(config, spacing, steps), config)
     table = _noise_table(config)
@@ -403,7 +341,7 @@ def _euler(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Sam
     return Euler(timesteps.astype(np.float32), *_trajectory(levels), config, spacing)
 
 
-def _euler_ancestral(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Sampler:
+def _euler_ancestral(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler:
     spacing = config.timestep_spacing or "linspace"
     timesteps = _checked(_spaced(config, spacing, steps), config)
     table = _noise_table(config)
@@ -411,7 +349,7 @@ def _euler_ancestral(config: SchedulerConfig, steps: int, karras: bool, eta: flo
     return EulerAncestral(timesteps.astype(np.float32), *_trajectory(levels), config, spacing)
 
 
-def _dpmpp_2m(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> Sampler:
+def _dpmpp_2m(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler:
     spacing = config.timestep_spacing or "linspace"
     table = _noise_table(config)
     if karras:
@@ -421,53 +359,46 @@ def _dpmpp_2m(config: SchedulerConfig, steps: int, karras: bool, eta: float) -> 
         timesteps = np.floor(timesteps) if config.beta_schedule == "squaredcos_cap_v2" else np.round(timesteps)
     else:
         extra = 0 if spacing == "trailing" else 1
-        timesteps = _checked(np.round(_spaced(config, spacing, steps, beyond=extra)), config)
+        cut = int((np.log(table) > -config.lambda_min_clipped).sum())
+        timesteps = _checked(np.round(_spaced(config, spacing, steps, beyond=extra, cut=cut)), config)
         levels = table[timesteps.astype(np.int64)].astype(np.float64)
     return Dpmpp2M(timesteps.astype(np.float32), *_trajectory(np.append(levels, _final_sigma(config, table))), config, spacing)
 
 
 @dataclass(frozen=True)
 class _Recipe:
-    """How a named sampler is made, and what a scheduler_config.json calls it."""
+    """How a named sampler is made."""
 
-    make: Callable[[SchedulerConfig, int, bool, float], Sampler]
-    published: str
+    make: Callable[[Schedule, int, bool, float], Sampler]
     karras: bool = False
 
 
 _RECIPES: Final = {
-    "ddim": _Recipe(_ddim, "DDIMScheduler"),
-    "euler": _Recipe(_euler, "EulerDiscreteScheduler"),
-    "euler_karras": _Recipe(_euler, "EulerDiscreteScheduler", karras=True),
-    "euler_ancestral": _Recipe(_euler_ancestral, "EulerAncestralDiscreteScheduler"),
-    "dpmpp_2m": _Recipe(_dpmpp_2m, "DPMSolverMultistepScheduler"),
-    "dpmpp_2m_karras": _Recipe(_dpmpp_2m, "DPMSolverMultistepScheduler", karras=True),
+    "ddim": _Recipe(_ddim),
+    "euler": _Recipe(_euler),
+    "euler_karras": _Recipe(_euler, karras=True),
+    "euler_ancestral": _Recipe(_euler_ancestral),
+    "dpmpp_2m": _Recipe(_dpmpp_2m),
+    "dpmpp_2m_karras": _Recipe(_dpmpp_2m, karras=True),
 }
 SAMPLERS: Final = tuple(_RECIPES)
 """Every sampler's name, as users say it."""
 
 
-def default_sampler(config: SchedulerConfig) -> str:
-    """The name of the sampler a model was published with; DPM++ 2M where that one is not made here (such as PNDM)."""
-    for name, recipe in _RECIPES.items():
-        if (recipe.published, recipe.karras) == (config.class_name, bool(config.use_karras_sigmas)):
-            return name
-    return "dpmpp_2m"
-
-
 def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
     """The sampler of that name (one of `SAMPLERS`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM adds.
 
-    Raises InvalidInput naming `sampler`, `steps` or `eta` when the name is unknown, the steps do not fit the model's schedule, or eta
-    is given to a sampler that has none.
+    Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit the model's schedule,
+    eta is given to a sampler that has none, or the schedule has a value that this sampler cannot take.
     """
     if name not in _RECIPES:
         raise InvalidInput("sampler", f"'{name}' is not known: {did_you_mean(name, SAMPLERS)}")
-    if not 1 <= steps <= config.num_train_timesteps:
-        raise InvalidInput("steps", f"is {steps}, expected 1 to {config.num_train_timesteps}, the timesteps the model was trained on")
+    schedule = config.read(SOURCES[name.removesuffix(KARRAS)])
+    if not 1 <= steps <= schedule.num_train_timesteps:
+        raise InvalidInput("steps", f"is {steps}, expected 1 to {schedule.num_train_timesteps}, the timesteps the model was trained on")
     if not 0 <= eta <= 1:
         raise InvalidInput("eta", f"is {eta}, expected 0 to 1")
     if eta and name != "ddim":
         raise InvalidInput("eta", f"is {eta}, but only the sampler ddim has it: leave it 0 for {name}")
     recipe = _RECIPES[name]
-    return recipe.make(config, steps, recipe.karras, eta)
+    return recipe.make(schedule, steps, recipe.karras, eta)

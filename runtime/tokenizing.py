@@ -62,11 +62,11 @@ class ClipTokenizer:
         Raises InvalidInput for `field` when the text is longer than the model can read: nothing is cut off silently.
         """
         try:
-            (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` holds the interpreter lock
+            encoding = self._encode(text)
         except (UnicodeEncodeError, TypeError):
             raise InvalidInput(field, "is not valid Unicode text") from None
-        whole = self._all_vectors(text, encoding.tokens)
-        found = encoding.ids if whole == text else self._tokenizer.encode(whole, add_special_tokens=False).ids
+        whole = self._all_vectors(text, encoding.tokens) if self._written_out else text
+        found = encoding.ids if whole == text else self._encode(whole).ids
         room = self.limit - 2
         if len(found) > room:
             lost = text[self._beyond(encoding, room) :]
@@ -78,11 +78,9 @@ class ClipTokenizer:
         ids = [self.start, *found, self.end]
         return np.array(ids + [self.pad] * (self.limit - len(ids)), np.int64)
 
-    @property
-    def last(self) -> tuple[int, str]:
-        """The highest id that a text can have, and its token: a text encoder has embeddings up to it."""
-        token, found = max(self._tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1])
-        return found, token
+    def _encode(self, text: str) -> Encoding:
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` holds the interpreter lock
+        return encoding
 
     def _all_vectors(self, text: str, tokens: Sequence[str]) -> str:
         """The text with every vector of each learned token in it, by the plain replacement that diffusers' maybe_convert_prompt does."""

@@ -1,6 +1,7 @@
 """Stable Diffusion 1.x: CLIP text encoder, UNet with cross attention, AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752).
 
-What the families descended from it share with it stands here: `configs`, `require`, `Grid`, the parts and the settings.
+What the families descended from it share with it stands here: `configs`, `require`, `Grid`, the parts, the settings and the notes.
+Everything that diffusers' pipeline would do otherwise with a checkpoint is refused by name, from the small files, or reported.
 """
 
 from __future__ import annotations
@@ -12,19 +13,31 @@ from pathlib import Path
 from typing import Any, Final
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.family import Component, Family, Part, Reference
-from export.source import Source, read_json
+from export.source import PIPELINE, Source, read_json
 from export.trace import without_weights
-from runtime.errors import BundleError, NotFound, SourceError, UnsupportedModel
+from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.pipelines.diffusion import Defaults, DiffusionConfig, Sizes
-from runtime.samplers import SchedulerConfig
+from runtime.schedules import CLASS, SchedulerConfig
+from runtime.schedules import CLASSES as SCHEDULERS
 from runtime.signature import BATCH, Dim, Signature, Tensor
 from runtime.tokenizing import ClipTokenizer
+
+COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
+    "text_encoder": ("CLIPTextModel",),
+    "text_encoder_2": ("CLIPTextModelWithProjection",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+}
+"""The classes that model_index.json may name for each component."""
 
 CLASSES: Final[Mapping[str, Any]] = {
     "text_encoder": CLIPTextConfig,
@@ -33,6 +46,30 @@ CLASSES: Final[Mapping[str, Any]] = {
     "vae": AutoencoderKL,
 }
 """What reads the config.json of a component."""
+
+CLIP: Final = "clip"
+CLIP_TEXT: Final = "clip_text_model"
+"""The `model_type` of a whole CLIP model, whose config holds that of its text encoder, and of a text encoder alone."""
+
+LABELS: Final = "it takes class labels, which a request has not got. Build a text-to-image model"
+PICTURES: Final = "it takes features of a picture besides the prompt. Build a text-to-image model"
+COLORS: Final = "pictures have the three channels red, green and blue. Take an autoencoder of such pictures"
+ACCEPTED: Final[Mapping[str, Mapping[str, tuple[tuple[object, ...], str]]]] = {
+    "text_encoder": {"use_attention_mask": ((None, False), "prompts are read with their padding. Take a text encoder that was trained so")},
+    "unet": {
+        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input. Build the model that it was distilled from"),
+        "class_embed_type": ((None,), LABELS),
+        "num_class_embeds": ((None,), LABELS),
+        "encoder_hid_dim_type": ((None, "text_proj"), PICTURES),
+        "dual_cross_attention": ((None, False), "it takes two prompts at once. Build a text-to-image model"),
+    },
+    "vae": {"in_channels": ((3,), COLORS), "out_channels": ((3,), COLORS)},
+}
+"""Fields of a component's config.json that ask for inputs or outputs other than the pipeline's: their values here, and why no others."""
+
+OLD_UNET: Final = Version("0.9.0.dev0")
+OLD_EDGE: Final = 64
+"""UNets written by diffusers before this version say too little for `sample_size`: diffusers' StableDiffusionPipeline takes this then."""
 
 FEWER: Final[Mapping[str, Mapping[str, Any]]] = {
     "text_encoder": {"num_hidden_layers": 2},
@@ -93,10 +130,18 @@ class Grid:
     step: int
 
     @classmethod
-    def of(cls, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Grid:
-        """From the configs of both networks, in which each block but the last halves the edge."""
+    def of(cls, source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Grid:
+        """From the configs of both networks, in which each block but the last halves the edge. Raises SourceError."""
         scale, step = (2 ** (len(config["block_out_channels"]) - 1) for config in (vae, unet))
-        return cls(int(unet["sample_size"]), scale, step)
+        edge = unet["sample_size"]
+        if isinstance(edge, list | tuple) and len(set(edge)) == 1:
+            edge = edge[0]
+        if type(edge) is not int or edge < 1:
+            raise SourceError(
+                f"{_config(source, 'unet')} says sample_size {edge!r}, expected one number: the edge of the latents that the model was "
+                "trained on, such as 64. Correct it; requests may give width and height"
+            )
+        return cls(edge, scale, step)
 
     @property
     def longest(self) -> int:
@@ -122,17 +167,62 @@ class Grid:
 
 
 def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str, Any]]:
-    """The config.json of each named component, with the library's value for what it leaves out. Raises NotFound or SourceError.
+    """The config.json of each named component, with the library's value for what it leaves out.
 
-    Without the precision it was saved in, which transformers gives to models inside a model: graphs compute in float32.
+    Without the precision it was saved in, which transformers gives to models inside a model: graphs compute in float32. Raises NotFound,
+    SourceError, or UnsupportedModel for another class than the pipeline's and for networks with other inputs than it has.
     """
     found = []
     for name in names:
+        check_class(source, name)
         parameters = inspect.signature(CLASSES[name]).parameters.values()
         usual = {p.name: p.default for p in parameters if p.default is not p.empty}
-        config = {**usual, **read_json(source.root / name / "config.json"), **(FEWER[name] if reduced else {})}
+        config = {**usual, **_published(source, name), **(FEWER[name] if reduced else {})}
+        for key, (values, why) in ACCEPTED.get(name, {}).items():
+            if config.get(key) not in values:
+                raise UnsupportedModel(f"{_config(source, name)} says {key} {config[key]!r}, expected {values[0]!r}: {why}")
         found.append({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")})
     return found
+
+
+def check_class(source: Source, component: str) -> None:
+    """Raises UnsupportedModel where model_index.json names no class for a component, or one that the pipeline does not work with."""
+    expected, named = COMPONENTS[component], class_of(source, component)
+    if named not in expected:
+        what = f"says that {component} is of the class {named}" if named else f"names no {component}"
+        raise UnsupportedModel(
+            f"{source.root / PIPELINE} {what}, expected {expected[0]}: a {source.architecture} with anything else "
+            "cannot be built. Save the pipeline again with one of that class"
+        )
+
+
+def class_of(source: Source, component: str) -> str | None:
+    """The class that model_index.json names for a component; None where the pipeline has none."""
+    match read_json(source.root / PIPELINE).get(component):
+        case [str(), str(name)]:
+            return name
+        case _:
+            return None
+
+
+def _published(source: Source, component: str) -> dict[str, Any]:
+    """The config.json of a component, as its library finds it. Raises UnsupportedModel where another class wrote it."""
+    config = read_json(_config(source, component))
+    written, expected = config.get("_class_name"), COMPONENTS[component][0]
+    if CLASSES[component] is CLIPTextConfig:
+        written, expected = config.get("model_type"), CLIP_TEXT
+        if written == CLIP and isinstance(config.get("text_config"), dict):
+            return dict(config["text_config"])
+    if written not in (None, expected):
+        raise UnsupportedModel(
+            f"{_config(source, component)} is of the kind {written}, expected {expected}: a {source.architecture} with anything "
+            f"else cannot be built. Take the {component} of the model it was derived from"
+        )
+    return config
+
+
+def _config(source: Source, component: str) -> Path:
+    return source.root / component / "config.json"
 
 
 def require(source: Source, component: str, config: Mapping[str, Any], **expected: object) -> None:
@@ -140,9 +230,26 @@ def require(source: Source, component: str, config: Mapping[str, Any], **expecte
     other = [f"{key} {config[key]!r} (expected {value!r})" for key, value in expected.items() if config[key] != value]
     if other:
         raise UnsupportedModel(
-            f"{source.root / component / 'config.json'} says {', '.join(other)}: a {source.architecture} of that kind cannot be built. "
+            f"{_config(source, component)} says {', '.join(other)}: a {source.architecture} of that kind cannot be built. "
             "Take a checkpoint of the model it was derived from"
         )
+
+
+def require_unet(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any], width: int) -> None:
+    """Raises UnsupportedModel where a UNet does not fit its autoencoder, or hidden states of this `width`."""
+    require(source, "unet", unet, in_channels=vae["latent_channels"], out_channels=vae["latent_channels"])
+    widths = set(widths_of(unet))
+    if widths != {width}:
+        raise UnsupportedModel(
+            f"{_config(source, 'unet')} expects hidden states of width {', '.join(map(str, sorted(widths)))} (encoder_hid_dim or "
+            f"cross_attention_dim), the text encoders give {width}: take them all from the same checkpoint"
+        )
+
+
+def widths_of(unet: Mapping[str, Any]) -> list[int]:
+    """The widths of the hidden states that the blocks of a UNet read."""
+    width = unet["encoder_hid_dim"] or unet["cross_attention_dim"]
+    return list(width) if isinstance(width, list | tuple) else [width]
 
 
 def text_part(name: str, model: Any, module: nn.Module, reference: Reference, outputs: Mapping[str, tuple[int | Dim, ...]]) -> Part:
@@ -172,8 +279,9 @@ def unet_part(model: UNet2DConditionModel, module: nn.Module, reference: Referen
     states = Tensor(
         name="encoder_hidden_states",
         dtype="float32",
-        dims=(BATCH, context, config.cross_attention_dim),
-        condition=not added,  # what is added to the time embedding is of the prompt, too: then rows differ from the first block on
+        dims=(BATCH, context, widths_of(config)[0]),
+        # what is added to the time embedding is of the prompt, too: then rows differ from the first block on
+        condition=config.addition_embed_type is None,
     )
     return Part(
         "unet",
@@ -201,30 +309,50 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
     ]
 
 
-def settings(source: Source, scheduler: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-    """The pipeline's settings; `scheduler` is what the library's pipeline makes of the model's own, `more` what a family adds.
+def settings(source: Source, grid: Grid, scheduler: SchedulerConfig, **more: Any) -> dict[str, Any]:
+    """The pipeline's settings; `grid` and `scheduler` are what the library's pipeline makes of the model's own, `more` what a family adds.
 
-    Raises SourceError naming every value that no model can have, and InvalidInput for a noise schedule that no sampler here follows.
+    Raises SourceError naming every value that no model can have.
     """
-    unet, vae = configs(source, "unet", "vae")
-    grid = Grid.of(unet, vae)
-    scaling = {
-        "scaling_factor": vae["scaling_factor"],
-        "shift_factor": vae["shift_factor"] or 0.0,
-        "scale_factor": grid.scale,
-        "latent_channels": vae["latent_channels"],
-    }
-    found: Any = {"scheduler": SchedulerConfig.parse(scheduler), "vae": scaling, "sizes": grid.sizes, **more}
+    (vae,) = configs(source, "vae")
+    # No shift_factor: diffusers' pipelines of these families do not read it.
+    scaling = {"scaling_factor": vae["scaling_factor"], "scale_factor": grid.scale, "latent_channels": vae["latent_channels"]}
+    found: Any = {"scheduler": scheduler, "vae": scaling, "sizes": grid.sizes, **more}
     try:
         return DiffusionConfig(**found).dump()
     except ValidationError as error:
         reasons = "; ".join(f"{'.'.join(map(str, fault['loc']))} {fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise SourceError(f"{source.root}: its config files say what no model can have: {reasons}. Download them again") from None
+        raise SourceError(f"{source.root}: its config files say what no model can have: {reasons}. Correct them") from None
 
 
-def scheduler_config(source: Source) -> dict[str, Any]:
-    """The model's noise schedule, as published. Raises NotFound or SourceError."""
-    return read_json(source.root / "scheduler" / "scheduler_config.json")
+def schedule(source: Source, **corrected: object) -> SchedulerConfig:
+    """The model's noise schedule, read by the class that model_index.json names, with what the library's pipeline corrects.
+
+    Raises NotFound, SourceError, or UnsupportedModel for a class or a value that no sampler here follows.
+    """
+    file = source.root / "scheduler" / "scheduler_config.json"
+    published = read_json(file)
+    named = class_of(source, "scheduler")
+    if named is None:
+        raise UnsupportedModel(f"{source.root / PIPELINE} names no scheduler: save the pipeline again with one, such as DDIMScheduler")
+    written = SCHEDULERS.get(str(published.get(CLASS, named)))
+    try:
+        if written is None or written.refused:  # the weights may be made for that class
+            SchedulerConfig.parse({CLASS: published.get(CLASS, named)})
+        return SchedulerConfig.parse({**published, CLASS: named, **corrected})
+    except InvalidInput as error:
+        raise UnsupportedModel(f"{file}: {error.reason}") from None
+
+
+def notes(source: Source, scheduler: SchedulerConfig) -> tuple[str, ...]:
+    """What is done otherwise than diffusers' pipeline would: another sampler, no check of pictures."""
+    written = read_json(source.root / "scheduler" / "scheduler_config.json").get(CLASS)
+    found = [] if Defaults.read(source.root).sampler else [scheduler.note]
+    if written not in (None, scheduler.root[CLASS]):
+        found.append(f"{PIPELINE} names {scheduler.root[CLASS]}, scheduler_config.json {written}: the first counts, as in diffusers")
+    if checker := class_of(source, "safety_checker"):
+        found.append(f"the safety checker ({checker}) is left out: pictures are not checked")
+    return tuple(filter(None, found))
 
 
 def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
@@ -235,6 +363,8 @@ def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for name in (*encoders, "scheduler"):
         folder = source.root / name
+        if name in encoders:
+            check_class(source, name)
         if not folder.is_dir():
             raise NotFound(
                 f"{folder} does not exist: a {source.architecture} needs it. Download the checkpoint again, with all its folders"
@@ -265,12 +395,14 @@ def _length(source: Source, tokenizer: str, encoder: str) -> int:
 
 def parts(source: Source, reduced: bool) -> list[Part]:
     text_config, unet_config, vae_config = configs(source, "text_encoder", "unet", "vae", reduced=reduced)
-    require(source, "unet", unet_config, in_channels=vae_config["latent_channels"], time_cond_proj_dim=None, addition_embed_type=None)
+    if unet_config["addition_embed_type"] != "text":  # made of the prompt's hidden states alone
+        require(source, "unet", unet_config, addition_embed_type=None)
+    require_unet(source, unet_config, vae_config, text_config["hidden_size"])
     with without_weights():
         text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
         unet = UNet2DConditionModel.from_config(unet_config).eval()
         vae = AutoencoderKL.from_config(vae_config).eval()
-    grid, length = Grid.of(unet_config, vae_config), tokens(text)
+    grid, length = _grid(source, unet_config, vae_config), tokens(text)
     return [
         text_part(
             "text_encoder",
@@ -284,14 +416,34 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     ]
 
 
+def _grid(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Grid:
+    """As diffusers' StableDiffusionPipeline corrects old UNets on load."""
+    written, edge = unet.get("_diffusers_version"), unet["sample_size"]
+    try:
+        old = written is not None and Version(Version(written).base_version) < OLD_UNET
+    except (InvalidVersion, TypeError):
+        raise SourceError(
+            f"{_config(source, 'unet')} says _diffusers_version {written!r}, expected one such as 0.30.0: remove it"
+        ) from None
+    if old and type(edge) is int and edge < OLD_EDGE:
+        unet = {**unet, "sample_size": OLD_EDGE}
+    return Grid.of(source, unet, vae)
+
+
+def _schedule(source: Source) -> SchedulerConfig:
+    """As diffusers' StableDiffusionPipeline corrects old files on load: they were written before these fields existed."""
+    return schedule(source, steps_offset=1, clip_sample=False)
+
+
 def config(source: Source) -> dict[str, Any]:
-    # diffusers' StableDiffusionPipeline corrects old files so on load: they were written before these fields existed.
-    scheduler = scheduler_config(source) | {"steps_offset": 1, "clip_sample": False}
-    return settings(source, scheduler, defaults=Defaults.read(source.root))
+    grid = _grid(source, *configs(source, "unet", "vae"))
+    return settings(source, grid, _schedule(source), defaults=Defaults.read(source.root))
 
 
 def assets(source: Source) -> Mapping[str, Path]:
     return files(source, {"tokenizer": "text_encoder"})
 
 
-FAMILY = Family("stable-diffusion", "diffusion", ("StableDiffusionPipeline",), parts, config, assets)
+FAMILY = Family(
+    "stable-diffusion", "diffusion", ("StableDiffusionPipeline",), parts, config, assets, lambda source: notes(source, _schedule(source))
+)

@@ -69,9 +69,9 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     text_config, text_2_config, unet_config, vae_config = base.configs(source, *names, reduced=reduced)
     hidden, hidden_2, projection = text_config["hidden_size"], text_2_config["hidden_size"], text_2_config["projection_dim"]
     base.require(source, "vae", vae_config, latents_mean=None, latents_std=None)
+    base.require_unet(source, unet_config, vae_config, hidden + hidden_2)
     base.require(
-        source, "unet", unet_config, in_channels=vae_config["latent_channels"], time_cond_proj_dim=None, addition_embed_type="text_time",
-        cross_attention_dim=hidden + hidden_2,
+        source, "unet", unet_config, addition_embed_type="text_time",
         projection_class_embeddings_input_dim=TIME_IDS * (unet_config["addition_time_embed_dim"] or 0) + projection,
     )  # fmt: skip
     with without_weights():
@@ -79,7 +79,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_2_config)).eval()
         unet = UNet2DConditionModel.from_config(unet_config).eval()
         vae = AutoencoderKL.from_config(vae_config).eval()
-    grid, length = base.Grid.of(unet_config, vae_config), base.tokens(text)
+    grid, length = base.Grid.of(source, unet_config, vae_config), base.tokens(text)
 
     def read(ids: TorchTensor) -> tuple[TorchTensor, ...]:
         return (text(ids, output_hidden_states=True).hidden_states[-2],)
@@ -118,7 +118,8 @@ def config(source: Source) -> dict[str, Any]:
     zeros = read_json(source.root / PIPELINE).get("force_zeros_for_empty_prompt", True)
     return base.settings(
         source,
-        base.scheduler_config(source),
+        base.Grid.of(source, *base.configs(source, "unet", "vae")),
+        base.schedule(source),
         defaults=Defaults.read(source.root, USUAL),
         added={"force_zeros_for_empty_prompt": zeros},
     )
@@ -128,4 +129,8 @@ def assets(source: Source) -> Mapping[str, Path]:
     return base.files(source, {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"})
 
 
-FAMILY = Family("stable-diffusion-xl", "diffusion", ("StableDiffusionXLPipeline",), parts, config, assets)
+def notes(source: Source) -> tuple[str, ...]:
+    return base.notes(source, base.schedule(source))
+
+
+FAMILY = Family("stable-diffusion-xl", "diffusion", ("StableDiffusionXLPipeline",), parts, config, assets, notes)

@@ -34,7 +34,8 @@ from runtime import limits
 from runtime.bundle import Frozen
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, Example, ImageReady, Outputs, Pipeline, Progress
-from runtime.samplers import Latents, Sampler, SchedulerConfig, State, default_sampler, make_sampler
+from runtime.samplers import Latents, Sampler, State, make_sampler
+from runtime.schedules import SchedulerConfig
 from runtime.tiling import Mosaic, places, tile_shape
 from runtime.tokenizing import ClipTokenizer
 
@@ -119,13 +120,14 @@ class DiffusionConfig(Frozen):
         if self.sizes.multiple % self.vae.scale_factor:
             raise ValueError(f"sizes.multiple {self.sizes.multiple} is no multiple of vae.scale_factor {self.vae.scale_factor}")
         self.sizes.check("sizes.default", self.sizes.default)
+        self.scheduler.check()
         make_sampler(self.sampler, self.scheduler, self.defaults.steps)
         return self
 
     @property
     def sampler(self) -> str:
         """The sampler used where none is asked for."""
-        return self.defaults.sampler or default_sampler(self.scheduler)
+        return self.defaults.sampler or self.scheduler.sampler
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:

@@ -299,7 +299,6 @@ def test_config_survives_the_manifest() -> None:
     ("section", "change", "named"),
     [
         ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule"),
-        ("scheduler", {"unheard": 1}, "unheard"),
         ("vae", {"scaling_factor": 0}, "scaling_factor"),
         ("sizes", {"multiple": 3, "default": 15}, "scale_factor"),
         ("sizes", {"default": 17}, "sizes.default"),

@@ -1,0 +1,257 @@
+"""Published noise schedules: what is done with each scheduler class of diffusers, and what a sampler reads of a scheduler_config.json.
+
+The class decides which fields count, as it does when diffusers loads the file: a field that the class does not have is
+ignored, whichever class left it there. A sampler of ours reads the fields of the diffusers class that it equals, so that a
+sampler chosen by a request sees what that class would see of the same file.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, RootModel, ValidationError, model_validator
+
+from runtime.errors import InvalidInput, did_you_mean
+
+Spacing = Literal["leading", "trailing", "linspace"]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _none_is_unbounded(value: object) -> object:
+    return -math.inf if value is None else value  # JSON has no infinity
+
+
+class Schedule(BaseModel):
+    """What samplers compute with. Betas are variances of one training step; timesteps count training steps from 0.
+
+    A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between the classes
+    are None here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_train_timesteps: int = Field(default=1000, ge=2, le=1_000_000)
+    beta_start: Beta = 0.0001
+    beta_end: Beta = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: tuple[Beta, ...] | None = None
+    """One for each training timestep, in place of the schedule that the fields above describe."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    timestep_spacing: Spacing | None = None
+    """None: leading for DDIM, linspace for the others."""
+    steps_offset: int = Field(default=0, ge=0)
+    rescale_betas_zero_snr: bool = False
+    set_alpha_to_one: bool = True
+    clip_sample: bool = True
+    """DDIM only. True as in diffusers, although its Stable Diffusion pipeline always turns it off."""
+    clip_sample_range: float = Field(default=1.0, gt=0)
+    interpolation_type: Literal["linear", "log_linear"] = "linear"
+    """Euler only."""
+    lower_order_final: bool = True
+    """DPM++ only."""
+    lambda_min_clipped: Annotated[float, BeforeValidator(_none_is_unbounded)] = -math.inf
+    """DPM++ only: the least log of signal over noise that the walk begins at."""
+    final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
+    """Euler and DPM++."""
+
+    @model_validator(mode="after")
+    def _one_beta_a_timestep(self) -> Schedule:
+        if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
+            raise ValueError(f"trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps {self.num_train_timesteps}")
+        return self
+
+
+TAKEN: Final[Mapping[str, tuple[object, ...]]] = {
+    "thresholding": (False, None),
+    "use_flow_sigmas": (False, None),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+"""Fields that say what the model predicts, and the values that samplers here take: with another value the pictures would be wrong."""
+
+WALKED: Final[Mapping[str, tuple[object, ...]]] = {
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "solver_order": (2,),
+    "algorithm_type": ("dpmsolver++", "deis"),  # DPMSolverMultistepScheduler takes the second as the first
+    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # likewise
+    "euler_at_final": (False, None),
+}
+"""Fields that say how the same path is walked, and the values implemented here: with another value a sampler of ours takes its place."""
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done with a scheduler class of diffusers.
+
+    `sampler` draws: the class itself where `exact`, else in its place, which is reported. There is none where `refused` says why.
+    `reads` are the fields of the class that count here; `defaults` its own for those that a file leaves out.
+    """
+
+    sampler: str = ""
+    exact: bool = True
+    reads: frozenset[str] = frozenset()
+    defaults: Mapping[str, float] = field(default_factory=dict)
+    refused: str = ""
+
+
+NOISE: Final = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+SPACED: Final = (*NOISE, "timestep_spacing", "steps_offset")
+SIGMAS: Final = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SOLVER: Final = ("thresholding", "solver_order", "algorithm_type", "solver_type", "lower_order_final", "use_flow_sigmas")
+CLIPPED: Final = ("clip_sample", "clip_sample_range")
+LATE: Final = {"beta_start": 0.00085, "beta_end": 0.012}
+
+DISTILLED: Final = "is for models that were distilled to be drawn in a few steps of its own: build the model that they were distilled from"
+FLOW: Final = "is for models that predict a flow, which is another noise schedule: such models are not served"
+PRECONDITIONED: Final = "is for models with EDM preconditioning, which is another noise schedule: such models are not served"
+CONTINUOUS: Final = "is for models with a continuous noise schedule: such models are not served"
+NO_DRAWING: Final = "does not draw from noise: save the pipeline with one that does, such as DDIMScheduler"
+OTHER_MODELS: Final = "is for another kind of model: such models are not served"
+
+
+def _exact(sampler: str, *reads: str) -> Treatment:
+    return Treatment(sampler, reads=frozenset(reads))
+
+
+def _replaced(*reads: str, **defaults: float) -> Treatment:
+    return Treatment("dpmpp_2m", exact=False, reads=frozenset(reads), defaults=defaults)
+
+
+_DDIM: Final = _exact("ddim", *SPACED, *CLIPPED, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr")
+_DDPM: Final = _replaced(*SPACED, *CLIPPED, "variance_type", "thresholding", "rescale_betas_zero_snr")
+
+CLASSES: Final[Mapping[str, Treatment]] = {
+    "DDIMScheduler": _DDIM,
+    "DDIMParallelScheduler": _DDIM,
+    "EulerDiscreteScheduler": _exact(
+        "euler", *SPACED, *SIGMAS, "interpolation_type", "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr",
+        "final_sigmas_type",
+    ),
+    "EulerAncestralDiscreteScheduler": _exact("euler_ancestral", *SPACED, "rescale_betas_zero_snr"),
+    "DPMSolverMultistepScheduler": _exact(
+        "dpmpp_2m", *SPACED, *SIGMAS, *SOLVER, "euler_at_final", "use_lu_lambdas", "final_sigmas_type", "lambda_min_clipped",
+        "variance_type", "rescale_betas_zero_snr",
+    ),
+    "PNDMScheduler": _replaced(*SPACED, "set_alpha_to_one"),
+    "LMSDiscreteScheduler": _replaced(*SPACED, *SIGMAS),
+    "HeunDiscreteScheduler": _replaced(*SPACED, *SIGMAS, *CLIPPED, **LATE),
+    "KDPM2DiscreteScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
+    "KDPM2AncestralDiscreteScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
+    "DDPMScheduler": _DDPM,
+    "DDPMParallelScheduler": _DDPM,
+    "DPMSolverSinglestepScheduler": _replaced(
+        *NOISE, *SIGMAS, *SOLVER, "final_sigmas_type", "lambda_min_clipped", "variance_type",
+    ),
+    "DPMSolverSDEScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
+    "UniPCMultistepScheduler": _replaced(
+        *SPACED, *SIGMAS, "thresholding", "solver_order", "solver_type", "lower_order_final", "use_flow_sigmas", "final_sigmas_type",
+        "rescale_betas_zero_snr", "sigma_min", "sigma_max",
+    ),
+    "DEISMultistepScheduler": _replaced(*SPACED, *SIGMAS, *SOLVER),
+    "SASolverScheduler": _replaced(
+        *SPACED, *SIGMAS, "thresholding", "algorithm_type", "lower_order_final", "use_flow_sigmas", "lambda_min_clipped", "variance_type",
+    ),
+    **dict.fromkeys(("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler"), Treatment(refused=DISTILLED)),
+    **dict.fromkeys(
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler",
+            "SCMScheduler"),
+        Treatment(refused=FLOW),
+    ),
+    **dict.fromkeys(
+        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"), Treatment(refused=PRECONDITIONED)
+    ),
+    **dict.fromkeys(("KarrasVeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler"), Treatment(refused=CONTINUOUS)),
+    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler"), Treatment(refused=NO_DRAWING)),
+    **dict.fromkeys(
+        ("UnCLIPScheduler", "VQDiffusionScheduler", "AmusedScheduler", "DDPMWuerstchenScheduler", "CogVideoXDDIMScheduler",
+            "CogVideoXDPMScheduler"),
+        Treatment(refused=OTHER_MODELS),
+    ),
+}  # fmt: skip
+"""What is done with each class. docs/compatibility.md shows this table; a test keeps the two equal."""
+
+SERVED: Final = tuple(name for name, treatment in CLASSES.items() if not treatment.refused)
+CLASS: Final = "_class_name"
+KARRAS: Final = "_karras"
+"""Ends the names of samplers that space noise levels as Karras et al. 2022 do."""
+
+
+class SchedulerConfig(RootModel[Mapping[str, Any]]):
+    """A published scheduler_config.json, whose class is served. Raises ValueError or InvalidInput where it is not."""
+
+    model_config = ConfigDict(frozen=True)
+
+    @classmethod
+    def parse(cls, published: Mapping[str, Any]) -> SchedulerConfig:
+        """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and why."""
+        known = {*Schedule.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
+        found = cls({name: value for name, value in published.items() if name in known})
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raises InvalidInput naming the class, or each field, that is not served, and why."""
+        name = self.root.get(CLASS)
+        if name not in CLASSES:
+            raise InvalidInput("scheduler", f"{name!r} is no scheduler class that is served: {did_you_mean(str(name), SERVED)}")
+        if refused := self.treatment.refused:
+            raise InvalidInput("scheduler", f"{name} {refused}")
+        own = self._own
+        faults = [f"{key} {own[key]!r}" for key, values in TAKEN.items() if key in own and own[key] not in values]
+        if own.get("timestep_type") == "continuous" and own.get("prediction_type") == "v_prediction":
+            faults.append("timestep_type 'continuous' with prediction_type 'v_prediction'")
+        if faults:
+            raise InvalidInput(
+                "scheduler", f"{name} with {', '.join(faults)} is not served: the model expects what no sampler here computes"
+            )
+        self.read(str(name))
+        self.read(SOURCES[self.treatment.sampler])
+
+    @property
+    def treatment(self) -> Treatment:
+        """What is done with its class."""
+        return CLASSES[self.root[CLASS]]
+
+    @property
+    def sampler(self) -> str:
+        """The sampler that draws where a request names none."""
+        return self.treatment.sampler + KARRAS * bool(self._own.get("use_karras_sigmas"))
+
+    @property
+    def note(self) -> str:
+        """What is drawn otherwise than published, in a sentence; empty where nothing is."""
+        own, name = self._own, self.root[CLASS]
+        other = [f"{key} {own[key]!r}" for key, values in WALKED.items() if key in own and own[key] not in values]
+        if self.treatment.exact and not other:
+            return ""
+        what = f"{name} with {', '.join(other)}" if self.treatment.exact else name
+        return f"{what} is replaced: {self.sampler} draws on the same noise schedule, unless a request names another sampler"
+
+    def read(self, class_name: str) -> Schedule:
+        """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not served."""
+        read = CLASSES[class_name].reads & Schedule.model_fields.keys()
+        values = {**self.treatment.defaults, **{name: value for name, value in self.root.items() if name in read}}
+        try:
+            return Schedule.model_validate(values)
+        except ValidationError as error:
+            faults = [": ".join(filter(None, (_where(fault), fault["msg"]))) for fault in error.errors()]
+            raise InvalidInput("scheduler", f"the model's noise schedule is not served: {'; '.join(faults)}") from None
+
+    @property
+    def _own(self) -> dict[str, Any]:
+        """The fields that its own class reads."""
+        return {name: value for name, value in self.root.items() if name in self.treatment.reads}
+
+
+def _where(fault: Mapping[str, Any]) -> str:
+    return f"{'.'.join(map(str, fault['loc']))} {str(fault['input'])[:80]!r}" if fault["loc"] else ""
+
+
+SOURCES: Final = {treatment.sampler: name for name, treatment in reversed(list(CLASSES.items())) if treatment.sampler and treatment.exact}
+"""The diffusers class that each sampler equals."""

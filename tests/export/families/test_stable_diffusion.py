@@ -1,0 +1,222 @@
+"""What of a Stable Diffusion checkpoint is read as diffusers' pipeline reads it, and what is refused from its small files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import export.cli
+from export.family import family_of
+from export.options import Options
+from export.source import resolve
+from export.state import Build
+from runtime.bundle import Bundle
+from runtime.errors import SourceError
+from runtime.loading import load_model
+from runtime.pipeline import Call
+from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest
+from serving.enginecast_pb import image_pb2
+from serving.local import Local
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # torch tensors inside diffusers
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # diffusers says what it corrects in old files
+]
+
+INDEX = "model_index.json"
+UNET, VAE, TEXT = (f"{name}/config.json" for name in ("unet", "vae", "text_encoder"))
+SCHEDULER = "scheduler/scheduler_config.json"
+Edit = Callable[[str, dict[str, Any]], Path]
+
+
+def edit(folder: Path, file: str, **changes: Any) -> None:
+    """Change fields of a JSON file; those that are None are removed."""
+    content = json.loads((folder / file).read_bytes()) | changes
+    (folder / file).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+
+
+def set_scheduler(folder: Path, class_name: str, **fields: Any) -> None:
+    edit(folder, INDEX, scheduler=["diffusers", class_name])
+    edit(folder, SCHEDULER, _class_name=class_name, **fields)
+
+
+@pytest.fixture
+def copy(tiny_diffusion: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_diffusion, tmp_path / "model"))
+
+
+def opened(folder: Path) -> Build:
+    return Build.open(Options(str(folder), folder.parent / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        (UNET, {"num_class_embeds": 4}, "num_class_embeds 4, expected None: it takes class labels"),
+        (UNET, {"class_embed_type": "timestep"}, "class_embed_type 'timestep'"),
+        (UNET, {"dual_cross_attention": True}, "dual_cross_attention True"),
+        (UNET, {"encoder_hid_dim": 16, "encoder_hid_dim_type": "image_proj"}, "encoder_hid_dim_type 'image_proj'"),
+        (UNET, {"encoder_hid_dim": 16, "encoder_hid_dim_type": "ip_image_proj"}, "it takes features of a picture"),
+        (UNET, {"time_cond_proj_dim": 8}, "time_cond_proj_dim 8, expected None: it takes the guidance scale"),
+        (UNET, {"addition_embed_type": "image"}, "addition_embed_type 'image'"),
+        (UNET, {"out_channels": 8}, r"out_channels 8 \(expected 4\)"),
+        (UNET, {"cross_attention_dim": 48}, "expects hidden states of width 48 .* the text encoders give 16"),
+        (UNET, {"cross_attention_dim": [16, 48]}, "hidden states of width 16, 48"),
+        (UNET, {"sample_size": [8, 16]}, r"sample_size \[8, 16\], expected one number"),
+        (UNET, {"sample_size": None}, "sample_size None, expected one number"),
+        (UNET, {"_diffusers_version": "main"}, "_diffusers_version 'main'"),
+        (UNET, {"_class_name": "UNet2DModel"}, "is of the kind UNet2DModel, expected UNet2DConditionModel"),
+        (UNET, {"num_attention_heads": 4}, "number of attention heads .* Correct them"),
+        (VAE, {"_class_name": "AutoencoderTiny"}, "is of the kind AutoencoderTiny, expected AutoencoderKL"),
+        (VAE, {"out_channels": 4}, "out_channels 4, expected 3"),
+        (TEXT, {"model_type": "bert", "architectures": ["BertModel"]}, "is of the kind bert, expected clip_text_model"),
+        (TEXT, {"use_attention_mask": True}, "use_attention_mask True"),
+        (INDEX, {"vae": ["diffusers", "AutoencoderTiny"]}, "vae is of the class AutoencoderTiny, expected AutoencoderKL"),
+        (INDEX, {"text_encoder": ["transformers", "BertModel"]}, "text_encoder is of the class BertModel"),
+        (INDEX, {"text_encoder": [None, None]}, "names no text_encoder, expected CLIPTextModel"),
+        (INDEX, {"tokenizer": ["transformers", "T5Tokenizer"]}, "tokenizer is of the class T5Tokenizer"),
+        (INDEX, {"unet": ...}, "names no unet"),
+        (INDEX, {"scheduler": [None, None]}, "names no scheduler"),
+        (INDEX, {"scheduler": ["diffusers", "LCMScheduler"]}, "LCMScheduler is for models that were distilled"),
+        (SCHEDULER, {"_class_name": "TCDScheduler"}, "TCDScheduler is for models that were distilled"),
+        (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
+        (SCHEDULER, {"thresholding": True}, "thresholding True"),
+    ],
+)
+def test_what_the_pipeline_does_not_serve_is_refused_from_the_small_files(
+    copy: Path, file: str, change: dict[str, Any], named: str
+) -> None:
+    for weights in copy.rglob("*.safetensors"):
+        weights.unlink()  # no work was begun
+    edit(copy, file, **change)
+    with pytest.raises(SourceError, match=named) as caught:
+        opened(copy)
+    assert "ownload" not in str(caught.value), "the files are as published"
+
+
+def test_entries_without_a_class_are_no_fault(copy: Path) -> None:
+    edit(copy, INDEX, safety_checker=[None, None], feature_extractor=[None, None], image_encoder=...)
+    assert opened(copy).family.notes(resolve(str(copy))) == ()
+
+
+@pytest.mark.parametrize(("version", "edge"), [("0.8.1", 64), ("0.9.0.dev0", 8), ("0.10.0", 8), (..., 8)])
+def test_the_size_of_an_old_unet_is_that_of_diffusers(copy: Path, version: Any, edge: int) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    edit(copy, UNET, _diffusers_version=version)
+    build = opened(copy)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy)
+    assert theirs.unet.config.sample_size == edge
+    assert build.family.config(build.source)["sizes"]["default"] == edge * theirs.vae_scale_factor
+    unet = next(part for part in build.parts if part.name == "unet")
+    assert unet.signature.dims["height"].opt == edge
+
+
+def test_a_text_encoder_may_be_published_as_a_whole_clip(copy: Path) -> None:
+    text = json.loads((copy / TEXT).read_bytes())
+    (copy / TEXT).write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text}))
+    assert opened(copy).parts[0].component.model.config.hidden_size == 16
+
+
+def test_a_scheduler_file_of_another_class_is_reported(copy: Path) -> None:
+    """As in diffusers, model_index.json decides."""
+    diffusers = pytest.importorskip("diffusers")
+    edit(copy, SCHEDULER, _class_name="PNDMScheduler")
+    build = opened(copy)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).scheduler
+    assert build.family.config(build.source)["scheduler"]["_class_name"] == type(theirs).__name__ == "DDIMScheduler"
+    (note,) = build.family.notes(build.source)
+    assert "names DDIMScheduler, scheduler_config.json PNDMScheduler: the first counts" in note
+
+
+def test_a_sampler_of_its_own_is_no_replacement(copy: Path) -> None:
+    set_scheduler(copy, "PNDMScheduler")
+    assert "PNDMScheduler is replaced: dpmpp_2m" in family_of(resolve(str(copy))).notes(resolve(str(copy)))[0]
+    (copy / "enginecast.json").write_text('{"sampler": "euler"}')
+    assert family_of(resolve(str(copy))).notes(resolve(str(copy))) == ()
+
+
+@pytest.mark.parametrize("fields", [{"steps_offset": 0, "clip_sample": True}, {"steps_offset": ..., "clip_sample": ...}])
+def test_old_scheduler_files_are_corrected_as_in_diffusers(copy: Path, fields: dict[str, Any]) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    edit(copy, SCHEDULER, **fields)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).scheduler.config
+    ours = family_of(resolve(str(copy))).config(resolve(str(copy)))["scheduler"]
+    assert all(ours[name] == theirs[name] for name in fields)
+
+
+LEARNED = ("<cat-toy>", "<cat-toy>_1", "<cat-toy>_2")
+
+
+@pytest.fixture(scope="module")
+def old(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint as older programs wrote it: PNDM, learned tokens in added_tokens.json, a safety checker."""
+    folder = Path(shutil.copytree(tiny_diffusion, tmp_path_factory.mktemp("old") / "old"))
+    set_scheduler(folder, "PNDMScheduler", tensor_format="pt", skip_prk_steps=True)
+    edit(folder, INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
+    saved = json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(saved["model"]["vocab"]))
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    edit(folder, "tokenizer/tokenizer_config.json", added_tokens_decoder=...)
+    size = len(saved["model"]["vocab"])
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(LEARNED)}))
+    state = load_file(folder / "text_encoder" / "model.safetensors")
+    (name,) = (name for name in state if name.endswith("token_embedding.weight"))
+    state[name] = torch.cat([state[name], torch.full((3, state[name].shape[1]), 0.1, dtype=state[name].dtype)])
+    save_file(state, folder / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    edit(folder, TEXT, vocab_size=size + 3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def old_bundle(old: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Its bundle, and what the build printed."""
+    output = tmp_path_factory.mktemp("old") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["enginecast", "build", str(old), "--output", str(output), "--target", "onnxruntime"])
+        printed: list[str] = []
+        patch.setattr(export.cli.out, "print", lambda *texts, **_: printed.extend(map(str, texts)))
+        with pytest.raises(SystemExit) as ended:
+            export.cli.main()
+        assert not ended.value.code
+    return output, "\n".join(printed)
+
+
+def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
+    old_bundle: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, printed = old_bundle
+    replaced = "PNDMScheduler is replaced: dpmpp_2m draws on the same noise schedule, unless a request names another sampler"
+    checker = "the safety checker (StableDiffusionSafetyChecker) is left out: pictures are not checked"
+    assert f"note: {replaced}\nnote: {checker}" in printed
+    assert Bundle(root).manifest.notes == (replaced, checker)
+    monkeypatch.setattr(sys, "argv", ["enginecast", "inspect", str(root)])
+    with pytest.raises(SystemExit):
+        export.cli.main()
+    assert f"note: {replaced}" in capsys.readouterr().out
+    with Local(load_model(root)) as local:
+        done = list(local.generate(image_pb2.GenerateRequest(prompt="x", steps=1, width=16, height=16)))[-1].done
+    assert list(done.notes)[:2] == [replaced, checker]
+
+
+@pytest.mark.parametrize("prompt", ["a red <cat-toy>", "<cat-toy>_1", "<cat-toy>, <cat-toy>_2 and <CAT-TOY>"])
+def test_learned_tokens_reach_the_text_encoder_as_in_diffusers(old: Path, old_bundle: tuple[Path, str], prompt: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(old, safety_checker=None)
+    seen: list[Any] = []
+    pipe.text_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pipe.encode_prompt(prompt, "cpu", 1, False)
+    bundle = Bundle(old_bundle[0])
+    call = next(DiffusionPipeline.open(bundle.root, bundle.manifest.config)(ImageRequest(prompt, guidance_scale=1.0)))
+    assert isinstance(call, Call) and call.submodel == "text_encoder"
+    np.testing.assert_array_equal(call.inputs["input_ids"], seen[0].numpy())
