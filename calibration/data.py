@@ -19,10 +19,10 @@ from calibration.recording import Inputs, Quota, Recorder, count_positions
 from calibration.requests import Asked, Requests, accepted, built_in
 from calibration.sets import CalibrationSet, Samples
 from runtime.errors import InvalidInput, NotFound, SourceError
-from runtime.images import Edge, ImagePreprocessor, Size
 from runtime.loading import LoadedModel
 from runtime.pipeline import Call, ImageReady, Pipeline, drive
 from runtime.pipelines.diffusion import DiffusionConfig
+from runtime.preprocessing import Edge, ImagePreprocessor, Size
 from runtime.signature import Array
 
 VAE_ENCODER: Final = "vae_encoder"
@@ -121,7 +121,9 @@ def _prepared(model: LoadedModel, asked: Asked) -> _Work:
 def _fitted(edge: int) -> ImagePreprocessor:
     """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
     half = (0.5, 0.5, 0.5)
-    return ImagePreprocessor(size=Edge(shortest_edge=edge), crop_size=Size(height=edge, width=edge), image_mean=half, image_std=half)
+    return ImagePreprocessor.model_validate(
+        {"size": Edge(shortest_edge=edge), "crop_size": Size(height=edge, width=edge), "image_mean": half, "image_std": half}
+    )
 
 
 def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: int, key: str) -> CalibrationSet:

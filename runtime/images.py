@@ -1,27 +1,20 @@
-"""Pictures in and out: safe decoding, encoding, and the preprocessing that a model's own preprocessor_config.json describes.
-
-Preprocessing follows transformers' CLIPImageProcessor on Pillow (resize, center crop, rescale, normalize, in this order); a test
-compares the two. Pictures are uint8 RGB [height, width, 3] everywhere.
-"""
+"""Pictures in and out: safe decoding, and encoding. Pictures are uint8 RGB [height, width, 3] everywhere."""
 
 from __future__ import annotations
 
 import io
-import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from runtime import limits
-from runtime.errors import BundleError, InvalidInput
+from runtime.errors import InvalidInput
 
 Picture = NDArray[np.uint8]
 MAX_PIXELS: Final = limits.PICTURE_PIXELS.most
@@ -31,8 +24,6 @@ COPIED: Final = ("WEBP",)
 BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 4, "RGB": 4, "RGBA": 4, "CMYK": 4}
 """Bytes that Pillow takes for a pixel, by mode."""
 FORMATS: Final = ("PNG", "JPEG", "WEBP", "BMP")
-CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
 
 
 def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS) -> Picture:
@@ -159,164 +150,3 @@ def check_picture(image: NDArray[Any], field: str) -> None:
     """Raise InvalidInput naming `field` unless the array is a uint8 RGB picture [height, width, 3] with pixels."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise InvalidInput(field, f"has dtype {image.dtype} and shape {list(image.shape)}, expected uint8 [height, width, 3]")
-
-
-class Edge(BaseModel):
-    """Resize so that the shorter edge gets this length in pixels and the aspect stays."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    shortest_edge: int = Field(gt=0)
-
-
-class Size(BaseModel):
-    """An exact size in pixels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    height: int = Field(gt=0)
-    width: int = Field(gt=0)
-
-
-def _present(value: object) -> object:
-    """Sizes as some versions write them: with the keys that do not apply set to null."""
-    return {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
-
-
-def _edge(value: object) -> object:
-    return {"shortest_edge": value} if isinstance(value, int) else _present(value)
-
-
-def _square(value: object) -> object:
-    return {"height": value, "width": value} if isinstance(value, int) else _present(value)
-
-
-class ImagePreprocessor(BaseModel):
-    """What a CLIP-style preprocessor_config.json describes; the names and defaults are transformers'.
-
-    Settings that would change the result and are not known here are refused, never ignored.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    do_convert_rgb: Literal[True, None] = True
-    do_resize: bool = True
-    size: Annotated[Edge | Size, BeforeValidator(_edge)] = Edge(shortest_edge=224)
-    resample: Image.Resampling = Image.Resampling.BICUBIC
-    do_center_crop: bool = True
-    crop_size: Annotated[Size, BeforeValidator(_square)] = Size(height=224, width=224)
-    do_rescale: bool = True
-    rescale_factor: float = 1 / 255
-    do_normalize: bool = True
-    image_mean: tuple[float, float, float] = CLIP_MEAN
-    image_std: tuple[float, float, float] = CLIP_STD
-    _file: str = PrivateAttr("the image processor's settings")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known(cls, data: object) -> object:
-        if not isinstance(data, dict):
-            raise ValueError("an object of settings was expected")
-        kind = data.get("image_processor_type") or data.get("feature_extractor_type") or "CLIPImageProcessor"
-        if not kind.startswith(("CLIP", "LlavaImageProcessor")):
-            raise ValueError(f"{kind} is not supported (known: CLIPImageProcessor, LlavaImageProcessor)")
-        unknown = sorted(key for key, value in data.items() if key.startswith("do_") and value and key not in cls.model_fields)
-        if unknown:
-            raise ValueError(f"{', '.join(unknown)} is not supported")
-        return data
-
-    @model_validator(mode="after")
-    def _fixed_size(self) -> ImagePreprocessor:
-        if not self.do_center_crop and not (self.do_resize and isinstance(self.size, Size)):
-            raise ValueError(
-                "pictures would keep sizes of their own; a vision encoder takes one size, so crop or resize to height and width"
-            )
-        return self
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> ImagePreprocessor:
-        """Read preprocessor_config.json, else the "image_processor" section of processor_config.json. Raises BundleError."""
-        for name, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-            path = folder / name
-            if path.is_file():
-                try:
-                    data = json.loads(path.read_bytes())
-                    found = cls.model_validate(data[section] if section else data)
-                    found._file = str(path)
-                    return found
-                except (ValueError, KeyError, TypeError) as error:
-                    raise BundleError(f"{path} cannot be used: {_reason(error)}") from None
-        raise BundleError(f"{folder} holds neither preprocessor_config.json nor processor_config.json")
-
-    @property
-    def origin(self) -> str:
-        """The file and field that say how large the pictures are."""
-        return f"{self._file} ({'crop_size' if self.do_center_crop else 'size'})"
-
-    @property
-    def output_size(self) -> Size:
-        """Height and width in pixels of what the vision encoder gets."""
-        if self.do_center_crop:
-            return self.crop_size
-        assert isinstance(self.size, Size)
-        return self.size
-
-    def __call__(self, images: Sequence[Picture | PictureFile], field: str = "image") -> NDArray[np.float32]:
-        """Preprocess pictures, each uint8 RGB [height, width, 3] or a file, to pixel_values float32 [images, 3, height, width].
-
-        Raises InvalidInput naming `field`, or that of the file, for another kind of array, a damaged file, or a picture so elongated
-        that its resized form would have too many pixels.
-        """
-        return np.stack([self._one(image, field) for image in images])
-
-    def _one(self, image: Picture | PictureFile, field: str) -> NDArray[np.float32]:
-        if not isinstance(image, PictureFile):
-            check_picture(image, field)
-        image = self._resize(image, field) if self.do_resize else decoded(image)
-        if self.do_center_crop:
-            image = center_crop(image, self.crop_size)
-        # float64 and back, then float32: the roundings of the reference.
-        scale = np.float64(self.rescale_factor if self.do_rescale else 1)
-        pixels = np.multiply(image, scale, dtype=np.float64).astype(np.float32)
-        if self.do_normalize:
-            pixels -= np.array(self.image_mean, np.float32)
-            pixels /= np.array(self.image_std, np.float32)
-        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-    def check(self, size: tuple[int, int], field: str) -> None:
-        """Raise InvalidInput naming `field` where a picture of this (width, height) cannot be resized."""
-        if self.do_resize:
-            self._target(size, field)
-
-    def _target(self, size: tuple[int, int], field: str) -> tuple[int, int]:
-        """What (width, height) is resized to."""
-        width, height = size
-        if not isinstance(self.size, Edge):
-            return self.size.width, self.size.height
-        edge, short = self.size.shortest_edge, min(height, width)
-        target = (int(edge * width / short), int(edge * height / short))
-        if target[0] * target[1] > limits.RESIZED_PIXELS.most:
-            raise InvalidInput(
-                field, f"is {width}x{height}, which would be resized to {target[0]}x{target[1]}: send a less elongated picture"
-            )
-        return target
-
-    def _resize(self, image: Picture | PictureFile, field: str) -> Picture:
-        if isinstance(image, PictureFile):
-            return image.resized(self._target(image.size, image.field), self.resample)
-        height, width = image.shape[:2]
-        return np.array(Image.fromarray(image).resize(self._target((width, height), field), self.resample), np.uint8)
-
-
-def center_crop(image: Picture, size: Size) -> Picture:
-    """The middle of a picture; where the picture is smaller than `size`, zeros around it."""
-    top, left = (image.shape[0] - size.height) // 2, (image.shape[1] - size.width) // 2
-    inside = image[max(top, 0) : top + size.height, max(left, 0) : left + size.width]
-    y, x = max(-top, 0), max(-left, 0)
-    window = np.zeros((size.height, size.width, 3), np.uint8)
-    window[y : y + inside.shape[0], x : x + inside.shape[1]] = inside
-    return window
-
-
-def _reason(error: Exception) -> str:
-    """Pydantic's reasons on one line, other exceptions as they are."""
-    if not isinstance(error, ValidationError):
-        return str(error)
-    return "; ".join(": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"]])) for e in error.errors())

@@ -27,8 +27,9 @@ from runtime.bundle import Frozen
 from runtime.decoding import Sampling, Scores, choose
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
-from runtime.images import ImagePreprocessor, Picture, PictureFile
+from runtime.images import Picture, PictureFile
 from runtime.pipeline import Call, Event, Example, Finished, Outputs, Pipeline, TextDelta
+from runtime.preprocessing import ImagePreprocessor
 from runtime.signature import Array
 from runtime.text import ChatText, Detokenizer, Message, StopStrings
 
