@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from export.source import LORA, MERGE
 from export.tensors import CHUNK, TensorRef
 from runtime.errors import SourceError, UnsupportedModel
 
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
     import torch
 
 log: Final = logging.getLogger(__name__)
+
+WRAPPED: Final = (
+    (re.compile(r"(^|\.)_orig_mod\."), "are of a model compiled by torch: save the model in it, with model._orig_mod.save_pretrained()"),
+    (
+        re.compile(r"^module\.|(^|\.)_fsdp_wrapped_module\."),
+        "are of a model wrapped for training on several devices: save the model in it, with model.module.save_pretrained()",
+    ),
+    (LORA, f"are of an adapter (LoRA) that is not merged into its model: {MERGE}, and build that"),
+    (
+        re.compile(r"\.(qweight|qzeros|absmax|quant_map|SCB|weight_scale|weight_packed)$"),
+        "are quantized already: take the checkpoint that it was made from",
+    ),
+)
+"""Names that no model has, and what they say of how the weights were saved."""
 
 LISTED: Final = 8
 """Names shown of a long list."""
@@ -41,11 +56,19 @@ def map_names(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Modu
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     renamed = _renamed(root, tensors, model)
     found = {name: ref for name, ref in renamed.items() if name in expected}
+    _refuse_wrapped(root, [name for name in renamed if name not in expected])
     _tie(root, found, getattr(model, "all_tied_weights_keys", None) or {})
     _check(root, found, expected)
     if unused := sorted(name for name in renamed if name not in expected and not _ignored(name, model)):
         log.info("%s: %s has no use for %s", root, type(model).__name__, _listing(unused))
     return {name: found[name] for name in expected}
+
+
+def _refuse_wrapped(root: Path, unused: Iterable[str]) -> None:
+    """Raises UnsupportedModel where names say that the weights are not those of the model alone: what they add would be left out."""
+    for pattern, what in WRAPPED:
+        if names := [name for name in unused if pattern.search(name)]:
+            raise UnsupportedModel(f"{root}: the weights {_listing(names)} {what}")
 
 
 def _renamed(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
@@ -119,7 +142,7 @@ def _check(root: Path, found: Mapping[str, TensorRef], expected: Mapping[str, tu
         shapes = [f"{name} (expected {list(expected[name])}, found {list(found[name].shape)})" for name in other]
         faults.append(f"of another shape {_listing(shapes)}")
     if faults:
-        raise SourceError(f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Download the checkpoint again")
+        raise SourceError(f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Take both from the same checkpoint")
 
 
 def _ignored(name: str, model: torch.nn.Module) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from export.tensors import TensorRef, check_finite, read_header, release
 from runtime.errors import MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean
+from runtime.files import other_content
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +34,14 @@ VARIANT: Final = "fp16"
 """The variant taken where a component exists only in several."""
 
 PICKLES: Final = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+ADAPTER: Final = "adapter_config.json"
+LORA: Final = re.compile(r"(^|[._])lora([._]|$)|\.base_layer\.")
+"""In names of adapters' tensors and of the layers that they wrap."""
+
+MERGE: Final = (
+    "merge it into its model with fuse_lora() and unload_lora_weights() of a diffusers pipeline, or merge_and_unload() of PEFT, "
+    "save the result with save_pretrained()"
+)
 SHARD: Final = re.compile(r"-\d+-of-\d+\.safetensors$")
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 LDM: Final = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.", "conditioner.embedders.")
@@ -102,9 +111,10 @@ def _samples(ref: TensorRef) -> Iterable[bytes]:
 def open_component(folder: Path) -> Checkpoint:
     """Open a component of a diffusers pipeline, or a transformers model. Headers are read and checked, tensors are not.
 
-    Weight files in order of preference: `diffusion_pytorch_model.safetensors` or `model.safetensors`; the shards of its index; a
-    variant (`model.fp16.safetensors`), single or sharded. Raises NotFound for a missing folder or file, SourceError for a damaged file
-    or a pickle checkpoint, UnsupportedModel for weights that are already quantized.
+    Weight files in order of preference, as the libraries have it: of diffusers' models the shards of an index, then
+    `diffusion_pytorch_model.safetensors`; of transformers' models `model.safetensors`, then shards; in both, a variant last
+    (`model.fp16.safetensors`), single or sharded. Raises NotFound for a missing folder or file, SourceError for a damaged file or a pickle
+    checkpoint, UnsupportedModel for weights that are already quantized.
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} does not exist: expected a folder with {CONFIG} and safetensors weights")
@@ -113,7 +123,7 @@ def open_component(folder: Path) -> Checkpoint:
         raise UnsupportedModel(f"{folder} is quantized already ({CONFIG} has quantization_config): take the checkpoint it was made from")
     headers: dict[Path, bytes] = {}
     tensors: dict[str, TensorRef] = {}
-    files, owners = _weight_files(folder)
+    files, owners = _weight_files(folder, "_class_name" in config)
     for file in files:
         headers[file], found = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
@@ -126,14 +136,14 @@ def open_component(folder: Path) -> Checkpoint:
     return Checkpoint(folder, config, tensors, headers)
 
 
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
-    """The files of the preferred form and, where an index lists them, the file that each tensor should be in."""
+def _weight_files(folder: Path, diffusers: bool) -> tuple[list[Path], dict[str, Path]]:
+    """The files of the form that the library prefers and, where an index lists them, the file that each tensor should be in."""
     names = {path.name for path in folder.iterdir()}
-    for stem in STEMS:
-        if f"{stem}.safetensors" in names:
-            return [folder / f"{stem}.safetensors"], {}
-        if f"{stem}.safetensors.index.json" in names:
-            return _indexed(folder / f"{stem}.safetensors.index.json")
+    endings = (".safetensors.index.json", ".safetensors") if diffusers else (".safetensors", ".safetensors.index.json")
+    for stem in STEMS if diffusers else reversed(STEMS):
+        for name in (f"{stem}{ending}" for ending in endings):
+            if name in names:
+                return _indexed(folder / name) if name.endswith(".json") else ([folder / name], {})
     variant = re.compile(rf"({'|'.join(STEMS)})(\.safetensors\.index\.\w+\.json|\.\w+\.safetensors(\.index\.json)?)")
     variants = sorted(name for name in names if variant.fullmatch(name))
     chosen = variants if len(variants) == 1 else [name for name in variants if f".{VARIANT}." in name]
@@ -220,6 +230,8 @@ def _inspect(root: Path, name: str) -> Source:
         config = read_json(root / CONFIG)
         declared = config.get("architectures") or [config.get("_class_name")]
         return Source(root, name, "transformers", _class_name(root / CONFIG, declared[0] if isinstance(declared, list) else None))
+    if (root / ADAPTER).is_file():
+        _refuse_adapter(root)
     files = sorted(path for path in root.iterdir() if path.is_file() and path.suffix in (".safetensors", *PICKLES))
     if files:
         _refuse_file(files[0])
@@ -239,7 +251,13 @@ def _refuse_file(path: Path) -> NoReturn:
     names = read_header(path)[1] if path.suffix == ".safetensors" else {}
     if any(name.startswith(LDM) for name in names):
         _refuse_ldm(path, names)
+    if any(LORA.search(name) for name in names):
+        _refuse_adapter(path)
     raise UnsupportedModel(f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}")
+
+
+def _refuse_adapter(path: Path) -> NoReturn:
+    raise UnsupportedModel(f"{path} holds an adapter (LoRA) without the model that it changes: {MERGE}, and build that")
 
 
 def _download(hub_id: str) -> Path:
@@ -268,8 +286,11 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises NotFound or SourceError."""
     if not file.is_file():
         raise NotFound(f"{file} does not exist: download the checkpoint again, with all its files")
+    data = file.read_bytes()
+    if other := other_content(data):
+        raise SourceError(f"{file} {other}")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file} is no JSON: {error}. Download it again") from None
     if not isinstance(content, dict):

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from calibration.progress import reached
 from runtime.errors import NotFound, SourceError
+from runtime.files import other_content
 
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -102,6 +103,10 @@ def read_header(file: Path) -> tuple[bytes, dict[str, TensorRef]]:
         if len(prefix) < PREFIX:
             raise SourceError(f"{file} is no safetensors file: it has {size} bytes. {_AGAIN}")
         (length,) = struct.unpack("<Q", prefix)
+        beginning = opened.read(64)
+        if not beginning.startswith(b"{") and (other := other_content(prefix + beginning)):
+            raise SourceError(f"{file} {other}")
+        opened.seek(PREFIX)
         if length > MAX_HEADER:
             raise SourceError(f"{file} is no safetensors file: its header would have {length} bytes, at most {MAX_HEADER} are allowed")
         header = opened.read(length)

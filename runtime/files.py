@@ -144,6 +144,30 @@ def _finite(text: str) -> float:
     return number
 
 
+OTHERS: Final[tuple[tuple[tuple[bytes, ...], str], ...]] = (
+    (
+        (b"version https://git-lfs.github.com/spec/",),
+        "is a git-lfs pointer, which stands for a file that was not fetched: run `git lfs pull` in its folder, or download the file itself",
+    ),
+    (
+        (b"<!doctype html", b"<html"),
+        "is a web page, not the file that its name says: download the file itself (on the hub, its address has /resolve/, not /blob/)",
+    ),
+    (
+        (b"pk\x03\x04", b"\x80\x02"),
+        "is a pickle in spite of its name, which can run code when it is read, and is refused: take safetensors",
+    ),
+    ((b"gguf",), "is a GGUF file, which holds weights that are quantized already: take the checkpoint that it was made from"),
+)
+"""What files hold in place of what their names say, by how they begin (in lower case)."""
+
+
+def other_content(head: bytes) -> str:
+    """What a file that begins so is, in place of JSON, text or safetensors, and what to do; empty where it is none of what is known."""
+    beginning = head.lstrip()[:64].lower()
+    return next((what for starts, what in OTHERS if beginning.startswith(starts)), "")
+
+
 def file_error(error: OSError) -> EnginecastError:
     """What the system said of a file, as an error of ours: which file, what was wrong, what to do."""
     named = isinstance(error.filename, str | bytes)

@@ -191,7 +191,7 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
     def parse(cls, published: Mapping[str, Any]) -> SchedulerConfig:
         """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and why."""
         known = {*Schedule.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
-        found = cls({name: value for name, value in published.items() if name in known})
+        found = cls({name: value for name, value in published.items() if name in known and value != -math.inf})
         found.check()
         return found
 

@@ -21,6 +21,7 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_
 from tokenizers.models import BPE
 
 from runtime.errors import BundleError, InvalidInput
+from runtime.files import other_content
 
 START: Final = "<|startoftext|>"
 END: Final = "<|endoftext|>"
@@ -191,9 +192,12 @@ def _limit(folder: Path, config: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read ({error}): copy the tokenizer again") from None
+    if other := other_content(text[:SHOWN].encode()):
+        raise BundleError(f"{path} {other}")
+    return text
 
 
 def _read_json(path: Path) -> dict[str, Any]:

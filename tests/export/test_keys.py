@@ -125,6 +125,50 @@ def test_clip_text_model_from_a_model_with_a_head(tmp_path: Path, caplog: pytest
     assert "no use for 1 (text_projection.weight)" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("rename", "extra", "named"),
+    [
+        (lambda name: f"_orig_mod.{name}", {}, r"_orig_mod\..* are of a model compiled by torch: save the model in it"),
+        (lambda name: f"module.{name}", {}, "wrapped for training on several devices"),
+        (lambda name: name.replace("q_proj.", "q_proj.base_layer."), {}, r"base_layer.* adapter \(LoRA\) that is not merged"),
+        (
+            lambda name: name.replace("q_proj.", "q_proj.base_layer."),
+            {"encoder.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 16)},
+            r"adapter \(LoRA\) that is not merged into its model: merge it",
+        ),
+        (lambda name: name, {"encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 16)}, "merge it"),
+        (lambda name: name, {"encoder.layers.0.self_attn.to_q_lora.down.weight": torch.ones(2, 16)}, "merge it"),
+        (lambda name: name.replace("q_proj.weight", "q_proj.qweight"), {}, "are quantized already"),
+    ],
+)  # fmt: skip
+def test_names_that_say_how_the_weights_were_saved(tmp_path: Path, rename: Rename, extra: dict[str, torch.Tensor], named: str) -> None:
+    """What a wrapper or an adapter adds would be left out, so it is refused."""
+    clip().save_pretrained(tmp_path)
+    rewrite(tmp_path, rename, extra)
+    with pytest.raises(UnsupportedModel, match=named) as caught:
+        open_component(tmp_path).mapped(clip().to("meta"))
+    assert "ownload" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [unet, clip])
+def test_of_shards_and_a_whole_file_the_library_s_choice_is_taken(tmp_path: Path, make: Callable[[], Any]) -> None:
+    """They hold other values here, as where a checkpoint was saved into the folder of another."""
+    make().save_pretrained(tmp_path)
+    make().save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    for file in (tmp_path / "shards").glob("*model*"):
+        file.rename(tmp_path / file.name)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert_as_loaded(tmp_path, make(), torch.float32)
+
+
+@pytest.mark.parametrize("make", [unet, clip])
+def test_a_pickle_beside_is_not_read(tmp_path: Path, make: Callable[[], Any]) -> None:
+    make().save_pretrained(tmp_path)
+    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin", "model.ckpt"):
+        (tmp_path / name).write_bytes(b"no weights")
+    assert_as_loaded(tmp_path, make(), torch.float32)
+
+
 @DTYPES
 def test_unet(tmp_path: Path, dtype: torch.dtype) -> None:
     unet().to(dtype).save_pretrained(tmp_path)

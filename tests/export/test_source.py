@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -102,8 +103,9 @@ def test_every_dtype_has_its_size(tmp_path: Path) -> None:
     [
         (b"", "it has 0 bytes"),
         (b"1234567", "it has 7 bytes"),
-        (b"<!DOCTYPE html><html>", "its header would have"),
-        (b"version https://git-lfs.github.com/spec/v1", "its header would have"),
+        (struct.pack("<Q", 1 << 40), "its header would have"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1", "is a git-lfs pointer"),
         (struct.pack("<Q", 50) + b"{}", "its header has 50 bytes, 2 are there"),
         (raw(b"{nonsense"), "expected JSON"),
         (raw(b"\xff\xfe"), "expected JSON"),
@@ -185,6 +187,47 @@ def test_quantized_checkpoints_are_refused(component: Path) -> None:
     (component / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
     with pytest.raises(UnsupportedModel, match="quantized already"):
         open_component(component)
+
+
+POINTER = (
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 9\n"
+)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (POINTER, "is a git-lfs pointer, .* `git lfs pull`"),
+        (b"\n<!DOCTYPE html><html><head>", "is a web page, .* /resolve/"),
+        (b"PK\x03\x04\x00\x00\x08\x08\x00\x00\x00\x00", "is a pickle in spite of its name"),
+        (b"GGUF\x03\x00\x00\x00\x00\x00\x00\x00", "is a GGUF file"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say(component: Path, name: str, content: bytes, named: str) -> None:
+    if name.endswith("index.json"):
+        (component / "model.safetensors").unlink()
+    (component / name).write_bytes(content)
+    with pytest.raises(SourceError, match=f"{re.escape(name)} {named}"):
+        open_component(component)
+
+
+@pytest.mark.parametrize("length", [0x0280, 0x4B50])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(component: Path, length: int) -> None:
+    text = json.dumps({"a": entry(0, 4, [1])})
+    (component / "model.safetensors").write_bytes(raw(text.ljust(length).encode(), b"\0" * 4))
+    assert (component / "model.safetensors").read_bytes()[:2] in (b"\x80\x02", b"PK")
+    assert open_component(component).tensors.keys() == {"a"}
+
+
+def test_an_adapter_alone_is_refused(tmp_path: Path) -> None:
+    save_file({"unet.to_q.lora_A.weight": torch.ones(1)}, tmp_path / "pytorch_lora_weights.safetensors")
+    for source in (tmp_path, tmp_path / "pytorch_lora_weights.safetensors"):
+        with pytest.raises(UnsupportedModel, match=r"holds an adapter \(LoRA\) without the model"):
+            resolve(str(source))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedModel, match=r"holds an adapter \(LoRA\)"):
+        resolve(str(tmp_path))
 
 
 def test_whole_files_come_before_shards_and_variants(component: Path) -> None:

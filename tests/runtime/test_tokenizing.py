@@ -223,6 +223,8 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
         ("special_tokens_map.json", '{"pad_token": "<pad>x"}', None),
         ("vocab.json", "[]", "JSON object"),
         ("merges.txt", "a b c", "two tokens"),
+        ("merges.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"merges\.txt is a git-lfs pointer"),
+        ("vocab.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"vocab\.json is a git-lfs pointer"),
         ("tokenizer.json", '{"model": {"type": "Unigram"}}', "no CLIP tokenizer"),
     ],
 )
