@@ -17,7 +17,6 @@ import numpy as np
 
 from calibration.lean import LeanEngine
 from calibration.metrics import snr_db
-from export.parity import REACH
 from runtime.bundle import Agreement, Artifact, Submodel
 from runtime.engine import Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable
@@ -25,6 +24,8 @@ from runtime.signature import Array, Signature, Tensor
 
 FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
 """Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
+REACH: Final = 128
+"""Positions that a sample goes up to. What a model does beyond is compared on its twin, whose windows are shorter."""
 POSITIONS: Final = (8, 1, 1)
 """New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window, more go beyond it."""
 

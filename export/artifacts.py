@@ -79,6 +79,7 @@ def add_target(
     signed, settings = signed or Signed(), settings or {}
     with _changing(root) as bundle:
         engine = _compiler(bundle, name)
+        engine.check_settings(settings)
         signed.check(bundle)
         bundle.verify(strangers=False)
         submodels = bundle.manifest.submodels

@@ -38,7 +38,7 @@ from export.tasks import TASKS, right
 from export.twin import twin_weights
 from runtime.bundle import MANIFEST, Artifact, Bundle, Parity, Submodel, Verdict
 from runtime.engine import CompileOptions, Engine, target
-from runtime.errors import BundleError, InvalidInput, NotFound, QualityError
+from runtime.errors import BundleError, InvalidInput, NotFound, QualityError, ResourceExhausted
 from runtime.loading import load_model
 
 M_MMAP_THRESHOLD: Final = -3
@@ -49,6 +49,7 @@ def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bun
 
     Raises InvalidInput, SourceError, ParityError, EngineError or ResourceExhausted; `options.output` is then as it was.
     """
+    options.check()
     state = Build.open(options)
     existing = _existing(options.output)
     if existing is not None and existing.manifest.key == state.key:
@@ -58,11 +59,21 @@ def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bun
         except BundleError:
             if not options.force:
                 raise
+    _check_room(options.output, state.least_bytes())
     _return_freed_memory()
     progress = Progress(state.steps(), listen)
     with staging(options.output, options.force) as folder:
         _fill(state, folder, progress)
     return Bundle(options.output), progress.timings
+
+
+def _check_room(output: Path, need: int) -> None:
+    """Raise ResourceExhausted when the disk of `output` has not even room for the bundle's weights."""
+    free = shutil.disk_usage(next(folder for folder in output.absolute().parents if folder.exists())).free
+    if need > free:
+        raise ResourceExhausted(
+            f"{output} needs at least {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output"
+        )
 
 
 def _return_freed_memory() -> None:

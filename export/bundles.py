@@ -12,7 +12,7 @@ from export.sizes import forms, sizes
 from runtime import signing
 from runtime.bundle import SIGNATURE, Artifact, Bundle
 from runtime.engine import targets
-from runtime.errors import InvalidInput, MissingDependency
+from runtime.errors import MissingDependency
 from runtime.portable import prospect
 from runtime.stopping import stoppable
 
@@ -114,13 +114,12 @@ def add_target(
     """Compile a bundle for one more target, or for another machine, from its own graphs: no checkpoint and no torch are needed."""
     try:
         from export import artifacts
+        from export.options import check_settings
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "onnx_ir", "export") from None
     names = artifacts.resolve_targets(target, Bundle(bundle).manifest.quant)
     settings = settings_of(names, compute_capability, setting or [])
-    strangers = sorted(set(settings) - set(names))
-    if strangers:
-        raise InvalidInput("setting", f"is for {strangers[0]}, which is not among the targets {', '.join(names)}")
+    check_settings(names, settings)
     dropped = (bundle / SIGNATURE).exists() and key is None
     for name in names:
         opened, added = artifacts.add_target(bundle, name, settings.get(name), artifacts.Signed(key, force), show)

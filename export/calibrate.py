@@ -9,66 +9,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import export.options
 from calibration.data import Done, record
 from calibration.progress import each
-from calibration.requests import Requests, briefly, built_in, read_images, read_prompts, read_questions
-from calibration.sets import CalibrationSet, Kind
+from calibration.requests import briefly
+from calibration.sets import CalibrationSet
 from export.learned import floating_model
+from export.options import CaptureOptions as Options
 from export.progress import Listener, Progress, Step
 from export.source import check_finite
 from export.staging import cache_folder, key_of
 from export.state import Build, part_graph
-from runtime.errors import InvalidInput, NotFound, ResourceExhausted, SourceError
+from runtime.errors import ResourceExhausted
 from runtime.files import vanishing
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else requests are built-in.
-
-    `count` is the most requests to run, None what is usual for where they come from. Raises InvalidInput.
-    """
-
-    source: str
-    output: Path
-    prompts: Path | None = None
-    images: Path | None = None
-    questions: Path | None = None
-    count: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("prompts", "images", "questions") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise InvalidInput(given[1], f"cannot be given together with {given[0]}: capture one set of each")
-        if self.count is not None and self.count < 1:
-            raise InvalidInput("count", f"is {self.count}, expected 1 or more requests")
-        if self.seed < 0:
-            raise InvalidInput("seed", f"is {self.seed}, expected 0 or more")
-        if self.output.exists() and not _is_set(self.output):
-            raise InvalidInput("output", f"{self.output} exists and is no calibration set: choose another file")
-
-    def requests(self, kind: Kind) -> Requests:
-        """Where requests for this kind of model come from. Raises NotFound or InvalidInput."""
-        if self.prompts:
-            return read_prompts(self.prompts, kind, self.seed)
-        if self.images:
-            return read_images(self.images, kind, self.seed)
-        if self.questions:
-            return read_questions(self.questions, kind, self.seed)
-        return built_in(kind, self.seed)
-
-
-def _is_set(path: Path) -> bool:
-    try:
-        CalibrationSet.load(path)
-    except (InvalidInput, NotFound, SourceError):
-        return False
-    return True
 
 
 def calibrate(options: Options, listen: Listener = lambda report: None) -> CalibrationSet:
@@ -76,9 +31,9 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
 
     Raises InvalidInput, NotFound, SourceError, EngineError or ResourceExhausted.
     """
+    options.check()
     state = Build.open(export.options.Options(options.source, options.output))
-    kind: Kind = "diffusion" if state.family.pipeline == "diffusion" else "chat"
-    requests = options.requests(kind)
+    requests = options.requests("diffusion" if state.family.pipeline == "diffusion" else "chat")
     if state.brief:
         requests = briefly(requests)
     work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"

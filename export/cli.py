@@ -56,10 +56,14 @@ def build(
         str, typer.Option(help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or none.")
     ] = "auto",
     allow_low_quality: Annotated[bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")] = False,
+    agreement: Annotated[
+        str, typer.Option(help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none.")
+    ] = "auto",
     max_drop: Annotated[
-        float, typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score.")
-    ] = 1.0,
-    optimize: Annotated[str, typer.Option(help="Of --quant auto: size or speed.")] = "size",
+        float | None,
+        typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."),
+    ] = None,
+    optimize: Annotated[str | None, typer.Option(help="Of --quant auto: size (the default) or speed.")] = None,
     compute: Annotated[
         str, typer.Option(help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto.")
     ] = "auto",
@@ -86,13 +90,20 @@ def build(
     if calibration and not source:
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
-    common |= {"speed": speed, "allow_low_quality": allow_low_quality, "max_drop": max_drop, "goal": optimize}
+    common |= {"speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
+    of_auto: dict[str, Any] = {name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
     jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
+    every = []
     for job in jobs:
+        if of_auto and job["quant"] != "auto":
+            raise InvalidInput("max-drop" if "max_drop" in of_auto else "optimize", f"belongs to --quant auto, not to {job['quant']}")
         job["targets"] = resolve_targets(job["targets"], job["quant"])
         common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
-        _build(Options(**common, **job))
+        every.append(Options(**common, **of_auto, **job))
+        every[-1].check()
+    for options in every:
+        _build(options)
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -204,11 +215,14 @@ def calibrate(
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
     try:
-        from export.calibrate import Options
+        from export.options import CaptureOptions
+
+        options = CaptureOptions(source, output, prompts, images, questions, count, seed)
+        options.check()
         from export.calibrate import calibrate as run
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
-    found = run(Options(source, output, prompts, images, questions, count, seed), show)
+    found = run(options, show)
     kept = ", ".join(f"{len(calls)} of {name}" for name, calls in found.samples.items())
     out.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {kept}, from {found.settings['requests']} requests")
     for warning in found.warnings():
@@ -226,6 +240,8 @@ def report(
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
     try:
+        from export.quality import load_quality
+        from export.report import check_output
         from export.report import report as write
 
         if speed:
@@ -233,6 +249,8 @@ def report(
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "jinja2", "export") from None
     opened = Bundle(bundle)
+    load_quality(opened)
+    check_output(output)
     write(opened, output, time_bundle(opened, speed, show) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 

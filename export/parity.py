@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from calibration.lean import lean_session
+from export.agreement import REACH
 from export.family import Part
 from export.source import TensorRef
 from runtime.bundle import Parity
@@ -28,8 +29,6 @@ from runtime.errors import ParityError
 from runtime.signature import Array, Signature
 
 SEED: Final = 0
-REACH: Final = 128
-"""Positions that a sample goes up to. What a model does beyond is compared on its twin, whose windows are shorter."""
 
 
 def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method: str) -> Parity:

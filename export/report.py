@@ -21,6 +21,7 @@ import onnx_ir as ir
 from calibration.metrics import CAP_DB
 from export.quality import TITLES, UNITS, PictureQuality, Quality, floors, load_quality
 from export.speed import WHOLE, Speed, Timed, Timing
+from export.staging import check_writable
 from runtime.bundle import Bundle, Submodel
 from runtime.errors import BundleError, InvalidInput, ResourceExhausted
 from runtime.images import Picture, decode_image, encode_image
@@ -71,8 +72,7 @@ def report(bundle: Bundle, output: Path, speed: Speed | None = None) -> None:
     """
     quality = load_quality(bundle)
     page = render(bundle, quality if speed is None else quality.model_copy(update={"speed": speed}))
-    if output.is_dir():
-        raise InvalidInput("output", f"{output} is a folder, expected the name of a file such as {output / 'report.html'}")
+    check_output(output)
     part = output.with_name(f".{output.name}.{os.getpid()}")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,13 @@ def report(bundle: Bundle, output: Path, speed: Speed | None = None) -> None:
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
+
+
+def check_output(output: Path) -> None:
+    """Raise InvalidInput or ResourceExhausted when no page can be written to `output`."""
+    if output.is_dir():
+        raise InvalidInput("output", f"{output} is a folder, expected the name of a file such as {output / 'report.html'}")
+    check_writable(output)
 
 
 def render(bundle: Bundle, quality: Quality) -> str:

@@ -222,6 +222,11 @@ def _sample(name: str) -> Path:
     return SAMPLES / name
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether a source is to be looked up at the hub: it is neither a sample nor a folder."""
+    return not source.startswith(SAMPLE) and not Path(source).exists() and HUB_ID.fullmatch(source) is not None
+
+
 def _inspect(root: Path, name: str) -> Source:
     """Tell the layout and the architecture of a folder."""
     if (root / PIPELINE).is_file():

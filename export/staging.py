@@ -22,7 +22,9 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
 
     Raises InvalidInput when `output` exists and is not ours to replace, ResourceExhausted when the disk is full.
     """
-    _check_replaceable(output, force)
+    check_place(output)
+    if output.exists() and any(output.iterdir()) and not force:
+        raise InvalidInput("output", f"{output} holds another bundle: choose another folder, or replace it with --force")
     with ExitStack() as stack:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +45,20 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
             ) from None
 
 
-def _check_replaceable(output: Path, force: bool) -> None:
-    if not output.exists():
-        return
-    if not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file()):
+def check_place(output: Path) -> None:
+    """Raise InvalidInput when something lies at `output` that is no bundle, ResourceExhausted when nothing can be written there."""
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file())):
         raise InvalidInput("output", f"{output} exists and is no bundle: choose another folder")
-    if any(output.iterdir()) and not force:
-        raise InvalidInput("output", f"{output} holds another bundle: choose another folder, or replace it with --force")
+    check_writable(output)
+
+
+def check_writable(output: Path) -> None:
+    """Raise ResourceExhausted unless a file or folder of this name can be made, with the folders above it."""
+    above = next(folder for folder in output.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ResourceExhausted(f"cannot write beside {output}: {above} is no folder. Choose another --output")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ResourceExhausted(f"cannot write beside {output}: folder {above} is not yours to write. Choose another --output")
 
 
 def _replace(folder: Path, output: Path) -> None:

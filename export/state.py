@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -119,6 +120,7 @@ class Build:
             sorted(options.targets),
             options.parity,
             self.checked,
+            self.measured,
             self.timed,
             self.calibration_key,
             options.compute,
@@ -186,15 +188,26 @@ class Build:
         """Whether captures are brief: each call of the float model takes many seconds."""
         return self.nbytes > FULL_QUALITY_BYTES
 
+    def least_bytes(self) -> int:
+        """Bytes that the weights of the bundle will take at least, with every one of them quantized as far as the recipe goes."""
+        if self.options.quant == "none":
+            return sum(map(self.size, self.parts))
+        bits = RECIPES["int4" if self.options.quant == "auto" else self.options.quant].bits
+        return sum(math.prod(ref.shape) for part in self.parts for ref in self._refs(part)) * bits // 8
+
     @property
     def checked(self) -> bool:
         """Whether what targets compiled is compared with the canonical graphs."""
-        return self.options.quality == "full" or (self.options.quality == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
+        return self._done(self.options.agreement)
 
     @property
     def measured(self) -> bool:
         """Whether quality is measured."""
-        return self.options.quant != "none" and self.checked and self.judge is not None
+        return self.options.quant != "none" and self._done(self.options.quality) and self.judge is not None
+
+    def _done(self, option: str) -> bool:
+        """Whether a comparison with this option is made: one of auto, full, none."""
+        return option == "full" or (option == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
 
     @cached_property
     def judge(self) -> str | None:
@@ -239,8 +252,12 @@ class Build:
 
     def size(self, part: Part) -> int:
         """Bytes of the part's weights in the checkpoint."""
+        return sum(ref.nbytes for ref in self._refs(part))
+
+    def _refs(self, part: Part) -> list[TensorRef]:
+        """The tensors of the checkpoint that the part has."""
         names = set(graph.parameter_names(part.module, part.component.model).values())
-        return sum(ref.nbytes for name, ref in self.weights(part).items() if name in names)
+        return [ref for name, ref in self.weights(part).items() if name in names]
 
     def steps(self) -> list[Step]:
         """Everything that will be done, with a guess of its seconds."""

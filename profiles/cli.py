@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Final
@@ -44,8 +44,10 @@ def bench(
     width: Annotated[int | None, typer.Option(min=1, help="Width of pictures in pixels.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height of pictures in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole picture.")] = None,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with.")] = 512,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
+    prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with. Default: 512.")
+    ] = None,
+    new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to decode. Default: 64.")] = None,
     beside: Annotated[list[str] | None, typer.Option(help="Command of another worker to measure in turns (profiles/protocol.py).")] = None,
     threads: Threads = 0,
     store: Store = False,
@@ -60,7 +62,12 @@ def bench(
     from runtime.loading import choose_target
 
     opened = Bundle(bundle)
-    settings = Settings(width=width, height=height, steps=steps, prompt_tokens=prompt_tokens, new_tokens=new_tokens)
+    drawing = {"width": width, "height": height, "steps": steps}
+    answering = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens}
+    _check_fit(opened.manifest.pipeline, drawing, answering)
+    _check_rows(store, rows_file)
+    given = {name: value for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)) if value is not None}
+    settings = Settings(width=width, height=height, steps=steps, **given)
     wanted: Sequence[str | None] = target or opened.targets or [None]  # of a bundle built for nothing, choosing says so
     names = [choose_target(opened, name).target for name in wanted]
     workers = [measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names]
@@ -81,7 +88,7 @@ def score(
     count: Annotated[int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a picture. Default: the model's.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")] = None,
-    batch: Annotated[int, typer.Option(min=1, max=32, help="Pictures drawn together.")] = 16,
+    batch: Annotated[int | None, typer.Option(min=1, max=32, help="Pictures drawn together. Default: 16.")] = None,
     threads: Threads = 0,
     store: Store = False,
     rows_file: StoreAt = None,
@@ -98,12 +105,14 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     kind = subjects.kind_of(source, bundles or ())
+    _check_fit(kind, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
+    _check_rows(store, rows_file)
     defaults = subjects.defaults(source, bundles or ())
     exam = subjects.Exam(
         count=count or subjects.COUNTS[kind],
         steps=steps or defaults.steps,
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        batch=batch,
+        batch=batch or 16,
     )
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
@@ -115,6 +124,18 @@ def score(
         if store:
             append(_store(rows_file), scoring.rows(subject, exam, scores, threads))
     out.print(scoring.table(results))
+
+
+def _check_fit(kind: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
+    """Raise InvalidInput for an option that is of models of the other kind."""
+    others, does = (answering, "draws") if kind == "diffusion" else (drawing, "answers")
+    for name in (name for name, value in others.items() if value is not None):
+        raise InvalidInput(name, f"does not apply to a model that {does}: leave it out")
+
+
+def _check_rows(store: bool, rows_file: Path | None) -> None:
+    if rows_file is not None and not store:
+        raise InvalidInput("rows", "is where --store puts rows: give that too")
 
 
 def _command(text: str) -> Sequence[str]:

@@ -16,6 +16,7 @@ import runtime.engines
 from runtime.bundle import Artifact, Submodel
 from runtime.choices import Decision
 from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.settings import Texts
 from runtime.signature import Array
 
 
@@ -82,6 +83,8 @@ class Engine(ABC):
     """Order of preference among usable targets: lower is tried first."""
     precisions: ClassVar[frozenset[str]] = frozenset({"float32", "int8", "int4"})
     """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is slower than float32."""
+    compile_settings: ClassVar[type[Texts] | None] = None
+    """The settings that `compile_with` takes, where the target has any."""
     device: str
     submodel: Submodel
     fallbacks: tuple[str, ...] = ()
@@ -116,9 +119,16 @@ class Engine(ABC):
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         """`compile` with settings of the target's own. Raises InvalidInput for one that the target lacks."""
-        for name in options.settings:
-            raise InvalidInput(name, f"is no setting of target {cls.target}, which has none")
+        cls.check_settings(options.settings)
         return cls.compile(submodel, graph, output)
+
+    @classmethod
+    def check_settings(cls, settings: Mapping[str, str]) -> None:
+        """Raise InvalidInput, naming the setting, for one that `compile_with` would refuse whatever it compiles."""
+        if cls.compile_settings is not None:
+            cls.compile_settings.parse(settings)
+        for name in settings if cls.compile_settings is None else ():
+            raise InvalidInput(name, f"is no setting of target {cls.target}, which has none")
 
     @classmethod
     @abstractmethod

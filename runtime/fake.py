@@ -11,6 +11,13 @@ import numpy as np
 from runtime.bundle import Artifact, Submodel, sha256
 from runtime.engine import Availability, Compiled, CompileOptions, Engine, FakeEngine, Options
 from runtime.errors import EngineError, EngineUnavailable
+from runtime.settings import Texts
+
+
+class Settings(Texts):
+    """What the fake's `compile_with` takes."""
+
+    shapes: str = ""
 
 
 class Bound(FakeEngine):
@@ -18,6 +25,7 @@ class Bound(FakeEngine):
 
     target = "bound"
     rank = 98
+    compile_settings = Settings
     here: ClassVar[str] = "this machine"
     seconds: ClassVar[float] = 0.0
     """How long a compilation takes; it tells of its progress in ten steps."""

@@ -68,6 +68,7 @@ class CoreML(Engine):
     target = "coreml"
     rank = 15
     precisions = frozenset({"float32", "float16", "int8", "int4"})
+    compile_settings = Settings
 
     @classmethod
     def available(cls) -> Availability:

@@ -66,6 +66,7 @@ class CUDAEngine(SessionEngine):
     target = "cuda"
     rank = 15
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4"})
+    compile_settings = Settings
 
     @classmethod
     def available(cls) -> Availability:

@@ -68,6 +68,7 @@ class DirectML(SessionEngine):
     target = "directml"
     rank = 25
     precisions = frozenset({"float32", "float16", "int8", "int4"})
+    compile_settings = Settings
 
     @classmethod
     def available(cls) -> Availability:

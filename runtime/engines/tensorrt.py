@@ -41,6 +41,7 @@ class TensorRT(Engine):
     target = "tensorrt"
     rank = 10
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4", "fp8"})
+    compile_settings = Settings
     sdk: ClassVar[SDK] = SDK("tensorrt", "TensorRT", "tensorrt", ahead=False)
 
     @classmethod

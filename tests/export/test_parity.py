@@ -15,10 +15,11 @@ import torch
 from transformers import CLIPTextModel
 
 import export.decoders
+from export.agreement import REACH
 from export.build import _parity
 from export.family import Part, family_of
 from export.options import Options
-from export.parity import REACH, beyond_reach, check, mapped, samples
+from export.parity import beyond_reach, check, mapped, samples
 from export.source import resolve
 from export.state import Build, part_graph
 from export.tensors import TensorRef

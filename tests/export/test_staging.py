@@ -89,7 +89,7 @@ def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceExhausted, match=r"cannot write beside .*: File exists"):
+    with pytest.raises(ResourceExhausted, match=r"cannot write beside .* is no folder"):
         fill(tmp_path / "file" / "bundle", "new")
 
 
