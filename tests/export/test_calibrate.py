@@ -137,7 +137,7 @@ def test_questions_are_for_models_that_chat(tiny_diffusion: Path, tmp_path: Path
 def test_only_sets_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("dear")
     for path in (tmp_path / "letter", tmp_path):
-        with pytest.raises(InvalidInput, match="exists and is no calibration set: choose another file|is a folder, expected a file"):
+        with pytest.raises(InvalidInput, match=r"exists and is no calibration set: choose another file|is a folder, expected a file"):
             Options("source", path)
     CalibrationSet("chat", "f", {}, {}).save(tmp_path / "set")
     assert Options("source", tmp_path / "set").output == tmp_path / "set"
