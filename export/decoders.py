@@ -27,6 +27,9 @@ DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma
     "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium", "nemotron", "gemma2")  # fmt: skip
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
 
+CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
+"""What an attention may get besides that changes its result and is not built."""
+
 STATIC: Final = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary types whose frequencies are the same for every length."""
 
@@ -88,9 +91,12 @@ def _attending(config: Any) -> Iterator[None]:
 
 
 def _attention(
-    module: Any, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, held: Cache, **_: Any
+    module: Any, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, held: Cache, **more: Any
 ) -> tuple[TorchTensor, None]:
     """ONNX `Attention` with past (opset 23): query [batch, heads, length, size], key and value with grouped heads."""
+    unknown = [name for name in CHANGING if more.get(name) is not None]
+    if unknown:
+        raise UnsupportedModel(f"the attention of a {module.config.model_type} has {', '.join(unknown)}, which no target has a kernel for")
     layer: Any = held.layers[module.layer_idx]
     output, layer.keys, layer.values, _scores = torch.onnx.ops.attention(query, key, value, mask, layer.keys, layer.values, scale=scaling)
     return output.transpose(1, 2), None

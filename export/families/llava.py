@@ -18,11 +18,12 @@ from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from export.decoders import Decoder, library_decoder, reduced_decoder, require_known, states
 from export.family import Component, Family, Part, Reference
+from export.generation import Generation, read_generation
 from export.source import Source, read_json
 from export.trace import without_weights
 from runtime import templates
 from runtime.errors import SourceError
-from runtime.pipelines.chat import ChatConfig, Defaults
+from runtime.pipelines.chat import ChatConfig
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
 TWIN_WINDOW: Final = 8
@@ -123,27 +124,26 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 def config(source: Source) -> dict[str, Any]:
     model = _config(source, reduced=False)
-    text, file = model.text_config, source.root / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
-    end = generation.get("eos_token_id", text.eos_token_id)
-    sampled = bool(generation.get("do_sample"))
-    defaults = Defaults(
-        max_tokens=generation.get("max_new_tokens") or Defaults().max_tokens,
-        temperature=generation.get("temperature", 1.0) if sampled else 0.0,
-        top_k=generation.get("top_k", 50) if sampled else 0,
-        top_p=generation.get("top_p", 1.0) if sampled else 1.0,
-        repetition_penalty=generation.get("repetition_penalty") or 1.0,
-    )
+    text, generation = model.text_config, _generation(source)
     return ChatConfig(
         context_length=text.max_position_embeddings,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
         bos_token_id=_leading_token(_tokenizer(source)),
-        eos_token_ids=tuple(end) if isinstance(end, list) else (end,),
+        eos_token_ids=generation.ends,
         image_token_id=model.image_token_index,
         tokens_per_image=_patches(model),
-        defaults=defaults,
+        defaults=generation.defaults,
     ).model_dump(mode="json")
+
+
+def notes(source: Source) -> tuple[str, ...]:
+    return _generation(source).notes
+
+
+def _generation(source: Source) -> Generation:
+    data = read_json(source.root / "config.json")
+    return read_generation(source.root, data, _config(source, reduced=False).text_config.vocab_size)
 
 
 def _patches(model: LlavaConfig) -> int:
@@ -180,4 +180,4 @@ def assets(source: Source) -> Mapping[str, Path]:
     return {path: file for path, file in wanted.items() if file.is_file()}
 
 
-FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets)
+FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets, notes)

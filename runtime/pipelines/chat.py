@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
 from runtime.bundle import Frozen
-from runtime.decoding import Sampling, Scores, choose
+from runtime.decoding import Rules, Sampling, Scores, Span, choose
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.images import Picture, PictureFile
@@ -39,13 +39,24 @@ Step = Generator[Call | Event, Outputs | None, T]
 
 
 class Defaults(Frozen):
-    """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy."""
+    """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy.
+
+    `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers besides the
+    strings of a request; `rules` hold for every answer.
+    """
 
     max_tokens: int = Field(default=256, ge=1)
+    max_length: int = Field(default=0, ge=0)
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    rules: Rules = Rules()
+
+    def longest(self, prompt: int) -> int:
+        """The most tokens of an answer to a prompt of so many, where the request does not say."""
+        return max(self.max_length - prompt, 1) if self.max_length else self.max_tokens
 
 
 class ChatConfig(Frozen):
@@ -136,6 +147,7 @@ class ChatRequest:
             top_k=defaults.top_k if self.top_k is None else self.top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             repetition_penalty=defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty,
+            rules=defaults.rules,
         )
 
 
@@ -215,7 +227,8 @@ class ChatPipeline:
         """
         prompt = self.prompt(request)
         room = self.config.context_length - len(prompt.ids)
-        max_tokens = min(self.config.defaults.max_tokens, max(room, 1)) if request.max_tokens is None else request.max_tokens
+        usual = min(self.config.defaults.longest(len(prompt.ids)), max(room, 1))
+        max_tokens = usual if request.max_tokens is None else request.max_tokens
         if max_tokens > room:
             raise ContextLengthExceeded(
                 "messages" if room < 1 else "max_tokens",
@@ -242,11 +255,12 @@ class ChatPipeline:
 
     def _answer(self, prompt: Prompt, request: ChatRequest, sampling: Sampling, max_tokens: int, conversation: Conversation) -> Pipeline:
         rng = np.random.default_rng(request.seed)
-        spelling, stops = Detokenizer(self.text.tokenizer), StopStrings(request.stop)
+        span = Span(len(prompt.ids), len(prompt.ids) + max_tokens, self.config.eos_token_ids)
+        spelling, stops = Detokenizer(self.text.tokenizer), StopStrings((*request.stop, *self.config.defaults.stop))
         tokens, reason, completion = list(prompt.ids), "length", 0
         logits = yield from self._prefill(prompt, conversation)
         while True:
-            token = choose(logits, tokens, sampling, rng)
+            token = choose(logits, tokens, sampling, rng, span)
             tokens.append(token)
             completion += 1
             if token in self.config.eos_token_ids:

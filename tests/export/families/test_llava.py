@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ from typing import Any
 import pytest
 
 from export.build import build
+from export.family import family_of
+from export.generation import FILE, read_generation
 from export.options import Options
+from export.source import resolve
 from runtime.engines import openvino
+from runtime.errors import SourceError, UnsupportedModel
 from runtime.loading import load_model
 from runtime.pipelines.chat import ChatPipeline
 from tests.export.families.conftest import Make, answer, ask, library_answer
@@ -73,3 +78,69 @@ def test_a_window_in_some_layers_on_every_target(make: Make, monkeypatch: pytest
     assert found.keys() == {*TARGETS, *others} and all(agreement is not None and agreement.snr_db > 60 for agreement in found.values())
     for target in TARGETS:
         compare(source, bundle.root, monkeypatch, target, 55)
+
+
+# Settings of generation
+
+
+GENERATION: tuple[dict[str, Any] | None, ...] = (
+    None,
+    {"max_new_tokens": 24},
+    {"eos_token_id": None, "max_new_tokens": 40},
+    {"eos_token_id": [2, 9, 70, 81], "max_new_tokens": 40},
+    {"eos_token_id": 2, "max_length": 70},
+    {"eos_token_id": 2, "no_repeat_ngram_size": 2, "max_new_tokens": 40},
+    {"eos_token_id": 2, "repetition_penalty": 1.3, "min_length": 60, "max_new_tokens": 40},
+    {"eos_token_id": 2, "max_new_tokens": 20, "forced_eos_token_id": 2, "exponential_decay_length_penalty": [3, 1.6]},
+    {"eos_token_id": 2, "max_new_tokens": 20, "temperature": 0.0, "top_k": None, "top_p": 0.6, "do_sample": False},
+)
+
+
+@pytest.fixture(scope="module")
+def plain(make: Make) -> tuple[Path, Path]:
+    """A checkpoint with a Llama decoder, and its bundle."""
+    source = make()
+    return source, cast(source, ("onnxruntime",))
+
+
+def test_generation_settings_mean_the_same(plain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are those of generate without arguments, which reads generation_config.json as well."""
+    source, bundle = plain
+    config = json.loads((source / "config.json").read_bytes())
+    lengths = []
+    with closing(load_model(bundle, "onnxruntime")) as model:
+        pipeline = model.pipeline
+        assert isinstance(pipeline, ChatPipeline)
+        for settings in GENERATION:
+            (source / FILE).unlink(missing_ok=True)
+            if settings is not None:
+                (source / FILE).write_text(json.dumps(settings))
+            found = read_generation(source, config, pipeline.config.vocab_size)
+            pipeline.config = pipeline.config.model_copy(update={"defaults": found.defaults, "eos_token_ids": found.ends})
+            longest = {} if settings is not None else {"max_new_tokens": found.defaults.max_tokens}
+            request = ask(12)
+            first, _ = library_answer(source, pipeline, request, **longest)
+            assert answer(model, request, monkeypatch) == first, settings
+            lengths.append(len(first))
+            if settings is not None and len(first) > 3:  # the words that it just used, forbidden
+                words = {"bad_words_ids": [[first[0]], first[1:3]], "suppress_tokens": [first[3]], "begin_suppress_tokens": [first[-1]]}
+                (source / FILE).write_text(json.dumps(settings | words))
+                found = read_generation(source, config, pipeline.config.vocab_size)
+                pipeline.config = pipeline.config.model_copy(update={"defaults": found.defaults, "eos_token_ids": found.ends})
+                wanted, _ = library_answer(source, pipeline, request)
+                assert wanted != first and answer(model, request, monkeypatch) == wanted, settings | words
+    assert len(set(lengths)) > 3
+
+
+def test_settings_that_are_not_followed_are_notes(make: Make) -> None:
+    source = resolve(str(make(generation={"eos_token_id": 2, "num_beams": 4, "max_new_tokens": 8})))
+    assert family_of(source).notes(source) == ("generation_config.json has num_beams 4: answers are decoded with one beam",)
+
+
+@pytest.mark.parametrize("settings", [{"top_k": -1}, {"guidance_scale": 2.0}, {"do_sample": True, "temperature": 0}])
+def test_settings_are_refused_before_any_work(make: Make, settings: dict[str, Any]) -> None:
+    source = make(generation=settings)
+    reports: list[object] = []
+    with pytest.raises((SourceError, UnsupportedModel), match=r"generation_config\.json"):
+        build(Options(str(source), source.with_name("bundle"), targets=("onnxruntime",)), reports.append)
+    assert not reports and not source.with_name("bundle").exists()
