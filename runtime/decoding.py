@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BeforeValidator, ConfigDict, Field
 
+from runtime import limits
 from runtime.bundle import Frozen
 from runtime.errors import EngineError, InvalidInput
 
@@ -74,14 +75,15 @@ class Sampling:
     rules: Rules = NO_RULES
 
     def __post_init__(self) -> None:
-        if self.temperature != 0 and not 0.01 <= self.temperature <= 100:
-            raise InvalidInput("temperature", f"is {self.temperature}, expected 0 (greedy) or 0.01 to 100")
+        if self.temperature != 0 and not 0.01 <= self.temperature <= limits.TEMPERATURE.most:
+            raise InvalidInput("temperature", f"is {self.temperature}, expected 0 (greedy) or 0.01 to {limits.TEMPERATURE.most}")
         if self.top_k < 0:
             raise InvalidInput("top_k", f"is {self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InvalidInput("top_p", f"is {self.top_p}, expected more than 0 and at most 1")
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise InvalidInput("repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to 100 (1 is no penalty)")
+        if not 0.01 <= self.repetition_penalty <= limits.PENALTY.most:
+            most = limits.PENALTY.most
+            raise InvalidInput("repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to {most} (1 is no penalty)")
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ EDGE: Final = Limit(
     (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,
 )  # fmt: skip
 IMAGE_SEED: Final = Limit(
-    "seed of pictures", 2**63 - 1, "(images - 1 less)", "picture n is drawn from seed + n", (f"{IMAGE}.seed",), least=0
+    "seed of pictures", 2**63 - 1, "(a number, images - 1 less)", "picture n is drawn from seed + n", (f"{IMAGE}.seed",), least=0
 )
-SEED: Final = Limit("seed of an answer", 2**64 - 1, "", "what the field holds", (f"{CHAT}.seed",), least=0)
+SEED: Final = Limit("seed of an answer", 2**64 - 1, "(a number)", "what the field holds", (f"{CHAT}.seed",), least=0)
 MESSAGES: Final = Limit("messages", 1000, "messages", "templates are rendered over all of them", (f"{CHAT}.messages", "Message.role"))
 PARTS: Final = Limit("parts", 2000, "parts of all messages", "as messages", ("Message.parts",))
 TEXT: Final = Limit(
@@ -92,14 +92,14 @@ TEXT: Final = Limit(
     ("Part.text",),
 )
 PICTURES: Final = Limit(
-    "pictures", 16, "pictures of all messages", "they are encoded together, and each takes tokens of the context", ("Part.image",)
+    "pictures", 32, "pictures of all messages", "they are encoded together, and each takes tokens of the context", ("Part.image",)
 )
 PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "photographs of cameras", ("Part.image",))
 PICTURE_PIXELS: Final = Limit(
     "pixels of a picture", 64_000_000, "pixels", "read from the header; one picture at a time is decoded", ("Part.image",)
 )
 DECODED: Final = Limit(
-    "a decoded picture", 256 << 20, "bytes of memory to decode it in",
+    "a decoded picture", 192 << 20, "bytes of memory to decode it in",
     "4 a pixel of RGB files, 5 of grey ones, 8 with transparency or turned by EXIF, 12 of WebP", ("Part.image",),
 )  # fmt: skip
 RESIZED_PIXELS: Final = Limit(
@@ -117,12 +117,12 @@ TEMPERATURE: Final = Limit(
 TOP_K: Final = Limit(
     "top_k", 2**32 - 1, "tokens", "what the field holds; beyond the vocabulary it has no effect", (f"{CHAT}.top_k",), least=0
 )
-TOP_P: Final = Limit("top_p", 1, "(a probability, above 0)", "", (f"{CHAT}.top_p",), least=0)
-PENALTY: Final = Limit("repetition_penalty", 100, "(a factor, at least 0.01)", "", (f"{CHAT}.repetition_penalty",))
+TOP_P: Final = Limit("top_p", 1, "(a probability, above 0)", "1 is all tokens", (f"{CHAT}.top_p",), least=0)
+PENALTY: Final = Limit("repetition_penalty", 100, "(a factor, at least 0.01)", "1 is no penalty", (f"{CHAT}.repetition_penalty",))
 
 # What clients take of the server.
-CALLS: Final = Limit("calls at once", 1000, "calls of all clients", "each holds some memory while it waits")
-CONNECTION_CALLS: Final = Limit("calls at once on a connection", 100, "calls", "as gRPC advises; further ones wait in the client")
+CALLS: Final = Limit("calls at once", 4000, "calls of all clients", "each holds some memory while it waits")
+CONNECTION_CALLS: Final = Limit("calls at once on a connection", 1000, "calls", "further ones wait in the client")
 ARRIVING: Final = Limit("messages arriving at once on a connection", 4, "messages", "further ones wait unread")
 CHECKED: Final = Limit("requests checked at once of a connection", 1, "requests", "tokenizing a long text takes a part of a second")
 CHECKS: Final = Limit("requests checked at once", 2, "requests of all clients", "as above")

@@ -14,6 +14,7 @@ import numpy as np
 from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
+from runtime.images import Picture
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
 from runtime.signature import Array, Signature
 from serving.client import Client
@@ -44,6 +45,8 @@ class FakeModel:
     target = "fake"
     device = "none"
     notes: tuple[str, ...] = ()
+    picture: Picture = np.full((8, 16, 3), 127, np.uint8)
+    """What it draws."""
 
     def __init__(self, kind: Kind = "diffusion") -> None:
         self.kind: Kind = kind
@@ -93,7 +96,7 @@ class FakeModel:
         return self._draw(request.steps or 4, request)
 
     def _draw(self, steps: int, request: Any) -> Pipeline:
-        picture = np.full((8, 16, 3), 127, np.uint8)
+        picture = self.picture
         for step in range(1, steps + 1):
             yield Call("denoiser", {})
             preview = picture if request.preview_every and step % request.preview_every == 0 else None
@@ -133,7 +136,7 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 class FakeServer:
     """A server on loopback in a thread of its own, with a fake diffusion model "draw" and a fake chat model "talk"."""
 
-    def __init__(self, folder: Path, limits: Limits) -> None:
+    def __init__(self, folder: Path, limits: Limits, options: Mapping[str, int] | None = None) -> None:
         self.models = {"draw": FakeModel("diffusion"), "talk": FakeModel("chat")}
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
@@ -146,7 +149,7 @@ class FakeServer:
 
         async def start() -> Server:
             self.host = ModelHost([bundle(folder, name) for name in self.models], self._load, limits)
-            server = Server(self.host, "127.0.0.1:0")
+            server = Server(self.host, "127.0.0.1:0", options)
             await server.start()
             return server
 

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from typing import Any, Final, NoReturn
 
@@ -31,21 +31,23 @@ FAREWELL_SECONDS: Final = 0.5
 """Time for the last statuses to reach the clients once the models are unloaded."""
 LEAVING_SECONDS: Final = 1.8
 """How long after its grace period the process may live, whatever its threads do."""
-OPTIONS: Final = (
-    ("grpc.max_receive_message_length", limits.MESSAGE.most),
-    ("grpc.max_send_message_length", -1),
-    ("grpc.max_metadata_size", limits.METADATA.most),
-    ("grpc.max_concurrent_streams", limits.CONNECTION_CALLS.most),
+OPTIONS: Final = {
+    "grpc.max_receive_message_length": limits.MESSAGE.most,
+    "grpc.max_send_message_length": -1,
+    "grpc.max_metadata_size": limits.METADATA.most,
+    "grpc.max_concurrent_streams": limits.CONNECTION_CALLS.most,
     # What is not read yet is held by the client: a fixed window instead of one that grows with its speed.
-    ("grpc.http2.bdp_probe", 0),
+    "grpc.http2.bdp_probe": 0,
     # Otherwise a second server on the same port is not an error on Linux: the two would share the clients.
-    ("grpc.so_reuseport", 0),
+    "grpc.so_reuseport": 0,
     # A client whose machine vanished sends no goodbye: ping idle connections and drop those that do not answer.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-)
+    # gRPC waits for the answer of a ping while data is under way as long as ping_timeout says, a minute by default.
+    "grpc.keepalive_time_ms": 15_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.ping_timeout_ms": 10_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+}
 
 
 class ImageServicer(image_pb2_grpc.ImageServiceServicer):
@@ -99,13 +101,15 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 class Server:
     """A listening gRPC server over a host. `port` is the one really bound, which matters when the address asks for port 0.
 
-    `options` are further gRPC options. Raises InvalidInput for a malformed address, Unavailable when it cannot be bound. Needs a running
-    event loop.
+    `options` are gRPC options beside or instead of OPTIONS. Raises InvalidInput for a malformed address, Unavailable when it cannot be
+    bound. Needs a running event loop.
     """
 
-    def __init__(self, host: ModelHost, address: str, options: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
         self.host = host
-        self._server = grpc.aio.server(interceptors=[Intake()], options=[*OPTIONS, *options], maximum_concurrent_rpcs=limits.CALLS.most)
+        self._server = grpc.aio.server(
+            interceptors=[Intake()], options=[*(OPTIONS | dict(options or {})).items()], maximum_concurrent_rpcs=limits.CALLS.most
+        )
         image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(host), self._server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(host), self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from pathlib import Path
@@ -31,6 +30,6 @@ def without_paths(text: str, root: Path, name: str) -> str:
 
 def concealed(error: E, root: Path, name: str) -> E:
     """The same error with the text that `without_paths` makes of its own."""
-    shown = copy.copy(error)
-    shown.args = (without_paths(str(error), root, name),)
+    shown = type(error).__new__(type(error), without_paths(str(error), root, name))  # constructors take the parts of a message
+    shown.__dict__.update(error.__dict__)
     return shown

@@ -75,6 +75,7 @@ class ModelServiceServicer:
 
     def LoadModel(self, request, context):
         """Load a model and answer when it is ready. Loading one that is ready changes nothing. UNAVAILABLE while it is loading or unloading.
+        A model that cannot be loaded on the target that the request names stays as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -255,6 +255,20 @@ def test_stop_strings_hold_back_no_more_than_needed() -> None:
     assert stream.found
 
 
+@settings(deadline=None)
+@given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), st.text("ab", max_size=12))
+def test_stop_strings_end_the_text_where_a_search_of_all_of_it_does(stops: list[str], text: str) -> None:
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert stopped(stops, list(text)) == ((text[: min(ends)[1]], True) if ends else (text, False))
+
+
+@pytest.mark.timeout(60)
+def test_a_very_long_stop_string_takes_linear_time() -> None:
+    stream = StopStrings(["a" * 1_000_000 + "b"])
+    pieces = [stream.push("a" * 100) for _ in range(1000)]
+    assert not any(pieces) and stream.push("c") == "a" * 100_000 + "c"
+
+
 @pytest.mark.parametrize(
     ("message", "field"),
     [

@@ -20,6 +20,8 @@ from runtime.bundle import MANIFEST
 from runtime.choices import Choice, Decision, Subject, decide
 from runtime.engine import Availability, FakeEngine
 from serving import cli
+from serving.client import Client
+from serving.enginecast_pb import model_pb2
 from serving.fake import FakeModel, FakeServer, bundle, until
 from serving.local import Local
 
@@ -231,6 +233,52 @@ class TestServe:
         assert in_use.code == 10 and "in use" in in_use.err
         assert run("serve", root, "--address", "nonsense").code == 2
         assert run("serve", root, "--memory-limit", "lots").code == 2
+
+    def test_names_of_its_own(self, run: Any, tmp_path: Path) -> None:
+        root = str(bundle(tmp_path, "twin").root)
+        advice = run("serve", root, root)
+        assert advice.code == 2 and f"enginecast serve twin={root} twin-2={root}" in advice.err
+        assert "both called 'a'" in run("serve", f"a={root}", f"a={root}").err
+        assert run("serve", f"={root}").code == run("serve", "a=").code == 2
+        assert cli.named(f"int8={root}") == ("int8", Path(root))
+        assert cli.named("./a=b") == ("", Path("a=b")) and cli.named("/x/a=b") == ("", Path("/x/a=b"))
+
+    @pytest.mark.parametrize("grace", ["nan", "inf", "1e9", "-1"])
+    def test_a_grace_period_out_of_range(self, run: Any, tmp_path: Path, grace: str) -> None:
+        assert run("serve", str(bundle(tmp_path, "draw").root), "--grace", grace).code == 2
+
+    def test_one_damaged_bundle_of_several(self, tmp_path: Path) -> None:
+        """The rest is served. Of two that are damaged one cannot be opened, the other not be loaded."""
+        for name in ("good", "broken", "altered"):
+            bundle(tmp_path, name)
+        (tmp_path / "broken" / MANIFEST).write_text("{")
+        program = (
+            "import sys, serving.cli, runtime.loading; from runtime.errors import BundleError; from serving.fake import FakeModel\n"
+            "def load(root, *_):\n"
+            "    if root.name != 'good': raise BundleError(f'bundle {root} is damaged')\n"
+            "    return FakeModel()\n"
+            "runtime.loading.load_model = load; serving.cli.main()"
+        )
+        roots = [str(tmp_path / name) for name in ("good", "broken", "altered")]
+        command = [sys.executable, "-c", program, "serve", *roots, "--address", "127.0.0.1:0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None and process.stderr is not None
+            address = process.stdout.readline().split()[-1]
+            said = [process.stdout.readline() for _ in range(3)]
+            assert "good is ready on fake (none)\n" in said and sum(str(tmp_path) in line for line in said) == 2, said
+            with Client(address) as client:
+                models = {model.name: model for model in client.models()}
+                assert {name: model.state for name, model in models.items()} == {
+                    "good": model_pb2.MODEL_STATE_READY, "broken": model_pb2.MODEL_STATE_FAILED, "altered": model_pb2.MODEL_STATE_FAILED,
+                }  # fmt: skip
+                assert models["altered"].error == "bundle altered is damaged" and str(tmp_path) not in models["broken"].error
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
+
+    def test_none_that_can_be_served(self, run: Any, tmp_path: Path) -> None:
+        roots = [str(bundle(tmp_path, name).root) for name in ("a", "b")]
+        ended = run("serve", *roots, "--address", "127.0.0.1:0")  # their pipeline does not exist
+        assert ended.code == 6 and "needs the pipeline 'fake'" in ended.err and "Traceback" not in ended.err
 
     def test_only_signed_bundles(self, run: Any, tmp_path: Path) -> None:
         private, public = tmp_path / "key.pem", tmp_path / "key.pub"

@@ -9,11 +9,13 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -27,6 +29,7 @@ from runtime.errors import (
     DeadlineExceeded,
     EnginecastError,
     EngineError,
+    EngineUnavailable,
     InvalidInput,
     NotFound,
     ResourceExhausted,
@@ -35,7 +38,7 @@ from runtime.errors import (
 from serving.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
 from serving.fake import FakeModel, FakeServer, bundle, request, until
-from serving.host import ModelHost
+from serving.host import Limits, ModelHost, Offer
 from serving.server import Server
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -62,6 +65,14 @@ def png(width: int, height: int) -> bytes:
 
 def kinds(responses: list[image_pb2.GenerateResponse]) -> list[str | None]:
     return [response.WhichOneof("event") for response in responses]
+
+
+GENERATE = "/enginecast.v1.ImageService/Generate"
+
+
+def other(server: FakeServer) -> grpc.Channel:
+    """Another client's connection."""
+    return grpc.insecure_channel(server.address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 class TestGenerate:
@@ -158,6 +169,31 @@ class TestBadInput:
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert warm.alive()
 
+    @pytest.mark.parametrize("data", [b"\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f", b"\x0b" * 200], ids=["tag", "utf-8", "cut", "groups"])
+    def test_bytes_that_are_no_message(self, warm: FakeServer, caplog: pytest.LogCaptureFixture, data: bytes) -> None:
+        with other(warm) as channel:
+            for method in (
+                GENERATE,
+                "/enginecast.v1.ChatService/Chat",
+                "/enginecast.v1.ModelService/GetModel",
+                "/grpc.health.v1.Health/Check",
+            ):
+                with pytest.raises(grpc.RpcError) as caught:
+                    list(channel.unary_stream(method, None, None)(data))
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, method
+                assert "cannot be decoded" in caught.value.details()
+        assert not caplog.records
+
+    def test_a_call_without_a_request(self, warm: FakeServer) -> None:
+        with other(warm) as channel, pytest.raises(grpc.RpcError) as caught:
+            list(channel.stream_stream(GENERATE, None, None)(iter(())))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+    def test_names_of_control_characters_are_escaped(self, warm: FakeServer) -> None:
+        with pytest.raises(NotFound, match=r"model 'dr\\x00\\x1bw' is not served here") as caught:
+            list(warm.client.generate(request(model="dr\0\x1bw")))
+        assert str(caught.value).isprintable()
+
     def test_raw_status(self, warm: FakeServer) -> None:
         """What a client that is not ours sees."""
         stub = image_pb2_grpc.ImageServiceStub(grpc.insecure_channel(warm.address))
@@ -247,7 +283,60 @@ class TestLeaving:
         until(warm.leaving)
 
 
+class TestAnUnreadAnswer:
+    def test_a_reader_that_stands_still_frees_the_engine(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serving.status.UNREAD_SECONDS", 0.5)
+        noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
+        monkeypatch.setattr(FakeModel, "picture", noise)
+        responses = warm.client.generate(request(steps=1000, preview_every=1))
+        assert next(responses).HasField("queued")
+        until(lambda: warm.busy() == 0)
+        assert warm.draw.calls < 1000
+        assert warm.alive()
+        with pytest.raises(Cancelled, match="read nothing"):
+            list(responses)
+
+    @pytest.mark.parametrize(("seconds", "most"), [(1, 10), pytest.param(None, 31, marks=pytest.mark.full)], ids=["short", "as promised"])
+    def test_a_suspended_client_frees_the_engine(self, tmp_path: Path, seconds: int | None, most: float) -> None:
+        """Its machine still acknowledges what arrives, and nothing else of it answers."""
+        names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
+        server = FakeServer(tmp_path, Limits(), {} if seconds is None else dict.fromkeys(names, 1000 * seconds))
+        program = (
+            "from serving.client import Client; from serving.fake import request\n"
+            f"for r in Client('{server.address}').generate(request(steps=1000)): print(r.WhichOneof('event'), flush=True)"
+        )
+        try:
+            server.load_all()
+            server.draw.engine.function = lambda inputs: time.sleep(0.1) or {}
+            with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+                assert process.stdout is not None
+                assert [process.stdout.readline() for _ in range(2)] == ["queued\n", "progress\n"]
+                process.send_signal(signal.SIGSTOP)
+                until(lambda: server.busy() == 0, most)
+                process.kill()
+        finally:
+            server.end()
+
+
 class TestQueue:
+    def test_the_last_places_are_for_other_clients(self, tmp_path: Path) -> None:
+        server = FakeServer(tmp_path, Limits(max_queue=4))
+        try:
+            server.load_all()
+            server.draw.hold()
+            mine = [server.client.generate(request(steps=1)) for _ in range(4)]
+            assert [next(responses).queued.position for responses in mine] == [0, 1, 2, 3]
+            with pytest.raises(ResourceExhausted, match="kept for other clients"):
+                list(server.client.generate(request()))
+            with other(server) as channel:
+                theirs = channel.unary_stream(GENERATE, None, image_pb2.GenerateResponse.FromString)(request(steps=1).SerializeToString())
+                assert next(theirs).queued.position == 4
+                server.draw.release()
+                assert kinds([*theirs])[-1] == "done"
+            assert [kinds(list(responses))[-1] for responses in mine] == ["done"] * 4
+        finally:
+            server.end()
+
     def test_full(self, warm: FakeServer) -> None:
         warm.draw.hold()
         waiting = [warm.client.generate(request(steps=1)) for _ in range(3)]
@@ -311,6 +400,57 @@ class TestModels:
             cold.client.load("draw", timeout=0.2)
         cold.load_gate.set()
         until(lambda: cold.client.model("draw").state == model_pb2.MODEL_STATE_READY)
+
+    @pytest.mark.parametrize("target", ["missing", "x" * 5_000_000, ""], ids=["unknown", "5 MB", "empty"])
+    def test_a_wrong_target_changes_nothing(self, cold: FakeServer, target: str) -> None:
+        with pytest.raises(InvalidInput) as caught:
+            cold.client.load("draw", target=target)
+        assert caught.value.field == "target" and len(str(caught.value)) < 1000
+        model = cold.client.model("draw")
+        assert model.state == model_pb2.MODEL_STATE_UNLOADED and not model.HasField("error") and not cold.loads
+
+    def test_a_target_that_cannot_be_used_changes_nothing(self, cold: FakeServer) -> None:
+        cold.load_failure = EngineUnavailable("tensorrt: no device")
+        with pytest.raises(EngineUnavailable, match="no device"):
+            cold.client.load("draw", target="tensorrt")
+        assert cold.client.model("draw").state == model_pb2.MODEL_STATE_UNLOADED
+        with pytest.raises(EngineUnavailable):
+            cold.client.load("draw")
+        assert cold.client.model("draw").state == model_pb2.MODEL_STATE_FAILED
+        with pytest.raises(EngineUnavailable):
+            cold.client.load("draw", target="tensorrt")
+        assert cold.client.model("draw").state == model_pb2.MODEL_STATE_FAILED
+
+    def test_clients_get_names_and_the_log_paths(self, cold: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level("INFO")
+        cold.load_failure = BundleError(f"bundle {tmp_path}/draw is damaged: see {Path.home()}/.cache/x" + "y" * 5_000_000)
+        with pytest.raises(BundleError, match="bundle draw is damaged: see") as caught:
+            cold.client.load("draw")
+        error = cold.client.model("draw").error
+        assert "bundle draw is damaged" in error and len(error) <= 1000 and str(tmp_path) not in f"{caught.value}{error}"
+        assert str(Path.home()) not in error and str(tmp_path) in caplog.text
+        assert [model.name for model in cold.client.models()] == ["draw", "talk"]
+
+    @pytest.mark.parametrize("seconds", [1e9, float("nan"), float("inf"), -1.0])
+    def test_a_grace_period_out_of_range(self, warm: FakeServer, seconds: float) -> None:
+        with pytest.raises(InvalidInput, match=r"grace_seconds: is .*, expected 0 to 3600"):
+            warm.client.unload("draw", seconds)
+        assert warm.client.model("draw").state == model_pb2.MODEL_STATE_READY
+
+    def test_a_step_that_never_ends_is_left_behind(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("serving.host.STUCK_SECONDS", 0.2)
+        warm.draw.hold()
+        responses = warm.client.generate(request())
+        assert next(responses).HasField("queued")
+        until(lambda: warm.draw.calls == 1)
+        assert warm.client.unload("draw", 0, timeout=10).state == model_pb2.MODEL_STATE_UNLOADED
+        with pytest.raises(Unavailable):
+            list(responses)
+        assert not warm.draw.closed, "its step still runs"
+        warm.draw.release()
+        until(lambda: warm.draw.closed)
+        warm.client.load("draw")
+        assert warm.alive()
 
     def test_failing_to_load(self, cold: FakeServer) -> None:
         cold.load_failure = BundleError("unet was altered")
@@ -451,6 +591,24 @@ class TestHealthAndReflection:
         with grpc.insecure_channel(server.address) as channel:
             return int(health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service)).status)
 
+    def test_watching(self, cold: FakeServer) -> None:
+        """One watcher's leaving, or not reading, is nothing to another."""
+        with other(cold) as channel:
+            watch = health_pb2_grpc.HealthStub(channel).Watch
+            leaving, idle, watching = (watch(health_pb2.HealthCheckRequest(service="draw")) for _ in range(3))
+            assert next(leaving).status == next(watching).status == NOT_SERVING
+            leaving.cancel()
+            cold.client.load("draw")
+            assert next(watching).status == SERVING
+            assert next(watch(health_pb2.HealthCheckRequest(service="nothing"))).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            idle.cancel()
+
+    def test_a_service_that_is_not_known(self, cold: FakeServer) -> None:
+        for name, code in (("nothing", grpc.StatusCode.NOT_FOUND), ("x" * 1_000_000, grpc.StatusCode.INVALID_ARGUMENT)):
+            with pytest.raises(grpc.RpcError) as caught:
+                self.check(cold, name)
+            assert caught.value.code() is code
+
     def test_health(self, cold: FakeServer) -> None:
         images, chats = "enginecast.v1.ImageService", "enginecast.v1.ChatService"
         assert [self.check(cold, name) for name in ("", images, "draw")] == [NOT_SERVING] * 3
@@ -503,6 +661,33 @@ class TestStopping:
         stopping.join(10)
         assert warm.draw.closed and warm.draw.calls == 1
 
+    def test_the_servers_period_bounds_that_of_an_unload(self, warm: FakeServer) -> None:
+        warm.draw.hold()
+        responses = warm.client.generate(request(steps=1000))
+        next(responses)
+        with ThreadPoolExecutor(1) as pool:
+            unloading = pool.submit(warm.client.unload, "draw", 3600)
+            until(lambda: warm.host.status("draw").state.value == "unloading")
+            stopping = threading.Thread(target=warm.stop, args=[0.1])
+            stopping.start()
+            with pytest.raises(Unavailable, match="did not finish"):
+                list(responses)
+            warm.draw.release()
+            stopping.join(10)
+            assert not stopping.is_alive() and warm.draw.closed
+            unloading.exception(10)
+
+    def test_a_load_is_not_waited_for(self, cold: FakeServer) -> None:
+        cold.load_gate.clear()
+        with ThreadPoolExecutor(1) as pool:
+            loading = pool.submit(cold.client.load, "draw")
+            until(lambda: cold.client.model("draw").state == model_pb2.MODEL_STATE_LOADING)
+            began = time.monotonic()
+            cold.stop(20)
+            assert time.monotonic() - began < 10
+            cold.load_gate.set()
+            assert loading.exception(10) is not None
+
 
 class TestAddress:
     @pytest.mark.parametrize("address", ["nonsense", "127.0.0.1:99999", ":1", "127.0.0.1:x"])
@@ -526,8 +711,17 @@ class TestAddress:
 
     def test_two_bundles_of_one_name(self, tmp_path: Path) -> None:
         same = bundle(tmp_path, "twin")
-        with pytest.raises(InvalidInput, match="both called 'twin'"):
+        with pytest.raises(InvalidInput, match=r"both called 'twin': give one another name, as in `enginecast serve twin=.* twin-2=.*`"):
             ModelHost([same, same], lambda *_: FakeModel())
+        host = ModelHost([Offer.of(same.root), Offer.of(same.root, "other")], lambda *_: FakeModel())
+        assert [status.name for status in host.statuses()] == ["other", "twin"]
+
+    @pytest.mark.parametrize("name", ["", " ", "a\nb", "a\0", " a", "x" * 201])
+    def test_a_name_that_cannot_be_served(self, tmp_path: Path, name: str) -> None:
+        root = bundle(tmp_path, "twin").root
+        with pytest.raises(InvalidInput) as caught:
+            ModelHost([Offer(name, root)], lambda *_: FakeModel())
+        assert caught.value.field == "name"
 
 
 def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
