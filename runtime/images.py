@@ -27,8 +27,8 @@ from runtime.errors import InvalidInput
 Picture = NDArray[np.uint8]
 MAX_PIXELS: Final = limits.PICTURE_PIXELS.most
 """Pictures of more pixels than this are refused, as files and as what a resize would make of them."""
-COPIED: Final = ("WEBP", "AVIF", "HEIF")
-"""Formats whose decoders hold three copies of the picture."""
+COPIES: Final = {"WEBP": 3, "AVIF": 3, "HEIF": 2}
+"""How many copies of the picture decoders hold, where it is more than one: measured."""
 UPRIGHT: Final = ("TIFF", "HEIF")
 """Formats whose decoders set the picture upright themselves."""
 BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 4, "RGB": 4, "RGBA": 4, "CMYK": 4}
@@ -197,7 +197,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _memory(image: Image.Image) -> int:
     """Bytes that `_upright` takes at most, from the header: the decoder's own and those of the RGB picture, 4 a pixel as Pillow has it."""
-    own = BYTES.get(image.mode, 4) * (3 if image.format in COPIED else 1)
+    own = BYTES.get(image.mode, 4) * COPIES.get(image.format or "", 1)
     return image.width * image.height * (own if image.mode == "RGB" and _orientation(image) not in TURNS else own + 4)
 
 

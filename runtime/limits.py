@@ -100,7 +100,7 @@ PICTURE_PIXELS: Final = Limit(
 )
 DECODED: Final = Limit(
     "a decoded picture", 192 << 20, "bytes of memory to decode it in",
-    "4 a pixel of RGB files, 5 of grey ones, 8 with transparency or turned by EXIF, 12 of WebP, AVIF and HEIC", ("Part.image",),
+    "4 a pixel of RGB files, 5 of grey ones, 8 with transparency or turned by EXIF, 8 of HEIC, 12 of WebP and AVIF", ("Part.image",),
 )  # fmt: skip
 RESIZED_PIXELS: Final = Limit(
     "pixels of a resized picture", 8_000_000, "pixels", "a strip whose short edge gets the model's size becomes very long", ("Part.image",)
