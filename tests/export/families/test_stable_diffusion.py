@@ -23,7 +23,7 @@ from runtime.bundle import Bundle
 from runtime.errors import SourceError
 from runtime.loading import load_model
 from runtime.pipeline import Call
-from runtime.pipelines.diffusion import DiffusionPipeline, ImageRequest
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest
 from serving.enginecast_pb import image_pb2
 from serving.local import Local
 
@@ -120,6 +120,13 @@ def test_the_size_of_an_old_unet_is_that_of_diffusers(copy: Path, version: Any, 
     assert unet.signature.dims["height"].opt == edge
 
 
+def test_what_diffusers_does_not_read_of_an_autoencoder_is_not_read(copy: Path) -> None:
+    """Its pipelines of this family divide by scaling_factor and do nothing else (StableDiffusionPipeline.__call__)."""
+    edit(copy, VAE, shift_factor=0.3, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
+    vae = opened(copy).family.config(resolve(str(copy)))["vae"]
+    assert vae.get("shift_factor", 0.0) == 0.0 and vae["scaling_factor"] == 0.5
+
+
 def test_a_text_encoder_may_be_published_as_a_whole_clip(copy: Path) -> None:
     text = json.loads((copy / TEXT).read_bytes())
     (copy / TEXT).write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text}))
@@ -142,6 +149,18 @@ def test_a_sampler_of_its_own_is_no_replacement(copy: Path) -> None:
     assert "PNDMScheduler is replaced: dpmpp_2m" in family_of(resolve(str(copy))).notes(resolve(str(copy)))[0]
     (copy / "enginecast.json").write_text('{"sampler": "euler"}')
     assert family_of(resolve(str(copy))).notes(resolve(str(copy))) == ()
+
+
+@pytest.mark.parametrize("class_name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+def test_a_scheduler_that_diffusers_saves_comes_through_the_manifest(copy: Path, class_name: str) -> None:
+    """What it saves is no strict JSON: the default of lambda_min_clipped is -Infinity."""
+    diffusers = pytest.importorskip("diffusers")
+    getattr(diffusers, class_name)(beta_end=0.012, timestep_spacing="trailing").save_pretrained(copy / "scheduler")
+    edit(copy, INDEX, scheduler=["diffusers", class_name])
+    config = opened(copy).family.config(resolve(str(copy)))
+    written = json.loads(json.dumps(config, allow_nan=False))
+    schedule = DiffusionConfig.parse(written).scheduler.read("DPMSolverMultistepScheduler")
+    assert (schedule.beta_end, schedule.timestep_spacing, schedule.lambda_min_clipped) == (0.012, "trailing", -float("inf"))
 
 
 @pytest.mark.parametrize("fields", [{"steps_offset": 0, "clip_sample": True}, {"steps_offset": ..., "clip_sample": ...}])
