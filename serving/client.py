@@ -9,10 +9,11 @@ from typing import Final, Protocol, TypeVar
 
 import grpc
 
+from runtime import limits
 from serving import status
 from serving.enginecast_pb import chat_pb2, chat_pb2_grpc, image_pb2, image_pb2_grpc, model_pb2, model_pb2_grpc
 
-OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", 64 << 20))
+OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", limits.MESSAGE.most))
 
 Response = TypeVar("Response", covariant=True)
 

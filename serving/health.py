@@ -13,7 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime import limits
 from runtime.errors import NotFound, quoted
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
-from serving.host import ModelHost, State
+from serving.host import ModelHost
 from serving.status import Context, write
 
 SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
@@ -26,10 +26,10 @@ Response: Final = health_pb2.HealthCheckResponse
 
 def health_of(host: ModelHost) -> dict[str, bool]:
     """Whether each health service serves: every model by its name; the services of its kind; "" (the server) when any model is ready."""
-    ready = [] if host.stopping else [status for status in host.statuses() if status.state is State.READY]
-    kinds = {status.kind for status in ready}
-    models = {status.name: status in ready for status in host.statuses()}
-    return models | {"": bool(ready), IMAGE: "diffusion" in kinds, CHAT: "chat" in kinds, MODEL: not host.stopping}
+    kinds = host.ready()
+    models = {name: kind is not None for name, kind in kinds.items()}
+    known = set(kinds.values())
+    return models | {"": any(models.values()), IMAGE: "diffusion" in known, CHAT: "chat" in known, MODEL: not host.stopping}
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types

@@ -47,7 +47,7 @@ Loader = Callable[[Path, str | None], Model]
 """Loads the bundle at a folder for a target, or for the best usable one."""
 STUCK_SECONDS: Final = 30.0
 """How long an engine may take to end a step when a model is unloaded, before it is left behind."""
-IDLE_SECONDS: Final = 1.0
+IDLE_SECONDS: Final = 0.7
 """The same when the server stops."""
 KEPT: Final = 4
 """One in so many places of a queue is kept for clients that have no request there."""
@@ -306,6 +306,11 @@ class ModelHost:
     def statuses(self) -> list[Status]:
         """Every model as it stands, by name."""
         return [self._models[name].status() for name in sorted(self._models)]
+
+    def ready(self) -> dict[str, Kind | None]:
+        """What each model does, None where it cannot be used now."""
+        usable = {name: served.state is State.READY and not self.stopping for name, served in self._models.items()}
+        return {name: self._models[name].kind if can else None for name, can in usable.items()}
 
     async def run(
         self, name: str, kind: Kind, request: Any, timeout: float | None = None, client: str = "", nbytes: int = 0

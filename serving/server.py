@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import logging
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, Final, NoReturn
 
 import grpc
@@ -27,9 +28,9 @@ from serving.status import Context, write
 
 log = logging.getLogger(__name__)
 
-FAREWELL_SECONDS: Final = 0.5
+FAREWELL_SECONDS: Final = 0.3
 """Time for the last statuses to reach the clients once the models are unloaded."""
-LEAVING_SECONDS: Final = 1.8
+LEAVING_SECONDS: Final = 1.3
 """How long after its grace period the process may live, whatever its threads do."""
 OPTIONS: Final = {
     "grpc.max_receive_message_length": limits.MESSAGE.most,
@@ -140,6 +141,7 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
     `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is ready or why it
     cannot be. Raises that reason where no model can be loaded, or what `Server` raises.
     """
+    _return_memory()
     server = Server(host, address)
     stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
     await server.start()
@@ -188,6 +190,14 @@ def _stop_signal(grace: float) -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return stop
+
+
+def _return_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request took."""
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        for option in (trim_threshold, mmap_threshold):
+            ctypes.CDLL(None).mallopt(option, 1 << 20)
 
 
 def _leave() -> NoReturn:

@@ -296,3 +296,44 @@ def test_encoding() -> None:
     assert np.abs(decode_image(encode_image(plain, "jpeg")).astype(int) - plain).max() < 4
     with pytest.raises(InvalidInput, match="expected uint8"):
         encode_image(image.astype(np.float32))
+
+
+TURNED = range(1, 9)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "I;16", "CMYK"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_a_file_is_resized_in_strips_to_the_same_pixels(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.images.STRIP", 500)
+    random = np.random.default_rng(orientation)
+    if mode == "I;16":
+        image = Image.fromarray(random.integers(0, 65535, (67, 41), np.uint16))
+    else:
+        image = (
+            Image.fromarray(random.integers(0, 255, (67, 41, 4), np.uint8), "RGBA")
+            .convert("RGB" if mode == "CMYK" else "RGBA")
+            .convert(mode)
+        )
+    exif, file = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    image.save(file, "jpeg" if mode == "CMYK" else "png", exif=exif)
+    whole, opened = decode_image(file.getvalue()), PictureFile.open(file.getvalue(), "x")
+    assert opened.size == (whole.shape[1], whole.shape[0])
+    for size, resample in (((24, 24), Image.Resampling.BICUBIC), ((90, 30), Image.Resampling.LANCZOS)):
+        np.testing.assert_array_equal(opened.resized(size, resample), np.array(Image.fromarray(whole).resize(size, resample)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "size"),
+    [("1", "png", (8000, 8000)), ("L", "png", (8000, 5100)), ("RGBA", "png", (6000, 4300)), ("RGB", "webp", (5000, 3500))],
+)
+def test_what_decoding_would_take_is_read_from_the_header(mode: str, kind: str, size: tuple[int, int]) -> None:
+    file = io.BytesIO()
+    Image.new(mode, size).save(file, kind, **({"method": 0} if kind == "webp" else {"compress_level": 1}))
+    with pytest.raises(InvalidInput, match=r"messages\[0\]: has .* bytes of memory to decode it in, expected at most 201,326,592"):
+        PictureFile.open(file.getvalue(), "messages[0]")
+
+
+def test_a_picture_file_beyond_its_bytes() -> None:
+    with pytest.raises(InvalidInput, match="has 16,777,217 bytes"):
+        PictureFile.open(b"\0" * ((16 << 20) + 1), "x")

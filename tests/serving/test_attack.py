@@ -451,8 +451,11 @@ def test_sigterm_ends_the_process_within_its_grace(tmp_path: Path, busy: str) ->
 
 def measure(address: str, pid: int, models: tuple[str, str]) -> None:
     """Print the figures of every attack on a server of these models, then end it by SIGTERM while it draws."""
+    small = chat_pb2.Part(image=bomb(64))
+    assert call(address, GENERATE, image_pb2.GenerateRequest(model=models[0], prompt="a circle", images=2, steps=3), 120) is None
+    assert call(address, CHAT, conversation(small, small, model=models[1], max_tokens=20), 120) is None
     start = memory(pid)
-    print(f"start: {start >> 20} MiB")
+    print(f"start, after an ordinary request to each model: {start >> 20} MiB")
     for name in ATTACKS:
         slowest, _, printed = attack(name, address, pid, models)
         peak = memory(pid, peak=True) - start
@@ -461,7 +464,8 @@ def measure(address: str, pid: int, models: tuple[str, str]) -> None:
     print(f"afterwards: {(memory(pid) - start) >> 20:+d} MiB of the start")
     with channel(address) as opened:
         wanted = image_pb2.GenerateRequest(model=models[0], prompt="a large red circle", steps=1000, images=4)
-        next(iter(opened.unary_stream(GENERATE, None, None)(wanted.SerializeToString())))
+        responses = opened.unary_stream(GENERATE, None, None)(wanted.SerializeToString())
+        next(responses)
         began = time.monotonic()
         os.kill(pid, signal.SIGTERM)
         while Path(f"/proc/{pid}/stat").exists() and " Z " not in Path(f"/proc/{pid}/stat").read_text():

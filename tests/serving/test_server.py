@@ -288,6 +288,7 @@ class TestAnUnreadAnswer:
         monkeypatch.setattr("serving.status.UNREAD_SECONDS", 0.5)
         noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
         monkeypatch.setattr(FakeModel, "picture", noise)
+        warm.draw.engine.function = lambda inputs: time.sleep(0.01) or {}
         responses = warm.client.generate(request(steps=1000, preview_every=1))
         assert next(responses).HasField("queued")
         until(lambda: warm.busy() == 0)
