@@ -207,7 +207,7 @@ def class_of(source: Source, component: str) -> str | None:
 
 def _published(source: Source, component: str) -> dict[str, Any]:
     """The config.json of a component, as its library finds it. Raises UnsupportedModel where another class wrote it."""
-    config = read_json(_config(source, component))
+    config = _without_defaults(read_json(_config(source, component)))
     written, expected = config.get("_class_name"), COMPONENTS[component][0]
     if CLASSES[component] is CLIPTextConfig:
         written, expected = config.get("model_type"), CLIP_TEXT
@@ -219,6 +219,12 @@ def _published(source: Source, component: str) -> dict[str, Any]:
             f"else cannot be built. Take the {component} of the model it was derived from"
         )
     return config
+
+
+def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Without what a file says of itself that only its class's defaults wrote it: diffusers takes today's defaults then."""
+    written = config.pop("_use_default_values", None) or ()
+    return {key: value for key, value in config.items() if key not in written}
 
 
 def _config(source: Source, component: str) -> Path:
@@ -331,7 +337,7 @@ def schedule(source: Source, **corrected: object) -> SchedulerConfig:
     Raises NotFound, SourceError, or UnsupportedModel for a class or a value that no sampler here follows.
     """
     file = source.root / "scheduler" / "scheduler_config.json"
-    published = read_json(file)
+    published = _without_defaults(read_json(file))
     named = class_of(source, "scheduler")
     if named is None:
         raise UnsupportedModel(f"{source.root / PIPELINE} names no scheduler: save the pipeline again with one, such as DDIMScheduler")

@@ -120,6 +120,16 @@ def test_the_size_of_an_old_unet_is_that_of_diffusers(copy: Path, version: Any, 
     assert unet.signature.dims["height"].opt == edge
 
 
+def test_values_that_only_defaults_wrote_are_left_to_the_class(copy: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    edit(copy, SCHEDULER, beta_end=0.5, _use_default_values=["beta_end"])
+    edit(copy, VAE, scaling_factor=9.0, _use_default_values=["scaling_factor"])
+    config = DiffusionConfig.parse(opened(copy).family.config(resolve(str(copy))))
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy)
+    assert config.scheduler.read("DDIMScheduler").beta_end == theirs.scheduler.config.beta_end == 0.02
+    assert config.vae.scaling_factor == theirs.vae.config.scaling_factor == 0.18215
+
+
 def test_what_diffusers_does_not_read_of_an_autoencoder_is_not_read(copy: Path) -> None:
     """Its pipelines of this family divide by scaling_factor and do nothing else (StableDiffusionPipeline.__call__)."""
     edit(copy, VAE, shift_factor=0.3, latents_mean=[0.1] * 4, latents_std=[2.0] * 4)
