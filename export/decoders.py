@@ -24,7 +24,7 @@ ATTENTION: Final = "enginecast_kv"
 """Name of the attention and of the mask that decoders compute with while they are traced."""
 
 DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2", "olmo3", "stablelm",
-    "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium", "nemotron", "gemma2")  # fmt: skip
+    "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium", "nemotron")  # fmt: skip
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
 
 CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
@@ -153,6 +153,11 @@ def states(text: Any, batch: Dim, past: Dim, total: Dim) -> tuple[State, ...]:
         for i, window in enumerate(windows(text))
         for kind in ("key", "value")
     )
+
+
+def activation(text: Any) -> str:
+    """The name of the function between the layers of the feed-forward network."""
+    return str(getattr(text, "hidden_activation", None) or text.hidden_act)
 
 
 def head_size(text: Any) -> int:

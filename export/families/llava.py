@@ -15,14 +15,15 @@ from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers.activations import ACT2FN
 
-from export.decoders import Decoder, library_decoder, reduced_decoder, require_known, states
+from export.decoders import Decoder, activation, library_decoder, reduced_decoder, require_known, states
 from export.family import Component, Family, Part, Reference
 from export.generation import Generation, read_generation
 from export.source import Source, read_json
 from export.trace import without_weights
 from runtime import templates
-from runtime.errors import SourceError
+from runtime.errors import SourceError, UnsupportedModel, did_you_mean
 from runtime.pipelines.chat import ChatConfig
 from runtime.signature import BATCH, Dim, Signature, Tensor
 
@@ -74,8 +75,19 @@ def _config(source: Source, reduced: bool) -> LlavaConfig:
     """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
     file = source.root / "config.json"
     data = read_json(file)
-    found = LlavaConfig.from_dict(data)
+    for part in ("text_config", "vision_config"):  # graphs compute in float32
+        data[part] = {key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")}
+    try:
+        found = LlavaConfig.from_dict(data)
+    except Exception as error:  # configs are checked with exceptions of every kind
+        raise SourceError(f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it") from None
     require_known(file, found.text_config)
+    _require_tower(file, found)
+    if not 0 <= found.image_token_index < found.text_config.vocab_size:
+        raise SourceError(
+            f"{file}: image_token_index is {found.image_token_index}, expected the id of a token below {found.text_config.vocab_size} "
+            "(text_config.vocab_size). Correct it"
+        )
     if not reduced:
         return found
     layers = found.vision_feature_layer
@@ -83,6 +95,30 @@ def _config(source: Source, reduced: bool) -> LlavaConfig:
     data["vision_config"] = data["vision_config"] | {"num_hidden_layers": 2}
     data["text_config"] = reduced_decoder(found.text_config, TWIN_WINDOW)
     return LlavaConfig.from_dict(data)
+
+
+def _require_tower(file: Path, config: LlavaConfig) -> None:
+    """Raises UnsupportedModel or SourceError naming what of a vision tower, or of the features taken from it, is not built."""
+    vision, layers = config.vision_config, config.vision_feature_layer
+    if vision.model_type not in CLASS_TOKENS:
+        raise UnsupportedModel(
+            f"{file}: its vision tower (vision_config.model_type) is a {vision.model_type}, expected one of {', '.join(CLASS_TOKENS)}: "
+            "take a checkpoint with such a tower"
+        )
+    count = vision.num_hidden_layers + 1
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen or not all(-count <= layer < count for layer in chosen):
+        raise SourceError(
+            f"{file}: vision_feature_layer is {layers}, expected layers from {-count} to {count - 1}: the tower has {count - 1} layers "
+            "behind its embedding. Correct it"
+        )
+    for name, value in (
+        ("vision_config.hidden_act", vision.hidden_act),
+        ("text_config.hidden_act", activation(config.text_config)),
+        ("projector_hidden_act", config.projector_hidden_act),
+    ):
+        if value not in ACT2FN:
+            raise UnsupportedModel(f"{file}: {name} is {value!r}, which transformers does not have: {did_you_mean(str(value), ACT2FN)}")
 
 
 def _see(model: Any) -> Reference:
@@ -138,7 +174,23 @@ def config(source: Source) -> dict[str, Any]:
 
 
 def notes(source: Source) -> tuple[str, ...]:
-    return _generation(source).notes
+    return (*_generation(source).notes, *_miscounts(source))
+
+
+def _miscounts(source: Source) -> Iterator[str]:
+    """A note where the processor's own file counts other positions for a picture than the tower gives: transformers would fail there."""
+    file = source.root / "processor_config.json"
+    found = read_json(file) if file.is_file() else {}
+    config, size = _config(source, reduced=False), found.get("patch_size")
+    if not isinstance(size, int) or size < 1:
+        return
+    counted = (config.vision_config.image_size // size) ** 2 + (found.get("num_additional_image_tokens") or 0)
+    counted -= found.get("vision_feature_select_strategy") == "default"
+    if counted != _patches(config):
+        yield (
+            f"{file.name} counts {counted} positions for a picture (patch_size, num_additional_image_tokens and "
+            f"vision_feature_select_strategy), the vision tower gives {_patches(config)}: prompts have as many as the tower gives"
+        )
 
 
 def _generation(source: Source) -> Generation:

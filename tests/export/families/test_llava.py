@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+from transformers import LlavaProcessor
 
 from export.build import build
 from export.family import family_of
 from export.generation import FILE, read_generation
 from export.options import Options
 from export.source import resolve
+from runtime.bundle import Bundle
 from runtime.engines import openvino
 from runtime.errors import SourceError, UnsupportedModel
 from runtime.loading import load_model
 from runtime.pipelines.chat import ChatPipeline
-from tests.export.families.conftest import Make, answer, ask, library_answer
+from tests.export.families.conftest import PICTURE, Make, answer, ask, library_answer
 
 TARGETS = ("onnxruntime", "openvino")
 WINDOW = 32
@@ -144,3 +148,82 @@ def test_settings_are_refused_before_any_work(make: Make, settings: dict[str, An
     with pytest.raises((SourceError, UnsupportedModel), match=r"generation_config\.json"):
         build(Options(str(source), source.with_name("bundle"), targets=("onnxruntime",)), reports.append)
     assert not reports and not source.with_name("bundle").exists()
+
+
+# Vision towers
+
+SIGLIP = {"model_type": "siglip_vision_model"}
+FULL = {"vision_feature_select_strategy": "full"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        ({"vision": SIGLIP, "top": FULL, "processor": FULL | {"num_additional_image_tokens": 0}}, 9),
+        ({"vision": SIGLIP | {"vision_use_head": False}, "processor": {"num_additional_image_tokens": 0}}, 8),
+        ({"top": FULL | {"vision_feature_layer": [-2, 1, -1]}, "processor": FULL}, 10),
+    ],
+    ids=["siglip-full", "siglip-default", "clip-layers"],
+)
+def test_towers_see_what_the_library_sees(make: Make, settings: dict[str, Any], positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture has as many positions as transformers' processor makes; parity has compared the features."""
+    source = make(**settings)
+    bundle = cast(source, ("onnxruntime",))
+    opened = Bundle(bundle)
+    config = opened.manifest.config
+    processor = LlavaProcessor.from_pretrained(source)
+    ids = processor(text="<image>", images=Image.fromarray(PICTURE), return_tensors="pt")["input_ids"][0].tolist()
+    assert config["tokens_per_image"] == positions == ids.count(config["image_token_id"]) and not opened.manifest.notes
+    parity = opened.submodel("vision_encoder").parity
+    assert parity is not None and parity.error < 1e-5
+    compare(source, bundle, monkeypatch, "onnxruntime", 12, count=24)
+
+
+def edited(source: Path, folder: Path, changes: dict[str, dict[str, Any]]) -> Path:
+    """A copy of a checkpoint with other values in its config.json; those of "" are of the whole model."""
+    copy = Path(shutil.copytree(source, folder))
+    config = json.loads((copy / "config.json").read_bytes())
+    for part, values in changes.items():
+        (config[part] if part else config).update(values)
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"vision_config": {"model_type": "pixtral"}}, "vision_config.model_type) is a pixtral, expected one of clip_vision_model, siglip"),
+        ({"vision_config": {"model_type": "dinov2"}}, "is a dinov2"),
+        ({"vision_config": {"model_type": "no_such_tower"}}, "no_such_tower"),
+        ({"": {"vision_feature_layer": -4}}, "vision_feature_layer is -4, expected layers from -3 to 2"),
+        ({"": {"vision_feature_layer": [1, 3]}}, "expected layers from -3 to 2"),
+        ({"": {"vision_feature_layer": []}}, "expected layers from"),
+        ({"": {"vision_feature_layer": "last"}}, "vision_feature_layer"),
+        ({"": {"vision_feature_select_strategy": "cls"}}, "vision_feature_select_strategy"),
+        ({"": {"projector_hidden_act": "swish2"}}, "projector_hidden_act is 'swish2', which transformers does not have"),
+        ({"vision_config": {"hidden_act": "swish2"}}, "vision_config.hidden_act is 'swish2'"),
+        ({"text_config": {"hidden_act": "swish2"}}, "text_config.hidden_act is 'swish2'"),
+        ({"": {"image_token_index": 512}}, "image_token_index is 512, expected the id of a token below 512"),
+        ({"text_config": {"model_type": "gemma2"}}, "text_config.model_type) is a gemma2, expected one of"),
+        ({"text_config": {"model_type": "mixtral"}}, "is a mixtral"),
+        ({"text_config": {"model_type": "no_such_model"}}, "no_such_model"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(
+    plain: tuple[Path, Path], tmp_path: Path, changes: dict[str, dict[str, Any]], words: str
+) -> None:
+    source, reports = edited(plain[0], tmp_path / "source", changes), list[object]()
+    with pytest.raises((SourceError, UnsupportedModel)) as caught:
+        build(Options(str(source), tmp_path / "bundle", targets=("onnxruntime",)), reports.append)
+    assert words in str(caught.value) and str(source / "config.json") in str(caught.value)
+    assert not reports and "Download" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_a_processor_that_counts_other_positions_is_a_note(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """transformers fails on such a model; its prompts have as many positions here as the tower gives."""
+    source = edited(plain[0], tmp_path / "source", {})
+    file = source / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"num_additional_image_tokens": 0}))
+    found = resolve(str(source))
+    (note,) = family_of(found).notes(found)
+    assert note.startswith("processor_config.json counts 8 positions for a picture") and "the vision tower gives 9" in note
