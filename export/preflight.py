@@ -39,6 +39,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]
     Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be computed.
     """
     assets = family.assets(source)
+    named = {path: file if file.is_relative_to(source.root) else source.root / Path(path).name for path, file in assets.items()}
     with TemporaryDirectory(prefix="enginecast-") as name:
         folder = Path(name)
         lay_assets(assets, folder)
@@ -51,7 +52,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]
             return refused
         except EnginecastError as error:
             kind = UnsupportedModel if isinstance(error, UnsupportedModel) else SourceError
-            raise kind(_as_published(str(error), folder, assets)) from error.__cause__
+            raise kind(_as_published(str(error), folder, named)) from error.__cause__
 
 
 def _config(source: Source, family: Family) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from export.decoders import Decoder, activation, library_decoder, reduced_decode
 from export.family import Component, Family, Part, Reference
 from export.generation import Generation, read_generation
 from export.source import Source, read_json
+from export.tokenizer import tokenizer_file
 from export.trace import without_weights
 from runtime import templates
 from runtime.errors import SourceError, UnsupportedModel, did_you_mean
@@ -165,7 +166,7 @@ def config(source: Source) -> dict[str, Any]:
         context_length=text.max_position_embeddings,
         vocab_size=text.vocab_size,
         hidden_size=text.hidden_size,
-        bos_token_id=_leading_token(_tokenizer(source)),
+        bos_token_id=_leading_token(tokenizer_file(source)),
         eos_token_ids=generation.ends,
         image_token_id=model.image_token_index,
         tokens_per_image=_patches(model),
@@ -205,16 +206,6 @@ def _patches(model: LlavaConfig) -> int:
     return int(side * side) + CLASS_TOKENS[model.vision_config.model_type] - first
 
 
-def _tokenizer(source: Source) -> Path:
-    file = source.root / "tokenizer.json"
-    if not file.is_file():
-        raise SourceError(
-            f'{source.root} has no tokenizer.json. Make one: python -c "from transformers import AutoTokenizer; '
-            f"AutoTokenizer.from_pretrained('{source.root}').save_pretrained('{source.root}')\""
-        )
-    return file
-
-
 def _leading_token(tokenizer: Path) -> int | None:
     """The token that the model's tokenizer puts before every text by itself, if any."""
     try:
@@ -225,11 +216,10 @@ def _leading_token(tokenizer: Path) -> int | None:
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    _tokenizer(source)
-    text = ("tokenizer.json", "special_tokens_map.json", *templates.FILES)
+    text = ("special_tokens_map.json", *templates.FILES)
     vision = ("preprocessor_config.json", "processor_config.json")
     wanted = {f"tokenizer/{name}": source.root / name for name in text} | {f"preprocessor/{name}": source.root / name for name in vision}
-    return {path: file for path, file in wanted.items() if file.is_file()}
+    return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {path: file for path, file in wanted.items() if file.is_file()}
 
 
 FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets, notes)

@@ -123,7 +123,7 @@ def test_a_picture_beyond_the_context(vlm: Path) -> None:
 def test_a_unet_of_another_text_encoder(diffusion: Path) -> None:
     edit(diffusion / "unet" / "config.json", lambda data: data.update(cross_attention_dim=48))
     text = refused(diffusion)
-    assert str(diffusion / "unet" / "config.json") in text and "text_encoder" in text and "48" in text and "16" in text
+    assert str(diffusion / "unet" / "config.json") in text and "48" in text and "16" in text
 
 
 def test_a_learned_token_without_embedding(diffusion: Path) -> None:
