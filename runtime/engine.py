@@ -55,13 +55,15 @@ class Compiled:
 class Options:
     """How an engine is to be loaded. `threads` 0 means all cores.
 
-    `compiled` is what to load, as `runtime.portable.fitting` found it; without one, it is what the bundle holds.
+    `compiled` is what to load, as `runtime.portable.fitting` found it; without one, it is what the bundle holds. `verify` is called before
+    files are read again after the engine was loaded: it raises BundleError where they are no longer those that were verified.
     """
 
     device: str = ""
     threads: int = 0
     settings: Mapping[str, str] = field(default_factory=dict)
     compiled: Compiled | None = None
+    verify: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from runtime.bundle import Bundle, Submodel
 from runtime.containers import Allowance
 from runtime.devices import detect
 from runtime.engine import Engine, Options, target
-from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean
+from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean, quoted
 from runtime.offload import Budget, OffloadedEngine
 from runtime.pipeline import ModelPipeline, Pipeline
 from runtime.pipelines.chat import ChatPipeline
@@ -86,34 +86,50 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
 
 
 def load_model(
-    root: Path,
+    bundle: Path | Bundle,
     wanted: str | None = None,
     options: Options | None = None,
     wishes: Wishes | None = None,
     public: Path | None = None,
     request: Any = None,
 ) -> LoadedModel:
-    """Open a bundle, compare its files with their hashes, and load its submodels, on the target that is wanted or as `wishes` say.
+    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `wishes` say.
 
-    With the file of a `public` key, it must be signed by that key's owner. A `request` is checked before any engine is loaded.
+    A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public` key, it must be signed
+    by that key's owner. A `request` is checked before any engine is loaded.
 
-    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code. Raises NotFound, BundleError,
-    InvalidInput, ResourceExhausted or EngineError; leaves nothing loaded then.
+    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code; what changes while it is loaded, or before
+    it is read again, is noticed and refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; leaves nothing
+    loaded then.
     """
-    bundle = Bundle(root)
-    if public is None:
-        bundle.verify(strangers=False)
-    else:
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    return _load(opened, wanted, options or Options(), wishes or Wishes(), public, (), request)
+
+
+def _verify(bundle: Bundle, public: Path | None) -> None:
+    """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and as it was hashed."""
+    bundle.verify(strangers=False)
+    bundle.verify_again()  # the manifest is still the one that was opened, too
+    if public is not None:
         require_signature(bundle, public)
     kind = bundle.manifest.pipeline
     if kind not in PIPELINES:
-        raise BundleError(f"bundle {bundle.name} needs the pipeline '{kind}', which this program lacks: {did_you_mean(kind, PIPELINES)}")
-    return _load(bundle, wanted, options or Options(), wishes or Wishes(), (), request)
+        raise BundleError(
+            f"bundle {bundle.name} needs the pipeline {quoted(kind)}, which this program lacks: {did_you_mean(kind, PIPELINES)}"
+        )
 
 
 def _load(
-    bundle: Bundle, wanted: str | None, options: Options, wishes: Wishes, avoid: Collection[Place], request: Any = None
+    bundle: Bundle,
+    wanted: str | None,
+    options: Options,
+    wishes: Wishes,
+    public: Path | None,
+    avoid: Collection[Place],
+    request: Any = None,
 ) -> LoadedModel:
+    _verify(bundle, public)
+    options = replace(options, verify=bundle.verify_again)
     kind = bundle.manifest.pipeline
     pipeline = open_pipeline(bundle)
     if request is not None:
@@ -141,7 +157,7 @@ def _load(
     for note in notes:
         log.info("model %s: %s", bundle.name, note)
     names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
-    again = partial(_load, bundle, wanted, options, wishes)
+    again = partial(_load, bundle, wanted, options, wishes, public)
     return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
 
 
@@ -173,12 +189,22 @@ def _first(
 
 
 def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
-    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits, which is noted."""
+    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits, which is noted.
+
+    Files are verified before and after: this may be long after the bundle was, and engines open them by name.
+    """
+    bundle.verify_again()
     engine = target(place.target)
     fitted = fitting(bundle, submodel, engine, _Told(f"{place.target} {submodel.name}"))
     if fitted.note and fitted.note not in notes:
         notes.append(fitted.note)
-    return engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
+    loaded = engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
+    try:
+        bundle.verify_again()
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
 
 
 class _Told:

@@ -23,6 +23,7 @@ from runtime.errors import InvalidInput, MissingDependency
 from runtime.limits import IMAGE_SEED, SEED
 
 if TYPE_CHECKING:
+    from runtime.bundle import Bundle
     from runtime.engine import Options
     from runtime.placement import Wishes
     from serving.enginecast_pb import chat_pb2, image_pb2
@@ -128,8 +129,8 @@ def serve(
     if all(offer.error for offer in offers):
         raise next(offer.error for offer in offers if offer.error)
 
-    def load(root: Path, asked: str | None) -> Model:
-        return load_model(root, asked or target, options, wishes, require_signature)
+    def load(bundle: Bundle | Path, asked: str | None) -> Model:
+        return load_model(bundle, asked or target, options, wishes, require_signature)
 
     async def run() -> None:
         host = ModelHost(offers, load, Limits(max_queue=max_queue, grace_seconds=grace))

@@ -43,8 +43,8 @@ from serving.turns import Turns
 
 log = logging.getLogger(__name__)
 
-Loader = Callable[[Path, str | None], Model]
-"""Loads the bundle at a folder for a target, or for the best usable one."""
+Loader = Callable[[Bundle | Path, str | None], Model]
+"""Loads a bundle for a target, or for the best usable one: the one that was opened, or the one at a folder where that failed."""
 STUCK_SECONDS: Final = 30.0
 """How long an engine may take to end a step when a model is unloaded, before it is left behind."""
 IDLE_SECONDS: Final = 0.7
@@ -74,12 +74,19 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offer:
-    """A bundle and the name it is served by. `error` says why it could not be opened: loading may succeed once it is repaired."""
+    """A bundle and the name it is served by. `error` says why it could not be opened: loading may succeed once it is repaired.
+
+    What could be opened is what is served: another bundle that lies in its folder later is refused.
+    """
 
     name: str
     root: Path
-    quant: str = ""
+    bundle: Bundle | None = None
     error: EnginecastError | None = None
+
+    @property
+    def quant(self) -> str:
+        return self.bundle.manifest.quant if self.bundle else ""
 
     @classmethod
     def of(cls, root: Path, name: str = "") -> Offer:
@@ -88,7 +95,7 @@ class Offer:
             bundle = Bundle(root)
         except EnginecastError as error:
             return cls(name or root.absolute().name, root, error=error)
-        return cls(name or bundle.name, root, bundle.manifest.quant)
+        return cls(name or bundle.name, root, bundle)
 
 
 @dataclass(frozen=True)
@@ -288,7 +295,7 @@ class ModelHost:
         self._driver = driver
         self._models: dict[str, _Served] = {}
         for bundle in bundles:
-            offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle.manifest.quant)
+            offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle)
             check_name(offer.name)
             if offer.name in self._models:
                 other = self._models[offer.name].offer.root
@@ -509,7 +516,7 @@ class ModelHost:
         before = served.state, served.error
         self._become(served, State.LOADING)
         try:
-            served.model = await asyncio.wrap_future(served.workers.submit(self._loader, served.offer.root, target))
+            served.model = await asyncio.wrap_future(served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target))
         except Exception as error:
             if target is None:
                 self._become(served, State.FAILED, str(error) or type(error).__name__)
