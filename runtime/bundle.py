@@ -283,23 +283,23 @@ class Bundle:
         """Compare every file with its hash. Raises BundleError naming each that is missing, altered or no regular file.
 
         Also named is what loading would open though no hash of it is listed; with `strangers`, whatever is not listed. Files whose names
-        lead out of the bundle, and graphs whose weights do, are refused.
+        lead out of the bundle, graphs whose weights do, and another manifest than the one that was opened are refused.
         """
         self._matched.clear()
-        self._raise_faults(strangers)
+        self._verify(strangers)
 
     def verify_again(self) -> None:
         """`verify`, but files are hashed only where they changed since they were last found as listed: a matter of milliseconds.
 
-        To be called before files are opened again and after native code has opened them by name. Raises BundleError.
+        To be called before files are opened again, and after native code has opened them by name. Raises BundleError.
         """
+        self._verify(strangers=False)
+
+    def _verify(self, strangers: bool) -> None:
         if _read_manifest(self.root) != self.content:
             raise BundleError(
-                f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the program that uses it anew"
+                f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the program anew"
             )
-        self._raise_faults(strangers=False)
-
-    def _raise_faults(self, strangers: bool) -> None:
         faults = []
         inside = Path(os.path.realpath(self.root))
         for relative, expected in self.manifest.files.items():
@@ -363,10 +363,10 @@ class Bundle:
             folder = self.engine_folder(artifact)
             read |= {folder, *((folder / file).parent for file in artifact.files)}
         found = []
-        for folder in read - {PurePosixPath()}:
+        for folder in read:
             with suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.root / folder) as entries:
                 found += [str(folder / entry.name) for entry in entries if not entry.is_dir(follow_symlinks=False)]
-        return sorted(set(found) - set(manifest.files))
+        return sorted(set(found) - {MANIFEST, SIGNATURE} - set(manifest.files))
 
 
 def _raise(error: OSError) -> None:
@@ -412,7 +412,7 @@ def _faults(error: ValidationError) -> str:
 def _other_schema(data: Any) -> str:
     """What to do about a manifest of another schema: a newer one names the program that wrote it."""
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if not isinstance(version, int) or version < SCHEMA:
+    if type(version) is not int or version < SCHEMA:
         return "build the bundle again"
     versions = data.get("versions")
     writer = versions.get("enginecast") if isinstance(versions, dict) else None

@@ -25,11 +25,11 @@ from typing import Final, Literal
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from runtime.bundle import Artifact, Bundle, Frozen, Inside, Submodel, sha256
+from runtime.bundle import LARGEST_MANIFEST, Artifact, Bundle, Frozen, Inside, Submodel, sha256
 from runtime.devices import processor_features
 from runtime.engine import Compiled, CompileOptions, Engine, targets
 from runtime.errors import EngineError, EngineUnavailable, ResourceExhausted
-from runtime.files import FULL, cache_folder, key_of, vanishing
+from runtime.files import FULL, cache_folder, key_of, read_regular, vanishing
 
 ENTRY: Final = "entry.json"
 LOCK: Final = ".lock"
@@ -146,7 +146,7 @@ def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:
         return None, ""
     _require_own(folder)
     try:
-        entry = Entry.model_validate_json((folder / ENTRY).read_bytes())
+        entry = Entry.model_validate_json(read_regular(folder / ENTRY, LARGEST_MANIFEST))
         altered = [name for name, expected in entry.files.items() if sha256(folder / name) != expected]
     except (OSError, ValidationError):
         return None, f"what was kept in {folder} could not be read"

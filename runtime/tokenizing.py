@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Encoding, Regex, Tokenizer, normalizers, pre_
 from tokenizers.models import BPE
 
 from runtime.errors import BundleError, InvalidInput
-from runtime.files import other_content
+from runtime.files import other_content, read_regular
 
 START: Final = "<|startoftext|>"
 END: Final = "<|endoftext|>"
@@ -30,6 +30,8 @@ SPECIAL: Final = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_t
 NAMED: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """The special tokens that a model may name, in the order in which those that its vocabulary lacks get their ids."""
 WORD: Final = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+LARGEST: Final = 1 << 26
+"""Bytes of a tokenizer's file."""
 SHOWN: Final = 80
 """How many characters of a text an error message quotes."""
 
@@ -192,7 +194,7 @@ def _limit(folder: Path, config: Mapping[str, Any]) -> int:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, LARGEST).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BundleError(f"{path} cannot be read ({error}): copy the tokenizer again") from None
     if other := other_content(text[:SHOWN].encode()):

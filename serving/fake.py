@@ -161,13 +161,14 @@ class FakeServer:
         """Run a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
-    def _load(self, root: Path, target: str | None) -> FakeModel:
+    def _load(self, bundle: Bundle | Path, target: str | None) -> FakeModel:
         assert self.load_gate.wait(20)
-        self.loads.append((root.name, target))
+        name = bundle.name  # of the opened bundle, or of a folder where it could not be opened
+        self.loads.append((name, target))
         if self.load_failure is not None:
             raise self.load_failure
-        self.models[root.name].closed = False
-        return self.models[root.name]
+        self.models[name].closed = False
+        return self.models[name]
 
     def load_all(self) -> None:
         for name in self.models:

@@ -65,6 +65,7 @@ class ONNXRuntime(SessionEngine):
         device = Device(PROVIDER)
 
         def opened(shape: Any, step: bool) -> Any:
+            options.verify()
             return open_session(graph, canonical.parent, device, threads=options.threads, entries=entries)
 
         rounds = submodel.dynamic and entries[ACCURACY] == "4" and _processor_rounds()

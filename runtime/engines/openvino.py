@@ -133,7 +133,12 @@ class OpenVINO(Engine):
         made = _compile(submodel, graph, options)
         if submodel.signature.states or not _varies(submodel):
             return cls(submodel, made)
-        return cls(submodel, made, lambda fixed: _compile(submodel, graph, options, fixed, made.decisions).compiled, made.fixed)
+
+        def fix(fixed: Fixed) -> Any:
+            options.verify()
+            return _compile(submodel, graph, options, fixed, made.decisions).compiled
+
+        return cls(submodel, made, fix, made.fixed)
 
     @property
     def computes(self) -> str:

@@ -279,6 +279,7 @@ def stored(
     chosen = {RECORD: "1"} | dict(entries) | ({NO_FALLBACK: "1"} if fallback == "none" else {})
 
     def opened(shape: Shape, step: bool) -> Any:
+        options.verify()
         graph = folder / (plan.step if step else plan.graph)
         level = "ORT_ENABLE_BASIC" if device.provider == CPU else "ORT_ENABLE_ALL"
         return open_session(

@@ -10,7 +10,9 @@ from typing import Any, Final
 
 import numpy as np
 
+from runtime.bundle import LARGEST_GRAPH
 from runtime.errors import EngineError
+from runtime.files import read_regular
 from runtime.optional import require
 from runtime.ort.stored import read_weights
 
@@ -77,7 +79,9 @@ def open_session(
         settings.add_external_initializers(list(converted), list(converted.values()))
     try:
         providers = [(device.provider, dict(device.options))] + ([CPU] if device.provider != CPU else [])
-        return package.InferenceSession(graph.read_bytes(), settings, providers=providers, disabled_optimizers=[*DISABLED, *skipped])
+        return package.InferenceSession(
+            read_regular(graph, LARGEST_GRAPH), settings, providers=providers, disabled_optimizers=[*DISABLED, *skipped]
+        )
     except Exception as error:  # the SDK raises a dozen unrelated classes
         raise EngineError(f"ONNX Runtime could not compile {graph}: {error}") from None
 

@@ -16,14 +16,16 @@ from typing import Any, Final, Literal, NamedTuple
 
 from pydantic import ValidationError
 
-from runtime.bundle import Frozen, Inside, Submodel
+from runtime.bundle import FileName, Frozen, Submodel
 from runtime.errors import EngineError
-from runtime.files import written
+from runtime.files import open_regular, read_regular, written
 from runtime.optional import require
 
 INLINE_BYTES: Final = 1024
 """Weights of another type are stored beside the graph from this size on: a graph holds 2 GB at most."""
 ALIGNMENT: Final = 64
+LARGEST_PLAN: Final = 1 << 20
+"""Bytes."""
 CODES: Final[Mapping[str, int]] = {"F32": 1, "F16": 10, "BF16": 16}
 """ONNX's number of each type of float (TensorProto.DataType), by the name that safetensors has for it."""
 Cache = Literal["", "grouped", "fixed"]
@@ -36,9 +38,9 @@ class Plan(Frozen):
     `step` is the graph for one new position a call, whose past and present share a buffer of that capacity.
     """
 
-    graph: Inside
-    step: str = ""
-    weights: str = ""
+    graph: FileName
+    step: FileName | Literal[""] = ""
+    weights: FileName | Literal[""] = ""
     cache: Cache = ""
     capacity: int = 0
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -57,7 +59,7 @@ def read_plan(folder: Path, submodel: Submodel) -> Plan:
     """Raises EngineError when there is none, or a damaged one."""
     path = folder / f"{submodel.name}.json"
     try:
-        return Plan.model_validate_json(path.read_bytes())
+        return Plan.model_validate_json(read_regular(path, LARGEST_PLAN))
     except OSError:
         raise EngineError(f"could not load {submodel.name}: {path} is missing. Build the bundle again for this target") from None
     except ValidationError as error:
@@ -129,7 +131,7 @@ def _write_weights(path: Path, tensors: Mapping[str, Any]) -> None:
 def read_weights(path: Path) -> dict[str, Weight]:
     """The tensors of a weights file by name, mapped. Raises EngineError when it is missing or damaged."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         start = 8 + int.from_bytes(whole[:8], "little")
         header = json.loads(bytes(whole[8:start]))

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from runtime import cuda
-from runtime.bundle import Artifact, Submodel
+from runtime.bundle import LARGEST_GRAPH, Artifact, Submodel
 from runtime.engine import Compiled
 from runtime.errors import EngineError
-from runtime.files import written
+from runtime.files import open_regular, read_regular, written
 from runtime.optional import require
 from runtime.signature import Array
 from runtime.tensorrt.sdk import SDK, logger, reasons
@@ -55,7 +55,8 @@ class Plan:
     def _deserialize(self, folder: Path, artifact: Artifact) -> tuple[Any, Any]:
         path = folder / artifact.files[0]
         try:
-            plan = path.read_bytes()
+            with open_regular(path) as file:
+                plan = file.read()
         except OSError as error:
             raise EngineError(f"{self.sdk.name} could not load {path}: {error.strerror}. Copy or build the bundle again") from None
         runtime = self.trt.Runtime(self.logger)
@@ -72,7 +73,7 @@ class Plan:
         """Give a stripped engine the weights that lie beside the canonical graph."""
         refitter = self.trt.Refitter(self.engine, self.logger)
         parser = self.trt.OnnxParserRefitter(refitter, self.logger)
-        if not (parser.refit_from_bytes(lowered.read_bytes(), str(graph)) and refitter.refit_cuda_engine()):
+        if not (parser.refit_from_bytes(read_regular(lowered, LARGEST_GRAPH), str(graph)) and refitter.refit_cuda_engine()):
             raise self._error(f"{self.sdk.name} could not give {self.submodel.name} its weights from {graph.parent}")
 
     def _capacity(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from runtime import devices, loading, memory, placement
-from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel
+from runtime.bundle import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel, sha256
 from runtime.containers import Allowance
 from runtime.engine import Availability, Engine, FakeEngine, Options, targets
 from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound, ResourceExhausted
@@ -123,6 +123,73 @@ def test_an_altered_file_is_not_loaded(tiny_bundle: Path, tmp_path: Path) -> Non
         load_model(root)
 
 
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_weights_that_are_not_listed_are_not_loaded(tiny_bundle: Path, tmp_path: Path, target: str) -> None:
+    root = changed(tiny_bundle, tmp_path / "b", files={})
+    with pytest.raises(BundleError, match=r"onnx/decoder/weights\.safetensors is not in the manifest"):
+        load_model(root, target)
+
+
+def test_a_tokenizer_file_that_was_added_is_not_read(tiny_bundle: Path, tmp_path: Path) -> None:
+    root = changed(tiny_bundle, tmp_path / "b")
+    (root / "tokenizer" / "special_tokens_map.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"tokenizer/special_tokens_map\.json is not in the manifest"):
+        load_model(root)
+
+
+def test_what_is_loaded_again_is_what_was_opened(tiny_bundle: Path, tmp_path: Path) -> None:
+    root = changed(tiny_bundle, tmp_path / "b")
+    bundle = Bundle(root)
+    model = load_model(bundle, "onnxruntime")
+    assert model.again is not None
+    other = model.again(())  # as after a lost device
+    other.close()
+    manifest = (root / MANIFEST).read_bytes()
+    (root / MANIFEST).write_text(json.dumps(json.loads(manifest) | {"name": "other"}))
+    with pytest.raises(BundleError, match="holds another bundle than the one that was opened"):
+        model.again(())
+    with pytest.raises(BundleError, match="holds another bundle than the one that was opened"):
+        load_model(bundle, "onnxruntime")
+    (root / MANIFEST).write_bytes(manifest)
+    weights = root / "onnx" / "decoder" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    with pytest.raises(BundleError, match=r"weights\.safetensors was altered"):
+        model.again(())
+    model.close()
+
+
+def test_what_changes_while_it_is_loaded_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = changed(tiny_bundle, tmp_path / "b")
+    engine: Any = targets()["onnxruntime"]
+    load, closed = engine.load, []
+
+    def change_and_load(submodel: Submodel, at: Path, options: Options) -> Engine:
+        loaded: Engine = load(submodel, at, options)
+        weights = root / "onnx" / submodel.name / "weights.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+        return loaded
+
+    monkeypatch.setattr(engine, "load", change_and_load)
+    monkeypatch.setattr(engine, "close", lambda self: closed.append(self.submodel.name))
+    with pytest.raises(BundleError, match=r"weights\.safetensors was altered"):
+        load_model(root, "onnxruntime")
+    assert closed == ["vision_encoder"]
+
+
+def test_a_shape_that_is_compiled_later_reads_what_was_verified(tiny_bundle: Path, tmp_path: Path) -> None:
+    root = changed(tiny_bundle, tmp_path / "b")
+    calls: list[str] = []
+
+    def verify() -> None:
+        calls.append("verified")
+        Bundle(root).verify(strangers=False)
+
+    submodel = Bundle(root).submodel("decoder")
+    engine = targets()["onnxruntime"].load(submodel, root, Options(verify=verify))
+    assert calls == ["verified"]
+    engine.close()
+
+
 def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, target, Options(threads=1))
     assert (model.kind, model.target) == ("chat", target) and model.device.startswith(f"{target}:") and "," not in model.device
@@ -182,16 +249,15 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
         Submodel(name=name, signature=Signature(inputs=(latents,), outputs=()), graph="g", precision="int8", nbytes=size)
         for name, size in (("text_encoder", 10), ("unet", 30), ("vae_decoder", 20))
     )
-    config = json.loads(json.dumps(CONFIG))
+    config, root = json.loads(json.dumps(CONFIG)), tmp_path / "made-up"
+    shutil.copytree(SAMPLES / "shapes-diffusion" / "tokenizer", root / "tokenizer")
+    files = {f"tokenizer/{path.name}": sha256(path) for path in (root / "tokenizer").iterdir()}
     manifest = Manifest(
-        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={}, files={},
+        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={}, files=files,
         artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in submodels),
         source=Source(name="made-up", family="f", architecture="A", fingerprint=""),
     )  # fmt: skip
-    root = tmp_path / "made-up"
-    root.mkdir()
     (root / MANIFEST).write_text(manifest.model_dump_json())
-    shutil.copytree(SAMPLES / "shapes-diffusion" / "tokenizer", root / "tokenizer")
     return root, Quick, Slow
 
 
