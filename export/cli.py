@@ -78,13 +78,13 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
+    if source is not None:
+        _look_at(source)
     try:
         from export.artifacts import resolve_targets
         from export.options import Options
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
-    if source == "":
-        raise InvalidInput("SOURCE", "is empty: name a checkpoint, or leave it out to build what enginecast.toml lists")
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
     if calibration and not source:
@@ -104,6 +104,16 @@ def build(
         every[-1].check()
     for options in every:
         _build(options)
+
+
+def _look_at(source: str) -> None:
+    """Refuse what small files of a folder show to be no model, before libraries are imported, which takes seconds."""
+    if not source:
+        raise InvalidInput("SOURCE", "is empty: name a checkpoint")
+    if Path(source).is_dir():
+        from export.source import resolve
+
+        resolve(source)
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -214,6 +224,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
+    _look_at(source)
     try:
         from export.options import CaptureOptions
 

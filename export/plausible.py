@@ -37,7 +37,7 @@ LISTS: Final = frozenset(
     "transformer_layers_per_block".split()
 )
 """What UNets give once for each block, or for height and width."""
-REQUIRED: Final = frozenset("hidden_size intermediate_size num_hidden_layers num_attention_heads block_out_channels vocab_size".split())
+REQUIRED: Final = frozenset("hidden_size intermediate_size num_hidden_layers block_out_channels vocab_size".split())
 """What no model leaves to be chosen, so that null is no value; where a library has a default it may be absent."""
 ANY_WIDTH: Final = 1 << 16
 ANY_DEPTH: Final = 256
@@ -50,7 +50,7 @@ def check_sizes(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
 
     Without `tensors`, where they cannot be read, only what no model has is refused.
     """
-    width, depth = 1 << 24, 1 << 16
+    width, depth, lists = 1 << 24, 1 << 16, LISTS if "_class_name" in config else frozenset()
     if tensors is not None:
         width = max(ANY_WIDTH, *(max(ref.shape, default=0) for ref in tensors.values()), 0)
         depth = max(ANY_DEPTH, len(tensors))
@@ -58,7 +58,8 @@ def check_sizes(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         for name, value in part.items():
             most = width if name in WIDTHS else depth if name in DEPTHS else LENGTHS.get(name)
             if most is not None:
-                _check(file, f"{where}{name}", name, value, most, tensors is not None and name not in LENGTHS)
+                limit = f"{most:,}" + (", the most that its weight files allow" if tensors and name not in LENGTHS else "")
+                _check(file, f"{where}{name}", name, _numbers(value, name in lists), most, limit)
         _check_positions(file, where, part, width)
         if tensors is not None:
             _check_total(file, where, part, sum(math.prod(ref.shape) for ref in tensors.values()))
@@ -72,20 +73,19 @@ def _parts(where: str, config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping
             yield from _parts(f"{where}{name}.", value)
 
 
-def _check(file: Path, where: str, name: str, value: object, most: int, measured: bool) -> None:
+def _check(file: Path, where: str, name: str, numbers: Collection[object], most: int, limit: str) -> None:
     least = 0 if name == "transformer_layers_per_block" else 1
-    for number in _numbers(value, name in LISTS):
+    for number in numbers:
         if number is None and name not in REQUIRED:
             continue
         if type(number) is not int:
-            raise SourceError(f"{file}: {where} is {_shown(value)}, expected a whole number. {_FIX}")
+            raise SourceError(f"{file}: {where} is {_shown(number)}, expected a whole number. {_FIX}")
         if not least <= number <= most:
-            limit = f"{most:,}, the most that its weight files allow" if measured else f"{most:,}"
-            raise SourceError(f"{file}: {where} is {_shown(value)}, expected {least} to {limit}. {_FIX}")
+            raise SourceError(f"{file}: {where} is {_shown(number)}, expected {least} to {limit}. {_FIX}")
 
 
 def _numbers(value: object, several: bool) -> Collection[object]:
-    """The numbers of a value that may be a list, of lists even; something that is no number where it is too long."""
+    """The value, or where it may be a list, of lists even, what is in it; the list itself where that is empty or too long."""
     if not several or not isinstance(value, list):
         return [value]
     if not 0 < len(value) <= MOST_BLOCKS:
@@ -97,7 +97,9 @@ def _check_positions(file: Path, where: str, part: Mapping[str, Any], width: int
     """A vision tower has a position for each patch, which is a dimension of a tensor."""
     size, patch = part.get("image_size"), part.get("patch_size")
     if type(size) is int and type(patch) is int and (size // patch) ** 2 > width:
-        raise SourceError(f"{file}: {where}image_size {size} has {(size // patch) ** 2:,} patches of {patch}, expected at most {width:,}. {_FIX}")
+        raise SourceError(
+            f"{file}: {where}image_size {size} has {(size // patch) ** 2:,} patches of {patch}, expected at most {width:,}. {_FIX}"
+        )
 
 
 def _check_total(file: Path, where: str, part: Mapping[str, Any], elements: int) -> None:

@@ -9,14 +9,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
+from export.plausible import check_sizes
 from export.tensors import TensorRef, check_finite, read_header, release
-from runtime.errors import MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean
-from runtime.files import other_content
+from runtime.bundle import is_file_name
+from runtime.errors import MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean, quoted
+from runtime.files import other_content, read_regular
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +52,8 @@ LDM: Final = ("model.diffusion_model.", "first_stage_model.", "cond_stage_model.
 LDM_XL: Final = "conditioner.embedders."
 """Prefix of the text encoders of SDXL's."""
 
+LARGEST_JSON: Final = 1 << 26
+"""Bytes of a config or an index: one of 100,000 tensors has some 10 MB."""
 SAMPLED: Final = 1024
 """Bytes of a tensor's start, middle and end that enter the fingerprint."""
 
@@ -127,10 +132,12 @@ def open_component(folder: Path) -> Checkpoint:
     for file in files:
         headers[file], found = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
-            raise SourceError(f"{file}: tensor '{twice[0]}' stands in {tensors[twice[0]].file.name} too. Download the checkpoint again")
+            raise SourceError(
+                f"{file}: tensor {quoted(twice[0])} stands in {tensors[twice[0]].file.name} too. Download the checkpoint again"
+            )
         tensors.update(found)
     if absent := sorted(owners.keys() - tensors.keys()):
-        raise SourceError(f"{owners[absent[0]]}: tensor '{absent[0]}' of the index is not in it. Download the checkpoint again")
+        raise SourceError(f"{owners[absent[0]]}: tensor {quoted(absent[0])} of the index is not in it. Download the checkpoint again")
     if any(name.startswith(LDM) for name in tensors):
         _refuse_ldm(folder, tensors)
     return Checkpoint(folder, config, tensors, headers)
@@ -160,8 +167,8 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     owners = read_json(index).get("weight_map")
     if not isinstance(owners, dict) or not owners or not all(isinstance(name, str) for name in owners.values()):
         raise SourceError(f"{index} has no weight_map from tensor to file. Download it again")
-    if strange := sorted({name for name in owners.values() if Path(name).name != name}):
-        raise SourceError(f"{index} names '{strange[0]}', expected a file in its own folder. Download it again")
+    if strange := sorted({name for name in owners.values() if not is_file_name(name)}):
+        raise SourceError(f"{index} names {quoted(strange[0])}, expected a file in its own folder. Download it again")
     if absent := sorted({name for name in owners.values() if not (index.parent / name).is_file()}):
         raise NotFound(f"{index} lists {len(absent)} shards that do not exist: {', '.join(absent)}. Download the checkpoint again")
     files = {name: index.parent / name for name in sorted(set(owners.values()))}
@@ -228,10 +235,14 @@ def is_hub_id(source: str) -> bool:
 
 
 def _inspect(root: Path, name: str) -> Source:
-    """Tell the layout and the architecture of a folder."""
+    """Tell the layout and the architecture of a folder. Sizes that its configs cannot mean are refused."""
     if (root / PIPELINE).is_file():
+        for component, made_by in read_json(root / PIPELINE).items():
+            if isinstance(made_by, list) and is_file_name(component) and (root / component / CONFIG).is_file():
+                _check_sizes(root / component)
         return Source(root, name, "diffusers", _class_name(root / PIPELINE, read_json(root / PIPELINE).get("_class_name")))
     if (root / CONFIG).is_file():
+        _check_sizes(root)
         config = read_json(root / CONFIG)
         declared = config.get("architectures") or [config.get("_class_name")]
         return Source(root, name, "transformers", _class_name(root / CONFIG, declared[0] if isinstance(declared, list) else None))
@@ -241,6 +252,15 @@ def _inspect(root: Path, name: str) -> Source:
     if files:
         _refuse_file(files[0])
     raise SourceError(f"{root} holds no model: expected {PIPELINE} (diffusers layout) or {CONFIG} (transformers layout)")
+
+
+def _check_sizes(folder: Path) -> None:
+    """Raise SourceError for sizes in a component's config.json that its weights cannot have, or no weights where they cannot be read."""
+    config, tensors = read_json(folder / CONFIG), None
+    with suppress(NotFound, SourceError, OSError):  # whoever opens the component says what is wrong with its weights
+        files, _ = _weight_files(folder, "_class_name" in config)
+        tensors = {name: ref for file in files for name, ref in read_header(file)[1].items()}
+    check_sizes(folder / CONFIG, config, tensors)
 
 
 def _class_name(file: Path, declared: object) -> str:
@@ -291,7 +311,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises NotFound or SourceError."""
     if not file.is_file():
         raise NotFound(f"{file} does not exist: download the checkpoint again, with all its files")
-    data = file.read_bytes()
+    try:
+        data = read_regular(file, LARGEST_JSON)
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error.strerror}") from None
     if other := other_content(data):
         raise SourceError(f"{file} {other}")
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibration.progress import reached
-from runtime.errors import NotFound, SourceError
-from runtime.files import other_content
+from runtime.errors import NotFound, SourceError, quoted
+from runtime.files import open_regular, other_content
 
 DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "BOOL": np.dtype(np.bool_),
@@ -55,8 +56,11 @@ EXPONENTS: Final[Mapping[str, int]] = {
 """The bits that are all set in NaN and infinity and in nothing else (F8_E4M3 has only NaN)."""
 
 PREFIX: Final = 8
-MAX_HEADER: Final = 100_000_000
-"""The library's own limit, bytes."""
+MAX_HEADER: Final = 1 << 25
+"""Bytes. The library's own limit is three times that; headers of 100,000 tensors have some 12 MB."""
+MAX_NUMBER: Final = 1 << 63
+MAX_RANK: Final = 64
+"""Bounds of a header's numbers: beyond them there is no file."""
 
 CHUNK: Final = 1 << 20
 """Elements looked at in one step of the scan: small enough to stay in cache."""
@@ -86,7 +90,7 @@ def release() -> None:
 @lru_cache(maxsize=256)
 def _memory(file: Path, inode: int, size: int, changed: int) -> mmap.mmap:
     """One map for a file as it is now: one that was written again gets a new map."""
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
         return mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -97,8 +101,8 @@ def read_header(file: Path) -> tuple[bytes, dict[str, TensorRef]]:
     """
     if not file.is_file():
         raise NotFound(f"weight file {file} does not exist: download the checkpoint again, with all its files")
-    size = file.stat().st_size
-    with file.open("rb") as opened:
+    with open_regular(file) as opened:
+        size = os.fstat(opened.fileno()).st_size
         prefix = opened.read(PREFIX)
         if len(prefix) < PREFIX:
             raise SourceError(f"{file} is no safetensors file: it has {size} bytes. {_AGAIN}")
@@ -109,9 +113,9 @@ def read_header(file: Path) -> tuple[bytes, dict[str, TensorRef]]:
         opened.seek(PREFIX)
         if length > MAX_HEADER:
             raise SourceError(f"{file} is no safetensors file: its header would have {length} bytes, at most {MAX_HEADER} are allowed")
+        if length > size - PREFIX:
+            raise SourceError(f"{file} is truncated: its header has {length} bytes, {size - PREFIX} are there. {_AGAIN}")
         header = opened.read(length)
-    if len(header) < length:
-        raise SourceError(f"{file} is truncated: its header has {length} bytes, {len(header)} are there. {_AGAIN}")
     return header, _parse(file, header, size)
 
 
@@ -129,7 +133,7 @@ def _parse(file: Path, header: bytes, size: int) -> dict[str, TensorRef]:
     for name, ref in refs.items():
         if ref.offset != end:
             raise SourceError(
-                f"{file}: tensor '{name}' starts at byte {ref.offset}, expected {end}: tensors overlap or leave a hole. {_AGAIN}"
+                f"{file}: tensor {quoted(name)} starts at byte {ref.offset}, expected {end}: tensors overlap or leave a hole. {_AGAIN}"
             )
         end += ref.nbytes
     if end != size:
@@ -157,26 +161,28 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _ref(file: Path, name: str, entry: object, start: int) -> TensorRef:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if _naturals([*shape, begin, end]):
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(shape) <= MAX_RANK and _naturals(
+            [*shape, begin, end]
+        ):
             pass
         case _:
             raise SourceError(
-                f"{file}: tensor '{name}' is described as {str(entry)[:200]}, expected dtype, shape and data_offsets. {_AGAIN}"
+                f"{file}: tensor {quoted(name)} is described as {str(entry)[:200]}, expected dtype, shape and data_offsets. {_AGAIN}"
             )
     if dtype not in DTYPES:
         raise SourceError(
-            f"{file}: tensor '{name}' has dtype {dtype!r}, known are {', '.join(DTYPES)}: publish the checkpoint in one of them"
+            f"{file}: tensor {quoted(name)} has dtype {quoted(dtype)}, known are {', '.join(DTYPES)}: publish the checkpoint in one of them"
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         raise SourceError(
-            f"{file}: tensor '{name}' of {dtype} {shape} needs {nbytes} bytes, its range {begin}:{end} has {end - begin}. {_AGAIN}"
+            f"{file}: tensor {quoted(name)} of {dtype} {shape} needs {nbytes} bytes, its range {begin}:{end} has {end - begin}. {_AGAIN}"
         )
     return TensorRef(file, start + begin, nbytes, dtype, tuple(shape))
 
 
 def _naturals(values: list[object]) -> bool:
-    return all(type(value) is int and value >= 0 for value in values)
+    return all(type(value) is int and 0 <= value < MAX_NUMBER for value in values)
 
 
 def check_finite(tensors: Mapping[str, TensorRef]) -> None:
@@ -204,6 +210,6 @@ def _check_tensor(name: str, ref: TensorRef) -> None:
             index = np.unravel_index(first + int(exponents.argmax()), ref.shape)
             place = [int(axis) for axis in index]
             raise SourceError(
-                f"{ref.file}: tensor '{name}' holds {ref.array()[index]} at {place}, expected finite weights: the checkpoint is damaged, "
-                "or overflowed when it was saved in half precision. Download it again or take its float32 weights"
+                f"{ref.file}: tensor {quoted(name)} holds {ref.array()[index]} at {place}, expected finite weights: the checkpoint is "
+                "damaged, or overflowed when it was saved in half precision. Download it again or take its float32 weights"
             )

@@ -79,6 +79,14 @@ def _part(path: str) -> str:
     return _inside(path)
 
 
+def is_file_name(text: str) -> bool:
+    """Whether a file can have this name, in the folder that it is looked for in."""
+    try:
+        return bool(_part(text))
+    except ValueError:
+        return False
+
+
 def _inside_or_empty(path: str) -> str:
     return _inside(path) if path else path
 
