@@ -41,6 +41,7 @@ ADVICE: Final = {
     errno.ENOMEM: "Free some memory",
 }
 """What to do where the system refuses, by its number; where nothing is said, the number's own words say enough."""
+CACHE_ADVICE: Final = "Set ENGINECAST_CACHE to a folder that this user can write, with room"
 JANITOR: Final = """
 import pathlib, shutil, sys
 sys.stdin.read()
@@ -170,16 +171,22 @@ def other_content(head: bytes) -> str:
 
 def file_error(error: OSError) -> EnginecastError:
     """What the system said of a file, as an error of ours: which file, what was wrong, what to do."""
-    named = isinstance(error.filename, str | bytes)
-    where = os.fsdecode(error.filename) if named else "a file, or standard output"
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     reason = error.strerror or str(error) or type(error).__name__
-    advice = ADVICE.get(error.errno or 0, "")
-    message = f"{where}: {reason}" + (f". {advice}" if advice else "")
-    if error.errno in (*FULL, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+    if isinstance(error, FileNotFoundError) and not names:
+        return NotFound(f"{reason}: was the current folder removed?")
+    advice = CACHE_ADVICE if names and _in_cache(names[-1]) else ADVICE.get(error.errno or 0, "")
+    message = ". ".join(filter(None, (f"{' to '.join(names) or 'a file, or standard output'}: {reason}", advice)))
+    if error.errno in (*FULL, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOMEM) or advice == CACHE_ADVICE:
         return ResourceExhausted(message)
-    if isinstance(error, FileNotFoundError):
-        return NotFound(message if named else f"{reason}: was the current folder removed?")
-    return InvalidInput("file", message)
+    return NotFound(message) if isinstance(error, FileNotFoundError) else InvalidInput("file", message)
+
+
+def _in_cache(name: str) -> bool:
+    try:
+        return Path(name).is_relative_to(cache_folder())
+    except InvalidInput:
+        return False
 
 
 def cache_folder() -> Path:

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from runtime.bundle import MANIFEST, SIGNATURE, Bundle, Frozen
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
-from runtime.files import FULL, TooLarge, read_regular, written
+from runtime.files import TooLarge, read_regular, written
 from runtime.optional import require
 
 EXTRA: Final = "signing"
@@ -170,11 +170,15 @@ def _create(path: Path, content: bytes, mode: int) -> None:
         raise InvalidInput("output", f"'{path}' is a folder, expected the name of a file")
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
     except FileExistsError:
         raise InvalidInput("output", f"{path} exists, and keys are never overwritten: choose another name") from None
     except OSError as error:
-        if error.errno in FULL:
-            path.unlink(missing_ok=True)
         raise ResourceExhausted(f"cannot write {path}: {error.strerror}") from None
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except BaseException as error:
+        path.unlink()
+        if isinstance(error, OSError):
+            raise ResourceExhausted(f"cannot write {path}: {error.strerror}. Choose another place") from None
+        raise
