@@ -254,7 +254,8 @@ class TestServe:
         (tmp_path / "broken" / MANIFEST).write_text("{")
         program = (
             "import sys, serving.cli, runtime.loading; from runtime.errors import BundleError; from serving.fake import FakeModel\n"
-            "def load(root, *_):\n"
+            "def load(bundle, *_):\n"
+            "    root = getattr(bundle, 'root', bundle)\n"
             "    if root.name != 'good': raise BundleError(f'bundle {root} is damaged')\n"
             "    return FakeModel()\n"
             "runtime.loading.load_model = load; serving.cli.main()"
