@@ -253,9 +253,10 @@ class TestServe:
             bundle(tmp_path, name)
         (tmp_path / "broken" / MANIFEST).write_text("{")
         program = (
-            "import sys, serving.cli, runtime.loading; from runtime.errors import BundleError; from serving.fake import FakeModel\n"
+            "import sys, serving.cli, runtime.loading; from pathlib import Path; from runtime.errors import BundleError\n"
+            "from serving.fake import FakeModel\n"
             "def load(bundle, *_):\n"
-            "    root = getattr(bundle, 'root', bundle)\n"
+            "    root = bundle if isinstance(bundle, Path) else bundle.root\n"
             "    if root.name != 'good': raise BundleError(f'bundle {root} is damaged')\n"
             "    return FakeModel()\n"
             "runtime.loading.load_model = load; serving.cli.main()"
