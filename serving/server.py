@@ -194,10 +194,10 @@ def _stop_signal(grace: float) -> asyncio.Event:
 
 def _return_memory() -> None:
     """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request took."""
-    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    trim_threshold, mmap_threshold, most_arenas = -1, -3, -8  # of malloc.h
     with suppress(OSError, AttributeError):  # another C library
-        for option in (trim_threshold, mmap_threshold):
-            ctypes.CDLL(None).mallopt(option, 1 << 20)
+        for option, value in ((trim_threshold, 1 << 20), (mmap_threshold, 1 << 20), (most_arenas, 2)):
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 def _leave() -> NoReturn:
