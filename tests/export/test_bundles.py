@@ -186,7 +186,10 @@ def test_a_real_engine_is_added(run: Run, bundle: Path) -> None:
     (artifact,) = opened.artifacts("tensorrt-rtx", "token_embedding")
     assert artifact.key["compute_capability"] == "8.9" and artifact.key["sdk"] == found.version and not artifact.settings
     if not found.usable:
-        assert "cannot run here: there is no NVIDIA GPU" in run("inspect", bundle).out
+        told = run("inspect", bundle).out
+        assert "tensorrt-rtx: does not run here: there is no NVIDIA GPU" in told
+        rows = [line.split() for line in told.splitlines() if line.startswith(("tensorrt-rtx  ", "onnxruntime  "))]
+        assert {(row[0], row[-1]) for row in rows} == {("tensorrt-rtx", "no"), ("onnxruntime", "yes")}, "as `targets` says"
     ended = run("add-target", bundle, "--target", "tensorrt-rtx", "--compute-capability", "12.0")
     assert ended.code == 0 and len(Bundle(bundle).artifacts("tensorrt-rtx", "token_embedding")) == 2
     engine = bundle / "engines/tensorrt-rtx/token_embedding.engine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 
 from calibration.data import capture
 from calibration.metrics import CAP_DB, perplexity
+from calibration.progress import Position, listening
 from calibration.questions import test_questions as questions_of
 from export.build import build
 from export.options import Options
@@ -114,10 +115,16 @@ def said(talking: LoadedModel) -> Samples:
     return capture(talking, 4)
 
 
+def outer(heard: Sequence[Position]) -> list[str]:
+    """What the outer loops said, each once."""
+    return [text for text in dict.fromkeys(one.text for one in heard) if text and "," not in text]
+
+
 def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples) -> None:
-    heard: list[tuple[str, int, int]] = []
-    quality, pictures = measure(drawing, drawing, drawn, EFFORT, lambda *told: heard.append(told))
-    assert heard == [("submodel", n, 4) for n in (1, 2, 3, 4)] + [("picture", n, 2) for n in (1, 2)]
+    heard: list[Position] = []
+    with listening(heard.append):
+        quality, pictures = measure(drawing, drawing, drawn, EFFORT)
+    assert outer(heard) == [f"submodel {n} of 4" for n in (1, 2, 3, 4)] + [f"picture {n} of 2" for n in (1, 2)]
     assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(submodel.calls == 4 for submodel in quality.submodels)
     figures = [(output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs]
@@ -144,9 +151,10 @@ def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: Loade
 
 
 def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) -> None:
-    heard: list[tuple[str, int, int]] = []
-    quality, pictures = measure(talking, talking, said, EFFORT, lambda *told: heard.append(told))
-    assert heard == [("submodel", n, 3) for n in (1, 2, 3)] + [("question", n, 4) for n in (1, 2, 3, 4)]
+    heard: list[Position] = []
+    with listening(heard.append):
+        quality, pictures = measure(talking, talking, said, EFFORT)
+    assert outer(heard) == [f"submodel {n} of 3" for n in (1, 2, 3)] + [f"question {n} of 4" for n in (1, 2, 3, 4)]
     assert quality.summary() == {
         "submodel_snr_db": CAP_DB, "next_token_agreement": 1, "token_agreement": 1, "kl_divergence": 0, "perplexity_change": 1,
     }  # fmt: skip
@@ -238,10 +246,11 @@ def test_models_of_different_sources(drawing: LoadedModel, talking: LoadedModel)
 
 
 def test_the_samples_are_scored(vlm_bundle: Path) -> None:
-    heard: list[tuple[str, int, int]] = []
+    heard: list[Position] = []
     for model in loaded(vlm_bundle):
-        quality, _ = measure(model, model, {}, Effort(questions=1, cases=4), lambda *told: heard.append(told))
-    assert heard[-4:] == [("case", number, 4) for number in (1, 2, 3, 4)]
+        with listening(heard.append):
+            quality, _ = measure(model, model, {}, Effort(questions=1, cases=4))
+    assert outer(heard)[-4:] == [f"case {number} of 4" for number in (1, 2, 3, 4)]
     assert quality.summary()["quantized_right"] == quality.summary()["reference_right"] >= 0.75
     assert quality.task is not None
     assert (quality.task.task, quality.task.cases) == ("held-out questions answered right", 4)
