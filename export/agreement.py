@@ -60,7 +60,8 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
         return artifact.model_copy(update={"unchecked": str(error)})
     with closing(emulated):
         found = _compare(emulated, reference)
-    least = FLOORS["quantized" if "int" in submodel.precision or submodel.dynamic else "float32" if submodel.compute == "float32" else "half"]
+    quantized = "int" in submodel.precision or submodel.dynamic
+    least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
             f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} has "

@@ -163,10 +163,10 @@ def _settings(path: Path) -> Settings:
 
 
 def _build(options: Any) -> None:
-    from export.build import build as run
-
     start = time.perf_counter()
     out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
+    from export.build import build as run  # after the first line: its libraries take seconds to import
+
     bundle, timings = run(options, show)
     show_notes(bundle.manifest)
     size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
@@ -230,6 +230,7 @@ def calibrate(
 
         options = CaptureOptions(source, output, prompts, images, questions, count, seed)
         options.check()
+        out.print(f"{source} -> {output} (calibration set)")
         from export.calibrate import calibrate as run
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
