@@ -78,8 +78,6 @@ def build(
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
-    if source is not None:
-        _look_at(source)
     try:
         from export.artifacts import resolve_targets
         from export.options import Options
@@ -92,7 +90,7 @@ def build(
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
     common |= {"speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
     of_auto: dict[str, Any] = {name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
-    jobs = [_job(source, target, quant or "none", output)] if source else _listed(target, quant, output)
+    jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     every = []
     for job in jobs:
@@ -104,16 +102,6 @@ def build(
         every[-1].check()
     for options in every:
         _build(options)
-
-
-def _look_at(source: str) -> None:
-    """Refuse what small files of a folder show to be no model, before libraries are imported, which takes seconds."""
-    if not source:
-        raise InvalidInput("SOURCE", "is empty: name a checkpoint")
-    if Path(source).is_dir():
-        from export.source import resolve
-
-        resolve(source)
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
@@ -224,7 +212,6 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
-    _look_at(source)
     try:
         from export.options import CaptureOptions
 

@@ -14,7 +14,7 @@ from calibration.sets import CalibrationSet, Kind
 from export.artifacts import check_strippable
 from export.source import Source, is_hub_id, resolve
 from export.staging import check_place, check_writable
-from runtime.bundle import MANIFEST, Artifact, Bundle
+from runtime.bundle import MANIFEST, Artifact, Bundle, check_name
 from runtime.engine import check_precisions, target
 from runtime.errors import BundleError, EngineUnavailable, InvalidInput, NotFound, SourceError, did_you_mean
 
@@ -74,6 +74,8 @@ class Options:
             raise InvalidInput("block", f"is {self.block} with --quant {self.quant}, expected {expected}")
         if self.calibration is not None and self.quant == "none":
             raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")
+        if self.name:
+            check_name("name", self.name)
         if not self.targets:
             raise InvalidInput("target", "is missing: name at least one, such as --target openvino")
         found = {name: target(name).available() for name in self.targets}
@@ -83,7 +85,7 @@ class Options:
         if self.quant in RECIPES:
             check_precisions(self.targets, RECIPES[self.quant].precisions)
         if self.strip_canonical:
-            check_strippable([Artifact(target=name, submodel="", key=dict(self.settings.get(name, {}))) for name in self.targets], ())
+            check_strippable([Artifact(target=name, submodel="any", key=dict(self.settings.get(name, {}))) for name in self.targets], ())
         self._check_measures()
         check_settings(self.targets, self.settings)
 

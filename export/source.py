@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
 from export.plausible import check_sizes
 from export.tensors import TensorRef, check_finite, read_header, release
-from runtime.bundle import is_file_name
-from runtime.errors import MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean, quoted
+from runtime.bundle import check_name, is_file_name
+from runtime.errors import InvalidInput, MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean, quoted
 from runtime.files import other_content, read_regular
 
 if TYPE_CHECKING:
@@ -210,16 +210,25 @@ def resolve(source: str) -> Source:
     Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, and UnsupportedModel for a
     single-file checkpoint.
     """
+    if not source:
+        raise InvalidInput("SOURCE", f"is empty: expected a folder, {SAMPLE}NAME or a hub id org/name")
     if source.startswith(SAMPLE):
         return _inspect(_sample(source.removeprefix(SAMPLE)), source.removeprefix(SAMPLE))
-    path = Path(source).expanduser()
+    path = _path(source)
     if path.is_dir():
-        return _inspect(path, path.resolve().name)
+        return _inspect(path, check_name("SOURCE", path.resolve().name))
     if path.is_file():
         _refuse_file(path)
     if HUB_ID.fullmatch(source):
         return _inspect(_download(source), source.partition("/")[2])
     raise NotFound(f"{source} does not exist: expected a folder in diffusers or transformers layout, {SAMPLE}NAME or a hub id org/name")
+
+
+def _path(source: str) -> Path:
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        raise NotFound(f"{source} does not exist: there is no such user, or none with a home folder. Write the folder in full") from None
 
 
 def _sample(name: str) -> Path:

@@ -66,7 +66,7 @@ def _name(name: str) -> str:
 def _inside(path: str) -> str:
     """A path that cannot leave the folder it is relative to, in its only spelling: a bundle may come from anywhere."""
     parts = PurePosixPath(path)
-    if not path or str(parts) != path or parts.is_absolute() or {"..", "."} & set(parts.parts) or "\\" in path:
+    if not parts.parts or str(parts) != path or parts.is_absolute() or {"..", "."} & set(parts.parts) or "\\" in path:
         raise ValueError(f"{quoted(path)} is no path inside the bundle")
     if any(len(part.encode("utf-8", "replace")) > LONGEST_PART for part in parts.parts):
         raise ValueError(f"{quoted(path)} is too long")

@@ -6,7 +6,7 @@ ONNX axes, sample inputs, engine shapes, calibration capture and request validat
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ DType = Literal["float32", "float16", "int64", "int32", "bool"]
 Array = NDArray[np.generic]
 
 
+LONGEST: Final = 1 << 31
+"""Elements along one dimension."""
+
+
 class Dim(BaseModel):
     """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements.
 
@@ -26,10 +30,10 @@ class Dim(BaseModel):
 
     model_config = ConfigDict(frozen=True)
     name: str
-    min: int = Field(ge=0)
-    opt: int = Field(ge=0)
-    max: int = Field(ge=0)
-    multiple: int = Field(default=1, ge=1)
+    min: int = Field(ge=0, le=LONGEST)
+    opt: int = Field(ge=0, le=LONGEST)
+    max: int = Field(ge=0, le=LONGEST)
+    multiple: int = Field(default=1, ge=1, le=LONGEST)
     sum_of: tuple[str, ...] = ()
 
 
@@ -47,7 +51,7 @@ class Tensor(BaseModel):
     model_config = ConfigDict(frozen=True)
     name: str
     dtype: DType
-    dims: tuple[int | Dim, ...]
+    dims: tuple[Annotated[int, Field(ge=0, le=LONGEST)] | Dim, ...]
     values: Values = "normal"
     limit: int = 0
     condition: bool = False

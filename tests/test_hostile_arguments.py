@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import socket
 import sys
@@ -16,6 +18,8 @@ import pytest
 from runtime.bundle import MANIFEST, SCHEMA, sha256
 from runtime.command import BUG
 from serving import cli
+
+SAMPLES: Final = Path(__file__).parents[1] / "export" / "samples"
 
 
 class Ended(NamedTuple):
@@ -103,3 +107,100 @@ def test_a_path_that_leads_to_nothing_useful(run: Any, places: Path, command: st
         if command == "keygen {}" and place in ("folder", "\udcff\udcfe"):
             continue  # keys may lie there
         must_fail_well(run(*arguments(command, place)))
+
+
+# What small files say
+
+
+def source(places: Path) -> Path:
+    """A checkpoint with the sample's files, as links."""
+    folder = places / "source"
+    shutil.copytree(SAMPLES / "shapes-vlm", folder, copy_function=os.symlink)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "no JSON"),
+        (b"\x00" * 100, "no JSON"),
+        (b"[" * 1_000_000, "no JSON"),
+        (b'{"a": ' * 100_000, "no JSON"),
+        (b"[]", "expected a JSON object"),
+        (b'{"architectures": "\\ud800"}', "does not say which class made it"),
+        (b'{"architectures": [' + b"9" * 5000 + b"]}", "no JSON"),
+    ],
+)
+def test_a_config_that_is_none(run: Any, places: Path, content: bytes, why: str) -> None:
+    folder = source(places)
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_bytes(content)
+    ended = run("build", folder, "--output", "made")
+    must_fail_well(ended)
+    assert re.search(why, ended.err), ended.err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "nul\x00", "\ud800", "../model.safetensors", "/etc/passwd", "", ".", "a\nb"])
+def test_a_shard_index_with_a_name_that_no_file_has(run: Any, places: Path, name: str) -> None:
+    folder = source(places)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    ended = run("build", folder, "--output", "made")
+    must_fail_well(ended)
+    assert "expected a file in its own folder" in ended.err, ended.err
+
+
+def header(entries: object) -> bytes:
+    content = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return len(content).to_bytes(8, "little") + content
+
+
+F32: Final = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "no safetensors file"),
+        ((1 << 63).to_bytes(8, "little"), "at most"),
+        ((1 << 20).to_bytes(8, "little") + b"{", "truncated"),
+        (header({"a": F32, "b": F32}) + bytes(4), "overlap"),
+        (header({"a": F32 | {"data_offsets": [4, 8]}}) + bytes(8), "hole"),
+        (header({"a": F32 | {"shape": [10**400] * 3}}), "expected dtype, shape and data_offsets"),
+        (header({"a": F32 | {"shape": [10**12]}}), "needs 4000000000000 bytes"),
+        (header({"a": F32 | {"shape": [1] * 100_000}}) + bytes(4), "expected dtype, shape and data_offsets"),
+        (header({"a": F32 | {"shape": [-1]}}), "expected dtype, shape and data_offsets"),
+        (header({"a": F32 | {"dtype": "F" * 10**6}}) + bytes(4), "known are"),
+        (header({"a" * 10**6: F32}), "truncated"),
+        (header({"a" * 10**6: F32 | {"shape": [2]}}), "needs 8 bytes"),
+        (header(b"[" * 10**6), "damaged header"),
+        (header(b'{"a":' * 10**5), "damaged header"),
+        (header(b'{"a": 1, "a": 1}'), "damaged header"),
+    ],
+)
+def test_a_header_that_no_file_has(run: Any, places: Path, content: bytes, why: str) -> None:
+    folder = source(places)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(content)
+    ended = run("build", folder, "--output", "made")
+    must_fail_well(ended)
+    assert why in ended.err and len(ended.err) < 2000, ended.err
+
+
+@pytest.mark.parametrize(("field", "value"), [("tokens_per_image", 10**12), ("context_length", 10**13), ("vocab_size", 2.5)])
+def test_settings_of_a_bundle_that_no_model_has(run: Any, places: Path, field: str, value: object) -> None:
+    manifest = json.loads((places / "bundle" / MANIFEST).read_bytes())
+    config = {"context_length": 100, "vocab_size": 9, "hidden_size": 8, "bos_token_id": None, "eos_token_ids": [1], "image_token_id": 3}
+    manifest["config"] = config | {"tokens_per_image": 4, field: value}
+    (places / "bundle" / MANIFEST).write_text(json.dumps(manifest))
+    ended = run("chat", "--bundle", "bundle", "--prompt", "x")
+    must_fail_well(ended)
+    assert field in ended.err, ended.err
+
+
+def test_a_name_that_cannot_be_shown(run: Any, places: Path) -> None:
+    for name in ("two\nlines", "\x1b[31m", "\udcff", "\u202e", "x" * 201, " x"):
+        ended = run("build", source(places), "--output", "made", "--name", name)
+        must_fail_well(ended)
+        assert "is no name" in ended.err and ended.err.rstrip("\n").isprintable(), ended.err
+        shutil.rmtree(places / "source")

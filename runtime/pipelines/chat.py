@@ -17,7 +17,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
@@ -59,6 +59,10 @@ class Defaults(Frozen):
         return max(self.max_length - prompt, 1) if self.max_length else self.max_tokens
 
 
+LONGEST: Final = 1 << 24
+"""Tokens, or features of one: more than any model has."""
+
+
 class ChatConfig(Frozen):
     """The settings of a chat bundle: `Manifest.config`, written when the bundle is built.
 
@@ -67,14 +71,14 @@ class ChatConfig(Frozen):
     `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0 is one call.
     """
 
-    context_length: int = Field(ge=1)
-    vocab_size: int = Field(ge=1)
-    hidden_size: int = Field(ge=1)
+    context_length: int = Field(ge=1, le=LONGEST)
+    vocab_size: int = Field(ge=1, le=LONGEST)
+    hidden_size: int = Field(ge=1, le=LONGEST)
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     image_token_id: int | None = None
-    tokens_per_image: int = Field(default=0, ge=0)
-    prefill_chunk: int = Field(default=0, ge=0)
+    tokens_per_image: int = Field(default=0, ge=0, le=LONGEST)
+    prefill_chunk: int = Field(default=0, ge=0, le=LONGEST)
     defaults: Defaults = Defaults()
 
     @model_validator(mode="after")

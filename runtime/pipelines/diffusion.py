@@ -53,17 +53,17 @@ class Vae(Frozen):
 
     scaling_factor: float = Field(gt=0)
     shift_factor: float = 0.0
-    scale_factor: int = Field(ge=1)
-    latent_channels: int = Field(ge=1)
+    scale_factor: int = Field(ge=1, le=1024)
+    latent_channels: int = Field(ge=1, le=1024)
 
 
 class Sizes(Frozen):
     """Lengths that a picture's edges may have, in pixels: `min` to `max`, multiples of `multiple`; `default` where none is asked for."""
 
-    min: int = Field(ge=1)
-    max: int = Field(ge=1)
-    default: int = Field(ge=1)
-    multiple: int = Field(ge=1)
+    min: int = Field(ge=1, le=limits.EDGE.most)
+    max: int = Field(ge=1, le=limits.EDGE.most)
+    default: int = Field(ge=1, le=limits.EDGE.most)
+    multiple: int = Field(ge=1, le=limits.EDGE.most)
 
     def check(self, field: str, length: int) -> int:
         """The same length. Raises InvalidInput for `field` when no picture may have it."""
