@@ -1,7 +1,7 @@
 """What a finished bundle gains or loses: an engine for another target, its canonical graphs, its signature. And what it weighs.
 
 A bundle changes by one rename, that of its manifest: files that are new lie there before, those no longer needed go after. Killed at any
-moment it is the old bundle or the new one, whole; at worst there are files besides that no manifest knows, which `Bundle.strangers`
+moment it is the old bundle or the new one, whole; at worst there are files besides that no manifest knows, which `Bundle.unknown_files`
 names and the next change removes.
 """
 
@@ -81,7 +81,7 @@ def add_target(
         engine = _compiler(bundle, name)
         engine.check_settings(settings)
         signed.check(bundle)
-        bundle.verify(strangers=False)
+        bundle.verify(unknown=False)
         submodels = bundle.manifest.submodels
         steps = [Step(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9) for what in ("compile", "check") for part in submodels]
         progress = Progress(steps, listen)
@@ -206,7 +206,7 @@ def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
         shutil.rmtree(left, ignore_errors=True)
     gone = {
         *(set(bundle.manifest.files) - set(manifest.files)),
-        *(path for path in Bundle(root).strangers() if path.startswith(f"{ENGINES}/")),
+        *(path for path in Bundle(root).unknown_files() if path.startswith(f"{ENGINES}/")),
     }
     for path in gone:
         (root / path).unlink(missing_ok=True)
@@ -258,7 +258,7 @@ def strip(root: Path, signed: Signed | None = None) -> tuple[Bundle, int]:
             return bundle, 0
         check_strippable(manifest.artifacts, [submodel.name for submodel in manifest.submodels])
         signed.check(bundle)
-        bundle.verify(strangers=False)
+        bundle.verify(unknown=False)
         freed = sum((root / path).stat().st_size for path in gone)
         kept = {path: known for path, known in manifest.files.items() if path not in gone}
         _swap(bundle, manifest.model_copy(update={"files": kept, "key": key_of(manifest.key, "stripped")}), signed)

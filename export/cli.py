@@ -250,6 +250,7 @@ def report(
     opened = Bundle(bundle)
     load_quality(opened)
     check_output(output)
+    opened.verify(unknown=False)  # what is shown is what was measured
     write(opened, output, time_bundle(opened, speed, show) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 

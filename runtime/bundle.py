@@ -278,7 +278,7 @@ class Bundle:
         """Where the artifact's files lie, relative to the bundle."""
         return PurePosixPath("engines", artifact.target, artifact.folder)
 
-    def strangers(self) -> list[str]:
+    def unknown_files(self) -> list[str]:
         """What lies in the bundle's folder and is not in the manifest, relative to it, sorted. Links are never followed."""
         present = set[str]()
         for folder, folders, files in os.walk(self.root, onerror=_raise):
@@ -287,23 +287,23 @@ class Bundle:
             present |= {(here / name).relative_to(self.root).as_posix() for name in names}
         return sorted(present - {MANIFEST, SIGNATURE} - set(self.manifest.files))
 
-    def verify(self, strangers: bool = True) -> None:
+    def verify(self, unknown: bool = True) -> None:
         """Compare every file with its hash. Raises BundleError naming each that is missing, altered or no regular file.
 
-        Also named is what loading would open though no hash of it is listed; with `strangers`, whatever is not listed. Files whose names
+        Also named is what loading would open though no hash of it is listed; with `unknown`, whatever is not listed. Files whose names
         lead out of the bundle, graphs whose weights do, and another manifest than the one that was opened are refused.
         """
         self._matched.clear()
-        self._verify(strangers)
+        self._verify(unknown)
 
     def verify_again(self) -> None:
         """`verify`, but files are hashed only where they changed since they were last found as listed: a matter of milliseconds.
 
         To be called before files are opened again, and after native code has opened them by name. Raises BundleError.
         """
-        self._verify(strangers=False)
+        self._verify(unknown=False)
 
-    def _verify(self, strangers: bool) -> None:
+    def _verify(self, unknown: bool) -> None:
         if _read_manifest(self.root) != self.content:
             raise BundleError(
                 f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the program anew"
@@ -323,7 +323,7 @@ class Bundle:
             except OSError as error:
                 faults.append(f"{relative} cannot be read ({error.strerror})")
         try:
-            faults += [f"{relative} is not in the manifest" for relative in (self.strangers() if strangers else self._readable_strangers())]
+            faults += [f"{relative} is not in the manifest" for relative in (self.unknown_files() if unknown else self._readable_unknown())]
         except OSError as error:
             faults.append(f"{error.filename} cannot be read ({error.strerror})")
         faults += [f"{relative}, which is read when it is loaded, is not in the manifest" for relative in self._unlisted()]
@@ -363,7 +363,7 @@ class Bundle:
         needed += [submodel.graph for submodel in self.manifest.submodels if self.graph_files(submodel)]
         return sorted(set(needed) - set(self.manifest.files))
 
-    def _readable_strangers(self) -> list[str]:
+    def _readable_unknown(self) -> list[str]:
         """What is not listed and lies where loading reads: beside graphs, compiled files and the model's own files."""
         manifest, read = self.manifest, set(map(PurePosixPath, MODEL_FILES))
         read |= {PurePosixPath(submodel.graph).parent for submodel in manifest.submodels}

@@ -93,12 +93,16 @@ class EngineUnavailable(EngineError):
 
 
 class MissingDependency(EnginecastError):
-    """An optional package is needed. The message names the extra that installs it."""
+    """An optional package is needed. The message names the extra that installs it, and why one that is installed cannot be imported."""
 
     exit_code = 8
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed, which this needs: pip install 'enginecast[{extra}]'")
+    def __init__(self, package: str, extra: str, reason: str = "") -> None:
+        install = f"pip install 'enginecast[{extra}]'"
+        if reason:
+            super().__init__(f"{package} is installed and cannot be imported ({reason}): install what is missing, or again with {install}")
+        else:
+            super().__init__(f"{package} is not installed, which this needs: {install}")
 
 
 class ResourceExhausted(EnginecastError):

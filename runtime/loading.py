@@ -109,7 +109,7 @@ def load_model(
 def _verify(bundle: Bundle, public: Path | None) -> None:
     """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and as it was hashed."""
     if public is None:
-        bundle.verify(strangers=False)
+        bundle.verify(unknown=False)
     else:
         require_signature(bundle, public)
     kind = bundle.manifest.pipeline

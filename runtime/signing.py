@@ -56,7 +56,7 @@ def generate(private: Path, public: Path) -> str:
 def sign(bundle: Bundle, private: Path) -> Signature:
     """Sign what lies there, once every file has been compared with its hash. A signature that was there is replaced.
 
-    Raises BundleError when the bundle is damaged or holds strangers, InvalidInput or NotFound when the key is none.
+    Raises BundleError when the bundle is damaged or holds unknown files, InvalidInput or NotFound when the key is none.
     """
     key = private_key(private)
     bundle.verify()

@@ -182,7 +182,7 @@ def test_a_bundle_that_cannot_be_written(root: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch, pytest.raises(ResourceExhausted, match=message):
         patch.setattr(export.artifacts, where, refuse)
         add_target(root, "bound")
-    Bundle(root).verify(strangers=False)
+    Bundle(root).verify(unknown=False)
     assert before.items() <= content(root).items()
     add_target(root, "bound")[0].verify()
 
@@ -211,7 +211,7 @@ def test_a_bundle_that_was_replaced_meanwhile(root: Path, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch, pytest.raises(BundleError, match="was changed by another program meanwhile"):
         patch.setattr(Bound, "compile_with", meanwhile)
         add_target(root, "bound")
-    Bundle(root).verify(strangers=False)
+    Bundle(root).verify(unknown=False)
     add_target(root, "bound")[0].verify()
 
 
@@ -236,7 +236,7 @@ def test_killed_while_it_compiles_the_old_bundle_is_left(root: Path) -> None:
     [
         ("(export.artifacts, '_swap')", False),
         ("(export.artifacts, 'written')", False),
-        ("(export.artifacts.Bundle, 'strangers')", True),
+        ("(export.artifacts.Bundle, 'unknown_files')", True),
         ("(export.artifacts.Path, 'rmdir')", True),
     ],
     ids=["files in place", "manifest unwritten", "manifest written", "files removed"],
@@ -250,7 +250,7 @@ def test_killed_while_it_swaps_one_of_the_two_is_left(root: Path, place: str, ne
     ended = subprocess.run([sys.executable, "-c", SWAP, str(root), place], check=False)
     assert ended.returncode == -signal.SIGKILL
     after = Bundle(root)
-    after.verify(strangers=False)
+    after.verify(unknown=False)
     assert (after.content != before.content) == new
     assert [one.settings for one in after.artifacts("bound", "unet")][-1] == ({} if new else {"shapes": "small"})
     add_target(root, "bound")[0].verify()

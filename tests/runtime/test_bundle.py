@@ -130,10 +130,10 @@ def test_what_is_of_a_graph_and_what_was_compiled_of_it(tmp_path: Path, manifest
     assert not bundle.artifacts("onnxruntime", "unet")
 
 
-def test_links_to_nowhere_are_strangers(tmp_path: Path, manifest: dict[str, Any]) -> None:
+def test_links_to_nowhere_are_unknown_files(tmp_path: Path, manifest: dict[str, Any]) -> None:
     (tmp_path / "engines").symlink_to(tmp_path / "nowhere")
     bundle = opened(tmp_path, manifest)
-    bundle.verify(strangers=False)
+    bundle.verify(unknown=False)
     with pytest.raises(BundleError, match="engines is not in the manifest"):
         bundle.verify()
 
@@ -238,7 +238,7 @@ def test_only_regular_files_are_opened(
     (tmp_path / name).unlink(missing_ok=True)
     put(tmp_path / name)
     with pytest.raises(BundleError, match=r"cannot be read|is damaged"):
-        Bundle(tmp_path).verify(strangers=False)
+        Bundle(tmp_path).verify(unknown=False)
 
 
 def test_what_loading_would_open_must_be_listed(tmp_path: Path, manifest: dict[str, Any]) -> None:
@@ -256,17 +256,17 @@ def test_what_loading_would_open_must_be_listed(tmp_path: Path, manifest: dict[s
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"?")
     with pytest.raises(BundleError) as caught:
-        opened(tmp_path, manifest | {"artifacts": [artifact]}).verify(strangers=False)
+        opened(tmp_path, manifest | {"artifacts": [artifact]}).verify(unknown=False)
     assert all(f"{name} is not in the manifest" in str(caught.value) for name in names)
     assert "notes" not in str(caught.value) and "page" not in str(caught.value) and "9b" not in str(caught.value)
     with pytest.raises(BundleError, match=r"onnx/unet/model\.onnx is not in the manifest"):
-        opened(tmp_path, manifest | {"files": {}}).verify(strangers=False)
+        opened(tmp_path, manifest | {"files": {}}).verify(unknown=False)
 
 
 def test_a_graph_beside_the_manifest(tmp_path: Path, manifest: dict[str, Any]) -> None:
     (tmp_path / "g").write_bytes(b"?")
     with pytest.raises(BundleError, match=r"damaged: g is not in the manifest\."):
-        opened(tmp_path, manifest | {"submodels": [PART | {"graph": "g"}]}).verify(strangers=False)
+        opened(tmp_path, manifest | {"submodels": [PART | {"graph": "g"}]}).verify(unknown=False)
 
 
 def test_compiled_files_that_are_not_there_and_not_listed(tmp_path: Path, manifest: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def test_links_that_lead_out_of_the_bundle(tmp_path: Path, manifest: dict[str, A
         (root / "onnx" / "unet").mkdir()
         (root / "onnx" / "unet" / "model.onnx").symlink_to(graph)
     with pytest.raises(BundleError, match=r"onnx/unet/model\.onnx is a link that leads out of the bundle"):
-        opened(root, manifest).verify(strangers=False)
+        opened(root, manifest).verify(unknown=False)
 
 
 def entry(location: str) -> bytes:
@@ -304,7 +304,7 @@ def test_a_graph_whose_weights_are_not_listed(tmp_path: Path, manifest: dict[str
     graph = tmp_path / "onnx" / "unet" / "model.onnx"
     graph.write_bytes(entry(location))
     with pytest.raises(BundleError, match=r"model\.onnx has weights in '.*', which is not in the manifest"):
-        opened(tmp_path, manifest | {"files": {"onnx/unet/model.onnx": sha256(graph)}}).verify(strangers=False)
+        opened(tmp_path, manifest | {"files": {"onnx/unet/model.onnx": sha256(graph)}}).verify(unknown=False)
 
 
 def test_a_graph_whose_weights_are_listed(tmp_path: Path, manifest: dict[str, Any]) -> None:
@@ -323,7 +323,7 @@ def test_a_graph_whose_weights_are_listed(tmp_path: Path, manifest: dict[str, An
 def test_what_changed_since_is_compared_again(tmp_path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     graph = tmp_path / "onnx" / "unet" / "model.onnx"
     bundle = opened(tmp_path, manifest)
-    bundle.verify(strangers=False)
+    bundle.verify(unknown=False)
     hashed: list[Path] = []
     monkeypatch.setattr(runtime.bundle, "open_regular", lambda path: hashed.append(path) or open_regular(path))
     bundle.verify_again()
