@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
-from typing import Final
+from typing import IO, Final
 
 from rich.console import Console
 
@@ -26,26 +27,35 @@ class Show:
 
     def __init__(self) -> None:
         self._said = time.monotonic()
+        self._number = 0
+        self._file: IO[str] = sys.stdout
+        self._live_lines = False
 
     def __call__(self, report: Report) -> None:
+        if report.number != self._number or report.seconds is not None:
+            # kept while a step runs: it may redirect the output of libraries that print
+            self._number, self._file, self._live_lines = report.number, out.file, out.is_terminal
         head = f"[{report.number:2d}/{report.total}] {report.step.submodel:<16} {report.step.stage:<20}"
         left = f"ETA {duration(report.eta):>8}"
         if report.seconds is not None:
             self._live("")
             self._line(f"{head} {report.seconds:7.1f} s  {left}  {report.detail}".rstrip())
-        elif out.is_terminal:
+        elif self._live_lines:
             self._live(f"{head} {report.elapsed:7.0f} s  {left}  {report.detail}"[: out.width - 1])
         elif time.monotonic() - self._said >= QUIET:
             self._line(f"{head} {report.elapsed:7.0f} s  {left}  {report.detail} ...".rstrip())
 
     def _line(self, text: str) -> None:
-        out.print(text, markup=False)
+        self._write(f"{text}\n")
         self._said = time.monotonic()
 
     def _live(self, text: str) -> None:
-        if out.is_terminal:
-            out.file.write(f"\r\x1b[2K{text}")
-            out.file.flush()
+        if self._live_lines:
+            self._write(f"\r\x1b[2K{text}")
+
+    def _write(self, text: str) -> None:
+        self._file.write(text)
+        self._file.flush()
 
 
 show = Show()
