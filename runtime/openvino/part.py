@@ -25,17 +25,23 @@ def work(node: Any) -> int:
 
 
 def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int) -> tuple[str, int]:
-    """The product at which the first layers end that have `budget` multiplications, "" for the whole model; and how many the whole has.
+    """The first product that needs `budget` multiplications, its own included, "" where there is none; and how many the whole model has.
 
     The model's inputs get these shapes.
     """
     model.reshape({name: list(shape) for name, shape in shapes.items()})
-    end, total = "", 0
+    works, behind = list[int](), dict[str, int]()
+    end = ""
     for node in model.get_ordered_ops():
-        total += work(node)
-        if not end and total >= budget and node.get_type_name() in PRODUCTS:
+        works.append(work(node))
+        needed = 1 << (len(works) - 1)  # a bit for each node
+        for port in node.inputs():
+            needed |= behind[port.get_source_output().get_node().get_friendly_name()]
+        behind[node.get_friendly_name()] = needed
+        could_end = not end and node.get_type_name() in PRODUCTS and sum(works) >= budget
+        if could_end and sum(count for place, count in enumerate(works) if needed >> place & 1) >= budget:
             end = node.get_friendly_name()
-    return end, total
+    return end, sum(works)
 
 
 def cut(model: Any, end: str) -> Any:
