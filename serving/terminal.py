@@ -128,8 +128,8 @@ def _summary(done: image_pb2.ImageDone | chat_pb2.ChatDone, what: str, verbose: 
     for use in engines if verbose else ():
         calls = f"{use.calls} call{'s' * (use.calls != 1)}, {use.seconds:.2f} s"
         _say(f"  {use.submodel}: {calls} on {use.device}, {use.precision}")
-        for fallback in use.fallbacks:
-            _say(f"    {fallback}")
+        for line in (*use.fallbacks, *use.choices):
+            _say(f"    {line}")
     for note in done.notes:
         _say(f"note: {note}")
 

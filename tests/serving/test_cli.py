@@ -71,8 +71,11 @@ class TestGenerate:
 
     def test_verbose(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", f"{tmp_path}/x.png", "--steps", "2")
+        warm.draw.engine.decisions = {"attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")}
         lines = run("generate", *base, "-v").err.splitlines()
-        assert len(lines) == 2 and re.fullmatch(r"  denoiser: 2 calls, \d\.\d\d s on none, int8 W8A8, float32", lines[1])
+        assert len(lines) == 3 and re.fullmatch(r"  denoiser: 2 calls, \d\.\d\d s on none, int8 W8A8, float32", lines[1])
+        assert lines[2] == "    attention=float32: measured on this processor: 1.24 x as fast as the default"
+        assert len(run("generate", *base).err.splitlines()) == 1
 
     def test_several_pictures(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         ended = run(
