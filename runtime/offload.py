@@ -156,6 +156,7 @@ class OffloadedEngine(Engine):
         if self._engine is None:
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
+            memory.give_back()  # what was measured while loading is no part of the engine
             self.device, self.fallbacks, self._computes = self._engine.device, self._engine.fallbacks, self._engine.computes
             self.decisions = self._engine.decisions
             self.reload_seconds += time.perf_counter() - began if self.loads else 0.0
