@@ -60,7 +60,7 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
         return artifact.model_copy(update={"unchecked": str(error)})
     with closing(emulated):
         found = _compare(emulated, reference)
-    quantized = "int" in submodel.precision or submodel.dynamic
+    quantized = submodel.dynamic or any(word in submodel.precision for word in ("int", "W8A8"))
     least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
