@@ -16,6 +16,7 @@ from calibration.questions import draw_scene, scene_questions
 from calibration.scenes import held_out, picture_scenes, render
 from calibration.sets import Kind
 from runtime.errors import InvalidInput, NotFound
+from runtime.files import read_regular
 from runtime.images import Picture, decode_image
 from runtime.pipelines.chat import ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
@@ -234,7 +235,7 @@ def _bytes(path: Path, field: str) -> bytes:
     try:
         if path.stat().st_size > LONGEST:
             raise InvalidInput(field, f"has {path.stat().st_size} bytes, expected {LONGEST} at most")
-        return path.read_bytes()
+        return read_regular(path, LONGEST)
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise InvalidInput(field, f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -73,9 +74,9 @@ def _replace(folder: Path, output: Path) -> None:
 
 
 def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
-    """The file kept under `key`; made by `make(path)` when it is not there yet. Only whole files are ever seen."""
+    """The file kept under `key`; made by `make(path)` when it is not there yet, or damaged, as after a loss of power."""
     path = cache_folder() / f"{key}{suffix}"
-    if not path.is_file():
+    if not _whole(path):
         part = unfinished(f"{key}{suffix}")
         try:
             make(part)
@@ -83,6 +84,16 @@ def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
         finally:
             part.unlink(missing_ok=True)
     return path
+
+
+def _whole(path: Path) -> bool:
+    """Whether there is a file that is not empty and, of JSON, can be read."""
+    if not path.is_file() or not path.stat().st_size:
+        return False
+    try:
+        return path.suffix != ".json" or json.loads(path.read_bytes()) is not None
+    except ValueError:
+        return False
 
 
 def unfinished(name: str) -> Path:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Final
 
 from pydantic import AwareDatetime, Field, ValidationError
 
 from runtime.bundle import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
+from runtime.files import read_regular
 from runtime.timing import Spread
 
 
@@ -41,6 +43,10 @@ class Row(Frozen):
     notes: str = ""
 
 
+LARGEST: Final = 1 << 28
+"""Bytes of a file of rows."""
+
+
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows at the end of a file, all or none. Raises ResourceExhausted when the disk is full."""
     data = "".join(f"{row.model_dump_json()}\n" for row in rows).encode()
@@ -62,7 +68,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 def read(path: Path) -> list[Row]:
     """Every row of a file, in order. Raises NotFound, or BundleError naming the line that is no row."""
     try:
-        lines = path.read_text().splitlines()
+        lines = read_regular(path, LARGEST).decode().splitlines()
     except OSError as error:
         raise NotFound(f"rows {path} cannot be read ({error.strerror}): `enginecast bench --store` writes such files") from None
     except UnicodeDecodeError:

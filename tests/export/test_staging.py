@@ -125,10 +125,18 @@ def test_a_step_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 
     def make(path: Path) -> None:
         made.append(path)
-        path.write_text("result")
+        path.write_text('"result"')
 
     first, second = cached("key", ".json", make), cached("key", ".json", make)
-    assert first == second == tmp_path / "cache" / "key.json" and first.read_text() == "result" and len(made) == 1
+    assert first == second == tmp_path / "cache" / "key.json" and first.read_text() == '"result"' and len(made) == 1
+
+
+@pytest.mark.parametrize(("suffix", "damage"), [(".json", b""), (".json", b'{"half": '), (".json", b"\x00" * 9), (".onnx", b"")])
+def test_a_step_that_was_damaged_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str, damage: bytes) -> None:
+    """As after a loss of power, which leaves names without contents."""
+    monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path))
+    cached("key", suffix, lambda path: path.write_text('"result"')).write_bytes(damage)
+    assert cached("key", suffix, lambda path: path.write_text('"again"')).read_text() == '"again"'
 
 
 def test_a_step_that_fails_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
