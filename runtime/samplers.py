@@ -284,6 +284,8 @@ def _noise_table(config: Schedule) -> NDArray[np.float32]:
 def _checked(timesteps: Floats, config: Schedule) -> Floats:
     """The same timesteps, if the model was trained on all of them and no two are equal. Raises InvalidInput naming `steps`."""
     last, steps = config.num_train_timesteps - 1, len(timesteps)
+    if not steps:
+        raise InvalidInput("steps", "the model's schedule (lambda_min_clipped) leaves none of so few steps. Use more steps")
     if timesteps[0] > last or timesteps[-1] < 0 or not (np.diff(timesteps) < 0).all():
         raise InvalidInput(
             "steps",

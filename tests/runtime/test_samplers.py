@@ -121,7 +121,7 @@ def theirs_is_sound(name: str, config: dict[str, Any], steps: int) -> bool:
     except IndexError:
         return False
     last = config.get("num_train_timesteps", 1000) - 1
-    return bool(timesteps.max() <= last and (np.diff(timesteps) < 0).all())
+    return bool(timesteps.size and timesteps.max() <= last and timesteps.min() >= 0 and (np.diff(timesteps) < 0).all())
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -132,11 +132,12 @@ def theirs_is_sound(name: str, config: dict[str, Any], steps: int) -> bool:
 def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: float, seed: int) -> None:
     """Timesteps, starting noise and result, over the whole space of supported configs."""
     assume(not (name == "euler_ancestral" and config.get("prediction_type") == "sample"))  # diffusers lacks it
+    assume(len(config.get("trained_betas", [0] * config.get("num_train_timesteps", 1000))) == config.get("num_train_timesteps", 1000))
     eta = eta if name == "ddim" else 0.0
     try:
         sampler = make_sampler(name, published(name, config), steps, eta)
     except InvalidInput as error:
-        assert error.field in ("steps", "sampler") or "trained_betas has" in str(error)
+        assert error.field in ("steps", "sampler")
         assert not theirs_is_sound(name, config, steps) or error.field != "steps", str(error)
         assume(False)
     if config.get("rescale_betas_zero_snr"):  # there torch's square root is off by a last bit, which decides rounded and cosine timesteps
