@@ -457,7 +457,7 @@ def test_samples(component: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_of_that_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("no hub id"))
-    with pytest.raises(EnginecastError, match=r"does not exist|holds no model"):
+    with pytest.raises(EnginecastError, match=r"does not exist|holds no model|is empty"):
         resolve(name)
 
 
