@@ -12,6 +12,7 @@ from rich.console import Console
 from export.progress import Report
 from runtime.bundle import Manifest
 from runtime.errors import InvalidInput
+from runtime.stopping import STOPPING
 
 out = Console(highlight=False, soft_wrap=True, markup=False)
 errors = Console(highlight=False, stderr=True, soft_wrap=True, markup=False)
@@ -32,6 +33,8 @@ class Show:
         self._live_lines = False
 
     def __call__(self, report: Report) -> None:
+        if STOPPING.is_set():
+            return
         if report.number != self._number or report.seconds is not None:
             # kept while a step runs: it may redirect the output of libraries that print
             self._number, self._file, self._live_lines = report.number, out.file, out.is_terminal

@@ -20,6 +20,8 @@ GRACE: Final = 2.0
 """Seconds that the main thread gets to leave what it does in order."""
 AGAIN: Final = 0.1
 """Seconds after which a signal that the main thread has not seen is sent to it again."""
+STOPPING: Final = threading.Event()
+"""Set once a signal has come: nothing more is to be printed."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -73,6 +75,7 @@ def _watch(reader: int, heard: threading.Event, result: str) -> None:
     number = next((received[0] for received in iter(lambda: os.read(reader, 1), b"") if received[0] in SIGNALS), None)
     if number is None:
         return
+    STOPPING.set()
     reason = "interrupted" if number == signal.SIGINT else "terminated"
     sys.stderr.write("\n" * sys.stderr.isatty() + f"enginecast: {reason}: {result}\n")
     sys.stderr.flush()
