@@ -59,12 +59,13 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="children share one import of the libraries")
 def test_signals(tiny_vlm: Path, tmp_path: Path) -> None:
     environment = os.environ | {"ENGINECAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(tiny_vlm), str(tmp_path)]
     ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment, timeout=280, check=False
+        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment, timeout=580, check=False
     )
     assert ended.returncode == 0, ended.stderr
     for name, stage, end, code, took, errors, left in json.loads(ended.stdout):
