@@ -17,14 +17,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from export.family import Reference
-from runtime.errors import UnsupportedModel
+from runtime.errors import SourceError, UnsupportedModel
 from runtime.signature import Dim, State, Tensor
 
 ATTENTION: Final = "enginecast_kv"
 """Name of the attention and of the mask that decoders compute with while they are traced."""
 
-DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2", "olmo3", "stablelm",
-    "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium", "nemotron")  # fmt: skip
+DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2", "olmo3",
+    "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium")  # fmt: skip
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
 
 CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
@@ -32,6 +32,9 @@ CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
 
 STATIC: Final = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary types whose frequencies are the same for every length."""
+
+LENGTHS: Final = ("dynamic", "longrope")
+"""Rotary types whose frequencies depend on the longest position of a call: keys that a cache holds would have others than new ones."""
 
 
 class Decoder(nn.Module):
@@ -190,7 +193,7 @@ def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dic
 
 
 def require_known(file: Any, text: Any) -> None:
-    """Raises UnsupportedModel naming what in the config of a decoder is not built here. `file` is the config's."""
+    """Raises UnsupportedModel or SourceError naming what in the config of a decoder is not built here. `file` is the config's."""
     if text.model_type not in DECODERS:
         raise UnsupportedModel(
             f"{file}: its language model (text_config.model_type) is a {text.model_type}, expected one of {', '.join(sorted(DECODERS))}: "
@@ -201,7 +204,11 @@ def require_known(file: Any, text: Any) -> None:
     for found in nested:
         kind = found.get("rope_type", "default")
         if kind not in STATIC:
+            reason = "whose frequencies change with the length of a conversation" if kind in LENGTHS else "which is not known"
             raise UnsupportedModel(
-                f"{file}: text_config has rotary embeddings of type '{kind}', whose frequencies change with the length of a conversation, "
-                f"expected one of {', '.join(STATIC)}: a graph has one set of frequencies. Take a checkpoint of the model without it"
+                f"{file}: text_config has rotary embeddings of type '{kind}', {reason}, expected one of {', '.join(STATIC)}: take a "
+                "checkpoint of the model without it"
             )
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < 1:
+        raise SourceError(f"{file}: text_config.sliding_window is {window}, expected 1 or more, or null for none. Correct it")

@@ -17,6 +17,7 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
 from runtime.errors import EngineError, EngineUnavailable, MissingDependency
 from runtime.lowering import to_half
+from runtime.ort.attention import grouped_fits
 from runtime.ort.engine import SessionEngine, stored
 from runtime.ort.kernels import DIRECTML, OPSET, check
 from runtime.ort.opset21 import to_opset21
@@ -24,6 +25,7 @@ from runtime.ort.sessions import ACCURACY, CPU, Device, sdk
 from runtime.ort.shapes import parse_shapes, shapes_of
 from runtime.ort.stored import Plan, load_graph, store
 from runtime.settings import Texts
+from runtime.signature import Signature
 from runtime.static_cache import capacity, with_static_cache
 
 PROVIDER: Final = "DmlExecutionProvider"
@@ -40,7 +42,7 @@ class Settings(Texts):
     are cut into such pieces, so that one of them should be 1.
     `context`: positions that a decoder's cache holds; by default all that the model has.
     `grouped`: whether single steps use GroupQueryAttention, which updates the cache in place and reads no padding. Decoders whose attention
-    is limited to a window never do: DirectML's kernel takes no window.
+    is limited to a window never do, as DirectML's kernel takes no window, nor do those whose heads have a size that it has no kernel for.
     """
 
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -97,7 +99,7 @@ class DirectML(SessionEngine):
         if signature.states:
             sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= positions)
             plan = plan.model_copy(update={"cache": "fixed", "shapes": sizes})
-            if settings.grouped and not any(signature.windows) and any(shape.get("sequence") == 1 for shape in sizes):
+            if settings.grouped and _steps_fit(signature) and any(shape.get("sequence") == 1 for shape in sizes):
                 plan = plan.model_copy(update={"step": f"{submodel.name}.step.onnx"})
                 models[plan.step] = cls._lowered(submodel, graph, positions, steps=True)
         options.progress(0.5, "Lowered")
@@ -145,3 +147,9 @@ class DirectML(SessionEngine):
     def _opened(cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str) -> DirectML:
         plan, opened = stored(submodel, root, cls.target, device, options, entries={ACCURACY: "0"}, fallback=fallback)
         return cls(submodel, name, device, plan, opened, fallback=fallback)
+
+
+def _steps_fit(signature: Signature) -> bool:
+    """Whether GroupQueryAttention computes what the decoder's attention does."""
+    sizes = [state.past.dims[-1] for state in signature.states]
+    return not any(signature.windows) and all(isinstance(size, int) and grouped_fits(size) for size in sizes)

@@ -18,6 +18,7 @@ from runtime.optional import require
 from runtime.signature import Signature
 
 CONTRIB: Final = "com.microsoft"
+HEAD_STEP: Final = 8
 HEADS_AND_LENGTH: Final = (0, 2, 1, 3)
 """The permutation between [batch, heads, length, size] and [batch, length, heads, size], either way."""
 
@@ -181,9 +182,16 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
     """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the same buffer.
 
     It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a layer. States have
-    the type that attention computes in. Raises EngineError when the graph's own masks allow other positions.
+    the type that attention computes in. Raises EngineError when the graph's own masks allow other positions, or for heads whose size
+    its kernels do not have.
     """
     require_windows(model, signature)
+    odd = next((node for node in model.graph if is_attention(node) and has_past(node) and not grouped_fits(heads(node)[2])), None)
+    if odd is not None:
+        raise EngineError(
+            f"node '{odd.name}' has heads of {heads(odd)[2]} values (head_dim in the model's config), and ONNX Runtime's "
+            f"GroupQueryAttention takes multiples of {HEAD_STEP}: build for another target, such as openvino"
+        )
     graph = Graph(model)
     lengths = _valid_lengths(graph)
     for node in [node for node in model.graph if is_attention(node) and has_past(node)]:
@@ -205,6 +213,11 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
         replace(graph, node, fused.outputs[0], count)
     model.opset_imports[CONTRIB] = 1
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
+
+
+def grouped_fits(size: int) -> bool:
+    """Whether GroupQueryAttention has kernels for heads of that size."""
+    return size % HEAD_STEP == 0
 
 
 def local(window: int) -> dict[str, int]:

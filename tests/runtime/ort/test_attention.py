@@ -14,6 +14,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from runtime.bundle import Bundle
 from runtime.errors import EngineError
 from runtime.lowering import to_half
+from runtime.ort import attention
 from runtime.ort.attention import with_grouped_cache, with_multihead
 from tests.runtime.ort.conftest import run, snr_db, toy, value
 
@@ -90,3 +91,11 @@ def test_attention_of_another_form() -> None:
     made.outputs[0].type = q.type
     with pytest.raises(EngineError, match=r"node 'packed' is no Attention over \[batch, heads, length, size\]"):
         with_multihead(toy([made], [q]))
+
+
+def test_heads_that_the_kernel_does_not_take_are_refused(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel itself would refuse them in the first call, when the bundle is in use."""
+    submodel = Bundle(tiny_bundle).submodel("decoder")
+    monkeypatch.setattr(attention, "HEAD_STEP", 16)
+    with pytest.raises(EngineError, match=r"has heads of 8 values .* takes multiples of 16: build for another target"):
+        with_grouped_cache(ir.load(tiny_bundle / submodel.graph), submodel.signature)
