@@ -1,7 +1,7 @@
 """int4 codes and scales of many weights in one safetensors file, written one weight at a time: none but the one at work is in memory.
 
-Tensors are named `weight/block/codes` and `weight/block/scales`, as `calibration.weights.Int4` has them. The header's metadata say how
-they came about.
+Tensors are named `weight/form/codes` and the like, as `calibration.weights.Int4` has them. The form is the block, with an `n` where nested.
+The header's metadata say how they came about.
 """
 
 from __future__ import annotations
@@ -25,20 +25,28 @@ from runtime.errors import SourceError
 METADATA: Final = "enginecast_codes"
 RECORD_BYTES: Final = 512
 """Room for what is said of one weight, besides its name, in the header: that is written last, before the tensors."""
-DTYPES: Final = {"codes": ("U8", np.uint8), "scales": ("F16", np.float16)}
+DTYPES: Final = {"codes": ("U8", np.uint8), "scales": ("F16", np.float16), "base": ("F32", np.float32)}
+Key = tuple[str, int, bool]
+"""A weight, the number of its rows that share a scale, and whether it is nested."""
 
 
 class Place(NamedTuple):
-    """A weight [rows, columns] and the number of its rows that share a scale."""
+    """A weight [rows, columns] and its form: the number of its rows that share a scale, and whether it is nested."""
 
     weight: str
     rows: int
     columns: int
     block: int
+    nested: bool = False
 
     @property
-    def shapes(self) -> dict[str, tuple[int, int]]:
-        return {"codes": (self.rows, self.columns // 2), "scales": (self.rows // self.block, self.columns)}
+    def key(self) -> Key:
+        return self.weight, self.block, self.nested
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        found: dict[str, tuple[int, ...]] = {"codes": (self.rows, self.columns // 2), "scales": (self.rows // self.block, self.columns)}
+        return found | {"base": (self.columns,)} if self.nested else found
 
 
 class CodeWriter:
@@ -51,7 +59,7 @@ class CodeWriter:
         for place in places:
             for kind, shape in place.shapes.items():
                 start, end = end, end + int(np.prod(shape)) * np.dtype(DTYPES[kind][1]).itemsize
-                name = _name(place.weight, place.block, kind)
+                name = _name(place.key, kind)
                 self._entries[name] = {"dtype": DTYPES[kind][0], "shape": shape, "data_offsets": (start, end)}
         room = sum(RECORD_BYTES + 2 * len(place.weight.encode()) for place in places)
         self._head = -(-(8 + len(self._header([])) + room) // 64) * 64
@@ -65,10 +73,9 @@ class CodeWriter:
         with suppress(FileNotFoundError):
             self._part.unlink()
 
-    def tensors(self, weight: str, block: int) -> tuple[NDArray[np.uint8], NDArray[np.float16]]:
+    def tensors(self, key: Key) -> Int4:
         """Codes and scales of one weight, mapped, to be filled in place."""
-        codes, scales = (self._mapped(_name(weight, block, kind), kind) for kind in DTYPES)
-        return codes, scales
+        return Int4(*(self._mapped(_name(key, kind), kind) for kind in _kinds(key)))
 
     def finish(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add what is said of the weights, and let the file appear."""
@@ -86,11 +93,12 @@ class CodeWriter:
         return np.memmap(self._part, DTYPES[kind][1], "r+", self._head + entry["data_offsets"][0], entry["shape"])
 
 
-def read_codes(path: Path) -> dict[tuple[str, int], Known]:
-    """What reads each weight, by its name and block. Raises SourceError for a file that is damaged or something else."""
+def read_codes(path: Path) -> dict[Key, Known]:
+    """What reads each weight, by its name and form. Raises SourceError for a file that is damaged or something else."""
     with _opened(path) as file:
         names = [name.rsplit("/", 2) for name in list(file.keys())]
-    return {(weight, int(block)): partial(_read, path, weight, int(block)) for weight, block, kind in names if kind == "codes"}
+    keys: list[Key] = [(weight, int(form.rstrip("n")), form.endswith("n")) for weight, form, kind in names if kind == "codes"]
+    return {key: partial(_read, path, key) for key in keys}
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -100,9 +108,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         return found
 
 
-def _read(path: Path, weight: str, block: int) -> Int4:
+def _read(path: Path, key: Key) -> Int4:
     with _opened(path) as file:
-        return Int4(*(file.get_tensor(_name(weight, block, kind)) for kind in DTYPES))
+        return Int4(*(file.get_tensor(_name(key, kind)) for kind in _kinds(key)))
 
 
 def _opened(path: Path) -> Any:
@@ -115,5 +123,10 @@ def _opened(path: Path) -> Any:
     return file
 
 
-def _name(weight: str, block: int, kind: str) -> str:
-    return f"{weight}/{block}/{kind}"
+def _kinds(key: Key) -> list[str]:
+    return [kind for kind in DTYPES if key[2] or kind != "base"]
+
+
+def _name(key: Key, kind: str) -> str:
+    weight, block, nested = key
+    return f"{weight}/{block}{'n' * nested}/{kind}"

@@ -10,7 +10,7 @@ The scales of a block are those of a few tried that leave the least of this cost
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,13 +34,17 @@ from calibration.weights import (
     WORKERS,
     Codes,
     Floats,
+    Int4,
+    blocks_of,
     check,
     half,
-    int4_blocks,
     matrix_columns,
+    nested,
+    nested_base,
     pack_int4,
     release,
 )
+from calibration.windows import add_windows
 from runtime.signature import Array
 
 DAMPING: Final = 0.05
@@ -73,13 +77,13 @@ class Compensation:
 
 
 class Compensated(NamedTuple):
-    """Codes [K, N] in -8..7 and float16 scales [K / block, N], compensated or, unless `chosen`, rounded.
+    """Codes [K, N] in -8..7 and scales [K / block, N] that can be stored, compensated or, unless `chosen`, rounded.
 
     Of the columns that were measured W^T H W, E^T H E by rounding, and as it is, each summed.
     """
 
     codes: Codes
-    scales: NDArray[np.float16]
+    scales: Floats
     chosen: bool
     signal: float
     rounded: float
@@ -110,27 +114,35 @@ def factor(hessian: Hessian) -> Factor:
     return Factor(lower, np.square(roots))
 
 
-def compensated(weights: Floats, hessian: Floats, found: Factor, block: int) -> Compensated:
-    """int4 blocks of weights [K, N], compensated where that leaves less error than rounding, on the rows of H and some of the columns."""
+def compensated(weights: Floats, hessian: Floats, found: Factor, block: int, base: Floats | None = None) -> Compensated:
+    """int4 blocks of weights [K, N], compensated where that leaves less error than rounding, on the rows of H and some of the columns.
+
+    With `base` [N] they are nested: scales are multiples of it.
+    """
     importance = np.diagonal(hessian).copy()
-    codes, scales = _compensated(weights, found, block)
+    codes, scales = _compensated(weights, found, block, half if base is None else partial(nested, base))
     some = np.linspace(0, weights.shape[1] - 1, min(MEASURED, weights.shape[1])).astype(int)
     part = weights[:, some]
     signal, rounded, error = (
         _power(columns, hessian)
         for columns in (
             part,
-            _restored(*int4_blocks(part, block, importance), block) - part,
+            _restored(*_plain(part, block, importance, None if base is None else base[some]), block) - part,
             _restored(codes[:, some], scales[:, some], block) - part,
         )
     )
     if error < rounded:
         return Compensated(codes, scales, True, signal, rounded, error)
-    return Compensated(*int4_blocks(weights, block, importance), False, signal, rounded, rounded)
+    return Compensated(*_plain(weights, block, importance, base), False, signal, rounded, rounded)
 
 
-def _restored(codes: Codes, scales: NDArray[np.float16], block: int) -> Floats:
-    return np.multiply(codes, np.repeat(scales.astype(np.float32), block, axis=0), dtype=np.float32)
+def _plain(weights: Floats, block: int, importance: Floats, base: Floats | None) -> tuple[Codes, Floats]:
+    """Rounded by importance."""
+    return blocks_of(weights, block, importance, half if base is None else partial(nested, base))
+
+
+def _restored(codes: Codes, scales: Floats, block: int) -> Floats:
+    return np.multiply(codes, np.repeat(scales, block, axis=0), dtype=np.float32)
 
 
 def _power(columns: Floats, hessian: Floats) -> float:
@@ -138,32 +150,36 @@ def _power(columns: Floats, hessian: Floats) -> float:
     return float(np.einsum("kn,kn->", columns, hessian @ columns, dtype=np.float64))
 
 
-def _compensated(weights: Floats, found: Factor, block: int) -> tuple[Codes, NDArray[np.float16]]:
+Snap = Callable[[Floats], Floats]
+"""Gives the scales [..., N] that can be stored next to others."""
+
+
+def _compensated(weights: Floats, found: Factor, block: int, snap: Snap) -> tuple[Codes, Floats]:
     lower, pivots = found
     codes = np.empty(weights.shape, np.int8)
     errors = np.empty_like(weights)
-    scales = np.empty((len(weights) // block, weights.shape[1]), np.float16)
+    scales = np.empty((len(weights) // block, weights.shape[1]), np.float32)
     for start in reversed(range(0, len(weights), block)):
         rows, below = slice(start, start + block), slice(start + block, None)
         shift = lower[below, rows].T @ errors[below]
-        levels, scale = _block(weights[rows], shift, lower[rows, rows], pivots[rows])
+        levels, scale = _block(weights[rows], shift, lower[rows, rows], pivots[rows], snap)
         codes[rows], scales[start // block] = levels, scale
         errors[rows] = weights[rows] - levels * scale
     return codes, scales
 
 
-def _block(weights: Floats, shift: Floats, inner: Floats, pivots: Floats) -> tuple[Floats, Floats]:
+def _block(weights: Floats, shift: Floats, inner: Floats, pivots: Floats, snap: Snap) -> tuple[Floats, Floats]:
     """Levels [block, N] and scale [N] of rows that the errors of others move by `shift`."""
     free = weights + np.linalg.solve(inner.T, shift)  # what would leave no error
     peak = np.maximum(free.max(axis=0), -free.min(axis=0)) / np.float32(INT4_PEAK)
-    tried = np.stack([half(peak * np.float32(share)) for share in WEIGHTED_SHARES])
+    tried = np.stack([snap(peak * np.float32(share)) for share in WEIGHTED_SHARES])
     levels, cost = _rounded(weights, shift, inner, pivots, tried)
     best, every = cost.argmin(axis=0), np.arange(weights.shape[1])
     chosen, scale, least = levels[:, best, every], tried[best, every], cost[best, every]
     seen, exact = inner.T @ chosen, inner.T @ free
     power = np.einsum("k,kn,kn->n", pivots, seen, seen)
     fitted = np.einsum("k,kn,kn->n", pivots, seen, exact) / np.where(power > 0, power, 1)
-    fitted = half(np.where(fitted > 0, np.minimum(fitted, peak), peak))
+    fitted = snap(np.where(fitted > 0, np.minimum(fitted, peak), peak))
     levels, cost = _rounded(weights, shift, inner, pivots, fitted[None])
     better = cost[0] < least
     return np.where(better, levels[:, 0], chosen), np.where(better, fitted, scale)
@@ -199,73 +215,116 @@ def compensate(
     `model` is the float graph; the weights are those it has once `folds` are carried out. The file appears whole or not at all. Raises
     InvalidInput as `hessians` does, and SourceError for weights that are not finite.
     """
-    readers = _readers(equalize(model, folds), layers)
+    watched = model.clone()
+    readers = _readers(equalize(model, folds), watched, layers)
     scales = folded_scales(folds)
-    made: list[Compensation] = []
-    with CodeWriter(output, [Place(p.weight, *layer.matrix, p.block) for group in readers.values() for layer, p in group]) as writer:
-        for tensor, seen in hessians(model, list(readers), samples):
+    places = {_place(one): None for group in readers.values() for one in group}
+    made: dict[str, _Made] = {}
+    with CodeWriter(output, list(places)) as writer:
+        for tensor, seen in hessians(watched, list(readers), samples):
             hessian = seen.divided(scales[tensor]) if tensor in scales else seen
-            made += _compensate(readers[tensor], hessian, writer)
-        writer.finish([asdict(one) for one in made])
-    return made
+            try:
+                found: Factor | str = factor(hessian)
+            except np.linalg.LinAlgError as error:
+                found = str(error)
+            for one in readers[tensor]:
+                made.setdefault(one.planned.weight, _Made()).add(_weight(one, hessian, found, writer), hessian.rows, found)
+        told = [one.told(weight) for weight, one in made.items()]
+        writer.finish([asdict(one) for one in told])
+    return told
 
 
-def _readers(model: ir.Model, layers: Sequence[LayerPlan]) -> dict[str, list[tuple[Layer, LayerPlan]]]:
-    """The layers whose weights are int4, by the tensor they read; a weight that several use is the first one's, as `quantize` has it."""
+class _Reader(NamedTuple):
+    """A layer with an int4 weight, and the rows of that weight that one tensor is multiplied by: all, or a part of a convolution's."""
+
+    layer: Layer
+    planned: LayerPlan
+    rows: slice
+
+
+@dataclass
+class _Made:
+    """What was made of the parts of a weight so far."""
+
+    rows: int = 0
+    signal: float = 0.0
+    rounded: float = 0.0
+    error: float = 0.0
+    chosen: int = 0
+    columns: int = 0
+    reason: str = ""
+
+    def add(self, done: Sequence[tuple[float, float, float, int, int]], rows: int, found: Factor | str) -> None:
+        self.rows, self.reason = rows, found if isinstance(found, str) else self.reason
+        for signal, rounded, error, chosen, columns in done:
+            self.signal, self.rounded, self.error = self.signal + signal, self.rounded + rounded, self.error + error
+            self.chosen, self.columns = self.chosen + chosen, self.columns + columns
+
+    def told(self, weight: str) -> Compensation:
+        snr, before = (
+            10 * math.log10(self.signal / noise) if self.signal > 0 and noise > 0 else MOST_SNR for noise in (self.error, self.rounded)
+        )
+        reason = self.reason or ("" if self.chosen else "rounding leaves no more error")
+        return Compensation(weight, self.rows, snr, snr - before, self.chosen / self.columns, reason)
+
+
+def _readers(model: ir.Model, watched: ir.Model, layers: Sequence[LayerPlan]) -> dict[str, list[_Reader]]:
+    """The layers of `model` whose weights are int4, by the tensor of `watched` they read; a weight that several use is the first one's.
+
+    Windows of convolutions are added to `watched`, which is the same graph with its weights as they were.
+    """
     plans = {planned.node: planned for planned in layers}
-    found: dict[str, list[tuple[Layer, LayerPlan]]] = {}
-    known = set[tuple[str, int]]()
-    for layer in weight_layers(model):
+    found: dict[str, list[_Reader]] = {}
+    known = set[tuple[str, int, bool]]()
+    for layer, same in zip(weight_layers(model), weight_layers(watched), strict=True):
         planned = plans[name_of(layer.node)]
-        if planned.weight_type == "int4" and (planned.weight, planned.block) not in known:
-            known.add((planned.weight, planned.block))
-            found.setdefault(name_of(layer.node.inputs[0]), []).append((layer, planned))
+        key = planned.weight, planned.block, planned.nested
+        if planned.weight_type != "int4" or key in known:
+            continue
+        known.add(key)
+        read = [(name_of(layer.node.inputs[0]), slice(0, layer.matrix[0]))]
+        for tensor, rows in add_windows(watched, same, planned.block) if planned.op == "Conv" else read:
+            found.setdefault(tensor, []).append(_Reader(layer, planned, rows))
     return found
 
 
-def _compensate(group: Iterable[tuple[Layer, LayerPlan]], hessian: Hessian, writer: CodeWriter) -> list[Compensation]:
-    """Fill in the weights that read one tensor."""
-    try:
-        found: Factor | str = factor(hessian)
-    except np.linalg.LinAlgError as error:
-        found = str(error)
-    return [_weight(layer, planned, hessian, found, writer) for layer, planned in group]
+def _place(one: _Reader) -> Place:
+    return Place(one.planned.weight, *one.layer.matrix, one.planned.block, one.planned.nested)
 
 
-def _weight(layer: Layer, planned: LayerPlan, hessian: Hessian, found: Factor | str, writer: CodeWriter) -> Compensation:
-    tensor, columns = tensor_of(layer.weight), layer.matrix[1]
-    fill = partial(_fill, layer, planned, hessian.matrix, found, writer.tensors(planned.weight, planned.block))
+def _weight(one: _Reader, hessian: Hessian, found: Factor | str, writer: CodeWriter) -> list[tuple[float, float, float, int, int]]:
+    """Fill in a weight, or a part; the signal and errors that `compensated` measured, and how many columns are compensated, of how many."""
+    tensor, columns = tensor_of(one.layer.weight), one.layer.matrix[1]
+    fill = partial(_fill, one, hessian.matrix, found, writer.tensors(_place(one).key), tensor.numpy())
     # A thread's products are of one block: too small to be shared among the threads of a BLAS, which would wait for one another.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
         starts = range(0, columns, COLUMNS)
-        done = list(pool.map(partial(fill, tensor.numpy()), (slice(start, min(start + COLUMNS, columns)) for start in starts)))
+        done = list(pool.map(fill, (slice(start, min(start + COLUMNS, columns)) for start in starts)))
+    del fill
     release(tensor)
-    if isinstance(found, str):
-        return Compensation(planned.weight, hessian.rows, reason=found)
-    signal, rounded, error, chosen = (sum(numbers) for numbers in zip(*done, strict=True))
-    snr, before = (10 * math.log10(signal / noise) if signal > 0 and noise > 0 else MOST_SNR for noise in (error, rounded))
-    reason = "" if chosen else "rounding leaves no more error"
-    return Compensation(planned.weight, hessian.rows, snr, snr - before, chosen / columns, reason)
+    return done
 
 
 def _fill(
-    layer: Layer,
-    planned: LayerPlan,
-    hessian: Floats,
-    found: Factor | str,
-    into: tuple[NDArray[np.uint8], NDArray[np.float16]],
-    values: NDArray[Any],
-    chunk: slice,
-) -> tuple[float, float, float, int]:
-    """Codes and scales of some columns into place; the signal and errors that `compensated` measured, and how many are compensated."""
-    part = matrix_columns(values, layer.transposed, layer.matrix[0], chunk)
-    check(planned.weight, part, INT4_LARGEST)
-    codes, scales = into
-    packed = slice(chunk.start // 2, chunk.stop // 2)
+    one: _Reader, hessian: Floats, found: Factor | str, into: Int4, values: NDArray[Any], chunk: slice
+) -> tuple[float, float, float, int, int]:
+    """Codes and scales of some columns into place."""
+    planned, transposed = one.planned, one.layer.transposed or one.planned.op == "Conv"
+    whole = matrix_columns(values, transposed, one.layer.matrix[0], chunk)
+    check(planned.weight, whole, INT4_LARGEST)
+    base = nested_base(whole, planned.block) if planned.nested else None
+    part, blocks = whole[one.rows], slice(one.rows.start // planned.block, one.rows.stop // planned.block)
     if isinstance(found, str):
-        chosen, scales[:, chunk] = int4_blocks(part, planned.block, np.diagonal(hessian).copy())
-        codes[:, packed] = pack_int4(chosen)
-        return 0.0, 0.0, 0.0, 0
-    made = compensated(part, hessian, found, planned.block)
-    codes[:, packed], scales[:, chunk] = pack_int4(made.codes), made.scales
-    return made.signal, made.rounded, made.error, part.shape[1] if made.chosen else 0
+        codes, scales = _plain(part, planned.block, np.diagonal(hessian).copy(), base)
+        figures = 0.0, 0.0, 0.0, 0, part.shape[1]
+    else:
+        made = compensated(part, hessian, found, planned.block, base)
+        codes, scales = made.codes, made.scales
+        figures = made.signal, made.rounded, made.error, part.shape[1] if made.chosen else 0, part.shape[1]
+    into.codes[one.rows, chunk.start // 2 : chunk.stop // 2] = pack_int4(codes)
+    if base is None:
+        into.scales[blocks, chunk] = scales
+    else:
+        assert into.base is not None
+        into.scales[blocks, chunk], into.base[chunk] = np.rint(scales / base), base
+    return figures

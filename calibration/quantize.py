@@ -4,6 +4,7 @@ Weights are read from the memory-mapped checkpoint a few columns at a time and o
 with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and OpenVINO keeps them compressed (FullyConnected):
 
     int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size) -> MatMul
+    int4 nested in int8   codes, uint8 factors, float32 scales: see runtime/nested.py; layers with int8 inputs, and convolutions
     int8 weight [K, N]    codes [K, N], float32 scales [N]            -> DequantizeLinear(axis=1)                     -> MatMul, Gemm
     int8 weight [O, ...]  codes [O, ...], float32 scales [O]          -> DequantizeLinear(axis=0)                     -> Conv
     int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
@@ -25,7 +26,8 @@ from onnx_ir.passes import common
 
 from calibration.float8 import FP8_PEAK, Float8Weight
 from calibration.ranges import Range
-from calibration.weights import INT8_PEAK, Floats, Known, QuantizedWeight
+from calibration.weights import INT8_PEAK, Floats, Known, NestedWeight, QuantizedWeight
+from runtime import nested
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.lowering import Half
 
@@ -59,7 +61,7 @@ MOST_SPARED: Final = 0.03
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a submodel is quantized. `bits` and `block` are those of MatMul weights; those of Gemm and convolutions are int8.
+    """How a submodel is quantized. `bits` and `block` are those of MatMul and, with `activations`, of convolutions; Gemm's is int8.
 
     `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead, and, with
     `spare_last`, that of the layer which makes a submodel's output.
@@ -90,28 +92,28 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         Recipe("int8", 8, activations=True),
         Recipe("int8-naive", 8, activations=True, naive=True),
         Recipe("int8-weight", 8),
-        Recipe("int4", 4, spare_last=True),
+        Recipe("int4", 4, spare_last=True, activations=True),
         Recipe("fp8", 8, activations=True, fp8=True),
         Recipe("fp16", 16, half="float16"),
         Recipe("bf16", 16, half="bfloat16"),
     )
 }
 
-INT4_EVERYWHERE: Final = replace(RECIPES["int4"], worth=0, spare_last=False)
-"""int4 for every weight that can have it: what a search chooses from."""
+INT4_EVERYWHERE: Final = replace(RECIPES["int4"], worth=0, spare_last=False, activations=False)
+"""int4 for every weight of a MatMul that can have it: what a search chooses from."""
 
 
 def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
-    """The recipe of that name; without `activations`, its weight-only form; int8 weights where it would go below `least_bits`.
+    """The recipe of that name; without `activations`, its weight-only form; that of int8 where it would go below `least_bits`.
 
     Raises InvalidInput with the nearest name.
     """
     if name not in RECIPES:
         raise InvalidInput("quant", f"'{name}' is not a recipe: {did_you_mean(name, RECIPES)}")
-    found = RECIPES[name]
-    if found.bits < least_bits:
-        return RECIPES["int8-weight"]
-    return found if activations or not found.activations else RECIPES["int8-weight"]
+    found = RECIPES[name] if RECIPES[name].bits >= least_bits else RECIPES["int8"]
+    if activations or not found.activations:
+        return found
+    return replace(found, activations=False) if found.bits == 4 else RECIPES["int8-weight"]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,11 @@ class LayerPlan:
     block: int
     activation: bool
     reason: str = ""
+
+    @property
+    def nested(self) -> bool:
+        """Whether its int4 weight is nested in int8: no target multiplies it otherwise."""
+        return self.weight_type == "int4" and (self.activation or self.op == "Conv")
 
 
 @dataclass(frozen=True)
@@ -236,13 +243,13 @@ def quantize(
     layers: Sequence[LayerPlan],
     ranges: Mapping[str, Range] | None = None,
     importance: Mapping[str, Floats] | None = None,
-    codes: Mapping[tuple[str, int], Known] | None = None,
+    codes: Mapping[tuple[str, int, bool], Known] | None = None,
 ) -> ir.Model:
     """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model` stays as it is.
 
     `importance` is the mean square of each channel, float32 [K], of the tensors that layers read, where known: int4 scales then minimise
-    the error of the layer's output instead of the weight's. `codes` are int4 weights made before, by weight and block, such as those of
-    `calibration.gptq`: they are taken as they are.
+    the error of the layer's output instead of the weight's. `codes` are int4 weights made before, by weight, block and whether they are
+    nested, as those of `calibration.gptq`: they are taken as they are.
     Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
     exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of a layer whose plan quantizes it.
     """
@@ -255,15 +262,16 @@ def quantize(
     if missing:
         raise InvalidInput("ranges", f"lack {len(missing)} activations ({', '.join(missing[:3])}): calibrate first")
     copy = model.clone()
-    weights: dict[tuple[str, WeightType, int], ir.Value] = {}
+    weights: dict[tuple[str, WeightType, int, bool], ir.Value] = {}
     activations: dict[tuple[str, bool], ir.Value] = {}
     for layer in weight_layers(copy):
         planned = plans[name_of(layer.node)]
         if planned.weight_type != "float":
-            key = planned.weight, planned.weight_type, planned.block
+            key = planned.weight, planned.weight_type, planned.block, planned.nested
             if key not in weights:
-                known = (codes or {}).get((planned.weight, planned.block))
-                weights[key] = add_weight(copy, layer, planned, importance.get(name_of(layer.node.inputs[0])), known)
+                known = (codes or {}).get((planned.weight, planned.block, planned.nested))
+                seen = importance.get(name_of(layer.node.inputs[0])) if planned.op != "Conv" else None
+                weights[key] = add_weight(copy, layer, planned, seen, known)
             layer.node.replace_input_with(1, weights[key])
             if layer.node.op_type == "Gemm":
                 layer.node.attributes["transB"] = ir.AttrInt64("transB", 0)
@@ -308,29 +316,11 @@ def _plan_layer(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str,
         return planned
     if rows * columns < small.least:
         return replace(planned, reason=f"{FEW}: {rows * columns}")
-    if recipe.bits == 4 and layer.node.op_type == "Conv":
-        return replace(planned, weight_type="int8", reason="convolutions have no int4 kernels")
-    if recipe.bits == 4 and layer.node.op_type == "Gemm":
-        return replace(
-            planned, weight_type="int8", reason="one row a sample, such as a time embedding, has little to save and much to lose"
-        )
-    if recipe.bits == 4 and rows * columns < small.worth:
-        return replace(planned, weight_type="int8", reason=f"{FEW}: int4 would save only {rows * columns // 2} bytes")
-    if recipe.bits == 4 and recipe.spare_last and _makes_output(layer):
-        return replace(planned, weight_type="int8", reason="makes the output, and nothing behind it averages its error")
-    if recipe.bits == 4:
-        block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
-        if not block or columns % 2:
-            reason = f"{rows} inputs are no multiple of {SMALLEST_BLOCK}" if not block else f"{columns} outputs are an odd number"
-            reason = f"does not divide into blocks: {reason}"
-            return replace(planned, weight_type="int8", reason=reason)
-        return replace(
-            planned,
-            weight_type="int4",
-            block=block,
-            reason="" if block == recipe.block else f"smaller blocks: {rows} inputs are no multiple of {recipe.block}",
-        )
-    planned = replace(planned, weight_type="int8")
+    if recipe.bits == 8:
+        planned = replace(planned, weight_type="int8")
+    else:
+        block, reason = _int4_block(layer, recipe, small)
+        planned = replace(planned, weight_type="int4" if block else "int8", block=block, reason=reason)
     if not recipe.activations:
         return planned
     obstacle = _activation_obstacle(layer, small.least)
@@ -339,9 +329,28 @@ def _plan_layer(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str,
         in_sum = seen.snr_db + dilution.get(planned.node, 0.0)
         if not in_sum >= LEAST_IN_SUM:
             obstacle = f"noisy input: int8 would leave it {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}, and what it adds to {in_sum:.1f}"
-    if obstacle is not None:
-        return replace(planned, reason=obstacle)  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
-    return replace(planned, weight_type="fp8" if recipe.fp8 else "int8", activation=True)
+    if obstacle is not None:  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
+        return replace(planned, reason=planned.reason or obstacle)
+    return replace(planned, weight_type="fp8" if recipe.fp8 else planned.weight_type, activation=True)
+
+
+def _int4_block(layer: Layer, recipe: Recipe, small: Small) -> tuple[int, str]:
+    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the recipe's."""
+    rows, columns = layer.matrix
+    if layer.node.op_type == "Gemm":
+        return 0, "one row a sample, such as a time embedding, has little to save and much to lose"
+    if layer.node.op_type == "Conv" and (not recipe.activations or layer.node.attributes.get_int("group", 1) != 1):
+        return 0, "convolutions without int8 inputs, or in groups, have no int4 form"
+    if rows * columns < small.worth:
+        return 0, f"{FEW}: int4 would save only {rows * columns // 2} bytes"
+    if recipe.spare_last and _makes_output(layer):
+        return 0, "makes the output, and nothing behind it averages its error"
+    block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
+    if not block:
+        return 0, f"does not divide into blocks: {rows} inputs are no multiple of {SMALLEST_BLOCK}"
+    if columns % 2:
+        return 0, f"does not divide into blocks: {columns} outputs are an odd number"
+    return block, "" if block == recipe.block else f"smaller blocks: {rows} inputs are no multiple of {recipe.block}"
 
 
 def _makes_output(layer: Layer) -> bool:
@@ -390,6 +399,8 @@ def spans(layers: Sequence[LayerPlan], model: ir.Model, ranges: Mapping[str, Ran
 def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
+    if planned.nested:
+        return _add_nested(model, layer, planned, importance, known)
     name, first = code_name(planned), model.graph[0]
     fp8, source, transposed = planned.weight_type == "fp8", tensor_of(layer.weight), layer.transposed or conv
     weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance, known)
@@ -408,9 +419,39 @@ def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Fl
     return restored
 
 
+def _add_nested(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None, known: Known | None) -> ir.Value:
+    """`add_weight` of int4 nested in int8."""
+    (rows, columns), conv, name = layer.matrix, planned.op == "Conv", code_name(planned)
+    weight = NestedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, conv, importance, known)
+    blocks = rows // planned.block
+    codes = _lazy(model, name, ir.DataType.INT4, (columns, rows) if conv else (rows, columns), weight.codes)
+    factors = _lazy(model, f"{name}{nested.FACTORS}", ir.DataType.UINT8, (columns, blocks) if conv else (blocks, columns), weight.scales)
+    scales = _lazy(model, scale_name(name), ir.DataType.FLOAT, (columns,), weight.base)
+    single, nodes = ir.DataType.FLOAT, list[ir.Value]()
+
+    def add(op: str, inputs: list[ir.Value], output: str, shape: ir.Shape | None, **attributes: Any) -> ir.Value:
+        nodes.append(_node(op, inputs, attributes, f"{name}.{output}", single, shape))
+        return nodes[-1]
+
+    wide = add("Cast", [factors], "factors.float", factors.shape, to=single)
+    if conv:
+        axis = add_initializer(model, f"{name}.axis", ir.tensor(np.array([1], np.int64)))
+        scales = add("Unsqueeze", [scales, axis], "scale.column", ir.Shape((columns, 1)))
+    full = add("Mul", [wide, scales], "scales", factors.shape)
+    restored = add("DequantizeLinear", [codes, full], "weight", codes.shape, axis=int(conv), block_size=planned.block)
+    if conv:
+        restored.name = f"{name}.matrix"
+        shape = add_initializer(model, f"{name}.shape", ir.tensor(np.array(layer.stored, np.int64)))
+        restored = add("Reshape", [restored, shape], "weight", ir.Shape(layer.stored))
+    _insert(model, model.graph[0], *nodes)
+    return restored
+
+
 def code_name(planned: LayerPlan) -> str:
     """The initializer that holds the codes of a layer's weight; empty where it stays float."""
-    return "" if planned.weight_type == "float" else f"{planned.weight}.{planned.weight_type}"
+    if planned.weight_type == "float":
+        return ""
+    return f"{planned.weight}{nested.CODES}" if planned.nested else f"{planned.weight}.{planned.weight_type}"
 
 
 def scale_name(codes: str) -> str:

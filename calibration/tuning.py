@@ -32,7 +32,7 @@ class Tuning:
     folds: Sequence[Fold] = ()
     ranges: Mapping[str, Range] = field(default_factory=dict)
     importance: Mapping[str, Floats] = field(default_factory=dict)
-    codes: Mapping[tuple[str, int], Known] = field(default_factory=dict)
+    codes: Mapping[tuple[str, int, bool], Known] = field(default_factory=dict)
     compensated: Mapping[str, float] = field(default_factory=dict)
     dilution: Mapping[str, float] = field(default_factory=dict)
     attention: Mapping[str, float] = field(default_factory=dict)

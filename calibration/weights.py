@@ -35,11 +35,22 @@ WEIGHTED_SHARES: Final = (*INT4_SHARES, 0.97, 0.91, 0.84, 0.75, 0.69)
 """Tried where inputs are known to matter unequally: then clipping what few inputs read pays more often. Holds all of INT4_SHARES."""
 
 
+NESTED_PEAK: Final = 15
+"""Largest factor of a block of nested int4: its int8 codes, code * factor, then stay within -120..105."""
+NESTED_ROOM: Final = 14
+"""Factor of the block that asks for the largest scale of its column: a little room for compensation, which moves weights."""
+
+
 class Int4(NamedTuple):
-    """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K / block, N]."""
+    """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K / block, N].
+
+    Nested in int8, the scales are whole numbers from 1 to NESTED_PEAK, and `base` is the scale of each column, float32 [N]: code * scale is
+    then an int8 code.
+    """
 
     codes: NDArray[np.uint8]
     scales: NDArray[np.float16]
+    base: Floats | None = None
 
 
 Known = Callable[[], Int4]
@@ -59,8 +70,37 @@ def int4_blocks(weights: Floats, block: int, importance: Floats | None = None) -
     sum of importance * (weight - code * scale)^2; then more scales are tried, the least-squares one of the best codes among them. Scales
     are rounded to float16 before codes are chosen, so the codes make up for that rounding. A block of zeros has scale 1.
     """
+    codes, scales = blocks_of(weights, block, importance, half)
+    return codes, scales.astype(np.float16)
+
+
+def nested_blocks(weights: Floats, block: int, importance: Floats | None = None) -> tuple[Codes, NDArray[np.float16], Floats]:
+    """As `int4_blocks`, with scales that are whole numbers, and the scale of each column that they multiply, as `Int4` has them nested."""
+    base = nested_base(weights, block)
+    codes, scales = blocks_of(weights, block, importance, partial(nested, base))
+    return codes, np.rint(scales / base).astype(np.float16), base
+
+
+def nested_base(weights: Floats, block: int) -> Floats:
+    """The scale of each column [N] that those of its blocks are multiples of."""
     blocks = weights.reshape(-1, block, weights.shape[1])
-    peak = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(INT4_PEAK)
+    return _usable(_peaks(blocks).max(axis=0) / np.float32(NESTED_ROOM))
+
+
+def nested(base: Floats, scales: Floats) -> Floats:
+    """The nearest scales [..., N] that are multiples of those of their columns, up to NESTED_PEAK times."""
+    return np.clip(np.rint(scales / base), 1, NESTED_PEAK) * base
+
+
+def _peaks(blocks: Floats) -> Floats:
+    """The scales [K / block, N] that put the largest magnitude of blocks [K / block, block, N] on the last code."""
+    return np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(INT4_PEAK)
+
+
+def blocks_of(weights: Floats, block: int, importance: Floats | None, snapped: Callable[[Floats], Floats]) -> tuple[Codes, Floats]:
+    """Codes and scales of blocks; `snapped` gives the scales that can be stored next to others."""
+    blocks = weights.reshape(-1, block, weights.shape[1])
+    peak = _peaks(blocks)
     best = np.full(peak.shape, np.inf, np.float32)
     scales = np.ones(peak.shape, np.float32)
     levels = np.empty_like(blocks)
@@ -78,13 +118,13 @@ def int4_blocks(weights: Floats, block: int, importance: Floats | None = None) -
         best[better], scales[better] = error[better], scale[better]
 
     for share in INT4_SHARES if weighting is None else WEIGHTED_SHARES:
-        attempt(half(peak * np.float32(share)))
+        attempt(snapped(peak * np.float32(share)))
     _int4_levels(blocks, scales, levels)
     if weighting is not None:
         fitted = np.einsum("ij,ijk,ijk->ik", weighting, levels, blocks) / _usable(np.einsum("ij,ijk,ijk->ik", weighting, levels, levels))
-        attempt(half(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
+        attempt(snapped(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
         _int4_levels(blocks, scales, levels)
-    return levels.reshape(weights.shape).astype(np.int8), scales.astype(np.float16)
+    return levels.reshape(weights.shape).astype(np.int8), scales
 
 
 def _relative(importance: Floats) -> Floats:
@@ -113,6 +153,15 @@ def _usable(scales: Floats) -> Floats:
     """Zero is no scale for TensorRT, and its reciprocal none for us: where all weights round to zero any scale will do."""
     scales[scales < np.finfo(np.float32).tiny] = 1
     return scales
+
+
+def unpack_int4(packed: NDArray[np.uint8]) -> Codes:
+    """What `pack_int4` packed."""
+    codes = np.empty((*packed.shape[:-1], 2 * packed.shape[-1]), np.int8)
+    np.left_shift(packed.view(np.int8), 4, out=codes[..., 0::2])
+    codes[..., 0::2] >>= 4
+    np.right_shift(packed.view(np.int8), 4, out=codes[..., 1::2])
+    return codes
 
 
 def pack_int4(codes: Codes) -> NDArray[np.uint8]:
@@ -168,7 +217,7 @@ class QuantizedWeight:
     def _quantize(self) -> NDArray[Any]:
         """Codes [K, N], or [K, N / 2] of packed int4."""
         if self.block and self.known is not None:
-            codes, self._scales = self.known()
+            codes, self._scales, _ = self.known()
             return codes
         codes, scales = self._empty()
         with ThreadPoolExecutor(WORKERS) as pool:
@@ -183,10 +232,14 @@ class QuantizedWeight:
         part = matrix_columns(values, self.transposed, self.rows, chunk)
         check(self.source.name, part, INT4_LARGEST if self.block else float(np.finfo(np.float32).max))
         if self.block:
-            chosen, scales[:, chunk] = int4_blocks(part, self.block, self.importance)
+            chosen, scales[:, chunk] = self._blocks(part, chunk)
             codes[:, chunk.start // 2 : chunk.stop // 2] = pack_int4(chosen)
         else:
             codes[:, chunk], scales[chunk] = self._columns(part)
+
+    def _blocks(self, part: Floats, chunk: slice) -> tuple[Codes, NDArray[np.float16]]:
+        """int4 codes and scales of the columns of one chunk."""
+        return int4_blocks(part, self.block, self.importance)
 
     def _empty(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Room for codes and scales."""
@@ -226,3 +279,53 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
     width = max(16, CHUNK // rows // 16 * 16)
     for start in range(0, columns, width):
         yield slice(start, min(start + width, columns))
+
+
+class NestedWeight(QuantizedWeight):
+    """A weight as int4 nested in int8. `by_output` has codes and factors with the output channels first, as convolutions have them."""
+
+    def __init__(
+        self,
+        source: ir.TensorProtocol,
+        transposed: bool,
+        block: int,
+        by_output: bool,
+        importance: Floats | None = None,
+        known: Known | None = None,
+    ) -> None:
+        super().__init__(source, transposed, block, importance, known)
+        self.by_output = by_output
+        self._base: Floats | None = None
+
+    def codes(self) -> ir.TensorProtocol:
+        """int4 [K, N], or [N, K] by output."""
+        codes = self._quantize()
+        shape = (self.rows, self.columns)
+        if self.by_output:
+            codes, shape = pack_int4(np.ascontiguousarray(unpack_int4(codes).T)), shape[::-1]
+        return ir.PackedTensor(codes.reshape(-1), ir.DataType.INT4, shape=shape)
+
+    def scales(self) -> ir.TensorProtocol:
+        """Factors, uint8 [K / block, N], or [N, K / block] by output."""
+        factors = super().scales().numpy().astype(np.uint8)
+        return ir.tensor(np.ascontiguousarray(factors.T) if self.by_output else factors)
+
+    def base(self) -> ir.TensorProtocol:
+        """float32 [N]."""
+        if self._base is None:
+            self._quantize()
+        base, self._base = self._base, None
+        assert base is not None
+        return ir.tensor(base)
+
+    def _quantize(self) -> NDArray[Any]:
+        if self.known is not None:
+            codes, self._scales, self._base = self.known()
+            return codes
+        self._base = np.empty(self.columns, np.float32)
+        return super()._quantize()
+
+    def _blocks(self, part: Floats, chunk: slice) -> tuple[Codes, NDArray[np.float16]]:
+        assert self._base is not None
+        codes, scales, self._base[chunk] = nested_blocks(part, self.block, self.importance)
+        return codes, scales

@@ -125,7 +125,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 model = store(model, chosen.half)
             submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested)
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
-            if "int4" in submodel.precision and part.name not in tunings:
+            if "int4" in submodel.precision and not tunings.get(part.name, Tuning()).codes and not searched:
                 notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
             half = state.half(part)
             if half is not None:

@@ -35,8 +35,10 @@ class Part:
 
     `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced. `reference` takes and
     returns the same by the library's own forward over `component`: parity compares the graph with it. `activations` says whether int8 also
-    covers activations (W8A8, calibrated) or only weights; `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from
-    computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the parity gate lets pass.
+    covers activations (W8A8, calibrated) or only weights, and with `convolutional` int4 does so, too: where most of the work is in
+    convolutions, whose int4 weights run in int8 kernels (`runtime.nested`). `least_bits` 8 keeps its weights from int4. `float16` False
+    keeps targets from computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the
+    parity gate lets pass.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Part:
     reference: Reference
     signature: Signature
     activations: bool = True
+    convolutional: bool = False
     least_bits: Literal[4, 8] = 4
     float16: bool = True
     floor: float = 1e-3

@@ -18,6 +18,7 @@ from calibration.progress import each
 from calibration.quantize import LayerPlan, code_name, scale_name
 from export.products import divide_products
 from export.source import TensorRef
+from runtime import nested
 from runtime.bundle import Weights
 from runtime.errors import ResourceExhausted
 
@@ -51,14 +52,18 @@ def save_traced(model: ir.Model, path: Path) -> None:
 
 
 def precision(model: ir.Model) -> str:
-    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 W8A8 + float16"."""
+    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 + float16 W8A8".
+
+    It is "W4A8" where int4 weights are nested in int8 (`runtime.nested`).
+    """
     sizes: Counter[str] = Counter()
-    for value in model.graph.initializers.values():
-        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES:
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES and not name.endswith(nested.FACTORS):
             sizes[PRECISIONS.get(value.const_value.dtype, value.const_value.dtype.name.lower())] += value.const_value.nbytes
     total = sum(sizes.values()) or 1
     names = [name for name, size in sizes.most_common() if size / total > 0.02]
     suffix = " W8A8" if any(node.op_type == "QuantizeLinear" for node in model.graph) else ""
+    suffix = " W4A8" if any(name.endswith(nested.CODES) for name in model.graph.initializers) else suffix
     return " + ".join(names) + suffix
 
 
@@ -74,9 +79,9 @@ def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], re
     for name, reason in reasons.items():
         form = PRECISIONS.get(tensors[name].dtype, tensors[name].dtype.name.lower())
         key = form, "" if form == requested else reason
-        scales = tensors.get(scale_name(name))
+        parts = [tensors[one] for one in (name, scale_name(name), f"{name}{nested.FACTORS}") if one in tensors]
         elements, nbytes = found.get(key, (0, 0))
-        found[key] = elements + tensors[name].size, nbytes + tensors[name].nbytes + (scales.nbytes if scales is not None else 0)
+        found[key] = elements + tensors[name].size, nbytes + sum(part.nbytes for part in parts)
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
     return tuple(Weights(form=form, elements=count, nbytes=size, reason=reason) for (form, reason), (count, size) in ordered)
 
@@ -150,10 +155,11 @@ def write(model: ir.Model, folder: Path) -> int:
     """
     folder.mkdir(parents=True)
     tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    apart = {name for name in tensors if name.endswith((nested.CODES, f"{nested.CODES}{nested.FACTORS}"))}  # engines read them by name
     for name, tensor in tensors.items():
-        if tensor.nbytes < INLINE_BYTES:
+        if tensor.nbytes < INLINE_BYTES and name not in apart:
             model.graph.initializers[name].const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
-    large = [(name, tensor) for name, tensor in tensors.items() if tensor.nbytes >= INLINE_BYTES]
+    large = [(name, tensor) for name, tensor in tensors.items() if tensor.nbytes >= INLINE_BYTES or name in apart]
     large.sort(key=lambda item: item[1].nbytes % ALIGNMENT != 0)  # keeps most offsets aligned
     need, free = sum(tensor.nbytes for _, tensor in large), shutil.disk_usage(folder).free
     if need > free:

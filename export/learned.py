@@ -61,7 +61,7 @@ def compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mappin
     if len(calls) < 2:
         return tuning
     model = part_graph(state, part)
-    layers = plan(model, chosen)
+    layers = plan(model, chosen, tuning.ranges, tuning.dilution)
     if not any(planned.weight_type == "int4" for planned in layers):
         return tuning
     key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.versions, code())

@@ -139,6 +139,8 @@ class Build:
         if name == "none":
             return None
         found = recipe(name, part.activations, part.least_bits)
+        if found.bits == 4 and not part.convolutional:
+            found = replace(found, activations=False)
         return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
     @property
@@ -163,9 +165,12 @@ class Build:
         return given or found.activations or (found.bits == 4 and not self.brief)
 
     def compensated(self, part: Part) -> bool:
-        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before (`calibration.gptq`)."""
+        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before (`calibration.gptq`).
+
+        Those of large models are with a set that was given: it takes long.
+        """
         found = self.recipe(part)
-        return found is not None and found.bits == 4 and self.calibrated(part)
+        return found is not None and found.bits == 4 and self.calibrated(part) and (self.calibration is not None or not self.brief)
 
     def capturing(self, requests: int | None = None) -> float:
         """A guess of the seconds that capturing so many requests takes (None: those that are built in).

@@ -298,6 +298,7 @@ def unet_part(model: UNet2DConditionModel, module: nn.Module, reference: Referen
             inputs=(grid.latents("sample", config.in_channels), timestep, states, *added),
             outputs=(grid.latents("noise_pred", config.out_channels),),
         ),
+        convolutional=True,
     )
 
 
@@ -310,8 +311,16 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
     latents = grid.latents("latents", model.config.latent_channels)
     decode, encode = Signature(inputs=(latents,), outputs=(image,)), Signature(inputs=(image,), outputs=(latents,))
     return [
-        Part("vae_decoder", component, VaeDecoder(model), lambda z: (model.decode(z).sample,), decode, float16=float16),
-        Part("vae_encoder", component, VaeEncoder(model), lambda x: (model.encode(x).latent_dist.mean,), encode, float16=float16),
+        Part("vae_decoder", component, VaeDecoder(model), lambda z: (model.decode(z).sample,), decode, least_bits=8, float16=float16),
+        Part(
+            "vae_encoder",
+            component,
+            VaeEncoder(model),
+            lambda x: (model.encode(x).latent_dist.mean,),
+            encode,
+            least_bits=8,
+            float16=float16,
+        ),
     ]
 
 

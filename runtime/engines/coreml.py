@@ -29,6 +29,7 @@ from runtime.mil.package import Package, save
 from runtime.mil.sdk import coremltools
 from runtime.mil.shapes import Settings, Taken, input_types, lengths_of, symbols
 from runtime.mil.translate import identifier, translate
+from runtime.nested import widen
 from runtime.optional import require
 from runtime.settings import Texts
 from runtime.signature import Array, Dim
@@ -288,6 +289,7 @@ def _lowered(submodel: Submodel, graph: Path, settings: Settings) -> Any:
         model = ir.load(graph)
     except Exception as error:  # protobuf's and onnx_ir's own
         raise EngineError(f"could not compile {graph}: it cannot be read ({error}). Build the bundle again") from None
+    widen(model)
     asked = submodel.compute if submodel.compute in CoreML.precisions else "float32"
     if (settings.precision or asked) == "float16":
         model = to_half(model, "float16", submodel.keep)

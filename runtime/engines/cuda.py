@@ -23,6 +23,7 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
 from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.lowering import to_half
+from runtime.nested import widen
 from runtime.ort.attention import with_grouped_cache
 from runtime.ort.engine import SessionEngine, stored
 from runtime.ort.kernels import CUDA, OPSET, check, outside
@@ -94,7 +95,8 @@ class CUDAEngine(SessionEngine):
         if submodel.signature.states:
             form = "fixed" if submodel.compute == "float32" else "grouped"
             plan = plan.model_copy(update={"cache": form, "capacity": capacity(submodel.signature, settings.context)})
-        model = cls._lowered(submodel, graph, plan)
+        model, nested = cls._lowered(submodel, graph, plan)
+        plan = plan.model_copy(update={"nested": nested})
         options.progress(0.5, "Lowered")
         files = store(output, submodel, plan, {plan.graph: model})
         options.progress(1.0, "Graph written")
@@ -102,9 +104,13 @@ class CUDAEngine(SessionEngine):
         return Artifact(target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start)
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, plan: Plan) -> Any:
-        """The graph as the provider has kernels for it: what it cannot do in half stays float32. Raises EngineError naming the rest."""
+    def _lowered(cls, submodel: Submodel, graph: Path, plan: Plan) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        """The graph as the provider has kernels for it, and `Plan.nested`: what it cannot do in half stays float32.
+
+        Raises EngineError naming the rest.
+        """
         canonical = load_graph(graph)
+        nested = widen(canonical)
         if submodel.compute == "float32":
             model = canonical
         else:
@@ -115,7 +121,7 @@ class CUDAEngine(SessionEngine):
             model = to_half(canonical, submodel.compute, {*submodel.keep, *lacking})
         model = _to_provider(model, submodel, plan)
         check(model, CUDA, submodel.name)
-        return model
+        return model, nested
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:

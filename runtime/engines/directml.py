@@ -17,6 +17,7 @@ from runtime.bundle import Artifact, Submodel
 from runtime.engine import Availability, CompileOptions, Engine, Options
 from runtime.errors import EngineError, EngineUnavailable, MissingDependency
 from runtime.lowering import to_half
+from runtime.nested import widen
 from runtime.ort.attention import grouped_fits
 from runtime.ort.engine import SessionEngine, stored
 from runtime.ort.kernels import DIRECTML, OPSET, check
@@ -95,13 +96,14 @@ class DirectML(SessionEngine):
         positions = capacity(signature, settings.context) if signature.states else 0
         shapes = shapes_of(settings.shapes, signature)
         plan = Plan(graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.compute)
-        models = {plan.graph: cls._lowered(submodel, graph, positions, steps=False)}
+        model, nested = cls._lowered(submodel, graph, positions, steps=False)
+        plan, models = plan.model_copy(update={"nested": nested}), {plan.graph: model}
         if signature.states:
             sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= positions)
             plan = plan.model_copy(update={"cache": "fixed", "shapes": sizes})
             if settings.grouped and _steps_fit(signature) and any(shape.get("sequence") == 1 for shape in sizes):
                 plan = plan.model_copy(update={"step": f"{submodel.name}.step.onnx"})
-                models[plan.step] = cls._lowered(submodel, graph, positions, steps=True)
+                models[plan.step], _ = cls._lowered(submodel, graph, positions, steps=True)
         options.progress(0.5, "Lowered")
         files = store(output, submodel, plan, models)
         options.progress(1.0, "Graph written")
@@ -109,9 +111,10 @@ class DirectML(SessionEngine):
         return Artifact(target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start)
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, positions: int, steps: bool) -> Any:
-        """The graph as the provider has kernels for it. Raises EngineError naming nodes that it has none for."""
+    def _lowered(cls, submodel: Submodel, graph: Path, positions: int, steps: bool) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        """The graph as the provider has kernels for it, and `Plan.nested`. Raises EngineError naming nodes that it has none for."""
         model = load_graph(graph)
+        nested = widen(model)
         if submodel.compute == "bfloat16":
             raise EngineError(
                 f"could not compile {submodel.name}: DirectML computes in float32 and float16, not in bfloat16: choose another --quant"
@@ -122,7 +125,7 @@ class DirectML(SessionEngine):
             model = with_static_cache(model, submodel.signature, positions)
         to_opset21(model, DIRECTML, positions if steps else 0)
         check(model, DIRECTML, submodel.name)
-        return model
+        return model, nested
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:

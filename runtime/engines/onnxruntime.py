@@ -23,12 +23,12 @@ from runtime.choices import Choice, Decision, Subject, Values, decide
 from runtime.engine import Availability, Engine, Options
 from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.files import key_of, written
-from runtime.optional import require
+from runtime.nested import WEIGHTS, is_nested, widen, widened
 from runtime.ort.attention import CONTRIB, with_grouped_cache
 from runtime.ort.engine import SessionEngine, folder_of
 from runtime.ort.integers import cut_behind, first_behind, with_integer_products
-from runtime.ort.sessions import ACCURACY, CPU, Device, open_session, sdk
-from runtime.ort.stored import Plan, load_graph
+from runtime.ort.sessions import ACCURACY, CPU, Device, nested_values, open_session, sdk
+from runtime.ort.stored import Plan, load_graph, read_plan, without_weights
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
@@ -60,14 +60,14 @@ class ONNXRuntime(SessionEngine):
     @classmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        lowered, models = graph, _lowered(submodel, graph)
-        for name, model in models.items():
-            output.mkdir(parents=True, exist_ok=True)
-            with written(output / name) as file:
-                file.write(require("onnx_ir", "export").to_proto(model).SerializeToString())
-            lowered = output / f"{submodel.name}.onnx"
-        open_session(lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level="ORT_ENABLE_EXTENDED", skipped=["ConstantFolding"])
-        return Artifact(target=cls.target, submodel=submodel.name, files=tuple(models), seconds=time.perf_counter() - start)
+        lowered, made, files = graph, dict[str, Any](), list[str]()
+        for name, model in _lowered(submodel, graph).items():
+            files += _write(output, name, model)
+            if name == submodel.name:
+                lowered, made = output / f"{name}.onnx", _made(submodel, output, name, graph)
+        level, skipped = "ORT_ENABLE_EXTENDED", ["ConstantFolding"]
+        open_session(lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level=level, skipped=skipped, converted=made)
+        return Artifact(target=cls.target, submodel=submodel.name, files=tuple(files), seconds=time.perf_counter() - start)
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
@@ -82,9 +82,11 @@ class ONNXRuntime(SessionEngine):
         lowered = states or ("products" in decisions and decisions["products"].value == "integers")
         graph = folder / f"{submodel.name}.onnx" if lowered else canonical
 
+        made = _made(submodel, folder, submodel.name, canonical) if lowered else {}
+
         def opened(shape: Any, step: bool) -> Any:
             options.verify()
-            return open_session(graph, canonical.parent, device, threads=options.threads, entries=entries)
+            return open_session(graph, canonical.parent, device, threads=options.threads, entries=entries, converted=made)
 
         rounds = submodel.dynamic and entries[ACCURACY] == "4" and _processor_rounds()
         name = f"onnxruntime:{PROVIDER}" + (" with dynamic 8-bit activations" if rounds else "")
@@ -94,21 +96,42 @@ class ONNXRuntime(SessionEngine):
 
 
 def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
-    """The graphs that are stored beside the canonical one, by file name: none where that is loaded as it is."""
+    """The graphs that are stored beside the canonical one, by name: none where that is loaded as it is."""
+    name = submodel.name
     if submodel.signature.states:
         model = load_graph(graph)
         with_grouped_cache(model, submodel.signature)
-        return {f"{submodel.name}.onnx": model}
-    if "W8A8" not in submodel.precision:
+        return {name: model}
+    if "A8" not in submodel.precision:
         return {}
     whole, part, plain = (load_graph(graph) for _ in range(3))
+    for model in (whole, part):
+        widen(model)
     products, _ = (with_integer_products(model, submodel.spans) for model in (whole, part))
     if not products:
         return {}
     end = first_behind(plain, products, PART)
     for model in (part, plain):
         cut_behind(model, end)
-    return {f"{submodel.name}.onnx": whole, f"{submodel.name}.integers.onnx": part, f"{submodel.name}.floats.onnx": plain}
+    return {name: whole, f"{name}.integers": part, f"{name}.floats": plain}
+
+
+def _write(output: Path, name: str, model: Any) -> list[str]:
+    """Store a graph without weights, and a plan beside it where it has weights that are made when it is loaded; the files' names."""
+    output.mkdir(parents=True, exist_ok=True)
+    plan = Plan(graph=f"{name}.onnx", nested=widened(model))
+    with written(output / plan.graph) as file:
+        file.write(without_weights(model, "").SerializeToString())
+    if not plan.nested:
+        return [plan.graph]
+    with written(output / f"{name}.json") as file:
+        file.write(plan.model_dump_json(indent=1).encode())
+    return [plan.graph, f"{name}.json"]
+
+
+def _made(submodel: Submodel, folder: Path, name: str, canonical: Path) -> dict[str, Any]:
+    """The weights of a stored graph that are made of the bundle's."""
+    return nested_values(read_plan(folder, name), canonical.parent / WEIGHTS) if is_nested(submodel.precision) else {}
 
 
 def _decide(submodel: Submodel, canonical: Path, folder: Path, options: Options, entries: Mapping[str, str]) -> dict[str, Decision]:
@@ -120,7 +143,10 @@ def _decide(submodel: Submodel, canonical: Path, folder: Path, options: Options,
     sample = submodel.signature.sample(lengths)
 
     def prepare(values: Values) -> Callable[[], object]:
-        session = open_session(parts[values["products"]], canonical.parent, Device(PROVIDER), threads=options.threads, entries=entries)
+        value = values["products"]
+        made = _made(submodel, folder, f"{submodel.name}.{value}", canonical) if value == "integers" else {}
+        device = Device(PROVIDER)
+        session = open_session(parts[value], canonical.parent, device, threads=options.threads, entries=entries, converted=made)
         inputs = {value.name: sample[value.name] for value in session.get_inputs()}
         return lambda: session.run(None, inputs)
 

@@ -30,8 +30,9 @@ from runtime.devices import cores
 from runtime.engine import Availability, Engine, Options, Slot
 from runtime.errors import EngineError, MissingDependency
 from runtime.files import cache_folder, key_of
+from runtime.nested import WEIGHTS, is_nested
 from runtime.openvino.devices import Where
-from runtime.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points
+from runtime.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, widen
 from runtime.openvino.pages import Pages, fits, has_pages, use_pages
 from runtime.openvino.part import cut, where_to_cut
 from runtime.openvino.sharing import guided, has_conditions, share_rows
@@ -228,7 +229,7 @@ def _varies(submodel: Submodel) -> bool:
 
 def _needs_shape(submodel: Submodel, where: Where) -> bool:
     """Whether each shape has to be compiled for: on an NPU, and on the CPU where activations are quantized."""
-    wrong = where.cpu and "W8A8" in submodel.precision
+    wrong = where.cpu and "A8" in submodel.precision
     return (wrong or where.npu) and not submodel.signature.states and _varies(submodel)
 
 
@@ -297,6 +298,8 @@ def _config(core: Any, submodel: Submodel, where: Where, options: Options, value
 def _read(core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None) -> Any:
     """The graph as it is compiled, but for its states."""
     model = core.read_model(graph)
+    if is_nested(submodel.precision):
+        widen(model, graph.parent / WEIGHTS)
     if values.get("zero_points") != "off":
         use_zero_points(model, submodel.spans)
     if values.get("attention") == "bfloat16":

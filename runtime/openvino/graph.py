@@ -1,5 +1,6 @@
 """What OpenVINO needs of a graph besides: changes to a model it has read, before it is compiled.
 
+nested int4    becomes int8 weights
 zero points    8 bits span what the bundle says, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
 states         past and present of a decoder as variables of the model, updated in place
@@ -10,16 +11,40 @@ What the rows of a guided call share is in `sharing`.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime import nested
 from runtime.optional import require
 from runtime.signature import Signature
 from runtime.spans import CODES, affine
 
 BEAMS = "beam_idx"
 """Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
+
+
+def widen(model: Any, weights: Path) -> None:
+    """Put int8 weights in the place of int4 ones that are nested in int8 (`runtime.nested`), whose codes lie in this file.
+
+    Raises EngineError where the file cannot be read.
+    """
+    ops = require("openvino.opset15", "openvino")
+    read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
+    names = [name.removesuffix(nested.WEIGHT) for name in read if name.endswith(f"{nested.CODES}{nested.WEIGHT}")]
+    stored = nested.Stored(weights) if names else None
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"} if names else {}
+    for name in names:
+        assert stored is not None
+        output = read[f"{name}{nested.WEIGHT}"]
+        shape = tuple(output.get_shape())
+        codes = ops.constant(stored.int8(name, shape), shared_memory=True)
+        scales = constants[f"{name}{nested.SCALES}"].data.reshape((1, -1) if len(shape) == 2 else (-1, *[1] * (len(shape) - 1)))
+        weight = ops.multiply(ops.convert(codes, "f32"), ops.constant(scales.copy()))
+        weight.set_friendly_name(output.get_node().get_friendly_name())
+        for reader in list(output.get_target_inputs()):
+            reader.replace_source_output(weight.output(0))
 
 
 def use_zero_points(model: Any, spans: Mapping[str, tuple[float, float]]) -> None:

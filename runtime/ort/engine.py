@@ -14,8 +14,21 @@ from runtime.bundle import Submodel
 from runtime.engine import Compiled, Engine, Options, Slot
 from runtime.errors import EngineError
 from runtime.masks import MASK
+from runtime.nested import WEIGHTS
 from runtime.ort.caches import Cache
-from runtime.ort.sessions import CPU, NO_FALLBACK, RECORD, SHAPE_OPERATORS, Device, elsewhere, listed, open_session, sdk, values_of
+from runtime.ort.sessions import (
+    CPU,
+    NO_FALLBACK,
+    RECORD,
+    SHAPE_OPERATORS,
+    Device,
+    elsewhere,
+    listed,
+    nested_values,
+    open_session,
+    sdk,
+    values_of,
+)
 from runtime.ort.shapes import Shape, cuts, fitting
 from runtime.ort.stored import Plan, read_plan
 from runtime.signature import Array, Dim, Tensor
@@ -274,8 +287,8 @@ def stored(
     On the CPU nothing is fused beyond what the graph says: that would round as no other device does.
     """
     folder, canonical = folder_of(root, target, options.compiled), (root / submodel.graph).parent
-    plan = read_plan(folder, submodel)
-    converted = values_of(folder / plan.weights) if plan.weights else {}
+    plan = read_plan(folder, submodel.name)
+    converted = (values_of(folder / plan.weights) if plan.weights else {}) | nested_values(plan, canonical / WEIGHTS)
     chosen = {RECORD: "1"} | dict(entries) | ({NO_FALLBACK: "1"} if fallback == "none" else {})
 
     def opened(shape: Shape, step: bool) -> Any:

@@ -13,8 +13,9 @@ import numpy as np
 from runtime.bundle import LARGEST_GRAPH
 from runtime.errors import EngineError
 from runtime.files import read_regular
+from runtime.nested import Stored, int8_name
 from runtime.optional import require
-from runtime.ort.stored import read_weights
+from runtime.ort.stored import Plan, read_weights
 
 CPU: Final = "CPUExecutionProvider"
 DISABLED: Final = ["QDQPropagationTransformer"]
@@ -94,6 +95,14 @@ def values_of(path: Path) -> dict[str, Any]:
         raw = np.frombuffer(weight.data, np.float32 if weight.code == 1 else np.uint16)
         found[name] = make(raw.reshape(weight.shape), weight.code)
     return found
+
+
+def nested_values(plan: Plan, weights: Path) -> dict[str, Any]:
+    """The int8 weights of a plan that are made of nested ones, which lie in this file, as ONNX Runtime holds them. Raises EngineError."""
+    if not plan.nested:
+        return {}
+    make, stored = sdk().OrtValue.ortvalue_from_numpy, Stored(weights)
+    return {int8_name(name): make(stored.int8(name, shape)) for name, shape in plan.nested.items()}
 
 
 def elsewhere(session: Any, provider: str) -> Counter[str]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from runtime.bundle import FileName, Frozen, Submodel
 from runtime.errors import EngineError
@@ -35,6 +35,7 @@ class Plan(Frozen):
     """How a stored submodel is opened. `shapes` are those it runs at; none means any, one session each.
 
     `cache`: "grouped", past and present in one buffer, which grows; "fixed", of `capacity` positions, past and present in two.
+    `nested` are the shapes of weights that are made when it is opened, by the names of the codes they are made of (`runtime.nested`).
     `step` is the graph for one new position a call, whose past and present share a buffer of that capacity.
     """
 
@@ -45,6 +46,7 @@ class Plan(Frozen):
     capacity: int = 0
     shapes: tuple[Mapping[str, int], ...] = ()
     compute: str = "float32"
+    nested: Mapping[str, tuple[int, ...]] = Field(default_factory=dict)
 
 
 class Weight(NamedTuple):
@@ -55,13 +57,13 @@ class Weight(NamedTuple):
     data: memoryview
 
 
-def read_plan(folder: Path, submodel: Submodel) -> Plan:
-    """Raises EngineError when there is none, or a damaged one."""
-    path = folder / f"{submodel.name}.json"
+def read_plan(folder: Path, name: str) -> Plan:
+    """That of a submodel, by its name. Raises EngineError when there is none, or a damaged one."""
+    path = folder / f"{name}.json"
     try:
         return Plan.model_validate_json(read_regular(path, LARGEST_PLAN))
     except OSError:
-        raise EngineError(f"could not load {submodel.name}: {path} is missing. Build the bundle again for this target") from None
+        raise EngineError(f"could not load {name}: {path} is missing. Build the bundle again for this target") from None
     except ValidationError as error:
         raise EngineError(f"could not compile {path}: it cannot be read ({error}). Build the bundle again") from None
 
@@ -84,7 +86,7 @@ def store(output: Path, submodel: Submodel, plan: Plan, models: Mapping[str, Any
         _write_weights(output / weights, converted)
     for name, model in models.items():
         with written(output / name) as file:
-            file.write(_without(model, weights).SerializeToString())
+            file.write(without_weights(model, weights).SerializeToString())
     with written(output / f"{submodel.name}.json") as file:
         file.write(plan.model_dump_json(indent=1).encode())
     return (*models, *([weights] if converted else ()), f"{submodel.name}.json")
@@ -92,16 +94,23 @@ def store(output: Path, submodel: Submodel, plan: Plan, models: Mapping[str, Any
 
 def _converted(model: Any) -> Iterator[tuple[str, Any]]:
     """The weights whose type was changed (`runtime.lowering`), but for small ones."""
+    for name, tensor in _computed(model):
+        if tensor.dtype.name != "INT8":
+            yield name, tensor
+
+
+def _computed(model: Any) -> Iterator[tuple[str, Any]]:
+    """Those, and int8 weights that are made of nested ones when the graph is opened."""
     ir = require("onnx_ir", "export")
     for name, value in model.graph.initializers.items():
-        if isinstance(value.const_value, ir.LazyTensor) and value.const_value.nbytes >= INLINE_BYTES:
+        if isinstance(value.const_value, ir.LazyTensor) and (value.const_value.nbytes >= INLINE_BYTES or value.dtype.name == "INT8"):
             yield name, value.const_value
 
 
-def _without(model: Any, weights: str) -> Any:
-    """The graph as a message that refers to the weights file."""
+def without_weights(model: Any, weights: str) -> Any:
+    """The graph as a message that refers to the weights file for what was computed of weights."""
     ir = require("onnx_ir", "export")
-    kept = dict(_converted(model))
+    kept = dict(_computed(model))
     for name, tensor in kept.items():
         stub = ir.ExternalTensor(weights, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
         model.graph.initializers[name].const_value = stub

@@ -11,6 +11,7 @@ import numpy as np
 from runtime.bundle import Submodel
 from runtime.errors import EngineError
 from runtime.lowering import to_half
+from runtime.nested import widen
 from runtime.optional import require
 from runtime.signature import Array
 from runtime.static_cache import capacity, with_static_cache
@@ -46,6 +47,7 @@ def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
             f"could not compile {submodel.name}: it has operators outside of the standard ({', '.join(foreign[:3])}), which plugins run. "
             "Name the libraries that may be loaded in the setting plugins"
         )
+    widen(model)
     if submodel.compute != "float32":
         model = to_half(model, submodel.compute, submodel.keep)
     if submodel.signature.states:
