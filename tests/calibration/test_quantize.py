@@ -135,7 +135,10 @@ def test_plan_says_what_and_why(floating: Path) -> None:
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
     assert layers["first.weight"].reason == "smaller blocks: 96 inputs are no multiple of 64"
     assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == ("int4", 64, "")
-    assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == ("int8", "convolutions without int8 inputs, or in groups, have no int4 form")
+    assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == (
+        "int8",
+        "convolutions without int8 inputs, or in groups, have no int4 form",
+    )
     assert layers["small.weight"].reason == "too few elements: 128"
     assert (layers["time.weight"].op, layers["time.weight"].weight_type) == ("Gemm", "int8")
 
