@@ -41,6 +41,8 @@ SMALL_SHARE_INT4: Final = 16
 """The same for weights that are int8 where int4 would save little (`Recipe.worth`)."""
 SMALLEST_BLOCK: Final = 32
 BLOCKS: Final = (128, 64, SMALLEST_BLOCK)
+SMALLEST_NESTED: Final = 24
+"""Inputs that share a factor of a weight nested in int8, at least: a factor is half as large as a scale."""
 FEW: Final = "too few elements"
 LEAST_SNR: Final = 32.0
 """Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
@@ -229,7 +231,7 @@ def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
         return []
     layers = list(weight_layers(model))
     least = Small.of(layers, recipe).least
-    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in layers if _activation_obstacle(layer, least) is None))
+    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in layers if not _kind_obstacle(layer, least)))
 
 
 def measured_tensors(model: ir.Model, layers: Sequence[LayerPlan]) -> list[str]:
@@ -316,26 +318,21 @@ def _plan_layer(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str,
         return planned
     if rows * columns < small.least:
         return replace(planned, reason=f"{FEW}: {rows * columns}")
+    obstacle = _activation_obstacle(layer, recipe, small, ranges, dilution.get(planned.node, 0.0)) if recipe.activations else ""
+    activation = recipe.activations and not obstacle
     if recipe.bits == 8:
-        planned = replace(planned, weight_type="int8")
+        planned = replace(planned, weight_type="fp8" if recipe.fp8 and activation else "int8", activation=activation, reason=obstacle)
     else:
-        block, reason = _int4_block(layer, recipe, small)
-        planned = replace(planned, weight_type="int4" if block else "int8", block=block, reason=reason)
-    if not recipe.activations:
-        return planned
-    obstacle = _activation_obstacle(layer, small.least)
-    seen = ranges.get(name_of(layer.node.inputs[0]))
-    if obstacle is None and seen is not None and not recipe.naive and not seen.snr_db >= LEAST_SNR:
-        in_sum = seen.snr_db + dilution.get(planned.node, 0.0)
-        if not in_sum >= LEAST_IN_SUM:
-            obstacle = f"noisy input: int8 would leave it {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}, and what it adds to {in_sum:.1f}"
-    if obstacle is not None:  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
-        return replace(planned, reason=planned.reason or obstacle)
-    return replace(planned, weight_type="fp8" if recipe.fp8 else planned.weight_type, activation=True)
+        block, reason = _int4_block(layer, recipe, small, activation)
+        planned = replace(planned, weight_type="int4" if block else "int8", block=block, activation=activation, reason=reason or obstacle)
+    return planned  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
 
 
-def _int4_block(layer: Layer, recipe: Recipe, small: Small) -> tuple[int, str]:
-    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the recipe's."""
+def _int4_block(layer: Layer, recipe: Recipe, small: Small, activation: bool) -> tuple[int, str]:
+    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the recipe's.
+
+    Nested in int8, any number may; else those that engines have kernels for.
+    """
     rows, columns = layer.matrix
     if layer.node.op_type == "Gemm":
         return 0, "one row a sample, such as a time embedding, has little to save and much to lose"
@@ -345,9 +342,11 @@ def _int4_block(layer: Layer, recipe: Recipe, small: Small) -> tuple[int, str]:
         return 0, f"{FEW}: int4 would save only {rows * columns // 2} bytes"
     if recipe.spare_last and _makes_output(layer):
         return 0, "makes the output, and nothing behind it averages its error"
-    block = next((size for size in BLOCKS if size <= recipe.block and rows % size == 0), 0)
-    if not block:
-        return 0, f"does not divide into blocks: {rows} inputs are no multiple of {SMALLEST_BLOCK}"
+    nested = activation or layer.node.op_type == "Conv"
+    sizes = range(recipe.block, SMALLEST_NESTED - 1, -1) if nested else [size for size in BLOCKS if size <= recipe.block]
+    block = next((size for size in sizes if rows % size == 0), 0)
+    if not block or (nested and rows % 2):
+        return 0, f"does not divide into blocks: {rows} inputs are no multiple of {sizes[-1]}" + (" or more, or odd" if nested else "")
     if columns % 2:
         return 0, f"does not divide into blocks: {columns} outputs are an odd number"
     return block, "" if block == recipe.block else f"smaller blocks: {rows} inputs are no multiple of {recipe.block}"
@@ -364,13 +363,24 @@ def _makes_output(layer: Layer) -> bool:
     return value.is_graph_output()
 
 
-def _activation_obstacle(layer: Layer, least: int) -> str | None:
+def _activation_obstacle(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: float) -> str:
+    """Why a layer's input stays float, or nothing. Of what was not seen yet it is taken that it need not."""
+    if obstacle := _kind_obstacle(layer, small.least):
+        return obstacle
+    seen = ranges.get(name_of(layer.node.inputs[0]))
+    if seen is None or recipe.naive or seen.snr_db >= LEAST_SNR or seen.snr_db + dilution >= LEAST_IN_SUM:
+        return ""
+    in_sum = f"and what it adds to {seen.snr_db + dilution:.1f}"
+    return f"noisy input: int8 would leave it {seen.snr_db:.1f} dB, less than {LEAST_SNR:.0f}, {in_sum}"
+
+
+def _kind_obstacle(layer: Layer, least: int) -> str:
     """Why a layer's input stays float whatever its range is. Weights of fewer than `least` elements stay float themselves."""
     if prod(layer.matrix) < least:
         return FEW
     if layer.node.op_type == "Gemm":
         return "one row a sample: reading the weight takes the time, int8 inputs would gain none"
-    return None
+    return ""
 
 
 def add_activation(model: ir.Model, consumer: ir.Node, seen: Range, fp8: bool = False) -> ir.Value:

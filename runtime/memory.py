@@ -26,6 +26,7 @@ import numpy as np
 from runtime.bundle import Submodel
 from runtime.engine import Engine
 from runtime.errors import InvalidInput
+from runtime.nested import is_nested
 from runtime.signature import Array, Dim, Signature, nbytes
 
 OVERHEAD: Final = 32 << 20
@@ -60,6 +61,7 @@ def estimate(submodel: Submodel, half: bool, host: bool) -> int:
     stored_half, quantized = bool(words & {"float16", "bfloat16"}), any(re.fullmatch(r"int\d|fp8|float8\w*", word) for word in words)
     widened = stored_half and not (half and submodel.compute != "float32")
     factor = (3 if quantized else 4) if widened and host else 2 if host or (widened and not quantized) else 1
+    factor *= 2 if is_nested(submodel.precision) else 1  # int4 codes run as int8 ones
     usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
     usual |= {name: usual.get("total", length) for name, length in usual.items() if name == "past"}
     return factor * submodel.nbytes + OVERHEAD + nbytes((state.past for state in submodel.signature.states), usual)

@@ -32,7 +32,7 @@ class Toy(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.noisy, self.time, self.last = nn.Linear(64, 128), nn.Linear(64, 128), nn.Linear(128, 64)
-        self.conv = nn.Conv1d(8, 8, 9, padding=4, groups=1)
+        self.conv = nn.Conv1d(8, 8, 9, padding=4, groups=8)
 
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> tuple[torch.Tensor]:
         return (self.last(torch.relu(self.noisy(self.conv(x)) + self.time(time)[:, None])),)

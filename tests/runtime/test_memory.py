@@ -50,6 +50,7 @@ def test_sizes_are_shown_as_they_are_read(size: int) -> None:
         ("float32", "float32", False, True, 2), ("float16", "float32", False, True, 4), ("int8 W8A8", "float32", False, True, 2),
         ("int4 + int8 + float16", "float32", False, True, 3), ("float16", "float16", True, True, 2), ("float16", "float16", False, True, 4),
         ("int8 W8A8", "float32", True, False, 1), ("float16", "float16", True, False, 1), ("float16", "float32", True, False, 2),
+        ("int4 + int8 W4A8", "float32", False, True, 4),
     ],
 )  # fmt: skip
 def test_estimates(precision: str, compute: Any, half: bool, host: bool, factor: int) -> None:
