@@ -123,7 +123,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
             chosen, model = state.recipe(part), graphs.pop(part.name)
             if chosen is not None and chosen.half:
                 model = store(model, chosen.half)
-            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested)
+            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested(part))
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
             if "int4" in submodel.precision and not tunings.get(part.name, Tuning()).codes and not searched:
                 notes.append("rounded without data: a set of `enginecast calibrate` makes it better")

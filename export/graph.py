@@ -70,11 +70,11 @@ def precision(model: ir.Model) -> str:
 def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], requested: str, kept: str = "") -> tuple[Weights, ...]:
     """What the weights of a quantized graph are stored as, most bytes first, each with the reason where that is not `requested`.
 
-    `folded` is the float graph that it was made of by these plans. `kept` is the reason of layers whose plans give none.
+    `folded` is the float graph that it was made of by these plans. `kept` is the reason of all layers that are quantized, if there is one.
     """
     tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
     reasons = {name: OTHERS for name in folded.graph.initializers if name in tensors and tensors[name].dtype in FLOATS}
-    reasons |= {code_name(planned) or planned.weight: planned.reason.partition(":")[0] or kept for planned in plans}
+    reasons |= {code_name(planned) or planned.weight: _why(planned, kept) for planned in plans}
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for name, reason in reasons.items():
         form = PRECISIONS.get(tensors[name].dtype, tensors[name].dtype.name.lower())
@@ -84,6 +84,11 @@ def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], re
         found[key] = elements + tensors[name].size, nbytes + sum(part.nbytes for part in parts)
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
     return tuple(Weights(form=form, elements=count, nbytes=size, reason=reason) for (form, reason), (count, size) in ordered)
+
+
+def _why(planned: LayerPlan, kept: str) -> str:
+    """The kind of reason why a layer's weight is what it is."""
+    return kept if kept and planned.weight_type != "float" else planned.reason.partition(":")[0]
 
 
 def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:

@@ -143,15 +143,15 @@ class Build:
             found = replace(found, activations=False)
         return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
-    @property
-    def requested(self) -> tuple[str, str] | None:
-        """The form that weights should take, and why a submodel with a recipe of its own takes another; None without quantization."""
-        quant = self.options.quant
-        if quant not in RECIPES:
+    def requested(self, part: Part) -> tuple[str, str] | None:
+        """The form that a part's weights should take, and why all of it takes another where that is so; None without quantization."""
+        quant, found = self.options.quant, self.recipe(part)
+        if quant not in RECIPES or found is None:
             return ("auto", "chosen by the search") if quant == "auto" else None
-        chosen = RECIPES[quant]
-        form = chosen.half or ("fp8" if chosen.fp8 else f"int{chosen.bits}")
-        return form, f"kept out of {form}: its errors cost more than those of other submodels"
+        wanted = RECIPES[quant]
+        if found.bits > wanted.bits:
+            return _form(wanted), f"kept at {_form(found)}, where the errors of this submodel cost more than those of others"
+        return _form(wanted), "inputs that stay float need int8 weights" if wanted.fp8 and not found.fp8 else ""
 
     def calibrated(self, part: Part) -> bool:
         """Whether captured inputs decide how a part is quantized.
@@ -290,6 +290,11 @@ class Build:
         if self.timed:
             steps.append(Step("pipeline", "speed", 10))
         return [*steps, Step("bundle", "hash", 0.2)]
+
+
+def _form(recipe: Recipe) -> str:
+    """What most weights become, in the manifest's words."""
+    return recipe.half or ("fp8" if recipe.fp8 else f"int{recipe.bits}")
 
 
 def part_graph(state: Build, part: Part) -> ir.Model:
