@@ -114,12 +114,15 @@ def test_four_bits_are_stored(bundle: tuple[Path, Submodel, NDArray[np.float32]]
 def test_engines_run_int8_kernels(bundle: tuple[Path, Submodel, NDArray[np.float32]], tmp_path: Path) -> None:
     root, submodel, _ = bundle
     ONNXRuntime.compile(submodel, root / submodel.graph, root / "engines" / "onnxruntime")
-    engine = ONNXRuntime.load(submodel, root, Options())
-    assert snr_db(engine.run(inputs())["out"], canonical(root)) > 35
-    engines = root / "engines" / "onnxruntime"
+    for products in ("integers", "floats"):
+        engine = ONNXRuntime.load(submodel, root, Options(settings={"products": products}))
+        assert snr_db(engine.run(inputs())["out"], canonical(root)) > 35, products
+    engines, int8 = root / "engines" / "onnxruntime", submodel.model_copy(update={"precision": "int8 W8A8"})
+    ONNXRuntime.compile(int8, root / "int8" / "model.onnx", tmp_path)
     made = nested_values(read_plan(engines, "toy"), root / "toy" / "weights.safetensors")
-    assert optimized(engines / "toy.onnx", root / "toy", tmp_path, made) == optimized(root / "int8" / "model.onnx", root / "int8", tmp_path)
-    assert not (root / "engines" / "onnxruntime" / "toy.safetensors").exists(), "int8 weights are made when it is loaded"
+    operators = optimized(engines / "toy.onnx", root / "toy", tmp_path, made)
+    assert operators == optimized(tmp_path / "toy.onnx", root / "int8", tmp_path) and operators["MatMulIntegerToFloat"] > 5
+    assert len(list(engines.glob("*.safetensors"))) == 0, "int8 weights are made when it is loaded"
     pytest.importorskip("openvino")
     other = OpenVINO.load(submodel, root, Options())
     assert snr_db(other.run(inputs())["out"], canonical(root)) > 35
