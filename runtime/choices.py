@@ -102,7 +102,7 @@ class Measured(Frozen):
         if value in others:
             return f"measured on this processor: {self.default / others[value]:.2f} x as fast as the default"
         told = ", ".join(f"{other} takes {seconds / self.default:.2f} x as long" for other, seconds in others.items())
-        return f"measured on this processor: {told or 'nothing else works'}"
+        return f"measured on this processor: {f'nothing else saves enough ({told})' if told else 'nothing else works'}"
 
 
 class Stored(Frozen):
