@@ -183,3 +183,14 @@ def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) 
     assert found == ["AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"]
     monkeypatch.setattr(devices, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: ARMv8 Processor\n")
     assert devices.processor() == "ARMv8 Processor"
+
+
+def test_cores_are_counted_among_the_processors_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sockets of two cores with two threads each; one thread of the last core is not this process's."""
+    blocks = [f"processor\t: {n}\nphysical id\t: {n // 4}\ncore id\t\t: {n // 2 % 2}\n" for n in range(8)]
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: "\n".join(blocks))
+    for usable, cores in ((range(8), 4), (range(7), 4), (range(6), 3), ((0, 1), 1)):
+        monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process, usable=usable: set(usable), raising=False)
+        assert devices.cores() == cores
+    monkeypatch.setattr(devices, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: ARMv8 Processor\n")
+    assert devices.cores() == 0

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from runtime import choices
 from runtime.bundle import Submodel
+from runtime.containers import Allowance
 from runtime.engine import Engine, Options
 from runtime.engines import openvino
 from runtime.engines.openvino import OpenVINO, _core, _has_bfloat16
@@ -177,3 +178,15 @@ def test_little_work_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv(choices.VARIABLE)
     engine = load(attention(tmp_path), tmp_path)
     assert engine.decisions["shapes"] == choices.Decision("any", "default, not measured: it has too little work to be worth it")
+
+
+def test_threads_are_open_where_cores_run_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openvino, "allowance", lambda: Allowance(cpus=2))
+    submodel = attention(tmp_path)
+    for cores, values in ((1, {"threads": "all"}), (2, {}), (0, {})):
+        monkeypatch.setattr(openvino, "cores", lambda cores=cores: cores)
+        engine = OpenVINO.load(submodel, tmp_path, Options(settings=values))
+        assert ("threads" in engine.decisions) == bool(values)
+        wanted = {"threads": "2"} if values else {}
+        assert {name: str(engine._compiled.get_property("INFERENCE_NUM_THREADS")) for name in wanted} == wanted
+    assert "threads" not in load(submodel, tmp_path).decisions, "who says how many threads has decided"
