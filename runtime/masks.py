@@ -6,7 +6,7 @@ included. Everything else has to stay a mask that the graph computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 import numpy as np
@@ -41,8 +41,9 @@ def require_windows(model: Any, signature: Signature) -> None:
     """
     found = {(node.inputs[3].name if node.inputs[3] is not None else "", window_of(node, signature)) for node in attentions(model)}
     for name, window in sorted(found):
+        compute = _computed(model, signature, name)
         for lengths, allowed in _lengths(window, signature.dims["total"].max):
-            mask = _evaluate(model, signature, name, lengths, allowed)
+            mask = compute(lengths, allowed) if compute else None
             expected = seen(lengths["past"], lengths["sequence"], allowed, window)
             if mask is None or not np.array_equal(np.broadcast_to(mask, expected.shape), expected):
                 limit = f", the latest {window} of them" if window else ""
@@ -69,8 +70,8 @@ def _lengths(window: int, longest: int) -> Iterator[tuple[dict[str, int], Array]
             yield {"batch": batch, "past": past, "sequence": sequence, "total": past + sequence}, allowed
 
 
-def _evaluate(model: Any, signature: Signature, name: str, lengths: Mapping[str, int], allowed: Array) -> Array | None:
-    """The value of that name, computed by ONNX Runtime, where it depends on nothing but shapes and the attention mask; else None."""
+def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[str, int], Array], Array | None] | None:
+    """Computes the value of that name by ONNX Runtime, for lengths and an attention mask. None where it depends on anything else."""
     ir = require("onnx_ir", "export")
     part = model.clone()
     value = next((output for node in part.graph for output in node.outputs if output.name == name), None)
@@ -81,14 +82,18 @@ def _evaluate(model: Any, signature: Signature, name: str, lengths: Mapping[str,
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(part)
     used = {found.name for found in part.graph.inputs if found.uses()}
     part.graph.inputs[:] = [found for found in part.graph.inputs if found.name in used]
-    if any(tensor.name in used for tensor in (state.past for state in signature.states)):
+    if any(state.past.name in used for state in signature.states):
         return None
-    feed = {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.inputs if tensor.name in used}
-    if MASK in feed:
-        feed[MASK] = allowed
     runtime = require("onnxruntime", "onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found: Array = session.run([name], feed)[0]
-    return found if found.dtype == np.bool_ else None
+
+    def compute(lengths: Mapping[str, int], allowed: Array) -> Array | None:
+        feed = {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.inputs if tensor.name in used}
+        if MASK in feed:
+            feed[MASK] = allowed
+        found: Array = session.run([name], feed)[0]
+        return found if found.dtype == np.bool_ else None
+
+    return compute
