@@ -182,7 +182,7 @@ def test_a_shape_that_is_compiled_later_reads_what_was_verified(tiny_bundle: Pat
 
     def verify() -> None:
         calls.append("verified")
-        Bundle(root).verify(strangers=False)
+        Bundle(root).verify(unknown=False)
 
     submodel = Bundle(root).submodel("decoder")
     engine = targets()["onnxruntime"].load(submodel, root, Options(verify=verify))
