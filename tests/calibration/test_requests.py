@@ -210,7 +210,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
     assert reasons["silent.png"] == "silent.png: silent.txt: cannot be read: No such file or directory"
     assert reasons["blank.png"] == "blank.png: blank.txt: is empty, expected the picture's caption"
     assert "is no UTF-8 text" in reasons["strange.png"]
-    assert reasons["text.png"] == "text.png: is no PNG, JPEG, WEBP or BMP picture (10 bytes)"
+    assert reasons["text.png"].startswith("text.png: is no PNG, JPEG, WebP, ") and reasons["text.png"].endswith("(10 bytes)")
     assert "damaged" in reasons["cut.png"]
 
 
