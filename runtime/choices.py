@@ -175,6 +175,7 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
         if not alone:
             return "another process was measuring"
         start = time.perf_counter()
+        log.info("%s on %s: measuring once what is fastest on this processor", subject.name, subject.target)
         try:
             found = _measure(choices, fixed, subject, prepare)
         except EnginecastError as error:

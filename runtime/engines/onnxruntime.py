@@ -38,7 +38,7 @@ TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"products": ("integers", "floats")}
 """What depends on the processor (`runtime.choices`): how 8-bit inputs are multiplied with 8-bit weights, where ONNX Runtime by itself
 restores both to float32. In floats the graph is the canonical one."""
-PART: Final = 24
+PART: Final = 12
 """Products of the part of a submodel that is timed."""
 DEPTH: Final = 64
 
