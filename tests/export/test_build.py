@@ -144,6 +144,8 @@ def test_what_the_weights_became_is_in_the_manifest(
         assert sum(weights.nbytes for weights in submodel.weights) < submodel.nbytes
         whole += told
     assert whole["int8"] + whole["int4"] > whole.total() / 2
+    unet = collections.Counter({weights.form: weights.elements for weights in bundle.submodel("unet").weights})
+    assert unet[quant] > unet.total() / 2, "convolutions, too"
     inspect(bundle.root)
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith("weights: int") and f"Not {quant}: " in last and "no layer multiplies by them" in last
