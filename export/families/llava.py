@@ -216,6 +216,7 @@ def _leading_token(tokenizer: Path) -> int | None:
 
 
 def assets(source: Source) -> Mapping[str, Path]:
+    _config(source, reduced=False)  # transformers reads it for the tokenizer, too, and its fault would be the tokenizer's
     text = ("special_tokens_map.json", *templates.FILES)
     vision = ("preprocessor_config.json", "processor_config.json")
     wanted = {f"tokenizer/{name}": source.root / name for name in text} | {f"preprocessor/{name}": source.root / name for name in vision}

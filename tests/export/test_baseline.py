@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from calibration.progress import listening
 from export.baseline import TorchEngine, compare_speed, torch_model
 from export.build import build
 from export.graph import parameter_names
@@ -103,11 +104,12 @@ def names(state: Build) -> dict[str, str]:
 
 
 def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> None:
-    heard: list[int] = []
+    heard: list[str] = []
     threads = torch.get_num_threads()
     parts = talking_state.family.parts(talking_state.source, False)
-    speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT, lambda what, number, total: heard.append(number))
-    assert heard == [1, 2, 3] and speed.left_out == () and torch.get_num_threads() == threads
+    with listening(lambda position: heard.append(str(position))):
+        speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT)
+    assert heard and speed.left_out == () and torch.get_num_threads() == threads
     kinds = [(timing.submodel, timing.what, timing.tokens, timing.calls) for timing in speed.timings]
     assert [kind[0] for kind in kinds] == ["vision_encoder", "token_embedding", "decoder", "token_embedding", "decoder", WHOLE]
     assert kinds[4] == ("decoder", "next token", 1, 3) and kinds[5] == (WHOLE, "answer, 4 tokens", 0, 1)

@@ -273,7 +273,6 @@ def hostile_speed() -> Speed:
 def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
     manifest = json.loads((tiny_bundle / MANIFEST).read_bytes())
     source = {**manifest["source"], "name": HOSTILE, "architecture": HOSTILE}
-    parts = [{**one, "name": f"{i}{HOSTILE}"} for i, one in enumerate(manifest["submodels"])]
     quality = QUALITY_OF.model_copy(
         update={
             "submodels": (submodel(HOSTILE, 3),),
@@ -283,7 +282,7 @@ def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -
             "speed": hostile_speed(),
         }
     )
-    page = written(make(quality, name=HOSTILE, source=source, submodels=parts, versions={HOSTILE: HOSTILE}), tmp_path)
+    page = written(make(quality, name=HOSTILE, source=source, versions={HOSTILE: HOSTILE}), tmp_path)
     tags = {tag for tag, _ in page.tags}
     assert "script" not in tags and all("onerror" not in attributes for _, attributes in page.tags)
     assert len([tag for tag, _ in page.tags if tag == "img"]) == 4

@@ -147,7 +147,8 @@ def serve_toys(folder: Path, grace: float, load_forever: bool) -> None:
         offers.append(Offer.of(toy_bundle(folder / "stuck", "chat")))
         os.mkfifo(folder / "fifo")
 
-    def load(root: Path, target: str | None) -> Any:
+    def load(bundle: Any, target: str | None) -> Any:
+        root = getattr(bundle, "root", bundle)
         if root.name == "stuck":
             (folder / "fifo").read_bytes()
         return Toy(root)

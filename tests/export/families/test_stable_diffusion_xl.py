@@ -22,7 +22,7 @@ from export.build import build
 from export.families.stable_diffusion import Grid
 from export.family import family_of
 from export.options import Options
-from export.source import resolve
+from export.source import Source, resolve
 from export.state import Build
 from profiles.probes import Settings, probes
 from profiles.subjects import Exam, source_subject
@@ -106,8 +106,9 @@ def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle:
     assert config.added is not None and config.added.force_zeros_for_empty_prompt
 
 
-def test_the_published_shape_draws_1024_pixels() -> None:
-    grid = Grid.of({"sample_size": 128, "block_out_channels": (320, 640, 1280)}, {"block_out_channels": (128, 256, 512, 512)})
+def test_the_published_shape_draws_1024_pixels(tmp_path: Path) -> None:
+    source = Source(tmp_path, "xl", "diffusers", "StableDiffusionXLPipeline")
+    grid = Grid.of(source, {"sample_size": 128, "block_out_channels": (320, 640, 1280)}, {"block_out_channels": (128, 256, 512, 512)})
     assert grid.sizes == Sizes(min=32, max=4096, default=1024, multiple=32)
 
 

@@ -43,6 +43,8 @@ def test_every_submodel_agrees(
 ) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
     for original in bundle.manifest.submodels:
+        if recipe == "int4" and original.name.startswith("vae"):
+            continue  # families keep it at int8
         submodel = original.model_copy(update={"compute": compute})
         graph = quantized(bundle, submodel, recipe, tmp_path)
         engine = emulated("cuda", submodel, graph)
