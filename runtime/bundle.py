@@ -349,7 +349,7 @@ class Bundle:
         except ValueError as error:
             yield f"{relative} cannot be read ({error})"
             return
-        for location in filter(None, found):  # weights without a file are made when the graph is opened
+        for location in found:
             try:
                 listed = any(str(folder / _inside(location)) in self.manifest.files for folder in folders)
             except ValueError:

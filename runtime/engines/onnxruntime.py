@@ -121,7 +121,7 @@ def _write(output: Path, name: str, model: Any) -> list[str]:
     output.mkdir(parents=True, exist_ok=True)
     plan = Plan(graph=f"{name}.onnx", nested=widened(model))
     with written(output / plan.graph) as file:
-        file.write(without_weights(model, "").SerializeToString())
+        file.write(without_weights(model, WEIGHTS).SerializeToString())
     if not plan.nested:
         return [plan.graph]
     with written(output / f"{name}.json") as file:

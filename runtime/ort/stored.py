@@ -19,6 +19,7 @@ from pydantic import Field, ValidationError
 from runtime.bundle import FileName, Frozen, Submodel
 from runtime.errors import EngineError
 from runtime.files import open_regular, read_regular, written
+from runtime.nested import WEIGHTS
 from runtime.optional import require
 
 INLINE_BYTES: Final = 1024
@@ -112,7 +113,8 @@ def without_weights(model: Any, weights: str) -> Any:
     ir = require("onnx_ir", "export")
     kept = dict(_computed(model))
     for name, tensor in kept.items():
-        stub = ir.ExternalTensor(weights, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+        made = tensor.dtype.name == "INT8"  # of codes in the canonical file, when the graph is opened
+        stub = ir.ExternalTensor(WEIGHTS if made else weights, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
         model.graph.initializers[name].const_value = stub
     try:
         return ir.to_proto(model)
