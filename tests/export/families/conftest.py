@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import runtime.pipelines.chat
 from runtime.images import Picture
@@ -87,11 +88,21 @@ def answer(model: LoadedModel, request: ChatRequest, monkeypatch: pytest.MonkeyP
     return tokens
 
 
+@cache
+def library(source: Path) -> Any:
+    """The library's own model, in float32."""
+    return LlavaForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
+
+
 def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings: Any) -> tuple[list[int], int]:
     """The tokens of transformers' own generate, and how many the prompt has."""
     assert isinstance(pipeline, ChatPipeline) and pipeline.preprocessor is not None
     prompt = pipeline.prompt(request)
-    model: Any = LlavaForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
+    model = library(source)
+    file = source / "generation_config.json"
+    model.generation_config = (
+        GenerationConfig.from_pretrained(source) if file.is_file() else GenerationConfig.from_model_config(model.config)
+    )
     pixels = {"pixel_values": torch.from_numpy(pipeline.preprocessor(prompt.images, "messages"))} if prompt.images else {}
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():
