@@ -53,7 +53,8 @@ command = [sys.executable, "-m", "serving.cli", "serve", draw, "out/talk", "--ad
 with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as server:
     lines = iter(server.stdout.readline, "")
     address = next(line.split()[-1] for line in lines if "listening on" in line)
-    ready = [line for line in itertools.islice((line for line in lines if " is ready on " in line), 2)]
+    ready = list(itertools.islice((line for line in lines if " is ready on " in line or " cannot be " in line), 2))
+    assert all(" is ready on " in line for line in ready), ready
     there = "--address", address, "--model"
     run("generate", *there, Path(draw).name, "--prompt", "a red circle", "--steps", "2", "--out", "out/picture.png")
     run("chat", *there, "talk", "--image", "out/picture.png", "--prompt", "what is it?", "--max-tokens", "2")
