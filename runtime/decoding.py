@@ -101,11 +101,13 @@ ANYWHERE: Final = Span()
 def process(logits: Scores, tokens: Sequence[int], sampling: Sampling, span: Span = ANYWHERE) -> Scores:
     """Scores [vocab] of the candidates, from logits [vocab] and the tokens so far; what may not be chosen is -inf."""
     scores = np.array(logits, np.float32)
-    _apply_rules(scores, tokens, sampling, span)
-    if sampling.temperature == 0 or not (scores > -np.inf).any():
-        return scores
-    with np.errstate(over="ignore"):  # the lowest number becomes -inf
+    with np.errstate(over="ignore"):  # of the extremes that stand for values that are no numbers
+        _apply_rules(scores, tokens, sampling, span)
+        if sampling.temperature == 0:
+            return scores
         scores /= np.float32(sampling.temperature)
+    if not np.isfinite(scores.max()):
+        return scores
     rules = sampling.rules
     if rules.top_h is not None:
         _keep_entropy(scores, rules.top_h)
@@ -137,9 +139,9 @@ def choose(logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.ra
     scores = process(logits, tokens, sampling, span)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    candidates = np.flatnonzero(scores > -np.inf)
-    if not len(candidates):
+    if not np.isfinite(scores.max()):
         raise EngineError("the rules of the model's generation_config.json leave no token to choose: build the bundle with fewer of them")
+    candidates = np.flatnonzero(scores > -np.inf)
     cumulated = np.cumsum(softmax(scores[candidates].astype(np.float64)))
     drawn = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
     return int(candidates[min(drawn, len(candidates) - 1)])
@@ -223,7 +225,7 @@ def _keep_entropy(scores: Scores, share: float) -> None:
     order = np.argsort(-scores, kind="stable")[:TOP_H_TOKENS]
     shares = softmax(scores[order])
     terms = np.where(shares > 0, -shares * np.log(np.maximum(shares, np.finfo(np.float32).tiny)), np.float32(0))
-    kept = np.cumsum(terms, dtype=np.float32) <= np.float32(share) * _entropy(shares)
+    kept = (np.cumsum(terms, dtype=np.float32) <= np.float32(share) * _entropy(shares)) & (shares > 0)
     kept[0] = True
     removed = np.ones(len(scores), bool)
     removed[order[kept]] = False

@@ -156,7 +156,7 @@ def processors(library: LlamaForCausalLM, sampling: Sampling, span: Span) -> Log
     return found
 
 
-@settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.lists(st.integers(0, 9), min_size=2, max_size=20),
@@ -175,9 +175,9 @@ def test_rules_equal_transformers(
     logits = np.random.default_rng(seed).normal(0, 3, VOCABULARY).astype(np.float32)
     span = Span(min(prompt, len(tokens)), len(tokens) + 1 + seed % 3, ENDS)
     sampling = Sampling(temperature, top_k, top_p, penalty, rules)
-    wanted = processors(library, sampling, span)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[0].numpy()
     got = process(logits, tokens, sampling, span)
-    assume((got > -np.inf).any())  # else there is nothing to choose
+    assume(np.isfinite(got.max()))  # else there is nothing to choose, and the library fails
+    wanted = processors(library, sampling, span)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[0].numpy()
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
