@@ -7,6 +7,7 @@ interceptor therefore gives gRPC handlers of streams of bytes: on the wire nothi
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, Final
@@ -16,6 +17,7 @@ from google.protobuf.message import DecodeError
 
 from runtime import limits
 from runtime.errors import DeadlineExceeded, InvalidInput
+from runtime.memory import give_back
 from serving.status import Context, reported, write
 from serving.turns import Turns
 from serving.wire import fields_within
@@ -25,6 +27,8 @@ Handler = Any
 END: Final = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 REQUEST: Final = "request"
 """The field that errors about a message as a whole name."""
+LARGE: Final = 1 << 20
+"""Bytes of a message above which its memory is worth returning to the system."""
 
 
 class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -32,6 +36,7 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
 
     def __init__(self) -> None:
         self._turns = Turns(limits.ARRIVING.most)
+        self._returning: asyncio.Task[None] | None = None
 
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
@@ -69,12 +74,25 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             raise DeadlineExceeded(f"the request did not arrive within {limits.ARRIVAL.most} s: send it again") from None
         if data is END:
             raise InvalidInput(REQUEST, "is missing: the call ended before it arrived")
+        if len(data) > LARGE and (self._returning is None or self._returning.done()):
+            self._returning = asyncio.create_task(_return_memory())
         return parse(data, handler.request_deserializer)
 
     async def _messages(self, handler: Handler, context: Context) -> AsyncIterator[Any]:
         """The requests of a call that has a stream of them."""
         while (data := await context.read()) is not END:
             yield parse(data, handler.request_deserializer)
+
+
+async def _return_memory() -> None:
+    """Return to the system what large messages took, about when they are done with.
+
+    Errors refer to the frames they passed, which hold the message and the error: such cycles wait for the collector. What is freed
+    then, the C library would keep for the next message.
+    """
+    await asyncio.sleep(1)
+    gc.collect()
+    await asyncio.to_thread(give_back)
 
 
 def parse(data: bytes, deserialize: Callable[[bytes], Any]) -> Any:
