@@ -1,5 +1,5 @@
 """`python -m export build ...`"""
 
-from export.cli import main
+from export.cli.commands import main
 
 main()

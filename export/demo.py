@@ -17,7 +17,7 @@ PROMPT: Final = "a large red circle on the left and a small blue square on the r
 QUESTION: Final = "describe the picture."
 BUNDLES: Final = Path("bundles")
 PICTURE: Final = BUNDLES / "demo.png"
-ENGINECAST: Final = [sys.executable, "-m", "serving.cli"]
+ENGINECAST: Final = [sys.executable, "-m", "serving.cli.commands"]
 
 
 def main() -> None:

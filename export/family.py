@@ -13,9 +13,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import export.families
-from export.source import Source
+from export.checkpoint.source import Source
+from runtime.bundle.signature import Signature
 from runtime.errors import UnsupportedModel, did_you_mean
-from runtime.signature import Signature
 
 Reference = Callable[..., tuple[Tensor, ...]]
 """A submodel as the library itself computes it: from its graph inputs in order to its graph outputs in order."""
@@ -36,7 +36,7 @@ class Part:
     `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced. `reference` takes and
     returns the same by the library's own forward over `component`: parity compares the graph with it. `activations` says whether int8 also
     covers activations (W8A8, calibrated) or only weights, and with `convolutional` int4 does so, too: where most of the work is in
-    convolutions, whose int4 weights run in int8 kernels (`runtime.nested`). `least_bits` 8 keeps its weights from int4. `float16` False
+    convolutions, whose int4 weights run in int8 kernels (`runtime.targets.lowering.nested`). `least_bits` 8 keeps its weights from int4. `float16` False
     keeps targets from computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the
     parity gate lets pass.
     """

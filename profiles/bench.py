@@ -17,14 +17,14 @@ from typing import Any, Final
 
 from rich.table import Table
 
-from calibration import machine
+from calibration.ground import machine
 from profiles.memory import GB, Sampler, session_memory, supported
 from profiles.protocol import Hello
 from profiles.rows import Row
 from profiles.worker import Job
-from runtime.bundle import Bundle
-from runtime.devices import processor
+from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, InvalidInput, NotFound, did_you_mean
+from runtime.placing.devices import processor
 from runtime.timing import Spread, turns
 
 PATIENCE: Final = 10.0

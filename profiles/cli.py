@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from calibration import machine
+from calibration.ground import machine
 from runtime.errors import InvalidInput, MissingDependency
 
 ROWS: Final = Path("profiles/rows")
@@ -58,8 +58,8 @@ def bench(
     from profiles.probes import Settings
     from profiles.rows import append
     from profiles.worker import Job
-    from runtime.bundle import Bundle
-    from runtime.loading import choose_target
+    from runtime.bundle.manifest import Bundle
+    from runtime.placing.loading import choose_target
 
     opened = Bundle(bundle)
     drawing = {"width": width, "height": height, "steps": steps}

@@ -20,15 +20,15 @@ from typing import Any, Final
 import numpy as np
 from pydantic import Field
 
-from runtime.bundle import Frozen, Submodel
+from runtime.bundle.manifest import Frozen, Submodel
+from runtime.bundle.signature import Array, Signature, nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
-from runtime.loading import LoadedModel
+from runtime.language.text import Message
 from runtime.pipeline import Call, Engines, Outputs, Pipeline, drive
 from runtime.pipelines.chat import ChatPipeline, ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
-from runtime.signature import Array, Signature, nbytes
-from runtime.text import Message
+from runtime.placing.loading import LoadedModel
 
 PROMPT: Final = "a large red circle at the top left on a white background"
 QUESTION: Final = "what color is the background?"

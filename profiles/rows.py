@@ -12,7 +12,7 @@ from typing import Final
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from runtime.bundle import Frozen
+from runtime.bundle.manifest import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
 from runtime.files import read_regular
 from runtime.timing import Spread

@@ -15,18 +15,18 @@ from typing import Final, TypeVar
 
 from rich.table import Table
 
-from calibration import machine
-from calibration.questions import test_questions
-from calibration.scenes import test_prompts
-from calibration.scoring import score_answer, score_picture
+from calibration.ground import machine
 from profiles.rows import Row
 from profiles.subjects import Exam, Subject
-from runtime.devices import processor
+from runtime.placing.devices import processor
 from runtime.timing import Spread
+from samples.world.questions import test_questions
+from samples.world.scenes import test_prompts
+from samples.world.scoring import score_answer, score_picture
 
 T = TypeVar("T")
 ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
-"""In what a picture can be wrong, as `calibration.scoring` names it."""
+"""In what a picture can be wrong, as `samples.world.scoring` names it."""
 
 
 @dataclass(frozen=True)

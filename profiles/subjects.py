@@ -11,20 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from calibration import machine
-from calibration.questions import Case
-from calibration.scenes import Scene
+from calibration.ground import machine
 from profiles.together import drive_together
-from runtime.bundle import Bundle, Frozen
+from runtime.bundle.manifest import Bundle, Frozen
+from runtime.bundle.signature import BATCH
 from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
-from runtime.loading import LoadedModel, load_model
+from runtime.language.text import Message
 from runtime.optional import require
 from runtime.pipeline import ImageReady, TextDelta, drive
 from runtime.pipelines.chat import ChatRequest
 from runtime.pipelines.diffusion import Defaults, DiffusionConfig, ImageRequest, random_stream
-from runtime.signature import BATCH
-from runtime.text import Message
+from runtime.placing.loading import LoadedModel, load_model
+from samples.world.questions import Case
+from samples.world.scenes import Scene
 
 T = TypeVar("T")
 Kind = Literal["diffusion", "chat"]
@@ -111,7 +111,7 @@ def bundle_subject(model: LoadedModel) -> Subject:
 def source_subject(folder: Path) -> Subject:
     """The checkpoint itself, in float32 on the CPU with plain diffusers or transformers. Raises NotFound or SourceError."""
     if not folder.is_dir():
-        raise NotFound(f"source {folder} does not exist: expected a checkpoint folder, such as export/samples/shapes-vlm")
+        raise NotFound(f"source {folder} does not exist: expected a checkpoint folder, such as samples/shapes-vlm")
     if (folder / "model_index.json").is_file():
         return _diffusers_subject(folder)
     if (folder / "config.json").is_file():

@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-from calibration import machine
+from calibration.ground import machine
 from profiles.probes import Probe, Settings, probes
 from profiles.protocol import Channel, Hello, Metric
-from runtime.bundle import Frozen
+from runtime.bundle.manifest import Frozen
 from runtime.engine import Options
-from runtime.loading import LoadedModel, load_model
+from runtime.placing.loading import LoadedModel, load_model
 
 
 class Job(Frozen):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -12,12 +13,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
-import runtime.engines
-from runtime.bundle import Artifact, Submodel
-from runtime.choices import Decision
+import runtime.targets
+from runtime.bundle.manifest import Artifact, Submodel
+from runtime.bundle.signature import Array
 from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.placing.choices import Decision
 from runtime.settings import Texts
-from runtime.signature import Array
 
 
 class Slot:
@@ -55,7 +56,7 @@ class Compiled:
 class Options:
     """How an engine is to be loaded. `threads` 0 means all cores.
 
-    `compiled` is what to load, as `runtime.portable.fitting` found it; without one, it is what the bundle holds. `verify` is called before
+    `compiled` is what to load, as `runtime.placing.portable.fitting` found it; without one, it is what the bundle holds. `verify` is called before
     files are read again after the engine was loaded: it raises BundleError where they are no longer those that were verified.
     """
 
@@ -92,11 +93,11 @@ class Engine(ABC):
     fallbacks: tuple[str, ...] = ()
     """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict` refuses that."""
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What it can do in several ways that differ in speed by the processor, by name, and every value; see `runtime.choices`."""
+    """What it can do in several ways that differ in speed by the processor, by name, and every value; see `runtime.placing.choices`."""
     decisions: Mapping[str, Decision] = MappingProxyType({})
     """What was decided of those choices that this submodel has, and why."""
     reload_seconds: float = 0.0
-    """Time spent on loading it again after it made room for others; see `runtime.offload`."""
+    """Time spent on loading it again after it made room for others; see `runtime.placing.offload`."""
 
     @property
     def chosen(self) -> tuple[str, ...]:
@@ -204,10 +205,12 @@ class FakeEngine(Engine):
 
 @cache
 def targets() -> dict[str, type[Engine]]:
-    """Every target by name, best first: the classes found in `runtime/engines/`."""
+    """Every target by name, best first: the classes in `runtime/targets/<target>/engine.py`."""
     found: list[type[Engine]] = []
-    for module in pkgutil.iter_modules(runtime.engines.__path__):
-        loaded = importlib.import_module(f"runtime.engines.{module.name}")
+    for room in pkgutil.iter_modules(runtime.targets.__path__, "runtime.targets."):
+        if importlib.util.find_spec(f"{room.name}.engine") is None:  # what several targets share
+            continue
+        loaded = importlib.import_module(f"{room.name}.engine")
         found += [c for c in vars(loaded).values() if isinstance(c, type) and issubclass(c, Engine) and c.__module__ == loaded.__name__]
     return {engine.target: engine for engine in sorted(found, key=lambda engine: engine.rank)}
 

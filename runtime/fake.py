@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from runtime.bundle import Artifact, Submodel, sha256
+from runtime.bundle.manifest import Artifact, Submodel, sha256
 from runtime.engine import Availability, Compiled, CompileOptions, Engine, FakeEngine, Options
 from runtime.errors import EngineError, EngineUnavailable
 from runtime.settings import Texts

@@ -14,8 +14,8 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
-from runtime.signature import Array
 
 Outputs = dict[str, Array]
 

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 from pydantic import Field, model_validator
 
-from runtime.bundle import Frozen
+from runtime.bundle.manifest import Frozen
 
 T = TypeVar("T")
 LEAST: Final = 3

@@ -11,17 +11,17 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
-from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
-from runtime.images import Picture
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
-from runtime.signature import Array, Signature
-from serving.client import Client
+from runtime.vision.images import Picture
+from serving.dialects.grpc.client import Client
+from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import image_pb2
-from serving.host import Limits, ModelHost
-from serving.job import Kind
-from serving.server import Server
+from serving.host.job import Kind
+from serving.host.models import Limits, ModelHost
 
 T = TypeVar("T")
 WORDS: Final = ("a ", "red ", "círcle")

@@ -14,7 +14,7 @@ import pytest
 from runtime.engine import targets
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background ignores it, and so would what tests interrupt
-SAMPLES = Path(__file__).parents[1] / "export" / "samples"
+SAMPLES = Path(__file__).parents[1] / "samples"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,8 +29,8 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def cast(source: str, output: Path) -> Path:
     """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the build side."""
-    from export.build import build
-    from export.options import Options
+    from export.build.build import build
+    from export.build.options import Options
 
     build(Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable)))
     return output

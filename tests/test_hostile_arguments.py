@@ -15,11 +15,11 @@ from typing import Any, Final, NamedTuple
 
 import pytest
 
-from runtime.bundle import MANIFEST, SCHEMA, sha256
+from runtime.bundle.manifest import MANIFEST, SCHEMA, sha256
 from runtime.command import BUG
-from serving import cli
+from serving.cli import commands as cli
 
-SAMPLES: Final = Path(__file__).parents[1] / "export" / "samples"
+SAMPLES: Final = Path(__file__).parents[1] / "samples"
 
 
 class Ended(NamedTuple):

@@ -52,13 +52,13 @@ def test_the_wheel_holds_every_module_and_sample(names: set[str]) -> None:
         pytest.skip("not a git checkout")
     assert set(listed.stdout.split()) <= names
     for sample, weights in (("shapes-vlm", "model"), ("shapes-diffusion/unet", "diffusion_pytorch_model")):
-        assert f"export/samples/{sample}/{weights}.safetensors" in names
+        assert f"samples/{sample}/{weights}.safetensors" in names
 
 
 def test_commands(wheel: Path, names: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
-    assert "enginecast = serving.cli:main" in text and "export = export.cli:main" in text
+    assert "enginecast = serving.cli.commands:main" in text and "export = export.cli.commands:main" in text
 
 
 def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message) -> None:

@@ -12,11 +12,11 @@ import torch
 from diffusers import StableDiffusionPipeline
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from calibration.scenes import test_prompts as picture_prompts
-from calibration.scoring import score_picture
-from export.source import resolve
+from export.checkpoint.source import resolve
+from samples.world.scenes import test_prompts as picture_prompts
+from samples.world.scoring import score_picture
 
-SAMPLES = Path(__file__).parents[1] / "export" / "samples"
+SAMPLES = Path(__file__).parents[1] / "samples"
 LIMIT = 40_000_000
 
 

@@ -49,7 +49,7 @@ def run(*arguments):
 draw, talk = sys.argv[1:]
 before = counters()
 run("build", talk, "--output", "out/talk", "--name", "talk")
-command = [sys.executable, "-m", "serving.cli", "serve", draw, "out/talk", "--address", "127.0.0.1:0"]
+command = [sys.executable, "-m", "serving.cli.commands", "serve", draw, "out/talk", "--address", "127.0.0.1:0"]
 with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as server:
     lines = iter(server.stdout.readline, "")
     address = next(line.split()[-1] for line in lines if "listening on" in line)

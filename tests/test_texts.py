@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import typer
 
-import export.cli
+import export.cli.commands
 import profiles.cli
-import serving.cli
+import serving.cli.commands
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("calibration", "docs", "examples", "export", "profiles", "proto", "runtime", "serving", "tests")
 SUFFIXES = {".md", ".py", ".mjs", ".proto", ".html", ".toml"}
-COMMANDS = set(typer.main.get_group(serving.cli.app).commands)
+COMMANDS = set(typer.main.get_group(serving.cli.commands.app).commands)
 
 
 def texts() -> Iterator[tuple[str, str]]:
@@ -40,6 +40,6 @@ def test_every_command_that_is_named_exists() -> None:
     assert not {(name, command) for name, command in found if command not in COMMANDS}
 
 
-@pytest.mark.parametrize("app", [export.cli.app, profiles.cli.app], ids=["export", "profiles"])
+@pytest.mark.parametrize("app", [export.cli.commands.app, profiles.cli.app], ids=["export", "profiles"])
 def test_enginecast_has_every_command(app: typer.Typer) -> None:
     assert set(typer.main.get_group(app).commands) <= COMMANDS

@@ -1,6 +1,6 @@
 """LLaVA 1.5: vision tower, two-layer projector, language model (Liu et al. 2023, arXiv:2310.03744). BakLLaVA is the same code.
 
-The tower is CLIP's or SigLIP's, the language model one of `export.decoders`.
+The tower is CLIP's or SigLIP's, the language model one of `export.architecture.decoders`.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 
-from export.decoders import Decoder, activation, library_decoder, reduced_decoder, require_known, states
+from export.architecture.decoders import Decoder, activation, library_decoder, reduced_decoder, require_known, states
+from export.architecture.generation import Generation, read_generation
+from export.checkpoint.source import Source, read_json
+from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
-from export.generation import Generation, read_generation
-from export.source import Source, read_json
-from export.tokenizer import tokenizer_file
-from export.trace import without_weights
-from runtime import templates
+from export.graph.trace import without_weights
+from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.errors import SourceError, UnsupportedModel, did_you_mean
+from runtime.language import templates
 from runtime.pipelines.chat import ChatConfig
-from runtime.signature import BATCH, Dim, Signature, Tensor
 
 TWIN_WINDOW: Final = 8
 """Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample."""

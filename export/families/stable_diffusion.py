@@ -19,15 +19,15 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from export.checkpoint.source import PIPELINE, Source, read_json
 from export.family import Component, Family, Part, Reference
-from export.source import PIPELINE, Source, read_json
-from export.trace import without_weights
+from export.graph.trace import without_weights
+from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
+from runtime.diffusion.schedules import CLASS, SchedulerConfig
+from runtime.diffusion.schedules import CLASSES as SCHEDULERS
+from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.pipelines.diffusion import Defaults, DiffusionConfig, Sizes
-from runtime.schedules import CLASS, SchedulerConfig
-from runtime.schedules import CLASSES as SCHEDULERS
-from runtime.signature import BATCH, Dim, Signature, Tensor
-from runtime.tokenizing import ClipTokenizer
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder": ("CLIPTextModel",),

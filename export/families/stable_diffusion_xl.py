@@ -11,12 +11,12 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from export.checkpoint.source import PIPELINE, Source, read_json
 from export.families import stable_diffusion as base
 from export.family import Family, Part
-from export.source import PIPELINE, Source, read_json
-from export.trace import without_weights
+from export.graph.trace import without_weights
+from runtime.bundle.signature import BATCH, Tensor
 from runtime.pipelines.diffusion import Defaults
-from runtime.signature import BATCH, Tensor
 
 TIME_IDS: Final = 6
 """Height and width of the original, top and left of the crop, height and width aimed at."""

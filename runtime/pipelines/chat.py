@@ -23,15 +23,15 @@ import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
-from runtime.bundle import Frozen
-from runtime.decoding import Rules, Sampling, Scores, Span, choose
+from runtime.bundle.manifest import Frozen
+from runtime.bundle.signature import Array
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
-from runtime.images import Picture, PictureFile
+from runtime.language.decoding import Rules, Sampling, Scores, Span, choose
+from runtime.language.text import ChatText, Detokenizer, Message, StopStrings
 from runtime.pipeline import Call, Event, Example, Finished, Outputs, Pipeline, TextDelta
-from runtime.preprocessing import ImagePreprocessor
-from runtime.signature import Array
-from runtime.text import ChatText, Detokenizer, Message, StopStrings
+from runtime.vision.images import Picture, PictureFile
+from runtime.vision.preprocessing import ImagePreprocessor
 
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]

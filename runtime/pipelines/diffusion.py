@@ -31,13 +31,13 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
-from runtime.bundle import Frozen
+from runtime.bundle.manifest import Frozen
+from runtime.diffusion.samplers import Latents, Sampler, State, make_sampler
+from runtime.diffusion.schedules import SchedulerConfig
+from runtime.diffusion.tiling import Mosaic, places, tile_shape
+from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, Example, ImageReady, Outputs, Pipeline, Progress
-from runtime.samplers import Latents, Sampler, State, make_sampler
-from runtime.schedules import SchedulerConfig
-from runtime.tiling import Mosaic, places, tile_shape
-from runtime.tokenizing import ClipTokenizer
 
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for that."""

@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export.build import build
+from export.build.build import build
+from export.build.options import Options
+from export.checkpoint.source import open_component, resolve
 from export.family import Family, families, family_of
-from export.graph import parameter_names
-from export.options import Options
-from export.source import open_component, resolve
+from export.graph.weights import parameter_names
 from runtime.errors import NotFound, SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
 State = dict[str, torch.Tensor]
-SAMPLES = Path(__file__).parents[2] / "export" / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 

@@ -12,7 +12,7 @@ import pytest
 
 PROGRAM = """
 import json, os, signal, sys, time
-import export.cli, export.build, export.calibrate, export.console
+import export.cli.commands, export.build.build, export.build.calibrate, export.report.console
 from pathlib import Path
 
 source, folder = sys.argv[1], Path(sys.argv[2])
@@ -26,14 +26,14 @@ def run(command, stage, told):
         if report.step.stage == stage and report.seconds is None:
             os.write(told, b"x")
             time.sleep(0.01)
-    export.cli.show = show
+    export.cli.commands.show = show
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     output = folder / "out" / ("b" if command == "build" else "s.safetensors")
     sys.argv = ["enginecast", command, source, "--output", str(output)]
     sys.argv += ["--quant", "int8", "--target", "onnxruntime", "--speed", "none", "--allow-low-quality"] if command == "build" else []
-    export.cli.main()
+    export.cli.commands.main()
 
 found = []
 for command, stage, name in STAGES:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import FakeEngine
-from runtime.loading import LoadedModel
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
-from runtime.signature import BATCH, Array, Dim, Signature, Tensor
+from runtime.placing.loading import LoadedModel
 
-SAMPLE = Path(__file__).parents[2] / "export" / "samples" / "shapes-diffusion"
+SAMPLE = Path(__file__).parents[2] / "samples" / "shapes-diffusion"
 EDGE = Dim(name="edge", min=4, opt=8, max=32)
 CONFIG: dict[str, Any] = {
     "scheduler": {

@@ -10,13 +10,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from calibration import machine
+from calibration.ground import machine
 from profiles import bench, cli, probes, rows
 from profiles.bench import Plan, Worker
 from profiles.probes import Settings
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
-from runtime.loading import LoadedModel, load_model
+from runtime.placing.loading import LoadedModel, load_model
 
 WORKER = """
 import sys

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from calibration.questions import KINDS, Case
-from calibration.scenes import Scene, render
 from profiles import cli, rows, score, subjects
 from profiles.subjects import Exam, Subject
 from profiles.together import drive_together
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
-from runtime.loading import LoadedModel
 from runtime.pipeline import ImageReady, Progress, drive
 from runtime.pipelines.diffusion import Defaults, ImageRequest
+from runtime.placing.loading import LoadedModel
+from samples.world.questions import KINDS, Case
+from samples.world.scenes import Scene, render
 
 Pictures = Callable[[Sequence[Scene], Exam], Iterable[Any]]
 

@@ -52,7 +52,7 @@ def test_a_bug_is_called_one(capfd: pytest.CaptureFixture[str]) -> None:
 
 def shell(command: str, tmp_path: Path) -> tuple[int, str]:
     """What a shell says of a command line in which `enginecast` is this program."""
-    program = f'enginecast() {{ {sys.executable} -m serving.cli "$@"; }}; {command}'
+    program = f'enginecast() {{ {sys.executable} -m serving.cli.commands "$@"; }}; {command}'
     ended = subprocess.run(
         ["bash", "-c", program], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, timeout=60
     )

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
+from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import EngineError
 from runtime.pipeline import Call, Finished, Pipeline, Progress, TextDelta, drive
-from runtime.signature import Array
 
 
 def double(inputs: Mapping[str, Array]) -> dict[str, Array]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from serving.fake import FakeServer
-from serving.host import Limits
+from serving.host.models import Limits
 
 
 @pytest.fixture

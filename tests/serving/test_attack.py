@@ -33,7 +33,7 @@ from PIL import Image
 
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
 
-SAMPLES = Path(__file__).parents[2] / "export" / "samples"
+SAMPLES = Path(__file__).parents[2] / "samples"
 SERVICES = {"image": "ImageService/Generate", "chat": "ChatService/Chat"}
 METHODS = {
     "/enginecast.v1.ImageService/Generate": image_pb2.GenerateRequest,
@@ -57,7 +57,7 @@ GOOD_CODES = {
 
 def toy_bundle(root: Path, kind: str) -> Path:
     """A bundle whose tokenizer and settings are a sample's, and which has no engines."""
-    from runtime.bundle import MANIFEST, Manifest, Source
+    from runtime.bundle.manifest import MANIFEST, Manifest, Source
 
     sample = SAMPLES / ("shapes-diffusion" if kind == "diffusion" else "shapes-vlm")
     root.mkdir()
@@ -88,9 +88,9 @@ def toy_bundle(root: Path, kind: str) -> Path:
 
 
 def toy_engines(kind: str) -> dict[str, Any]:
-    from runtime.bundle import Submodel
+    from runtime.bundle.manifest import Submodel
+    from runtime.bundle.signature import Signature
     from runtime.engine import FakeEngine
-    from runtime.signature import Signature
 
     zeros = np.zeros
     functions: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
@@ -119,8 +119,8 @@ class Toy:
     target, device, notes = "fake", "none", ()
 
     def __init__(self, root: Path) -> None:
-        from runtime.bundle import Bundle
-        from runtime.loading import PIPELINES
+        from runtime.bundle.manifest import Bundle
+        from runtime.placing.loading import PIPELINES
 
         bundle = Bundle(root)
         self.kind: Any = bundle.manifest.pipeline
@@ -138,8 +138,8 @@ class Toy:
 
 def serve_toys(folder: Path, grace: float, load_forever: bool) -> None:
     """Serve a toy of each kind, and with `load_forever` one whose loading never ends."""
-    from serving.host import Limits, ModelHost, Offer
-    from serving.server import serve
+    from serving.dialects.grpc.server import serve
+    from serving.host.models import Limits, ModelHost, Offer
 
     roots = [toy_bundle(folder / "draw", "diffusion"), toy_bundle(folder / "talk", "chat")]
     offers = [Offer.of(root) for root in roots]

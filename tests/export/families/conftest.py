@@ -15,13 +15,13 @@ import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import runtime.pipelines.chat
-from runtime.images import Picture
-from runtime.loading import LoadedModel
+from runtime.language.text import Message
 from runtime.pipeline import drive
 from runtime.pipelines.chat import ChatPipeline, ChatRequest
-from runtime.text import Message
+from runtime.placing.loading import LoadedModel
+from runtime.vision.images import Picture
 
-SAMPLE = Path(__file__).parents[3] / "export" / "samples" / "shapes-vlm"
+SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-vlm"
 EDGE, PATCH = 24, 8
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTION = "what color is the circle? how many shapes are there? "

@@ -12,16 +12,16 @@ import pytest
 from PIL import Image
 from transformers import LlavaProcessor
 
-from export.build import _parity, build
+from export.architecture.generation import FILE, read_generation
+from export.build.build import _parity, build
+from export.build.options import Options
+from export.build.state import Build
+from export.checkpoint.source import resolve
 from export.family import family_of
-from export.generation import FILE, read_generation
-from export.options import Options
-from export.source import resolve
-from export.state import Build
-from runtime.engines import openvino
 from runtime.errors import SourceError, UnsupportedModel
-from runtime.loading import load_model
 from runtime.pipelines.chat import ChatPipeline
+from runtime.placing.loading import load_model
+from runtime.targets.openvino import engine as openvino
 from tests.export.families.conftest import PICTURE, Make, answer, ask, library_answer
 
 TARGETS = ("onnxruntime", "openvino")

@@ -14,18 +14,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import export.cli
+import export.cli.commands
+from export.build.options import Options
+from export.build.state import Build
+from export.checkpoint.source import resolve
 from export.family import family_of
-from export.options import Options
-from export.source import resolve
-from export.state import Build
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
 from runtime.errors import SourceError
-from runtime.loading import load_model
 from runtime.pipeline import Call
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest
+from runtime.placing.loading import load_model
+from serving.dialects.grpc.local import Local
 from serving.enginecast_pb import image_pb2
-from serving.local import Local
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # torch tensors inside diffusers
@@ -214,9 +214,9 @@ def old_bundle(old: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["enginecast", "build", str(old), "--output", str(output), "--target", "onnxruntime"])
         printed: list[str] = []
-        patch.setattr(export.cli.out, "print", lambda *texts, **_: printed.extend(map(str, texts)))
+        patch.setattr(export.cli.commands.out, "print", lambda *texts, **_: printed.extend(map(str, texts)))
         with pytest.raises(SystemExit) as ended:
-            export.cli.main()
+            export.cli.commands.main()
         assert not ended.value.code
     return output, "\n".join(printed)
 
@@ -231,7 +231,7 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
     assert Bundle(root).manifest.notes == (replaced, checker)
     monkeypatch.setattr(sys, "argv", ["enginecast", "inspect", str(root)])
     with pytest.raises(SystemExit):
-        export.cli.main()
+        export.cli.commands.main()
     assert f"note: {replaced}" in capsys.readouterr().out
     with Local(load_model(root)) as local:
         done = list(local.generate(image_pb2.GenerateRequest(prompt="x", steps=1, width=16, height=16)))[-1].done

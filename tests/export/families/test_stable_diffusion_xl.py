@@ -15,23 +15,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import calibration.scenes
-import export.cli
-from calibration.data import capture
-from export.build import build
+import export.cli.commands
+import samples.world.scenes
+from calibration.capture.data import capture
+from export.build.build import build
+from export.build.options import Options
+from export.build.state import Build
+from export.checkpoint.source import Source, resolve
 from export.families.stable_diffusion import Grid
 from export.family import family_of
-from export.options import Options
-from export.source import Source, resolve
-from export.state import Build
 from profiles.probes import Settings, probes
 from profiles.subjects import Exam, source_subject
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
+from runtime.bundle.signature import Array
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
-from runtime.loading import LoadedModel, load_model
 from runtime.pipeline import ImageReady, drive
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, Sizes, random_stream
-from runtime.signature import Array
+from runtime.placing.loading import LoadedModel, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
@@ -171,7 +171,7 @@ def test_a_build_from_the_command_line(
     arguments = ["build", tiny_xl, "--output", tmp_path / "b", "--target", "onnxruntime", "--target", "openvino"]
     monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
     try:
-        export.cli.main()
+        export.cli.commands.main()
     except SystemExit as ended:
         assert not ended.code
     shown = "".join(capfd.readouterr())
@@ -192,7 +192,7 @@ def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
 
 
 def test_the_checkpoint_itself_can_be_scored(tiny_xl: Path, theirs: Any) -> None:
-    scenes = list(calibration.scenes.test_prompts(2))
+    scenes = list(samples.world.scenes.test_prompts(2))
     (first, _) = source_subject(tiny_xl).pictures(scenes, Exam(count=2, steps=2, guidance_scale=3.0, batch=2))
     wanted = expected(theirs, ImageRequest(scenes[0].caption, "", EDGE, EDGE, steps=2, guidance_scale=3.0, seed=0))
     assert np.abs(first.astype(int) - wanted.astype(int)).max() <= 1

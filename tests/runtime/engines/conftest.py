@@ -15,12 +15,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from runtime.bundle import Artifact, Bundle
+from runtime.bundle.manifest import Artifact, Bundle
 from runtime.engine import Engine, Options
-from runtime.engines.tensorrt import TensorRT
-from runtime.tensorrt.lower import lower
-from runtime.tensorrt.sdk import SDK
-from runtime.tensorrt.settings import Settings
+from runtime.targets.tensorrt.engine import TensorRT
+from runtime.targets.tensorrt.lower import lower
+from runtime.targets.tensorrt.sdk import SDK
+from runtime.targets.tensorrt.settings import Settings
 
 NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
 Loader = Callable[..., Engine]

@@ -11,11 +11,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bundle import Bundle, Submodel
+from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Options, Slot, targets
-from runtime.engines import onnxruntime as ort
-from runtime.engines.openvino import OpenVINO
-from runtime.signature import Array, Dim, Signature, Tensor
+from runtime.targets.onnxruntime import engine as ort
+from runtime.targets.openvino.engine import OpenVINO
 
 ROWS = Dim(name="rows", min=1, opt=8, max=64)
 INPUTS, OUTPUTS, BLOCK = 192, 48, 64

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
+from runtime.bundle.signature import Array
 from runtime.engine import Engine, Options, Slot, targets
 from runtime.errors import EngineError, EngineUnavailable
-from runtime.signature import Array
 
-SAMPLES = Path(__file__).parents[3] / "export" / "samples"
+SAMPLES = Path(__file__).parents[3] / "samples"
 FLOOR = 1e-4
 Loader = Callable[[str], Engine]
 

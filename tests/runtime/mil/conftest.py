@@ -12,12 +12,12 @@ import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
 
-from runtime.engines.coreml import CoreML
-from runtime.mil.interpret import Interpreter
-from runtime.mil.package import Package, save
-from runtime.mil.sdk import coremltools
-from runtime.mil.translate import translate
-from runtime.signature import Array
+from runtime.bundle.signature import Array
+from runtime.targets.coreml.engine import CoreML
+from runtime.targets.coreml.interpret import Interpreter
+from runtime.targets.coreml.package import Package, save
+from runtime.targets.coreml.sdk import coremltools
+from runtime.targets.coreml.translate import translate
 
 Node = tuple[str, str, str, dict[str, Any]]
 """Operator, inputs and outputs (names separated by spaces), attributes."""

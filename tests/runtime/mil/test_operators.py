@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
+from runtime.bundle.signature import Array
 from runtime.errors import EngineError
-from runtime.mil.operators import OPERATORS
-from runtime.mil.operators.elementwise import BINARY, REDUCTIONS, UNARY
-from runtime.signature import Array
+from runtime.targets.coreml.operators import OPERATORS
+from runtime.targets.coreml.operators.elementwise import BINARY, REDUCTIONS, UNARY
 
 few = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 lengths = st.integers(1, 5)

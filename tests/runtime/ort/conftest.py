@@ -11,12 +11,12 @@ import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 
-from runtime.bundle import Bundle, Submodel
+from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.signature import Array
 from runtime.engine import CompileOptions, Engine, Options, target
-from runtime.ort.engine import SessionEngine
-from runtime.ort.sessions import ACCURACY, CPU, Device, open_session
-from runtime.ort.stored import Plan
-from runtime.signature import Array
+from runtime.targets.sessions.base import SessionEngine
+from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, open_session
+from runtime.targets.sessions.stored import Plan
 
 Make = Callable[..., Engine]
 
@@ -30,9 +30,9 @@ def snr_db(values: NDArray[Any], reference: NDArray[Any]) -> float:
 
 def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
     """The submodel's graph as the recipe makes it, with ranges wide enough for anything."""
-    from calibration.quantize import RECIPES, activation_tensors, plan, quantize
-    from calibration.ranges import Range
-    from export.graph import write
+    from calibration.observe.ranges import Range
+    from calibration.quantize.layers import RECIPES, activation_tensors, plan, quantize
+    from export.graph.weights import write
 
     graph = bundle.root / submodel.graph
     if recipe == "none":

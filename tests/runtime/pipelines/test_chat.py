@@ -23,21 +23,21 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from runtime.bundle import MANIFEST, Bundle, Manifest, Source
+from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source
+from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
-from runtime.images import Picture
+from runtime.language.text import Message
 from runtime.pipeline import Call, Event, Finished, TextDelta, drive
 from runtime.pipelines.chat import ChatConfig, ChatPipeline, ChatRequest, Conversation, Defaults
-from runtime.signature import Array
-from runtime.text import Message
+from runtime.vision.images import Picture
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 UNK, BOS, EOS, PAD, IMAGE = range(5)
 EDGE, PATCH = 24, 8
 TOKENS = (EDGE // PATCH) ** 2
 CONTEXT = 256
-SAMPLE = Path(__file__).parents[3] / "export" / "samples" / "shapes-vlm"
+SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-vlm"
 TEMPLATE = """\
 {%- for message in messages -%}
     {{- message.role.upper() }}:
@@ -395,7 +395,7 @@ def test_an_encoder_of_other_patches_is_refused(chat: ChatPipeline, engines: dic
 
 @pytest.mark.skipif(not (SAMPLE / "model.safetensors").exists(), reason="the sample model is not there yet")
 def test_the_sample_answers_as_with_transformers(tmp_path: Path) -> None:
-    from calibration.questions import test_questions as draw_questions
+    from samples.world.questions import test_questions as draw_questions
 
     model: Any = LlavaForConditionalGeneration.from_pretrained(SAMPLE, dtype=torch.float32)
     processor = LlavaProcessor.from_pretrained(SAMPLE)

@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.bundle.signature import Array
+from runtime.diffusion.samplers import SAMPLERS
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, ImageReady, Progress, drive
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, random_stream
-from runtime.samplers import SAMPLERS
-from runtime.signature import Array
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
-SAMPLE = Path(__file__).parents[3] / "export" / "samples" / "shapes-diffusion"
+SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-diffusion"
 LIMIT = 16
 HIDDEN = 8
 CONFIG: dict[str, Any] = {

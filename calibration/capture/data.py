@@ -1,0 +1,177 @@
+"""The capture of what submodels get while a model works: the inputs that it is calibrated with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from calibration.capture.recording import Inputs, Quota, Recorder, count_positions
+from calibration.capture.sets import CalibrationSet, Samples
+from calibration.ground.progress import each, followed
+from calibration.ground.progress import reused as mark_reused
+from calibration.requests.built_in import Asked, Requests, accepted, built_in
+from runtime.bundle.signature import Array
+from runtime.errors import InvalidInput, NotFound, SourceError
+from runtime.pipeline import Call, ImageReady, Pipeline, drive
+from runtime.pipelines.diffusion import DiffusionConfig
+from runtime.placing.loading import LoadedModel
+from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
+
+VAE_ENCODER: Final = "vae_encoder"
+SAMPLES: Final = 24
+"""Calls kept of each submodel, at least where so many are seen."""
+PER_REQUEST: Final = 3
+"""Calls kept of each submodel for a request, where that is more."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """A request begins (`seconds` None) or is done; `reused` if an earlier capture had done it. `number` counts from 1."""
+
+    number: int
+    total: int
+    name: str
+    seconds: float | None = None
+    reused: bool = False
+
+
+def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
+    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls of each."""
+    return record(model, built_in(model.kind, seed), limit=limit, seed=seed).samples
+
+
+def record(
+    model: LoadedModel,
+    requests: Requests,
+    count: int | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    folder: Path | None = None,
+    listen: Callable[[Done], None] = lambda done: None,
+) -> CalibrationSet:
+    """Run a float model on `count` requests; the inputs that its submodels got, at most `limit` calls of each (None: by the requests).
+
+    Equal arguments give equal sets. No pipeline encodes pictures into latents, so a model that draws has its request's picture, else the
+    one it drew, offered to its VAE encoder. In `folder` each finished request is kept; a later call with the same model, requests and
+    arguments goes on from there. Raises InvalidInput when no request can be used; EngineError.
+    """
+    manifest = model.bundle.manifest
+    wanted = requests.wanted(count)
+    quota = Quota(max(SAMPLES, PER_REQUEST * wanted) if limit is None else limit, wanted, seed)
+    samples: dict[str, list[Inputs]] = {submodel.name: [] for submodel in manifest.submodels}
+    positions: dict[str, list[int]] = {submodel: [] for submodel in samples}
+    used = 0
+    for asked, work in each("request", accepted(lambda asked: _prepared(model, asked), requests, wanted), wanted):
+        done = Done(used + 1, wanted, asked.name)
+        listen(done)
+        start = time.perf_counter()
+        file = folder / f"{used:04d}.safetensors" if folder else None
+        key = _key(manifest.key, quota, used, asked)
+        part = _kept(file, key) if file else None
+        reused = part is not None
+        if reused:
+            mark_reused()
+        if part is None:
+            part = _run(model, work, asked, quota, used, key)
+            if file:
+                part.save(file)
+        for submodel, calls in part.samples.items():
+            samples[submodel] += [dict(call) for call in calls]
+            positions[submodel] = _added(positions[submodel], part.settings["positions"][submodel])
+        used += 1
+        listen(dataclasses.replace(done, seconds=time.perf_counter() - start, reused=reused))
+    settings = {
+        "origin": requests.origin,
+        "file": requests.file,
+        "count": count,
+        "limit": quota.limit,
+        "seed": seed,
+        "requests": used,
+        "skipped": list(requests.skipped),
+        "positions": positions,
+    }
+    return CalibrationSet(model.kind, manifest.source.fingerprint, settings, samples)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What the model does for a request. `pixels` float32 [1, 3, height, width] in -1..1 are for the VAE encoder."""
+
+    pipeline: Pipeline
+    pixels: Array | None
+
+
+def _prepared(model: LoadedModel, asked: Asked) -> _Work:
+    """Raises InvalidInput when the model cannot read the request."""
+    pixels = None
+    if asked.picture is not None:
+        edge = DiffusionConfig.parse(model.bundle.manifest.config).sizes.default
+        pixels = _fitted(edge)([asked.picture], asked.name)
+    return _Work(model.pipeline(asked.request), pixels)
+
+
+def _fitted(edge: int) -> ImagePreprocessor:
+    """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
+    half = (0.5, 0.5, 0.5)
+    return ImagePreprocessor.model_validate(
+        {"size": Edge(shortest_edge=edge), "crop_size": Size(height=edge, width=edge), "image_mean": half, "image_std": half}
+    )
+
+
+def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: int, key: str) -> CalibrationSet:
+    """Run one request; what is kept of it. `number` counts from 0."""
+    recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
+    if work.pixels is not None:
+        recorder.offer(Call(VAE_ENCODER, {"image": work.pixels}))
+    for event in followed(drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0):
+        if isinstance(event, ImageReady) and work.pixels is None:
+            recorder.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
+    samples, positions = {}, {}
+    for submodel, calls in recorder.calls().items():
+        kept = quota.positions(submodel, number, len(calls))
+        samples[submodel] = [calls[place] for place in kept]
+        positions[submodel] = count_positions(kept, len(calls))
+    return CalibrationSet(model.kind, key, {"name": asked.name, "positions": positions}, samples)
+
+
+def _pixels(image: Array) -> Array:
+    """uint8 RGB [height, width, 3] as the VAE takes it: float32 [1, 3, height, width] in -1..1."""
+    return np.ascontiguousarray((image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None])
+
+
+def _kept(file: Path, key: str) -> CalibrationSet | None:
+    """What an earlier capture kept of this very request."""
+    try:
+        found = CalibrationSet.load(file)
+    except (NotFound, InvalidInput, SourceError):
+        return None
+    return found if found.fingerprint == key else None
+
+
+def _key(model: str, quota: Quota, number: int, asked: Asked) -> str:
+    """Identifies everything that what is kept of a request depends on."""
+    facts = (model, dataclasses.astuple(quota), number, _facts(asked))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _facts(value: Any) -> Any:
+    """A request as JSON, pictures as their hashes."""
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, list(value.shape), hashlib.sha256(value.tobytes()).hexdigest()]
+    if dataclasses.is_dataclass(value):
+        return {field.name: _facts(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return [_facts(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _added(counts: list[int], more: list[int]) -> list[int]:
+    """The sums of two lists of counts, the shorter one filled up with zeros."""
+    length = max(len(counts), len(more))
+    return [sum(pair) for pair in zip(*(one + [0] * (length - len(one)) for one in (counts, more)), strict=True)]

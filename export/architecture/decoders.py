@@ -1,0 +1,214 @@
+"""Language decoders of transformers as graphs: the logits of the last position, and every layer's grown keys and values.
+
+Past, grouped heads and the mask stay inside one ONNX `Attention` node a layer. Masks are those that the library makes itself, so that
+layers whose attention is limited to a window see what they see there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import torch
+from torch import Tensor as TorchTensor
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from export.family import Reference
+from runtime.bundle.signature import Dim, State, Tensor
+from runtime.errors import SourceError, UnsupportedModel
+
+ATTENTION: Final = "enginecast_kv"
+"""Name of the attention and of the mask that decoders compute with while they are traced."""
+
+DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2", "olmo3",
+    "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium")  # fmt: skip
+"""`model_type` of every decoder that was compared with transformers, answer by answer."""
+
+CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
+"""What an attention may get besides that changes its result and is not built."""
+
+STATIC: Final = ("default", "linear", "llama3", "yarn", "proportional")
+"""Rotary types whose frequencies are the same for every length."""
+
+LENGTHS: Final = ("dynamic", "longrope")
+"""Rotary types whose frequencies depend on the longest position of a call: keys that a cache holds would have others than new ones."""
+
+
+class Decoder(nn.Module):
+    """A language model and its head, which transformers' own forward connects in the same way.
+
+    Takes inputs_embeds [batch, sequence, hidden], attention_mask [batch, total], position_ids [batch, sequence] and, for each layer, keys
+    and values [batch, heads, past, size]; gives logits [batch, 1, vocab] and keys and values [batch, heads, total, size].
+    """
+
+    def __init__(self, decoder: Any, head: nn.Module) -> None:
+        super().__init__()
+        self.decoder, self.head = decoder, head
+
+    def forward(
+        self, inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
+    ) -> tuple[TorchTensor, ...]:
+        layers = [_Layer(*pair) for pair in zip(past[0::2], past[1::2], strict=True)]
+        held = Cache(layers=layers)
+        with _attending(self.decoder.config):
+            hidden = self.decoder(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=held,
+                use_cache=True,
+                held=held,
+            ).last_hidden_state
+        return (self.head(hidden[:, -1:]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+
+class _Layer(DynamicLayer):
+    """Keys and values of one layer before a call; after it, with those of the call."""
+
+    def __init__(self, keys: TorchTensor, values: TorchTensor) -> None:
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.past = int(keys.shape[-2]) if isinstance(keys.shape[-2], int) else keys.shape[-2]
+
+    def update(self, key_states: TorchTensor, value_states: TorchTensor, *_: Any, **__: Any) -> tuple[TorchTensor, TorchTensor]:
+        """The attention appends them."""
+        return key_states, value_states
+
+    def get_seq_length(self) -> Any:
+        """Positions before the call. The library's own method looks at values, which a tracer does not have."""
+        return self.past
+
+
+@contextmanager
+def _attending(config: Any) -> Iterator[None]:
+    """While active, the model of that config computes attention and masks by the functions below."""
+    usual = config._attn_implementation
+    config._attn_implementation = ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+
+
+def _attention(
+    module: Any, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, held: Cache, **more: Any
+) -> tuple[TorchTensor, None]:
+    """ONNX `Attention` with past (opset 23): query [batch, heads, length, size], key and value with grouped heads."""
+    unknown = [name for name in CHANGING if more.get(name) is not None]
+    if unknown:
+        raise UnsupportedModel(f"the attention of a {module.config.model_type} has {', '.join(unknown)}, which no target has a kernel for")
+    layer: Any = held.layers[module.layer_idx]
+    output, layer.keys, layer.values, _scores = torch.onnx.ops.attention(query, key, value, mask, layer.keys, layer.values, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+def _mask(attention_mask: TorchTensor, q_length: int, mask_function: Callable[..., TorchTensor], batch_size: int, **_: Any) -> TorchTensor:
+    """Which positions each new one sees, bool [batch, 1, length, total]: those of the library's `mask_function` that are no padding."""
+    total = attention_mask.shape[1]
+    position = torch.arange(total, device=attention_mask.device)
+    row = torch.arange(batch_size, device=attention_mask.device)[:, None, None, None]
+    seen = mask_function(row, 0, position[None, None, total - q_length :, None], position[None, None, None, :])
+    return seen & attention_mask[:, None, None, :]
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def library_decoder(model: Any) -> Reference:
+    """What a `Decoder` is compared with: the library's own forward over its own cache and attention, with the same inputs and outputs.
+
+    `model` is a model of transformers with a head.
+    """
+
+    def reference(
+        inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
+    ) -> tuple[TorchTensor, ...]:
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(past[0::2], past[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        found = model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        layers: list[Any] = cache.layers
+        return (found.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+
+    return reference
+
+
+def states(text: Any, batch: Dim, past: Dim, total: Dim) -> tuple[State, ...]:
+    """Keys and values of every layer."""
+    heads, size = text.num_key_value_heads, head_size(text)
+
+    def cache(name: str, length: Dim) -> Tensor:
+        return Tensor(name=name, dtype="float32", dims=(batch, heads, length, size))
+
+    return tuple(
+        State(past=cache(f"past_key_values.{i}.{kind}", past), present=cache(f"present.{i}.{kind}", total), axis=2, window=window)
+        for i, window in enumerate(windows(text))
+        for kind in ("key", "value")
+    )
+
+
+def activation(text: Any) -> str:
+    """The name of the function between the layers of the feed-forward network."""
+    return str(getattr(text, "hidden_activation", None) or text.hidden_act)
+
+
+def head_size(text: Any) -> int:
+    return int(getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+
+
+def windows(text: Any) -> list[int]:
+    """How many positions the attention of each layer sees, its own included; 0 is all that the context has.
+
+    Decoders with `layer_types` say it for each layer, others have one window for all.
+    """
+    window = getattr(text, "sliding_window", None) or 0
+    types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
+    limited = window if window < text.max_position_embeddings else 0
+    return [limited if kind == "sliding_attention" else 0 for kind in types]
+
+
+def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dict[str, Any]:
+    """The config of a decoder with few layers, one of each kind that it has, and a window short enough for samples."""
+    data = text.to_dict()
+    count = data["num_hidden_layers"]
+    listed = {key: values for key, values in data.items() if isinstance(values, list) and len(values) == count}
+    kinds = [tuple(str(values[i]) for values in listed.values()) for i in range(count)]
+    first = sorted({kind: i for i, kind in reversed(list(enumerate(kinds)))}.values())
+    kept = sorted({*first, *[i for i in range(count) if i not in first][: max(0, layers - len(first))]})
+    data |= {key: [values[i] for i in kept] for key, values in listed.items()} | {"num_hidden_layers": len(kept)}
+    if data.get("sliding_window"):
+        data["sliding_window"] = min(window, data["sliding_window"])
+    return data
+
+
+def require_known(file: Any, text: Any) -> None:
+    """Raises UnsupportedModel or SourceError naming what in the config of a decoder is not built here. `file` is the config's."""
+    if text.model_type not in DECODERS:
+        raise UnsupportedModel(
+            f"{file}: its language model (text_config.model_type) is a {text.model_type}, expected one of {', '.join(sorted(DECODERS))}: "
+            "take a checkpoint with such a decoder"
+        )
+    parameters = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)] or [parameters]
+    for found in nested:
+        kind = found.get("rope_type", "default")
+        if kind not in STATIC:
+            reason = "whose frequencies change with the length of a conversation" if kind in LENGTHS else "which is not known"
+            raise UnsupportedModel(
+                f"{file}: text_config has rotary embeddings of type '{kind}', {reason}, expected one of {', '.join(STATIC)}: take a "
+                "checkpoint of the model without it"
+            )
+    window = getattr(text, "sliding_window", None)
+    if window is not None and window < 1:
+        raise SourceError(f"{file}: text_config.sliding_window is {window}, expected 1 or more, or null for none. Correct it")

@@ -1,0 +1,341 @@
+"""One build: what was read of its source, what follows from its options, and what its manifest says."""
+
+from __future__ import annotations
+
+import math
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import onnx_ir as ir
+
+import export.graph.trace
+from calibration.capture.sets import CalibrationSet
+from calibration.ground import machine
+from calibration.quantize.layers import RECIPES, Recipe, recipe
+from calibration.requests.built_in import BRIEF_STEPS, REQUESTS, STEPS
+from export.build.keys import code
+from export.build.options import Options
+from export.build.staging import cached, key_of
+from export.checkpoint.preflight import lay_assets, rehearse
+from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component, resolve
+from export.family import Family, Part, family_of
+from export.graph import weights as graph
+from export.report.progress import Step
+from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verdict, sha256
+from runtime.bundle.manifest import Source as BundleSource
+from runtime.engine import target
+from runtime.errors import EnginecastError, SourceError
+from runtime.targets.lowering.half import Half
+
+FULL_QUALITY_BYTES: Final = 1 << 30
+"""`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
+slowly."""
+SPEED_BYTES: Final = 256 << 20
+"""`auto` times quantized models up to this size of weights: all that are compared lie in memory at once, in float32 but for one."""
+FULL_PARITY_BYTES: Final = 4 << 30
+"""`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
+TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+"""Packages that make graphs and run the float model. What targets and recipes need besides, they declare themselves."""
+
+
+@dataclass
+class Build:
+    """One build under way: what was read, and what follows from what was asked for: recipes, what is measured, the steps to come."""
+
+    options: Options
+    source: Source
+    family: Family
+    parts: list[Part]
+    checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
+    refused: list[str] = field(default_factory=list)
+    """What the model does not take, such as system messages: found by the dry run."""
+
+    @classmethod
+    def open(cls, options: Options) -> Build:
+        """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises SourceError."""
+        source = resolve(options.source)
+        family = family_of(source)
+        try:
+            for look in (family.assets, family.notes):
+                look(source)  # what the small files say is refused before anything is made of it
+            parts = family.parts(source, False)
+        except (EnginecastError, AssertionError):
+            raise
+        except Exception as error:  # the libraries check configs with exceptions of every kind
+            reason = " ".join(str(error).split())
+            raise SourceError(
+                f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
+                f"({type(error).__name__}: {reason}). Correct them, or take them as they were published"
+            ) from error
+        build = cls(options, source, family, parts)
+        for part in parts:
+            folder = part.component.folder
+            if folder not in build.checkpoints:
+                build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
+        _ = build.calibration  # a wrong set is refused before any work
+        build.refused = rehearse(source, family, parts)
+        return build
+
+    def weights(self, part: Part) -> dict[str, TensorRef]:
+        """The tensors of the part's component by the library's names."""
+        return self.checkpoints[part.component.folder].mapped(part.component.model)
+
+    @property
+    def name(self) -> str:
+        return self.options.name or self.source.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return key_of({folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()})
+
+    @cached_property
+    def tools(self) -> dict[str, str]:
+        """Versions of Python and of what makes and calibrates graphs, whatever they are compiled for."""
+        recipes = (recipe for part in self.parts if (recipe := self.recipe(part)) is not None)
+        return _versions([*TOOLS, *(name for recipe in recipes for name in recipe.packages)])
+
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """Versions of everything that a bundle depends on."""
+        return self.tools | _versions([name for target_name in self.options.targets for name in target(target_name).packages])
+
+    @cached_property
+    def key(self) -> str:
+        options = self.options
+        files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
+        asked: list[object] = [
+            self.name,
+            options.quant,
+            sorted(options.targets),
+            options.parity,
+            self.checked,
+            self.measured,
+            self.timed,
+            self.calibration_key,
+            options.compute,
+            options.block,
+            options.strip_canonical,
+            {name: dict(settings) for name, settings in options.settings.items()},
+        ]
+        if options.quant == "auto":
+            asked += [options.max_drop, options.goal]
+        published = self.family.config(self.source), self.family.notes(self.source)
+        return key_of(self.fingerprint, files, published, asked, self.versions, code())
+
+    def recipe(self, part: Part) -> Recipe | None:
+        """The recipe of a part; of a search, the one whose ranges it needs."""
+        name = "int8" if self.options.quant == "auto" else self.options.quant
+        if name == "none":
+            return None
+        found = recipe(name, part.activations, part.least_bits)
+        if found.bits == 4 and not part.convolutional:
+            found = replace(found, activations=False)
+        return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
+
+    def requested(self, part: Part) -> tuple[str, str] | None:
+        """The form that a part's weights should take, and why all of it takes another where that is so; None without quantization."""
+        quant, found = self.options.quant, self.recipe(part)
+        if quant not in RECIPES or found is None:
+            return ("auto", "chosen by the search") if quant == "auto" else None
+        wanted = RECIPES[quant]
+        if found.bits > wanted.bits:
+            return _form(wanted), f"kept at {_form(found)}, where the errors of this submodel cost more than those of others"
+        return _form(wanted), "inputs that stay float need int8 weights" if wanted.fp8 and not found.fp8 else ""
+
+    def calibrated(self, part: Part) -> bool:
+        """Whether captured inputs decide how a part is quantized.
+
+        They do where activations are, at int4 unless each call takes many seconds, and everywhere with a set that was given.
+        """
+        found = self.recipe(part)
+        if found is None:
+            return False
+        given = self.calibration is not None and bool(self.calibration.samples.get(part.name))
+        return given or found.activations or (found.bits == 4 and not self.brief)
+
+    def compensated(self, part: Part) -> bool:
+        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before (`calibration.quantize.gptq`).
+
+        Those of large models are with a set that was given: it takes long.
+        """
+        found = self.recipe(part)
+        return found is not None and found.bits == 4 and self.calibrated(part) and (self.calibration is not None or not self.brief)
+
+    def capturing(self, requests: int | None = None) -> float:
+        """A guess of the seconds that capturing so many requests takes (None: those that are built in).
+
+        The float model casts its weights for every call.
+        """
+        if self.calibration is not None:
+            return 0.5
+        requests = requests or (len(BRIEF_STEPS) if self.brief else REQUESTS)
+        calls = requests * (sum(BRIEF_STEPS) / len(BRIEF_STEPS) if self.brief else STEPS)
+        return requests + 5 * self.nbytes / 1e9 * calls
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights of the checkpoint."""
+        return sum(ref.nbytes for checkpoint in self.checkpoints.values() for ref in checkpoint.tensors.values())
+
+    @property
+    def brief(self) -> bool:
+        """Whether captures are brief: each call of the float model takes many seconds."""
+        return self.nbytes > FULL_QUALITY_BYTES
+
+    def least_bytes(self) -> int:
+        """Bytes that the weights of the bundle will take at least, with every one of them quantized as far as the recipe goes."""
+        if self.options.quant == "none":
+            return sum(map(self.size, self.parts))
+        bits = RECIPES["int4" if self.options.quant == "auto" else self.options.quant].bits
+        return sum(math.prod(ref.shape) for part in self.parts for ref in self._refs(part)) * bits // 8
+
+    @property
+    def checked(self) -> bool:
+        """Whether what targets compiled is compared with the canonical graphs."""
+        return self._done(self.options.agreement)
+
+    @property
+    def measured(self) -> bool:
+        """Whether quality is measured."""
+        return self.options.quant != "none" and self._done(self.options.quality) and self.judge is not None
+
+    def _done(self, option: str) -> bool:
+        """Whether a comparison with this option is made: one of auto, full, none."""
+        return option == "full" or (option == "auto" and self.nbytes <= FULL_QUALITY_BYTES)
+
+    @cached_property
+    def judge(self) -> str | None:
+        """The target that quality is measured on: one of the bundle's that runs here, else ONNX Runtime if it has the kernels."""
+        usable = [name for name in self.options.targets if target(name).available().usable]
+        needed = RECIPES[self.options.quant].precisions if self.options.quant in RECIPES else frozenset()
+        return next((name for name in [*usable, "onnxruntime"] if needed <= target(name).precisions), None)
+
+    def half(self, part: Part) -> Half | None:
+        """What targets that have it shall compute a part in, if not float32 alone."""
+        chosen = self.recipe(part)
+        asked = self.options.compute if self.options.compute != "auto" else chosen.half if chosen else None
+        if asked == "bfloat16":
+            return "bfloat16"
+        return "float16" if asked == "float16" and part.float16 else None
+
+    @property
+    def timed(self) -> bool:
+        """Whether the quantized model is timed beside the float one and PyTorch."""
+        wanted = self.options.speed == "full" or (self.options.speed == "auto" and self.nbytes <= SPEED_BYTES)
+        return self.measured and wanted and all(target(name).available().usable for name in self.options.targets)
+
+    @cached_property
+    def calibration(self) -> CalibrationSet | None:
+        """The set given to calibrate with. Raises NotFound, SourceError, or InvalidInput when it is of another checkpoint."""
+        if self.options.calibration is None:
+            return None
+        found = CalibrationSet.load(self.options.calibration)
+        found.check(self.fingerprint, self.name)
+        return found
+
+    @cached_property
+    def calibration_key(self) -> str:
+        return sha256(self.options.calibration) if self.calibration is not None and self.options.calibration is not None else ""
+
+    @property
+    def method(self) -> str:
+        """How parity is established: "full" or "twin"."""
+        if self.options.parity != "auto":
+            return self.options.parity
+        return "full" if self.nbytes <= FULL_PARITY_BYTES else "twin"
+
+    def size(self, part: Part) -> int:
+        """Bytes of the part's weights in the checkpoint."""
+        return sum(ref.nbytes for ref in self._refs(part))
+
+    def _refs(self, part: Part) -> list[TensorRef]:
+        """The tensors of the checkpoint that the part has."""
+        names = set(graph.parameter_names(part.module, part.component.model).values())
+        return [ref for name, ref in self.weights(part).items() if name in names]
+
+    def steps(self) -> list[Step]:
+        """Everything that will be done, with a guess of its seconds."""
+        sizes = {part.name: self.size(part) / 1e9 for part in self.parts}
+        steps = [Step("weights", "check", sum(sizes.values()) / 2)]
+        for part in self.parts:
+            modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
+            steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
+        if any(map(self.calibrated, self.parts)):
+            steps.append(Step("pipeline", "calibrate", self.capturing()))
+            for part in filter(self.calibrated, self.parts):
+                steps.append(Step(part.name, "tune", 1 + sizes[part.name] * 100))
+                if self.compensated(part):
+                    steps.append(Step(part.name, "compensate", 1 + sizes[part.name] * 300))
+        if self.options.quant == "auto":
+            steps += [Step(part.name, "explore", 30) for part in self.parts] + [Step("pipeline", "search", 200)]
+        for part in self.parts:
+            steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
+        for name in self.options.targets:
+            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
+        if self.checked:
+            steps += [Step(part.name, f"check {name}", 1 + 20 * sizes[part.name]) for name in self.options.targets for part in self.parts]
+        if self.measured:
+            steps.append(Step("pipeline", "quality", 20))
+        if self.timed:
+            steps.append(Step("pipeline", "speed", 10))
+        return [*steps, Step("bundle", "hash", 0.2)]
+
+
+def _form(recipe: Recipe) -> str:
+    """What most weights become, in the manifest's words."""
+    return recipe.half or ("fp8" if recipe.fp8 else f"int{recipe.bits}")
+
+
+def part_graph(state: Build, part: Part) -> ir.Model:
+    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
+    weights = state.weights(part)
+    settings: Any = part.component.model.config
+    config = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
+    key = key_of("graph", part.name, config, part.signature.model_dump(), state.tools, code())
+    path = cached(key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path))
+    model = ir.load(path)
+    graph.attach(model, graph.parameter_names(part.module, part.component.model), weights)
+    return model
+
+
+def place(submodel: str) -> str:
+    """Where a submodel's graph lies in a bundle."""
+    return f"onnx/{submodel}/{graph.MODEL}"
+
+
+def finish(
+    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "", verdict: Verdict | None = None
+) -> None:
+    """Add the model's own files and the manifest."""
+    lay_assets(state.family.assets(state.source), folder)
+    manifest = Manifest(
+        name=state.name,
+        key=state.key,
+        pipeline=state.family.pipeline,
+        quant=quant or state.options.quant,
+        source=BundleSource(
+            name=state.source.name, family=state.family.name, architecture=state.source.architecture, fingerprint=state.fingerprint
+        ),
+        submodels=tuple(submodels),
+        artifacts=tuple(artifacts),
+        config=state.family.config(state.source),
+        versions=state.versions,
+        quality=verdict,
+        notes=tuple(state.family.notes(state.source)),
+        files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (file for file in sorted(folder.rglob("*")) if file.is_file())
+
+
+def _versions(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of Python and of those packages that are installed."""
+    found = {name: machine.version(name) for name in dict.fromkeys(packages)}
+    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}

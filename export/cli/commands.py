@@ -1,0 +1,260 @@
+"""The build side's commands of `enginecast`: build, calibrate, report, and those on finished bundles."""
+
+from __future__ import annotations
+
+import time
+import tomllib
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.table import Table
+
+from export.cli import bundles
+from export.report.console import errors, out, settings_of, show, show_notes
+from export.report.sizes import forms
+from runtime import command
+from runtime.bundle.manifest import Bundle
+from runtime.errors import InvalidInput, MissingDependency
+from runtime.stopping import stoppable
+
+SETTINGS: Final = "enginecast.toml"
+SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
+TARGETS: Final = ("onnxruntime", "openvino")
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app.add_typer(bundles.app)
+
+
+@app.command()
+@stoppable("nothing was written")
+def build(
+    source: Annotated[
+        str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")
+    ] = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime and openvino."
+        ),
+    ] = None,
+    quant: Annotated[
+        str | None, typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
+    ] = None,
+    parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
+    name: Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")] = "",
+    calibration: Annotated[Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")] = None,
+    quality: Annotated[
+        str, typer.Option(help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none.")
+    ] = "auto",
+    speed: Annotated[
+        str, typer.Option(help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or none.")
+    ] = "auto",
+    allow_low_quality: Annotated[bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")] = False,
+    agreement: Annotated[
+        str, typer.Option(help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none.")
+    ] = "auto",
+    max_drop: Annotated[
+        float | None,
+        typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."),
+    ] = None,
+    optimize: Annotated[str | None, typer.Option(help="Of --quant auto: size (the default) or speed.")] = None,
+    compute: Annotated[
+        str, typer.Option(help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto.")
+    ] = "auto",
+    block: Annotated[
+        int, typer.Option(help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64.")
+    ] = 0,
+    compute_capability: Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")] = "",
+    setting: Annotated[list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")] = None,
+    strip_canonical: Annotated[
+        bool, typer.Option("--strip-canonical", help="Leave out graphs and weights; for targets alone whose engines hold all they need.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
+) -> None:
+    """Convert, quantize and compile a model into a bundle."""
+    try:
+        from export.build.options import Options
+        from export.finished.artifacts import resolve_targets
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "torch", "export") from None
+    if name and not source:
+        raise InvalidInput("name", "names one model, so it needs a SOURCE")
+    if calibration and not source:
+        raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
+    common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
+    common |= {"speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
+    of_auto: dict[str, Any] = {name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
+    jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
+    common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
+    every = []
+    for job in jobs:
+        if of_auto and job["quant"] != "auto":
+            raise InvalidInput("max-drop" if "max_drop" in of_auto else "optimize", f"belongs to --quant auto, not to {job['quant']}")
+        job["targets"] = resolve_targets(job["targets"], job["quant"])
+        common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
+        every.append(Options(**common, **of_auto, **job))
+        every[-1].check()
+    for options in every:
+        _build(options)
+
+
+def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
+    name = Path(source).resolve().name if Path(source).is_dir() else source.removeprefix("sample:").rstrip("/").split("/")[-1]
+    return {"source": source, "targets": tuple(target or TARGETS), "quant": quant, "output": output or Path("bundles") / f"{name}-{quant}"}
+
+
+class Entry(BaseModel):
+    """One [[build]] table of enginecast.toml: the options of `build` under the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    target: list[str] | str | None = None
+    quant: str = "none"
+    output: Path | None = None
+
+
+class Settings(BaseModel):
+    """enginecast.toml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    build: list[Entry] = Field(min_length=1)
+
+
+def _listed(target: list[str] | None, quant: str | None, output: Path | None) -> list[dict[str, Any]]:
+    """What enginecast.toml lists, else the samples. Options of the command line win."""
+    path, jobs = Path(SETTINGS), []
+    for entry in _settings(path).build if path.is_file() else [Entry(source=sample) for sample in SAMPLES]:
+        listed = [entry.target] if isinstance(entry.target, str) else entry.target
+        job = _job(entry.source, target or listed, quant or entry.quant, entry.output)
+        if output is not None:
+            job["output"] = output / job["output"].name
+        jobs.append(job)
+    return jobs
+
+
+def _settings(path: Path) -> Settings:
+    try:
+        return Settings.model_validate(tomllib.loads(path.read_text()))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput(SETTINGS, f"is no TOML: {error}") from None
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        expected = "expected [[build]] tables with a source and, if wanted, target, quant and output"
+        raise InvalidInput(SETTINGS, f"'{where}' is wrong ({fault['msg']}), {expected}") from None
+
+
+def _build(options: Any) -> None:
+    start = time.perf_counter()
+    out.print(f"{options.source} -> {options.output} ({options.quant}, {', '.join(options.targets)})")
+    from export.build.build import build as run  # after the first line: its libraries take seconds to import
+
+    bundle, timings = run(options, show)
+    show_notes(bundle.manifest)
+    size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
+    if not timings:
+        out.print(f"{options.output} is up to date: the same build made it before ({size / 1e6:.1f} MB)")
+        _show_forms(bundle)
+        return
+    compiling = sum(seconds for stage, seconds in timings.items() if stage.startswith("compile"))
+    total = time.perf_counter() - start
+    out.print(
+        f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code"
+    )
+
+    if options.quant == "auto":
+        _show_search(bundle.root)
+    _show_forms(bundle)
+
+
+def _show_forms(bundle: Bundle) -> None:
+    """What the weights of each submodel, and of all, became, and why the rest did not become it."""
+    submodels, quant = bundle.manifest.submodels, bundle.manifest.quant
+    for name, some in [*((one.name, [one]) for one in submodels), ("all weights", submodels)]:
+        if told := forms(some, quant):
+            out.print(f"{name}: {told}", markup=False)
+
+
+def _show_search(root: Path) -> None:
+    """The assignments that a search tried, and how sure it is of the one it took."""
+    from export.build.auto import FILE, Found
+
+    found = Found.model_validate_json((root / FILE).read_bytes())
+    table = Table("taken", "cost", "least SNR", f"drop, {found.unit}", "give or take", "cases", f"within {found.max_drop:g}", "layers")
+    for number, point in enumerate(found.points):
+        layers = ", ".join(f"{count} {form}" for form, count in point.layers.items())
+        mark = "*" if number == found.chosen else ""
+        error = "" if point.resolution is None else f"{point.resolution:.1f}"
+        sure = "" if point.sure is None else f"{100 * point.sure:.0f} % sure"
+        cases = str(point.cases or "")
+        table.add_row(mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", error, cases, sure, layers)
+    out.print(table)
+    for name, explored in found.submodels.items():
+        out.print(f"{name}: noises {explored.method} in {explored.runs} runs")
+    out.print(found.claim)
+
+
+@app.command()
+@stoppable("what was captured is kept, and the same command goes on from there")
+def calibrate(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
+    output: Annotated[Path, typer.Option(help="File to write, such as set.safetensors.")],
+    prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of pictures; to draw with, each with a caption (x.png, x.txt).")] = None,
+    questions: Annotated[Path | None, typer.Option(help='JSON Lines of {"image": path, "question": text}, for models that chat.')] = None,
+    count: Annotated[int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")] = None,
+    seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
+) -> None:
+    """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
+    try:
+        from export.build.options import CaptureOptions
+
+        options = CaptureOptions(source, output, prompts, images, questions, count, seed)
+        options.check()
+        out.print(f"{source} -> {output} (calibration set)")
+        from export.build.calibrate import calibrate as run
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "torch", "export") from None
+    found = run(options, show)
+    kept = ", ".join(f"{len(calls)} of {name}" for name, calls in found.samples.items())
+    out.print(f"{output}: {output.stat().st_size / 1e6:.1f} MB, {kept}, from {found.settings['requests']} requests")
+    for warning in found.warnings():
+        errors.print(f"warning: {warning}", markup=False)
+
+
+@app.command()
+@stoppable("no report was written")
+def report(
+    bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    speed: Annotated[
+        str, typer.Option(metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from.")
+    ] = "",
+) -> None:
+    """Write the quality report of a quantized bundle as one page."""
+    try:
+        from export.report.page import check_output
+        from export.report.page import report as write
+        from export.report.quality import load_quality
+
+        if speed:
+            from export.report.timed import time_bundle
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "jinja2", "export") from None
+    opened = Bundle(bundle)
+    load_quality(opened)
+    check_output(output)
+    opened.verify(unknown=False)  # what is shown is what was measured
+    write(opened, output, time_bundle(opened, speed, show) if speed else None)
+    out.print(f"{output}: quality of {bundle}")
+
+
+def main() -> None:
+    """Entry point of `python -m export` and `uv run export`: a mistake of the user is one line on standard error and an exit code."""
+    command.run(partial(app, prog_name="enginecast"), "interrupted: nothing was written")

@@ -1,0 +1,110 @@
+"""Whether what a target compiled computes what the canonical graph says: run here, by the target itself or by what emulates its device.
+
+Reference is the canonical graph, unoptimised, on ONNX Runtime. Int8 layers round their inputs, so the least difference of order moves some
+of them by a whole code: figures of 30 to 50 dB are two equal engines then, and float graphs have 100 and more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from calibration.observe.lean import LeanEngine
+from calibration.observe.metrics import snr_db
+from runtime.bundle.manifest import Agreement, Artifact, Submodel
+from runtime.bundle.signature import Array, Signature, Tensor
+from runtime.engine import Engine, Options, Slot
+from runtime.errors import EngineError, EngineUnavailable
+
+FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
+"""Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
+REACH: Final = 128
+"""Positions that a sample goes up to. What a model does beyond is compared on its twin, whose windows are shorter."""
+POSITIONS: Final = (8, 1, 1)
+"""New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window, more go beyond it."""
+
+
+class Reference:
+    """What the canonical graph of a submodel of the bundle at `root` gives, computed once for however many targets.
+
+    It gets what was captured of it, where there is such of usual lengths, else likely values, which int8 may clip.
+    """
+
+    def __init__(self, submodel: Submodel, root: Path, captured: Sequence[Mapping[str, Array]] = ()) -> None:
+        self.submodel, self.root = submodel, root
+        self._captured = captured
+
+    @cached_property
+    def calls(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+        """Inputs and outputs of every call; those of a decoder go on in one slot."""
+        slot = Slot() if self.submodel.signature.states else None
+        with closing(LeanEngine.load(self.submodel, self.root, Options())) as engine:
+            return [(inputs, engine.run(inputs, slot)) for inputs in _calls(self.submodel.signature, self._captured)]
+
+
+def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Artifact:
+    """The artifact of the reference's submodel, with what was found of it, or why it could not be computed here.
+
+    Raises EngineError when it does not compute what the canonical graph says.
+    """
+    submodel = reference.submodel
+    try:
+        emulated = engine.emulate(submodel, reference.root, Options())
+    except EngineUnavailable as error:
+        return artifact.model_copy(update={"unchecked": str(error)})
+    with closing(emulated):
+        found = _compare(emulated, reference)
+    quantized = submodel.dynamic or any(word in submodel.precision for word in ("int", "W8A8"))
+    least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
+    if not found.snr_db >= least:
+        raise EngineError(
+            f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} has "
+            f"{found.snr_db:.1f} dB on {found.device}, expected at least {least:.0f}. Build for another target, and please report this"
+        )
+    return artifact.model_copy(update={"agreement": found})
+
+
+def told(artifact: Artifact) -> str:
+    """What `agree` found, in short."""
+    return f"{artifact.agreement.snr_db:.0f} dB" if artifact.agreement else artifact.unchecked
+
+
+def _compare(emulated: Engine, reference: Reference) -> Agreement:
+    """The worst output of all calls."""
+    slot = Slot() if reference.submodel.signature.states else None
+    worst = Agreement(tensor="", snr_db=math.inf, device=emulated.device)
+    for inputs, wanted in reference.calls:
+        got = emulated.run(inputs, slot)
+        for name, values in wanted.items():
+            ratio = snr_db(values, got[name]) if np.isfinite(got[name]).all() else -math.inf
+            if ratio < worst.snr_db:
+                worst = worst.model_copy(update={"tensor": name, "snr_db": ratio})
+    return worst.model_copy(update={"snr_db": float(np.clip(worst.snr_db, -300, 300))})
+
+
+def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
+    """Inputs of usual lengths, one row; of a decoder, a prompt and what follows."""
+    rng = np.random.default_rng(0)
+    usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
+    for call in captured if not signature.states else ():
+        row = {tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs}
+        if all(row[tensor.name].shape == tensor.shape(usual) for tensor in signature.inputs):
+            yield row
+            return
+    past = 0
+    beyond = [count for window in signature.windows if 0 < window < REACH for count in (window, 1)]
+    for count in (*POSITIONS, *beyond) if signature.states else (0,):
+        lengths = usual | ({"sequence": count, "past": past} if signature.states else {})
+        lengths |= {name: sum(lengths[one] for one in dim.sum_of) for name, dim in signature.dims.items() if dim.sum_of}
+        yield {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}
+        past += count
+
+
+def _batched(tensor: Tensor) -> bool:
+    return bool(tensor.dims) and getattr(tensor.dims[0], "name", "") == "batch"

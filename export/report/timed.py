@@ -1,0 +1,38 @@
+"""A bundle timed anew on the machine where this runs, beside the checkpoint it was built from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import gettempdir
+
+from export.build.build import build
+from export.build.options import Options
+from export.build.state import Build
+from export.report.baseline import compare_speed
+from export.report.progress import Listener, Progress, Step
+from export.report.speed import THOROUGH, Speed, SpeedEffort
+from runtime.bundle.manifest import Bundle
+from runtime.errors import InvalidInput
+from runtime.files import vanishing
+
+
+def time_bundle(
+    bundle: Bundle,
+    source: str,
+    listen: Listener = lambda report: None,
+    effort: SpeedEffort = THOROUGH,
+) -> Speed:
+    """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside PyTorch.
+
+    `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build
+    raises.
+    """
+    with vanishing(Path(gettempdir()), "enginecast-") as folder:
+        options = Options(source, folder / "float", targets=bundle.targets)
+        state = Build.open(options)
+        if state.fingerprint != bundle.manifest.source.fingerprint:
+            raise InvalidInput("speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one")
+        floating, _ = build(options, listen)
+        parts = state.family.parts(state.source, False)
+        with Progress([Step("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
+            return compare_speed(bundle.root, floating.root, parts, state.weights, effort)

@@ -1,0 +1,177 @@
+"""Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of tokens spells.
+
+No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that contains one is
+refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen over tokenizing such text as
+plain because the boundaries of the pieces would then tokenize unlike the model's own tokenizer does.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer
+
+from runtime.errors import BundleError, InvalidInput
+from runtime.language.templates import ChatTemplate
+from runtime.language.templates import Message as Message  # for the modules above this one
+from runtime.language.templates import Part as Part
+from runtime.language.templates import Role as Role
+
+REPLACEMENT: Final = "\ufffd"
+"""What a decoder writes for bytes that are no whole character, or not yet."""
+
+
+class ChatText:
+    """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside it).
+
+    `image_token_id` is the placeholder that stands for a picture, of models that see.
+    Raises BundleError when a file is missing or cannot be used.
+    """
+
+    def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
+        self.file = path = folder / "tokenizer.json"
+        try:
+            self.tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise BundleError(f"{path} cannot be read: {error}") from None
+        self.tokenizer.no_truncation()  # files may ask for either; a prompt is never cut silently
+        self.tokenizer.no_padding()
+        added = self.tokenizer.get_added_tokens_decoder()
+        if image_token_id is not None and image_token_id not in added:
+            raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images that the model's config.json names")
+        self.image_token_id = image_token_id
+        self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
+        self.template = ChatTemplate(folder, None if image_token_id is None else added[image_token_id].content)
+
+    @property
+    def last(self) -> tuple[str, int]:
+        """The token with the largest id that a text can be made of, and its id. Special tokens are none: no text may hold them."""
+        plain = ((token, id) for token, id in self.tokenizer.get_vocab().items() if token not in self.special)
+        return max(plain, key=lambda item: item[1], default=("", -1))
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
+        return self.template.render(messages)
+
+    def encode(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
+
+        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to one or the
+        template does not place every picture.
+        """
+        for i, message in enumerate(messages):
+            for j, part in enumerate(message.content):
+                self._check_plain(part, f"messages[{i}].parts[{j}]")
+        ids = self._ids(messages)
+        harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
+        if self._specials(ids) != self._specials(self._ids(harmless)):
+            raise InvalidInput("messages", "texts of this conversation join up to a special token of the model: rephrase them")
+        images, placed = sum(len(message.images) for message in messages), ids.count(self._placeholder)
+        if images != placed:
+            raise InvalidInput("messages", f"the model's chat template places {placed} of {images} pictures: show them in user messages")
+        return ids
+
+    @property
+    def _placeholder(self) -> int:
+        return -1 if self.image_token_id is None else self.image_token_id
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        # A batch of one: `encode` holds the interpreter lock, `encode_batch` does not.
+        return list(self.tokenizer.encode_batch([self.render(messages)], add_special_tokens=False)[0].ids)
+
+    def _specials(self, ids: Sequence[int]) -> Counter[int]:
+        known = set(self.special.values())
+        return Counter(id for id in ids if id in known)
+
+    def _check_plain(self, part: Part, field: str) -> None:
+        found = [token for token in self.special if isinstance(part, str) and token in part]
+        if found:
+            raise InvalidInput(field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way")
+
+
+def _harmless(part: Part) -> Part:
+    """A part of the same kind that writes no special token; blank text stays, as templates may treat it apart."""
+    return "x" if isinstance(part, str) and part.strip() else part
+
+
+class Detokenizer:
+    """Spells a stream of tokens, a whole character at a time: the pieces join up to the decoded whole, special tokens left out.
+
+    Each piece is decoded behind the piece before it, since decoders treat the start of a text apart (a leading space, say).
+    For byte fallback (SentencePiece) this holds as long as the bytes are valid UTF-8; for byte-level tokenizers always.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._before: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, token: int) -> str:
+        """What is newly spelled with this token; empty while a character is incomplete."""
+        self._pending.append(token)
+        text = self._spelled()
+        if text.endswith(REPLACEMENT):
+            return ""
+        if text:
+            self._before, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: bytes that never became a character, as replacement characters."""
+        text = self._spelled()
+        self._before, self._pending = self._pending, []
+        return text
+
+    def _spelled(self) -> str:
+        before: str = self._tokenizer.decode(self._before)
+        return str(self._tokenizer.decode(self._before + self._pending))[len(before) :]
+
+
+class StopStrings:
+    """Ends a stream of text at the first stop string, which is not part of it. What may yet become one is held back.
+
+    Takes time linear in the text, whatever the strings: each is followed by the automaton of Knuth, Morris and Pratt (1977).
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [(stop, _borders(stop)) for stop in stops]
+        self._matched = [0] * len(stops)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """What may be passed on. After a stop string was completed, `found` is true and the stream is over."""
+        held, self._held = self._held, ""
+        for end, character in enumerate(text, start=1):
+            self._matched = [_follow(*stop, matched, character) for stop, matched in zip(self._stops, self._matched, strict=True)]
+            complete = [n for (stop, _), n in zip(self._stops, self._matched, strict=True) if n == len(stop)]
+            if complete:  # of those completed first the longest, so that the result does not hang on how the text arrived
+                self.found = True
+                return (held + text[:end])[: len(held) + end - max(complete)]
+        text = held + text
+        split = len(text) - max(self._matched, default=0)
+        self._held = text[split:]
+        return text[:split]
+
+    def flush(self) -> str:
+        """What was held back, when the stream ends without a stop string."""
+        text, self._held = self._held, ""
+        return text
+
+
+def _borders(stop: str) -> list[int]:
+    """For each beginning of the string, the length of the longest shorter beginning that it ends with."""
+    borders = [0] * len(stop)
+    for end in range(1, len(stop)):
+        borders[end] = _follow(stop, borders, borders[end - 1], stop[end])
+    return borders
+
+
+def _follow(stop: str, borders: Sequence[int], matched: int, character: str) -> int:
+    """How much of the string's beginning the text ends with, once one more character follows `matched` of them."""
+    while matched and stop[matched] != character:
+        matched = borders[matched - 1]
+    return matched + (stop[matched] == character)

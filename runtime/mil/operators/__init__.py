@@ -1,8 +1,0 @@
-"""How each operator of the canonical graph is said in MIL: one function for each."""
-
-from __future__ import annotations
-
-from runtime.mil.operators import attention, elementwise, normalizations, products, quantization, shapes
-from runtime.mil.operators.base import OPERATORS
-
-__all__ = ["OPERATORS", "attention", "elementwise", "normalizations", "products", "quantization", "shapes"]

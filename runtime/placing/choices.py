@@ -1,0 +1,263 @@
+"""Choices whose best value depends on the processor: timed once on the device, and kept in the user's cache.
+
+Attention in bfloat16 makes a step 13 % faster on one processor and 24 % slower on another, and no list of instruction sets says which. An
+engine declares a `Choice` for what it can do in several ways, and prepares a representative part of a submodel in each of them. This module
+times the parts in turns, decides, and remembers:
+
+<cache>/choices/<hash>.json   what was decided on one device with one version of a target, by the key of the submodel
+<cache>/choices/.lock         held while something is timed: one process at a time, since they would disturb each other
+
+What is stored stays. A value can be set instead: for one engine by `Options.settings`, for all of them by the environment variable
+ENGINECAST_CHOICES ("attention=float32"), whose word "default" switches timing off ("default" or "default,attention=float32").
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any, Final
+
+from filelock import FileLock, Timeout
+from pydantic import AwareDatetime, ValidationError
+
+from runtime.bundle.manifest import Frozen
+from runtime.errors import EnginecastError, InvalidInput, did_you_mean
+from runtime.files import cache_folder, key_of, written
+from runtime.placing.containers import allowance
+from runtime.placing.devices import processor, processor_features
+from runtime.timing import seconds, turns
+
+log = logging.getLogger(__name__)
+
+VARIABLE: Final = "ENGINECAST_CHOICES"
+DEFAULT: Final = "default"
+"""The word that switches timing off."""
+TURNS: Final = 9
+BUDGET: Final = 5.0
+"""Seconds after which as few turns as make a median are enough."""
+PATIENCE: Final = 60.0
+"""Seconds to wait while another process times something."""
+LOCK: Final = ".lock"
+
+Values = Mapping[str, str]
+"""A value for each choice, by its name."""
+Prepare = Callable[[Values], Callable[[], object]]
+"""Makes the part with these values, and returns what runs it once. Raises EnginecastError."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What an engine can do in several ways. Each of `values` is one that the bundle allows; the first is taken where nothing was measured.
+
+    Another value replaces the first if it saves more than the share `margin` of the part's time in three turns of four.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    margin: float = 0.02
+
+    @property
+    def default(self) -> str:
+        return self.values[0]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The value of a choice, and the reason in words."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is decided for. `name` is for people, `key` identifies everything that speeds depend on besides the device."""
+
+    name: str
+    target: str
+    version: str
+    key: str
+
+
+class Measured(Frozen):
+    """What was decided of one submodel on one device, and the median seconds of its part: with all defaults, and with one other value."""
+
+    name: str
+    date: AwareDatetime
+    values: Mapping[str, str]
+    default: float
+    seconds: Mapping[str, Mapping[str, float]]
+
+    def reason(self, choice: str) -> str:
+        """Why the choice was decided so, in words."""
+        value, others = self.values[choice], self.seconds.get(choice, {})
+        if value in others:
+            return f"measured on this processor: {self.default / others[value]:.2f} x as fast as the default"
+        told = ", ".join(f"{other} takes {seconds / self.default:.2f} x as long" for other, seconds in others.items())
+        return f"measured on this processor: {f'nothing else saves enough ({told})' if told else 'nothing else works'}"
+
+
+class Stored(Frozen):
+    """A file of the store: the facts of the device that its name is a hash of, and what was measured there, by key."""
+
+    device: Mapping[str, Any]
+    measured: Mapping[str, Measured]
+
+
+_known: Final[dict[tuple[Path, str], Measured]] = {}
+"""What this process measured, for caches that cannot be written."""
+
+
+def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settings: Values) -> dict[str, Decision]:
+    """A decision for every choice: as it is set, as it is stored, or as it is measured now.
+
+    Raises InvalidInput for a setting that is no value of its choice. Where measuring fails, defaults hold, and the reason says why.
+    """
+    preset, allowed = environment()
+    wanted = preset | dict(settings)
+    decided = {choice.name: _as_set(choice, wanted[choice.name]) for choice in choices if choice.name in wanted}
+    free = [choice for choice in choices if choice.name not in decided and len(choice.values) > 1]
+    found: Measured | str = "" if allowed else f"{VARIABLE} has '{DEFAULT}'"
+    if free and not found:
+        found = _find(free, {name: decision.value for name, decision in decided.items()}, subject, prepare)
+    for choice in choices:
+        if choice.name in decided:
+            continue
+        if isinstance(found, Measured) and choice.name in found.values:
+            decided[choice.name] = Decision(found.values[choice.name], found.reason(choice.name))
+        else:
+            decided[choice.name] = Decision(choice.default, f"default, not measured: {found or 'nothing else is possible here'}")
+    return decided
+
+
+def environment() -> tuple[dict[str, str], bool]:
+    """What ENGINECAST_CHOICES sets, and whether the rest may be measured. Raises InvalidInput for words that mean nothing."""
+    from runtime.engine import targets
+
+    known = {name: values for engine in targets().values() for name, values in engine.choices.items()}
+    found, allowed = dict[str, str](), True
+    for word in filter(None, (word.strip() for word in os.environ.get(VARIABLE, "").split(","))):
+        name, _, value = (part.strip() for part in word.partition("="))
+        if word == DEFAULT:
+            allowed = False
+        elif name not in known:
+            raise InvalidInput(VARIABLE, f"has '{word}', expected CHOICE=VALUE or {DEFAULT}: {did_you_mean(name, known)}")
+        elif value not in known[name]:
+            raise InvalidInput(VARIABLE, f"has '{word}', expected {name} to be {' or '.join(known[name])}")
+        else:
+            found[name] = value
+    return found, allowed
+
+
+def _as_set(choice: Choice, value: str) -> Decision:
+    if value not in choice.values:
+        raise InvalidInput(choice.name, f"is set to '{value}': this bundle allows {' or '.join(choice.values)} on this processor")
+    return Decision(value, "as set")
+
+
+def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured | str:
+    """What is stored, or is measured and stored now; else why nothing could be measured."""
+    facts = fingerprint(subject.target, subject.version)
+    path, key = _path(facts), key_of(subject.key, {choice.name: choice.values for choice in choices}, dict(fixed))
+    if found := _look_up(path, key):
+        return found
+    with _alone(path.parent) as alone:
+        if found := _look_up(path, key):
+            return found
+        if not alone:
+            return "another process was measuring"
+        start = time.perf_counter()
+        log.info("%s on %s: measuring once what is fastest on this processor", subject.name, subject.target)
+        try:
+            found = _measure(choices, fixed, subject, prepare)
+        except EnginecastError as error:
+            return str(error)
+        log.info("%s on %s was measured in %.1f s: %s", subject.name, subject.target, time.perf_counter() - start, dict(found.values))
+        _known[path, key] = found
+        try:
+            with written(path) as file:
+                file.write(Stored(device=facts, measured=_read(path) | {key: found}).model_dump_json(indent=1).encode())
+        except (OSError, EnginecastError) as error:
+            log.info("what was measured of %s could not be stored: %s", subject.name, error)
+        return found
+
+
+def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured:
+    """Time all defaults, and each other value with the defaults of the other choices. Raises EnginecastError where the defaults fail."""
+    defaults = dict(fixed) | {choice.name: choice.default for choice in choices}
+    others = [(choice, value) for choice in choices for value in choice.values[1:]]
+    parts, tried = [prepare(defaults)], list[tuple[Choice, str]]()
+    for choice, value in others:
+        try:
+            parts.append(prepare(defaults | {choice.name: value}))
+            tried.append((choice, value))
+        except EnginecastError as error:
+            log.info("%s cannot have %s=%s: %s", subject.name, choice.name, value, error)
+    base, *rest = turns([lambda part=part: seconds(part) for part in parts], TURNS, budget=BUDGET)  # type: ignore[misc]
+    values, shares = {choice.name: choice.default for choice in choices}, dict[str, float]()
+    times: dict[str, dict[str, float]] = {choice.name: {} for choice in choices}
+    for (choice, value), taken in zip(tried, rest, strict=True):
+        times[choice.name][value] = median(taken)
+        _, share, upper = quantiles([one / default for one, default in zip(taken, base, strict=True)], n=4, method="inclusive")
+        if upper < 1 - choice.margin and share < shares.get(choice.name, 1.0):
+            values[choice.name], shares[choice.name] = value, share
+    return Measured(name=subject.name, date=datetime.now(UTC), values=values, default=median(base), seconds=times)
+
+
+def fingerprint(target: str, version: str) -> dict[str, Any]:
+    """What a measurement holds for: the processor, how much of it this process may use, and what computes on it."""
+    return {
+        "processor": processor(),
+        "features": processor_features(),
+        "processors": allowance().cpus,
+        "system": f"{platform.system()} {platform.machine()}",
+        "target": target,
+        "version": version,
+    }
+
+
+def measured(target: str, version: str) -> list[Measured]:
+    """Everything that was measured on this device with this version of a target, the newest last."""
+    return sorted(_read(_path(fingerprint(target, version))).values(), key=lambda one: one.date)
+
+
+def _path(facts: Mapping[str, Any]) -> Path:
+    return cache_folder() / "choices" / f"{key_of(facts)[:24]}.json"
+
+
+def _look_up(path: Path, key: str) -> Measured | None:
+    return _known.get((path, key)) or _read(path).get(key)
+
+
+def _read(path: Path) -> dict[str, Measured]:
+    """What a file of the store holds; nothing where it is missing or damaged."""
+    try:
+        return dict(Stored.model_validate_json(path.read_bytes()).measured)
+    except (OSError, ValidationError):
+        return {}
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Whether no other process of this user measures meanwhile. Where there can be no lock, that is taken for granted."""
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+        alone = True
+    except Timeout:
+        alone = False
+    except (OSError, NotImplementedError):  # a folder that cannot be written, a file system without locks
+        alone = True
+    try:
+        yield alone
+    finally:
+        lock.release()

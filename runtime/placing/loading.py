@@ -1,0 +1,260 @@
+"""From a bundle on disk to a model that runs: each submodel where `runtime.placing.placement` puts it, or where it can be loaded instead, as told.
+
+What was compiled for other machines alone is compiled anew on this one (`runtime.placing.portable`).
+
+Under a memory limit the engines share a `Budget` (`runtime.placing.offload`), and pictures whose decoding would not fit are decoded in tiles.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.signing import require_signature
+from runtime.engine import Engine, Options, target
+from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean, quoted
+from runtime.pipeline import ModelPipeline, Pipeline
+from runtime.pipelines.chat import ChatPipeline
+from runtime.pipelines.diffusion import DiffusionPipeline
+from runtime.placing import memory, placement
+from runtime.placing.containers import Allowance
+from runtime.placing.devices import detect
+from runtime.placing.offload import Budget, OffloadedEngine
+from runtime.placing.placement import Choice, Place, Wishes
+from runtime.placing.portable import fitting
+
+log = logging.getLogger(__name__)
+
+PIPELINES: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], ModelPipeline]]] = {
+    "diffusion": DiffusionPipeline.open,
+    "chat": ChatPipeline,
+}
+"""What opens a pipeline, by kind: from the folder of the model's own files and the settings in `Manifest.config`. Raises BundleError."""
+FLOAT_BYTES: Final = 4
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run: its engines by submodel name, and the pipeline that calls them.
+
+    `places` is where each submodel was loaded. `notes` are sentences on what differs from the published model (`Manifest.notes`) or from
+    the requested placement. `again` loads it anew, avoiding some places.
+    """
+
+    bundle: Bundle
+    kind: Literal["diffusion", "chat"]
+    target: str
+    device: str
+    engines: Mapping[str, Engine]
+    pipeline: Callable[[Any], Pipeline]
+    places: Mapping[str, Place] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    again: Callable[[Collection[Place]], LoadedModel] | None = None
+
+    def close(self) -> None:
+        """Free every engine, also where one cannot be: a lost device takes its memory with it."""
+        for name, engine in self.engines.items():
+            with suppress(EngineError):
+                log.debug("closing %s", name)
+                engine.close()
+
+    def broken(self) -> tuple[str, ...]:
+        """Submodels whose engines cannot run even a small sample, as when their device was taken away."""
+        return tuple(name for name, engine in self.engines.items() if not _works(engine))
+
+    def elsewhere(self, broken: Collection[str]) -> LoadedModel:
+        """Close this model and load it again, without the places of the broken submodels if there are others. Raises as loading does."""
+        self.close()
+        assert self.again is not None, "a model that was loaded can be loaded again"
+        return self.again([self.places[name] for name in broken])
+
+
+def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
+    """The wanted target, or the best usable one the bundle was built for.
+
+    Raises EngineUnavailable listing what is wrong with every one: a target is never replaced by another without a word.
+    """
+    machine = detect()
+    return target(placement.usable(bundle, placement.order(bundle, wanted, Wishes(), machine), "", machine)[0].target)
+
+
+def load_model(
+    bundle: Path | Bundle,
+    wanted: str | None = None,
+    options: Options | None = None,
+    wishes: Wishes | None = None,
+    public: Path | None = None,
+    request: Any = None,
+) -> LoadedModel:
+    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `wishes` say.
+
+    A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public` key, it must be signed
+    by that key's owner. A `request` is checked before any engine is loaded.
+
+    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code; what changes while it is loaded, or before
+    it is read again, is noticed and refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; leaves nothing
+    loaded then.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    return _load(opened, wanted, options or Options(), wishes or Wishes(), public, (), request)
+
+
+def _verify(bundle: Bundle, public: Path | None) -> None:
+    """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and as it was hashed."""
+    if public is None:
+        bundle.verify(unknown=False)
+    else:
+        require_signature(bundle, public)
+    kind = bundle.manifest.pipeline
+    if kind not in PIPELINES:
+        raise BundleError(
+            f"bundle {bundle.name} needs the pipeline {quoted(kind)}, which this program lacks: {did_you_mean(kind, PIPELINES)}"
+        )
+
+
+def _load(
+    bundle: Bundle,
+    wanted: str | None,
+    options: Options,
+    wishes: Wishes,
+    public: Path | None,
+    avoid: Collection[Place],
+    request: Any = None,
+) -> LoadedModel:
+    _verify(bundle, public)
+    options = replace(options, verify=bundle.verify_again)
+    kind = bundle.manifest.pipeline
+    pipeline = open_pipeline(bundle)
+    if request is not None:
+        pipeline(request).close()
+    machine = detect()
+    options = replace(options, threads=options.threads or _threads(machine.allowed))
+    plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)
+    budget = Budget(plan.rooms) if plan.rooms else None
+    engines, places, notes = dict[str, Engine](), dict[str, Place](), [*bundle.manifest.notes, *plan.notes]
+    try:
+        for submodel in bundle.manifest.submodels:
+            choice = plan.choices[submodel.name]
+            where, engine = _first(submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes)
+            engines[submodel.name], places[submodel.name] = engine, where
+            if wishes.strict and engine.fallbacks:
+                raise EngineError(
+                    f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose another target or "
+                    "device, or allow that by leaving out --strict"
+                )
+        _tile(pipeline, engines.get("vae_decoder"), budget, notes)
+    except BaseException:
+        for one in engines.values():
+            one.close()
+        raise
+    for note in notes:
+        log.info("model %s: %s", bundle.name, note)
+    names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
+    again = partial(_load, bundle, wanted, options, wishes, public)
+    return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
+
+
+def open_pipeline(bundle: Bundle) -> ModelPipeline:
+    """The pipeline of a bundle, without engines. Raises BundleError when its settings or files do not fit."""
+    try:
+        return PIPELINES[bundle.manifest.pipeline](bundle.root, bundle.manifest.config)
+    except BundleError as error:
+        raise BundleError(f"bundle {bundle.name} cannot be used: {error}. Build it again with this version") from None
+
+
+def _first(
+    submodel: Submodel, choice: Choice, load: Callable[[Place], Engine], budget: Budget | None, notes: list[str]
+) -> tuple[Place, Engine]:
+    """The submodel's engine at the first of its places where it can be loaded; the others' reasons are noted."""
+    reasons = []
+    for place in choice.places:
+        try:
+            engine = _held(submodel, place, choice.estimated[place], budget, load) if budget else load(place)
+        except (EngineError, ResourceExhausted, MissingDependency) as error:
+            if len(choice.places) == 1:
+                raise
+            reasons.append(f"{place}: {error}")
+            continue
+        if reasons:
+            notes.append(f"{submodel.name} is on {place} since it could not be loaded elsewhere ({'; '.join(reasons)})")
+        return place, engine
+    raise EngineUnavailable(f"{submodel.name} could be loaded nowhere. {'; '.join(reasons)}")
+
+
+def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
+    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits, which is noted.
+
+    Files are verified before and after: this may be long after the bundle was, and engines open them by name.
+    """
+    bundle.verify_again()
+    engine = target(place.target)
+    fitted = fitting(bundle, submodel, engine, _Told(f"{place.target} {submodel.name}"))
+    if fitted.note and fitted.note not in notes:
+        notes.append(fitted.note)
+    loaded = engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
+    try:
+        bundle.verify_again()
+    except BaseException:
+        loaded.close()
+        raise
+    return loaded
+
+
+class _Told:
+    """Logs how far a compilation on this machine is: each new phase, and every tenth of it."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.last: tuple[str, int] | None = None
+
+    def __call__(self, share: float, phase: str) -> None:
+        now = phase, int(10 * share)
+        if now != self.last:
+            self.last = now
+            log.info("compiling %s: %.0f %%, %s", self.what, 100 * share, phase)
+
+
+def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
+    """An engine that makes room for others. It is loaded once now, so that mistakes show at once and its memory is known."""
+    engine = OffloadedEngine(submodel, place.target, place.memory, budget, estimated, partial(load, place))
+    try:
+        engine.measure(place.memory == "cpu")
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _tile(pipeline: Any, decoder: Engine | None, budget: Budget | None, notes: list[str]) -> None:
+    """Have a diffusion pipeline decode in tiles what its VAE decoder has no room for."""
+    if not isinstance(pipeline, DiffusionPipeline) or not isinstance(decoder, OffloadedEngine) or budget is None:
+        return
+    room = budget.rooms.get(decoder.memory)
+    if room is not None:
+        pipeline.decodes_at_once = decoder.need.inputs_within(room) / (FLOAT_BYTES * pipeline.config.vae.latent_channels)
+        edge = int(pipeline.decodes_at_once**0.5) * pipeline.config.vae.scale_factor if pipeline.decodes_at_once < float("inf") else 0
+        if edge:
+            notes.append(f"pictures of more than about {edge}x{edge} pixels are decoded in tiles")
+
+
+def _works(engine: Engine) -> bool:
+    try:
+        engine.run(memory.sample(engine.submodel.signature))
+    except ResourceExhausted:
+        return True  # what is full may be free again
+    except Exception as error:
+        log.info("%s on %s cannot run a sample: %s", engine.submodel.name, engine.device, error)
+        return False
+    return True
+
+
+def _threads(allowed: Allowance) -> int:
+    """What SDKs are told where this process may use only some of the processors: they count those of the machine. 0 is for all."""
+    return allowed.threads if allowed.cpus < (os.cpu_count() or 1) else 0

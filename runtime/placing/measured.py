@@ -1,0 +1,80 @@
+"""How fast targets were measured to be on this machine, for choosing between them: what that needs of the rows that `bench` stores.
+
+Rows are JSON lines (`profiles.rows.Row`). Those that come with the program are in profiles/rows beside it; `enginecast bench --store` adds
+to profiles/rows of the working folder. A line that is none is passed over: choosing must not fail for a figure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from runtime.bundle.manifest import Manifest
+from runtime.placing.devices import Machine
+
+ROWS: Final = Path("profiles/rows")
+ANSWER_TOKENS: Final = 64
+"""Length of the answer that chat models are compared by."""
+
+
+def default_files() -> list[Path]:
+    """Every file of rows that is there, the program's own first."""
+    folders = dict.fromkeys((Path(__file__).parents[1] / ROWS, ROWS.absolute()))
+    return [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.jsonl"))]
+
+
+def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:
+    """Seconds of a picture, or of an answer about one, by target: the newest row of this bundle on this machine counts."""
+    newest: dict[tuple[str, str], tuple[str, float]] = {}
+    for row in (row for file in files for row in _rows(file)):
+        try:
+            told = (row["bundle"], row["source"], row["quant"], row["cpu"])
+            key, found = (str(row["target"]), str(row["metric"])), (str(row["date"]), float(row["spread"]["median"]))
+            here = _is_here(str(row["device"]), machine)
+        except (KeyError, TypeError, ValueError):
+            continue
+        same = told == (manifest.name, manifest.source.name, manifest.quant, machine.host.model)
+        if same and here and found[1] > 0 and found > newest.get(key, ("", 0.0)):
+            newest[key] = found
+    figures: dict[str, dict[str, float]] = {}
+    for (target, metric), (_, value) in newest.items():
+        figures.setdefault(target, {})[metric] = value
+    return {target: whole for target, known in figures.items() if (whole := _whole(known)) is not None}
+
+
+def _whole(known: Mapping[str, float]) -> float | None:
+    if "picture" in known:
+        return known["picture"]
+    if "first_token" in known and "decode" in known:
+        return known["first_token"] + ANSWER_TOKENS / known["decode"]
+    return None
+
+
+def _is_here(device: str, machine: Machine) -> bool:
+    """Whether this machine has the device, by the name of its model where it is not the processor."""
+    others = [other for other in machine.devices if other.kind != "cpu"]
+    if any(word in device.casefold() for word in ("cuda", "gpu", "npu", "dml", "directml", "coreml", "tensorrt")):
+        return any(other.model in device for other in others)
+    return True
+
+
+def in_order(names: Sequence[str], figures: Mapping[str, float]) -> list[str]:
+    """The names in the same order, but that those with figures change places among themselves: the fastest first."""
+    measured = iter(sorted((name for name in names if name in figures), key=lambda name: figures[name]))
+    return [next(measured) if name in figures else name for name in names]
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = file.read_text(errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict):
+            yield row

@@ -1,0 +1,187 @@
+"""Engines that share a memory too small for all of them: loaded when first called, closed when others need the room.
+
+What was used longest ago goes first, so a text encoder makes room for the denoiser, and that for the VAE decoder. An engine that runs, or
+whose states somebody still holds, stays. What loading again costs is in `Engine.reload_seconds`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from weakref import WeakSet
+
+from runtime.bundle.manifest import Artifact, Submodel
+from runtime.bundle.signature import Array
+from runtime.engine import Availability, Engine, Options, Slot
+from runtime.errors import ResourceExhausted
+from runtime.placing import memory
+from runtime.placing.memory import Need, show_size
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[], Engine]
+_ticks: Final = itertools.count()
+
+
+class Budget:
+    """Bytes that engines may take together in each memory, by the name of its device. Engines of several models may share one."""
+
+    def __init__(self, rooms: Mapping[str, int]) -> None:
+        self.rooms = dict(rooms)
+        self._changed = threading.Condition()
+        self._engines: list[OffloadedEngine] = []
+
+    def add(self, engine: OffloadedEngine) -> None:
+        with self._changed:
+            self._engines.append(engine)
+
+    def remove(self, engine: OffloadedEngine) -> None:
+        with self._changed:
+            self._engines.remove(engine)
+            engine.put_down()
+            self._changed.notify_all()
+
+    @contextmanager
+    def lend(self, engine: OffloadedEngine, inputs: int) -> Iterator[Engine]:
+        """The engine, loaded, with room for inputs of so many bytes. Raises ResourceExhausted, or what loading raises."""
+        with self._changed:
+            self._make_room(engine, inputs)
+            self._warn(engine, inputs)
+            loaded = engine.pick_up()
+            engine.taken = max(engine.taken, self._foreseen(engine, inputs))
+            engine.uses += 1
+        try:
+            yield loaded
+        finally:
+            with self._changed:
+                engine.uses -= 1
+                engine.last_used = next(_ticks)
+                self._changed.notify_all()
+
+    def _warn(self, engine: OffloadedEngine, inputs: int) -> None:
+        """Tell, once an engine, where a call is thought to take more than there is."""
+        need, room = engine.need.at(inputs), self.rooms.get(engine.memory)
+        if room is not None and need > room and not engine.warned:
+            engine.warned = True
+            log.warning("%s is thought to need %s for this call, %s are allowed", engine.submodel.name, show_size(need), show_size(room))
+
+    def _foreseen(self, engine: OffloadedEngine, inputs: int) -> int:
+        """Bytes to count for a call. No call is refused for what its activations are thought to take, so they are at most all there is."""
+        room = self.rooms.get(engine.memory)
+        need = engine.need.at(inputs)
+        return need if room is None else max(engine.need.base, min(need, room))
+
+    def _make_room(self, engine: OffloadedEngine, inputs: int) -> None:
+        room = self.rooms.get(engine.memory)
+        while room is not None:
+            need = max(engine.taken, self._foreseen(engine, inputs))
+            others = [other for other in self._engines if other is not engine and other.memory == engine.memory and other.loaded]
+            if sum(other.taken for other in others) + need <= room:
+                return
+            if idle := [other for other in others if other.idle]:
+                min(idle, key=lambda other: other.last_used).put_down()
+            elif engine.loaded and engine.idle and engine.taken > self._foreseen(engine, inputs):
+                engine.put_down()  # what it took for larger inputs is not needed now
+            elif any(other.uses for other in others):
+                self._changed.wait()
+            else:
+                held = "".join(f", {show_size(other.taken)} of it held by the states of {other.submodel.name}" for other in others)
+                raise ResourceExhausted(
+                    f"{engine.submodel.name} needs {show_size(need)} of memory, {show_size(room)} are allowed{held}: "
+                    "allow more with --memory-limit, or ask for less at once"
+                )
+
+
+class OffloadedEngine(Engine):
+    """An engine that is in memory only while there is room for it. It can be used as if it always were."""
+
+    def __init__(self, submodel: Submodel, target: str, where: str, budget: Budget, estimated: int, load: Load) -> None:
+        """`where` names the device whose memory it takes; `estimated` is how much, until it was measured."""
+        self.__dict__["target"] = target
+        self.submodel = submodel
+        self.device = ""
+        self.memory = where
+        self.need = Need(estimated)
+        self.taken = self.uses = self.loads = 0
+        self.warned = False
+        self.last_used = next(_ticks)
+        self._budget = budget
+        self._load = load
+        self._engine: Engine | None = None
+        self._computes = "float32"
+        self._before = 0
+        self._slots: WeakSet[Slot] = WeakSet()
+        budget.add(self)
+
+    @property
+    def computes(self) -> str:
+        return self._computes
+
+    @property
+    def loaded(self) -> bool:
+        return self._engine is not None
+
+    @property
+    def idle(self) -> bool:
+        """Whether it could be closed now without anybody losing anything."""
+        return not self.uses and not self._slots
+
+    def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        with self._budget.lend(self, memory.size_of(inputs)) as engine:
+            if slot is not None:
+                self._slots.add(slot)
+            return engine.run(inputs, slot)
+
+    def trim(self, slot: Slot, length: int) -> None:
+        if slot in self._slots and self._engine is not None:
+            self._engine.trim(slot, length)
+        if length == 0:
+            self._slots.discard(slot)
+
+    def measure(self, visible: bool) -> None:
+        """Load it, and see what it takes where that is `visible`: in the memory of this process."""
+        with self._budget.lend(self, 0) as engine:
+            if visible:
+                self.need = memory.measure(engine, self._before, memory.of_process, self.need.base)
+            self.taken = self.need.base
+
+    def pick_up(self) -> Engine:
+        """Load it where it is not. For the budget alone."""
+        if self._engine is None:
+            self._before, began = memory.of_process() or 0, time.perf_counter()
+            self._engine = self._load()
+            memory.give_back()  # what was measured while loading is no part of the engine
+            self.device, self.fallbacks, self._computes = self._engine.device, self._engine.fallbacks, self._engine.computes
+            self.decisions = self._engine.decisions
+            self.reload_seconds += time.perf_counter() - began if self.loads else 0.0
+            self.loads += 1
+        return self._engine
+
+    def put_down(self) -> None:
+        """Close it where it is loaded. For the budget alone."""
+        engine, self._engine, self.taken = self._engine, None, 0
+        if engine is not None:
+            engine.close()
+            memory.give_back()
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._budget.remove(self)
+
+    @classmethod
+    def available(cls) -> Availability:
+        return Availability(False, reason="it stands for an engine of another target")
+
+    @classmethod
+    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+        raise NotImplementedError("it stands for an engine of another target")
+
+    @classmethod
+    def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
+        raise NotImplementedError("it stands for an engine of another target")

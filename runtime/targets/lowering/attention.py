@@ -1,0 +1,258 @@
+"""`Attention` of opset 23 as ONNX Runtime's own operators, whose kernels read heads packed as [batch, length, heads * size].
+
+    Attention without a past          MultiHeadAttention
+    Attention with past and present   GroupQueryAttention over buffers that past and present share, lengths in place of the mask
+
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in place.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+
+from runtime.bundle.signature import Signature
+from runtime.errors import EngineError
+from runtime.optional import require
+from runtime.targets.lowering.masks import MASK, require_windows, window_of
+
+CONTRIB: Final = "com.microsoft"
+HEAD_STEP: Final = 8
+HEADS_AND_LENGTH: Final = (0, 2, 1, 3)
+"""The permutation between [batch, heads, length, size] and [batch, length, heads, size], either way."""
+
+
+class Graph:
+    """Adds nodes and constants to a model."""
+
+    def __init__(self, model: Any) -> None:
+        self.ir = require("onnx_ir", "export")
+        self.model, self.graph = model, model.graph
+
+    def constant(self, name: str, values: Any, dtype: Any = np.int64) -> Any:
+        """The constant of that name, made when it is first asked for."""
+        if name not in self.graph.initializers:
+            tensor = self.ir.tensor(np.array(values, dtype), name=name)
+            value = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            self.graph.register_initializer(value)
+        return self.graph.initializers[name]
+
+    def before(self, place: Any, name: str, op: str, *inputs: Any, like: Any = None, domain: str = "", **attributes: Any) -> Any:
+        """The output of a new node, put before another; of the type of the value `like`, else of its first input."""
+        node = self.ir.node(op, list(inputs), attributes, domain=domain, name=f"{name}/{op}")
+        output = node.outputs[0]
+        output.name = f"{name}.{op.lower()}"
+        typed = inputs[0] if like is None else like
+        output.type = None if typed.dtype is None else self.ir.TensorType(typed.dtype)
+        self.graph.insert_before(place, node)
+        return output
+
+    def drop(self, node: Any) -> None:
+        """Take a node out that nothing depends on any more, so that what only it read is unused too."""
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+        self.graph.remove([node], safe=False)
+
+    def instead(self, old: Any, new: Any) -> None:
+        """Let one value stand for another, under its name."""
+        new.name, new.type, new.shape = old.name, old.type, old.shape
+        old.name = f"{old.name}.before"
+        self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+
+
+def with_multihead(model: Any, spread: bool = False) -> None:
+    """Let `MultiHeadAttention` do what `Attention` without a past does, where queries have as many heads as keys.
+
+    `spread` repeats what stands for the mask for every row and head, for kernels that do not by themselves (DirectML's).
+    """
+    graph = Graph(model)
+    for node in [node for node in model.graph if is_attention(node) and not has_past(node) and heads(node)[0] == heads(node)[1]]:
+        _multihead(graph, node, spread)
+
+
+def is_attention(node: Any) -> bool:
+    return (node.domain, node.op_type) == ("", "Attention")
+
+
+def has_past(node: Any) -> bool:
+    return len(node.inputs) > 4 and node.inputs[4] is not None
+
+
+def heads(node: Any) -> tuple[int, int, int]:
+    """Heads of the queries, heads of keys and values, and the size of one, all fixed lengths."""
+    query, key = node.inputs[0].shape, node.inputs[1].shape
+    if query is None or key is None or len(query) != 4 or not all(isinstance(length, int) for length in (query[1], key[1], query[3])):
+        raise EngineError(
+            f"node '{node.name}' is no Attention over [batch, heads, length, size] of known heads and size: build the bundle again"
+        )
+    return query[1], key[1], query[3]
+
+
+def scale(node: Any) -> float:
+    """What products of queries and keys are multiplied with. Raises EngineError for what only `Attention` itself can do."""
+    for name, plain in (("is_causal", 0), ("softcap", 0.0), ("qk_matmul_output_mode", 0)):
+        if name in node.attributes and node.attributes[name].value != plain:
+            raise EngineError(
+                f"node '{node.name}' has {name}={node.attributes[name].value}, expected {plain}: this target has no such kernel"
+            )
+    if "scale" in node.attributes:
+        return float(node.attributes["scale"].as_float())
+    return float(heads(node)[2] ** -0.5)
+
+
+def _multihead(graph: Graph, node: Any, spread: bool) -> None:
+    """One `Attention` as `MultiHeadAttention`."""
+    query, key, value = node.inputs[:3]
+    count, _, _ = heads(node)
+    packed = [pack(graph, node, tensor) for tensor in (query, key, value)]
+    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    given = packed
+    if mask is not None:
+        added = bias(graph, mask, query)
+        if spread:
+            rows = graph.before(node, node.name, "Shape", query, like=graph.constant("attention.packed", [0, 0, -1]), start=0, end=1)
+            shape = graph.before(node, node.name, "Concat", rows, graph.constant(f"attention.bias.{count}", [count, 1, 1]), axis=0)
+            added = graph.before(node, node.name, "Expand", added, shape)
+        given = [*packed, None, None, added]
+    made = graph.before(node, node.name, "MultiHeadAttention", *given, domain=CONTRIB, num_heads=count, scale=scale(node))
+    graph.model.opset_imports[CONTRIB] = 1
+    replace(graph, node, made, count)
+
+
+def bias(graph: Graph, mask: Any, like: Any) -> Any:
+    """What is added to the products instead of a boolean mask: the lowest number where it is false. One for each mask and type."""
+    if mask.dtype != graph.ir.DataType.BOOL:
+        return mask
+    name = f"{mask.name}.bias.{like.dtype.name.lower()}"
+    made = next((user.outputs[0] for user, _ in mask.uses() if user.name == f"{name}/Where"), None)
+    if made is not None:
+        return made
+    number = like.dtype.numpy()
+    zero = graph.constant(f"attention.zero.{like.dtype.name.lower()}", 0, number)
+    lowest = graph.constant(f"attention.lowest.{like.dtype.name.lower()}", np.finfo(number).min, number)
+    first = next(node for node in graph.graph if any(node is user for user, _ in mask.uses()))
+    return graph.before(first, name, "Where", mask, zero, lowest, like=like)
+
+
+def pack(graph: Graph, node: Any, tensor: Any) -> Any:
+    """[batch, heads, length, size] as [batch, length, heads * size]: what it was split from, where that can be seen."""
+    count, size = tensor.shape[1], tensor.shape[3]
+    transpose = tensor.producer()
+    if transpose is not None and transpose.op_type == "Transpose" and tuple(transpose.attributes["perm"].as_ints()) == HEADS_AND_LENGTH:
+        reshape = transpose.inputs[0].producer()
+        source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
+        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == count * size:
+            return source
+    name = f"{node.name}/{tensor.name}"
+    moved = graph.before(node, name, "Transpose", tensor, perm=list(HEADS_AND_LENGTH))
+    return graph.before(node, name, "Reshape", moved, graph.constant("attention.packed", [0, 0, -1]))
+
+
+def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
+    """Let the readers of the attention's output [batch, heads, length, size] read the packed one."""
+    output = node.outputs[0]
+    joined = _joined(output, count)
+    if joined is not None:
+        graph.instead(joined, packed)
+    else:
+        shape = graph.constant(f"attention.heads.{count}", [0, 0, count, -1])
+        split = graph.before(node, node.name, "Reshape", packed, shape)
+        graph.instead(output, graph.before(node, node.name, "Transpose", split, perm=list(HEADS_AND_LENGTH)))
+    graph.drop(node)
+
+
+def _joined(output: Any, count: int) -> Any:
+    """The value [batch, length, heads * size] that is all that is made of an attention's output; None where there is another reader."""
+    value = output
+    for op in ("Transpose", "Reshape"):
+        users = list(value.uses())
+        if len(users) != 1 or value.is_graph_output() or users[0][0].op_type != op:
+            return None
+        user = users[0][0]
+        if op == "Transpose" and tuple(user.attributes["perm"].as_ints()) != HEADS_AND_LENGTH:
+            return None
+        value = user.outputs[0]
+    size = output.shape[3] if output.shape is not None else None
+    fits = isinstance(size, int) and value.shape is not None and len(value.shape) == 3 and value.shape[2] == count * size
+    return value if fits else None
+
+
+def with_grouped_cache(model: Any, signature: Signature) -> None:
+    """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the same buffer.
+
+    It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a layer. States have
+    the type that attention computes in. Raises EngineError when the graph's own masks allow other positions, or for heads whose size
+    its kernels do not have.
+    """
+    require_windows(model, signature)
+    odd = next((node for node in model.graph if is_attention(node) and has_past(node) and not grouped_fits(heads(node)[2])), None)
+    if odd is not None:
+        raise EngineError(
+            f"node '{odd.name}' has heads of {heads(odd)[2]} values (head_dim in the model's config), and ONNX Runtime's "
+            f"GroupQueryAttention takes multiples of {HEAD_STEP}: build for another target, such as openvino"
+        )
+    graph = Graph(model)
+    lengths = _valid_lengths(graph)
+    for node in [node for node in model.graph if is_attention(node) and has_past(node)]:
+        count, groups, _ = heads(node)
+        packed = [pack(graph, node, tensor) for tensor in node.inputs[:3]]
+        caches = [cache_of(graph, node, index) for index in (1, 2)]
+        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(window_of(node, signature))
+        inputs = [*packed, *(past for past, _ in caches), *lengths]
+        fused = graph.ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
+        graph.graph.insert_before(node, fused)
+        for (past, place), present in zip(caches, fused.outputs[1:], strict=True):
+            grown = graph.graph.outputs[place]
+            present.name, present.type, present.shape = grown.name, past.type, grown.shape
+            grown.name = f"{grown.name}.before"
+            graph.graph.outputs[place] = present
+        fused.outputs[0].name, fused.outputs[0].type = f"{node.name}.packed", node.outputs[0].type
+        for output in node.outputs[1:]:
+            output.name = f"{output.name}.unused"
+        replace(graph, node, fused.outputs[0], count)
+    model.opset_imports[CONTRIB] = 1
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
+
+
+def grouped_fits(size: int) -> bool:
+    """Whether GroupQueryAttention has kernels for heads of that size."""
+    return size % HEAD_STEP == 0
+
+
+def local(window: int) -> dict[str, int]:
+    """What limits a GroupQueryAttention to the latest `window` positions, its own included."""
+    return {"local_window_size": window} if window else {}
+
+
+def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
+    """The graph's input that holds the past of the attention's keys (1) or values (2), and the place of the output that it becomes.
+
+    Both lie behind Casts where the graph was lowered to half; then the input gets the type that is computed in.
+    """
+    past, present = node.inputs[index + 2 + 1], node.outputs[index]
+    cache = past.producer().inputs[0] if past.producer() is not None else past
+    cache.type = graph.ir.TensorType(node.inputs[index].dtype)
+    for place, output in enumerate(graph.graph.outputs):
+        producer = output.producer()
+        if output is present or (producer is not None and producer.op_type == "Cast" and producer.inputs[0] is present):
+            return cache, place
+    raise EngineError(f"node '{node.name}' keeps no present that the graph gives: build the bundle again")
+
+
+def _valid_lengths(graph: Graph) -> tuple[Any, Any]:
+    """seqlens_k [batch] (the last valid position) and the total length, both int32, from the attention mask."""
+    ir, first = graph.ir, graph.graph[0]
+    mask = next(value for value in graph.graph.inputs if value.name == MASK)
+    one = graph.constant("seqlens.one", [1])
+    count = graph.before(first, "seqlens", "ReduceSum", mask, one, keepdims=0)
+    last = graph.before(first, "seqlens", "Sub", count, one)
+    length = graph.before(first, "seqlens", "Shape", mask, start=1, end=2)
+    total = graph.before(first, "seqlens", "Squeeze", length)
+    made = (
+        graph.before(first, "seqlens", "Cast", last, to=ir.DataType.INT32),
+        graph.before(first, "seqlens.total", "Cast", total, to=ir.DataType.INT32),
+    )
+    for value in made:
+        value.type = ir.TensorType(ir.DataType.INT32)
+    return made

@@ -1,0 +1,205 @@
+"""A canonical graph as one that computes in half, for targets that take every type as written (strongly typed networks).
+
+    x float32 ─ Cast ─ [half] ─ [half] ─ Cast ─ [node of `keep`, float32] ─ Cast ─ [half] ─ Cast ─ y float32
+
+Which operators may compute in half, and which of their inputs are of one type, is read from the standard's own operator schemas. Weights
+stored in half are read as they are, other constants are converted once, so that no Cast follows a constant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from runtime.bundle.signature import Array
+from runtime.errors import EngineError, InvalidInput
+from runtime.optional import require
+
+Half = Literal["float16", "bfloat16"]
+
+TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
+"""Attributes that name the type of an output."""
+CHUNK: Final = 1 << 20
+TOLERANCE: Final = 2.0**-8
+"""Norm of what rounding a constant may take from it, as a share of its own: the step of bfloat16. More, and its reader stays float32."""
+
+
+def to_half(model: Any, compute: Half, keep: Collection[str] = ()) -> Any:
+    """A copy of a canonical graph (onnx_ir.Model) that computes in `compute`, but for the nodes named in `keep`.
+
+    The types of the graph's inputs and outputs and the names of nodes stay. Float32 remain also nodes whose operator the standard has no
+    half form of, and those that read a constant which half cannot express: beyond its range, or so small that it loses its digits.
+    A graph that computes in half already comes back as it is.
+    Raises InvalidInput when `keep` names a node that the graph lacks; EngineError for graphs with control flow.
+    """
+    ir = require("onnx_ir", "export")
+    copy = model.clone()
+    unknown = set(keep) - {node.name for node in copy.graph}
+    if unknown:
+        raise InvalidInput("keep", f"names {', '.join(sorted(unknown)[:3])}, which this graph lacks: build the bundle again")
+    _Lowering(ir, copy, ir.DataType[compute.upper()], frozenset(keep)).run()
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
+    return copy
+
+
+class _Lowering:
+    """One pass from inputs to outputs. `now` is the value that stands for one of the canonical graph, in the type it was made in."""
+
+    def __init__(self, ir: Any, model: Any, half: Any, keep: frozenset[str]) -> None:
+        self.ir, self.model, self.graph, self.half, self.keep = ir, model, model.graph, half, keep
+        self.single = ir.DataType.FLOAT
+        self.floats = {self.single, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+        self.schemas = require("onnx.defs", "export")
+        self.now: dict[Any, Any] = {}
+        self.made: dict[tuple[Any, Any], Any] = {}
+
+    def run(self) -> None:
+        declared = [(value, value.name, value.dtype) for value in self.graph.outputs]
+        for node in list(self.graph):
+            if any(attribute.type in (self.ir.AttributeType.GRAPH, self.ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+                raise EngineError(f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not lowered to {self.half.name}")
+            if self._is_between_floats(node):
+                self.now[node.outputs[0]] = self._current(node.inputs[0])
+            else:
+                self._node(node)
+        for index, (value, name, dtype) in enumerate(declared):
+            self.graph.outputs[index] = self._output(self._current(value), name, dtype)
+
+    def _current(self, value: Any) -> Any:
+        return self.now.get(value, value)
+
+    def _is_between_floats(self, node: Any) -> bool:
+        """Casts of stored weights and of earlier results: readers cast as they need. Those from and to integers do work."""
+        return bool(
+            (node.domain, node.op_type) == ("", "Cast")
+            and node.attributes["to"].as_int() in self.floats
+            and self._current(node.inputs[0]).dtype in self.floats
+        )
+
+    def _node(self, node: Any) -> None:
+        """Give each input the type that the node computes in, and its outputs the types that follow."""
+        inputs = [None if value is None else self._current(value) for value in node.inputs]
+        schema = self._schema(node)
+        types: dict[str, Any] = {}
+        wide = schema is None or node.name in self.keep or not all(map(self._expressible, inputs))
+        for index, value in enumerate(inputs):
+            if value is None or value.dtype not in self.floats:
+                dtype = None if value is None else value.dtype
+            elif schema is None:
+                dtype = self.single
+            else:
+                dtype = self._computed(schema, _formal(schema.inputs, index).type_str, wide)
+            if schema is not None and dtype is not None:
+                types[_formal(schema.inputs, index).type_str] = dtype
+            node.replace_input_with(index, value if value is None or value.dtype == dtype else self._as(value, dtype, node))
+        for name in TYPE_ATTRIBUTES:
+            if name in node.attributes and node.attributes[name].as_int() in self.floats:
+                node.attributes[name] = self.ir.AttrInt64(name, int(self.single if wide else self.half))
+        for index, output in enumerate(node.outputs):
+            dtype = self._made(node, schema, types, index)
+            if dtype is not None:
+                output.type = self.ir.TensorType(dtype)
+
+    def _schema(self, node: Any) -> Any:
+        """The operator's schema; None for one outside of the standard, which is left as it is."""
+        version = self.model.opset_imports.get(node.domain, 1)
+        return self.schemas.get_schema(node.op_type, version, node.domain) if self.schemas.has(node.op_type, version, node.domain) else None
+
+    def _computed(self, schema: Any, variable: str, wide: bool) -> Any:
+        """The type in which floats of this type variable are read."""
+        allowed = next((found.allowed_type_strs for found in schema.type_constraints if found.type_param_str == variable), [variable])
+        return self.half if not wide and f"tensor({self.half.name.lower()})" in allowed else self.single
+
+    def _made(self, node: Any, schema: Any, types: dict[str, Any], index: int) -> Any:
+        """The type of an output; None where it does not depend on the inputs."""
+        for name in TYPE_ATTRIBUTES:
+            if name in node.attributes and node.attributes[name].as_int():
+                return self.ir.DataType(node.attributes[name].as_int())
+        if schema is None:
+            return None
+        variable = _formal(schema.outputs, index).type_str
+        if node.op_type == "DequantizeLinear":  # follows its scale, which the schema cannot say
+            variable = schema.inputs[1].type_str
+        if variable in types:
+            return types[variable]
+        fixed = variable.removeprefix("tensor(").removesuffix(")").upper()
+        return self.ir.DataType[fixed] if fixed in self.ir.DataType.__members__ else None
+
+    def _expressible(self, value: Any) -> bool:
+        """Whether half can hold the values of a constant."""
+        if value is None or not value.is_initializer() or value.dtype not in self.floats - {self.half, self.ir.DataType.FLOAT16}:
+            return True
+        return rounding(value.const_value.numpy(), self.half.numpy()) <= TOLERANCE
+
+    def _as(self, value: Any, dtype: Any, before: Any) -> Any:
+        """The value in another type of float: a constant converted, else a Cast that all readers of that type share."""
+        key = value, dtype
+        if key not in self.made:
+            name = f"{value.name}.{dtype.name.lower()}"
+            self.made[key] = self._constant(value, dtype, name) if value.is_initializer() else self._cast(value, dtype, name, before)
+        return self.made[key]
+
+    def _constant(self, value: Any, dtype: Any, name: str) -> Any:
+        tensor = value.const_value
+
+        def convert() -> Any:
+            return self.ir.tensor(_rounded(tensor.numpy(), dtype.numpy()), dtype=dtype, name=name)
+
+        converted = self.ir.Value(
+            name=name,
+            type=self.ir.TensorType(dtype),
+            shape=value.shape,
+            const_value=self.ir.LazyTensor(convert, dtype, tensor.shape, name=name),
+        )
+        self.graph.register_initializer(converted)
+        return converted
+
+    def _cast(self, value: Any, dtype: Any, name: str, before: Any) -> Any:
+        node = self.ir.node("Cast", [value], {"to": dtype}, name=f"{name}/Cast")
+        cast = node.outputs[0]
+        cast.name, cast.type, cast.shape = name, self.ir.TensorType(dtype), value.shape
+        if before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(before, node)
+        return cast
+
+    def _output(self, value: Any, name: str, dtype: Any) -> Any:
+        """What the graph gives under this name: in the declared type, and made by a node of its own."""
+        if value.dtype == dtype and value.name == name:
+            return value
+        if value.dtype == dtype and value.producer() is not None and not value.is_graph_output():
+            value.name = name
+            return value
+        if value.name == name:
+            value.name = f"{name}.{value.dtype.name.lower()}"
+        if value.dtype != dtype:
+            return self._cast(value, dtype, name, None)
+        node = self.ir.node("Identity", [value], name=f"{name}/Identity")
+        same = node.outputs[0]
+        same.name, same.type, same.shape = name, value.type, value.shape
+        self.graph.append(node)
+        return same
+
+
+def _formal(parameters: Any, index: int) -> Any:
+    """The schema's entry for the operand at that place: the last one may stand for any number."""
+    return parameters[min(index, len(parameters) - 1)]
+
+
+def _rounded(values: Array, dtype: Any) -> Array:
+    with np.errstate(over="ignore", under="ignore"):
+        return values.astype(dtype)
+
+
+def rounding(values: Array, dtype: Any) -> float:
+    """The norm of what rounding to a type of float takes from values, as a share of their norm; infinite where they exceed its range."""
+    flat, lost, norm = values.reshape(-1), 0.0, 0.0
+    for start in range(0, flat.size, CHUNK):
+        exact = flat[start : start + CHUNK].astype(np.float64)
+        lost += float(np.square(exact - _rounded(exact, dtype).astype(np.float64)).sum())
+        norm += float(np.square(exact).sum())
+    return math.sqrt(lost / norm) if norm else 0.0

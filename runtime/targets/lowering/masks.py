@@ -1,0 +1,99 @@
+"""Which positions a decoder's attention sees: what targets assume whose kernels build the mask themselves, checked against the graph's.
+
+A position sees itself and those before it that `attention_mask` allows, in layers with a window only the latest `window` of them, its own
+included. Everything else has to stay a mask that the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from runtime.bundle.signature import Array, Signature
+from runtime.errors import EngineError
+from runtime.optional import require
+
+MASK: Final = "attention_mask"
+
+
+def attentions(model: Any) -> list[Any]:
+    """The nodes of a canonical decoder (onnx_ir.Model) that keep past and present."""
+    return [
+        node
+        for node in model.graph
+        if (node.domain, node.op_type) == ("", "Attention") and len(node.inputs) > 4 and node.inputs[4] is not None
+    ]
+
+
+def window_of(node: Any, signature: Signature) -> int:
+    """The window of the layer whose keys an attention with past reads; 0 is none."""
+    past = node.inputs[4]
+    name = (past.producer().inputs[0] if past.producer() is not None else past).name  # behind the Cast of a lowered graph
+    return next((state.window for state in signature.states if state.past.name == name), 0)
+
+
+def require_windows(model: Any, signature: Signature) -> None:
+    """Compute the graph's own masks for a few lengths and compare them with what the signature's windows mean, padded rows among them.
+
+    Raises EngineError when an attention sees other positions: its kernel would have to read the graph's mask.
+    """
+    found = {(node.inputs[3].name if node.inputs[3] is not None else "", window_of(node, signature)) for node in attentions(model)}
+    for name, window in sorted(found):
+        compute = _computed(model, signature, name)
+        for lengths, allowed in _lengths(window, signature.dims["total"].max):
+            mask = compute(lengths, allowed) if compute else None
+            expected = seen(lengths["past"], lengths["sequence"], allowed, window)
+            if mask is None or not np.array_equal(np.broadcast_to(mask, expected.shape), expected):
+                limit = f", the latest {window} of them" if window else ""
+                raise EngineError(
+                    f"the decoder's attention mask '{name}' is not causal over the positions that {MASK} allows{limit}, expected that: "
+                    "this target builds the mask itself. Use one that keeps the graph's own mask, or build the bundle again"
+                )
+
+
+def seen(past: int, sequence: int, allowed: Array, window: int) -> Array:
+    """bool [batch, 1, sequence, past + sequence]: which positions each new one sees. `allowed` is attention_mask [batch, total]."""
+    rows, columns = np.arange(sequence)[:, None] + past, np.arange(past + sequence)
+    causal = (columns <= rows) & ((columns > rows - window) if window else True)
+    return np.asarray(causal[None, None] & (allowed != 0)[:, None, None])
+
+
+def _lengths(window: int, longest: int) -> Iterator[tuple[dict[str, int], Array]]:
+    """Lengths of calls and their attention masks: short ones, and those that cross the window."""
+    crossing = ((1, window - 2, 5), (1, window + 3, 1)) if window > 2 else ()
+    for batch, past, sequence in ((1, 0, 5), (2, 7, 1), (2, 4, 3), *crossing):
+        if past + sequence <= longest:
+            allowed = np.ones((batch, past + sequence), np.int64)
+            allowed[-1, : past // 2] = 0
+            yield {"batch": batch, "past": past, "sequence": sequence, "total": past + sequence}, allowed
+
+
+def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[str, int], Array], Array | None] | None:
+    """Computes the value of that name by ONNX Runtime, for lengths and an attention mask. None where it depends on anything else."""
+    ir = require("onnx_ir", "export")
+    part = model.clone()
+    value = next((output for node in part.graph for output in node.outputs if output.name == name), None)
+    if value is None:
+        return None
+    part.graph.outputs.clear()
+    part.graph.outputs.append(value)
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(part)
+    used = {found.name for found in part.graph.inputs if found.uses()}
+    part.graph.inputs[:] = [found for found in part.graph.inputs if found.name in used]
+    if any(state.past.name in used for state in signature.states):
+        return None
+    runtime = require("onnxruntime", "onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    session = runtime.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def compute(lengths: Mapping[str, int], allowed: Array) -> Array | None:
+        feed = {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.inputs if tensor.name in used}
+        if MASK in feed:
+            feed[MASK] = allowed
+        found: Array = session.run([name], feed)[0]
+        return found if found.dtype == np.bool_ else None
+
+    return compute

@@ -1,0 +1,138 @@
+"""A decoder whose keys and values lie in buffers of a fixed length and are written where they stay, for targets that compile shapes.
+
+    canonical   past [batch, heads, past, size] ─┐
+                key  [batch, heads, sequence, size] ─ Attention ─ present [batch, heads, past + sequence, size]
+    static      cache [batch, heads, capacity, size] ─ TensorScatter(write_indices) ─ cache, the same buffer ─ Attention
+
+TensorScatter is of opset 24 (https://onnx.ai/onnx/operators/onnx__TensorScatter.html). All shapes of a decoding step are then fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+import numpy as np
+
+from runtime.bundle.signature import Signature
+from runtime.errors import EngineError, InvalidInput
+from runtime.optional import require
+from runtime.targets.lowering.masks import MASK, attentions, require_windows, window_of
+
+OPSET: Final = 24
+INDICES: Final = "write_indices"
+"""int64 [batch]: where each row's new keys and values begin, which is the number of positions before them."""
+
+
+def capacity(signature: Signature, context: int) -> int:
+    """Positions that a decoder's caches hold: the `context` that is asked for, 0 being all that the model has.
+
+    Raises InvalidInput when it is more than that.
+    """
+    longest = signature.dims["total"].max
+    if context > longest:
+        raise InvalidInput("context", f"is {context}, and the model has {longest} positions")
+    return context or longest
+
+
+def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
+    """A copy of a canonical decoder (onnx_ir.Model) with caches of `capacity` positions; they have the type that attention computes in.
+
+    Differences to the signature: `attention_mask` is int64 [batch, capacity], zero beyond the positions there are; `write_indices` is a new
+    input; each present output is its past input, updated. Rows may be padded on the left.
+    Raises EngineError when the graph's attention sees other positions than the signature's windows say (`runtime.targets.lowering.masks`).
+    """
+    ir = require("onnx_ir", "export")
+    require_windows(model, signature)
+    copy = model.clone()
+    graph = copy.graph
+    nodes = attentions(copy)
+    inputs = {value.name: value for value in graph.inputs}
+    indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([inputs[MASK].shape[0]]))
+    graph.inputs.append(indices)
+    inputs[MASK].shape = ir.Shape([inputs[MASK].shape[0], capacity])
+    sequence = next(tensor.name for tensor in signature.inputs if any(getattr(dim, "name", "") == "sequence" for dim in tensor.dims))
+    windows = [window_of(node, signature) for node in nodes]
+    masks = _masks(ir, copy, nodes[0], inputs[sequence], inputs[MASK], indices, capacity, windows)
+    for node, window in zip(nodes, windows, strict=True):
+        _share(ir, graph, node, masks[window], indices, capacity)
+    require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
+    strangers = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
+    if strangers:
+        raise EngineError(
+            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(strangers)[:3])}: its length cannot be fixed"
+        )
+    copy.graph.opset_imports[""] = max(OPSET, copy.graph.opset_imports[""])
+    return copy
+
+
+def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: int) -> None:
+    """Let one attention write its keys and values into the caches and read them from there."""
+    for index in (1, 2):
+        new, past, present = node.inputs[index], node.inputs[index + 3], node.outputs[index]
+        cache = past.producer().inputs[0] if past.producer() is not None else past  # behind the Cast of a lowered graph
+        cache.type = ir.TensorType(new.dtype)
+        cache.shape = ir.Shape([cache.shape[0], cache.shape[1], capacity, cache.shape[3]])
+        name = next(output.name for output in graph.outputs if output is present or _casts(output, present))
+        scatter = ir.node("TensorScatter", [cache, new, indices], {"axis": -2}, name=f"{node.name}/TensorScatter.{index}")
+        updated = scatter.outputs[0]
+        updated.type, updated.shape = cache.type, cache.shape
+        graph.insert_before(node, scatter)
+        place = next(place for place, output in enumerate(graph.outputs) if output.name == name)
+        graph.outputs[place].name = f"{name}.grown"
+        graph.outputs[place] = updated
+        updated.name = name
+        node.replace_input_with(index, updated)
+    keep = {key: value for key, value in node.attributes.items() if key != "is_causal"}
+    fused = ir.node("Attention", [*node.inputs[:3], mask], keep, name=node.name)
+    output = fused.outputs[0]
+    output.name, output.type, output.shape = node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape
+    graph.insert_before(node, fused)
+    ir.convenience.replace_all_uses_with(node.outputs[0], output)
+    node.outputs[0].name = f"{output.name}.grown"
+
+
+def _casts(output: Any, value: Any) -> bool:
+    producer = output.producer()
+    return producer is not None and producer.op_type == "Cast" and producer.inputs[0] is value
+
+
+def _masks(
+    ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int, windows: Iterable[int]
+) -> dict[int, Any]:
+    """bool [batch, 1, sequence, capacity] for each window: which positions a row sees, and always its own, so that padding is no 0 / 0."""
+    made: list[Any] = []
+
+    def constant(name: str, values: Any) -> Any:
+        tensor = ir.tensor(np.array(values, np.int64), name=f"cache.{name}")
+        value = ir.Value(name=tensor.name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        model.graph.register_initializer(value)
+        return value
+
+    def node(op: str, *inputs: Any, name: str = "", **attributes: Any) -> Any:
+        made.append(ir.node(op, list(inputs), attributes, name=f"cache.{name or 'mask'}/{op}"))
+        made[-1].outputs[0].name = f"cache.{name or 'mask'}.{op.lower()}"
+        return made[-1].outputs[0]
+
+    zero, one = constant("zero", 0), constant("one", 1)
+    columns = constant("columns", np.arange(capacity)[None, None, None])
+    length = node("Squeeze", node("Shape", tokens, start=1, end=2))
+    steps = node("Unsqueeze", node("Range", zero, length, one), constant("axes.steps", [0, 1, 3]), name="steps")
+    starts = node("Unsqueeze", indices, constant("axes.starts", [1, 2, 3]), name="starts")
+    rows = node("Add", starts, steps, name="rows")
+    real = node("Not", node("Equal", allowed, zero))
+    real = node("Unsqueeze", real, constant("axes.mask", [1, 2]))
+    causal = node("And", node("LessOrEqual", columns, rows), real)
+    own = node("Equal", columns, rows, name="own")
+    masks = {}
+    for window in sorted(set(windows)):
+        name = f"window.{window}" if window else ""
+        near = causal
+        if window:
+            first = node("Sub", rows, constant(f"window.{window}", window), name=name)
+            near = node("And", causal, node("Greater", columns, first, name=name), name=name)
+        masks[window] = node("Or", near, own, name=name)
+        masks[window].type, masks[window].name = ir.TensorType(ir.DataType.BOOL), f"cache.{name or 'mask'}.seen"
+    first = next(found for found in model.graph if found.name == before.name)
+    model.graph.insert_before(first, made)
+    return masks

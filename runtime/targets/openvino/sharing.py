@@ -1,0 +1,67 @@
+"""What the rows of a guided call have in common is computed once.
+
+Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) asks a denoiser for the same latents twice, with two prompts. Up to where
+a prompt first comes in, both rows are the same: in Stable Diffusion 1.5 that is one of the five attentions over all positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from runtime.bundle.signature import Array, Signature
+from runtime.optional import require
+
+
+def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
+    """Whether these are several rows that differ in nothing but conditions."""
+    shared = [inputs[tensor.name] for tensor in signature.inputs if not tensor.condition]
+    return has_conditions(signature) and all(len(array) > 1 and bool((array[1:] == array[:1]).all()) for array in shared)
+
+
+def has_conditions(signature: Signature) -> bool:
+    """Whether there are inputs by which the rows of a guided call differ, and others."""
+    return len({tensor.condition for tensor in signature.inputs}) == 2
+
+
+def share_rows(model: Any, signature: Signature) -> None:
+    """Let a model of fixed shapes compute what no condition takes part in for the first row, and repeat it where one comes in."""
+    ops = require("openvino.opset15", "openvino")
+    alike, different = _split(model, signature)
+    inputs = [model.input(tensor.name) for tensor in signature.inputs if not tensor.condition]
+    (count,) = {int(port.get_shape()[0]) for port in inputs}
+    repeated: dict[str, Any] = {}
+    for node in model.get_ordered_ops():
+        if node.get_friendly_name() not in different:
+            continue
+        for port in node.inputs():
+            source = port.get_source_output()
+            name, shape = source.get_node().get_friendly_name(), source.get_partial_shape()
+            if name not in alike or not len(shape) or shape[0].get_length() != count:
+                continue
+            key = f"{name}:{source.get_index()}"
+            if key not in repeated:
+                form = ops.constant([count] + [1] * (len(shape) - 1))
+                repeated[key] = ops.broadcast(source, form, broadcast_spec="BIDIRECTIONAL").output(0)
+            port.replace_source_output(repeated[key])
+    zero, one = ops.constant([0]), ops.constant([1])
+    for source in inputs:
+        readers = [port for port in source.get_target_inputs() if port.get_node().get_type_name() != "ShapeOf"]
+        first = ops.slice(source, zero, one, one, zero)
+        for port in readers:
+            port.replace_source_output(first.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _split(model: Any, signature: Signature) -> tuple[set[str], set[str]]:
+    """The names of nodes whose rows are alike, and of those whose rows differ. What is made of shapes or constants is neither."""
+    conditions = {model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in signature.inputs}
+    alike, different = set[str](), set[str]()
+    for node in model.get_ordered_ops():
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        sources = {port.get_source_output().get_node().get_friendly_name() for port in node.inputs()}
+        if conditions.get(name) or sources & different or (kind == "Result" and sources & alike):
+            different.add(name)
+        elif name in conditions or (sources & alike and kind != "ShapeOf"):
+            alike.add(name)
+    return alike, different

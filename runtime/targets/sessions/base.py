@@ -1,0 +1,307 @@
+"""What the targets of ONNX Runtime share: sessions for the lengths of a call, tensors bound where they are, caches in buffers."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import numpy as np
+
+from runtime.bundle.manifest import Submodel
+from runtime.bundle.signature import Array, Dim, Tensor
+from runtime.engine import Compiled, Engine, Options, Slot
+from runtime.errors import EngineError
+from runtime.targets.lowering.masks import MASK
+from runtime.targets.lowering.nested import WEIGHTS
+from runtime.targets.lowering.static_cache import INDICES
+from runtime.targets.sessions.caches import Cache
+from runtime.targets.sessions.sessions import (
+    CPU,
+    NO_FALLBACK,
+    RECORD,
+    SHAPE_OPERATORS,
+    Device,
+    elsewhere,
+    listed,
+    nested_values,
+    open_session,
+    sdk,
+    values_of,
+)
+from runtime.targets.sessions.shapes import Shape, cuts, fitting
+from runtime.targets.sessions.stored import Plan, read_plan
+
+KEPT: Final = 2
+"""Sessions that are kept of shapes which nobody asked for in advance: each may hold weights of its own on the device."""
+Key = tuple[tuple[str, int], ...]
+Open = Callable[[Shape, bool], Any]
+"""Opens a session with these lengths fixed; of the graph for single steps, or of the other."""
+
+
+class SessionEngine(Engine):
+    """A submodel in sessions of one device. `plan` says how it was lowered, `open_session` opens a session of it.
+
+    There is one session for each shape that it is called with: those of the plan that fix all lengths are opened at once, others when they
+    are first met. `vary` has one session for all instead. `replay` records calls of a shape and repeats them (CUDA graphs). `fallback` says
+    which nodes may run on the CPU instead: "any", or "shapes" for those that compute lengths; the engine's `device` says which do.
+    """
+
+    def __init__(
+        self,
+        submodel: Submodel,
+        name: str,
+        device: Device,
+        plan: Plan,
+        open_session: Open,
+        *,
+        vary: bool = False,
+        replay: bool = False,
+        fallback: str = "shapes",
+    ) -> None:
+        self.submodel, self.plan, self.device = submodel, plan, name
+        self._name, self._fallback, self._left = name, fallback, Counter[str]()
+        self._device, self._open, self._vary, self._replay = device, open_session, vary, replay
+        self._outputs = [tensor.name for tensor in submodel.signature.outputs]
+        self._sessions: OrderedDict[Key, Any] = OrderedDict()
+        self._calls: OrderedDict[Any, _Call] = OrderedDict()
+        self._slots: WeakKeyDictionary[Slot, Cache] = WeakKeyDictionary()
+        self._spare: dict[int, dict[str, Any]] = {}
+        self._closed = False
+        dims = {name for name in submodel.signature.dims if not (plan.cache == "fixed" and name in ("past", "total"))}
+        self._planned = [_key(shape) for shape in ([{}] if vary else plan.shapes) if vary or set(shape) == dims]
+        for key in self._planned:
+            self._session(dict(key))
+
+    def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        if self._closed:
+            raise EngineError(f"{self.submodel.name} was closed: load it again")
+        try:
+            lengths = {
+                dim.name: length
+                for tensor in self.submodel.signature.inputs
+                for dim, length in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
+                if isinstance(dim, Dim)
+            }
+            if self.submodel.signature.states:
+                return self._run_slot(inputs, lengths, slot or Slot())
+            return self._run(self._session(lengths), inputs, {}, {})
+        except Exception as error:  # the SDK raises a dozen unrelated classes
+            raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
+
+    def _session(self, lengths: Mapping[str, int]) -> Any:
+        """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was compiled for others."""
+        if not self._vary and self.plan.shapes:
+            fitting(self.plan.shapes, lengths)
+        key = () if self._vary else _key(lengths)
+        if key not in self._sessions:
+            others = [known for known in self._sessions if known not in self._planned]
+            if key not in self._planned and len(others) >= KEPT:
+                gone = self._sessions.pop(others[0])
+                self._calls = OrderedDict((one, call) for one, call in self._calls.items() if call.session is not gone)
+            self._sessions[key] = self._inspected(self._open(dict(key), self._steps(lengths)))
+        self._sessions.move_to_end(key)
+        return self._sessions[key]
+
+    def _inspected(self, session: Any) -> Any:
+        """The session, if its provider does all that it must. Raises EngineError naming what else would run on the CPU."""
+        if self._device.provider == CPU:
+            return session
+        if self._device.provider not in session.get_providers():  # a warning is all that ONNX Runtime itself has for it
+            raise EngineError(f"ONNX Runtime could not start {self._device.provider}, and would run all on the CPU: see its message above")
+        nodes = elsewhere(session, self._device.provider)
+        if self._fallback != "any" and set(nodes) - SHAPE_OPERATORS:
+            raise EngineError(f"ONNX Runtime would run {listed(nodes)} on the CPU: load it with the setting fallback=any to let it")
+        self._left |= nodes
+        if self._left:
+            self.device = f"{self._name} with {listed(self._left)} on the CPU"
+        return session
+
+    def _steps(self, lengths: Mapping[str, int]) -> bool:
+        """Whether calls of these lengths are single steps, and those have a graph of their own."""
+        return bool(self.plan.step) and lengths.get("sequence") == 1
+
+    def _run(self, session: Any, inputs: Mapping[str, Array], past: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Array]:
+        """Run once, reading states from `past` and writing them to `present`, by the name of the past."""
+        if self._replay and not past:
+            return self._call(session, inputs).run(inputs)
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in self._outputs:
+            binding.bind_output(name)
+        for state in self.submodel.signature.states:
+            binding.bind_ortvalue_input(state.past.name, past[state.past.name])
+            binding.bind_ortvalue_output(state.present.name, present[state.past.name])
+        session.run_with_iobinding(binding)
+        results = binding.get_outputs()  # in the order they were bound
+        # A view of a value dies with the value, so the caller gets copies.
+        return {name: np.array(value.numpy()) for name, value in zip(self._outputs, results, strict=False)}
+
+    def _call(self, session: Any, inputs: Mapping[str, Array]) -> _Call:
+        """What was recorded of a call of these shapes. Two are kept."""
+        key = (id(session), tuple((name, array.shape) for name, array in inputs.items()))
+        if key not in self._calls:
+            if len(self._calls) >= KEPT:
+                self._calls.popitem(last=False)
+            self._calls[key] = _Call(session, self._device, self._outputs)
+        self._calls.move_to_end(key)
+        return self._calls[key]
+
+    def _run_slot(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
+        held = self._slots.get(slot)
+        if held is not None and held.batch != lengths["batch"]:
+            raise EngineError(f"the slot holds {held.batch} rows, this call has {lengths['batch']}")
+        if self.plan.cache == "grouped":
+            return self._run_grouped(inputs, lengths, slot)
+        return self._run_fixed(inputs, lengths, slot)
+
+    def _cache(self, slot: Slot, batch: int, session: Any) -> Cache:
+        """The buffers of a slot, in the types that the session reads."""
+        if slot not in self._slots:
+            types = {value.name: value.type for value in session.get_inputs()}
+            longest = self.plan.capacity or self.submodel.signature.dims["total"].max
+            self._slots[slot] = Cache(self.submodel.signature.states, batch, self._device, types, longest)
+        return self._slots[slot]
+
+    def _run_grouped(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
+        """Past and present are one buffer. The kernel continues several rows only one position at a time, and reads no padding."""
+        if not inputs[MASK].all():
+            raise EngineError("attention_mask has zeros, expected rows without padding")
+        batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
+        session = self._session(lengths)
+        buffers = self._cache(slot, batch, session).reserve(total)
+        whole = batch == 1 or sequence in (1, total)
+        outputs: dict[str, Array] = {}
+        for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
+            outputs = self._run(session, self._cut(inputs, slice(start, stop), total - sequence + stop), buffers, buffers)
+        return outputs
+
+    def _run_fixed(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
+        """Past and present are two buffers of the whole length, which change places; the one not in use is shared by all slots."""
+        batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
+        if total > self.plan.capacity:
+            raise EngineError(
+                f"{total} positions do not fit its cache of {self.plan.capacity}: say less, or build it with a larger context"
+            )
+        outputs: dict[str, Array] = {}
+        for start, stop in cuts(sequence, self._sizes(lengths)):
+            piece, end = {"batch": batch, "sequence": stop - start}, total - sequence + stop
+            session = self._session(piece)
+            cache = self._cache(slot, batch, session)
+            past = cache.whole()
+            given = self._cut(inputs, slice(start, stop), end) | {INDICES: np.full(batch, end - (stop - start), np.int64)}
+            given[MASK] = np.zeros((batch, self.plan.capacity), np.int64)
+            given[MASK][:, :end] = inputs[MASK][:, :end]
+            read = {value.name for value in session.get_inputs()}
+            given = {name: array for name, array in given.items() if name in read}
+            if self._steps(piece):
+                if not inputs[MASK].all():
+                    raise EngineError("attention_mask has zeros, expected rows without padding: or build it with the setting grouped=false")
+                outputs = self._run(session, given, past, past)
+            else:
+                spare = self._spare.pop(batch, None) or cache.like()
+                outputs = self._run(session, given, past, spare)
+                self._spare[batch], cache.values = past, spare
+        return outputs
+
+    def _sizes(self, lengths: Mapping[str, int]) -> list[int]:
+        """How many new positions there are sessions for, at the other lengths of a call; any number where none is fixed."""
+        fits = [shape for shape in self.plan.shapes if all(name == "sequence" or lengths[name] == shape[name] for name in shape)]
+        return sorted({shape["sequence"] for shape in fits if "sequence" in shape}) or [lengths["sequence"]]
+
+    def _cut(self, inputs: Mapping[str, Array], positions: slice, total: int) -> dict[str, Array]:
+        """The part of the inputs that is about some of the new positions, when there are `total` with those before."""
+        now = {"sequence": positions, "total": slice(total)}
+        return {tensor.name: _part(tensor, inputs[tensor.name], now) for tensor in self.submodel.signature.inputs}
+
+    def trim(self, slot: Slot, length: int) -> None:
+        """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to forget."""
+        if length == 0:
+            self._slots.pop(slot, None)
+
+    def close(self) -> None:
+        self._slots.clear()
+        self._spare.clear()
+        self._calls.clear()
+        self._sessions.clear()
+        self._closed = True
+
+
+class _Call:
+    """Inputs and outputs of one shape that stay where they are, so that the work between them can be recorded and replayed."""
+
+    graphs = 0
+
+    def __init__(self, session: Any, device: Device, outputs: list[str]) -> None:
+        self.session, self.device, self.names = session, device, outputs
+        self.inputs: dict[str, Any] = {}
+        self.binding = session.io_binding()
+        self.options = sdk().RunOptions()
+        _Call.graphs += 1
+        self.options.add_run_config_entry("gpu_graph_id", str(_Call.graphs))
+        self.results: list[Any] = []
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if self.inputs:
+            for name, array in inputs.items():
+                self.inputs[name].update_inplace(np.ascontiguousarray(array))
+        else:
+            self._bind(inputs)
+        self.session.run_with_iobinding(self.binding, self.options)
+        self.results = self.results or self.binding.get_outputs()
+        return {name: np.array(value.numpy()) for name, value in zip(self.names, self.results, strict=True)}
+
+    def _bind(self, inputs: Mapping[str, Array]) -> None:
+        """Put inputs on the device, and outputs by a first run that is not recorded, which tells their shapes."""
+        make = sdk().OrtValue.ortvalue_from_numpy
+        for name, array in inputs.items():
+            self.inputs[name] = make(np.array(array, order="C"), self.device.memory, self.device.index)
+            self.binding.bind_ortvalue_input(name, self.inputs[name])
+        for name in self.names:
+            self.binding.bind_output(name, self.device.memory, self.device.index)
+        first = sdk().RunOptions()
+        first.add_run_config_entry("gpu_graph_id", "-1")
+        self.session.run_with_iobinding(self.binding, first)
+        self.results = self.binding.get_outputs()
+        for name, value in zip(self.names, self.results, strict=True):
+            self.binding.bind_ortvalue_output(name, value)
+
+
+def _part(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
+    """The part of an array that lies within the given range of each varying dim."""
+    return array[tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)]
+
+
+def _key(shape: Shape) -> Key:
+    return tuple(sorted(shape.items()))
+
+
+def stored(
+    submodel: Submodel, root: Path, target: str, device: Device, options: Options, *, entries: Mapping[str, str], fallback: str
+) -> tuple[Plan, Open]:
+    """How a target stored a submodel of the bundle at `root`, and what opens sessions of it. Raises EngineError.
+
+    On the CPU nothing is fused beyond what the graph says: that would round as no other device does.
+    """
+    folder, canonical = folder_of(root, target, options.compiled), (root / submodel.graph).parent
+    plan = read_plan(folder, submodel.name)
+    converted = (values_of(folder / plan.weights) if plan.weights else {}) | nested_values(plan, canonical / WEIGHTS)
+    chosen = {RECORD: "1"} | dict(entries) | ({NO_FALLBACK: "1"} if fallback == "none" else {})
+
+    def opened(shape: Shape, step: bool) -> Any:
+        options.verify()
+        graph = folder / (plan.step if step else plan.graph)
+        level = "ORT_ENABLE_BASIC" if device.provider == CPU else "ORT_ENABLE_ALL"
+        return open_session(
+            graph, canonical, device, threads=options.threads, entries=chosen, fixed=shape, converted=converted, level=level
+        )
+
+    return plan, opened
+
+
+def folder_of(root: Path, target: str, compiled: Compiled | None) -> Path:
+    """Where what a target stored lies: as `runtime.placing.portable` found it, else in the bundle."""
+    return compiled.folder if compiled else root / "engines" / target

@@ -1,0 +1,95 @@
+"""A conversation at the terminal: questions go to the model, lines that begin with / are commands of this program."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from runtime.errors import EnginecastError, InvalidInput
+from serving.cli import terminal
+from serving.enginecast_pb import chat_pb2
+
+COMMANDS: Final = {
+    "/image PATH": "show a picture with the next question",
+    "/clear": "forget what was said and shown",
+    "/help": "list these commands",
+    "/quit": "end, as Ctrl-D does",
+}
+QUIT: Final = ("/quit", "/exit", "quit", "exit")
+
+Chat = Callable[[chat_pb2.ChatRequest], str]
+"""Sends the conversation so far, prints the answer and returns it."""
+
+
+class Conversation:
+    """What was said so far, in `request`, and the pictures that go with the next question."""
+
+    def __init__(self, request: chat_pb2.ChatRequest, pictures: list[bytes], chat: Chat) -> None:
+        self.request, self.pictures, self._chat = request, pictures, chat
+
+    def ask(self, question: str) -> None:
+        """Send a question with the pictures shown. Where no answer comes, the conversation and the pictures stay as they were."""
+        question = terminal.unicode("prompt", question)
+        shown = [chat_pb2.Part(image=data) for data in self.pictures]
+        self.request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
+        try:
+            answer = self._chat(self.request)
+        except BaseException:
+            del self.request.messages[-1]
+            raise
+        self.request.messages.add(role=chat_pb2.ROLE_ASSISTANT, parts=[chat_pb2.Part(text=answer)])
+        self.pictures = []
+
+    def run(self, lines: Iterator[str], patient: bool) -> None:
+        """Take lines until they end or one says so. A `patient` conversation reports errors and goes on; another one raises them."""
+        for line in lines:
+            text = line.strip()
+            if text in QUIT:
+                return
+            try:
+                if text.startswith("/"):
+                    self._command(text)
+                elif text:
+                    self.ask(text)
+            except (EnginecastError, KeyboardInterrupt) as error:
+                if not patient:
+                    raise
+                terminal.errors.print(f"enginecast: {error}" if str(error) else "\ninterrupted", markup=False, soft_wrap=True)
+
+    def _command(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name == "/image" and argument.strip():
+            self.pictures.append(terminal.read_image(Path(argument.strip()).expanduser()))
+        elif name == "/clear":
+            del self.request.messages[:]
+            self.pictures = []
+        elif name == "/help":
+            terminal.errors.print(help_text(), markup=False)
+        else:
+            known = ", ".join(COMMANDS)
+            raise InvalidInput(name, "needs the PATH of a picture" if name == "/image" else f"is no command, expected one of {known}")
+
+
+def help_text() -> str:
+    """The commands, one a line."""
+    width = max(map(len, COMMANDS))
+    return "\n".join(f"{name:<{width}}  {what}" for name, what in COMMANDS.items())
+
+
+def typed() -> Iterator[str]:
+    """Lines from the keyboard, behind a prompt, or of whatever standard input is."""
+    if not sys.stdin.isatty():
+        yield from sys.stdin
+        return
+    with suppress(ImportError):
+        importlib.import_module("readline")  # gives `input` a history and keys to edit with
+    while True:
+        try:
+            yield input("> ")
+        except EOFError:
+            terminal.errors.print()
+            return

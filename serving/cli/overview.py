@@ -1,0 +1,124 @@
+"""What `enginecast devices` shows: this machine, its targets, where a bundle would be placed, what a server's models really run on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from runtime.bundle.manifest import Bundle
+from runtime.engine import targets
+from runtime.placing import placement
+from runtime.placing.choices import measured
+from runtime.placing.devices import Machine, detect
+from runtime.placing.memory import show_size
+from runtime.placing.placement import Wishes
+from serving.dialects.grpc.client import Client
+from serving.enginecast_pb import model_pb2
+
+WIDTH: Final = 160
+"""Of tables that do not go to a terminal, in characters."""
+SIZES: Final = ("memory", "free", "needs")
+
+
+def collect(bundle: Path | None, target: str | None, device: str, wishes: Wishes, address: str | None) -> dict[str, Any]:
+    """Rows of each table by its name, as JSON has them: sizes in bytes, null where they are not known.
+
+    Raises what placing the bundle raises, or what the server answers.
+    """
+    machine = detect()
+    found: dict[str, Any] = {
+        "devices": [asdict(one) for one in machine.devices],
+        "targets": [_target(name) for name in targets()],
+        "choices": [row for name in targets() for row in _choices(name)],
+        "processors": machine.allowed.cpus,
+        "notes": list(machine.notes),
+    }
+    if bundle is not None:
+        found |= _placed(Bundle(bundle), target, device, wishes, machine)
+    if address is not None:
+        with Client(address) as client:
+            models = client.models()
+        found["models"] = [{"model": model.name, **_running(one)} for model in models for one in model.placements]
+        found["notes"] += [f"{model.name}: {note}" for model in models for note in model.notes]
+    return found
+
+
+def _running(one: model_pb2.Placement) -> dict[str, Any]:
+    told = ("submodel", "target", "device", "precision")
+    return {name: getattr(one, name) for name in told} | {
+        "fallbacks": list(one.fallbacks),
+        "choices": list(one.choices),
+    }
+
+
+def _target(name: str) -> dict[str, Any]:
+    available = targets()[name].available()
+    told = asdict(available)
+    return {"target": name, "usable": available.usable, "compiles": available.usable or available.compiles} | {
+        key: told[key] for key in ("devices", "version", "reason")
+    }
+
+
+def _choices(name: str) -> list[dict[str, Any]]:
+    """What was measured on this device to choose between, of one target."""
+    if not targets()[name].choices:
+        return []
+    rows = measured(name, targets()[name].available().version)
+    return [
+        {"target": name, "submodel": row.name, "choice": f"{choice}={value}", "why": row.reason(choice), "measured": f"{row.date:%Y-%m-%d}"}
+        for row in rows
+        for choice, value in row.values.items()
+    ]
+
+
+def _placed(bundle: Bundle, target: str | None, device: str, wishes: Wishes, machine: Machine) -> dict[str, Any]:
+    plan = placement.place(bundle, target, device, wishes, machine)
+    rows = []
+    for name, choice in plan.choices.items():
+        first, *others = choice.places
+        needs = choice.estimated[first]
+        rows.append(
+            {"submodel": name, "place": str(first), "needs": needs, "memory of": first.memory, "or else": [str(one) for one in others]}
+        )
+    return {"placement": rows, "notes": [*machine.notes, *plan.notes]}
+
+
+def show(found: Mapping[str, Any], as_json: bool) -> None:
+    """Print what was collected: as tables, or as JSON."""
+    if as_json:
+        sys.stdout.write(json.dumps(found, indent=2) + "\n")
+        return
+    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    for title, rows in found.items():
+        if rows and isinstance(rows, list) and isinstance(rows[0], dict):
+            console.print(_table(rows, title))
+    allowed = found["processors"]
+    console.print(f"processors that may be used: {allowed:g}", markup=False)
+    for note in found["notes"]:
+        console.print(note, markup=False)
+
+
+def _table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    rows = list(rows)
+    table = Table(title=title, title_justify="left")
+    for column in rows[0]:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(escape(_text(column, value)) for column, value in row.items()))
+    return table
+
+
+def _text(column: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if column in SIZES:
+        return "" if value is None else show_size(value)
+    return ", ".join(value) if isinstance(value, list | tuple) else str(value)

@@ -1,0 +1,97 @@
+"""A small blocking client. It speaks the messages of enginecast.v1 and raises the same errors as the server's side did."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Final, Protocol, TypeVar
+
+import grpc
+
+from runtime import limits
+from serving.dialects.grpc import status
+from serving.enginecast_pb import chat_pb2, chat_pb2_grpc, image_pb2, image_pb2_grpc, model_pb2, model_pb2_grpc
+
+OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", limits.MESSAGE.most))
+
+Response = TypeVar("Response", covariant=True)
+
+
+class _Stream(Protocol[Response]):
+    def __iter__(self) -> Iterator[Response]: ...
+    def cancel(self) -> bool: ...
+
+
+class Client:
+    """A connection to a server at "host:port". Every method raises from `runtime.errors`; `timeout` is in seconds.
+
+    Closing a stream's generator, or leaving the program, cancels the request on the server.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+        self._image = image_pb2_grpc.ImageServiceStub(self._channel)
+        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
+        self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        self._channel.close()
+
+    def generate(self, request: image_pb2.GenerateRequest, timeout: float | None = None) -> Iterator[image_pb2.GenerateResponse]:
+        """Draw pictures: the stream of ImageService.Generate."""
+        return _stream(self._image.Generate(request, timeout=timeout))
+
+    def chat(self, request: chat_pb2.ChatRequest, timeout: float | None = None) -> Iterator[chat_pb2.ChatResponse]:
+        """Answer the last message: the stream of ChatService.Chat."""
+        return _stream(self._chat.Chat(request, timeout=timeout))
+
+    def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
+        """Every model the server knows, by name."""
+        with _raised():
+            response: model_pb2.ListModelsResponse = self._model.ListModels(model_pb2.ListModelsRequest(), timeout=timeout)
+            return list(response.models)
+
+    def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
+        """One model as it stands."""
+        with _raised():
+            response: model_pb2.GetModelResponse = self._model.GetModel(model_pb2.GetModelRequest(name=name), timeout=timeout)
+            return response.model
+
+    def load(self, name: str, target: str | None = None, timeout: float | None = None) -> model_pb2.Model:
+        """Load a model and wait until it is ready."""
+        request = model_pb2.LoadModelRequest(name=name, target=target)
+        with _raised():
+            response: model_pb2.LoadModelResponse = self._model.LoadModel(request, timeout=timeout)
+            return response.model
+
+    def unload(self, name: str, grace_seconds: float | None = None, timeout: float | None = None) -> model_pb2.Model:
+        """Unload a model and wait until its engines are freed."""
+        request = model_pb2.UnloadModelRequest(name=name, grace_seconds=grace_seconds)
+        with _raised():
+            response: model_pb2.UnloadModelResponse = self._model.UnloadModel(request, timeout=timeout)
+            return response.model
+
+
+@contextmanager
+def _raised() -> Iterator[None]:
+    """gRPC's error as one of the tree."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise status.error_of(error) from None
+
+
+def _stream(call: _Stream[Response]) -> Iterator[Response]:
+    try:
+        with _raised():
+            yield from call
+    finally:
+        call.cancel()

@@ -1,0 +1,56 @@
+"""grpc.health.v1 over a `ModelHost`. What is shown is the host's state at that moment: nothing is stored that could lag behind.
+
+grpcio-health-checking's own servicer shares one condition among the watchers of a service: a watcher that does not read holds up every
+change of state, and one that leaves cuts the others off.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from runtime import limits
+from runtime.errors import NotFound, quoted
+from serving.dialects.grpc.status import Context, write
+from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
+from serving.host.models import ModelHost
+
+SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+IMAGE, CHAT, MODEL = (
+    pb2.DESCRIPTOR.services_by_name[name].full_name
+    for pb2, name in ((image_pb2, "ImageService"), (chat_pb2, "ChatService"), (model_pb2, "ModelService"))
+)
+Response: Final = health_pb2.HealthCheckResponse
+
+
+def health_of(host: ModelHost) -> dict[str, bool]:
+    """Whether each health service serves: every model by its name; the services of its kind; "" (the server) when any model is ready."""
+    kinds = host.ready()
+    models = {name: kind is not None for name, kind in kinds.items()}
+    known = set(kinds.values())
+    return models | {"": any(models.values()), IMAGE: "diffusion" in known, CHAT: "chat" in known, MODEL: not host.stopping}
+
+
+class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:
+        limits.MODEL_NAME.length("service", request.service)
+        serves = health_of(self.host).get(request.service)
+        if serves is None:
+            raise NotFound(f"health service {quoted(request.service)} is not known")
+        return Response(status=Response.SERVING if serves else Response.NOT_SERVING)
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
+        limits.MODEL_NAME.length("service", request.service)
+        shown = None
+        while True:
+            changed = self.host.changed
+            serves = health_of(self.host).get(request.service)
+            status = Response.SERVICE_UNKNOWN if serves is None else Response.SERVING if serves else Response.NOT_SERVING
+            if status != shown:
+                await write(context, Response(status=status))
+            shown = status
+            await changed.wait()

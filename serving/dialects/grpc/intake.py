@@ -1,0 +1,106 @@
+"""How the requests of every call come in: read within a time and a turn of their connection, bounded, and parsed by us.
+
+gRPC would read and parse a request before anything of ours runs, and answer bytes that are no message with UNKNOWN and a traceback. An
+interceptor therefore gives gRPC handlers of streams of bytes: on the wire nothing differs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, Final
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from runtime import limits
+from runtime.errors import DeadlineExceeded, InvalidInput
+from runtime.placing.memory import give_back
+from serving.dialects.grpc.status import Context, reported, write
+from serving.dialects.grpc.wire import fields_within
+from serving.host.turns import Turns
+
+Handler = Any
+"""grpc.RpcMethodHandler, of which the stubs know no attributes."""
+END: Final = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+REQUEST: Final = "request"
+"""The field that errors about a message as a whole name."""
+LARGE: Final = 1 << 20
+"""Bytes of a message above which its memory is worth returning to the system."""
+
+
+class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Takes in the requests of all calls of a server."""
+
+    def __init__(self) -> None:
+        self._turns = Turns(limits.ARRIVING.most)
+        self._returning: asyncio.Task[None] | None = None
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """The handler of a call, behind this intake. None, as for gRPC, where there is no such method."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+
+        async def one(_: Any, context: Context) -> Any:
+            async with reported(context):
+                return await handler.unary_unary(await self._message(handler, context), context)
+
+        async def stream(_: Any, context: Context) -> None:
+            async with reported(context):
+                await handler.unary_stream(await self._message(handler, context), context)
+
+        async def both(_: Any, context: Context) -> None:
+            async with reported(context), aclosing(handler.stream_stream(self._messages(handler, context), context)) as responses:
+                async for response in responses:
+                    await write(context, response)
+
+        if handler.request_streaming:
+            return grpc.stream_stream_rpc_method_handler(both, None, handler.response_serializer)
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(one, None, handler.response_serializer)
+
+    async def _message(self, handler: Handler, context: Context) -> Any:
+        """The only request of a call. Raises InvalidInput, DeadlineExceeded."""
+        try:  # few arrive at once on a connection; the others wait where flow control holds them
+            async with asyncio.timeout(limits.ARRIVAL.most), self._turns(context.peer()):
+                data = await context.read()
+        except TimeoutError:
+            raise DeadlineExceeded(f"the request did not arrive within {limits.ARRIVAL.most} s: send it again") from None
+        if data is END:
+            raise InvalidInput(REQUEST, "is missing: the call ended before it arrived")
+        if len(data) > LARGE and (self._returning is None or self._returning.done()):
+            self._returning = asyncio.create_task(_return_memory())
+        return parse(data, handler.request_deserializer)
+
+    async def _messages(self, handler: Handler, context: Context) -> AsyncIterator[Any]:
+        """The requests of a call that has a stream of them."""
+        while (data := await context.read()) is not END:
+            yield parse(data, handler.request_deserializer)
+
+
+async def _return_memory() -> None:
+    """Return to the system what large messages took, about when they are done with.
+
+    Errors refer to the frames they passed, which hold the message and the error: such cycles wait for the collector. What is freed
+    then, the C library would keep for the next message.
+    """
+    await asyncio.sleep(1)
+    gc.collect()
+    await asyncio.to_thread(give_back)
+
+
+def parse(data: bytes, deserialize: Callable[[bytes], Any]) -> Any:
+    """The message in these bytes; `deserialize` is the `FromString` of its class. Raises InvalidInput."""
+    kind = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]  # a class method's class
+    if not fields_within(data, kind, limits.FIELDS.most):
+        raise InvalidInput(REQUEST, f"has more than {limits.FIELDS.most:,} fields, nested ones included: send fewer")
+    try:
+        return deserialize(data)
+    except DecodeError:
+        raise InvalidInput(REQUEST, f"is no {kind.full_name}: its {len(data):,} bytes cannot be decoded") from None

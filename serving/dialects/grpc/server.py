@@ -1,0 +1,219 @@
+"""The gRPC server: enginecast.v1, grpc.health.v1 and reflection over a `ModelHost`. RPC methods only translate and delegate."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing, suppress
+from typing import Any, Final, NoReturn
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from runtime import limits
+from runtime.errors import EnginecastError, InvalidInput, Unavailable
+from serving.dialects.grpc import health, messages
+from serving.dialects.grpc.intake import Intake
+from serving.dialects.grpc.status import Context, write
+from serving.enginecast_pb import chat_pb2, chat_pb2_grpc, image_pb2, image_pb2_grpc, model_pb2, model_pb2_grpc
+from serving.host.models import ModelHost
+
+log = logging.getLogger(__name__)
+
+FAREWELL_SECONDS: Final = 0.3
+"""Time for the last statuses to reach the clients once the models are unloaded."""
+LEAVING_SECONDS: Final = 1.3
+"""How long after its grace period the process may live, whatever its threads do."""
+OPTIONS: Final = {
+    "grpc.max_receive_message_length": limits.MESSAGE.most,
+    "grpc.max_send_message_length": -1,
+    "grpc.max_metadata_size": limits.METADATA.most,
+    "grpc.max_concurrent_streams": limits.CONNECTION_CALLS.most,
+    # What is not read yet is held by the client: a fixed window instead of one that grows with its speed.
+    "grpc.http2.bdp_probe": 0,
+    # Otherwise a second server on the same port is not an error on Linux: the two would share the clients.
+    "grpc.so_reuseport": 0,
+    # A client whose machine vanished sends no goodbye: ping idle connections and drop those that do not answer.
+    # gRPC waits for the answer of a ping while data is under way as long as ping_timeout says, a minute by default.
+    "grpc.keepalive_time_ms": 15_000,
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.ping_timeout_ms": 10_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+}
+
+
+class ImageServicer(image_pb2_grpc.ImageServiceServicer):
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def Generate(self, request: image_pb2.GenerateRequest, context: Context) -> None:
+        wanted, stream = messages.image_request(request), messages.ImageStream()
+        events = self.host.run(request.model, "diffusion", wanted, context.time_remaining(), context.peer())
+        async with aclosing(events):
+            async for event in events:
+                # PNGs are encoded off the event loop.
+                if (response := await asyncio.to_thread(stream.response, event)) is not None:
+                    await write(context, response)
+
+
+class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def Chat(self, request: chat_pb2.ChatRequest, context: Context) -> None:
+        name, stream = request.model, messages.ChatStream()
+        wanted = await asyncio.to_thread(messages.chat_request, request)
+        del request  # its pictures are held once
+        events = self.host.run(name, "chat", wanted, context.time_remaining(), context.peer(), wanted.nbytes)
+        async with aclosing(events):
+            async for event in events:
+                if (response := stream.response(event)) is not None:
+                    await write(context, response)
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
+        return model_pb2.ListModelsResponse(models=[messages.model(status) for status in self.host.statuses()])
+
+    async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
+        return model_pb2.GetModelResponse(model=messages.model(self.host.status(request.name)))
+
+    async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
+        await self.host.load(request.name, request.target if request.HasField("target") else None)
+        return model_pb2.LoadModelResponse(model=messages.model(self.host.status(request.name)))
+
+    async def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Context) -> model_pb2.UnloadModelResponse:
+        await self.host.unload(request.name, messages.grace(request))
+        return model_pb2.UnloadModelResponse(model=messages.model(self.host.status(request.name)))
+
+
+class Server:
+    """A listening gRPC server over a host. `port` is the one really bound, which matters when the address asks for port 0.
+
+    `options` are gRPC options beside or instead of OPTIONS. Raises InvalidInput for a malformed address, Unavailable when it cannot be
+    bound. Needs a running event loop.
+    """
+
+    def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
+        self.host = host
+        self._server = grpc.aio.server(
+            interceptors=[Intake()], options=[*(OPTIONS | dict(options or {})).items()], maximum_concurrent_rpcs=limits.CALLS.most
+        )
+        image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(host), self._server)
+        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(host), self._server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(host), self._server)
+        services = health.IMAGE, health.CHAT, health.MODEL, health.SERVICE, reflection.SERVICE_NAME
+        reflection.enable_server_reflection(services, self._server)
+        self.port = _bind(self._server, address)
+
+    async def start(self) -> None:
+        """Accept calls."""
+        await self._server.start()
+
+    async def stop(self, grace: float | None = None) -> bool:
+        """Refuse new requests, let running ones finish for `grace` seconds and stop the rest, unload the models, close the port.
+
+        Returns False where something still loads or computes in a thread, see `ModelHost.close`.
+        """
+        free = await self.host.close(grace)
+        await self._server.stop(FAREWELL_SECONDS)
+        return free
+
+
+async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) -> None:
+    """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal ends at once. Loads every model of the host.
+
+    After the host's grace period the process ends in any case, with status 0, also where a thread of it still loads or computes.
+
+    `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is ready or why it
+    cannot be. Raises that reason where no model can be loaded, or what `Server` raises.
+    """
+    _return_memory()
+    server = Server(host, address)
+    stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
+    await server.start()
+    announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
+    loaded = asyncio.gather(*(_load(host, status.name, announce) for status in host.statuses()))
+    try:
+        first: set[asyncio.Future[Any]] = {stopped, loaded}
+        await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+        if loaded.done() and (reasons := [reason for reason in await loaded if reason]) and len(reasons) == len(host.statuses()):
+            raise reasons[0]
+        await stopped
+    finally:
+        log.info("stopping")
+        loaded.cancel()
+        if not await server.stop():
+            _leave()
+
+
+async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> EnginecastError | None:
+    """Why a model could not be loaded; None when it is ready."""
+    try:
+        await host.load(name)
+    except EnginecastError as error:
+        whole = error.__cause__ if isinstance(error.__cause__, EnginecastError) else error  # with its paths, which clients do not get
+        announce(f"{name} cannot be served: {whole}")
+        return whole
+    status = host.status(name)
+    announce(f"{name} is ready on {status.target} ({status.device})")
+    return None
+
+
+def _stop_signal(grace: float) -> asyncio.Event:
+    """An event that the first SIGINT or SIGTERM sets; the process ends soon after `grace` seconds. The next one has its default effect."""
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+
+    def end() -> None:
+        time.sleep(grace + LEAVING_SECONDS)
+        log.warning("the grace period is over: what still loads or computes is left behind")
+        _leave()
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        threading.Thread(target=end, daemon=True).start()
+        loop.call_soon_threadsafe(stop.set)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+    return stop
+
+
+def _return_memory() -> None:
+    """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request took."""
+    trim_threshold, mmap_threshold, most_arenas = -1, -3, -8  # of malloc.h
+    with suppress(OSError, AttributeError):  # another C library
+        for option, value in ((trim_threshold, 1 << 20), (mmap_threshold, 1 << 20), (most_arenas, 2)):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def _leave() -> NoReturn:
+    """End the process without waiting for its threads: Python's own end would. What they write to disk is whole or not there."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> int:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidInput("address", f"'{address}' is none, expected HOST:PORT such as 127.0.0.1:50051 (port 0 takes any free one)")
+    try:
+        return server.add_insecure_port(address)
+    except RuntimeError:
+        raise Unavailable(
+            f"cannot listen on {address}: the port is in use, or the address is not one of this machine's. Choose another with --address"
+        ) from None

@@ -1,0 +1,102 @@
+"""Errors across the wire: the exception tree as gRPC status codes, and back. The one place that knows both.
+
+The status message is the exception's own. Trailing metadata tells the rest: `enginecast-error` is the class, `enginecast-field` the field
+of an InvalidInput. An unexpected exception becomes INTERNAL without its text, which stays in the server's log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Final
+from urllib.parse import quote
+
+import grpc
+
+from runtime import errors, limits
+from runtime.errors import Cancelled, EnginecastError, InvalidInput
+from serving.dialects.grpc.shown import shortened
+
+log = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+ERROR_KEY: Final = "enginecast-error"
+FIELD_KEY: Final = "enginecast-field"
+UNREAD_SECONDS = float(limits.UNREAD.most)
+FIELD_LENGTH: Final = 200
+MESSAGE_BYTES: Final = 4096
+"""Longest message sent. It travels percent-encoded in the trailers, which gRPC limits to 8 KiB."""
+
+CODES: Final[dict[type[EnginecastError], grpc.StatusCode]] = {
+    errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.NotFound: grpc.StatusCode.NOT_FOUND,
+    errors.ResourceExhausted: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: grpc.StatusCode.UNAVAILABLE,
+    errors.DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.Cancelled: grpc.StatusCode.CANCELLED,
+    errors.SourceError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.EngineUnavailable: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.MissingDependency: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.EnginecastError: grpc.StatusCode.INTERNAL,
+}
+"""The nearest class up the tree counts: a ContextLengthExceeded is an InvalidInput."""
+
+
+def code(error: EnginecastError) -> grpc.StatusCode:
+    """The status code of an error."""
+    return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+@asynccontextmanager
+async def reported(context: Context) -> AsyncIterator[None]:
+    """End the RPC with the status of whatever the body raises."""
+    try:
+        yield
+    except EnginecastError as error:
+        metadata = [(ERROR_KEY, type(error).__name__)]
+        if isinstance(error, InvalidInput):
+            metadata.append((FIELD_KEY, quote(shortened(error.field, FIELD_LENGTH), safe="[]")))
+        await context.abort(code(error), fitting(str(error)), tuple(metadata))
+    except grpc.aio.AbortError:
+        raise
+    except Exception:
+        log.exception("an RPC failed unexpectedly")
+        await context.abort(grpc.StatusCode.INTERNAL, "the server failed unexpectedly: its log says why")
+
+
+async def write(context: Context, response: Any) -> None:
+    """Send a response. Raises Cancelled when the client takes too long to read those before it."""
+    try:
+        async with asyncio.timeout(UNREAD_SECONDS):
+            await context.write(response)
+    except TimeoutError:
+        raise Cancelled(f"the client read nothing for {UNREAD_SECONDS:g} s") from None
+
+
+def fitting(message: str) -> str:
+    """The message, cut where its percent-encoding would not fit the trailers."""
+    message = shortened(message)
+    while len(quote(message)) > MESSAGE_BYTES:
+        message = message[: len(message) * 3 // 4] + "…"
+    return message
+
+
+def error_of(call: grpc.RpcError) -> EnginecastError:
+    """The error that the server reported; for a status of gRPC's own, the nearest in the tree."""
+    if not isinstance(call, grpc.Call):
+        return EnginecastError(f"the call failed: {call}")
+    metadata = {key: str(value) for key, value in call.trailing_metadata() or ()}
+    status, message = call.code(), call.details() or ""
+    found = getattr(errors, metadata.get(ERROR_KEY, ""), None)
+    if not (isinstance(found, type) and issubclass(found, EnginecastError)):
+        found = {code: kind for kind, code in reversed(CODES.items())}.get(status, EnginecastError)
+        advice = "no server answers there, or it went away: start one with `enginecast serve`, or check the address: "
+        message = f"{advice if found is errors.Unavailable else ''}{message} (gRPC status {status.name})"
+    error = found.__new__(found, message)  # some constructors take the parts of the message, which is whole already
+    if isinstance(error, InvalidInput):
+        error.field = metadata.get(FIELD_KEY, "request")
+    return error

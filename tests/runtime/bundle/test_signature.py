@@ -1,0 +1,119 @@
+"""Everything derived from a signature agrees with it, whatever its dims are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runtime.bundle.signature import BATCH, Dim, Signature, State, Tensor, nbytes
+from runtime.errors import InvalidInput
+
+SEQUENCE = Dim(name="sequence", min=1, opt=4, max=64)
+PAST = Dim(name="past", min=0, opt=8, max=64)
+TOTAL = Dim(name="total", min=1, opt=9, max=64, sum_of=("past", "sequence"))
+HEIGHT = Dim(name="height", min=8, opt=16, max=64, multiple=8)
+
+
+def cache(name: str, length: Dim) -> Tensor:
+    return Tensor(name=name, dtype="float32", dims=(BATCH, 2, length, 4))
+
+
+DECODER = Signature(
+    inputs=(
+        Tensor(name="ids", dtype="int64", dims=(BATCH, SEQUENCE), values="below", limit=10),
+        Tensor(name="mask", dtype="int64", dims=(BATCH, TOTAL), values="ones"),
+        Tensor(name="positions", dtype="int64", dims=(BATCH, SEQUENCE), values="positions"),
+    ),
+    outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, 10)),),
+    states=(State(past=cache("past", PAST), present=cache("present", TOTAL), axis=2),),
+)
+IMAGE = Signature(
+    inputs=(Tensor(name="image", dtype="float32", dims=(BATCH, 3, HEIGHT, HEIGHT.model_copy(update={"name": "width"}))),), outputs=()
+)
+
+
+@st.composite
+def signatures(draw: st.DrawFn) -> Signature:
+    """Inputs of one to three dims, some of them varying, over a handful of named dims."""
+    dims = []
+    for i in range(draw(st.integers(1, 4))):
+        multiple = draw(st.sampled_from([1, 2, 8]))
+        low = multiple * draw(st.integers(0, 3))
+        dims.append(Dim(name=f"dim{i}", min=low, opt=low + 4 * multiple, max=low + 40 * multiple, multiple=multiple))
+    axes = st.lists(st.one_of(st.integers(1, 5), st.sampled_from(dims)), min_size=1, max_size=3)
+    dtypes = st.sampled_from(["float32", "float16", "int64", "int32", "bool"])
+    tensors = [Tensor(name=f"input{i}", dtype=draw(dtypes), dims=tuple(draw(axes))) for i in range(draw(st.integers(1, 4)))]
+    return Signature(inputs=tuple(tensors), outputs=())
+
+
+@given(signatures(), st.integers(0, 3))
+def test_a_sample_fits_its_signature(signature: Signature, seed: int) -> None:
+    lengths = signature.sample_lengths()
+    assert lengths.keys() == signature.dims.keys()
+    assert len(set(lengths.values())) == len(lengths)
+    sample = signature.sample(lengths, seed)
+    assert signature.bind(sample) == lengths
+    again = signature.sample(lengths, seed)
+    assert all(np.array_equal(sample[name], again[name]) for name in sample)
+
+
+@given(signatures())
+def test_a_signature_survives_the_manifest(signature: Signature) -> None:
+    assert Signature.model_validate_json(signature.model_dump_json()) == signature
+
+
+def test_a_decoder_sample_is_a_real_call() -> None:
+    lengths = DECODER.sample_lengths()
+    assert lengths["total"] == lengths["past"] + lengths["sequence"]
+    sample = DECODER.sample(lengths)
+    assert sample["mask"].all() and sample["ids"].max() < 10
+    assert sample["positions"][0].tolist() == list(range(lengths["past"], lengths["total"]))
+    assert sample["past"].shape == (lengths["batch"], 2, lengths["past"], 4)
+
+
+def test_states_are_hidden_from_callers() -> None:
+    assert [tensor.name for tensor in DECODER.graph_inputs] == ["ids", "mask", "positions", "past"]
+    assert [tensor.name for tensor in DECODER.graph_outputs] == ["logits", "present"]
+    with pytest.raises(InvalidInput, match="past: is not an input"):
+        DECODER.bind(DECODER.sample(DECODER.sample_lengths()))
+
+
+def call(**changes: Any) -> dict[str, Any]:
+    arrays = {"ids": np.zeros((2, 3), np.int64), "mask": np.ones((2, 7), np.int64), "positions": np.zeros((2, 3), np.int64)}
+    return {name: array for name, array in (arrays | changes).items() if array is not None}
+
+
+def test_bind_gives_the_lengths() -> None:
+    assert DECODER.bind(call()) == {"batch": 2, "sequence": 3, "total": 7}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": None}, "^mask: is missing"),
+        ({"mask": np.ones((2, 7), np.int32)}, "^mask: has dtype int32, expected int64"),
+        ({"mask": np.ones(7, np.int64)}, "^mask: has 1 dims, expected 2"),
+        ({"mask": np.ones((3, 7), np.int64)}, "^mask: batch is 3 here and 2 elsewhere"),
+        ({"positions": np.zeros((2, 4), np.int64)}, "^positions: sequence is 4 here and 3 elsewhere"),
+        ({"mask": np.ones((2, 65), np.int64)}, "^mask: total is 65, expected 1 to 64"),
+        ({"ids": np.zeros((2, 0), np.int64)}, "^ids: sequence is 0, expected 1 to 64"),
+        ({"mosk": np.ones(1)}, "^mosk: is not an input"),
+    ],
+)
+def test_bind_names_what_is_wrong(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        DECODER.bind(call(**changes))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 12, 16), (1, 3, 72, 16), (1, 4, 16, 16)])
+def test_bind_checks_multiples_and_fixed_dims(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidInput, match=r"^image: "):
+        IMAGE.bind({"image": np.zeros(shape, np.float32)})
+
+
+def test_nbytes() -> None:
+    assert nbytes(DECODER.inputs, {"batch": 2, "sequence": 3, "total": 7}) == 8 * (6 + 14 + 6)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import numpy as np
+import pytest
+
+from runtime.errors import Cancelled, EngineError
+from runtime.pipeline import Event, ImageReady, Progress, TextDelta
+from serving.host.mailbox import Mailbox
+
+PICTURE = np.zeros((2048, 2048, 3), np.uint8)  # 12 MiB
+
+
+async def rest(mailbox: Mailbox) -> list[Event]:
+    events = []
+    while (event := await mailbox.get()) is not None:
+        events.append(event)
+    return events
+
+
+async def test_events_come_in_order_and_then_the_end() -> None:
+    mailbox = Mailbox()
+    events = [TextDelta("a"), Progress(1, 2), TextDelta("b")]
+
+    def work() -> None:
+        for event in events:
+            mailbox.put(event)
+        mailbox.end()
+
+    await asyncio.to_thread(work)
+    assert await rest(mailbox) == events
+    assert await mailbox.get() is None
+
+
+async def test_older_previews_that_nobody_read_are_left_out_and_no_step_is() -> None:
+    mailbox = Mailbox()
+    for step in range(1, 101):
+        mailbox.put(Progress(step, 100, PICTURE))
+    mailbox.end()
+    events = await rest(mailbox)
+    assert [event.step for event in events if isinstance(event, Progress)] == list(range(1, 101))
+    assert [event.step for event in events if isinstance(event, Progress) and event.preview is not None] == [99, 100]
+
+
+async def test_finished_pictures_wait_to_be_read() -> None:
+    mailbox, done = Mailbox(), threading.Event()
+
+    def work() -> None:
+        for index in range(5):
+            mailbox.put(ImageReady(PICTURE, index, 0))
+        mailbox.end()
+        done.set()
+
+    worker = asyncio.create_task(asyncio.to_thread(work))
+    assert not await asyncio.to_thread(done.wait, 0.2), "three of them are more than may be unread"
+    assert [event.index for event in await rest(mailbox) if isinstance(event, ImageReady)] == list(range(5))
+    await worker
+
+
+async def test_the_end_frees_a_worker_that_waits() -> None:
+    mailbox = Mailbox()
+
+    def work() -> None:
+        for index in range(5):
+            mailbox.put(ImageReady(PICTURE, index, 0))
+
+    worker = asyncio.create_task(asyncio.to_thread(work))
+    mailbox.end(Cancelled("the reader left"), at_once=True)
+    await asyncio.wait_for(worker, 10)
+    with pytest.raises(Cancelled):
+        await mailbox.get()
+
+
+async def test_an_error_comes_behind_what_was_put_unless_it_is_for_now() -> None:
+    first, second = Mailbox(), Mailbox()
+    for mailbox, at_once in ((first, False), (second, True)):
+        mailbox.put(TextDelta("a"))
+        mailbox.end(EngineError("broken"), at_once)
+        mailbox.end()
+    assert await first.get() == TextDelta("a")
+    for mailbox in (first, second):
+        with pytest.raises(EngineError):
+            await mailbox.get()
