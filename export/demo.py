@@ -1,6 +1,7 @@
 """`make demo`: the main job from end to end, as a user would do it, with the commands of the README.
 
-Builds both samples at int8, starts a server, draws a prompt over gRPC, asks the other model about the picture, stops the server.
+Builds both samples at int8, starts a server, draws a prompt over gRPC, asks the other model about the picture, stops
+the server.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ def main() -> None:
         )
     print(f"$ enginecast serve {' '.join(outputs)}", flush=True)
     command = [*ENGINECAST, "serve", *outputs, "--address", "127.0.0.1:0"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as server:
         try:
             address = _address(server, len(outputs))
             run(
@@ -56,7 +59,9 @@ def main() -> None:
                 "--address",
                 address,
             )
-            answer = run("chat", "--model", "shapes-vlm", "--image", str(PICTURE), "--prompt", QUESTION, "--address", address)
+            answer = run(
+                "chat", "--model", "shapes-vlm", "--image", str(PICTURE), "--prompt", QUESTION, "--address", address
+            )
         finally:
             server.send_signal(signal.SIGTERM)
     print(f"\nprompt   {PROMPT}\npicture  {PICTURE.resolve()}\nquestion {QUESTION}\nanswer   {answer.strip()}")
@@ -65,7 +70,9 @@ def main() -> None:
 
 
 def run(*arguments: str) -> str:
-    """One `enginecast` command; its standard output, which is shown too. Ends the demo with the command's exit code if it fails."""
+    """One `enginecast` command; its standard output, which is shown too. Ends the demo with the command's exit code if
+    it fails.
+    """
     print(f"$ enginecast {' '.join(arguments)}", flush=True)
     found = subprocess.run([*ENGINECAST, *arguments], stdout=subprocess.PIPE, text=True)
     print(found.stdout, end="", flush=True)

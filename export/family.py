@@ -1,4 +1,6 @@
-"""What a model family declares. One file per family in `export/families/`, found by listing the folder; there is no other registry."""
+"""What a model family declares. One file per family in `export/families/`, found by listing the folder; there is no
+other registry.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Reference = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Component:
-    """A library model as the checkpoint stores it: built without weights from its config. `folder` is relative to the source."""
+    """A library model as the checkpoint stores it: built without weights from its config. `folder` is relative to the
+    source.
+    """
 
     folder: str
     model: nn.Module
@@ -33,11 +37,12 @@ class Component:
 class Part:
     """One submodel: a module over a component's own parameters, and its signature.
 
-    `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced. `reference` takes and
-    returns the same by the library's own forward over `component`: parity compares the graph with it. `activations` says whether int8 also
-    covers activations (W8A8, calibrated) or only weights, and with `convolutional` int4 does so, too: where most of the work is in
-    convolutions, whose int4 weights run in int8 kernels (`runtime.targets.lowering.nested`). `least_bits` 8 keeps its weights from int4. `float16` False
-    keeps targets from computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the
+    `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced.
+    `reference` takes and returns the same by the library's own forward over `component`: parity compares the graph with
+    it. `activations` says whether int8 also covers activations (W8A8, calibrated) or only weights, and with
+    `convolutional` int4 does so, too: where most of the work is in convolutions, whose int4 weights run in int8 kernels
+    (`runtime.targets.lowering.nested`). `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from
+    computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the
     parity gate lets pass.
     """
 
@@ -57,10 +62,11 @@ class Part:
 class Family:
     """Everything about a model family.
 
-    `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config, fewer layers.
-    `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
-    model's own files, such as those of its tokenizer. `notes(source)` are sentences on what of the checkpoint is served otherwise than
-    published (`Manifest.notes`): what cannot be served is refused, what is replaced or left out is reported.
+    `parts(source, reduced)` builds the submodels without weights; `reduced` asks for the twin: same code and config,
+    fewer layers. `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
+    model's own files, such as those of its tokenizer. `notes(source)` are sentences on what of the checkpoint is served
+    otherwise than published (`Manifest.notes`): what cannot be served is refused, what is replaced or left out is
+    reported.
     """
 
     name: str
@@ -75,7 +81,10 @@ class Family:
 @cache
 def families() -> dict[str, Family]:
     """Every family by architecture name."""
-    modules = [importlib.import_module(f"export.families.{found.name}") for found in pkgutil.iter_modules(export.families.__path__)]
+    modules = [
+        importlib.import_module(f"export.families.{found.name}")
+        for found in pkgutil.iter_modules(export.families.__path__)
+    ]
     return {architecture: module.FAMILY for module in modules for architecture in module.FAMILY.architectures}
 
 

@@ -33,7 +33,9 @@ Say = Callable[[str], None]
 
 
 class Worker:
-    """A process that measures one model, from `with` to its end. Raises EngineError with what the worker says when it fails."""
+    """A process that measures one model, from `with` to its end. Raises EngineError with what the worker says when it
+    fails.
+    """
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
@@ -43,7 +45,12 @@ class Worker:
         try:
             # A session of its own, so that its memory can be told from others'.
             self._process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1, start_new_session=True
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                bufsize=1,
+                start_new_session=True,
             )
         except OSError as error:
             raise NotFound(f"worker '{self._command[0]}' cannot be started: {error.strerror}") from None
@@ -53,14 +60,18 @@ class Worker:
         try:
             message: Any = self._read()
             if "metrics" not in message:
-                raise EngineError(f"{self._name} does not begin with its metrics: see profiles/protocol.py for what a worker says")
+                raise EngineError(
+                    f"{self._name} does not begin with its metrics: see profiles/protocol.py for what a worker says"
+                )
         except BaseException:
             self._stop(0)
             raise
         self.hello: Hello = message
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop(PATIENCE if kind is None else 0)
 
     def _stop(self, patience: float) -> None:
@@ -118,7 +129,9 @@ class Plan:
 
 
 def bench(bundle: Bundle, workers: Iterable[Worker], plan: Plan, say: Say = lambda line: None) -> list[Row]:
-    """Measure all workers in turns; a row for each metric of each. Raises EngineError, or InvalidInput for a metric none of them has."""
+    """Measure all workers in turns; a row for each metric of each. Raises EngineError, or InvalidInput for a metric
+    none of them has.
+    """
     with ExitStack() as stack:
         entered = [stack.enter_context(worker) for worker in workers]  # one after another: loading is timed too
         metrics = _wanted(plan.metrics, entered)
@@ -134,7 +147,9 @@ def bench(bundle: Bundle, workers: Iterable[Worker], plan: Plan, say: Say = lamb
         rows = []
         for metric in metrics:
             having = [worker for worker in entered if metric in worker.hello["metrics"]]
-            for worker, values in zip(having, turns([_measurement(worker, metric) for worker in having], plan.repeat), strict=True):
+            for worker, values in zip(
+                having, turns([_measurement(worker, metric) for worker in having], plan.repeat), strict=True
+            ):
                 rows.append(_row(bundle, worker, metric, values, bandwidth))
                 say(f"{metric} on {worker.hello['target']}: {rows[-1].spread.median:.4g} {rows[-1].unit}")
         for worker in entered:
@@ -206,7 +221,8 @@ def table(rows: Sequence[Row]) -> Table:
             base = first.setdefault(metric, spread.median)
             unit, scale = ("ms", 1e3) if row.unit == "s" and base < 0.1 else (row.unit, 1.0)
             lowest, lower, median, upper, highest = (
-                f"{value * scale:.4g}" for value in (spread.minimum, spread.lower, spread.median, spread.upper, spread.maximum)
+                f"{value * scale:.4g}"
+                for value in (spread.minimum, spread.lower, spread.median, spread.upper, spread.maximum)
             )
             shown.add_row(
                 metric,

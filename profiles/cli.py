@@ -24,7 +24,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
 notes = Console(highlight=False, stderr=True)
 
-Targets = Annotated[list[str] | None, typer.Option("--target", help="Engine to run on; repeat for several. Default: all of the bundle.")]
+Targets = Annotated[
+    list[str] | None, typer.Option("--target", help="Engine to run on; repeat for several. Default: all of the bundle.")
+]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
 Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
 StoreAt = Annotated[Path | None, typer.Option("--rows", help=f"That file. Default: {ROWS}/PROCESSOR.jsonl.")]
@@ -38,17 +40,22 @@ def bench(
     metric: Annotated[
         list[str] | None,
         typer.Option(
-            "--metric", "--submodel", help="Measure only this: a submodel, picture, first_token, prefill or decode; may be repeated."
+            "--metric",
+            "--submodel",
+            help="Measure only this: a submodel, picture, first_token, prefill or decode; may be repeated.",
         ),
     ] = None,
     width: Annotated[int | None, typer.Option(min=1, help="Width of pictures in pixels.")] = None,
     height: Annotated[int | None, typer.Option(min=1, help="Height of pictures in pixels.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole picture.")] = None,
     prompt_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with. Default: 512.")
+        int | None,
+        typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with. Default: 512."),
     ] = None,
     new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to decode. Default: 64.")] = None,
-    beside: Annotated[list[str] | None, typer.Option(help="Command of another worker to measure in turns (profiles/protocol.py).")] = None,
+    beside: Annotated[
+        list[str] | None, typer.Option(help="Command of another worker to measure in turns (profiles/protocol.py).")
+    ] = None,
     threads: Threads = 0,
     store: Store = False,
     rows_file: StoreAt = None,
@@ -66,11 +73,17 @@ def bench(
     answering = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens}
     _check_fit(opened.manifest.pipeline, drawing, answering)
     _check_rows(store, rows_file)
-    given = {name: value for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens)) if value is not None}
+    given = {
+        name: value
+        for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens))
+        if value is not None
+    }
     settings = Settings(width=width, height=height, steps=steps, **given)
     wanted: Sequence[str | None] = target or opened.targets or [None]  # of a bundle built for nothing, choosing says so
     names = [choose_target(opened, name).target for name in wanted]
-    workers = [measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names]
+    workers = [
+        measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names
+    ]
     workers += [measuring.Worker(_command(command)) for command in beside or ()]
     rows = measuring.bench(opened, workers, measuring.Plan(repeat, tuple(metric or ())), notes.print)
     out.print(measuring.table(rows))
@@ -83,11 +96,19 @@ def score(
     bundles: Annotated[
         list[Path] | None, typer.Argument(metavar="BUNDLE...", help="Folders made by `enginecast build` from a sample.")
     ] = None,
-    source: Annotated[Path | None, typer.Option(help="Checkpoint folder to score first, in plain diffusers or transformers.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Checkpoint folder to score first, in plain diffusers or transformers.")
+    ] = None,
     target: Targets = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a picture. Default: the model's.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps of a picture. Default: the model's.")
+    ] = None,
+    guidance_scale: Annotated[
+        float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, max=32, help="Pictures drawn together. Default: 16.")] = None,
     threads: Threads = 0,
     store: Store = False,
@@ -119,7 +140,9 @@ def score(
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
             task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=exam.count)
             scores = scoring.score(subject, exam, partial(bar.advance, task))
-        notes.print(f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s")
+        notes.print(
+            f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
+        )
         results.append((subject, scores))
         if store:
             append(_store(rows_file), scoring.rows(subject, exam, scores, threads))

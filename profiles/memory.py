@@ -1,8 +1,9 @@
-"""Peak memory and wall time of a command and everything it starts: `python -m profiles.memory [--until REGEX] -- COMMAND...`
+"""Peak memory and wall time of a command and everything it starts: `python -m profiles.memory [--until REGEX] --
+COMMAND...`
 
-Anonymous memory (RssAnon of /proc/PID/status) is what a program needs for itself; pages mapped from files belong to the page cache, which
-the system can take back. The processes counted are those of the command's session, so children that outlive their parent count as well.
-Linux only.
+Anonymous memory (RssAnon of /proc/PID/status) is what a program needs for itself; pages mapped from files belong to the
+page cache, which the system can take back. The processes counted are those of the command's session, so children that
+outlive their parent count as well. Linux only.
 """
 
 from __future__ import annotations
@@ -34,14 +35,18 @@ _SESSION: Final = 3
 
 @dataclass(frozen=True)
 class Usage:
-    """Wall seconds, and peaks in bytes: memory of its own, and all resident pages. Both are sums over processes at one moment."""
+    """Wall seconds, and peaks in bytes: memory of its own, and all resident pages. Both are sums over processes at one
+    moment.
+    """
 
     seconds: float = 0.0
     anonymous: int = 0
     resident: int = 0
 
     def __str__(self) -> str:
-        return f"{self.seconds:.1f} s, peak {self.anonymous / GB:.2f} GB anonymous, {self.resident / GB:.2f} GB resident"
+        return (
+            f"{self.seconds:.1f} s, peak {self.anonymous / GB:.2f} GB anonymous, {self.resident / GB:.2f} GB resident"
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,9 @@ def _read(path: Path) -> str:
 
 
 class Sampler:
-    """Looks every `INTERVAL` at what `look` sees, in a thread, from `with` to its end. Raises Unavailable where there is no /proc."""
+    """Looks every `INTERVAL` at what `look` sees, in a thread, from `with` to its end. Raises Unavailable where there
+    is no /proc.
+    """
 
     def __init__(self, look: Callable[[], tuple[int, int]]) -> None:
         if not supported():
@@ -124,7 +131,9 @@ class Sampler:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop.set()
         self._thread.join()
 
@@ -153,10 +162,16 @@ def supported() -> bool:
 
 
 def measure(command: Sequence[str], echo: Callable[[Stretch], None] = lambda stretch: None) -> Measured:
-    """Run a command in a session of its own; `echo` is told of each line of its output. Raises NotFound if it cannot be started."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"}  # a line must come when it is printed, not when a buffer is full
+    """Run a command in a session of its own; `echo` is told of each line of its output. Raises NotFound if it cannot be
+    started.
+    """
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1"
+    }  # a line must come when it is printed, not when a buffer is full
     try:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True
+        )
     except OSError as error:
         raise NotFound(f"command '{command[0]}' cannot be started: {error.strerror}") from None
     assert process.stdout is not None
@@ -180,9 +195,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_mar
 @app.command(context_settings={"ignore_unknown_options": True})
 def main(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND...", help="What to run and measure.")],
-    until: Annotated[str | None, typer.Option(help="Report apart what was used before and in the steps whose output lines match.")] = None,
+    until: Annotated[
+        str | None, typer.Option(help="Report apart what was used before and in the steps whose output lines match.")
+    ] = None,
 ) -> None:
-    """Print wall seconds, peak anonymous and peak resident memory of a command and its children; exit with its exit code.
+    """Print wall seconds, peak anonymous and peak resident memory of a command and its children; exit with its exit
+    code.
 
     In front of each line of the command's output stands the peak of anonymous memory since the line before.
     """
@@ -190,7 +208,9 @@ def main(
         pattern = re.compile(until) if until is not None else None
     except re.error as error:
         raise InvalidInput("until", f"is no regular expression: {error}") from None
-    measured = measure(command, lambda stretch: print(f"{stretch.usage.anonymous / GB:5.2f} GB  {stretch.line}", flush=True))
+    measured = measure(
+        command, lambda stretch: print(f"{stretch.usage.anonymous / GB:5.2f} GB  {stretch.line}", flush=True)
+    )
     print(f"whole: {measured.whole}")
     if pattern is not None:
         before, matching = measured.before(pattern), measured.matching(pattern)

@@ -4,8 +4,8 @@
     chat        <submodel> seconds a call, first_token seconds until the first token about a picture,
                 prefill prompt tokens a second, decode new tokens a second
 
-Pipelines are generators, so a submodel's inputs are found by running the pipeline against zeros: a call is measured at the sizes, and with
-the guidance, that a request really gives it.
+Pipelines are generators, so a submodel's inputs are found by running the pipeline against zeros: a call is measured at
+the sizes, and with the guidance, that a request really gives it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Settings(Frozen):
 
 @dataclass(frozen=True)
 class Probe:
-    """One metric: `run` measures it once. `nbytes` is what must be read from memory for one unit, where that bounds a rate."""
+    """One metric: `run` measures it once. `nbytes` is what must be read from memory for one unit, where that bounds a
+    rate.
+    """
 
     metric: str
     unit: str
@@ -65,7 +67,9 @@ def probes(model: LoadedModel, settings: Settings) -> list[Probe]:
 
 
 def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict[str, Call]:
-    """The first call of every submodel that a pipeline makes, found without any engine: each call is answered with zeros."""
+    """The first call of every submodel that a pipeline makes, found without any engine: each call is answered with
+    zeros.
+    """
     found: dict[str, Call] = {}
     outputs: Outputs | None = None
     try:
@@ -80,9 +84,9 @@ def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict
 
 
 def _zeros(signature: Signature, inputs: Mapping[str, Array]) -> Outputs:
-    lengths = {dim.name: dim.opt for tensor in signature.outputs for dim in tensor.dims if not isinstance(dim, int)} | signature.bind(
-        inputs
-    )
+    lengths = {
+        dim.name: dim.opt for tensor in signature.outputs for dim in tensor.dims if not isinstance(dim, int)
+    } | signature.bind(inputs)
     return {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.outputs}
 
 
@@ -94,7 +98,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def _submodel_probes(model: LoadedModel, request: Any) -> list[Probe]:
-    """The latency of every submodel without states; one that the request does not need runs on a sample of its usual size."""
+    """The latency of every submodel without states; one that the request does not need runs on a sample of its usual
+    size.
+    """
     submodels = {submodel.name: submodel for submodel in model.bundle.manifest.submodels}
     calls = planned_calls(model.pipeline(request), submodels)
     found = []
@@ -103,7 +109,9 @@ def _submodel_probes(model: LoadedModel, request: Any) -> list[Probe]:
             continue
         usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
         inputs = calls[name].inputs if name in calls else submodel.signature.sample(usual)
-        shapes: dict[str, int | float | str] = {tensor: "x".join(map(str, array.shape)) for tensor, array in inputs.items()}
+        shapes: dict[str, int | float | str] = {
+            tensor: "x".join(map(str, array.shape)) for tensor, array in inputs.items()
+        }
         found.append(Probe(name, "s", _latency(model.engines[name], inputs), shapes))
     return found
 
@@ -118,7 +126,14 @@ def _image_request(settings: Settings) -> ImageRequest:
 
 def _diffusion_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
     asked = {name: value for name in ("width", "height", "steps") if (value := getattr(settings, name)) is not None}
-    return [Probe("picture", "s", lambda: seconds(lambda: list(drive(model.pipeline(_image_request(settings)), model.engines))), asked)]
+    return [
+        Probe(
+            "picture",
+            "s",
+            lambda: seconds(lambda: list(drive(model.pipeline(_image_request(settings)), model.engines))),
+            asked,
+        )
+    ]
 
 
 def _picture_question() -> ChatRequest:
@@ -152,12 +167,19 @@ def _chat_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
     def decode() -> float:
         clock = Clock(model.engines)
         list(drive(pipeline(request(settings.new_tokens)), clock))
-        chosen = [begun for submodel, begun in clock.begun if submodel == "token_embedding"][1:]  # the first embeds the prompt
+        chosen = [begun for submodel, begun in clock.begun if submodel == "token_embedding"][
+            1:
+        ]  # the first embeds the prompt
         return len(chosen) / (time.perf_counter() - chosen[0])
 
     pipeline(request(settings.new_tokens)).close()  # the model says now whether it has room
     found = [
-        Probe("prefill", "tokens/s", lambda: prompt_tokens / seconds(lambda: answer(request(1))), {"prompt_tokens": prompt_tokens}),
+        Probe(
+            "prefill",
+            "tokens/s",
+            lambda: prompt_tokens / seconds(lambda: answer(request(1))),
+            {"prompt_tokens": prompt_tokens},
+        ),
         Probe("decode", "tokens/s", decode, sizes, _bytes_per_token(model, prompt_tokens)),
     ]
     if pipeline.config.has_vision:
@@ -168,9 +190,14 @@ def _chat_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
 
 
 def _endless(model: LoadedModel) -> ChatPipeline:
-    """The model's pipeline, but no token ends an answer: a fixed number of tokens is comparable, and random weights never stop anyway."""
+    """The model's pipeline, but no token ends an answer: a fixed number of tokens is comparable, and random weights
+    never stop anyway.
+    """
     if not isinstance(model.pipeline, ChatPipeline):
-        raise BundleError(f"bundle {model.bundle.name} holds a {model.kind} model that is no chat pipeline: it cannot be measured as one")
+        raise BundleError(
+            f"bundle {model.bundle.name} holds a {model.kind} model that is no chat pipeline: it cannot be measured as "
+            "one"
+        )
     pipeline = copy.copy(model.pipeline)
     pipeline.config = pipeline.config.model_copy(update={"eos_token_ids": ()})
     return pipeline
@@ -184,7 +211,10 @@ def _text(pipeline: ChatPipeline, tokens: int) -> tuple[str, int]:
 
     words = bisect.bisect_right(range(1, tokens + 1), tokens, key=length)
     if not words:
-        raise InvalidInput("prompt_tokens", f"is {tokens}, expected at least {length(1)}, which the model's template takes for one word")
+        raise InvalidInput(
+            "prompt_tokens",
+            f"is {tokens}, expected at least {length(1)}, which the model's template takes for one word",
+        )
     return " ".join(["a"] * words), length(words)
 
 

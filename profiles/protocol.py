@@ -1,10 +1,12 @@
 """How a measuring driver and its workers talk: lines of JSON over the worker's standard input and output.
 
-A worker is a program that loads one model and measures it when told to. Its first line says what it is and what it can measure (`Hello`);
-then it answers each line, the name of a metric, with {"value": number} or {"error": text}, and ends when its input ends. So models that
-cannot live in one process, ours and a peer's, are measured in turns on the same machine within one run.
+A worker is a program that loads one model and measures it when told to. Its first line says what it is and what it can
+measure (`Hello`); then it answers each line, the name of a metric, with {"value": number} or {"error": text}, and ends
+when its input ends. So models that cannot live in one process, ours and a peer's, are measured in turns on the same
+machine within one run.
 
-This file needs nothing but Python, so that a worker can run in a peer's own environment with this repository on PYTHONPATH.
+This file needs nothing but Python, so that a worker can run in a peer's own environment with this repository on
+PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from typing import NotRequired, TypedDict
 
 
 class Metric(TypedDict):
-    """What a value of this metric means. `bytes` is how much must be read from memory for one unit of it, where that bounds a rate."""
+    """What a value of this metric means. `bytes` is how much must be read from memory for one unit of it, where that
+    bounds a rate.
+    """
 
     unit: str
     settings: NotRequired[dict[str, int | float | str]]
@@ -39,7 +43,9 @@ class Hello(TypedDict):
 
 
 class Channel:
-    """The worker's end. Make it first: from then on whatever libraries print goes to standard error, and lines to the driver stay clean."""
+    """The worker's end. Make it first: from then on whatever libraries print goes to standard error, and lines to the
+    driver stay clean.
+    """
 
     def __init__(self) -> None:
         self._out = os.fdopen(os.dup(1), "w")

@@ -1,6 +1,7 @@
 """Measured rows: one schema for every figure, ours or a peer's, kept as JSON lines in `profiles/rows/`.
 
-A row is meant to be read alone, years later: it says what was measured, of what, on what, with which versions and how often.
+A row is meant to be read alone, years later: it says what was measured, of what, on what, with which versions and how
+often.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from runtime.timing import Spread
 
 
 class Row(Frozen):
-    """One figure. `metric` is a submodel's name (its latency), or what `profiles.probes` and `profiles.score` call it."""
+    """One figure. `metric` is a submodel's name (its latency), or what `profiles.probes` and
+    `profiles.score` call it.
+    """
 
     metric: str
     unit: str
@@ -60,7 +63,9 @@ def append(path: Path, rows: Iterable[Row]) -> None:
             written = -1
         if written != len(data):
             os.ftruncate(file, size)
-            raise ResourceExhausted(f"{path}: {len(data)} bytes could not be written, nothing was stored: free some disk space")
+            raise ResourceExhausted(
+                f"{path}: {len(data)} bytes could not be written, nothing was stored: free some disk space"
+            )
     finally:
         os.close(file)
 
@@ -70,14 +75,20 @@ def read(path: Path) -> list[Row]:
     try:
         lines = read_regular(path, LARGEST).decode().splitlines()
     except OSError as error:
-        raise NotFound(f"rows {path} cannot be read ({error.strerror}): `enginecast bench --store` writes such files") from None
+        raise NotFound(
+            f"rows {path} cannot be read ({error.strerror}): `enginecast bench --store` writes such files"
+        ) from None
     except UnicodeDecodeError:
-        raise BundleError(f"{path} is no text, expected one row of JSON per line: remove the file or restore it") from None
+        raise BundleError(
+            f"{path} is no text, expected one row of JSON per line: remove the file or restore it"
+        ) from None
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             rows.append(Row.model_validate_json(line))
         except ValidationError as error:
-            faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'line'}: {fault['msg']}" for fault in error.errors())
+            faults = "; ".join(
+                f"{'.'.join(map(str, fault['loc'])) or 'line'}: {fault['msg']}" for fault in error.errors()
+            )
             raise BundleError(f"{path}, line {number} is no row ({faults}): remove or mend that line") from None
     return rows

@@ -1,7 +1,9 @@
-"""How well a model does the sample task: pictures drawn right, or questions answered right, of held-out cases that a program can check.
+"""How well a model does the sample task: pictures drawn right, or questions answered right, of held-out cases that a
+program can check.
 
-Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases, and pictures start
-from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's number as seed.
+Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases,
+and pictures start from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's number as
+seed.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ def score(subject: Subject, exam: Exam, tick: Callable[[], None] = lambda: None)
     if subject.kind == "diffusion":
         scenes = test_prompts(exam.count)
         scores = [
-            score_picture(picture, scene) for picture, scene in _ticking(zip(subject.pictures(scenes, exam), scenes, strict=True), tick)
+            score_picture(picture, scene)
+            for picture, scene in _ticking(zip(subject.pictures(scenes, exam), scenes, strict=True), tick)
         ]
         seconds = time.perf_counter() - start
         parts = {}
@@ -59,11 +62,14 @@ def score(subject: Subject, exam: Exam, tick: Callable[[], None] = lambda: None)
         return Scores(100 * sum(map(bool, scores)) / len(scores), parts, len(scores), seconds)
     cases = test_questions(exam.count)
     right = [
-        (case.kind, score_answer(said, case.answer)) for said, case in _ticking(zip(subject.answers(cases, exam), cases, strict=True), tick)
+        (case.kind, score_answer(said, case.answer))
+        for said, case in _ticking(zip(subject.answers(cases, exam), cases, strict=True), tick)
     ]
     seconds = time.perf_counter() - start
     asked, known = Counter(kind for kind, _ in right), Counter(kind for kind, good in right if good)
-    return Scores(100 * known.total() / len(right), {kind: 100 * known[kind] / asked[kind] for kind in asked}, len(right), seconds)
+    return Scores(
+        100 * known.total() / len(right), {kind: 100 * known[kind] / asked[kind] for kind in asked}, len(right), seconds
+    )
 
 
 def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
@@ -91,10 +97,15 @@ def rows(subject: Subject, exam: Exam, scores: Scores, threads: int) -> list[Row
             cpu=processor(),
             threads=threads or machine.threads(),
             settings=asked,
-            versions=machine.versions("torch", "diffusers", "transformers") if subject.target == "torch" else machine.versions(),
+            versions=machine.versions("torch", "diffusers", "transformers")
+            if subject.target == "torch"
+            else machine.versions(),
             date=datetime.now(UTC),
         )
-        for metric, percent in {"right": scores.right, **{f"right.{part}": value for part, value in scores.parts.items()}}.items()
+        for metric, percent in {
+            "right": scores.right,
+            **{f"right.{part}": value for part, value in scores.parts.items()},
+        }.items()
     ]
 
 

@@ -1,4 +1,6 @@
-"""Who can be scored: a bundle on a target, run by its own pipeline, and a checkpoint, run by plain diffusers or transformers in float32."""
+"""Who can be scored: a bundle on a target, run by its own pipeline, and a checkpoint, run by plain diffusers or
+transformers in float32.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Exam(Frozen):
 
 @dataclass(frozen=True)
 class Subject:
-    """Who sits the exam: a bundle on a target, or a checkpoint, whose target is "torch". Only what its `kind` can do is asked of it."""
+    """Who sits the exam: a bundle on a target, or a checkpoint, whose target is "torch". Only what its `kind` can do is
+    asked of it.
+    """
 
     program: str
     name: str
@@ -63,7 +67,9 @@ def kind_of(source: Path | None, bundles: Sequence[Path]) -> Kind:
     if source is not None:
         kinds.add("diffusion" if (source / "model_index.json").is_file() else "chat")
     if len(kinds) != 1 or not kinds <= set(COUNTS):
-        raise BundleError(f"these are models of the kinds {', '.join(sorted(kinds))}, expected one of {', '.join(COUNTS)} at a time")
+        raise BundleError(
+            f"these are models of the kinds {', '.join(sorted(kinds))}, expected one of {', '.join(COUNTS)} at a time"
+        )
     return "diffusion" if "diffusion" in kinds else "chat"
 
 
@@ -75,8 +81,12 @@ def defaults(source: Path | None, bundles: Sequence[Path]) -> Defaults:
     return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else Defaults()
 
 
-def subjects(source: Path | None, bundles: Sequence[Path], targets: Sequence[str], options: Options) -> Iterator[Subject]:
-    """The source, then each bundle on each target (all it was built for if none is named), each loaded only while it is scored."""
+def subjects(
+    source: Path | None, bundles: Sequence[Path], targets: Sequence[str], options: Options
+) -> Iterator[Subject]:
+    """The source, then each bundle on each target (all it was built for if none is named), each loaded only while it is
+    scored.
+    """
     if source is not None:
         yield source_subject(source)
     for root in bundles:
@@ -94,34 +104,47 @@ def bundle_subject(model: LoadedModel) -> Subject:
     def pictures(scenes: Sequence[Scene], exam: Exam) -> Iterator[Pixels]:
         for some in _batches(list(enumerate(scenes)), exam.batch):
             requests = [
-                ImageRequest(scene.caption, steps=exam.steps, guidance_scale=exam.guidance_scale, seed=seed) for seed, scene in some
+                ImageRequest(scene.caption, steps=exam.steps, guidance_scale=exam.guidance_scale, seed=seed)
+                for seed, scene in some
             ]
             for events in drive_together([model.pipeline(request) for request in requests], model.engines):
-                yield from (event.image.astype(np.uint8, copy=False) for event in events if isinstance(event, ImageReady))
+                yield from (
+                    event.image.astype(np.uint8, copy=False) for event in events if isinstance(event, ImageReady)
+                )
 
     def answers(cases: Sequence[Case], exam: Exam) -> Iterator[str]:
         for case in cases:
             request = ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)
-            yield "".join(event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta))
+            yield "".join(
+                event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta)
+            )
 
     manifest = model.bundle.manifest
-    return Subject(machine.program(), model.bundle.name, manifest.quant, model.target, model.device, model.kind, pictures, answers)
+    return Subject(
+        machine.program(), model.bundle.name, manifest.quant, model.target, model.device, model.kind, pictures, answers
+    )
 
 
 def source_subject(folder: Path) -> Subject:
-    """The checkpoint itself, in float32 on the CPU with plain diffusers or transformers. Raises NotFound or SourceError."""
+    """The checkpoint itself, in float32 on the CPU with plain diffusers or transformers. Raises NotFound or
+    SourceError.
+    """
     if not folder.is_dir():
         raise NotFound(f"source {folder} does not exist: expected a checkpoint folder, such as samples/shapes-vlm")
     if (folder / "model_index.json").is_file():
         return _diffusers_subject(folder)
     if (folder / "config.json").is_file():
         return _transformers_subject(folder)
-    raise SourceError(f"{folder} has neither model_index.json (diffusers) nor config.json (transformers): no checkpoint to score")
+    raise SourceError(
+        f"{folder} has neither model_index.json (diffusers) nor config.json (transformers): no checkpoint to score"
+    )
 
 
 def _diffusers_subject(folder: Path) -> Subject:
     torch, diffusers = require("torch", "export"), require("diffusers", "export")
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)  # of the class that model_index.json names
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(
+        folder, dtype=torch.float32
+    )  # of the class that model_index.json names
     pipeline.watermark = None  # Stable Diffusion XL has one where a package for it is installed
     pipeline.set_progress_bar_config(disable=True)
     config = pipeline.unet.config
@@ -155,7 +178,10 @@ def _transformers_subject(folder: Path) -> Subject:
     def answers(cases: Sequence[Case], exam: Exam) -> Iterator[str]:
         for some in _batches(cases, exam.batch):
             inputs = processor(
-                images=[case.picture for case in some], text=[prompt(case) for case in some], padding=True, return_tensors="pt"
+                images=[case.picture for case in some],
+                text=[prompt(case) for case in some],
+                padding=True,
+                return_tensors="pt",
             )
             with torch.inference_mode():
                 tokens = model.generate(**inputs, do_sample=False)

@@ -10,7 +10,9 @@ from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
 
 
 def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list[Event]]:
-    """Run pipelines in step, stacking their calls to the same submodel where shapes fit; the events of each. No call may have a slot."""
+    """Run pipelines in step, stacking their calls to the same submodel where shapes fit; the events of each. No call
+    may have a slot.
+    """
     events: list[list[Event]] = [[] for _ in pipelines]
     waiting: dict[int, Call] = {}
 
@@ -29,7 +31,9 @@ def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list
     while waiting:
         first = next(iter(waiting.values()))
         group = [number for number, call in waiting.items() if _stackable(call, first)]
-        for number, outputs in zip(group, _run_stacked(engines, [waiting.pop(number) for number in group]), strict=True):
+        for number, outputs in zip(
+            group, _run_stacked(engines, [waiting.pop(number) for number in group]), strict=True
+        ):
             advance(number, outputs)
     return events
 

@@ -1,4 +1,6 @@
-"""The top of every command: a mistake of the user is one line on standard error and an exit code, a bug of ours keeps its traceback."""
+"""The top of every command: a mistake of the user is one line on standard error and an exit code, a bug of ours keeps
+its traceback.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,11 @@ def run(app: Callable[[], object], interrupted: str = "") -> NoReturn:
     except Exception as error:
         known = expected(error)
         if known is None:
-            _exit(BUG, f"{traceback.format_exc()}This is a bug of enginecast: please report it with the lines above and the command")
+            _exit(
+                BUG,
+                f"{traceback.format_exc()}This is a bug of enginecast: please report it with the lines above and the "
+                "command",
+            )
         _exit(known.exit_code, f"enginecast: {' '.join(str(known).split())}")
     sys.exit(0)
 
@@ -64,7 +70,9 @@ def _prepare_streams() -> None:
 
 
 def _flush() -> None:
-    """Write what standard output still holds. Where that fails, it is given up: Python would try again, and fail, while it shuts down."""
+    """Write what standard output still holds. Where that fails, it is given up: Python would try again, and fail, while
+    it shuts down.
+    """
     try:
         sys.stdout.flush()
     except OSError as error:

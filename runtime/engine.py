@@ -1,4 +1,6 @@
-"""What an engine is: named arrays in, named arrays out. One file per target in `runtime/engines/`, found by listing the folder."""
+"""What an engine is: named arrays in, named arrays out. One file per target in `runtime/engines/`, found by listing the
+folder.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from runtime.settings import Texts
 
 
 class Slot:
-    """The identity of one sequence's states (its KV cache). The engine allocates on first use and frees when the slot is gone."""
+    """The identity of one sequence's states (its KV cache). The engine allocates on first use and frees when the slot
+    is gone.
+    """
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class Availability:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a target made of a submodel, and the folder that the artifact's files lie in: the bundle's, or one of the user's cache."""
+    """What a target made of a submodel, and the folder that the artifact's files lie in: the bundle's, or one of the
+    user's cache.
+    """
 
     artifact: Artifact
     folder: Path
@@ -56,8 +62,9 @@ class Compiled:
 class Options:
     """How an engine is to be loaded. `threads` 0 means all cores.
 
-    `compiled` is what to load, as `runtime.placing.portable.fitting` found it; without one, it is what the bundle holds. `verify` is called before
-    files are read again after the engine was loaded: it raises BundleError where they are no longer those that were verified.
+    `compiled` is what to load, as `runtime.placing.portable.fitting` found it; without one, it is what the bundle
+    holds. `verify` is called before files are read again after the engine was loaded: it raises BundleError where they
+    are no longer those that were verified.
     """
 
     device: str = ""
@@ -69,7 +76,8 @@ class Options:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How a target shall compile. `settings` are the target's own, by name; `progress` hears of the share done, from 0 to 1, and of what.
+    """How a target shall compile. `settings` are the target's own, by name; `progress` hears of the share done, from 0
+    to 1, and of what.
 
     What `progress` raises stops the compilation and is raised again.
     """
@@ -85,15 +93,24 @@ class Engine(ABC):
     rank: ClassVar[int]
     """Order of preference among usable targets: lower is tried first."""
     precisions: ClassVar[frozenset[str]] = frozenset({"float32", "int8", "int4"})
-    """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is slower than float32."""
+    """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is
+    slower than float32.
+    """
     compile_settings: ClassVar[type[Texts] | None] = None
     """The settings that `compile_with` takes, where the target has any."""
     device: str
     submodel: Submodel
     fallbacks: tuple[str, ...] = ()
-    """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict` refuses that."""
+    """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict`
+    refuses that.
+    """
+    packages: ClassVar[tuple[str, ...]]
+    """Distributions whose versions decide what it compiles: a build records them, and compiles again where one changed.
+    """
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What it can do in several ways that differ in speed by the processor, by name, and every value; see `runtime.placing.choices`."""
+    """What it can do in several ways that differ in speed by the processor, by name, and every value; see
+    `runtime.placing.choices`.
+    """
     decisions: Mapping[str, Decision] = MappingProxyType({})
     """What was decided of those choices that this submodel has, and why."""
     reload_seconds: float = 0.0
@@ -101,12 +118,16 @@ class Engine(ABC):
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """What was decided for this device, and why, for reading: "attention=float32: measured on this processor: ..."."""
+        """What was decided for this device, and why, for reading: "attention=float32: measured on this
+        processor: ...".
+        """
         return tuple(f"{name}={decision.value}: {decision.reason}" for name, decision in self.decisions.items())
 
     @property
     def computes(self) -> str:
-        """What it computes in where nothing is quantized: what the bundle asks for where the target has kernels for that, else float32."""
+        """What it computes in where nothing is quantized: what the bundle asks for where the target has kernels for
+        that, else float32.
+        """
         return self.submodel.compute if self.submodel.compute in self.precisions else "float32"
 
     @classmethod
@@ -140,9 +161,11 @@ class Engine(ABC):
 
     @classmethod
     def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        """An engine that computes on this machine what was compiled for another, to be compared with the canonical graph.
+        """An engine that computes on this machine what was compiled for another, to be compared with the canonical
+        graph.
 
-        Where the target runs here, that is `load`. Raises EngineUnavailable, saying what is missing, where neither can be done.
+        Where the target runs here, that is `load`. Raises EngineUnavailable, saying what is missing, where neither can
+        be done.
         """
         found = cls.available()
         if not found.usable:
@@ -151,17 +174,23 @@ class Engine(ABC):
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:
-        """Why `load` would refuse what was compiled, on this machine (another GPU, another version); empty where it fits."""
+        """Why `load` would refuse what was compiled, on this machine (another GPU, another version); empty where it
+        fits.
+        """
         return ""
 
     @classmethod
     def reads_graph(cls, artifact: Artifact) -> bool:
-        """Whether `load` needs the canonical graph, or its weights, beside what was compiled. If not, a bundle may leave them out."""
+        """Whether `load` needs the canonical graph, or its weights, beside what was compiled. If not, a bundle may
+        leave them out.
+        """
         return True
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
-        """Run once. `inputs` match the signature; states, if any, live in `slot`. Outputs are copies the caller may keep."""
+        """Run once. `inputs` match the signature; states, if any, live in `slot`. Outputs are copies the caller may
+        keep.
+        """
 
     def trim(self, slot: Slot, length: int) -> None:
         """Forget what a slot's states hold beyond `length` positions. Engines with states override this."""
@@ -211,19 +240,26 @@ def targets() -> dict[str, type[Engine]]:
         if importlib.util.find_spec(f"{room.name}.engine") is None:  # what several targets share
             continue
         loaded = importlib.import_module(f"{room.name}.engine")
-        found += [c for c in vars(loaded).values() if isinstance(c, type) and issubclass(c, Engine) and c.__module__ == loaded.__name__]
+        found += [
+            c
+            for c in vars(loaded).values()
+            if isinstance(c, type) and issubclass(c, Engine) and c.__module__ == loaded.__name__
+        ]
     return {engine.target: engine for engine in sorted(found, key=lambda engine: engine.rank)}
 
 
 def check_precisions(names: Iterable[str], needed: Collection[str]) -> None:
-    """Raise InvalidInput when one of these targets has no kernels for what a recipe makes of layers, naming those that have."""
+    """Raise InvalidInput when one of these targets has no kernels for what a recipe makes of layers, naming those that
+    have.
+    """
     able = [engine.target for engine in targets().values() if engine.precisions.issuperset(needed)]
     for name in names:
         lacking = sorted(set(needed) - target(name).precisions)
         if lacking:
             raise InvalidInput(
                 "target",
-                f"{name} cannot compute in {' and '.join(lacking)}, only in {', '.join(sorted(target(name).precisions))}: "
+                f"{name} cannot compute in {' and '.join(lacking)}, only in "
+                f"{', '.join(sorted(target(name).precisions))}: "
                 f"choose another --quant, or of the targets {', '.join(able) or 'none that is known here'}",
             )
 

@@ -34,7 +34,9 @@ class EnginecastError(Exception):
 
 
 class InvalidInput(EnginecastError):
-    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it, `reason` the rest of the message."""
+    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it, `reason` the
+    rest of the message.
+    """
 
     exit_code = 2
 
@@ -93,14 +95,19 @@ class EngineUnavailable(EngineError):
 
 
 class MissingDependency(EnginecastError):
-    """An optional package is needed. The message names the extra that installs it, and why one that is installed cannot be imported."""
+    """An optional package is needed. The message names the extra that installs it, and why one that is installed cannot
+    be imported.
+    """
 
     exit_code = 8
 
     def __init__(self, package: str, extra: str, reason: str = "") -> None:
         install = f"pip install 'enginecast[{extra}]'"
         if reason:
-            super().__init__(f"{package} is installed and cannot be imported ({reason}): install what is missing, or again with {install}")
+            super().__init__(
+                f"{package} is installed and cannot be imported ({reason}): install what is missing, or again with "
+                f"{install}"
+            )
         else:
             super().__init__(f"{package} is not installed, which this needs: {install}")
 
@@ -135,7 +142,9 @@ SHOWN: Final = 100
 
 def quoted(name: str) -> str:
     """A name as messages show it: in quotes, its control characters escaped, at most SHOWN characters of it."""
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name[:SHOWN])
+    shown = "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name[:SHOWN]
+    )
     return f"'{shown}'" if len(name) <= SHOWN else f"'{shown}...' ({len(name):,} characters)"
 
 

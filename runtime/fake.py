@@ -1,4 +1,6 @@
-"""A target for tests whose compiled files fit one kind of machine, as TensorRT's do. Which machine this is, a test says."""
+"""A target for tests whose compiled files fit one kind of machine, as TensorRT's do. Which machine this is, a test
+says.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ class Settings(Texts):
 
 
 class Bound(FakeEngine):
-    """Compiles a graph into a file that has its sha256, the settings and the machine's name; run, it returns that text's bytes."""
+    """Compiles a graph into a file that has its sha256, the settings and the machine's name; run, it returns that
+    text's bytes.
+    """
 
     target = "bound"
     rank = 98
@@ -44,12 +48,19 @@ class Bound(FakeEngine):
             options.progress(step / 10, "Sliding beads")
             time.sleep(cls.seconds / 10)
         file.write_text(text)
-        return Artifact(target=cls.target, submodel=submodel.name, files=(file.name,), key={"here": cls.here}, settings=options.settings)
+        return Artifact(
+            target=cls.target,
+            submodel=submodel.name,
+            files=(file.name,),
+            key={"here": cls.here},
+            settings=options.settings,
+        )
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         compiled = options.compiled or Compiled(
-            Artifact(target=cls.target, submodel=submodel.name, files=(f"{submodel.name}.bound",)), root / "engines" / cls.target
+            Artifact(target=cls.target, submodel=submodel.name, files=(f"{submodel.name}.bound",)),
+            root / "engines" / cls.target,
         )
         text = (compiled.folder / compiled.artifact.files[0]).read_bytes()
         if not text.endswith(cls.here.encode()):

@@ -1,4 +1,5 @@
-"""Files that are whole or not there: written under another name first, in folders that vanish with the process that fills them.
+"""Files that are whole or not there: written under another name first, in folders that vanish with the process that
+fills them.
 
 And files that are read: regular ones alone, of a bounded size. What the system says of a file, in our words.
 """
@@ -52,7 +53,9 @@ for pattern in patterns:
     for found in path.parent.glob(path.name):
         found.unlink(missing_ok=True)
 """
-"""Waits for the end of its input, which also comes when the process is killed, and removes the folder and files like these patterns."""
+"""Waits for the end of its input, which also comes when the process is killed, and removes the folder and files like
+these patterns.
+"""
 
 
 @contextmanager
@@ -65,7 +68,9 @@ def written(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         if error.errno in FULL:
-            raise ResourceExhausted(f"the disk filled up while writing {path}: free some space or choose another folder") from None
+            raise ResourceExhausted(
+                f"the disk filled up while writing {path}: free some space or choose another folder"
+            ) from None
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -73,12 +78,15 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def vanishing(parent: Path, prefix: str, *patterns: str) -> Iterator[Path]:
-    """A new folder in `parent` that is gone when the block ends, however it ends, SIGKILL included, unless it was renamed.
+    """A new folder in `parent` that is gone when the block ends, however it ends, SIGKILL included, unless it was
+    renamed.
 
     So are files whose paths match `patterns`. Raises OSError when the folder cannot be made.
     """
     folder = Path(mkdtemp(prefix=prefix, dir=parent))
-    janitor = subprocess.Popen([sys.executable, "-c", JANITOR, str(folder), *patterns], stdin=subprocess.PIPE, start_new_session=True)
+    janitor = subprocess.Popen(
+        [sys.executable, "-c", JANITOR, str(folder), *patterns], stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         yield folder
     finally:
@@ -90,12 +98,15 @@ class TooLarge(OSError):
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read. Raises OSError, also for what is none: a pipe waits for a writer, a device may never end.
+    """Open a regular file to read. Raises OSError, also for what is none: a pipe waits for a writer, a device may never
+    end.
 
     What was exchanged since it was looked at is not waited for, and looked at again.
     """
     _require_regular(path, path.stat())
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
+    descriptor = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    )
     try:
         _require_regular(path, os.fstat(descriptor))
         return os.fdopen(descriptor, "rb")
@@ -111,7 +122,9 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file. Raises OSError, also where it has more than `limit` bytes, of which no more are read."""
+    """The content of a regular file. Raises OSError, also where it has more than `limit` bytes, of which no more are
+    read.
+    """
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -120,9 +133,13 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def strict_json(content: bytes) -> Any:
-    """What JSON says (RFC 8259, UTF-8). Raises ValueError for what readers take differently: a name twice, NaN, infinity, deep nesting."""
+    """What JSON says (RFC 8259, UTF-8). Raises ValueError for what readers take differently: a name twice, NaN,
+    infinity, deep nesting.
+    """
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
 
@@ -148,23 +165,30 @@ def _finite(text: str) -> float:
 OTHERS: Final[tuple[tuple[tuple[bytes, ...], str], ...]] = (
     (
         (b"version https://git-lfs.github.com/spec/",),
-        "is a git-lfs pointer, which stands for a file that was not fetched: run `git lfs pull` in its folder, or download the file itself",
+        "is a git-lfs pointer, which stands for a file that was not fetched: run `git lfs pull` in its folder, or "
+        "download the file itself",
     ),
     (
         (b"<!doctype html", b"<html"),
-        "is a web page, not the file that its name says: download the file itself (on the hub, its address has /resolve/, not /blob/)",
+        "is a web page, not the file that its name says: download the file itself (on the hub, its address has "
+        "/resolve/, not /blob/)",
     ),
     (
         (b"pk\x03\x04", b"\x80\x02"),
         "is a pickle in spite of its name, which can run code when it is read, and is refused: take safetensors",
     ),
-    ((b"gguf",), "is a GGUF file, which holds weights that are quantized already: take the checkpoint that it was made from"),
+    (
+        (b"gguf",),
+        "is a GGUF file, which holds weights that are quantized already: take the checkpoint that it was made from",
+    ),
 )
 """What files hold in place of what their names say, by how they begin (in lower case)."""
 
 
 def other_content(head: bytes) -> str:
-    """What a file that begins so is, in place of JSON, text or safetensors, and what to do; empty where it is none of what is known."""
+    """What a file that begins so is, in place of JSON, text or safetensors, and what to do; empty where it is none of
+    what is known.
+    """
     beginning = head.lstrip()[:64].lower()
     return next((what for starts, what in OTHERS if beginning.startswith(starts)), "")
 
@@ -190,13 +214,17 @@ def _in_cache(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $ENGINECAST_CACHE, else the user's cache folder. Raises InvalidInput where there is neither."""
+    """Where what can be made again is kept: $ENGINECAST_CACHE, else the user's cache folder. Raises InvalidInput where
+    there is neither.
+    """
     if chosen := os.environ.get("ENGINECAST_CACHE"):
         return Path(chosen)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginecast"
     except RuntimeError:
-        raise InvalidInput("ENGINECAST_CACHE", "is not set and this user has no home folder: set it to a folder for caches") from None
+        raise InvalidInput(
+            "ENGINECAST_CACHE", "is not set and this user has no home folder: set it to a folder for caches"
+        ) from None
 
 
 def key_of(*facts: Any) -> str:

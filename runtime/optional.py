@@ -9,7 +9,8 @@ from runtime.errors import MissingDependency
 
 
 def require(package: str, extra: str) -> Any:
-    """Import a package by name. Raises MissingDependency naming the extra that installs it, or why it cannot be imported.
+    """Import a package by name. Raises MissingDependency naming the extra that installs it, or why it cannot be
+    imported.
 
     A vendor's SDK without its libraries fails in an import of its own, or with the system's error.
     """

@@ -22,7 +22,9 @@ Outputs = dict[str, Array]
 
 @dataclass(frozen=True)
 class Call:
-    """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions first."""
+    """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions
+    first.
+    """
 
     submodel: str
     inputs: Mapping[str, Array]
@@ -84,14 +86,20 @@ class Example:
 
 
 class ModelPipeline(Protocol):
-    """What answers the requests of one model. It is made from the folder that holds the model's own files, and `Manifest.config`."""
+    """What answers the requests of one model. It is made from the folder that holds the model's own files, and
+    `Manifest.config`.
+    """
 
     @property
     def origins(self) -> Mapping[str, str]:
-        """What makes each input of the submodels, by the input's name: the file and its field, or another submodel. For messages."""
+        """What makes each input of the submodels, by the input's name: the file and its field, or another submodel. For
+        messages.
+        """
 
     def examples(self) -> Iterator[Example]:
-        """Requests to try a model with before it is built: together they use everything that can be wrong with the model's files."""
+        """Requests to try a model with before it is built: together they use everything that can be wrong with the
+        model's files.
+        """
 
     def __call__(self, request: Any, /) -> Pipeline:
         """The generator that answers. Raises InvalidInput."""

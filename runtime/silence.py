@@ -1,6 +1,7 @@
 """Nothing here calls home. Libraries that report their use are told not to, before any of them is imported.
 
-`runtime/__init__.py` calls `keep_silent`, and every other package imports `runtime` first. Child processes inherit the variables.
+`runtime/__init__.py` calls `keep_silent`, and every other package imports `runtime` first. Child processes inherit the
+variables.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from runtime.errors import EnginecastError
 from runtime.files import cache_folder
 
 SILENT: Final[Mapping[str, str]] = {
-    "ORT_DISABLE_TELEMETRY": "1",  # ONNX Runtime 1.31 writes a device id and events to the user's cache; its API call comes too late
+    "ORT_DISABLE_TELEMETRY": "1",
+    # ONNX Runtime 1.31 writes a device id and events to the user's cache; its API call comes too late
     "HF_HUB_DISABLE_TELEMETRY": "1",  # huggingface_hub, and through it transformers, diffusers and optimum
     "HF_HUB_DISABLE_UPDATE_CHECK": "1",
     "DISABLE_TELEMETRY": "1",  # older versions of these
@@ -23,7 +25,8 @@ SILENT: Final[Mapping[str, str]] = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "NNCF_CI": "1",  # NNCF has no other switch
 }
-"""Environment variables. A user's own value is replaced: any other would send something, or keep it to be sent later."""
+"""Environment variables. A user's own value is replaced: any other would send something, or keep it to be sent later.
+"""
 BLOCKED: Final = ("openvino_telemetry",)
 """Packages whose only purpose is to report. OpenVINO's tools and NNCF work without them."""
 TORCH_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
@@ -31,7 +34,9 @@ TORCH_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def keep_silent() -> None:
-    """Change the environment of this process, and let imports of the blocked packages fail. Call it before libraries are imported."""
+    """Change the environment of this process, and let imports of the blocked packages fail. Call it before libraries
+    are imported.
+    """
     os.environ.update(SILENT)
     sys.modules.update(dict.fromkeys(BLOCKED))  # type: ignore[arg-type]  # None: imports raise ModuleNotFoundError
     with suppress(EnginecastError):  # there is no cache folder; what needs one says so

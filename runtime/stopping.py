@@ -1,7 +1,8 @@
 """An end within seconds of SIGINT or SIGTERM, also out of native code that does not return to Python for minutes.
 
-Python's own handlers run on the main thread between two of its instructions: not while an engine compiles or a large product is computed.
-The C handler, however, writes the signal's number to a file descriptor at once, and a thread that waits for that needs no other one.
+Python's own handlers run on the main thread between two of its instructions: not while an engine compiles or a large
+product is computed. The C handler, however, writes the signal's number to a file descriptor at once, and a thread that
+waits for that needs no other one.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 def stoppable(result: str = "nothing was written") -> Iterator[None]:
     """Inside, SIGINT and SIGTERM raise SystemExit(128 + number) on the main thread.
 
-    The process ends with this code once that has left the block, or GRACE seconds later if it has not: Python's own way out takes longer
-    than all the rest where large libraries are loaded. What then lies half done is left to the janitors of `runtime.files.vanishing`.
-    `result` is said on standard error, after the reason. On another thread than the main one nothing is changed.
+    The process ends with this code once that has left the block, or GRACE seconds later if it has not: Python's own way
+    out takes longer than all the rest where large libraries are loaded. What then lies half done is left to the
+    janitors of `runtime.files.vanishing`. `result` is said on standard error, after the reason. On another thread than
+    the main one nothing is changed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -44,7 +46,9 @@ def stoppable(result: str = "nothing was written") -> Iterator[None]:
         heard.set()
         raise SystemExit(128 + number)
 
-    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as of jobs in the background
+    heeded = [
+        number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+    ]  # as of jobs in the background
     before = {number: signal.signal(number, leave) for number in heeded}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     watcher = threading.Thread(target=_watch, args=(reader, heard, result), daemon=True)

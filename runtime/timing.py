@@ -37,18 +37,27 @@ class Spread(Frozen):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """The spread of at least one value; quartiles interpolate between values (method "inclusive" of Python's statistics)."""
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-        return cls(repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values))
+        """The spread of at least one value; quartiles interpolate between values (method "inclusive" of Python's
+        statistics).
+        """
+        lower, median, upper = (
+            statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+        )
+        return cls(
+            repetitions=len(values), minimum=min(values), lower=lower, median=median, upper=upper, maximum=max(values)
+        )
 
 
 def turns(
-    measurements: Sequence[Callable[[], T]], repeat: int, done: Callable[[int], None] = lambda turn: None, budget: float = math.inf
+    measurements: Sequence[Callable[[], T]],
+    repeat: int,
+    done: Callable[[int], None] = lambda turn: None,
+    budget: float = math.inf,
 ) -> list[list[T]]:
     """What each measurement gives, taken in turns (A B C A B C) `repeat` times after one turn that does not count.
 
-    A machine's speed drifts with its load and its heat: what is measured in turns drifts alike. `done` hears each turn's number, from 0.
-    Once `budget` seconds have passed, `LEAST` turns that count are enough.
+    A machine's speed drifts with its load and its heat: what is measured in turns drifts alike. `done` hears each
+    turn's number, from 0. Once `budget` seconds have passed, `LEAST` turns that count are enough.
     """
     rounds: list[list[T]] = []
     end = time.perf_counter() + budget

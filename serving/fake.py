@@ -1,4 +1,6 @@
-"""Fakes to test servers and clients with: a model whose steps are let through one by one, and a server on loopback that serves two."""
+"""Fakes to test servers and clients with: a model whose steps are let through one by one, and a server on loopback that
+serves two.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,25 @@ def bundle(folder: Path, name: str) -> Bundle:
     root.mkdir()
     source = Source(name=name, family="fake", architecture="Fake", fingerprint="")
     manifest = Manifest(
-        name=name, key="", pipeline="fake", quant="none", source=source, submodels=(), artifacts=(), config={}, versions={}, files={}
+        name=name,
+        key="",
+        pipeline="fake",
+        quant="none",
+        source=source,
+        submodels=(),
+        artifacts=(),
+        config={},
+        versions={},
+        files={},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return Bundle(root)
 
 
 class FakeModel:
-    """Draws grey pictures, or answers with WORDS, one engine call per step. While `hold` is called, each step waits for `let`."""
+    """Draws grey pictures, or answers with WORDS, one engine call per step. While `hold` is called, each step waits for
+    `let`.
+    """
 
     target = "fake"
     device = "none"
@@ -52,7 +65,11 @@ class FakeModel:
         self.kind: Kind = kind
         self.engine = FakeEngine(self._step)
         self.engine.submodel = Submodel(
-            name="denoiser", signature=Signature(inputs=(), outputs=()), graph="onnx/denoiser/model.onnx", precision="int8 W8A8", nbytes=0
+            name="denoiser",
+            signature=Signature(inputs=(), outputs=()),
+            graph="onnx/denoiser/model.onnx",
+            precision="int8 W8A8",
+            nbytes=0,
         )
         self.engines: Mapping[str, FakeEngine] = {"denoiser": self.engine}
         self.closed = False

@@ -1,7 +1,7 @@
 """Make the Python stubs of proto/ in serving/enginecast_pb/: `python -m serving.generate`.
 
-protoc derives import paths from the .proto's package (enginecast.v1), which is no Python package of ours; the imports are rewritten to
-where the stubs lie, so that proto/ holds nothing but .proto files.
+protoc derives import paths from the .proto's package (enginecast.v1), which is no Python package of ours; the imports
+are rewritten to where the stubs lie, so that proto/ holds nothing but .proto files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Checkpoints and bundles that tests share, each made once in a session, and a cache of build steps that is not the user's."""
+"""Checkpoints and bundles that tests share, each made once in a session, and a cache of build steps that is not the
+user's.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ import pytest
 
 from runtime.engine import targets
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite started in the background ignores it, and so would what tests interrupt
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a suite started in the background ignores it, and so would what tests interrupt
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
@@ -23,16 +27,22 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGINECAST_CACHE", str(folder))
-        patch.setenv("ENGINECAST_CHOICES", "default")  # tests compare what engines compute, also where timing would decide otherwise
+        patch.setenv(
+            "ENGINECAST_CHOICES", "default"
+        )  # tests compare what engines compute, also where timing would decide otherwise
         yield folder
 
 
 def cast(source: str, output: Path) -> Path:
-    """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the build side."""
+    """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the
+    build side.
+    """
     from export.build.build import build
     from export.build.options import Options
 
-    build(Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable)))
+    build(
+        Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable))
+    )
     return output
 
 
@@ -50,7 +60,9 @@ def vlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Stable Diffusion of some ten thousand float16 parameters in the diffusers layout: quick to build, draws noise."""
+    """A random Stable Diffusion of some ten thousand float16 parameters in the diffusers layout: quick to build, draws
+    noise.
+    """
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -62,11 +74,13 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
     text = CLIPTextModel(
         CLIPTextConfig(
             hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-            **{key: tokens[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")},
+            **{key: tokens[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id",
+                "pad_token_id")},
         )
     )  # fmt: skip
     unet: Any = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     vae: Any = AutoencoderKL(
@@ -83,7 +97,8 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Stable Diffusion XL of some ten thousand float16 parameters, in the diffusers layout, with every part of the published one.
+    """A random Stable Diffusion XL of some ten thousand float16 parameters, in the diffusers layout, with every part of
+    the published one.
 
     As published, its second tokenizer pads with another token than the first.
     """
@@ -95,12 +110,18 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample = SAMPLES / "shapes-diffusion"
     torch.manual_seed(0)
     tokens = json.loads((sample / "text_encoder" / "config.json").read_bytes())
-    ids = {key: tokens[key] for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")}
+    ids = {
+        key: tokens[key]
+        for key in ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    }
     layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     text = CLIPTextModel(CLIPTextConfig(hidden_size=16, **layers, **ids))
-    text_2 = CLIPTextModelWithProjection(CLIPTextConfig(hidden_size=24, projection_dim=12, hidden_act="gelu", **layers, **ids))
+    text_2 = CLIPTextModelWithProjection(
+        CLIPTextConfig(hidden_size=24, projection_dim=12, hidden_act="gelu", **layers, **ids)
+    )
     unet: Any = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=[2, 4], cross_attention_dim=40,
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=[2, 4],
+        cross_attention_dim=40,
         transformer_layers_per_block=[1, 1], use_linear_projection=True,
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 12,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
@@ -109,10 +130,14 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
         block_out_channels=(8, 8), norm_num_groups=4, sample_size=16, scaling_factor=0.13025,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
     )  # fmt: skip
-    first, second = CLIPTokenizer.from_pretrained(sample / "tokenizer"), CLIPTokenizer.from_pretrained(sample / "tokenizer", pad_token="!")
+    first, second = (
+        CLIPTokenizer.from_pretrained(sample / "tokenizer"),
+        CLIPTokenizer.from_pretrained(sample / "tokenizer", pad_token="!"),
+    )
     pipeline = StableDiffusionXLPipeline(
         vae.half(), text.half(), text_2.half(), first, second, unet.half(), add_watermarker=False,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+            steps_offset=1,
             timestep_spacing="leading"),
     )  # fmt: skip
     pipeline.save_pretrained(folder)
@@ -127,7 +152,9 @@ def xl_bundle(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random LLaVA of two layers with grouped heads, float16, in the transformers layout under its library's own names."""
+    """A random LLaVA of two layers with grouped heads, float16, in the transformers layout under its library's own
+    names.
+    """
     import torch
     from transformers import LlavaConfig, LlavaForConditionalGeneration
 

@@ -1,4 +1,6 @@
-"""Whatever a path on the command line leads to, a command ends with one line and an exit code: no traceback, no waiting."""
+"""Whatever a path on the command line leads to, a command ends with one line and an exit code: no traceback, no
+waiting.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,8 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "nbytes": 0,
     }
     manifest = {
-        "schema_version": SCHEMA, "name": "bundle", "key": "k", "pipeline": "chat", "quant": "none", "config": {}, "versions": {},
+        "schema_version": SCHEMA, "name": "bundle", "key": "k", "pipeline": "chat", "quant": "none", "config": {},
+        "versions": {},
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [part],
         "artifacts": [{"target": "onnxruntime", "submodel": "part"}], "files": {"onnx/part/model.onnx": sha256(graph)},
     }  # fmt: skip
@@ -76,16 +79,21 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 PLACES: Final = [
-    "file", "empty", "folder", "pipe", "socket", "broken", "loop", "closed", "./file/below", "x" * 300, "/dev/zero", "\udcff\udcfe", "",
+    "file", "empty", "folder", "pipe", "socket", "broken", "loop", "closed", "./file/below", "x" * 300, "/dev/zero",
+    "\udcff\udcfe", "",
 ]  # fmt: skip
 READS: Final = [
-    "inspect {}", "verify {}", "add-target {} --target onnxruntime", "strip {}", "sign {} --key key.pem", "report {}", "bench {}",
-    "score {}", "serve {}", "generate --prompt x --out x.png --bundle {}", "chat --prompt x --bundle {}", "devices --bundle {}",
-    "verify bundle --signature {}", "sign bundle --key {}", "serve bundle --require-signature {}", "chat --bundle bundle --image {}",
+    "inspect {}", "verify {}", "add-target {} --target onnxruntime", "strip {}", "sign {} --key key.pem", "report {}",
+    "bench {}",
+    "score {}", "serve {}", "generate --prompt x --out x.png --bundle {}", "chat --prompt x --bundle {}",
+    "devices --bundle {}",
+    "verify bundle --signature {}", "sign bundle --key {}", "serve bundle --require-signature {}",
+    "chat --bundle bundle --image {}",
     "build {} --output made", "calibrate {} --output made", "score --source {}",
 ]  # fmt: skip
 WRITES: Final = [
-    "generate --prompt x --bundle bundle --out {}", "keygen {}", "report bundle --output {}", "build missing --output {}",
+    "generate --prompt x --bundle bundle --out {}", "keygen {}", "report bundle --output {}",
+    "build missing --output {}",
     "calibrate missing --output {}",
 ]  # fmt: skip
 
@@ -140,7 +148,9 @@ def test_a_config_that_is_none(run: Any, places: Path, content: bytes, why: str)
     assert re.search(why, ended.err), ended.err
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "nul\x00", "\ud800", "../model.safetensors", "/etc/passwd", "", ".", "a\nb"])
+@pytest.mark.parametrize(
+    "name", ["x" * 300, "nul\x00", "\ud800", "../model.safetensors", "/etc/passwd", "", ".", "a\nb"]
+)
 def test_a_shard_index_with_a_name_that_no_file_has(run: Any, places: Path, name: str) -> None:
     folder = source(places)
     (folder / "model.safetensors").unlink()
@@ -187,10 +197,19 @@ def test_a_header_that_no_file_has(run: Any, places: Path, content: bytes, why: 
     assert why in ended.err and len(ended.err) < 2000, ended.err
 
 
-@pytest.mark.parametrize(("field", "value"), [("tokens_per_image", 10**12), ("context_length", 10**13), ("vocab_size", 2.5)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("tokens_per_image", 10**12), ("context_length", 10**13), ("vocab_size", 2.5)]
+)
 def test_settings_of_a_bundle_that_no_model_has(run: Any, places: Path, field: str, value: object) -> None:
     manifest = json.loads((places / "bundle" / MANIFEST).read_bytes())
-    config = {"context_length": 100, "vocab_size": 9, "hidden_size": 8, "bos_token_id": None, "eos_token_ids": [1], "image_token_id": 3}
+    config = {
+        "context_length": 100,
+        "vocab_size": 9,
+        "hidden_size": 8,
+        "bos_token_id": None,
+        "eos_token_ids": [1],
+        "image_token_id": 3,
+    }
     manifest["config"] = config | {"tokens_per_image": 4, field: value}
     (places / "bundle" / MANIFEST).write_text(json.dumps(manifest))
     ended = run("chat", "--bundle", "bundle", "--prompt", "x")

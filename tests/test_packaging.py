@@ -14,13 +14,36 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"export", "runtime", "serving", "calibration", "profiles"}
-HEAVY = {"torch", "diffusers", "transformers", "optimum", "nncf", "onnx", "onnx-ir", "onnxscript", "openvino", "accelerate", "safetensors"}
+HEAVY = {
+    "torch",
+    "diffusers",
+    "transformers",
+    "optimum",
+    "nncf",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "openvino",
+    "accelerate",
+    "safetensors",
+}
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(folder),
+        str(ROOT),
+    ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     (file,) = folder.glob("*.whl")
@@ -36,7 +59,9 @@ def names(wheel: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def metadata(wheel: Path, names: set[str]) -> Message:
     with zipfile.ZipFile(wheel) as archive:
-        return email.message_from_bytes(archive.read(next(name for name in names if name.endswith(".dist-info/METADATA"))))
+        return email.message_from_bytes(
+            archive.read(next(name for name in names if name.endswith(".dist-info/METADATA")))
+        )
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, names: set[str]) -> None:
@@ -47,7 +72,9 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path, names: set[s
 
 
 def test_the_wheel_holds_every_module_and_sample(names: set[str]) -> None:
-    listed = subprocess.run(["git", "ls-files", *sorted(PACKAGES)], cwd=ROOT, capture_output=True, text=True, check=False)
+    listed = subprocess.run(
+        ["git", "ls-files", *sorted(PACKAGES)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
     assert set(listed.stdout.split()) <= names
@@ -64,10 +91,25 @@ def test_commands(wheel: Path, names: set[str]) -> None:
 def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message) -> None:
     assert metadata["Name"] == "enginecast"
     required = metadata.get_all("Requires-Dist") or []
-    base = {line.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip() for line in required if "extra ==" not in line}
+    base = {
+        line.split(";")[0].split(">")[0].split("=")[0].split("<")[0].strip()
+        for line in required
+        if "extra ==" not in line
+    }
     assert "onnxruntime" in base and not base & HEAVY
     extras = set(metadata.get_all("Provides-Extra") or [])
-    assert extras == {"openvino", "tensorrt", "tensorrt-rtx", "cuda", "directml", "coreml", "devices", "signing", "export", "dev"}
+    assert extras == {
+        "openvino",
+        "tensorrt",
+        "tensorrt-rtx",
+        "cuda",
+        "directml",
+        "coreml",
+        "devices",
+        "signing",
+        "export",
+        "dev",
+    }
 
 
 def test_every_target_file_has_its_extra(metadata: Message) -> None:
@@ -76,7 +118,11 @@ def test_every_target_file_has_its_extra(metadata: Message) -> None:
 
 
 def test_constraints_pin_what_the_extras_need(metadata: Message) -> None:
-    pinned = {line.split("==")[0].strip().lower() for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
+    pinned = {
+        line.split("==")[0].strip().lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
     for name in ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy"):
         assert name in pinned
 

@@ -1,4 +1,6 @@
-"""The committed samples are what any user of diffusers and transformers expects: they load unchanged, small and without warnings."""
+"""The committed samples are what any user of diffusers and transformers expects: they load unchanged, small and without
+warnings.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def test_the_picture_model_draws_with_diffusers(caplog: pytest.LogCaptureFixture
     scenes = picture_prompts(6)
     pictures = pipe([scene.caption for scene in scenes], num_inference_steps=20, guidance_scale=1.5, output_type="np",
                     generator=torch.Generator().manual_seed(0)).images  # fmt: skip
-    right = [score_picture((picture * 255).round().astype(np.uint8), scene) for picture, scene in zip(pictures, scenes, strict=True)]
+    right = [
+        score_picture((picture * 255).round().astype(np.uint8), scene)
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
     assert sum(map(bool, right)) >= 4
 
 
@@ -56,7 +61,8 @@ def test_the_vision_language_model_answers_with_transformers(caplog: pytest.LogC
 
 
 @pytest.mark.parametrize(
-    ("name", "architecture"), [("shapes-diffusion", "StableDiffusionPipeline"), ("shapes-vlm", "LlavaForConditionalGeneration")]
+    ("name", "architecture"),
+    [("shapes-diffusion", "StableDiffusionPipeline"), ("shapes-vlm", "LlavaForConditionalGeneration")],
 )
 def test_samples_are_sources(name: str, architecture: str) -> None:
     source = resolve(f"sample:{name}")

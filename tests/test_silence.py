@@ -1,4 +1,6 @@
-"""A process that builds, draws and answers sends nothing, and leaves nothing behind but its output and its own cache."""
+"""A process that builds, draws and answers sends nothing, and leaves nothing behind but its output and its
+own cache.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ
     run("chat", *there, "talk", "--image", "out/picture.png", "--prompt", "what is it?", "--max-tokens", "2")
     server.terminate()
 run("chat", "--bundle", "out/talk", "--prompt", "what is it?", "--max-tokens", "2")
-import nncf, openvino.tools.ovc, onnxruntime, huggingface_hub.constants  # whoever imports them besides is kept silent, too
+# whoever imports them besides is kept silent, too
+import nncf, openvino.tools.ovc, onnxruntime, huggingface_hub.constants
 assert huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY
 assert "openvino_telemetry" not in {name for name, module in sys.modules.items() if module is not None}
 after = counters()
@@ -70,7 +73,9 @@ print(json.dumps({"talks": talks, "lost": lost}))
 
 
 def own_network() -> list[str]:
-    """A command that gives a process a network of its own without any device but the loopback one, where that is allowed."""
+    """A command that gives a process a network of its own without any device but the loopback one, where that is
+    allowed.
+    """
     command = [shutil.which("unshare") or "unshare", "--map-root-user", "--net"]
     try:
         allowed = subprocess.run([*command, "true"], capture_output=True, timeout=30).returncode == 0
@@ -83,19 +88,31 @@ def own_network() -> list[str]:
 def test_nothing_is_sent_and_nothing_is_left_elsewhere(tiny_vlm: Path, diffusion_bundle: Path, tmp_path: Path) -> None:
     own = own_network()
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LD_LIBRARY_PATH", "LANG")}
-    folders = {"HOME": "home", "XDG_CACHE_HOME": "caches", "XDG_CONFIG_HOME": "config", "XDG_DATA_HOME": "data", "TMPDIR": "tmp"}
+    folders = {
+        "HOME": "home",
+        "XDG_CACHE_HOME": "caches",
+        "XDG_CONFIG_HOME": "config",
+        "XDG_DATA_HOME": "data",
+        "TMPDIR": "tmp",
+    }
     for folder in folders.values():
         (tmp_path / folder).mkdir()
-    environment = kept | {name: str(tmp_path / folder) for name, folder in folders.items()} | ({"ALONE": "1"} if own else {})
+    environment = (
+        kept | {name: str(tmp_path / folder) for name, folder in folders.items()} | ({"ALONE": "1"} if own else {})
+    )
     environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "ORT_DISABLE_TELEMETRY": "0"}  # which would send
     command = [*own, sys.executable, "-c", PROGRAM, str(diffusion_bundle), str(tiny_vlm)]
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "out" / "picture.png").is_file()
-    places = {path.relative_to(tmp_path).parts[:2] for path in tmp_path.rglob("*") if path.is_file() or not any(path.iterdir())}
-    assert {place for place in places if place[0] != "out"} == {(folder,) for folder in folders.values() if folder != "caches"} | {
-        ("caches", "enginecast")
+    places = {
+        path.relative_to(tmp_path).parts[:2]
+        for path in tmp_path.rglob("*")
+        if path.is_file() or not any(path.iterdir())
     }
+    assert {place for place in places if place[0] != "out"} == {
+        (folder,) for folder in folders.values() if folder != "caches"
+    } | {("caches", "enginecast")}
     found = json.loads(ended.stdout.splitlines()[-1])
     assert not found["talks"]
     assert not any(found["lost"].values()), "something tried to reach another machine"
@@ -103,7 +120,8 @@ def test_nothing_is_sent_and_nothing_is_left_elsewhere(tiny_vlm: Path, diffusion
 
 def test_a_blocked_package_is_not_there_and_a_choice_of_ours_is_kept() -> None:
     program = (
-        "import os, runtime; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['TORCHINDUCTOR_CACHE_DIR'])\nimport openvino_telemetry"
+        "import os, runtime; print(os.environ['ORT_DISABLE_TELEMETRY'], os.environ['TORCHINDUCTOR_CACHE_DIR'])\n"
+        "import openvino_telemetry"
     )
     environment = os.environ | {"ORT_DISABLE_TELEMETRY": "0", "TORCHINDUCTOR_CACHE_DIR": "/elsewhere"}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=60)

@@ -34,7 +34,9 @@ PER_REQUEST: Final = 3
 
 @dataclass(frozen=True)
 class Done:
-    """A request begins (`seconds` None) or is done; `reused` if an earlier capture had done it. `number` counts from 1."""
+    """A request begins (`seconds` None) or is done; `reused` if an earlier capture had done it. `number`
+    counts from 1.
+    """
 
     number: int
     total: int
@@ -44,7 +46,9 @@ class Done:
 
 
 def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
-    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls of each."""
+    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls
+    of each.
+    """
     return record(model, built_in(model.kind, seed), limit=limit, seed=seed).samples
 
 
@@ -57,11 +61,13 @@ def record(
     folder: Path | None = None,
     listen: Callable[[Done], None] = lambda done: None,
 ) -> CalibrationSet:
-    """Run a float model on `count` requests; the inputs that its submodels got, at most `limit` calls of each (None: by the requests).
+    """Run a float model on `count` requests; the inputs that its submodels got, at most `limit` calls of each (None: by
+    the requests).
 
-    Equal arguments give equal sets. No pipeline encodes pictures into latents, so a model that draws has its request's picture, else the
-    one it drew, offered to its VAE encoder. In `folder` each finished request is kept; a later call with the same model, requests and
-    arguments goes on from there. Raises InvalidInput when no request can be used; EngineError.
+    Equal arguments give equal sets. No pipeline encodes pictures into latents, so a model that draws has its request's
+    picture, else the one it drew, offered to its VAE encoder. In `folder` each finished request is kept; a later call
+    with the same model, requests and arguments goes on from there. Raises InvalidInput when no request can be used;
+    EngineError.
     """
     manifest = model.bundle.manifest
     wanted = requests.wanted(count)
@@ -122,7 +128,12 @@ def _fitted(edge: int) -> ImagePreprocessor:
     """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
     half = (0.5, 0.5, 0.5)
     return ImagePreprocessor.model_validate(
-        {"size": Edge(shortest_edge=edge), "crop_size": Size(height=edge, width=edge), "image_mean": half, "image_std": half}
+        {
+            "size": Edge(shortest_edge=edge),
+            "crop_size": Size(height=edge, width=edge),
+            "image_mean": half,
+            "image_std": half,
+        }
     )
 
 
@@ -131,7 +142,9 @@ def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: in
     recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
     if work.pixels is not None:
         recorder.offer(Call(VAE_ENCODER, {"image": work.pixels}))
-    for event in followed(drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0):
+    for event in followed(
+        drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0
+    ):
         if isinstance(event, ImageReady) and work.pixels is None:
             recorder.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
     samples, positions = {}, {}

@@ -1,7 +1,7 @@
 """What one request's calls leave behind: the inputs each submodel got, and the choice of those that are kept.
 
-Which of a request's calls are kept depends on the seed and the request's number alone, never on what other requests did, so requests can
-be captured in any order and in several goes.
+Which of a request's calls are kept depends on the seed and the request's number alone, never on what other requests
+did, so requests can be captured in any order and in several goes.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Quota:
     def positions(self, submodel: str, request: int, calls: int) -> list[int]:
         """Which of the `calls` that the submodel got in this request are kept, ascending; `request` counts from 0.
 
-        Stratified: the requests take turns through one random order of the positions, so that over all of them each position, which
-        for a denoiser is a noise level, is kept equally often, give or take one.
+        Stratified: the requests take turns through one random order of the positions, so that over all of them each
+        position, which for a denoiser is a noise level, is kept equally often, give or take one.
         """
         if not calls:
             return []
@@ -43,7 +43,8 @@ class Quota:
 class Recorder:
     """The inputs of one request's calls by submodel, copied as they go by. Submodels it was not told of are left out.
 
-    Calls that continue a slot become one call from an empty cache: see `Continued`. Memory is that of one request's inputs.
+    Calls that continue a slot become one call from an empty cache: see `Continued`. Memory is that of one request's
+    inputs.
     """
 
     def __init__(self, signatures: Mapping[str, Signature]) -> None:
@@ -92,8 +93,9 @@ class Recorder:
 class Continued:
     """Consecutive calls of one slot, as the one call from an empty cache that computes the same.
 
-    Which axes grow is read from the signature: a state's `present` is as long as its `past` and the new positions together. Inputs with an
-    axis of new positions are joined along it; of those with an axis of all positions the last covers everything.
+    Which axes grow is read from the signature: a state's `present` is as long as its `past` and the new positions
+    together. Inputs with an axis of new positions are joined along it; of those with an axis of all positions the last
+    covers everything.
     """
 
     signature: Signature
@@ -104,7 +106,9 @@ class Continued:
     """False once a call continued what was computed before the recording began: that cannot be told from its inputs."""
 
     def add(self, inputs: Inputs, keep: int | None = None) -> None:
-        """Continue with these inputs, `keep` positions of what is held kept first. Raises InvalidInput as `Signature.bind` does."""
+        """Continue with these inputs, `keep` positions of what is held kept first. Raises InvalidInput as
+        `Signature.bind` does.
+        """
         if keep is not None and keep < self.length:
             self.pieces = [self._cut(self._join(), keep)] if keep else []
             self.length = keep

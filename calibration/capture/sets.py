@@ -1,7 +1,8 @@
-"""Calibration sets: captured inputs of a model's submodels in one safetensors file, to be looked at, kept, copied and used again.
+"""Calibration sets: captured inputs of a model's submodels in one safetensors file, to be looked at, kept, copied and
+used again.
 
-Tensors are named `submodel/call/input`, such as `unet/0003/sample`. Everything else is JSON under one key of the header's metadata: one,
-because the library writes several in no fixed order. See docs/calibration.md.
+Tensors are named `submodel/call/input`, such as `unet/0003/sample`. Everything else is JSON under one key of the
+header's metadata: one, because the library writes several in no fixed order. See docs/calibration.md.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ class Header(BaseModel):
 class CalibrationSet:
     """Inputs that the submodels of one model got while it worked.
 
-    `fingerprint` is that of the checkpoint, as bundles have it. `settings` say how the set was made and can be written as JSON:
-    `origin`, `count` and `seed` (what was asked for), `requests` (how many were run), `skipped` (what was not, and why) and `positions`
-    (for each submodel, how many of its calls are the first, second, ... of their request).
+    `fingerprint` is that of the checkpoint, as bundles have it. `settings` say how the set was made and can be written
+    as JSON: `origin`, `count` and `seed` (what was asked for), `requests` (how many were run), `skipped` (what was not,
+    and why) and `positions` (for each submodel, how many of its calls are the first, second, ... of their request).
     """
 
     kind: Kind
@@ -60,8 +61,12 @@ class CalibrationSet:
     samples: Samples
 
     def save(self, path: Path) -> None:
-        """Write the set; equal sets give equal bytes. The file appears whole or not at all. Raises InvalidInput, ResourceExhausted."""
-        assert all("/" not in submodel and all(calls) for submodel, calls in self.samples.items()), "calls have inputs, names no slash"
+        """Write the set; equal sets give equal bytes. The file appears whole or not at all. Raises InvalidInput,
+        ResourceExhausted.
+        """
+        assert all("/" not in submodel and all(calls) for submodel, calls in self.samples.items()), (
+            "calls have inputs, names no slash"
+        )
         counts = {submodel: len(calls) for submodel, calls in self.samples.items()}
         header = Header(kind=self.kind, fingerprint=self.fingerprint, settings=dict(self.settings), counts=counts)
         text = json.dumps(header.model_dump(), sort_keys=True, allow_nan=False)
@@ -72,7 +77,9 @@ class CalibrationSet:
             for name, array in call.items()
         }
         if path.is_dir():
-            raise InvalidInput("output", f"{path} is a folder, expected the name of a file such as {path / 'set.safetensors'}")
+            raise InvalidInput(
+                "output", f"{path} is a folder, expected the name of a file such as {path / 'set.safetensors'}"
+            )
         part = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +95,9 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
-        """Read a set. Raises NotFound, InvalidInput for a file of another kind or version, SourceError for a damaged one."""
+        """Read a set. Raises NotFound, InvalidInput for a file of another kind or version, SourceError for a damaged
+        one.
+        """
         if not path.is_file():
             what = "is no file" if path.exists() else "does not exist"
             raise NotFound(f"calibration set {path} {what}: expected a file that `enginecast calibrate` wrote")
@@ -103,7 +112,9 @@ class CalibrationSet:
             ) from None
 
     def check(self, fingerprint: str, name: str) -> None:
-        """Raise InvalidInput unless the set was captured from the checkpoint of that fingerprint, which the caller knows as `name`."""
+        """Raise InvalidInput unless the set was captured from the checkpoint of that fingerprint, which the caller
+        knows as `name`.
+        """
         if self.fingerprint != fingerprint:
             raise InvalidInput(
                 "calibration",
@@ -127,19 +138,27 @@ class CalibrationSet:
             for submodel, counts in self.settings.get("positions", {}).items():
                 missing = [str(step) for step, count in enumerate(counts, start=1) if not count]
                 if missing:
-                    found.append(f"noise levels are not covered: no input of {submodel} at step {', '.join(missing)} of {len(counts)}")
+                    found.append(
+                        f"noise levels are not covered: no input of {submodel} at step {', '.join(missing)} of "
+                        f"{len(counts)}"
+                    )
         return found
 
 
 def _header(path: Path, metadata: Mapping[str, str] | None) -> Header:
     text = (metadata or {}).get(METADATA)
     if text is None:
-        raise InvalidInput("calibration", f"{path} is a safetensors file without '{METADATA}' in its header, so it is no calibration set")
+        raise InvalidInput(
+            "calibration",
+            f"{path} is a safetensors file without '{METADATA}' in its header, so it is no calibration set",
+        )
     try:
         data = json.loads(text)
         version = data.get("version") if isinstance(data, dict) else None
         if version != VERSION:
-            raise InvalidInput("calibration", f"{path} has format version {version}, this program reads {VERSION}: capture it again")
+            raise InvalidInput(
+                "calibration", f"{path} has format version {version}, this program reads {VERSION}: capture it again"
+            )
         return Header.model_validate(data)
     except (ValidationError, ValueError, RecursionError) as error:
         raise SourceError(
@@ -153,7 +172,9 @@ def _samples(path: Path, file: Any, counts: Mapping[str, int]) -> dict[str, list
     keys = list(file.keys())
     if sum(counts.values()) > len(keys):  # seen before anything of that size is made
         raise SourceError(f"{path} announces {sum(counts.values())} calls but has {len(keys)} tensors: {again}")
-    samples: dict[str, list[dict[str, Array]]] = {submodel: [{} for _ in range(count)] for submodel, count in counts.items()}
+    samples: dict[str, list[dict[str, Array]]] = {
+        submodel: [{} for _ in range(count)] for submodel, count in counts.items()
+    }
     for key in keys:
         submodel, number, name = (*key.split("/", 2), "", "")[:3]
         calls = samples.get(submodel, [])

@@ -63,18 +63,23 @@ class Others:
 
     @staticmethod
     def _now() -> tuple[float, float, float] | None:
-        """Seconds of all processors so far: spent on any program, spent on this process, and spent or idle; see proc_stat(5)."""
+        """Seconds of all processors so far: spent on any program, spent on this process, and spent or idle; see
+        proc_stat(5).
+        """
         file = Path("/proc/stat")
         if not file.is_file():
             return None
-        user, nice, system, idle, waiting, interrupts, soft, stolen = (int(word) for word in file.read_text().split()[1:9])
+        user, nice, system, idle, waiting, interrupts, soft, stolen = (
+            int(word) for word in file.read_text().split()[1:9]
+        )
         busy = user + nice + system + interrupts + soft + stolen
         tick, own = os.sysconf("SC_CLK_TCK"), os.times()
         return busy / tick, own.user + own.system, (busy + idle + waiting) / tick
 
 
 def read_bandwidth(nbytes: int = 1 << 29, repeat: int = 5) -> float:
-    """Bytes a second at which all processors together read memory: numpy's maximum over an array far larger than the caches.
+    """Bytes a second at which all processors together read memory: numpy's maximum over an array far larger than the
+    caches.
 
     The maximum is taken because it needs the least arithmetic for each element; the best of `repeat` runs counts.
     """

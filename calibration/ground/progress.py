@@ -1,4 +1,5 @@
-"""How far long work is, for whoever listens: a loop wrapped in `each` reports where it is, without listeners being passed to it.
+"""How far long work is, for whoever listens: a loop wrapped in `each` reports where it is, without listeners being
+passed to it.
 
     with listening(print):
         for call in each("call", calls):        # share 0.0, "call 1 of 24", ...
@@ -22,7 +23,9 @@ Listener = Callable[["Position"], None]
 
 
 class Position(NamedTuple):
-    """`share` of the work that is done, 0 to 1; `free` is the part of it that took no time, as an earlier run had done it."""
+    """`share` of the work that is done, 0 to 1; `free` is the part of it that took no time, as an earlier run had done
+    it.
+    """
 
     share: float
     free: float
@@ -66,7 +69,9 @@ def listening(listen: Listener) -> Iterator[None]:
 
 
 def each(what: str, items: Iterable[T], total: int | None = None) -> Iterator[T]:
-    """The items, each reported as "`what` number of total" before it is yielded. `total` is their number where they have no length."""
+    """The items, each reported as "`what` number of total" before it is yielded. `total` is their number where they
+    have no length.
+    """
     if total is None:
         assert isinstance(items, Collection), "items without a length come with a total"
         total = len(items)
@@ -112,7 +117,9 @@ def followed(events: Iterable[Event], tokens: int = 0) -> Iterator[Event]:
 
 
 def reused() -> None:
-    """What is being done now took no time: an earlier run had done it. It then does not count where the time left is estimated."""
+    """What is being done now took no time: an earlier run had done it. It then does not count where the time left is
+    estimated.
+    """
     meter = _METER.get()
     if meter is not None:
         low, high, _ = meter.places[-1]

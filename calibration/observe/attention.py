@@ -1,8 +1,8 @@
 """Which attentions may compute in bfloat16 beside int8 layers: measured on captured inputs, one by one.
 
-Attention's own products have no weights and stay what they are when layers are quantized: of Stable Diffusion 1.5's int8 UNet they are 40 %
-of the time on a processor. bfloat16 has the range of float32 and rounds queries and keys to 2^-9; a softmax turns that into noise where
-scores are large, which is what is measured here.
+Attention's own products have no weights and stay what they are when layers are quantized: of Stable Diffusion 1.5's
+int8 UNet they are 40 % of the time on a processor. bfloat16 has the range of float32 and rounds queries and keys to
+2^-9; a softmax turns that into noise where scores are large, which is what is measured here.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ OPERANDS: Final = 3
 
 
 def attention_in_half(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> dict[str, float]:
-    """The signal to noise ratio, in dB, of each attention of a float graph when its operands are rounded to bfloat16; the worst call's.
+    """The signal to noise ratio, in dB, of each attention of a float graph when its operands are rounded to bfloat16;
+    the worst call's.
 
     Attention over a cache is left out. The graph runs once for each of a few calls, every attention twice.
     """
     copy = model.clone()
-    nodes = [node for node in copy.graph if (node.domain, node.op_type) == ("", "Attention") and not any(node.inputs[PAST:])]
+    nodes = [
+        node for node in copy.graph if (node.domain, node.op_type) == ("", "Attention") and not any(node.inputs[PAST:])
+    ]
     if not nodes or not samples:
         return {}
     copy.graph.outputs.clear()
@@ -41,7 +44,9 @@ def attention_in_half(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -
     session: Any = lean_session(copy)
     wanted = [name for names in asked.values() for name in names]
     found = dict.fromkeys(asked, np.inf)
-    for index in each("attention, call", np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int).tolist()):
+    for index in each(
+        "attention, call", np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int).tolist()
+    ):
         totals = np.zeros(len(wanted))
         for row in rows_of(samples[index], session):
             totals += np.array(session.run(wanted, row), np.float64)
@@ -52,10 +57,17 @@ def attention_in_half(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -
 
 
 def _noise_and_power(model: ir.Model, node: ir.Node) -> list[ir.Value]:
-    """Outputs of the graph: the squared difference between an attention and itself on rounded operands, and its square, summed."""
+    """Outputs of the graph: the squared difference between an attention and itself on rounded operands, and its square,
+    summed.
+    """
     made: list[ir.Node] = []
 
-    def add(op: str, inputs: Sequence[ir.Value | None], attributes: Mapping[str, Any], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
+    def add(
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ) -> ir.Value:
         one = ir.node(op, inputs, attributes, name=f"{node.name}/half/{len(made)}")
         made.append(one)
         value = one.outputs[0]

@@ -1,7 +1,9 @@
-"""Second moments of what layers read, H = X^T X summed over the rows of every call: what one channel's error costs where others can help.
+"""Second moments of what layers read, H = X^T X summed over the rows of every call: what one channel's error costs
+where others can help.
 
-A matrix has as many rows and columns as its tensor has channels, so only some are gathered at a time: the graph is run in stretches, each
-of which starts from what the one before left, on calls kept in memory, unless that is too much: then from the graph's own inputs.
+A matrix has as many rows and columns as its tensor has channels, so only some are gathered at a time: the graph is run
+in stretches, each of which starts from what the one before left, on calls kept in memory, unless that is too much: then
+from the graph's own inputs.
 """
 
 from __future__ import annotations
@@ -40,23 +42,30 @@ class Hessian(NamedTuple):
         return Hessian(self.matrix / scales / scales[:, None], self.rows)
 
 
-def hessians(model: ir.Model, tensors: Sequence[str], samples: Sequence[Mapping[str, Array]]) -> Iterator[tuple[str, Hessian]]:
-    """The Hessian of each named tensor [..., K] of a float graph over captured inputs, in graph order: ask for one after another.
+def hessians(
+    model: ir.Model, tensors: Sequence[str], samples: Sequence[Mapping[str, Array]]
+) -> Iterator[tuple[str, Hessian]]:
+    """The Hessian of each named tensor [..., K] of a float graph over captured inputs, in graph order: ask for one
+    after another.
 
-    Of a tensor of one row a call that a Slice cuts from another, all rows of that other are counted: a decoder computes the logits of a
-    call's last position only, but any position may be the last. Raises InvalidInput when there are no samples, the graph has no
-    such tensor, or one held NaN, infinity or magnitudes whose squares exceed float32.
+    Of a tensor of one row a call that a Slice cuts from another, all rows of that other are counted: a decoder computes
+    the logits of a call's last position only, but any position may be the last. Raises InvalidInput when there are no
+    samples, the graph has no such tensor, or one held NaN, infinity or magnitudes whose squares exceed float32.
     """
     if not tensors:
         return
     if not samples:
         raise InvalidInput(
-            "samples", f"are none, expected at least one captured input for {model.graph.name}: calibrate with more requests"
+            "samples",
+            f"are none, expected at least one captured input for {model.graph.name}: calibrate with more requests",
         )
     values = ir.convenience.create_value_mapping(model.graph)
     missing = [name for name in tensors if name not in values]
     if missing:
-        raise InvalidInput("tensors", f"{model.graph.name} has no tensor {', '.join(missing[:3])}: those asked for are of another graph")
+        raise InvalidInput(
+            "tensors",
+            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: those asked for are of another graph",
+        )
     flow = _Flow.of(model)
     sources = {name: _unsliced(values[name]) for name in dict.fromkeys(tensors)}
     wanted = sorted(dict.fromkeys(sources.values()), key=flow.place)
@@ -100,7 +109,9 @@ def _groups(wanted: Sequence[ir.Value]) -> list[list[ir.Value]]:
     for value in wanted:
         width = _width(value)
         if width is None:
-            raise InvalidInput("tensors", f"'{value.name}' has no fixed number of channels: no weight is multiplied by it")
+            raise InvalidInput(
+                "tensors", f"'{value.name}' has no fixed number of channels: no weight is multiplied by it"
+            )
         size = 2 * 4 * width**2
         if groups[-1] and held + size > GATHERED_BYTES:
             groups.append([])
@@ -146,7 +157,9 @@ class _Flow:
         return sorted(found, key=lambda value: (self.place(value), name_of(value)))
 
 
-def _gather(model: ir.Model, group: Sequence[ir.Value], crossing: Sequence[ir.Value], calls: Calls) -> tuple[dict[str, Hessian], Calls]:
+def _gather(
+    model: ir.Model, group: Sequence[ir.Value], crossing: Sequence[ir.Value], calls: Calls
+) -> tuple[dict[str, Hessian], Calls]:
     """Run a stretch: the Hessians of its tensors, and the calls to start the next one from."""
     names, kept = [name_of(value) for value in group], [name_of(value) for value in crossing]
     asked = [f"{name}{SUFFIX}" for name in names] + [f"{name}{SUFFIX}/count" for name in names]
@@ -176,7 +189,8 @@ def _gather(model: ir.Model, group: Sequence[ir.Value], crossing: Sequence[ir.Va
         if not np.isfinite(np.diagonal(matrix)).all():
             raise InvalidInput(
                 "samples",
-                f"tensor '{name}' of {model.graph.name} holds NaN, infinity or magnitudes whose squares exceed float32: "
+                f"tensor '{name}' of {model.graph.name} holds NaN, infinity or magnitudes whose squares exceed "
+                "float32: "
                 "it cannot be calibrated",
             )
     found = {name: Hessian(sums.pop(name), counts[name]) for name in names}
@@ -184,7 +198,9 @@ def _gather(model: ir.Model, group: Sequence[ir.Value], crossing: Sequence[ir.Va
 
 
 def _stretch(model: ir.Model, call: Mapping[str, Array], names: Sequence[str], made: Sequence[str]) -> ir.Model:
-    """The part of the graph between a call's inputs and these tensors. It gives X^T X and the rows of `names`, and what was `made`."""
+    """The part of the graph between a call's inputs and these tensors. It gives X^T X and the rows of `names`, and what
+    was `made`.
+    """
     ends = [*dict.fromkeys([*names, *made])]
     graph = ir.convenience.extract(model.graph, list(call), ends)
     for value in graph.inputs:
@@ -212,7 +228,11 @@ def _stretch(model: ir.Model, call: Mapping[str, Array], names: Sequence[str], m
 
 
 def _put(
-    nodes: list[ir.Node], op: str, inputs: list[ir.Value], output: str, attributes: Mapping[str, int | list[int]] | None = None
+    nodes: list[ir.Node],
+    op: str,
+    inputs: list[ir.Value],
+    output: str,
+    attributes: Mapping[str, int | list[int]] | None = None,
 ) -> ir.Value:
     node = ir.node(op, inputs, attributes or {}, name=f"{output}/{op}")
     node.outputs[0].name = output

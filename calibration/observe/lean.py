@@ -1,7 +1,8 @@
 """Running a float graph in little memory, for comparing and calibrating models of any size.
 
-Weights stay mapped in the checkpoint's files; each is cast to float32 just before the layer that needs it and freed after. What it costs is
-the time of the casts and of ONNX Runtime's optimisations, which would hold every weight in float32, some of them twice.
+Weights stay mapped in the checkpoint's files; each is cast to float32 just before the layer that needs it and freed
+after. What it costs is the time of the casts and of ONNX Runtime's optimisations, which would hold every weight in
+float32, some of them twice.
 """
 
 from __future__ import annotations
@@ -25,31 +26,43 @@ BATCH: Final = "batch"
 
 
 def lean_session(model: ir.Model) -> ort.InferenceSession:
-    """A session on a graph whose large weights are external tensors of one folder: unoptimised, so that constants stay mapped."""
+    """A session on a graph whose large weights are external tensors of one folder: unoptimised, so that constants stay
+    mapped.
+    """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
-    folders = {str(v.const_value.base_dir) for v in model.graph.initializers.values() if isinstance(v.const_value, ir.ExternalTensor)}
+    folders = {
+        str(v.const_value.base_dir)
+        for v in model.graph.initializers.values()
+        if isinstance(v.const_value, ir.ExternalTensor)
+    }
     assert len(folders) <= 1, "one component lies in one folder"
     for folder in folders:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return ort.InferenceSession(ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(
+        ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def rows_of(inputs: Mapping[str, Array], session: ort.InferenceSession) -> list[dict[str, Array]]:
     """The inputs of each row of a batch: attention over a large picture holds gigabytes for every row that runs."""
     batched = {asked.name for asked in session.get_inputs() if asked.shape and asked.shape[0] == BATCH}
     count = max((len(array) for name, array in inputs.items() if name in batched), default=1)
-    return [{name: array[row : row + 1] if name in batched else array for name, array in inputs.items()} for row in range(count)]
+    return [
+        {name: array[row : row + 1] if name in batched else array for name, array in inputs.items()}
+        for row in range(count)
+    ]
 
 
 def _weights_first(model: ir.Model) -> ir.Model:
     """The same graph with what is made of weights alone at its head.
 
-    ONNX Runtime orders nodes by depth-first search from the outputs and, where a node has several inputs, visits the later ones of the file
-    first: a Cast or Transpose of a weight runs just before its user only if it stands in front of everything else.
+    ONNX Runtime orders nodes by depth-first search from the outputs and, where a node has several inputs, visits the
+    later ones of the file first: a Cast or Transpose of a weight runs just before its user only if it stands in front
+    of everything else.
     """
     ordered = model.clone()
     constant = set(ordered.graph.initializers.values())
@@ -93,13 +106,17 @@ class LeanEngine(Engine):
         past = self._slots.get(slot or Slot(), {}) if signature.states else {}
         if signature.states and not past:
             batch = len(next(iter(inputs.values())))
-            past = {s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), s.past.dtype) for s in signature.states}
+            past = {
+                s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), s.past.dtype) for s in signature.states
+            }
         try:
             if signature.states:
                 results = dict(zip(names, self._session.run(names, {**inputs, **past}), strict=True))
             else:
                 every = [self._session.run(names, row) for row in rows_of(inputs, self._session)]
-                results = {name: np.concatenate(rows) for name, rows in zip(names, zip(*every, strict=True), strict=True)}
+                results = {
+                    name: np.concatenate(rows) for name, rows in zip(names, zip(*every, strict=True), strict=True)
+                }
         except Exception as error:  # the SDK raises a dozen unrelated classes
             raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
         if signature.states and slot is not None:
@@ -109,7 +126,9 @@ class LeanEngine(Engine):
     def trim(self, slot: Slot, length: int) -> None:
         if slot in self._slots:
             axes = {state.past.name: state.axis for state in self.submodel.signature.states}
-            self._slots[slot] = {name: array.take(range(length), axes[name]) for name, array in self._slots[slot].items()}
+            self._slots[slot] = {
+                name: array.take(range(length), axes[name]) for name, array in self._slots[slot].items()
+            }
 
     def close(self) -> None:
         self._slots.clear()

@@ -1,8 +1,10 @@
-"""Storing a graph's weights in half, and what of it may compute in half: measured on captured inputs, node by node where they overflow.
+"""Storing a graph's weights in half, and what of it may compute in half: measured on captured inputs, node by node
+where they overflow.
 
-A lowered graph (`runtime.targets.lowering.half`) is emulated: each node computes in float32 what it is given in half, and its result is rounded to half,
-as units do that accumulate in float32. ONNX Runtime's CPU provider would not show it: between neighbours that it has no half kernels for
-it leaves the casts out, and so neither rounds nor overflows where a device does.
+A lowered graph (`runtime.targets.lowering.half`) is emulated: each node computes in float32 what it is given in half,
+and its result is rounded to half, as units do that accumulate in float32. ONNX Runtime's CPU provider would not show
+it: between neighbours that it has no half kernels for it leaves the casts out, and so neither rounds nor overflows
+where a device does.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ Of 1,514 tensors of the samples none was larger in eight calls than in four of t
 WORTH: Final = 3.0
 """A kind of node is kept in float32 where that gains so many dB of the outputs: half of the noise."""
 LEAST_SNR: Final = 30.0
-"""Outputs that half would leave noisier than this, in dB, are better computed in float32: the samples have 28 dB in int8."""
+"""Outputs that half would leave noisier than this, in dB, are better computed in float32: the samples have 28 dB in
+int8.
+"""
 CALLS: Final = 4
 """Captured calls that noise is measured on, evenly spread; ranges are those of all."""
 
@@ -42,7 +46,9 @@ ANGLES: Final = {"Sin", "Cos"}
 REDUCTIONS: Final = {"ReduceMean", "ReduceSum", "ReduceSumSquare", "ReduceL2"}
 POINTWISE: Final = {"Add", "Sub", "Mul", "Div", "Sqrt", "Reciprocal", "Pow", "Max", "Min", "Clip"}
 KINDS: Final[Mapping[str, frozenset[str]]] = {
-    "normalization": frozenset({"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"}),
+    "normalization": frozenset(
+        {"LayerNormalization", "GroupNormalization", "RMSNormalization", "InstanceNormalization"}
+    ),
     "softmax": frozenset({"Attention", "Softmax", "LogSoftmax"}),
     "sum": frozenset({"Add"}),
 }
@@ -51,7 +57,8 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class Precision:
-    """What a target that can shall compute a submodel in, and the nodes that stay in float32 then, each with the reason.
+    """What a target that can shall compute a submodel in, and the nodes that stay in float32 then, each with the
+    reason.
 
     `snr_db` is the signal to noise ratio of the outputs against the reference, of the mean noise of all outputs.
     """
@@ -62,19 +69,25 @@ class Precision:
     reason: str = ""
 
     @classmethod
-    def measure(cls, graph: Path, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model | None = None) -> Precision:
+    def measure(
+        cls, graph: Path, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model | None = None
+    ) -> Precision:
         """Try a written canonical graph, of whatever recipe, in half.
 
-        `reference` is what its outputs are compared with: the float graph of a quantized one, for where activations are quantized the least
-        difference changes codes, and half is as near to float as float32 is; None is the graph itself.
-        Raises InvalidInput without samples, or for NaN and infinity.
+        `reference` is what its outputs are compared with: the float graph of a quantized one, for where activations are
+        quantized the least difference changes codes, and half is as near to float as float32 is; None is the graph
+        itself. Raises InvalidInput without samples, or for NaN and infinity.
         """
         model = ir.load(graph)
         if not samples:
-            raise InvalidInput("samples", f"are none, expected captured inputs of {graph.parent.name}: calibrate with more requests")
+            raise InvalidInput(
+                "samples", f"are none, expected captured inputs of {graph.parent.name}: calibrate with more requests"
+            )
         numbers = ml_dtypes.finfo(ir.DataType[half.upper()].numpy())
         limit = float(numbers.max) / HEADROOM
-        keep = dict.fromkeys(angles(model), f"an angle of n radians would be wrong by up to n * {float(numbers.eps) / 2:.2g}")
+        keep = dict.fromkeys(
+            angles(model), f"an angle of n radians would be wrong by up to n * {float(numbers.eps) / 2:.2g}"
+        )
         for name, peak in peaks(model, samples).items():
             if peak > limit:
                 keep |= dict.fromkeys(_around(model, name), f"{name} reaches {peak:.3g}")
@@ -95,8 +108,8 @@ class Precision:
 def store(model: ir.Model, half: Half) -> ir.Model:
     """A copy of a float graph whose weights are stored in half; it computes in float32 as before.
 
-    Vectors and matrices are converted when the copy is written. What half cannot express stays as it is, and what angles are computed from:
-    the frequencies of rotary and sinusoidal embeddings.
+    Vectors and matrices are converted when the copy is written. What half cannot express stays as it is, and what
+    angles are computed from: the frequencies of rotary and sinusoidal embeddings.
     """
     copy, dtype = model.clone(), ir.DataType[half.upper()]
     exact = {value for name in angles(copy) for value in copy.graph.node(name).inputs}
@@ -151,7 +164,9 @@ def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
 
 
 def emulate(lowered: ir.Model) -> ir.Model:
-    """A lowered graph for ONNX Runtime that rounds where a device does: every node between Casts of its own, computing in float32."""
+    """A lowered graph for ONNX Runtime that rounds where a device does: every node between Casts of its own, computing
+    in float32.
+    """
     copy, halves = lowered.clone(), FLOATS - {ir.DataType.FLOAT}
     for node in [node for node in copy.graph if node.op_type != "Cast"]:
         for index, value in enumerate(node.inputs):
@@ -191,7 +206,9 @@ def peaks(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -> dict[str, 
             measured.graph.insert_after(maker, [magnitude, largest])
         measured.graph.outputs.append(output)
     session: Any = lean_session(measured)
-    found = np.max([session.run(list(names), dict(sample)) for sample in samples], axis=0, initial=0)  # an empty past has -inf
+    found = np.max(
+        [session.run(list(names), dict(sample)) for sample in samples], axis=0, initial=0
+    )  # an empty past has -inf
     wrong = [names[name] for name, peak in zip(names, found, strict=True) if not np.isfinite(peak)]
     if wrong:
         raise InvalidInput("samples", f"make tensor '{wrong[0]}' NaN or infinite in float32: the checkpoint is damaged")
@@ -233,7 +250,8 @@ def _is_bias(node: ir.Node) -> bool:
 
 
 def statistics(model: ir.Model) -> list[str]:
-    """The nodes that compute means and variances one by one, from the square to where the statistic is applied, in graph order.
+    """The nodes that compute means and variances one by one, from the square to where the statistic is applied, in
+    graph order.
 
     Operators such as LayerNormalization do as much inside, in float32 (`stash_type`).
     """
@@ -258,7 +276,9 @@ def statistics(model: ir.Model) -> list[str]:
 class _Trial:
     """A graph in half against its reference, with whichever nodes kept."""
 
-    def __init__(self, model: ir.Model, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model) -> None:
+    def __init__(
+        self, model: ir.Model, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model
+    ) -> None:
         self.model, self.half, self.samples = model, half, samples
         self.reference = self._run(reference)
 
@@ -272,10 +292,15 @@ class _Trial:
     def _run(self, model: ir.Model) -> list[list[Array]]:
         """Each output's values, call by call."""
         session: Any = lean_session(model)
-        return [list(values) for values in zip(*(session.run(None, dict(sample)) for sample in self.samples), strict=True)]
+        return [
+            list(values) for values in zip(*(session.run(None, dict(sample)) for sample in self.samples), strict=True)
+        ]
 
 
 def _noise(values: Sequence[Array], wanted: Sequence[Array]) -> float:
     """Power of the difference as a share of the power wanted."""
-    error = sum(float(np.square(np.subtract(one, other, dtype=np.float64)).sum()) for one, other in zip(values, wanted, strict=True))
+    error = sum(
+        float(np.square(np.subtract(one, other, dtype=np.float64)).sum())
+        for one, other in zip(values, wanted, strict=True)
+    )
     return error / (sum(float(np.square(other, dtype=np.float64).sum()) for other in wanted) or 1.0)

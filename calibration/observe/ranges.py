@@ -1,8 +1,8 @@
 """Ranges and channel statistics of activations, from real runs of a float graph through ONNX Runtime.
 
-The graph itself reduces each tensor, as soon as it is there, to its extremes, its sums and some of its values, evenly spread: one run of
-each input on mapped weights tells everything, in little more memory than the run takes. Nothing is random, so the same inputs give the
-same figures.
+The graph itself reduces each tensor, as soon as it is there, to its extremes, its sums and some of its values, evenly
+spread: one run of each input on mapped weights tells everything, in little more memory than the run takes. Nothing is
+random, so the same inputs give the same figures.
 """
 
 from __future__ import annotations
@@ -39,11 +39,13 @@ METHODS: Final[tuple[Method, ...]] = get_args(Method)
 
 
 class Range(NamedTuple):
-    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio then, in dB.
+    """What was seen of an activation tensor: the magnitude `peak` that int8 should span, and its signal to noise ratio
+    then, in dB.
 
-    `method` is what chose the peak: the largest magnitude, a percentile of the magnitudes, or a search for the least squared error.
-    `low` and `high` are what 8 bits with a zero point would better span, for targets that have such: a tensor that lies mostly on one side
-    of zero, such as SiLU's, wastes almost half of the symmetric codes. Both are 0 where that would gain less than WORTH.
+    `method` is what chose the peak: the largest magnitude, a percentile of the magnitudes, or a search for the least
+    squared error. `low` and `high` are what 8 bits with a zero point would better span, for targets that have such: a
+    tensor that lies mostly on one side of zero, such as SiLU's, wastes almost half of the symmetric codes. Both are 0
+    where that would gain less than WORTH.
     """
 
     peak: float
@@ -57,9 +59,9 @@ class Range(NamedTuple):
 class ChannelStats:
     """What was seen of each channel, the K entries of the last axis, of an activation tensor.
 
-    Largest magnitude, mean magnitude and mean square, each float32 [K], over `count` rows, and `rows` [R, K]: some of them, evenly spread
-    over each call. `parts` are the same of every other call and of the rest, so that what is chosen by one can be checked on the other;
-    none where there was one call.
+    Largest magnitude, mean magnitude and mean square, each float32 [K], over `count` rows, and `rows` [R, K]: some of
+    them, evenly spread over each call. `parts` are the same of every other call and of the rest, so that what is chosen
+    by one can be checked on the other; none where there was one call.
     """
 
     largest: Floats
@@ -98,7 +100,8 @@ class ChannelStats:
 
 
 class Histogram:
-    """How often each value was seen: BINS equal bins of magnitudes from 0 to `top`, which doubles when something larger comes.
+    """How often each value was seen: BINS equal bins of magnitudes from 0 to `top`, which doubles when something larger
+    comes.
 
     `signed` [2, BINS] has those that are not negative, and the others.
     """
@@ -114,7 +117,9 @@ class Histogram:
         return self.signed.sum(axis=0)
 
     def add(self, values: Array, weights: Floats | None = None, times: float = 1.0) -> None:
-        """Count values `times` each, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and infinity."""
+        """Count values `times` each, [..., K] for `weights` [K] of the channels. Raises ValueError for NaN and
+        infinity.
+        """
         flat = np.asarray(values, np.float32).reshape(-1)
         magnitudes = np.abs(flat)
         largest = float(magnitudes.max(initial=0))
@@ -136,7 +141,8 @@ class Histogram:
         self.signed += times * np.bincount(bins, counted, minlength=2 * BINS).reshape(2, BINS)
 
     def range(self, method: Method | Literal["auto"] = "auto") -> Range:
-        """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals the simplest.
+        """The method's peak and its signal to noise ratio; with "auto", the method of least squared error, of equals
+        the simplest.
 
         A tensor that is always zero loses nothing.
         """
@@ -189,7 +195,9 @@ class Channels:
         self.rows: list[Floats] = []
 
     def add(self, count: int, largest: Floats, magnitude: Floats, square: Floats, rows: Floats) -> None:
-        """Add sums over `count` rows: the largest magnitude, the sum of magnitudes and of squares, each [K]; and some rows [R, K]."""
+        """Add sums over `count` rows: the largest magnitude, the sum of magnitudes and of squares, each [K]; and some
+        rows [R, K].
+        """
         self.count += count
         self.largest = np.maximum(self.largest, largest)
         self.magnitude = self.magnitude + magnitude.astype(np.float64)
@@ -200,24 +208,29 @@ class Channels:
         """What was seen, with about `wanted` of the rows, evenly spread over the calls."""
         count = max(self.count, 1)
         highest = float(np.finfo(np.float32).max)
-        magnitude, square = (np.minimum(total / count, highest).astype(np.float32) for total in (self.magnitude, self.square))
+        magnitude, square = (
+            np.minimum(total / count, highest).astype(np.float32) for total in (self.magnitude, self.square)
+        )
         each = -(-wanted // max(len(self.rows), 1))
         rows = [rows[np.linspace(0, len(rows) - 1, min(each, len(rows))).astype(int)] for rows in self.rows]
         return ChannelStats(np.asarray(self.largest, np.float32), magnitude, square, np.concatenate(rows), self.count)
 
 
 class _Seen(NamedTuple):
-    """One tensor of one call: every `step`th of its values, or of its rows [R, K], and what is largest in magnitude, of each or all."""
+    """One tensor of one call: every `step`th of its values, or of its rows [R, K], and what is largest in magnitude, of
+    each or all.
+    """
 
     values: Floats
     step: int
     extreme: Floats
 
     def into(self, histogram: Histogram, scales: Floats | None) -> None:
-        """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied again.
+        """Count the values, divided by the scales of their channels: errors then as they are once they are multiplied
+        again.
 
-        Each call counts by the inverse of its power: what matters to it is the noise beside its own signal, and a few loud calls, such as
-        late steps of a sampler, would have the quiet ones rounded away.
+        Each call counts by the inverse of its power: what matters to it is the noise beside its own signal, and a few
+        loud calls, such as late steps of a sampler, would have the quiet ones rounded away.
         """
         values, extreme, weights = self.values, self.extreme, None
         share = 1 / max(float(np.square(values, dtype=np.float64).sum()), 1e-200)
@@ -226,7 +239,11 @@ class _Seen(NamedTuple):
         histogram.add(values, weights, share)
         if self.step > 1:  # else it was among the values
             top = np.argmax(np.abs(extreme))
-            histogram.add(extreme.reshape(-1)[top : top + 1], None if weights is None else weights[top : top + 1], share / self.step)
+            histogram.add(
+                extreme.reshape(-1)[top : top + 1],
+                None if weights is None else weights[top : top + 1],
+                share / self.step,
+            )
 
 
 class Observation:
@@ -238,13 +255,17 @@ class Observation:
         self._channels: dict[str, tuple[Channels, Channels]] = {}
 
     def ranges(
-        self, names: Sequence[str], method: Method | Literal["auto"] = "auto", scales: Mapping[str, Floats] | None = None
+        self,
+        names: Sequence[str],
+        method: Method | Literal["auto"] = "auto",
+        scales: Mapping[str, Floats] | None = None,
     ) -> dict[str, Range]:
         """The range of each named tensor.
 
-        `scales` divides the channels of some of those seen by channel, positive float32 [K] each: their ranges after equalization, measured
-        on the graph before it. Errors then count by the square of their channel's scale, for the weights that they meet are multiplied by
-        it: both the range and the ratio are those that the products see. Raises InvalidInput for an unknown method.
+        `scales` divides the channels of some of those seen by channel, positive float32 [K] each: their ranges after
+        equalization, measured on the graph before it. Errors then count by the square of their channel's scale, for the
+        weights that they meet are multiplied by it: both the range and the ratio are those that the products see.
+        Raises InvalidInput for an unknown method.
         """
         if method not in ("auto", *METHODS):
             raise InvalidInput("method", f"'{method}' is not known: {did_you_mean(method, ('auto', *METHODS))}")
@@ -262,7 +283,9 @@ class Observation:
     def stats(self) -> dict[str, ChannelStats]:
         """The channel statistics of each tensor seen so: of every other call and of the rest, merged."""
         return {
-            name: ChannelStats.merged([half.stats(ROWS // 2 if halves[1].rows else ROWS) for half in halves if half.rows])
+            name: ChannelStats.merged(
+                [half.stats(ROWS // 2 if halves[1].rows else ROWS) for half in halves if half.rows]
+            )
             for name, halves in self._channels.items()
         }
 
@@ -280,7 +303,9 @@ class Observation:
         if "values" not in found:
             return
         largest = np.asarray(np.maximum(found["max"], -found["min"]))
-        if not np.isfinite(largest).all() or np.isnan(found["magnitude"]).any():  # a maximum may pass over NaN, a sum does not
+        if (
+            not np.isfinite(largest).all() or np.isnan(found["magnitude"]).any()
+        ):  # a maximum may pass over NaN, a sum does not
             raise ValueError("holds NaN or infinity")
         extreme = np.where(largest == found["max"], largest, -largest)
         self._seen.setdefault(name, []).append(_Seen(found["values"], int(found["step"][0]), extreme))
@@ -296,7 +321,9 @@ def _error(values: NDArray[np.float64], peak: float) -> NDArray[np.float64]:
 
 
 def _best_span(values: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float, float]:
-    """The least squared error of 8 bits with a zero point, and what they span then: each end in turn is drawn in from the extreme."""
+    """The least squared error of 8 bits with a zero point, and what they span then: each end in turn is drawn in from
+    the extreme.
+    """
     ends = [min(float(values.min()), 0.0), max(float(values.max()), 0.0)]
     extremes, least = list(ends), math.inf
     for end in (1, 0, 1, 0):
@@ -316,7 +343,11 @@ def _span_error(values: NDArray[np.float64], low: float, high: float) -> NDArray
 
 
 def observe(
-    model: ir.Model, tensors: Sequence[str], channels: Sequence[str], samples: Sequence[Mapping[str, Array]], powers: Sequence[str] = ()
+    model: ir.Model,
+    tensors: Sequence[str],
+    channels: Sequence[str],
+    samples: Sequence[Mapping[str, Array]],
+    powers: Sequence[str] = (),
 ) -> Observation:
     """Run a float graph on the captured inputs; what is seen of the named tensors, of some by channel, their last axis.
 
@@ -329,7 +360,10 @@ def observe(
     if not names:
         return found
     if not samples:
-        raise InvalidInput("samples", f"are none, expected at least one captured input for {model.graph.name}: calibrate with more prompts")
+        raise InvalidInput(
+            "samples",
+            f"are none, expected at least one captured input for {model.graph.name}: calibrate with more prompts",
+        )
     wanted = {name: _Wanted(name in {*tensors, *channels}, name in channels, name in powers) for name in names}
     watched, outputs = _watched(model, wanted, len(samples))
     session = lean_session(watched)
@@ -341,7 +375,9 @@ def observe(
                 try:
                     found.add(name, call, {key: next(values) for key in every})
                 except ValueError as error:
-                    raise InvalidInput("samples", f"tensor '{name}' of {model.graph.name} {error}: it cannot be calibrated") from None
+                    raise InvalidInput(
+                        "samples", f"tensor '{name}' of {model.graph.name} {error}: it cannot be calibrated"
+                    ) from None
     return found
 
 
@@ -353,7 +389,9 @@ def collect_ranges(
     scales: Mapping[str, Floats] | None = None,
 ) -> dict[str, Range]:
     """The range of each named tensor, as `observe` and `Observation.ranges` find it."""
-    return observe(model, tensors, [name for name in tensors if name in (scales or {})], samples).ranges(tensors, method, scales)
+    return observe(model, tensors, [name for name in tensors if name in (scales or {})], samples).ranges(
+        tensors, method, scales
+    )
 
 
 class _Wanted(NamedTuple):
@@ -367,15 +405,17 @@ class _Wanted(NamedTuple):
 def _watched(model: ir.Model, wanted: Mapping[str, _Wanted], calls: int) -> tuple[ir.Model, dict[str, dict[str, str]]]:
     """The graph that gives back what is to be known of each tensor instead of its outputs, and by which names.
 
-    ONNX Runtime visits the last of the nodes that nothing reads first: those of the first tensor stand at the end, so that each tensor is
-    reduced before the next is computed.
+    ONNX Runtime visits the last of the nodes that nothing reads first: those of the first tensor stand at the end, so
+    that each tensor is reduced before the next is computed.
     """
     copy = model.clone()
     values = ir.convenience.create_value_mapping(copy.graph)
     missing = [name for name in wanted if name not in values]
     if missing:
         raise InvalidInput(
-            "tensors", f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another graph"
+            "tensors",
+            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another "
+            "graph",
         )
     place = {node: number for number, node in enumerate(copy.graph)}
     ordered = sorted(wanted, key=lambda name: place.get(values[name].producer(), -1))  # type: ignore[arg-type]
@@ -400,23 +440,29 @@ class _Constants:
         if integers not in self._made:
             name = f"watched.{'_'.join(map(str, integers))}"
             tensor = ir.tensor(np.array(integers, np.int64), name=name)
-            value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(integers)]), const_value=tensor)
+            value = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(integers)]), const_value=tensor
+            )
             self._model.graph.register_initializer(value)
             self._made[integers] = value
         return self._made[integers]
 
 
-def _reduced(value: ir.Value, constant: _Constants, asked: _Wanted, calls: int) -> tuple[list[ir.Node], dict[str, ir.Value]]:
+def _reduced(
+    value: ir.Value, constant: _Constants, asked: _Wanted, calls: int
+) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """Nodes that reduce a tensor, and what they give.
 
-    max, min and magnitude (the sum of magnitudes): of all or of each channel; values: every `step`th, or rows [R, K]; step: odd, so that
-    neighbours of every alignment are among them. By channel square, the sums of squares, and count, the number of rows. power: the sum of
-    all squares.
+    max, min and magnitude (the sum of magnitudes): of all or of each channel; values: every `step`th, or rows [R, K];
+    step: odd, so that neighbours of every alignment are among them. By channel square, the sums of squares, and count,
+    the number of rows. power: the sum of all squares.
     """
     nodes: list[ir.Node] = []
     by_channel = asked.by_channel
 
-    def add(op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, rank: int = 1, **attributes: int) -> ir.Value:
+    def add(
+        op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, rank: int = 1, **attributes: int
+    ) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=f"{value.name}/watched/{len(nodes)}")
         nodes.append(node)
         found = node.outputs[0]
@@ -442,7 +488,9 @@ def _reduced(value: ir.Value, constant: _Constants, asked: _Wanted, calls: int) 
         "step": step,
     }
     axis = constant(0)
-    sums = {"max": "ReduceMax", "min": "ReduceMin", "magnitude": "ReduceL1"} | ({"square": "ReduceSumSquare"} if by_channel else {})
+    sums = {"max": "ReduceMax", "min": "ReduceMin", "magnitude": "ReduceL1"} | (
+        {"square": "ReduceSumSquare"} if by_channel else {}
+    )
     for key, op in sums.items():
         outputs[key] = add(op, flat, axis, keepdims=0, rank=1 if by_channel else 0)
     if by_channel:

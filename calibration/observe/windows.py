@@ -1,7 +1,9 @@
-"""What convolutions multiply their kernels by, as rows: each window of the input flattened, so that a convolution is a matrix product.
+"""What convolutions multiply their kernels by, as rows: each window of the input flattened, so that a convolution is a
+matrix product.
 
-A kernel seen as a matrix [K, N] has its rows in the order of the stored kernel: input channels, then the window. Layers of more than
-MOST_ROWS inputs are cut into parts of whole channels, which are looked at one by one: second moments of all would not fit in memory.
+A kernel seen as a matrix [K, N] has its rows in the order of the stored kernel: input channels, then the window. Layers
+of more than MOST_ROWS inputs are cut into parts of whole channels, which are looked at one by one: second moments of
+all would not fit in memory.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ END: Final = 2**62
 
 
 def parts(rows: int, unit: int, block: int) -> list[slice]:
-    """The inputs 0..rows of a layer in parts of at most MOST_ROWS, each a whole number of units and of blocks, as equal as that allows."""
+    """The inputs 0..rows of a layer in parts of at most MOST_ROWS, each a whole number of units and of blocks, as equal
+    as that allows.
+    """
     step = int(np.lcm(unit, block))
     count = -(-rows // max(MOST_ROWS, step))
     size = -(-rows // count // step) * step
@@ -31,7 +35,8 @@ def parts(rows: int, unit: int, block: int) -> list[slice]:
 
 
 def add_windows(model: ir.Model, layer: Layer, block: int) -> list[tuple[str, slice]]:
-    """Add nodes that give the rows of a convolution's input, [batch, windows, K] in parts; the names of these, and the rows of K each has.
+    """Add nodes that give the rows of a convolution's input, [batch, windows, K] in parts; the names of these, and the
+    rows of K each has.
 
     They follow what makes the input. Convolutions in groups have no such form.
     """
@@ -63,7 +68,9 @@ class _Nodes:
         known = self._model.graph.initializers.get(name)
         return known or add_initializer(self._model, name, ir.tensor(np.array(values, np.int64), name=name))
 
-    def add(self, op: str, inputs: Sequence[ir.Value], rank: int, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any) -> ir.Value:
+    def add(
+        self, op: str, inputs: Sequence[ir.Value], rank: int, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
+    ) -> ir.Value:
         node = ir.node(op, inputs, attributes, name=f"{self._stem}/{len(self.nodes)}")
         self.nodes.append(node)
         value = node.outputs[0]
@@ -80,7 +87,9 @@ def _padded(made: _Nodes, source: ir.Value, node: ir.Node) -> ir.Value:
 
 
 def _step(made: _Nodes, source: ir.Value, node: ir.Node) -> ir.Value:
-    """The distance between windows that are looked at, in each direction: an odd multiple of the stride, so that all alignments occur."""
+    """The distance between windows that are looked at, in each direction: an odd multiple of the stride, so that all
+    alignments occur.
+    """
     assert source.shape is not None
     axes, whole, single = len(source.shape) - 2, ir.DataType.INT64, ir.DataType.FLOAT
     strides = list(node.attributes.get_ints("strides", [1] * axes))
@@ -103,7 +112,9 @@ def _rows(made: _Nodes, padded: ir.Value, layer: Layer, channels: slice, step: i
     taps = []
     for place in np.ndindex(*window):
         starts = [at * dilation for at, dilation in zip(place, dilations, strict=True)]
-        ends = [(at - (length - 1)) * dilation or END for at, length, dilation in zip(place, window, dilations, strict=True)]
+        ends = [
+            (at - (length - 1)) * dilation or END for at, length, dilation in zip(place, window, dilations, strict=True)
+        ]
         tap = made.add("Slice", [some, made.constant(starts), made.constant(ends), spatial, step], axes + 2)
         taps.append(made.add("Unsqueeze", [tap, made.constant([2])], axes + 3))
     stacked = made.add("Concat", taps, axes + 3, axis=2) if len(taps) > 1 else taps[0]

@@ -1,7 +1,8 @@
-"""int4 codes and scales of many weights in one safetensors file, written one weight at a time: none but the one at work is in memory.
+"""int4 codes and scales of many weights in one safetensors file, written one weight at a time: none but the one at work
+is in memory.
 
-Tensors are named `weight/form/codes` and the like, as `calibration.quantize.weights.Int4` has them. The form is the block, with an `n` where nested.
-The header's metadata say how they came about.
+Tensors are named `weight/form/codes` and the like, as `calibration.quantize.weights.Int4` has them. The form is the
+block, with an `n` where nested. The header's metadata say how they came about.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ class Place(NamedTuple):
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        found: dict[str, tuple[int, ...]] = {"codes": (self.rows, self.columns // 2), "scales": (self.rows // self.block, self.columns)}
+        found: dict[str, tuple[int, ...]] = {
+            "codes": (self.rows, self.columns // 2),
+            "scales": (self.rows // self.block, self.columns),
+        }
         return found | {"base": (self.columns,)} if self.nested else found
 
 
@@ -69,7 +73,9 @@ class CodeWriter:
     def __enter__(self) -> CodeWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         with suppress(FileNotFoundError):
             self._part.unlink()
 
@@ -97,7 +103,9 @@ def read_codes(path: Path) -> dict[Key, Known]:
     """What reads each weight, by its name and form. Raises SourceError for a file that is damaged or something else."""
     with _opened(path) as file:
         names = [name.rsplit("/", 2) for name in list(file.keys())]
-    keys: list[Key] = [(weight, int(form.rstrip("n")), form.endswith("n")) for weight, form, kind in names if kind == "codes"]
+    keys: list[Key] = [
+        (weight, int(form.rstrip("n")), form.endswith("n")) for weight, form, kind in names if kind == "codes"
+    ]
     return {key: partial(_read, path, key) for key in keys}
 
 
@@ -119,7 +127,9 @@ def _opened(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise SourceError(f"{path} cannot be read as int4 codes ({error}): delete it and build again") from None
     if METADATA not in (file.metadata() or {}):
-        raise SourceError(f"{path} holds no int4 codes, expected a file that `compensate` wrote: delete it and build again")
+        raise SourceError(
+            f"{path} holds no int4 codes, expected a file that `compensate` wrote: delete it and build again"
+        )
     return file
 
 

@@ -1,8 +1,9 @@
 """Scale migration: channels of a tensor made equal before they are quantized, at no cost when the graph runs.
 
-Where matrix products read X, they may as well read X / s and multiply by diag(s) W: the float function is the same, and s moves magnitude
-from where it cannot be expressed to where it can. 1 / s is folded into what makes X: the scale of a norm, or the columns of the product
-before it. Which s, each from a paper, its one parameter alpha searched by the error measured on sampled inputs:
+Where matrix products read X, they may as well read X / s and multiply by diag(s) W: the float function is the same, and
+s moves magnitude from where it cannot be expressed to where it can. 1 / s is folded into what makes X: the scale of a
+norm, or the columns of the product before it. Which s, each from a paper, its one parameter alpha searched by the error
+measured on sampled inputs:
 
     smoothquant   max|X|^alpha / max|W|^(1 - alpha)   int8 activations   Xiao et al. 2022, arXiv 2211.10438
     awq           mean|X|^alpha                       int4 weights       Lin et al. 2023, arXiv 2306.00978
@@ -24,7 +25,16 @@ from onnx_ir.passes import common
 
 from calibration.ground.progress import each
 from calibration.observe.ranges import ChannelStats, Histogram
-from calibration.quantize.layers import LEAST_SNR, Layer, LayerPlan, add_initializer, layer_of, name_of, tensor_of, weight_layers
+from calibration.quantize.layers import (
+    LEAST_SNR,
+    Layer,
+    LayerPlan,
+    add_initializer,
+    layer_of,
+    name_of,
+    tensor_of,
+    weight_layers,
+)
 from calibration.quantize.weights import INT8_PEAK, Floats, check, chunks, int4_blocks, int8_columns, release
 from runtime.errors import InvalidInput
 
@@ -41,10 +51,11 @@ SPREAD: Final = 1e3
 
 @dataclass(frozen=True)
 class Fold:
-    """What becomes of one tensor that MatMuls read: `scales` [K] divides its channels, or is None, and `reason` says why.
+    """What becomes of one tensor that MatMuls read: `scales` [K] divides its channels, or is None, and `reason` says
+    why.
 
-    `weights` are the initializers whose rows are multiplied, `into` those that absorb the division. `before_db` and `after_db` are the
-    signal to noise ratios of the products on the sampled inputs, quantized as planned.
+    `weights` are the initializers whose rows are multiplied, `into` those that absorb the division. `before_db` and
+    `after_db` are the signal to noise ratios of the products on the sampled inputs, quantized as planned.
     """
 
     tensor: str
@@ -70,9 +81,11 @@ class Fold:
 
 
 def find_folds(model: ir.Model, layers: Sequence[LayerPlan], stats: Mapping[str, ChannelStats]) -> list[Fold]:
-    """The scales that lower the error of what these plans make, for every tensor with statistics that planned MatMuls read, in graph order.
+    """The scales that lower the error of what these plans make, for every tensor with statistics that planned MatMuls
+    read, in graph order.
 
-    A group with int8 activations gets SmoothQuant's, one with int4 weights AWQ's. Raises SourceError for weights that are not finite.
+    A group with int8 activations gets SmoothQuant's, one with int4 weights AWQ's. Raises SourceError for weights that
+    are not finite.
     """
     plans = {planned.node: planned for planned in layers}
     folds = []
@@ -93,9 +106,11 @@ def find_folds(model: ir.Model, layers: Sequence[LayerPlan], stats: Mapping[str,
 
 
 def equalize(model: ir.Model, folds: Iterable[Fold]) -> ir.Model:
-    """A copy of the float graph, of the same function and the same names of nodes, weights and tensors, with these folds carried out.
+    """A copy of the float graph, of the same function and the same names of nodes, weights and tensors, with these
+    folds carried out.
 
-    A changed weight is float32, whatever it was: to round it again would cost accuracy. Raises InvalidInput for folds of another graph.
+    A changed weight is float32, whatever it was: to round it again would cost accuracy. Raises InvalidInput for folds
+    of another graph.
     """
     copy = model.clone()
     groups = {name_of(tensor): (tensor, group) for tensor, group in _groups(copy).items()}
@@ -104,7 +119,9 @@ def equalize(model: ir.Model, folds: Iterable[Fold]) -> ir.Model:
             continue
         tensor, group = groups.get(fold.tensor, (None, []))
         if tensor is None or tuple(name_of(layer.weight) for layer in group) != fold.weights:
-            raise InvalidInput("folds", f"scale '{fold.tensor}' for {', '.join(fold.weights)}, which this graph lacks: search it again")
+            raise InvalidInput(
+                "folds", f"scale '{fold.tensor}' for {', '.join(fold.weights)}, which this graph lacks: search it again"
+            )
         for site in _sites_of(tensor, group):
             _divide(copy, site, fold.scales)
         for layer in group:
@@ -157,7 +174,9 @@ class _Layout(Enum):
 
 @dataclass(frozen=True)
 class _Site:
-    """An operand to divide: a vector, or with `layer` the columns of a matrix; from `offset` of its `width` channels on."""
+    """An operand to divide: a vector, or with `layer` the columns of a matrix; from `offset` of its `width` channels
+    on.
+    """
 
     node: ir.Node
     index: int
@@ -192,7 +211,9 @@ def _trace(value: ir.Value | None, readers: set[ir.Node], layout: _Layout, offse
     if node.op_type == "Transpose" and layout in (_Layout.SPLIT, _Layout.HEADS):
         if list(node.attributes.get_ints("perm", ())) != [0, 2, 1, 3]:
             raise _Blocked(f"{node.name} moves channels")
-        return _trace(node.inputs[0], {node}, _Layout.HEADS if layout is _Layout.SPLIT else _Layout.SPLIT, offset, width)
+        return _trace(
+            node.inputs[0], {node}, _Layout.HEADS if layout is _Layout.SPLIT else _Layout.SPLIT, offset, width
+        )
     if node.op_type == "Attention":
         return _trace(_attention_values(node, layout), {node}, layout, offset, width)
     if layout is not _Layout.LAST:
@@ -249,7 +270,11 @@ def _elementwise(node: ir.Node, offset: int, width: int) -> list[_Site]:
     for index, value in enumerate(node.inputs):
         if _is_vector(value, width):
             site = _Site(node, index, offset, width)
-            return [site] if node.op_type == "Mul" else [site, *_trace(node.inputs[1 - index], {node}, _Layout.LAST, offset, width)]
+            return (
+                [site]
+                if node.op_type == "Mul"
+                else [site, *_trace(node.inputs[1 - index], {node}, _Layout.LAST, offset, width)]
+            )
     if node.op_type == "Add":
         raise _Blocked(f"{node.name} adds what is no constant vector")
     reasons = []
@@ -266,7 +291,12 @@ def _split(node: ir.Node, value: ir.Value, offset: int, width: int) -> list[_Sit
     """One part of a tensor that is split along its channels, as gate and value of one projection are."""
     parts = [_last(output) for output in node.outputs]
     whole, shape = _last(node.inputs[0]), value.shape
-    if whole is None or None in parts or shape is None or node.attributes.get_int("axis", 0) not in (-1, len(shape) - 1):
+    if (
+        whole is None
+        or None in parts
+        or shape is None
+        or node.attributes.get_int("axis", 0) not in (-1, len(shape) - 1)
+    ):
         raise _Blocked(f"{node.name} splits another axis, or one whose length is not known")
     before = sum(part or 0 for part in parts[: node.outputs.index(value)])
     return _trace(node.inputs[0], {node}, _Layout.LAST, before + offset, whole)
@@ -274,19 +304,28 @@ def _split(node: ir.Node, value: ir.Value, offset: int, width: int) -> list[_Sit
 
 def _before_reshape(node: ir.Node, layout: _Layout, width: int) -> _Layout:
     """Where the channels were before a Reshape that merges, splits or leaves them."""
-    before, after = ([*value.shape] if value is not None and value.shape is not None else [] for value in (node.inputs[0], node.outputs[0]))
+    before, after = (
+        [*value.shape] if value is not None and value.shape is not None else []
+        for value in (node.inputs[0], node.outputs[0])
+    )
     if layout is _Layout.HEADS:
         if [str(dim) for dim in before] == [str(dim) for dim in after]:
             return layout
     elif before and before[-1] == width:
         return _Layout.LAST
-    elif len(before) == 4 and all(isinstance(dim, int) for dim in before[-2:]) and math.prod(map(int, before[-2:])) == width:
+    elif (
+        len(before) == 4
+        and all(isinstance(dim, int) for dim in before[-2:])
+        and math.prod(map(int, before[-2:])) == width
+    ):
         return _Layout.SPLIT
     raise _Blocked(f"{node.name} moves channels")
 
 
 def _attention_values(node: ir.Node, layout: _Layout) -> ir.Value | None:
-    """The values that attention averages, each head of them used by one head of queries, none of them kept for later."""
+    """The values that attention averages, each head of them used by one head of queries, none of them kept
+    for later.
+    """
     if any(value is not None for value in node.inputs[4:6]) or any(
         output.uses() or output.is_graph_output() for output in node.outputs[1:]
     ):
@@ -333,8 +372,9 @@ def _last(value: ir.Value | None) -> int | None:
 def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], stats: ChannelStats) -> Fold:
     """The fold with the scales of the best alpha, or without any where none gains.
 
-    An alpha is judged by the scales and the range that one half of the calls gives it, on rows of the other half, both ways: channels that
-    are small in a few calls are not small in all, and what the first would gain by them is lost to clipping in others.
+    An alpha is judged by the scales and the range that one half of the calls gives it, on rows of the other half, both
+    ways: channels that are small in a few calls are not small in all, and what the first would gain by them is lost to
+    clipping in others.
     """
     if not stats.largest.any():
         return replace(fold, reason="it was always zero")
@@ -359,16 +399,22 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
         return replace(fold, reason=f"no alpha gains {LEAST_GAIN} dB")
     if fold.kind == "smoothquant" and fold.after_db < LEAST_SNR:
         return replace(
-            fold, reason=f"its layers would have {fold.after_db:.1f} dB, less than the {LEAST_SNR:.0f} that int8 activations need"
+            fold,
+            reason=f"its layers would have {fold.after_db:.1f} dB, less than the {LEAST_SNR:.0f} that int8 activations "
+            "need",
         )
     return replace(fold, scales=_scales(fold.kind, alpha, stats, peaks))
 
 
 def _scales(kind: Kind, alpha: float, stats: ChannelStats, peaks: Floats) -> Floats:
-    """What the method divides each channel by, float32 [K], of geometric mean 1; 1 for channels or rows that are always zero."""
+    """What the method divides each channel by, float32 [K], of geometric mean 1; 1 for channels or rows that are always
+    zero.
+    """
     alive = (stats.largest > 0) & (stats.mean_magnitude > 0) & (peaks > 0)
     if kind == "smoothquant":
-        logs = alpha * np.log(stats.largest[alive].astype(np.float64)) - (1 - alpha) * np.log(peaks[alive].astype(np.float64))
+        logs = alpha * np.log(stats.largest[alive].astype(np.float64)) - (1 - alpha) * np.log(
+            peaks[alive].astype(np.float64)
+        )
     else:
         logs = alpha * np.log(stats.mean_magnitude[alive].astype(np.float64))
     scales = np.ones_like(peaks)
@@ -377,14 +423,20 @@ def _scales(kind: Kind, alpha: float, stats: ChannelStats, peaks: Floats) -> Flo
     return scales
 
 
-def _noise(samples: Sequence[Floats], planned: Sequence[LayerPlan], known: ChannelStats, rows: Floats, scales: Floats) -> float:
-    """Noise of the products of rows relative to their signal, quantized as planned by what is known; the mean over the group."""
+def _noise(
+    samples: Sequence[Floats], planned: Sequence[LayerPlan], known: ChannelStats, rows: Floats, scales: Floats
+) -> float:
+    """Noise of the products of rows relative to their signal, quantized as planned by what is known; the mean over the
+    group.
+    """
     quantized = _quantized(rows, known, scales) if any(one.activation for one in planned) else rows
     ratios = []
     for weights, one in zip(samples, planned, strict=True):
         exact = rows @ weights
         error = (quantized if one.activation else rows) @ restored(weights, one, known.mean_square) - exact
-        ratios.append(float(np.square(error).sum(dtype=np.float64) / max(np.square(exact).sum(dtype=np.float64), 1e-300)))
+        ratios.append(
+            float(np.square(error).sum(dtype=np.float64) / max(np.square(exact).sum(dtype=np.float64), 1e-300))
+        )
     return float(np.mean(ratios))
 
 
@@ -400,7 +452,9 @@ def restored(weights: Floats, planned: LayerPlan, importance: Floats | None) -> 
 
 
 def _quantized(rows: Floats, known: ChannelStats, scales: Floats) -> Floats:
-    """Divided rows as int8 with the one scale gives them back that a tensor calibrated with what is known would have."""
+    """Divided rows as int8 with the one scale gives them back that a tensor calibrated with what is known
+    would have.
+    """
     histogram = Histogram()
     histogram.add(np.vstack([known.rows, known.largest]), scales**2)
     step = np.float32(max(histogram.range().peak / INT8_PEAK, float(np.finfo(np.float32).tiny)))
@@ -418,7 +472,9 @@ def columns(layer: Layer) -> Floats:
     values, count = tensor.numpy(), layer.matrix[1]
     chosen = np.linspace(0, count - 1, min(COLUMNS, count)).astype(int)
     by_output = layer.transposed or layer.node.op_type == "Conv"
-    part = np.array((values[chosen].reshape(len(chosen), -1).T if by_output else values[:, chosen]), np.float32, order="C")
+    part = np.array(
+        (values[chosen].reshape(len(chosen), -1).T if by_output else values[:, chosen]), np.float32, order="C"
+    )
     del values  # what is still seen cannot be released
     release(tensor)
     check(layer.weight.name, part, float(np.finfo(np.float32).max))
@@ -426,7 +482,9 @@ def columns(layer: Layer) -> Floats:
 
 
 def _row_peaks(group: Sequence[Layer]) -> Floats:
-    """The largest magnitude of the weights that multiply each channel, float32 [K]. Raises SourceError when one is not finite."""
+    """The largest magnitude of the weights that multiply each channel, float32 [K]. Raises SourceError when one is not
+    finite.
+    """
     rows, _ = group[0].matrix
     peaks = np.zeros(rows, np.float32)
     for layer in group:
@@ -453,7 +511,9 @@ def _divide(model: ir.Model, site: _Site, scales: Floats) -> None:
         return
     source = _source(site)
     name = next(
-        name for i in range(len(model.graph.initializers) + 1) if (name := f"{source.name}.folded{i or ''}") not in model.graph.initializers
+        name
+        for i in range(len(model.graph.initializers) + 1)
+        if (name := f"{source.name}.folded{i or ''}") not in model.graph.initializers
     )
     values = tensor_of(source).numpy().astype(np.float32) * factors
     site.node.replace_input_with(site.index, add_initializer(model, name, ir.tensor(values, name=name)))

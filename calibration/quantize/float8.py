@@ -1,6 +1,8 @@
-"""E4M3 numbers of a weight: one scale a channel, so that its largest magnitude is the largest there is, 448 (OCP 8-bit floats, 2023).
+"""E4M3 numbers of a weight: one scale a channel, so that its largest magnitude is the largest there is, 448 (OCP 8-bit
+floats, 2023).
 
-A number keeps three binary digits whatever its magnitude, |error| <= |weight| / 16, until it is below scale / 64, where steps are even.
+A number keeps three binary digits whatever its magnitude, |error| <= |weight| / 16, until it is below scale / 64, where
+steps are even.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ FP8_PEAK: Final = 448.0
 
 
 def fp8_columns(weights: Floats) -> tuple[NDArray[Any], Floats]:
-    """E4M3 codes [K, N] and scales [N] of weights [K, N]: a weight is about code * scale. A column of zeros has scale 1."""
+    """E4M3 codes [K, N] and scales [N] of weights [K, N]: a weight is about code * scale. A column of zeros has scale
+    1.
+    """
     scales = np.abs(weights).max(axis=0) / np.float32(FP8_PEAK)
     scales[scales < np.finfo(np.float32).tiny] = 1
     return np.clip(weights / scales, -FP8_PEAK, FP8_PEAK).astype(FP8), scales

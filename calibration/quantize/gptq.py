@@ -1,10 +1,11 @@
 """GPTQ: int4 weights whose later rows make up for the errors of those that were rounded before.
 
-Rounding leaves an error E of a weight [K, N], and the layer's output over all rows X is off by X E: by tr(E^T H E), H = X^T X. Where
-channels are correlated, what one row's error does can be undone by others. With H = L D L^T, L of unit diagonal, the cost is the sum over
-k of D_k (E_k + sum over j > k of L_jk E_j)^2: from the last row to the first, each is moved by the errors that are known and then rounded.
-That is what Frantar et al. 2022 (arXiv 2210.17323) do, in the form of Chee et al. 2023 (arXiv 2307.13304), which inverts no matrix.
-The scales of a block are those of a few tried that leave the least of this cost, which is known once the block is done.
+Rounding leaves an error E of a weight [K, N], and the layer's output over all rows X is off by X E: by tr(E^T H E), H =
+X^T X. Where channels are correlated, what one row's error does can be undone by others. With H = L D L^T, L of unit
+diagonal, the cost is the sum over k of D_k (E_k + sum over j > k of L_jk E_j)^2: from the last row to the first, each
+is moved by the errors that are known and then rounded. That is what Frantar et al. 2022 (arXiv 2210.17323) do, in the
+form of Chee et al. 2023 (arXiv 2307.13304), which inverts no matrix. The scales of a block are those of a few tried
+that leave the least of this cost, which is known once the block is done.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ from calibration.quantize.weights import (
 from runtime.bundle.signature import Array
 
 DAMPING: Final = 0.05
-"""Added to the diagonal of H, as a share of its mean: how far the correlations seen are trusted to hold for other rows."""
+"""Added to the diagonal of H, as a share of its mean: how far the correlations seen are trusted to hold for other rows.
+"""
 ENOUGH_ROWS: Final = 4
 """Rows for each channel below which the damping grows, in proportion, up to MOST_DAMPING times."""
 MOST_DAMPING: Final = 10
@@ -62,10 +64,11 @@ MEASURED: Final = 64
 
 @dataclass(frozen=True)
 class Compensation:
-    """What was made of one weight. `rows` are those its inputs had in all calls; `share` is that of its columns that are compensated.
+    """What was made of one weight. `rows` are those its inputs had in all calls; `share` is that of its columns that
+    are compensated.
 
-    `snr_db` is the signal to noise ratio of the layer's output on these rows, `gain_db` how much of it rounding would lack, both over the
-    columns that were measured. `reason` says why a weight is only rounded.
+    `snr_db` is the signal to noise ratio of the layer's output on these rows, `gain_db` how much of it rounding would
+    lack, both over the columns that were measured. `reason` says why a weight is only rounded.
     """
 
     weight: str
@@ -115,7 +118,8 @@ def factor(hessian: Hessian) -> Factor:
 
 
 def compensated(weights: Floats, hessian: Floats, found: Factor, block: int, base: Floats | None = None) -> Compensated:
-    """int4 blocks of weights [K, N], compensated where that leaves less error than rounding, on the rows of H and some of the columns.
+    """int4 blocks of weights [K, N], compensated where that leaves less error than rounding, on the rows of H and some
+    of the columns.
 
     With `base` [N] they are nested: scales are multiples of it.
     """
@@ -208,12 +212,17 @@ def _rounded(weights: Floats, shift: Floats, inner: Floats, pivots: Floats, scal
 
 
 def compensate(
-    model: ir.Model, layers: Sequence[LayerPlan], folds: Sequence[Fold], samples: Sequence[Mapping[str, Array]], output: Path
+    model: ir.Model,
+    layers: Sequence[LayerPlan],
+    folds: Sequence[Fold],
+    samples: Sequence[Mapping[str, Array]],
+    output: Path,
 ) -> list[Compensation]:
-    """Write codes and scales of every weight that these plans make int4 to `output`, as `read_codes` reads them; what was made of each.
+    """Write codes and scales of every weight that these plans make int4 to `output`, as `read_codes` reads them; what
+    was made of each.
 
-    `model` is the float graph; the weights are those it has once `folds` are carried out. The file appears whole or not at all. Raises
-    InvalidInput as `hessians` does, and SourceError for weights that are not finite.
+    `model` is the float graph; the weights are those it has once `folds` are carried out. The file appears whole or not
+    at all. Raises InvalidInput as `hessians` does, and SourceError for weights that are not finite.
     """
     watched = model.clone()
     readers = _readers(equalize(model, folds), watched, layers)
@@ -228,14 +237,18 @@ def compensate(
             except np.linalg.LinAlgError as error:
                 found = str(error)
             for one in readers[tensor]:
-                made.setdefault(one.planned.weight, _Made()).add(_weight(one, hessian, found, writer), hessian.rows, found)
+                made.setdefault(one.planned.weight, _Made()).add(
+                    _weight(one, hessian, found, writer), hessian.rows, found
+                )
         told = [one.told(weight) for weight, one in made.items()]
         writer.finish([asdict(one) for one in told])
     return told
 
 
 class _Reader(NamedTuple):
-    """A layer with an int4 weight, and the rows of that weight that one tensor is multiplied by: all, or a part of a convolution's."""
+    """A layer with an int4 weight, and the rows of that weight that one tensor is multiplied by: all, or a part of a
+    convolution's.
+    """
 
     layer: Layer
     planned: LayerPlan
@@ -262,14 +275,16 @@ class _Made:
 
     def told(self, weight: str) -> Compensation:
         snr, before = (
-            10 * math.log10(self.signal / noise) if self.signal > 0 and noise > 0 else MOST_SNR for noise in (self.error, self.rounded)
+            10 * math.log10(self.signal / noise) if self.signal > 0 and noise > 0 else MOST_SNR
+            for noise in (self.error, self.rounded)
         )
         reason = self.reason or ("" if self.chosen else "rounding leaves no more error")
         return Compensation(weight, self.rows, snr, snr - before, self.chosen / self.columns, reason)
 
 
 def _readers(model: ir.Model, watched: ir.Model, layers: Sequence[LayerPlan]) -> dict[str, list[_Reader]]:
-    """The layers of `model` whose weights are int4, by the tensor of `watched` they read; a weight that several use is the first one's.
+    """The layers of `model` whose weights are int4, by the tensor of `watched` they read; a weight that several use is
+    the first one's.
 
     Windows of convolutions are added to `watched`, which is the same graph with its weights as they were.
     """
@@ -292,11 +307,16 @@ def _place(one: _Reader) -> Place:
     return Place(one.planned.weight, *one.layer.matrix, one.planned.block, one.planned.nested)
 
 
-def _weight(one: _Reader, hessian: Hessian, found: Factor | str, writer: CodeWriter) -> list[tuple[float, float, float, int, int]]:
-    """Fill in a weight, or a part; the signal and errors that `compensated` measured, and how many columns are compensated, of how many."""
+def _weight(
+    one: _Reader, hessian: Hessian, found: Factor | str, writer: CodeWriter
+) -> list[tuple[float, float, float, int, int]]:
+    """Fill in a weight, or a part; the signal and errors that `compensated` measured, and how many columns are
+    compensated, of how many.
+    """
     tensor, columns = tensor_of(one.layer.weight), one.layer.matrix[1]
     fill = partial(_fill, one, hessian.matrix, found, writer.tensors(_place(one).key), tensor.numpy())
-    # A thread's products are of one block: too small to be shared among the threads of a BLAS, which would wait for one another.
+    # A thread's products are of one block: too small to be shared among the threads of a BLAS, which would wait for one
+    # another.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
         starts = range(0, columns, COLUMNS)
         done = list(pool.map(fill, (slice(start, min(start + COLUMNS, columns)) for start in starts)))

@@ -1,12 +1,16 @@
-"""From a float graph to one quantized graph for every target: QuantizeLinear and DequantizeLinear of the standard, nothing else.
+"""From a float graph to one quantized graph for every target: QuantizeLinear and DequantizeLinear of the standard,
+nothing else.
 
-Weights are read from the memory-mapped checkpoint a few columns at a time and only when the graph is written, so memory does not grow
-with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and OpenVINO keeps them compressed (FullyConnected):
+Weights are read from the memory-mapped checkpoint a few columns at a time and only when the graph is written, so memory
+does not grow with the model. Forms, chosen because ONNX Runtime fuses them (MatMulNBits) and OpenVINO keeps them
+compressed (FullyConnected):
 
-    int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size) -> MatMul
-    int4 nested in int8   codes, uint8 factors, float32 scales: see runtime/targets/lowering/nested.py; layers with int8 inputs, and convolutions
-    int8 weight [K, N]    codes [K, N], float32 scales [N]            -> DequantizeLinear(axis=1)                     -> MatMul, Gemm
-    int8 weight [O, ...]  codes [O, ...], float32 scales [O]          -> DequantizeLinear(axis=0)                     -> Conv
+    int4 weight [K, N]    codes [K, N], float16 scales [K / block, N] -> Cast -> DequantizeLinear(axis=0, block_size)
+                          -> MatMul
+    int4 nested in int8   codes, uint8 factors, float32 scales: see runtime/targets/lowering/nested.py; layers with
+                          int8 inputs, and convolutions
+    int8 weight [K, N]    codes [K, N], float32 scales [N] -> DequantizeLinear(axis=1) -> MatMul, Gemm
+    int8 weight [O, ...]  codes [O, ...], float32 scales [O] -> DequantizeLinear(axis=0) -> Conv
     int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
     fp8 of either         as int8, with codes of E4M3 (FLOAT8E4M3FN) and scales that put the peak at 448
 
@@ -36,7 +40,8 @@ WeightType = Literal["float", "int8", "int4", "fp8"]
 SMALL: Final = 4096
 """Weights of fewer elements stay as they are, as there is nothing to save."""
 SMALL_SHARE: Final = 256
-"""But only while they are less than one part in so many of all weights: of a tiny model they are what there is to save."""
+"""But only while they are less than one part in so many of all weights: of a tiny model they are what there is to save.
+"""
 SMALL_SHARE_INT4: Final = 16
 """The same for weights that are int8 where int4 would save little (`Recipe.worth`)."""
 SMALLEST_BLOCK: Final = 32
@@ -47,13 +52,15 @@ FEW: Final = "too few elements"
 LEAST_SNR: Final = 32.0
 """Activations whose own quantization noise is nearer than this to the signal, in dB, stay float.
 
-Measured on the sample UNet: its noisiest fifth, shortcuts of the residual stream among them, costs the final latents 8 of 34 dB.
+Measured on the sample UNet: its noisiest fifth, shortcuts of the residual stream among them, costs the final latents 8
+of 34 dB.
 """
 LEAST_IN_SUM: Final = 40.0
 """But for layers whose noise is this far, in dB, below the sum that their output is added to.
 
-Of Stable Diffusion 1.5's UNet, six products behind GEGLU have 29 to 31 dB by themselves, and each leaves 52 to 72 dB of the output. 32 dB
-would not do here, too: the norm behind a sum takes away what is constant in it. On the sample UNet that cost 6 dB.
+Of Stable Diffusion 1.5's UNet, six products behind GEGLU have 29 to 31 dB by themselves, and each leaves 52 to 72 dB of
+the output. 32 dB would not do here, too: the norm behind a sum takes away what is constant in it. On the sample UNet
+that cost 6 dB.
 """
 LEAST_INT4: Final = 30.0
 """int4 weights that leave their layer's output less than this, in dB, are int8 instead, the worst first."""
@@ -63,13 +70,15 @@ MOST_SPARED: Final = 0.03
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a submodel is quantized. `bits` and `block` are those of MatMul and, with `activations`, of convolutions; Gemm's is int8.
+    """How a submodel is quantized. `bits` and `block` are those of MatMul and, with `activations`, of convolutions;
+    Gemm's is int8.
 
-    `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is int8 instead, and, with
-    `spare_last`, that of the layer which makes a submodel's output.
-    `activations` quantizes the inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the
-    largest magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are quantized.
-    `half` quantizes nothing: all weights are stored in it (`calibration.observe.precision`), and targets that can compute in it.
+    `block` is the number of consecutive inputs that share an int4 scale; a weight of fewer than `worth` elements is
+    int8 instead, and, with `spare_last`, that of the layer which makes a submodel's output. `activations` quantizes the
+    inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the largest
+    magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are
+    quantized. `half` quantizes nothing: all weights are stored in it (`calibration.observe.precision`), and targets
+    that can compute in it.
     """
 
     name: str
@@ -111,7 +120,8 @@ INT4_EVERYWHERE: Final = replace(RECIPES["int4"], worth=0, spare_last=False, act
 
 
 def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
-    """The recipe of that name; without `activations`, its weight-only form; that of int8 where it would go below `least_bits`.
+    """The recipe of that name; without `activations`, its weight-only form; that of int8 where it would go below
+    `least_bits`.
 
     Raises InvalidInput with the nearest name.
     """
@@ -127,7 +137,8 @@ def recipe(name: str, activations: bool = True, least_bits: int = 4) -> Recipe:
 class LayerPlan:
     """What becomes of one layer. `block` is 0 for one scale a channel.
 
-    `reason` says why anything is not as the recipe asks: the kind of reason, and after a colon what holds for this layer alone.
+    `reason` says why anything is not as the recipe asks: the kind of reason, and after a colon what holds for this
+    layer alone.
     """
 
     node: str
@@ -166,11 +177,16 @@ class Layer:
 
 
 def plan(
-    model: ir.Model, recipe: Recipe, ranges: Mapping[str, Range] | None = None, dilution: Mapping[str, float] | None = None
+    model: ir.Model,
+    recipe: Recipe,
+    ranges: Mapping[str, Range] | None = None,
+    dilution: Mapping[str, float] | None = None,
 ) -> list[LayerPlan]:
-    """What the recipe makes of each layer that has a weight, in graph order: what `quantize` takes, as it is or changed.
+    """What the recipe makes of each layer that has a weight, in graph order: what `quantize` takes, as it is or
+    changed.
 
-    `dilution` says how far, in dB, the output of some layers, by node, is below the sum that it is added to: see `sums`.
+    `dilution` says how far, in dB, the output of some layers, by node, is below the sum that it is added to: see
+    `sums`.
     """
     layers = list(weight_layers(model))
     small = Small.of(layers, recipe)
@@ -190,7 +206,9 @@ class Small(NamedTuple):
 
 
 def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[LayerPlan]:
-    """The plans with int8 for the few int4 weights that leave least of their layer's output. `snr_db` is what they leave, by weight."""
+    """The plans with int8 for the few int4 weights that leave least of their layer's output. `snr_db` is what they
+    leave, by weight.
+    """
     elements = {layer.weight: layer.elements for layer in layers if layer.weight_type == "int4"}
     left = MOST_SPARED * sum(elements.values())
     spared = set()
@@ -199,7 +217,12 @@ def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[Laye
             left -= elements[weight]
             spared.add(weight)
     return [
-        replace(layer, weight_type="int8", block=0, reason=f"sensitive: int4 would leave its output {snr_db[layer.weight]:.1f} dB")
+        replace(
+            layer,
+            weight_type="int8",
+            block=0,
+            reason=f"sensitive: int4 would leave its output {snr_db[layer.weight]:.1f} dB",
+        )
         if layer.weight in spared
         else layer
         for layer in layers
@@ -207,7 +230,9 @@ def spare(layers: Sequence[LayerPlan], snr_db: Mapping[str, float]) -> list[Laye
 
 
 def sums(model: ir.Model) -> dict[str, tuple[str, str]]:
-    """For each layer whose output is added to another result of the same shape, by node: the tensor that is added, and the sum."""
+    """For each layer whose output is added to another result of the same shape, by node: the tensor that is added, and
+    the sum.
+    """
     found = {}
     for layer in weight_layers(model):
         value = layer.node.outputs[0]
@@ -231,7 +256,9 @@ def is_constant(value: ir.Value | None) -> bool:
 
 
 def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
-    """The tensors whose ranges `quantize` needs, in graph order without repetition: none for a recipe of weights alone."""
+    """The tensors whose ranges `quantize` needs, in graph order without repetition: none for a recipe of
+    weights alone.
+    """
     if not recipe.activations:
         return []
     layers = list(weight_layers(model))
@@ -240,9 +267,17 @@ def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
 
 
 def measured_tensors(model: ir.Model, layers: Sequence[LayerPlan]) -> list[str]:
-    """The tensors whose channel statistics improve what these plans make: inputs of MatMuls with int4 weights or int8 activations."""
-    wanted = {planned.node for planned in layers if planned.op == "MatMul" and (planned.weight_type == "int4" or planned.activation)}
-    return list(dict.fromkeys(name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in wanted))
+    """The tensors whose channel statistics improve what these plans make: inputs of MatMuls with int4 weights or int8
+    activations.
+    """
+    wanted = {
+        planned.node
+        for planned in layers
+        if planned.op == "MatMul" and (planned.weight_type == "int4" or planned.activation)
+    }
+    return list(
+        dict.fromkeys(name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in wanted)
+    )
 
 
 def quantize(
@@ -252,13 +287,15 @@ def quantize(
     importance: Mapping[str, Floats] | None = None,
     codes: Mapping[tuple[str, int, bool], Known] | None = None,
 ) -> ir.Model:
-    """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model` stays as it is.
+    """A quantized copy of a float32-compute graph: each layer as its plan says, whoever made or changed it. `model`
+    stays as it is.
 
-    `importance` is the mean square of each channel, float32 [K], of the tensors that layers read, where known: int4 scales then minimise
-    the error of the layer's output instead of the weight's. `codes` are int4 weights made before, by weight, block and whether they are
-    nested, as those of `calibration.quantize.gptq`: they are taken as they are.
-    Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds NaN or infinity or
-    exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of a layer whose plan quantizes it.
+    `importance` is the mean square of each channel, float32 [K], of the tensors that layers read, where known: int4
+    scales then minimise the error of the layer's output instead of the weight's. `codes` are int4 weights made before,
+    by weight, block and whether they are nested, as those of `calibration.quantize.gptq`: they are taken as they are.
+    Weight values are computed when the copy is written. Then SourceError is raised, naming the weight, when it holds
+    NaN or infinity or exceeds what its scale can express. Raises InvalidInput at once when `ranges` lacks the input of
+    a layer whose plan quantizes it.
     """
     ranges, importance, plans = ranges or {}, importance or {}, {planned.node: planned for planned in layers}
     missing = [
@@ -302,7 +339,9 @@ def weight_layers(model: ir.Model) -> Iterator[Layer]:
 
 
 def layer_of(node: ir.Node) -> Layer | None:
-    """Look through Cast and Transpose for the initializer. None when both operands are activations, as within attention."""
+    """Look through Cast and Transpose for the initializer. None when both operands are activations, as within
+    attention.
+    """
     transposed = node.op_type == "Gemm" and bool(node.attributes.get_int("transB", 0))
     value = node.inputs[1]
     while value is not None and (producer := value.producer()) is not None:
@@ -316,25 +355,42 @@ def layer_of(node: ir.Node) -> Layer | None:
     return Layer(node, value, transposed)
 
 
-def _plan_layer(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: Mapping[str, float]) -> LayerPlan:
+def _plan_layer(
+    layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: Mapping[str, float]
+) -> LayerPlan:
     rows, columns = layer.matrix
-    planned = LayerPlan(name_of(layer.node), layer.node.op_type, name_of(layer.weight), rows * columns, "float", 0, False)
+    planned = LayerPlan(
+        name_of(layer.node), layer.node.op_type, name_of(layer.weight), rows * columns, "float", 0, False
+    )
     if recipe.half:
         return planned
     if rows * columns < small.least:
         return replace(planned, reason=f"{FEW}: {rows * columns}")
-    obstacle = _activation_obstacle(layer, recipe, small, ranges, dilution.get(planned.node, 0.0)) if recipe.activations else ""
+    obstacle = (
+        _activation_obstacle(layer, recipe, small, ranges, dilution.get(planned.node, 0.0))
+        if recipe.activations
+        else ""
+    )
     activation = recipe.activations and not obstacle
     if recipe.bits == 8:
-        planned = replace(planned, weight_type="fp8" if recipe.fp8 and activation else "int8", activation=activation, reason=obstacle)
+        planned = replace(
+            planned, weight_type="fp8" if recipe.fp8 and activation else "int8", activation=activation, reason=obstacle
+        )
     else:
         block, reason = _int4_block(layer, recipe, small, activation)
-        planned = replace(planned, weight_type="int4" if block else "int8", block=block, activation=activation, reason=reason or obstacle)
+        planned = replace(
+            planned,
+            weight_type="int4" if block else "int8",
+            block=block,
+            activation=activation,
+            reason=reason or obstacle,
+        )
     return planned  # int8 weights even where others are fp8: as small, and 3 to 12 dB nearer on the samples
 
 
 def _int4_block(layer: Layer, recipe: Recipe, small: Small, activation: bool) -> tuple[int, str]:
-    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the recipe's.
+    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the
+    recipe's.
 
     Nested in int8, any number may; else those that engines have kernels for.
     """
@@ -348,10 +404,14 @@ def _int4_block(layer: Layer, recipe: Recipe, small: Small, activation: bool) ->
     if recipe.spare_last and _makes_output(layer):
         return 0, "makes the output, and nothing behind it averages its error"
     nested = activation or layer.node.op_type == "Conv"
-    sizes = range(recipe.block, SMALLEST_NESTED - 1, -1) if nested else [size for size in BLOCKS if size <= recipe.block]
+    sizes = (
+        range(recipe.block, SMALLEST_NESTED - 1, -1) if nested else [size for size in BLOCKS if size <= recipe.block]
+    )
     block = next((size for size in sizes if rows % size == 0), 0)
     if not block or (nested and rows % 2):
-        return 0, f"does not divide into blocks: {rows} inputs are no multiple of {sizes[-1]}" + (" or more, or odd" if nested else "")
+        return 0, f"does not divide into blocks: {rows} inputs are no multiple of {sizes[-1]}" + (
+            " or more, or odd" if nested else ""
+        )
     if columns % 2:
         return 0, f"does not divide into blocks: {columns} outputs are an odd number"
     return block, "" if block == recipe.block else f"smaller blocks: {rows} inputs are no multiple of {recipe.block}"
@@ -362,13 +422,17 @@ def _makes_output(layer: Layer) -> bool:
     value = layer.node.outputs[0]
     while not value.is_graph_output() and len(value.uses()) == 1:
         user = next(iter(value.uses())).node
-        if user.op_type not in ("Reshape", "Transpose", "Cast") and not (user.op_type == "Add" and any(map(is_constant, user.inputs))):
+        if user.op_type not in ("Reshape", "Transpose", "Cast") and not (
+            user.op_type == "Add" and any(map(is_constant, user.inputs))
+        ):
             break
         value = user.outputs[0]
     return value.is_graph_output()
 
 
-def _activation_obstacle(layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: float) -> str:
+def _activation_obstacle(
+    layer: Layer, recipe: Recipe, small: Small, ranges: Mapping[str, Range], dilution: float
+) -> str:
     """Why a layer's input stays float, or nothing. Of what was not seen yet it is taken that it need not."""
     if obstacle := _kind_obstacle(layer, small.least):
         return obstacle
@@ -380,7 +444,9 @@ def _activation_obstacle(layer: Layer, recipe: Recipe, small: Small, ranges: Map
 
 
 def _kind_obstacle(layer: Layer, least: int) -> str:
-    """Why a layer's input stays float whatever its range is. Weights of fewer than `least` elements stay float themselves."""
+    """Why a layer's input stays float whatever its range is. Weights of fewer than `least` elements stay float
+    themselves.
+    """
     if prod(layer.matrix) < least:
         return FEW
     if layer.node.op_type == "Gemm":
@@ -398,49 +464,75 @@ def add_activation(model: ir.Model, consumer: ir.Node, seen: Range, fp8: bool = 
     scale = add_initializer(model, f"{name}.{code}.scale", ir.tensor(np.float32(step)))
     zero = add_initializer(model, f"{name}.{code}.zero_point", ir.tensor(np.zeros((), dtype.numpy())))
     quantized = _node("QuantizeLinear", [source, scale, zero], {}, f"{name}.{code}", dtype, source.shape)
-    restored = _node("DequantizeLinear", [quantized, scale, zero], {}, f"{name}.{code}.dequantized", ir.DataType.FLOAT, source.shape)
+    restored = _node(
+        "DequantizeLinear", [quantized, scale, zero], {}, f"{name}.{code}.dequantized", ir.DataType.FLOAT, source.shape
+    )
     _insert(model, consumer, quantized, restored)
     return restored
 
 
 def spans(layers: Sequence[LayerPlan], model: ir.Model, ranges: Mapping[str, Range]) -> dict[str, tuple[float, float]]:
-    """What targets with zero points shall span instead, by the names of the QuantizeLinear nodes that `quantize` makes of these plans."""
+    """What targets with zero points shall span instead, by the names of the QuantizeLinear nodes that `quantize` makes
+    of these plans.
+    """
     planned = {layer.node for layer in layers if layer.activation and layer.weight_type == "int8"}
-    read = dict.fromkeys(name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in planned)
+    read = dict.fromkeys(
+        name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in planned
+    )
     found = {name: (ranges[name].low, ranges[name].high) for name in read}
     return {f"{name}/QuantizeLinear": span for name, span in found.items() if any(span)}
 
 
-def add_weight(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None) -> ir.Value:
+def add_weight(
+    model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None
+) -> ir.Value:
     """The layer's weight as quantized initializers and their DequantizeLinear, at the head of the graph."""
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
     if planned.nested:
         return _add_nested(model, layer, planned, importance, known)
     name, first = code_name(planned), model.graph[0]
     fp8, source, transposed = planned.weight_type == "fp8", tensor_of(layer.weight), layer.transposed or conv
-    weight = Float8Weight(source, transposed) if fp8 else QuantizedWeight(source, transposed, planned.block, importance, known)
+    weight = (
+        Float8Weight(source, transposed)
+        if fp8
+        else QuantizedWeight(source, transposed, planned.block, importance, known)
+    )
     if planned.weight_type == "int4":
         codes = _lazy(model, name, ir.DataType.INT4, (rows, columns), weight.codes)
         stored = _lazy(model, scale_name(name), ir.DataType.FLOAT16, (rows // planned.block, columns), weight.scales)
-        scale = _node("Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape)
+        scale = _node(
+            "Cast", [stored], {"to": ir.DataType.FLOAT}, f"{name}.scale.float", ir.DataType.FLOAT, stored.shape
+        )
         attributes, values = {"axis": 0, "block_size": planned.block}, [scale]
     else:
         dtype = ir.DataType.FLOAT8E4M3FN if fp8 else ir.DataType.INT8
-        codes = _lazy(model, name, dtype, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes)
+        codes = _lazy(
+            model, name, dtype, layer.stored if conv else (rows, columns), weight.kernel if conv else weight.codes
+        )
         scale = _lazy(model, scale_name(name), ir.DataType.FLOAT, (columns,), weight.scales)
         attributes, values = {"axis": 0 if conv else 1}, []
-    restored = _node("DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape)
+    restored = _node(
+        "DequantizeLinear", [codes, scale], attributes, f"{name}.dequantized", ir.DataType.FLOAT, codes.shape
+    )
     _insert(model, first, *values, restored)
     return restored
 
 
-def _add_nested(model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None, known: Known | None) -> ir.Value:
+def _add_nested(
+    model: ir.Model, layer: Layer, planned: LayerPlan, importance: Floats | None, known: Known | None
+) -> ir.Value:
     """`add_weight` of int4 nested in int8."""
     (rows, columns), conv, name = layer.matrix, planned.op == "Conv", code_name(planned)
     weight = NestedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, conv, importance, known)
     blocks = rows // planned.block
     codes = _lazy(model, name, ir.DataType.INT4, (columns, rows) if conv else (rows, columns), weight.codes)
-    factors = _lazy(model, f"{name}{nested.FACTORS}", ir.DataType.UINT8, (columns, blocks) if conv else (blocks, columns), weight.scales)
+    factors = _lazy(
+        model,
+        f"{name}{nested.FACTORS}",
+        ir.DataType.UINT8,
+        (columns, blocks) if conv else (blocks, columns),
+        weight.scales,
+    )
     scales = _lazy(model, scale_name(name), ir.DataType.FLOAT, (columns,), weight.base)
     single, nodes = ir.DataType.FLOAT, list[ir.Value]()
 
@@ -475,7 +567,12 @@ def scale_name(codes: str) -> str:
 
 
 def _node(
-    op: str, inputs: list[ir.Value], attributes: Mapping[str, Any], output: str, dtype: ir.DataType, shape: ir.Shape | None
+    op: str,
+    inputs: list[ir.Value],
+    attributes: Mapping[str, Any],
+    output: str,
+    dtype: ir.DataType,
+    shape: ir.Shape | None,
 ) -> ir.Value:
     node = ir.node(op, inputs, attributes, name=f"{output.rpartition('.')[0]}/{op}")
     value = node.outputs[0]
@@ -487,12 +584,16 @@ def _insert(model: ir.Model, before: ir.Node, *values: ir.Value) -> None:
     model.graph.insert_before(before, [node for value in values if (node := value.producer()) is not None])
 
 
-def _lazy(model: ir.Model, name: str, dtype: ir.DataType, shape: Iterable[int], compute: Callable[[], ir.TensorProtocol]) -> ir.Value:
+def _lazy(
+    model: ir.Model, name: str, dtype: ir.DataType, shape: Iterable[int], compute: Callable[[], ir.TensorProtocol]
+) -> ir.Value:
     return add_initializer(model, name, ir.LazyTensor(compute, dtype, ir.Shape(shape), name=name))
 
 
 def add_initializer(model: ir.Model, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor
+    )
     model.graph.register_initializer(value)
     return value
 

@@ -1,4 +1,6 @@
-"""What calibration finds out for one submodel, from its captured inputs: how to fold, how far int8 reaches, which channels matter."""
+"""What calibration finds out for one submodel, from its captured inputs: how to fold, how far int8 reaches, which
+channels matter.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,13 @@ from runtime.bundle.signature import Array
 
 @dataclass(frozen=True)
 class Tuning:
-    """Scales to fold into a float graph, and of the folded graph the activations' ranges and the mean square of their channels.
+    """Scales to fold into a float graph, and of the folded graph the activations' ranges and the mean square of their
+    channels.
 
-    `codes` are int4 weights made before, and `compensated` what they leave of their layers' outputs, by weight (`calibration.quantize.gptq`).
-    `dilution` is how far the outputs of layers are below the sums that they are added to (`calibration.quantize.layers.sums`), `attention` the
-    signal to noise ratio of each attention in bfloat16 (`calibration.observe.attention`), all in dB, the last two by node.
+    `codes` are int4 weights made before, and `compensated` what they leave of their layers' outputs, by weight
+    (`calibration.quantize.gptq`). `dilution` is how far the outputs of layers are below the sums that they are added to
+    (`calibration.quantize.layers.sums`), `attention` the signal to noise ratio of each attention in bfloat16
+    (`calibration.observe.attention`), all in dB, the last two by node.
 
     Empty, it leaves the graph as it is and its weights to be rounded without data.
     """
@@ -50,12 +54,16 @@ class Tuning:
 
     @classmethod
     def measure(cls, model: ir.Model, recipe: Recipe, samples: Sequence[Mapping[str, Array]]) -> Tuning:
-        """Run the float graph on the samples, each once. Raises InvalidInput when they are none or give numbers that are not finite."""
+        """Run the float graph on the samples, each once. Raises InvalidInput when they are none or give numbers that
+        are not finite.
+        """
         tensors = activation_tensors(model, recipe)
         if recipe.naive:
             return cls(ranges=collect_ranges(model, tensors, samples, method="minmax"))
         layers = plan(model, recipe)  # without ranges: all that could be int8
-        channels = measured_tensors(model, layers) if len(samples) > 1 else []  # one call cannot tell what holds for the next
+        channels = (
+            measured_tensors(model, layers) if len(samples) > 1 else []
+        )  # one call cannot tell what holds for the next
         landings = sums(model) if tensors else {}
         with phase(0.0, 0.5):
             seen = observe(model, tensors, channels, samples, [name for pair in landings.values() for name in pair])
@@ -81,7 +89,9 @@ class Tuning:
         return spans(plans, folded, self.ranges)
 
     def bfloat16(self, plans: Sequence[LayerPlan]) -> tuple[str, ...]:
-        """Attentions that may compute in bfloat16 beside the layers of these plans: those that lose no more than int8 inputs may."""
+        """Attentions that may compute in bfloat16 beside the layers of these plans: those that lose no more than int8
+        inputs may.
+        """
         if not any(planned.activation for planned in plans):
             return ()
         return tuple(node for node, snr_db in self.attention.items() if snr_db >= LEAST_SNR)

@@ -24,28 +24,36 @@ Codes = NDArray[np.int8]
 CHUNK: Final = 1 << 18
 """Weight elements quantized in one step: its buffers stay in cache."""
 WORKERS: Final = min(8, threads())
-"""Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes, or some 100 for GPTQ."""
+"""Threads that quantize. numpy releases the interpreter lock; each thread needs a few megabytes, or some 100 for GPTQ.
+"""
 INT8_PEAK: Final = 127
 INT4_PEAK: Final = 7
 INT4_LARGEST: Final = float(np.finfo(np.float16).max) * INT4_PEAK
 """Magnitude above which float16 scales cannot express a weight."""
 INT4_SHARES: Final = (1.0, 0.94, 7 / 8, 0.8)
-"""int4 scales tried for each block, as shares of its largest magnitude / 7. 7/8 puts a negative extreme on code -8; less clips outliers."""
+"""int4 scales tried for each block, as shares of its largest magnitude / 7. 7/8 puts a negative extreme on code -8;
+less clips outliers.
+"""
 WEIGHTED_SHARES: Final = (*INT4_SHARES, 0.97, 0.91, 0.84, 0.75, 0.69)
-"""Tried where inputs are known to matter unequally: then clipping what few inputs read pays more often. Holds all of INT4_SHARES."""
+"""Tried where inputs are known to matter unequally: then clipping what few inputs read pays more often. Holds all of
+INT4_SHARES.
+"""
 
 
 NESTED_PEAK: Final = 15
 """Largest factor of a block of nested int4: its int8 codes, code * factor, then stay within -120..105."""
 NESTED_ROOM: Final = 14
-"""Factor of the block that asks for the largest scale of its column: a little room for compensation, which moves weights."""
+"""Factor of the block that asks for the largest scale of its column: a little room for compensation, which moves
+weights.
+"""
 
 
 class Int4(NamedTuple):
-    """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K / block, N].
+    """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K /
+    block, N].
 
-    Nested in int8, the scales are whole numbers from 1 to NESTED_PEAK, and `base` is the scale of each column, float32 [N]: code * scale is
-    then an int8 code.
+    Nested in int8, the scales are whole numbers from 1 to NESTED_PEAK, and `base` is the scale of each column, float32
+    [N]: code * scale is then an int8 code.
     """
 
     codes: NDArray[np.uint8]
@@ -64,18 +72,24 @@ def int8_columns(weights: Floats) -> tuple[Codes, Floats]:
 
 
 def int4_blocks(weights: Floats, block: int, importance: Floats | None = None) -> tuple[Codes, NDArray[np.float16]]:
-    """Codes [K, N] in -8..7 and scales [K / block, N] of weights [K, N]: of a few scales for each block, the one of least squared error.
+    """Codes [K, N] in -8..7 and scales [K / block, N] of weights [K, N]: of a few scales for each block, the one of
+    least squared error.
 
-    With `importance` [K], the mean square of each input, that error is the one expected of the layer's output when inputs are uncorrelated,
-    sum of importance * (weight - code * scale)^2; then more scales are tried, the least-squares one of the best codes among them. Scales
-    are rounded to float16 before codes are chosen, so the codes make up for that rounding. A block of zeros has scale 1.
+    With `importance` [K], the mean square of each input, that error is the one expected of the layer's output when
+    inputs are uncorrelated, sum of importance * (weight - code * scale)^2; then more scales are tried, the
+    least-squares one of the best codes among them. Scales are rounded to float16 before codes are chosen, so the codes
+    make up for that rounding. A block of zeros has scale 1.
     """
     codes, scales = blocks_of(weights, block, importance, half)
     return codes, scales.astype(np.float16)
 
 
-def nested_blocks(weights: Floats, block: int, importance: Floats | None = None) -> tuple[Codes, NDArray[np.float16], Floats]:
-    """As `int4_blocks`, with scales that are whole numbers, and the scale of each column that they multiply, as `Int4` has them nested."""
+def nested_blocks(
+    weights: Floats, block: int, importance: Floats | None = None
+) -> tuple[Codes, NDArray[np.float16], Floats]:
+    """As `int4_blocks`, with scales that are whole numbers, and the scale of each column that they multiply, as `Int4`
+    has them nested.
+    """
     base = nested_base(weights, block)
     codes, scales = blocks_of(weights, block, importance, partial(nested, base))
     return codes, np.rint(scales / base).astype(np.float16), base
@@ -97,7 +111,9 @@ def _peaks(blocks: Floats) -> Floats:
     return np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(INT4_PEAK)
 
 
-def blocks_of(weights: Floats, block: int, importance: Floats | None, snapped: Callable[[Floats], Floats]) -> tuple[Codes, Floats]:
+def blocks_of(
+    weights: Floats, block: int, importance: Floats | None, snapped: Callable[[Floats], Floats]
+) -> tuple[Codes, Floats]:
     """Codes and scales of blocks; `snapped` gives the scales that can be stored next to others."""
     blocks = weights.reshape(-1, block, weights.shape[1])
     peak = _peaks(blocks)
@@ -121,14 +137,17 @@ def blocks_of(weights: Floats, block: int, importance: Floats | None, snapped: C
         attempt(snapped(peak * np.float32(share)))
     _int4_levels(blocks, scales, levels)
     if weighting is not None:
-        fitted = np.einsum("ij,ijk,ijk->ik", weighting, levels, blocks) / _usable(np.einsum("ij,ijk,ijk->ik", weighting, levels, levels))
+        fitted = np.einsum("ij,ijk,ijk->ik", weighting, levels, blocks) / _usable(
+            np.einsum("ij,ijk,ijk->ik", weighting, levels, levels)
+        )
         attempt(snapped(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
         _int4_levels(blocks, scales, levels)
     return levels.reshape(weights.shape).astype(np.int8), scales
 
 
 def _relative(importance: Floats) -> Floats:
-    """Shares of the mean, an input that is always zero counting a millionth of it: its weights still get the scale they ask for.
+    """Shares of the mean, an input that is always zero counting a millionth of it: its weights still get the scale they
+    ask for.
 
     Uniform where nothing was ever seen.
     """
@@ -150,7 +169,9 @@ def _int4_levels(blocks: Floats, scale: Floats, out: Floats) -> None:
 
 
 def _usable(scales: Floats) -> Floats:
-    """Zero is no scale for TensorRT, and its reciprocal none for us: where all weights round to zero any scale will do."""
+    """Zero is no scale for TensorRT, and its reciprocal none for us: where all weights round to zero any
+    scale will do.
+    """
     scales[scales < np.finfo(np.float32).tiny] = 1
     return scales
 
@@ -165,7 +186,9 @@ def unpack_int4(packed: NDArray[np.uint8]) -> Codes:
 
 
 def pack_int4(codes: Codes) -> NDArray[np.uint8]:
-    """Neighbours of the last axis (even length) in one byte, the first in its low half: the layout of ONNX and of numpy's row order."""
+    """Neighbours of the last axis (even length) in one byte, the first in its low half: the layout of ONNX and of
+    numpy's row order.
+    """
     nibbles = codes.view(np.uint8) & 0xF
     return np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4, dtype=np.uint8))
 
@@ -173,10 +196,10 @@ def pack_int4(codes: Codes) -> NDArray[np.uint8]:
 class QuantizedWeight:
     """A weight seen as a matrix [K, N], and its quantized tensors, each computed when asked for.
 
-    `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. `block` is that of int4, 0 for int8; `importance` is that of
-    int4_blocks. With `known`, int4 is what that gives, and the source is not read.
-    Asking for the codes leaves the scales behind for the next who asks, so that writing a graph quantizes each weight once.
-    Raises SourceError for weights that are not finite.
+    `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. `block` is that of int4, 0 for int8;
+    `importance` is that of int4_blocks. With `known`, int4 is what that gives, and the source is not read. Asking for
+    the codes leaves the scales behind for the next who asks, so that writing a graph quantizes each weight once. Raises
+    SourceError for weights that are not finite.
     """
 
     dtype: ClassVar[Any] = np.int8
@@ -190,7 +213,13 @@ class QuantizedWeight:
         importance: Floats | None = None,
         known: Known | None = None,
     ) -> None:
-        self.source, self.transposed, self.block, self.importance, self.known = source, transposed, block, importance, known
+        self.source, self.transposed, self.block, self.importance, self.known = (
+            source,
+            transposed,
+            block,
+            importance,
+            known,
+        )
         shape = tuple(source.shape.numpy())
         self.rows, self.columns = (math.prod(shape[1:]), shape[0]) if transposed else shape
         self._scales: NDArray[Any] | None = None
@@ -244,7 +273,9 @@ class QuantizedWeight:
     def _empty(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Room for codes and scales."""
         if self.block:
-            return np.empty((self.rows, self.columns // 2), np.uint8), np.empty((self.rows // self.block, self.columns), np.float16)
+            return np.empty((self.rows, self.columns // 2), np.uint8), np.empty(
+                (self.rows // self.block, self.columns), np.float16
+            )
         return np.empty((self.rows, self.columns), self.dtype), np.empty(self.columns, np.float32)
 
     def _columns(self, part: Floats) -> tuple[NDArray[Any], Floats]:
@@ -282,7 +313,9 @@ def chunks(rows: int, columns: int) -> Iterator[slice]:
 
 
 class NestedWeight(QuantizedWeight):
-    """A weight as int4 nested in int8. `by_output` has codes and factors with the output channels first, as convolutions have them."""
+    """A weight as int4 nested in int8. `by_output` has codes and factors with the output channels first, as
+    convolutions have them.
+    """
 
     def __init__(
         self,

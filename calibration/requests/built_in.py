@@ -65,7 +65,9 @@ QUESTIONS: Final = (
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A request and what the user knows it by. `picture`, uint8 RGB [height, width, 3], goes to the VAE encoder of a model that draws."""
+    """A request and what the user knows it by. `picture`, uint8 RGB [height, width, 3], goes to the VAE encoder of a
+    model that draws.
+    """
 
     name: str
     request: ImageRequest | ChatRequest
@@ -74,9 +76,9 @@ class Asked:
 
 @dataclass
 class Requests:
-    """Where requests come from; to be read once. `origin` is built-in, prompts, images or questions, `size` how many there may be (None:
-    without end), `file` the file's or folder's name, `usual` how many are run where no count is asked for. `skipped` grows while the
-    requests are read: what could not be used, and why.
+    """Where requests come from; to be read once. `origin` is built-in, prompts, images or questions, `size` how many
+    there may be (None: without end), `file` the file's or folder's name, `usual` how many are run where no count is
+    asked for. `skipped` grows while the requests are read: what could not be used, and why.
     """
 
     kind: Kind
@@ -94,7 +96,9 @@ class Requests:
 
 
 def image_requests(seed: int = 0) -> Iterator[ImageRequest]:
-    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed. None is held out."""
+    """Pictures to draw, without end: scenes of coloured shapes and general prompts in turn, each with its own seed.
+    None is held out.
+    """
     rng = np.random.default_rng(seed)
     captions = [scene.caption for scene in picture_scenes() if not held_out(scene.caption)]
     for i in count():
@@ -124,7 +128,9 @@ def built_in(kind: Kind, seed: int = 0) -> Requests:
 
 
 def briefly(requests: Requests) -> Requests:
-    """The same requests in few steps or tokens, and fewer of them unless asked: for models of which each call takes many seconds."""
+    """The same requests in few steps or tokens, and fewer of them unless asked: for models of which each call takes
+    many seconds.
+    """
 
     def cut(i: int, asked: Asked) -> Asked:
         if isinstance(asked.request, ImageRequest):
@@ -137,31 +143,41 @@ def briefly(requests: Requests) -> Requests:
 def read_prompts(path: Path, kind: Kind, seed: int = 0) -> Requests:
     """A text file (UTF-8) of prompts, one a line; blank lines and those that begin with # do not count.
 
-    A model that chats is asked each of them about a drawn scene. The order is drawn from the seed, so that the first few stand for the
-    whole file. Raises NotFound, InvalidInput.
+    A model that chats is asked each of them about a drawn scene. The order is drawn from the seed, so that the first
+    few stand for the whole file. Raises NotFound, InvalidInput.
     """
     prompts = [(number, text) for number, text in _lines(path, "prompts") if not text.startswith("#")]
     if not prompts:
-        raise InvalidInput("prompts", f"{path} holds no prompts, expected one a line (lines that begin with # do not count)")
+        raise InvalidInput(
+            "prompts", f"{path} holds no prompts, expected one a line (lines that begin with # do not count)"
+        )
 
     def asked() -> Iterator[Asked]:
         rng = np.random.default_rng(seed)
         for i, place in enumerate(rng.permutation(len(prompts))):
             number, text = prompts[place]
             picture = None if kind == "diffusion" else render(draw_scene(rng), rng)
-            request = _question(picture, text, seed) if picture is not None else ImageRequest(prompt=text, steps=STEPS, seed=seed + i)
+            request = (
+                _question(picture, text, seed)
+                if picture is not None
+                else ImageRequest(prompt=text, steps=STEPS, seed=seed + i)
+            )
             yield Asked(f"line {number}", request)
 
     return Requests(kind, "prompts", asked(), len(prompts), path.name)
 
 
 def read_images(folder: Path, kind: Kind, seed: int = 0) -> Requests:
-    """A folder of pictures. For a model that draws each needs a caption, x.txt (UTF-8) for x.png; others are asked `QUESTIONS` in turn.
+    """A folder of pictures. For a model that draws each needs a caption, x.txt (UTF-8) for x.png; others are asked
+    `QUESTIONS` in turn.
 
-    The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises NotFound, InvalidInput.
+    The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises
+    NotFound, InvalidInput.
     """
     if not folder.is_dir():
-        raise NotFound(f"images: folder {folder} does not exist, expected one that holds pictures ({', '.join(PICTURES)})")
+        raise NotFound(
+            f"images: folder {folder} does not exist, expected one that holds pictures ({', '.join(PICTURES)})"
+        )
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
         raise InvalidInput("images", f"{folder} holds no pictures, expected {', '.join(PICTURES)}")
@@ -171,25 +187,33 @@ def read_images(folder: Path, kind: Kind, seed: int = 0) -> Requests:
         picture = read_picture(file)
         if kind == "chat":
             return Asked(file.name, _question(picture, QUESTIONS[i % len(QUESTIONS)], seed))
-        return Asked(file.name, ImageRequest(prompt=_caption(file.with_suffix(".txt")), steps=STEPS, seed=seed + i), picture)
+        return Asked(
+            file.name, ImageRequest(prompt=_caption(file.with_suffix(".txt")), steps=STEPS, seed=seed + i), picture
+        )
 
     order = np.random.default_rng(seed).permutation(len(files))
-    requests.asked = _usable(((files[place].name, partial(ask, i, files[place])) for i, place in enumerate(order)), requests)
+    requests.asked = _usable(
+        ((files[place].name, partial(ask, i, files[place])) for i, place in enumerate(order)), requests
+    )
     return requests
 
 
 def read_questions(path: Path, kind: Kind, seed: int = 0) -> Requests:
-    """JSON Lines (UTF-8): {"image": a picture's path relative to the file, "question": ...}, for models that chat; other keys do not count.
+    """JSON Lines (UTF-8): {"image": a picture's path relative to the file, "question": ...}, for models that chat;
+    other keys do not count.
 
-    The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises NotFound, InvalidInput,
-    the latter with the number of a line that is not as above.
+    The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises
+    NotFound, InvalidInput, the latter with the number of a line that is not as above.
     """
     if kind != "chat":
-        raise InvalidInput("questions", "are for models that chat, and this one draws: give it --prompts, or --images with captions")
+        raise InvalidInput(
+            "questions", "are for models that chat, and this one draws: give it --prompts, or --images with captions"
+        )
     lines = [_line(path, number, text) for number, text in _lines(path, "questions")]
     if not lines:
         raise InvalidInput(
-            "questions", f'{path} holds no questions, expected lines such as {{"image": "cat.png", "question": "what is it?"}}'
+            "questions",
+            f'{path} holds no questions, expected lines such as {{"image": "cat.png", "question": "what is it?"}}',
         )
     requests = Requests(kind, "questions", iter(()), len(lines), path.name)
     order = np.random.default_rng(seed).permutation(len(lines))
@@ -270,7 +294,8 @@ def _skip(requests: Requests, name: str, error: InvalidInput) -> None:
 def accepted(ready: Callable[[Asked], T], requests: Requests, wanted: int) -> Iterator[tuple[Asked, T]]:
     """The first `wanted` requests that a model can read, and what `ready` made of each.
 
-    A prompt may be too long for a small model's tokenizer, or a picture too many for its context. Raises InvalidInput when there is none.
+    A prompt may be too long for a small model's tokenizer, or a picture too many for its context. Raises InvalidInput
+    when there is none.
     """
     found = 0
     refusal: InvalidInput | None = None

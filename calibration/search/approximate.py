@@ -1,14 +1,16 @@
 """What each layer's quantization does to a submodel too big to try every form of every layer, from a few runs.
 
-Errors of layers are added all at once, each by a random sign and so little that the output answers linearly. Noises of different layers
-are nearly orthogonal at the output, so the covariance of what such probes do to it is S diag(g) S' with the known signs S, and n probes
-tell about n^2 / 2 noises g apart: sources are located with fewer sensors in the same way. g is found as in covariance fitting and sparse
-Bayesian learning, by the multiplicative update of Gerstoft et al. 2016 (IEEE SPL 23, "Multisnapshot sparse Bayesian learning for DOA"),
-stopped early. After each round the shares are chosen anew so that every error is about as loud as the others: a weak one beside a strong
-one is not heard. No gradient is needed, and nothing is held but scales and a sample of each probe's output.
+Errors of layers are added all at once, each by a random sign and so little that the output answers linearly. Noises of
+different layers are nearly orthogonal at the output, so the covariance of what such probes do to it is S diag(g) S'
+with the known signs S, and n probes tell about n^2 / 2 noises g apart: sources are located with fewer sensors in the
+same way. g is found as in covariance fitting and sparse Bayesian learning, by the multiplicative update of Gerstoft et
+al. 2016 (IEEE SPL 23, "Multisnapshot sparse Bayesian learning for DOA"), stopped early. After each round the shares are
+chosen anew so that every error is about as loud as the others: a weak one beside a strong one is not heard. No gradient
+is needed, and nothing is held but scales and a sample of each probe's output.
 
-A probe adds the error of each layer's coarsest weight and that of its int8 input. Errors of its finer weights have the same gain, so their
-noise follows from the ratio of the errors themselves, on a few columns, weighted by the mean square of the channels they meet.
+A probe adds the error of each layer's coarsest weight and that of its int8 input. Errors of its finer weights have the
+same gain, so their noise follows from the ratio of the errors themselves, on a few columns, weighted by the mean square
+of the channels they meet.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ LOCAL: Final = 1e-7
 UPDATES: Final = 50
 """Of the fit. More would drive faint noises to zero."""
 FAINTEST: Final = 0.03
-"""Of the mean noise in the probes, what a source has at least: one that is not heard still costs something in a search."""
+"""Of the mean noise in the probes, what a source has at least: one that is not heard still costs something in a search.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,12 @@ def runs(board: Board, sources: Sequence[Source]) -> int:
 
 
 def approximate(model: ir.Model, board: Board, tuning: Tuning, kept: Kept = measured) -> list[list[Alternative]]:
-    """As `Board.alternatives`, with noises estimated in `runs` runs. `model` is the graph that the board was made of."""
-    powers = [_powers(layer, [plans[name_of(layer.node)] for plans in board.forms], tuning) for layer in weight_layers(model)]
+    """As `Board.alternatives`, with noises estimated in `runs` runs. `model` is the graph that the board
+    was made of.
+    """
+    powers = [
+        _powers(layer, [plans[name_of(layer.node)] for plans in board.forms], tuning) for layer in weight_layers(model)
+    ]
     sources = _sources(model, board, tuning, powers)
     noises = dict(zip([(one.layer, one.kind is None) for one in sources], _noises(board, sources, kept), strict=True))
 
@@ -78,16 +85,25 @@ def approximate(model: ir.Model, board: Board, tuning: Tuning, kept: Kept = meas
 
 
 def _powers(layer: Layer, forms: Sequence[LayerPlan], tuning: Tuning) -> dict[Kind, float]:
-    """Power of the error of each kind of weight as a share of the weight's, as its inputs see it where they are known."""
+    """Power of the error of each kind of weight as a share of the weight's, as its inputs see it where they
+    are known.
+    """
     importance = tuning.importance.get(name_of(layer.node.inputs[0]))
     planned = {kind_of(form): form for form in forms if form.weight_type != "float"}
     if not planned:
         return {}
     weights = columns(layer)
-    seen = np.ones((len(weights), 1), np.float32) if importance is None or len(importance) != len(weights) else importance[:, None]
+    seen = (
+        np.ones((len(weights), 1), np.float32)
+        if importance is None or len(importance) != len(weights)
+        else importance[:, None]
+    )
     whole = float((seen * np.square(weights)).sum(dtype=np.float64)) or 1.0
     return {
-        kind: max(float((seen * np.square(restored(weights, form, importance) - weights)).sum(dtype=np.float64)) / whole, 1e-30)
+        kind: max(
+            float((seen * np.square(restored(weights, form, importance) - weights)).sum(dtype=np.float64)) / whole,
+            1e-30,
+        )
         for kind, form in planned.items()
     }
 
@@ -135,7 +151,9 @@ def _errors(board: Board, sources: Sequence[Source], shares: Numbers) -> Errors:
 
 
 def fitted(covariance: Numbers, probes: Numbers, least: float = 1e-9) -> Numbers:
-    """The noises [n] of sources whose sum, each by its share in `probes` [p, n], best explains the covariance [p, p] of what they did."""
+    """The noises [n] of sources whose sum, each by its share in `probes` [p, n], best explains the covariance [p, p] of
+    what they did.
+    """
     scale = np.sqrt(np.mean(probes**2, axis=0))
     signs, loudness = probes / scale, float(np.trace(covariance)) / len(probes) or 1e-30
     mean = loudness / probes.shape[1]

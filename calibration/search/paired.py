@@ -1,8 +1,10 @@
-"""What the same cases, done by two models, tell about how much worse the second is: by those alone on which they differ.
+"""What the same cases, done by two models, tell about how much worse the second is: by those alone on which they
+differ.
 
-Most cases say nothing about the drop: both models do them, or neither does. Lost and gained ones decide, so the drop is known far better
-than either score. Its error is that of Bonett and Price 2012 (Journal of Educational and Behavioral Statistics 37, "Adjusted Wald
-confidence interval for a difference of binomial proportions based on paired data"), which holds for few cases and few differences too.
+Most cases say nothing about the drop: both models do them, or neither does. Lost and gained ones decide, so the drop is
+known far better than either score. Its error is that of Bonett and Price 2012 (Journal of Educational and Behavioral
+Statistics 37, "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data"), which
+holds for few cases and few differences too.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which form each layer should take, so that a submodel is as small or as fast as its output's noise allows.
 
-Noises of layers add up while they are small, costs always do, so every assignment that is best at some exchange rate between the two is
-found by letting each layer choose for itself: the lower convex hull of all assignments (Everett 1963, generalized Lagrange multipliers).
-What is found so is measured as a whole, since noises add up only nearly.
+Noises of layers add up while they are small, costs always do, so every assignment that is best at some exchange rate
+between the two is found by letting each layer choose for itself: the lower convex hull of all assignments (Everett
+1963, generalized Lagrange multipliers). What is found so is measured as a whole, since noises add up only nearly.
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ SCALE_BYTES: Final = {"float": 0.0, "int8": 0.0, "int4": 2.0}
 """Bytes of scales for each block of an int4 weight; those of int8, one a column, do not matter."""
 WEIGHT_BYTES: Final = {"float": 2.0, "int8": 1.0, "int4": 0.5}
 W8A8_PACE: Final = 0.5
-"""Time of an int8 multiplication as a share of a float one, about that of AVX-512 VNNI; weights alone in int8 make none faster."""
+"""Time of an int8 multiplication as a share of a float one, about that of AVX-512 VNNI; weights alone in int8 make none
+faster.
+"""
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """A plan for every layer. `cost` is a share of the float model's, `noise` the sum of its layers', `measured` that of the whole."""
+    """A plan for every layer. `cost` is a share of the float model's, `noise` the sum of its layers', `measured` that
+    of the whole.
+    """
 
     plans: tuple[LayerPlan, ...]
     cost: float

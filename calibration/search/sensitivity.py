@@ -1,10 +1,11 @@
-"""What each layer's quantization does to a submodel's output, measured: one graph of all alternatives, with a switch for each layer.
+"""What each layer's quantization does to a submodel's output, measured: one graph of all alternatives, with a switch
+for each layer.
 
-The switched graph keeps each layer's float weight and adds a share of the error of one of its forms, which inputs of the graph choose: no
-share is float, a whole one the quantized layer, so an assignment of any kind is tried by running the same session again with other numbers.
-Weights are rounded when a layer asks for it and forgotten after: only the scales of quantized weights are held in memory.
-Noise is the squared difference from the float output as a share of its power; small noises of different layers add up, which
-`calibration.search.search` relies on and checks.
+The switched graph keeps each layer's float weight and adds a share of the error of one of its forms, which inputs of
+the graph choose: no share is float, a whole one the quantized layer, so an assignment of any kind is tried by running
+the same session again with other numbers. Weights are rounded when a layer asks for it and forgotten after: only the
+scales of quantized weights are held in memory. Noise is the squared difference from the float output as a share of its
+power; small noises of different layers add up, which `calibration.search.search` relies on and checks.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ FLOAT: Final = 0
 SAMPLED: Final = 1 << 17
 """Elements of the output, over all calls, that `Board.change` gives at most."""
 TOGETHER_BYTES: Final = 4 << 20
-"""Calls are run together while the largest output of a layer stays within this: each weight is then made once for all of them.
+"""Calls are run together while the largest output of a layer stays within this: each weight is then made once for all
+of them.
 
 Small enough that attention over them, which may be a thousand times larger, fits too.
 """
@@ -57,7 +59,8 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Errors:
-    """How much of each layer's errors is added: `weights` [layers, kinds] of its weight's, `activations` [layers] of its input's, float32.
+    """How much of each layer's errors is added: `weights` [layers, kinds] of its weight's, `activations` [layers] of
+    its input's, float32.
 
     1 is what quantization does, 0 none of it, -1 its opposite.
     """
@@ -77,10 +80,11 @@ def snr_db(noise: float) -> float:
 
 
 class Board:
-    """A submodel whose layers can be switched between forms. `recipes` are plans of all layers, each of which is one form.
+    """A submodel whose layers can be switched between forms. `recipes` are plans of all layers, each of which is one
+    form.
 
-    `layers` are their nodes in graph order, `kinds` those that any weight takes, `work` the multiply-accumulates of each layer over the
-    first sample.
+    `layers` are their nodes in graph order, `kinds` those that any weight takes, `work` the multiply-accumulates of
+    each layer over the first sample.
     """
 
     def __init__(
@@ -92,20 +96,27 @@ class Board:
     ) -> None:
         """Raises InvalidInput when there are no samples."""
         if not samples:
-            raise InvalidInput("samples", "are none, expected captured inputs to measure sensitivity with: calibrate with more requests")
+            raise InvalidInput(
+                "samples",
+                "are none, expected captured inputs to measure sensitivity with: calibrate with more requests",
+            )
         layers = list(weight_layers(model))
         self.layers = [name_of(layer.node) for layer in layers]
         self.forms = [{planned.node: planned for planned in recipe} for recipe in recipes]
         self.kinds = list(dict.fromkeys(kind_of(p) for recipe in recipes for p in recipe if p.weight_type != "float"))
         sizes = _output_sizes(model, samples[0])
         self.work = [size * layer.matrix[0] for size, layer in zip(sizes, layers, strict=True)]
-        self._outputs = [name_of(value) for value in model.graph.outputs][:1]  # states follow: the first output is what is asked for
+        self._outputs = [name_of(value) for value in model.graph.outputs][
+            :1
+        ]  # states follow: the first output is what is asked for
         self._session: Any = lean_session(_switched(model, self.forms, self.kinds, tuning))
         self._calls = _together(model, samples, TOGETHER_BYTES // (4 * max(sizes, default=1)))
         self._reference = [self._run(self.none(), call) for call in self._calls]
         self._power = sum(float(np.square(array, dtype=np.float64).sum()) for array in self._reference) or 1.0
         generator, size = np.random.default_rng(0), sum(array.size for array in self._reference)
-        self._places = [np.sort(generator.permutation(array.size)[: -(-SAMPLED * array.size // size)]) for array in self._reference]
+        self._places = [
+            np.sort(generator.permutation(array.size)[: -(-SAMPLED * array.size // size)]) for array in self._reference
+        ]
 
     def noise(self, choice: Choice) -> float:
         """Relative noise power of the output under an assignment, over all samples."""
@@ -116,13 +127,21 @@ class Board:
                 errors.weights[index, self.kinds.index(kind_of(planned))] = 1
                 errors.activations[index] = planned.activation
         pairs = zip(self._reference, self._calls, strict=True)
-        error = sum(float(np.sum(np.square(np.subtract(self._run(errors, call), wanted, dtype=np.float64)))) for wanted, call in pairs)
+        error = sum(
+            float(np.sum(np.square(np.subtract(self._run(errors, call), wanted, dtype=np.float64))))
+            for wanted, call in pairs
+        )
         return error / self._power
 
     def change(self, errors: Errors) -> NDArray[np.float64]:
-        """What these do to the output: the same elements of it each time, from all calls, scaled so that their power is the noise."""
+        """What these do to the output: the same elements of it each time, from all calls, scaled so that their power is
+        the noise.
+        """
         pairs = zip(self._reference, self._calls, self._places, strict=True)
-        changed = [np.subtract(self._run(errors, call).ravel()[at], wanted.ravel()[at], dtype=np.float64) for wanted, call, at in pairs]
+        changed = [
+            np.subtract(self._run(errors, call).ravel()[at], wanted.ravel()[at], dtype=np.float64)
+            for wanted, call, at in pairs
+        ]
         share = sum(at.size for at in self._places) / sum(wanted.size for wanted in self._reference)
         return np.concatenate(changed) / np.sqrt(self._power * share)
 
@@ -133,12 +152,17 @@ class Board:
     def alternatives(self, kept: Kept = measured) -> list[list[Alternative]]:
         """For each layer its forms other than float, without those that are the same, and what each does alone."""
         return [
-            [Alternative(form, float(kept(f"layer-{index}-{number}", partial(self._alone, index, number)))) for number, form in forms]
+            [
+                Alternative(form, float(kept(f"layer-{index}-{number}", partial(self._alone, index, number))))
+                for number, form in forms
+            ]
             for index, forms in enumerate(each("layer", self.choices()))
         ]
 
     def choices(self) -> list[list[tuple[int, LayerPlan]]]:
-        """For each layer its forms other than float, without those that are the same, each with its number in a `Choice`."""
+        """For each layer its forms other than float, without those that are the same, each with its number in a
+        `Choice`.
+        """
         found = []
         for node in self.layers:
             forms: dict[LayerPlan, int] = {}
@@ -157,7 +181,9 @@ class Board:
     def _number(self, node: str, planned: LayerPlan) -> int:
         if planned.weight_type == "float":
             return FLOAT
-        return 1 + next(number for number, plans in enumerate(self.forms) if replace(plans[node], reason=planned.reason) == planned)
+        return 1 + next(
+            number for number, plans in enumerate(self.forms) if replace(plans[node], reason=planned.reason) == planned
+        )
 
     def _alone(self, index: int, number: int) -> NDArray[np.float64]:
         choice = np.full(len(self.layers), FLOAT, np.int64)
@@ -175,8 +201,12 @@ def kind_of(planned: LayerPlan) -> Kind:
     return planned.weight_type, planned.block
 
 
-def _switched(model: ir.Model, forms: Sequence[Mapping[str, LayerPlan]], kinds: Sequence[Kind], tuning: Tuning) -> ir.Model:
-    """The float graph with each layer's operands behind If nodes. Two inputs control them: `Errors`, float32 [layers * kinds], [layers]."""
+def _switched(
+    model: ir.Model, forms: Sequence[Mapping[str, LayerPlan]], kinds: Sequence[Kind], tuning: Tuning
+) -> ir.Model:
+    """The float graph with each layer's operands behind If nodes. Two inputs control them: `Errors`, float32 [layers *
+    kinds], [layers].
+    """
     switched = model.clone()
     layers = list(weight_layers(switched))
     sizes = {"weights": len(layers) * len(kinds), "activations": len(layers)}
@@ -221,7 +251,9 @@ def _weight_rounding(model: ir.Model, layer: Layer, planned: LayerPlan, tuning: 
 
 def _activation_rounding(model: ir.Model, name: str, seen: Range) -> Rounding:
     step = max(seen.peak / INT8_PEAK, float(np.finfo(np.float32).tiny))
-    scale = model.graph.initializers.get(f"{SWITCH}.{name}") or add_initializer(model, f"{SWITCH}.{name}", ir.tensor(np.float32(step)))
+    scale = model.graph.initializers.get(f"{SWITCH}.{name}") or add_initializer(
+        model, f"{SWITCH}.{name}", ir.tensor(np.float32(step))
+    )
     return [scale], {"output_dtype": int(ir.DataType.INT8)}, {}
 
 
@@ -242,7 +274,9 @@ def _with_error(model: ir.Model, before: ir.Node, value: ir.Value, amount: ir.Va
     changed, same = node("Add", [value, share.outputs[0]]), node("Identity", [value])
     changed.outputs[0].dtype = same.outputs[0].dtype = ir.DataType.FLOAT
     branches = {
-        "then_branch": ir.Graph([], changed.outputs, nodes=[rounded, restored, error, share, changed], name=f"{stem}.some"),
+        "then_branch": ir.Graph(
+            [], changed.outputs, nodes=[rounded, restored, error, share, changed], name=f"{stem}.some"
+        ),
         "else_branch": ir.Graph([], same.outputs, nodes=[same], name=f"{stem}.none"),
     }
     chosen = _put(model, before, "Cast", [amount], {"to": int(ir.DataType.BOOL)})
@@ -270,7 +304,9 @@ def _output_sizes(model: ir.Model, sample: Mapping[str, Array]) -> list[int]:
 
 
 def _together(model: ir.Model, samples: Sequence[Mapping[str, Array]], most: int) -> list[Mapping[str, Array]]:
-    """The same calls, up to `most` of equal shapes in one, where the first dimension of every input and output is the same one."""
+    """The same calls, up to `most` of equal shapes in one, where the first dimension of every input and output is the
+    same one.
+    """
     shapes = [value.shape or ir.Shape([1]) for value in [*model.graph.inputs, *model.graph.outputs]]
     firsts = {shape[0] if isinstance(shape[0], int) else shape[0].value for shape in shapes}
     if len(firsts) > 1 or not isinstance(firsts.pop(), str):
@@ -293,7 +329,9 @@ def _as_stored(model: ir.Model, node: ir.Node) -> ir.Value:
     return weight
 
 
-def _put(model: ir.Model, before: ir.Node, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] | None = None) -> ir.Value:
+def _put(
+    model: ir.Model, before: ir.Node, op: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any] | None = None
+) -> ir.Value:
     node = ir.node(op, inputs, attributes or {})
     model.graph.insert_before(before, node)
     return node.outputs[0]

@@ -1,7 +1,8 @@
-"""Language decoders of transformers as graphs: the logits of the last position, and every layer's grown keys and values.
+"""Language decoders of transformers as graphs: the logits of the last position, and every layer's grown keys and
+values.
 
-Past, grouped heads and the mask stay inside one ONNX `Attention` node a layer. Masks are those that the library makes itself, so that
-layers whose attention is limited to a window see what they see there.
+Past, grouped heads and the mask stay inside one ONNX `Attention` node a layer. Masks are those that the library makes
+itself, so that layers whose attention is limited to a window see what they see there.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from runtime.errors import SourceError, UnsupportedModel
 ATTENTION: Final = "enginecast_kv"
 """Name of the attention and of the mask that decoders compute with while they are traced."""
 
-DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2", "olmo3",
+DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2",
+    "olmo3",
     "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium")  # fmt: skip
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
 
@@ -34,14 +36,17 @@ STATIC: Final = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary types whose frequencies are the same for every length."""
 
 LENGTHS: Final = ("dynamic", "longrope")
-"""Rotary types whose frequencies depend on the longest position of a call: keys that a cache holds would have others than new ones."""
+"""Rotary types whose frequencies depend on the longest position of a call: keys that a cache holds would have others
+than new ones.
+"""
 
 
 class Decoder(nn.Module):
     """A language model and its head, which transformers' own forward connects in the same way.
 
-    Takes inputs_embeds [batch, sequence, hidden], attention_mask [batch, total], position_ids [batch, sequence] and, for each layer, keys
-    and values [batch, heads, past, size]; gives logits [batch, 1, vocab] and keys and values [batch, heads, total, size].
+    Takes inputs_embeds [batch, sequence, hidden], attention_mask [batch, total], position_ids [batch, sequence] and,
+    for each layer, keys and values [batch, heads, past, size]; gives logits [batch, 1, vocab] and keys and values
+    [batch, heads, total, size].
     """
 
     def __init__(self, decoder: Any, head: nn.Module) -> None:
@@ -73,7 +78,9 @@ class _Layer(DynamicLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
         self.past = int(keys.shape[-2]) if isinstance(keys.shape[-2], int) else keys.shape[-2]
 
-    def update(self, key_states: TorchTensor, value_states: TorchTensor, *_: Any, **__: Any) -> tuple[TorchTensor, TorchTensor]:
+    def update(
+        self, key_states: TorchTensor, value_states: TorchTensor, *_: Any, **__: Any
+    ) -> tuple[TorchTensor, TorchTensor]:
         """The attention appends them."""
         return key_states, value_states
 
@@ -94,19 +101,34 @@ def _attending(config: Any) -> Iterator[None]:
 
 
 def _attention(
-    module: Any, query: TorchTensor, key: TorchTensor, value: TorchTensor, mask: TorchTensor, scaling: float, held: Cache, **more: Any
+    module: Any,
+    query: TorchTensor,
+    key: TorchTensor,
+    value: TorchTensor,
+    mask: TorchTensor,
+    scaling: float,
+    held: Cache,
+    **more: Any,
 ) -> tuple[TorchTensor, None]:
     """ONNX `Attention` with past (opset 23): query [batch, heads, length, size], key and value with grouped heads."""
     unknown = [name for name in CHANGING if more.get(name) is not None]
     if unknown:
-        raise UnsupportedModel(f"the attention of a {module.config.model_type} has {', '.join(unknown)}, which no target has a kernel for")
+        raise UnsupportedModel(
+            f"the attention of a {module.config.model_type} has {', '.join(unknown)}, which no target has a kernel for"
+        )
     layer: Any = held.layers[module.layer_idx]
-    output, layer.keys, layer.values, _scores = torch.onnx.ops.attention(query, key, value, mask, layer.keys, layer.values, scale=scaling)
+    output, layer.keys, layer.values, _scores = torch.onnx.ops.attention(
+        query, key, value, mask, layer.keys, layer.values, scale=scaling
+    )
     return output.transpose(1, 2), None
 
 
-def _mask(attention_mask: TorchTensor, q_length: int, mask_function: Callable[..., TorchTensor], batch_size: int, **_: Any) -> TorchTensor:
-    """Which positions each new one sees, bool [batch, 1, length, total]: those of the library's `mask_function` that are no padding."""
+def _mask(
+    attention_mask: TorchTensor, q_length: int, mask_function: Callable[..., TorchTensor], batch_size: int, **_: Any
+) -> TorchTensor:
+    """Which positions each new one sees, bool [batch, 1, length, total]: those of the library's `mask_function` that
+    are no padding.
+    """
     total = attention_mask.shape[1]
     position = torch.arange(total, device=attention_mask.device)
     row = torch.arange(batch_size, device=attention_mask.device)[:, None, None, None]
@@ -119,7 +141,8 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def library_decoder(model: Any) -> Reference:
-    """What a `Decoder` is compared with: the library's own forward over its own cache and attention, with the same inputs and outputs.
+    """What a `Decoder` is compared with: the library's own forward over its own cache and attention, with the same
+    inputs and outputs.
 
     `model` is a model of transformers with a head.
     """
@@ -152,7 +175,12 @@ def states(text: Any, batch: Dim, past: Dim, total: Dim) -> tuple[State, ...]:
         return Tensor(name=name, dtype="float32", dims=(batch, heads, length, size))
 
     return tuple(
-        State(past=cache(f"past_key_values.{i}.{kind}", past), present=cache(f"present.{i}.{kind}", total), axis=2, window=window)
+        State(
+            past=cache(f"past_key_values.{i}.{kind}", past),
+            present=cache(f"present.{i}.{kind}", total),
+            axis=2,
+            window=window,
+        )
         for i, window in enumerate(windows(text))
         for kind in ("key", "value")
     )
@@ -193,10 +221,13 @@ def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dic
 
 
 def require_known(file: Any, text: Any) -> None:
-    """Raises UnsupportedModel or SourceError naming what in the config of a decoder is not built here. `file` is the config's."""
+    """Raises UnsupportedModel or SourceError naming what in the config of a decoder is not built here. `file` is the
+    config's.
+    """
     if text.model_type not in DECODERS:
         raise UnsupportedModel(
-            f"{file}: its language model (text_config.model_type) is a {text.model_type}, expected one of {', '.join(sorted(DECODERS))}: "
+            f"{file}: its language model (text_config.model_type) is a {text.model_type}, expected one of "
+            f"{', '.join(sorted(DECODERS))}: "
             "take a checkpoint with such a decoder"
         )
     parameters = getattr(text, "rope_parameters", None) or {}
@@ -204,11 +235,18 @@ def require_known(file: Any, text: Any) -> None:
     for found in nested:
         kind = found.get("rope_type", "default")
         if kind not in STATIC:
-            reason = "whose frequencies change with the length of a conversation" if kind in LENGTHS else "which is not known"
+            reason = (
+                "whose frequencies change with the length of a conversation"
+                if kind in LENGTHS
+                else "which is not known"
+            )
             raise UnsupportedModel(
-                f"{file}: text_config has rotary embeddings of type '{kind}', {reason}, expected one of {', '.join(STATIC)}: take a "
+                f"{file}: text_config has rotary embeddings of type '{kind}', {reason}, expected one of "
+                f"{', '.join(STATIC)}: take a "
                 "checkpoint of the model without it"
             )
     window = getattr(text, "sliding_window", None)
     if window is not None and window < 1:
-        raise SourceError(f"{file}: text_config.sliding_window is {window}, expected 1 or more, or null for none. Correct it")
+        raise SourceError(
+            f"{file}: text_config.sliding_window is {window}, expected 1 or more, or null for none. Correct it"
+        )

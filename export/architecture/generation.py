@@ -1,5 +1,6 @@
-"""What a model's generation_config.json means here. Each setting of transformers' GenerationConfig is read, has no effect on an answer, is
-reported as a note, or is refused: `SETTINGS` says which and why, and what it does not name is reported.
+"""What a model's generation_config.json means here. Each setting of transformers' GenerationConfig is read, has no
+effect on an answer, is reported as a note, or is refused: `SETTINGS` says which and why, and what it does not name is
+reported.
 
 https://huggingface.co/docs/transformers/main_classes/text_generation
 """
@@ -27,7 +28,9 @@ M = TypeVar("M", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Use:
-    """What is done with a setting, and why. Values in `neutral` need no word: nothing would be done with them there either."""
+    """What is done with a setting, and why. Values in `neutral` need no word: nothing would be done with them there
+    either.
+    """
 
     what: Literal["read", "no effect", "reported", "refused"]
     why: str = ""
@@ -72,12 +75,16 @@ SETTINGS: Final[Mapping[str, Use]] = {
     "bos_token_id": Use("no effect", "a prompt begins as the tokenizer and the chat template say"),
     "decoder_start_token_id": _ENCODER,
     **dict.fromkeys(("use_cache", "cache_config", "max_cache_len", "prefill_chunk_size"), _CACHE),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"), _OUTPUT),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "output_logits",
+        "return_dict_in_generate"), _OUTPUT),
     **dict.fromkeys(
         (
-            "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold",
-            "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind",
-            "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile", "continuous_batching_config",
+            "use_mtp", "is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule",
+            "assistant_confidence_threshold",
+            "prompt_lookup_num_tokens", "max_matching_ngram_size", "assistant_early_exit", "assistant_lookbehind",
+            "target_lookbehind",
+            "assistant_ensemble_weight", "speculation_type", "compile_config", "disable_compile",
+            "continuous_batching_config",
         ),
         _SPEED,
     ),
@@ -112,8 +119,8 @@ class Generation:
 def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> Generation:
     """From the checkpoint at `root`, whose config.json is `config` and whose tokens are below `vocabulary`.
 
-    Without the file, transformers takes the settings of config.json. Raises SourceError naming a value that no model can have, and
-    UnsupportedModel naming a setting that is not followed here and changes what is answered.
+    Without the file, transformers takes the settings of config.json. Raises SourceError naming a value that no model
+    can have, and UnsupportedModel naming a setting that is not followed here and changes what is answered.
     """
     file = root / FILE
     found = read_json(file) if file.is_file() else _of_config(config)
@@ -124,14 +131,17 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
     rules = _parse(file, Rules, given)
     if values.do_sample and values.temperature < 0.01:
         raise SourceError(
-            f"{file}: temperature is {values.temperature} with do_sample true, expected 0.01 or more: for the best token each time, write "
+            f"{file}: temperature is {values.temperature} with do_sample true, expected 0.01 or more: for the best "
+            "token each time, write "
             "do_sample false"
         )
     _require_tokens(file, rules, vocabulary)
     try:
         GenerationConfig.from_dict(dict(given))
     except (ValueError, TypeError, AttributeError) as error:
-        raise SourceError(f"{file}: transformers refuses these settings: {' '.join(str(error).split())}. Correct the file") from None
+        raise SourceError(
+            f"{file}: transformers refuses these settings: {' '.join(str(error).split())}. Correct the file"
+        ) from None
     ends = (values.eos_token_id,) if isinstance(values.eos_token_id, int) else values.eos_token_id or ()
     ends = tuple(token for token in ends if token < vocabulary)  # others are never chosen
     if not ends:
@@ -139,7 +149,8 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
     stops = (values.stop_strings,) if isinstance(values.stop_strings, str) else values.stop_strings
     if len(stops) > STOPS.most or not all(0 < len(stop) <= STOP.most for stop in stops):
         raise SourceError(
-            f"{file}: stop_strings has {len(stops)} strings, expected at most {STOPS.most} of 1 to {STOP.most} characters. Correct the file"
+            f"{file}: stop_strings has {len(stops)} strings, expected at most {STOPS.most} of 1 to {STOP.most} "
+            "characters. Correct the file"
         )
     defaults = Defaults(
         max_tokens=values.max_new_tokens or Defaults().max_tokens,
@@ -169,7 +180,8 @@ def _unfollowed(file: Path, found: Mapping[str, Any]) -> Iterable[str]:
         elif use.what in ("reported", "refused") and not any(value is one or value == one for one in use.neutral):
             if use.what == "refused":
                 raise UnsupportedModel(
-                    f"{file}: {name} is {json.dumps(value)[:80]}, and {use.why}: a model that needs it cannot be built. To get answers "
+                    f"{file}: {name} is {json.dumps(value)[:80]}, and {use.why}: a model that needs it cannot be "
+                    "built. To get answers "
                     f"without it, remove {name} from the file"
                 )
             yield f"{file.name} has {name} {json.dumps(value)[:80]}: {use.why}"
@@ -195,4 +207,7 @@ def _require_tokens(file: Path, rules: Rules, vocabulary: int) -> None:
     }
     for name, tokens in named.items():
         if max(tokens, default=0) >= vocabulary:
-            raise SourceError(f"{file}: {name} names token {max(tokens)}, expected ids below {vocabulary} (vocab_size). Correct the file")
+            raise SourceError(
+                f"{file}: {name} names token {max(tokens)}, expected ids below {vocabulary} (vocab_size). Correct the "
+                "file"
+            )

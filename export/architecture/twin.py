@@ -1,4 +1,6 @@
-"""Reduced twins: the family's own code and config with fewer layers and random weights, to prove a conversion without the weights."""
+"""Reduced twins: the family's own code and config with fewer layers and random weights, to prove a conversion without
+the weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ STD: Final = 0.05
 
 @contextmanager
 def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
-    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as the block.
+    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as
+    the block.
 
     Parameters that are tied get the same values.
     """

@@ -1,11 +1,13 @@
 """`--quant auto`: the smallest or fastest assignment of forms to layers that keeps the model's work within a drop.
 
-What each form of each layer does to its submodel's output is measured one by one (`calibration.search.sensitivity`), or estimated from a few runs
-where the submodel is big (`calibration.search.approximate`); exchange rates between cost and noise give the assignments worth having
-(`calibration.search.search`); of these, one for each signal to noise ratio in LEVELS is tried on the whole model, and the cheapest within the
-drop is taken. The drop is in points of the score for a model whose work a program can score, else in dB below the recipe int8.
+What each form of each layer does to its submodel's output is measured one by one (`calibration.search.sensitivity`), or
+estimated from a few runs where the submodel is big (`calibration.search.approximate`); exchange rates between cost and
+noise give the assignments worth having (`calibration.search.search`); of these, one for each signal to noise ratio in
+LEVELS is tried on the whole model, and the cheapest within the drop is taken. The drop is in points of the score for a
+model whose work a program can score, else in dB below the recipe int8.
 
-Every figure is kept in the cache once it is known: a search that was stopped goes on, and the same search is not done again.
+Every figure is kept in the cache once it is known: a search that was stopped goes on, and the same search is not done
+again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ LEVELS: Final = (44.0, 40.0, 36.0, 32.0, 28.0, 24.0, 20.0)
 CALLS: Final = 6
 """Captured calls on which noise is measured."""
 MEASURED_BYTES: Final = 128 << 20
-"""Weights of a submodel, in the checkpoint, up to which each form of each layer is measured; beyond, noises are approximated."""
+"""Weights of a submodel, in the checkpoint, up to which each form of each layer is measured; beyond, noises are
+approximated.
+"""
 CASES: Final = 500
 """Most cases that an assignment is tried on; none of them is held out: those tell how good the choice was."""
 BATCH: Final = 100
@@ -45,21 +49,25 @@ BATCH: Final = 100
 SURE: Final = 0.98
 """How sure it must be that an assignment is within the drop, or is not, to try no more cases.
 
-With a look after each of up to 5 batches this takes one that is just beyond the drop in 4 to 5 % of all searches (simulated, decision 6).
+With a look after each of up to 5 batches this takes one that is just beyond the drop in 4 to 5 % of all searches
+(simulated, decision 6).
 """
 FILE: Final = "search.json"
 
 Method = Literal["measured", "approximated"]
 Plans = Mapping[str, Sequence[LayerPlan]]
 Judge = Callable[[Plans | None, int], Generator[bool, None, None]]
-"""Whether the model quantized so, or with None the float model, does each case right, from the case of that number (counted from 0) on."""
+"""Whether the model quantized so, or with None the float model, does each case right, from the case of that number
+(counted from 0) on.
+"""
 
 
 class Point(Frozen):
-    """A whole model that was tried. `cost` is a share of the float model's; `snr_db` the least of its submodels'; `drop` as asked for.
+    """A whole model that was tried. `cost` is a share of the float model's; `snr_db` the least of its submodels';
+    `drop` as asked for.
 
-    Of a drop in points: the `cases` both models did, how many points more or less the drop may be with 5 % each (`resolution`), and how
-    sure it is that the drop is within what was allowed (0 to 1).
+    Of a drop in points: the `cases` both models did, how many points more or less the drop may be with 5 % each
+    (`resolution`), and how sure it is that the drop is within what was allowed (0 to 1).
     """
 
     level: float
@@ -103,7 +111,9 @@ class Found(Frozen):
 
 @dataclass(frozen=True)
 class Submodel:
-    """The assignments worth having of one submodel, the signal to noise ratio of its recipe int8, and how noises were found."""
+    """The assignments worth having of one submodel, the signal to noise ratio of its recipe int8, and how noises were
+    found.
+    """
 
     assignments: Sequence[Assignment]
     int8_db: float
@@ -120,26 +130,37 @@ class Submodel:
         nbytes: int,
         key: str,
     ) -> Submodel:
-        """Explore the folded graph, whose weights are `nbytes` in the checkpoint. `activations` says whether int8 may cover activations.
+        """Explore the folded graph, whose weights are `nbytes` in the checkpoint. `activations` says whether int8 may
+        cover activations.
 
-        `key` identifies everything given but the goal: what was kept under it is not measured again. Raises InvalidInput without samples.
+        `key` identifies everything given but the goal: what was kept under it is not measured again. Raises
+        InvalidInput without samples.
         """
 
         def measure(path: Any) -> None:
-            found = _explore(graph, activations, tuning, samples, goal, nbytes, f"explore-{key_of(key, nbytes > MEASURED_BYTES)}")
+            found = _explore(
+                graph, activations, tuning, samples, goal, nbytes, f"explore-{key_of(key, nbytes > MEASURED_BYTES)}"
+            )
             path.write_text(json.dumps(found.record()))
 
-        return cls.of_record(json.loads(cached(key_of("explored", key, nbytes > MEASURED_BYTES, goal), ".json", measure).read_bytes()))
+        return cls.of_record(
+            json.loads(cached(key_of("explored", key, nbytes > MEASURED_BYTES, goal), ".json", measure).read_bytes())
+        )
 
     def record(self) -> dict[str, Any]:
         """As plain JSON."""
-        return {"assignments": [asdict(found) for found in self.assignments], "int8_db": self.int8_db, "how": self.how.model_dump()}
+        return {
+            "assignments": [asdict(found) for found in self.assignments],
+            "int8_db": self.int8_db,
+            "how": self.how.model_dump(),
+        }
 
     @classmethod
     def of_record(cls, record: Mapping[str, Any]) -> Submodel:
         """What `record` gave."""
         assignments = [
-            Assignment(**(one | {"plans": tuple(LayerPlan(**planned) for planned in one["plans"])})) for one in record["assignments"]
+            Assignment(**(one | {"plans": tuple(LayerPlan(**planned) for planned in one["plans"])}))
+            for one in record["assignments"]
         ]
         return cls(assignments, record["int8_db"], Explored(**record["how"]))
 
@@ -196,7 +217,9 @@ def _may_be_w8a8(form: LayerPlan) -> bool:
 
 
 class Exam:
-    """The cases that whole models are compared on. What each model did is kept under `key`, which identifies the model and the judge."""
+    """The cases that whole models are compared on. What each model did is kept under `key`, which identifies the model
+    and the judge.
+    """
 
     def __init__(self, judge: Judge, key: str, cases: int = CASES) -> None:
         self._judge, self._cases, self._folder = judge, cases, f"search-{key}"
@@ -220,7 +243,9 @@ class Exam:
 
     def _batch(self, plans: Plans | None, first: int) -> list[bool]:
         def measure(path: Any) -> None:
-            running = self._running.get(_name(plans)) or self._running.setdefault(_name(plans), self._judge(plans, first))
+            running = self._running.get(_name(plans)) or self._running.setdefault(
+                _name(plans), self._judge(plans, first)
+            )
             path.write_text(json.dumps(list(islice(running, min(BATCH, self._cases - first)))))
 
         found: list[bool] = json.loads(cached(f"{self._folder}/{_name(plans)}-{first}", ".json", measure).read_bytes())
@@ -232,14 +257,18 @@ class Exam:
 
 
 def _name(plans: Plans | None) -> str:
-    return key_of({name: [asdict(planned) for planned in layers] for name, layers in plans.items()})[:16] if plans is not None else "float"
+    return (
+        key_of({name: [asdict(planned) for planned in layers] for name, layers in plans.items()})[:16]
+        if plans is not None
+        else "float"
+    )
 
 
 def search(submodels: Mapping[str, Submodel], goal: Goal, max_drop: float, exam: Exam | None) -> tuple[Plans, Found]:
     """The plans of the cheapest assignment within `max_drop`, and all that was tried: one a level, cheapest first.
 
-    With an exam the drop is in points, and the first that is surely within is taken; if none is, the one most surely so. Without, it is in
-    dB. Raises QualityError when even the best drops more.
+    With an exam the drop is in points, and the first that is surely within is taken; if none is, the one most surely
+    so. Without, it is in dB. Raises QualityError when even the best drops more.
     """
     candidates: list[tuple[Point, Plans]] = []
     for level in LEVELS:
@@ -253,7 +282,12 @@ def search(submodels: Mapping[str, Submodel], goal: Goal, max_drop: float, exam:
     for point, plans in candidates:
         if exam is not None:
             seen = exam.compare(plans, max_drop)
-            figures = {"drop": seen.drop, "cases": seen.cases, "resolution": seen.resolution, "sure": seen.sure(max_drop)}
+            figures = {
+                "drop": seen.drop,
+                "cases": seen.cases,
+                "resolution": seen.resolution,
+                "sure": seen.sure(max_drop),
+            }
             point = point.model_copy(update=figures)
         points.append(point)
         if exam is not None and point.sure is not None and point.sure >= SURE:
@@ -262,12 +296,15 @@ def search(submodels: Mapping[str, Submodel], goal: Goal, max_drop: float, exam:
     if not within:
         best = min(point.drop for point in points)
         raise QualityError(
-            f"no assignment stays within a drop of {max_drop:g}: the best one tried drops {best:.1f}. Allow more with --max-drop"
+            f"no assignment stays within a drop of {max_drop:g}: the best one tried drops {best:.1f}. Allow more with "
+            "--max-drop"
         )
     taken = max(within, key=lambda number: (points[number].sure or 0.0, -points[number].cost))
     how = {name: found.how for name, found in submodels.items()}
     unit = "points" if exam is not None else "dB"
-    return candidates[taken][1], Found(goal=goal, unit=unit, max_drop=max_drop, points=tuple(points), chosen=taken, submodels=how)
+    return candidates[taken][1], Found(
+        goal=goal, unit=unit, max_drop=max_drop, points=tuple(points), chosen=taken, submodels=how
+    )
 
 
 def _point(level: float, chosen: Mapping[str, Assignment], drop: float) -> Point:
@@ -278,4 +315,10 @@ def _point(level: float, chosen: Mapping[str, Assignment], drop: float) -> Point
         for planned in assignment.plans:
             form = "W8A8" if planned.activation else planned.weight_type
             layers[form] = layers.get(form, 0) + 1
-    return Point(level=level, cost=cost, snr_db=min(a.snr_db for a in chosen.values()), drop=drop, layers=dict(sorted(layers.items())))
+    return Point(
+        level=level,
+        cost=cost,
+        snr_db=min(a.snr_db for a in chosen.values()),
+        drop=drop,
+        layers=dict(sorted(layers.items())),
+    )

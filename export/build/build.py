@@ -48,7 +48,8 @@ M_MMAP_THRESHOLD: Final = -3
 
 
 def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bundle, dict[str, float]]:
-    """Build a bundle; return it and the seconds that each stage took (none when it was there already, finished by the same build).
+    """Build a bundle; return it and the seconds that each stage took (none when it was there already, finished by the
+    same build).
 
     Raises InvalidInput, SourceError, ParityError, EngineError or ResourceExhausted; `options.output` is then as it was.
     """
@@ -75,14 +76,17 @@ def _check_room(output: Path, need: int) -> None:
     free = shutil.disk_usage(next(folder for folder in output.absolute().parents if folder.exists())).free
     if need > free:
         raise ResourceExhausted(
-            f"{output} needs at least {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output"
+            f"{output} needs at least {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose "
+            "another --output"
         )
 
 
 def _return_freed_memory() -> None:
-    """From now on, blocks of a megabyte and more go back to the system once freed (mallopt(3), where the C library has it).
+    """From now on, blocks of a megabyte and more go back to the system once freed (mallopt(3), where the C library has
+    it).
 
-    glibc would raise that limit to 32 MB and keep freed layers: with Stable Diffusion's, half a gigabyte more at the peak.
+    glibc would raise that limit to 32 MB and keep freed layers: with Stable Diffusion's, half a gigabyte more at the
+    peak.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -107,7 +111,10 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
     if any(map(state.calibrated, state.parts)):
         with progress.step("pipeline", "calibrate") as notes:
             samples = captured(state, folder)
-            notes += [", ".join(f"{len(calls)} of {name}" for name, calls in samples.samples.items()), *samples.warnings()]
+            notes += [
+                ", ".join(f"{len(calls)} of {name}" for name, calls in samples.samples.items()),
+                *samples.warnings(),
+            ]
         for part in filter(state.calibrated, state.parts):
             with progress.step(part.name, "tune") as notes:
                 tuning = tuned(state, part, samples)
@@ -136,7 +143,10 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                     folder / submodel.graph, half, captured(state, folder).samples[part.name], part_graph(state, part)
                 )
                 submodel = submodel.model_copy(update={"compute": found.compute, "keep": tuple(found.keep)})
-                notes.append(found.reason or f"computes in {found.compute} at {found.snr_db:.1f} dB, {len(found.keep)} nodes in float32")
+                notes.append(
+                    found.reason
+                    or f"computes in {found.compute} at {found.snr_db:.1f} dB, {len(found.keep)} nodes in float32"
+                )
             submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
     artifacts = []
     for name in state.options.targets:
@@ -162,7 +172,9 @@ def _check_quantized(state: Build, graphs: Mapping[str, ir.Model]) -> None:
     counted = Counter(planned.reason.partition(":")[0] for planned in plans).most_common()
     reasons = "; ".join(f"{count} layers: {reason}" for reason, count in counted) or "it has no layers with weights"
     raise InvalidInput(
-        "quant", f"is {state.options.quant}, and no weight of {state.name} can be quantized ({reasons}): build it with --quant none or fp16"
+        "quant",
+        f"is {state.options.quant}, and no weight of {state.name} can be quantized ({reasons}): build it with --quant "
+        "none or fp16",
     )
 
 
@@ -189,7 +201,9 @@ def _twin_parity(state: Build, part: Part) -> Parity:
         return parity.check(twin, model, weights, "twin")
 
 
-def _agreed(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> list[Artifact]:
+def _agreed(
+    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress
+) -> list[Artifact]:
     """The artifacts, each compared with its canonical graph where that can be done here."""
     calls = captured(state, folder).samples if any(map(state.calibrated, state.parts)) else {}
     finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
@@ -203,10 +217,16 @@ def _agreed(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
     return found
 
 
-def _judged(state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress) -> Verdict:
+def _judged(
+    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress
+) -> Verdict:
     """Measure quality, and speed where that is asked for, and store both in the bundle."""
     assert state.judge is not None
-    judges = [] if state.judge in state.options.targets else [_compile(target(state.judge), one, folder) for one in submodels]
+    judges = (
+        []
+        if state.judge in state.options.targets
+        else [_compile(target(state.judge), one, folder) for one in submodels]
+    )
     finish(state, folder, submodels, [*artifacts, *judges])  # a manifest for now, so that the model can be loaded
     with progress.step("pipeline", "quality") as notes:
         quality, pictures = _quality(state, folder, progress)
@@ -228,27 +248,37 @@ def _judged(state: Build, folder: Path, submodels: list[Submodel], artifacts: li
 
 
 def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, Pictures]:
-    """Compare the quantized model with the float one. Raises QualityError when it falls below a floor and that is not allowed."""
+    """Compare the quantized model with the float one. Raises QualityError when it falls below a floor and that is not
+    allowed.
+    """
     samples = captured(state, folder)
     with closing(load_model(folder, state.judge)) as quantized, floating_model(state, folder) as reference:
         quality, pictures = measure(quantized, reference, samples.samples)
     faults = quality.shortfalls(state.options.quant)
     if faults and not state.options.allow_low_quality:
         raise QualityError(
-            f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle was written. "
-            "Calibrate with more requests like yours (`enginecast calibrate`), choose another --quant, or insist with --allow-low-quality"
+            f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle "
+            "was written. "
+            "Calibrate with more requests like yours (`enginecast calibrate`), choose another --quant, or insist with "
+            "--allow-low-quality"
         )
     return quality, pictures
 
 
 @contextmanager
 def floating_bundle(state: Build, folder: Path) -> Iterator[Path]:
-    """The float model as a bundle for the same targets, in a folder of its own inside `folder` meanwhile: what speed is compared with."""
+    """The float model as a bundle for the same targets, in a folder of its own inside `folder` meanwhile: what speed is
+    compared with.
+    """
     root = folder / "float"
     root.mkdir()
     try:
         submodels = [_write(part, part_graph(state, part), None, None, root) for part in state.parts]
-        artifacts = [_compile(target(name), submodel, root) for name in state.options.targets for submodel in each("compiling", submodels)]
+        artifacts = [
+            _compile(target(name), submodel, root)
+            for name in state.options.targets
+            for submodel in each("compiling", submodels)
+        ]
         finish(state, root, submodels, artifacts, quant="none")
         yield root
     finally:
@@ -258,10 +288,16 @@ def floating_bundle(state: Build, folder: Path) -> Iterator[Path]:
 def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning]) -> Plans:
     """What the recipe makes of each part; nothing without one."""
     recipes = {part.name: state.recipe(part) for part in state.parts}
-    return {name: tunings.get(name, Tuning()).plan(graphs[name], found) for name, found in recipes.items() if found is not None}
+    return {
+        name: tunings.get(name, Tuning()).plan(graphs[name], found)
+        for name, found in recipes.items()
+        if found is not None
+    }
 
 
-def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path, progress: Progress) -> Plans:
+def _search(
+    state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path, progress: Progress
+) -> Plans:
     """The plans of the search, which is written into the bundle."""
     samples, found = captured(state, folder).samples, {}
     key = key_of("auto", state.fingerprint, state.calibration_key, state.versions, code())
@@ -269,10 +305,19 @@ def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, 
         with progress.step(part.name, "explore") as notes:
             tuning, calls = tunings.get(part.name, Tuning()), samples[part.name]
             explored = auto.Submodel.explore(
-                graphs[part.name], part.activations, tuning, calls, state.options.goal, state.size(part), key_of(key, part.name)
+                graphs[part.name],
+                part.activations,
+                tuning,
+                calls,
+                state.options.goal,
+                state.size(part),
+                key_of(key, part.name),
             )
             found[part.name] = explored
-            notes.append(f"noises {explored.how.method} in {explored.how.runs} runs, {len(explored.assignments)} assignments worth having")
+            notes.append(
+                f"noises {explored.how.method} in {explored.how.runs} runs, {len(explored.assignments)} assignments "
+                "worth having"
+            )
     trial = folder / "trial"
 
     def done(plans: Plans | None, first: int) -> Generator[bool, None, None]:
@@ -280,9 +325,13 @@ def _search(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, 
             with floating_model(state, folder) as model:
                 yield from right(model, auto.CASES, held=False, seed=1, first=first)
             return
-        submodels = [_write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts]
+        submodels = [
+            _write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts
+        ]
         try:
-            finish(state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels])
+            finish(
+                state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels]
+            )
             with closing(load_model(trial, "onnxruntime")) as model:
                 yield from right(model, auto.CASES, held=False, seed=1, first=first)
         finally:
@@ -306,7 +355,8 @@ def _write(
 ) -> Submodel:
     """Quantize as planned, if at all, and write one graph with its weights.
 
-    `requested` is the form that weights should take, and why those do not whose plans give no reason: the manifest then says what they did.
+    `requested` is the form that weights should take, and why those do not whose plans give no reason: the manifest then
+    says what they did.
     """
     tuning, folded = tuning or Tuning(), model
     if plans is not None:
@@ -319,7 +369,9 @@ def _write(
         graph=place(part.name),
         precision=graph.precision(model),
         nbytes=nbytes,
-        dynamic=any(one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()),
+        dynamic=any(
+            one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()
+        ),
         bfloat16=tuning.bfloat16(plans or ()),
         spans=tuning.spans(folded, plans or ()),
         weights=weights,
@@ -327,7 +379,9 @@ def _write(
 
 
 def _compile(engine: type[Engine], submodel: Submodel, folder: Path, options: CompileOptions | None = None) -> Artifact:
-    return engine.compile_with(options or CompileOptions(), submodel, folder / submodel.graph, folder / "engines" / engine.target)
+    return engine.compile_with(
+        options or CompileOptions(), submodel, folder / submodel.graph, folder / "engines" / engine.target
+    )
 
 
 def _existing(output: Path) -> Bundle | None:

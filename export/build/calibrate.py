@@ -36,13 +36,18 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     requests = options.requests("diffusion" if state.family.pipeline == "diffusion" else "chat")
     if state.brief:
         requests = briefly(requests)
-    work = cache_folder() / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
+    work = (
+        cache_folder()
+        / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
+    )
     steps = [step for step in state.steps() if step.stage in ("check", "trace")]
     progress = Progress([*steps, Step("pipeline", "capture", state.capturing(requests.wanted(options.count)))], listen)
     with _scratch(work, options.output) as scratch:
         _prepare(state, progress)
         with progress.step("pipeline", "capture") as notes, floating_model(state, scratch) as model:
-            found = record(model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Reused(notes))
+            found = record(
+                model, requests, options.count, seed=options.seed, folder=work / "requests", listen=_Reused(notes)
+            )
         found.save(options.output)
     shutil.rmtree(work, ignore_errors=True)
     return found
@@ -50,14 +55,18 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
 
 @contextmanager
 def _scratch(work: Path, output: Path) -> Iterator[Path]:
-    """A folder that vanishes however the capture ends, with all that it leaves half written. Raises ResourceExhausted."""
+    """A folder that vanishes however the capture ends, with all that it leaves half written. Raises
+    ResourceExhausted.
+    """
     unfinished = f"*.{os.getpid()}", f"*.{os.getpid()}.*"
     try:
         (work / "requests").mkdir(parents=True, exist_ok=True)
         folders = dict.fromkeys((work.parent, work / "requests", output.absolute().parent))
         scratch = vanishing(work, "float-", *(str(folder / name) for folder in folders for name in unfinished))
     except OSError as error:
-        raise ResourceExhausted(f"cannot write the cache {work.parent}: {error.strerror}. Set ENGINECAST_CACHE to another folder") from None
+        raise ResourceExhausted(
+            f"cannot write the cache {work.parent}: {error.strerror}. Set ENGINECAST_CACHE to another folder"
+        ) from None
     with scratch as folder:
         yield folder
 

@@ -1,7 +1,7 @@
 """Which code decides what is built: what a build kept is reused only by the same code.
 
-Everything in the packages below decides, in however deep a folder, but for the rooms and files listed, which only report, serve or choose
-devices. A new file therefore counts until it is listed.
+Everything in the packages below decides, in however deep a folder, but for the rooms and files listed, which only
+report, serve or choose devices. A new file therefore counts until it is listed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ def code() -> str:
 
 def code_of(packages: Mapping[str, Path]) -> str:
     """The same of packages that lie in these folders."""
-    return key_of({f"{name}/{path}": (root / path).read_text() for name, root in packages.items() for path in deciding(name, root)})
+    return key_of(
+        {
+            f"{name}/{path}": (root / path).read_text()
+            for name, root in packages.items()
+            for path in deciding(name, root)
+        }
+    )
 
 
 def deciding(package: str, root: Path) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""What a build learns from the float model at work: captured calls, and from them folds, ranges and codes of each part."""
+"""What a build learns from the float model at work: captured calls, and from them folds, ranges and codes
+of each part.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from runtime.placing.loading import LoadedModel, open_pipeline
 
 
 def captured(state: Build, folder: Path) -> CalibrationSet:
-    """The set given, else what submodels get while the float model does built-in requests, captured once for the same checkpoint."""
+    """The set given, else what submodels get while the float model does built-in requests, captured once for the same
+    checkpoint.
+    """
     if state.calibration is not None:
         return state.calibration
 
@@ -48,7 +52,9 @@ def tuned(state: Build, part: Part, samples: CalibrationSet) -> Tuning:
     assert chosen is not None
 
     def measure(path: Path) -> None:
-        path.write_text(json.dumps(Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record()))
+        path.write_text(
+            json.dumps(Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record())
+        )
 
     asked = state.options.quant, state.options.block, state.calibration_key
     key = key_of("tuning", state.fingerprint, part.name, asked, state.tools, code())
@@ -56,7 +62,9 @@ def tuned(state: Build, part: Part, samples: CalibrationSet) -> Tuning:
 
 
 def compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mapping[str, Array]]) -> Tuning:
-    """The tuning with int4 weights compensated on these calls; as it is without such weights, or where one call is all there is."""
+    """The tuning with int4 weights compensated on these calls; as it is without such weights, or where one call is all
+    there is.
+    """
     chosen = state.recipe(part)
     assert chosen is not None
     if len(calls) < 2:
@@ -67,7 +75,11 @@ def compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mappin
         return tuning
     key = key_of("codes", state.fingerprint, part.name, asdict(chosen), state.calibration_key, state.tools, code())
     path = cached(key, ".safetensors", lambda path: compensate(model, layers, tuning.folds, calls, path))
-    return replace(tuning, codes=read_codes(path), compensated={record["weight"]: record["snr_db"] for record in read_records(path)})
+    return replace(
+        tuning,
+        codes=read_codes(path),
+        compensated={record["weight"]: record["snr_db"] for record in read_records(path)},
+    )
 
 
 @contextmanager
@@ -79,7 +91,9 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
     root = folder / "float"
     parts = {part.name: part for part in state.parts}
     submodels = {
-        name: Submodel(name=name, signature=part.signature, graph=place(name), precision="float32", nbytes=state.size(part))
+        name: Submodel(
+            name=name, signature=part.signature, graph=place(name), precision="float32", nbytes=state.size(part)
+        )
         for name, part in parts.items()
     }
     root.mkdir()

@@ -28,14 +28,15 @@ QUALITIES: Final = ("auto", "full", "none")
 class Options:
     """What to build. `source` is a folder, `sample:NAME` or a hub id; `parity` one of auto, full, twin.
 
-    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `enginecast calibrate`; without one,
-    built-in requests are captured where a recipe needs them, for int4 where the model is not so big that this takes long. `quality` is one
-    of auto, full, none: whether the quantized model is compared with the float one; `speed`, one of the same, whether both are timed beside
-    PyTorch, too; `agreement`, one of the same, whether what targets compiled is compared with the graph it was compiled from.
-    `allow_low_quality` keeps a bundle that falls below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what
-    targets that have it may compute in where that is measured to be harmless; auto is the recipe's own. `block` is the number of
-    consecutive inputs that share an int4 scale, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no target reads.
-    `settings` are those of each target, by its name.
+    `name` is what clients call the model; empty, it is the source's. `calibration` is a set made by `enginecast
+    calibrate`; without one, built-in requests are captured where a recipe needs them, for int4 where the model is not
+    so big that this takes long. `quality` is one of auto, full, none: whether the quantized model is compared with the
+    float one; `speed`, one of the same, whether both are timed beside PyTorch, too; `agreement`, one of the same,
+    whether what targets compiled is compared with the graph it was compiled from. `allow_low_quality` keeps a bundle
+    that falls below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it
+    may compute in where that is measured to be harmless; auto is the recipe's own. `block` is the number of consecutive
+    inputs that share an int4 scale, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no
+    target reads. `settings` are those of each target, by its name.
     """
 
     source: str
@@ -85,17 +86,26 @@ class Options:
         if self.quant in RECIPES:
             check_precisions(self.targets, RECIPES[self.quant].precisions)
         if self.strip_canonical:
-            check_strippable([Artifact(target=name, submodel="any", key=dict(self.settings.get(name, {}))) for name in self.targets], ())
+            check_strippable(
+                [Artifact(target=name, submodel="any", key=dict(self.settings.get(name, {}))) for name in self.targets],
+                (),
+            )
         self._check_measures()
         check_settings(self.targets, self.settings)
 
     def _check_measures(self) -> None:
         """Raise InvalidInput for a comparison that is requested and cannot be made."""
         compared = self.quant != "none" and self.quality != "none"
-        requests = {"quality": self.quality == "full", "speed": self.speed == "full", "allow_low_quality": self.allow_low_quality}
+        requests = {
+            "quality": self.quality == "full",
+            "speed": self.speed == "full",
+            "allow_low_quality": self.allow_low_quality,
+        }
         for name in (name for name, requested in requests.items() if requested):
             if self.quant == "none":
-                raise InvalidInput(name, "is of no use without --quant: nothing is quantized, so there is nothing to compare")
+                raise InvalidInput(
+                    name, "is of no use without --quant: nothing is quantized, so there is nothing to compare"
+                )
             if not compared:
                 raise InvalidInput(name, "is of no use with --quality none: it is part of that comparison")
         idle = [name for name in self.targets if not target(name).available().usable]
@@ -103,9 +113,11 @@ class Options:
             raise InvalidInput("speed", f"cannot be full: {', '.join(idle)} does not run here, so it cannot be timed")
 
     def check(self) -> None:
-        """What small files tell of whether this can be built, before the libraries that models are made with are even imported.
+        """What small files tell of whether this can be built, before the libraries that models are made with are even
+        imported.
 
-        Raises what resolving the source raises (a hub id is not looked up), NotFound, InvalidInput or ResourceExhausted.
+        Raises what resolving the source raises (a hub id is not looked up), NotFound, InvalidInput or
+        ResourceExhausted.
         """
         check_place(self.output)
         if self.calibration is not None and not self.calibration.is_file():
@@ -127,7 +139,9 @@ class Options:
         if any(differs.values()):
             what = " and ".join(name for name, one in differs.items() if one)
             raise InvalidInput(
-                "output", f"{self.output} holds another bundle: of another {what}. Choose another folder, or replace it with --force"
+                "output",
+                f"{self.output} holds another bundle: of another {what}. Choose another folder, or replace it with "
+                "--force",
             )
 
 
@@ -145,7 +159,8 @@ def check_settings(targets: Sequence[str], settings: Mapping[str, Mapping[str, s
 
 @dataclass(frozen=True)
 class CaptureOptions:
-    """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else requests are built-in.
+    """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else
+    requests are built-in.
 
     `count` is the most requests to run, None what is usual for where they come from. Raises InvalidInput.
     """
@@ -167,7 +182,9 @@ class CaptureOptions:
         if self.seed < 0:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 or more")
         if self.output.is_dir():
-            raise InvalidInput("output", f"{self.output} is a folder, expected a file such as {self.output / 'set.safetensors'}")
+            raise InvalidInput(
+                "output", f"{self.output} is a folder, expected a file such as {self.output / 'set.safetensors'}"
+            )
         if self.output.exists() and not _is_set(self.output):
             raise InvalidInput("output", f"{self.output} exists and is no calibration set: choose another file")
 

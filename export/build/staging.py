@@ -1,4 +1,6 @@
-"""Nothing half written, nothing left behind: a build happens in a hidden folder that becomes the output by one rename, or vanishes."""
+"""Nothing half written, nothing left behind: a build happens in a hidden folder that becomes the output by one rename,
+or vanishes.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,25 @@ from runtime.files import key_of as key_of
 
 @contextmanager
 def staging(output: Path, force: bool) -> Iterator[Path]:
-    """A new folder beside `output`, which takes its place when the block ends well and is removed otherwise, even after SIGKILL.
+    """A new folder beside `output`, which takes its place when the block ends well and is removed otherwise, even after
+    SIGKILL.
 
     Raises InvalidInput when `output` exists and is not ours to replace, ResourceExhausted when the disk is full.
     """
     check_place(output)
     if output.exists() and any(output.iterdir()) and not force:
-        raise InvalidInput("output", f"{output} holds another bundle: choose another folder, or replace it with --force")
+        raise InvalidInput(
+            "output", f"{output} holds another bundle: choose another folder, or replace it with --force"
+        )
     with ExitStack() as stack:
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             unfinished = (str(cache_folder() / name) for name in (f"*.{os.getpid()}", f"*.{os.getpid()}.*"))
             folder = stack.enter_context(vanishing(output.parent, f".{output.name}.building-", *unfinished))
         except OSError as error:
-            raise ResourceExhausted(f"cannot write beside {output}: {error.strerror}. Choose another --output") from None
+            raise ResourceExhausted(
+                f"cannot write beside {output}: {error.strerror}. Choose another --output"
+            ) from None
         try:
             yield folder
             folder.chmod(0o755)
@@ -47,7 +54,9 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
 
 
 def check_place(output: Path) -> None:
-    """Raise InvalidInput when something lies at `output` that is no bundle, ResourceExhausted when nothing can be written there."""
+    """Raise InvalidInput when something lies at `output` that is no bundle, ResourceExhausted when nothing can be
+    written there.
+    """
     if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file())):
         raise InvalidInput("output", f"{output} exists and is no bundle: choose another folder")
     check_writable(output)
@@ -59,11 +68,15 @@ def check_writable(output: Path) -> None:
     if not above.is_dir():
         raise ResourceExhausted(f"cannot write beside {output}: {above} is no folder. Choose another --output")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise ResourceExhausted(f"cannot write beside {output}: folder {above} is not yours to write. Choose another --output")
+        raise ResourceExhausted(
+            f"cannot write beside {output}: folder {above} is not yours to write. Choose another --output"
+        )
 
 
 def _replace(folder: Path, output: Path) -> None:
-    """Rename `folder` to `output`. What was there is moved aside first and removed last, so that one of the two is always whole."""
+    """Rename `folder` to `output`. What was there is moved aside first and removed last, so that one of the two is
+    always whole.
+    """
     if not output.exists():
         folder.rename(output)
         return
@@ -74,7 +87,9 @@ def _replace(folder: Path, output: Path) -> None:
 
 
 def cached(key: str, suffix: str, make: Callable[[Path], object]) -> Path:
-    """The file kept under `key`; made by `make(path)` when it is not there yet, or damaged, as after a loss of power."""
+    """The file kept under `key`; made by `make(path)` when it is not there yet, or damaged, as after a loss
+    of power.
+    """
     path = cache_folder() / f"{key}{suffix}"
     if not _whole(path):
         part = unfinished(f"{key}{suffix}")
@@ -97,10 +112,14 @@ def _whole(path: Path) -> bool:
 
 
 def unfinished(name: str) -> Path:
-    """A path in the cache for something under way. Whatever lies there is removed when the build ends, however it ends."""
+    """A path in the cache for something under way. Whatever lies there is removed when the build ends,
+    however it ends.
+    """
     folder, stem = cache_folder(), Path(name)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ResourceExhausted(f"cannot write the cache {folder}: {error.strerror}. Set ENGINECAST_CACHE to another folder") from None
+        raise ResourceExhausted(
+            f"cannot write the cache {folder}: {error.strerror}. Set ENGINECAST_CACHE to another folder"
+        ) from None
     return folder / f"{stem.stem}.{os.getpid()}{stem.suffix}"

@@ -32,10 +32,13 @@ from runtime.errors import EnginecastError, SourceError
 from runtime.targets.lowering.half import Half
 
 FULL_QUALITY_BYTES: Final = 1 << 30
-"""`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in little memory, but
-slowly."""
+"""`auto` compares quantized models up to this size of weights, and captures briefly beyond: the float model runs in
+little memory, but slowly.
+"""
 SPEED_BYTES: Final = 256 << 20
-"""`auto` times quantized models up to this size of weights: all that are compared lie in memory at once, in float32 but for one."""
+"""`auto` times quantized models up to this size of weights: all that are compared lie in memory at once, in float32 but
+for one.
+"""
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
 TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
@@ -44,7 +47,9 @@ TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onn
 
 @dataclass
 class Build:
-    """One build under way: what was read, and what follows from what was asked for: recipes, what is measured, the steps to come."""
+    """One build under way: what was read, and what follows from what was asked for: recipes, what is measured, the
+    steps to come.
+    """
 
     options: Options
     source: Source
@@ -56,7 +61,9 @@ class Build:
 
     @classmethod
     def open(cls, options: Options) -> Build:
-        """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises SourceError."""
+        """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises
+        SourceError.
+        """
         source = resolve(options.source)
         family = family_of(source)
         try:
@@ -101,7 +108,9 @@ class Build:
     @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of everything that a bundle depends on."""
-        return self.tools | _versions([name for target_name in self.options.targets for name in target(target_name).packages])
+        return self.tools | _versions(
+            [name for target_name in self.options.targets for name in target(target_name).packages]
+        )
 
     @cached_property
     def key(self) -> str:
@@ -137,19 +146,24 @@ class Build:
         return replace(found, block=self.options.block) if self.options.block and found.bits == 4 else found
 
     def requested(self, part: Part) -> tuple[str, str] | None:
-        """The form that a part's weights should take, and why all of it takes another where that is so; None without quantization."""
+        """The form that a part's weights should take, and why all of it takes another where that is so; None without
+        quantization.
+        """
         quant, found = self.options.quant, self.recipe(part)
         if quant not in RECIPES or found is None:
             return ("auto", "chosen by the search") if quant == "auto" else None
         wanted = RECIPES[quant]
         if found.bits > wanted.bits:
-            return _form(wanted), f"kept at {_form(found)}, where the errors of this submodel cost more than those of others"
+            return _form(
+                wanted
+            ), f"kept at {_form(found)}, where the errors of this submodel cost more than those of others"
         return _form(wanted), "inputs that stay float need int8 weights" if wanted.fp8 and not found.fp8 else ""
 
     def calibrated(self, part: Part) -> bool:
         """Whether captured inputs decide how a part is quantized.
 
-        They do where activations are, at int4 unless each call takes many seconds, and everywhere with a set that was given.
+        They do where activations are, at int4 unless each call takes many seconds, and everywhere with a set that was
+        given.
         """
         found = self.recipe(part)
         if found is None:
@@ -158,12 +172,18 @@ class Build:
         return given or found.activations or (found.bits == 4 and not self.brief)
 
     def compensated(self, part: Part) -> bool:
-        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before (`calibration.quantize.gptq`).
+        """Whether a calibrated part's int4 weights are compensated for the errors of those rounded before
+        (`calibration.quantize.gptq`).
 
         Those of large models are with a set that was given: it takes long.
         """
         found = self.recipe(part)
-        return found is not None and found.bits == 4 and self.calibrated(part) and (self.calibration is not None or not self.brief)
+        return (
+            found is not None
+            and found.bits == 4
+            and self.calibrated(part)
+            and (self.calibration is not None or not self.brief)
+        )
 
     def capturing(self, requests: int | None = None) -> float:
         """A guess of the seconds that capturing so many requests takes (None: those that are built in).
@@ -187,7 +207,9 @@ class Build:
         return self.nbytes > FULL_QUALITY_BYTES
 
     def least_bytes(self) -> int:
-        """Bytes that the weights of the bundle will take at least, with every one of them quantized as far as the recipe goes."""
+        """Bytes that the weights of the bundle will take at least, with every one of them quantized as far as the
+        recipe goes.
+        """
         if self.options.quant == "none":
             return sum(map(self.size, self.parts))
         bits = RECIPES["int4" if self.options.quant == "auto" else self.options.quant].bits
@@ -209,7 +231,9 @@ class Build:
 
     @cached_property
     def judge(self) -> str | None:
-        """The target that quality is measured on: one of the bundle's that runs here, else ONNX Runtime if it has the kernels."""
+        """The target that quality is measured on: one of the bundle's that runs here, else ONNX Runtime if it has the
+        kernels.
+        """
         usable = [name for name in self.options.targets if target(name).available().usable]
         needed = RECIPES[self.options.quant].precisions if self.options.quant in RECIPES else frozenset()
         return next((name for name in [*usable, "onnxruntime"] if needed <= target(name).precisions), None)
@@ -230,7 +254,9 @@ class Build:
 
     @cached_property
     def calibration(self) -> CalibrationSet | None:
-        """The set given to calibrate with. Raises NotFound, SourceError, or InvalidInput when it is of another checkpoint."""
+        """The set given to calibrate with. Raises NotFound, SourceError, or InvalidInput when it is of another
+        checkpoint.
+        """
         if self.options.calibration is None:
             return None
         found = CalibrationSet.load(self.options.calibration)
@@ -239,7 +265,11 @@ class Build:
 
     @cached_property
     def calibration_key(self) -> str:
-        return sha256(self.options.calibration) if self.calibration is not None and self.options.calibration is not None else ""
+        return (
+            sha256(self.options.calibration)
+            if self.calibration is not None and self.options.calibration is not None
+            else ""
+        )
 
     @property
     def method(self) -> str:
@@ -277,7 +307,11 @@ class Build:
         for name in self.options.targets:
             steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
         if self.checked:
-            steps += [Step(part.name, f"check {name}", 1 + 20 * sizes[part.name]) for name in self.options.targets for part in self.parts]
+            steps += [
+                Step(part.name, f"check {name}", 1 + 20 * sizes[part.name])
+                for name in self.options.targets
+                for part in self.parts
+            ]
         if self.measured:
             steps.append(Step("pipeline", "quality", 20))
         if self.timed:
@@ -291,12 +325,16 @@ def _form(recipe: Recipe) -> str:
 
 
 def part_graph(state: Build, part: Part) -> ir.Model:
-    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next build."""
+    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next
+    build.
+    """
     weights = state.weights(part)
     settings: Any = part.component.model.config
     config = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
     key = key_of("graph", part.name, config, part.signature.model_dump(), state.tools, code())
-    path = cached(key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path))
+    path = cached(
+        key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
+    )
     model = ir.load(path)
     graph.attach(model, graph.parameter_names(part.module, part.component.model), weights)
     return model
@@ -308,7 +346,12 @@ def place(submodel: str) -> str:
 
 
 def finish(
-    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], quant: str = "", verdict: Verdict | None = None
+    state: Build,
+    folder: Path,
+    submodels: list[Submodel],
+    artifacts: list[Artifact],
+    quant: str = "",
+    verdict: Verdict | None = None,
 ) -> None:
     """Add the model's own files and the manifest."""
     lay_assets(state.family.assets(state.source), folder)
@@ -318,7 +361,10 @@ def finish(
         pipeline=state.family.pipeline,
         quant=quant or state.options.quant,
         source=BundleSource(
-            name=state.source.name, family=state.family.name, architecture=state.source.architecture, fingerprint=state.fingerprint
+            name=state.source.name,
+            family=state.family.name,
+            architecture=state.source.architecture,
+            fingerprint=state.fingerprint,
         ),
         submodels=tuple(submodels),
         artifacts=tuple(artifacts),

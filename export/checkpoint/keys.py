@@ -1,9 +1,10 @@
 """From the names of a published checkpoint to the names of the module, as transformers and diffusers map them on load.
 
-The libraries' own tables and functions do the renaming, so what they load is what is exported: transformers' conversion mapping
-(transformers.conversion_mapping, core_model_loading.rename_source_key: LLaVA's `language_model.model.` -> `model.language_model.`,
-`text_model.` dropped, base model prefixes added or dropped) and diffusers' ModelMixin._fix_state_dict_keys_on_load (the attention of
-older VAEs: query, key, value, proj_attn). Only names change: a conversion that would compute a tensor is refused.
+The libraries' own tables and functions do the renaming, so what they load is what is exported: transformers' conversion
+mapping (transformers.conversion_mapping, core_model_loading.rename_source_key: LLaVA's `language_model.model.` ->
+`model.language_model.`, `text_model.` dropped, base model prefixes added or dropped) and diffusers'
+ModelMixin._fix_state_dict_keys_on_load (the attention of older VAEs: query, key, value, proj_attn). Only names change:
+a conversion that would compute a tensor is refused.
 """
 
 from __future__ import annotations
@@ -27,10 +28,14 @@ if TYPE_CHECKING:
 log: Final = logging.getLogger(__name__)
 
 WRAPPED: Final = (
-    (re.compile(r"(^|\.)_orig_mod\."), "are of a model compiled by torch: save the model in it, with model._orig_mod.save_pretrained()"),
+    (
+        re.compile(r"(^|\.)_orig_mod\."),
+        "are of a model compiled by torch: save the model in it, with model._orig_mod.save_pretrained()",
+    ),
     (
         re.compile(r"^module\.|(^|\.)_fsdp_wrapped_module\."),
-        "are of a model wrapped for training on several devices: save the model in it, with model.module.save_pretrained()",
+        "are of a model wrapped for training on several devices: save the model in it, with "
+        "model.module.save_pretrained()",
     ),
     (LORA, f"are of an adapter (LoRA) that is not merged into its model: {MERGE}, and build that"),
     (
@@ -47,11 +52,12 @@ LISTED: Final = 8
 def map_names(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
     """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`.
 
-    `tensors` are those of the checkpoint in `root`, by published name; `model` may be on the meta device or hold fake tensors. Tied
-    names share one TensorRef. Names that the model has no use for are left out, as on load in either library, and logged unless the
-    library knows them as harmless (`position_ids`, rotary `inv_freq`).
+    `tensors` are those of the checkpoint in `root`, by published name; `model` may be on the meta device or hold fake
+    tensors. Tied names share one TensorRef. Names that the model has no use for are left out, as on load in either
+    library, and logged unless the library knows them as harmless (`position_ids`, rotary `inv_freq`).
 
-    Raises SourceError that lists missing names and other shapes, and UnsupportedModel where loading would compute a tensor.
+    Raises SourceError that lists missing names and other shapes, and UnsupportedModel where loading would compute a
+    tensor.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     renamed = _renamed(root, tensors, model)
@@ -65,7 +71,9 @@ def map_names(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Modu
 
 
 def _refuse_wrapped(root: Path, unused: Iterable[str]) -> None:
-    """Raises UnsupportedModel where names say that the weights are not those of the model alone: what they add would be left out."""
+    """Raises UnsupportedModel where names say that the weights are not those of the model alone: what they add would be
+    left out.
+    """
     for pattern, what in WRAPPED:
         if names := [name for name in unused if pattern.search(name)]:
             raise UnsupportedModel(f"{root}: the weights {_listing(names)} {what}")
@@ -96,22 +104,30 @@ def _renamed_by_transformers(root: Path, tensors: Mapping[str, TensorRef], model
     published: dict[str, str] = {}
     for key in tensors:
         name, converted = rename_source_key(key, renamings, converters, prefix, expected)
-        if name not in expected and key in expected:  # convert_and_load_state_dict_in_model does the same: the name was right already
+        if (
+            name not in expected and key in expected
+        ):  # convert_and_load_state_dict_in_model does the same: the name was right already
             name, converted = rename_source_key(key, [], [], prefix, expected)
         if converted is not None and name in expected:
             raise UnsupportedModel(
-                f"{root}: '{key}' becomes '{name}' of {type(model).__name__} only by computing it (transformers' {converted}), which "
+                f"{root}: '{key}' becomes '{name}' of {type(model).__name__} only by computing it (transformers' "
+                f"{converted}), which "
                 "weightless export cannot: load the model with transformers and save it with save_pretrained(..., "
                 "save_original_format=False)"
             )
         if name in published:
-            raise SourceError(f"{root}: '{published[name]}' and '{key}' are both '{name}' of {type(model).__name__}: remove one of them")
+            raise SourceError(
+                f"{root}: '{published[name]}' and '{key}' are both '{name}' of {type(model).__name__}: remove one of "
+                "them"
+            )
         published[name] = key
     return {name: tensors[key] for name, key in published.items()}
 
 
 def _tie(root: Path, found: dict[str, TensorRef], tied: Mapping[str, str]) -> None:
-    """Give tied names one tensor. `tied` is target -> source; as in transformers' tie_weights, whichever of a group exists serves all."""
+    """Give tied names one tensor. `tied` is target -> source; as in transformers' tie_weights, whichever of a group
+    exists serves all.
+    """
     for source in dict.fromkeys(tied.values()):
         group = [source, *(target for target, its in tied.items() if its == source)]
         present = [name for name in group if name in found]
@@ -142,12 +158,20 @@ def _check(root: Path, found: Mapping[str, TensorRef], expected: Mapping[str, tu
         shapes = [f"{name} (expected {list(expected[name])}, found {list(found[name].shape)})" for name in other]
         faults.append(f"of another shape {_listing(shapes)}")
     if faults:
-        raise SourceError(f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Take both from the same checkpoint")
+        raise SourceError(
+            f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Take both from the same checkpoint"
+        )
 
 
 def _ignored(name: str, model: torch.nn.Module) -> bool:
-    """Whether the library drops that unexpected name without a word (PreTrainedModel._adjust_missing_and_unexpected_keys)."""
-    patterns = [*(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()), r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    """Whether the library drops that unexpected name without a word
+    (PreTrainedModel._adjust_missing_and_unexpected_keys).
+    """
+    patterns = [
+        *(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()),
+        r"rotary_emb\.inv_freq",
+        r"(^|\.)position_ids$",
+    ]
     return any(re.search(pattern, name) for pattern in patterns)
 
 

@@ -1,8 +1,8 @@
 """Sizes that a config.json cannot mean: told from the numbers, before a library is imported or anything is allocated.
 
-A width is compared with the largest dimension that a tensor of the weight files has, a number of layers with the number of tensors, what
-both imply with the number of weights. Lengths that no tensor has are bounded. What is within the bounds and wrong all the same is found
-when names and shapes are mapped (`export.checkpoint.keys`).
+A width is compared with the largest dimension that a tensor of the weight files has, a number of layers with the number
+of tensors, what both imply with the number of weights. Lengths that no tensor has are bounded. What is within the
+bounds and wrong all the same is found when names and shapes are mapped (`export.checkpoint.keys`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from export.checkpoint.tensors import TensorRef
 from runtime.errors import SourceError
 
 WIDTHS: Final = frozenset(
-    "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads head_dim attention_head_dim block_out_channels "
-    "cross_attention_dim in_channels out_channels latent_channels num_channels norm_num_groups patch_size addition_time_embed_dim "
+    "hidden_size intermediate_size vocab_size num_attention_heads num_key_value_heads head_dim attention_head_dim "
+    "block_out_channels "
+    "cross_attention_dim in_channels out_channels latent_channels num_channels norm_num_groups patch_size "
+    "addition_time_embed_dim "
     "projection_class_embeddings_input_dim".split()
 )
 DEPTHS: Final = frozenset("num_hidden_layers layers_per_block transformer_layers_per_block".split())
@@ -58,7 +60,9 @@ def check_sizes(file: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
         for name, value in part.items():
             most = width if name in WIDTHS else depth if name in DEPTHS else LENGTHS.get(name)
             if most is not None:
-                limit = f"{most:,}" + (", the most that its weight files allow" if tensors and name not in LENGTHS else "")
+                limit = f"{most:,}" + (
+                    ", the most that its weight files allow" if tensors and name not in LENGTHS else ""
+                )
                 _check(file, f"{where}{name}", name, _numbers(value, name in lists), most, limit)
         _check_positions(file, where, part, width)
         if tensors is not None:
@@ -85,7 +89,9 @@ def _check(file: Path, where: str, name: str, numbers: Collection[object], most:
 
 
 def _numbers(value: object, several: bool) -> Collection[object]:
-    """The value, or where it may be a list, of lists even, what is in it; the list itself where that is empty or too long."""
+    """The value, or where it may be a list, of lists even, what is in it; the list itself where that is empty or too
+    long.
+    """
     if not several or not isinstance(value, list):
         return [value]
     if not 0 < len(value) <= MOST_BLOCKS:
@@ -98,16 +104,21 @@ def _check_positions(file: Path, where: str, part: Mapping[str, Any], width: int
     size, patch = part.get("image_size"), part.get("patch_size")
     if type(size) is int and type(patch) is int and (size // patch) ** 2 > width:
         raise SourceError(
-            f"{file}: {where}image_size {size} has {(size // patch) ** 2:,} patches of {patch}, expected at most {width:,}. {_FIX}"
+            f"{file}: {where}image_size {size} has {(size // patch) ** 2:,} patches of {patch}, expected at most "
+            f"{width:,}. {_FIX}"
         )
 
 
 def _check_total(file: Path, where: str, part: Mapping[str, Any], elements: int) -> None:
     """Each layer of a transformer has at least two matrices of hidden_size by intermediate_size."""
     sizes = [part.get(name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
-    if all(type(size) is int for size in sizes) and (implied := 2 * math.prod(int(size or 0) for size in sizes)) > elements:
+    if (
+        all(type(size) is int for size in sizes)
+        and (implied := 2 * math.prod(int(size or 0) for size in sizes)) > elements
+    ):
         raise SourceError(
-            f"{file}: {where}num_hidden_layers, hidden_size and intermediate_size imply {implied:,} weights or more, its weight files hold "
+            f"{file}: {where}num_hidden_layers, hidden_size and intermediate_size imply {implied:,} weights or more, "
+            "its weight files hold "
             f"{elements:,}. {_FIX}"
         )
 

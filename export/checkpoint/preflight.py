@@ -1,7 +1,9 @@
-"""The dry run before a build: the pipeline that will use the bundle, on the model's own files, with engines that compute no values.
+"""The dry run before a build: the pipeline that will use the bundle, on the model's own files, with engines that
+compute no values.
 
-It takes a second and no weights, and it finds what does not fit together while only small files were read: a tokenizer with more tokens
-than the embedding, pictures of another size than the vision tower's, a UNet that expects another text encoder, a missing chat template.
+It takes a second and no weights, and it finds what does not fit together while only small files were read: a tokenizer
+with more tokens than the embedding, pictures of another size than the vision tower's, a UNet that expects another text
+encoder, a missing chat template.
 """
 
 from __future__ import annotations
@@ -34,12 +36,17 @@ def lay_assets(assets: Mapping[str, Path], folder: Path) -> None:
 
 
 def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]:
-    """Open the family's pipeline on the source's files and let it answer its own examples. Returns what the model refuses, one line each.
+    """Open the family's pipeline on the source's files and let it answer its own examples. Returns what the model
+    refuses, one line each.
 
-    Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be computed.
+    Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be
+    computed.
     """
     assets = family.assets(source)
-    named = {path: file if file.is_relative_to(source.root) else source.root / Path(path).name for path, file in assets.items()}
+    named = {
+        path: file if file.is_relative_to(source.root) else source.root / Path(path).name
+        for path, file in assets.items()
+    }
     with TemporaryDirectory(prefix="enginecast-") as name:
         folder = Path(name)
         lay_assets(assets, folder)
@@ -87,8 +94,8 @@ def _as_published(text: str, folder: Path, assets: Mapping[str, Path]) -> str:
 class DryEngine:
     """Stands for the engine of a part: checks what it is given against the part's signature, and answers zeros.
 
-    The part's module runs on the meta device, where tensors have a shape and no values, so its outputs are checked as well.
-    `origins` says what makes each input, for messages.
+    The part's module runs on the meta device, where tensors have a shape and no values, so its outputs are checked as
+    well. `origins` says what makes each input, for messages.
     """
 
     def __init__(self, source: Source, part: Part, origins: Mapping[str, str]) -> None:
@@ -98,7 +105,9 @@ class DryEngine:
         self._shapes: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
-        """Zeros shaped like the outputs. Raises SourceError when an input does not fit, UnsupportedModel when the part cannot compute."""
+        """Zeros shaped like the outputs. Raises SourceError when an input does not fit, UnsupportedModel when the part
+        cannot compute.
+        """
         signature = self._part.signature
         try:
             lengths = signature.bind(inputs)
@@ -115,7 +124,9 @@ class DryEngine:
             assert lengths[total.name] == sum(lengths[name] for name in total.sum_of), "positions add up"
             self._past[slot] = lengths[total.name]
         shapes = self._outputs(lengths)
-        return {tensor.name: np.zeros(shape, tensor.dtype) for tensor, shape in zip(signature.outputs, shapes, strict=False)}
+        return {
+            tensor.name: np.zeros(shape, tensor.dtype) for tensor, shape in zip(signature.outputs, shapes, strict=False)
+        }
 
     def trim(self, slot: Slot, length: int) -> None:
         self._past[slot] = min(length, self._past.get(slot, 0))
@@ -141,7 +152,8 @@ class DryEngine:
                 reason = " ".join(str(error).split())[:300]
                 raise UnsupportedModel(
                     f"{file} describes a {self._part.name} that cannot be built ({type(error).__name__}: {reason}). "
-                    "docs/compatibility.md lists what can; if this model works in the library it was published for, report that"
+                    "docs/compatibility.md lists what can; if this model works in the library it was published for, "
+                    "report that"
                 ) from error
             shapes = [tuple(output.shape) for output in outputs]
             for tensor, shape in zip(signature.graph_outputs, shapes, strict=True):
@@ -155,7 +167,8 @@ class DryEngine:
         problem = str(error).removeprefix(f"{error.field}: ")
         return (
             f"{self._file}: {self._part.name} cannot take its input {error.field}{made} as it {problem}. "
-            "The files of this checkpoint do not fit together: take all from the same checkpoint, or correct the one that is wrong"
+            "The files of this checkpoint do not fit together: take all from the same checkpoint, or correct the one "
+            "that is wrong"
         )
 
 
@@ -169,9 +182,12 @@ def _check_values(tensor: Tensor, array: Array) -> None:
 
 def _check_output(part: str, file: Path, tensor: Tensor, shape: tuple[int, ...], lengths: Mapping[str, int]) -> None:
     expected = [lengths.get(dim.name) if isinstance(dim, Dim) else dim for dim in tensor.dims]
-    if len(shape) != len(expected) or any(length not in (None, actual) for length, actual in zip(expected, shape, strict=True)):
+    if len(shape) != len(expected) or any(
+        length not in (None, actual) for length, actual in zip(expected, shape, strict=True)
+    ):
         wanted = ", ".join("any" if length is None else str(length) for length in expected)
         raise UnsupportedModel(
-            f"{file} describes a {part} whose {tensor.name} has shape [{', '.join(map(str, shape))}], expected [{wanted}]: "
+            f"{file} describes a {part} whose {tensor.name} has shape [{', '.join(map(str, shape))}], expected "
+            f"[{wanted}]: "
             "a model of that kind cannot be built. docs/compatibility.md lists what can"
         )

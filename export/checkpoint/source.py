@@ -1,6 +1,8 @@
-"""Where the weights come from: a folder, a sample of the package or a hub id, and the components in it, as byte ranges of their files.
+"""Where the weights come from: a folder, a sample of the package or a hub id, and the components in it, as byte ranges
+of their files.
 
-`resolve` finds the folder and says what it holds; `open_component` opens one network of it. Nothing here reads weights into memory.
+`resolve` finds the folder and says what it holds; `open_component` opens one network of it. Nothing here reads weights
+into memory.
 """
 
 from __future__ import annotations
@@ -18,7 +20,15 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 from export.checkpoint.plausible import check_sizes
 from export.checkpoint.tensors import TensorRef, check_finite, read_header, release
 from runtime.bundle.manifest import check_name, is_file_name
-from runtime.errors import InvalidInput, MissingDependency, NotFound, SourceError, UnsupportedModel, did_you_mean, quoted
+from runtime.errors import (
+    InvalidInput,
+    MissingDependency,
+    NotFound,
+    SourceError,
+    UnsupportedModel,
+    did_you_mean,
+    quoted,
+)
 from runtime.files import other_content, read_regular
 
 if TYPE_CHECKING:
@@ -42,7 +52,8 @@ LORA: Final = re.compile(r"(^|[._])lora([._]|$)|\.base_layer\.")
 """In names of adapters' tensors and of the layers that they wrap."""
 
 MERGE: Final = (
-    "merge it into its model with fuse_lora() and unload_lora_weights() of a diffusers pipeline, or merge_and_unload() of PEFT, "
+    "merge it into its model with fuse_lora() and unload_lora_weights() of a diffusers pipeline, or merge_and_unload() "
+    "of PEFT, "
     "save the result with save_pretrained()"
 )
 SHARD: Final = re.compile(r"-\d+-of-\d+\.safetensors$")
@@ -62,7 +73,9 @@ Layout = Literal["diffusers", "transformers"]
 
 @dataclass(frozen=True)
 class Source:
-    """A model's folder. `architecture` is the class that made it: `StableDiffusionPipeline`, `LlavaForConditionalGeneration`, ..."""
+    """A model's folder. `architecture` is the class that made it: `StableDiffusionPipeline`,
+    `LlavaForConditionalGeneration`, ...
+    """
 
     root: Path
     name: str
@@ -72,7 +85,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One network's published weights: its config.json, its safetensors files and, by the names in them, every tensor's byte range."""
+    """One network's published weights: its config.json, its safetensors files and, by the names in them, every tensor's
+    byte range.
+    """
 
     root: Path
     config: Mapping[str, Any]
@@ -80,21 +95,25 @@ class Checkpoint:
     headers: Mapping[Path, bytes]
 
     def mapped(self, model: torch.nn.Module) -> dict[str, TensorRef]:
-        """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`, as from_pretrained loads it.
+        """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`, as
+        from_pretrained loads it.
 
-        `model` may be on the meta device; tied names share one TensorRef; dtypes are those published. Raises SourceError listing what
-        is missing or of another shape, UnsupportedModel where loading would compute a tensor.
+        `model` may be on the meta device; tied names share one TensorRef; dtypes are those published. Raises
+        SourceError listing what is missing or of another shape, UnsupportedModel where loading would compute a tensor.
         """
-        from export.checkpoint.keys import map_names  # the libraries behind it are slow to import, and reading needs none of them
+        from export.checkpoint.keys import (
+            map_names,
+        )  # the libraries behind it are slow to import, and reading needs none of them
 
         return map_names(self.root, self.tensors, model)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex sha256 over config.json and, for every weight file, its header, its size and 3 x 1024 bytes of each tensor.
+        """Hex sha256 over config.json and, for every weight file, its header, its size and 3 x 1024 bytes of each
+        tensor.
 
-        Cheap (no file is read through) yet it tells trainings of one architecture apart, whose headers are equal. It is no proof of
-        integrity: single changed weights may go unseen.
+        Cheap (no file is read through) yet it tells trainings of one architecture apart, whose headers are equal. It is
+        no proof of integrity: single changed weights may go unseen.
         """
         digest = hashlib.sha256((self.root / CONFIG).read_bytes())
         for file, header in sorted(self.headers.items()):
@@ -117,15 +136,17 @@ def open_component(folder: Path) -> Checkpoint:
     """Open a component of a diffusers pipeline, or a transformers model. Headers are read and checked, tensors are not.
 
     Weight files in order of preference, as the libraries have it: of diffusers' models the shards of an index, then
-    `diffusion_pytorch_model.safetensors`; of transformers' models `model.safetensors`, then shards; in both, a variant last
-    (`model.fp16.safetensors`), single or sharded. Raises NotFound for a missing folder or file, SourceError for a damaged file or a pickle
-    checkpoint, UnsupportedModel for weights that are already quantized.
+    `diffusion_pytorch_model.safetensors`; of transformers' models `model.safetensors`, then shards; in both, a variant
+    last (`model.fp16.safetensors`), single or sharded. Raises NotFound for a missing folder or file, SourceError for a
+    damaged file or a pickle checkpoint, UnsupportedModel for weights that are already quantized.
     """
     if not folder.is_dir():
         raise NotFound(f"{folder} does not exist: expected a folder with {CONFIG} and safetensors weights")
     config = read_json(folder / CONFIG)
     if "quantization_config" in config:
-        raise UnsupportedModel(f"{folder} is quantized already ({CONFIG} has quantization_config): take the checkpoint it was made from")
+        raise UnsupportedModel(
+            f"{folder} is quantized already ({CONFIG} has quantization_config): take the checkpoint it was made from"
+        )
     headers: dict[Path, bytes] = {}
     tensors: dict[str, TensorRef] = {}
     files, owners = _weight_files(folder, "_class_name" in config)
@@ -133,18 +154,23 @@ def open_component(folder: Path) -> Checkpoint:
         headers[file], found = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             raise SourceError(
-                f"{file}: tensor {quoted(twice[0])} stands in {tensors[twice[0]].file.name} too. Download the checkpoint again"
+                f"{file}: tensor {quoted(twice[0])} stands in {tensors[twice[0]].file.name} too. Download the "
+                "checkpoint again"
             )
         tensors.update(found)
     if absent := sorted(owners.keys() - tensors.keys()):
-        raise SourceError(f"{owners[absent[0]]}: tensor {quoted(absent[0])} of the index is not in it. Download the checkpoint again")
+        raise SourceError(
+            f"{owners[absent[0]]}: tensor {quoted(absent[0])} of the index is not in it. Download the checkpoint again"
+        )
     if any(name.startswith(LDM) for name in tensors):
         _refuse_ldm(folder, tensors)
     return Checkpoint(folder, config, tensors, headers)
 
 
 def _weight_files(folder: Path, diffusers: bool) -> tuple[list[Path], dict[str, Path]]:
-    """The files of the form that the library prefers and, where an index lists them, the file that each tensor should be in."""
+    """The files of the form that the library prefers and, where an index lists them, the file that each tensor should
+    be in.
+    """
     names = {path.name for path in folder.iterdir()}
     endings = (".safetensors.index.json", ".safetensors") if diffusers else (".safetensors", ".safetensors.index.json")
     for stem in STEMS if diffusers else reversed(STEMS):
@@ -158,7 +184,9 @@ def _weight_files(folder: Path, diffusers: bool) -> tuple[list[Path], dict[str, 
         path = folder / chosen[0]
         return _indexed(path) if path.suffix == ".json" else ([path], {})
     if variants:
-        raise SourceError(f"{folder} holds only variants of the weights, {', '.join(variants)}: rename one to {STEMS[1]}.safetensors")
+        raise SourceError(
+            f"{folder} holds only variants of the weights, {', '.join(variants)}: rename one to {STEMS[1]}.safetensors"
+        )
     _refuse(folder, names)
 
 
@@ -170,7 +198,9 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
     if strange := sorted({name for name in owners.values() if not is_file_name(name)}):
         raise SourceError(f"{index} names {quoted(strange[0])}, expected a file in its own folder. Download it again")
     if absent := sorted({name for name in owners.values() if not (index.parent / name).is_file()}):
-        raise NotFound(f"{index} lists {len(absent)} shards that do not exist: {', '.join(absent)}. Download the checkpoint again")
+        raise NotFound(
+            f"{index} lists {len(absent)} shards that do not exist: {', '.join(absent)}. Download the checkpoint again"
+        )
     files = {name: index.parent / name for name in sorted(set(owners.values()))}
     return list(files.values()), {tensor: files[name] for tensor, name in owners.items()}
 
@@ -178,10 +208,15 @@ def _indexed(index: Path) -> tuple[list[Path], dict[str, Path]]:
 def _refuse(folder: Path, names: set[str]) -> NoReturn:
     """Say why a folder without usable weights is no component."""
     if any(SHARD.search(name) for name in names):
-        raise NotFound(f"{folder} has shards but no {STEMS[1]}.safetensors.index.json: download the checkpoint again, with its index")
+        raise NotFound(
+            f"{folder} has shards but no {STEMS[1]}.safetensors.index.json: download the checkpoint again, with its "
+            "index"
+        )
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         _refuse_pickle(folder / pickles[0])
-    raise NotFound(f"{folder} has no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, whole or in shards")
+    raise NotFound(
+        f"{folder} has no weights: expected {' or '.join(f'{stem}.safetensors' for stem in STEMS)}, whole or in shards"
+    )
 
 
 def _refuse_pickle(file: Path) -> NoReturn:
@@ -191,24 +226,29 @@ def _refuse_pickle(file: Path) -> NoReturn:
         f'python -c "import torch; from safetensors.torch import save_file; '
         f"state = torch.load('{file}', map_location='cpu', weights_only=True); "
         f"save_file({{name: value.clone().contiguous() for name, value in state.items()}}, '{target}')\" "
-        "(a single-file Stable Diffusion .ckpt: diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(folder))"
+        "(a single-file Stable Diffusion .ckpt: diffusers' "
+        "StableDiffusionPipeline.from_single_file(...).save_pretrained(folder))"
     )
 
 
 def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
-    pipeline = "StableDiffusionXLPipeline" if any(name.startswith(LDM_XL) for name in names) else "StableDiffusionPipeline"
+    pipeline = (
+        "StableDiffusionXLPipeline" if any(name.startswith(LDM_XL) for name in names) else "StableDiffusionPipeline"
+    )
     raise UnsupportedModel(
-        f"{path} is a single-file checkpoint in the original Stable Diffusion layout, expected a diffusers folder. Make one: "
+        f"{path} is a single-file checkpoint in the original Stable Diffusion layout, expected a diffusers folder. "
+        "Make one: "
         f'python -c "from diffusers import {pipeline}; '
         f"{pipeline}.from_single_file('{path}').save_pretrained('{path.with_suffix('')}-diffusers')\""
     )
 
 
 def resolve(source: str) -> Source:
-    """The folder that `source` names: a path, `sample:NAME` (package data) or a hub id `org/name`, downloaded unless it is in the cache.
+    """The folder that `source` names: a path, `sample:NAME` (package data) or a hub id `org/name`, downloaded unless it
+    is in the cache.
 
-    Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, and UnsupportedModel for a
-    single-file checkpoint.
+    Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, and
+    UnsupportedModel for a single-file checkpoint.
     """
     if not source:
         raise InvalidInput("SOURCE", f"is empty: expected a folder, {SAMPLE}NAME or a hub id org/name")
@@ -221,14 +261,19 @@ def resolve(source: str) -> Source:
         _refuse_file(path)
     if HUB_ID.fullmatch(source):
         return _inspect(_download(source), source.partition("/")[2])
-    raise NotFound(f"{source} does not exist: expected a folder in diffusers or transformers layout, {SAMPLE}NAME or a hub id org/name")
+    raise NotFound(
+        f"{source} does not exist: expected a folder in diffusers or transformers layout, {SAMPLE}NAME or a hub id "
+        "org/name"
+    )
 
 
 def _path(source: str) -> Path:
     try:
         return Path(source).expanduser()
     except RuntimeError:
-        raise NotFound(f"{source} does not exist: there is no such user, or none with a home folder. Write the folder in full") from None
+        raise NotFound(
+            f"{source} does not exist: there is no such user, or none with a home folder. Write the folder in full"
+        ) from None
 
 
 def _sample(name: str) -> Path:
@@ -249,22 +294,30 @@ def _inspect(root: Path, name: str) -> Source:
         for component, made_by in read_json(root / PIPELINE).items():
             if isinstance(made_by, list) and is_file_name(component) and (root / component / CONFIG).is_file():
                 _check_sizes(root / component)
-        return Source(root, name, "diffusers", _class_name(root / PIPELINE, read_json(root / PIPELINE).get("_class_name")))
+        return Source(
+            root, name, "diffusers", _class_name(root / PIPELINE, read_json(root / PIPELINE).get("_class_name"))
+        )
     if (root / CONFIG).is_file():
         _check_sizes(root)
         config = read_json(root / CONFIG)
         declared = config.get("architectures") or [config.get("_class_name")]
-        return Source(root, name, "transformers", _class_name(root / CONFIG, declared[0] if isinstance(declared, list) else None))
+        return Source(
+            root, name, "transformers", _class_name(root / CONFIG, declared[0] if isinstance(declared, list) else None)
+        )
     if (root / ADAPTER).is_file():
         _refuse_adapter(root)
     files = sorted(path for path in root.iterdir() if path.is_file() and path.suffix in (".safetensors", *PICKLES))
     if files:
         _refuse_file(files[0])
-    raise SourceError(f"{root} holds no model: expected {PIPELINE} (diffusers layout) or {CONFIG} (transformers layout)")
+    raise SourceError(
+        f"{root} holds no model: expected {PIPELINE} (diffusers layout) or {CONFIG} (transformers layout)"
+    )
 
 
 def _check_sizes(folder: Path) -> None:
-    """Raise SourceError for sizes in a component's config.json that its weights cannot have, or no weights where they cannot be read."""
+    """Raise SourceError for sizes in a component's config.json that its weights cannot have, or no weights where they
+    cannot be read.
+    """
     config, tensors = read_json(folder / CONFIG), None
     with suppress(NotFound, SourceError, OSError):  # whoever opens the component says what is wrong with its weights
         files, _ = _weight_files(folder, "_class_name" in config)
@@ -274,7 +327,9 @@ def _check_sizes(folder: Path) -> None:
 
 def _class_name(file: Path, declared: object) -> str:
     if not isinstance(declared, str):
-        raise SourceError(f"{file} does not say which class made it (found {declared!r}): expected _class_name or architectures")
+        raise SourceError(
+            f"{file} does not say which class made it (found {declared!r}): expected _class_name or architectures"
+        )
     return declared
 
 
@@ -287,7 +342,9 @@ def _refuse_file(path: Path) -> NoReturn:
         _refuse_ldm(path, names)
     if any(LORA.search(name) for name in names):
         _refuse_adapter(path)
-    raise UnsupportedModel(f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}")
+    raise UnsupportedModel(
+        f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}"
+    )
 
 
 def _refuse_adapter(path: Path) -> NoReturn:
@@ -295,7 +352,9 @@ def _refuse_adapter(path: Path) -> NoReturn:
 
 
 def _download(hub_id: str) -> Path:
-    """A hub repository's folder in the local cache, fetched where it is not complete: configs, tokenizers and safetensors only."""
+    """A hub repository's folder in the local cache, fetched where it is not complete: configs, tokenizers and
+    safetensors only.
+    """
     try:
         from httpx2 import HTTPError  # what the hub's client raises unwrapped, of a broken proxy for one
         from huggingface_hub import snapshot_download
@@ -304,15 +363,22 @@ def _download(hub_id: str) -> Path:
         raise MissingDependency("huggingface_hub", "export") from None
     try:
         root = Path(snapshot_download(hub_id, allow_patterns=[PIPELINE, CONFIG]))
-        # A pipeline's own folder often holds single-file twins of the whole model beside the components: several GB not wanted.
+        # A pipeline's own folder often holds single-file twins of the whole model beside the components: several GB not
+        # wanted.
         inside = "*/" if (root / PIPELINE).is_file() else ""
-        wanted = [PIPELINE, *(f"{inside}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors"))]
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*.non_ema.*", "safety_checker/*"]))
+        wanted = [
+            PIPELINE,
+            *(f"{inside}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")),
+        ]
+        return Path(
+            snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*.non_ema.*", "safety_checker/*"])
+        )
     except (OSError, HTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise NotFound(
             f"{hub_id} is no folder here and could not be fetched from the hub ({type(error).__name__}: {reason}). "
-            "Check the name and the network, `hf auth login` for a gated model, or give a folder that was downloaded elsewhere"
+            "Check the name and the network, `hf auth login` for a gated model, or give a folder that was downloaded "
+            "elsewhere"
         ) from None
 
 

@@ -1,8 +1,9 @@
-"""Weights as byte ranges of safetensors files: a strict reader of the file's header, views on a memory map, a scan for NaN.
+"""Weights as byte ranges of safetensors files: a strict reader of the file's header, views on a memory map, a scan for
+NaN.
 
-Format: https://github.com/huggingface/safetensors#format. A file is eight bytes (little-endian length of the header), the header
-(JSON: tensor name -> dtype, shape, data_offsets), then the bytes of all tensors, back to back. The safetensors library does not
-tell offsets, which weightless export needs: the ONNX initializers point at these ranges.
+Format: https://github.com/huggingface/safetensors#format. A file is eight bytes (little-endian length of the header),
+the header (JSON: tensor name -> dtype, shape, data_offsets), then the bytes of all tensors, back to back. The
+safetensors library does not tell offsets, which weightless export needs: the ONNX initializers point at these ranges.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ DTYPES: Final[Mapping[str, np.dtype[Any]]] = {
     "F32": np.dtype(np.float32),
     "F64": np.dtype(np.float64),
 }
-"""numpy dtype (ml_dtypes where numpy has none) of each dtype of the format. Little endian, as is every machine we run on."""
+"""numpy dtype (ml_dtypes where numpy has none) of each dtype of the format. Little endian, as is every machine we run
+on.
+"""
 
 EXPONENTS: Final[Mapping[str, int]] = {
     "F8_E4M3": 0x7F,
@@ -77,9 +80,13 @@ class TensorRef:
     shape: tuple[int, ...]
 
     def array(self) -> NDArray[Any]:
-        """A read-only view of the file's memory map: no copy; pages are read when touched and belong to the page cache."""
+        """A read-only view of the file's memory map: no copy; pages are read when touched and belong to the
+        page cache.
+        """
         now = self.file.stat()
-        return np.ndarray(self.shape, DTYPES[self.dtype], _memory(self.file, now.st_ino, now.st_size, now.st_mtime_ns), self.offset)
+        return np.ndarray(
+            self.shape, DTYPES[self.dtype], _memory(self.file, now.st_ino, now.st_size, now.st_mtime_ns), self.offset
+        )
 
 
 def release() -> None:
@@ -112,9 +119,13 @@ def read_header(file: Path) -> tuple[bytes, dict[str, TensorRef]]:
             raise SourceError(f"{file} {other}")
         opened.seek(PREFIX)
         if length > MAX_HEADER:
-            raise SourceError(f"{file} is no safetensors file: its header would have {length} bytes, at most {MAX_HEADER} are allowed")
+            raise SourceError(
+                f"{file} is no safetensors file: its header would have {length} bytes, at most {MAX_HEADER} are allowed"
+            )
         if length > size - PREFIX:
-            raise SourceError(f"{file} is truncated: its header has {length} bytes, {size - PREFIX} are there. {_AGAIN}")
+            raise SourceError(
+                f"{file} is truncated: its header has {length} bytes, {size - PREFIX} are there. {_AGAIN}"
+            )
         header = opened.read(length)
     return header, _parse(file, header, size)
 
@@ -133,7 +144,8 @@ def _parse(file: Path, header: bytes, size: int) -> dict[str, TensorRef]:
     for name, ref in refs.items():
         if ref.offset != end:
             raise SourceError(
-                f"{file}: tensor {quoted(name)} starts at byte {ref.offset}, expected {end}: tensors overlap or leave a hole. {_AGAIN}"
+                f"{file}: tensor {quoted(name)} starts at byte {ref.offset}, expected {end}: tensors overlap or leave "
+                f"a hole. {_AGAIN}"
             )
         end += ref.nbytes
     if end != size:
@@ -148,7 +160,9 @@ def _entries(file: Path, header: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{file} has a damaged header, expected JSON: {error}. {_AGAIN}") from None
     if not isinstance(entries, dict):
-        raise SourceError(f"{file} has a damaged header: expected a JSON object, found {type(entries).__name__}. {_AGAIN}")
+        raise SourceError(
+            f"{file} has a damaged header: expected a JSON object, found {type(entries).__name__}. {_AGAIN}"
+        )
     return entries
 
 
@@ -161,22 +175,25 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _ref(file: Path, name: str, entry: object, start: int) -> TensorRef:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(shape) <= MAX_RANK and _naturals(
-            [*shape, begin, end]
-        ):
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if len(
+            shape
+        ) <= MAX_RANK and _naturals([*shape, begin, end]):
             pass
         case _:
             raise SourceError(
-                f"{file}: tensor {quoted(name)} is described as {str(entry)[:200]}, expected dtype, shape and data_offsets. {_AGAIN}"
+                f"{file}: tensor {quoted(name)} is described as {str(entry)[:200]}, expected dtype, shape and "
+                f"data_offsets. {_AGAIN}"
             )
     if dtype not in DTYPES:
         raise SourceError(
-            f"{file}: tensor {quoted(name)} has dtype {quoted(dtype)}, known are {', '.join(DTYPES)}: publish the checkpoint in one of them"
+            f"{file}: tensor {quoted(name)} has dtype {quoted(dtype)}, known are {', '.join(DTYPES)}: publish the "
+            "checkpoint in one of them"
         )
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - begin != nbytes:
         raise SourceError(
-            f"{file}: tensor {quoted(name)} of {dtype} {shape} needs {nbytes} bytes, its range {begin}:{end} has {end - begin}. {_AGAIN}"
+            f"{file}: tensor {quoted(name)} of {dtype} {shape} needs {nbytes} bytes, its range {begin}:{end} has "
+            f"{end - begin}. {_AGAIN}"
         )
     return TensorRef(file, start + begin, nbytes, dtype, tuple(shape))
 
@@ -186,7 +203,8 @@ def _naturals(values: list[object]) -> bool:
 
 
 def check_finite(tensors: Mapping[str, TensorRef]) -> None:
-    """Look for NaN and infinity in every floating-point tensor, in chunks, over the memory map: a few MB of memory at any size.
+    """Look for NaN and infinity in every floating-point tensor, in chunks, over the memory map: a few MB of memory at
+    any size.
 
     Raises SourceError naming file, tensor and index of the first such value.
     """
@@ -210,6 +228,8 @@ def _check_tensor(name: str, ref: TensorRef) -> None:
             index = np.unravel_index(first + int(exponents.argmax()), ref.shape)
             place = [int(axis) for axis in index]
             raise SourceError(
-                f"{ref.file}: tensor {quoted(name)} holds {ref.array()[index]} at {place}, expected finite weights: the checkpoint is "
-                "damaged, or overflowed when it was saved in half precision. Download it again or take its float32 weights"
+                f"{ref.file}: tensor {quoted(name)} holds {ref.array()[index]} at {place}, expected finite weights: "
+                "the checkpoint is "
+                "damaged, or overflowed when it was saved in half precision. Download it again or take its float32 "
+                "weights"
             )

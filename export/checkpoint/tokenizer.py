@@ -1,8 +1,9 @@
 """The tokenizer of a chat model, as transformers makes it of a checkpoint's files.
 
-A published tokenizer.json is not the whole of it: tokenizer_config.json and older files add tokens and change their flags, and the class
-that they name may split words in its own way, whatever tokenizer.json says. So the library makes the tokenizer, and what it makes is what
-the bundle holds. Where that is what tokenizer.json says already, the published file is taken as it is.
+A published tokenizer.json is not the whole of it: tokenizer_config.json and older files add tokens and change their
+flags, and the class that they name may split words in its own way, whatever tokenizer.json says. So the library makes
+the tokenizer, and what it makes is what the bundle holds. Where that is what tokenizer.json says already, the published
+file is taken as it is.
 """
 
 from __future__ import annotations
@@ -24,15 +25,25 @@ from runtime.errors import SourceError
 FILE: Final = "tokenizer.json"
 VOCABULARIES: Final = (FILE, "tokenizer.model", "vocab.json")
 """One of them holds the words; without any, the library makes a tokenizer of three."""
-FILES: Final = (*VOCABULARIES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+FILES: Final = (
+    *VOCABULARIES,
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+)
 
 
 def tokenizer_file(source: Source) -> Path:
-    """The file of the model's tokenizer: the published tokenizer.json, or one in the cache. Raises SourceError naming what is wrong."""
+    """The file of the model's tokenizer: the published tokenizer.json, or one in the cache. Raises SourceError naming
+    what is wrong.
+    """
     found = [source.root / name for name in FILES if (source.root / name).is_file()]
     if not any(file.name in VOCABULARIES for file in found):
         raise SourceError(
-            f"{source.root} has no tokenizer, none of {', '.join(VOCABULARIES)}: take the files from where the model was published"
+            f"{source.root} has no tokenizer, none of {', '.join(VOCABULARIES)}: take the files from where the model "
+            "was published"
         )
     return _made(source.root, key_of("tokenizer", version("transformers"), {file.name: sha256(file) for file in found}))
 
@@ -40,12 +51,15 @@ def tokenizer_file(source: Source) -> Path:
 @cache
 def _made(root: Path, key: str) -> Path:
     try:
-        made = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False).backend_tokenizer.to_str()
+        made = AutoTokenizer.from_pretrained(
+            root, local_files_only=True, trust_remote_code=False
+        ).backend_tokenizer.to_str()
         published = Tokenizer.from_file(str(root / FILE)).to_str() if (root / FILE).is_file() else "{}"
     except Exception as error:  # the libraries raise exceptions of every kind
         reason = " ".join(str(error).split())[:300]
         raise SourceError(
-            f"{root}: its tokenizer files cannot be read ({type(error).__name__}: {reason}). They must be of one model and complete: "
+            f"{root}: its tokenizer files cannot be read ({type(error).__name__}: {reason}). They must be of one model "
+            "and complete: "
             f"transformers' AutoTokenizer.from_pretrained('{root}') has to work"
         ) from None
     if _meaning(made) == _meaning(published):

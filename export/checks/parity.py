@@ -1,10 +1,12 @@
 """The parity gate: a submodel's graph against the library's own model, on sample inputs derived from the signature.
 
-Compared are the library's own forward and attention, not the module that was traced: a fault of that module is found, too. Decoders are
-called several times in a row, from an empty cache to beyond every window of their attention and at the last positions of their context.
+Compared are the library's own forward and attention, not the module that was traced: a fault of that module is found,
+too. Decoders are called several times in a row, from an empty cache to beyond every window of their attention and at
+the last positions of their context.
 
-Both sides read the checkpoint through memory maps and hold one layer in float32 at a time, so the comparison takes little memory
-whatever the model's size: the torch side casts a module's parameters only while it runs, the graph side runs unoptimised, node by node.
+Both sides read the checkpoint through memory maps and hold one layer in float32 at a time, so the comparison takes
+little memory whatever the model's size: the torch side casts a module's parameters only while it runs, the graph side
+runs unoptimised, node by node.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ SEED: Final = 0
 
 
 def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method: str) -> Parity:
-    """Compare every output and state of every call; return the worst. Raises ParityError when it is beyond the part's floor or not finite.
+    """Compare every output and state of every call; return the worst. Raises ParityError when it is beyond the part's
+    floor or not finite.
 
     `weights` are those of the part's component by the library's names.
     """
@@ -46,8 +49,10 @@ def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method:
             found = _compare(name, wanted[name], got[name], part.floor, method)
             if not found.error <= part.floor:  # NaN is beyond every floor
                 raise ParityError(
-                    f"submodel '{part.name}': output '{name}' of the ONNX graph differs from torch by {found.error:.2e} of its largest "
-                    f"value, expected at most {part.floor:.0e}. No bundle was written. If the checkpoint runs well in torch, please "
+                    f"submodel '{part.name}': output '{name}' of the ONNX graph differs from torch by "
+                    f"{found.error:.2e} of its largest "
+                    f"value, expected at most {part.floor:.0e}. No bundle was written. If the checkpoint runs well in "
+                    "torch, please "
                     "report this"
                 )
             if worst is None or found.error > worst.error:
@@ -67,7 +72,9 @@ def beyond_reach(signature: Signature) -> bool:
 
 
 def samples(signature: Signature) -> Iterator[dict[str, Array]]:
-    """The inputs of each call, those of a decoder in one sequence: its past begins empty, and is then what the call before gave."""
+    """The inputs of each call, those of a decoder in one sequence: its past begins empty, and is then what the call
+    before gave.
+    """
     lengths = signature.sample_lengths()
     if not signature.states:
         yield signature.sample(lengths, SEED)
@@ -113,7 +120,9 @@ def _compare(name: str, wanted: Array, got: Array, floor: float, method: str) ->
 
 @contextmanager
 def mapped(model: nn.Module, weights: Mapping[str, TensorRef]) -> Iterator[None]:
-    """While active, a library model computes in float32 with the checkpoint's weights, each cast only while its module runs."""
+    """While active, a library model computes in float32 with the checkpoint's weights, each cast only while its module
+    runs.
+    """
     handles = []
     for path, module in model.named_modules():
         owners = [(path, module)]
@@ -126,7 +135,10 @@ def mapped(model: nn.Module, weights: Mapping[str, TensorRef]) -> Iterator[None]
                 if parameter is not None
             }
             if stored:
-                handles += [module.register_forward_pre_hook(_load(owner, stored)), module.register_forward_hook(_drop(owner, stored))]
+                handles += [
+                    module.register_forward_pre_hook(_load(owner, stored)),
+                    module.register_forward_hook(_drop(owner, stored)),
+                ]
     try:
         yield
     finally:

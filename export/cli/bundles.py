@@ -26,23 +26,39 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     manifest = opened.manifest
     of = f"{manifest.source.architecture} ({manifest.source.family})"
     out.print(f"{manifest.name}: {of}, quant {manifest.quant}, pipeline {manifest.pipeline}", markup=False)
-    out.print("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()), markup=False)
+    out.print(
+        "made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()), markup=False
+    )
     show_notes(manifest)
     if manifest.quality:
-        out.print("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()), markup=False)
+        out.print(
+            "quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()),
+            markup=False,
+        )
         for fault in manifest.quality.shortfalls:
             out.print(f"below its floor, and allowed: {fault}", style="bold", markup=False)
     for submodel in manifest.submodels:
         parity = submodel.parity
-        checked = f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
-        out.print(f"\n{submodel.name}: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}", style="bold", markup=False)
+        checked = (
+            f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB"
+            if parity
+            else "not compared"
+        )
+        out.print(
+            f"\n{submodel.name}: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}",
+            style="bold",
+            markup=False,
+        )
         if told := forms([submodel], manifest.quant):
             out.print(f"  weights: {told}", markup=False)
         for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
             for tensor in tensors:
                 out.print(f"  {arrow} {_tensor(tensor)}", markup=False)
         if submodel.signature.states:
-            out.print(f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}", markup=False)
+            out.print(
+                f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}",
+                markup=False,
+            )
     rows = [("target", "submodel", "files", "compiled for", "compile s", "agreement", "fits here")]
     reasons: dict[str, None] = {}
     for artifact in manifest.artifacts:
@@ -51,7 +67,17 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
         made_for = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
         stored = ", ".join(dict.fromkeys(file.split("/")[0] for file in artifact.files))
         files = f"{artifact.folder}/" * bool(artifact.folder) + stored or "compiled at load"
-        rows.append((artifact.target, artifact.submodel, files, made_for, f"{artifact.seconds:.1f}", _agreement(artifact), found.word))
+        rows.append(
+            (
+                artifact.target,
+                artifact.submodel,
+                files,
+                made_for,
+                f"{artifact.seconds:.1f}",
+                _agreement(artifact),
+                found.word,
+            )
+        )
     show_table(*rows)
     for reason in reasons:
         out.print(reason, markup=False)
@@ -64,14 +90,26 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
 
 def _agreement(artifact: Artifact) -> str:
     """How near what was compiled is to the canonical graph, where it could be computed."""
-    return f"{artifact.agreement.snr_db:.0f} dB" if artifact.agreement else "not computed" if artifact.unchecked else "not compared"
+    return (
+        f"{artifact.agreement.snr_db:.0f} dB"
+        if artifact.agreement
+        else "not computed"
+        if artifact.unchecked
+        else "not compared"
+    )
 
 
 def _show_sizes(bundle: Bundle) -> None:
     """What a bundle weighs, part by part, beside bundles of one target each."""
     found = sizes(bundle)
-    graphs = "without canonical graphs" if not found.graphs else f"canonical graphs and weights {found.graphs / 1e6:.1f} MB"
-    parts = [graphs, *(f"{name} {size / 1e6:.1f} MB" for name, size in found.targets.items()), f"other files {found.rest / 1e6:.1f} MB"]
+    graphs = (
+        "without canonical graphs" if not found.graphs else f"canonical graphs and weights {found.graphs / 1e6:.1f} MB"
+    )
+    parts = [
+        graphs,
+        *(f"{name} {size / 1e6:.1f} MB" for name, size in found.targets.items()),
+        f"other files {found.rest / 1e6:.1f} MB",
+    ]
     alone = f"; as bundles of one target each, {found.apart / 1e6:.1f} MB" if len(found.targets) > 1 else ""
     out.print(f"{found.total / 1e6:.1f} MB: {', '.join(parts)}{alone}")
 
@@ -84,7 +122,9 @@ def _tensor(tensor: Any) -> str:
 @app.command()
 def verify(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
-    signature: Annotated[Path | None, typer.Option(metavar="PUBLIC", help="Require a signature by the owner of this public key.")] = None,
+    signature: Annotated[
+        Path | None, typer.Option(metavar="PUBLIC", help="Require a signature by the owner of this public key.")
+    ] = None,
 ) -> None:
     """Compare every file of a bundle with its hash, and the manifest with its signature where that is asked for."""
     opened = Bundle(bundle)
@@ -97,7 +137,9 @@ def verify(
 
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle, which is changed.")]
-KeyOption = Annotated[Path | None, typer.Option(metavar="PRIVATE", help="Of a signed bundle: sign it anew with this key.")]
+KeyOption = Annotated[
+    Path | None, typer.Option(metavar="PRIVATE", help="Of a signed bundle: sign it anew with this key.")
+]
 DropOption = Annotated[bool, typer.Option("--force", help="Of a signed bundle: drop its signature.")]
 
 
@@ -105,13 +147,21 @@ DropOption = Annotated[bool, typer.Option("--force", help="Of a signed bundle: d
 @stoppable("the bundle is as it was")
 def add_target(
     bundle: BundleArgument,
-    target: Annotated[list[str], typer.Option(help="Engine to compile for, or auto: all that this machine can; repeat for several.")],
-    compute_capability: Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")] = "",
-    setting: Annotated[list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")] = None,
+    target: Annotated[
+        list[str], typer.Option(help="Engine to compile for, or auto: all that this machine can; repeat for several.")
+    ],
+    compute_capability: Annotated[
+        str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")
+    ] = "",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")
+    ] = None,
     key: KeyOption = None,
     force: DropOption = False,
 ) -> None:
-    """Compile a bundle for one more target, or for another machine, from its own graphs: no checkpoint and no torch are needed."""
+    """Compile a bundle for one more target, or for another machine, from its own graphs: no checkpoint and no torch are
+    needed.
+    """
     try:
         from export.build.options import check_settings
         from export.finished import artifacts
@@ -145,9 +195,12 @@ def strip(bundle: BundleArgument, key: KeyOption = None, force: DropOption = Fal
 
 @app.command()
 def keygen(
-    private: Annotated[Path, typer.Argument(metavar="PRIVATE", help="File for the private key, which signs. Keep it from others.")],
+    private: Annotated[
+        Path, typer.Argument(metavar="PRIVATE", help="File for the private key, which signs. Keep it from others.")
+    ],
     public: Annotated[
-        Path | None, typer.Option(help="File for the public key, which servers check with. Default: PRIVATE with .pub.pem.")
+        Path | None,
+        typer.Option(help="File for the public key, which servers check with. Default: PRIVATE with .pub.pem."),
     ] = None,
 ) -> None:
     """Make a pair of keys to sign bundles with."""

@@ -32,48 +32,89 @@ app.add_typer(bundles.app)
 @stoppable("nothing was written")
 def build(
     source: Annotated[
-        str | None, typer.Argument(help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples.")
+        str | None,
+        typer.Argument(
+            help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples."
+        ),
     ] = None,
     target: Annotated[
         list[str] | None,
         typer.Option(
-            help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime and openvino."
+            help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime "
+            "and openvino."
         ),
     ] = None,
     quant: Annotated[
-        str | None, typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows.")
+        str | None,
+        typer.Option(
+            help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows."
+        ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT.")
+        Path | None,
+        typer.Option(
+            help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT."
+        ),
     ] = None,
     parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
     name: Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")] = "",
-    calibration: Annotated[Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")
+    ] = None,
     quality: Annotated[
-        str, typer.Option(help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none.")
+        str,
+        typer.Option(
+            help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none."
+        ),
     ] = "auto",
     speed: Annotated[
-        str, typer.Option(help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or none.")
+        str,
+        typer.Option(
+            help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or "
+            "none."
+        ),
     ] = "auto",
-    allow_low_quality: Annotated[bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")] = False,
+    allow_low_quality: Annotated[
+        bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")
+    ] = False,
     agreement: Annotated[
-        str, typer.Option(help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none.")
+        str,
+        typer.Option(
+            help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none."
+        ),
     ] = "auto",
     max_drop: Annotated[
         float | None,
-        typer.Option(min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."),
+        typer.Option(
+            min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."
+        ),
     ] = None,
     optimize: Annotated[str | None, typer.Option(help="Of --quant auto: size (the default) or speed.")] = None,
     compute: Annotated[
-        str, typer.Option(help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto.")
+        str,
+        typer.Option(
+            help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; "
+            "auto."
+        ),
     ] = "auto",
     block: Annotated[
-        int, typer.Option(help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64.")
+        int,
+        typer.Option(
+            help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64."
+        ),
     ] = 0,
-    compute_capability: Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")] = "",
-    setting: Annotated[list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")] = None,
+    compute_capability: Annotated[
+        str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")
+    ] = "",
+    setting: Annotated[
+        list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")
+    ] = None,
     strip_canonical: Annotated[
-        bool, typer.Option("--strip-canonical", help="Leave out graphs and weights; for targets alone whose engines hold all they need.")
+        bool,
+        typer.Option(
+            "--strip-canonical",
+            help="Leave out graphs and weights; for targets alone whose engines hold all they need.",
+        ),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
 ) -> None:
@@ -87,15 +128,25 @@ def build(
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
     if calibration and not source:
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
-    common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration, "quality": quality}
+    common: dict[str, Any] = {
+        "parity": parity,
+        "force": force,
+        "name": name,
+        "calibration": calibration,
+        "quality": quality,
+    }
     common |= {"speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
-    of_auto: dict[str, Any] = {name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
+    of_auto: dict[str, Any] = {
+        name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None
+    }
     jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     every = []
     for job in jobs:
         if of_auto and job["quant"] != "auto":
-            raise InvalidInput("max-drop" if "max_drop" in of_auto else "optimize", f"belongs to --quant auto, not to {job['quant']}")
+            raise InvalidInput(
+                "max-drop" if "max_drop" in of_auto else "optimize", f"belongs to --quant auto, not to {job['quant']}"
+            )
         job["targets"] = resolve_targets(job["targets"], job["quant"])
         common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
         every.append(Options(**common, **of_auto, **job))
@@ -105,8 +156,17 @@ def build(
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
-    name = Path(source).resolve().name if Path(source).is_dir() else source.removeprefix("sample:").rstrip("/").split("/")[-1]
-    return {"source": source, "targets": tuple(target or TARGETS), "quant": quant, "output": output or Path("bundles") / f"{name}-{quant}"}
+    name = (
+        Path(source).resolve().name
+        if Path(source).is_dir()
+        else source.removeprefix("sample:").rstrip("/").split("/")[-1]
+    )
+    return {
+        "source": source,
+        "targets": tuple(target or TARGETS),
+        "quant": quant,
+        "output": output or Path("bundles") / f"{name}-{quant}",
+    }
 
 
 class Entry(BaseModel):
@@ -165,7 +225,8 @@ def _build(options: Any) -> None:
     compiling = sum(seconds for stage, seconds in timings.items() if stage.startswith("compile"))
     total = time.perf_counter() - start
     out.print(
-        f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in the engines' own code"
+        f"{options.output}: {size / 1e6:.1f} MB of weights in {total:.1f} s, {compiling:.1f} s of them compiling in "
+        "the engines' own code"
     )
 
     if options.quant == "auto":
@@ -186,14 +247,25 @@ def _show_search(root: Path) -> None:
     from export.build.auto import FILE, Found
 
     found = Found.model_validate_json((root / FILE).read_bytes())
-    table = Table("taken", "cost", "least SNR", f"drop, {found.unit}", "give or take", "cases", f"within {found.max_drop:g}", "layers")
+    table = Table(
+        "taken",
+        "cost",
+        "least SNR",
+        f"drop, {found.unit}",
+        "give or take",
+        "cases",
+        f"within {found.max_drop:g}",
+        "layers",
+    )
     for number, point in enumerate(found.points):
         layers = ", ".join(f"{count} {form}" for form, count in point.layers.items())
         mark = "*" if number == found.chosen else ""
         error = "" if point.resolution is None else f"{point.resolution:.1f}"
         sure = "" if point.sure is None else f"{100 * point.sure:.0f} % sure"
         cases = str(point.cases or "")
-        table.add_row(mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", error, cases, sure, layers)
+        table.add_row(
+            mark, f"{point.cost:.3f}", f"{point.snr_db:.1f} dB", f"{point.drop:+.1f}", error, cases, sure, layers
+        )
     out.print(table)
     for name, explored in found.submodels.items():
         out.print(f"{name}: noises {explored.method} in {explored.runs} runs")
@@ -206,9 +278,15 @@ def calibrate(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
     output: Annotated[Path, typer.Option(help="File to write, such as set.safetensors.")],
     prompts: Annotated[Path | None, typer.Option(help="Text file of prompts, one a line.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Folder of pictures; to draw with, each with a caption (x.png, x.txt).")] = None,
-    questions: Annotated[Path | None, typer.Option(help='JSON Lines of {"image": path, "question": text}, for models that chat.')] = None,
-    count: Annotated[int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of pictures; to draw with, each with a caption (x.png, x.txt).")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='JSON Lines of {"image": path, "question": text}, for models that chat.')
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
@@ -234,7 +312,10 @@ def report(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     speed: Annotated[
-        str, typer.Option(metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from.")
+        str,
+        typer.Option(
+            metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from."
+        ),
     ] = "",
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
@@ -256,5 +337,7 @@ def report(
 
 
 def main() -> None:
-    """Entry point of `python -m export` and `uv run export`: a mistake of the user is one line on standard error and an exit code."""
+    """Entry point of `python -m export` and `uv run export`: a mistake of the user is one line on standard error and an
+    exit code.
+    """
     command.run(partial(app, prog_name="enginecast"), "interrupted: nothing was written")

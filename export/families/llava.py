@@ -1,4 +1,5 @@
-"""LLaVA 1.5: vision tower, two-layer projector, language model (Liu et al. 2023, arXiv:2310.03744). BakLLaVA is the same code.
+"""LLaVA 1.5: vision tower, two-layer projector, language model (Liu et al. 2023, arXiv:2310.03744). BakLLaVA is the
+same code.
 
 The tower is CLIP's or SigLIP's, the language model one of `export.architecture.decoders`.
 """
@@ -29,13 +30,16 @@ from runtime.language import templates
 from runtime.pipelines.chat import ChatConfig
 
 TWIN_WINDOW: Final = 8
-"""Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample."""
+"""Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample.
+"""
 CLASS_TOKENS: Final[Mapping[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Positions that a tower puts before those of the patches, by its `model_type`."""
 
 
 class VisionEncoder(nn.Module):
-    """Vision tower and projector: pixel_values [images, 3, height, width] to image_features [images, patches, hidden]."""
+    """Vision tower and projector: pixel_values [images, 3, height, width] to image_features [images,
+    patches, hidden].
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         super().__init__()
@@ -77,16 +81,21 @@ def _config(source: Source, reduced: bool) -> LlavaConfig:
     file = source.root / "config.json"
     data = read_json(file)
     for part in ("text_config", "vision_config"):  # graphs compute in float32
-        data[part] = {key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")}
+        data[part] = {
+            key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")
+        }
     try:
         found = LlavaConfig.from_dict(data)
     except Exception as error:  # configs are checked with exceptions of every kind
-        raise SourceError(f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it") from None
+        raise SourceError(
+            f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it"
+        ) from None
     require_known(file, found.text_config)
     _require_tower(file, found)
     if not 0 <= found.image_token_index < found.text_config.vocab_size:
         raise SourceError(
-            f"{file}: image_token_index is {found.image_token_index}, expected the id of a token below {found.text_config.vocab_size} "
+            f"{file}: image_token_index is {found.image_token_index}, expected the id of a token below "
+            f"{found.text_config.vocab_size} "
             "(text_config.vocab_size). Correct it"
         )
     if not reduced:
@@ -99,18 +108,22 @@ def _config(source: Source, reduced: bool) -> LlavaConfig:
 
 
 def _require_tower(file: Path, config: LlavaConfig) -> None:
-    """Raises UnsupportedModel or SourceError naming what of a vision tower, or of the features taken from it, is not built."""
+    """Raises UnsupportedModel or SourceError naming what of a vision tower, or of the features taken from it, is not
+    built.
+    """
     vision, layers = config.vision_config, config.vision_feature_layer
     if vision.model_type not in CLASS_TOKENS:
         raise UnsupportedModel(
-            f"{file}: its vision tower (vision_config.model_type) is a {vision.model_type}, expected one of {', '.join(CLASS_TOKENS)}: "
+            f"{file}: its vision tower (vision_config.model_type) is a {vision.model_type}, expected one of "
+            f"{', '.join(CLASS_TOKENS)}: "
             "take a checkpoint with such a tower"
         )
     count = vision.num_hidden_layers + 1
     chosen = [layers] if isinstance(layers, int) else list(layers)
     if not chosen or not all(-count <= layer < count for layer in chosen):
         raise SourceError(
-            f"{file}: vision_feature_layer is {layers}, expected layers from {-count} to {count - 1}: the tower has {count - 1} layers "
+            f"{file}: vision_feature_layer is {layers}, expected layers from {-count} to {count - 1}: the tower has "
+            f"{count - 1} layers "
             "behind its embedding. Correct it"
         )
     for name, value in (
@@ -119,7 +132,9 @@ def _require_tower(file: Path, config: LlavaConfig) -> None:
         ("projector_hidden_act", config.projector_hidden_act),
     ):
         if value not in ACT2FN:
-            raise UnsupportedModel(f"{file}: {name} is {value!r}, which transformers does not have: {did_you_mean(str(value), ACT2FN)}")
+            raise UnsupportedModel(
+                f"{file}: {name} is {value!r}, which transformers does not have: {did_you_mean(str(value), ACT2FN)}"
+            )
 
 
 def _see(model: Any) -> Reference:
@@ -139,16 +154,21 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     sequence = Dim(name="sequence", min=1, opt=1, max=context)
     past = Dim(name="past", min=0, opt=1023, max=context)
     total = Dim(name="total", min=1, opt=1024, max=context, sum_of=("past", "sequence"))
-    pixels = Tensor(name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size))
+    pixels = Tensor(
+        name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size)
+    )
     embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
     ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
     features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
     component = Component("", model)
     return [
-        Part("vision_encoder", component, VisionEncoder(model), _see(model), Signature(inputs=(pixels,), outputs=(features,))),
-        Part("token_embedding", component, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,), outputs=(embeds,)),
+        Part("vision_encoder", component, VisionEncoder(model), _see(model), Signature(inputs=(pixels,),
+            outputs=(features,))),
+        Part("token_embedding", component, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
+            outputs=(embeds,)),
              activations=False),
-        Part("decoder", component, Decoder(model.model.language_model, model.lm_head), library_decoder(model), Signature(
+        Part("decoder", component, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
+            Signature(
             inputs=(
                 embeds,
                 Tensor(name="attention_mask", dtype="int64", dims=(BATCH, total), values="ones"),
@@ -179,7 +199,9 @@ def notes(source: Source) -> tuple[str, ...]:
 
 
 def _miscounts(source: Source) -> Iterator[str]:
-    """A note where the processor's own file counts other positions for a picture than the tower gives: transformers would fail there."""
+    """A note where the processor's own file counts other positions for a picture than the tower gives: transformers
+    would fail there.
+    """
     file = source.root / "processor_config.json"
     found = read_json(file) if file.is_file() else {}
     config, size = _config(source, reduced=False), found.get("patch_size")
@@ -190,7 +212,8 @@ def _miscounts(source: Source) -> Iterator[str]:
     if counted != _patches(config):
         yield (
             f"{file.name} counts {counted} positions for a picture (patch_size, num_additional_image_tokens and "
-            f"vision_feature_select_strategy), the vision tower gives {_patches(config)}: prompts have as many as the tower gives"
+            f"vision_feature_select_strategy), the vision tower gives {_patches(config)}: prompts have as many as the "
+            "tower gives"
         )
 
 
@@ -200,7 +223,9 @@ def _generation(source: Source) -> Generation:
 
 
 def _patches(model: LlavaConfig) -> int:
-    """Positions that a picture takes in the prompt: those of the tower, without the first one where the model leaves it out."""
+    """Positions that a picture takes in the prompt: those of the tower, without the first one where the model leaves it
+    out.
+    """
     side = model.vision_config.image_size // model.vision_config.patch_size
     first = 1 if model.vision_feature_select_strategy == "default" else 0
     return int(side * side) + CLASS_TOKENS[model.vision_config.model_type] - first
@@ -216,11 +241,17 @@ def _leading_token(tokenizer: Path) -> int | None:
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    _config(source, reduced=False)  # transformers reads it for the tokenizer, too, and its fault would be the tokenizer's
+    _config(
+        source, reduced=False
+    )  # transformers reads it for the tokenizer, too, and its fault would be the tokenizer's
     text = ("special_tokens_map.json", *templates.FILES)
     vision = ("preprocessor_config.json", "processor_config.json")
-    wanted = {f"tokenizer/{name}": source.root / name for name in text} | {f"preprocessor/{name}": source.root / name for name in vision}
-    return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {path: file for path, file in wanted.items() if file.is_file()}
+    wanted = {f"tokenizer/{name}": source.root / name for name in text} | {
+        f"preprocessor/{name}": source.root / name for name in vision
+    }
+    return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {
+        path: file for path, file in wanted.items() if file.is_file()
+    }
 
 
 FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets, notes)

@@ -1,7 +1,9 @@
-"""Stable Diffusion 1.x: CLIP text encoder, UNet with cross attention, AutoencoderKL (Rombach et al. 2022, arXiv:2112.10752).
+"""Stable Diffusion 1.x: CLIP text encoder, UNet with cross attention, AutoencoderKL (Rombach et al. 2022,
+arXiv:2112.10752).
 
-What the families descended from it share with it stands here: `configs`, `require`, `Grid`, the parts, the settings and the notes.
-Everything that diffusers' pipeline would do otherwise with a checkpoint is refused by name, from the small files, or reported.
+What the families descended from it share with it stands here: `configs`, `require`, `Grid`, the parts, the settings and
+the notes. Everything that diffusers' pipeline would do otherwise with a checkpoint is refused by name, from the small
+files, or reported.
 """
 
 from __future__ import annotations
@@ -55,9 +57,17 @@ LABELS: Final = "it takes class labels, which a request has not got. Build a tex
 PICTURES: Final = "it takes features of a picture besides the prompt. Build a text-to-image model"
 COLORS: Final = "pictures have the three channels red, green and blue. Take an autoencoder of such pictures"
 ACCEPTED: Final[Mapping[str, Mapping[str, tuple[tuple[object, ...], str]]]] = {
-    "text_encoder": {"use_attention_mask": ((None, False), "prompts are read with their padding. Take a text encoder that was trained so")},
+    "text_encoder": {
+        "use_attention_mask": (
+            (None, False),
+            "prompts are read with their padding. Take a text encoder that was trained so",
+        )
+    },
     "unet": {
-        "time_cond_proj_dim": ((None,), "it takes the guidance scale as an input. Build the model that it was distilled from"),
+        "time_cond_proj_dim": (
+            (None,),
+            "it takes the guidance scale as an input. Build the model that it was distilled from",
+        ),
         "class_embed_type": ((None,), LABELS),
         "num_class_embeds": ((None,), LABELS),
         "encoder_hid_dim_type": ((None, "text_proj"), PICTURES),
@@ -65,11 +75,15 @@ ACCEPTED: Final[Mapping[str, Mapping[str, tuple[tuple[object, ...], str]]]] = {
     },
     "vae": {"in_channels": ((3,), COLORS), "out_channels": ((3,), COLORS)},
 }
-"""Fields of a component's config.json that ask for inputs or outputs other than the pipeline's: their values here, and why no others."""
+"""Fields of a component's config.json that ask for inputs or outputs other than the pipeline's: their values here, and
+why no others.
+"""
 
 OLD_UNET: Final = Version("0.9.0.dev0")
 OLD_EDGE: Final = 64
-"""UNets written by diffusers before this version say too little for `sample_size`: diffusers' StableDiffusionPipeline takes this then."""
+"""UNets written by diffusers before this version say too little for `sample_size`: diffusers' StableDiffusionPipeline
+takes this then.
+"""
 
 FEWER: Final[Mapping[str, Mapping[str, Any]]] = {
     "text_encoder": {"num_hidden_layers": 2},
@@ -94,7 +108,9 @@ class UNet(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, sample: TorchTensor, timestep: TorchTensor, encoder_hidden_states: TorchTensor) -> tuple[TorchTensor, ...]:
+    def forward(
+        self, sample: TorchTensor, timestep: TorchTensor, encoder_hidden_states: TorchTensor
+    ) -> tuple[TorchTensor, ...]:
         return (self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
 
 
@@ -120,7 +136,8 @@ class VaeEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Grid:
-    """How long the edges of latents and pictures may be. `edge` is the latents' in training, `scale` pixels lie along one latent.
+    """How long the edges of latents and pictures may be. `edge` is the latents' in training, `scale` pixels lie along
+    one latent.
 
     The UNet halves an edge again and again: it must be a multiple of `step` latents.
     """
@@ -138,7 +155,8 @@ class Grid:
             edge = edge[0]
         if type(edge) is not int or edge < 1:
             raise SourceError(
-                f"{_config(source, 'unet')} says sample_size {edge!r}, expected one number: the edge of the latents that the model was "
+                f"{_config(source, 'unet')} says sample_size {edge!r}, expected one number: the edge of the latents "
+                "that the model was "
                 "trained on, such as 64. Correct it; requests may give width and height"
             )
         return cls(edge, scale, step)
@@ -169,8 +187,9 @@ class Grid:
 def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str, Any]]:
     """The config.json of each named component, with the library's value for what it leaves out.
 
-    Without the precision it was saved in, which transformers gives to models inside a model: graphs compute in float32. Raises NotFound,
-    SourceError, or UnsupportedModel for another class than the pipeline's and for networks with other inputs than it has.
+    Without the precision it was saved in, which transformers gives to models inside a model: graphs compute in float32.
+    Raises NotFound, SourceError, or UnsupportedModel for another class than the pipeline's and for networks with other
+    inputs than it has.
     """
     found = []
     for name in names:
@@ -180,13 +199,17 @@ def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str
         config = {**usual, **_published(source, name), **(FEWER[name] if reduced else {})}
         for key, (values, why) in ACCEPTED.get(name, {}).items():
             if config.get(key) not in values:
-                raise UnsupportedModel(f"{_config(source, name)} says {key} {config[key]!r}, expected {values[0]!r}: {why}")
+                raise UnsupportedModel(
+                    f"{_config(source, name)} says {key} {config[key]!r}, expected {values[0]!r}: {why}"
+                )
         found.append({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")})
     return found
 
 
 def check_class(source: Source, component: str) -> None:
-    """Raises UnsupportedModel where model_index.json names no class for a component, or one that the pipeline does not work with."""
+    """Raises UnsupportedModel where model_index.json names no class for a component, or one that the pipeline does not
+    work with.
+    """
     expected, named = COMPONENTS[component], class_of(source, component)
     if named not in expected:
         what = f"says that {component} is of the class {named}" if named else f"names no {component}"
@@ -215,14 +238,17 @@ def _published(source: Source, component: str) -> dict[str, Any]:
             return dict(config["text_config"])
     if written not in (None, expected):
         raise UnsupportedModel(
-            f"{_config(source, component)} is of the kind {written}, expected {expected}: a {source.architecture} with anything "
+            f"{_config(source, component)} is of the kind {written}, expected {expected}: a {source.architecture} with "
+            "anything "
             f"else cannot be built. Take the {component} of the model it was derived from"
         )
     return config
 
 
 def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """Without what a file says of itself that only its class's defaults wrote it: diffusers takes today's defaults then."""
+    """Without what a file says of itself that only its class's defaults wrote it: diffusers takes today's defaults
+    then.
+    """
     written = config.pop("_use_default_values", None) or ()
     return {key: value for key, value in config.items() if key not in written}
 
@@ -236,7 +262,8 @@ def require(source: Source, component: str, config: Mapping[str, Any], **expecte
     other = [f"{key} {config[key]!r} (expected {value!r})" for key, value in expected.items() if config[key] != value]
     if other:
         raise UnsupportedModel(
-            f"{_config(source, component)} says {', '.join(other)}: a {source.architecture} of that kind cannot be built. "
+            f"{_config(source, component)} says {', '.join(other)}: a {source.architecture} of that kind cannot be "
+            "built. "
             "Take a checkpoint of the model it was derived from"
         )
 
@@ -247,7 +274,8 @@ def require_unet(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]
     widths = set(widths_of(unet))
     if widths != {width}:
         raise UnsupportedModel(
-            f"{_config(source, 'unet')} expects hidden states of width {', '.join(map(str, sorted(widths)))} (encoder_hid_dim or "
+            f"{_config(source, 'unet')} expects hidden states of width {', '.join(map(str, sorted(widths)))} "
+            "(encoder_hid_dim or "
             f"cross_attention_dim), the text encoders give {width}: take them all from the same checkpoint"
         )
 
@@ -258,15 +286,24 @@ def widths_of(unet: Mapping[str, Any]) -> list[int]:
     return list(width) if isinstance(width, list | tuple) else [width]
 
 
-def text_part(name: str, model: Any, module: nn.Module, reference: Reference, outputs: Mapping[str, tuple[int | Dim, ...]]) -> Part:
-    """A CLIP text encoder. `outputs` are the shapes, behind the batch, of what `module` gives; the token dim is `tokens(model)`."""
-    ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, tokens(model)), values="below", limit=model.config.vocab_size)
+def text_part(
+    name: str, model: Any, module: nn.Module, reference: Reference, outputs: Mapping[str, tuple[int | Dim, ...]]
+) -> Part:
+    """A CLIP text encoder. `outputs` are the shapes, behind the batch, of what `module` gives; the token dim is
+    `tokens(model)`.
+    """
+    ids = Tensor(
+        name="input_ids", dtype="int64", dims=(BATCH, tokens(model)), values="below", limit=model.config.vocab_size
+    )
     return Part(
         name,
         Component(name, model),
         module,
         reference,
-        Signature(inputs=(ids,), outputs=tuple(Tensor(name=n, dtype="float32", dims=(BATCH, *dims)) for n, dims in outputs.items())),
+        Signature(
+            inputs=(ids,),
+            outputs=tuple(Tensor(name=n, dtype="float32", dims=(BATCH, *dims)) for n, dims in outputs.items()),
+        ),
         least_bits=8,  # its error bends every step alike: at int4 the sample draws 7 of 100 prompts wrong by that alone
     )
 
@@ -277,8 +314,12 @@ def tokens(model: Any) -> Dim:
     return Dim(name="sequence", min=1, opt=length, max=length)
 
 
-def unet_part(model: UNet2DConditionModel, module: nn.Module, reference: Reference, grid: Grid, length: int, *added: Tensor) -> Part:
-    """The UNet on prompts of usually `length` tokens. `added` are the inputs of `module` behind those that every one has."""
+def unet_part(
+    model: UNet2DConditionModel, module: nn.Module, reference: Reference, grid: Grid, length: int, *added: Tensor
+) -> Part:
+    """The UNet on prompts of usually `length` tokens. `added` are the inputs of `module` behind those that every one
+    has.
+    """
     config = model.config
     context = Dim(name="sequence", min=1, opt=length, max=16 * length)
     timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
@@ -306,12 +347,22 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
     """Decoder and encoder. `float16` as in `Part`."""
     component = Component("vae", model)
     image = Tensor(
-        name="image", dtype="float32", dims=(BATCH, model.config.in_channels, grid.pixel("image_height"), grid.pixel("image_width"))
+        name="image",
+        dtype="float32",
+        dims=(BATCH, model.config.in_channels, grid.pixel("image_height"), grid.pixel("image_width")),
     )
     latents = grid.latents("latents", model.config.latent_channels)
     decode, encode = Signature(inputs=(latents,), outputs=(image,)), Signature(inputs=(image,), outputs=(latents,))
     return [
-        Part("vae_decoder", component, VaeDecoder(model), lambda z: (model.decode(z).sample,), decode, least_bits=8, float16=float16),
+        Part(
+            "vae_decoder",
+            component,
+            VaeDecoder(model),
+            lambda z: (model.decode(z).sample,),
+            decode,
+            least_bits=8,
+            float16=float16,
+        ),
         Part(
             "vae_encoder",
             component,
@@ -325,23 +376,33 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
 
 
 def settings(source: Source, grid: Grid, scheduler: SchedulerConfig, **more: Any) -> dict[str, Any]:
-    """The pipeline's settings; `grid` and `scheduler` are what the library's pipeline makes of the model's own, `more` what a family adds.
+    """The pipeline's settings; `grid` and `scheduler` are what the library's pipeline makes of the model's own, `more`
+    what a family adds.
 
     Raises SourceError naming every value that no model can have.
     """
     (vae,) = configs(source, "vae")
     # No shift_factor: diffusers' pipelines of these families do not read it.
-    scaling = {"scaling_factor": vae["scaling_factor"], "scale_factor": grid.scale, "latent_channels": vae["latent_channels"]}
+    scaling = {
+        "scaling_factor": vae["scaling_factor"],
+        "scale_factor": grid.scale,
+        "latent_channels": vae["latent_channels"],
+    }
     found: Any = {"scheduler": scheduler, "vae": scaling, "sizes": grid.sizes, **more}
     try:
         return DiffusionConfig(**found).dump()
     except ValidationError as error:
-        reasons = "; ".join(f"{'.'.join(map(str, fault['loc']))} {fault['input']!r}: {fault['msg']}" for fault in error.errors())
-        raise SourceError(f"{source.root}: its config files say what no model can have: {reasons}. Correct them") from None
+        reasons = "; ".join(
+            f"{'.'.join(map(str, fault['loc']))} {fault['input']!r}: {fault['msg']}" for fault in error.errors()
+        )
+        raise SourceError(
+            f"{source.root}: its config files say what no model can have: {reasons}. Correct them"
+        ) from None
 
 
 def schedule(source: Source, **corrected: object) -> SchedulerConfig:
-    """The model's noise schedule, read by the class that model_index.json names, with what the library's pipeline corrects.
+    """The model's noise schedule, read by the class that model_index.json names, with what the library's pipeline
+    corrects.
 
     Raises NotFound, SourceError, or UnsupportedModel for a class or a value that no sampler here follows.
     """
@@ -349,7 +410,9 @@ def schedule(source: Source, **corrected: object) -> SchedulerConfig:
     published = _without_defaults(read_json(file))
     named = class_of(source, "scheduler")
     if named is None:
-        raise UnsupportedModel(f"{source.root / PIPELINE} names no scheduler: save the pipeline again with one, such as DDIMScheduler")
+        raise UnsupportedModel(
+            f"{source.root / PIPELINE} names no scheduler: save the pipeline again with one, such as DDIMScheduler"
+        )
     written = SCHEDULERS.get(str(published.get(CLASS, named)))
     try:
         if written is None or written.refused:  # the weights may be made for that class
@@ -364,16 +427,21 @@ def notes(source: Source, scheduler: SchedulerConfig) -> tuple[str, ...]:
     written = read_json(source.root / "scheduler" / "scheduler_config.json").get(CLASS)
     found = [] if Defaults.read(source.root).sampler else [scheduler.note]
     if written not in (None, scheduler.root[CLASS]):
-        found.append(f"{PIPELINE} names {scheduler.root[CLASS]}, scheduler_config.json {written}: the first counts, as in diffusers")
+        found.append(
+            f"{PIPELINE} names {scheduler.root[CLASS]}, scheduler_config.json {written}: the first counts, as in "
+            "diffusers"
+        )
     if checker := class_of(source, "safety_checker"):
         found.append(f"the safety checker ({checker}) is left out: pictures are not checked")
     return tuple(filter(None, found))
 
 
 def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
-    """The files of scheduler and tokenizers by their path in the bundle. `encoders` are the text encoders by their tokenizer's folder.
+    """The files of scheduler and tokenizers by their path in the bundle. `encoders` are the text encoders by their
+    tokenizer's folder.
 
-    Raises NotFound for a missing folder, and SourceError for a tokenizer that cannot be read or reads more tokens than its encoder.
+    Raises NotFound for a missing folder, and SourceError for a tokenizer that cannot be read or reads more tokens than
+    its encoder.
     """
     found: dict[str, Path] = {}
     for name in (*encoders, "scheduler"):
@@ -382,13 +450,17 @@ def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
             check_class(source, name)
         if not folder.is_dir():
             raise NotFound(
-                f"{folder} does not exist: a {source.architecture} needs it. Download the checkpoint again, with all its folders"
+                f"{folder} does not exist: a {source.architecture} needs it. Download the checkpoint again, with all "
+                "its folders"
             )
         found |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
     lengths = {name: _length(source, name, encoder) for name, encoder in encoders.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise SourceError(f"{source.root}: its tokenizers make prompts of different lengths ({told} tokens). Download the checkpoint again")
+        raise SourceError(
+            f"{source.root}: its tokenizers make prompts of different lengths ({told} tokens). Download the checkpoint "
+            "again"
+        )
     return found
 
 
@@ -402,8 +474,10 @@ def _length(source: Source, tokenizer: str, encoder: str) -> int:
     (config,) = configs(source, encoder)
     if length > config["max_position_embeddings"]:
         raise SourceError(
-            f"{folder} makes prompts of {length} tokens (model_max_length in tokenizer_config.json), {encoder} reads at most "
-            f"{config['max_position_embeddings']} (max_position_embeddings in config.json): take both from the same checkpoint"
+            f"{folder} makes prompts of {length} tokens (model_max_length in tokenizer_config.json), {encoder} reads "
+            "at most "
+            f"{config['max_position_embeddings']} (max_position_embeddings in config.json): take both from the same "
+            "checkpoint"
         )
     return length
 
@@ -446,7 +520,9 @@ def _grid(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]) -> Gr
 
 
 def _schedule(source: Source) -> SchedulerConfig:
-    """As diffusers' StableDiffusionPipeline corrects old files on load: they were written before these fields existed."""
+    """As diffusers' StableDiffusionPipeline corrects old files on load: they were written before these
+    fields existed.
+    """
     return schedule(source, steps_offset=1, clip_sample=False)
 
 
@@ -460,5 +536,11 @@ def assets(source: Source) -> Mapping[str, Path]:
 
 
 FAMILY = Family(
-    "stable-diffusion", "diffusion", ("StableDiffusionPipeline",), parts, config, assets, lambda source: notes(source, _schedule(source))
+    "stable-diffusion",
+    "diffusion",
+    ("StableDiffusionPipeline",),
+    parts,
+    config,
+    assets,
+    lambda source: notes(source, _schedule(source)),
 )

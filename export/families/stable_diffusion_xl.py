@@ -1,4 +1,6 @@
-"""Stable Diffusion XL: two CLIP text encoders, a UNet that is told pooled text and sizes as well (Podell et al. 2023, arXiv:2307.01952)."""
+"""Stable Diffusion XL: two CLIP text encoders, a UNet that is told pooled text and sizes as well (Podell et al. 2023,
+arXiv:2307.01952).
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,11 @@ class UNet(nn.Module):
 def parts(source: Source, reduced: bool) -> list[Part]:
     names = ("text_encoder", "text_encoder_2", "unet", "vae")
     text_config, text_2_config, unet_config, vae_config = base.configs(source, *names, reduced=reduced)
-    hidden, hidden_2, projection = text_config["hidden_size"], text_2_config["hidden_size"], text_2_config["projection_dim"]
+    hidden, hidden_2, projection = (
+        text_config["hidden_size"],
+        text_2_config["hidden_size"],
+        text_2_config["projection_dim"],
+    )
     base.require(source, "vae", vae_config, latents_mean=None, latents_std=None)
     base.require_unet(source, unet_config, vae_config, hidden + hidden_2)
     base.require(
@@ -88,7 +94,9 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         found = text_2(ids, output_hidden_states=True)
         return (found.hidden_states[-2], found.text_embeds)
 
-    def denoise(x: TorchTensor, t: TorchTensor, states: TorchTensor, pooled: TorchTensor, sizes: TorchTensor) -> tuple[TorchTensor, ...]:
+    def denoise(
+        x: TorchTensor, t: TorchTensor, states: TorchTensor, pooled: TorchTensor, sizes: TorchTensor
+    ) -> tuple[TorchTensor, ...]:
         return (unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample,)
 
     return [
@@ -109,7 +117,8 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             Tensor(name="text_embeds", dtype="float32", dims=(BATCH, projection)),
             Tensor(name="time_ids", dtype="float32", dims=(BATCH, TIME_IDS), values="below", limit=grid.sizes.default),
         ),
-        # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its config.
+        # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its
+        # config.
         *base.vae_parts(vae, grid, float16=not vae_config["force_upcast"]),
     ]
 

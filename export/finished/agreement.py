@@ -1,7 +1,9 @@
-"""Whether what a target compiled computes what the canonical graph says: run here, by the target itself or by what emulates its device.
+"""Whether what a target compiled computes what the canonical graph says: run here, by the target itself or by what
+emulates its device.
 
-Reference is the canonical graph, unoptimised, on ONNX Runtime. Int8 layers round their inputs, so the least difference of order moves some
-of them by a whole code: figures of 30 to 50 dB are two equal engines then, and float graphs have 100 and more.
+Reference is the canonical graph, unoptimised, on ONNX Runtime. Int8 layers round their inputs, so the least difference
+of order moves some of them by a whole code: figures of 30 to 50 dB are two equal engines then, and float graphs have
+100 and more.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
 REACH: Final = 128
 """Positions that a sample goes up to. What a model does beyond is compared on its twin, whose windows are shorter."""
 POSITIONS: Final = (8, 1, 1)
-"""New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window, more go beyond it."""
+"""New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window,
+more go beyond it.
+"""
 
 
 class Reference:
@@ -64,8 +68,10 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
     least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
-            f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} has "
-            f"{found.snr_db:.1f} dB on {found.device}, expected at least {least:.0f}. Build for another target, and please report this"
+            f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} "
+            "has "
+            f"{found.snr_db:.1f} dB on {found.device}, expected at least {least:.0f}. Build for another target, and "
+            "please report this"
         )
     return artifact.model_copy(update={"agreement": found})
 
@@ -93,7 +99,9 @@ def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Ite
     rng = np.random.default_rng(0)
     usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
     for call in captured if not signature.states else ():
-        row = {tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs}
+        row = {
+            tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs
+        }
         if all(row[tensor.name].shape == tensor.shape(usual) for tensor in signature.inputs):
             yield row
             return

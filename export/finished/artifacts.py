@@ -1,8 +1,9 @@
-"""What a finished bundle gains or loses: an engine for another target, its canonical graphs, its signature. And what it weighs.
+"""What a finished bundle gains or loses: an engine for another target, its canonical graphs, its signature. And what it
+weighs.
 
-A bundle changes by one rename, that of its manifest: files that are new lie there before, those no longer needed go after. Killed at any
-moment it is the old bundle or the new one, whole; at worst there are files besides that no manifest knows, which `Bundle.unknown_files`
-names and the next change removes.
+A bundle changes by one rename, that of its manifest: files that are new lie there before, those no longer needed go
+after. Killed at any moment it is the old bundle or the new one, whole; at worst there are files besides that no
+manifest knows, which `Bundle.unknown_files` names and the next change removes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ TRIES: Final = 50
 SECONDS_BETWEEN_TRIES: Final = 0.1
 AUTO: Final = "auto"
 CHECKED_BYTES: Final = 1 << 30
-"""Engines of bundles with weights up to this size are compared with their graphs when they are added; beyond, that takes minutes."""
+"""Engines of bundles with weights up to this size are compared with their graphs when they are added; beyond, that
+takes minutes.
+"""
 TOO_LARGE: Final = "it was added to a bundle of more than 1 GiB of weights, where comparing takes long"
 
 
@@ -49,19 +52,25 @@ class Signed:
             private_key(self.key)
         elif (bundle.root / SIGNATURE).exists() and not self.drop:
             raise InvalidInput(
-                "key", f"is missing: {bundle.root} is signed, sign it anew with --key PRIVATE.pem, or --force drops the signature"
+                "key",
+                f"is missing: {bundle.root} is signed, sign it anew with --key PRIVATE.pem, or --force drops the "
+                "signature",
             )
 
 
 def every_target(quant: str = "none") -> tuple[str, ...]:
-    """The targets that can be compiled for on this machine and have kernels for what a recipe makes of layers, best first."""
+    """The targets that can be compiled for on this machine and have kernels for what a recipe makes of layers, best
+    first.
+    """
     needed = RECIPES[quant].precisions if quant in RECIPES else frozenset[str]()
     found = {name: engine.available() for name, engine in targets().items() if needed <= engine.precisions}
     return tuple(name for name, one in found.items() if one.usable or one.compiles)
 
 
 def resolve_targets(names: Sequence[str], quant: str = "none") -> tuple[str, ...]:
-    """The targets as named, with "auto" as every one that can be compiled here. Raises EngineUnavailable when that is none."""
+    """The targets as named, with "auto" as every one that can be compiled here. Raises EngineUnavailable when that is
+    none.
+    """
     found = [name for one in names for name in (every_target(quant) if one == AUTO else (one,))]
     if not found:
         raise EngineUnavailable(f"no target can be compiled here for --quant {quant}: see `enginecast targets`")
@@ -69,9 +78,14 @@ def resolve_targets(names: Sequence[str], quant: str = "none") -> tuple[str, ...
 
 
 def add_target(
-    root: Path, name: str, settings: Mapping[str, str] | None = None, signed: Signed | None = None, listen: Listener = lambda report: None
+    root: Path,
+    name: str,
+    settings: Mapping[str, str] | None = None,
+    signed: Signed | None = None,
+    listen: Listener = lambda report: None,
 ) -> tuple[Bundle, tuple[Artifact, ...]]:
-    """Compile a bundle's canonical graphs for one more target, or for one more kind of machine; return it and what is new.
+    """Compile a bundle's canonical graphs for one more target, or for one more kind of machine; return it and what is
+    new.
 
     What was compiled before under the same key is replaced. Raises NotFound, BundleError, InvalidInput, EngineError or
     ResourceExhausted; the bundle is then as it was.
@@ -83,7 +97,11 @@ def add_target(
         signed.check(bundle)
         bundle.verify(unknown=False)
         submodels = bundle.manifest.submodels
-        steps = [Step(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9) for what in ("compile", "check") for part in submodels]
+        steps = [
+            Step(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9)
+            for what in ("compile", "check")
+            for part in submodels
+        ]
         progress = Progress(steps, listen)
         with vanishing(root, UNFINISHED) as folder:
             made = folder / ENGINES / name
@@ -97,7 +115,9 @@ def add_target(
 
 @contextmanager
 def _changing(root: Path) -> Iterator[Bundle]:
-    """The bundle, changed by this process alone. Raises Unavailable where another changes it, ResourceExhausted where it cannot be."""
+    """The bundle, changed by this process alone. Raises Unavailable where another changes it, ResourceExhausted where
+    it cannot be.
+    """
     bundle = Bundle(root)
     lock = FileLock(cache_folder() / f"{key_of(str(root.resolve()))}.lock")
     try:
@@ -140,18 +160,26 @@ def _compiler(bundle: Bundle, name: str) -> type[Engine]:
     if manifest.quant in RECIPES:
         check_precisions([name], RECIPES[manifest.quant].precisions)
     if not all(bundle.graph_files(submodel) for submodel in manifest.submodels):
-        raise BundleError(f"{bundle.root} has no canonical graphs, which a target is compiled from: build it without --strip-canonical")
+        raise BundleError(
+            f"{bundle.root} has no canonical graphs, which a target is compiled from: build it without "
+            "--strip-canonical"
+        )
     return engine
 
 
-def _compile(engine: type[Engine], bundle: Bundle, part: Submodel, made: Path, settings: Mapping[str, str], progress: Progress) -> Artifact:
+def _compile(
+    engine: type[Engine], bundle: Bundle, part: Submodel, made: Path, settings: Mapping[str, str], progress: Progress
+) -> Artifact:
     with progress.step(part.name, f"compile {engine.target}"):
         options = CompileOptions(settings, progress.compiling)
         return engine.compile_with(options, part, bundle.root / part.graph, made)
 
 
-def _checked(engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list[Artifact], progress: Progress) -> list[Artifact]:
-    """The artifacts, each with how near it is to the canonical graph. Raises EngineError when one computes something else.
+def _checked(
+    engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list[Artifact], progress: Progress
+) -> list[Artifact]:
+    """The artifacts, each with how near it is to the canonical graph. Raises EngineError when one computes something
+    else.
 
     `folder` has what was compiled, and gets what else engines expect of a bundle: a manifest, and the graphs as links.
     """
@@ -163,7 +191,11 @@ def _checked(engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list
     found = []
     for part, artifact in zip(submodels, artifacts, strict=True):
         with progress.step(part.name, f"check {engine.target}") as notes:
-            one = agree(engine, Reference(part, folder), artifact) if small else artifact.model_copy(update={"unchecked": TOO_LARGE})
+            one = (
+                agree(engine, Reference(part, folder), artifact)
+                if small
+                else artifact.model_copy(update={"unchecked": TOO_LARGE})
+            )
             notes.append(told(one))
             found.append(one)
     return found
@@ -172,7 +204,8 @@ def _checked(engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list
 def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], signed: Signed) -> None:
     """Move what was made to its place and let a new manifest know it.
 
-    Its place is engines/<target>, or where the bundle has something there a folder in it, named by a hash of what is in it.
+    Its place is engines/<target>, or where the bundle has something there a folder in it, named by a hash of what is in
+    it.
     """
     manifest, root = bundle.manifest, bundle.root
     hashes = {path.relative_to(made).as_posix(): sha256(path) for path in sorted(made.rglob("*")) if path.is_file()}
@@ -181,21 +214,29 @@ def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], si
     inside = key_of(hashes)[:8] if taken and hashes else ""
     added = [one.model_copy(update={"folder": inside if one.files else ""}) for one in artifacts]
     replaced = {(one.target, one.submodel, tuple(sorted(one.key.items()))) for one in added}
-    kept = [one for one in manifest.artifacts if (one.target, one.submodel, tuple(sorted(one.key.items()))) not in replaced]
+    kept = [
+        one for one in manifest.artifacts if (one.target, one.submodel, tuple(sorted(one.key.items()))) not in replaced
+    ]
     all_artifacts = (*kept, *added)
     needed = {str(PurePosixPath(ENGINES, one.target, one.folder, file)) for one in all_artifacts for file in one.files}
-    before = {path: known for path, known in manifest.files.items() if not path.startswith(f"{ENGINES}/") or path in needed}
+    before = {
+        path: known for path, known in manifest.files.items() if not path.startswith(f"{ENGINES}/") or path in needed
+    }
     after = before | {str(place / inside / path): found for path, found in hashes.items()}
     if hashes and not all(str(place / inside / path) in manifest.files for path in hashes):
         final = root / place / inside
         shutil.rmtree(final, ignore_errors=True)  # of a change that was killed: the manifest knows nothing there
         final.parent.mkdir(parents=True, exist_ok=True)
         made.rename(final)
-    _swap(bundle, manifest.model_copy(update={"artifacts": all_artifacts, "files": dict(sorted(after.items()))}), signed)
+    _swap(
+        bundle, manifest.model_copy(update={"artifacts": all_artifacts, "files": dict(sorted(after.items()))}), signed
+    )
 
 
 def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
-    """Give the bundle another manifest, by one rename; remove the files that it no longer knows, and see to the signature."""
+    """Give the bundle another manifest, by one rename; remove the files that it no longer knows, and see to the
+    signature.
+    """
     root = bundle.root
     if Bundle(root).content != bundle.content:
         raise BundleError(f"{root} was changed by another program meanwhile: try again")
@@ -210,7 +251,9 @@ def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
     }
     for path in gone:
         (root / path).unlink(missing_ok=True)
-    for folder in sorted({parent for path in gone for parent in PurePosixPath(path).parents}, key=lambda one: -len(one.parts)):
+    for folder in sorted(
+        {parent for path in gone for parent in PurePosixPath(path).parents}, key=lambda one: -len(one.parts)
+    ):
         if folder.parts and (root / folder).is_dir() and not any((root / folder).iterdir()):
             (root / folder).rmdir()
     if signed.key is not None:
@@ -222,17 +265,22 @@ def check_strippable(artifacts: Sequence[Artifact], submodels: Sequence[str]) ->
 
     Before a build has artifacts, those with the target's settings as their key stand for them.
     """
-    readers = dict.fromkeys(one.target for one in artifacts if one.target not in targets() or target(one.target).reads_graph(one))
+    readers = dict.fromkeys(
+        one.target for one in artifacts if one.target not in targets() or target(one.target).reads_graph(one)
+    )
     if readers:
         raise InvalidInput(
             "strip-canonical",
-            f"leaves out graphs and weights that are read when these targets are loaded: {', '.join(readers)}. Keep them, or build for "
+            f"leaves out graphs and weights that are read when these targets are loaded: {', '.join(readers)}. Keep "
+            "them, or build for "
             "targets alone whose engines hold all they need, such as tensorrt-rtx",
         )
     compiled = {one.submodel for one in artifacts}
     missing = [name for name in submodels if name not in compiled]
     if missing:
-        raise InvalidInput("strip-canonical", f"would leave nothing of {', '.join(missing)}, of which nothing was compiled")
+        raise InvalidInput(
+            "strip-canonical", f"would leave nothing of {', '.join(missing)}, of which nothing was compiled"
+        )
 
 
 def remove_graphs(folder: Path, submodels: Sequence[Submodel], artifacts: Sequence[Artifact]) -> None:
@@ -248,7 +296,8 @@ def remove_graphs(folder: Path, submodels: Sequence[Submodel], artifacts: Sequen
 def strip(root: Path, signed: Signed | None = None) -> tuple[Bundle, int]:
     """Remove a bundle's canonical graphs and weights; return it and the bytes that this freed, 0 where there were none.
 
-    What is left runs where its engines fit, and nowhere else. Raises NotFound, BundleError, InvalidInput or ResourceExhausted.
+    What is left runs where its engines fit, and nowhere else. Raises NotFound, BundleError, InvalidInput or
+    ResourceExhausted.
     """
     signed = signed or Signed()
     with _changing(root) as bundle:

@@ -1,7 +1,7 @@
 """Products whose result is split at once, as gate and value of a GEGLU are, become one product for each part.
 
-The rows of a weight are byte ranges of its file, so this costs nothing, and it lets engines fuse what follows into each product: OpenVINO
-copies the parts of a split one by one.
+The rows of a weight are byte ranges of its file, so this costs nothing, and it lets engines fuse what follows into each
+product: OpenVINO copies the parts of a split one by one.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import onnx_ir as ir
 
 
 class _Product(NamedTuple):
-    """x @ weight^T [+ bias]: the nodes from the split's input upwards, the initializers, and the type that the graph computes in."""
+    """x @ weight^T [+ bias]: the nodes from the split's input upwards, the initializers, and the type that the graph
+    computes in.
+    """
 
     nodes: Sequence[ir.Node]
     x: ir.Value
@@ -28,7 +30,11 @@ def divide_products(model: ir.Model) -> None:
             continue
         lengths = [_last(output) for output in node.outputs]
         product = _product(node.inputs[0])
-        if product is None or None in lengths or node.attributes.get_int("axis", 0) not in (-1, _rank(node.outputs[0]) - 1):
+        if (
+            product is None
+            or None in lengths
+            or node.attributes.get_int("axis", 0) not in (-1, _rank(node.outputs[0]) - 1)
+        ):
             continue
         start = 0
         for number, (output, length) in enumerate(zip(list(node.outputs), lengths, strict=True)):
@@ -55,16 +61,30 @@ def _product(value: ir.Value | None) -> _Product | None:
     x, transposed = node.inputs
     turn = transposed.producer() if transposed is not None else None
     weight = _initializer(turn.inputs[0]) if turn is not None and turn.op_type == "Transpose" else None
-    if x is None or weight is None or not isinstance(weight.const_value, ir.ExternalTensor) or len(weight.shape or ()) != 2:
+    if (
+        x is None
+        or weight is None
+        or not isinstance(weight.const_value, ir.ExternalTensor)
+        or len(weight.shape or ()) != 2
+    ):
         return None
     return _Product([*nodes, node], x, weight, bias)
 
 
-def _part(model: ir.Model, split: ir.Node, product: _Product, number: int, start: int, length: int, output: ir.Value) -> ir.Value:
+def _part(
+    model: ir.Model, split: ir.Node, product: _Product, number: int, start: int, length: int, output: ir.Value
+) -> ir.Value:
     """The product of `length` rows of the weight from `start` on, which takes the place of one output of the split."""
 
-    def add(op: str, inputs: Sequence[ir.Value], like: ir.Value, shape: Sequence[Any] | None, **attributes: Any) -> ir.Value:
-        node = ir.node(op, inputs, attributes, name=f"{split.name}/{number}/{op}{'/bias' if shape is not None and len(shape) == 1 else ''}")
+    def add(
+        op: str, inputs: Sequence[ir.Value], like: ir.Value, shape: Sequence[Any] | None, **attributes: Any
+    ) -> ir.Value:
+        node = ir.node(
+            op,
+            inputs,
+            attributes,
+            name=f"{split.name}/{number}/{op}{'/bias' if shape is not None and len(shape) == 1 else ''}",
+        )
         made = node.outputs[0]
         made.name, made.type, made.shape = f"{node.name}:0", like.type, None if shape is None else ir.Shape(shape)
         model.graph.insert_before(split, node)
@@ -91,7 +111,12 @@ def _part(model: ir.Model, split: ir.Node, product: _Product, number: int, start
 
     weight = rows(product.weight)
     inputs = int(weight.shape[1])  # type: ignore[index,arg-type]
-    made = add("MatMul", [product.x, add("Transpose", [weight], output, [inputs, length], perm=[1, 0])], output, list(output.shape or ()))
+    made = add(
+        "MatMul",
+        [product.x, add("Transpose", [weight], output, [inputs, length], perm=[1, 0])],
+        output,
+        list(output.shape or ()),
+    )
     return add("Add", [made, rows(product.bias)], output, list(output.shape or ())) if product.bias else made
 
 

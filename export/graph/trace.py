@@ -1,7 +1,8 @@
 """From a torch module without weights to an ONNX graph without weights.
 
-`torch.export` runs the module on meta tensors, so nothing of the model's size is ever allocated: graph building costs the same for a
-1 B and a 30 B model. Parameters become initializers that have a name, dtype and shape only; `export.graph.weights` gives them their bytes.
+`torch.export` runs the module on meta tensors, so nothing of the model's size is ever allocated: graph building costs
+the same for a 1 B and a 30 B model. Parameters become initializers that have a name, dtype and shape only;
+`export.graph.weights` gives them their bytes.
 """
 
 from __future__ import annotations
@@ -34,18 +35,23 @@ FOLD_LIMIT: Final = 1024
 
 @contextmanager
 def without_weights() -> Iterator[None]:
-    """Models built inside have meta parameters and real buffers: rotary frequencies and position ids are code, not weights."""
+    """Models built inside have meta parameters and real buffers: rotary frequencies and position ids are code, not
+    weights.
+    """
     with init_empty_weights(include_buffers=False):
         yield
 
 
 def trace(module: nn.Module, signature: Signature) -> ir.Model:
-    """The opset-23 graph of `module`, with inputs, outputs and dims named by the signature and parameters without values.
+    """The opset-23 graph of `module`, with inputs, outputs and dims named by the signature and parameters without
+    values.
 
     `module` takes the signature's graph inputs in order and returns a tuple of its graph outputs.
     """
     lengths = signature.sample_lengths()
-    inputs = tuple(torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs)
+    inputs = tuple(
+        torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs
+    )
     with _quiet():
         program = torch.onnx.export(
             module,
@@ -75,11 +81,15 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
 def _simplify(model: ir.Model) -> None:
     """Inline the exporter's functions, fold what is constant, drop what is unused or said twice.
 
-    onnxscript's own `optimize` tries some fifty rewrites on every node, which takes a third of a trace; four of them apply to our models.
+    onnxscript's own `optimize` tries some fifty rewrites on every node, which takes a third of a trace; four of them
+    apply to our models.
     """
     common.InlinePass()(model)
     optimizer.fold_constants(model, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT)
-    rewriter.rewrite(model, [rules.div_by_1_rule, rules.mul_by_1_rule, rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule])
+    rewriter.rewrite(
+        model,
+        [rules.div_by_1_rule, rules.mul_by_1_rule, rules.normalize_pad_format_conv_rule, rules.fuse_pad_into_conv_rule],
+    )
     common.RemoveUnusedNodesPass()(model)
     common.RemoveUnusedFunctionsPass()(model)
     common.RemoveUnusedOpsetsPass()(model)
@@ -92,8 +102,13 @@ def _simplify(model: ir.Model) -> None:
 
 
 def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
-    """Varying axes as torch.export wants them; states arrive as the module's variable arguments, hence the nested tuple."""
-    axes = [{axis: torch.export.Dim.AUTO for axis, dim in enumerate(t.dims) if isinstance(dim, Dim)} for t in signature.graph_inputs]
+    """Varying axes as torch.export wants them; states arrive as the module's variable arguments, hence the nested
+    tuple.
+    """
+    axes = [
+        {axis: torch.export.Dim.AUTO for axis, dim in enumerate(t.dims) if isinstance(dim, Dim)}
+        for t in signature.graph_inputs
+    ]
     count = len(signature.inputs)
     return (*axes[:count], tuple(axes[count:])) if signature.states else tuple(axes)
 
@@ -111,11 +126,16 @@ def _name_dims(model: ir.Model, signature: Signature) -> None:
     for value in _values(model):
         if value.shape is not None:
             renamed = [
-                symbol.sub(lambda m: names.get(m[0], m[0]), str(d.value)) if isinstance(d, ir.SymbolicDim) and d.value else d
+                symbol.sub(lambda m: names.get(m[0], m[0]), str(d.value))
+                if isinstance(d, ir.SymbolicDim) and d.value
+                else d
                 for d in value.shape
             ]
             value.shape = ir.Shape(renamed)
-    for values, tensors in ((model.graph.inputs, signature.graph_inputs), (model.graph.outputs, signature.graph_outputs)):
+    for values, tensors in (
+        (model.graph.inputs, signature.graph_inputs),
+        (model.graph.outputs, signature.graph_outputs),
+    ):
         for value, tensor in zip(values, tensors, strict=True):
             value.shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in tensor.dims])
 
@@ -123,7 +143,8 @@ def _name_dims(model: ir.Model, signature: Signature) -> None:
 def _settle_reshapes(model: ir.Model) -> None:
     """Give each Reshape a constant shape where one says the same: 0 copies a dim, -1 stands for the only one left open.
 
-    Without this every engine sees chains of Shape, Gather and Concat, and loses static dims such as the number of heads.
+    Without this every engine sees chains of Shape, Gather and Concat, and loses static dims such as the number of
+    heads.
     """
     for node in model.graph:
         if node.op_type != "Reshape" or node.inputs[0] is None:
@@ -131,10 +152,15 @@ def _settle_reshapes(model: ir.Model) -> None:
         before, after = node.inputs[0].shape, node.outputs[0].shape
         if before is None or after is None:
             continue
-        wanted = [d if isinstance(d, int) else 0 if i < len(before) and str(d) == str(before[i]) else -1 for i, d in enumerate(after)]
+        wanted = [
+            d if isinstance(d, int) else 0 if i < len(before) and str(d) == str(before[i]) else -1
+            for i, d in enumerate(after)
+        ]
         if wanted.count(-1) > 1 or any(isinstance(d, int) and d == 0 for d in after):
             continue
-        shape = ir.Value(name=f"{node.outputs[0].name}.shape", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(wanted)]))
+        shape = ir.Value(
+            name=f"{node.outputs[0].name}.shape", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([len(wanted)])
+        )
         shape.const_value = ir.tensor(np.array(wanted, np.int64), name=shape.name)
         model.graph.register_initializer(shape)
         node.replace_input_with(1, shape)
@@ -148,10 +174,16 @@ def _values(model: ir.Model) -> Iterator[ir.Value]:
 
 
 def _name_nodes(model: ir.Model) -> None:
-    """Name nodes by the module they come from, as `down_blocks.0.resnets.0.conv1/Conv`: what a reader of the graph looks for."""
+    """Name nodes by the module they come from, as `down_blocks.0.resnets.0.conv1/Conv`: what a reader of the graph
+    looks for.
+    """
     seen: Counter[str] = Counter()
     for node in model.graph:
-        scopes = [s for s in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")) if "." in s or s == "model"]
+        scopes = [
+            s
+            for s in ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+            if "." in s or s == "model"
+        ]
         scope = scopes[-1].removeprefix("model").removeprefix(".") if scopes else ""
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         seen[name] += 1

@@ -1,4 +1,6 @@
-"""Graphs and their weights: initializers that refer to byte ranges of the checkpoint, and the folder a finished graph is written to."""
+"""Graphs and their weights: initializers that refer to byte ranges of the checkpoint, and the folder a finished graph
+is written to.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,16 @@ FLOATS: Final = frozenset(STORED.values())
 OTHERS: Final = "no layer multiplies by them, such as tables, norms and biases"
 SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
     **{data_type: name for name, data_type in STORED.items()},
-    ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64", ir.DataType.BOOL: "BOOL",
+    ir.DataType.INT8: "I8", ir.DataType.UINT8: "U8", ir.DataType.INT32: "I32", ir.DataType.INT64: "I64",
+    ir.DataType.BOOL: "BOOL",
     ir.DataType.FLOAT8E4M3FN: "F8_E4M3",
 }  # fmt: skip
 
 
 def save_traced(model: ir.Model, path: Path) -> None:
-    """Keep a traced graph without its weights: they are written as external data that is nowhere, until `attach` tells where."""
+    """Keep a traced graph without its weights: they are written as external data that is nowhere, until `attach` tells
+    where.
+    """
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.dtype is not None and value.shape is not None
@@ -52,14 +57,21 @@ def save_traced(model: ir.Model, path: Path) -> None:
 
 
 def precision(model: ir.Model) -> str:
-    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 + float16 W8A8".
+    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 +
+    float16 W8A8".
 
     It is "W4A8" where int4 weights are nested in int8 (`runtime.targets.lowering.nested`).
     """
     sizes: Counter[str] = Counter()
     for name, value in model.graph.initializers.items():
-        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES and not name.endswith(nested.FACTORS):
-            sizes[PRECISIONS.get(value.const_value.dtype, value.const_value.dtype.name.lower())] += value.const_value.nbytes
+        if (
+            value.const_value is not None
+            and value.const_value.nbytes >= INLINE_BYTES
+            and not name.endswith(nested.FACTORS)
+        ):
+            sizes[PRECISIONS.get(value.const_value.dtype, value.const_value.dtype.name.lower())] += (
+                value.const_value.nbytes
+            )
     total = sum(sizes.values()) or 1
     names = [name for name, size in sizes.most_common() if size / total > 0.02]
     suffix = " W8A8" if any(node.op_type == "QuantizeLinear" for node in model.graph) else ""
@@ -67,12 +79,18 @@ def precision(model: ir.Model) -> str:
     return " + ".join(names) + suffix
 
 
-def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], requested: str, kept: str = "") -> tuple[Weights, ...]:
-    """What the weights of a quantized graph are stored as, most bytes first, each with the reason where that is not `requested`.
+def weights_of(
+    model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], requested: str, kept: str = ""
+) -> tuple[Weights, ...]:
+    """What the weights of a quantized graph are stored as, most bytes first, each with the reason where that is not
+    `requested`.
 
-    `folded` is the float graph that it was made of by these plans. `kept` is the reason of all layers that are quantized, if there is one.
+    `folded` is the float graph that it was made of by these plans. `kept` is the reason of all layers that are
+    quantized, if there is one.
     """
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
+    tensors = {
+        name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
+    }
     reasons = {name: OTHERS for name in folded.graph.initializers if name in tensors and tensors[name].dtype in FLOATS}
     reasons |= {code_name(planned) or planned.weight: _why(planned, kept) for planned in plans}
     found: dict[tuple[str, str], tuple[int, int]] = {}
@@ -83,7 +101,9 @@ def weights_of(model: ir.Model, folded: ir.Model, plans: Sequence[LayerPlan], re
         elements, nbytes = found.get(key, (0, 0))
         found[key] = elements + tensors[name].size, nbytes + sum(part.nbytes for part in parts)
     ordered = sorted(found.items(), key=lambda item: -item[1][1])
-    return tuple(Weights(form=form, elements=count, nbytes=size, reason=reason) for (form, reason), (count, size) in ordered)
+    return tuple(
+        Weights(form=form, elements=count, nbytes=size, reason=reason) for (form, reason), (count, size) in ordered
+    )
 
 
 def _why(planned: LayerPlan, kept: str) -> str:
@@ -92,7 +112,9 @@ def _why(planned: LayerPlan, kept: str) -> str:
 
 
 def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:
-    """For each parameter of a wrapper module, its name in the library's model: the same tensor under the name the checkpoint knows."""
+    """For each parameter of a wrapper module, its name in the library's model: the same tensor under the name the
+    checkpoint knows.
+    """
     known = {id(parameter): name for name, parameter in component.named_parameters(remove_duplicate=False)}
     return {name: known[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
@@ -100,8 +122,9 @@ def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:
 def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, TensorRef]) -> None:
     """Give every parameter of the graph its bytes in the checkpoint, under the checkpoint's own precision.
 
-    The graph computes in float32: a weight stored as float16 or bfloat16 is followed by a Cast, which engines fold or fuse. A table that
-    is only looked up is cast after the lookup. Tied weights are one initializer. Products that are split at once are divided.
+    The graph computes in float32: a weight stored as float16 or bfloat16 is followed by a Cast, which engines fold or
+    fuse. A table that is only looked up is cast after the lookup. Tied weights are one initializer. Products that are
+    split at once are divided.
     """
     attached: dict[TensorRef, ir.Value] = {}
     for traced, name in names.items():
@@ -119,7 +142,9 @@ def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, Tens
 def _stored(name: str, ref: TensorRef) -> ir.Value:
     data_type, shape = STORED[ref.dtype], ir.Shape(ref.shape)
     file = ref.file.resolve()  # hub snapshots are links, which ONNX Runtime does not follow out of a folder
-    tensor = ir.ExternalTensor(file.name, ref.offset, ref.nbytes, data_type, shape=shape, name=name, base_dir=file.parent)
+    tensor = ir.ExternalTensor(
+        file.name, ref.offset, ref.nbytes, data_type, shape=shape, name=name, base_dir=file.parent
+    )
     return ir.Value(name=name, type=ir.TensorType(data_type), shape=shape, const_value=tensor)
 
 
@@ -147,20 +172,29 @@ def _replace(model: ir.Model, value: ir.Value, stored: ir.Value) -> None:
 
 def _cast(value: ir.Value, name: str) -> ir.Node:
     cast = ir.node("Cast", [value], {"to": COMPUTE}, name=name)
-    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"{value.name}.float", ir.TensorType(COMPUTE), value.shape
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = (
+        f"{value.name}.float",
+        ir.TensorType(COMPUTE),
+        value.shape,
+    )
     return cast
 
 
 def write(model: ir.Model, folder: Path) -> int:
-    """Write `model.onnx` and `weights.safetensors` into a new folder, one tensor in memory at a time. Returns the bytes written.
+    """Write `model.onnx` and `weights.safetensors` into a new folder, one tensor in memory at a time. Returns the bytes
+    written.
 
-    The weights file is a valid safetensors file; the graph refers to its byte ranges as ONNX external data. int4 values, which the format
-    lacks, stand there as bytes of two values, low nibble first, as ONNX packs them. Leaves `model` referring to the new files.
-    Raises ResourceExhausted when the disk is full.
+    The weights file is a valid safetensors file; the graph refers to its byte ranges as ONNX external data. int4
+    values, which the format lacks, stand there as bytes of two values, low nibble first, as ONNX packs them. Leaves
+    `model` referring to the new files. Raises ResourceExhausted when the disk is full.
     """
     folder.mkdir(parents=True)
-    tensors = {name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None}
-    apart = {name for name in tensors if name.endswith((nested.CODES, f"{nested.CODES}{nested.FACTORS}"))}  # engines read them by name
+    tensors = {
+        name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
+    }
+    apart = {
+        name for name in tensors if name.endswith((nested.CODES, f"{nested.CODES}{nested.FACTORS}"))
+    }  # engines read them by name
     for name, tensor in tensors.items():
         if tensor.nbytes < INLINE_BYTES and name not in apart:
             model.graph.initializers[name].const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=name)
@@ -169,7 +203,8 @@ def write(model: ir.Model, folder: Path) -> int:
     need, free = sum(tensor.nbytes for _, tensor in large), shutil.disk_usage(folder).free
     if need > free:
         raise ResourceExhausted(
-            f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another --output"
+            f"{folder} needs {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose another "
+            "--output"
         )
     try:
         with (folder / WEIGHTS).open("wb") as file:
@@ -177,12 +212,16 @@ def write(model: ir.Model, folder: Path) -> int:
             for name, tensor in each("tensor", large):
                 offset, shape = file.tell(), ir.Shape(tensor.shape.numpy())
                 _copy(tensor, file)
-                moved = ir.ExternalTensor(WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=folder)
+                moved = ir.ExternalTensor(
+                    WEIGHTS, offset, tensor.nbytes, tensor.dtype, shape=shape, name=name, base_dir=folder
+                )
                 model.graph.initializers[name].const_value = moved
         ir.save(model, folder / MODEL)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ResourceExhausted(f"the disk filled up while writing {folder}: free some space or choose another --output") from None
+            raise ResourceExhausted(
+                f"the disk filled up while writing {folder}: free some space or choose another --output"
+            ) from None
         raise
     return need + (folder / MODEL).stat().st_size
 

@@ -1,4 +1,6 @@
-"""What a bundle's speed is compared with: the library's own modules in PyTorch, and the float model on the bundle's targets."""
+"""What a bundle's speed is compared with: the library's own modules in PyTorch, and the float model on the bundle's
+targets.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ Weights = Callable[[Part], Mapping[str, TensorRef]]
 
 
 class TorchEngine(Engine):
-    """A part in PyTorch: eager, float32, on the CPU, as the library runs it. The states of a slot are the library's own cache."""
+    """A part in PyTorch: eager, float32, on the CPU, as the library runs it. The states of a slot are the library's own
+    cache.
+    """
 
     target = "torch"
     rank = 99
@@ -85,7 +89,9 @@ class TorchEngine(Engine):
 
 
 def _fill(part: Part, weights: Mapping[str, TensorRef]) -> None:
-    """Give the part's module its parameters in float32; those that it has already, from another part of its component, stay."""
+    """Give the part's module its parameters in float32; those that it has already, from another part of its component,
+    stay.
+    """
     names = parameter_names(part.module, part.component.model)
     filled: dict[TensorRef, nn.Parameter] = {}
     for path, module in part.module.named_modules():
@@ -106,7 +112,9 @@ def _generator(part: Part) -> nn.Module:
         if isinstance(module, GenerationMixin) and wanted <= {id(parameter) for parameter in module.parameters()}
     ]
     if not having:
-        raise UnsupportedModel(f"'{part.name}' is no model of transformers that makes tokens: it cannot be timed in PyTorch")
+        raise UnsupportedModel(
+            f"'{part.name}' is no model of transformers that makes tokens: it cannot be timed in PyTorch"
+        )
     found: Any = min(having, key=lambda module: len(list(module.parameters())))
     found.set_attn_implementation(ATTENTION)
     return found
@@ -128,11 +136,12 @@ def compare_speed(
     weights: Weights,
     effort: SpeedEffort | None = None,
 ) -> Speed:
-    """Time the bundle at `quantized` beside that at `floating`, built from the same checkpoint without quantization, and PyTorch.
+    """Time the bundle at `quantized` beside that at `floating`, built from the same checkpoint without quantization,
+    and PyTorch.
 
-    `parts` and `weights` are the checkpoint's, the parts new ones without weights. Each target of the bundle that can be used here takes
-    part, with all threads; what PyTorch cannot run is left out. Raises EngineUnavailable when there is no target, EngineError when an
-    engine cannot run.
+    `parts` and `weights` are the checkpoint's, the parts new ones without weights. Each target of the bundle that can
+    be used here takes part, with all threads; what PyTorch cannot run is left out. Raises EngineUnavailable when there
+    is no target, EngineError when an engine cannot run.
     """
     threads, left_out, usable = machine.threads(), list[str](), list[str]()
     for name in Bundle(quantized).targets:
@@ -144,7 +153,10 @@ def compare_speed(
         raise EngineUnavailable(f"no target of bundle {quantized} can be timed here. {'; '.join(left_out)}")
     with ExitStack() as stack:
         pairs = [
-            tuple(stack.enter_context(closing(load_model(root, name, Options(threads=threads)))) for root in (floating, quantized))
+            tuple(
+                stack.enter_context(closing(load_model(root, name, Options(threads=threads))))
+                for root in (floating, quantized)
+            )
             for name in usable
         ]
         models = [model for pair in pairs for model in pair]

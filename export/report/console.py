@@ -78,7 +78,9 @@ def show_notes(manifest: Manifest) -> None:
 
 
 def show_table(*rows: Sequence[str]) -> None:
-    """Rows of as many texts each, in columns. The first are the headings; nothing is cut or wrapped but by the terminal."""
+    """Rows of as many texts each, in columns. The first are the headings; nothing is cut or wrapped but by the
+    terminal.
+    """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         out.print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip(), markup=False)
@@ -91,7 +93,9 @@ def settings_of(targets: tuple[str, ...], capability: str, settings: list[str]) 
         name, equals, value = text.partition("=")
         owner, dot, name = name.partition(".")
         if not (equals and dot and owner and name):
-            raise InvalidInput("setting", f"'{text}' is none, expected TARGET.NAME=VALUE such as tensorrt-rtx.workspace=4GiB")
+            raise InvalidInput(
+                "setting", f"'{text}' is none, expected TARGET.NAME=VALUE such as tensorrt-rtx.workspace=4GiB"
+            )
         found.setdefault(owner, {})[name] = value
     if capability:
         for owner in (name for name in targets if name.startswith("tensorrt")):

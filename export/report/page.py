@@ -1,6 +1,8 @@
-"""The quality report of a bundle as one page: everything it shows is in the file, and it needs neither network nor scripts.
+"""The quality report of a bundle as one page: everything it shows is in the file, and it needs neither network nor
+scripts.
 
-The text is `report.html`, a jinja2 template that escapes everything from the bundle; the page's own policy forbids it to load anything.
+The text is `report.html`, a jinja2 template that escapes everything from the bundle; the page's own policy forbids it
+to load anything.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ class Size:
 class Bar:
     """One of those whose times are compared. `share` is its time as a share of the slowest one's, 0 to 1.
 
-    `against_torch` and `against_float` say how many times as fast as these it is; None where there is no such time to compare with.
+    `against_torch` and `against_float` say how many times as fast as these it is; None where there is no such time to
+    compare with.
     """
 
     timed: Timed
@@ -67,8 +70,9 @@ class Bar:
 def report(bundle: Bundle, output: Path, speed: Speed | None = None) -> None:
     """Write the page of a bundle's quality to the file `output`; it appears whole or not at all.
 
-    `speed` is shown in place of what the bundle holds. Raises NotFound when the bundle holds no quality report, BundleError when that or a
-    graph is damaged, InvalidInput when `output` is a folder, ResourceExhausted when it cannot be written.
+    `speed` is shown in place of what the bundle holds. Raises NotFound when the bundle holds no quality report,
+    BundleError when that or a graph is damaged, InvalidInput when `output` is a folder, ResourceExhausted when it
+    cannot be written.
     """
     quality = load_quality(bundle)
     page = render(bundle, quality if speed is None else quality.model_copy(update={"speed": speed}))
@@ -88,7 +92,9 @@ def report(bundle: Bundle, output: Path, speed: Speed | None = None) -> None:
 def check_output(output: Path) -> None:
     """Raise InvalidInput or ResourceExhausted when no page can be written to `output`."""
     if output.is_dir():
-        raise InvalidInput("output", f"{output} is a folder, expected the name of a file such as {output / 'report.html'}")
+        raise InvalidInput(
+            "output", f"{output} is a folder, expected the name of a file such as {output / 'report.html'}"
+        )
     check_writable(output)
 
 
@@ -135,8 +141,14 @@ def _parameters(bundle: Bundle, submodel: Submodel) -> int:
     try:
         graph = ir.load(path).graph
     except Exception as error:  # the reader of the format raises a dozen unrelated classes
-        raise BundleError(f"{path} cannot be read: {type(error).__name__}. Verify the bundle, or build it again") from None
-    return sum(prod(value.shape.numpy()) for value in graph.initializers.values() if value.shape is not None and _is_parameter(value))
+        raise BundleError(
+            f"{path} cannot be read: {type(error).__name__}. Verify the bundle, or build it again"
+        ) from None
+    return sum(
+        prod(value.shape.numpy())
+        for value in graph.initializers.values()
+        if value.shape is not None and _is_parameter(value)
+    )
 
 
 def _is_parameter(value: ir.Value) -> bool:
@@ -144,7 +156,9 @@ def _is_parameter(value: ir.Value) -> bool:
 
 
 def _is_scale(value: ir.Value) -> bool:
-    """Whether it only says how numbers are quantized: the second or third input of their nodes, at most cast or reshaped before."""
+    """Whether it only says how numbers are quantized: the second or third input of their nodes, at most cast or
+    reshaped before.
+    """
     uses = list(value.uses())
     return bool(uses) and all(
         index > 0 if node.op_type in ("QuantizeLinear", "DequantizeLinear")
@@ -189,7 +203,9 @@ def _three(bundle: Bundle, one: PictureQuality) -> tuple[str, str, str]:
     """The reference's picture, the quantized one's and their amplified difference, as data URIs."""
     reference, quantized = _picture(bundle, one.reference), _picture(bundle, one.quantized)
     if reference.shape != quantized.shape:
-        raise BundleError(f"{one.reference} and {one.quantized} of bundle {bundle.root} differ in size. Build the bundle again")
+        raise BundleError(
+            f"{one.reference} and {one.quantized} of bundle {bundle.root} differ in size. Build the bundle again"
+        )
     return _data(reference), _data(quantized), _data(difference(reference, quantized))
 
 

@@ -18,7 +18,9 @@ TRUSTED: Final = 0.25
 """Share of a step behind which its own pace alone tells how long it will take; before, the guess counts too."""
 START: Final = Position(0.0, 0.0, "")
 OVERDUE: Final = 0.5
-"""What a step that does not say how far it is, and takes longer than guessed, is taken to need still: this share of its time so far."""
+"""What a step that does not say how far it is, and takes longer than guessed, is taken to need still: this share of its
+time so far.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Report:
-    """A step begins or is under way (`seconds` None), or has ended. `eta` is the seconds that the rest of all steps will take.
+    """A step begins or is under way (`seconds` None), or has ended. `eta` is the seconds that the rest of all steps
+    will take.
 
-    `detail` says how far a step is, and of one that has ended such as a size or an error. `elapsed` is the seconds since a step began.
+    `detail` says how far a step is, and of one that has ended such as a size or an error. `elapsed` is the seconds
+    since a step began.
     """
 
     number: int
@@ -51,9 +55,11 @@ Listener = Callable[[Report], None]
 
 @dataclass
 class Progress:
-    """Runs through planned steps in order, and reports each at its begin, its end, wherever its loops are, and once every `BEAT` seconds.
+    """Runs through planned steps in order, and reports each at its begin, its end, wherever its loops are, and once
+    every `BEAT` seconds.
 
-    The ETA is what the running step has shown to need still, and the guess of every later one, scaled by how guesses of its stage did.
+    The ETA is what the running step has shown to need still, and the guess of every later one, scaled by how guesses of
+    its stage did.
     """
 
     steps: list[Step]

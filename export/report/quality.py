@@ -1,10 +1,11 @@
-"""How near a quantized bundle comes to the same model without quantization: measured once, when it is built, and kept in the bundle.
+"""How near a quantized bundle comes to the same model without quantization: measured once, when it is built, and kept
+in the bundle.
 
     quality/quality.json      this file's `Quality`
     quality/*.png             the pictures it names: drawn by both models, or shown to both
 
-Both models run on the same machine, one request at a time, through the pipelines that users' requests take. Speed is not told by these
-runs but by `export.report.speed`, whose figures lie in the same file.
+Both models run on the same machine, one request at a time, through the pipelines that users' requests take. Speed is
+not told by these runs but by `export.report.speed`, whose figures lie in the same file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from calibration.ground.progress import each, followed, phase
-from calibration.observe.metrics import PEAK, Comparison, gmsd, kl_divergence, perplexity, psnr_db, snr_db, ssim, token_agreement
+from calibration.observe.metrics import (
+    PEAK,
+    Comparison,
+    gmsd,
+    kl_divergence,
+    perplexity,
+    psnr_db,
+    snr_db,
+    ssim,
+    token_agreement,
+)
 from calibration.requests.built_in import BUILT_IN, TRIES, Asked, Requests, accepted
 from export.report.speed import Measured, Speed
 from export.report.tasks import TASKS, right
@@ -73,7 +84,8 @@ TITLES: Final[Mapping[Measure, str]] = {
 class Floor(Frozen):
     """The least that a bundle of this `quant` must reach in one measure, and why it is set there.
 
-    The reason is what noise of known size did to the samples' work, or another floor: nothing that changes with the next build.
+    The reason is what noise of known size did to the samples' work, or another floor: nothing that changes with the
+    next build.
     """
 
     quant: str
@@ -123,12 +135,15 @@ FLOORS: Final = (
         reason="Lower than at int8, since 4 bits may swap two tokens that are about as likely.",
     ),
 )
-"""Below these a build is taken for failed. Noise: Gaussian, the same in every call, on the one output, so that its SNR is the one told."""
+"""Below these a build is taken for failed. Noise: Gaussian, the same in every call, on the one output, so that its SNR
+is the one told.
+"""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is drawn and asked: `pictures` and `questions` that the report shows, and `cases` of a sample's own task.
+    """How much is drawn and asked: `pictures` and `questions` that the report shows, and `cases` of a sample's own
+    task.
 
     `steps` of each picture; None is as many as the model's users get.
     """
@@ -140,7 +155,9 @@ class Effort:
 
 
 class OutputQuality(Measured):
-    """One output of a submodel over all its calls: what `calibration.observe.metrics` says of it. The peak of the PSNR is its largest magnitude."""
+    """One output of a submodel over all its calls: what `calibration.observe.metrics` says of it. The peak of the PSNR
+    is its largest magnitude.
+    """
 
     name: str
     snr_db: float
@@ -177,10 +194,11 @@ class PictureQuality(Measured):
 class AnswerQuality(Measured):
     """One question answered greedily by both models.
 
-    `token_agreement` compares the two answers place by place. The other figures come from giving the quantized model the reference's answer
-    token by token (teacher forcing), so that each of its `tokens` is judged alone: `next_token_agreement` is the share of them that the
-    quantized model would have chosen too, `kl_divergence` the mean distance of the two distributions in nats, and the perplexities
-    tell how unexpected the reference's answer is to either model.
+    `token_agreement` compares the two answers place by place. The other figures come from giving the quantized model
+    the reference's answer token by token (teacher forcing), so that each of its `tokens` is judged alone:
+    `next_token_agreement` is the share of them that the quantized model would have chosen too, `kl_divergence` the mean
+    distance of the two distributions in nats, and the perplexities tell how unexpected the reference's answer is to
+    either model.
     """
 
     question: str
@@ -229,19 +247,29 @@ class Quality(Measured):
 
     @property
     def perplexity_change(self) -> float:
-        """How many times as unexpected the reference's answers, as one text, are to the quantized model; 1 is no change."""
+        """How many times as unexpected the reference's answers, as one text, are to the quantized model; 1 is no
+        change.
+        """
         return self.over_text("quantized_perplexity") / self.over_text("reference_perplexity")
 
     def summary(self) -> dict[str, float]:
-        """The figures in short, for the manifest: the worst submodel, medians of the pictures, means of the tokens, the task's score."""
+        """The figures in short, for the manifest: the worst submodel, medians of the pictures, means of the tokens, the
+        task's score.
+        """
         found = {measure: min(figures.values()) for measure in get_args(Measure) if (figures := self.found(measure))}
         if self.pictures:
-            found |= {name: self.over_pictures(name) for name in ("psnr_db", "ssim", "gmsd") if getattr(self.pictures[0], name) is not None}
+            found |= {
+                name: self.over_pictures(name)
+                for name in ("psnr_db", "ssim", "gmsd")
+                if getattr(self.pictures[0], name) is not None
+            }
         if self.answers:
             found |= {name: self.over_tokens(name) for name in ("token_agreement", "kl_divergence")}
             found["perplexity_change"] = self.perplexity_change
         if self.task:
-            found |= {f"{of}_right": getattr(self.task, f"{of}_right") / self.task.cases for of in ("reference", "quantized")}
+            found |= {
+                f"{of}_right": getattr(self.task, f"{of}_right") / self.task.cases for of in ("reference", "quantized")
+            }
         return found
 
     def over_tokens(self, name: str) -> float:
@@ -253,15 +281,23 @@ class Quality(Measured):
         return math.exp(sum(answer.tokens * math.log(getattr(answer, name)) for answer in self.answers) / self.tokens)
 
     def found(self, measure: Measure) -> dict[str, float]:
-        """The figures that a floor of this measure is about, by what they are of. Empty where the measure does not apply."""
+        """The figures that a floor of this measure is about, by what they are of. Empty where the measure does not
+        apply.
+        """
         if measure == "submodel_snr_db":
-            return {f"SNR of {submodel.name}.{output.name}": output.snr_db for submodel in self.submodels for output in submodel.outputs}
+            return {
+                f"SNR of {submodel.name}.{output.name}": output.snr_db
+                for submodel in self.submodels
+                for output in submodel.outputs
+            }
         if measure == "latents_snr_db":
             return {"median SNR of the final latents": self.over_pictures("latents_snr_db")} if self.pictures else {}
         return {"agreement on the next token": self.over_tokens("next_token_agreement")} if self.answers else {}
 
     def shortfalls(self, quant: str) -> list[str]:
-        """What is below its floor at this quantization, or was not measured though there is a floor for it; empty where all is well."""
+        """What is below its floor at this quantization, or was not measured though there is a floor for it; empty where
+        all is well.
+        """
         faults = [
             f"{name} is {figure:.3g}{UNITS[floor.measure]}, expected at least {floor} at {quant}"
             for floor in floors(quant)
@@ -270,7 +306,9 @@ class Quality(Measured):
         ]
         if floors(quant):
             faults += [
-                f"{submodel.name}: was not measured, no call of it was captured" for submodel in self.submodels if not submodel.calls
+                f"{submodel.name}: was not measured, no call of it was captured"
+                for submodel in self.submodels
+                if not submodel.calls
             ]
         return faults
 
@@ -278,7 +316,8 @@ class Quality(Measured):
 def floors(quant: str) -> list[Floor]:
     """The floors of a quantization; none for "none" and for "int8-naive", which is there to be compared with.
 
-    A search has those of int4, the lowest form that it gives to layers; what it may cost beside is asked for with --max-drop.
+    A search has those of int4, the lowest form that it gives to layers; what it may cost beside is asked for with
+    --max-drop.
     """
     quant = "int4" if quant == "auto" else quant
     return [floor for floor in FLOORS if floor.quant == quant]
@@ -292,8 +331,9 @@ def measure(
 ) -> tuple[Quality, Pictures]:
     """Compare a quantized model with the same one before quantization; the pictures are those that the result names.
 
-    `samples` are the inputs to compare each submodel on; of submodels with states, the calls of the answers are compared instead.
-    Raises BundleError when the two are not the same model, EngineError when a submodel gives numbers that are not finite.
+    `samples` are the inputs to compare each submodel on; of submodels with states, the calls of the answers are
+    compared instead. Raises BundleError when the two are not the same model, EngineError when a submodel gives numbers
+    that are not finite.
     """
     _check_alike(quantized, reference)
     effort = effort or Effort()
@@ -308,7 +348,10 @@ def measure(
             drawn = [_picture(i, one, quantized, reference, pictures) for i, one in enumerate(each("picture", prompts))]
         else:
             questions = _accepted(reference, _chat_requests(effort.questions), effort.questions)
-            answers = [_answer(i, one, quantized, reference, pictures, compared) for i, one in enumerate(each("question", questions))]
+            answers = [
+                _answer(i, one, quantized, reference, pictures, compared)
+                for i, one in enumerate(each("question", questions))
+            ]
     with phase(0.8, 1.0):
         task = _task(quantized, reference, effort.cases)
     quality = Quality(
@@ -341,7 +384,10 @@ def load_quality(bundle: Bundle) -> Quality:
     path = bundle.root / QUALITY
     if not path.is_file():
         if bundle.manifest.quant == "none":
-            raise NotFound(f"bundle {bundle.root} has no quality report: it is not quantized, so there is nothing to compare it with")
+            raise NotFound(
+                f"bundle {bundle.root} has no quality report: it is not quantized, so there is nothing to compare it "
+                "with"
+            )
         again = f"enginecast build SOURCE --quality full --quant {bundle.manifest.quant} --output {bundle.root} --force"
         raise NotFound(f"bundle {bundle.root} has no quality report, expected {QUALITY}: build it again with `{again}`")
     try:
@@ -349,7 +395,8 @@ def load_quality(bundle: Bundle) -> Quality:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
         raise BundleError(
-            f"{path} cannot be read ({faults}): it is damaged, or another version of this program wrote it. Build the bundle again"
+            f"{path} cannot be read ({faults}): it is damaged, or another version of this program wrote it. Build the "
+            "bundle again"
         ) from None
 
 
@@ -358,7 +405,8 @@ def _check_alike(quantized: LoadedModel, reference: LoadedModel) -> None:
     names = [[submodel.name for submodel in manifest.submodels] for manifest in (one, other)]
     if (one.pipeline, one.source.fingerprint, names[0]) != (other.pipeline, other.source.fingerprint, names[1]):
         raise BundleError(
-            f"bundle {one.name} ({', '.join(names[0])}) and bundle {other.name} ({', '.join(names[1])}) are not of the same checkpoint: "
+            f"bundle {one.name} ({', '.join(names[0])}) and bundle {other.name} ({', '.join(names[1])}) are not of the "
+            "same checkpoint: "
             "compare two that were built from one source"
         )
 
@@ -376,7 +424,9 @@ class _Compared:
             try:
                 self.outputs.setdefault(name, Comparison()).add(array, quantized[name])
             except InvalidInput as error:
-                raise EngineError(f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision") from None
+                raise EngineError(
+                    f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision"
+                ) from None
 
 
 def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samples) -> dict[str, _Compared]:
@@ -396,7 +446,8 @@ def _submodel(quantized: Submodel, reference: Submodel, compared: _Compared) -> 
         reference_precision=reference.precision,
         calls=compared.calls,
         outputs=tuple(
-            OutputQuality(name=name, snr_db=one.snr_db, psnr_db=one.psnr_db(), cosine=one.cosine) for name, one in compared.outputs.items()
+            OutputQuality(name=name, snr_db=one.snr_db, psnr_db=one.psnr_db(), cosine=one.cosine)
+            for name, one in compared.outputs.items()
         ),
     )
 
@@ -422,7 +473,12 @@ def _image_requests(model: LoadedModel, effort: Effort) -> list[ImageRequest]:
 def _chat_requests(count: int) -> Iterator[ChatRequest]:
     """Every kind of question in turn, answered greedily; those to try where the model cannot read some."""
     for case in test_questions(TRIES * count, SEED):
-        yield ChatRequest((Message("user", (case.picture, case.question)),), max_tokens=MAX_TOKENS, temperature=0.0, repetition_penalty=1.0)
+        yield ChatRequest(
+            (Message("user", (case.picture, case.question)),),
+            max_tokens=MAX_TOKENS,
+            temperature=0.0,
+            repetition_penalty=1.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -440,7 +496,9 @@ class _Ran:
 
 
 def _run(
-    model: LoadedModel, request: ImageRequest | ChatRequest, watch: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline
+    model: LoadedModel,
+    request: ImageRequest | ChatRequest,
+    watch: Callable[[Pipeline], Pipeline] = lambda pipeline: pipeline,
 ) -> _Ran:
     return _Ran(list(followed(drive(watch(model.pipeline(request)), model.engines), MAX_TOKENS)))
 
@@ -461,7 +519,9 @@ def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> 
         pipeline.close()
 
 
-def _picture(i: int, request: ImageRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures) -> PictureQuality:
+def _picture(
+    i: int, request: ImageRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures
+) -> PictureQuality:
     """Draw one request with both models, and keep the pictures."""
     (wanted, image), (got, other) = (_draw(model, request) for model in (reference, quantized))
     paths = [f"{FOLDER}/picture-{i}-{which}.png" for which in ("reference", "quantized")]
@@ -507,7 +567,8 @@ class _Decoding:
             return outputs
         if not np.isfinite(outputs["logits"]).all():
             raise EngineError(
-                f"{call.submodel} gave NaN or infinite logits, expected finite ones: verify the bundle, or build with a higher precision"
+                f"{call.submodel} gave NaN or infinite logits, expected finite ones: verify the bundle, or build with "
+                "a higher precision"
             )
         copied = replace(call, inputs={name: np.array(array) for name, array in call.inputs.items()})
         self.calls.append((copied, dict(outputs)))
@@ -520,7 +581,13 @@ class _Decoding:
 
     def logits(self, prompt: int) -> NDArray[np.float32]:
         """The logits [tokens, vocab] that each token of the answer was chosen from."""
-        return np.stack([np.asarray(outputs["logits"][0, -1], np.float32) for call, outputs in self.calls if _length(call) >= prompt])
+        return np.stack(
+            [
+                np.asarray(outputs["logits"][0, -1], np.float32)
+                for call, outputs in self.calls
+                if _length(call) >= prompt
+            ]
+        )
 
 
 def _length(call: Call) -> int:
@@ -529,7 +596,12 @@ def _length(call: Call) -> int:
 
 
 def _answer(
-    i: int, request: ChatRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures, compared: Mapping[str, _Compared]
+    i: int,
+    request: ChatRequest,
+    quantized: LoadedModel,
+    reference: LoadedModel,
+    pictures: Pictures,
+    compared: Mapping[str, _Compared],
 ) -> AnswerQuality:
     """Ask both models one question, and the quantized one again on the reference's tokens where it chose others."""
     wanted, free = _Decoding(), _Decoding()
@@ -564,7 +636,9 @@ def _answer(
 
 
 def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compared: Mapping[str, _Compared]) -> None:
-    """Give the quantized submodels that keep states the calls the reference's got, in the same order, in slots of their own."""
+    """Give the quantized submodels that keep states the calls the reference's got, in the same order, in slots of their
+    own.
+    """
     slots: dict[int, Slot] = {}
     for call, outputs in calls:
         slot = slots.setdefault(id(call.slot), Slot())
@@ -580,4 +654,6 @@ def _task(quantized: LoadedModel, reference: LoadedModel, cases: int) -> TaskQua
     counts = [0, 0]
     for _ in each("case", range(cases)):
         counts = [count + next(done) for count, done in zip(counts, judged, strict=True)]
-    return TaskQuality(task=f"held-out {TASKS[name]}", cases=cases, reference_right=counts[0], quantized_right=counts[1])
+    return TaskQuality(
+        task=f"held-out {TASKS[name]}", cases=cases, reference_right=counts[0], quantized_right=counts[1]
+    )

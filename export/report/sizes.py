@@ -15,7 +15,8 @@ from runtime.errors import BundleError
 class Sizes:
     """Bytes of a bundle: canonical graphs and weights, what each target stores, everything else.
 
-    `apart` is what bundles of one target each would be together, whose graphs and weights each would have if it reads them.
+    `apart` is what bundles of one target each would be together, whose graphs and weights each would have if it reads
+    them.
     """
 
     graphs: int
@@ -34,12 +35,19 @@ def sizes(bundle: Bundle) -> Sizes:
     try:
         found = {path: (bundle.root / path).stat().st_size for path in (*manifest.files, MANIFEST)}
     except OSError as error:
-        raise BundleError(f"bundle {bundle.root} is damaged: {error.filename} cannot be read ({error.strerror}). Copy it again") from None
+        raise BundleError(
+            f"bundle {bundle.root} is damaged: {error.filename} cannot be read ({error.strerror}). Copy it again"
+        ) from None
     canonical = {path for submodel in manifest.submodels for path in bundle.graph_files(submodel)}
     graphs = sum(found[path] for path in canonical)
-    own = {name: sum(size for path, size in found.items() if path.startswith(f"engines/{name}/")) for name in bundle.targets}
+    own = {
+        name: sum(size for path, size in found.items() if path.startswith(f"engines/{name}/"))
+        for name in bundle.targets
+    }
     rest = sum(found.values()) - graphs - sum(own.values())
-    reading = {one.target for one in manifest.artifacts if one.target not in targets() or target(one.target).reads_graph(one)}
+    reading = {
+        one.target for one in manifest.artifacts if one.target not in targets() or target(one.target).reads_graph(one)
+    }
     apart = sum(size + rest + (graphs if name in reading else 0) for name, size in own.items())
     return Sizes(graphs, own, rest, apart)
 
@@ -50,7 +58,9 @@ def megabytes(nbytes: int) -> str:
 
 
 def forms(submodels: Sequence[Submodel], quant: str) -> str:
-    """What the weights of these submodels are stored as, by share of all numbers, and why not all as `quant` says; empty where unknown."""
+    """What the weights of these submodels are stored as, by share of all numbers, and why not all as `quant` says;
+    empty where unknown.
+    """
     counts, nbytes, reasons = Counter[str](), Counter[str](), Counter[str]()
     for weights in (one for submodel in submodels for one in submodel.weights):
         counts[weights.form] += weights.elements
@@ -60,6 +70,8 @@ def forms(submodels: Sequence[Submodel], quant: str) -> str:
     total = sum(counts.values())
     if not total:
         return ""
-    shares = ", ".join(f"{form} {100 * count / total:.1f} % ({megabytes(nbytes[form])})" for form, count in counts.most_common())
+    shares = ", ".join(
+        f"{form} {100 * count / total:.1f} % ({megabytes(nbytes[form])})" for form, count in counts.most_common()
+    )
     why = "; ".join(f"{100 * count / total:.1f} % {reason}" for reason, count in reasons.most_common())
     return shares + (f". Not {quant}: {why}" if why else "")

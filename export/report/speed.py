@@ -1,7 +1,8 @@
 """How fast a quantized model is beside the same model without quantization: on the same targets, and in PyTorch.
 
-All of them carry out one request in turns (A B C A B C) in one run, after one turn that does not count, and every call of an engine is
-timed. So a submodel is timed at the sizes that a request gives it; what is done between the calls counts for the whole request alone.
+All of them carry out one request in turns (A B C A B C) in one run, after one turn that does not count, and every call
+of an engine is timed. So a submodel is timed at the sizes that a request gives it; what is done between the calls
+counts for the whole request alone.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ HEAP: Final = 32 << 20
 
 
 class Kind(NamedTuple):
-    """Calls alike: a submodel and what is asked of it. `tokens` is how many of them a language model reads or makes in such a call."""
+    """Calls alike: a submodel and what is asked of it. `tokens` is how many of them a language model reads or makes in
+    such a call.
+    """
 
     submodel: str
     what: str
@@ -54,7 +57,9 @@ class Kind(NamedTuple):
 
 
 class Measured(Frozen):
-    """Figures that are numbers. What a bundle from anywhere holds instead is refused; what other versions add is left out."""
+    """Figures that are numbers. What a bundle from anywhere holds instead is refused; what other versions add is left
+    out.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -69,7 +74,9 @@ class Timed(Measured):
 
 
 class Timing(Measured):
-    """One thing that was timed, a `Kind` of calls or, as submodel `WHOLE`, the request. `calls` is how many of it a request makes."""
+    """One thing that was timed, a `Kind` of calls or, as submodel `WHOLE`, the request. `calls` is how many of it a
+    request makes.
+    """
 
     submodel: str
     what: str
@@ -83,7 +90,8 @@ class Timing(Measured):
 
 
 class Speed(Measured):
-    """Everything timed in one run. `others` is the share of the processors' time that other programs had meanwhile, None where unknown.
+    """Everything timed in one run. `others` is the share of the processors' time that other programs had meanwhile,
+    None where unknown.
 
     `left_out` says what could not be timed, and why.
     """
@@ -124,7 +132,9 @@ def measure_speed(
     effort: SpeedEffort | None = None,
     left_out: Sequence[str] = (),
 ) -> Speed:
-    """Time models of one checkpoint beside each other, all loaded with so many threads. Raises EngineError when one of them cannot run."""
+    """Time models of one checkpoint beside each other, all loaded with so many threads. Raises EngineError when one of
+    them cannot run.
+    """
     effort = effort or SpeedEffort()
     _keep_freed_memory()
     counts: dict[Kind, int] = {}
@@ -175,7 +185,8 @@ def measure_speed(
 def _keep_freed_memory() -> None:
     """From now on, let glibc keep what is freed as it does by itself in any process that runs for long (mallopt(3)).
 
-    A build has large blocks returned at once, to stay small. Every array would then be made of new pages, which no server does.
+    A build has large blocks returned at once, to stay small. Every array would then be made of new pages, which no
+    server does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:
@@ -184,7 +195,9 @@ def _keep_freed_memory() -> None:
 
 
 def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]]:
-    """Carry out the request: seconds of every call, calls alike together, and of the whole. Raises EngineError when a call fails."""
+    """Carry out the request: seconds of every call, calls alike together, and of the whole. Raises EngineError when a
+    call fails.
+    """
     spent: dict[Kind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
     pipeline, what = _request(model, effort)

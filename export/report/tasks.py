@@ -21,16 +21,20 @@ TASKS: Final = {"shapes-diffusion": "prompts drawn right", "shapes-vlm": "questi
 
 
 def right(model: LoadedModel, count: int, held: bool = True, seed: int = 0, first: int = 0) -> Iterator[bool]:
-    """Whether the model does each of `count` cases right, from number `first` on: the first that `enginecast score` asks, or with `held`
-    False some it never asks.
+    """Whether the model does each of `count` cases right, from number `first` on: the first that `enginecast score`
+    asks, or with `held` False some it never asks.
     """
     if model.kind == "diffusion":
         for number, scene in enumerate(test_prompts(count, seed, held)[first:], first):
             request = ImageRequest(scene.caption, seed=number)
-            (ready,) = (event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady))
+            (ready,) = (
+                event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady)
+            )
             yield bool(score_picture(ready.image.astype(np.uint8, copy=False), scene))
     else:
         for case in test_questions(count, seed, held)[first:]:
             asked = ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)
-            said = "".join(event.text for event in drive(model.pipeline(asked), model.engines) if isinstance(event, TextDelta))
+            said = "".join(
+                event.text for event in drive(model.pipeline(asked), model.engines) if isinstance(event, TextDelta)
+            )
             yield score_answer(said, case.answer)

@@ -22,16 +22,19 @@ def time_bundle(
     listen: Listener = lambda report: None,
     effort: SpeedEffort = THOROUGH,
 ) -> Speed:
-    """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside PyTorch.
+    """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside
+    PyTorch.
 
-    `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and whatever a build
-    raises.
+    `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and
+    whatever a build raises.
     """
     with vanishing(Path(gettempdir()), "enginecast-") as folder:
         options = Options(source, folder / "float", targets=bundle.targets)
         state = Build.open(options)
         if state.fingerprint != bundle.manifest.source.fingerprint:
-            raise InvalidInput("speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one")
+            raise InvalidInput(
+                "speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one"
+            )
         floating, _ = build(options, listen)
         parts = state.family.parts(state.source, False)
         with Progress([Step("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):

@@ -1,7 +1,9 @@
-"""Which files an ONNX graph reads besides its own: the locations of its external data, found without any library that reads ONNX.
+"""Which files an ONNX graph reads besides its own: the locations of its external data, found without any library that
+reads ONNX.
 
 Messages and field numbers are those of onnx.proto (ONNX 1.23), the encoding is that of protocol buffers
-(https://protobuf.dev/programming-guides/encoding). Only what contains the word is looked into, so a large graph takes milliseconds.
+(https://protobuf.dev/programming-guides/encoding). Only what contains the word is looked into, so a large graph takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ DEEPEST: Final = 100
 
 
 def locations(model: bytes) -> list[str]:
-    """The locations that the tensors of a serialized ModelProto name, each once. Raises ValueError where it cannot be read."""
+    """The locations that the tensors of a serialized ModelProto name, each once. Raises ValueError where it cannot be
+    read.
+    """
     return list(dict.fromkeys(_locations(memoryview(model), "model", DEEPEST)))
 
 

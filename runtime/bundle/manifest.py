@@ -4,7 +4,7 @@
   manifest.json            this file's `Manifest`
   manifest.sig             of a signed bundle: the signature of that file, see runtime/bundle/signing.py
   onnx/<submodel>/         model.onnx and weights.safetensors: the canonical graph, loadable by any ONNX tool
-  engines/<target>/        what a target compiled, if it stores anything; what was added later, in a folder of its own there
+  engines/<target>/        what a target compiled, if it stores anything; what was added later, in a folder there
   quality/                 of a quantized bundle: figures and pictures beside those of the float model
   search.json              of a searched one: the assignments tried
   tokenizer/ tokenizer_2/ scheduler/ preprocessor/   the model's own files, as published
@@ -43,9 +43,13 @@ MODEL_FILES: Final = ("tokenizer", "tokenizer_2", "scheduler", "preprocessor")
 
 
 def printable(text: str) -> str:
-    """The same text, if it is one line that can be shown: no control characters, none that change the direction, no half surrogates."""
+    """The same text, if it is one line that can be shown: no control characters, none that change the direction, no
+    half surrogates.
+    """
     if not text.isprintable() or len(text) > LONGEST_LINE:
-        raise ValueError(f"{quoted(text)} cannot be shown: expected one line of at most {LONGEST_LINE} printable characters")
+        raise ValueError(
+            f"{quoted(text)} cannot be shown: expected one line of at most {LONGEST_LINE} printable characters"
+        )
     return text
 
 
@@ -59,7 +63,10 @@ def check_name(field: str, name: str) -> str:
 
 def _name(name: str) -> str:
     if not name or len(name) > LONGEST_NAME or not name.isprintable() or name.strip() != name:
-        raise ValueError(f"{quoted(name)} is no name: expected 1 to {LONGEST_NAME} printable characters that begin and end with no space")
+        raise ValueError(
+            f"{quoted(name)} is no name: expected 1 to {LONGEST_NAME} printable characters that begin and end with no "
+            "space"
+        )
     return name
 
 
@@ -107,7 +114,8 @@ class Frozen(BaseModel):
 class Parity(Frozen):
     """How near a submodel's graph is to the torch module it was made from, on derived sample inputs.
 
-    `method` is "full" (all weights), or "twin" (same code and config, fewer layers). Errors are relative: max |a-b| / max |b|.
+    `method` is "full" (all weights), or "twin" (same code and config, fewer layers). Errors are relative: max |a-b| /
+    max |b|.
     """
 
     method: Line
@@ -118,7 +126,9 @@ class Parity(Frozen):
 
 
 class Agreement(Frozen):
-    """How near what a target compiled is to the canonical graph: the worst output, on derived inputs. `device` is what computed it."""
+    """How near what a target compiled is to the canonical graph: the worst output, on derived inputs. `device` is what
+    computed it.
+    """
 
     tensor: Line
     snr_db: float
@@ -126,10 +136,11 @@ class Agreement(Frozen):
 
 
 class Artifact(Frozen):
-    """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again there.
+    """What one target made of one submodel. `key` must match on the machine that loads it, else it is compiled again
+    there.
 
-    `files` lie in `engines/<target>/<folder>`. `settings` are those it was compiled with and would be again, on whatever machine.
-    `agreement` is what was found of it when it was built; `unchecked` says why nothing was.
+    `files` lie in `engines/<target>/<folder>`. `settings` are those it was compiled with and would be again, on
+    whatever machine. `agreement` is what was found of it when it was built; `unchecked` says why nothing was.
     """
 
     target: FileName
@@ -144,7 +155,8 @@ class Artifact(Frozen):
 
 
 class Weights(Frozen):
-    """The weights of a submodel that are stored in one form, such as "int8": how many numbers, in how many bytes, scales included.
+    """The weights of a submodel that are stored in one form, such as "int8": how many numbers, in how many bytes,
+    scales included.
 
     `reason` says why they are not in the form that was requested; it is empty where they are.
     """
@@ -158,11 +170,12 @@ class Weights(Frozen):
 class Submodel(Frozen):
     """One network of the model: its signature, where its graph lies, what precision its weights have.
 
-    The graph computes in float32. `compute` is what a target that has it shall compute in instead, but for the nodes named in `keep`;
-    `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it goes, where it is faster so.
-    `bfloat16` names nodes that were measured to lose nothing beside what quantization takes when they compute in bfloat16 all the same, and
-    `spans` what targets with zero points shall let the 8 bits of QuantizeLinear nodes span instead, from low to high (`runtime.targets.lowering.spans`).
-    `weights` says what the weights of a quantized submodel became.
+    The graph computes in float32. `compute` is what a target that has it shall compute in instead, but for the nodes
+    named in `keep`; `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it
+    goes, where it is faster so. `bfloat16` names nodes that were measured to lose nothing beside what quantization
+    takes when they compute in bfloat16 all the same, and `spans` what targets with zero points shall let the 8 bits of
+    QuantizeLinear nodes span instead, from low to high (`runtime.targets.lowering.spans`). `weights` says what the
+    weights of a quantized submodel became.
     """
 
     name: FileName
@@ -190,7 +203,9 @@ class Verdict(Frozen):
 
 
 class Source(Frozen):
-    """Where the weights came from. `fingerprint` is a sha256 over the configs, weight headers and samples of every tensor."""
+    """Where the weights came from. `fingerprint` is a sha256 over the configs, weight headers and samples of every
+    tensor.
+    """
 
     name: Line
     family: Line
@@ -199,10 +214,12 @@ class Source(Frozen):
 
 
 class Manifest(Frozen):
-    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its settings.
+    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its
+    settings.
 
-    `key` identifies source, settings and versions: a build with the same key would write the same bundle. `notes` are sentences on what of
-    the checkpoint is served otherwise than published, such as a replaced noise schedule: every answer carries them.
+    `key` identifies source, settings and versions: a build with the same key would write the same bundle. `notes` are
+    sentences on what of the checkpoint is served otherwise than published, such as a replaced noise schedule: every
+    answer carries them.
     """
 
     schema_version: int = SCHEMA
@@ -226,7 +243,9 @@ class Manifest(Frozen):
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"submodel {quoted(twice[0])} is listed twice")
         if other := [artifact.submodel for artifact in self.artifacts if artifact.submodel not in names]:
-            raise ValueError(f"an artifact is of the submodel {quoted(other[0])}, which is not among {', '.join(names)}")
+            raise ValueError(
+                f"an artifact is of the submodel {quoted(other[0])}, which is not among {', '.join(names)}"
+            )
         if reserved := {MANIFEST, SIGNATURE} & set(self.files):
             raise ValueError(f"{min(reserved)} cannot be among the files that it lists itself")
         return self
@@ -279,7 +298,9 @@ class Bundle:
         return PurePosixPath("engines", artifact.target, artifact.folder)
 
     def unknown_files(self) -> list[str]:
-        """What lies in the bundle's folder and is not in the manifest, relative to it, sorted. Links are never followed."""
+        """What lies in the bundle's folder and is not in the manifest, relative to it, sorted. Links are never
+        followed.
+        """
         present = set[str]()
         for folder, folders, files in os.walk(self.root, onerror=_raise):
             here = Path(folder)
@@ -290,14 +311,16 @@ class Bundle:
     def verify(self, unknown: bool = True) -> None:
         """Compare every file with its hash. Raises BundleError naming each that is missing, altered or no regular file.
 
-        Also named is what loading would open though no hash of it is listed; with `unknown`, whatever is not listed. Files whose names
-        lead out of the bundle, graphs whose weights do, and another manifest than the one that was opened are refused.
+        Also named is what loading would open though no hash of it is listed; with `unknown`, whatever is not listed.
+        Files whose names lead out of the bundle, graphs whose weights do, and another manifest than the one that was
+        opened are refused.
         """
         self._matched.clear()
         self._verify(unknown)
 
     def verify_again(self) -> None:
-        """`verify`, but files are hashed only where they changed since they were last found as listed: a matter of milliseconds.
+        """`verify`, but files are hashed only where they changed since they were last found as listed: a matter of
+        milliseconds.
 
         To be called before files are opened again, and after native code has opened them by name. Raises BundleError.
         """
@@ -306,7 +329,8 @@ class Bundle:
     def _verify(self, unknown: bool) -> None:
         if _read_manifest(self.root) != self.content:
             raise BundleError(
-                f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the program anew"
+                f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the "
+                "program anew"
             )
         faults = []
         inside = Path(os.path.realpath(self.root))
@@ -323,10 +347,15 @@ class Bundle:
             except OSError as error:
                 faults.append(f"{relative} cannot be read ({error.strerror})")
         try:
-            faults += [f"{relative} is not in the manifest" for relative in (self.unknown_files() if unknown else self._readable_unknown())]
+            faults += [
+                f"{relative} is not in the manifest"
+                for relative in (self.unknown_files() if unknown else self._readable_unknown())
+            ]
         except OSError as error:
             faults.append(f"{error.filename} cannot be read ({error.strerror})")
-        faults += [f"{relative}, which is read when it is loaded, is not in the manifest" for relative in self._unlisted()]
+        faults += [
+            f"{relative}, which is read when it is loaded, is not in the manifest" for relative in self._unlisted()
+        ]
         if faults:
             raise BundleError(f"bundle {self.root} is damaged: {'; '.join(faults)}. Copy or build it again")
 
@@ -342,8 +371,13 @@ class Bundle:
         return faults
 
     def _outside(self, relative: str) -> Iterator[str]:
-        """What an ONNX graph would read that is not listed. Weights lie beside it, or beside the canonical graph it was made of."""
-        folders = [PurePosixPath(relative).parent, *(PurePosixPath(part.graph).parent for part in self.manifest.submodels)]
+        """What an ONNX graph would read that is not listed. Weights lie beside it, or beside the canonical graph it was
+        made of.
+        """
+        folders = [
+            PurePosixPath(relative).parent,
+            *(PurePosixPath(part.graph).parent for part in self.manifest.submodels),
+        ]
         try:
             found = locations(read_regular(self.root / relative, LARGEST_GRAPH))
         except ValueError as error:
@@ -359,7 +393,9 @@ class Bundle:
 
     def _unlisted(self) -> list[str]:
         """Files that loading would open by name, but no hash of them is listed."""
-        needed = [str(self.engine_folder(artifact) / file) for artifact in self.manifest.artifacts for file in artifact.files]
+        needed = [
+            str(self.engine_folder(artifact) / file) for artifact in self.manifest.artifacts for file in artifact.files
+        ]
         needed += [submodel.graph for submodel in self.manifest.submodels if self.graph_files(submodel)]
         return sorted(set(needed) - set(self.manifest.files))
 
@@ -392,9 +428,13 @@ def _read_manifest(root: Path) -> bytes:
             raise NotFound(f"bundle {root} does not exist: expected a folder made by `enginecast build`")
         return read_regular(path, LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
-        raise BundleError(f"{root} is no bundle: it has no {MANIFEST}. Build one with `enginecast build SOURCE --output {root}`") from None
+        raise BundleError(
+            f"{root} is no bundle: it has no {MANIFEST}. Build one with `enginecast build SOURCE --output {root}`"
+        ) from None
     except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}. Let this user read it, or copy the bundle again") from None
+        raise BundleError(
+            f"{path} cannot be read: {error.strerror}. Let this user read it, or copy the bundle again"
+        ) from None
 
 
 def _parse(path: Path, content: bytes) -> Manifest:
@@ -402,7 +442,10 @@ def _parse(path: Path, content: bytes) -> Manifest:
         data = strict_json(content)
         version = data.get("schema_version") if isinstance(data, dict) else None
         if type(version) is not int or version != SCHEMA:
-            raise BundleError(f"{path} has schema version {quoted(str(version))[1:-1]}, this program reads {SCHEMA}: {_other_schema(data)}")
+            raise BundleError(
+                f"{path} has schema version {quoted(str(version))[1:-1]}, this program reads {SCHEMA}: "
+                f"{_other_schema(data)}"
+            )
         return Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise BundleError(f"{path} cannot be read: {_faults(error)}. Build the bundle again") from None
@@ -413,7 +456,10 @@ def _parse(path: Path, content: bytes) -> Manifest:
 def _faults(error: ValidationError) -> str:
     """What is wrong with a manifest, in one line: where, and why."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    shown = [f"{'.'.join(quoted(str(part))[1:-1] for part in one['loc'])}: {one['msg'].removeprefix('Value error, ')}" for one in found[:3]]
+    shown = [
+        f"{'.'.join(quoted(str(part))[1:-1] for part in one['loc'])}: {one['msg'].removeprefix('Value error, ')}"
+        for one in found[:3]
+    ]
     return "; ".join(shown) + (f"; and {len(found) - 3} more" if len(found) > 3 else "")
 
 

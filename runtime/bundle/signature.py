@@ -43,9 +43,9 @@ Values = Literal["normal", "positions", "ones", "below"]
 class Tensor(BaseModel):
     """A named array: its dtype and its dims, each a fixed length or a `Dim`.
 
-    `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last axis that end with
-    the longest length, ones, or whole numbers from 0 up to and without `limit`. A `condition` is what the rows of a guided call differ in;
-    in inputs that are none they are the same.
+    `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last
+    axis that end with the longest length, ones, or whole numbers from 0 up to and without `limit`. A `condition` is
+    what the rows of a guided call differ in; in inputs that are none they are the same.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -75,10 +75,11 @@ class Tensor(BaseModel):
 
 
 class State(BaseModel):
-    """An array that an engine keeps between calls of one slot, such as a layer's keys: read as `past`, written as `present`.
+    """An array that an engine keeps between calls of one slot, such as a layer's keys: read as `past`, written as
+    `present`.
 
-    `axis` is the one that grows, from length 0 at the start of a slot. `window` is how many positions the attention that reads it sees,
-    the newest included; 0 is all there are.
+    `axis` is the one that grows, from length 0 at the start of a slot. `window` is how many positions the attention
+    that reads it sees, the newest included; 0 is all there are.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -89,7 +90,9 @@ class State(BaseModel):
 
 
 class Signature(BaseModel):
-    """Inputs, outputs and states of one submodel. `inputs` and `outputs` are what a caller sees; states belong to the engine."""
+    """Inputs, outputs and states of one submodel. `inputs` and `outputs` are what a caller sees; states belong to the
+    engine.
+    """
 
     model_config = ConfigDict(frozen=True)
     inputs: tuple[Tensor, ...]

@@ -1,7 +1,8 @@
 """Signed bundles: an Ed25519 signature (RFC 8032) over the manifest, whose hashes cover every other file of the bundle.
 
-`manifest.sig` is a line of JSON: the algorithm, the public key's sha256 (to say which key it was), and the signature of the bytes of
-manifest.json in base64. Keys are PEM files as OpenSSL writes them, so that others can check, too: `openssl pkeyutl -verify -rawin`.
+`manifest.sig` is a line of JSON: the algorithm, the public key's sha256 (to say which key it was), and the signature of
+the bytes of manifest.json in base64. Keys are PEM files as OpenSSL writes them, so that others can check, too: `openssl
+pkeyutl -verify -rawin`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Signature(Frozen):
 def generate(private: Path, public: Path) -> str:
     """Write a new pair of keys, the private one for this user's eyes only. Returns the public one's sha256.
 
-    Raises InvalidInput where either file exists: a key that is overwritten is lost. Raises MissingDependency without `cryptography`.
+    Raises InvalidInput where either file exists: a key that is overwritten is lost. Raises MissingDependency without
+    `cryptography`.
     """
     serialization = require("cryptography.hazmat.primitives.serialization", EXTRA)
     key = require("cryptography.hazmat.primitives.asymmetric.ed25519", EXTRA).Ed25519PrivateKey.generate()
@@ -65,33 +67,40 @@ def sign(bundle: Bundle, private: Path) -> Signature:
         with written(bundle.root / SIGNATURE) as file:
             file.write(made.content)
     except OSError as error:
-        raise ResourceExhausted(f"cannot write {bundle.root / SIGNATURE}: {error.strerror}. Sign a copy that can be written") from None
+        raise ResourceExhausted(
+            f"cannot write {bundle.root / SIGNATURE}: {error.strerror}. Sign a copy that can be written"
+        ) from None
     return made
 
 
 def require_signature(bundle: Bundle, public: Path) -> None:
-    """Raise BundleError unless every file of the bundle is as the holder of the key signed it, and there are no others, nor links.
+    """Raise BundleError unless every file of the bundle is as the holder of the key signed it, and there are no others,
+    nor links.
 
-    To be called before anything of the bundle is used: engines are native code. Also raises InvalidInput or NotFound when the key is none.
+    To be called before anything of the bundle is used: engines are native code. Also raises InvalidInput or NotFound
+    when the key is none.
     """
     key = public_key(public)
     signature = _read(bundle)
     if signature.key != _name(key):
         raise BundleError(
-            f"{bundle.root / SIGNATURE} is of the key {signature.key[:16]}, expected {_name(key)[:16]} of {public}: it was signed by "
+            f"{bundle.root / SIGNATURE} is of the key {signature.key[:16]}, expected {_name(key)[:16]} of {public}: it "
+            "was signed by "
             "another, or altered"
         )
     try:
         key.verify(base64.b64decode(signature.signature), bundle.content)
     except require("cryptography.exceptions", EXTRA).InvalidSignature:
         raise BundleError(
-            f"the signature of {bundle.root} is not that of its {MANIFEST}: {MANIFEST} or {SIGNATURE} was altered, or the bundle was "
+            f"the signature of {bundle.root} is not that of its {MANIFEST}: {MANIFEST} or {SIGNATURE} was altered, or "
+            "the bundle was "
             "changed after it was signed. Copy it again, or have it signed again"
         ) from None
     links = [path.relative_to(bundle.root).as_posix() for path in bundle.root.rglob("*") if path.is_symlink()]
     if links:
         raise BundleError(
-            f"{bundle.root} has links, whose files may change at any time: {', '.join(sorted(links))}. Copy it with its files"
+            f"{bundle.root} has links, whose files may change at any time: {', '.join(sorted(links))}. Copy it with "
+            "its files"
         )
     bundle.verify()
 
@@ -102,14 +111,19 @@ def _read(bundle: Bundle) -> Signature:
     try:
         content = read_regular(path, LONGEST_KEY)
     except FileNotFoundError:
-        raise BundleError(f"{bundle.root} is not signed, and a signature is required: sign it with `enginecast sign`") from None
+        raise BundleError(
+            f"{bundle.root} is not signed, and a signature is required: sign it with `enginecast sign`"
+        ) from None
     except TooLarge:
         content = b""
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror}") from None
     try:
         found = Signature.model_validate_json(content)
-        if found.content != content or base64.b64encode(base64.b64decode(found.signature, validate=True)).decode() != found.signature:
+        if (
+            found.content != content
+            or base64.b64encode(base64.b64decode(found.signature, validate=True)).decode() != found.signature
+        ):
             raise ValueError("it is not as it was written")
     except (ValidationError, ValueError):
         raise BundleError(f"{path} was altered, or is of another program: have the bundle signed again") from None
@@ -124,9 +138,13 @@ def private_key(path: Path) -> Any:
     try:
         key = serialization.load_pem_private_key(content, None)
     except TypeError:
-        raise InvalidInput("key", f"{path} is encrypted: write a copy that is not, `openssl pkey -in {path} -out COPY`") from None
+        raise InvalidInput(
+            "key", f"{path} is encrypted: write a copy that is not, `openssl pkey -in {path} -out COPY`"
+        ) from None
     except Exception as error:  # ValueError, UnsupportedAlgorithm, and what OpenSSL says
-        raise InvalidInput("key", f"{path} is no private key in PEM: {error}. Make one with `enginecast keygen`") from None
+        raise InvalidInput(
+            "key", f"{path} is no private key in PEM: {error}. Make one with `enginecast keygen`"
+        ) from None
     return _ed25519(key, "Ed25519PrivateKey", path)
 
 
@@ -134,12 +152,16 @@ def public_key(path: Path) -> Any:
     """The Ed25519PublicKey of a PEM file. Raises NotFound, or InvalidInput that says what the file is instead."""
     content, serialization = _key_file(path), require("cryptography.hazmat.primitives.serialization", EXTRA)
     if b"PRIVATE KEY-----" in content:
-        raise InvalidInput("key", f"{path} is a private key, which has no place here: give the public one, `openssl pkey -in KEY -pubout`")
+        raise InvalidInput(
+            "key",
+            f"{path} is a private key, which has no place here: give the public one, `openssl pkey -in KEY -pubout`",
+        )
     try:
         key = serialization.load_pem_public_key(content)
     except Exception as error:
         raise InvalidInput(
-            "key", f"{path} is no public key in PEM: {error}. Expected what `enginecast keygen` writes beside the private one"
+            "key",
+            f"{path} is no public key in PEM: {error}. Expected what `enginecast keygen` writes beside the private one",
         ) from None
     return _ed25519(key, "Ed25519PublicKey", path)
 

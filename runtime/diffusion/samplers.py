@@ -6,10 +6,11 @@
         output = model(sampler.model_input(state), timestep)
         state = sampler.step(state, output, fresh_noise if sampler.stochastic else None)
 
-Every algorithm reads one description of the trajectory: the signal share ᾱ (alpha bar, 1 = clean, 0 = pure noise) before and after
-each step. Results equal diffusers 0.42 (DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler,
-DPMSolverMultistepScheduler) on the same noise, including which fields and defaults each of them takes (`runtime.diffusion.schedules`).
-To start in the middle of a trajectory, as image-to-image does, give `State` an `index` and the latent noised to `signal[index]`.
+Every algorithm reads one description of the trajectory: the signal share ᾱ (alpha bar, 1 = clean, 0 = pure noise)
+before and after each step. Results equal diffusers 0.42 (DDIMScheduler, EulerDiscreteScheduler,
+EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler) on the same noise, including which fields and defaults
+each of them takes (`runtime.diffusion.schedules`). To start in the middle of a trajectory, as image-to-image does, give
+`State` an `index` and the latent noised to `signal[index]`.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ FEW_STEPS: Final = 15
 class State:
     """Where a trajectory stands: `latents` [batch, channels, height, width] float32 before step `index`.
 
-    `denoised` is the last step's estimate of the clean latent: what a preview shows and what multistep methods remember.
+    `denoised` is the last step's estimate of the clean latent: what a preview shows and what multistep methods
+    remember.
     """
 
     latents: Latents
@@ -53,7 +55,9 @@ class State:
 
 @dataclass(frozen=True)
 class Sampler(ABC):
-    """One algorithm over one trajectory of n steps. `signal[i]` is ᾱ before step i, `signal_after[i]` after it, both float64 [n]."""
+    """One algorithm over one trajectory of n steps. `signal[i]` is ᾱ before step i, `signal_after[i]` after it, both
+    float64 [n].
+    """
 
     timesteps: Latents
     """What the model is told the time is, float32 [n], decreasing."""
@@ -78,7 +82,9 @@ class Sampler(ABC):
         return state.latents
 
     def denoised(self, state: State, output: Latents) -> Latents:
-        """The clean latent x₀ that the model's output implies. v: Salimans and Ho 2022, section 4 (arXiv 2202.00512)."""
+        """The clean latent x₀ that the model's output implies. v: Salimans and Ho 2022, section 4 (arXiv
+        2202.00512).
+        """
         alpha, sigma = _roots(self.signal[state.index])
         x = self.model_input(state)
         match self.config.prediction_type:
@@ -91,7 +97,8 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(self, state: State, output: Latents, noise: Latents | None = None) -> State:
-        """One step towards the clean latent. `output` is the model's prediction on `model_input(state)` at `timesteps[state.index]`.
+        """One step towards the clean latent. `output` is the model's prediction on `model_input(state)` at
+        `timesteps[state.index]`.
 
         `noise` is standard normal, of the latents' shape; it is required where `stochastic`, else ignored.
         """
@@ -127,7 +134,9 @@ class Ddim(Sampler):
 
 @dataclass(frozen=True)
 class Euler(Sampler):
-    """Euler's method on dx/ds = (x - x₀)/s, where x = x₀ + sε (Karras et al. 2022, algorithm 1 without churn; arXiv 2206.00364)."""
+    """Euler's method on dx/ds = (x - x₀)/s, where x = x₀ + sε (Karras et al. 2022, algorithm 1 without churn; arXiv
+    2206.00364).
+    """
 
     def sigma(self, index: int) -> float:
         """Noise over signal before step `index`; after the last one for index n."""
@@ -150,7 +159,9 @@ class Euler(Sampler):
 
 @dataclass(frozen=True)
 class EulerAncestral(Euler):
-    """Euler's method to a lower noise level than asked for, then fresh noise up to it (Crowson's k-diffusion, sample_euler_ancestral)."""
+    """Euler's method to a lower noise level than asked for, then fresh noise up to it (Crowson's k-diffusion,
+    sample_euler_ancestral).
+    """
 
     @property
     def stochastic(self) -> bool:
@@ -187,7 +198,9 @@ class Dpmpp2M(Sampler):
 
 
 def alphas_cumprod(config: Schedule) -> NDArray[np.float32]:
-    """ᾱ of every training timestep, float32 [num_train_timesteps], computed in the float32 steps that models were trained with."""
+    """ᾱ of every training timestep, float32 [num_train_timesteps], computed in the float32 steps that models were
+    trained with.
+    """
     count = config.num_train_timesteps
     betas: NDArray[np.float32]
     match config.beta_schedule:
@@ -206,7 +219,9 @@ def alphas_cumprod(config: Schedule) -> NDArray[np.float32]:
 
 
 def _linspace(first: float, last: float, count: int) -> NDArray[np.float32]:
-    """Evenly spaced float32 numbers, to the last bit those of torch.linspace: a float32 step, taken from the nearer end."""
+    """Evenly spaced float32 numbers, to the last bit those of torch.linspace: a float32 step, taken from the nearer
+    end.
+    """
     start, end = np.float32(first), np.float32(last)
     step = np.float64((end - start) / np.float32(count - 1))
     index = np.arange(count)
@@ -219,7 +234,9 @@ def _cumulative(betas: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _zero_terminal_snr(betas: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Betas shifted and scaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1; arXiv 2305.08891)."""
+    """Betas shifted and scaled so that the last timestep is pure noise (Lin et al. 2023, algorithm 1; arXiv
+    2305.08891).
+    """
     root = np.sqrt(_cumulative(betas))
     first, last = root[0], root[-1]
     bar = ((root - last) * (first / (first - last))) ** 2
@@ -244,8 +261,8 @@ def _required(noise: Latents | None) -> Latents:
 def _spaced(config: Schedule, spacing: Spacing, steps: int, *, beyond: int = 0, cut: int = 0) -> Floats:
     """Timesteps from noise to clean, float64 [steps], spaced as in table 2 of Lin et al. 2023 (arXiv 2305.08891).
 
-    With `beyond` 1 the range is cut for one step more, and its clean end left out: what DPM-Solver++ does. The last `cut` timesteps of
-    training are left out; with trailing there are fewer steps then.
+    With `beyond` 1 the range is cut for one step more, and its clean end left out: what DPM-Solver++ does. The last
+    `cut` timesteps of training are left out; with trailing there are fewer steps then.
     """
     total = config.num_train_timesteps
     match spacing:
@@ -255,7 +272,9 @@ def _spaced(config: Schedule, spacing: Spacing, steps: int, *, beyond: int = 0, 
             ratio = (total - cut) // (steps + beyond)
             return (np.arange(steps + beyond, dtype=np.float64) * ratio)[::-1][:steps] + config.steps_offset
         case "trailing":
-            return np.round(np.arange(total - cut, 0, -total / steps)[:steps]) - 1  # for some counts it comes out one too long
+            return (
+                np.round(np.arange(total - cut, 0, -total / steps)[:steps]) - 1
+            )  # for some counts it comes out one too long
 
 
 def _karras(first: float, last: float, steps: int) -> Floats:
@@ -268,7 +287,8 @@ def _karras(first: float, last: float, steps: int) -> Floats:
 def _timesteps_of(sigmas: Floats, table: NDArray[np.float32]) -> Floats:
     """The timesteps at which the training schedule has these noise levels, interpolated in their logarithm."""
     logs, wanted = np.log(table), np.log(sigmas)
-    # the last entry not above the wanted level: a zero-SNR table drops at its very end, so the search is in its minimum from there on
+    # the last entry not above the wanted level: a zero-SNR table drops at its very end, so the search is in its minimum
+    # from there on
     low = np.searchsorted(np.minimum.accumulate(logs[::-1])[::-1], wanted, side="right").clip(1, len(logs) - 1) - 1
     return cast(Floats, low + ((wanted - logs[low]) / (logs[low + 1] - logs[low])).clip(0, 1))
 
@@ -282,10 +302,14 @@ def _noise_table(config: Schedule) -> NDArray[np.float32]:
 
 
 def _checked(timesteps: Floats, config: Schedule) -> Floats:
-    """The same timesteps, if the model was trained on all of them and no two are equal. Raises InvalidInput naming `steps`."""
+    """The same timesteps, if the model was trained on all of them and no two are equal. Raises InvalidInput naming
+    `steps`.
+    """
     last, steps = config.num_train_timesteps - 1, len(timesteps)
     if not steps:
-        raise InvalidInput("steps", "the model's schedule (lambda_min_clipped) leaves none of so few steps. Use more steps")
+        raise InvalidInput(
+            "steps", "the model's schedule (lambda_min_clipped) leaves none of so few steps. Use more steps"
+        )
     if timesteps[0] > last or timesteps[-1] < 0 or not (np.diff(timesteps) < 0).all():
         raise InvalidInput(
             "steps",
@@ -296,15 +320,19 @@ def _checked(timesteps: Floats, config: Schedule) -> Floats:
 
 
 def _trajectory(levels: Floats) -> tuple[Floats, Floats]:
-    """ᾱ before and after each step between noise levels (noise over signal), float64 [steps + 1]. Raises InvalidInput if one rises.
+    """ᾱ before and after each step between noise levels (noise over signal), float64 [steps + 1]. Raises InvalidInput
+    if one rises.
 
-    The last may stay where it is: a walk to the least noise of training often ends there one step early, up to rounding.
+    The last may stay where it is: a walk to the least noise of training often ends there one step early, up to
+    rounding.
     """
     if math.isclose(levels[-1], levels[-2], rel_tol=ROUNDING):
         levels = np.append(levels[:-1], levels[-2])
     falls = np.diff(levels)
     if (falls > 0).any() or (falls[:-1] == 0).any():
-        raise InvalidInput("steps", f"{len(falls)} steps are too close together for the model's noise schedule. Use fewer steps")
+        raise InvalidInput(
+            "steps", f"{len(falls)} steps are too close together for the model's noise schedule. Use fewer steps"
+        )
     signal = 1 / (1 + levels**2)
     return signal[:-1], signal[1:]
 
@@ -323,7 +351,8 @@ def _ddim(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler:
     after = np.where(before >= 0, table[before.clip(0)], 1.0 if config.set_alpha_to_one else table[0])
     if config.prediction_type == "epsilon" and table[index[0]] == 0:
         raise InvalidInput(
-            "sampler", "ddim cannot start from pure noise (rescale_betas_zero_snr) where the model predicts noise: use euler"
+            "sampler",
+            "ddim cannot start from pure noise (rescale_betas_zero_snr) where the model predicts noise: use euler",
         )
     return Ddim(timesteps.astype(np.float32), table[index], after, config, spacing, eta)
 
@@ -364,7 +393,9 @@ def _dpmpp_2m(config: Schedule, steps: int, karras: bool, eta: float) -> Sampler
         cut = int((np.log(table) > -config.lambda_min_clipped).sum())
         timesteps = _checked(np.round(_spaced(config, spacing, steps, beyond=extra, cut=cut)), config)
         levels = table[timesteps.astype(np.int64)].astype(np.float64)
-    return Dpmpp2M(timesteps.astype(np.float32), *_trajectory(np.append(levels, _final_sigma(config, table))), config, spacing)
+    return Dpmpp2M(
+        timesteps.astype(np.float32), *_trajectory(np.append(levels, _final_sigma(config, table))), config, spacing
+    )
 
 
 @dataclass(frozen=True)
@@ -390,14 +421,17 @@ SAMPLERS: Final = tuple(_RECIPES)
 def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
     """The sampler of that name (one of `SAMPLERS`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM adds.
 
-    Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit the model's schedule,
-    eta is given to a sampler that has none, or the schedule has a value that this sampler cannot take.
+    Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit
+    the model's schedule, eta is given to a sampler that has none, or the schedule has a value that this sampler cannot
+    take.
     """
     if name not in _RECIPES:
         raise InvalidInput("sampler", f"'{name}' is not known: {did_you_mean(name, SAMPLERS)}")
     schedule = config.read(SOURCES[name.removesuffix(KARRAS)])
     if not 1 <= steps <= schedule.num_train_timesteps:
-        raise InvalidInput("steps", f"is {steps}, expected 1 to {schedule.num_train_timesteps}, the timesteps the model was trained on")
+        raise InvalidInput(
+            "steps", f"is {steps}, expected 1 to {schedule.num_train_timesteps}, the timesteps the model was trained on"
+        )
     if not 0 <= eta <= 1:
         raise InvalidInput("eta", f"is {eta}, expected 0 to 1")
     if eta and name != "ddim":

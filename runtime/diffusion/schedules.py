@@ -1,8 +1,9 @@
-"""Published noise schedules: what is done with each scheduler class of diffusers, and what a sampler reads of a scheduler_config.json.
+"""Published noise schedules: what is done with each scheduler class of diffusers, and what a sampler reads of a
+scheduler_config.json.
 
 The class decides which fields count, as it does when diffusers loads the file: a field that the class does not have is
-ignored, whichever class left it there. A sampler of ours reads the fields of the diffusers class that it equals, so that a
-sampler chosen by a request sees what that class would see of the same file.
+ignored, whichever class left it there. A sampler of ours reads the fields of the diffusers class that it equals, so
+that a sampler chosen by a request sees what that class would see of the same file.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ def _none_is_unbounded(value: object) -> object:
 class Schedule(BaseModel):
     """What samplers compute with. Betas are variances of one training step; timesteps count training steps from 0.
 
-    A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between the classes
-    are None here.
+    A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between
+    the classes are None here.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +61,10 @@ class Schedule(BaseModel):
     @model_validator(mode="after")
     def _one_beta_a_timestep(self) -> Schedule:
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
-            raise ValueError(f"trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps {self.num_train_timesteps}")
+            raise ValueError(
+                f"trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps "
+                f"{self.num_train_timesteps}"
+            )
         return self
 
 
@@ -69,7 +73,9 @@ TAKEN: Final[Mapping[str, tuple[object, ...]]] = {
     "use_flow_sigmas": (False, None),
     "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
 }
-"""Fields that say what the model predicts, and the values that samplers here take: with another value the pictures would be wrong."""
+"""Fields that say what the model predicts, and the values that samplers here take: with another value the pictures
+would be wrong.
+"""
 
 WALKED: Final[Mapping[str, tuple[object, ...]]] = {
     "use_exponential_sigmas": (False, None),
@@ -82,15 +88,17 @@ WALKED: Final[Mapping[str, tuple[object, ...]]] = {
     "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # likewise
     "euler_at_final": (False, None),
 }
-"""Fields that say how the same path is walked, and the values implemented here: with another value a sampler of ours takes its place."""
+"""Fields that say how the same path is walked, and the values implemented here: with another value a sampler of ours
+takes its place.
+"""
 
 
 @dataclass(frozen=True)
 class Treatment:
     """What is done with a scheduler class of diffusers.
 
-    `sampler` draws: the class itself where `exact`, else in its place, which is reported. There is none where `refused` says why.
-    `reads` are the fields of the class that count here; `defaults` its own for those that a file leaves out.
+    `sampler` draws: the class itself where `exact`, else in its place, which is reported. There is none where `refused`
+    says why. `reads` are the fields of the class that count here; `defaults` its own for those that a file leaves out.
     """
 
     sampler: str = ""
@@ -103,13 +111,25 @@ class Treatment:
 NOISE: Final = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
 SPACED: Final = (*NOISE, "timestep_spacing", "steps_offset")
 SIGMAS: Final = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-SOLVER: Final = ("thresholding", "solver_order", "algorithm_type", "solver_type", "lower_order_final", "use_flow_sigmas")
+SOLVER: Final = (
+    "thresholding",
+    "solver_order",
+    "algorithm_type",
+    "solver_type",
+    "lower_order_final",
+    "use_flow_sigmas",
+)
 CLIPPED: Final = ("clip_sample", "clip_sample_range")
 LATE: Final = {"beta_start": 0.00085, "beta_end": 0.012}
 
-DISTILLED: Final = "is for models that were distilled to be drawn in a few steps of its own: build the model that they were distilled from"
+DISTILLED: Final = (
+    "is for models that were distilled to be drawn in a few steps of its own: build the model that they were distilled "
+    "from"
+)
 FLOW: Final = "is for models that predict a flow, which is another noise schedule: such models are not served"
-PRECONDITIONED: Final = "is for models with EDM preconditioning, which is another noise schedule: such models are not served"
+PRECONDITIONED: Final = (
+    "is for models with EDM preconditioning, which is another noise schedule: such models are not served"
+)
 CONTINUOUS: Final = "is for models with a continuous noise schedule: such models are not served"
 NO_DRAWING: Final = "does not draw from noise: save the pipeline with one that does, such as DDIMScheduler"
 OTHER_MODELS: Final = "is for another kind of model: such models are not served"
@@ -130,12 +150,14 @@ CLASSES: Final[Mapping[str, Treatment]] = {
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
     "EulerDiscreteScheduler": _exact(
-        "euler", *SPACED, *SIGMAS, "interpolation_type", "sigma_min", "sigma_max", "timestep_type", "rescale_betas_zero_snr",
+        "euler", *SPACED, *SIGMAS, "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
+        "rescale_betas_zero_snr",
         "final_sigmas_type",
     ),
     "EulerAncestralDiscreteScheduler": _exact("euler_ancestral", *SPACED, "rescale_betas_zero_snr"),
     "DPMSolverMultistepScheduler": _exact(
-        "dpmpp_2m", *SPACED, *SIGMAS, *SOLVER, "euler_at_final", "use_lu_lambdas", "final_sigmas_type", "lambda_min_clipped",
+        "dpmpp_2m", *SPACED, *SIGMAS, *SOLVER, "euler_at_final", "use_lu_lambdas", "final_sigmas_type",
+        "lambda_min_clipped",
         "variance_type", "rescale_betas_zero_snr",
     ),
     "PNDMScheduler": _replaced(*SPACED, "set_alpha_to_one"),
@@ -150,26 +172,33 @@ CLASSES: Final[Mapping[str, Treatment]] = {
     ),
     "DPMSolverSDEScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
     "UniPCMultistepScheduler": _replaced(
-        *SPACED, *SIGMAS, "thresholding", "solver_order", "solver_type", "lower_order_final", "use_flow_sigmas", "final_sigmas_type",
+        *SPACED, *SIGMAS, "thresholding", "solver_order", "solver_type", "lower_order_final", "use_flow_sigmas",
+        "final_sigmas_type",
         "rescale_betas_zero_snr", "sigma_min", "sigma_max",
     ),
     "DEISMultistepScheduler": _replaced(*SPACED, *SIGMAS, *SOLVER),
     "SASolverScheduler": _replaced(
-        *SPACED, *SIGMAS, "thresholding", "algorithm_type", "lower_order_final", "use_flow_sigmas", "lambda_min_clipped", "variance_type",
+        *SPACED, *SIGMAS, "thresholding", "algorithm_type", "lower_order_final", "use_flow_sigmas",
+        "lambda_min_clipped", "variance_type",
     ),
     **dict.fromkeys(("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler"), Treatment(refused=DISTILLED)),
     **dict.fromkeys(
-        ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "FlowMapEulerDiscreteScheduler",
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
+            "FlowMapEulerDiscreteScheduler",
             "SCMScheduler"),
         Treatment(refused=FLOW),
     ),
     **dict.fromkeys(
-        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"), Treatment(refused=PRECONDITIONED)
+        ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler", "CosineDPMSolverMultistepScheduler"),
+        Treatment(refused=PRECONDITIONED)
     ),
-    **dict.fromkeys(("KarrasVeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler"), Treatment(refused=CONTINUOUS)),
-    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler"), Treatment(refused=NO_DRAWING)),
+    **dict.fromkeys(("KarrasVeScheduler", "ScoreSdeVeScheduler", "ScoreSdeVpScheduler", "IPNDMScheduler"),
+        Treatment(refused=CONTINUOUS)),
+    **dict.fromkeys(("DDIMInverseScheduler", "DPMSolverMultistepInverseScheduler", "RePaintScheduler"),
+        Treatment(refused=NO_DRAWING)),
     **dict.fromkeys(
-        ("UnCLIPScheduler", "VQDiffusionScheduler", "AmusedScheduler", "DDPMWuerstchenScheduler", "CogVideoXDDIMScheduler",
+        ("UnCLIPScheduler", "VQDiffusionScheduler", "AmusedScheduler", "DDPMWuerstchenScheduler",
+            "CogVideoXDDIMScheduler",
             "CogVideoXDPMScheduler"),
         Treatment(refused=OTHER_MODELS),
     ),
@@ -189,7 +218,9 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
 
     @classmethod
     def parse(cls, published: Mapping[str, Any]) -> SchedulerConfig:
-        """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and why."""
+        """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and
+        why.
+        """
         known = {*Schedule.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
         found = cls({name: value for name, value in published.items() if name in known and value != -math.inf})
         found.check()
@@ -199,7 +230,9 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         """Raises InvalidInput naming the class, or each field, that is not served, and why."""
         name = self.root.get(CLASS)
         if name not in CLASSES:
-            raise InvalidInput("scheduler", f"{name!r} is no scheduler class that is served: {did_you_mean(str(name), SERVED)}")
+            raise InvalidInput(
+                "scheduler", f"{name!r} is no scheduler class that is served: {did_you_mean(str(name), SERVED)}"
+            )
         if refused := self.treatment.refused:
             raise InvalidInput("scheduler", f"{name} {refused}")
         own = self._own
@@ -208,7 +241,8 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
             faults.append("timestep_type 'continuous' with prediction_type 'v_prediction'")
         if faults:
             raise InvalidInput(
-                "scheduler", f"{name} with {', '.join(faults)} is not served: the model expects what no sampler here computes"
+                "scheduler",
+                f"{name} with {', '.join(faults)} is not served: the model expects what no sampler here computes",
             )
         self.read(str(name))
         self.read(SOURCES[self.treatment.sampler])
@@ -231,10 +265,15 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         if self.treatment.exact and not other:
             return ""
         what = f"{name} with {', '.join(other)}" if self.treatment.exact else name
-        return f"{what} is replaced: {self.sampler} draws on the same noise schedule, unless a request names another sampler"
+        return (
+            f"{what} is replaced: {self.sampler} draws on the same noise schedule, "
+            "unless a request names another sampler"
+        )
 
     def read(self, class_name: str) -> Schedule:
-        """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not served."""
+        """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not
+        served.
+        """
         read = CLASSES[class_name].reads & Schedule.model_fields.keys()
         values = {**self.treatment.defaults, **{name: value for name, value in self.root.items() if name in read}}
         try:
@@ -253,5 +292,9 @@ def _where(fault: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, fault['loc']))} {str(fault['input'])[:80]!r}" if fault["loc"] else ""
 
 
-SOURCES: Final = {treatment.sampler: name for name, treatment in reversed(list(CLASSES.items())) if treatment.sampler and treatment.exact}
+SOURCES: Final = {
+    treatment.sampler: name
+    for name, treatment in reversed(list(CLASSES.items()))
+    if treatment.sampler and treatment.exact
+}
 """The diffusers class that each sampler equals."""

@@ -1,8 +1,9 @@
-"""A picture decoded in tiles that overlap, where the whole would not fit into memory: from latents to tiles, from tiles to the picture.
+"""A picture decoded in tiles that overlap, where the whole would not fit into memory: from latents to tiles, from tiles
+to the picture.
 
-Neighbouring tiles share a quarter of their edge, over which one fades linearly into the other (as in diffusers' tiled decoding). A decoder
-that normalizes over the whole picture (GroupNorm; Wu and He 2018, arXiv 1803.08494) sees only a tile at a time, so the result is near the
-untiled one, not equal to it; the larger the tiles, the nearer.
+Neighbouring tiles share a quarter of their edge, over which one fades linearly into the other (as in diffusers' tiled
+decoding). A decoder that normalizes over the whole picture (GroupNorm; Wu and He 2018, arXiv 1803.08494) sees only a
+tile at a time, so the result is near the untiled one, not equal to it; the larger the tiles, the nearer.
 """
 
 from __future__ import annotations
@@ -17,14 +18,18 @@ from numpy.typing import NDArray
 OVERLAP: Final = 4
 """Neighbours share one part in so many of a tile's edge."""
 LEAST: Final = 16
-"""Edge of the smallest tile, in latents: smaller ones see too little of the picture to be alike (decision 15 has the figures)."""
+"""Edge of the smallest tile, in latents: smaller ones see too little of the picture to be alike (decision 15 has the
+figures).
+"""
 Pixels = NDArray[np.float32]
 
 
 def tile_shape(height: int, width: int, most: float, multiple: int = 1) -> tuple[int, int]:
-    """Height and width of tiles of at most `most` latents, as square and as large as they can be; the whole where it fits.
+    """Height and width of tiles of at most `most` latents, as square and as large as they can be; the whole where it
+    fits.
 
-    Both are multiples of `multiple`, as `height` and `width` are. Tiles are never smaller than `LEAST` or the whole's edge.
+    Both are multiples of `multiple`, as `height` and `width` are. Tiles are never smaller than `LEAST` or the whole's
+    edge.
     """
     if height * width <= most:
         return height, width
@@ -65,7 +70,9 @@ class Mosaic:
         """Lay the pixels [channels, height, width] of a tile where its latents were."""
         if self._sum is None:
             self._sum = np.zeros((len(pixels), *self._weights.shape), np.float32)
-        weights = np.outer(*(_fade(part, whole, self._scale) for part, whole in zip((rows, columns), self._size, strict=True)))
+        weights = np.outer(
+            *(_fade(part, whole, self._scale) for part, whole in zip((rows, columns), self._size, strict=True))
+        )
         down, across = (slice(part.start * self._scale, part.stop * self._scale) for part in (rows, columns))
         self._sum[:, down, across] += pixels * weights
         self._weights[down, across] += weights

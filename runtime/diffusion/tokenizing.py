@@ -1,10 +1,10 @@
 """CLIP prompts to token ids, from the tokenizer folder that a diffusion model is published with.
 
-The vocabulary and merges come from tokenizer.json where there is one, else from vocab.json and merges.txt, as Stable Diffusion 1.x has
-them. What CLIP does around them (Unicode NFC, white space, lower case, word splitting, byte-level BPE; Radford et al. 2021,
-arXiv 2103.00020, section 2.4) is the same for every CLIP model and stands here, as it does in transformers.CLIPTokenizer, whose ids
-these equal. Learned tokens of several vectors (textual inversion; Gal et al. 2022, arXiv 2208.01618) are written out as diffusers'
-pipelines do.
+The vocabulary and merges come from tokenizer.json where there is one, else from vocab.json and merges.txt, as Stable
+Diffusion 1.x has them. What CLIP does around them (Unicode NFC, white space, lower case, word splitting, byte-level
+BPE; Radford et al. 2021, arXiv 2103.00020, section 2.4) is the same for every CLIP model and stands here, as it does in
+transformers.CLIPTokenizer, whose ids these equal. Learned tokens of several vectors (textual inversion; Gal et al.
+2022, arXiv 2208.01618) are written out as diffusers' pipelines do.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ SHOWN: Final = 80
 
 
 class ClipTokenizer:
-    """The tokenizer of one CLIP text encoder. `limit` is its sequence length in tokens, start and end included (77 for SD 1.x).
+    """The tokenizer of one CLIP text encoder. `limit` is its sequence length in tokens, start and end included (77 for
+    SD 1.x).
 
     Raises BundleError when the folder lacks a file or holds another kind of tokenizer.
     """
@@ -49,9 +50,13 @@ class ClipTokenizer:
         special, extra = _special_tokens(folder, config)
         self._tokenizer = _build(*_vocabulary(folder, published), special["unk_token"])
         self._tokenizer.add_tokens(_added_tokens(folder, config, published, [*special.values(), *extra]))
-        self.start, self.end, self.pad = (self._id(folder, special[name]) for name in ("bos_token", "eos_token", "pad_token"))
+        self.start, self.end, self.pad = (
+            self._id(folder, special[name]) for name in ("bos_token", "eos_token", "pad_token")
+        )
         self.limit = _limit(folder, config)
-        self._written_out = _several_vectors({token.content for token in self._tokenizer.get_added_tokens_decoder().values()})
+        self._written_out = _several_vectors(
+            {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        )
 
     @property
     def last(self) -> str:
@@ -76,17 +81,22 @@ class ClipTokenizer:
             quoted = lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}..."
             raise InvalidInput(
                 field,
-                f"has {len(found)} tokens, the model reads {room} (and start and end): shorten it by what comes from '{quoted}' on",
+                f"has {len(found)} tokens, the model reads {room} (and start and end): shorten it by what comes from "
+                f"'{quoted}' on",
             )
         ids = [self.start, *found, self.end]
         return np.array(ids + [self.pad] * (self.limit - len(ids)), np.int64)
 
     def _encode(self, text: str) -> Encoding:
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)  # `encode` holds the interpreter lock
+        (encoding,) = self._tokenizer.encode_batch(
+            [text], add_special_tokens=False
+        )  # `encode` holds the interpreter lock
         return encoding
 
     def _all_vectors(self, text: str, tokens: Sequence[str]) -> str:
-        """The text with every vector of each learned token in it, by the plain replacement that diffusers' maybe_convert_prompt does."""
+        """The text with every vector of each learned token in it, by the plain replacement that diffusers'
+        maybe_convert_prompt does.
+        """
         for token in dict.fromkeys(tokens):
             if token in self._written_out:
                 text = text.replace(token, " ".join(self._written_out[token]))
@@ -101,15 +111,25 @@ class ClipTokenizer:
     def _id(self, folder: Path, token: AddedToken) -> int:
         found: int | None = self._tokenizer.token_to_id(token.content)
         if found is None:
-            raise BundleError(f"{folder} has no token '{token.content}', which its configuration names: copy the tokenizer again")
+            raise BundleError(
+                f"{folder} has no token '{token.content}', which its configuration names: copy the tokenizer again"
+            )
         return found
 
 
 def _build(vocabulary: dict[str, int], merges: list[tuple[str, str]], unknown: AddedToken) -> Tokenizer:
     """CLIP's pipeline around a vocabulary."""
-    model = BPE(vocab=vocabulary, merges=merges, end_of_word_suffix="</w>", continuing_subword_prefix="", unk_token=unknown.content)
+    model = BPE(
+        vocab=vocabulary,
+        merges=merges,
+        end_of_word_suffix="</w>",
+        continuing_subword_prefix="",
+        unk_token=unknown.content,
+    )
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
     words = pre_tokenizers.Split(Regex(WORD), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     return tokenizer
@@ -121,7 +141,9 @@ def _vocabulary(folder: Path, published: Mapping[str, Any]) -> tuple[dict[str, i
         lines = _read(folder / "merges.txt").splitlines()
         pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
         if any(len(pair) != 2 for pair in pairs):
-            raise BundleError(f"{folder / 'merges.txt'} is damaged: expected two tokens on each line. Copy the tokenizer again")
+            raise BundleError(
+                f"{folder / 'merges.txt'} is damaged: expected two tokens on each line. Copy the tokenizer again"
+            )
         return _read_json(folder / "vocab.json"), [(first, second) for first, second in pairs]
     model = published.get("model", {})
     if model.get("type", "BPE") != "BPE" or model.get("end_of_word_suffix") != "</w>":
@@ -131,7 +153,9 @@ def _vocabulary(folder: Path, published: Mapping[str, Any]) -> tuple[dict[str, i
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, AddedToken], list[AddedToken]]:
-    """The special tokens by their part, and those without one. In folders of older format, a file of their own decides."""
+    """The special tokens by their part, and those without one. In folders of older format, a file of their
+    own decides.
+    """
     own = folder / "special_tokens_map.json"
     named = {**SPECIAL, **{key: config[key] for key in NAMED if config.get(key)}}
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
@@ -143,10 +167,13 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, 
     return {key: _special(named[key]) for key in NAMED if key in named}, [_special(token) for token in extra]
 
 
-def _added_tokens(folder: Path, config: Mapping[str, Any], published: Mapping[str, Any], special: Sequence[AddedToken]) -> list[AddedToken]:
+def _added_tokens(
+    folder: Path, config: Mapping[str, Any], published: Mapping[str, Any], special: Sequence[AddedToken]
+) -> list[AddedToken]:
     """Tokens that are found in a text before words are split, in the order of their ids. The first of a name counts.
 
-    They stand in tokenizer_config.json; in folders of older format in added_tokens.json (ids by token) and tokenizer.json.
+    They stand in tokenizer_config.json; in folders of older format in added_tokens.json (ids by token) and
+    tokenizer.json.
     """
     found: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in config:
@@ -165,7 +192,9 @@ def _special(token: str | Mapping[str, Any]) -> AddedToken:
 
 
 def _added(token: Mapping[str, Any]) -> AddedToken:
-    flags = {key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized", "special") if key in token}
+    flags = {
+        key: bool(token[key]) for key in ("lstrip", "rstrip", "single_word", "normalized", "special") if key in token
+    }
     return AddedToken(token["content"], **flags)
 
 
@@ -183,11 +212,13 @@ def _limit(folder: Path, config: Mapping[str, Any]) -> int:
     limit = config.get("model_max_length")
     if not isinstance(limit, int) or not 2 < limit < 100_000:
         raise BundleError(
-            f"{folder / 'tokenizer_config.json'} has model_max_length {limit}, expected the model's sequence length, such as 77"
+            f"{folder / 'tokenizer_config.json'} has model_max_length {limit}, expected the model's sequence length, "
+            "such as 77"
         )
     if config.get("padding_side", "right") != "right":
         raise BundleError(
-            f"{folder / 'tokenizer_config.json'} has padding_side {config['padding_side']}, expected right, as all CLIP models have"
+            f"{folder / 'tokenizer_config.json'} has padding_side {config['padding_side']}, expected right, as all "
+            "CLIP models have"
         )
     return limit
 

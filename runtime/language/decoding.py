@@ -1,6 +1,7 @@
 """From logits to the next token: the rules of a model's generation_config.json, then the best token or a drawn one.
 
-Order and meaning are those of transformers' logits processors, with which tests compare the numbers. Arithmetic is float32, as there.
+Order and meaning are those of transformers' logits processors, with which tests compare the numbers. Arithmetic is
+float32, as there.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ TOP_H_TOKENS: Final = 100
 
 
 class Rules(Frozen):
-    """What a model's generation_config.json rules besides what a request can choose. Names are the file's; the defaults change nothing.
+    """What a model's generation_config.json rules besides what a request can choose. Names are the file's; the defaults
+    change nothing.
 
-    Forbidden or preferred tokens hold for every answer, the shares (`min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`, `top_h`) where
-    tokens are drawn. Lengths are in tokens; `min_length` counts the prompt.
+    Forbidden or preferred tokens hold for every answer, the shares (`min_p`, `typical_p`, `epsilon_cutoff`,
+    `eta_cutoff`, `top_h`) where tokens are drawn. Lengths are in tokens; `min_length` counts the prompt.
     """
 
     model_config = ConfigDict(allow_inf_nan=False)
@@ -64,8 +66,9 @@ NO_RULES: Final = Rules()
 class Sampling:
     """How tokens are chosen. Raises InvalidInput naming the value that is out of range.
 
-    `temperature` 0 is greedy: the best token, top-k and top-p aside. `top_k` 0 and `top_p` 1 leave the candidates as they are.
-    `repetition_penalty` above 1 makes tokens of the prompt and the answer so far less likely (Keskar et al. 2019, CTRL).
+    `temperature` 0 is greedy: the best token, top-k and top-p aside. `top_k` 0 and `top_p` 1 leave the candidates as
+    they are. `repetition_penalty` above 1 makes tokens of the prompt and the answer so far less likely (Keskar et al.
+    2019, CTRL).
     """
 
     temperature: float = 0.0
@@ -76,19 +79,25 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 0.01 <= self.temperature <= limits.TEMPERATURE.most:
-            raise InvalidInput("temperature", f"is {self.temperature}, expected 0 (greedy) or 0.01 to {limits.TEMPERATURE.most}")
+            raise InvalidInput(
+                "temperature", f"is {self.temperature}, expected 0 (greedy) or 0.01 to {limits.TEMPERATURE.most}"
+            )
         if self.top_k < 0:
             raise InvalidInput("top_k", f"is {self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise InvalidInput("top_p", f"is {self.top_p}, expected more than 0 and at most 1")
         if not 0.01 <= self.repetition_penalty <= limits.PENALTY.most:
             most = limits.PENALTY.most
-            raise InvalidInput("repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to {most} (1 is no penalty)")
+            raise InvalidInput(
+                "repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to {most} (1 is no penalty)"
+            )
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where an answer begins and ends: the tokens of its prompt, the most tokens that prompt and answer may have, and the end tokens."""
+    """Where an answer begins and ends: the tokens of its prompt, the most tokens that prompt and answer may have, and
+    the end tokens.
+    """
 
     prompt: int = 0
     longest: int = 0
@@ -112,7 +121,9 @@ def process(logits: Scores, tokens: Sequence[int], sampling: Sampling, span: Spa
     if rules.top_h is not None:
         _keep_entropy(scores, rules.top_h)
     if 0 < sampling.top_k < len(scores):
-        scores[scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]] = -np.inf  # equals of the last one stay, as there
+        scores[
+            scores < np.partition(scores, -sampling.top_k)[-sampling.top_k]
+        ] = -np.inf  # equals of the last one stay, as there
     if sampling.top_p < 1:
         order = np.argsort(scores, kind="stable")
         unlikely = np.cumsum(softmax(scores[order]), dtype=np.float32) <= np.float32(1 - sampling.top_p)
@@ -132,15 +143,24 @@ def process(logits: Scores, tokens: Sequence[int], sampling: Sampling, span: Spa
     return scores
 
 
-def choose(logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.random.Generator, span: Span = ANYWHERE) -> int:
-    """The next token, from the logits [vocab] behind `tokens`. Equal generators give equal tokens. Raises EngineError on NaN."""
+def choose(
+    logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.random.Generator, span: Span = ANYWHERE
+) -> int:
+    """The next token, from the logits [vocab] behind `tokens`. Equal generators give equal tokens. Raises EngineError
+    on NaN.
+    """
     if np.isnan(logits).any() and not sampling.rules.remove_invalid_values:
-        raise EngineError("the decoder gave logits that are not numbers: verify the bundle, or build it with a higher precision")
+        raise EngineError(
+            "the decoder gave logits that are not numbers: verify the bundle, or build it with a higher precision"
+        )
     scores = process(logits, tokens, sampling, span)
     if sampling.temperature == 0:
         return int(scores.argmax())
     if not np.isfinite(scores.max()):
-        raise EngineError("the rules of the model's generation_config.json leave no token to choose: build the bundle with fewer of them")
+        raise EngineError(
+            "the rules of the model's generation_config.json leave no token to choose: build the bundle with fewer of "
+            "them"
+        )
     candidates = np.flatnonzero(scores > -np.inf)
     cumulated = np.cumsum(softmax(scores[candidates].astype(np.float64)))
     drawn = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
@@ -221,7 +241,9 @@ def _entropy(shares: Scores) -> np.float32:
 
 
 def _keep_entropy(scores: Scores, share: float) -> None:
-    """Keep the likeliest tokens that have no more than a share of the entropy together (top-H, Potraghloo et al. 2025)."""
+    """Keep the likeliest tokens that have no more than a share of the entropy together (top-H, Potraghloo
+    et al. 2025).
+    """
     order = np.argsort(-scores, kind="stable")[:TOP_H_TOKENS]
     shares = softmax(scores[order])
     terms = np.where(shares > 0, -shares * np.log(np.maximum(shares, np.finfo(np.float32).tiny)), np.float32(0))
@@ -233,7 +255,9 @@ def _keep_entropy(scores: Scores, share: float) -> None:
 
 
 def _keep_typical(scores: Scores, mass: float) -> None:
-    """Keep the tokens whose surprise is nearest to the expected one, up to that mass (Meister et al. 2022, arXiv:2202.00666)."""
+    """Keep the tokens whose surprise is nearest to the expected one, up to that mass (Meister et al. 2022,
+    arXiv:2202.00666).
+    """
     shares = softmax(scores)
     with np.errstate(divide="ignore"):
         surprise = -np.log(shares)

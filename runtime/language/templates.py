@@ -1,11 +1,14 @@
-"""The chat template that a model was published with: where it lies, how it is rendered, and in which form it takes a message.
+"""The chat template that a model was published with: where it lies, how it is rendered, and in which form it takes a
+message.
 
-Templates are rendered the way transformers renders them (`apply_chat_template`, checked by a test), in jinja2's immutable sandbox.
+Templates are rendered the way transformers renders them (`apply_chat_template`, checked by a test), in jinja2's
+immutable sandbox.
 
-Published templates differ in what they take as the content of a message. Some take a list of parts, `{"type": "text", "text": ...}` and
-`{"type": "image"}`; others one string, in which the model's image token stands for a picture. A template that gets the other form often
-writes Python's own notation of the list into the prompt instead of failing. So each template is tried once, when it is opened: the form
-that shows every text and every picture of a few short messages is used from then on, for each role.
+Published templates differ in what they take as the content of a message. Some take a list of parts, `{"type": "text",
+"text": ...}` and `{"type": "image"}`; others one string, in which the model's image token stands for a picture. A
+template that gets the other form often writes Python's own notation of the list into the prompt instead of failing. So
+each template is tried once, when it is opened: the form that shows every text and every picture of a few short messages
+is used from then on, for each role.
 """
 
 from __future__ import annotations
@@ -82,7 +85,8 @@ def _is_unicode(text: str) -> bool:
 class ChatTemplate:
     """The chat template of a tokenizer folder. `image_token` is the text that stands for a picture, of models that see.
 
-    Raises BundleError, naming the file, when there is no template, or none of the forms shows a user's text (and picture).
+    Raises BundleError, naming the file, when there is no template, or none of the forms shows a user's text (and
+    picture).
     """
 
     def __init__(self, folder: Path, image_token: str | None = None) -> None:
@@ -96,7 +100,8 @@ class ChatTemplate:
             self._settle(role)
         if "user" in self._refusals:
             raise BundleError(
-                f"{self.file}: this chat template cannot be used: {self._refusals['user']}. Correct it, or take the one that the model "
+                f"{self.file}: this chat template cannot be used: {self._refusals['user']}. Correct it, or take the "
+                "one that the model "
                 "was trained with"
             )
 
@@ -104,13 +109,19 @@ class ChatTemplate:
         """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
         for message in messages:
             if message.role in self._refusals:
-                raise InvalidInput("messages", f"the model's chat template refuses this conversation: {self._refusals[message.role]}")
+                raise InvalidInput(
+                    "messages", f"the model's chat template refuses this conversation: {self._refusals[message.role]}"
+                )
         return self._render(messages, self._forms)
 
     def _render(self, messages: Sequence[Message], forms: Mapping[Role, Form]) -> str:
-        conversation = [{"role": message.role, "content": self._content(message, forms[message.role])} for message in messages]
+        conversation = [
+            {"role": message.role, "content": self._content(message, forms[message.role])} for message in messages
+        ]
         try:
-            return self._template.render(messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names)
+            return self._template.render(
+                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names
+            )
         except Exception as error:  # a template can raise whatever Python's operators raise
             raise InvalidInput("messages", f"the model's chat template refuses this conversation: {error}") from None
 
@@ -136,7 +147,9 @@ class ChatTemplate:
         elif len(set(reasons.values())) == 1:
             self._refusals[role] = next(iter(reasons.values()))
         else:
-            self._refusals[role] = f"given the content as a list, {reasons['parts']}; given it as a string, {reasons['text']}"
+            self._refusals[role] = (
+                f"given the content as a list, {reasons['parts']}; given it as a string, {reasons['text']}"
+            )
 
     def _trials(self, role: Role) -> tuple[list[tuple[Part, ...]], list[tuple[Part, ...]]]:
         """Contents that a role must be able to have, and those that it had better."""
@@ -144,7 +157,12 @@ class ChatTemplate:
         picture = np.zeros((1, 1, 3), np.uint8)
         if role != "user" or self._image is None:
             return [(first,)], [(first, second)]
-        return [(first,), (picture, first)], [(first, second), (first, picture), (first, picture, second), (picture, picture, first)]
+        return [(first,), (picture, first)], [
+            (first, second),
+            (first, picture),
+            (first, picture, second),
+            (picture, picture, first),
+        ]
 
     def _fault(self, role: Role, form: Form, content: tuple[Part, ...]) -> str:
         """What is wrong with the prompt of a conversation with such a message; empty where nothing is."""
@@ -173,12 +191,16 @@ def _part(part: Part) -> dict[str, str]:
 
 
 def named_tokens(folder: Path) -> dict[str, str]:
-    """What a template may name, as transformers has it: special_tokens_map.json of older folders decides, else tokenizer_config.json."""
+    """What a template may name, as transformers has it: special_tokens_map.json of older folders decides, else
+    tokenizer_config.json.
+    """
     settings = read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= read_json(folder / "special_tokens_map.json")
     extra = settings.get("extra_special_tokens")
-    named = {name: value for name, value in settings.items() if name.endswith("_token")} | (extra if isinstance(extra, dict) else {})
+    named = {name: value for name, value in settings.items() if name.endswith("_token")} | (
+        extra if isinstance(extra, dict) else {}
+    )
     contents = {name: value.get("content") if isinstance(value, dict) else value for name, value in named.items()}
     return {name: content for name, content in contents.items() if isinstance(content, str)}
 
@@ -190,8 +212,10 @@ def _find(folder: Path) -> tuple[Path, str]:
         if template is not None:
             return file, _default(template, file)
     raise BundleError(
-        f"{folder} holds no chat template, neither chat_template.jinja nor the field chat_template in processor_config.json or "
-        "tokenizer_config.json. A model that was trained to chat is published with one: take that model, or write the file"
+        f"{folder} holds no chat template, neither chat_template.jinja nor the field chat_template in "
+        "processor_config.json or "
+        "tokenizer_config.json. A model that was trained to chat is published with one: take that model, or write the "
+        "file"
     )
 
 
@@ -201,7 +225,10 @@ def _default(template: object, file: Path) -> str:
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):
         if not isinstance(template.get("default"), str):
-            raise BundleError(f"{file} has chat templates by name ({', '.join(map(str, template))}), expected one of them called default")
+            raise BundleError(
+                f"{file} has chat templates by name ({', '.join(map(str, template))}), expected one of them called "
+                "default"
+            )
         template = template["default"]
     if not isinstance(template, str):
         raise BundleError(f"{file} has a chat_template that is no text")
@@ -237,7 +264,9 @@ class Generation(Extension):
 
 
 def _compile(source: str, file: Path) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = _tojson
     environment.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
     try:
@@ -247,7 +276,11 @@ def _compile(source: str, file: Path) -> jinja2.Template:
 
 
 def _tojson(
-    value: object, ensure_ascii: bool = False, indent: int | None = None, separators: tuple[str, str] | None = None, sort_keys: bool = False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     """JSON without jinja2's escapes for HTML, as transformers' templates expect."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -1,8 +1,10 @@
-"""Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of tokens spells.
+"""Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of
+tokens spells.
 
-No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that contains one is
-refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen over tokenizing such text as
-plain because the boundaries of the pieces would then tokenize unlike the model's own tokenizer does.
+No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that
+contains one is refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen
+over tokenizing such text as plain because the boundaries of the pieces would then tokenize unlike the model's own
+tokenizer does.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ REPLACEMENT: Final = "\ufffd"
 
 
 class ChatText:
-    """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside it).
+    """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside
+    it).
 
     `image_token_id` is the placeholder that stands for a picture, of models that see.
     Raises BundleError when a file is missing or cannot be used.
@@ -41,14 +44,19 @@ class ChatText:
         self.tokenizer.no_padding()
         added = self.tokenizer.get_added_tokens_decoder()
         if image_token_id is not None and image_token_id not in added:
-            raise BundleError(f"{path} has no added token {image_token_id}, the placeholder of images that the model's config.json names")
+            raise BundleError(
+                f"{path} has no added token {image_token_id}, the placeholder of images that the model's config.json "
+                "names"
+            )
         self.image_token_id = image_token_id
         self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
         self.template = ChatTemplate(folder, None if image_token_id is None else added[image_token_id].content)
 
     @property
     def last(self) -> tuple[str, int]:
-        """The token with the largest id that a text can be made of, and its id. Special tokens are none: no text may hold them."""
+        """The token with the largest id that a text can be made of, and its id. Special tokens are none: no text may
+        hold them.
+        """
         plain = ((token, id) for token, id in self.tokenizer.get_vocab().items() if token not in self.special)
         return max(plain, key=lambda item: item[1], default=("", -1))
 
@@ -59,8 +67,8 @@ class ChatText:
     def encode(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
 
-        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to one or the
-        template does not place every picture.
+        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to
+        one or the template does not place every picture.
         """
         for i, message in enumerate(messages):
             for j, part in enumerate(message.content):
@@ -68,10 +76,15 @@ class ChatText:
         ids = self._ids(messages)
         harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
         if self._specials(ids) != self._specials(self._ids(harmless)):
-            raise InvalidInput("messages", "texts of this conversation join up to a special token of the model: rephrase them")
+            raise InvalidInput(
+                "messages", "texts of this conversation join up to a special token of the model: rephrase them"
+            )
         images, placed = sum(len(message.images) for message in messages), ids.count(self._placeholder)
         if images != placed:
-            raise InvalidInput("messages", f"the model's chat template places {placed} of {images} pictures: show them in user messages")
+            raise InvalidInput(
+                "messages",
+                f"the model's chat template places {placed} of {images} pictures: show them in user messages",
+            )
         return ids
 
     @property
@@ -89,7 +102,9 @@ class ChatText:
     def _check_plain(self, part: Part, field: str) -> None:
         found = [token for token in self.special if isinstance(part, str) and token in part]
         if found:
-            raise InvalidInput(field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way")
+            raise InvalidInput(
+                field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way"
+            )
 
 
 def _harmless(part: Part) -> Part:
@@ -98,10 +113,12 @@ def _harmless(part: Part) -> Part:
 
 
 class Detokenizer:
-    """Spells a stream of tokens, a whole character at a time: the pieces join up to the decoded whole, special tokens left out.
+    """Spells a stream of tokens, a whole character at a time: the pieces join up to the decoded whole, special tokens
+    left out.
 
-    Each piece is decoded behind the piece before it, since decoders treat the start of a text apart (a leading space, say).
-    For byte fallback (SentencePiece) this holds as long as the bytes are valid UTF-8; for byte-level tokenizers always.
+    Each piece is decoded behind the piece before it, since decoders treat the start of a text apart (a leading space,
+    say). For byte fallback (SentencePiece) this holds as long as the bytes are valid UTF-8; for byte-level tokenizers
+    always.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -133,7 +150,8 @@ class Detokenizer:
 class StopStrings:
     """Ends a stream of text at the first stop string, which is not part of it. What may yet become one is held back.
 
-    Takes time linear in the text, whatever the strings: each is followed by the automaton of Knuth, Morris and Pratt (1977).
+    Takes time linear in the text, whatever the strings: each is followed by the automaton of Knuth, Morris and Pratt
+    (1977).
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -146,9 +164,13 @@ class StopStrings:
         """What may be passed on. After a stop string was completed, `found` is true and the stream is over."""
         held, self._held = self._held, ""
         for end, character in enumerate(text, start=1):
-            self._matched = [_follow(*stop, matched, character) for stop, matched in zip(self._stops, self._matched, strict=True)]
+            self._matched = [
+                _follow(*stop, matched, character) for stop, matched in zip(self._stops, self._matched, strict=True)
+            ]
             complete = [n for (stop, _), n in zip(self._stops, self._matched, strict=True) if n == len(stop)]
-            if complete:  # of those completed first the longest, so that the result does not hang on how the text arrived
+            if (
+                complete
+            ):  # of those completed first the longest, so that the result does not hang on how the text arrived
                 self.found = True
                 return (held + text[:end])[: len(held) + end - max(complete)]
         text = held + text

@@ -1,13 +1,16 @@
-"""Conversations about pictures with a vision-language model of LLaVA's kind (Liu et al. 2023), or with a language model alone.
+"""Conversations about pictures with a vision-language model of LLaVA's kind (Liu et al. 2023), or with a language model
+alone.
 
 The submodels that a chat bundle has, and what this pipeline calls them with:
 
     vision_encoder   pixel_values float32 [images, 3, height, width] -> image_features float32 [images, patches, hidden]
     token_embedding  input_ids int64 [1, sequence] -> inputs_embeds float32 [1, sequence, hidden]
-    decoder          inputs_embeds, attention_mask int64 [1, total], position_ids int64 [1, sequence] -> logits float32 [1, 1, vocab]
+    decoder          inputs_embeds, attention_mask int64 [1, total], position_ids int64 [1, sequence] -> logits float32
+                     [1, 1, vocab]
 
-The decoder gives the logits of the last position only, and keeps keys and values in the call's slot. The prompt has one placeholder
-token per picture, which is repeated once per patch, and the picture's features take the place of those tokens' embeddings.
+The decoder gives the logits of the last position only, and keeps keys and values in the call's slot. The prompt has one
+placeholder token per picture, which is repeated once per patch, and the picture's features take the place of those
+tokens' embeddings.
 """
 
 from __future__ import annotations
@@ -41,8 +44,8 @@ Step = Generator[Call | Event, Outputs | None, T]
 class Defaults(Frozen):
     """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy.
 
-    `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers besides the
-    strings of a request; `rules` hold for every answer.
+    `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers
+    besides the strings of a request; `rules` hold for every answer.
     """
 
     max_tokens: int = Field(default=256, ge=1)
@@ -66,9 +69,9 @@ LONGEST: Final = 1 << 24
 class ChatConfig(Frozen):
     """The settings of a chat bundle: `Manifest.config`, written when the bundle is built.
 
-    Lengths are in tokens. A model that sees has both `image_token_id` and `tokens_per_image` (the patches a picture becomes).
-    `bos_token_id` is put before every prompt whose template did not write it; null when the model's tokenizer puts none.
-    `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0 is one call.
+    Lengths are in tokens. A model that sees has both `image_token_id` and `tokens_per_image` (the patches a picture
+    becomes). `bos_token_id` is put before every prompt whose template did not write it; null when the model's tokenizer
+    puts none. `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0 is one call.
     """
 
     context_length: int = Field(ge=1, le=LONGEST)
@@ -86,7 +89,9 @@ class ChatConfig(Frozen):
         if self.has_vision != bool(self.tokens_per_image):
             raise ValueError("image_token_id and tokens_per_image belong together")
         if self.tokens_per_image >= self.context_length:
-            raise ValueError(f"a picture takes {self.tokens_per_image} tokens, the model's context is {self.context_length}")
+            raise ValueError(
+                f"a picture takes {self.tokens_per_image} tokens, the model's context is {self.context_length}"
+            )
         return self
 
     @property
@@ -96,10 +101,12 @@ class ChatConfig(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class ChatRequest:
-    """A conversation to answer. What is None is the model's default; see `Sampling` for the meaning and range of the values.
+    """A conversation to answer. What is None is the model's default; see `Sampling` for the meaning and range of the
+    values.
 
-    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop` ends the answer
-    before the first of these strings. Equal seeds give equal answers on the same engine. Raises InvalidInput naming the field.
+    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
+    ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. Raises
+    InvalidInput naming the field.
     """
 
     messages: tuple[Message, ...]
@@ -119,7 +126,9 @@ class ChatRequest:
         limits.PICTURES.length("messages", self.images)
         files = [image for image in self.images if isinstance(image, PictureFile)]
         limits.REQUEST_PIXELS.count("messages", sum(width * height for width, height in (file.size for file in files)))
-        limits.TEXT.count("messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str)))
+        limits.TEXT.count(
+            "messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str))
+        )
         limits.STOPS.length("stop", self.stop)
         for stop in self.stop:
             limits.STOP.length("stop", stop)
@@ -132,7 +141,10 @@ class ChatRequest:
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.messages[-1].role != "user":
-            raise InvalidInput(f"messages[{len(self.messages) - 1}].role", f"is '{self.messages[-1].role}', expected 'user' to answer to")
+            raise InvalidInput(
+                f"messages[{len(self.messages) - 1}].role",
+                f"is '{self.messages[-1].role}', expected 'user' to answer to",
+            )
 
     @property
     def images(self) -> list[Picture | PictureFile]:
@@ -150,17 +162,21 @@ class ChatRequest:
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_k=defaults.top_k if self.top_k is None else self.top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
-            repetition_penalty=defaults.repetition_penalty if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=defaults.repetition_penalty
+            if self.repetition_penalty is None
+            else self.repetition_penalty,
             rules=defaults.rules,
         )
 
 
 @dataclass
 class Conversation:
-    """What the decoder already holds of a conversation: pass the same one for each turn, and only what is new is computed.
+    """What the decoder already holds of a conversation: pass the same one for each turn, and only what is new is
+    computed.
 
-    `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content (see `Prompt`).
-    A turn that shares no beginning with the one before simply starts anew. One request at a time may use it.
+    `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content
+    (see `Prompt`). A turn that shares no beginning with the one before simply starts anew. One request at a time may
+    use it.
     """
 
     slot: Slot = field(default_factory=Slot)
@@ -171,8 +187,8 @@ class Conversation:
 class Prompt:
     """A conversation as the model reads it: `ids`, with one placeholder per patch, and its pictures in order.
 
-    `keys` are the ids with each placeholder replaced by a negative number that tells its picture from others, so that equal keys mean
-    equal positions.
+    `keys` are the ids with each placeholder replaced by a negative number that tells its picture from others, so that
+    equal keys mean equal positions.
     """
 
     ids: list[int]
@@ -183,7 +199,8 @@ class Prompt:
 class ChatPipeline:
     """Answers conversations with the submodels of one bundle.
 
-    Made from the folder of the model's files and `Manifest.config`. Raises BundleError when settings or files do not fit.
+    Made from the folder of the model's files and `Manifest.config`. Raises BundleError when settings or files do not
+    fit.
     """
 
     def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
@@ -226,8 +243,8 @@ class ChatPipeline:
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
         """The generator that answers: TextDelta events, then Finished, whose completion tokens count the end token.
 
-        Everything that can be wrong with a request raises here or before the generator's first call: InvalidInput naming the field,
-        ContextLengthExceeded with the counts.
+        Everything that can be wrong with a request raises here or before the generator's first call: InvalidInput
+        naming the field, ContextLengthExceeded with the counts.
         """
         prompt = self.prompt(request)
         room = self.config.context_length - len(prompt.ids)
@@ -236,10 +253,14 @@ class ChatPipeline:
         if max_tokens > room:
             raise ContextLengthExceeded(
                 "messages" if room < 1 else "max_tokens",
-                f"the prompt has {len(prompt.ids)} tokens ({len(prompt.images)} pictures at {self.config.tokens_per_image} included) and "
-                f"the answer may have {max_tokens}, the model's context is {self.config.context_length}: shorten the one or the other",
+                f"the prompt has {len(prompt.ids)} tokens ({len(prompt.images)} pictures at "
+                f"{self.config.tokens_per_image} included) and "
+                f"the answer may have {max_tokens}, the model's context is {self.config.context_length}: shorten the "
+                "one or the other",
             )
-        return self._answer(prompt, request, request.sampling(self.config.defaults), max_tokens, conversation or Conversation())
+        return self._answer(
+            prompt, request, request.sampling(self.config.defaults), max_tokens, conversation or Conversation()
+        )
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
@@ -257,7 +278,9 @@ class ChatPipeline:
         names = iter([name for picture in request.images for name in [_name(picture)] * repeat])
         return Prompt(ids, [next(names) if id == image else id for id in ids], request.images)
 
-    def _answer(self, prompt: Prompt, request: ChatRequest, sampling: Sampling, max_tokens: int, conversation: Conversation) -> Pipeline:
+    def _answer(
+        self, prompt: Prompt, request: ChatRequest, sampling: Sampling, max_tokens: int, conversation: Conversation
+    ) -> Pipeline:
         rng = np.random.default_rng(request.seed)
         span = Span(len(prompt.ids), len(prompt.ids) + max_tokens, self.config.eos_token_ids)
         spelling, stops = Detokenizer(self.text.tokenizer), StopStrings((*request.stop, *self.config.defaults.stop))
@@ -281,7 +304,9 @@ class ChatPipeline:
         yield Finished("stop" if stops.found else reason, len(prompt.ids), completion)
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
-        """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that follow."""
+        """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that
+        follow.
+        """
         shared = _shared(conversation.held, prompt.keys[:-1])  # the last token is always run: its logits are needed
         features = yield from self._see(prompt, shared)
         ids, keys = prompt.ids[shared:], prompt.keys[shared:]
@@ -298,7 +323,9 @@ class ChatPipeline:
         return logits
 
     def _see(self, prompt: Prompt, start: int) -> Step[Array]:
-        """Features [placeholders, hidden] of the placeholders at and behind position `start`; encodes only their pictures."""
+        """Features [placeholders, hidden] of the placeholders at and behind position `start`; encodes only their
+        pictures.
+        """
         if self.preprocessor is None:
             return np.empty((0, self.config.hidden_size), np.float32)
         passed = sum(id == self.config.image_token_id for id in prompt.ids[:start])
@@ -309,7 +336,8 @@ class ChatPipeline:
         features = (yield from _run(Call("vision_encoder", {"pixel_values": pixels})))["image_features"]
         if features.shape[1] != self.config.tokens_per_image:
             raise BundleError(
-                f"the vision encoder gives {features.shape[1]} patches, the bundle says {self.config.tokens_per_image}: build it again"
+                f"the vision encoder gives {features.shape[1]} patches, the bundle says "
+                f"{self.config.tokens_per_image}: build it again"
             )
         return features.reshape(-1, self.config.hidden_size)[within:]
 
@@ -318,7 +346,9 @@ class ChatPipeline:
         outputs = yield from _run(Call("token_embedding", {"input_ids": np.array([ids], np.int64)}))
         return outputs["inputs_embeds"]
 
-    def _decode(self, embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None) -> Step[Scores]:
+    def _decode(
+        self, embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None
+    ) -> Step[Scores]:
         """Feed embeddings [1, sequence, hidden] behind what the conversation holds; the logits [vocab] of the last."""
         past = len(conversation.held)
         total = past + len(keys)
@@ -328,7 +358,9 @@ class ChatPipeline:
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
         }
         outputs = yield from _run(Call("decoder", inputs, conversation.slot, keep))
-        conversation.held.extend(keys)  # only now: if the call was abandoned, the next turn trims the slot to what is known
+        conversation.held.extend(
+            keys
+        )  # only now: if the call was abandoned, the next turn trims the slot to what is known
         return np.asarray(outputs["logits"][0, -1], np.float32)
 
 

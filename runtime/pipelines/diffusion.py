@@ -3,18 +3,22 @@
 The submodels that a diffusion bundle has, and what this pipeline calls them with:
 
     text_encoder   input_ids int64 [batch, sequence] -> last_hidden_state float32 [batch, sequence, hidden]
-    unet           sample float32 [batch, channels, height, width], timestep float32 [batch], encoder_hidden_states float32
-                   [batch, sequence, hidden] -> noise_pred float32, shaped as sample
-    vae_decoder    latents float32 [batch, channels, height, width], unscaled -> image float32 [batch, 3, height, width], -1 to 1
+    unet           sample float32 [batch, channels, height, width], timestep float32 [batch], encoder_hidden_states
+                   float32 [batch, sequence, hidden] -> noise_pred float32, shaped as sample
+    vae_decoder    latents float32 [batch, channels, height, width], unscaled -> image float32 [batch, 3, height,
+                   width], -1 to 1
 
 Those of a model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 2307.01952) differ so far:
 
     text_encoder   input_ids -> penultimate_hidden_state float32 [batch, sequence, hidden]
-    text_encoder_2 input_ids -> penultimate_hidden_state float32 [batch, sequence, hidden_2], text_embeds float32 [batch, projection]
-    unet           encoder_hidden_states float32 [batch, sequence, hidden + hidden_2], and besides text_embeds, as above, and time_ids
-                   float32 [batch, 6]: height and width of the original, top and left of the crop, height and width aimed at, in pixels
+    text_encoder_2 input_ids -> penultimate_hidden_state float32 [batch, sequence, hidden_2], text_embeds float32
+                   [batch, projection]
+    unet           encoder_hidden_states float32 [batch, sequence, hidden + hidden_2], and besides text_embeds, as
+                   above, and time_ids float32 [batch, 6]: height and width of the original, top and left of the crop,
+                   height and width aimed at, in pixels
 
-The pictures of one request are drawn one after another, each from its own seed, so a picture does not depend on its neighbours.
+The pictures of one request are drawn one after another, each from its own seed, so a picture does not depend on its
+neighbours.
 """
 
 from __future__ import annotations
@@ -40,16 +44,22 @@ from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
 from runtime.pipeline import Call, Event, Example, ImageReady, Outputs, Pipeline, Progress
 
 DEFAULTS: Final = "enginecast.json"
-"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for that."""
+"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for
+that.
+"""
 Rows = dict[str, NDArray[np.float32]]
-"""Arrays by the name of the UNet's input, a row for the prompt and, where there is guidance, one for the negative prompt before it."""
+"""Arrays by the name of the UNet's input, a row for the prompt and, where there is guidance, one for the negative
+prompt before it.
+"""
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]
 """A part of the pipeline that results in a T."""
 
 
 class Vae(Frozen):
-    """How latents relate to pictures: latents = (vae's latents - shift_factor) * scaling_factor, one per `scale_factor` pixels."""
+    """How latents relate to pictures: latents = (vae's latents - shift_factor) * scaling_factor, one per `scale_factor`
+    pixels.
+    """
 
     scaling_factor: float = Field(gt=0)
     shift_factor: float = 0.0
@@ -58,7 +68,9 @@ class Vae(Frozen):
 
 
 class Sizes(Frozen):
-    """Lengths that a picture's edges may have, in pixels: `min` to `max`, multiples of `multiple`; `default` where none is asked for."""
+    """Lengths that a picture's edges may have, in pixels: `min` to `max`, multiples of `multiple`; `default` where none
+    is asked for.
+    """
 
     min: int = Field(ge=1, le=limits.EDGE.most)
     max: int = Field(ge=1, le=limits.EDGE.most)
@@ -68,7 +80,9 @@ class Sizes(Frozen):
     def check(self, field: str, length: int) -> int:
         """The same length. Raises InvalidInput for `field` when no picture may have it."""
         if not self.min <= length <= self.max or length % self.multiple:
-            raise InvalidInput(field, f"is {length} pixels, expected {self.min} to {self.max}, a multiple of {self.multiple}")
+            raise InvalidInput(
+                field, f"is {length} pixels, expected {self.min} to {self.max}, a multiple of {self.multiple}"
+            )
         return length
 
 
@@ -81,7 +95,9 @@ class Defaults(Frozen):
 
     @classmethod
     def read(cls, folder: Path, usual: Defaults | None = None) -> Defaults:
-        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual. Raises SourceError."""
+        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual.
+        Raises SourceError.
+        """
         file, usual = folder / DEFAULTS, usual or cls()
         if not file.is_file():
             return usual
@@ -89,14 +105,18 @@ class Defaults(Frozen):
             own = cls.model_validate_json(file.read_bytes())
         except ValidationError as error:
             reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
-            raise SourceError(f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}") from None
+            raise SourceError(
+                f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}"
+            ) from None
         return usual.model_copy(update=own.model_dump(exclude_unset=True))
 
 
 class AddedConditions(Frozen):
-    """What a UNet is told besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section 2.2).
+    """What a UNet is told besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section
+    2.2).
 
-    With `force_zeros_for_empty_prompt`, of the model's model_index.json, no negative prompt is zeros, not the encoding of an empty text.
+    With `force_zeros_for_empty_prompt`, of the model's model_index.json, no negative prompt is zeros, not the encoding
+    of an empty text.
     """
 
     force_zeros_for_empty_prompt: bool
@@ -105,8 +125,9 @@ class AddedConditions(Frozen):
 class DiffusionConfig(Frozen):
     """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
 
-    `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline sets
-    steps_offset 1 and clip_sample false on whatever file it loads. `added` is None where the UNet has one text encoder and no sizes.
+    `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
+    sets steps_offset 1 and clip_sample false on whatever file it loads. `added` is None where the UNet has one text
+    encoder and no sizes.
     """
 
     scheduler: SchedulerConfig
@@ -118,7 +139,9 @@ class DiffusionConfig(Frozen):
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:
         if self.sizes.multiple % self.vae.scale_factor:
-            raise ValueError(f"sizes.multiple {self.sizes.multiple} is no multiple of vae.scale_factor {self.vae.scale_factor}")
+            raise ValueError(
+                f"sizes.multiple {self.sizes.multiple} is no multiple of vae.scale_factor {self.vae.scale_factor}"
+            )
         self.sizes.check("sizes.default", self.sizes.default)
         self.scheduler.check()
         make_sampler(self.sampler, self.scheduler, self.defaults.steps)
@@ -138,21 +161,26 @@ class DiffusionConfig(Frozen):
             raise BundleError(f"the diffusion settings cannot be read: {error}") from None
 
     def dump(self) -> dict[str, Any]:
-        """What `parse` reads: only the fields that were given, since samplers differ in what they take for an absent one."""
+        """What `parse` reads: only the fields that were given, since samplers differ in what they take for an absent
+        one.
+        """
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRequest:
-    """Pictures to draw. What is None is the model's default. Raises InvalidInput naming the field where no model could accept it.
+    """Pictures to draw. What is None is the model's default. Raises InvalidInput naming the field where no model could
+    accept it.
 
-    `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1 (Ho and Salimans
-    2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of `images` is drawn from `seed` + i; without
-    a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0 adds a preview to every nth step's `Progress`, at the cost of
-    one run of the VAE decoder each. `latents` float32 [images, channels, height, width] replace the standard normal starting noise.
+    `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
+    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of
+    `images` is drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0
+    adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
+    [images, channels, height, width] replace the standard normal starting noise.
 
-    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with added conditions is
-    told of the picture: how large it was before it was scaled, what was cut off, how large it shall look. None is the size drawn, uncut.
+    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with
+    added conditions is told of the picture: how large it was before it was scaled, what was cut off, how large it shall
+    look. None is the size drawn, uncut.
     """
 
     prompt: str
@@ -178,7 +206,12 @@ class ImageRequest:
         limits.IMAGES.number("images", self.images)
         limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
         limits.ETA.number("eta", self.eta)
-        for field, limit in (("steps", limits.STEPS), ("guidance_scale", limits.GUIDANCE), ("width", limits.EDGE), ("height", limits.EDGE)):
+        for field, limit in (
+            ("steps", limits.STEPS),
+            ("guidance_scale", limits.GUIDANCE),
+            ("width", limits.EDGE),
+            ("height", limits.EDGE),
+        ):
             if (value := getattr(self, field)) is not None:
                 limit.number(field, value)
         if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
@@ -190,7 +223,11 @@ class ImageRequest:
     @property
     def told_sizes(self) -> dict[str, tuple[int, int]]:
         """The sizes given by name: only a model with added conditions can be told them."""
-        named = {"original_size": self.original_size, "crop_top_left": self.crop_top_left, "target_size": self.target_size}
+        named = {
+            "original_size": self.original_size,
+            "crop_top_left": self.crop_top_left,
+            "target_size": self.target_size,
+        }
         return {name: pair for name, pair in named.items() if pair is not None}
 
 
@@ -198,8 +235,8 @@ class ImageRequest:
 class _Job:
     """A request that was found valid.
 
-    `ids` int64 [1 or 2, sequence] of each text encoder: the negative prompt first, where it is encoded. `rows` is 2 where there is
-    guidance: an unencoded negative prompt is zeros. `time_ids` float32 [rows, 6].
+    `ids` int64 [1 or 2, sequence] of each text encoder: the negative prompt first, where it is encoded. `rows` is 2
+    where there is guidance: an unencoded negative prompt is zeros. `time_ids` float32 [rows, 6].
     """
 
     ids: tuple[NDArray[np.int64], ...]
@@ -232,14 +269,18 @@ class _Noise:
 
 
 def random_stream(seed: int) -> np.random.Generator:
-    """The random numbers of one picture: numpy's Philox with the seed as its key. First the starting latents, then each step's noise."""
+    """The random numbers of one picture: numpy's Philox with the seed as its key. First the starting latents, then each
+    step's noise.
+    """
     return np.random.Generator(np.random.Philox(key=seed))
 
 
 class DiffusionPipeline:
-    """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in order.
+    """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in
+    order.
 
-    `decodes_at_once` is how many latents (height times width) the VAE decoder may get in one call; what is larger is decoded in tiles.
+    `decodes_at_once` is how many latents (height times width) the VAE decoder may get in one call; what is larger is
+    decoded in tiles.
     """
 
     decodes_at_once: float = math.inf
@@ -248,14 +289,22 @@ class DiffusionPipeline:
         self.config = config
         self.tokenizers = [ClipTokenizer(folder) for folder in tokenizers]
         if len({tokenizer.limit for tokenizer in self.tokenizers}) > 1:
-            told = ", ".join(f"{folder} {tokenizer.limit}" for folder, tokenizer in zip(tokenizers, self.tokenizers, strict=True))
-            raise BundleError(f"the tokenizers differ in how many tokens they read ({told}), expected the same: copy both again")
+            told = ", ".join(
+                f"{folder} {tokenizer.limit}" for folder, tokenizer in zip(tokenizers, self.tokenizers, strict=True)
+            )
+            raise BundleError(
+                f"the tokenizers differ in how many tokens they read ({told}), expected the same: copy both again"
+            )
 
     @classmethod
     def open(cls, root: Path, config: Mapping[str, Any]) -> DiffusionPipeline:
-        """From the folder of the model's files and `Manifest.config`. Raises BundleError when settings or tokenizers do not fit."""
+        """From the folder of the model's files and `Manifest.config`. Raises BundleError when settings or tokenizers do
+        not fit.
+        """
         parsed = DiffusionConfig.parse(config)
-        return cls(parsed, *(root / name for name in (("tokenizer", "tokenizer_2") if parsed.added else ("tokenizer",))))
+        return cls(
+            parsed, *(root / name for name in (("tokenizer", "tokenizer_2") if parsed.added else ("tokenizer",)))
+        )
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -275,14 +324,16 @@ class DiffusionPipeline:
         sizes, last = self.config.sizes, [tokenizer.last for tokenizer in self.tokenizers]
         for text in dict.fromkeys(last):
             yield Example(
-                f"the prompt '{text}'", ImageRequest(text, steps=2, width=sizes.min, height=sizes.min, guidance_scale=1.0, seed=0)
+                f"the prompt '{text}'",
+                ImageRequest(text, steps=2, width=sizes.min, height=sizes.min, guidance_scale=1.0, seed=0),
             )
 
     def __call__(self, request: ImageRequest) -> Pipeline:
-        """The generator that draws: `Progress` after every step (counted over all pictures), `ImageReady` for every picture.
+        """The generator that draws: `Progress` after every step (counted over all pictures), `ImageReady` for every
+        picture.
 
-        Everything that can be wrong with a request raises here, before any work: InvalidInput naming the field. While drawing,
-        EngineError names the submodel that gave something other than finite numbers.
+        Everything that can be wrong with a request raises here, before any work: InvalidInput naming the field. While
+        drawing, EngineError names the submodel that gave something other than finite numbers.
         """
         return self._draw(self._plan(request))
 
@@ -293,7 +344,9 @@ class DiffusionPipeline:
         steps = defaults.steps if request.steps is None else request.steps
         if steps * request.images > limits.ALL_STEPS.most:
             raise InvalidInput(
-                "images", f"of {steps} steps each make {steps * request.images:,} steps, expected at most {limits.ALL_STEPS.most:,}"
+                "images",
+                f"of {steps} steps each make {steps * request.images:,} steps, expected at most "
+                f"{limits.ALL_STEPS.most:,}",
             )
         guidance_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         prompts = [tokenizer(request.prompt) for tokenizer in self.tokenizers]
@@ -316,8 +369,14 @@ class DiffusionPipeline:
         """The six numbers that a model with added conditions is told of a picture of this size (height, width)."""
         told = request.told_sizes
         if told and self.config.added is None:
-            raise InvalidInput(next(iter(told)), "cannot be told to this model, which has no such condition: leave it out")
-        original, crop, aim = told.get("original_size", size), told.get("crop_top_left", (0, 0)), told.get("target_size", size)
+            raise InvalidInput(
+                next(iter(told)), "cannot be told to this model, which has no such condition: leave it out"
+            )
+        original, crop, aim = (
+            told.get("original_size", size),
+            told.get("crop_top_left", (0, 0)),
+            told.get("target_size", size),
+        )
         return np.array([*original, *crop, *aim], np.float32)
 
     def _draw(self, job: _Job) -> Pipeline:
@@ -364,7 +423,9 @@ class DiffusionPipeline:
         else:
             mosaic = Mosaic(height, width, vae.scale_factor)
             for rows, columns in places(height, width, tile):
-                outputs = yield from _run(Call("vae_decoder", {"latents": np.ascontiguousarray(unscaled[:, :, rows, columns])}))
+                outputs = yield from _run(
+                    Call("vae_decoder", {"latents": np.ascontiguousarray(unscaled[:, :, rows, columns])})
+                )
                 mosaic.add(rows, columns, outputs["image"][0])
             pixels = mosaic.picture()
         picture: NDArray[np.uint8] = np.round((pixels / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
@@ -373,7 +434,11 @@ class DiffusionPipeline:
 
 def _guided(job: _Job, x: Latents, timestep: np.float32, conditions: Rows) -> Step[Latents]:
     """What the UNet predicts for the prompt, pushed away from what it predicts for the negative prompt."""
-    inputs = {"sample": np.repeat(x, job.rows, axis=0), "timestep": np.full(job.rows, timestep, np.float32), **conditions}
+    inputs = {
+        "sample": np.repeat(x, job.rows, axis=0),
+        "timestep": np.full(job.rows, timestep, np.float32),
+        **conditions,
+    }
     output = (yield from _run(Call("unet", inputs)))["noise_pred"]
     if job.rows == 1:
         return output
@@ -387,8 +452,14 @@ def _noises(request: ImageRequest, shape: tuple[int, ...]) -> tuple[_Noise, ...]
     given: list[Latents | None] = [None] * request.images
     if request.latents is not None:
         expected = (request.images, *shape[1:])
-        if request.latents.shape != expected or request.latents.dtype != np.float32 or not np.isfinite(request.latents).all():
-            raise InvalidInput("latents", f"are {request.latents.dtype} {request.latents.shape}, expected finite float32 {expected}")
+        if (
+            request.latents.shape != expected
+            or request.latents.dtype != np.float32
+            or not np.isfinite(request.latents).all()
+        ):
+            raise InvalidInput(
+                "latents", f"are {request.latents.dtype} {request.latents.shape}, expected finite float32 {expected}"
+            )
         given = list(np.split(request.latents, request.images))
     return tuple(_Noise(seed + i, shape, random_stream(seed + i), start) for i, start in enumerate(given))
 
@@ -401,6 +472,7 @@ def _run(call: Call) -> Step[Rows]:
     for name, array in arrays.items():
         if not math.isfinite(float(array.sum(dtype=np.float64))):
             raise EngineError(
-                f"{call.submodel} gave NaN or infinite values in '{name}', expected finite ones: try another target or --quant none"
+                f"{call.submodel} gave NaN or infinite values in '{name}', expected finite ones: try another target or "
+                "--quant none"
             )
     return arrays

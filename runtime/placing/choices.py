@@ -1,14 +1,15 @@
 """Choices whose best value depends on the processor: timed once on the device, and kept in the user's cache.
 
-Attention in bfloat16 makes a step 13 % faster on one processor and 24 % slower on another, and no list of instruction sets says which. An
-engine declares a `Choice` for what it can do in several ways, and prepares a representative part of a submodel in each of them. This module
-times the parts in turns, decides, and remembers:
+Attention in bfloat16 makes a step 13 % faster on one processor and 24 % slower on another, and no list of instruction
+sets says which. An engine declares a `Choice` for what it can do in several ways, and prepares a representative part of
+a submodel in each of them. This module times the parts in turns, decides, and remembers:
 
 <cache>/choices/<hash>.json   what was decided on one device with one version of a target, by the key of the submodel
 <cache>/choices/.lock         held while something is timed: one process at a time, since they would disturb each other
 
-What is stored stays. A value can be set instead: for one engine by `Options.settings`, for all of them by the environment variable
-ENGINECAST_CHOICES ("attention=float32"), whose word "default" switches timing off ("default" or "default,attention=float32").
+What is stored stays. A value can be set instead: for one engine by `Options.settings`, for all of them by the
+environment variable ENGINECAST_CHOICES ("attention=float32"), whose word "default" switches timing off ("default" or
+"default,attention=float32").
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ Prepare = Callable[[Values], Callable[[], object]]
 
 @dataclass(frozen=True)
 class Choice:
-    """What an engine can do in several ways. Each of `values` is one that the bundle allows; the first is taken where nothing was measured.
+    """What an engine can do in several ways. Each of `values` is one that the bundle allows; the first is taken where
+    nothing was measured.
 
     Another value replaces the first if it saves more than the share `margin` of the part's time in three turns of four.
     """
@@ -79,7 +81,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is decided for. `name` is for people, `key` identifies everything that speeds depend on besides the device."""
+    """What is decided for. `name` is for people, `key` identifies everything that speeds depend on besides
+    the device.
+    """
 
     name: str
     target: str
@@ -88,7 +92,9 @@ class Subject:
 
 
 class Measured(Frozen):
-    """What was decided of one submodel on one device, and the median seconds of its part: with all defaults, and with one other value."""
+    """What was decided of one submodel on one device, and the median seconds of its part: with all defaults, and with
+    one other value.
+    """
 
     name: str
     date: AwareDatetime
@@ -119,7 +125,8 @@ _known: Final[dict[tuple[Path, str], Measured]] = {}
 def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settings: Values) -> dict[str, Decision]:
     """A decision for every choice: as it is set, as it is stored, or as it is measured now.
 
-    Raises InvalidInput for a setting that is no value of its choice. Where measuring fails, defaults hold, and the reason says why.
+    Raises InvalidInput for a setting that is no value of its choice. Where measuring fails, defaults hold, and the
+    reason says why.
     """
     preset, allowed = environment()
     wanted = preset | dict(settings)
@@ -134,12 +141,16 @@ def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settin
         if isinstance(found, Measured) and choice.name in found.values:
             decided[choice.name] = Decision(found.values[choice.name], found.reason(choice.name))
         else:
-            decided[choice.name] = Decision(choice.default, f"default, not measured: {found or 'nothing else is possible here'}")
+            decided[choice.name] = Decision(
+                choice.default, f"default, not measured: {found or 'nothing else is possible here'}"
+            )
     return decided
 
 
 def environment() -> tuple[dict[str, str], bool]:
-    """What ENGINECAST_CHOICES sets, and whether the rest may be measured. Raises InvalidInput for words that mean nothing."""
+    """What ENGINECAST_CHOICES sets, and whether the rest may be measured. Raises InvalidInput for words that mean
+    nothing.
+    """
     from runtime.engine import targets
 
     known = {name: values for engine in targets().values() for name, values in engine.choices.items()}
@@ -149,7 +160,9 @@ def environment() -> tuple[dict[str, str], bool]:
         if word == DEFAULT:
             allowed = False
         elif name not in known:
-            raise InvalidInput(VARIABLE, f"has '{word}', expected CHOICE=VALUE or {DEFAULT}: {did_you_mean(name, known)}")
+            raise InvalidInput(
+                VARIABLE, f"has '{word}', expected CHOICE=VALUE or {DEFAULT}: {did_you_mean(name, known)}"
+            )
         elif value not in known[name]:
             raise InvalidInput(VARIABLE, f"has '{word}', expected {name} to be {' or '.join(known[name])}")
         else:
@@ -159,7 +172,9 @@ def environment() -> tuple[dict[str, str], bool]:
 
 def _as_set(choice: Choice, value: str) -> Decision:
     if value not in choice.values:
-        raise InvalidInput(choice.name, f"is set to '{value}': this bundle allows {' or '.join(choice.values)} on this processor")
+        raise InvalidInput(
+            choice.name, f"is set to '{value}': this bundle allows {' or '.join(choice.values)} on this processor"
+        )
     return Decision(value, "as set")
 
 
@@ -180,7 +195,13 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
             found = _measure(choices, fixed, subject, prepare)
         except EnginecastError as error:
             return str(error)
-        log.info("%s on %s was measured in %.1f s: %s", subject.name, subject.target, time.perf_counter() - start, dict(found.values))
+        log.info(
+            "%s on %s was measured in %.1f s: %s",
+            subject.name,
+            subject.target,
+            time.perf_counter() - start,
+            dict(found.values),
+        )
         _known[path, key] = found
         try:
             with written(path) as file:
@@ -191,7 +212,9 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
 
 
 def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured:
-    """Time all defaults, and each other value with the defaults of the other choices. Raises EnginecastError where the defaults fail."""
+    """Time all defaults, and each other value with the defaults of the other choices. Raises EnginecastError where the
+    defaults fail.
+    """
     defaults = dict(fixed) | {choice.name: choice.default for choice in choices}
     others = [(choice, value) for choice in choices for value in choice.values[1:]]
     parts, tried = [prepare(defaults)], list[tuple[Choice, str]]()
@@ -206,7 +229,9 @@ def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare
     times: dict[str, dict[str, float]] = {choice.name: {} for choice in choices}
     for (choice, value), taken in zip(tried, rest, strict=True):
         times[choice.name][value] = median(taken)
-        _, share, upper = quantiles([one / default for one, default in zip(taken, base, strict=True)], n=4, method="inclusive")
+        _, share, upper = quantiles(
+            [one / default for one, default in zip(taken, base, strict=True)], n=4, method="inclusive"
+        )
         if upper < 1 - choice.margin and share < shares.get(choice.name, 1.0):
             values[choice.name], shares[choice.name] = value, share
     return Measured(name=subject.name, date=datetime.now(UTC), values=values, default=median(base), seconds=times)
@@ -247,7 +272,9 @@ def _read(path: Path) -> dict[str, Measured]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process of this user measures meanwhile. Where there can be no lock, that is taken for granted."""
+    """Whether no other process of this user measures meanwhile. Where there can be no lock, that is taken
+    for granted.
+    """
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
-"""What this process may use of the machine's processors and memory: control groups (Linux, versions 1 and 2) and processor affinity.
+"""What this process may use of the machine's processors and memory: control groups (Linux, versions 1 and 2) and
+processor affinity.
 
-Files and their meaning: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. A group's limit holds for all groups
-below it, so every group from the process's own up to the root is asked. What cannot be read limits nothing.
+Files and their meaning: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. A group's limit
+holds for all groups below it, so every group from the process's own up to the root is asked. What cannot be read limits
+nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ UNLIMITED: Final = 1 << 60
 
 @dataclass(frozen=True)
 class Allowance:
-    """`cpus` is how many processors' time may be used, a fraction where a quota says so. Bytes of memory; None where there is no limit."""
+    """`cpus` is how many processors' time may be used, a fraction where a quota says so. Bytes of memory; None where
+    there is no limit.
+    """
 
     cpus: float
     memory: int | None = None
@@ -52,7 +56,9 @@ def _groups(process: Path) -> Iterator[tuple[int, set[str], Path]]:
         _, _, rest = line.partition(":")
         names, _, path = rest.partition(":")
         controllers = frozenset(names.split(",")) - {""}
-        found = next(((kept, *place) for kept, place in mounts.items() if kept == controllers or kept & controllers), None)
+        found = next(
+            ((kept, *place) for kept, place in mounts.items() if kept == controllers or kept & controllers), None
+        )
         if found is None:
             continue
         _, mount, root = found
@@ -67,7 +73,9 @@ def _groups(process: Path) -> Iterator[tuple[int, set[str], Path]]:
 
 
 def _mounts(mountinfo: str) -> Iterator[tuple[frozenset[str], tuple[Path, str]]]:
-    """Where each hierarchy of version 1 is mounted, by its controllers, and that of version 2, which has none to its name; see proc(5)."""
+    """Where each hierarchy of version 1 is mounted, by its controllers, and that of version 2, which has none to its
+    name; see proc(5).
+    """
     for line in mountinfo.splitlines():
         place, _, kind = line.partition(" - ")
         words, (system, _, options) = place.split(), ([*kind.split(), "", "", ""])[:3]
@@ -88,7 +96,9 @@ def _quota(version: int, folder: Path) -> float | None:
 
 
 def _memory(version: int, folder: Path) -> tuple[int | None, int | None]:
-    """A group's limit in bytes, and what is left of it. File pages not used lately count as free: the kernel takes them back."""
+    """A group's limit in bytes, and what is left of it. File pages not used lately count as free: the kernel takes them
+    back.
+    """
     names = (
         ("memory.max", "memory.current", "inactive_file")
         if version == 2

@@ -1,7 +1,9 @@
-"""Which devices this machine has: processor, NVIDIA GPUs, Intel GPUs and NPUs, DirectX adapters, Apple's; their features and memory.
+"""Which devices this machine has: processor, NVIDIA GPUs, Intel GPUs and NPUs, DirectX adapters, Apple's; their
+features and memory.
 
-Each kind is asked of the library that knows it best, if that is installed: NVIDIA's management library (nvidia-ml-py) or else CUDA,
-OpenVINO, ONNX Runtime (which lists DXGI's adapters on Windows). What cannot be asked is told in `Machine.notes`. Nothing here raises.
+Each kind is asked of the library that knows it best, if that is installed: NVIDIA's management library (nvidia-ml-py)
+or else CUDA, OpenVINO, ONNX Runtime (which lists DXGI's adapters on Windows). What cannot be asked is told in
+`Machine.notes`. Nothing here raises.
 """
 
 from __future__ import annotations
@@ -26,9 +28,18 @@ FEATURES: Final = {
     **{name: name.upper() for name in ("avx2", "avx512f", "neon", "sve", "bf16", "i8mm")},
     **{"avx_vnni": "AVX-VNNI", "avx512_vnni": "AVX512-VNNI", "avx512vnni": "AVX512-VNNI", "avx512_bf16": "AVX512-BF16"},
     **{"amx_tile": "AMX", "amx_int8": "AMX-INT8", "amx_bf16": "AMX-BF16"},
-    **{"asimd": "NEON", "asimddp": "DOTPROD", "advsimd": "NEON", "feat_dotprod": "DOTPROD", "feat_bf16": "BF16", "feat_i8mm": "I8MM"},
+    **{
+        "asimd": "NEON",
+        "asimddp": "DOTPROD",
+        "advsimd": "NEON",
+        "feat_dotprod": "DOTPROD",
+        "feat_bf16": "BF16",
+        "feat_i8mm": "I8MM",
+    },
 }
-"""What kernels of quantized layers are chosen by: flags of /proc/cpuinfo and names of macOS' hw.optional, as the makers write them."""
+"""What kernels of quantized layers are chosen by: flags of /proc/cpuinfo and names of macOS' hw.optional, as the makers
+write them.
+"""
 WINDOWS_FEATURES: Final = {19: "NEON", 40: "AVX2", 41: "AVX512F", 43: "DOTPROD"}
 """PF_ARM_NEON_INSTRUCTIONS_AVAILABLE and so on, of Windows' IsProcessorFeaturePresent."""
 
@@ -62,12 +73,16 @@ class Machine:
         return self.devices[0]
 
     def find(self, name: str) -> Device | None:
-        """The device that a target calls by this name: "CPU", "CUDAExecutionProvider", "cuda:1", "GPU.0"; None where it is unknown."""
+        """The device that a target calls by this name: "CPU", "CUDAExecutionProvider", "cuda:1", "GPU.0"; None where it
+        is unknown.
+        """
         known = plain(name)
         return next((device for device in self.devices if device.name == known), None)
 
     def memory_of(self, name: str) -> Device:
-        """The device whose memory is used by what runs on the one of this name; the processor's for what is not known."""
+        """The device whose memory is used by what runs on the one of this name; the processor's for what is
+        not known.
+        """
         found = self.find(name) or self.host
         return next((device for device in self.devices if device.name == found.shares), found)
 
@@ -118,13 +133,19 @@ def processor() -> str:
     """
     told = dict(re.findall(r"^(model name|Model|cpu family|model)[ \t]*:[ \t]*(.*\S)", _cpuinfo(), re.MULTILINE))
     if name := told.get("model name") or told.get("Model"):
-        return f"{name} (family {told['cpu family']}, model {told['model']})" if {"cpu family", "model"} <= told.keys() else name
+        return (
+            f"{name} (family {told['cpu family']}, model {told['model']})"
+            if {"cpu family", "model"} <= told.keys()
+            else name
+        )
     brand = _sysctl("machdep.cpu.brand_string").rstrip(b"\0").decode(errors="replace")
     return brand or platform.processor() or platform.machine()
 
 
 def cores() -> int:
-    """Cores among the processors that this process may use, fewer than those where a core runs several threads; 0 where that is unknown."""
+    """Cores among the processors that this process may use, fewer than those where a core runs several threads; 0 where
+    that is unknown.
+    """
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     found = set()
     for block in _cpuinfo().split("\n\n"):
@@ -140,7 +161,11 @@ def processor_features() -> tuple[str, ...]:
     flags: Iterable[str] = listed[1].split() if listed else ()
     if platform.system() == "Darwin":
         names = ("AdvSIMD", "arm.FEAT_DotProd", "arm.FEAT_BF16", "arm.FEAT_I8MM", "avx2_0", "avx512f")
-        flags = [name.removeprefix("arm.").removesuffix("_0").lower() for name in names if any(_sysctl(f"hw.optional.{name}"))]
+        flags = [
+            name.removeprefix("arm.").removesuffix("_0").lower()
+            for name in names
+            if any(_sysctl(f"hw.optional.{name}"))
+        ]
     if platform.system() == "Windows":
         return _windows_features()
     return tuple(dict.fromkeys(FEATURES[flag] for flag in FEATURES if flag in set(flags)))
@@ -174,7 +199,10 @@ def _host_memory() -> tuple[int | None, int | None]:
     """Bytes of the machine's memory, and of what programs can still get of it."""
     file = Path("/proc/meminfo")
     if file.is_file():
-        fields = {name: int(kilobytes) * 1024 for name, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(), re.MULTILINE)}
+        fields = {
+            name: int(kilobytes) * 1024
+            for name, kilobytes in re.findall(r"^(\w+):\s+(\d+) kB$", file.read_text(), re.MULTILINE)
+        }
         return fields.get("MemTotal"), fields.get("MemAvailable")
     try:
         memory = require("psutil", EXTRA).virtual_memory()
@@ -190,7 +218,11 @@ def _nvidia(note: Callable[[str], None]) -> Iterator[Device]:
     except MissingDependency as error:
         found, reason = cuda.devices(EXTRA)
         if found or Path("/dev/nvidiactl").exists():
-            note(f"nvidia: free memory is not known: {error}" if found else f"nvidia: there is a driver, but {error}; {reason}")
+            note(
+                f"nvidia: free memory is not known: {error}"
+                if found
+                else f"nvidia: there is a driver, but {error}; {reason}"
+            )
         for gpu in found:
             yield Device(f"cuda:{gpu.index}", "cuda", gpu.name, gpu.memory, None, (f"SM{gpu.capability}",))
         return
@@ -208,7 +240,8 @@ def _nvidia(note: Callable[[str], None]) -> Iterator[Device]:
 
 
 def _visible(nvml: Any) -> list[Any]:
-    """The GPUs that CUDA shows this process, in its order: CUDA_VISIBLE_DEVICES has numbers or UUIDs, and ends at the first bad one.
+    """The GPUs that CUDA shows this process, in its order: CUDA_VISIBLE_DEVICES has numbers or UUIDs, and ends at the
+    first bad one.
 
     CUDA numbers by PCI bus, as NVML does, where CUDA_DEVICE_ORDER says so or the GPUs are alike.
     """
@@ -237,7 +270,9 @@ def _nvml_device(nvml: Any, number: int, handle: Any) -> Device:
         features: tuple[str, ...] = (f"SM{major}{minor}",)
     except nvml.NVMLError:  # of a slice of a GPU
         features = ()
-    return Device(f"cuda:{number}", "cuda", _text(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), features)
+    return Device(
+        f"cuda:{number}", "cuda", _text(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), features
+    )
 
 
 def _text(value: str | bytes) -> str:
@@ -259,7 +294,9 @@ def _intel(note: Callable[[str], None]) -> Iterator[Device]:
         features = tuple(str(one) for one in _property(core, name, "OPTIMIZATION_CAPABILITIES") or ())
         kinds: dict[str, Kind] = {"GPU": "intel-gpu", "NPU": "intel-npu"}
         model = str(_property(core, name, "FULL_DEVICE_NAME") or name)
-        yield Device(plain(name), kinds[kind], model, int(memory) if memory else None, None, features, HOST if shared else "")
+        yield Device(
+            plain(name), kinds[kind], model, int(memory) if memory else None, None, features, HOST if shared else ""
+        )
 
 
 def _property(core: Any, device: str, name: str) -> Any:
@@ -287,7 +324,9 @@ def _directx(note: Callable[[str], None]) -> Iterator[Device]:
             megabytes = told.get("DxgiVideoMemory", "").partition(" ")[0]
             memory = int(megabytes) << 20 if megabytes.isdecimal() else None
             shares = HOST if told.get("Discrete") == "0" else ""
-            yield Device(f"directx:{number}", "directx", told.get("Description") or found.device.vendor, memory, None, (), shares)
+            yield Device(
+                f"directx:{number}", "directx", told.get("Description") or found.device.vendor, memory, None, (), shares
+            )
 
 
 def _apple(note: Callable[[str], None]) -> Iterator[Device]:

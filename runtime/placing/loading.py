@@ -1,8 +1,10 @@
-"""From a bundle on disk to a model that runs: each submodel where `runtime.placing.placement` puts it, or where it can be loaded instead, as told.
+"""From a bundle on disk to a model that runs: each submodel where `runtime.placing.placement` puts it, or where it can
+be loaded instead, as told.
 
 What was compiled for other machines alone is compiled anew on this one (`runtime.placing.portable`).
 
-Under a memory limit the engines share a `Budget` (`runtime.placing.offload`), and pictures whose decoding would not fit are decoded in tiles.
+Under a memory limit the engines share a `Budget` (`runtime.placing.offload`), and pictures whose decoding would not fit
+are decoded in tiles.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ from typing import Any, Final, Literal
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.signing import require_signature
 from runtime.engine import Engine, Options, target
-from runtime.errors import BundleError, EngineError, EngineUnavailable, MissingDependency, ResourceExhausted, did_you_mean, quoted
+from runtime.errors import (
+    BundleError,
+    EngineError,
+    EngineUnavailable,
+    MissingDependency,
+    ResourceExhausted,
+    did_you_mean,
+    quoted,
+)
 from runtime.pipeline import ModelPipeline, Pipeline
 from runtime.pipelines.chat import ChatPipeline
 from runtime.pipelines.diffusion import DiffusionPipeline
@@ -36,7 +46,9 @@ PIPELINES: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], ModelPipeline]
     "diffusion": DiffusionPipeline.open,
     "chat": ChatPipeline,
 }
-"""What opens a pipeline, by kind: from the folder of the model's own files and the settings in `Manifest.config`. Raises BundleError."""
+"""What opens a pipeline, by kind: from the folder of the model's own files and the settings in `Manifest.config`.
+Raises BundleError.
+"""
 FLOAT_BYTES: Final = 4
 
 
@@ -44,8 +56,8 @@ FLOAT_BYTES: Final = 4
 class LoadedModel:
     """A model ready to run: its engines by submodel name, and the pipeline that calls them.
 
-    `places` is where each submodel was loaded. `notes` are sentences on what differs from the published model (`Manifest.notes`) or from
-    the requested placement. `again` loads it anew, avoiding some places.
+    `places` is where each submodel was loaded. `notes` are sentences on what differs from the published model
+    (`Manifest.notes`) or from the requested placement. `again` loads it anew, avoiding some places.
     """
 
     bundle: Bundle
@@ -70,7 +82,9 @@ class LoadedModel:
         return tuple(name for name, engine in self.engines.items() if not _works(engine))
 
     def elsewhere(self, broken: Collection[str]) -> LoadedModel:
-        """Close this model and load it again, without the places of the broken submodels if there are others. Raises as loading does."""
+        """Close this model and load it again, without the places of the broken submodels if there are others. Raises as
+        loading does.
+        """
         self.close()
         assert self.again is not None, "a model that was loaded can be loaded again"
         return self.again([self.places[name] for name in broken])
@@ -93,21 +107,24 @@ def load_model(
     public: Path | None = None,
     request: Any = None,
 ) -> LoadedModel:
-    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `wishes` say.
+    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `wishes`
+    say.
 
-    A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public` key, it must be signed
-    by that key's owner. A `request` is checked before any engine is loaded.
+    A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public`
+    key, it must be signed by that key's owner. A `request` is checked before any engine is loaded.
 
-    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code; what changes while it is loaded, or before
-    it is read again, is noticed and refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; leaves nothing
-    loaded then.
+    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code; what changes while it
+    is loaded, or before it is read again, is noticed and refused. Raises NotFound, BundleError, InvalidInput,
+    ResourceExhausted or EngineError; leaves nothing loaded then.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     return _load(opened, wanted, options or Options(), wishes or Wishes(), public, (), request)
 
 
 def _verify(bundle: Bundle, public: Path | None) -> None:
-    """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and as it was hashed."""
+    """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and
+    as it was hashed.
+    """
     if public is None:
         bundle.verify(unknown=False)
     else:
@@ -115,7 +132,8 @@ def _verify(bundle: Bundle, public: Path | None) -> None:
     kind = bundle.manifest.pipeline
     if kind not in PIPELINES:
         raise BundleError(
-            f"bundle {bundle.name} needs the pipeline {quoted(kind)}, which this program lacks: {did_you_mean(kind, PIPELINES)}"
+            f"bundle {bundle.name} needs the pipeline {quoted(kind)}, which this program lacks: "
+            f"{did_you_mean(kind, PIPELINES)}"
         )
 
 
@@ -142,11 +160,14 @@ def _load(
     try:
         for submodel in bundle.manifest.submodels:
             choice = plan.choices[submodel.name]
-            where, engine = _first(submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes)
+            where, engine = _first(
+                submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes
+            )
             engines[submodel.name], places[submodel.name] = engine, where
             if wishes.strict and engine.fallbacks:
                 raise EngineError(
-                    f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose another target or "
+                    f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose "
+                    "another target or "
                     "device, or allow that by leaving out --strict"
                 )
         _tile(pipeline, engines.get("vae_decoder"), budget, notes)
@@ -156,7 +177,9 @@ def _load(
         raise
     for note in notes:
         log.info("model %s: %s", bundle.name, note)
-    names, devices = (", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device"))
+    names, devices = (
+        ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
+    )
     again = partial(_load, bundle, wanted, options, wishes, public)
     return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
 
@@ -189,7 +212,8 @@ def _first(
 
 
 def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
-    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits, which is noted.
+    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits,
+    which is noted.
 
     Files are verified before and after: this may be long after the bundle was, and engines open them by name.
     """
@@ -222,7 +246,9 @@ class _Told:
 
 
 def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
-    """An engine that makes room for others. It is loaded once now, so that mistakes show at once and its memory is known."""
+    """An engine that makes room for others. It is loaded once now, so that mistakes show at once and its memory is
+    known.
+    """
     engine = OffloadedEngine(submodel, place.target, place.memory, budget, estimated, partial(load, place))
     try:
         engine.measure(place.memory == "cpu")
@@ -238,8 +264,14 @@ def _tile(pipeline: Any, decoder: Engine | None, budget: Budget | None, notes: l
         return
     room = budget.rooms.get(decoder.memory)
     if room is not None:
-        pipeline.decodes_at_once = decoder.need.inputs_within(room) / (FLOAT_BYTES * pipeline.config.vae.latent_channels)
-        edge = int(pipeline.decodes_at_once**0.5) * pipeline.config.vae.scale_factor if pipeline.decodes_at_once < float("inf") else 0
+        pipeline.decodes_at_once = decoder.need.inputs_within(room) / (
+            FLOAT_BYTES * pipeline.config.vae.latent_channels
+        )
+        edge = (
+            int(pipeline.decodes_at_once**0.5) * pipeline.config.vae.scale_factor
+            if pipeline.decodes_at_once < float("inf")
+            else 0
+        )
         if edge:
             notes.append(f"pictures of more than about {edge}x{edge} pixels are decoded in tiles")
 
@@ -256,5 +288,7 @@ def _works(engine: Engine) -> bool:
 
 
 def _threads(allowed: Allowance) -> int:
-    """What SDKs are told where this process may use only some of the processors: they count those of the machine. 0 is for all."""
+    """What SDKs are told where this process may use only some of the processors: they count those of the machine. 0 is
+    for all.
+    """
     return allowed.threads if allowed.cpus < (os.cpu_count() or 1) else 0

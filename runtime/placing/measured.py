@@ -1,7 +1,9 @@
-"""How fast targets were measured to be on this machine, for choosing between them: what that needs of the rows that `bench` stores.
+"""How fast targets were measured to be on this machine, for choosing between them: what that needs of the rows that
+`bench` stores.
 
-Rows are JSON lines (`profiles.rows.Row`). Those that come with the program are in profiles/rows beside it; `enginecast bench --store` adds
-to profiles/rows of the working folder. A line that is none is passed over: choosing must not fail for a figure.
+Rows are JSON lines (`profiles.rows.Row`). Those that come with the program are in profiles/rows beside it; `enginecast
+bench --store` adds to profiles/rows of the working folder. A line that is none is passed over: choosing must not fail
+for a figure.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ def default_files() -> list[Path]:
 
 
 def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:
-    """Seconds of a picture, or of an answer about one, by target: the newest row of this bundle on this machine counts."""
+    """Seconds of a picture, or of an answer about one, by target: the newest row of this bundle on this
+    machine counts.
+    """
     newest: dict[tuple[str, str], tuple[str, float]] = {}
     for row in (row for file in files for row in _rows(file)):
         try:

@@ -1,16 +1,20 @@
-"""How much memory a submodel takes: estimated from what the bundle says before it is loaded, measured afterwards where the system tells.
+"""How much memory a submodel takes: estimated from what the bundle says before it is loaded, measured afterwards where
+the system tells.
 
-The estimate of weights, from measurements of both samples and of Stable Diffusion 1.5 on both CPU targets (decision 15):
+The estimate of weights, from measurements of both samples and of Stable Diffusion 1.5 on both CPU targets (decision
+15):
 
     twice what is stored     of quantized or float32 weights: as stored, and as kernels want them packed
     four times               of half weights that are computed in float32: widened, and packed
     three times              of both together
-    once                     on a device of its own, where they are uploaded as they are; half weights that are widened there, twice
+    once                     on a device of its own, where they are uploaded as they are; half weights that are widened
+                             there, twice
 
 and `OVERHEAD` for what the SDK itself needs for a submodel. A decoder's caches are added at their usual length.
 
-What activations take depends on layers that a signature does not show, so it is measured: a submodel is run on samples of two small sizes,
-and the growth of the process between them is continued in a straight line over the bytes of its inputs (`Need`).
+What activations take depends on layers that a signature does not show, so it is measured: a submodel is run on samples
+of two small sizes, and the growth of the process between them is continued in a straight line over the bytes of its
+inputs (`Need`).
 """
 
 from __future__ import annotations
@@ -33,7 +37,9 @@ OVERHEAD: Final = 32 << 20
 MARGIN: Final = 1.1
 """What measured memory is multiplied with: two runs do not take the same."""
 UNITS: Final = {"": 1, "B": 1} | {
-    f"{letter}{ending}": base ** (power + 1) for power, letter in enumerate("KMGT") for ending, base in (("B", 1000), ("iB", 1024))
+    f"{letter}{ending}": base ** (power + 1)
+    for power, letter in enumerate("KMGT")
+    for ending, base in (("B", 1000), ("iB", 1024))
 }
 
 
@@ -56,9 +62,14 @@ def show_size(count: float) -> str:
 
 
 def estimate(submodel: Submodel, half: bool, host: bool) -> int:
-    """Bytes that a submodel takes once loaded. `half`: the target computes in half where the bundle asks; `host`: in the host's memory."""
+    """Bytes that a submodel takes once loaded. `half`: the target computes in half where the bundle asks; `host`: in
+    the host's memory.
+    """
     words = set(re.findall(r"\w+", submodel.precision))
-    stored_half, quantized = bool(words & {"float16", "bfloat16"}), any(re.fullmatch(r"int\d|fp8|float8\w*", word) for word in words)
+    stored_half, quantized = (
+        bool(words & {"float16", "bfloat16"}),
+        any(re.fullmatch(r"int\d|fp8|float8\w*", word) for word in words),
+    )
     widened = stored_half and not (half and submodel.compute != "float32")
     factor = (3 if quantized else 4) if widened and host else 2 if host or (widened and not quantized) else 1
     factor *= 2 if is_nested(submodel.precision) else 1  # int4 codes run as int8 ones
@@ -89,9 +100,11 @@ def size_of(inputs: Mapping[str, Array]) -> int:
 
 
 def measure(engine: Engine, before: int, look: Callable[[], int | None], estimated: int) -> Need:
-    """What a submodel was seen to take. `look` tells the process's memory, `before` is what it told before the engine was loaded.
+    """What a submodel was seen to take. `look` tells the process's memory, `before` is what it told before the engine
+    was loaded.
 
-    Runs the engine at two small sizes. Returns the estimate where nothing can be seen, and for decoders, whose caches are in it.
+    Runs the engine at two small sizes. Returns the estimate where nothing can be seen, and for decoders, whose caches
+    are in it.
     """
     signature = engine.submodel.signature
     if signature.states or look() is None:
@@ -109,7 +122,8 @@ def measure(engine: Engine, before: int, look: Callable[[], int | None], estimat
 def sample(signature: Signature, share: int = 4) -> dict[str, Array]:
     """Likely inputs of one row whose dims are one part in so many of the usual length.
 
-    Never of the least length: run once where a layer's picture is 1 by 1, OpenVINO 2026.4 computes other sizes wrongly ever after.
+    Never of the least length: run once where a layer's picture is 1 by 1, OpenVINO 2026.4 computes other sizes wrongly
+    ever after.
     """
     lengths: dict[str, int] = {}
     for dim in sorted(signature.dims.values(), key=lambda dim: len(dim.sum_of)):
@@ -124,7 +138,9 @@ def _aligned(length: int, dim: Dim) -> int:
 
 
 def of_process() -> int | None:
-    """Bytes that this process has for itself, without pages of files, which the system can take back; None where it does not tell."""
+    """Bytes that this process has for itself, without pages of files, which the system can take back; None where it
+    does not tell.
+    """
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:

@@ -1,7 +1,7 @@
 """Engines that share a memory too small for all of them: loaded when first called, closed when others need the room.
 
-What was used longest ago goes first, so a text encoder makes room for the denoiser, and that for the VAE decoder. An engine that runs, or
-whose states somebody still holds, stays. What loading again costs is in `Engine.reload_seconds`.
+What was used longest ago goes first, so a text encoder makes room for the denoiser, and that for the VAE decoder. An
+engine that runs, or whose states somebody still holds, stays. What loading again costs is in `Engine.reload_seconds`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _ticks: Final = itertools.count()
 
 
 class Budget:
-    """Bytes that engines may take together in each memory, by the name of its device. Engines of several models may share one."""
+    """Bytes that engines may take together in each memory, by the name of its device. Engines of several models may
+    share one.
+    """
 
     def __init__(self, rooms: Mapping[str, int]) -> None:
         self.rooms = dict(rooms)
@@ -49,7 +51,9 @@ class Budget:
 
     @contextmanager
     def lend(self, engine: OffloadedEngine, inputs: int) -> Iterator[Engine]:
-        """The engine, loaded, with room for inputs of so many bytes. Raises ResourceExhausted, or what loading raises."""
+        """The engine, loaded, with room for inputs of so many bytes. Raises ResourceExhausted, or what
+        loading raises.
+        """
         with self._changed:
             self._make_room(engine, inputs)
             self._warn(engine, inputs)
@@ -69,10 +73,17 @@ class Budget:
         need, room = engine.need.at(inputs), self.rooms.get(engine.memory)
         if room is not None and need > room and not engine.warned:
             engine.warned = True
-            log.warning("%s is thought to need %s for this call, %s are allowed", engine.submodel.name, show_size(need), show_size(room))
+            log.warning(
+                "%s is thought to need %s for this call, %s are allowed",
+                engine.submodel.name,
+                show_size(need),
+                show_size(room),
+            )
 
     def _foreseen(self, engine: OffloadedEngine, inputs: int) -> int:
-        """Bytes to count for a call. No call is refused for what its activations are thought to take, so they are at most all there is."""
+        """Bytes to count for a call. No call is refused for what its activations are thought to take, so they are at
+        most all there is.
+        """
         room = self.rooms.get(engine.memory)
         need = engine.need.at(inputs)
         return need if room is None else max(engine.need.base, min(need, room))
@@ -81,7 +92,11 @@ class Budget:
         room = self.rooms.get(engine.memory)
         while room is not None:
             need = max(engine.taken, self._foreseen(engine, inputs))
-            others = [other for other in self._engines if other is not engine and other.memory == engine.memory and other.loaded]
+            others = [
+                other
+                for other in self._engines
+                if other is not engine and other.memory == engine.memory and other.loaded
+            ]
             if sum(other.taken for other in others) + need <= room:
                 return
             if idle := [other for other in others if other.idle]:
@@ -91,7 +106,9 @@ class Budget:
             elif any(other.uses for other in others):
                 self._changed.wait()
             else:
-                held = "".join(f", {show_size(other.taken)} of it held by the states of {other.submodel.name}" for other in others)
+                held = "".join(
+                    f", {show_size(other.taken)} of it held by the states of {other.submodel.name}" for other in others
+                )
                 raise ResourceExhausted(
                     f"{engine.submodel.name} needs {show_size(need)} of memory, {show_size(room)} are allowed{held}: "
                     "allow more with --memory-limit, or ask for less at once"
@@ -157,7 +174,11 @@ class OffloadedEngine(Engine):
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
             memory.give_back()  # what was measured while loading is no part of the engine
-            self.device, self.fallbacks, self._computes = self._engine.device, self._engine.fallbacks, self._engine.computes
+            self.device, self.fallbacks, self._computes = (
+                self._engine.device,
+                self._engine.fallbacks,
+                self._engine.computes,
+            )
             self.decisions = self._engine.decisions
             self.reload_seconds += time.perf_counter() - began if self.loads else 0.0
             self.loads += 1

@@ -1,7 +1,9 @@
-"""Which submodel runs on which target and device: what was asked for, else the best order whose memory suffices, with the reasons.
+"""Which submodel runs on which target and device: what was asked for, else the best order whose memory suffices, with
+the reasons.
 
-The order of preference among a bundle's usable targets is that of `Engine.rank`, in which targets that were measured with this bundle on
-this machine change places among themselves, the fastest first. Of each target, its devices come in the order in which it names them.
+The order of preference among a bundle's usable targets is that of `Engine.rank`, in which targets that were measured
+with this bundle on this machine change places among themselves, the fastest first. Of each target, its devices come in
+the order in which it names them.
 """
 
 from __future__ import annotations
@@ -20,17 +22,22 @@ from runtime.placing.memory import show_size
 
 COMPOSED: Final = ("AUTO", "HETERO", "MULTI", "BATCH")
 """OpenVINO's devices that are made of others, as in "HETERO:GPU,CPU"."""
-ROLES: Final[Mapping[str, tuple[str, ...]]] = {"denoiser": ("unet", "transformer"), "vae": ("vae_decoder", "vae_encoder")}
-"""What --place may call submodels besides their names: the parts of a latent diffusion model (Rombach et al. 2022, arXiv 2112.10752)."""
+ROLES: Final[Mapping[str, tuple[str, ...]]] = {
+    "denoiser": ("unet", "transformer"),
+    "vae": ("vae_decoder", "vae_encoder"),
+}
+"""What --place may call submodels besides their names: the parts of a latent diffusion model (Rombach et al. 2022,
+arXiv 2112.10752).
+"""
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What is asked of a placement. Nothing of it is given up without a word.
 
-    `place` has a target ("openvino"), a target and its device ("openvino:GPU.1") or a device ("cuda:0") for submodels by name or role.
-    `memory_limit` is how many bytes the model may take of each memory. `strict` refuses engines that run a part elsewhere.
-    `rows` are files of measured rows, None for those that are found.
+    `place` has a target ("openvino"), a target and its device ("openvino:GPU.1") or a device ("cuda:0") for submodels
+    by name or role. `memory_limit` is how many bytes the model may take of each memory. `strict` refuses engines that
+    run a part elsewhere. `rows` are files of measured rows, None for those that are found.
     """
 
     place: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +60,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Choice:
-    """Where a submodel is to be loaded: at the first of `places` that can. `estimated` is the memory it takes at each."""
+    """Where a submodel is to be loaded: at the first of `places` that can. `estimated` is the memory it
+    takes at each.
+    """
 
     places: tuple[Place, ...]
     estimated: Mapping[Place, int]
@@ -61,7 +70,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Placement:
-    """A choice for every submodel by name, and what is worth telling of it. `rooms` limits memories that are shared by turns."""
+    """A choice for every submodel by name, and what is worth telling of it. `rooms` limits memories that are shared by
+    turns.
+    """
 
     choices: Mapping[str, Choice]
     notes: tuple[str, ...] = ()
@@ -69,7 +80,8 @@ class Placement:
 
 
 def parse_place(text: str) -> dict[str, str]:
-    """--place: "text_encoder=cpu,unet=openvino:GPU.1". A part without "=" belongs to the one before it, as devices may have commas.
+    """--place: "text_encoder=cpu,unet=openvino:GPU.1". A part without "=" belongs to the one before it, as devices may
+    have commas.
 
     Raises InvalidInput.
     """
@@ -81,23 +93,31 @@ def parse_place(text: str) -> dict[str, str]:
             found[last] += f",{part.strip()}"
             continue
         if not equals or not name or not where:
-            raise InvalidInput("place", f"has '{part}', expected SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as text_encoder=cpu")
+            raise InvalidInput(
+                "place", f"has '{part}', expected SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as text_encoder=cpu"
+            )
         if name in found:
             raise InvalidInput("place", f"has {name} twice: name each submodel once")
         found[name], last = where, name
     return found
 
 
-def place(bundle: Bundle, wanted: str | None, device: str, wishes: Wishes, machine: Machine, avoid: Collection[Place] = ()) -> Placement:
+def place(
+    bundle: Bundle, wanted: str | None, device: str, wishes: Wishes, machine: Machine, avoid: Collection[Place] = ()
+) -> Placement:
     """Choose for every submodel of a bundle. `wanted` is a target and `device` one of its devices, or "" for any.
 
     Places to `avoid` are taken only where there is no other.
 
-    Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, ResourceExhausted where memory does not suffice.
+    Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, ResourceExhausted where memory
+    does not suffice.
     """
     submodels = bundle.manifest.submodels
     places = usable(bundle, order(bundle, wanted, wishes, machine), device, machine)
-    fixed = {name: _usable_for(bundle, name, where, places, wishes, machine) for name, where in _by_name(wishes.place, submodels).items()}
+    fixed = {
+        name: _usable_for(bundle, name, where, places, wishes, machine)
+        for name, where in _by_name(wishes.place, submodels).items()
+    }
     asked = {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
     asked = {name: [one for one in where if one not in avoid] or where for name, where in asked.items()}
     return _fit(submodels, asked, wishes.memory_limit, machine)
@@ -111,7 +131,9 @@ def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[st
         meant = [name] if name in names else [one for one in ROLES.get(name, ()) if one in names]
         if not meant:
             roles = [role for role, parts in ROLES.items() if set(parts) & set(names)]
-            raise InvalidInput("place", f"has the submodel '{name}', which the bundle lacks: {did_you_mean(name, [*names, *roles])}")
+            raise InvalidInput(
+                "place", f"has the submodel '{name}', which the bundle lacks: {did_you_mean(name, [*names, *roles])}"
+            )
         found |= {one: where for one in meant if one not in place or one == name}
     return found
 
@@ -122,7 +144,9 @@ def order(bundle: Bundle, wanted: str | None, wishes: Wishes, machine: Machine) 
         target(wanted)
         if wanted not in bundle.targets:
             built = ", ".join(bundle.targets)
-            raise EngineUnavailable(f"bundle {bundle.name} was built for {built}, not for {wanted}: build it with --target {wanted}")
+            raise EngineUnavailable(
+                f"bundle {bundle.name} was built for {built}, not for {wanted}: build it with --target {wanted}"
+            )
         return [wanted]
     known = [name for name in targets() if name in bundle.targets]
     files = measured.default_files() if wishes.rows is None else wishes.rows
@@ -131,7 +155,9 @@ def order(bundle: Bundle, wanted: str | None, wishes: Wishes, machine: Machine) 
 
 
 def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) -> list[Place]:
-    """Every device of these targets that can be used, or those called `device`. Raises EngineUnavailable with every reason."""
+    """Every device of these targets that can be used, or those called `device`. Raises EngineUnavailable with every
+    reason.
+    """
     places, reasons = list[Place](), list[str]()
     for name in names:
         if name not in targets():
@@ -146,7 +172,9 @@ def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) 
         if not fitting:
             reasons.append(f"{name}: has no device '{device}' here, it found {', '.join(found.devices)}")
     if not places:
-        raise EngineUnavailable(f"no target of bundle {bundle.name} is usable here. {'; '.join(reasons) or 'It was built for none'}")
+        raise EngineUnavailable(
+            f"no target of bundle {bundle.name} is usable here. {'; '.join(reasons) or 'It was built for none'}"
+        )
     return places
 
 
@@ -156,19 +184,25 @@ def _matching(name: str, device: str, devices: Sequence[str], machine: Machine) 
     composed, _, parts = device.upper().partition(":")
     if composed in COMPOSED:
         known = {one.upper().partition(".")[0] for one in short}
-        if name != "openvino" or any(part.strip("- ").partition(".")[0] not in known for part in parts.split(",") if part):
+        if name != "openvino" or any(
+            part.strip("- ").partition(".")[0] not in known for part in parts.split(",") if part
+        ):
             return []
         return [Place(name, device.upper(), machine.memory_of(parts.split(",")[0] or "cpu").name)]
     return [Place(name, one, machine.memory_of(one).name) for one in short if not device or _is_called(one, device)]
 
 
 def _is_called(name: str, device: str) -> bool:
-    """Whether a target's device is meant by what was said: by its own name, by ours, or by its kind, "cuda" for all of them."""
+    """Whether a target's device is meant by what was said: by its own name, by ours, or by its kind, "cuda" for all of
+    them.
+    """
     said = device.casefold()
     return said in (name.casefold(), plain(name), plain(name).partition(":")[0])
 
 
-def _usable_for(bundle: Bundle, submodel: str, where: str, places: Sequence[Place], wishes: Wishes, machine: Machine) -> list[Place]:
+def _usable_for(
+    bundle: Bundle, submodel: str, where: str, places: Sequence[Place], wishes: Wishes, machine: Machine
+) -> list[Place]:
     """What --place says of a submodel: a target of the bundle, with or without its device, or else a device."""
     name, _, device = where.partition(":")
     if name in bundle.targets:
@@ -180,15 +214,23 @@ def _usable_for(bundle: Bundle, submodel: str, where: str, places: Sequence[Plac
     if name in targets():
         order(bundle, name, wishes, machine)  # says that the bundle was not built for it
     known = [*bundle.targets, *dict.fromkeys(plain(one.device) for one in everywhere)]
-    reasons = [f"{other}: {found.reason}" for other, engine in targets().items() if not (found := engine.available()).usable]
+    reasons = [
+        f"{other}: {found.reason}" for other, engine in targets().items() if not (found := engine.available()).usable
+    ]
     unusable = f". Not usable here are {'; '.join(reasons)}" if reasons else ""
-    raise InvalidInput("place", f"puts {submodel} on '{where}', which is no target or device here: {did_you_mean(where, known)}{unusable}")
+    raise InvalidInput(
+        "place",
+        f"puts {submodel} on '{where}', which is no target or device here: {did_you_mean(where, known)}{unusable}",
+    )
 
 
-def _fit(submodels: Sequence[Submodel], asked: Mapping[str, Sequence[Place]], limit: int | None, machine: Machine) -> Placement:
+def _fit(
+    submodels: Sequence[Submodel], asked: Mapping[str, Sequence[Place]], limit: int | None, machine: Machine
+) -> Placement:
     """Put each submodel on the first of its places whose memory has room, the largest submodels first: they gain most.
 
-    Where a memory that is not shared with a later place is too small for all, those that are left over share it by turns.
+    Where a memory that is not shared with a later place is too small for all, those that are left over share it by
+    turns.
     """
     rooms = {device.name: room for device in machine.devices if (room := _room(device, limit)) is not None}
     left = dict(rooms)
@@ -198,22 +240,31 @@ def _fit(submodels: Sequence[Submodel], asked: Mapping[str, Sequence[Place]], li
         needs = {one: _estimate(submodel, one) for one in places}
         able = [one for one in places if needs[one] <= rooms.get(one.memory, needs[one])]
         if not able:
-            reasons = "; ".join(f"{one}: needs {show_size(needs[one])}, has {show_size(rooms[one.memory])}" for one in places)
-            raise ResourceExhausted(f"no memory suffices for {submodel.name}. {reasons}. Free some, or allow more with --memory-limit")
+            reasons = "; ".join(
+                f"{one}: needs {show_size(needs[one])}, has {show_size(rooms[one.memory])}" for one in places
+            )
+            raise ResourceExhausted(
+                f"no memory suffices for {submodel.name}. {reasons}. Free some, or allow more with --memory-limit"
+            )
         chosen = next((one for one in able if needs[one] <= left.get(one.memory, needs[one])), None)
         if chosen is None:
             chosen = able[0]
             turns[chosen.memory] = rooms[chosen.memory]
         elif chosen is not places[0]:
             passed = places[: places.index(chosen)]
-            told = "; ".join(f"{one} has {show_size(max(0, left[one.memory]))} left, {show_size(needs[one])} are needed" for one in passed)
+            told = "; ".join(
+                f"{one} has {show_size(max(0, left[one.memory]))} left, {show_size(needs[one])} are needed"
+                for one in passed
+            )
             notes.append(f"{submodel.name} is on {chosen}: {told}")
         if chosen.memory in left:
             left[chosen.memory] -= needs[chosen]
         others = [one for one in able if one != chosen]
         choices[submodel.name] = Choice((chosen, *others), needs)
     if limit is not None:
-        turns = {one.memory: rooms[one.memory] for choice in choices.values() for one in choice.places if one.memory in rooms}
+        turns = {
+            one.memory: rooms[one.memory] for choice in choices.values() for one in choice.places if one.memory in rooms
+        }
     if turns:
         told = ", ".join(f"{show_size(room)} of {name}" for name, room in turns.items())
         notes.append(f"submodels take turns in {told}: what was used longest ago is closed when another needs the room")

@@ -1,11 +1,14 @@
-"""Something compiled that fits this machine: what the bundle holds, else what was compiled here before, else what is compiled here now.
+"""Something compiled that fits this machine: what the bundle holds, else what was compiled here before, else what is
+compiled here now.
 
 Compiled here, it is kept in the user's cache folder, never in the bundle:
 
 <cache>/engines/<key>/entry.json   what was compiled, and the sha256 of each of its files, which lie beside it
-<cache>/engines/.lock              held while something is compiled: one at a time, since kernels are chosen by timing them
+<cache>/engines/.lock              held while something is compiled: one at a time, since kernels are chosen by timing
+                                   them
 
-The key is a hash of everything that the result depends on: the canonical graph, the submodel, target, settings, versions, this machine.
+The key is a hash of everything that the result depends on: the canonical graph, the submodel, target, settings,
+versions, this machine.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ Progress = Callable[[float, str], None]
 
 @dataclass(frozen=True)
 class Fitted:
-    """What to load, for `Options.compiled`, and what had to be done for it; `note` is empty where the bundle's own fits."""
+    """What to load, for `Options.compiled`, and what had to be done for it; `note` is empty where the bundle's own
+    fits.
+    """
 
     compiled: Compiled
     note: str = ""
@@ -56,14 +61,18 @@ class Entry(Frozen):
 
 @dataclass(frozen=True)
 class Prospect:
-    """What loading will do with an artifact of a bundle on this machine: in a word, and why where it is not loaded as it is."""
+    """What loading will do with an artifact of a bundle on this machine: in a word, and why where it is not loaded as
+    it is.
+    """
 
     word: Literal["yes", "compiled anew", "no"]
     why: str = ""
 
 
 def prospect(bundle: Bundle, artifact: Artifact) -> Prospect:
-    """What `fitting`, and before it `runtime.placing.placement`, will make of an artifact here. Nothing is loaded or compiled."""
+    """What `fitting`, and before it `runtime.placing.placement`, will make of an artifact here. Nothing is loaded or
+    compiled.
+    """
     if artifact.target not in targets():
         return Prospect("no", "not known to this program")
     engine = targets()[artifact.target]
@@ -86,9 +95,10 @@ def fitting(
 ) -> Fitted:
     """What the target shall load of a submodel on this machine. The bundle's files are taken as verified.
 
-    `settings` are the target's own for compiling here, besides those the bundle was built with. Raises EngineUnavailable when nothing
-    fits and the canonical graph was left out of the bundle, EngineError when it cannot be compiled, ResourceExhausted when the cache
-    cannot be written or is full. Two processes that ask for the same get the same: the second waits for the first.
+    `settings` are the target's own for compiling here, besides those the bundle was built with. Raises
+    EngineUnavailable when nothing fits and the canonical graph was left out of the bundle, EngineError when it cannot
+    be compiled, ResourceExhausted when the cache cannot be written or is full. Two processes that ask for the same get
+    the same: the second waits for the first.
     """
     held = bundle.artifacts(engine.target, submodel.name)
     misfits = []
@@ -100,7 +110,8 @@ def fitting(
     why = "; ".join(f"one {reason}" for reason in misfits) or f"bundle {bundle.name} holds none"
     if not bundle.graph_files(submodel):
         raise EngineUnavailable(
-            f"no {engine.target} engine of {submodel.name} fits here ({why}), and none can be compiled: bundle {bundle.name} was made with "
+            f"no {engine.target} engine of {submodel.name} fits here ({why}), and none can be compiled: bundle "
+            f"{bundle.name} was made with "
             f"--strip-canonical. Build it with --target {engine.target} for this machine, or without --strip-canonical"
         )
     wanted = dict(held[-1].settings if held else {}) | dict(settings or {})
@@ -162,16 +173,23 @@ def _require_own(folder: Path) -> None:
         return
     for one in (folder.parent, folder):
         found = one.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        if (
+            not stat.S_ISDIR(found.st_mode)
+            or found.st_uid != os.geteuid()
+            or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        ):
             raise EngineError(
-                f"{one} may have been written by others, and engines are native code: remove it, or set ENGINECAST_CACHE to a folder "
+                f"{one} may have been written by others, and engines are native code: remove it, or set "
+                "ENGINECAST_CACHE to a folder "
                 "that only this user writes"
             )
 
 
 @contextmanager
 def _alone(engines: Path, progress: Progress) -> Iterator[None]:
-    """While no other process compiles into this folder, which is made where it is not there. Raises ResourceExhausted."""
+    """While no other process compiles into this folder, which is made where it is not there. Raises
+    ResourceExhausted.
+    """
     try:
         engines.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(engines)
@@ -191,7 +209,9 @@ def _alone(engines: Path, progress: Progress) -> Iterator[None]:
         lock.release()
 
 
-def _compile(bundle: Bundle, submodel: Submodel, engine: type[Engine], options: CompileOptions, folder: Path) -> Artifact:
+def _compile(
+    bundle: Bundle, submodel: Submodel, engine: type[Engine], options: CompileOptions, folder: Path
+) -> Artifact:
     """Compile into the folder, which appears when everything is in it, in the place of what was there."""
     with ExitStack() as stack:
         try:
@@ -200,7 +220,9 @@ def _compile(bundle: Bundle, submodel: Submodel, engine: type[Engine], options: 
             raise _unwritable(folder.parent, error) from None
         try:
             artifact = engine.compile_with(options, submodel, bundle.root / submodel.graph, made)
-            hashes = {path.relative_to(made).as_posix(): sha256(path) for path in sorted(made.rglob("*")) if path.is_file()}
+            hashes = {
+                path.relative_to(made).as_posix(): sha256(path) for path in sorted(made.rglob("*")) if path.is_file()
+            }
             (made / ENTRY).write_text(Entry(artifact=artifact, files=hashes).model_dump_json())
         except OSError as error:
             if error.errno in FULL:
@@ -208,7 +230,9 @@ def _compile(bundle: Bundle, submodel: Submodel, engine: type[Engine], options: 
             raise EngineError(f"could not compile {submodel.name} for {engine.target}: {error}") from None
         reason = engine.misfit(artifact)
         if reason:
-            raise EngineError(f"the {engine.target} engine of {submodel.name} does not fit where it was compiled: it {reason}")
+            raise EngineError(
+                f"the {engine.target} engine of {submodel.name} does not fit where it was compiled: it {reason}"
+            )
         shutil.rmtree(folder, ignore_errors=True)
         made.rename(folder)
     return artifact
@@ -216,6 +240,10 @@ def _compile(bundle: Bundle, submodel: Submodel, engine: type[Engine], options: 
 
 def _unwritable(folder: Path, error: OSError | NotImplementedError) -> ResourceExhausted:
     if isinstance(error, OSError) and error.errno in FULL:
-        return ResourceExhausted(f"the disk of {folder} is full: free some space there, or set ENGINECAST_CACHE to another folder")
+        return ResourceExhausted(
+            f"the disk of {folder} is full: free some space there, or set ENGINECAST_CACHE to another folder"
+        )
     reason = error.strerror if isinstance(error, OSError) else error
-    return ResourceExhausted(f"cannot write {folder}, where what is compiled here is kept: {reason}. Set ENGINECAST_CACHE to another")
+    return ResourceExhausted(
+        f"cannot write {folder}, where what is compiled here is kept: {reason}. Set ENGINECAST_CACHE to another"
+    )

@@ -1,8 +1,9 @@
 """Pictures in and out: safe decoding, and encoding. Pictures are uint8 RGB [height, width, 3] everywhere.
 
-Of every format: the first frame, upright as EXIF or the container says, what is transparent laid over white, as transformers' load_image
-and convert_to_rgb do. 16-bit grey is scaled to 8 bits as the PNG specification has it (third edition, section 13.12), where Pillow alone
-would clip it; of 16-bit colours Pillow gives the high byte. Colours are taken as sRGB: colour profiles are not applied, as there.
+Of every format: the first frame, upright as EXIF or the container says, what is transparent laid over white, as
+transformers' load_image and convert_to_rgb do. 16-bit grey is scaled to 8 bits as the PNG specification has it (third
+edition, section 13.12), where Pillow alone would clip it; of 16-bit colours Pillow gives the high byte. Colours are
+taken as sRGB: colour profiles are not applied, as there.
 """
 
 from __future__ import annotations
@@ -34,15 +35,20 @@ UPRIGHT: Final = ("TIFF", "HEIF")
 BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 4, "RGB": 4, "RGBA": 4, "CMYK": 4}
 """Bytes that Pillow takes for a pixel, by mode."""
 FORMATS: Final = {
-    "PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF", "AVIF": "AVIF", "HEIF": "HEIC",
+    "PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF", "AVIF": "AVIF",
+    "HEIF": "HEIC",
 }  # fmt: skip
 """What is read: Pillow's names, and those that people know. No other decoder gets to see a file."""
 SIXTEEN: Final = ("I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of 16-bit grey."""
 MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", *SIXTEEN})
-"""Pillow's modes whose values have one meaning as a brightness. The others are LAB, and whole or real numbers of 32 bits."""
+"""Pillow's modes whose values have one meaning as a brightness. The others are LAB, and whole or real numbers of 32
+bits.
+"""
 COMPRESSIONS: Final = frozenset({"raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg"})
-"""Of TIFF files, as Pillow calls them. The decoders of the others, of faxes for one, write a line to stderr for each damaged row."""
+"""Of TIFF files, as Pillow calls them. The decoders of the others, of faxes for one, write a line to stderr for each
+damaged row.
+"""
 WHITE_IS_ZERO: Final = "white_is_zero"
 """Entry in `info` of a 16-bit grey TIFF file whose largest number is black."""
 CHUNKS: Final = 10_000
@@ -52,8 +58,8 @@ CHUNKS: Final = 10_000
 def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode a picture file of one of `FORMATS` to uint8 RGB [height, width, 3].
 
-    Raises InvalidInput naming `field` when the data is none of these, is damaged, or holds more than `max_pixels` pixels; the size
-    is read from the header, before any pixel is decoded.
+    Raises InvalidInput naming `field` when the data is none of these, is damaged, or holds more than `max_pixels`
+    pixels; the size is read from the header, before any pixel is decoded.
     """
     with _opened(data, field, max_pixels) as image:
         return np.array(_upright(image), np.uint8)
@@ -61,8 +67,12 @@ def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS
 
 @contextmanager
 def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture in a file, its header read and no pixel. Raises InvalidInput also for what happens to it while it is open."""
-    too_large = InvalidInput(field, f"holds more than {max_pixels / 1e6:g} megapixels, the most that is accepted: send a smaller picture")
+    """The picture in a file, its header read and no pixel. Raises InvalidInput also for what happens to it while it is
+    open.
+    """
+    too_large = InvalidInput(
+        field, f"holds more than {max_pixels / 1e6:g} megapixels, the most that is accepted: send a smaller picture"
+    )
     try:
         with Image.open(io.BytesIO(data), formats=_formats()) as image:
             if image.width * image.height > max_pixels:
@@ -72,11 +82,16 @@ def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
             yield image
     except InvalidInput:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # Pillow's own limits lie above ours by default
+    except (
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ):  # Pillow's own limits lie above ours by default
         raise too_large from None
     except UnidentifiedImageError:
         *names, last = FORMATS.values()
-        raise InvalidInput(field, f"is no {', '.join(names)} or {last} picture that can be read ({len(data)} bytes)") from None
+        raise InvalidInput(
+            field, f"is no {', '.join(names)} or {last} picture that can be read ({len(data)} bytes)"
+        ) from None
     except Exception as error:  # Pillow's decoders raise a dozen kinds of exception on damaged data
         raise InvalidInput(field, f"is a damaged picture: {error}") from None
 
@@ -85,11 +100,14 @@ def _check_kind(image: Image.Image, field: str) -> None:
     """Raise InvalidInput for a file of a known format whose pixels or compression are not read."""
     if image.mode not in MODES:
         raise InvalidInput(
-            field, f"is a {image.format} picture with pixels of kind {image.mode}, expected 8 or 16 bits of grey, RGB or CMYK"
+            field,
+            f"is a {image.format} picture with pixels of kind {image.mode}, expected 8 or 16 bits of grey, RGB or CMYK",
         )
     compression = image.info.get("compression", "raw") if image.format == "TIFF" else "raw"
     if compression not in COMPRESSIONS:
-        raise InvalidInput(field, f"is a TIFF picture with {compression} compression, expected none, LZW, deflate, packbits or JPEG")
+        raise InvalidInput(
+            field, f"is a TIFF picture with {compression} compression, expected none, LZW, deflate, packbits or JPEG"
+        )
 
 
 @cache
@@ -100,7 +118,9 @@ def _formats() -> list[str]:
 
 
 def _amend(image: Image.Image, data: bytes) -> None:
-    """Correct what Pillow says of a file whose header was read: `info` is in the file's own numbers there, pixels are not."""
+    """Correct what Pillow says of a file whose header was read: `info` is in the file's own numbers there, pixels are
+    not.
+    """
     transparent = image.info.get("transparency")
     if image.format == "PNG" and isinstance(image, ImageFile.ImageFile) and image.tile:
         kind = str(image.tile[0].args)
@@ -110,7 +130,11 @@ def _amend(image: Image.Image, data: bytes) -> None:
             image.info["transparency"] = tuple(value >> 8 for value in transparent)
         if "exif" not in image.info and (exif := _png_chunk(data, b"eXIf")):
             image.info["exif"] = exif
-    if image.format == "TIFF" and image.mode in SIXTEEN and getattr(image, "tag_v2", {}).get(Tag.PhotometricInterpretation) == 0:
+    if (
+        image.format == "TIFF"
+        and image.mode in SIXTEEN
+        and getattr(image, "tag_v2", {}).get(Tag.PhotometricInterpretation) == 0
+    ):
         image.info[WHITE_IS_ZERO] = True
 
 
@@ -133,7 +157,9 @@ _DECODING: Final = threading.Lock()
 
 @dataclass(frozen=True, eq=False)
 class PictureFile:
-    """A picture file of a request, decoded when it is needed. `size` is (width, height) in pixels, upright; `field` what errors call it."""
+    """A picture file of a request, decoded when it is needed. `size` is (width, height) in pixels, upright; `field`
+    what errors call it.
+    """
 
     data: bytes
     field: str
@@ -153,13 +179,16 @@ class PictureFile:
             return decode_image(self.data, self.field)
 
     def resized(self, size: tuple[int, int], resample: Image.Resampling) -> Picture:
-        """What `decode` gives, resized to (width, height): the same pixels, in much less memory. Raises as `decode` does."""
+        """What `decode` gives, resized to (width, height): the same pixels, in much less memory. Raises as `decode`
+        does.
+        """
         with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
             return np.array(_upright(image).resize(size, resample), np.uint8)
 
 
 TURNS: Final = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
 """What sets a picture upright, by its EXIF orientation."""
@@ -183,7 +212,10 @@ def _upright(image: Image.Image) -> Image.Image:
         raise ValueError(f"its header says {size[0]}x{size[1]} pixels, it has {image.size[0]}x{image.size[1]}")
     if image.mode == "RGB" and orientation not in TURNS and image.info.get("transparency") is None:
         return image
-    across, backwards = orientation >= 5, orientation in (3, 4, 7, 8)  # its rows lie in the file as columns; the last comes first
+    across, backwards = (
+        orientation >= 5,
+        orientation in (3, 4, 7, 8),
+    )  # its rows lie in the file as columns; the last comes first
     width, height = image.size[::-1] if across else image.size
     upright = Image.new("RGB", (width, height))
     step = max(1, STRIP // width)
@@ -196,7 +228,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _memory(image: Image.Image) -> int:
-    """Bytes that `_upright` takes at most, from the header: the decoder's own and those of the RGB picture, 4 a pixel as Pillow has it."""
+    """Bytes that `_upright` takes at most, from the header: the decoder's own and those of the RGB picture, 4 a pixel
+    as Pillow has it.
+    """
     own = BYTES.get(image.mode, 4) * COPIES.get(image.format or "", 1)
     return image.width * image.height * (own if image.mode == "RGB" and _orientation(image) not in TURNS else own + 4)
 
@@ -237,4 +271,6 @@ def encode_image(image: Picture, kind: Literal["png", "jpeg"] = "png", quality: 
 def check_picture(image: NDArray[Any], field: str) -> None:
     """Raise InvalidInput naming `field` unless the array is a uint8 RGB picture [height, width, 3] with pixels."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise InvalidInput(field, f"has dtype {image.dtype} and shape {list(image.shape)}, expected uint8 [height, width, 3]")
+        raise InvalidInput(
+            field, f"has dtype {image.dtype} and shape {list(image.shape)}, expected uint8 [height, width, 3]"
+        )

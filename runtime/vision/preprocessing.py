@@ -1,7 +1,8 @@
 """Pictures to the pixels that a vision encoder gets, as the image processor files of a model describe it.
 
-The steps and their roundings are those of transformers' image processors on Pillow, which a test compares with: pad to a square (LLaVA's
-class alone), resize, center crop, rescale, normalize. The classes differ in what they take for a setting that the file leaves out.
+The steps and their roundings are those of transformers' image processors on Pillow, which a test compares with: pad to
+a square (LLaVA's class alone), resize, center crop, rescale, normalize. The classes differ in what they take for a
+setting that the file leaves out.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ CLIP: Final[Mapping[str, Any]] = {
     "resample": Image.Resampling.BICUBIC, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
 }  # fmt: skip
 SQUARE: Final[Mapping[str, Any]] = {
-    "size": Size(height=224, width=224), "crop_size": None, "do_center_crop": False, "image_mean": HALF, "image_std": HALF,
+    "size": Size(height=224, width=224), "crop_size": None, "do_center_crop": False, "image_mean": HALF,
+    "image_std": HALF,
 }  # fmt: skip
 CLASSES: Final[Mapping[str, Mapping[str, Any]]] = {
     "CLIPImageProcessor": CLIP,
@@ -59,7 +61,9 @@ UNNAMED: Final = "LlavaImageProcessor"
 SQUARES: Final = "ViTImageProcessor"
 """The class to which a size of one number is both height and width; to the others, it is the shortest edge."""
 PADS: Final = "LlavaImageProcessor"
-"""The class that pads pictures to squares before it resizes them. The others pad to one size for all, which they have already."""
+"""The class that pads pictures to squares before it resizes them. The others pad to one size for all, which they have
+already.
+"""
 RGB: Final = "do_convert_rgb"
 """Pictures are RGB when they come here, so it makes no difference."""
 
@@ -73,7 +77,9 @@ def _size(value: object, square: bool = True) -> object:
     if isinstance(value, list | tuple) and len(value) == 2:
         return Size(height=value[0], width=value[1])
     if not isinstance(value, dict):
-        raise ValueError(f"is {value!r}, expected a number of pixels, or an object with shortest_edge, or with height and width")
+        raise ValueError(
+            f"is {value!r}, expected a number of pixels, or an object with shortest_edge, or with height and width"
+        )
     given = {key: length for key, length in value.items() if length is not None}
     if given.keys() == {"shortest_edge"}:
         return Edge(**given)
@@ -91,7 +97,8 @@ Colours = Annotated[tuple[float, float, float] | None, BeforeValidator(_three)]
 
 
 class ImagePreprocessor(BaseModel):
-    """What a preprocessor_config.json describes; names and defaults are transformers'. A step that is null is left out, as there.
+    """What a preprocessor_config.json describes; names and defaults are transformers'. A step that is null is left out,
+    as there.
 
     Settings that would change the result and are not known here are refused, never ignored.
     """
@@ -121,13 +128,19 @@ class ImagePreprocessor(BaseModel):
         kind = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
         if kind not in CLASSES:
             raise ValueError(f"the class {named} is not supported, expected one of {', '.join(CLASSES)}")
-        unknown = sorted(key for key, value in data.items() if key.startswith("do_") and value and key not in {*cls.model_fields, RGB})
+        unknown = sorted(
+            key
+            for key, value in data.items()
+            if key.startswith("do_") and value and key not in {*cls.model_fields, RGB}
+        )
         if data.get("do_pad") and data.get("pad_size") is not None and kind != PADS:
             unknown.append("pad_size")
         if unknown:
             raise ValueError(f"{', '.join(unknown)} is not supported")
         if data.get("do_pad") and kind == PADS and isinstance(data.get("image_mean"), int | float):
-            raise ValueError("image_mean is one number, expected three where pictures are padded: the padding has that colour")
+            raise ValueError(
+                "image_mean is one number, expected three where pictures are padded: the padding has that colour"
+            )
         settings = {**CLASSES[kind], **data, "image_processor_type": kind}
         try:
             settings["size"] = _size(settings["size"], square=kind == SQUARES)
@@ -149,13 +162,16 @@ class ImagePreprocessor(BaseModel):
             raise ValueError("image_std is 0, expected what colours are divided by")
         if not self.do_center_crop and not (self.do_resize and (isinstance(self.size, Size) or self.pads)):
             raise ValueError(
-                "pictures would keep sizes of their own; a vision encoder takes one size, so crop or resize to height and width"
+                "pictures would keep sizes of their own; a vision encoder takes one size, so crop or resize to height "
+                "and width"
             )
         return self
 
     @classmethod
     def from_folder(cls, folder: Path) -> ImagePreprocessor:
-        """The section image_processor of processor_config.json, else preprocessor_config.json, as transformers 5. Raises BundleError."""
+        """The section image_processor of processor_config.json, else preprocessor_config.json, as transformers 5.
+        Raises BundleError.
+        """
         nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
         for path in filter(Path.is_file, (nested, own)):
             try:
@@ -169,7 +185,10 @@ class ImagePreprocessor(BaseModel):
                 raise BundleError(f"{path} cannot be used: {_reason(error)}") from None
             found._file = str(path)
             return found
-        raise BundleError(f"{folder} has no image processor, neither preprocessor_config.json nor image_processor in processor_config.json")
+        raise BundleError(
+            f"{folder} has no image processor, neither preprocessor_config.json nor image_processor in "
+            "processor_config.json"
+        )
 
     @property
     def pads(self) -> bool:
@@ -188,13 +207,18 @@ class ImagePreprocessor(BaseModel):
             assert self.crop_size is not None
             return self.crop_size
         assert self.size is not None
-        return Size(height=self.size.shortest_edge, width=self.size.shortest_edge) if isinstance(self.size, Edge) else self.size
+        return (
+            Size(height=self.size.shortest_edge, width=self.size.shortest_edge)
+            if isinstance(self.size, Edge)
+            else self.size
+        )
 
     def __call__(self, images: Sequence[Picture | PictureFile], field: str = "image") -> NDArray[np.float32]:
-        """Preprocess pictures, each uint8 RGB [height, width, 3] or a file, to pixel_values float32 [images, 3, height, width].
+        """Preprocess pictures, each uint8 RGB [height, width, 3] or a file, to pixel_values float32 [images, 3, height,
+        width].
 
-        Raises InvalidInput naming `field`, or that of the file, for another kind of array, a damaged file, or a picture so elongated
-        that its resized form would have too many pixels.
+        Raises InvalidInput naming `field`, or that of the file, for another kind of array, a damaged file, or a picture
+        so elongated that its resized form would have too many pixels.
         """
         return np.stack([self._one(image, field) for image in images])
 
@@ -219,7 +243,9 @@ class ImagePreprocessor(BaseModel):
     def check(self, size: tuple[int, int], field: str) -> None:
         """Raise InvalidInput naming `field` where a picture of this (width, height) cannot be padded or resized."""
         if self.pads and max(size) ** 2 > limits.PICTURE_PIXELS.most:
-            raise InvalidInput(field, f"is {size[0]}x{size[1]}, which would be padded to a square: send a less elongated picture")
+            raise InvalidInput(
+                field, f"is {size[0]}x{size[1]}, which would be padded to a square: send a less elongated picture"
+            )
         if self.do_resize:
             self._target((max(size), max(size)) if self.pads else size, field)
 
@@ -243,7 +269,9 @@ class ImagePreprocessor(BaseModel):
         target = (int(edge * width / short), int(edge * height / short))
         if target[0] * target[1] > limits.RESIZED_PIXELS.most:
             raise InvalidInput(
-                field, f"is {width}x{height}, which would be resized to {target[0]}x{target[1]}: send a less elongated picture"
+                field,
+                f"is {width}x{height}, which would be resized to {target[0]}x{target[1]}: send a less elongated "
+                "picture",
             )
         return target
 
@@ -270,5 +298,6 @@ def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     return "; ".join(
-        ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")])) for e in error.errors()
+        ": ".join(filter(None, [".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")]))
+        for e in error.errors()
     )

@@ -1,11 +1,12 @@
-"""Train the sample picture model `shapes-diffusion`: a small but real diffusers StableDiffusionPipeline, on one CPU core.
+"""Train the sample picture model `shapes-diffusion`: a small but real diffusers StableDiffusionPipeline, on one CPU
+core.
 
-    python -m samples.recipes.train_diffusion --run runs/diffusion             # train, resume, and write the best weights
+    python -m samples.recipes.train_diffusion --run runs/diffusion    # train, resume, and write the best weights
     python -m samples.recipes.train_diffusion --score samples/shapes-diffusion
 
-Five stages, each resumable from the run folder after any kill: the VAE, the text encoder, the cached latents, the UNet, and the decoder
-once more, which may run beside the UNet (`--decoder`). A run folder without checkpoints starts from the weights already exported, so
-training goes on where another machine stopped (`--fresh` starts anew).
+Five stages, each resumable from the run folder after any kill: the VAE, the text encoder, the cached latents, the UNet,
+and the decoder once more, which may run beside the UNet (`--decoder`). A run folder without checkpoints starts from the
+weights already exported, so training goes on where another machine stopped (`--fresh` starts anew).
 """
 
 from __future__ import annotations
@@ -36,14 +37,27 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from runtime.pipelines.diffusion import DEFAULTS, Defaults
-from samples.world.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, held_out, picture_scenes, render, test_prompts
+from samples.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    Scene,
+    held_out,
+    picture_scenes,
+    render,
+    test_prompts,
+)
 from samples.world.scoring import score_picture
 
 EXPORTED: Final = Path(__file__).parent / "shapes-diffusion"
 EDGE: Final = 128
 LATENT_CHANNELS: Final = 8
 LATENT_STD: Final = 2.0
-"""Standard deviation of every latent channel before `scaling_factor`: not 1, so a runtime that forgets the factor fails visibly."""
+"""Standard deviation of every latent channel before `scaling_factor`: not 1, so a runtime that forgets the factor fails
+visibly.
+"""
 TOKENS: Final = 32
 WIDTH: Final = 128
 """Hidden size of the text encoder."""
@@ -61,7 +75,9 @@ class Plan:
     vae_batch: int = 32
     vae_lr: float = 3e-3
     kl: float = 3e-4
-    """Weight of the mean KL of a latent element: high enough that every channel gets a like share of what there is to tell."""
+    """Weight of the mean KL of a latent element: high enough that every channel gets a like share of what there is to
+    tell.
+    """
     decoder_steps: int = 1500
     decoder_batch: int = 8
     decoder_lr: float = 2e-3
@@ -82,11 +98,14 @@ class Plan:
     singles: float = 0.33
     """Share of training scenes with one thing."""
     pure_noise: float = 0.04
-    """Share of samples that start from noise alone, as sampling does: the last training timestep still leaks the picture's mean."""
+    """Share of samples that start from noise alone, as sampling does: the last training timestep still leaks the
+    picture's mean.
+    """
     evaluate_every: int = 500
     inference_steps: int = 20
     guidance_scale: float = 1.5
-    """As yet 2 bends shapes (4 to 5 % fewer right) and 3 does worse: the UNet without a caption is the least trained."""
+    """As yet 2 bends shapes (4 to 5 % fewer right) and 3 does worse: the UNet without a caption is the least trained.
+    """
 
 
 def validation(caption: str) -> bool:
@@ -178,7 +197,9 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; trailing timesteps, because the first step must be the noisiest one trained."""
+    """Stable Diffusion's noise schedule; trailing timesteps, because the first step must be the noisiest
+    one trained.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -195,7 +216,9 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def orthogonal(update: Tensor) -> Tensor:
-    """The nearest half-orthogonal matrices to updates [n, rows, columns], by five Newton-Schulz steps (Muon, Jordan et al. 2024)."""
+    """The nearest half-orthogonal matrices to updates [n, rows, columns], by five Newton-Schulz steps (Muon, Jordan et
+    al. 2024).
+    """
     x = update.bfloat16() / (update.norm(dim=(1, 2), keepdim=True) + 1e-7)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
@@ -208,19 +231,37 @@ def orthogonal(update: Tensor) -> Tensor:
 class Training:
     """A module with its optimizer, its moving average and its step count, saved as one safetensors file.
 
-    Weight matrices and convolutions take Muon's steps, which learn about twice as much from a picture as Adam's; the rest takes AdamW's.
+    Weight matrices and convolutions take Muon's steps, which learn about twice as much from a picture as Adam's; the
+    rest takes AdamW's.
     """
 
-    def __init__(self, module: nn.Module, path: Path, lr: float, *, steps: int, decay_steps: int, ema: float = 0.999) -> None:
-        self.module, self.path, self.steps, self.decay_steps, self.lr, self.ema = module, path, steps, decay_steps, lr, ema
+    def __init__(
+        self, module: nn.Module, path: Path, lr: float, *, steps: int, decay_steps: int, ema: float = 0.999
+    ) -> None:
+        self.module, self.path, self.steps, self.decay_steps, self.lr, self.ema = (
+            module,
+            path,
+            steps,
+            decay_steps,
+            lr,
+            ema,
+        )
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        matrices = {name: p for name, p in self.parameters.items() if p.ndim > 1 and "embed" not in name and min(p.shape[:2]) > 4}
+        matrices = {
+            name: p
+            for name, p in self.parameters.items()
+            if p.ndim > 1 and "embed" not in name and min(p.shape[:2]) > 4
+        }
         self.momentum = {name: torch.zeros_like(p) for name, p in matrices.items()}
         shapes = {(p.shape[0], p[0].numel()) for p in matrices.values()}
-        self.stacks = [[name for name, p in matrices.items() if (p.shape[0], p[0].numel()) == shape] for shape in sorted(shapes)]
+        self.stacks = [
+            [name for name, p in matrices.items() if (p.shape[0], p[0].numel()) == shape] for shape in sorted(shapes)
+        ]
         self.others = {name: p for name, p in self.parameters.items() if name not in matrices}
-        self.optimizer = torch.optim.AdamW(self.others.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            self.others.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+        )
         self.step = 0
 
     @property
@@ -249,7 +290,9 @@ class Training:
                 self.momentum[name].lerp_(weight.grad, 1 - momentum)
                 ahead.append(weight.grad.lerp(self.momentum[name], momentum).flatten(1))  # Nesterov's look ahead
             steps = orthogonal(torch.stack(ahead))
-            scale = 0.2 * max(steps.shape[1:]) ** 0.5  # elements as large as AdamW's steps make them, so that one rate fits both
+            scale = (
+                0.2 * max(steps.shape[1:]) ** 0.5
+            )  # elements as large as AdamW's steps make them, so that one rate fits both
             for weight, step in zip(weights, steps, strict=True):
                 weight.mul_(1 - 0.01 * rate).sub_(step.view_as(weight), alpha=rate * scale)
 
@@ -269,12 +312,18 @@ class Training:
         with safe_open(self.path, "pt") as file:
             self.step = int(file.metadata()["step"])
         tensors = load_file(self.path)
-        kinds: dict[str, Mapping[str, Tensor]] = {"model": self.parameters, "average": self.average, "momentum": self.momentum}
+        kinds: dict[str, Mapping[str, Tensor]] = {
+            "model": self.parameters,
+            "average": self.average,
+            "momentum": self.momentum,
+        }
         for kind, values in kinds.items():
             for name, value in values.items():
                 value.copy_(tensors[f"{kind}.{name}"])
         for name, p in self.others.items():
-            self.optimizer.state[p] = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {
+                key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
         return True
 
     def averaged(self) -> nn.Module:
@@ -320,7 +369,9 @@ def to_tensor(pictures: NDArray[np.uint8]) -> Tensor:
 
 def to_pictures(decoded: Tensor) -> NDArray[np.uint8]:
     """float [n, 3, h, w] in [-1, 1] to uint8 [n, h, w, 3]."""
-    pictures: NDArray[np.uint8] = ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    pictures: NDArray[np.uint8] = (
+        ((decoded.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    )
     return pictures
 
 
@@ -328,29 +379,40 @@ def vae_batch(plan: Plan, scenes: Sequence[Scene], step: int) -> Tensor:
     """Pictures for a VAE step: quarter pictures around scattered things first, whole pictures in the end."""
     rng = rng_for(plan, 1, step)
     if step >= plan.vae_steps - plan.vae_full_steps:
-        return to_tensor(np.stack([render(scenes[i], rng) for i in rng.integers(len(scenes), size=plan.vae_batch // 4)]))
+        return to_tensor(
+            np.stack([render(scenes[i], rng) for i in rng.integers(len(scenes), size=plan.vae_batch // 4)])
+        )
     crops = []
     for i in rng.integers(len(scenes), size=plan.vae_batch):
-        x, y = (np.array(PLACES[scenes[i].things[-1].place]) + rng.uniform(-0.45, -0.05, 2)) * EDGE  # so that most of the thing is seen
+        x, y = (
+            np.array(PLACES[scenes[i].things[-1].place]) + rng.uniform(-0.45, -0.05, 2)
+        ) * EDGE  # so that most of the thing is seen
         x, y = (int(np.clip(corner, 0, EDGE // 2)) for corner in (x, y))
         crops.append(render(scenes[i], rng, jitter=0.1)[y : y + EDGE // 2, x : x + EDGE // 2])
     return to_tensor(np.stack(crops))
 
 
 def picture_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
-    """L1 and L2, more where a thing is than on the plain ground, plus L1 of neighbours' differences, which keeps edges sharp,
-    and L1 of the means of 8x8 pixels, which brings the colours first.
+    """L1 and L2, more where a thing is than on the plain ground, plus L1 of neighbours' differences, which keeps edges
+    sharp, and L1 of the means of 8x8 pixels, which brings the colours first.
     """
     ground = pictures.flatten(2).median(2).values[:, :, None, None]
     weight = 1 + 2 * ((pictures - ground).abs().amax(1, keepdim=True) > 0.1)
     error = decoded - pictures
     coarse = F.avg_pool2d(error, 8).abs().mean()
-    return (weight * (error.abs() + error.square())).mean() + 4 * coarse + error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+    return (
+        (weight * (error.abs() + error.square())).mean()
+        + 4 * coarse
+        + error.diff(dim=2).abs().mean()
+        + error.diff(dim=3).abs().mean()
+    )
 
 
 def train_vae(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
     """Train the VAE, then give every latent channel zero mean and the same variance."""
-    training = Training(vae, run / "vae.safetensors", plan.vae_lr, steps=plan.vae_steps, decay_steps=plan.vae_steps // 2, ema=0.99)
+    training = Training(
+        vae, run / "vae.safetensors", plan.vae_lr, steps=plan.vae_steps, decay_steps=plan.vae_steps // 2, ema=0.99
+    )
     with torch.no_grad():
         vae.quant_conv.bias[LATENT_CHANNELS:] -= 5  # little noise at first
     training.load()
@@ -364,7 +426,9 @@ def train_vae(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         loss = picture_loss(decoded.float(), pictures)
-        ramp = min(1.0, 2 * training.step / plan.vae_steps)  # at full weight from the start, the KL empties the latents before they help
+        ramp = min(
+            1.0, 2 * training.step / plan.vae_steps
+        )  # at full weight from the start, the KL empties the latents before they help
         training.update(loss + plan.kl * ramp**2 * kl)
         if training.step % 50 == 0:
             log(run, stage="vae", step=training.step, loss=round(loss.item(), 4), kl=round(kl.item(), 3))
@@ -376,7 +440,9 @@ def train_vae(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def even_latents(vae: AutoencoderKL, pictures: Tensor) -> None:
-    """Rescale the VAE's inner ends so that each channel of its latents has zero mean and LATENT_STD: what diffusion learns best from."""
+    """Rescale the VAE's inner ends so that each channel of its latents has zero mean and LATENT_STD: what diffusion
+    learns best from.
+    """
     latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in pictures.split(64)])
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3)) / LATENT_STD
     before, after = vae.quant_conv, vae.post_quant_conv
@@ -404,16 +470,22 @@ def attributes(scene: Scene) -> list[int]:
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     """Token numbers [n, 32], padded as StableDiffusionPipeline pads them."""
-    ids: Tensor = tokenizer(list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+    ids: Tensor = tokenizer(
+        list(prompts), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
     return ids
 
 
 def train_text(plan: Plan, run: Path, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
-    """Train the text encoder to say, at every token from the end of text on, what is where: features a UNet can read at once."""
+    """Train the text encoder to say, at every token from the end of text on, what is where: features a UNet can read at
+    once.
+    """
     widths = [len(values) for *_, values in ATTRIBUTES] + [len(BACKGROUNDS)]
     head = nn.Linear(WIDTH, sum(widths))
     both = nn.ModuleDict({"encoder": encoder, "head": head})
-    training = Training(both, run / "text.safetensors", plan.text_lr, steps=plan.text_steps, decay_steps=plan.text_steps // 2, ema=0.99)
+    training = Training(
+        both, run / "text.safetensors", plan.text_lr, steps=plan.text_steps, decay_steps=plan.text_steps // 2, ema=0.99
+    )
     training.load()
     scenes = training_scenes()
     singles = np.array([len(scene.things) == 1 for scene in scenes])
@@ -438,28 +510,38 @@ def train_text(plan: Plan, run: Path, encoder: CLIPTextModel, tokenizer: CLIPTok
             training.save()
             unseen = validation_scenes()
             with torch.no_grad():
-                _, right = losses(tokenize(tokenizer, [s.caption for s in unseen]), torch.tensor([attributes(s) for s in unseen]))
+                _, right = losses(
+                    tokenize(tokenizer, [s.caption for s in unseen]), torch.tensor([attributes(s) for s in unseen])
+                )
             log(run, stage="text", step=training.step, loss=round(loss.item(), 5), validation=round(right.item(), 3))
     training.averaged()
 
 
 def decoder_training(plan: Plan, run: Path, vae: AutoencoderKL) -> Training:
-    """The state of the decoder's own training, taken up where the run left it; the encoder stays as the UNet knows it."""
+    """The state of the decoder's own training, taken up where the run left it; the encoder stays as the
+    UNet knows it.
+    """
     part = nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
     path = run / "decoder.safetensors"
-    training = Training(part, path, plan.decoder_lr, steps=plan.decoder_steps, decay_steps=plan.decoder_steps // 2, ema=0.99)
+    training = Training(
+        part, path, plan.decoder_lr, steps=plan.decoder_steps, decay_steps=plan.decoder_steps // 2, ema=0.99
+    )
     training.load()
     return training
 
 
 def train_decoder(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
-    """Teach the decoder alone to draw sharp pictures from the cached kind of latents, and from ones a little off, as a UNet makes them."""
+    """Teach the decoder alone to draw sharp pictures from the cached kind of latents, and from ones a little off, as a
+    UNet makes them.
+    """
     training, scenes = decoder_training(plan, run, vae), training_scenes()
     singles = np.array([len(scene.things) == 1 for scene in scenes])
     torch.manual_seed(plan.seed + training.step)
     while not training.done:
         rng = rng_for(plan, 5, training.step)
-        pictures = to_tensor(np.stack([render(scenes[i], rng) for i in choose(rng, singles, plan.decoder_batch, plan.singles)]))
+        pictures = to_tensor(
+            np.stack([render(scenes[i], rng) for i in choose(rng, singles, plan.decoder_batch, plan.singles)])
+        )
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 latents = vae.encode(pictures).latent_dist.mean.float()
@@ -473,7 +555,8 @@ def train_decoder(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
 
 
 def emphasis(scene: Scene, weight: float, cells: int = EDGE // 16) -> Tensor:
-    """Loss weights [8, 8] of a scene's latents: `weight` where the caption puts a thing, 1 on the ground, scaled to a mean of 1.
+    """Loss weights [8, 8] of a scene's latents: `weight` where the caption puts a thing, 1 on the ground, scaled to a
+    mean of 1.
 
     They depend on the caption alone, so what the UNet learns to expect stays unbiased.
     """
@@ -500,7 +583,11 @@ def cached_latents(plan: Plan, run: Path, vae: AutoencoderKL) -> Tensor:
         scenes, parts = training_scenes(), []
         for start in range(0, len(scenes), 16):
             rng = rng_for(plan, 3, start)
-            pictures = [render(scene, rng, jitter=plan.jitter) for scene in scenes[start : start + 16] for _ in range(plan.renders)]
+            pictures = [
+                render(scene, rng, jitter=plan.jitter)
+                for scene in scenes[start : start + 16]
+                for _ in range(plan.renders)
+            ]
             with torch.autocast("cpu", torch.bfloat16):
                 latents = vae.encode(to_tensor(np.stack(pictures))).latent_dist.mean
             parts.append((latents.float() * vae.config.scaling_factor).half().unflatten(0, (-1, plan.renders)))
@@ -512,16 +599,22 @@ def cached_latents(plan: Plan, run: Path, vae: AutoencoderKL) -> Tensor:
 
 def unet_training(plan: Plan, run: Path, pipeline: StableDiffusionPipeline) -> Training:
     """The state of the UNet's training, taken up where the run left it."""
-    training = Training(pipeline.unet, run / "unet.safetensors", plan.unet_lr, steps=plan.unet_steps, decay_steps=plan.unet_decay_steps)
+    training = Training(
+        pipeline.unet, run / "unet.safetensors", plan.unet_lr, steps=plan.unet_steps, decay_steps=plan.unet_decay_steps
+    )
     training.load()
     return training
 
 
 def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
-    """Train the UNet on cached latents and text features; keep the weights that draw the validation prompts best in `run / "best"`."""
+    """Train the UNet on cached latents and text features; keep the weights that draw the validation prompts best in
+    `run / "best"`.
+    """
     pipeline.text_encoder.eval()
     unet, scheduler = pipeline.unet.train(), pipeline.scheduler
-    unet.set_attn_processor(AttnProcessor())  # on a CPU and 64 tokens, plain products train 1.6 times as fast as torch's fused attention
+    unet.set_attn_processor(
+        AttnProcessor()
+    )  # on a CPU and 64 tokens, plain products train 1.6 times as fast as torch's fused attention
     latents, scenes = cached_latents(plan, run, pipeline.vae), training_scenes()
     singles = np.array([len(scene.things) == 1 for scene in scenes])
     weights = torch.stack([emphasis(scene, plan.emphasis) for scene in scenes])
@@ -540,7 +633,9 @@ def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, trainin
         text = features[np.where(rng.random(len(chosen)) < plan.caption_dropout, len(scenes), chosen)]
         noise = torch.randn(clean.shape, generator=generator)
         last = scheduler.config.num_train_timesteps - 1
-        t = torch.from_numpy((last * rng.random(len(chosen)) ** 0.4).astype(np.int64))  # layout and colour are decided in high noise
+        t = torch.from_numpy(
+            (last * rng.random(len(chosen)) ** 0.4).astype(np.int64)
+        )  # layout and colour are decided in high noise
         pure = torch.from_numpy(rng.random(len(chosen)) < plan.pure_noise)
         t = torch.where(pure, last, t)
         noisy = torch.where(pure[:, None, None, None], noise, scheduler.add_noise(clean, noise, t))
@@ -582,7 +677,14 @@ def assemble(
 ) -> StableDiffusionPipeline:
     """The four models as a pipeline without a safety checker."""
     return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae,
+        text_encoder,
+        tokenizer,
+        unet,
+        build_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
 
 
@@ -592,10 +694,16 @@ def export_pipeline(pipeline: StableDiffusionPipeline, out: Path) -> None:
     vae, text_encoder, unet = (deepcopy(part).half() for part in (pipeline.vae, pipeline.text_encoder, pipeline.unet))
     assemble(vae, text_encoder, pipeline.tokenizer, unet).save_pretrained(partial)
     bpe = json.loads((partial / "tokenizer/tokenizer.json").read_text())["model"]
-    (partial / "tokenizer/vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False))  # older transformers read these two
-    (partial / "tokenizer/merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]) + "\n")
+    (partial / "tokenizer/vocab.json").write_text(
+        json.dumps(bpe["vocab"], ensure_ascii=False)
+    )  # older transformers read these two
+    (partial / "tokenizer/merges.txt").write_text(
+        "\n".join(["#version: 0.2", *(" ".join(pair) for pair in bpe["merges"])]) + "\n"
+    )
     for path in partial.glob("*/config.json"):
-        config = {key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"}  # a path of this machine
+        config = {
+            key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"
+        }  # a path of this machine
         path.write_text(json.dumps(config, indent=2) + "\n")
     defaults = Defaults(steps=Plan.inference_steps, guidance_scale=Plan.guidance_scale)
     (partial / DEFAULTS).write_text(defaults.model_dump_json(exclude_none=True, indent=2) + "\n")
@@ -618,7 +726,9 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     return pipeline
 
 
-def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], plan: Plan, batch: int = 50) -> Iterator[NDArray[np.uint8]]:
+def draw(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], plan: Plan, batch: int = 50
+) -> Iterator[NDArray[np.uint8]]:
     """Pictures uint8 [128, 128, 3] of the prompts by plain diffusers; prompt i starts from the noise of seed i."""
     for start in range(0, len(prompts), batch):
         part = list(prompts[start : start + batch])
@@ -635,8 +745,12 @@ def draw(pipeline: StableDiffusionPipeline, prompts: Sequence[str], plan: Plan, 
         )
 
 
-def score_pipeline(pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], plan: Plan, sheet: Path | None = None) -> dict[str, Any]:
-    """Share of scenes drawn right in everything, by number of things and by attribute; `sheet` gets the first pictures as a PNG."""
+def score_pipeline(
+    pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], plan: Plan, sheet: Path | None = None
+) -> dict[str, Any]:
+    """Share of scenes drawn right in everything, by number of things and by attribute; `sheet` gets the first pictures
+    as a PNG.
+    """
     pictures = list(draw(pipeline, [scene.caption for scene in scenes], plan))
     scores = [score_picture(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
     if sheet is not None:
@@ -654,7 +768,9 @@ def score_pipeline(pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], p
 
 
 def open_run(plan: Plan, run: Path, start: Path | None) -> StableDiffusionPipeline:
-    """The run's pipeline with a trained VAE and text encoder: its own, else those of the exported `start`, else trained now."""
+    """The run's pipeline with a trained VAE and text encoder: its own, else those of the exported `start`, else trained
+    now.
+    """
     run.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(plan.seed)
     encoders = run / "encoders"
@@ -678,9 +794,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=EXPORTED, help="folder of the exported pipeline")
     parser.add_argument("--fresh", action="store_true", help="do not start from the exported weights")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--decoder", action="store_true", help="only refine the decoder; may run beside the UNet's training")
+    parser.add_argument(
+        "--decoder", action="store_true", help="only refine the decoder; may run beside the UNet's training"
+    )
     parser.add_argument("--export", action="store_true", help="only write the run's averaged weights of now to --out")
-    parser.add_argument("--score", type=Path, metavar="FOLDER", help="only score an exported pipeline on the test prompts")
+    parser.add_argument(
+        "--score", type=Path, metavar="FOLDER", help="only score an exported pipeline on the test prompts"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     plan = Plan()

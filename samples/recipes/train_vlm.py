@@ -1,15 +1,18 @@
-"""Trains the sample vision-language model `shapes-vlm`: a small LLaVA that answers questions about scenes and short words.
+"""Trains the sample vision-language model `shapes-vlm`: a small LLaVA that answers questions about scenes and short
+words.
 
-    python -m samples.recipes.train_vlm --run runs/vlm            train, or go on where a killed run stopped; then export
+    python -m samples.recipes.train_vlm --run runs/vlm            train, or go on where a killed run stopped; then
+                                                                  export
     python -m samples.recipes.train_vlm --run runs/vlm --export   export the best weights so far
     python -m samples.recipes.train_vlm --score samples/shapes-vlm
 
-One training sequence is one picture and several turns about it in the chat format, so the picture is encoded once for many answers;
-only the answers carry loss. Two more losses fade over the run. One asks that the projected feature of each patch lies close to the
-embeddings of the words for what it shows. The other asks that a question's words for a thing look, in the decoder's second layer, at the
-patches of that thing and lie close to its name: without it, finding a thing by its look is not learnt in any time we have. Every step
-draws its data from (seed, step), so a resumed run sees what an unbroken one would. A run without a checkpoint starts from the exported
-weights where there are some. Those were trained while this recipe was found, with the second and third loss added on the way.
+One training sequence is one picture and several turns about it in the chat format, so the picture is encoded once for
+many answers; only the answers carry loss. Two more losses fade over the run. One asks that the projected feature of
+each patch lies close to the embeddings of the words for what it shows. The other asks that a question's words for a
+thing look, in the decoder's second layer, at the patches of that thing and lie close to its name: without it, finding a
+thing by its look is not learnt in any time we have. Every step draws its data from (seed, step), so a resumed run sees
+what an unbroken one would. A run without a checkpoint starts from the exported weights where there are some. Those were
+trained while this recipe was found, with the second and third loss added on the way.
 """
 
 from __future__ import annotations
@@ -46,7 +49,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from samples.world.questions import CELL, KINDS, LETTERS, Word, draw_scene, draw_word, render_word, scene_questions, word_questions
+from samples.world.questions import (
+    CELL,
+    KINDS,
+    LETTERS,
+    Word,
+    draw_scene,
+    draw_word,
+    render_word,
+    scene_questions,
+    word_questions,
+)
 from samples.world.questions import test_questions as score_questions
 from samples.world.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, render
 
@@ -65,14 +78,18 @@ NAMES: Final = [
     ),
     *([letter] for letter in LETTERS),
 ]
-"""The tokens that name what a patch shows, by the patch's class: nothing, then the things at their places, then the letters."""
+"""The tokens that name what a patch shows, by the patch's class: nothing, then the things at their places, then the
+letters.
+"""
 SHOWN: Final = [{name.removeprefix("Ġ") for name in names} for names in NAMES]
 CLASSES: Final = {tuple(name.removeprefix("Ġ") for name in names): i for i, names in enumerate(NAMES)}
 
 CHAT_TEMPLATE: Final = """\
 {%- for message in messages -%}
-    {%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string else message['content'] -%}
-    {%- if message['role'] == 'user' -%}{{ 'USER: ' }}{%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}
+    {%- set parts = [{'type': 'text', 'text': message['content']}] if message['content'] is string
+        else message['content'] -%}
+    {%- if message['role'] == 'user' -%}{{ 'USER: ' }}
+    {%- elif message['role'] == 'assistant' -%}{{ ' ASSISTANT: ' }}{%- endif -%}
     {%- for part in parts if part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}{%- endfor -%}
     {%- for part in parts if part['type'] == 'text' -%}
         {{- part['text'] | trim -}}{{- ' ' if not loop.last else '' -}}
@@ -120,14 +137,21 @@ class Recipe:
 def vocabulary() -> list[str]:
     """Every word of the questions and answers, as the tokens they are: with and without the space before them."""
     words = set("USER ASSISTANT describe what where which how What Where Which How Describe colour Colour".split())
-    words |= set("is are the a an and or in on at of with to color shape shapes thing things size word say picture background".split())
-    words |= set("there many further left right top bottom center circles squares triangles it this that image you see".split())
+    words |= set(
+        "is are the a an and or in on at of with to color shape shapes thing things size word say picture "
+        "background".split()
+    )
+    words |= set(
+        "there many further left right top bottom center circles squares triangles it this that image you see".split()
+    )
     words |= {*COLOURS, *BACKGROUNDS, *SHAPES, *SIZES}
     return [space + word for word in sorted(words) for space in ("", " ")] + [" " + digit for digit in "0123456789"]
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words for the vocabulary, bytes for all else: any text survives, and a word to be read is spelled letter by letter."""
+    """Whole words for the vocabulary, bytes for all else: any text survives, and a word to be read is spelled letter by
+    letter.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [word.replace(" ", "Ġ") for word in vocabulary()]
     tokens = list(dict.fromkeys((*SPECIALS, *alphabet, *words)))
@@ -168,7 +192,12 @@ def build_model() -> LlavaForConditionalGeneration:
     """The untrained model: LLaVA 1.5 at a hundredth of its width. The tower's last layer stays unused, as in LLaVA."""
     special = {token: i for i, token in enumerate(SPECIALS)}
     vision = CLIPVisionConfig(
-        hidden_size=192, intermediate_size=768, num_hidden_layers=5, num_attention_heads=6, image_size=EDGE, patch_size=PATCH
+        hidden_size=192,
+        intermediate_size=768,
+        num_hidden_layers=5,
+        num_attention_heads=6,
+        image_size=EDGE,
+        patch_size=PATCH,
     )
     text = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -198,8 +227,9 @@ def build_model() -> LlavaForConditionalGeneration:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Conversations as tokens [batch, length] with as many labels, kinds and turns, and their pictures in order of appearance:
-    [pictures, 3, 128, 128] normalised, and what their patches show [pictures, 64]."""
+    """Conversations as tokens [batch, length] with as many labels, kinds and turns, and their pictures in order of
+    appearance: [pictures, 3, 128, 128] normalised, and what their patches show [pictures, 64].
+    """
 
     pictures: Tensor
     patches: Tensor
@@ -215,7 +245,9 @@ class Batch:
 
 @dataclass(eq=False)
 class Row:
-    """One conversation: its pictures, what their patches show, and per token its label, the kind and number of its turn."""
+    """One conversation: its pictures, what their patches show, and per token its label, the kind and number of its
+    turn.
+    """
 
     pictures: list[NDArray[np.uint8]]
     patches: list[NDArray[np.int64]]
@@ -232,7 +264,9 @@ class Data:
     def __init__(self, processor: LlavaProcessor, recipe: Recipe) -> None:
         self.recipe = recipe
         tokenizer = processor.tokenizer
-        self.image, self.start, self.end, self.pad = (tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<s>", "</s>", "<pad>"))
+        self.image, self.start, self.end, self.pad = (
+            tokenizer.convert_tokens_to_ids(t) for t in ("<image>", "<s>", "</s>", "<pad>")
+        )
         self.encode = lru_cache(1 << 16)(lambda text: tokenizer.encode(text, add_special_tokens=False))
         self.attributes = {tokenizer.convert_tokens_to_ids(token): word for token, word in ATTRIBUTES.items()}
         self.mean = np.array(processor.image_processor.image_mean, np.float32) * 255
@@ -250,7 +284,9 @@ class Data:
         pointed = torch.zeros(len(pointers), length, dtype=torch.bool)
         for mask, places in zip(pointed, (places for row in rows for places in row.pointers.values()), strict=True):
             mask[places] = True
-        pictures = (np.stack([picture for row in rows for picture in row.pictures]).astype(np.float32) - self.mean) / self.std
+        pictures = (
+            np.stack([picture for row in rows for picture in row.pictures]).astype(np.float32) - self.mean
+        ) / self.std
         return Batch(
             torch.from_numpy(pictures).permute(0, 3, 1, 2),
             torch.from_numpy(np.stack([patches for row in rows for patches in row.patches])),
@@ -285,7 +321,8 @@ class Data:
         by_kind = defaultdict(list)
         for question in questions:
             by_kind[question.kind].append(question)
-        # A caption answers all other questions, so it is asked less; finding a thing by its look is learnt last, so it is asked more.
+        # A caption answers all other questions, so it is asked less; finding a thing by its look is learnt last, so it
+        # is asked more.
         kinds = [kind for kind in by_kind for _ in range(SHARES[kind])]
         chosen = [kinds[i] for i in rng.permutation(len(kinds))]
         if word:
@@ -312,7 +349,9 @@ class Data:
                 row.turns += [IGNORED] * len(prompt) + [turn] * len(answer)
 
     def point(self, prompt: list[int], start: int, patches: NDArray[np.int64], first: int) -> dict[int, list[int]]:
-        """Where each attribute in a prompt at `start` points: at the patches, from `first` on, of what it and those just before it name."""
+        """Where each attribute in a prompt at `start` points: at the patches, from `first` on, of what it and those
+        just before it name.
+        """
         pointers: dict[int, list[int]] = {}
         said: set[str] = set()
         for i, token in enumerate(prompt):
@@ -331,7 +370,9 @@ def rephrase(question: str, rng: np.random.Generator) -> str:
 
 
 def roughen(picture: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Blur, noise and a colour shift, each sometimes: pictures drawn by a diffusion model or compressed are not as clean as ours."""
+    """Blur, noise and a colour shift, each sometimes: pictures drawn by a diffusion model or compressed are not as
+    clean as ours.
+    """
     rough = picture.astype(np.float32)
     if rng.random() < 0.4:
         rough = np.asarray(cv2.GaussianBlur(rough, (0, 0), rng.uniform(0.3, 1.3)), np.float32)
@@ -371,21 +412,26 @@ class Trainee(nn.Module):
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         super().__init__()
         self.model = model
-        # The pointers' loss needs the weights of the attention; on a CPU at these lengths this is also faster than the fused kernel.
+        # The pointers' loss needs the weights of the attention; on a CPU at these lengths this is also faster than the
+        # fused kernel.
         model.set_attn_implementation("eager")
         named = torch.zeros(len(NAMES), VOCABULARY)
         for row, tokens in zip(named, NAMES, strict=True):
             row[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1 / max(1, len(tokens))
         self.register_buffer("named", named, persistent=False)
-        # One group of heads in the second layer: the first has told each token what stands before it, the others carry on what is found.
+        # One group of heads in the second layer: the first has told each token what stands before it, the others carry
+        # on what is found.
         self.seen: dict[str, Any] = {}
         second = model.model.language_model.layers[1]
         second.self_attn.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(attention=outputs[1]))
         second.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(hidden=outputs))
 
     def naming_loss(self, features: Tensor, named: Tensor) -> Tensor:
-        """How far features [n, width] lie from the embeddings of the tokens that name them, shared out in `named` [n, vocabulary]."""
-        # The sum of four embeddings has a cosine of 0.5 with each, so that times 16 it outweighs the rest of the vocabulary.
+        """How far features [n, width] lie from the embeddings of the tokens that name them, shared out in `named` [n,
+        vocabulary].
+        """
+        # The sum of four embeddings has a cosine of 0.5 with each, so that times 16 it outweighs the rest of the
+        # vocabulary.
         close = 16 * F.normalize(features, dim=-1) @ F.normalize(self.model.get_input_embeddings().weight, dim=-1).T
         return F.cross_entropy(close.float(), named, reduction="sum") / named.sum().clamp(min=1)
 
@@ -416,7 +462,9 @@ class Trainee(nn.Module):
 
 
 def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, float]:
-    """Share of answers wholly right by kind, on fresh pictures of the training's kind; greedy decoding gives the same answers."""
+    """Share of answers wholly right by kind, on fresh pictures of the training's kind; greedy decoding gives the same
+    answers.
+    """
     right: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     for step in range(pictures // 32):
@@ -427,7 +475,11 @@ def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, flo
         hits = (logits.argmax(-1) == batch.labels[predicting]).tolist()
         turns: dict[tuple[int, int, int], bool] = {}
         rows = torch.arange(len(batch.labels)).unsqueeze(1).expand_as(batch.labels)[predicting].tolist()
-        for key, hit in zip(zip(rows, batch.turns[predicting].tolist(), batch.kinds[predicting].tolist(), strict=True), hits, strict=True):
+        for key, hit in zip(
+            zip(rows, batch.turns[predicting].tolist(), batch.kinds[predicting].tolist(), strict=True),
+            hits,
+            strict=True,
+        ):
             turns[key] = turns.get(key, True) and hit
         for (_, _, kind), hit in turns.items():
             asked[KINDS[kind]] += 1
@@ -439,7 +491,9 @@ def save(path: Path, tensors: dict[str, Tensor], **facts: float) -> None:
     """Write tensors and facts in one piece: a killed run leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata={"facts": json.dumps(facts)})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata={"facts": json.dumps(facts)}
+    )
     fresh.replace(path)
 
 
@@ -453,13 +507,16 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")}
+    return {
+        name.removeprefix(f"{prefix}/"): tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}/")
+    }
 
 
 def build_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
     """Muon for the weights of the layers, which learn in about half the steps that AdamW needs; AdamW for all else.
 
-    Each group also holds the names of its parameters, for checkpoints, and `scale`, its learning rate as a multiple of the recipe's.
+    Each group also holds the names of its parameters, for checkpoints, and `scale`, its learning rate as a multiple of
+    the recipe's.
     """
     named = dict(trainee.named_parameters())
     layers = {name for name, p in named.items() if p.ndim == 2 and (".layers." in name or "projector" in name)}
@@ -467,11 +524,18 @@ def build_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
 
     def group(names: Iterable[str], scale: float, weight_decay: float) -> dict[str, Any]:
         ordered = sorted(names)
-        return {"params": [named[name] for name in ordered], "names": ordered, "scale": scale, "weight_decay": weight_decay}
+        return {
+            "params": [named[name] for name in ordered],
+            "names": ordered,
+            "scale": scale,
+            "weight_decay": weight_decay,
+        }
 
     return [
         torch.optim.Muon([group(layers, 1.5, 0.05)], adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW([group(named.keys() - layers - vectors, 1.0, 0.05), group(vectors, 1.0, 0.0)], betas=(0.9, 0.98), fused=True),
+        torch.optim.AdamW(
+            [group(named.keys() - layers - vectors, 1.0, 0.05), group(vectors, 1.0, 0.0)], betas=(0.9, 0.98), fused=True
+        ),
     ]
 
 
@@ -534,13 +598,18 @@ def train(run: Path, recipe: Recipe, minutes: float, start: Path | None) -> None
             speed = (done - first) * recipe.batch / (time.monotonic() - began)
             mean = np.mean(losses[-50:], axis=0)
             print(
-                f"step {done}/{recipe.steps} loss {mean[0]:.4f} patches {mean[1]:.4f} pointers {mean[2]:.4f} conversations/s {speed:.1f}",
+                f"step {done}/{recipe.steps} loss {mean[0]:.4f} patches {mean[1]:.4f} pointers {mean[2]:.4f} "
+                f"conversations/s {speed:.1f}",
                 flush=True,
             )
         if done % 250 == 0 or done == recipe.steps or out_of_time:
             scores = validate(averaged, data)
             score = float(np.mean(list(scores.values())))
-            print(f"  {time.strftime('%H:%M:%S')} score {score:.3f} " + " ".join(f"{k} {v:.2f}" for k, v in scores.items()), flush=True)
+            print(
+                f"  {time.strftime('%H:%M:%S')} score {score:.3f} "
+                + " ".join(f"{k} {v:.2f}" for k, v in scores.items()),
+                flush=True,
+            )
             if score >= best:
                 best = score
                 save(run / "best.safetensors", averaged.model.state_dict(), step=done, score=score)
@@ -562,7 +631,8 @@ def answer(model: Any, processor: Any, pictures: Iterable[NDArray[np.uint8]], qu
     """Greedy answers of a LLaVA checkpoint to one question per picture."""
     prompts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}], add_generation_prompt=True
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
         )
         for question in questions
     ]

@@ -1,7 +1,8 @@
-"""Questions about scenes and words, each with exactly one right answer: what the sample vision-language model learns and is scored in.
+"""Questions about scenes and words, each with exactly one right answer: what the sample vision-language model learns
+and is scored in.
 
-A question belongs to one of `KINDS`. Scenes and words that `held_out` reserves are the only ones `test_questions` asks about, and
-`draw_scene` and `draw_word` never hand them to a training. Everything here is pure and seeded.
+A question belongs to one of `KINDS`. Scenes and words that `held_out` reserves are the only ones `test_questions` asks
+about, and `draw_scene` and `draw_word` never hand them to a training. Everything here is pure and seeded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from samples.world.scenes import BACKGROUNDS, COLOURS, PLACES, POSITIONS, SHAPES, SIDES, SIZES, Scene, Thing, held_out, render
+from samples.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    POSITIONS,
+    SHAPES,
+    SIDES,
+    SIZES,
+    Scene,
+    Thing,
+    held_out,
+    render,
+)
 
 KINDS: Final = ("colour", "shape", "size", "position", "count", "left", "caption", "read")
 CORNERS: Final = tuple(place for place in POSITIONS if place != "center")
@@ -30,15 +43,16 @@ INKS: Final = {
 """The inks that can be read easily on each background."""
 WORDS: Final = tuple(
     """
-    ant ape arm art ash axe bad bag bat bed bee big bit bow box boy bug bus cab cap car cat cow cup cut day dig dog dot dry ear eat egg
-    elf end eye fan far fig fir fit fly fog fox fun fur gap gas gem hat hen hot hut ice ink jam jar jaw jet job joy key kid kit lab lap
-    leg lid lip log map mix mop mud net new nod nut oak oil old one owl pan paw pea pen pet pie pig pin pot ram rat ray rib row rug run
-    saw sea sky sun tea ten tie toe top toy tub van wax web wet wig win yak zip zoo able army away baby ball band bark barn bear bell
-    bird blow boat bone book bulb cake calf camp card cave city clay coal coat coin cold corn crab crow dark deer desk dish dive door
-    drum duck dust exit face fact farm fern film fire fish flag foam foot fork frog game gate gift goat gold hair hand harp hawk hill
-    home horn iron jazz jump kite knee lake lamp leaf lime lion maze milk moon nest note oven palm park pear pink plum pond quiz rain
-    ring road rock roof rose salt sand seal ship shoe snow soap sock soup star swan tent toad tree tube vase wave west wind wing wolf
-    wood wool yard zero
+    ant ape arm art ash axe bad bag bat bed bee big bit bow box boy bug bus cab cap car cat cow cup cut day dig dog dot
+    dry ear eat egg elf end eye fan far fig fir fit fly fog fox fun fur gap gas gem hat hen hot hut ice ink jam jar jaw
+    jet job joy key kid kit lab lap leg lid lip log map mix mop mud net new nod nut oak oil old one owl pan paw pea pen
+    pet pie pig pin pot ram rat ray rib row rug run saw sea sky sun tea ten tie toe top toy tub van wax web wet wig win
+    yak zip zoo able army away baby ball band bark barn bear bell bird blow boat bone book bulb cake calf camp card cave
+    city clay coal coat coin cold corn crab crow dark deer desk dish dive door drum duck dust exit face fact farm fern
+    film fire fish flag foam foot fork frog game gate gift goat gold hair hand harp hawk hill home horn iron jazz jump
+    kite knee lake lamp leaf lime lion maze milk moon nest note oven palm park pear pink plum pond quiz rain ring road
+    rock roof rose salt sand seal ship shoe snow soap sock soup star swan tent toad tree tube vase wave west wind wing
+    wolf wood wool yard zero
     """.split()
 )
 
@@ -107,14 +121,19 @@ def scene_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
             asked.append(Question("shape", f"what shape is the {thing.colour} thing?", thing.shape))
     asked += [Question("count", "how many shapes are there?", str(len(scene.things)))] * len(scene.things)
     absent = str(rng.choice([colour for colour in COLOURS if colour not in by_colour]))
-    asked += [Question("count", f"how many {colour} shapes are there?", str(by_colour[colour])) for colour in (*by_colour, absent)]
+    asked += [
+        Question("count", f"how many {colour} shapes are there?", str(by_colour[colour]))
+        for colour in (*by_colour, absent)
+    ]
     asked += [Question("count", f"how many {shape}s are there?", str(by_shape[shape])) for shape in SHAPES]
     for one, other in permutations(scene.things, 2):
         if PLACES[one.place][0] != PLACES[other.place][0]:
             first = min(one, other, key=lambda thing: PLACES[thing.place][0])
             phrases = [f"the {thing.colour} {thing.shape}" for thing in (one, other)]
             asked.append(
-                Question("left", f"which is further left, {phrases[0]} or {phrases[1]}?", f"the {first.colour} {first.shape}"),
+                Question(
+                    "left", f"which is further left, {phrases[0]} or {phrases[1]}?", f"the {first.colour} {first.shape}"
+                ),
             )
     return asked
 
@@ -130,7 +149,8 @@ def word_questions(word: Word) -> list[Question]:
 
 
 def draw_scene(rng: np.random.Generator, held: bool = False) -> Scene:
-    """A random scene: one thing anywhere, a left and right pair, or two to four in corners; no two of one colour and shape.
+    """A random scene: one thing anywhere, a left and right pair, or two to four in corners; no two of one colour and
+    shape.
 
     The scene is among the held-out ones exactly if `held` is true.
     """
@@ -154,7 +174,9 @@ def draw_scene(rng: np.random.Generator, held: bool = False) -> Scene:
 
 
 def draw_word(rng: np.random.Generator, held: bool = False) -> Word:
-    """A random word to write: a held-out one of `WORDS` if `held`, else one that is not held out or, mostly, random letters."""
+    """A random word to write: a held-out one of `WORDS` if `held`, else one that is not held out or, mostly, random
+    letters.
+    """
     while True:
         invented = not held and rng.random() < 0.8
         text = "".join(rng.choice(list(LETTERS), rng.integers(3, 5))) if invented else str(rng.choice(WORDS))
@@ -164,7 +186,9 @@ def draw_word(rng: np.random.Generator, held: bool = False) -> Word:
 
 
 def render_word(word: Word, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Write a word in capitals across the middle: uint8 RGB [128, 128, 3]. The whole word is off its place by 3 pixels at most."""
+    """Write a word in capitals across the middle: uint8 RGB [128, 128, 3]. The whole word is off its place by 3 pixels
+    at most.
+    """
     canvas = np.full((128, 128, 3), BACKGROUNDS[word.background], np.uint8)
     ink = (COLOURS | BACKGROUNDS)[word.ink]
     dx, dy = (int(shift) for shift in rng.integers(-3, 4, 2))

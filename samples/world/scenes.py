@@ -1,7 +1,8 @@
 """Scenes of coloured shapes: the world that both sample models learn and are scored in.
 
 A scene is a background and a few things at named places. It can be drawn (`render`), described (`caption`) and scored
-(`samples.world.scoring`), so a program can tell whether a picture or an answer about it is right. Everything here is pure and seeded.
+(`samples.world.scoring`), so a program can tell whether a picture or an answer about it is right. Everything here is
+pure and seeded.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ COLOURS: Final[dict[str, tuple[int, int, int]]] = {
     "purple": (170, 45, 195),
     "cyan": (40, 205, 215),
 }
-BACKGROUNDS: Final[dict[str, tuple[int, int, int]]] = {"white": (248, 248, 248), "gray": (128, 128, 128), "black": (12, 12, 12)}
+BACKGROUNDS: Final[dict[str, tuple[int, int, int]]] = {
+    "white": (248, 248, 248),
+    "gray": (128, 128, 128),
+    "black": (12, 12, 12),
+}
 SHAPES: Final = ("circle", "square", "triangle")
 SIZES: Final[dict[str, float]] = {"small": 0.115, "large": 0.215}
 """Half extent of a thing as a share of the picture's edge."""
@@ -65,13 +70,19 @@ class Scene:
     @property
     def caption(self) -> str:
         """The prompt that asks for this scene."""
-        where = {place: f"at the {place}" for place in POSITIONS} | {"center": "in the center"} | {side: f"on the {side}" for side in SIDES}
+        where = (
+            {place: f"at the {place}" for place in POSITIONS}
+            | {"center": "in the center"}
+            | {side: f"on the {side}" for side in SIDES}
+        )
         things = " and ".join(f"{thing.phrase} {where[thing.place]}" for thing in self.things)
         return f"{things} on a {self.background} background"
 
 
 def held_out(text: str) -> bool:
-    """Whether a caption or word belongs to the fifth that no training ever sees: decided by its hash, so the split needs no list."""
+    """Whether a caption or word belongs to the fifth that no training ever sees: decided by its hash, so the split
+    needs no list.
+    """
     return hashlib.sha256(text.encode()).digest()[0] < 51
 
 

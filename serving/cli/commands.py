@@ -1,7 +1,7 @@
 """The `enginecast` command. It starts fast: each command imports what it needs when it runs.
 
-The commands in FORWARDS belong to the layers beside this one and are imported by name, on demand, so that a serving machine needs neither
-their code nor their dependencies.
+The commands in FORWARDS belong to the layers beside this one and are imported by name, on demand, so that a serving
+machine needs neither their code nor their dependencies.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ UINT32: Final = 2**32 - 1
 UNPARSED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 FORWARDS: Final = {
     "build": ("export.cli.commands", "Build a bundle from a checkpoint."),
-    "calibrate": ("export.cli.commands", "Capture what a model's submodels get while it works, to calibrate builds with."),
+    "calibrate": (
+        "export.cli.commands",
+        "Capture what a model's submodels get while it works, to calibrate builds with.",
+    ),
     "report": ("export.cli.commands", "Write the quality report of a quantized bundle as one page."),
     "inspect": ("export.cli.commands", "Show what a bundle holds."),
     "verify": ("export.cli.commands", "Compare a bundle's files with their hashes."),
@@ -50,28 +53,41 @@ FORWARDS: Final = {
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-ModelName = Annotated[str, typer.Option("--model", help="Name of the model, as the server lists it. Not needed with --bundle.")]
+ModelName = Annotated[
+    str, typer.Option("--model", help="Name of the model, as the server lists it. Not needed with --bundle.")
+]
 Address = Annotated[str | None, typer.Option(help=f"Server to ask, HOST:PORT. Without --bundle: {ADDRESS}.")]
 BundleFolder = Annotated[
     str | None,
-    typer.Option("--bundle", metavar="[NAME=]DIR", help="Run this bundle in process, without a server, under a name of your own."),
+    typer.Option(
+        "--bundle", metavar="[NAME=]DIR", help="Run this bundle in process, without a server, under a name of your own."
+    ),
 ]
 Target = Annotated[str | None, typer.Option(help="Engine to run on, such as openvino. Default: the best usable one.")]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
-DeviceName = Annotated[str, typer.Option("--device", help="Device to run on, such as cpu, cuda:1, GPU.0 or HETERO:GPU,CPU.")]
+DeviceName = Annotated[
+    str, typer.Option("--device", help="Device to run on, such as cpu, cuda:1, GPU.0 or HETERO:GPU,CPU.")
+]
 PlaceText = Annotated[
     str | None,
     typer.Option(
         "--place",
-        help="Where submodels run, by name or role: SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as text_encoder=cpu,unet=cuda:0.",
+        help="Where submodels run, by name or role: SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as "
+        "text_encoder=cpu,unet=cuda:0.",
     ),
 ]
 MemoryLimit = Annotated[
     str | None,
-    typer.Option(help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."),
+    typer.Option(
+        help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."
+    ),
 ]
-Strict = Annotated[bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")
+]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")
+]
 
 
 class Session(Protocol):
@@ -92,7 +108,8 @@ def serve(
         list[str],
         typer.Argument(
             metavar="[NAME=]DIR...",
-            help="Folders made by `enginecast build`. With a name, requests use that instead of the bundle's own: int8=DIR int4=DIR.",
+            help="Folders made by `enginecast build`. With a name, requests use that instead of the bundle's own: "
+            "int8=DIR int4=DIR.",
         ),
     ],
     address: Annotated[
@@ -104,7 +121,8 @@ def serve(
     memory_limit: MemoryLimit = None,
     strict: Strict = False,
     require_signature: Annotated[
-        Path | None, typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file).")
+        Path | None,
+        typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
     ] = None,
     threads: Threads = 0,
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16,
@@ -142,7 +160,9 @@ def serve(
 
 
 def named(text: str) -> tuple[str, Path]:
-    """The name and the folder of `NAME=DIR`; no name for a folder alone. A folder with "=" in its name is written as ./a=b."""
+    """The name and the folder of `NAME=DIR`; no name for a folder alone. A folder with "=" in its name is written as
+    ./a=b.
+    """
     name, equals, folder = text.partition("=")
     if not equals or "/" in name or os.sep in name:
         return "", Path(text)
@@ -154,7 +174,9 @@ def named(text: str) -> tuple[str, Path]:
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw. May be empty.")],
-    out: Annotated[Path, typer.Option(help="PNG file to write; of several pictures, NAME-0.png, NAME-1.png and so on.")],
+    out: Annotated[
+        Path, typer.Option(help="PNG file to write; of several pictures, NAME-0.png, NAME-1.png and so on.")
+    ],
     model: ModelName = "",
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Denoising steps.")] = None,
@@ -163,7 +185,8 @@ def generate(
         typer.Option(
             min=0,
             max=IMAGE_SEED.most,
-            help="Seed of the noise, of further pictures 1 more each; the same one draws the same picture on the same engine.",
+            help="Seed of the noise, of further pictures 1 more each; the same one draws the same picture on the same "
+            "engine.",
         ),
     ] = None,
     sampler: Annotated[str | None, typer.Option(help="Sampler by name, such as euler.")] = None,
@@ -200,7 +223,9 @@ def generate(
         seed=seed,
         images=images,
     )
-    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), request) as session:
+    with _session(
+        address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), request
+    ) as session:
         for path in terminal.draw(session.generate(request), out, verbose):
             print(path)
 
@@ -209,14 +234,23 @@ def generate(
 def chat(
     model: ModelName = "",
     image: Annotated[list[Path] | None, typer.Option(help="A picture to talk about; may be repeated.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="What to ask. Without it: a conversation; /help lists its commands.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What to ask. Without it: a conversation; /help lists its commands.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Longest answer, in tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 = always the likeliest token.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Sample among the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among the likeliest tokens of this joint probability.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: tokens already seen become less likely.")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among the likeliest tokens of this joint probability.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1: tokens already seen become less likely.")
+    ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=SEED.most, help="Seed of the sampling; the same one gives the same answer on the same engine.")
+        int | None,
+        typer.Option(
+            min=0, max=SEED.most, help="Seed of the sampling; the same one gives the same answer on the same engine."
+        ),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
     address: Address = None,
@@ -247,9 +281,14 @@ def chat(
     )
     first = chat_pb2.ChatRequest()
     first.CopyFrom(request)
-    parts = [*(chat_pb2.Part(image=data) for data in pictures), chat_pb2.Part(text=terminal.unicode("prompt", prompt or "?"))]
+    parts = [
+        *(chat_pb2.Part(image=data) for data in pictures),
+        chat_pb2.Part(text=terminal.unicode("prompt", prompt or "?")),
+    ]
     first.messages.add(role=chat_pb2.ROLE_USER, parts=parts)
-    with _session(address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), first) as session:
+    with _session(
+        address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), first
+    ) as session:
         talk = Conversation(request, pictures, lambda request: terminal.speak(session.chat(request), verbose))
         if prompt is not None:
             talk.ask(prompt)
@@ -269,7 +308,9 @@ def devices(
     device: DeviceName = "",
     place: PlaceText = None,
     memory_limit: MemoryLimit = None,
-    address: Annotated[str | None, typer.Option(help="Show what the models of the server at HOST:PORT really run on.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Show what the models of the server at HOST:PORT really run on.")
+    ] = None,
 ) -> None:
     """Devices of this machine, their features and memory; every target, whether it can be used here, and why not."""
     from serving.cli import overview
@@ -318,7 +359,9 @@ def _session(
         }
         for name in (name for name, value in given.items() if value):
             option = name.replace("_", "-")
-            raise InvalidInput(name, f"belongs to --bundle: what runs on a server is chosen by `enginecast serve --{option}`")
+            raise InvalidInput(
+                name, f"belongs to --bundle: what runs on a server is chosen by `enginecast serve --{option}`"
+            )
         from serving.dialects.grpc.client import Client
 
         opened = Client(address or ADDRESS)

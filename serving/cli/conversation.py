@@ -32,7 +32,9 @@ class Conversation:
         self.request, self.pictures, self._chat = request, pictures, chat
 
     def ask(self, question: str) -> None:
-        """Send a question with the pictures shown. Where no answer comes, the conversation and the pictures stay as they were."""
+        """Send a question with the pictures shown. Where no answer comes, the conversation and the pictures stay as
+        they were.
+        """
         question = terminal.unicode("prompt", question)
         shown = [chat_pb2.Part(image=data) for data in self.pictures]
         self.request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
@@ -45,7 +47,9 @@ class Conversation:
         self.pictures = []
 
     def run(self, lines: Iterator[str], patient: bool) -> None:
-        """Take lines until they end or one says so. A `patient` conversation reports errors and goes on; another one raises them."""
+        """Take lines until they end or one says so. A `patient` conversation reports errors and goes on; another one
+        raises them.
+        """
         for line in lines:
             text = line.strip()
             if text in QUIT:
@@ -58,7 +62,9 @@ class Conversation:
             except (EnginecastError, KeyboardInterrupt) as error:
                 if not patient:
                     raise
-                terminal.errors.print(f"enginecast: {error}" if str(error) else "\ninterrupted", markup=False, soft_wrap=True)
+                terminal.errors.print(
+                    f"enginecast: {error}" if str(error) else "\ninterrupted", markup=False, soft_wrap=True
+                )
 
     def _command(self, text: str) -> None:
         name, _, argument = text.partition(" ")
@@ -71,7 +77,9 @@ class Conversation:
             terminal.errors.print(help_text(), markup=False)
         else:
             known = ", ".join(COMMANDS)
-            raise InvalidInput(name, "needs the PATH of a picture" if name == "/image" else f"is no command, expected one of {known}")
+            raise InvalidInput(
+                name, "needs the PATH of a picture" if name == "/image" else f"is no command, expected one of {known}"
+            )
 
 
 def help_text() -> str:

@@ -1,4 +1,6 @@
-"""What `enginecast devices` shows: this machine, its targets, where a bundle would be placed, what a server's models really run on."""
+"""What `enginecast devices` shows: this machine, its targets, where a bundle would be placed, what a server's models
+really run on.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ WIDTH: Final = 160
 SIZES: Final = ("memory", "free", "needs")
 
 
-def collect(bundle: Path | None, target: str | None, device: str, wishes: Wishes, address: str | None) -> dict[str, Any]:
+def collect(
+    bundle: Path | None, target: str | None, device: str, wishes: Wishes, address: str | None
+) -> dict[str, Any]:
     """Rows of each table by its name, as JSON has them: sizes in bytes, null where they are not known.
 
     Raises what placing the bundle raises, or what the server answers.
@@ -73,7 +77,13 @@ def _choices(name: str) -> list[dict[str, Any]]:
         return []
     rows = measured(name, targets()[name].available().version)
     return [
-        {"target": name, "submodel": row.name, "choice": f"{choice}={value}", "why": row.reason(choice), "measured": f"{row.date:%Y-%m-%d}"}
+        {
+            "target": name,
+            "submodel": row.name,
+            "choice": f"{choice}={value}",
+            "why": row.reason(choice),
+            "measured": f"{row.date:%Y-%m-%d}",
+        }
         for row in rows
         for choice, value in row.values.items()
     ]
@@ -86,7 +96,13 @@ def _placed(bundle: Bundle, target: str | None, device: str, wishes: Wishes, mac
         first, *others = choice.places
         needs = choice.estimated[first]
         rows.append(
-            {"submodel": name, "place": str(first), "needs": needs, "memory of": first.memory, "or else": [str(one) for one in others]}
+            {
+                "submodel": name,
+                "place": str(first),
+                "needs": needs,
+                "memory of": first.memory,
+                "or else": [str(one) for one in others],
+            }
         )
     return {"placement": rows, "notes": [*machine.notes, *plan.notes]}
 

@@ -25,20 +25,34 @@ errors: Final = Console(stderr=True, highlight=False)
 
 
 def draw(responses: Iterable[image_pb2.GenerateResponse], out: Path, verbose: bool = False) -> list[Path]:
-    """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all are there.
+    """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all
+    are there.
 
     `verbose` adds what each submodel ran on.
     """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     images: list[image_pb2.Image] = []
     with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
         for response in responses:
             match response.WhichOneof("event"):
                 case "queued":
-                    bar.update(task, description=f"queued behind {response.queued.position}" if response.queued.position else "starting")
+                    bar.update(
+                        task,
+                        description=f"queued behind {response.queued.position}"
+                        if response.queued.position
+                        else "starting",
+                    )
                 case "progress":
-                    bar.update(task, description="drawing", completed=response.progress.step, total=response.progress.total)
+                    bar.update(
+                        task, description="drawing", completed=response.progress.step, total=response.progress.total
+                    )
                 case "image":
                     images.append(response.image)
                 case "done":

@@ -1,4 +1,6 @@
-"""One request on one model: its pipeline, its clock and its way to stop. Knows no thread, no event loop and no protocol."""
+"""One request on one model: its pipeline, its clock and its way to stop. Knows no thread, no event loop and no
+protocol.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from runtime.pipeline import Call, Engines, Event, ImageReady, Outputs, Pipeline
 
 Kind = Literal["diffusion", "chat"]
 Driver = Callable[[Pipeline, Engines], Generator[Event, None, None]]
-"""Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or one that batches the calls of several jobs."""
+"""Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or one that batches the calls of several
+jobs.
+"""
 
 
 class Model(Protocol):
@@ -51,7 +55,9 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class EngineUse:
-    """What ran a submodel: measured, not asked for. `seconds` is the time the pipeline waited for it, `reload_seconds` a part of it."""
+    """What ran a submodel: measured, not asked for. `seconds` is the time the pipeline waited for it, `reload_seconds`
+    a part of it.
+    """
 
     submodel: str
     target: str
@@ -66,7 +72,8 @@ class EngineUse:
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first picture or text.
+    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first picture or
+    text.
 
     `notes` are those of the model: what differs from the published model or from the requested placement.
     """
@@ -95,7 +102,9 @@ class Job:
         self._stopped_by = self._stopped_by or error
 
     def events(self) -> Iterator[Event]:
-        """Do the work: `Started`, the pipeline's own events, `Done`. Raises what the pipeline, an engine or `stop` raises."""
+        """Do the work: `Started`, the pipeline's own events, `Done`. Raises what the pipeline, an engine or `stop`
+        raises.
+        """
         started = perf_counter()
         first_output: float | None = None
         yield Started()
@@ -104,10 +113,14 @@ class Job:
                 if first_output is None and isinstance(event, ImageReady | TextDelta):
                     first_output = perf_counter() - started
                 yield event
-        yield Done(started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(self._model.notes))
+        yield Done(
+            started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(self._model.notes)
+        )
 
     def _stoppable(self) -> Pipeline:
-        """The pipeline, with a look at `stop` before every step. It is wrapped here, not in the driver, so that it holds for any driver."""
+        """The pipeline, with a look at `stop` before every step. It is wrapped here, not in the driver, so that it
+        holds for any driver.
+        """
         outputs: Outputs | None = None
         with closing(self._pipeline) as pipeline:
             while True:

@@ -12,11 +12,12 @@ from runtime.pipeline import Event, ImageReady, Progress
 
 
 class Mailbox:
-    """Events in the order they were put. Made on the event loop that reads them; `put` and `end` may be called from any thread.
+    """Events in the order they were put. Made on the event loop that reads them; `put` and `end` may be called from any
+    thread.
 
     Small events are all kept: their number is bounded by the request's steps and tokens. Of unread pictures at most
-    `limits.UNREAD_BYTES` are kept: older previews are dropped for newer ones, and `put` waits with a finished picture until there is
-    room.
+    `limits.UNREAD_BYTES` are kept: older previews are dropped for newer ones, and `put` waits with a finished picture
+    until there is room.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,9 @@ class Mailbox:
         self._wake()
 
     def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
-        """No more events: the reader gets those that are left, or with `at_once` none, then `error`. The first end counts."""
+        """No more events: the reader gets those that are left, or with `at_once` none, then `error`. The first end
+        counts.
+        """
         with self._room:
             if not self._ended:
                 self._ended, self._error = True, error

@@ -1,10 +1,10 @@
 """The models of a server, without any protocol: what is loaded, who waits, what runs, how it all stops.
 
-Every method runs on one event loop; engines run in worker threads. One pipeline at a time runs on a model (`slots`), the rest wait in a
-bounded queue. A driver that batches takes the place of `drive` and raises `slots`.
+Every method runs on one event loop; engines run in worker threads. One pipeline at a time runs on a model (`slots`),
+the rest wait in a bounded queue. A driver that batches takes the place of `drive` and raises `slots`.
 
-A thread cannot be ended from outside. What computes or loads is told to stop, given a while, and then left behind: its model is freed
-when the thread is done, and a process that stops does not wait for it (`ModelHost.close`).
+A thread cannot be ended from outside. What computes or loads is told to stop, given a while, and then left behind: its
+model is freed when the thread is done, and a process that stops does not wait for it (`ModelHost.close`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from serving.host.turns import Turns
 log = logging.getLogger(__name__)
 
 Loader = Callable[[Bundle | Path, str | None], Model]
-"""Loads a bundle for a target, or for the best usable one: the one that was opened, or the one at a folder where that failed."""
+"""Loads a bundle for a target, or for the best usable one: the one that was opened, or the one at a folder where that
+failed.
+"""
 STUCK_SECONDS: Final = 30.0
 """How long an engine may take to end a step when a model is unloaded, before it is left behind."""
 IDLE_SECONDS: Final = 0.7
@@ -65,7 +67,9 @@ class State(Enum):
 
 @dataclass(frozen=True)
 class Limits:
-    """How much a host takes on. `slots` pipelines run at once on a model, `max_queue` wait; `grace_seconds` is how long they may finish."""
+    """How much a host takes on. `slots` pipelines run at once on a model, `max_queue` wait; `grace_seconds` is how long
+    they may finish.
+    """
 
     slots: int = 1
     max_queue: int = 16
@@ -74,7 +78,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Offer:
-    """A bundle and the name it is served by. `error` says why it could not be opened: loading may succeed once it is repaired.
+    """A bundle and the name it is served by. `error` says why it could not be opened: loading may succeed once it is
+    repaired.
 
     What could be opened is what is served: another bundle that lies in its folder later is refused.
     """
@@ -90,7 +95,9 @@ class Offer:
 
     @classmethod
     def of(cls, root: Path, name: str = "") -> Offer:
-        """The bundle at `root`, under a name of its own or that of its manifest, or of its folder where it cannot be opened."""
+        """The bundle at `root`, under a name of its own or that of its manifest, or of its folder where it cannot be
+        opened.
+        """
         try:
             bundle = Bundle(root)
         except EnginecastError as error:
@@ -114,7 +121,8 @@ class Placement:
 class Status:
     """A model as it stands.
 
-    `kind` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading failed.
+    `kind` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading
+    failed.
     """
 
     name: str
@@ -237,9 +245,13 @@ class _Served:
         """A place for a request. Raises ResourceExhausted."""
         free, kept = self.limits.slots + self.limits.max_queue - len(self.places), self.limits.max_queue // KEPT
         if free <= 0:
-            raise ResourceExhausted(f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later")
+            raise ResourceExhausted(
+                f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later"
+            )
         if free <= kept and any(place.client == client for place in self.places):
-            raise ResourceExhausted(f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later")
+            raise ResourceExhausted(
+                f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later"
+            )
         place = Place(client, nbytes)
         self.places.add(place)
         return place
@@ -258,7 +270,9 @@ class _Served:
         return run
 
     def leave_behind(self) -> ThreadPoolExecutor:
-        """Give up the worker threads, which are busy, for new ones. The old ones end when they have done what they were given."""
+        """Give up the worker threads, which are busy, for new ones. The old ones end when they have done what they were
+        given.
+        """
         workers, self.workers = self.workers, self._new_workers()
         for run in self.runs:
             self.places.discard(run.place)
@@ -274,17 +288,21 @@ class _Served:
         )
         notes = self._notes(self.model.notes) if self.model else ()
         queued, quant = len(self.places) - running, self.offer.quant
-        return Status(self.name, self.state, quant, self.kind, target, device, self.error, running, queued, placements, notes)
+        return Status(
+            self.name, self.state, quant, self.kind, target, device, self.error, running, queued, placements, notes
+        )
 
 
 class ModelHost:
     """Holds models by name and runs requests on them. The models are those of `bundles`, none loaded yet.
 
-    `changed` is set, and replaced by a new event, whenever the state of a model changes. Raises InvalidInput when two bundles have the
-    same name, or one that cannot be served.
+    `changed` is set, and replaced by a new event, whenever the state of a model changes. Raises InvalidInput when two
+    bundles have the same name, or one that cannot be served.
     """
 
-    def __init__(self, bundles: Iterable[Bundle | Offer], loader: Loader, limits: Limits | None = None, driver: Driver = drive) -> None:
+    def __init__(
+        self, bundles: Iterable[Bundle | Offer], loader: Loader, limits: Limits | None = None, driver: Driver = drive
+    ) -> None:
         self.limits = limits or Limits()
         self.changed = asyncio.Event()
         self.stopping = False
@@ -322,10 +340,11 @@ class ModelHost:
     async def run(
         self, name: str, kind: Kind, request: Any, timeout: float | None = None, client: str = "", nbytes: int = 0
     ) -> AsyncGenerator[Event, None]:
-        """Run a request: `Queued`, `Started`, the pipeline's events, `Done`. Closing the generator frees the engine within one step.
+        """Run a request: `Queued`, `Started`, the pipeline's events, `Done`. Closing the generator frees the engine
+        within one step.
 
-        `client` is who sent it, and `nbytes` what the request holds while it waits. Raises NotFound, Unavailable, InvalidInput,
-        ResourceExhausted, DeadlineExceeded after `timeout` seconds, or what the engine raises.
+        `client` is who sent it, and `nbytes` what the request holds while it waits. Raises NotFound, Unavailable,
+        InvalidInput, ResourceExhausted, DeadlineExceeded after `timeout` seconds, or what the engine raises.
         """
         served = self._find(name)
         self._open()
@@ -334,7 +353,9 @@ class ModelHost:
         job = await self._job(served, kind, request, place)
         position = len(served.runs)
         run = served.start(job, place, partial(self._ended, served))
-        over = DeadlineExceeded(f"the request was not done after {timeout or 0:.3g} s: allow it more time or ask for less work")
+        over = DeadlineExceeded(
+            f"the request was not done after {timeout or 0:.3g} s: allow it more time or ask for less work"
+        )
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
         try:
             yield Queued(position)
@@ -353,18 +374,23 @@ class ModelHost:
     def _enter(self, served: _Served, client: str, nbytes: int) -> Place:
         held = sum(place.nbytes for other in self._models.values() for place in other.places)
         if nbytes and held + nbytes > bounds.WAITING_BYTES.most:
-            raise ResourceExhausted("the pictures of requests that wait take all the memory there is for them: try again later")
+            raise ResourceExhausted(
+                "the pictures of requests that wait take all the memory there is for them: try again later"
+            )
         return served.enter(client, nbytes)
 
     async def _job(self, served: _Served, kind: Kind, request: Any, place: Place) -> Job:
         """The work that a request is. It is checked (tokenized) off the loop.
 
-        The place is given up when that is over and failed, not when the caller leaves: a client leaves no work behind that does not count.
+        The place is given up when that is over and failed, not when the caller leaves: a client leaves no work behind
+        that does not count.
         """
 
         async def check() -> Any:
             async with self._turns(place.client):
-                return await asyncio.get_running_loop().run_in_executor(self._checks, served.ready(kind).pipeline, request)
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._checks, served.ready(kind).pipeline, request
+                )
 
         checked = asyncio.create_task(check())
         try:
@@ -381,7 +407,8 @@ class ModelHost:
             raise
 
     async def load(self, name: str, target: str | None = None) -> None:
-        """Load a model; loading goes on when the caller leaves. Raises NotFound, Unavailable, InvalidInput, or why it cannot be loaded.
+        """Load a model; loading goes on when the caller leaves. Raises NotFound, Unavailable, InvalidInput, or why it
+        cannot be loaded.
 
         A model that cannot be loaded on a target that the caller chose stays as it was.
         """
@@ -393,13 +420,17 @@ class ModelHost:
                 raise InvalidInput("target", f"{quoted(target)} is not known: {did_you_mean(target, targets())}")
         if served.state is State.READY and served.model is not None:
             if target not in (None, served.model.target):
-                raise InvalidInput("target", f"{name} is loaded on {served.model.target}: unload it before loading it on {target}")
+                raise InvalidInput(
+                    "target", f"{name} is loaded on {served.model.target}: unload it before loading it on {target}"
+                )
             return
         self._settled(served)
         await self._change(served, self._load(served, target))
 
     async def unload(self, name: str, grace: float | None = None) -> None:
-        """Finish, or after `grace` seconds stop, what runs on a model, then free its engines. Raises NotFound, Unavailable."""
+        """Finish, or after `grace` seconds stop, what runs on a model, then free its engines. Raises NotFound,
+        Unavailable.
+        """
         served = self._find(name)
         self._settled(served)
         if served.state is State.READY:
@@ -408,7 +439,8 @@ class ModelHost:
     async def close(self, grace: float | None = None) -> bool:
         """Refuse new requests, finish or after `grace` seconds stop those that run, free all engines.
 
-        Returns IDLE_SECONDS after that at the latest: False where something still loads or computes, which is left behind.
+        Returns IDLE_SECONDS after that at the latest: False where something still loads or computes, which is left
+        behind.
         """
         grace = self.limits.grace_seconds if grace is None else grace
         self.stopping = True
@@ -452,14 +484,20 @@ class ModelHost:
             raise Unavailable(f"model {served.name} is {served.state.value}: try again when it is done")
 
     async def _change(self, served: _Served, work: Coroutine[Any, Any, None]) -> None:
-        """Run a change of state to its end, even when the caller leaves: half a load would leave engines that nobody owns."""
+        """Run a change of state to its end, even when the caller leaves: half a load would leave engines that nobody
+        owns.
+        """
 
         def ended(task: asyncio.Task[None]) -> None:
             served.change = None
             if not task.cancelled() and (error := task.exception()):
                 expected = isinstance(error, EnginecastError)
                 log.log(
-                    logging.INFO if expected else logging.ERROR, "model %s: %s", served.name, error, exc_info=None if expected else error
+                    logging.INFO if expected else logging.ERROR,
+                    "model %s: %s",
+                    served.name,
+                    error,
+                    exc_info=None if expected else error,
                 )
 
         served.change = asyncio.create_task(work)
@@ -475,11 +513,18 @@ class ModelHost:
         """Where an engine failed, see whether it was the request or the engine: a device may have been taken away."""
         served.runs.discard(run)
         served.places.discard(run.place)
-        if isinstance(run.error, EngineError) and served.state is State.READY and served.check is None and not self.stopping:
+        if (
+            isinstance(run.error, EngineError)
+            and served.state is State.READY
+            and served.check is None
+            and not self.stopping
+        ):
             served.check = asyncio.create_task(self._check(served, run.error))
 
     async def _check(self, served: _Served, error: EngineError) -> None:
-        """Load a model again, elsewhere where it can be, if its engines do not even run a sample. Until then requests wait behind this."""
+        """Load a model again, elsewhere where it can be, if its engines do not even run a sample. Until then requests
+        wait behind this.
+        """
         try:
             model = served.model
             broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
@@ -493,7 +538,9 @@ class ModelHost:
     async def _reload(self, served: _Served, broken: Sequence[str], error: EngineError) -> None:
         self._become(served, State.LOADING)
         why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
-        await self._drain(served, 0, Unavailable(f"{why}: the model is being loaded again, send the request again when it is ready"))
+        await self._drain(
+            served, 0, Unavailable(f"{why}: the model is being loaded again, send the request again when it is ready")
+        )
         model, served.model = served.model, None
         assert model is not None, "a model is ready when it is found broken"
         try:
@@ -516,7 +563,9 @@ class ModelHost:
         before = served.state, served.error
         self._become(served, State.LOADING)
         try:
-            served.model = await asyncio.wrap_future(served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target))
+            served.model = await asyncio.wrap_future(
+                served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target)
+            )
         except Exception as error:
             if target is None:
                 self._become(served, State.FAILED, str(error) or type(error).__name__)
@@ -548,7 +597,9 @@ class ModelHost:
             self._become(served, State.UNLOADED)
 
     async def _drain(self, served: _Served, grace: float, error: EnginecastError) -> bool:
-        """Wait `grace` seconds for what runs and waits, then stop the rest with `error`. Returns whether the engines are idle."""
+        """Wait `grace` seconds for what runs and waits, then stop the rest with `error`. Returns whether the engines
+        are idle.
+        """
         if await self._grace.wait([run.future for run in served.runs], grace):
             return True
         for run in served.runs:
@@ -569,4 +620,6 @@ def check_name(name: str) -> None:
     """Raise InvalidInput unless a model can be served by this name."""
     bounds.MODEL_NAME.length("name", name)
     if not name or not name.isprintable() or name != name.strip():
-        raise InvalidInput("name", f"{quoted(name)} is no name of a model: give it one of printable characters, as in NAME=DIR")
+        raise InvalidInput(
+            "name", f"{quoted(name)} is no name of a model: give it one of printable characters, as in NAME=DIR"
+        )

@@ -7,7 +7,9 @@ from weakref import WeakValueDictionary
 
 
 class Turns:
-    """`async with turns(client):` waits until fewer than `most` blocks of that client are running. Clients that left take no memory."""
+    """`async with turns(client):` waits until fewer than `most` blocks of that client are running. Clients that left
+    take no memory.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most

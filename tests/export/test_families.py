@@ -1,4 +1,6 @@
-"""Every family: parts that fit its checkpoints, and the same bundle whatever names, shards or precision they were published with."""
+"""Every family: parts that fit its checkpoints, and the same bundle whatever names, shards or precision they were
+published with.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ HUB = {"vae": hub_vae, "text_encoder": hub_clip, "unet": same, "": hub_llava}
 NEW = {"vae": same, "text_encoder": same, "unet": same, "": new_llava}
 
 
-def publish(source: Path, folder: Path, names: dict[str, Rename], dtype: torch.dtype = torch.float16, shards: int = 1) -> Path:
+def publish(
+    source: Path, folder: Path, names: dict[str, Rename], dtype: torch.dtype = torch.float16, shards: int = 1
+) -> Path:
     """A copy of a checkpoint under other names, in another precision or in shards with an index."""
     shutil.copytree(source, folder)
     for file in folder.rglob("*.safetensors"):
@@ -90,7 +94,11 @@ def _save_shards(state: State, file: Path, count: int) -> None:
 
 def graphs(bundle: Path) -> dict[str, bytes]:
     """The canonical graphs and weights."""
-    return {str(path.relative_to(bundle)): path.read_bytes() for path in sorted((bundle / "onnx").rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(bundle)): path.read_bytes()
+        for path in sorted((bundle / "onnx").rglob("*"))
+        if path.is_file()
+    }
 
 
 def cast(source: Path, output: Path) -> dict[str, bytes]:
@@ -101,7 +109,9 @@ def cast(source: Path, output: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("shards", [1, 3])
 def test_a_vlm_with_old_names_is_the_same_byte_for_byte(vlm_bundle: Path, tmp_path: Path, shards: int) -> None:
     source = publish(SAMPLES / "shapes-vlm", tmp_path / "old", HUB, shards=shards)
-    assert {"language_model.lm_head.weight", "vision_tower.vision_model.pre_layrnorm.weight"} <= open_component(source).tensors.keys()
+    assert {"language_model.lm_head.weight", "vision_tower.vision_model.pre_layrnorm.weight"} <= open_component(
+        source
+    ).tensors.keys()
     assert cast(source, tmp_path / "bundle") == graphs(vlm_bundle)
 
 
@@ -112,7 +122,9 @@ def test_a_vlm_with_new_names_is_the_same_byte_for_byte(vlm_bundle: Path, tmp_pa
 
 
 @pytest.mark.parametrize("shards", [1, 3])
-def test_a_diffusion_model_with_old_names_is_the_same_byte_for_byte(diffusion_bundle: Path, tmp_path: Path, shards: int) -> None:
+def test_a_diffusion_model_with_old_names_is_the_same_byte_for_byte(
+    diffusion_bundle: Path, tmp_path: Path, shards: int
+) -> None:
     source = publish(SAMPLES / "shapes-diffusion", tmp_path / "old", HUB, shards=shards)
     assert "decoder.mid_block.attentions.0.proj_attn.weight" in open_component(source / "vae").tensors
     assert cast(source, tmp_path / "bundle") == graphs(diffusion_bundle)
@@ -120,7 +132,9 @@ def test_a_diffusion_model_with_old_names_is_the_same_byte_for_byte(diffusion_bu
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_precision_with_old_names(tiny_vlm: Path, tmp_path: Path, dtype: str) -> None:
-    twins = {name: publish(tiny_vlm, tmp_path / name, names, DTYPES[dtype]) for name, names in (("new", NEW), ("old", HUB))}
+    twins = {
+        name: publish(tiny_vlm, tmp_path / name, names, DTYPES[dtype]) for name, names in (("new", NEW), ("old", HUB))
+    }
     bundles = {name: tmp_path / f"{name}-bundle" for name in twins}
     bundle, _ = build(Options(str(twins["new"]), bundles["new"], targets=("onnxruntime", "openvino")))
     assert {submodel.precision for submodel in bundle.manifest.submodels} == {dtype}
@@ -131,7 +145,8 @@ def test_any_precision_with_old_names(tiny_vlm: Path, tmp_path: Path, dtype: str
 @pytest.mark.usefixtures("diffusion_bundle")  # its traced graphs serve any precision
 def test_any_precision_of_a_diffusion_model_with_old_names(tmp_path: Path, dtype: str) -> None:
     twins = {
-        name: publish(SAMPLES / "shapes-diffusion", tmp_path / name, names, DTYPES[dtype]) for name, names in (("new", NEW), ("old", HUB))
+        name: publish(SAMPLES / "shapes-diffusion", tmp_path / name, names, DTYPES[dtype])
+        for name, names in (("new", NEW), ("old", HUB))
     }
     assert cast(twins["new"], tmp_path / "a") == cast(twins["old"], tmp_path / "b")
 
@@ -142,7 +157,11 @@ def test_tied_weights_are_written_once(tiny_vlm: Path, tmp_path: Path) -> None:
     config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
     (source / "config.json").write_text(json.dumps(config))
     file = source / "model.safetensors"
-    save_file({name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"}, file, metadata={"format": "pt"})
+    save_file(
+        {name: tensor for name, tensor in load_file(file).items() if name != "lm_head.weight"},
+        file,
+        metadata={"format": "pt"},
+    )
     build(Options(str(source), tmp_path / "bundle"))
     written = load_file(tmp_path / "bundle" / "onnx" / "decoder" / "weights.safetensors")
     assert sum(tensor.shape == (512, 32) for tensor in written.values()) == 1
@@ -160,12 +179,17 @@ def checkpoint(request: pytest.FixtureRequest) -> Path:
 def test_every_family_is_found_and_tested(tiny_diffusion: Path, tiny_vlm: Path, tiny_xl: Path) -> None:
     tested = {family_of(resolve(str(path))).name for path in (tiny_diffusion, tiny_vlm, tiny_xl)}
     assert tested == {family.name for family in families().values()}
-    assert all(isinstance(family, Family) and architecture in family.architectures for architecture, family in families().items())
+    assert all(
+        isinstance(family, Family) and architecture in family.architectures
+        for architecture, family in families().items()
+    )
 
 
 def test_an_unknown_architecture_gets_the_nearest_name(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDifusionPipeline"}')
-    with pytest.raises(UnsupportedModel, match=r"is a StableDifusionPipeline, .* did you mean 'StableDiffusionPipeline'\?"):
+    with pytest.raises(
+        UnsupportedModel, match=r"is a StableDifusionPipeline, .* did you mean 'StableDiffusionPipeline'\?"
+    ):
         family_of(resolve(str(tmp_path)))
 
 
@@ -176,19 +200,25 @@ def test_parts_have_no_weights_and_run(checkpoint: Path, reduced: bool) -> None:
     for part in family_of(source).parts(source, reduced):
         assert all(parameter.is_meta for parameter in part.module.parameters()), part.name
         assert all(not buffer.is_meta for buffer in part.module.buffers()), part.name
-        assert set(parameter_names(part.module, part.component.model).values()) <= part.component.model.state_dict().keys()
-        signature, lengths = part.signature, part.signature.sample_lengths()
-        assert len({tensor.name for tensor in (*signature.graph_inputs, *signature.graph_outputs)}) == len(signature.graph_inputs) + len(
-            signature.graph_outputs
+        assert (
+            set(parameter_names(part.module, part.component.model).values()) <= part.component.model.state_dict().keys()
         )
+        signature, lengths = part.signature, part.signature.sample_lengths()
+        assert len({tensor.name for tensor in (*signature.graph_inputs, *signature.graph_outputs)}) == len(
+            signature.graph_inputs
+        ) + len(signature.graph_outputs)
         assert all(dim.min <= dim.opt <= dim.max for dim in signature.dims.values())
-        inputs = [torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs]
+        inputs = [
+            torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs
+        ]
         with torch.no_grad():
             outputs = part.module(*inputs)
         for tensor, output in zip(signature.graph_outputs, outputs, strict=True):
             assert len(tensor.dims) == output.ndim and str(output.dtype).endswith(tensor.dtype), tensor.name
             known = zip(tensor.dims, output.shape, strict=True)
-            assert all(length == (dim if isinstance(dim, int) else lengths.get(dim.name, length)) for dim, length in known), tensor.name
+            assert all(
+                length == (dim if isinstance(dim, int) else lengths.get(dim.name, length)) for dim, length in known
+            ), tensor.name
 
 
 def test_the_twin_is_made_of_the_same_modules(checkpoint: Path) -> None:
@@ -236,7 +266,9 @@ def test_a_model_may_say_how_it_is_best_drawn_with(tiny_diffusion: Path, tmp_pat
         file.write_text(text)
         return family.config(resolve(str(folder)))["defaults"]
 
-    assert "defaults" not in family.config(resolve(str(folder))) or family.config(resolve(str(folder)))["defaults"] == {}
+    assert (
+        "defaults" not in family.config(resolve(str(folder))) or family.config(resolve(str(folder)))["defaults"] == {}
+    )
     assert defaults('{"steps": 20, "guidance_scale": 1.5}') == {"steps": 20, "guidance_scale": 1.5}
     for text, field in (('{"steps": 0}', "steps"), ('{"guidance": 2}', "guidance"), ("[]", "object"), ("{", "JSON")):
         with pytest.raises(SourceError, match=rf"enginecast\.json.*{field}"):

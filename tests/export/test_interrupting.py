@@ -1,4 +1,6 @@
-"""Real signals in every long step of a build and of a capture: an end within seconds, its exit code, its message, nothing half written."""
+"""Real signals in every long step of a build and of a capture: an end within seconds, its exit code, its message,
+nothing half written.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def run(command, stage, told):
     os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     output = folder / "out" / ("b" if command == "build" else "s.safetensors")
     sys.argv = ["enginecast", command, source, "--output", str(output)]
-    sys.argv += ["--quant", "int8", "--target", "onnxruntime", "--speed", "none", "--allow-low-quality"] if command == "build" else []
+    if command == "build":
+        sys.argv += ["--quant", "int8", "--target", "onnxruntime", "--speed", "none", "--allow-low-quality"]
     export.cli.commands.main()
 
 found = []
@@ -65,11 +68,21 @@ def test_signals(tiny_vlm: Path, tmp_path: Path) -> None:
     environment = os.environ | {"ENGINECAST_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", PROGRAM, str(tiny_vlm), str(tmp_path)]
     ended = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=environment, timeout=580, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        timeout=580,
+        check=False,
     )
     assert ended.returncode == 0, ended.stderr
     for name, stage, end, code, took, errors, left in json.loads(ended.stdout):
-        result = "nothing was written" if name == "build" else "what was captured is kept, and the same command goes on from there"
+        result = (
+            "nothing was written"
+            if name == "build"
+            else "what was captured is kept, and the same command goes on from there"
+        )
         word = {"INT": "interrupted", "TERM": "terminated"}[end]
         assert (stage, code, errors) == (stage, {"INT": 130, "TERM": 143}[end], f"enginecast: {word}: {result}\n")
         assert took < 5 and not left, (stage, took, left)

@@ -19,7 +19,8 @@ SAMPLE = Path(__file__).parents[2] / "samples" / "shapes-diffusion"
 EDGE = Dim(name="edge", min=4, opt=8, max=32)
 CONFIG: dict[str, Any] = {
     "scheduler": {
-        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False,
         "set_alpha_to_one": False, "steps_offset": 1,
     },
     "vae": {"scaling_factor": 1.0, "scale_factor": 16, "latent_channels": 4},
@@ -34,7 +35,11 @@ def tensor(name: str, *dims: int | Dim, dtype: Any = "float32", limit: int = 0) 
 
 def submodel(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> Submodel:
     return Submodel(
-        name=name, signature=Signature(inputs=inputs, outputs=outputs), graph=f"onnx/{name}/model.onnx", precision="float32", nbytes=100
+        name=name,
+        signature=Signature(inputs=inputs, outputs=outputs),
+        graph=f"onnx/{name}/model.onnx",
+        precision="float32",
+        nbytes=100,
     )
 
 
@@ -61,7 +66,8 @@ def write_bundle(root: Path) -> Bundle:
     """A manifest and nothing else."""
     root.mkdir()
     manifest = Manifest(
-        name="fake", key="", pipeline="diffusion", quant="none", submodels=SUBMODELS, artifacts=(), config=CONFIG, versions={}, files={},
+        name="fake", key="", pipeline="diffusion", quant="none", submodels=SUBMODELS, artifacts=(), config=CONFIG,
+        versions={}, files={},
         source=Source(name="fake-source", family="fake", architecture="Fake", fingerprint=""),
     )  # fmt: skip
     (root / MANIFEST).write_text(manifest.model_dump_json())
@@ -93,4 +99,11 @@ def drawing(bundle: Bundle) -> LoadedModel:
         "vae_decoder": FakeEngine(decode),
         "vae_encoder": FakeEngine(lambda inputs: {"latents": inputs["image"]}),
     }
-    return LoadedModel(bundle, "diffusion", "fake", "none", engines, DiffusionPipeline(DiffusionConfig.parse(CONFIG), SAMPLE / "tokenizer"))
+    return LoadedModel(
+        bundle,
+        "diffusion",
+        "fake",
+        "none",
+        engines,
+        DiffusionPipeline(DiffusionConfig.parse(CONFIG), SAMPLE / "tokenizer"),
+    )

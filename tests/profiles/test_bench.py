@@ -33,7 +33,9 @@ def value(metric):
 names = ["first", "broken", "only " + name]
 metrics = {metric: Metric(unit="tokens/s", bytes=1e6) if metric == "first" else Metric(unit="s") for metric in names}
 channel.serve(
-    Hello(program="p " + name, target="t", device="d", threads=1, versions={}, load=0.25, metrics=metrics, quant="int4"),
+    Hello(
+        program="p " + name, target="t", device="d", threads=1, versions={}, load=0.25, metrics=metrics, quant="int4"
+    ),
     {metric: value(metric) for metric in names},
 )
 """
@@ -51,7 +53,11 @@ def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypat
     assert log.read_text().split() == ["Afirst", "Bfirst"] * 3 + ["Bonly", "B"] * 3
     by_name = {(row.program, row.metric): row for row in found}
     a, b = by_name["p A", "first"], by_name["p B", "first"]
-    assert (a.spread.minimum, a.spread.maximum, a.spread.repetitions) == (3, 5, 2) and b.spread.median == 5  # the first turn is left out
+    assert (a.spread.minimum, a.spread.maximum, a.spread.repetitions) == (
+        3,
+        5,
+        2,
+    ) and b.spread.median == 5  # the first turn is left out
     assert a.bound == 5000 and a.unit == "tokens/s"
     assert (a.bundle, a.source, a.quant, a.device, a.threads) == ("fake", "fake-source", "int4", "d", 1)
     assert by_name["p A", "load"].spread.median == 0.25
@@ -69,7 +75,11 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> 
         bench.bench(bundle, [worker("A", log)], Plan(metrics=("frist",)))
     with pytest.raises(NotFound, match="'no-such-worker' cannot be started"):
         bench.bench(bundle, [Worker(["no-such-worker"])], Plan())
-    for code, message in [("", "ended with exit code 0"), ("print('hi')", "said 'hi'"), ("print('{}')", "does not begin with its metrics")]:
+    for code, message in [
+        ("", "ended with exit code 0"),
+        ("print('hi')", "said 'hi'"),
+        ("print('{}')", "does not begin with its metrics"),
+    ]:
         with pytest.raises(EngineError, match=message):
             bench.bench(bundle, [Worker([sys.executable, "-c", code])], Plan())
 
@@ -77,7 +87,11 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> 
 def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:
     found = {probe.metric: probe for probe in probes.probes(drawing, Settings(width=256, height=64, steps=2))}
     assert list(found) == ["text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"]
-    assert found["unet"].settings == {"sample": "2x4x4x16", "timestep": "2", "encoder_hidden_states": "2x32x8"}  # 2: guidance
+    assert found["unet"].settings == {
+        "sample": "2x4x4x16",
+        "timestep": "2",
+        "encoder_hidden_states": "2x32x8",
+    }  # 2: guidance
     assert found["vae_decoder"].settings == {"latents": "1x4x4x16"}
     assert found["vae_encoder"].settings == {"image": "1x3x128x128"}
     assert found["picture"].settings == {"width": 256, "height": 64, "steps": 2}

@@ -39,7 +39,13 @@ def test_peak_of_a_process_tree_by_lines() -> None:
 def test_before_and_matching() -> None:
     stretches = tuple(
         memory.Stretch(line, memory.Usage(seconds, anonymous, 9 * anonymous))
-        for line, seconds, anonymous in [("read", 1.0, 5), ("compile a", 2.0, 90), ("write", 4.0, 7), ("compile b", 8.0, 50), ("", 0.5, 1)]
+        for line, seconds, anonymous in [
+            ("read", 1.0, 5),
+            ("compile a", 2.0, 90),
+            ("write", 4.0, 7),
+            ("compile b", 8.0, 50),
+            ("", 0.5, 1),
+        ]
     )
     measured, pattern = memory.Measured(0, stretches), re.compile("^compile ")
     assert measured.whole == memory.Usage(15.5, 90, 810)
@@ -69,7 +75,17 @@ def test_a_command_that_is_not_there() -> None:
 
 
 def test_command_line() -> None:
-    command = [sys.executable, "-m", "profiles.memory", "--until", "^b", "--", sys.executable, "-c", "print('a'); print('b'); exit(3)"]
+    command = [
+        sys.executable,
+        "-m",
+        "profiles.memory",
+        "--until",
+        "^b",
+        "--",
+        sys.executable,
+        "-c",
+        "print('a'); print('b'); exit(3)",
+    ]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 3
     assert re.fullmatch(

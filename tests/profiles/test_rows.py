@@ -18,8 +18,10 @@ COMMITTED = Path(rows.__file__).parent / "rows"
 
 def row(**changes: Any) -> Row:
     fields: dict[str, Any] = {
-        "metric": "unet", "unit": "s", "spread": Spread.of([2.0, 1.0, 4.0]), "program": "enginecast 1", "bundle": "b", "source": "s",
-        "quant": "int8", "target": "openvino", "device": "CPU", "cpu": "x", "threads": 2, "settings": {"width": 512, "sampler": "ddim"},
+        "metric": "unet", "unit": "s", "spread": Spread.of([2.0, 1.0, 4.0]), "program": "enginecast 1", "bundle": "b",
+        "source": "s",
+        "quant": "int8", "target": "openvino", "device": "CPU", "cpu": "x", "threads": 2, "settings": {"width": 512,
+            "sampler": "ddim"},
         "versions": {"numpy": "2"}, "date": datetime(2026, 1, 2, tzinfo=UTC), "notes": "a line\nand another",
     }  # fmt: skip
     return Row(**fields | changes)

@@ -35,7 +35,9 @@ def subject(**changes: Any) -> Subject:
 
 def drawn(scenes: Sequence[Scene], exam: Exam) -> list[Any]:
     """Every picture right but the first, whose background is of another colour, with a thing too few."""
-    wrong = replace(scenes[0], background="white" if scenes[0].background != "white" else "black", things=scenes[0].things[1:])
+    wrong = replace(
+        scenes[0], background="white" if scenes[0].background != "white" else "black", things=scenes[0].things[1:]
+    )
     return [render(scene, np.random.default_rng(0)) for scene in (wrong, *scenes[1:])]
 
 
@@ -84,14 +86,26 @@ def test_rows_and_table(tmp_path: Path) -> None:
 
 
 def test_pictures_drawn_together_are_those_drawn_alone(drawing: LoadedModel) -> None:
-    requests = [ImageRequest(prompt, seed=seed, steps=3) for seed, prompt in enumerate(["a red circle", "a blue square", ""])]
+    requests = [
+        ImageRequest(prompt, seed=seed, steps=3) for seed, prompt in enumerate(["a red circle", "a blue square", ""])
+    ]
     requests.append(ImageRequest("a red circle", seed=9, steps=2, width=64))
     together = drive_together([drawing.pipeline(request) for request in requests], drawing.engines)
     engines: Any = drawing.engines
-    assert [len(call["sample"]) for call in engines["unet"].calls] == [6, 2, 6, 2, 6]  # guidance doubles; another size goes alone
+    assert [len(call["sample"]) for call in engines["unet"].calls] == [
+        6,
+        2,
+        6,
+        2,
+        6,
+    ]  # guidance doubles; another size goes alone
     for request, events in zip(requests, together, strict=True):
         alone = list(drive(drawing.pipeline(request), drawing.engines))
-        assert [type(event) for event in events] == [type(event) for event in alone] == [Progress] * (request.steps or 0) + [ImageReady]
+        assert (
+            [type(event) for event in events]
+            == [type(event) for event in alone]
+            == [Progress] * (request.steps or 0) + [ImageReady]
+        )
         assert isinstance(events[-1], ImageReady) and isinstance(alone[-1], ImageReady)
         assert np.array_equal(events[-1].image, alone[-1].image) and events[-1].seed == request.seed
 
@@ -150,7 +164,8 @@ def test_models_are_drawn_as_they_ask_to_be(drawing: LoadedModel, tiny_diffusion
 
 
 @pytest.mark.parametrize(
-    ("source", "error", "message"), [("none", NotFound, "does not exist"), ("empty", SourceError, "no checkpoint to score")]
+    ("source", "error", "message"),
+    [("none", NotFound, "does not exist"), ("empty", SourceError, "no checkpoint to score")],
 )
 def test_no_source(tmp_path: Path, source: str, error: type[EnginecastError], message: str) -> None:
     (tmp_path / "empty").mkdir()

@@ -1,5 +1,7 @@
 # ruff: noqa: N802, N815 (names are those of CUDA)
-"""A CUDA runtime in the memory of the host: work waits in its stream until somebody waits for it, and no address outside is touched."""
+"""A CUDA runtime in the memory of the host: work waits in its stream until somebody waits for it, and no address
+outside is touched.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,9 @@ class FakeCuda:
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
-    """The CUDA runtime replaced by one in the host's memory, with one GPU of compute capability 8.9; `real` is what it stands for."""
+    """The CUDA runtime replaced by one in the host's memory, with one GPU of compute capability 8.9; `real` is what it
+    stands for.
+    """
     fake = FakeCuda()
     try:
         fake.real = importlib.import_module("cuda.bindings.runtime")

@@ -27,9 +27,17 @@ def raises(error: BaseException) -> Callable[[], None]:
     ("error", "code", "line"),
     [
         (InvalidInput("steps", "is\n0"), 2, "enginecast: steps: is 0"),
-        (OSError(errno.ENOSPC, "No space left on device", "/x"), 9, "enginecast: /x: No space left on device. Free some space"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/x"),
+            9,
+            "enginecast: /x: No space left on device. Free some space",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "enginecast: file: /x: Permission denied. "),
-        (MemoryError("Unable to allocate 7 TiB"), 9, "enginecast: there is not enough memory (Unable to allocate 7 TiB)"),
+        (
+            MemoryError("Unable to allocate 7 TiB"),
+            9,
+            "enginecast: there is not enough memory (Unable to allocate 7 TiB)",
+        ),
         (KeyboardInterrupt(), INTERRUPTED, "stopped"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), BROKEN_PIPE, ""),
         (SystemExit(3), 3, ""),
@@ -39,7 +47,9 @@ def test_what_is_no_bug(error: BaseException, code: int, line: str, capfd: pytes
     with pytest.raises(SystemExit) as caught:
         run(raises(error), "stopped")
     err = capfd.readouterr().err
-    assert caught.value.code == code and err.startswith(line) and err.count("\n") == bool(line) and "Traceback" not in err
+    assert (
+        caught.value.code == code and err.startswith(line) and err.count("\n") == bool(line) and "Traceback" not in err
+    )
 
 
 def test_a_bug_is_called_one(capfd: pytest.CaptureFixture[str]) -> None:
@@ -54,7 +64,11 @@ def shell(command: str, tmp_path: Path) -> tuple[int, str]:
     """What a shell says of a command line in which `enginecast` is this program."""
     program = f'enginecast() {{ {sys.executable} -m serving.cli.commands "$@"; }}; {command}'
     ended = subprocess.run(
-        ["bash", "-c", program], cwd=ROOT, env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}, capture_output=True, timeout=60
+        ["bash", "-c", program],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        timeout=60,
     )
     return ended.returncode, ended.stderr.decode()
 
@@ -62,7 +76,11 @@ def shell(command: str, tmp_path: Path) -> tuple[int, str]:
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
 def test_standard_output_on_a_full_disk(tmp_path: Path) -> None:
     code, err = shell("enginecast --help > /dev/full", tmp_path)
-    assert code == 9 and err == "enginecast: standard output: No space left on device. Free some space there, or choose another folder\n"
+    assert (
+        code == 9
+        and err
+        == "enginecast: standard output: No space left on device. Free some space there, or choose another folder\n"
+    )
 
 
 @pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
@@ -89,6 +107,8 @@ def test_output_that_cannot_show_a_character(tmp_path: Path) -> None:
 
 def test_a_folder_that_disappears(tmp_path: Path) -> None:
     code, err = shell(
-        f"export PYTHONPATH=$PWD; mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; enginecast keygen k", tmp_path
+        f"export PYTHONPATH=$PWD; mkdir {tmp_path}/gone; cd {tmp_path}/gone; rmdir {tmp_path}/gone; enginecast keygen "
+        "k",
+        tmp_path,
     )
     assert code == 9 and err == "enginecast: cannot write k: No such file or directory\n"

@@ -16,7 +16,9 @@ def test_every_target_takes_what_all_can(recipe: str) -> None:
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
 def test_fp8_is_refused_where_it_would_be_emulated(name: str) -> None:
-    with pytest.raises(InvalidInput, match=f"target: {name} cannot compute in fp8, only in float32, int4, int8: choose another --quant"):
+    with pytest.raises(
+        InvalidInput, match=f"target: {name} cannot compute in fp8, only in float32, int4, int8: choose another --quant"
+    ):
         check_precisions([name], RECIPES["fp8"].precisions)
 
 

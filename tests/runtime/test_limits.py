@@ -34,7 +34,9 @@ def fields(message: Descriptor) -> set[str]:
 
 
 def test_every_field_of_every_request_has_a_limit() -> None:
-    services = [service for pb2 in (chat_pb2, image_pb2, model_pb2) for service in pb2.DESCRIPTOR.services_by_name.values()]
+    services = [
+        service for pb2 in (chat_pb2, image_pb2, model_pb2) for service in pb2.DESCRIPTOR.services_by_name.values()
+    ]
     sent = {field for service in services for method in service.methods for field in fields(method.input_type)}
     assert sent and sent <= {field for limit in limits.LIMITS for field in limit.fields}
 

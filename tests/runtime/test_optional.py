@@ -22,7 +22,10 @@ def test_a_package_that_is_there() -> None:
 
 
 def test_a_package_that_is_not_installed() -> None:
-    with pytest.raises(MissingDependency, match=r"^no_such_sdk\.core is not installed, which this needs: pip install 'enginecast\[sdk\]'$"):
+    with pytest.raises(
+        MissingDependency,
+        match=r"^no_such_sdk\.core is not installed, which this needs: pip install 'enginecast\[sdk\]'$",
+    ):
         require("no_such_sdk.core", "sdk")
 
 

@@ -85,4 +85,11 @@ def test_slots_are_trimmed_before_the_call() -> None:
 
     engine = Recorder()
     assert list(drive(pipeline(), {"double": engine})) == []
-    assert engine.log == [("run", slot, 1), ("trim", slot, 7), ("run", slot, 2), ("trim", slot, 0), ("run", slot, 3), ("run", None, 4)]
+    assert engine.log == [
+        ("run", slot, 1),
+        ("trim", slot, 7),
+        ("run", slot, 2),
+        ("trim", slot, 0),
+        ("run", slot, 3),
+        ("run", None, 4),
+    ]

@@ -39,7 +39,9 @@ SWALLOWED = """
 
 
 @pytest.mark.parametrize(("end", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
-@pytest.mark.parametrize(("wait", "orderly"), [(PYTHON, True), (NATIVE, None), (SWALLOWED, None)], ids=["python", "native", "swallowed"])
+@pytest.mark.parametrize(
+    ("wait", "orderly"), [(PYTHON, True), (NATIVE, None), (SWALLOWED, None)], ids=["python", "native", "swallowed"]
+)
 def test_a_signal_ends_it(tmp_path: Path, end: signal.Signals, word: str, wait: str, orderly: bool | None) -> None:
     command = [sys.executable, "-c", PROGRAM.format(wait=wait), str(tmp_path)]
     root = Path(__file__).parents[2]

@@ -12,7 +12,9 @@ from runtime.timing import LEAST, Spread, seconds, turns
 
 def test_spread() -> None:
     assert Spread.of([3.0]) == Spread(repetitions=1, minimum=3, lower=3, median=3, upper=3, maximum=3)
-    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(repetitions=5, minimum=1, lower=2, median=3, upper=4, maximum=5)
+    assert Spread.of([4.0, 1.0, 2.0, 3.0, 5.0]) == Spread(
+        repetitions=5, minimum=1, lower=2, median=3, upper=4, maximum=5
+    )
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=1, max_size=9))

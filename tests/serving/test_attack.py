@@ -1,4 +1,5 @@
-"""What one client sends may not hurt another, nor the stopping: attacks from a process of their own on a server in another.
+"""What one client sends may not hurt another, nor the stopping: attacks from a process of their own on a server in
+another.
 
 The figures of the issue on a real server:
 
@@ -76,12 +77,23 @@ def toy_bundle(root: Path, kind: str) -> Path:
         (root / "preprocessor").mkdir()
         shutil.copy(sample / "processor_config.json", root / "preprocessor")
         config = {
-            "context_length": 512, "vocab_size": settings["text_config"]["vocab_size"], "hidden_size": 8, "bos_token_id": None,
-            "eos_token_ids": [], "image_token_id": settings.get("image_token_id", settings.get("image_token_index")), "tokens_per_image": 4,
+            "context_length": 512, "vocab_size": settings["text_config"]["vocab_size"], "hidden_size": 8,
+            "bos_token_id": None,
+            "eos_token_ids": [], "image_token_id": settings.get("image_token_id", settings.get("image_token_index")),
+            "tokens_per_image": 4,
         }  # fmt: skip
     source = Source(name=root.name, family="toy", architecture="Toy", fingerprint="")
     manifest = Manifest(
-        name=root.name, key="", pipeline=kind, quant="none", source=source, submodels=(), artifacts=(), config=config, versions={}, files={}
+        name=root.name,
+        key="",
+        pipeline=kind,
+        quant="none",
+        source=source,
+        submodels=(),
+        artifacts=(),
+        config=config,
+        versions={},
+        files={},
     )
     (root / MANIFEST).write_text(manifest.model_dump_json())
     return root
@@ -96,7 +108,9 @@ def toy_engines(kind: str) -> dict[str, Any]:
     functions: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "text_encoder": lambda i: {"last_hidden_state": zeros((*i["input_ids"].shape, 8), np.float32)},
         "unet": lambda i: time.sleep(0.01) or {"noise_pred": zeros(i["sample"].shape, np.float32)},
-        "vae_decoder": lambda i: {"image": zeros((1, 3, i["latents"].shape[2] * 8, i["latents"].shape[3] * 8), np.float32)},
+        "vae_decoder": lambda i: {
+            "image": zeros((1, 3, i["latents"].shape[2] * 8, i["latents"].shape[3] * 8), np.float32)
+        },
     }
     if kind == "chat":
         functions = {
@@ -154,7 +168,9 @@ def serve_toys(folder: Path, grace: float, load_forever: bool) -> None:
         return Toy(root)
 
     async def run() -> None:
-        await serve(ModelHost(offers, load, Limits(grace_seconds=grace)), "127.0.0.1:0", lambda line: print(line, flush=True))
+        await serve(
+            ModelHost(offers, load, Limits(grace_seconds=grace)), "127.0.0.1:0", lambda line: print(line, flush=True)
+        )
 
     asyncio.run(run())
 
@@ -167,7 +183,9 @@ def channel(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)])
 
 
-def call(address: str, method: str, message: Any, timeout: float = 30, on: grpc.Channel | None = None) -> grpc.RpcError | None:
+def call(
+    address: str, method: str, message: Any, timeout: float = 30, on: grpc.Channel | None = None
+) -> grpc.RpcError | None:
     """Send one request and read all of the answer; the error that it ended with."""
     data = message if isinstance(message, bytes) else message.SerializeToString()
     opened = on or channel(address)
@@ -205,7 +223,11 @@ def long_prompts(address: str) -> None:
     longest = conversation(chat_pb2.Part(text="é" * 399_000))
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: call(address, CHAT, longest), range(4)))
-        list(pool.map(lambda _: call(address, GENERATE, image_pb2.GenerateRequest(model=DRAW, prompt="é" * 9_999)), range(20)))
+        list(
+            pool.map(
+                lambda _: call(address, GENERATE, image_pb2.GenerateRequest(model=DRAW, prompt="é" * 9_999)), range(20)
+            )
+        )
 
 
 def long_names(address: str) -> None:
@@ -221,7 +243,11 @@ def long_names(address: str) -> None:
     ):
         for _ in range(3):
             error = call(address, method, message)
-            assert error is not None and error.code() in GOOD_CODES - {grpc.StatusCode.OK} and len(error.details() or "") < 2000
+            assert (
+                error is not None
+                and error.code() in GOOD_CODES - {grpc.StatusCode.OK}
+                and len(error.details() or "") < 2000
+            )
 
 
 def long_stops(address: str) -> None:
@@ -232,17 +258,23 @@ def long_stops(address: str) -> None:
 
 
 def bombs(address: str) -> None:
-    assert refused(call(address, CHAT, conversation(*[chat_pb2.Part(image=bomb())] * 6))) == "messages[0].parts[0].image"
+    assert (
+        refused(call(address, CHAT, conversation(*[chat_pb2.Part(image=bomb())] * 6))) == "messages[0].parts[0].image"
+    )
     picture = chat_pb2.Part(image=bomb(6300))
     assert refused(call(address, CHAT, conversation(*[picture] * 7))) == "messages"
     with ThreadPoolExecutor(3) as pool:  # within the limits, from three clients at once
-        assert set(pool.map(lambda _: call(address, CHAT, conversation(picture, picture), timeout=120), range(3))) == {None}
+        assert set(pool.map(lambda _: call(address, CHAT, conversation(picture, picture), timeout=120), range(3))) == {
+            None
+        }
 
 
 def unread(address: str) -> None:
     """A reader that does not read, of previews of every step. It reads nothing for a while, then leaves."""
     with channel(address) as opened:
-        wanted = image_pb2.GenerateRequest(model=DRAW, prompt="x", steps=1000, images=4, preview_every=1, width=512, height=512)
+        wanted = image_pb2.GenerateRequest(
+            model=DRAW, prompt="x", steps=1000, images=4, preview_every=1, width=512, height=512
+        )
         streams = [opened.unary_stream(GENERATE, None, None)(wanted.SerializeToString()) for _ in range(2)]
         time.sleep(WAIT)
         for stream in streams:
@@ -276,7 +308,9 @@ def crowds(address: str) -> None:
 
 
 def mutations(address: str) -> None:
-    """400 requests whose fields hold what nobody expects, or whose bytes were altered. All end with a status of ours."""
+    """400 requests whose fields hold what nobody expects, or whose bytes were altered. All end with a
+    status of ours.
+    """
     generator = random.Random(0)
     codes: dict[Any, int] = {}
     with channel(address) as opened:
@@ -338,7 +372,9 @@ def refused(error: grpc.RpcError | None) -> str:
     return str(dict(error.trailing_metadata() or ())["enginecast-field"])
 
 
-ATTACKS = {attack.__name__: attack for attack in (long_prompts, long_names, long_stops, bombs, unread, crowds, mutations)}
+ATTACKS = {
+    attack.__name__: attack for attack in (long_prompts, long_names, long_stops, bombs, unread, crowds, mutations)
+}
 WAIT = 2.0
 
 
@@ -386,11 +422,15 @@ class Watcher:
 
 
 def attack(name: str, address: str, pid: int, models: tuple[str, ...] = ()) -> tuple[float, int, str]:
-    """Run an attack in a process of its own: the slowest health check of another client, the growth of the server, what it printed."""
+    """Run an attack in a process of its own: the slowest health check of another client, the growth of the server, what
+    it printed.
+    """
     before = memory(pid)
     forget_peak(pid)
     with Watcher(address) as watcher:
-        ended = subprocess.run([sys.executable, __file__, "attack", name, address, *models], capture_output=True, text=True, timeout=250)
+        ended = subprocess.run(
+            [sys.executable, __file__, "attack", name, address, *models], capture_output=True, text=True, timeout=250
+        )
         assert ended.returncode == 0, ended.stderr
     assert watcher.asked
     return watcher.slowest, memory(pid, peak=True) - before, ended.stdout
@@ -432,7 +472,10 @@ def test_another_client_does_not_notice(server: tuple[int, str, Path], name: str
 
 @pytest.mark.parametrize("busy", ["drawing", "loading", "unloading"])
 def test_sigterm_ends_the_process_within_its_grace(tmp_path: Path, busy: str) -> None:
-    with process(tmp_path, "1", *(["stuck"] if busy == "loading" else [])) as (started, address), channel(address) as opened:
+    with (
+        process(tmp_path, "1", *(["stuck"] if busy == "loading" else [])) as (started, address),
+        channel(address) as opened,
+    ):
         wanted = image_pb2.GenerateRequest(model=DRAW, prompt="x", steps=1000).SerializeToString()
         responses = opened.unary_stream(GENERATE, None, None)(wanted)
         next(responses)
@@ -453,14 +496,20 @@ def test_sigterm_ends_the_process_within_its_grace(tmp_path: Path, busy: str) ->
 def measure(address: str, pid: int, models: tuple[str, str]) -> None:
     """Print the figures of every attack on a server of these models, then end it by SIGTERM while it draws."""
     small = chat_pb2.Part(image=bomb(64))
-    assert call(address, GENERATE, image_pb2.GenerateRequest(model=models[0], prompt="a circle", images=2, steps=3), 120) is None
+    assert (
+        call(address, GENERATE, image_pb2.GenerateRequest(model=models[0], prompt="a circle", images=2, steps=3), 120)
+        is None
+    )
     assert call(address, CHAT, conversation(small, small, model=models[1], max_tokens=20), 120) is None
     start = memory(pid)
     print(f"start, after an ordinary request to each model: {start >> 20} MiB")
     for name in ATTACKS:
         slowest, _, printed = attack(name, address, pid, models)
         peak = memory(pid, peak=True) - start
-        print(f"{name:14} slowest health check {slowest * 1000:5.0f} ms, peak memory {peak >> 20:+5d} MiB of the start {printed.strip()}")
+        print(
+            f"{name:14} slowest health check {slowest * 1000:5.0f} ms, peak memory {peak >> 20:+5d} MiB of the start "
+            f"{printed.strip()}"
+        )
     time.sleep(2)
     print(f"afterwards: {(memory(pid) - start) >> 20:+d} MiB of the start")
     with channel(address) as opened:

@@ -42,7 +42,8 @@ draw, talk = (bundle.name for bundle in bundles)
 
 def requests(address):
     with Client(address) as client:
-        drawn = list(client.generate(image_pb2.GenerateRequest(model=draw, prompt="a large red circle", steps=2, seed=1), timeout=120))
+        wanted = image_pb2.GenerateRequest(model=draw, prompt="a large red circle", steps=2, seed=1)
+        drawn = list(client.generate(wanted, timeout=120))
         png = next(response.image.png for response in drawn if response.HasField("image"))
         parts = [chat_pb2.Part(image=png), chat_pb2.Part(text="what color is the circle?")]
         turn = chat_pb2.Message(role=chat_pb2.ROLE_USER, parts=parts)

@@ -59,7 +59,11 @@ def test_a_refused_call(packages: Path, warm: FakeServer) -> None:
 
 def test_help(packages: Path, warm: FakeServer) -> None:
     done = run(packages, warm, "--help")
-    assert (done.returncode, done.stderr) == (0, "") and "--question" in done.stdout and "(default: picture.png)" in done.stdout
+    assert (
+        (done.returncode, done.stderr) == (0, "")
+        and "--question" in done.stdout
+        and "(default: picture.png)" in done.stdout
+    )
 
 
 @pytest.mark.parametrize(

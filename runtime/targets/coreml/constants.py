@@ -1,4 +1,6 @@
-"""Constants of a canonical graph on their way into a package: read from the bundle's file one at a time, when they are written."""
+"""Constants of a canonical graph on their way into a package: read from the bundle's file one at a time, when they are
+written.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ COMPRESSED: Final = 4096
 
 @dataclass(frozen=True)
 class Constant:
-    """An initializer, and what the graph makes of it before anything reads it: (codes - offset) * scale, cast to `dtype`.
+    """An initializer, and what the graph makes of it before anything reads it: (codes - offset) * scale, cast to
+    `dtype`.
 
-    `stored` is "int4" or a numpy dtype's name. `scale` and `offset` have the rank of the codes; each is for a block of them.
+    `stored` is "int4" or a numpy dtype's name. `scale` and `offset` have the rank of the codes; each is for a block of
+    them.
     """
 
     shape: tuple[int, ...]
@@ -50,7 +54,13 @@ class Constant:
             return None if array is None else array.transpose(order)
 
         shape = tuple(self.shape[axis] for axis in order)
-        return replace(self, shape=shape, read=lambda: self.read().transpose(order), scale=moved(self.scale), offset=moved(self.offset))
+        return replace(
+            self,
+            shape=shape,
+            read=lambda: self.read().transpose(order),
+            scale=moved(self.scale),
+            offset=moved(self.offset),
+        )
 
     def array(self) -> Array:
         """The values."""
@@ -74,7 +84,9 @@ def dequantize(codes: Array, scale: Array, offset: Array | None) -> Array:
 
 
 def of_tensor(tensor: Any) -> Constant:
-    """A tensor of onnx_ir, which is mapped for as long as it is being read. Raises EngineError for types that Core ML has no form of."""
+    """A tensor of onnx_ir, which is mapped for as long as it is being read. Raises EngineError for types that Core ML
+    has no form of.
+    """
     stored = tensor.dtype.name.lower()
     stored = {"float": "float32", "double": "float64"}.get(stored, stored)
     if stored not in ("float32", "float16", "float64", "int64", "int32", "int8", "uint8", "int4", "bool"):
@@ -92,9 +104,11 @@ def of_tensor(tensor: Any) -> Constant:
 
 
 class Deferred(np.ndarray[Any, Any]):
-    """Stands for a large constant in a MIL program: shape and dtype at no cost, and the values when coremltools flattens it to write it.
+    """Stands for a large constant in a MIL program: shape and dtype at no cost, and the values when coremltools
+    flattens it to write it.
 
-    Whatever else is done with it raises NotImplementedError, from which coremltools' folding of constants takes that it cannot know.
+    Whatever else is done with it raises NotImplementedError, from which coremltools' folding of constants takes that it
+    cannot know.
     """
 
     read: Callable[[], Array]

@@ -1,7 +1,8 @@
-"""Core ML: an ML program for each submodel (.mlpackage, macOS 15 and iOS 18), made anywhere, computed by Apple's machines.
+"""Core ML: an ML program for each submodel (.mlpackage, macOS 15 and iOS 18), made anywhere, computed by Apple's
+machines.
 
-Where there is no Core ML, `emulate` interprets the package with numpy. Decoders keep their caches as states of a fixed length, in float16,
-and compute rows one by one.
+Where there is no Core ML, `emulate` interprets the package with numpy. Decoders keep their caches as states of a fixed
+length, in float16, and compute rows one by one.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class CoreML(Engine):
     """A package, what predicts with it (coremltools' MLModel, or the interpreter), and the states of each slot."""
 
     target = "coreml"
+    packages = ("coremltools", "onnx-ir")
     rank = 15
     precisions = frozenset({"float32", "float16", "int8", "int4"})
     compile_settings = Settings
@@ -106,7 +108,9 @@ class CoreML(Engine):
             raise EngineError(f"could not compile {submodel.name} for Core ML: {error}") from error
         except OSError as error:
             if error.errno in FULL:
-                raise ResourceExhausted(f"the disk filled up while writing {package}: free some space or choose another folder") from None
+                raise ResourceExhausted(
+                    f"the disk filled up while writing {package}: free some space or choose another folder"
+                ) from None
             raise EngineError(f"could not compile {graph}: {error}. Build the bundle again") from None
         options.progress(1.0, "Package written")
         return Artifact(
@@ -131,7 +135,9 @@ class CoreML(Engine):
         compiled = options.compiled or cls._held(Bundle(root), submodel.name)
         package = Package(_package(compiled, submodel.name))
         try:
-            model = ct.models.MLModel(str(package.path), compute_units=ct.ComputeUnit[unit], optimization_hints=settings.hints(ct) or None)
+            model = ct.models.MLModel(
+                str(package.path), compute_units=ct.ComputeUnit[unit], optimization_hints=settings.hints(ct) or None
+            )
         except Exception as error:  # what Core ML says comes as a RuntimeError, what coremltools says as various
             raise EngineError(f"Core ML could not load {package.path}: {error}") from None
         return cls(submodel, package, model, f"coreml:{unit}", compiled.artifact)
@@ -143,7 +149,9 @@ class CoreML(Engine):
         if options.device:
             raise EngineUnavailable(f"what is emulated has no device '{options.device}': name none")
         if importlib.util.find_spec("coremltools") is None:
-            raise EngineUnavailable(f"what {cls.target} compiles cannot be computed here: {MissingDependency('coremltools', 'coreml')}")
+            raise EngineUnavailable(
+                f"what {cls.target} compiles cannot be computed here: {MissingDependency('coremltools', 'coreml')}"
+            )
         compiled = options.compiled or cls._held(Bundle(root), submodel.name)
         package = Package(_package(compiled, submodel.name))
         return cls(submodel, package, Interpreter(package), "coreml:interpreted", compiled.artifact)
@@ -153,7 +161,9 @@ class CoreML(Engine):
         """What the bundle holds. Raises EngineError when that is nothing."""
         artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
         if not artifacts:
-            raise EngineError(f"bundle {bundle.name} holds no {cls.target} package of {submodel}: build it with --target {cls.target}")
+            raise EngineError(
+                f"bundle {bundle.name} holds no {cls.target} package of {submodel}: build it with --target {cls.target}"
+            )
         return Compiled.of(bundle.root, artifacts[-1])
 
     @classmethod
@@ -192,7 +202,9 @@ class CoreML(Engine):
         (batch, sequence), total = inputs["position_ids"].shape, inputs[MASK].shape[1]
         longest = self._taken[MASK].longest(1, 1 << 31)
         if total > longest:
-            raise EngineError(f"{total} positions do not fit its cache of {longest}: build it with a larger context, or say less")
+            raise EngineError(
+                f"{total} positions do not fit its cache of {longest}: build it with a larger context, or say less"
+            )
         if slot not in self._slots:
             self._slots[slot] = [self._model.make_state() for _ in range(batch)]
         states = self._slots[slot]
@@ -225,7 +237,9 @@ class CoreML(Engine):
         while start < sequence:
             count = self._taken["position_ids"].longest(1, sequence - start)
             if not count:
-                raise EngineError(f"{sequence - start} positions are fewer than it takes: {self._taken['position_ids']}")
+                raise EngineError(
+                    f"{sequence - start} positions are fewer than it takes: {self._taken['position_ids']}"
+                )
             yield start, start + count
             start += count
 
@@ -234,13 +248,20 @@ class CoreML(Engine):
         for name, array in inputs.items():
             taken = self._taken[identifier(name)]
             if array.shape not in taken:
-                raise EngineError(f"{name} is {array.shape}, and it was compiled for {taken}: see the settings shapes and lengths")
+                raise EngineError(
+                    f"{name} is {array.shape}, and it was compiled for {taken}: see the settings shapes and lengths"
+                )
             data[identifier(name)] = np.ascontiguousarray(array.astype(np.int32) if array.dtype == np.int64 else array)
         results = self._model.predict(data) if state is None else self._model.predict(data, state)
-        return {tensor.name: np.array(results[identifier(tensor.name)], tensor.dtype) for tensor in self.submodel.signature.outputs}
+        return {
+            tensor.name: np.array(results[identifier(tensor.name)], tensor.dtype)
+            for tensor in self.submodel.signature.outputs
+        }
 
     def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to forget."""
+        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to
+        forget.
+        """
         if length == 0:
             self._slots.pop(slot, None)
 
@@ -278,7 +299,9 @@ def _package(compiled: Compiled, submodel: str) -> Path:
     """The folder that is the package, found by what the artifact lists."""
     part = next((Path(name) for name in compiled.artifact.files if Path(name).name == "Manifest.json"), None)
     if part is None:
-        raise EngineError(f"the {compiled.artifact.target} artifact of {submodel} lists no package: build the bundle again")
+        raise EngineError(
+            f"the {compiled.artifact.target} artifact of {submodel} lists no package: build the bundle again"
+        )
     return compiled.folder / part.parent
 
 

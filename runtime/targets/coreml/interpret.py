@@ -1,7 +1,7 @@
 """A package interpreted with numpy: what Core ML would compute, on machines without it, from nothing but the package.
 
-Each operation is computed in 32 bits and rounded to the type that the program declares for it; shapes and types are compared with the
-declared ones. The interface is that of coremltools' MLModel: `predict`, `make_state`.
+Each operation is computed in 32 bits and rounded to the type that the program declares for it; shapes and types are
+compared with the declared ones. The interface is that of coremltools' MLModel: `predict`, `make_state`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,18 @@ from runtime.targets.coreml.kernels import KERNELS, MOVES
 from runtime.targets.coreml.package import Package
 
 DTYPES: Final[Mapping[int, str]] = {
-    **{1: "bool", 2: "str", 10: "float16", 11: "float32", 21: "int8", 22: "int16", 23: "int32", 25: "int4", 31: "uint8", 32: "uint16"}
+    **{
+        1: "bool",
+        2: "str",
+        10: "float16",
+        11: "float32",
+        21: "int8",
+        22: "int16",
+        23: "int32",
+        25: "int4",
+        31: "uint8",
+        32: "uint16",
+    }
 }
 """MIL's numbers of types (MIL.proto of coremltools 9.0, enum DataType)."""
 State = dict[str, Array]
@@ -32,7 +43,9 @@ class Output(NamedTuple):
 
 
 class Step(NamedTuple):
-    """An operation: what it computes, from variables by name and from what was written into the program, and what is not read after it."""
+    """An operation: what it computes, from variables by name and from what was written into the program, and what is
+    not read after it.
+    """
 
     kind: str
     variables: Mapping[str, str | list[str]]
@@ -47,8 +60,12 @@ class Interpreter:
     def __init__(self, package: Package) -> None:
         """Raises EngineError naming the first operation that is not known."""
         self.package = package
-        self.state_types = {feature.name: tuple(feature.type.stateType.arrayType.shape) for feature in package.spec.description.state}
-        self.inputs = {value.name: _declared(value) for value in package.function.inputs if value.name not in self.state_types}
+        self.state_types = {
+            feature.name: tuple(feature.type.stateType.arrayType.shape) for feature in package.spec.description.state
+        }
+        self.inputs = {
+            value.name: _declared(value) for value in package.function.inputs if value.name not in self.state_types
+        }
         self.steps = [self._step(operation) for operation in package.operations]
         self._mark_last()
 
@@ -67,10 +84,14 @@ class Interpreter:
             try:
                 results = self._compute(step, known, state)
             except (ArithmeticError, AssertionError, IndexError, KeyError, TypeError, ValueError) as error:
-                raise EngineError(f"operation '{step.outputs[0].name}' ({step.kind}) could not be computed: {error}") from error
+                raise EngineError(
+                    f"operation '{step.outputs[0].name}' ({step.kind}) could not be computed: {error}"
+                ) from error
             for output, result in zip(step.outputs, results, strict=True):
                 known[output.name] = (
-                    result if isinstance(result, str) else _fits(output, np.asarray(result), f"operation '{output.name}' ({step.kind})")
+                    result
+                    if isinstance(result, str)
+                    else _fits(output, np.asarray(result), f"operation '{output.name}' ({step.kind})")
                 )
             for name in step.last:
                 known.pop(name, None)
@@ -106,7 +127,9 @@ class Interpreter:
             if bindings[0].WhichOneof("binding") == "value":
                 values[name] = self._value(bindings[0].value)
             else:
-                variables[name] = [one.name for one in bindings] if len(bindings) > 1 or name == "values" else bindings[0].name
+                variables[name] = (
+                    [one.name for one in bindings] if len(bindings) > 1 or name == "values" else bindings[0].name
+                )
         values |= {name: self._value(value) for name, value in operation.attributes.items() if name != "name"}
         return Step(operation.type, variables, values, [_declared(value) for value in operation.outputs], [])
 
@@ -125,7 +148,9 @@ class Interpreter:
         """Note with each step the variables that nothing after it reads."""
         seen = set(self.package.outputs)
         for step in reversed(self.steps):
-            read = {name for found in step.variables.values() for name in ([found] if isinstance(found, str) else found)}
+            read = {
+                name for found in step.variables.values() for name in ([found] if isinstance(found, str) else found)
+            }
             made = {output.name for output in step.outputs}
             step.last.extend((read | made) - seen)
             seen |= read
@@ -151,7 +176,9 @@ def _fits(declared: Output, array: Array, what: str) -> Array:
 def _wide(value: Any) -> Any:
     if isinstance(value, list):
         return [_wide(one) for one in value]
-    return value.astype(np.float32) if isinstance(value, np.ndarray | np.generic) and value.dtype == np.float16 else value
+    return (
+        value.astype(np.float32) if isinstance(value, np.ndarray | np.generic) and value.dtype == np.float16 else value
+    )
 
 
 def _rounded(value: Any) -> Any:
@@ -163,5 +190,7 @@ def _immediate(tensor: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     kind = tensor.WhichOneof("value")
     if dtype == "str":
         return str(tensor.strings.values[0])
-    data = np.frombuffer(tensor.bytes.values, dtype) if kind == "bytes" else np.array(getattr(tensor, kind).values, dtype)
+    data = (
+        np.frombuffer(tensor.bytes.values, dtype) if kind == "bytes" else np.array(getattr(tensor, kind).values, dtype)
+    )
     return data.reshape(shape)

@@ -1,7 +1,9 @@
-"""Packages (.mlpackage): a program written with its weights, one at a time, and read back as the specification that Core ML would read.
+"""Packages (.mlpackage): a program written with its weights, one at a time, and read back as the specification that
+Core ML would read.
 
-Of the layout of weights, what is read here is the metadata of each blob: 64 bytes, with a magic number, the type, the number of bytes and
-the offset of the data (https://github.com/apple/coremltools, mlmodel/src/MILBlob/Blob/StorageFormat.hpp).
+Of the layout of weights, what is read here is the metadata of each blob: 64 bytes, with a magic number, the type, the
+number of bytes and the offset of the data (https://github.com/apple/coremltools,
+mlmodel/src/MILBlob/Blob/StorageFormat.hpp).
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class Package:
         try:
             self.spec = model.Model.FromString((path / MODEL).read_bytes())
         except (OSError, DecodeError) as error:
-            raise EngineError(f"could not compile {path}: its model cannot be read ({error}). Build the bundle again") from None
+            raise EngineError(
+                f"could not compile {path}: its model cannot be read ({error}). Build the bundle again"
+            ) from None
         if self.spec.WhichOneof("Type") != "mlProgram" or "main" not in self.spec.mlProgram.functions:
             raise EngineError(f"could not compile {path}: it holds no ML program. Build the bundle again")
         self.function = self.spec.mlProgram.functions["main"]
@@ -91,7 +95,8 @@ class Package:
         return list(self.function.block_specializations[self.function.opset].outputs)
 
     def blob(self, offset: int, dtype: str, shape: tuple[int, ...]) -> Array:
-        """Weights at an offset of the package's file, as a view where they are whole bytes. int4 come unpacked, as int8.
+        """Weights at an offset of the package's file, as a view where they are whole bytes. int4 come unpacked, as
+        int8.
 
         Raises EngineError when they are not there.
         """
@@ -100,13 +105,19 @@ class Package:
                 with (self.path / WEIGHTS).open("rb") as file:
                     self._weights = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as error:
-                raise EngineError(f"could not compile {self.path}: its weights cannot be read ({error}). Build the bundle again") from None
+                raise EngineError(
+                    f"could not compile {self.path}: its weights cannot be read ({error}). Build the bundle again"
+                ) from None
         count = int(np.prod(shape))
         stored = "uint8" if dtype == "int4" else dtype
         wanted = (count + 1) // 2 if dtype == "int4" else count * np.dtype(stored).itemsize
-        magic, _, size, start = METADATA.unpack_from(self._weights, offset) if offset + 64 <= len(self._weights) else (0, 0, 0, 0)
+        magic, _, size, start = (
+            METADATA.unpack_from(self._weights, offset) if offset + 64 <= len(self._weights) else (0, 0, 0, 0)
+        )
         if magic != MAGIC or size != wanted or start + size > len(self._weights):
-            raise EngineError(f"could not compile {self.path}: its weights end before those at {offset}. Build the bundle again")
+            raise EngineError(
+                f"could not compile {self.path}: its weights end before those at {offset}. Build the bundle again"
+            )
         data = np.frombuffer(self._weights, stored, size // np.dtype(stored).itemsize, start)
         return (unpacked(data, count) if dtype == "int4" else data).reshape(shape)
 

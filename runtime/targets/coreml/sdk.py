@@ -1,4 +1,6 @@
-"""coremltools without what it is able to convert from: torch, TensorFlow and scikit-learn are not loaded with it, nor spoken of."""
+"""coremltools without what it is able to convert from: torch, TensorFlow and scikit-learn are not loaded with it, nor
+spoken of.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,18 @@ from typing import Any, Final
 from runtime.optional import require
 
 FRAMEWORKS: Final = (
-    *("torch", "torchvision", "torchaudio", "torchao", "executorch", "tensorflow", "sklearn", "xgboost", "libsvm", "transformers"),
+    *(
+        "torch",
+        "torchvision",
+        "torchaudio",
+        "torchao",
+        "executorch",
+        "tensorflow",
+        "sklearn",
+        "xgboost",
+        "libsvm",
+        "transformers",
+    ),
 )
 """What coremltools 9.0 imports when it finds it, and warns of when its version is not one it knows."""
 _lock: Final = Lock()
@@ -28,7 +41,8 @@ _lock: Final = Lock()
 def coremltools() -> Any:
     """The package. Raises MissingDependency naming the extra.
 
-    Another thread that imports one of the frameworks for the first time during these seconds is told that it is not installed.
+    Another thread that imports one of the frameworks for the first time during these seconds is told that it is not
+    installed.
     """
     with _lock:
         logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it lists eight times what it cannot load
@@ -46,9 +60,11 @@ def coremltools() -> Any:
 
 @contextlib.contextmanager
 def converting(folder: Path) -> Iterator[None]:
-    """Around a conversion: its temporary files lie in `folder`, they are gone at the end, and nothing is drawn on stderr.
+    """Around a conversion: its temporary files lie in `folder`, they are gone at the end, and nothing is drawn on
+    stderr.
 
-    coremltools leaves its folder of weights to the garbage collector, of which Python warns, and which an error's frames would keep.
+    coremltools leaves its folder of weights to the garbage collector, of which Python warns, and which an error's
+    frames would keep.
     """
     before = tempfile.tempdir
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

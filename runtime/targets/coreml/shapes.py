@@ -1,4 +1,6 @@
-"""The lengths that a package is made for: what `compile_with` takes as settings, input types made from it, what a package says it takes."""
+"""The lengths that a package is made for: what `compile_with` takes as settings, input types made from it, what a
+package says it takes.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ Lengths = Mapping[str, tuple[int, int, int]]
 class Settings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
-    `precision`: "float16" or "float32", whatever the bundle asks for; by default what it asks for. Caches are float16 always.
-    `shapes`: "range" takes all lengths between the least and the greatest, "fixed" the usual ones alone, which lets the Neural Engine take
-    part, "enumerated" three sets: all the least, all the usual, all the greatest.
-    `lengths`: other lengths than the signature's, "batch=2,height=32:64:96" (one, or min:opt:max).
-    `context`: positions that a decoder's cache holds; by default all that the model has.
+    `precision`: "float16" or "float32", whatever the bundle asks for; by default what it asks for. Caches are float16
+    always. `shapes`: "range" takes all lengths between the least and the greatest, "fixed" the usual ones alone, which
+    lets the Neural Engine take part, "enumerated" three sets: all the least, all the usual, all the greatest.
+    `lengths`: other lengths than the signature's, "batch=2,height=32:64:96" (one, or min:opt:max). `context`: positions
+    that a decoder's cache holds; by default all that the model has.
     """
 
     precision: Literal["", "float32", "float16"] = ""
@@ -50,11 +52,14 @@ class Settings(Texts):
 
 
 def lengths_of(signature: Signature, settings: Settings) -> dict[str, tuple[int, int, int]]:
-    """The lengths of each dim that varies between calls. Rows of a decoder are computed one by one, on a cache of their own.
+    """The lengths of each dim that varies between calls. Rows of a decoder are computed one by one, on a cache of their
+    own.
 
     Raises InvalidInput for lengths that the signature does not allow.
     """
-    dims = {dim.name: dim for tensor in signature.inputs for dim in tensor.dims if isinstance(dim, Dim) and not dim.sum_of}
+    dims = {
+        dim.name: dim for tensor in signature.inputs for dim in tensor.dims if isinstance(dim, Dim) and not dim.sum_of
+    }
     for name, (low, usual, high) in settings.lengths.items():
         if name not in dims:
             raise InvalidInput("lengths", f"names {name}, expected {' or '.join(sorted(dims))}")
@@ -62,12 +67,18 @@ def lengths_of(signature: Signature, settings: Settings) -> dict[str, tuple[int,
         if low < dim.min or high > dim.max or any(length % dim.multiple for length in (low, usual, high)):
             of = f", multiples of {dim.multiple}" if dim.multiple > 1 else ""
             raise InvalidInput("lengths", f"has {name}={low}:{usual}:{high}, expected {dim.min} to {dim.max}{of}")
-    found = {name: settings.lengths.get(name, (max(dim.min, dim.multiple), max(dim.opt, 1), dim.max)) for name, dim in dims.items()}
+    found = {
+        name: settings.lengths.get(name, (max(dim.min, dim.multiple), max(dim.opt, 1), dim.max))
+        for name, dim in dims.items()
+    }
     if signature.states:
         found["batch"] = (1, 1, 1)
         if "sequence" in found and "sequence" not in settings.lengths:
             found["sequence"] = (1, *_steps(capacity(signature, settings.context)))
-    return {name: (usual, usual, usual) if settings.shapes == "fixed" else (low, usual, high) for name, (low, usual, high) in found.items()}
+    return {
+        name: (usual, usual, usual) if settings.shapes == "fixed" else (low, usual, high)
+        for name, (low, usual, high) in found.items()
+    }
 
 
 def _steps(context: int) -> tuple[int, int]:
@@ -77,11 +88,18 @@ def _steps(context: int) -> tuple[int, int]:
 def symbols(lengths: Lengths) -> dict[str, Any]:
     """For the translator: a number for each dim of one length, a RangeDim for those that vary."""
     ct = coremltools()
-    return {name: low if low == high else ct.RangeDim(low, high, default=usual) for name, (low, usual, high) in lengths.items()}
+    return {
+        name: low if low == high else ct.RangeDim(low, high, default=usual)
+        for name, (low, usual, high) in lengths.items()
+    }
 
 
-def input_types(inputs: Mapping[str, tuple[Any, Any]], lengths: Lengths, dims: Mapping[str, Any], enumerated: bool) -> list[Any]:
-    """coremltools' types of the inputs whose shape varies. `inputs` gives the dims (numbers and names) and the dtype of each."""
+def input_types(
+    inputs: Mapping[str, tuple[Any, Any]], lengths: Lengths, dims: Mapping[str, Any], enumerated: bool
+) -> list[Any]:
+    """coremltools' types of the inputs whose shape varies. `inputs` gives the dims (numbers and names) and the dtype of
+    each.
+    """
     ct = coremltools()
     found = []
     for name, (shape, dtype) in inputs.items():
@@ -89,7 +107,11 @@ def input_types(inputs: Mapping[str, tuple[Any, Any]], lengths: Lengths, dims: M
         if all(isinstance(dim, int) for dim in named):
             continue
         sets = [tuple(lengths[dim][index] if isinstance(dim, str) else dim for dim in shape) for index in range(3)]
-        varying = ct.EnumeratedShapes(shapes=list(dict.fromkeys(sets)), default=sets[1]) if enumerated else ct.Shape(tuple(named))
+        varying = (
+            ct.EnumeratedShapes(shapes=list(dict.fromkeys(sets)), default=sets[1])
+            if enumerated
+            else ct.Shape(tuple(named))
+        )
         found.append(ct.TensorType(name=name, shape=varying, dtype=np.float32 if dtype == "float32" else np.int32))
     return found
 
@@ -100,7 +122,11 @@ class Taken:
     def __init__(self, feature: Any) -> None:
         array = feature.type.multiArrayType
         flexible = array.WhichOneof("ShapeFlexibility")
-        self.sets = [tuple(map(int, one.shape)) for one in array.enumeratedShapes.shapes] if flexible == "enumeratedShapes" else []
+        self.sets = (
+            [tuple(map(int, one.shape)) for one in array.enumeratedShapes.shapes]
+            if flexible == "enumeratedShapes"
+            else []
+        )
         if flexible == "shapeRange":
             self.ranges = [(int(size.lowerBound), int(size.upperBound)) for size in array.shapeRange.sizeRanges]
         else:
@@ -109,7 +135,9 @@ class Taken:
     def __contains__(self, shape: tuple[int, ...]) -> bool:
         if self.sets:
             return shape in self.sets
-        return len(shape) == len(self.ranges) and all(low <= length <= high for length, (low, high) in zip(shape, self.ranges, strict=True))
+        return len(shape) == len(self.ranges) and all(
+            low <= length <= high for length, (low, high) in zip(shape, self.ranges, strict=True)
+        )
 
     def __str__(self) -> str:
         if self.sets:

@@ -1,7 +1,8 @@
 """A canonical ONNX graph as a MIL program of iOS 18 (macOS 15), operator by operator as in `operators/`.
 
-Values of the graph become variables of the program, or stay `Constant`s until something reads them: dequantized and cast weights never are
-arrays, but `constexpr` operations over what is stored (https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
+Values of the graph become variables of the program, or stay `Constant`s until something reads them: dequantized and
+cast weights never are arrays, but `constexpr` operations over what is stored
+(https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
 """
 
 from __future__ import annotations
@@ -24,22 +25,29 @@ INTEGERS: Final = ("int64", "int32", "int8", "uint8", "bool")
 
 
 def translate(
-    model: Any, dims: Mapping[str, Any], states: Iterable[str] = (), progress: Callable[[int], None] = lambda nbytes: None
+    model: Any,
+    dims: Mapping[str, Any],
+    states: Iterable[str] = (),
+    progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Any:
     """The program (coremltools' Program) of a graph (onnx_ir.Model).
 
-    `dims` gives each varying dim of the inputs a length or a RangeDim. Inputs named in `states` become states, which are float16; outputs
-    that are states, updated, are none of the program's. int64 becomes int32, the widest that Core ML has. `progress` hears of bytes of
-    weights as they are read, when the program is written.
-    Raises EngineError naming the node and operator that has no translation.
+    `dims` gives each varying dim of the inputs a length or a RangeDim. Inputs named in `states` become states, which
+    are float16; outputs that are states, updated, are none of the program's. int64 becomes int32, the widest that Core
+    ML has. `progress` hears of bytes of weights as they are read, when the program is written. Raises EngineError
+    naming the node and operator that has no translation.
     """
     return _Translator(model, dims, frozenset(states), progress).run()
 
 
 class _Translator:
-    """One pass over the nodes. What the operators of `operators/` see of it is `mb`, `var`, `weight`, `constant` and `numbers`."""
+    """One pass over the nodes. What the operators of `operators/` see of it is `mb`, `var`, `weight`, `constant` and
+    `numbers`.
+    """
 
-    def __init__(self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]) -> None:
+    def __init__(
+        self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]
+    ) -> None:
         self.ct = coremltools()
         self.ir = require("onnx_ir", "export")
         self.model, self.dims, self.state_names, self.progress = model, dims, states, progress
@@ -84,7 +92,8 @@ class _Translator:
     def _node(self, node: Any) -> None:
         if node.domain not in STANDARD_DOMAINS or node.op_type not in OPERATORS:
             raise EngineError(
-                f"node '{node.name}' is a {node.domain or 'standard'} {node.op_type}, which has no translation to Core ML: "
+                f"node '{node.name}' is a {node.domain or 'standard'} {node.op_type}, which has no translation to Core "
+                "ML: "
                 "choose another target, or add it to runtime/mil/operators/"
             )
         self.mb.prefix = identifier(node.name or node.outputs[0].name)
@@ -93,14 +102,20 @@ class _Translator:
         except EnginecastError:
             raise
         except Exception as error:  # the builder's own checks of types and shapes
-            raise EngineError(f"node '{node.name}' ({node.op_type}) could not be translated to Core ML: {error}") from error
-        for output, result in zip(node.outputs, results if isinstance(results, (list, tuple)) else [results], strict=False):
+            raise EngineError(
+                f"node '{node.name}' ({node.op_type}) could not be translated to Core ML: {error}"
+            ) from error
+        for output, result in zip(
+            node.outputs, results if isinstance(results, (list, tuple)) else [results], strict=False
+        ):
             self.values[output] = result
             if output in self.follows:
                 self.values[self.follows[output]] = result
 
     def follow(self, value: Any, by: Any) -> None:
-        """Let the result for one value of the graph, which is being made, also stand for another, whose node is then passed over."""
+        """Let the result for one value of the graph, which is being made, also stand for another, whose node is then
+        passed over.
+        """
         self.follows[value] = by
 
     def _outputs(self) -> list[Any]:
@@ -123,7 +138,9 @@ class _Translator:
         return found if isinstance(found, Constant) else None
 
     def _early(self, value: Any) -> None:
-        """Make constants known before their turn: initializers, and casts of them, which stand next to their readers."""
+        """Make constants known before their turn: initializers, and casts of them, which stand next to
+        their readers.
+        """
         producer = value.producer()
         if value.is_initializer():
             self.values[value] = of_tensor(value.const_value)
@@ -146,12 +163,16 @@ class _Translator:
         return self.made[key]
 
     def _plain(self, constant: Constant) -> Array:
-        dtype = np.dtype("int32" if constant.dtype == "int64" else "float32" if constant.dtype == "float64" else constant.dtype)
+        dtype = np.dtype(
+            "int32" if constant.dtype == "int64" else "float32" if constant.dtype == "float64" else constant.dtype
+        )
         values: Any = constant.array()
         return values.clip(-(2**31), 2**31 - 1).astype(dtype) if dtype == np.int32 else values.astype(dtype)  # type: ignore[no-any-return]
 
     def weight(self, value: Any, order: tuple[int, ...] = ()) -> Any:
-        """A constant that a product, a convolution or a table reads: compressed as it is stored, its axes in the order given."""
+        """A constant that a product, a convolution or a table reads: compressed as it is stored, its axes in the order
+        given.
+        """
         constant = self.constant(value)
         if constant is None or (constant.size < COMPRESSED and not order and constant.scale is None):
             return self.var(value)
@@ -169,11 +190,15 @@ class _Translator:
         if constant.scale is None and constant.dtype == constant.stored:
             return codes
         if constant.scale is None:
-            return self.mb.constexpr_cast(source_val=codes, output_dtype="fp32" if constant.dtype == "float32" else "fp16")
+            return self.mb.constexpr_cast(
+                source_val=codes, output_dtype="fp32" if constant.dtype == "float32" else "fp16"
+            )
         scale = np.ascontiguousarray(constant.scale)
         if constant.offset is None:
             return self.mb.constexpr_blockwise_shift_scale(data=codes, scale=scale)
-        return self.mb.constexpr_blockwise_shift_scale(data=codes, scale=scale, offset=np.ascontiguousarray(constant.offset).astype(dtype))
+        return self.mb.constexpr_blockwise_shift_scale(
+            data=codes, scale=scale, offset=np.ascontiguousarray(constant.offset).astype(dtype)
+        )
 
     def _heard(self, values: Array) -> Array:
         self.progress(values.nbytes)
@@ -181,7 +206,9 @@ class _Translator:
 
 
 class _Named:
-    """coremltools' Builder, whose operations get the name of the node they are made for, and a number from the second on."""
+    """coremltools' Builder, whose operations get the name of the node they are made for, and a number from the second
+    on.
+    """
 
     def __init__(self, builder: Any) -> None:
         self.builder = builder

@@ -1,7 +1,8 @@
 """NVIDIA GPUs through ONNX Runtime's CUDA provider. It is compiled anywhere, and can be computed on the CPU elsewhere.
 
-Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`) and checked against its table (`runtime/targets/sessions/kernels.py`).
-Decoders that compute in half use GroupQueryAttention over buffers that grow; it takes no float32, where caches have a fixed length.
+Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`) and checked against its
+table (`runtime/targets/sessions/kernels.py`). Decoders that compute in half use GroupQueryAttention over buffers that
+grow; it takes no float32, where caches have a fixed length.
 """
 
 from __future__ import annotations
@@ -51,9 +52,10 @@ class Settings(Texts):
 class LoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
-    `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how many; "none"; "any".
-    `graphs`: record the work of a shape and replay it (CUDA graphs), for submodels without states; there is a session for each shape then.
-    `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
+    `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
+    many; "none"; "any". `graphs`: record the work of a shape and replay it (CUDA graphs), for submodels without states;
+    there is a session for each shape then. `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of
+    mantissa.
     """
 
     fallback: str = Field(default="shapes", pattern="^(shapes|none|any)$")
@@ -65,6 +67,7 @@ class CUDAEngine(SessionEngine):
     """Sessions on one GPU, "cuda:0"."""
 
     target = "cuda"
+    packages = ("onnxruntime-gpu", "onnx", "onnx-ir")
     rank = 15
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4"})
     compile_settings = Settings
@@ -101,7 +104,9 @@ class CUDAEngine(SessionEngine):
         files = store(output, submodel, plan, {plan.graph: model})
         options.progress(1.0, "Graph written")
         key = {"opset": str(OPSET)}
-        return Artifact(target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start)
+        return Artifact(
+            target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start
+        )
 
     @classmethod
     def _lowered(cls, submodel: Submodel, graph: Path, plan: Plan) -> tuple[Any, dict[str, tuple[int, ...]]]:
@@ -132,9 +137,15 @@ class CUDAEngine(SessionEngine):
         devices, _ = cuda.devices(EXTRA)
         chosen = next((device for device in devices if options.device in ("", "cuda", f"cuda:{device.index}")), None)
         if chosen is None:
-            raise EngineUnavailable(f"ONNX Runtime has no device '{options.device}' here: it found {', '.join(found.devices)}")
+            raise EngineUnavailable(
+                f"ONNX Runtime has no device '{options.device}' here: it found {', '.join(found.devices)}"
+            )
         replay = settings.graphs and not submodel.signature.states
-        provider = {"device_id": str(chosen.index), "use_tf32": str(int(settings.tf32)), "enable_cuda_graph": str(int(replay))}
+        provider = {
+            "device_id": str(chosen.index),
+            "use_tf32": str(int(settings.tf32)),
+            "enable_cuda_graph": str(int(replay)),
+        }
         device = Device(PROVIDER, "cuda", chosen.index, provider)
         name = f"{cls.target}:{chosen.index} ({chosen.name})" + (" with CUDA graphs" if replay else "")
         return cls._opened(submodel, root, options, device, name, settings.fallback, replay)
@@ -144,7 +155,8 @@ class CUDAEngine(SessionEngine):
         """The lowered graph on the CPU provider, which has no kernels for bfloat16."""
         if submodel.compute == "bfloat16":
             raise EngineUnavailable(
-                f"what {cls.target} compiles cannot be computed here: ONNX Runtime has no kernels for bfloat16 on the CPU"
+                f"what {cls.target} compiles cannot be computed here: ONNX Runtime has no kernels for bfloat16 on the "
+                "CPU"
             )
         return cls._opened(submodel, root, options, Device(CPU), f"{cls.target} on {CPU}", "any", replay=False)
 
@@ -184,7 +196,8 @@ def _provider_reason(package: Any) -> str:
         if DRIVER.search(str(error)):
             return f"there is no NVIDIA driver ({error})"
         return (
-            f"its CUDA libraries do not load ({error}): ONNX Runtime {package.__version__} needs CUDA {package.cuda_version} and cuDNN 9. "
+            f"its CUDA libraries do not load ({error}): ONNX Runtime {package.__version__} needs CUDA "
+            f"{package.cuda_version} and cuDNN 9. "
             "pip install 'onnxruntime-gpu[cuda,cudnn]' nvidia-cublas, or install them as NVIDIA says"
         )
     return ""

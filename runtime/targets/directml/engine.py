@@ -1,7 +1,8 @@
-"""DirectML through ONNX Runtime: any GPU with DirectX 12, on Windows. It is compiled anywhere, and can be computed on the CPU elsewhere.
+"""DirectML through ONNX Runtime: any GPU with DirectX 12, on Windows. It is compiled anywhere, and can be computed on
+the CPU elsewhere.
 
-Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`), checked against its table (`runtime/targets/sessions/kernels.py`)
-and opened with all lengths fixed.
+Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`), checked against its
+table (`runtime/targets/sessions/kernels.py`) and opened with all lengths fixed.
 """
 
 from __future__ import annotations
@@ -38,12 +39,13 @@ PIECES: Final = (1, 32)
 class Settings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
-    `shapes`: the lengths that it runs at, "height=64,width=64;height=96,width=64": a call of others is refused. By default a session is
-    made for each shape that is met. Dims of other submodels are left to those. A decoder's are of `sequence`, by default 1 and 32: calls
-    are cut into such pieces, so that one of them should be 1.
-    `context`: positions that a decoder's cache holds; by default all that the model has.
-    `grouped`: whether single steps use GroupQueryAttention, which updates the cache in place and reads no padding. Decoders whose attention
-    is limited to a window never do, as DirectML's kernel takes no window, nor do those whose heads have a size that it has no kernel for.
+    `shapes`: the lengths that it runs at, "height=64,width=64;height=96,width=64": a call of others is refused. By
+    default a session is made for each shape that is met. Dims of other submodels are left to those. A decoder's are of
+    `sequence`, by default 1 and 32: calls are cut into such pieces, so that one of them should be 1. `context`:
+    positions that a decoder's cache holds; by default all that the model has. `grouped`: whether single steps use
+    GroupQueryAttention, which updates the cache in place and reads no padding. Decoders whose attention is limited to a
+    window never do, as DirectML's kernel takes no window, nor do those whose heads have a size that it has no kernel
+    for.
     """
 
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -59,7 +61,8 @@ class Settings(Texts):
 class LoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
-    `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how many; "none"; "any".
+    `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
+    many; "none"; "any".
     """
 
     fallback: str = Field(default="shapes", pattern="^(shapes|none|any)$")
@@ -69,6 +72,7 @@ class DirectML(SessionEngine):
     """Sessions on a DirectX 12 device, by its number among the display adapters: "dml:0"."""
 
     target = "directml"
+    packages = ("onnxruntime-directml", "onnx", "onnx-ir")
     rank = 25
     precisions = frozenset({"float32", "float16", "int8", "int4"})
     compile_settings = Settings
@@ -108,16 +112,23 @@ class DirectML(SessionEngine):
         files = store(output, submodel, plan, models)
         options.progress(1.0, "Graph written")
         key = {"opset": str(OPSET)}
-        return Artifact(target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start)
+        return Artifact(
+            target=cls.target, submodel=submodel.name, files=files, key=key, seconds=time.perf_counter() - start
+        )
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, positions: int, steps: bool) -> tuple[Any, dict[str, tuple[int, ...]]]:
-        """The graph as the provider has kernels for it, and `Plan.nested`. Raises EngineError naming nodes that it has none for."""
+    def _lowered(
+        cls, submodel: Submodel, graph: Path, positions: int, steps: bool
+    ) -> tuple[Any, dict[str, tuple[int, ...]]]:
+        """The graph as the provider has kernels for it, and `Plan.nested`. Raises EngineError naming nodes that it has
+        none for.
+        """
         model = load_graph(graph)
         nested = widen(model)
         if submodel.compute == "bfloat16":
             raise EngineError(
-                f"could not compile {submodel.name}: DirectML computes in float32 and float16, not in bfloat16: choose another --quant"
+                f"could not compile {submodel.name}: DirectML computes in float32 and float16, not in bfloat16: choose "
+                "another --quant"
             )
         if submodel.compute != "float32":
             model = to_half(model, submodel.compute, submodel.keep)
@@ -136,7 +147,8 @@ class DirectML(SessionEngine):
         memory, _, number = (options.device or "dml:0").partition(":")
         if memory != "dml" or not (number or "0").isdecimal():
             raise EngineUnavailable(
-                f"DirectML has no device '{options.device}' here: expected dml:0, or the number of another display adapter"
+                f"DirectML has no device '{options.device}' here: expected dml:0, or the number of another display "
+                "adapter"
             )
         device = Device(PROVIDER, "dml", int(number or 0), {"device_id": number or "0"})
         return cls._opened(submodel, root, options, device, f"{cls.target}:dml:{device.index}", settings.fallback)
@@ -147,7 +159,9 @@ class DirectML(SessionEngine):
         return cls._opened(submodel, root, options, Device(CPU), f"{cls.target} on {CPU}", "any")
 
     @classmethod
-    def _opened(cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str) -> DirectML:
+    def _opened(
+        cls, submodel: Submodel, root: Path, options: Options, device: Device, name: str, fallback: str
+    ) -> DirectML:
         plan, opened = stored(submodel, root, cls.target, device, options, entries={ACCURACY: "0"}, fallback=fallback)
         return cls(submodel, name, device, plan, opened, fallback=fallback)
 

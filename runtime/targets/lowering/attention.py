@@ -1,9 +1,12 @@
-"""`Attention` of opset 23 as ONNX Runtime's own operators, whose kernels read heads packed as [batch, length, heads * size].
+"""`Attention` of opset 23 as ONNX Runtime's own operators, whose kernels read heads packed as [batch, length, heads *
+size].
 
     Attention without a past          MultiHeadAttention
-    Attention with past and present   GroupQueryAttention over buffers that past and present share, lengths in place of the mask
+    Attention with past and present   GroupQueryAttention over buffers that past and present share, lengths in place of
+                                      the mask
 
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in place.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in
+place.
 """
 
 from __future__ import annotations
@@ -34,11 +37,15 @@ class Graph:
         """The constant of that name, made when it is first asked for."""
         if name not in self.graph.initializers:
             tensor = self.ir.tensor(np.array(values, dtype), name=name)
-            value = self.ir.Value(name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+            value = self.ir.Value(
+                name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            )
             self.graph.register_initializer(value)
         return self.graph.initializers[name]
 
-    def before(self, place: Any, name: str, op: str, *inputs: Any, like: Any = None, domain: str = "", **attributes: Any) -> Any:
+    def before(
+        self, place: Any, name: str, op: str, *inputs: Any, like: Any = None, domain: str = "", **attributes: Any
+    ) -> Any:
         """The output of a new node, put before another; of the type of the value `like`, else of its first input."""
         node = self.ir.node(op, list(inputs), attributes, domain=domain, name=f"{name}/{op}")
         output = node.outputs[0]
@@ -64,10 +71,13 @@ class Graph:
 def with_multihead(model: Any, spread: bool = False) -> None:
     """Let `MultiHeadAttention` do what `Attention` without a past does, where queries have as many heads as keys.
 
-    `spread` repeats what stands for the mask for every row and head, for kernels that do not by themselves (DirectML's).
+    `spread` repeats what stands for the mask for every row and head, for kernels that do not by themselves
+    (DirectML's).
     """
     graph = Graph(model)
-    for node in [node for node in model.graph if is_attention(node) and not has_past(node) and heads(node)[0] == heads(node)[1]]:
+    for node in [
+        node for node in model.graph if is_attention(node) and not has_past(node) and heads(node)[0] == heads(node)[1]
+    ]:
         _multihead(graph, node, spread)
 
 
@@ -82,19 +92,28 @@ def has_past(node: Any) -> bool:
 def heads(node: Any) -> tuple[int, int, int]:
     """Heads of the queries, heads of keys and values, and the size of one, all fixed lengths."""
     query, key = node.inputs[0].shape, node.inputs[1].shape
-    if query is None or key is None or len(query) != 4 or not all(isinstance(length, int) for length in (query[1], key[1], query[3])):
+    if (
+        query is None
+        or key is None
+        or len(query) != 4
+        or not all(isinstance(length, int) for length in (query[1], key[1], query[3]))
+    ):
         raise EngineError(
-            f"node '{node.name}' is no Attention over [batch, heads, length, size] of known heads and size: build the bundle again"
+            f"node '{node.name}' is no Attention over [batch, heads, length, size] of known heads and size: build the "
+            "bundle again"
         )
     return query[1], key[1], query[3]
 
 
 def scale(node: Any) -> float:
-    """What products of queries and keys are multiplied with. Raises EngineError for what only `Attention` itself can do."""
+    """What products of queries and keys are multiplied with. Raises EngineError for what only `Attention` itself can
+    do.
+    """
     for name, plain in (("is_causal", 0), ("softcap", 0.0), ("qk_matmul_output_mode", 0)):
         if name in node.attributes and node.attributes[name].value != plain:
             raise EngineError(
-                f"node '{node.name}' has {name}={node.attributes[name].value}, expected {plain}: this target has no such kernel"
+                f"node '{node.name}' has {name}={node.attributes[name].value}, expected {plain}: this target has no "
+                "such kernel"
             )
     if "scale" in node.attributes:
         return float(node.attributes["scale"].as_float())
@@ -111,17 +130,25 @@ def _multihead(graph: Graph, node: Any, spread: bool) -> None:
     if mask is not None:
         added = bias(graph, mask, query)
         if spread:
-            rows = graph.before(node, node.name, "Shape", query, like=graph.constant("attention.packed", [0, 0, -1]), start=0, end=1)
-            shape = graph.before(node, node.name, "Concat", rows, graph.constant(f"attention.bias.{count}", [count, 1, 1]), axis=0)
+            rows = graph.before(
+                node, node.name, "Shape", query, like=graph.constant("attention.packed", [0, 0, -1]), start=0, end=1
+            )
+            shape = graph.before(
+                node, node.name, "Concat", rows, graph.constant(f"attention.bias.{count}", [count, 1, 1]), axis=0
+            )
             added = graph.before(node, node.name, "Expand", added, shape)
         given = [*packed, None, None, added]
-    made = graph.before(node, node.name, "MultiHeadAttention", *given, domain=CONTRIB, num_heads=count, scale=scale(node))
+    made = graph.before(
+        node, node.name, "MultiHeadAttention", *given, domain=CONTRIB, num_heads=count, scale=scale(node)
+    )
     graph.model.opset_imports[CONTRIB] = 1
     replace(graph, node, made, count)
 
 
 def bias(graph: Graph, mask: Any, like: Any) -> Any:
-    """What is added to the products instead of a boolean mask: the lowest number where it is false. One for each mask and type."""
+    """What is added to the products instead of a boolean mask: the lowest number where it is false. One for each mask
+    and type.
+    """
     if mask.dtype != graph.ir.DataType.BOOL:
         return mask
     name = f"{mask.name}.bias.{like.dtype.name.lower()}"
@@ -139,10 +166,19 @@ def pack(graph: Graph, node: Any, tensor: Any) -> Any:
     """[batch, heads, length, size] as [batch, length, heads * size]: what it was split from, where that can be seen."""
     count, size = tensor.shape[1], tensor.shape[3]
     transpose = tensor.producer()
-    if transpose is not None and transpose.op_type == "Transpose" and tuple(transpose.attributes["perm"].as_ints()) == HEADS_AND_LENGTH:
+    if (
+        transpose is not None
+        and transpose.op_type == "Transpose"
+        and tuple(transpose.attributes["perm"].as_ints()) == HEADS_AND_LENGTH
+    ):
         reshape = transpose.inputs[0].producer()
         source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
-        if source is not None and source.shape is not None and len(source.shape) == 3 and source.shape[2] == count * size:
+        if (
+            source is not None
+            and source.shape is not None
+            and len(source.shape) == 3
+            and source.shape[2] == count * size
+        ):
             return source
     name = f"{node.name}/{tensor.name}"
     moved = graph.before(node, name, "Transpose", tensor, perm=list(HEADS_AND_LENGTH))
@@ -163,7 +199,9 @@ def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
 
 
 def _joined(output: Any, count: int) -> Any:
-    """The value [batch, length, heads * size] that is all that is made of an attention's output; None where there is another reader."""
+    """The value [batch, length, heads * size] that is all that is made of an attention's output; None where there is
+    another reader.
+    """
     value = output
     for op in ("Transpose", "Reshape"):
         users = list(value.uses())
@@ -174,22 +212,29 @@ def _joined(output: Any, count: int) -> Any:
             return None
         value = user.outputs[0]
     size = output.shape[3] if output.shape is not None else None
-    fits = isinstance(size, int) and value.shape is not None and len(value.shape) == 3 and value.shape[2] == count * size
+    fits = (
+        isinstance(size, int) and value.shape is not None and len(value.shape) == 3 and value.shape[2] == count * size
+    )
     return value if fits else None
 
 
 def with_grouped_cache(model: Any, signature: Signature) -> None:
-    """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the same buffer.
+    """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the
+    same buffer.
 
-    It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a layer. States have
-    the type that attention computes in. Raises EngineError when the graph's own masks allow other positions, or for heads whose size
-    its kernels do not have.
+    It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a
+    layer. States have the type that attention computes in. Raises EngineError when the graph's own masks allow other
+    positions, or for heads whose size its kernels do not have.
     """
     require_windows(model, signature)
-    odd = next((node for node in model.graph if is_attention(node) and has_past(node) and not grouped_fits(heads(node)[2])), None)
+    odd = next(
+        (node for node in model.graph if is_attention(node) and has_past(node) and not grouped_fits(heads(node)[2])),
+        None,
+    )
     if odd is not None:
         raise EngineError(
-            f"node '{odd.name}' has heads of {heads(odd)[2]} values (head_dim in the model's config), and ONNX Runtime's "
+            f"node '{odd.name}' has heads of {heads(odd)[2]} values (head_dim in the model's config), and ONNX "
+            "Runtime's "
             f"GroupQueryAttention takes multiples of {HEAD_STEP}: build for another target, such as openvino"
         )
     graph = Graph(model)
@@ -198,7 +243,9 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
         count, groups, _ = heads(node)
         packed = [pack(graph, node, tensor) for tensor in node.inputs[:3]]
         caches = [cache_of(graph, node, index) for index in (1, 2)]
-        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(window_of(node, signature))
+        attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(
+            window_of(node, signature)
+        )
         inputs = [*packed, *(past for past, _ in caches), *lengths]
         fused = graph.ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
         graph.graph.insert_before(node, fused)
@@ -226,7 +273,8 @@ def local(window: int) -> dict[str, int]:
 
 
 def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
-    """The graph's input that holds the past of the attention's keys (1) or values (2), and the place of the output that it becomes.
+    """The graph's input that holds the past of the attention's keys (1) or values (2), and the place of the output that
+    it becomes.
 
     Both lie behind Casts where the graph was lowered to half; then the input gets the type that is computed in.
     """

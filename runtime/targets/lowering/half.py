@@ -1,9 +1,11 @@
-"""A canonical graph as one that computes in half, for targets that take every type as written (strongly typed networks).
+"""A canonical graph as one that computes in half, for targets that take every type as written (strongly typed
+networks).
 
     x float32 ─ Cast ─ [half] ─ [half] ─ Cast ─ [node of `keep`, float32] ─ Cast ─ [half] ─ Cast ─ y float32
 
-Which operators may compute in half, and which of their inputs are of one type, is read from the standard's own operator schemas. Weights
-stored in half are read as they are, other constants are converted once, so that no Cast follows a constant.
+Which operators may compute in half, and which of their inputs are of one type, is read from the standard's own operator
+schemas. Weights stored in half are read as they are, other constants are converted once, so that no Cast follows a
+constant.
 """
 
 from __future__ import annotations
@@ -24,29 +26,35 @@ TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
 """Attributes that name the type of an output."""
 CHUNK: Final = 1 << 20
 TOLERANCE: Final = 2.0**-8
-"""Norm of what rounding a constant may take from it, as a share of its own: the step of bfloat16. More, and its reader stays float32."""
+"""Norm of what rounding a constant may take from it, as a share of its own: the step of bfloat16. More, and its reader
+stays float32.
+"""
 
 
 def to_half(model: Any, compute: Half, keep: Collection[str] = ()) -> Any:
     """A copy of a canonical graph (onnx_ir.Model) that computes in `compute`, but for the nodes named in `keep`.
 
-    The types of the graph's inputs and outputs and the names of nodes stay. Float32 remain also nodes whose operator the standard has no
-    half form of, and those that read a constant which half cannot express: beyond its range, or so small that it loses its digits.
-    A graph that computes in half already comes back as it is.
-    Raises InvalidInput when `keep` names a node that the graph lacks; EngineError for graphs with control flow.
+    The types of the graph's inputs and outputs and the names of nodes stay. Float32 remain also nodes whose operator
+    the standard has no half form of, and those that read a constant which half cannot express: beyond its range, or so
+    small that it loses its digits. A graph that computes in half already comes back as it is. Raises InvalidInput when
+    `keep` names a node that the graph lacks; EngineError for graphs with control flow.
     """
     ir = require("onnx_ir", "export")
     copy = model.clone()
     unknown = set(keep) - {node.name for node in copy.graph}
     if unknown:
-        raise InvalidInput("keep", f"names {', '.join(sorted(unknown)[:3])}, which this graph lacks: build the bundle again")
+        raise InvalidInput(
+            "keep", f"names {', '.join(sorted(unknown)[:3])}, which this graph lacks: build the bundle again"
+        )
     _Lowering(ir, copy, ir.DataType[compute.upper()], frozenset(keep)).run()
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
     return copy
 
 
 class _Lowering:
-    """One pass from inputs to outputs. `now` is the value that stands for one of the canonical graph, in the type it was made in."""
+    """One pass from inputs to outputs. `now` is the value that stands for one of the canonical graph, in the type it
+    was made in.
+    """
 
     def __init__(self, ir: Any, model: Any, half: Any, keep: frozenset[str]) -> None:
         self.ir, self.model, self.graph, self.half, self.keep = ir, model, model.graph, half, keep
@@ -59,8 +67,14 @@ class _Lowering:
     def run(self) -> None:
         declared = [(value, value.name, value.dtype) for value in self.graph.outputs]
         for node in list(self.graph):
-            if any(attribute.type in (self.ir.AttributeType.GRAPH, self.ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
-                raise EngineError(f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not lowered to {self.half.name}")
+            if any(
+                attribute.type in (self.ir.AttributeType.GRAPH, self.ir.AttributeType.GRAPHS)
+                for attribute in node.attributes.values()
+            ):
+                raise EngineError(
+                    f"node '{node.name}' ({node.op_type}) holds a graph of its own, which is not lowered to "
+                    f"{self.half.name}"
+                )
             if self._is_between_floats(node):
                 self.now[node.outputs[0]] = self._current(node.inputs[0])
             else:
@@ -72,7 +86,9 @@ class _Lowering:
         return self.now.get(value, value)
 
     def _is_between_floats(self, node: Any) -> bool:
-        """Casts of stored weights and of earlier results: readers cast as they need. Those from and to integers do work."""
+        """Casts of stored weights and of earlier results: readers cast as they need. Those from and to integers do
+        work.
+        """
         return bool(
             (node.domain, node.op_type) == ("", "Cast")
             and node.attributes["to"].as_int() in self.floats
@@ -94,7 +110,9 @@ class _Lowering:
                 dtype = self._computed(schema, _formal(schema.inputs, index).type_str, wide)
             if schema is not None and dtype is not None:
                 types[_formal(schema.inputs, index).type_str] = dtype
-            node.replace_input_with(index, value if value is None or value.dtype == dtype else self._as(value, dtype, node))
+            node.replace_input_with(
+                index, value if value is None or value.dtype == dtype else self._as(value, dtype, node)
+            )
         for name in TYPE_ATTRIBUTES:
             if name in node.attributes and node.attributes[name].as_int() in self.floats:
                 node.attributes[name] = self.ir.AttrInt64(name, int(self.single if wide else self.half))
@@ -106,11 +124,18 @@ class _Lowering:
     def _schema(self, node: Any) -> Any:
         """The operator's schema; None for one outside of the standard, which is left as it is."""
         version = self.model.opset_imports.get(node.domain, 1)
-        return self.schemas.get_schema(node.op_type, version, node.domain) if self.schemas.has(node.op_type, version, node.domain) else None
+        return (
+            self.schemas.get_schema(node.op_type, version, node.domain)
+            if self.schemas.has(node.op_type, version, node.domain)
+            else None
+        )
 
     def _computed(self, schema: Any, variable: str, wide: bool) -> Any:
         """The type in which floats of this type variable are read."""
-        allowed = next((found.allowed_type_strs for found in schema.type_constraints if found.type_param_str == variable), [variable])
+        allowed = next(
+            (found.allowed_type_strs for found in schema.type_constraints if found.type_param_str == variable),
+            [variable],
+        )
         return self.half if not wide and f"tensor({self.half.name.lower()})" in allowed else self.single
 
     def _made(self, node: Any, schema: Any, types: dict[str, Any], index: int) -> Any:
@@ -130,7 +155,11 @@ class _Lowering:
 
     def _expressible(self, value: Any) -> bool:
         """Whether half can hold the values of a constant."""
-        if value is None or not value.is_initializer() or value.dtype not in self.floats - {self.half, self.ir.DataType.FLOAT16}:
+        if (
+            value is None
+            or not value.is_initializer()
+            or value.dtype not in self.floats - {self.half, self.ir.DataType.FLOAT16}
+        ):
             return True
         return rounding(value.const_value.numpy(), self.half.numpy()) <= TOLERANCE
 
@@ -139,7 +168,9 @@ class _Lowering:
         key = value, dtype
         if key not in self.made:
             name = f"{value.name}.{dtype.name.lower()}"
-            self.made[key] = self._constant(value, dtype, name) if value.is_initializer() else self._cast(value, dtype, name, before)
+            self.made[key] = (
+                self._constant(value, dtype, name) if value.is_initializer() else self._cast(value, dtype, name, before)
+            )
         return self.made[key]
 
     def _constant(self, value: Any, dtype: Any, name: str) -> Any:
@@ -196,7 +227,9 @@ def _rounded(values: Array, dtype: Any) -> Array:
 
 
 def rounding(values: Array, dtype: Any) -> float:
-    """The norm of what rounding to a type of float takes from values, as a share of their norm; infinite where they exceed its range."""
+    """The norm of what rounding to a type of float takes from values, as a share of their norm; infinite where they
+    exceed its range.
+    """
     flat, lost, norm = values.reshape(-1), 0.0, 0.0
     for start in range(0, flat.size, CHUNK):
         exact = flat[start : start + CHUNK].astype(np.float64)

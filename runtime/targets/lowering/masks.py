@@ -1,7 +1,8 @@
-"""Which positions a decoder's attention sees: what targets assume whose kernels build the mask themselves, checked against the graph's.
+"""Which positions a decoder's attention sees: what targets assume whose kernels build the mask themselves, checked
+against the graph's.
 
-A position sees itself and those before it that `attention_mask` allows, in layers with a window only the latest `window` of them, its own
-included. Everything else has to stay a mask that the graph computes.
+A position sees itself and those before it that `attention_mask` allows, in layers with a window only the latest
+`window` of them, its own included. Everything else has to stay a mask that the graph computes.
 """
 
 from __future__ import annotations
@@ -30,16 +31,22 @@ def attentions(model: Any) -> list[Any]:
 def window_of(node: Any, signature: Signature) -> int:
     """The window of the layer whose keys an attention with past reads; 0 is none."""
     past = node.inputs[4]
-    name = (past.producer().inputs[0] if past.producer() is not None else past).name  # behind the Cast of a lowered graph
+    name = (
+        past.producer().inputs[0] if past.producer() is not None else past
+    ).name  # behind the Cast of a lowered graph
     return next((state.window for state in signature.states if state.past.name == name), 0)
 
 
 def require_windows(model: Any, signature: Signature) -> None:
-    """Compute the graph's own masks for a few lengths and compare them with what the signature's windows mean, padded rows among them.
+    """Compute the graph's own masks for a few lengths and compare them with what the signature's windows mean, padded
+    rows among them.
 
     Raises EngineError when an attention sees other positions: its kernel would have to read the graph's mask.
     """
-    found = {(node.inputs[3].name if node.inputs[3] is not None else "", window_of(node, signature)) for node in attentions(model)}
+    found = {
+        (node.inputs[3].name if node.inputs[3] is not None else "", window_of(node, signature))
+        for node in attentions(model)
+    }
     for name, window in sorted(found):
         compute = _computed(model, signature, name)
         for lengths, allowed in _lengths(window, signature.dims["total"].max):
@@ -48,13 +55,17 @@ def require_windows(model: Any, signature: Signature) -> None:
             if mask is None or not np.array_equal(np.broadcast_to(mask, expected.shape), expected):
                 limit = f", the latest {window} of them" if window else ""
                 raise EngineError(
-                    f"the decoder's attention mask '{name}' is not causal over the positions that {MASK} allows{limit}, expected that: "
-                    "this target builds the mask itself. Use one that keeps the graph's own mask, or build the bundle again"
+                    f"the decoder's attention mask '{name}' is not causal over the positions that {MASK} "
+                    f"allows{limit}, expected that: "
+                    "this target builds the mask itself. Use one that keeps the graph's own mask, or build the bundle "
+                    "again"
                 )
 
 
 def seen(past: int, sequence: int, allowed: Array, window: int) -> Array:
-    """bool [batch, 1, sequence, past + sequence]: which positions each new one sees. `allowed` is attention_mask [batch, total]."""
+    """bool [batch, 1, sequence, past + sequence]: which positions each new one sees. `allowed` is attention_mask
+    [batch, total].
+    """
     rows, columns = np.arange(sequence)[:, None] + past, np.arange(past + sequence)
     causal = (columns <= rows) & ((columns > rows - window) if window else True)
     return np.asarray(causal[None, None] & (allowed != 0)[:, None, None])
@@ -71,7 +82,9 @@ def _lengths(window: int, longest: int) -> Iterator[tuple[dict[str, int], Array]
 
 
 def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[str, int], Array], Array | None] | None:
-    """Computes the value of that name by ONNX Runtime, for lengths and an attention mask. None where it depends on anything else."""
+    """Computes the value of that name by ONNX Runtime, for lengths and an attention mask. None where it depends on
+    anything else.
+    """
     ir = require("onnx_ir", "export")
     part = model.clone()
     value = next((output for node in part.graph for output in node.outputs if output.name == name), None)
@@ -87,10 +100,16 @@ def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[
     runtime = require("onnxruntime", "onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3
-    session = runtime.InferenceSession(ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(
+        ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
     def compute(lengths: Mapping[str, int], allowed: Array) -> Array | None:
-        feed = {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.inputs if tensor.name in used}
+        feed = {
+            tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype)
+            for tensor in signature.inputs
+            if tensor.name in used
+        }
         if MASK in feed:
             feed[MASK] = allowed
         found: Array = session.run([name], feed)[0]

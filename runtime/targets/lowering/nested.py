@@ -1,14 +1,19 @@
 """int4 nested in int8: weights of layers with int8 inputs are stored as int4 codes and run as int8 ones.
 
-    weight = (code * factor) * scale     code int4, factor 1..15 of a block of inputs, scale of an output channel; code * factor is int8
+    weight = (code * factor) * scale     code int4, factor 1..15 of a block of inputs, scale of an output channel; code
+                                         * factor is int8
 
-No target has int4 kernels for convolutions, or for products whose inputs are int8. In the canonical graph, such a weight is
+No target has int4 kernels for convolutions, or for products whose inputs are int8. In the canonical graph, such a
+weight is
 
-    factors uint8 [G, N] -> Cast -> Mul scales [N]            -> DequantizeLinear codes [K, N] by blocks of K            -> MatMul
-    factors uint8 [O, G] -> Cast -> Mul scales [O], unsqueezed -> DequantizeLinear codes [O, K] by blocks of K -> Reshape -> Conv
+    factors uint8 [G, N] -> Cast -> Mul scales [N]            -> DequantizeLinear codes [K, N] by blocks of K
+                                                              -> MatMul
+    factors uint8 [O, G] -> Cast -> Mul scales [O], unsqueezed -> DequantizeLinear codes [O, K] by blocks of K ->
+            Reshape -> Conv
 
-and what targets run is DequantizeLinear of code * factor, int8, with one scale for each output channel: what they run of int8 weights.
-The two are equal but for the order of two products of float32. Codes and factors always lie in the weights file, never in the graph's.
+and what targets run is DequantizeLinear of code * factor, int8, with one scale for each output channel: what they run
+of int8 weights. The two are equal but for the order of two products of float32. Codes and factors always lie in the
+weights file, never in the graph's.
 """
 
 from __future__ import annotations
@@ -81,10 +86,17 @@ def widen(model: Any) -> dict[str, tuple[int, ...]]:
             ir.Shape(shape),
             name=int8_name(name),
         )
-        wide = ir.Value(name=int8_name(name), type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape(shape), const_value=tensor)
+        wide = ir.Value(
+            name=int8_name(name), type=ir.TensorType(ir.DataType.INT8), shape=ir.Shape(shape), const_value=tensor
+        )
         model.graph.register_initializer(wide)
         axis = 1 if len(shape) == 2 else 0
-        node = ir.node("DequantizeLinear", [wide, initializers[f"{name}{SCALES}"]], {"axis": axis}, name=f"{name}.int8/DequantizeLinear")
+        node = ir.node(
+            "DequantizeLinear",
+            [wide, initializers[f"{name}{SCALES}"]],
+            {"axis": axis},
+            name=f"{name}.int8/DequantizeLinear",
+        )
         model.graph.insert_before(restored, node)
         node.outputs[0].type, node.outputs[0].shape = read.type, read.shape
         ir.convenience.replace_all_uses_with(read, node.outputs[0])
@@ -140,4 +152,6 @@ class Stored:
             first, last = entry["data_offsets"]
             return np.frombuffer(self._data, np.uint8, last - first, self._start + first).reshape(entry["shape"])
         except (KeyError, TypeError, ValueError) as error:
-            raise EngineError(f"could not load {self._path}: '{name}' cannot be read ({error}). Build the bundle again") from None
+            raise EngineError(
+                f"could not load {self._path}: '{name}' cannot be read ({error}). Build the bundle again"
+            ) from None

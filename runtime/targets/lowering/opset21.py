@@ -1,4 +1,5 @@
-"""A graph as a provider has kernels for it: opset 21, and what that lacks, from operators that are in the table of `kernels`.
+"""A graph as a provider has kernels for it: opset 21, and what that lacks, from operators that are in the table of
+`kernels`.
 
 Attention            MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
 Equal                neither less nor greater
@@ -18,7 +19,17 @@ import numpy as np
 
 from runtime.errors import EngineError
 from runtime.optional import require
-from runtime.targets.lowering.attention import CONTRIB, Graph, bias, heads, is_attention, pack, replace, scale, with_multihead
+from runtime.targets.lowering.attention import (
+    CONTRIB,
+    Graph,
+    bias,
+    heads,
+    is_attention,
+    pack,
+    replace,
+    scale,
+    with_multihead,
+)
 from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.sessions.kernels import OPSET, Provider, covers, kernels
 
@@ -30,9 +41,9 @@ NEWEST: Final = 24
 def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
     """Lower a graph (onnx_ir.Model) in place.
 
-    `steps` makes one with a cache of fixed length (`static_cache`), which has so many positions, the graph for one new position a call: its
-    attention is GroupQueryAttention and updates the cache in place. With more positions DirectML's kernel takes no notice of what the cache
-    holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
+    `steps` makes one with a cache of fixed length (`static_cache`), which has so many positions, the graph for one new
+    position a call: its attention is GroupQueryAttention and updates the cache in place. With more positions DirectML's
+    kernel takes no notice of what the cache holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
     """
     graph = Graph(model)
     if steps:
@@ -59,21 +70,31 @@ def _attention(graph: Graph, node: Any) -> None:
     scaled = graph.before(node, node.name, "Mul", query, _number(graph, scale(node), query))
     if count != groups:
         if not isinstance(length, int):
-            raise EngineError(f"node '{node.name}' has grouped heads over keys of varying length, expected a cache of fixed length")
-        scaled = graph.before(node, f"{node.name}/groups", "Reshape", scaled, graph.constant(f"groups.{groups}", [0, groups, -1, size]))
+            raise EngineError(
+                f"node '{node.name}' has grouped heads over keys of varying length, expected a cache of fixed length"
+            )
+        scaled = graph.before(
+            node, f"{node.name}/groups", "Reshape", scaled, graph.constant(f"groups.{groups}", [0, groups, -1, size])
+        )
     turned = graph.before(node, f"{node.name}/keys", "Transpose", key, perm=[0, 1, 3, 2])
     products = graph.before(node, f"{node.name}/products", "MatMul", scaled, turned)
     if count != groups:
-        products = graph.before(node, f"{node.name}/heads", "Reshape", products, graph.constant(f"heads.{count}", [0, count, -1, length]))
+        products = graph.before(
+            node, f"{node.name}/heads", "Reshape", products, graph.constant(f"heads.{count}", [0, count, -1, length])
+        )
     mask = node.inputs[3] if len(node.inputs) > 3 else None
     if mask is not None:
         products = graph.before(node, f"{node.name}/masked", "Add", products, bias(graph, mask, query))
     shares = graph.before(node, f"{node.name}/shares", "Softmax", products, axis=-1)
     if count != groups:
-        shares = graph.before(node, f"{node.name}/shares", "Reshape", shares, graph.constant(f"shares.{groups}", [0, groups, -1, length]))
+        shares = graph.before(
+            node, f"{node.name}/shares", "Reshape", shares, graph.constant(f"shares.{groups}", [0, groups, -1, length])
+        )
     result = graph.before(node, f"{node.name}/result", "MatMul", shares, value)
     if count != groups:
-        result = graph.before(node, f"{node.name}/result", "Reshape", result, graph.constant(f"result.{count}", [0, count, -1, size]))
+        result = graph.before(
+            node, f"{node.name}/result", "Reshape", result, graph.constant(f"result.{count}", [0, count, -1, size])
+        )
     graph.instead(node.outputs[0], result)
     graph.drop(node)
 
@@ -86,7 +107,9 @@ def _group_normalization(graph: Graph, node: Any) -> None:
     ones = graph.constant(f"ones.{groups}.{values.dtype.name.lower()}", np.ones(groups), number)
     zeros = graph.constant(f"zeros.{groups}.{values.dtype.name.lower()}", np.zeros(groups), number)
     shape = graph.before(node, node.name, "Shape", values, like=graph.constant("groups.axes", [0]))
-    split = graph.before(node, f"{node.name}/groups", "Reshape", values, graph.constant(f"split.{groups}", [0, groups, -1]))
+    split = graph.before(
+        node, f"{node.name}/groups", "Reshape", values, graph.constant(f"split.{groups}", [0, groups, -1])
+    )
     normal = graph.before(node, node.name, "InstanceNormalization", split, ones, zeros, epsilon=epsilon)
     result = graph.before(node, f"{node.name}/joined", "Reshape", normal, shape)
     channels = graph.constant(f"channels.{rank}", [-1] + [1] * (rank - 2))
@@ -105,7 +128,9 @@ def _gelu(graph: Graph, node: Any) -> None:
 
 
 def _rms_normalization(graph: Graph, node: Any) -> None:
-    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 where the type is another one, as the standard's stash_type says."""
+    """x / sqrt(mean(x^2) + epsilon) * scale, in float32 where the type is another one, as the standard's stash_type
+    says.
+    """
     values, weight = node.inputs
     single = graph.ir.DataType.FLOAT
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
@@ -114,10 +139,14 @@ def _rms_normalization(graph: Graph, node: Any) -> None:
     axes = graph.constant(f"rms.axes.{axis % rank}.{rank}", list(range(axis % rank, rank)))
     wide = values
     if values.dtype != single:
-        wide = graph.before(node, f"{node.name}/wide", "Cast", values, to=single, like=graph.ir.Value(type=graph.ir.TensorType(single)))
+        wide = graph.before(
+            node, f"{node.name}/wide", "Cast", values, to=single, like=graph.ir.Value(type=graph.ir.TensorType(single))
+        )
     squares = graph.before(node, f"{node.name}/squares", "Mul", wide, wide)
     mean = graph.before(node, node.name, "ReduceMean", squares, axes, keepdims=1)
-    shifted = graph.before(node, f"{node.name}/shifted", "Add", mean, graph.constant(f"rms.epsilon.{epsilon}", epsilon, np.float32))
+    shifted = graph.before(
+        node, f"{node.name}/shifted", "Add", mean, graph.constant(f"rms.epsilon.{epsilon}", epsilon, np.float32)
+    )
     normal = graph.before(node, node.name, "Div", wide, graph.before(node, node.name, "Sqrt", shifted))
     if values.dtype != single:
         normal = graph.before(node, f"{node.name}/narrow", "Cast", normal, to=values.dtype, like=values)
@@ -127,15 +156,19 @@ def _rms_normalization(graph: Graph, node: Any) -> None:
 
 def _equal(graph: Graph, node: Any) -> None:
     truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
-    less, greater = (graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual"))
+    less, greater = (
+        graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual")
+    )
     graph.instead(node.outputs[0], graph.before(node, node.name, "And", less, greater))
     graph.drop(node)
 
 
 def _scatter(graph: Graph, node: Any) -> None:
-    """Write new keys or values [batch, heads, sequence, size] into the cache, where they begin. The table lacks the latest Scatters.
+    """Write new keys or values [batch, heads, sequence, size] into the cache, where they begin. The table lacks the
+    latest Scatters.
 
-    Each position of the cache takes the new one that belongs there, or keeps what it holds. All rows begin at the same position.
+    Each position of the cache takes the new one that belongs there, or keeps what it holds. All rows begin at the same
+    position.
     """
     cache, new, starts = node.inputs
     source, inside = _places(graph, starts, new, cache.shape[2])
@@ -145,11 +178,16 @@ def _scatter(graph: Graph, node: Any) -> None:
 
 
 def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, Any]:
-    """For each position of a cache, which of the new ones it takes, int64 [capacity], and whether it takes any, bool [1, 1, capacity, 1].
+    """For each position of a cache, which of the new ones it takes, int64 [capacity], and whether it takes any, bool
+    [1, 1, capacity, 1].
 
     They are the same for all layers, and are made once.
     """
-    made = {node.name: node.outputs[0] for node in graph.graph if node.name in ("places.source/Min", "places.inside/Unsqueeze")}
+    made = {
+        node.name: node.outputs[0]
+        for node in graph.graph
+        if node.name in ("places.source/Min", "places.inside/Unsqueeze")
+    }
     if made:
         return made["places.source/Min"], made["places.inside/Unsqueeze"]
     place = next(node for node in graph.graph if node.op_type == "TensorScatter")
@@ -159,7 +197,9 @@ def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, An
     length = graph.before(place, "places.length", "Shape", new, like=starts, start=2, end=3)
     offset = graph.before(place, "places.offset", "Sub", columns, start)
     last = graph.before(place, "places.last", "Sub", length, one)
-    source = graph.before(place, "places.source", "Min", graph.before(place, "places.source", "Max", offset, zero), last)
+    source = graph.before(
+        place, "places.source", "Min", graph.before(place, "places.source", "Max", offset, zero), last
+    )
     truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
     behind = graph.before(place, "places.behind", "GreaterOrEqual", offset, zero, like=truth)
     ahead = graph.before(place, "places.ahead", "Less", offset, length, like=truth)
@@ -170,7 +210,8 @@ def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, An
 def _with_grouped_steps(graph: Graph, capacity: int) -> None:
     """Let GroupQueryAttention do what attention over TensorScatter does, of one new position a row.
 
-    The total length is that of the buffers, a constant: a kernel is made anew when it changes. Valid positions follow from the indices.
+    The total length is that of the buffers, a constant: a kernel is made anew when it changes. Valid positions follow
+    from the indices.
     """
     ir = graph.ir
     indices = next(value for value in graph.graph.inputs if value.name == INDICES)
@@ -178,10 +219,14 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
     last = graph.before(first, "steps.last", "Cast", indices, to=ir.DataType.INT32)
     last.type = ir.TensorType(ir.DataType.INT32)
     total = graph.constant("steps.total", capacity, np.int32)
-    for node in [node for node in graph.graph if is_attention(node) and node.inputs[1].producer().op_type == "TensorScatter"]:
+    for node in [
+        node for node in graph.graph if is_attention(node) and node.inputs[1].producer().op_type == "TensorScatter"
+    ]:
         scatters = [node.inputs[index].producer() for index in (1, 2)]
         count, groups, _ = heads(node)
-        packed = [pack(graph, node, tensor) for tensor in (node.inputs[0], *(scatter.inputs[1] for scatter in scatters))]
+        packed = [
+            pack(graph, node, tensor) for tensor in (node.inputs[0], *(scatter.inputs[1] for scatter in scatters))
+        ]
         inputs = [*packed, *(scatter.inputs[0] for scatter in scatters), last, total]
         attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)}
         fused = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
@@ -230,7 +275,9 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
 
 
 def _body(schema: Any, node: Any) -> Any:
-    """The function that the standard defines an operator by, for this node's types and attributes; None where it has none."""
+    """The function that the standard defines an operator by, for this node's types and attributes; None where it has
+    none.
+    """
     onnx = require("onnx", "export")
     if not schema.has_context_dependent_function:
         return schema.function_body if schema.has_function else None
@@ -239,9 +286,14 @@ def _body(schema: Any, node: Any) -> Any:
     version = max(schema.context_dependent_function_opset_versions)
     body = onnx.FunctionProto()
     made = schema.get_context_dependent_function_with_opset_version
-    body.ParseFromString(made(version, ir.to_proto(node).SerializeToString(), [proto.SerializeToString() for proto in types]))
+    body.ParseFromString(
+        made(version, ir.to_proto(node).SerializeToString(), [proto.SerializeToString() for proto in types])
+    )
     if not body.node:
-        raise EngineError(f"node '{node.name}' ({node.op_type}) has no body for these inputs: it has to be lowered by a rule of its own")
+        raise EngineError(
+            f"node '{node.name}' ({node.op_type}) has no body for these inputs: it has to be lowered by a rule of its "
+            "own"
+        )
     return body
 
 

@@ -1,10 +1,12 @@
-"""A decoder whose keys and values lie in buffers of a fixed length and are written where they stay, for targets that compile shapes.
+"""A decoder whose keys and values lie in buffers of a fixed length and are written where they stay, for targets that
+compile shapes.
 
     canonical   past [batch, heads, past, size] ─┐
                 key  [batch, heads, sequence, size] ─ Attention ─ present [batch, heads, past + sequence, size]
     static      cache [batch, heads, capacity, size] ─ TensorScatter(write_indices) ─ cache, the same buffer ─ Attention
 
-TensorScatter is of opset 24 (https://onnx.ai/onnx/operators/onnx__TensorScatter.html). All shapes of a decoding step are then fixed.
+TensorScatter is of opset 24 (https://onnx.ai/onnx/operators/onnx__TensorScatter.html). All shapes of a decoding step
+are then fixed.
 """
 
 from __future__ import annotations
@@ -36,11 +38,13 @@ def capacity(signature: Signature, context: int) -> int:
 
 
 def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
-    """A copy of a canonical decoder (onnx_ir.Model) with caches of `capacity` positions; they have the type that attention computes in.
+    """A copy of a canonical decoder (onnx_ir.Model) with caches of `capacity` positions; they have the type that
+    attention computes in.
 
-    Differences to the signature: `attention_mask` is int64 [batch, capacity], zero beyond the positions there are; `write_indices` is a new
-    input; each present output is its past input, updated. Rows may be padded on the left.
-    Raises EngineError when the graph's attention sees other positions than the signature's windows say (`runtime.targets.lowering.masks`).
+    Differences to the signature: `attention_mask` is int64 [batch, capacity], zero beyond the positions there are;
+    `write_indices` is a new input; each present output is its past input, updated. Rows may be padded on the left.
+    Raises EngineError when the graph's attention sees other positions than the signature's windows say
+    (`runtime.targets.lowering.masks`).
     """
     ir = require("onnx_ir", "export")
     require_windows(model, signature)
@@ -51,7 +55,9 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([inputs[MASK].shape[0]]))
     graph.inputs.append(indices)
     inputs[MASK].shape = ir.Shape([inputs[MASK].shape[0], capacity])
-    sequence = next(tensor.name for tensor in signature.inputs if any(getattr(dim, "name", "") == "sequence" for dim in tensor.dims))
+    sequence = next(
+        tensor.name for tensor in signature.inputs if any(getattr(dim, "name", "") == "sequence" for dim in tensor.dims)
+    )
     windows = [window_of(node, signature) for node in nodes]
     masks = _masks(ir, copy, nodes[0], inputs[sequence], inputs[MASK], indices, capacity, windows)
     for node, window in zip(nodes, windows, strict=True):
@@ -60,7 +66,8 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     strangers = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
     if strangers:
         raise EngineError(
-            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(strangers)[:3])}: its length cannot be fixed"
+            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(strangers)[:3])}: its length cannot "
+            "be fixed"
         )
     copy.graph.opset_imports[""] = max(OPSET, copy.graph.opset_imports[""])
     return copy
@@ -74,7 +81,9 @@ def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: in
         cache.type = ir.TensorType(new.dtype)
         cache.shape = ir.Shape([cache.shape[0], cache.shape[1], capacity, cache.shape[3]])
         name = next(output.name for output in graph.outputs if output is present or _casts(output, present))
-        scatter = ir.node("TensorScatter", [cache, new, indices], {"axis": -2}, name=f"{node.name}/TensorScatter.{index}")
+        scatter = ir.node(
+            "TensorScatter", [cache, new, indices], {"axis": -2}, name=f"{node.name}/TensorScatter.{index}"
+        )
         updated = scatter.outputs[0]
         updated.type, updated.shape = cache.type, cache.shape
         graph.insert_before(node, scatter)
@@ -100,7 +109,9 @@ def _casts(output: Any, value: Any) -> bool:
 def _masks(
     ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int, windows: Iterable[int]
 ) -> dict[int, Any]:
-    """bool [batch, 1, sequence, capacity] for each window: which positions a row sees, and always its own, so that padding is no 0 / 0."""
+    """bool [batch, 1, sequence, capacity] for each window: which positions a row sees, and always its own, so that
+    padding is no 0 / 0.
+    """
     made: list[Any] = []
 
     def constant(name: str, values: Any) -> Any:

@@ -33,7 +33,9 @@ class Device:
 
 
 def devices(extra: str) -> tuple[tuple[Device, ...], str]:
-    """The GPUs that can be used, in CUDA's order, and why there are none. `extra` installs what finds them. Never raises."""
+    """The GPUs that can be used, in CUDA's order, and why there are none. `extra` installs what finds them. Never
+    raises.
+    """
     try:
         cuda = require(MODULE, extra)
     except MissingDependency as error:
@@ -55,7 +57,9 @@ def _name(code: Any) -> str:
 
 
 class Stream:
-    """A queue of work on one device. Every method raises EngineError when CUDA refuses; calls may come from any one thread at a time."""
+    """A queue of work on one device. Every method raises EngineError when CUDA refuses; calls may come from any one
+    thread at a time.
+    """
 
     def __init__(self, device: Device, extra: str) -> None:
         self.device = device
@@ -82,7 +86,9 @@ class Stream:
     def to_host(self, array: Array, address: int) -> None:
         """Fill a contiguous array from the device."""
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._do("copy from the device", "cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream)
+        self._do(
+            "copy from the device", "cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream
+        )
 
     def zero(self, address: int, nbytes: int) -> None:
         self._do("clear memory", "cudaMemsetAsync", address, 0, nbytes, self._stream)
@@ -92,7 +98,9 @@ class Stream:
         self._do("finish its work", "cudaStreamSynchronize", self._stream)
 
     def record(self, work: Callable[[], None]) -> Recorded:
-        """What `work` puts into the stream, recorded instead of done (CUDA Graphs). Shapes and addresses are part of the record."""
+        """What `work` puts into the stream, recorded instead of done (CUDA Graphs). Shapes and addresses are part of
+        the record.
+        """
         mode = self._cuda.cudaStreamCaptureMode(THREAD_LOCAL)
         self._do("begin a graph", "cudaStreamBeginCapture", self._stream, mode)
         try:
@@ -115,7 +123,9 @@ class Stream:
         """Call a function of CUDA; return what it gives behind its error code."""
         code, *values = getattr(self._cuda, function)(*arguments)
         if int(code) == OUT_OF_MEMORY:
-            raise ResourceExhausted(f"{self.device.name} has too little free memory to {doing}: free some, or use smaller shapes")
+            raise ResourceExhausted(
+                f"{self.device.name} has too little free memory to {doing}: free some, or use smaller shapes"
+            )
         if int(code) != 0:
             raise EngineError(f"CUDA could not {doing} on {self.device.name}: {_name(code)}")
         return values[0] if values else None
@@ -147,7 +157,8 @@ class Buffer:
         self._finalizer: weakref.finalize[Any, Buffer] | None = None
 
     def reserve(self, nbytes: int) -> int:
-        """The address of at least so many bytes: the same as before where they suffice. What it held is lost when it grows.
+        """The address of at least so many bytes: the same as before where they suffice. What it held is lost when it
+        grows.
 
         Raises ResourceExhausted when the device has too little memory.
         """

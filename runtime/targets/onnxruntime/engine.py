@@ -1,9 +1,11 @@
 """ONNX Runtime on the CPU. KV caches are buffers shared by past and present of GroupQueryAttention, grown by doubling.
 
-What is compiled are small graphs without weights, which they read from the canonical file. Decoders get one with caches in place. A
-stateless submodel with quantized activations gets one whose products are computed in integers, and two parts for timing, with and without:
+What is compiled are small graphs without weights, which they read from the canonical file. Decoders get one with caches
+in place. A stateless submodel with quantized activations gets one whose products are computed in integers, and two
+parts for timing, with and without:
 
-engines/onnxruntime/<submodel>.onnx            what is loaded, where the products in integers are exact and the faster ones on the processor
+engines/onnxruntime/<submodel>.onnx            what is loaded, where the products in integers are exact and the faster
+                                               ones on the processor
 engines/onnxruntime/<submodel>.integers.onnx   its first layers
 engines/onnxruntime/<submodel>.floats.onnx     those of the canonical graph, which is loaded otherwise
 """
@@ -32,12 +34,15 @@ from runtime.targets.sessions.stored import Plan, load_graph, read_plan, without
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
-"""What proves that a graph is accepted without copying its weights, together with the level below and weights left unfolded."""
+"""What proves that a graph is accepted without copying its weights, together with the level below and weights left
+unfolded.
+"""
 
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"products": ("integers", "floats")}
-"""What depends on the processor (`runtime.placing.choices`): how 8-bit inputs are multiplied with 8-bit weights, where ONNX Runtime by itself
-restores both to float32. In floats the graph is the canonical one."""
+"""What depends on the processor (`runtime.placing.choices`): how 8-bit inputs are multiplied with 8-bit weights, where
+ONNX Runtime by itself restores both to float32. In floats the graph is the canonical one.
+"""
 PART: Final = 12
 """Products of the part of a submodel that is timed."""
 DEPTH: Final = 64
@@ -47,6 +52,7 @@ class ONNXRuntime(SessionEngine):
     """A session on the CPU provider."""
 
     target = "onnxruntime"
+    packages = ("onnxruntime", "onnx", "onnx-ir")
     rank = 30
     choices = CHOICES
 
@@ -66,8 +72,12 @@ class ONNXRuntime(SessionEngine):
             if name == submodel.name:
                 lowered, made = output / f"{name}.onnx", _made(submodel, output, name, graph)
         level, skipped = "ORT_ENABLE_EXTENDED", ["ConstantFolding"]
-        open_session(lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level=level, skipped=skipped, converted=made)
-        return Artifact(target=cls.target, submodel=submodel.name, files=tuple(files), seconds=time.perf_counter() - start)
+        open_session(
+            lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level=level, skipped=skipped, converted=made
+        )
+        return Artifact(
+            target=cls.target, submodel=submodel.name, files=tuple(files), seconds=time.perf_counter() - start
+        )
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
@@ -86,11 +96,15 @@ class ONNXRuntime(SessionEngine):
 
         def opened(shape: Any, step: bool) -> Any:
             options.verify()
-            return open_session(graph, canonical.parent, device, threads=options.threads, entries=entries, converted=made)
+            return open_session(
+                graph, canonical.parent, device, threads=options.threads, entries=entries, converted=made
+            )
 
         rounds = submodel.dynamic and entries[ACCURACY] == "4" and _processor_rounds()
         name = f"onnxruntime:{PROVIDER}" + (" with dynamic 8-bit activations" if rounds else "")
-        engine = cls(submodel, name, device, Plan(graph=graph.name, cache="grouped" if states else ""), opened, vary=True)
+        engine = cls(
+            submodel, name, device, Plan(graph=graph.name, cache="grouped" if states else ""), opened, vary=True
+        )
         engine.decisions = decisions
         return engine
 
@@ -117,7 +131,9 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
 
 
 def _write(output: Path, name: str, model: Any) -> list[str]:
-    """Store a graph without weights, and a plan beside it where it has weights that are made when it is loaded; the files' names."""
+    """Store a graph without weights, and a plan beside it where it has weights that are made when it is loaded; the
+    files' names.
+    """
     output.mkdir(parents=True, exist_ok=True)
     plan = Plan(graph=f"{name}.onnx", nested=widened(model))
     with written(output / plan.graph) as file:
@@ -134,7 +150,9 @@ def _made(submodel: Submodel, folder: Path, name: str, canonical: Path) -> dict[
     return nested_values(read_plan(folder, name), canonical.parent / WEIGHTS) if is_nested(submodel.precision) else {}
 
 
-def _decide(submodel: Submodel, canonical: Path, folder: Path, options: Options, entries: Mapping[str, str]) -> dict[str, Decision]:
+def _decide(
+    submodel: Submodel, canonical: Path, folder: Path, options: Options, entries: Mapping[str, str]
+) -> dict[str, Decision]:
     """What this submodel can do in several ways, decided for this processor."""
     parts = {value: folder / f"{submodel.name}.{value}.onnx" for value in CHOICES["products"]}
     if submodel.signature.states or not all(part.is_file() for part in parts.values()):
@@ -146,12 +164,19 @@ def _decide(submodel: Submodel, canonical: Path, folder: Path, options: Options,
         value = values["products"]
         made = _made(submodel, folder, f"{submodel.name}.{value}", canonical) if value == "integers" else {}
         device = Device(PROVIDER)
-        session = open_session(parts[value], canonical.parent, device, threads=options.threads, entries=entries, converted=made)
+        session = open_session(
+            parts[value], canonical.parent, device, threads=options.threads, entries=entries, converted=made
+        )
         inputs = {value.name: sample[value.name] for value in session.get_inputs()}
         return lambda: session.run(None, inputs)
 
     choice = Choice("products", CHOICES["products"] if _exact_in_integers() else ("floats",))
-    key = key_of(submodel.model_dump(mode="json", exclude={"name", "parity"}), sha256(parts["integers"]), options.threads, dict(entries))
+    key = key_of(
+        submodel.model_dump(mode="json", exclude={"name", "parity"}),
+        sha256(parts["integers"]),
+        options.threads,
+        dict(entries),
+    )
     own = {name: value for name, value in options.settings.items() if name in CHOICES}
     return decide([choice], Subject(submodel.name, ONNXRuntime.target, str(sdk().__version__), key), prepare, own)
 
@@ -165,7 +190,11 @@ def _exact_in_integers() -> bool:
 
 def _product_of_integers() -> bytes:
     """The ONNX model y [1, 1] = MatMulIntegerToFloat(x [1, DEPTH] uint8, 127 everywhere, scales 1)."""
-    node = b"".join(_field(1, name) for name in ("x", "codes", "one", "one")) + _field(2, "y") + _field(4, "MatMulIntegerToFloat")
+    node = (
+        b"".join(_field(1, name) for name in ("x", "codes", "one", "one"))
+        + _field(2, "y")
+        + _field(4, "MatMulIntegerToFloat")
+    )
     graph = _field(1, node + _field(7, CONTRIB)) + _field(2, "product")
     graph += _field(5, _initializer("codes", 3, (DEPTH, 1), bytes([127] * DEPTH)))
     graph += _field(5, _initializer("one", 1, (), np.ones(1, "<f4").tobytes()))
@@ -181,14 +210,20 @@ def _processor_rounds() -> bool:
 
 
 def _product_of_ones(bits: int) -> bytes:
-    """The ONNX model y [1, 1] = MatMulNBits(x [1, 32]) with weights of 1, written field by field (numbers: onnx.proto of ONNX 1.23).
+    """The ONNX model y [1, 1] = MatMulNBits(x [1, 32]) with weights of 1, written field by field (numbers: onnx.proto
+    of ONNX 1.23).
 
     Serving machines have no library that writes ONNX.
     """
 
     numbers = {"K": 32, "N": 1, "bits": bits, "block_size": 32, "accuracy_level": 4}
     codes = bytes([0x99] * 16 if bits == 4 else [129] * 32)  # the zero point is in the middle: 8 and 128
-    node = b"".join(_field(1, name) for name in ("x", "codes", "scales")) + _field(2, "y") + _field(4, "MatMulNBits") + _field(7, CONTRIB)
+    node = (
+        b"".join(_field(1, name) for name in ("x", "codes", "scales"))
+        + _field(2, "y")
+        + _field(4, "MatMulNBits")
+        + _field(7, CONTRIB)
+    )
     node += b"".join(_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in numbers.items())
     graph = _field(1, node) + _field(2, "product")
     graph += _field(5, _initializer("codes", 2, (1, 1, len(codes)), codes))

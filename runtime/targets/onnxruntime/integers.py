@@ -1,14 +1,17 @@
-"""Products of 8-bit inputs and 8-bit weights as ONNX Runtime's `MatMulIntegerToFloat`, its one kernel for them whose result is float.
+"""Products of 8-bit inputs and 8-bit weights as ONNX Runtime's `MatMulIntegerToFloat`, its one kernel for them whose
+result is float.
 
-By itself ONNX Runtime computes a convolution in 8 bits only where its result is rounded to 8 bits too, and a MatMul only where no other
-node reads its rounded input; all others restore their inputs and weights at each call and multiply in float32. Here each of them becomes
+By itself ONNX Runtime computes a convolution in 8 bits only where its result is rounded to 8 bits too, and a MatMul
+only where no other node reads its rounded input; all others restore their inputs and weights at each call and multiply
+in float32. Here each of them becomes
 
     MatMul, Gemm    QuantizeLinear to uint8 - MatMulIntegerToFloat
     Conv            the same for each row of the kernel, over the inputs that lie side by side in that row, then Sum
 
-The codes are those of the graph, moved by 128; where the bundle has spans, they span those (`runtime.targets.lowering.spans`). Weights stay as they are
-stored.
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in place.
+The codes are those of the graph, moved by 128; where the bundle has spans, they span those
+(`runtime.targets.lowering.spans`). Weights stay as they are stored.
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in
+place.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ END: Final = (1 << 63) - 1
 
 
 class Product(NamedTuple):
-    """A node that multiplies quantized inputs with quantized weights: both nodes that restore them, and what is added, if anything."""
+    """A node that multiplies quantized inputs with quantized weights: both nodes that restore them, and what is added,
+    if anything.
+    """
 
     node: Any
     inputs: Any
@@ -38,7 +43,9 @@ class Product(NamedTuple):
 
 
 def with_integer_products(model: Any, spans: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Let every product of 8-bit inputs and weights be computed in integers. Returns the names of their results, which stay."""
+    """Let every product of 8-bit inputs and weights be computed in integers. Returns the names of their results, which
+    stay.
+    """
     graph, codes = Graph(model), _Codes(spans)
     found = [product for node in model.graph if (product := _product(node)) is not None]
     names = [str(product.node.outputs[0].name) for product in found]
@@ -97,7 +104,9 @@ class _Codes:
                     form = affine(*self.spans[name])
                     scale, offset = graph.constant(f"{name}.step", form.step, np.float32), int(form.zero)
                 zero = graph.constant(f"integers.zero.{offset}", offset, np.uint8)
-                codes = graph.before(quantize, f"{name}.uint8", "QuantizeLinear", quantize.inputs[0], scale, zero, like=zero)
+                codes = graph.before(
+                    quantize, f"{name}.uint8", "QuantizeLinear", quantize.inputs[0], scale, zero, like=zero
+                )
             self.made[name, channels_last] = codes, scale, zero
         return self.made[name, channels_last]
 
@@ -119,8 +128,14 @@ def _product(node: Any) -> Product | None:
 
 
 def _restores(node: Any, axis: int | None) -> bool:
-    """Whether a node restores int8 codes with one scale, or with one for each index of an axis, and without a zero point but 0."""
-    if node is None or node.op_type != "DequantizeLinear" or node.inputs[0].dtype != require("onnx_ir", "export").DataType.INT8:
+    """Whether a node restores int8 codes with one scale, or with one for each index of an axis, and without a zero
+    point but 0.
+    """
+    if (
+        node is None
+        or node.op_type != "DequantizeLinear"
+        or node.inputs[0].dtype != require("onnx_ir", "export").DataType.INT8
+    ):
         return False
     scale, zero = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     if scale.shape is None or len(scale.shape) != (0 if axis is None else 1) or _attribute(node, "block_size", 0):
@@ -135,7 +150,10 @@ def _plain(node: Any) -> bool:
     if node.op_type == "Conv":
         gaps = set(_attribute(node, "dilations", (1, 1)))
         return _attribute(node, "group", 1) == 1 and gaps == {1} and _attribute(node, "auto_pad", "NOTSET") == "NOTSET"
-    return all(_attribute(node, name, plain) == plain for name, plain in (("transA", 0), ("transB", 0), ("alpha", 1.0), ("beta", 1.0)))
+    return all(
+        _attribute(node, name, plain) == plain
+        for name, plain in (("transA", 0), ("transB", 0), ("alpha", 1.0), ("beta", 1.0))
+    )
 
 
 def _attribute(node: Any, name: str, default: Any) -> Any:
@@ -148,9 +166,13 @@ def _matmul(graph: Graph, codes: _Codes, product: Product) -> Any:
     return _multiply(graph, product, product.node.name, left, weights, scale, scales, zero, product.bias)
 
 
-def _multiply(graph: Graph, product: Product, name: str, left: Any, right: Any, scale: Any, scales: Any, zero: Any, bias: Any) -> Any:
+def _multiply(
+    graph: Graph, product: Product, name: str, left: Any, right: Any, scale: Any, scales: Any, zero: Any, bias: Any
+) -> Any:
     inputs = [left, right, scale, scales, zero] + ([] if bias is None else [None, bias])
-    return graph.before(product.node, name, "MatMulIntegerToFloat", *inputs, like=product.node.outputs[0], domain=CONTRIB)
+    return graph.before(
+        product.node, name, "MatMulIntegerToFloat", *inputs, like=product.node.outputs[0], domain=CONTRIB
+    )
 
 
 def _convolution(graph: Graph, codes: _Codes, product: Product) -> Any:
@@ -163,14 +185,18 @@ def _convolution(graph: Graph, codes: _Codes, product: Product) -> Any:
     if top or left or bottom or right:
         edges = graph.constant(f"integers.pads.{top}.{left}.{bottom}.{right}", [0, top, left, 0, 0, bottom, right, 0])
         values = graph.before(node, name, "Pad", values, edges, zero)
-    columns = [_every(graph, node, f"{name}.column{place}", values, 2, place, width, strides[1]) for place in range(width)]
+    columns = [
+        _every(graph, node, f"{name}.column{place}", values, 2, place, width, strides[1]) for place in range(width)
+    ]
     beside = columns[0] if width == 1 else graph.before(node, f"{name}.columns", "Concat", *columns, axis=3)
     moved = graph.before(node, f"{name}.weights", "Transpose", weights, perm=[2, 3, 1, 0])
     shape = graph.constant(f"integers.rows.{height}.{width * channels}.{outputs}", [height, width * channels, outputs])
     rows = graph.before(node, f"{name}.weights", "Reshape", moved, shape)
     sums = []
     for place in range(height):
-        right_rows = graph.before(node, f"{name}.weights{place}", "Gather", rows, graph.constant(f"integers.{place}", place), axis=0)
+        right_rows = graph.before(
+            node, f"{name}.weights{place}", "Gather", rows, graph.constant(f"integers.{place}", place), axis=0
+        )
         row = _every(graph, node, f"{name}.row{place}", beside, 1, place, height, strides[0])
         bias = product.bias if place == 0 else None
         sums.append(_multiply(graph, product, f"{name}.row{place}", row, right_rows, scale, scales, zero, bias))

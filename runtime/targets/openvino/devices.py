@@ -27,7 +27,9 @@ class Where:
         if kind not in MADE_OF_OTHERS:
             parts: tuple[str, ...] = (name,)
         elif listed:
-            parts = tuple(re.sub(r"\(.*\)$", "", part.strip()) for part in listed.split(",") if not part.strip().startswith("-"))
+            parts = tuple(
+                re.sub(r"\(.*\)$", "", part.strip()) for part in listed.split(",") if not part.strip().startswith("-")
+            )
         else:
             parts = here
         for part in parts:

@@ -1,14 +1,18 @@
-"""OpenVINO: reads the canonical graph as it is; KV caches become pages (on the CPU) or states of the model, updated in place.
+"""OpenVINO: reads the canonical graph as it is; KV caches become pages (on the CPU) or states of the model, updated in
+place.
 
-Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the processor it finds, so a
-bundle never carries an engine that does not fit. Compiling at build time proves that the graph is accepted, and measures it.
+Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the
+processor it finds, so a bundle never carries an engine that does not fit. Compiling at build time proves that the graph
+is accepted, and measures it.
 
-Numbers are what the bundle says, not what the plugin likes on this processor: bfloat16, a cache of 8 bits, inputs rounded to 8 bits. Who
-loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the cache a quarter as large.
+Numbers are what the bundle says, not what the plugin likes on this processor: bfloat16, a cache of 8 bits, inputs
+rounded to 8 bits. Who loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the
+cache a quarter as large.
 
-On the CPU, graphs with quantized activations are compiled for each shape they are called with: at dynamic shapes the plugin of 2026.4
-computes int8 convolutions of Stable Diffusion wrongly (3 dB). See docs/decisions/0011-int8-at-fixed-shapes.md. Such a model of a denoiser
-is made for guided calls, too, whose rows begin alike (`runtime.targets.openvino.sharing`).
+On the CPU, graphs with quantized activations are compiled for each shape they are called with: at dynamic shapes the
+plugin of 2026.4 computes int8 convolutions of Stable Diffusion wrongly (3 dB). See
+docs/decisions/0011-int8-at-fixed-shapes.md. Such a model of a denoiser is made for guided calls, too, whose rows begin
+alike (`runtime.targets.openvino.sharing`).
 """
 
 from __future__ import annotations
@@ -44,7 +48,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class Fixed(NamedTuple):
-    """What a model is compiled for where that is not any call: shapes of inputs, by name, and whether rows are those of a guided call."""
+    """What a model is compiled for where that is not any call: shapes of inputs, by name, and whether rows are those of
+    a guided call.
+    """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     guided: bool = False
@@ -55,8 +61,9 @@ class Fixed(NamedTuple):
 
 
 GROUP: Final = 64
-"""Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of it, or whose int8
-weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md."""
+"""Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of
+it, or whose int8 weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md.
+"""
 
 
 SHAPES_CHOICE: Final = "shapes"
@@ -67,11 +74,15 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "activation_group": (str(GROUP), "32", "0"),
     "threads": ("cores", "all"),
 }
-"""What depends on the processor, the default first (`runtime.placing.choices`). A bundle that allows inputs of 8 bits in groups of 64 allows
-smaller groups too, and none (0): both are nearer to float. There is a thread for each core, or for all that the cores can run at once."""
+"""What depends on the processor, the default first (`runtime.placing.choices`). A bundle that allows inputs of 8 bits
+in groups of 64 allows smaller groups too, and none (0): both are nearer to float. There is a thread for each core, or
+for all that the cores can run at once.
+"""
 MARGIN: Final = 0.02
 MARGINS: Final = {"zero_points": 0.05, SHAPES_CHOICE: 0.1}
-"""Zero points bring the output 1 dB and more, and each fixed shape takes seconds to compile: giving up either must be worth it."""
+"""Zero points bring the output 1 dB and more, and each fixed shape takes seconds to compile: giving up either must be
+worth it.
+"""
 PART: Final = 10**11
 """Multiplications of the part of a submodel that is timed for its choices: some 0.3 s on two cores."""
 UNWORTHY: Final = 2 * 10**9
@@ -94,10 +105,13 @@ class OpenVINO(Engine):
     """A compiled model; one infer request for stateless calls, or one for each shape; one for each slot."""
 
     target = "openvino"
+    packages = ("openvino",)
     rank = 20
     choices = CHOICES
 
-    def __init__(self, submodel: Submodel, made: _Made, fix: Callable[[Fixed], Any] | None = None, every: bool = False) -> None:
+    def __init__(
+        self, submodel: Submodel, made: _Made, fix: Callable[[Fixed], Any] | None = None, every: bool = False
+    ) -> None:
         self.submodel = submodel
         self.device = made.device
         self.fallbacks = made.fallbacks
@@ -119,7 +133,10 @@ class OpenVINO(Engine):
             return Availability(False, reason=str(error))
         names = {name: core.get_property(name, "FULL_DEVICE_NAME") for name in core.available_devices}
         return Availability(
-            bool(names), tuple(f"{name} ({full})" for name, full in names.items()), "" if names else "no device", sdk.__version__
+            bool(names),
+            tuple(f"{name} ({full})" for name, full in names.items()),
+            "" if names else "no device",
+            sdk.__version__,
         )
 
     @classmethod
@@ -150,12 +167,16 @@ class OpenVINO(Engine):
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
             if self._fix is not None and (self._every or _least(self.submodel.signature, shapes)):
-                request = self._for(self._fix, Fixed.of(shapes, self._every and guided(self.submodel.signature, inputs)))
+                request = self._for(
+                    self._fix, Fixed.of(shapes, self._every and guided(self.submodel.signature, inputs))
+                )
             elif self.submodel.signature.states:
                 batch = len(next(iter(inputs.values())))
                 held = self._slot(slot or Slot(), batch)
                 request = held.request
-                feed = held.feed(inputs) if isinstance(held, Pages) else feed | {BEAMS: np.arange(batch, dtype=np.int32)}
+                feed = (
+                    held.feed(inputs) if isinstance(held, Pages) else feed | {BEAMS: np.arange(batch, dtype=np.int32)}
+                )
             results = request.infer(feed, share_inputs=True)
         except (RuntimeError, ValueError) as error:
             raise EngineError(f"OpenVINO could not run {self.submodel.name}: {error}") from None
@@ -193,10 +214,14 @@ class OpenVINO(Engine):
         """What holds the slot's states. The plugin would read beyond them for rows that they do not have."""
         if slot not in self._slots:
             paged = has_pages(self._compiled)
-            self._slots[slot] = Pages(self._compiled, batch) if paged else _Held(self._compiled.create_infer_request(), batch)
+            self._slots[slot] = (
+                Pages(self._compiled, batch) if paged else _Held(self._compiled.create_infer_request(), batch)
+            )
         held = self._slots[slot]
         if held.batch != batch:
-            raise EngineError(f"OpenVINO could not run {self.submodel.name}: the slot holds {held.batch} rows, this call has {batch}")
+            raise EngineError(
+                f"OpenVINO could not run {self.submodel.name}: the slot holds {held.batch} rows, this call has {batch}"
+            )
         return held
 
 
@@ -208,8 +233,9 @@ class _Held(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A compiled model, the device in words, what it computes in, what of it runs elsewhere, what was decided on this processor, and
-    whether it is compiled for fixed shapes."""
+    """A compiled model, the device in words, what it computes in, what of it runs elsewhere, what was decided on this
+    processor, and whether it is compiled for fixed shapes.
+    """
 
     compiled: Any
     device: str
@@ -234,10 +260,11 @@ def _needs_shape(submodel: Submodel, where: Where) -> bool:
 
 
 def _least(signature: Signature, shapes: Shapes) -> bool:
-    """Whether a length that varies, of something else than rows, is the least possible: such calls get a model of their own.
+    """Whether a length that varies, of something else than rows, is the least possible: such calls get a model of their
+    own.
 
-    At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample UNet had 2x2
-    latents, whose smallest feature map is one value, or one token of text.
+    At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample
+    UNet had 2x2 latents, whose smallest feature map is one value, or one token of text.
     """
     return any(
         not isinstance(dim, int) and dim.name != "batch" and dim.min < dim.max and shapes[tensor.name][axis] == dim.min
@@ -254,9 +281,15 @@ def _usual(submodel: Submodel) -> Fixed:
 
 
 def _compile(
-    submodel: Submodel, graph: Path, options: Options, fixed: Fixed | None = None, decisions: Mapping[str, Decision] | None = None
+    submodel: Submodel,
+    graph: Path,
+    options: Options,
+    fixed: Fixed | None = None,
+    decisions: Mapping[str, Decision] | None = None,
 ) -> _Made:
-    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones. What is not decided yet is decided now."""
+    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones. What is not decided yet is
+    decided now.
+    """
     core, where = _core(), _where(options)
     if decisions is None:
         decisions = _decide(core, submodel, graph, where, options)
@@ -264,7 +297,9 @@ def _compile(
     if fixed is None and (_needs_shape(submodel, where) or values.get(SHAPES_CHOICE) == "fixed"):
         fixed = _usual(submodel)
     try:
-        model, compiled = _compiled(core, submodel, graph, where, _config(core, submodel, where, options, values), values, fixed)
+        model, compiled = _compiled(
+            core, submodel, graph, where, _config(core, submodel, where, options, values), values, fixed
+        )
         name, fallbacks = f"openvino:{where.told(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
@@ -295,7 +330,9 @@ def _config(core: Any, submodel: Submodel, where: Where, options: Options, value
     return config | {name: value for name, value in options.settings.items() if name not in CHOICES}
 
 
-def _read(core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None) -> Any:
+def _read(
+    core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None
+) -> Any:
     """The graph as it is compiled, but for its states."""
     model = core.read_model(graph)
     if is_nested(submodel.precision):
@@ -322,7 +359,8 @@ def _compiled(
 ) -> tuple[Any, Any]:
     """The model that was read, and compiled.
 
-    A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for, else in states.
+    A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for,
+    else in states.
     """
 
     def read() -> Any:
@@ -342,7 +380,10 @@ def _compiled(
 
 def _decide(core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> dict[str, Decision]:
     """What this submodel can do in several ways on this device, decided for this processor."""
-    choices = [Choice(name, values, MARGINS.get(name, MARGIN)) for name, values in _possible(core, submodel, where, options).items()]
+    choices = [
+        Choice(name, values, MARGINS.get(name, MARGIN))
+        for name, values in _possible(core, submodel, where, options).items()
+    ]
     if not choices:
         return {}
     described = submodel.model_dump(mode="json", exclude={"name", "parity"})
@@ -360,8 +401,12 @@ def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> 
         "attention": bool(submodel.bfloat16) and submodel.compute == "float32" and _has_bfloat16(core),
         "zero_points": bool(submodel.spans),
         SHAPES_CHOICE: _varies(submodel) and not submodel.signature.states and not _needs_shape(submodel, where),
-        "activation_group": submodel.dynamic and "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in options.settings and _processor_rounds(),
-        "threads": not options.threads and "INFERENCE_NUM_THREADS" not in options.settings and 0 < cores() < allowance().threads,
+        "activation_group": submodel.dynamic
+        and "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in options.settings
+        and _processor_rounds(),
+        "threads": not options.threads
+        and "INFERENCE_NUM_THREADS" not in options.settings
+        and 0 < cores() < allowance().threads,
     }
     return {name: CHOICES[name] for name, is_open in open_ones.items() if is_open}
 
@@ -374,7 +419,9 @@ class _Parts:
         self.end: str | None = None
 
     def __call__(self, values: Mapping[str, str]) -> Callable[[], object]:
-        """What runs the part once, for the calls that a submodel gets in a picture's step, or in an answer. Raises EngineError."""
+        """What runs the part once, for the calls that a submodel gets in a picture's step, or in an answer. Raises
+        EngineError.
+        """
         signature, calls = self.submodel.signature, _calls(self.submodel.signature)
         try:
             if self.end is None:
@@ -417,7 +464,9 @@ def _shapes(signature: Signature, lengths: Mapping[str, int]) -> dict[str, tuple
 
 
 def _half(core: Any, submodel: Submodel) -> bool:
-    """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of their pages."""
+    """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of
+    their pages.
+    """
     return submodel.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
 
 
@@ -426,7 +475,9 @@ def _has_bfloat16(core: Any) -> bool:
 
 
 def _numbers(group: int, half: bool = False) -> dict[str, Any]:
-    """What the CPU plugin computes in, with inputs of quantized layers rounded in groups of so many, 0 for not at all."""
+    """What the CPU plugin computes in, with inputs of quantized layers rounded in groups of so many, 0 for
+    not at all.
+    """
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
         "KV_CACHE_PRECISION": "f32",
@@ -435,8 +486,14 @@ def _numbers(group: int, half: bool = False) -> dict[str, Any]:
 
 
 def _rounds(compiled: Any) -> bool:
-    """Whether inputs of layers are rounded to 8 bits: asked for, by a model that has such layers, on a processor that can."""
-    return int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0 and _has_quantized_weights(compiled) and _processor_rounds()
+    """Whether inputs of layers are rounded to 8 bits: asked for, by a model that has such layers, on a processor that
+    can.
+    """
+    return (
+        int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
+        and _has_quantized_weights(compiled)
+        and _processor_rounds()
+    )
 
 
 def _has_quantized_weights(compiled: Any) -> bool:
@@ -444,7 +501,8 @@ def _has_quantized_weights(compiled: Any) -> bool:
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     layers = [node for node in nodes if node["layerType"].astype(str) == "FullyConnected"]
     return any(
-        node["runtimePrecision"].astype(str) in ("i4", "i8") and not node["primitiveType"].astype(str).endswith("_i8") for node in layers
+        node["runtimePrecision"].astype(str) in ("i4", "i8") and not node["primitiveType"].astype(str).endswith("_i8")
+        for node in layers
     )
 
 
@@ -453,7 +511,9 @@ def _processor_rounds() -> bool:
     """Try one product whose result tells: next to 127, an input of 0.25 is lost in 8 bits."""
     ops = require("openvino.opset15", "openvino")
     inputs = ops.parameter([1, 2 * GROUP], np.float32)
-    weights = ops.multiply(ops.convert(ops.constant(np.ones((2 * GROUP, 16), np.int8)), "f32"), ops.constant(np.ones((1, 16), np.float32)))
+    weights = ops.multiply(
+        ops.convert(ops.constant(np.ones((2 * GROUP, 16), np.int8)), "f32"), ops.constant(np.ones((1, 16), np.float32))
+    )
     model = require("openvino", "openvino").Model([ops.matmul(inputs, weights, False, False)], [inputs])
     values = np.full((1, 2 * GROUP), 0.25, np.float32)
     values[:, ::GROUP] = 127

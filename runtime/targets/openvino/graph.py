@@ -22,11 +22,14 @@ from runtime.targets.lowering import nested
 from runtime.targets.lowering.spans import CODES, affine
 
 BEAMS = "beam_idx"
-"""Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind this gather."""
+"""Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind
+this gather.
+"""
 
 
 def widen(model: Any, weights: Path) -> None:
-    """Put int8 weights in the place of int4 ones that are nested in int8 (`runtime.targets.lowering.nested`), whose codes lie in this file.
+    """Put int8 weights in the place of int4 ones that are nested in int8 (`runtime.targets.lowering.nested`), whose
+    codes lie in this file.
 
     Raises EngineError where the file cannot be read.
     """
@@ -34,13 +37,19 @@ def widen(model: Any, weights: Path) -> None:
     read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
     names = [name.removesuffix(nested.WEIGHT) for name in read if name.endswith(f"{nested.CODES}{nested.WEIGHT}")]
     stored = nested.Stored(weights) if names else None
-    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"} if names else {}
+    constants = (
+        {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+        if names
+        else {}
+    )
     for name in names:
         assert stored is not None
         output = read[f"{name}{nested.WEIGHT}"]
         shape = tuple(output.get_shape())
         codes = ops.constant(stored.int8(name, shape), shared_memory=True)
-        scales = constants[f"{name}{nested.SCALES}"].data.reshape((1, -1) if len(shape) == 2 else (-1, *[1] * (len(shape) - 1)))
+        scales = constants[f"{name}{nested.SCALES}"].data.reshape(
+            (1, -1) if len(shape) == 2 else (-1, *[1] * (len(shape) - 1))
+        )
         weight = ops.multiply(ops.convert(codes, "f32"), ops.constant(scales.copy()))
         weight.set_friendly_name(output.get_node().get_friendly_name())
         for reader in list(output.get_target_inputs()):
@@ -50,8 +59,8 @@ def widen(model: Any, weights: Path) -> None:
 def use_zero_points(model: Any, spans: Mapping[str, tuple[float, float]]) -> None:
     """Let the QuantizeLinear nodes of these names span `low` to `high` in 256 codes instead of a symmetric range.
 
-    The SDK reads QuantizeLinear as FakeQuantize - Convert, DequantizeLinear as Convert - Subtract - Multiply. Raises ValueError where it
-    does not: the graph and its spans do not belong together.
+    The SDK reads QuantizeLinear as FakeQuantize - Convert, DequantizeLinear as Convert - Subtract - Multiply. Raises
+    ValueError where it does not: the graph and its spans do not belong together.
     """
     ops = require("openvino.opset15", "openvino")
     stored = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Convert"}
@@ -62,7 +71,12 @@ def use_zero_points(model: Any, spans: Mapping[str, tuple[float, float]]) -> Non
             raise ValueError(f"node '{name}' is not quantized as expected")
         form = affine(low, high)
         codes = ops.fake_quantize(
-            source.input_value(0), np.float32(form.low), np.float32(form.high), np.float32(0), np.float32(CODES - 1), CODES
+            source.input_value(0),
+            np.float32(form.low),
+            np.float32(form.high),
+            np.float32(0),
+            np.float32(CODES - 1),
+            CODES,
         )
         widened = ops.convert(ops.convert(codes, "u8"), "f32")
         moved = ops.subtract(widened, ops.convert(ops.constant(np.array(form.zero, np.uint8)), "f32"))
@@ -73,7 +87,9 @@ def use_zero_points(model: Any, spans: Mapping[str, tuple[float, float]]) -> Non
 
 
 def _followers(node: Any, *types: str) -> list[Any]:
-    """The chain of nodes of these types that begins with the only reader of a node; nothing where there is no such chain."""
+    """The chain of nodes of these types that begins with the only reader of a node; nothing where there is no such
+    chain.
+    """
     chain = []
     for name in types:
         readers = [] if node is None else [port.get_node() for port in node.output(0).get_target_inputs()]
@@ -101,7 +117,8 @@ def halve_attention(model: Any, names: Collection[str]) -> None:
 
 
 def keep_states(model: Any, signature: Signature) -> None:
-    """Turn past inputs and present outputs into states, in the form that the CPU plugin fuses into one attention with its cache.
+    """Turn past inputs and present outputs into states, in the form that the CPU plugin fuses into one attention with
+    its cache.
 
     That form is ReadValue - Gather(beam_idx) - Concat - [expanded heads] - ScaledDotProductAttention, and Assign.
     """
@@ -121,7 +138,9 @@ def keep_states(model: Any, signature: Signature) -> None:
             user.replace_source_output(gathered.output(0))
         fixed = [ops.constant([length if isinstance(length, int) else 0]) for length in state.past.dims[1:]]
         empty[state.past.name] = ops.broadcast(ops.constant(np.float32(0)), ops.concat([batch, *fixed], 0))
-    transformations.apply_make_stateful_transformation(model, {state.past.name: state.present.name for state in signature.states})
+    transformations.apply_make_stateful_transformation(
+        model, {state.past.name: state.present.name for state in signature.states}
+    )
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":  # the id is both tensors' names, one after the other
             name = next(name for name in empty if node.get_variable_id().startswith(name + "present"))
@@ -130,9 +149,11 @@ def keep_states(model: Any, signature: Signature) -> None:
 
 
 def _expand_heads(model: Any, ops: Any) -> None:
-    """Repeat grouped keys and values for every query head in the form that the CPU plugin folds back into its attention.
+    """Repeat grouped keys and values for every query head in the form that the CPU plugin folds back into its
+    attention.
 
-    OpenVINO's attention has no grouped heads; its ONNX reader repeats them by Tile, which the plugin does not recognise.
+    OpenVINO's attention has no grouped heads; its ONNX reader repeats them by Tile, which the plugin does not
+    recognise.
     """
     for node in model.get_ops():
         if node.get_type_name() != "ScaledDotProductAttention":
@@ -145,7 +166,9 @@ def _expand_heads(model: Any, ops: Any) -> None:
                 continue
             shape = ops.shape_of(source)
             batch, length = (ops.gather(shape, ops.constant([axis]), ops.constant(0)) for axis in (0, 2))
-            wide = ops.concat([batch, ops.constant([grouped]), ops.constant([heads // grouped]), length, ops.constant([size])], 0)
+            wide = ops.concat(
+                [batch, ops.constant([grouped]), ops.constant([heads // grouped]), length, ops.constant([size])], 0
+            )
             repeated = ops.broadcast(ops.unsqueeze(source, ops.constant(2)), wide, broadcast_spec="BIDIRECTIONAL")
             merged = ops.reshape(repeated, ops.constant([0, heads, -1, size]), special_zero=True)
             node.input(index).replace_source_output(merged.output(0))

@@ -1,8 +1,9 @@
-"""KV caches in pages (Kwon et al. 2023, PagedAttention) for OpenVINO's CPU plugin, whose attention over pages is its fastest.
+"""KV caches in pages (Kwon et al. 2023, PagedAttention) for OpenVINO's CPU plugin, whose attention over pages is its
+fastest.
 
-The plugin takes a decoder's tokens [tokens, ...] without padding, row behind row, and where each row begins. Keys and values are tensors
-[pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold which row. Attention is causal by itself,
-and each layer's is limited to the window that it is given.
+The plugin takes a decoder's tokens [tokens, ...] without padding, row behind row, and where each row begins. Keys and
+values are tensors [pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold
+which row. Attention is causal by itself, and each layer's is limited to the window that it is given.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ def fits(signature: Signature) -> bool:
 
 
 def use_pages(model: Any, signature: Signature) -> None:
-    """Change a model that keeps states into one that keeps pages. Raises RuntimeError when the SDK finds no attention it knows."""
+    """Change a model that keeps states into one that keeps pages. Raises RuntimeError when the SDK finds no attention
+    it knows.
+    """
     ops = require("openvino.opset15", "openvino")
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
     _limit(model, ops, [state.window for state in signature.states[::2]])
@@ -44,7 +47,9 @@ def use_pages(model: Any, signature: Signature) -> None:
 
 
 def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:
-    """Give the attention of each layer its window. The transformation replaces masks by none, and numbers caches by layer."""
+    """Give the attention of each layer its window. The transformation replaces masks by none, and numbers caches by
+    layer.
+    """
     nodes = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
     if len(nodes) != len(windows):
         raise RuntimeError(f"{len(nodes)} attentions over pages, expected {len(windows)}")
@@ -59,19 +64,26 @@ def has_pages(compiled: Any) -> bool:
 
 
 class Pages:
-    """An infer request and the pages of its rows, which grow by doubling: row r has pages r * pages to (r + 1) * pages."""
+    """An infer request and the pages of its rows, which grow by doubling: row r has pages r * pages to (r +
+    1) * pages.
+    """
 
     def __init__(self, compiled: Any, batch: int) -> None:
         self.request = compiled.create_infer_request()
         self.batch = batch
         self.pages = 0
         caches = [port for port in compiled.inputs if port.any_name.startswith(("key_cache.", "value_cache."))]
-        self._ports = {port.any_name: (port.element_type, [dim.get_length() for dim in list(port.partial_shape)[1:]]) for port in caches}
+        self._ports = {
+            port.any_name: (port.element_type, [dim.get_length() for dim in list(port.partial_shape)[1:]])
+            for port in caches
+        }
         self._held: dict[str, Any] = {}
 
     def feed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What the request takes for a call of the signature: inputs_embeds [batch, sequence, hidden], attention_mask [batch, total],
-        position_ids [batch, sequence]. Padding is left out wherever it is. Raises ValueError for a row of nothing else."""
+        """What the request takes for a call of the signature: inputs_embeds [batch, sequence, hidden], attention_mask
+        [batch, total], position_ids [batch, sequence]. Padding is left out wherever it is. Raises ValueError for a row
+        of nothing else.
+        """
         mask, (batch, sequence) = inputs["attention_mask"] != 0, inputs["position_ids"].shape
         past, new = mask[:, : mask.shape[1] - sequence], mask[:, mask.shape[1] - sequence :]
         lengths, counts = past.sum(1, dtype=np.int32), new.sum(1, dtype=np.int32)
@@ -93,14 +105,18 @@ class Pages:
 
     def _reserve(self, length: int) -> None:
         """Have pages for so many positions of every row, with what they held before."""
-        _, (_, positions, _) = self._ports["value_cache.0"]  # those of keys in 8 bits hold their scales as further positions
+        _, (_, positions, _) = self._ports[
+            "value_cache.0"
+        ]  # those of keys in 8 bits hold their scales as further positions
         if length <= self.pages * positions:
             return
         sdk = require("openvino", "openvino")
         before, self.pages = self.pages, -(-max(FIRST_CAPACITY, 1 << (length - 1).bit_length()) // positions)
         for name, (kind, page) in self._ports.items():
             nbytes = int(np.prod(page)) * kind.bitwidth // 8
-            grown = np.zeros((self.batch, self.pages, nbytes), np.uint8)  # what was never written must not be NaN: it is multiplied by 0
+            grown = np.zeros(
+                (self.batch, self.pages, nbytes), np.uint8
+            )  # what was never written must not be NaN: it is multiplied by 0
             if before:
                 grown[:, :before] = self._held[name]
             self._held[name] = grown  # the tensor reads this memory but does not keep it

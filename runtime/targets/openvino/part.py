@@ -1,4 +1,6 @@
-"""A part of a model that stands for the whole where candidates are timed: its first layers, as many as hold a given amount of work."""
+"""A part of a model that stands for the whole where candidates are timed: its first layers, as many as hold a given
+amount of work.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ def work(node: Any) -> int:
 
 
 def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int) -> tuple[str, int]:
-    """The first product that needs `budget` multiplications, its own included, "" where there is none; and how many the whole model has.
+    """The first product that needs `budget` multiplications, its own included, "" where there is none; and how many the
+    whole model has.
 
     The model's inputs get these shapes.
     """
@@ -45,7 +48,9 @@ def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int)
 
 
 def cut(model: Any, end: str) -> Any:
-    """What the product of this name needs, as a model whose only output is its result; without a name, the model as it is."""
+    """What the product of this name needs, as a model whose only output is its result; without a name, the model as it
+    is.
+    """
     if not end:
         return model
     nodes = model.get_ordered_ops()

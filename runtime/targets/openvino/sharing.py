@@ -1,7 +1,8 @@
 """What the rows of a guided call have in common is computed once.
 
-Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) asks a denoiser for the same latents twice, with two prompts. Up to where
-a prompt first comes in, both rows are the same: in Stable Diffusion 1.5 that is one of the five attentions over all positions.
+Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) asks a denoiser for the same latents twice, with two
+prompts. Up to where a prompt first comes in, both rows are the same: in Stable Diffusion 1.5 that is one of the five
+attentions over all positions.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from runtime.optional import require
 def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
     """Whether these are several rows that differ in nothing but conditions."""
     shared = [inputs[tensor.name] for tensor in signature.inputs if not tensor.condition]
-    return has_conditions(signature) and all(len(array) > 1 and bool((array[1:] == array[:1]).all()) for array in shared)
+    return has_conditions(signature) and all(
+        len(array) > 1 and bool((array[1:] == array[:1]).all()) for array in shared
+    )
 
 
 def has_conditions(signature: Signature) -> bool:
@@ -25,7 +28,9 @@ def has_conditions(signature: Signature) -> bool:
 
 
 def share_rows(model: Any, signature: Signature) -> None:
-    """Let a model of fixed shapes compute what no condition takes part in for the first row, and repeat it where one comes in."""
+    """Let a model of fixed shapes compute what no condition takes part in for the first row, and repeat it where one
+    comes in.
+    """
     ops = require("openvino.opset15", "openvino")
     alike, different = _split(model, signature)
     inputs = [model.input(tensor.name) for tensor in signature.inputs if not tensor.condition]
@@ -54,8 +59,12 @@ def share_rows(model: Any, signature: Signature) -> None:
 
 
 def _split(model: Any, signature: Signature) -> tuple[set[str], set[str]]:
-    """The names of nodes whose rows are alike, and of those whose rows differ. What is made of shapes or constants is neither."""
-    conditions = {model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in signature.inputs}
+    """The names of nodes whose rows are alike, and of those whose rows differ. What is made of shapes or constants is
+    neither.
+    """
+    conditions = {
+        model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in signature.inputs
+    }
     alike, different = set[str](), set[str]()
     for node in model.get_ordered_ops():
         name, kind = node.get_friendly_name(), node.get_type_name()

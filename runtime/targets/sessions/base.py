@@ -1,4 +1,6 @@
-"""What the targets of ONNX Runtime share: sessions for the lengths of a call, tensors bound where they are, caches in buffers."""
+"""What the targets of ONNX Runtime share: sessions for the lengths of a call, tensors bound where they are, caches in
+buffers.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ from runtime.targets.sessions.shapes import Shape, cuts, fitting
 from runtime.targets.sessions.stored import Plan, read_plan
 
 KEPT: Final = 2
-"""Sessions that are kept of shapes which nobody asked for in advance: each may hold weights of its own on the device."""
+"""Sessions that are kept of shapes which nobody asked for in advance: each may hold weights of its own on the device.
+"""
 Key = tuple[tuple[str, int], ...]
 Open = Callable[[Shape, bool], Any]
 """Opens a session with these lengths fixed; of the graph for single steps, or of the other."""
@@ -44,9 +47,10 @@ Open = Callable[[Shape, bool], Any]
 class SessionEngine(Engine):
     """A submodel in sessions of one device. `plan` says how it was lowered, `open_session` opens a session of it.
 
-    There is one session for each shape that it is called with: those of the plan that fix all lengths are opened at once, others when they
-    are first met. `vary` has one session for all instead. `replay` records calls of a shape and repeats them (CUDA graphs). `fallback` says
-    which nodes may run on the CPU instead: "any", or "shapes" for those that compute lengths; the engine's `device` says which do.
+    There is one session for each shape that it is called with: those of the plan that fix all lengths are opened at
+    once, others when they are first met. `vary` has one session for all instead. `replay` records calls of a shape and
+    repeats them (CUDA graphs). `fallback` says which nodes may run on the CPU instead: "any", or "shapes" for those
+    that compute lengths; the engine's `device` says which do.
     """
 
     def __init__(
@@ -92,7 +96,9 @@ class SessionEngine(Engine):
             raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
-        """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was compiled for others."""
+        """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
+        compiled for others.
+        """
         if not self._vary and self.plan.shapes:
             fitting(self.plan.shapes, lengths)
         key = () if self._vary else _key(lengths)
@@ -106,14 +112,21 @@ class SessionEngine(Engine):
         return self._sessions[key]
 
     def _inspected(self, session: Any) -> Any:
-        """The session, if its provider does all that it must. Raises EngineError naming what else would run on the CPU."""
+        """The session, if its provider does all that it must. Raises EngineError naming what else would run
+        on the CPU.
+        """
         if self._device.provider == CPU:
             return session
         if self._device.provider not in session.get_providers():  # a warning is all that ONNX Runtime itself has for it
-            raise EngineError(f"ONNX Runtime could not start {self._device.provider}, and would run all on the CPU: see its message above")
+            raise EngineError(
+                f"ONNX Runtime could not start {self._device.provider}, and would run all on the CPU: see its message "
+                "above"
+            )
         nodes = elsewhere(session, self._device.provider)
         if self._fallback != "any" and set(nodes) - SHAPE_OPERATORS:
-            raise EngineError(f"ONNX Runtime would run {listed(nodes)} on the CPU: load it with the setting fallback=any to let it")
+            raise EngineError(
+                f"ONNX Runtime would run {listed(nodes)} on the CPU: load it with the setting fallback=any to let it"
+            )
         self._left |= nodes
         if self._left:
             self.device = f"{self._name} with {listed(self._left)} on the CPU"
@@ -123,7 +136,9 @@ class SessionEngine(Engine):
         """Whether calls of these lengths are single steps, and those have a graph of their own."""
         return bool(self.plan.step) and lengths.get("sequence") == 1
 
-    def _run(self, session: Any, inputs: Mapping[str, Array], past: Mapping[str, Any], present: Mapping[str, Any]) -> dict[str, Array]:
+    def _run(
+        self, session: Any, inputs: Mapping[str, Array], past: Mapping[str, Any], present: Mapping[str, Any]
+    ) -> dict[str, Array]:
         """Run once, reading states from `past` and writing them to `present`, by the name of the past."""
         if self._replay and not past:
             return self._call(session, inputs).run(inputs)
@@ -167,7 +182,9 @@ class SessionEngine(Engine):
         return self._slots[slot]
 
     def _run_grouped(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
-        """Past and present are one buffer. The kernel continues several rows only one position at a time, and reads no padding."""
+        """Past and present are one buffer. The kernel continues several rows only one position at a time, and reads no
+        padding.
+        """
         if not inputs[MASK].all():
             raise EngineError("attention_mask has zeros, expected rows without padding")
         batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
@@ -176,15 +193,20 @@ class SessionEngine(Engine):
         whole = batch == 1 or sequence in (1, total)
         outputs: dict[str, Array] = {}
         for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
-            outputs = self._run(session, self._cut(inputs, slice(start, stop), total - sequence + stop), buffers, buffers)
+            outputs = self._run(
+                session, self._cut(inputs, slice(start, stop), total - sequence + stop), buffers, buffers
+            )
         return outputs
 
     def _run_fixed(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
-        """Past and present are two buffers of the whole length, which change places; the one not in use is shared by all slots."""
+        """Past and present are two buffers of the whole length, which change places; the one not in use is shared by
+        all slots.
+        """
         batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
         if total > self.plan.capacity:
             raise EngineError(
-                f"{total} positions do not fit its cache of {self.plan.capacity}: say less, or build it with a larger context"
+                f"{total} positions do not fit its cache of {self.plan.capacity}: say less, or build it with a larger "
+                "context"
             )
         outputs: dict[str, Array] = {}
         for start, stop in cuts(sequence, self._sizes(lengths)):
@@ -192,14 +214,19 @@ class SessionEngine(Engine):
             session = self._session(piece)
             cache = self._cache(slot, batch, session)
             past = cache.whole()
-            given = self._cut(inputs, slice(start, stop), end) | {INDICES: np.full(batch, end - (stop - start), np.int64)}
+            given = self._cut(inputs, slice(start, stop), end) | {
+                INDICES: np.full(batch, end - (stop - start), np.int64)
+            }
             given[MASK] = np.zeros((batch, self.plan.capacity), np.int64)
             given[MASK][:, :end] = inputs[MASK][:, :end]
             read = {value.name for value in session.get_inputs()}
             given = {name: array for name, array in given.items() if name in read}
             if self._steps(piece):
                 if not inputs[MASK].all():
-                    raise EngineError("attention_mask has zeros, expected rows without padding: or build it with the setting grouped=false")
+                    raise EngineError(
+                        "attention_mask has zeros, expected rows without padding: or build it with the setting "
+                        "grouped=false"
+                    )
                 outputs = self._run(session, given, past, past)
             else:
                 spare = self._spare.pop(batch, None) or cache.like()
@@ -208,8 +235,14 @@ class SessionEngine(Engine):
         return outputs
 
     def _sizes(self, lengths: Mapping[str, int]) -> list[int]:
-        """How many new positions there are sessions for, at the other lengths of a call; any number where none is fixed."""
-        fits = [shape for shape in self.plan.shapes if all(name == "sequence" or lengths[name] == shape[name] for name in shape)]
+        """How many new positions there are sessions for, at the other lengths of a call; any number where none is
+        fixed.
+        """
+        fits = [
+            shape
+            for shape in self.plan.shapes
+            if all(name == "sequence" or lengths[name] == shape[name] for name in shape)
+        ]
         return sorted({shape["sequence"] for shape in fits if "sequence" in shape}) or [lengths["sequence"]]
 
     def _cut(self, inputs: Mapping[str, Array], positions: slice, total: int) -> dict[str, Array]:
@@ -218,7 +251,9 @@ class SessionEngine(Engine):
         return {tensor.name: _part(tensor, inputs[tensor.name], now) for tensor in self.submodel.signature.inputs}
 
     def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to forget."""
+        """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to
+        forget.
+        """
         if length == 0:
             self._slots.pop(slot, None)
 
@@ -231,7 +266,9 @@ class SessionEngine(Engine):
 
 
 class _Call:
-    """Inputs and outputs of one shape that stay where they are, so that the work between them can be recorded and replayed."""
+    """Inputs and outputs of one shape that stay where they are, so that the work between them can be recorded and
+    replayed.
+    """
 
     graphs = 0
 
@@ -272,7 +309,9 @@ class _Call:
 
 def _part(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
     """The part of an array that lies within the given range of each varying dim."""
-    return array[tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)]
+    return array[
+        tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)
+    ]
 
 
 def _key(shape: Shape) -> Key:
@@ -280,7 +319,14 @@ def _key(shape: Shape) -> Key:
 
 
 def stored(
-    submodel: Submodel, root: Path, target: str, device: Device, options: Options, *, entries: Mapping[str, str], fallback: str
+    submodel: Submodel,
+    root: Path,
+    target: str,
+    device: Device,
+    options: Options,
+    *,
+    entries: Mapping[str, str],
+    fallback: str,
 ) -> tuple[Plan, Open]:
     """How a target stored a submodel of the bundle at `root`, and what opens sessions of it. Raises EngineError.
 
@@ -296,7 +342,14 @@ def stored(
         graph = folder / (plan.step if step else plan.graph)
         level = "ORT_ENABLE_BASIC" if device.provider == CPU else "ORT_ENABLE_ALL"
         return open_session(
-            graph, canonical, device, threads=options.threads, entries=chosen, fixed=shape, converted=converted, level=level
+            graph,
+            canonical,
+            device,
+            threads=options.threads,
+            entries=chosen,
+            fixed=shape,
+            converted=converted,
+            level=level,
         )
 
     return plan, opened

@@ -15,13 +15,21 @@ FIRST_CAPACITY: Final = 256
 """Positions that a cache which grows holds at first."""
 BFLOAT16: Final = 16
 """ONNX's number of a type that numpy lacks."""
-TYPES: Final[Mapping[str, Any]] = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": BFLOAT16}
+TYPES: Final[Mapping[str, Any]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(bfloat16)": BFLOAT16,
+}
 
 
 class Cache:
-    """The buffers of one slot, by the name of the past. `types` are those of the session's inputs; `longest` bounds the growth."""
+    """The buffers of one slot, by the name of the past. `types` are those of the session's inputs; `longest` bounds the
+    growth.
+    """
 
-    def __init__(self, states: tuple[State, ...], batch: int, device: Device, types: Mapping[str, str], longest: int) -> None:
+    def __init__(
+        self, states: tuple[State, ...], batch: int, device: Device, types: Mapping[str, str], longest: int
+    ) -> None:
         self.states, self.batch, self.device, self.types, self.longest = states, batch, device, types, longest
         self.capacity = 0
         self.values: dict[str, Any] = {}
@@ -29,10 +37,17 @@ class Cache:
     def reserve(self, length: int) -> dict[str, Any]:
         """Buffers that hold at least `length` positions, with what they held before. They double, up to the longest."""
         if length > self.longest:
-            raise EngineError(f"{length} positions do not fit its cache of {self.longest}: say less, or build it with a larger context")
+            raise EngineError(
+                f"{length} positions do not fit its cache of {self.longest}: say less, or build it with a larger "
+                "context"
+            )
         if length > self.capacity:
-            wide = any(TYPES[self.types[state.past.name]] == BFLOAT16 for state in self.states)  # cannot be copied to grow
-            self.capacity = self.longest if wide else min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
+            wide = any(
+                TYPES[self.types[state.past.name]] == BFLOAT16 for state in self.states
+            )  # cannot be copied to grow
+            self.capacity = (
+                self.longest if wide else min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
+            )
             self.values = {state.past.name: self._grown(state) for state in self.states}
         return self.values
 

@@ -1,4 +1,6 @@
-"""Which kernels a provider of ONNX Runtime has, from the tables beside this file, and which nodes of a graph it has none for."""
+"""Which kernels a provider of ONNX Runtime has, from the tables beside this file, and which nodes of a graph it has
+none for.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,17 @@ from runtime.errors import EngineError
 from runtime.optional import require
 
 OPSET: Final = 21
-"""The latest opset whose operators have kernels. 22 changed Conv, Cos and Sin, which DirectML, and the last two CUDA, have not followed."""
+"""The latest opset whose operators have kernels. 22 changed Conv, Cos and Sin, which DirectML, and the last two CUDA,
+have not followed.
+"""
 TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
 """Attributes that name the type of an output."""
 
 
 class Provider(NamedTuple):
-    """A provider's name and its table. `spread`: its MultiHeadAttention wants what stands for a mask for every row and head."""
+    """A provider's name and its table. `spread`: its MultiHeadAttention wants what stands for a mask for every row and
+    head.
+    """
 
     name: str
     table: Path
@@ -74,7 +80,9 @@ def _kernel(words: Sequence[str], sets: Mapping[str, tuple[str, ...]]) -> Kernel
 
 
 def covers(provider: Provider, operator: str) -> bool:
-    """Whether it has a kernel of a standard operator, in the version that it has in the opset of lowered graphs, for some types."""
+    """Whether it has a kernel of a standard operator, in the version that it has in the opset of lowered graphs, for
+    some types.
+    """
     schemas = require("onnx.defs", "export")
     if not schemas.has(operator, OPSET, ""):
         return False
@@ -83,18 +91,24 @@ def covers(provider: Provider, operator: str) -> bool:
 
 
 def check(model: Any, provider: Provider, name: str) -> None:
-    """Raise EngineError naming nodes of a graph (onnx_ir.Model) that a provider has no kernel for. `name` is the submodel's."""
+    """Raise EngineError naming nodes of a graph (onnx_ir.Model) that a provider has no kernel for. `name` is the
+    submodel's.
+    """
     strangers = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
     if strangers:
         more = f", and {len(strangers) - 5} more" if len(strangers) > 5 else ""
         raise EngineError(
-            f"could not compile {name}: {provider.name} has no kernel for {'; '.join(strangers[:5])}{more}. Expected operators of opset "
-            f"{OPSET} in the types of its table: choose another target, or let the submodel compute in float32 or float16"
+            f"could not compile {name}: {provider.name} has no kernel for {'; '.join(strangers[:5])}{more}. Expected "
+            "operators of opset "
+            f"{OPSET} in the types of its table: choose another target, or let the submodel compute in float32 or "
+            "float16"
         )
 
 
 def outside(model: Any, provider: Provider) -> Iterator[tuple[Any, str]]:
-    """Each node that a provider has no kernel for, and why. Fills in the types of values that have none, which follow from their nodes."""
+    """Each node that a provider has no kernel for, and why. Fills in the types of values that have none, which follow
+    from their nodes.
+    """
     for node in model.graph:
         reason = _Reader(model, node, kernels(provider.table)).reason()
         if reason:
@@ -126,10 +140,15 @@ class _Reader:
         unknown = set(self.node.attributes) - set(schema.attributes)
         if unknown:
             return f"version {schema.since_version} has no attribute {sorted(unknown)[0]}"
-        only = {found.type_param_str: found.allowed_type_strs[0] for found in schema.type_constraints if len(found.allowed_type_strs) == 1}
+        only = {
+            found.type_param_str: found.allowed_type_strs[0]
+            for found in schema.type_constraints
+            if len(found.allowed_type_strs) == 1
+        }
         inputs = [formal.type_str for formal in schema.inputs]
         outputs = [
-            formal.type_str if formal.type_str in inputs else only.get(formal.type_str, formal.type_str) for formal in schema.outputs
+            formal.type_str if formal.type_str in inputs else only.get(formal.type_str, formal.type_str)
+            for formal in schema.outputs
         ]
         return self._match(schema.since_version, inputs, outputs)
 
@@ -164,7 +183,10 @@ class _Reader:
                 return self.ir.DataType(self.node.attributes[name].as_int())
         text = bound.get(variable) or variable.removeprefix("tensor(").removesuffix(")")
         if text.upper() not in self.ir.DataType.__members__:
-            raise EngineError(f"the type of what node '{self.node.name}' ({self.node.op_type}) gives is unknown: build the bundle again")
+            raise EngineError(
+                f"the type of what node '{self.node.name}' ({self.node.op_type}) gives is unknown: build the bundle "
+                "again"
+            )
         return self.ir.DataType[text.upper()]
 
 

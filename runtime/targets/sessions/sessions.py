@@ -1,4 +1,6 @@
-"""Sessions of ONNX Runtime: on which provider, with which lengths fixed, and whether that provider does all the work."""
+"""Sessions of ONNX Runtime: on which provider, with which lengths fixed, and whether that provider does all
+the work.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,15 @@ CPU: Final = "CPUExecutionProvider"
 DISABLED: Final = ["QDQPropagationTransformer"]
 """It inserts uint8 zero points into symmetric int8 graphs, which ONNX Runtime then refuses (seen in 1.31)."""
 ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
-"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, a block of theirs to a scale; "0" is float32."""
+"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, a block of theirs to a scale; "0"
+is float32.
+"""
 FOLDER: Final = "session.model_external_initializers_file_folder_path"
 RECORD: Final = "session.record_ep_graph_assignment_info"
 NO_FALLBACK: Final = "session.disable_cpu_ep_fallback"
 SHAPE_OPERATORS: Final = frozenset(
-    "Add And Cast Concat ConstantOfShape Div Equal Expand Gather Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mod Mul Not "
+    "Add And Cast Concat ConstantOfShape Div Equal Expand Gather Greater GreaterOrEqual Identity Less LessOrEqual Max "
+    "Min Mod Mul Not "
     "Range ReduceProd ReduceSum Reshape Shape Size Slice Squeeze Sub Unsqueeze Where".split()
 )
 """What lengths are computed with. ONNX Runtime keeps such nodes on the CPU on purpose: their results are read there."""
@@ -59,10 +64,11 @@ def open_session(
     level: str = "ORT_ENABLE_ALL",
     skipped: Sequence[str] = (),
 ) -> Any:
-    """A session over `graph`, whose weights lie in the folder `weights` but for those in `converted`, which must outlive the session.
+    """A session over `graph`, whose weights lie in the folder `weights` but for those in `converted`, which must
+    outlive the session.
 
-    `entries` are ONNX Runtime's own settings of a session, `fixed` lengths by the name of their dim, `level` and `skipped` what of its
-    optimization is done and left out. Raises EngineError.
+    `entries` are ONNX Runtime's own settings of a session, `fixed` lengths by the name of their dim, `level` and
+    `skipped` what of its optimization is done and left out. Raises EngineError.
     """
     package = sdk()
     settings = package.SessionOptions()
@@ -98,7 +104,9 @@ def values_of(path: Path) -> dict[str, Any]:
 
 
 def nested_values(plan: Plan, weights: Path) -> dict[str, Any]:
-    """The int8 weights of a plan that are made of nested ones, which lie in this file, as ONNX Runtime holds them. Raises EngineError."""
+    """The int8 weights of a plan that are made of nested ones, which lie in this file, as ONNX Runtime holds them.
+    Raises EngineError.
+    """
     if not plan.nested:
         return {}
     make, stored = sdk().OrtValue.ortvalue_from_numpy, Stored(weights)
@@ -106,7 +114,9 @@ def nested_values(plan: Plan, weights: Path) -> dict[str, Any]:
 
 
 def elsewhere(session: Any, provider: str) -> Counter[str]:
-    """How many nodes of each operator run on another provider than that one. The session must be opened with RECORD "1"."""
+    """How many nodes of each operator run on another provider than that one. The session must be opened with RECORD
+    "1".
+    """
     found: Counter[str] = Counter()
     for part in session.get_provider_graph_assignment_info():
         if part.ep_name != provider:
@@ -116,4 +126,6 @@ def elsewhere(session: Any, provider: str) -> Counter[str]:
 
 def listed(nodes: Counter[str]) -> str:
     """Operators and how many nodes each has, most first."""
-    return ", ".join(f"{count} {name}" for name, count in nodes.most_common(5)) + (" and others" if len(nodes) > 5 else "")
+    return ", ".join(f"{count} {name}" for name, count in nodes.most_common(5)) + (
+        " and others" if len(nodes) > 5 else ""
+    )

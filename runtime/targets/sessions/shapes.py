@@ -1,4 +1,6 @@
-"""Lengths that are fixed when a session is made: which of them a call fits, and how a call of another length is cut to fit."""
+"""Lengths that are fixed when a session is made: which of them a call fits, and how a call of another length is cut to
+fit.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,23 @@ def parse_shapes(text: str) -> tuple[dict[str, int], ...]:
         for entry in part.split(","):
             name, _, length = (word.strip() for word in entry.partition("="))
             if not name or not length.isdecimal() or not int(length):
-                raise ValueError(f"has '{entry.strip()}', expected NAME=LENGTH, such as height=64,width=64;height=96,width=64")
+                raise ValueError(
+                    f"has '{entry.strip()}', expected NAME=LENGTH, such as height=64,width=64;height=96,width=64"
+                )
             if shape.setdefault(name, int(length)) != int(length):
-                raise ValueError(f"has two lengths for {name} in one shape, expected shapes to be divided by semicolons")
+                raise ValueError(
+                    f"has two lengths for {name} in one shape, expected shapes to be divided by semicolons"
+                )
         found.append(shape)
     return tuple(found)
 
 
 def shapes_of(shapes: Iterable[Shape], signature: Signature) -> tuple[Shape, ...]:
-    """The part of each shape that is about this submodel, without repetitions; dims of other submodels are left to those.
+    """The part of each shape that is about this submodel, without repetitions; dims of other submodels are left to
+    those.
 
-    Raises InvalidInput for a length that the model does not take, and for a name that is nearly one of the submodel's dims.
+    Raises InvalidInput for a length that the model does not take, and for a name that is nearly one of the submodel's
+    dims.
     """
     dims, found = signature.dims, []
     for shape in shapes:
@@ -43,7 +51,9 @@ def shapes_of(shapes: Iterable[Shape], signature: Signature) -> tuple[Shape, ...
                     raise InvalidInput("shapes", f"has '{name}', which is no dim: did you mean '{near[0]}'?")
             elif not dims[name].min <= length <= dims[name].max or length % dims[name].multiple:
                 of = f", a multiple of {dims[name].multiple}" if dims[name].multiple > 1 else ""
-                raise InvalidInput("shapes", f"has {name}={length}, and the model takes {dims[name].min} to {dims[name].max}{of}")
+                raise InvalidInput(
+                    "shapes", f"has {name}={length}, and the model takes {dims[name].min} to {dims[name].max}{of}"
+                )
         own = {name: length for name, length in shape.items() if name in dims}
         if own and own not in found:
             found.append(own)
@@ -51,13 +61,16 @@ def shapes_of(shapes: Iterable[Shape], signature: Signature) -> tuple[Shape, ...
 
 
 def fitting(shapes: Sequence[Shape], lengths: Mapping[str, int]) -> Shape:
-    """The shape that these lengths have, the one that fixes most where several do. Raises EngineError naming those there are."""
+    """The shape that these lengths have, the one that fixes most where several do. Raises EngineError naming those
+    there are.
+    """
     fits = [shape for shape in shapes if all(lengths.get(name) == length for name, length in shape.items())]
     if not fits:
         names = sorted({name for shape in shapes for name in shape})
         asked = written({name: lengths[name] for name in names if name in lengths})
         raise EngineError(
-            f"{asked} is no shape that it was compiled for, expected {' or '.join(map(written, shapes))}: build it with more shapes"
+            f"{asked} is no shape that it was compiled for, expected {' or '.join(map(written, shapes))}: build it "
+            "with more shapes"
         )
     return max(fits, key=len)
 
@@ -70,8 +83,8 @@ def written(shape: Shape) -> str:
 def cuts(length: int, sizes: Collection[int]) -> list[tuple[int, int]]:
     """The pieces (start, stop) that new positions are handled in, each of a length that there is, in order.
 
-    The last may begin among positions that are done already: what it computes of them is the same again. So the fewest pieces are the
-    largest ones, as long as there are that many positions. Raises EngineError when no size fits.
+    The last may begin among positions that are done already: what it computes of them is the same again. So the fewest
+    pieces are the largest ones, as long as there are that many positions. Raises EngineError when no size fits.
     """
     found: list[tuple[int, int]] = []
     done = 0
@@ -80,7 +93,10 @@ def cuts(length: int, sizes: Collection[int]) -> list[tuple[int, int]]:
         enough = [size for size in sizes if rest <= size <= length]
         below = [size for size in sizes if size <= rest]
         if not enough and not below:
-            raise EngineError(f"{length} new positions fit none of the lengths it was compiled for: {', '.join(map(str, sorted(sizes)))}")
+            raise EngineError(
+                f"{length} new positions fit none of the lengths it was compiled for: "
+                f"{', '.join(map(str, sorted(sizes)))}"
+            )
         size = min(enough) if enough else max(below)
         stop = length if enough else done + size
         found.append((stop - size, stop))

@@ -1,4 +1,5 @@
-"""What a target of ONNX Runtime stores of a submodel: the lowered graph, the weights that changed their type, and how to open them.
+"""What a target of ONNX Runtime stores of a submodel: the lowered graph, the weights that changed their type, and how
+to open them.
 
 engines/<target>/<submodel>.onnx          the graph; weights lie in the canonical file, as they are
 engines/<target>/<submodel>.step.onnx     of a decoder, where one new position has a graph of its own
@@ -35,9 +36,10 @@ Cache = Literal["", "grouped", "fixed"]
 class Plan(Frozen):
     """How a stored submodel is opened. `shapes` are those it runs at; none means any, one session each.
 
-    `cache`: "grouped", past and present in one buffer, which grows; "fixed", of `capacity` positions, past and present in two.
-    `nested` are the shapes of weights that are made when it is opened, by the names of the codes they are made of (`runtime.targets.lowering.nested`).
-    `step` is the graph for one new position a call, whose past and present share a buffer of that capacity.
+    `cache`: "grouped", past and present in one buffer, which grows; "fixed", of `capacity` positions, past and present
+    in two. `nested` are the shapes of weights that are made when it is opened, by the names of the codes they are made
+    of (`runtime.targets.lowering.nested`). `step` is the graph for one new position a call, whose past and present
+    share a buffer of that capacity.
     """
 
     graph: FileName
@@ -78,7 +80,9 @@ def load_graph(graph: Path) -> Any:
 
 
 def store(output: Path, submodel: Submodel, plan: Plan, models: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write graphs (onnx_ir.Model) by file name, what they made of weights, and the plan; return the names. Graphs must share weights."""
+    """Write graphs (onnx_ir.Model) by file name, what they made of weights, and the plan; return the names. Graphs must
+    share weights.
+    """
     output.mkdir(parents=True, exist_ok=True)
     weights = f"{submodel.name}.safetensors"
     converted = {name: tensor for model in models.values() for name, tensor in _converted(model)}
@@ -104,7 +108,9 @@ def _computed(model: Any) -> Iterator[tuple[str, Any]]:
     """Those, and int8 weights that are made of nested ones when the graph is opened."""
     ir = require("onnx_ir", "export")
     for name, value in model.graph.initializers.items():
-        if isinstance(value.const_value, ir.LazyTensor) and (value.const_value.nbytes >= INLINE_BYTES or value.dtype.name == "INT8"):
+        if isinstance(value.const_value, ir.LazyTensor) and (
+            value.const_value.nbytes >= INLINE_BYTES or value.dtype.name == "INT8"
+        ):
             yield name, value.const_value
 
 
@@ -114,7 +120,9 @@ def without_weights(model: Any, weights: str) -> Any:
     kept = dict(_computed(model))
     for name, tensor in kept.items():
         made = tensor.dtype.name == "INT8"  # of codes in the canonical file, when the graph is opened
-        stub = ir.ExternalTensor(WEIGHTS if made else weights, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+        stub = ir.ExternalTensor(
+            WEIGHTS if made else weights, 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+        )
         model.graph.initializers[name].const_value = stub
     try:
         return ir.to_proto(model)
@@ -128,7 +136,11 @@ def _write_weights(path: Path, tensors: Mapping[str, Any]) -> None:
     names = {"FLOAT": "F32", "FLOAT16": "F16", "BFLOAT16": "BF16"}
     header, place = {}, 0
     for name, tensor in tensors.items():
-        header[name] = {"dtype": names[tensor.dtype.name], "shape": list(tensor.shape), "data_offsets": [place, place + tensor.nbytes]}
+        header[name] = {
+            "dtype": names[tensor.dtype.name],
+            "shape": list(tensor.shape),
+            "data_offsets": [place, place + tensor.nbytes],
+        }
         place += tensor.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % ALIGNMENT)

@@ -24,7 +24,9 @@ PREFILL: Final = 256
 class Compiler:
     """One network on its way to a plan. Everything the SDK reports is collected, for the error that may follow."""
 
-    def __init__(self, sdk: SDK, submodel: Submodel, settings: Settings, progress: Callable[[float, str], None]) -> None:
+    def __init__(
+        self, sdk: SDK, submodel: Submodel, settings: Settings, progress: Callable[[float, str], None]
+    ) -> None:
         self.trt = require(sdk.module, sdk.extra)
         self.sdk, self.submodel, self.settings = sdk, submodel, settings
         self.messages: list[str] = []
@@ -52,18 +54,25 @@ class Compiler:
     def error(self, step: str) -> EngineError:
         """What failed, with the SDK's own words."""
         reason = reasons(self.messages) or "it gives no reason"
-        return EngineError(f"{self.sdk.name} {self.trt.__version__} could not compile {self.submodel.name} ({step}): {reason}")
+        return EngineError(
+            f"{self.sdk.name} {self.trt.__version__} could not compile {self.submodel.name} ({step}): {reason}"
+        )
 
     def parse(self, lowered: Lowered, graph: Path) -> None:
-        """Read the graph, mapping its weights from the folder of `graph`. Attention without a kernel of its own is taken apart."""
+        """Read the graph, mapping its weights from the folder of `graph`. Attention without a kernel of its own is
+        taken apart.
+        """
         trt = self.trt
         self.parser = trt.OnnxParser(self.network, self.logger)
         self.weights = lowered.converted  # read until the plan is built
         loaded = self.parser.load_model_proto(lowered.content, str(graph)) and all(
-            self.parser.load_initializer(name, values.ctypes.data, values.nbytes) for name, values in self.weights.items()
+            self.parser.load_initializer(name, values.ctypes.data, values.nbytes)
+            for name, values in self.weights.items()
         )
         if not (loaded and self.parser.parse_model_proto()):
-            self.messages[:] = [str(self.parser.get_error(index).desc()) for index in range(self.parser.num_errors)] or self.messages
+            self.messages[:] = [
+                str(self.parser.get_error(index).desc()) for index in range(self.parser.num_errors)
+            ] or self.messages
             raise self.error("read its graph")
         for index in range(self.network.num_layers):
             layer = self.network.get_layer(index)
@@ -83,7 +92,10 @@ class Compiler:
         for flag in _flags(settings):
             config.set_flag(getattr(trt.BuilderFlag, flag))
         if settings.hardware:
-            levels = {"ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS, "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY}
+            levels = {
+                "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
+                "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
+            }
             config.hardware_compatibility_level = levels[settings.hardware]
         config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
         if self.sdk.ahead:
@@ -94,7 +106,9 @@ class Compiler:
         for lengths in _profiles(self.submodel.signature, settings):
             profile = self.builder.create_optimization_profile()
             for tensor in _engine_inputs(self.submodel.signature, _capacity_or_none(self.submodel.signature, settings)):
-                profile.set_shape(tensor.name, *(tensor.shape({name: found[i] for name, found in lengths.items()}) for i in range(3)))
+                profile.set_shape(
+                    tensor.name, *(tensor.shape({name: found[i] for name, found in lengths.items()}) for i in range(3))
+                )
             if config.add_optimization_profile(profile) < 0:
                 raise self.error("set its profile")
 
@@ -127,7 +141,12 @@ class Compiler:
 
 def _flags(settings: Settings) -> list[str]:
     """The builder's flags by name."""
-    weights = {"engine": [], "refit": ["REFIT"], "stripped": ["STRIP_PLAN", "REFIT_IDENTICAL"], "streamed": ["WEIGHT_STREAMING"]}
+    weights = {
+        "engine": [],
+        "refit": ["REFIT"],
+        "stripped": ["STRIP_PLAN", "REFIT_IDENTICAL"],
+        "streamed": ["WEIGHT_STREAMING"],
+    }
     return weights[settings.weights] + (["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"] if settings.compatible else [])
 
 
@@ -149,14 +168,20 @@ def _engine_inputs(signature: Signature, capacity: int) -> tuple[Tensor, ...]:
 
 
 def _profiles(signature: Signature, settings: Settings) -> list[dict[str, tuple[int, int, int]]]:
-    """Shortest, usual and longest length of each dim, for each profile. Raises InvalidInput when a setting exceeds the signature."""
+    """Shortest, usual and longest length of each dim, for each profile. Raises InvalidInput when a setting exceeds the
+    signature.
+    """
     lengths = {name: (dim.min, dim.opt, dim.max) for name, dim in signature.dims.items()}
     for name, wanted in settings.shapes.items():
         if name not in lengths:
-            raise InvalidInput("shapes", f"has '{name}', which is no dim of this submodel: {did_you_mean(name, lengths)}")
+            raise InvalidInput(
+                "shapes", f"has '{name}', which is no dim of this submodel: {did_you_mean(name, lengths)}"
+            )
         low, _, high = lengths[name]
         if wanted[0] < low or wanted[2] > high:
-            raise InvalidInput("shapes", f"has {name}={':'.join(map(str, wanted))}, outside of the model's {low} to {high}")
+            raise InvalidInput(
+                "shapes", f"has {name}={':'.join(map(str, wanted))}, outside of the model's {low} to {high}"
+            )
         lengths[name] = wanted
     if not signature.states:
         return [lengths]
@@ -183,14 +208,18 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
 
 
 def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
-    """A monitor that turns phases within phases into one share done. What `progress` raises ends the build; `stopped` holds it."""
+    """A monitor that turns phases within phases into one share done. What `progress` raises ends the build; `stopped`
+    holds it.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped: BaseException | None = None
             self.share = 0.0
-            self.phases: dict[str, tuple[float, float]] = {}  # the share where each phase is, and what a step of it adds
+            self.phases: dict[
+                str, tuple[float, float]
+            ] = {}  # the share where each phase is, and what a step of it adds
             self.lock = threading.Lock()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:

@@ -1,7 +1,9 @@
-"""TensorRT, and TensorRT for RTX, which compiles ahead of time on machines without a GPU: one implementation over their common Python API.
+"""TensorRT, and TensorRT for RTX, which compiles ahead of time on machines without a GPU: one implementation over their
+common Python API.
 
-Networks are strongly typed: every layer computes in the type that the graph says. Lengths between the minimum and the maximum of the
-signature are one optimization profile; decoders have two, for one position and for many, and caches of fixed length updated in place.
+Networks are strongly typed: every layer computes in the type that the graph says. Lengths between the minimum and the
+maximum of the signature are one optimization profile; decoders have two, for one position and for many, and caches of
+fixed length updated in place.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ class TensorRT(Engine):
     """A plan, the execution contexts that run it, and the buffers on the device that they read and write."""
 
     target = "tensorrt"
+    packages = ("tensorrt", "onnx-ir")
     rank = 10
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4", "fp8"})
     compile_settings = Settings
@@ -50,7 +53,9 @@ class TensorRT(Engine):
             trt = require(cls.sdk.module, cls.sdk.extra)
         except MissingDependency as error:
             other = (
-                "" if cls.sdk.ahead else ". Or --target tensorrt-rtx, which compiles without a GPU: pip install 'enginecast[tensorrt-rtx]'"
+                ""
+                if cls.sdk.ahead
+                else ". Or --target tensorrt-rtx, which compiles without a GPU: pip install 'enginecast[tensorrt-rtx]'"
             )
             return Availability(False, reason=f"{error}{other}")
         found, reason = cuda.devices(cls.sdk.extra)
@@ -67,7 +72,10 @@ class TensorRT(Engine):
         settings = Settings.parse(options.settings)
         for name in ("hardware", "timing_cache"):
             if cls.sdk.ahead and getattr(settings, name):
-                raise InvalidInput(name, f"is of no use to {cls.sdk.name}: it times nothing, and is told its GPUs by compute_capability")
+                raise InvalidInput(
+                    name,
+                    f"is of no use to {cls.sdk.name}: it times nothing, and is told its GPUs by compute_capability",
+                )
         found = cls.available()
         if not (found.usable or found.compiles):
             raise EngineUnavailable(f"cannot compile for {cls.target}: {found.reason}")
@@ -88,28 +96,37 @@ class TensorRT(Engine):
             target=cls.target,
             submodel=submodel.name,
             files=tuple(files),
-            key={"sdk": found.version, "compute_capability": ",".join(map(dotted, capabilities)), **cls._system(), **settings.key()},
+            key={
+                "sdk": found.version,
+                "compute_capability": ",".join(map(dotted, capabilities)),
+                **cls._system(),
+                **settings.key(),
+            },
             settings={name: value for name, value in options.settings.items() if name not in OF_THE_MACHINE},
             seconds=time.perf_counter() - start,
         )
 
     @classmethod
     def _system(cls) -> dict[str, str]:
-        """System and driver that engines of TensorRT are bound to (its support matrix); those of TensorRT for RTX are not."""
+        """System and driver that engines of TensorRT are bound to (its support matrix); those of TensorRT for RTX are
+        not.
+        """
         return {} if cls.sdk.ahead else {"os": platform.system().lower(), "driver": str(driver(cls.sdk))}
 
     @classmethod
     def _capabilities(cls, settings: Settings, oldest: int) -> tuple[int, ...]:
         """What to compile for. `oldest` has the types of the graph.
 
-        Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, of TensorRT, that is not in this machine.
+        Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, of TensorRT, that is not in
+        this machine.
         """
         here = sorted({device.capability for device in cuda.devices(cls.sdk.extra)[0]})
         if not cls.sdk.ahead:
             if settings.compute_capability and set(settings.compute_capability) - set(here[:1]):
                 raise InvalidInput(
                     "compute_capability",
-                    f"{cls.sdk.name} compiles for the GPU of this machine alone ({dotted(here[0])}): use --target tensorrt-rtx for others",
+                    f"{cls.sdk.name} compiles for the GPU of this machine alone ({dotted(here[0])}): use --target "
+                    "tensorrt-rtx for others",
                 )
             return tuple(here[:1])
         members = require(cls.sdk.module, cls.sdk.extra).ComputeCapability.__members__
@@ -117,10 +134,13 @@ class TensorRT(Engine):
         for capability in settings.compute_capability:
             if capability not in known:
                 raise InvalidInput(
-                    "compute_capability", f"{dotted(capability)} is none that {cls.sdk.name} knows: {', '.join(map(dotted, known))}"
+                    "compute_capability",
+                    f"{dotted(capability)} is none that {cls.sdk.name} knows: {', '.join(map(dotted, known))}",
                 )
         if oldest == OLDEST_FLOAT8 and any(capability < oldest for capability in settings.compute_capability):
-            raise InvalidInput("compute_capability", f"fp8 needs {dotted(oldest)} or later: choose another --quant for older GPUs")
+            raise InvalidInput(
+                "compute_capability", f"fp8 needs {dotted(oldest)} or later: choose another --quant for older GPUs"
+            )
         return (
             settings.compute_capability
             or tuple(capability for capability in here if capability in known)
@@ -135,16 +155,21 @@ class TensorRT(Engine):
         reason = cls._misfit(compiled.artifact, device)
         if reason:
             raise EngineError(
-                f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with `enginecast add-target`"
+                f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with "
+                "`enginecast add-target`"
             )
         return cls(submodel, Plan(cls.sdk, submodel, settings, device, compiled, root / submodel.graph))
 
     @classmethod
     def _held(cls, bundle: Bundle, submodel: str) -> Compiled:
-        """What the bundle holds for this machine, else what it holds at all. Raises EngineError when that is nothing."""
+        """What the bundle holds for this machine, else what it holds at all. Raises EngineError when that
+        is nothing.
+        """
         artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
         if not artifacts:
-            raise EngineError(f"bundle {bundle.name} holds no {cls.target} engine of {submodel}: build it with --target {cls.target}")
+            raise EngineError(
+                f"bundle {bundle.name} holds no {cls.target} engine of {submodel}: build it with --target {cls.target}"
+            )
         fitting = (artifact for artifact in artifacts if not cls.misfit(artifact))
         return Compiled.of(bundle.root, next(fitting, artifacts[0]))
 
@@ -156,7 +181,11 @@ class TensorRT(Engine):
     @classmethod
     def _misfit(cls, artifact: Artifact, device: cuda.Device) -> str:
         """What differs between where an engine was compiled, or what for, and this machine."""
-        key, version, system = artifact.key, require(cls.sdk.module, cls.sdk.extra).__version__, platform.system().lower()
+        key, version, system = (
+            artifact.key,
+            require(cls.sdk.module, cls.sdk.extra).__version__,
+            platform.system().lower(),
+        )
         capabilities = key.get("compute_capability", "").split(",")
         here = dotted(device.capability)
         if not artifact.files:
@@ -166,7 +195,8 @@ class TensorRT(Engine):
         differences = []
         if not (same and fits):
             differences.append(
-                f"by {cls.sdk.name} {key.get('sdk')} for compute capability {key.get('compute_capability')}, and here are {cls.sdk.name} "
+                f"by {cls.sdk.name} {key.get('sdk')} for compute capability {key.get('compute_capability')}, and here "
+                f"are {cls.sdk.name} "
                 f"{version} and {device.name} of {here}"
             )
         if key.get("os", system) != system:
@@ -210,7 +240,9 @@ class TensorRT(Engine):
         """Run on a slot's caches: new keys and values are written behind those that the mask says are there."""
         (batch, sequence), total, capacity = inputs["position_ids"].shape, inputs[MASK].shape[1], self._plan.capacity
         if total > capacity:
-            raise EngineError(f"{total} positions do not fit its cache of {capacity}: build it with a larger context, or say less")
+            raise EngineError(
+                f"{total} positions do not fit its cache of {capacity}: build it with a larger context, or say less"
+            )
         if slot not in self._slots:
             self._slots[slot] = Cache(batch, self._plan)
         cache = self._slots[slot]
@@ -222,7 +254,9 @@ class TensorRT(Engine):
         return self._plan.run(0 if sequence == 1 else 1, fixed, cache.buffers)
 
     def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to forget."""
+        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to
+        forget.
+        """
         if length == 0:
             self._slots.pop(slot, None)
 
@@ -232,8 +266,11 @@ class TensorRT(Engine):
 
 
 class TensorRTForRTX(TensorRT):
-    """The same, compiled for GeForce RTX and RTX PRO GPUs: its kernels are made on the device, when the engine is loaded."""
+    """The same, compiled for GeForce RTX and RTX PRO GPUs: its kernels are made on the device, when the engine is
+    loaded.
+    """
 
     target = "tensorrt-rtx"
+    packages = ("tensorrt-rtx", "onnx-ir")
     rank = 11
     sdk = SDK("tensorrt_rtx", "TensorRT for RTX", "tensorrt-rtx", ahead=True)

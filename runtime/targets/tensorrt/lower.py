@@ -26,7 +26,9 @@ INLINE_BYTES: Final = 1024
 
 
 class Lowered(NamedTuple):
-    """A graph as this target takes it, serialized. Weights lie in the canonical files; those that changed their type, in `converted`."""
+    """A graph as this target takes it, serialized. Weights lie in the canonical files; those that changed their type,
+    in `converted`.
+    """
 
     content: bytes
     converted: Mapping[str, Array]
@@ -44,7 +46,8 @@ def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
     foreign = sorted({f"{node.domain}.{node.op_type}" for node in model.graph if node.domain not in STANDARD_DOMAINS})
     if foreign and not settings.plugins:
         raise EngineError(
-            f"could not compile {submodel.name}: it has operators outside of the standard ({', '.join(foreign[:3])}), which plugins run. "
+            f"could not compile {submodel.name}: it has operators outside of the standard ({', '.join(foreign[:3])}), "
+            "which plugins run. "
             "Name the libraries that may be loaded in the setting plugins"
         )
     widen(model)
@@ -58,7 +61,9 @@ def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
             tensor = value.const_value
             if isinstance(tensor, ir.LazyTensor) and tensor.nbytes >= INLINE_BYTES:
                 converted[name] = np.frombuffer(tensor.tobytes(), np.uint8)
-                value.const_value = ir.ExternalTensor("converted", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name)
+                value.const_value = ir.ExternalTensor(
+                    "converted", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=name
+                )
     types = {value.dtype for value in model.graph.initializers.values()}
     oldest = OLDEST_FLOAT8 if ir.DataType.FLOAT8E4M3FN in types else OLDEST_FLOAT32
     return Lowered(ir.to_proto(model).SerializeToString(), converted, oldest)

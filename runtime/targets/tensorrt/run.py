@@ -23,12 +23,15 @@ from runtime.targets.tensorrt.settings import LoadSettings
 class Plan:
     """An engine on its device: its execution contexts, one for each profile, and the buffers of its inputs and outputs.
 
-    Buffers stay from call to call and grow as needed. Contexts share the memory for what lies between inputs and outputs, which is as
-    large as the shapes of a call want, not as those of the profile would. A call that is like the one before is recorded, and replayed
-    from then on, where shapes and addresses stay (decoding steps of one slot, the steps of one picture).
+    Buffers stay from call to call and grow as needed. Contexts share the memory for what lies between inputs and
+    outputs, which is as large as the shapes of a call want, not as those of the profile would. A call that is like the
+    one before is recorded, and replayed from then on, where shapes and addresses stay (decoding steps of one slot, the
+    steps of one picture).
     """
 
-    def __init__(self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, compiled: Compiled, graph: Path) -> None:
+    def __init__(
+        self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, compiled: Compiled, graph: Path
+    ) -> None:
         artifact, folder = compiled.artifact, compiled.folder
         self.trt = require(sdk.module, sdk.extra)
         self.sdk, self.submodel, self.settings, self.device = sdk, submodel, settings, device
@@ -39,7 +42,9 @@ class Plan:
         if artifact.key.get("weights") == "stripped":
             self._refit(folder / artifact.files[1], graph)
         if self.engine.streamable_weights_size > 0:
-            self.engine.weight_streaming_budget_v2 = settings.weight_budget or self.engine.get_weight_streaming_automatic_budget()
+            self.engine.weight_streaming_budget_v2 = (
+                settings.weight_budget or self.engine.get_weight_streaming_automatic_budget()
+            )
         self.capacity = self._capacity()
         self.buffers: dict[str, cuda.Buffer] = {}
         self.memory = cuda.Buffer(self.stream)
@@ -58,7 +63,9 @@ class Plan:
             with open_regular(path) as file:
                 plan = file.read()
         except OSError as error:
-            raise EngineError(f"{self.sdk.name} could not load {path}: {error.strerror}. Copy or build the bundle again") from None
+            raise EngineError(
+                f"{self.sdk.name} could not load {path}: {error.strerror}. Copy or build the bundle again"
+            ) from None
         runtime = self.trt.Runtime(self.logger)
         if artifact.key.get("compatible") == "version" and self.settings.lean_runtime is not None:
             runtime = runtime.load_runtime(str(self.settings.lean_runtime))
@@ -66,14 +73,19 @@ class Plan:
             runtime.get_plugin_registry().load_library(str(library))
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is None:
-            raise self._error(f"{self.sdk.name} {self.trt.__version__} could not load {path}: it is damaged, or of another version or GPU")
+            raise self._error(
+                f"{self.sdk.name} {self.trt.__version__} could not load {path}: it is damaged, or of another version "
+                "or GPU"
+            )
         return runtime, engine
 
     def _refit(self, lowered: Path, graph: Path) -> None:
         """Give a stripped engine the weights that lie beside the canonical graph."""
         refitter = self.trt.Refitter(self.engine, self.logger)
         parser = self.trt.OnnxParserRefitter(refitter, self.logger)
-        if not (parser.refit_from_bytes(read_regular(lowered, LARGEST_GRAPH), str(graph)) and refitter.refit_cuda_engine()):
+        if not (
+            parser.refit_from_bytes(read_regular(lowered, LARGEST_GRAPH), str(graph)) and refitter.refit_cuda_engine()
+        ):
             raise self._error(f"{self.sdk.name} could not give {self.submodel.name} its weights from {graph.parent}")
 
     def _capacity(self) -> int:
@@ -81,7 +93,10 @@ class Plan:
         states = self.submodel.signature.states
         for state in states:
             if self.engine.get_aliased_input_tensor(state.present.name) != state.past.name:
-                raise EngineError(f"the engine of {self.submodel.name} does not update {state.past.name} in place: build the bundle again")
+                raise EngineError(
+                    f"the engine of {self.submodel.name} does not update {state.past.name} in place: build the bundle "
+                    "again"
+                )
         return int(self.engine.get_tensor_shape(states[0].past.name)[2]) if states else 0
 
     def _context(self, profile: int) -> Any:
@@ -111,7 +126,9 @@ class Plan:
         return self.cache
 
     def run(self, profile: int, inputs: Mapping[str, Array], states: Mapping[str, cuda.Buffer]) -> dict[str, Array]:
-        """Copy the inputs to the device, run, and return copies of the outputs. `states` are read and written where they are."""
+        """Copy the inputs to the device, run, and return copies of the outputs. `states` are read and written where
+        they are.
+        """
         self.stream.select()
         self.messages.clear()
         arrays = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
@@ -131,7 +148,9 @@ class Plan:
         return outputs
 
     def _prepare(self, profile: int, arrays: Mapping[str, Array], states: Mapping[str, cuda.Buffer]) -> Call:
-        """Shapes and addresses of a call: those of the last one where nothing changed, recorded when it comes a second time."""
+        """Shapes and addresses of a call: those of the last one where nothing changed, recorded when it comes a second
+        time.
+        """
         context = self.contexts[profile]
         shapes = {name: array.shape for name, array in arrays.items()}
         for name, array in arrays.items():
@@ -160,7 +179,9 @@ class Plan:
         return call
 
     def _record(self, profile: int, call: Call) -> None:
-        """Record the call, where the engine does nothing that cannot be recorded, such as holding more memory as it goes."""
+        """Record the call, where the engine does nothing that cannot be recorded, such as holding more memory as it
+        goes.
+        """
         try:
             call.graph = self.stream.record(lambda: self._enqueue(profile))
         except EngineError:
@@ -170,7 +191,9 @@ class Plan:
         """The address of everything that a call reads and writes, that of the memory between under the name ""."""
         return {name: buffer.address for name, buffer in {**self.buffers, **states, "": self.memory}.items()}
 
-    def _set_shapes(self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, cuda.Buffer]) -> None:
+    def _set_shapes(
+        self, context: Any, shapes: Mapping[str, tuple[int, ...]], states: Mapping[str, cuda.Buffer]
+    ) -> None:
         caches = {name: self.cache_shape(name, next(iter(shapes.values()))[0]) for name in states}
         for name, shape in {**shapes, **caches}.items():
             if not context.set_input_shape(name, shape):
@@ -221,7 +244,9 @@ class Call:
 
 
 class Cache:
-    """The caches of one slot, zero at first: [batch, heads, capacity, size] each, read as past and written as present."""
+    """The caches of one slot, zero at first: [batch, heads, capacity, size] each, read as past and written
+    as present.
+    """
 
     def __init__(self, batch: int, plan: Plan) -> None:
         self.batch = batch

@@ -9,7 +9,9 @@ from runtime.targets.nvidia import cuda
 
 
 class SDK(NamedTuple):
-    """One of the two packages. `ahead`: it compiles on machines without a GPU, for the compute capabilities that it is told."""
+    """One of the two packages. `ahead`: it compiles on machines without a GPU, for the compute capabilities that it is
+    told.
+    """
 
     module: str
     name: str

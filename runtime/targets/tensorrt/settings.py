@@ -32,18 +32,17 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 class Settings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
-    `compute_capability`: the GPUs to compile for, "8.9,12.0"; by default this machine's, or all that the SDK knows where it has none.
-    `shapes`: narrower lengths than the signature's, "batch=1:2:8,height=64:64:128" (min:opt:max): less memory, faster kernels.
-    `context`: positions that a decoder's cache holds; by default all that the model has.
-    `workspace`: memory that a layer may use while it runs, "4GiB"; by default all.
-    `weights`: "engine" stores them in the engine; "refit" lets them be exchanged later; "stripped" leaves them in the bundle's own files,
-    from where they are read when the engine is loaded; "streamed" lets loading keep a part of them in the memory of the host.
-    `compatible`: "version" makes an engine that later versions of the SDK load.
-    `hardware` (TensorRT): "ampere+" makes one for all GPUs from Ampere on, "same" for those of the same compute capability.
-    `timing_cache` (TensorRT): a file in which the times of kernels are kept between compilations.
-    `optimization_level`: 0 (quick to compile) to 5 (quick to run).
-    `plugins`: libraries that operators outside of the standard may be taken from. They run as native code: name only those you trust.
-    `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
+    `compute_capability`: the GPUs to compile for, "8.9,12.0"; by default this machine's, or all that the SDK knows
+    where it has none. `shapes`: narrower lengths than the signature's, "batch=1:2:8,height=64:64:128" (min:opt:max):
+    less memory, faster kernels. `context`: positions that a decoder's cache holds; by default all that the model has.
+    `workspace`: memory that a layer may use while it runs, "4GiB"; by default all. `weights`: "engine" stores them in
+    the engine; "refit" lets them be exchanged later; "stripped" leaves them in the bundle's own files, from where they
+    are read when the engine is loaded; "streamed" lets loading keep a part of them in the memory of the host.
+    `compatible`: "version" makes an engine that later versions of the SDK load. `hardware` (TensorRT): "ampere+" makes
+    one for all GPUs from Ampere on, "same" for those of the same compute capability. `timing_cache` (TensorRT): a file
+    in which the times of kernels are kept between compilations. `optimization_level`: 0 (quick to compile) to 5 (quick
+    to run). `plugins`: libraries that operators outside of the standard may be taken from. They run as native code:
+    name only those you trust. `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
     """
 
     compute_capability: tuple[int, ...] = ()
@@ -62,7 +61,9 @@ class Settings(Texts):
     @classmethod
     def _capabilities(cls, text: str) -> tuple[int, ...]:
         parts = [part.strip().split(".") for part in text.split(",")]
-        if not all(len(part) == 2 and part[0].isdecimal() and part[1].isdecimal() and len(part[1]) == 1 for part in parts):
+        if not all(
+            len(part) == 2 and part[0].isdecimal() and part[1].isdecimal() and len(part[1]) == 1 for part in parts
+        ):
             raise ValueError(f"is '{text}', expected versions such as 8.9 or 8.9,12.0")
         return tuple(dict.fromkeys(int("".join(part)) for part in parts))
 
@@ -91,11 +92,11 @@ class Settings(Texts):
 class LoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
-    `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default what the SDK finds right for the memory there is.
-    `plugins`: libraries that the engine's plugins are in. They run as native code: name only those you trust.
-    `lean_runtime`: the library of the version that compiled the engine, for one made with compatible=version.
-    `runtime_cache`: a file that kernels made on this device are kept in for the next start (TensorRT for RTX).
-    `graphs`: whether repeated work is recorded and replayed (CUDA Graphs).
+    `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default what the SDK finds right for
+    the memory there is. `plugins`: libraries that the engine's plugins are in. They run as native code: name only those
+    you trust. `lean_runtime`: the library of the version that compiled the engine, for one made with
+    compatible=version. `runtime_cache`: a file that kernels made on this device are kept in for the next start
+    (TensorRT for RTX). `graphs`: whether repeated work is recorded and replayed (CUDA Graphs).
     """
 
     weight_budget: Bytes = 0

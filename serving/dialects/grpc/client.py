@@ -1,4 +1,6 @@
-"""A small blocking client. It speaks the messages of enginecast.v1 and raises the same errors as the server's side did."""
+"""A small blocking client. It speaks the messages of enginecast.v1 and raises the same errors as the
+server's side did.
+"""
 
 from __future__ import annotations
 
@@ -38,14 +40,18 @@ class Client:
     def __enter__(self) -> Client:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Cancel what runs and disconnect."""
         self._channel.close()
 
-    def generate(self, request: image_pb2.GenerateRequest, timeout: float | None = None) -> Iterator[image_pb2.GenerateResponse]:
+    def generate(
+        self, request: image_pb2.GenerateRequest, timeout: float | None = None
+    ) -> Iterator[image_pb2.GenerateResponse]:
         """Draw pictures: the stream of ImageService.Generate."""
         return _stream(self._image.Generate(request, timeout=timeout))
 
@@ -56,13 +62,17 @@ class Client:
     def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
         """Every model the server knows, by name."""
         with _raised():
-            response: model_pb2.ListModelsResponse = self._model.ListModels(model_pb2.ListModelsRequest(), timeout=timeout)
+            response: model_pb2.ListModelsResponse = self._model.ListModels(
+                model_pb2.ListModelsRequest(), timeout=timeout
+            )
             return list(response.models)
 
     def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """One model as it stands."""
         with _raised():
-            response: model_pb2.GetModelResponse = self._model.GetModel(model_pb2.GetModelRequest(name=name), timeout=timeout)
+            response: model_pb2.GetModelResponse = self._model.GetModel(
+                model_pb2.GetModelRequest(name=name), timeout=timeout
+            )
             return response.model
 
     def load(self, name: str, target: str | None = None, timeout: float | None = None) -> model_pb2.Model:

@@ -1,7 +1,8 @@
-"""grpc.health.v1 over a `ModelHost`. What is shown is the host's state at that moment: nothing is stored that could lag behind.
+"""grpc.health.v1 over a `ModelHost`. What is shown is the host's state at that moment: nothing is stored that could lag
+behind.
 
-grpcio-health-checking's own servicer shares one condition among the watchers of a service: a watcher that does not read holds up every
-change of state, and one that leaves cuts the others off.
+grpcio-health-checking's own servicer shares one condition among the watchers of a service: a watcher that does not read
+holds up every change of state, and one that leaves cuts the others off.
 """
 
 from __future__ import annotations
@@ -25,11 +26,18 @@ Response: Final = health_pb2.HealthCheckResponse
 
 
 def health_of(host: ModelHost) -> dict[str, bool]:
-    """Whether each health service serves: every model by its name; the services of its kind; "" (the server) when any model is ready."""
+    """Whether each health service serves: every model by its name; the services of its kind; "" (the server) when any
+    model is ready.
+    """
     kinds = host.ready()
     models = {name: kind is not None for name, kind in kinds.items()}
     known = set(kinds.values())
-    return models | {"": any(models.values()), IMAGE: "diffusion" in known, CHAT: "chat" in known, MODEL: not host.stopping}
+    return models | {
+        "": any(models.values()),
+        IMAGE: "diffusion" in known,
+        CHAT: "chat" in known,
+        MODEL: not host.stopping,
+    }
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
@@ -49,7 +57,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # i
         while True:
             changed = self.host.changed
             serves = health_of(self.host).get(request.service)
-            status = Response.SERVICE_UNKNOWN if serves is None else Response.SERVING if serves else Response.NOT_SERVING
+            status = (
+                Response.SERVICE_UNKNOWN if serves is None else Response.SERVING if serves else Response.NOT_SERVING
+            )
             if status != shown:
                 await write(context, Response(status=status))
             shown = status

@@ -1,7 +1,7 @@
 """How the requests of every call come in: read within a time and a turn of their connection, bounded, and parsed by us.
 
-gRPC would read and parse a request before anything of ours runs, and answer bytes that are no message with UNKNOWN and a traceback. An
-interceptor therefore gives gRPC handlers of streams of bytes: on the wire nothing differs.
+gRPC would read and parse a request before anything of ours runs, and answer bytes that are no message with UNKNOWN and
+a traceback. An interceptor therefore gives gRPC handlers of streams of bytes: on the wire nothing differs.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
                 await handler.unary_stream(await self._message(handler, context), context)
 
         async def both(_: Any, context: Context) -> None:
-            async with reported(context), aclosing(handler.stream_stream(self._messages(handler, context), context)) as responses:
+            async with (
+                reported(context),
+                aclosing(handler.stream_stream(self._messages(handler, context), context)) as responses,
+            ):
                 async for response in responses:
                     await write(context, response)
 
@@ -71,7 +74,9 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             async with asyncio.timeout(limits.ARRIVAL.most), self._turns(context.peer()):
                 data = await context.read()
         except TimeoutError:
-            raise DeadlineExceeded(f"the request did not arrive within {limits.ARRIVAL.most} s: send it again") from None
+            raise DeadlineExceeded(
+                f"the request did not arrive within {limits.ARRIVAL.most} s: send it again"
+            ) from None
         if data is END:
             raise InvalidInput(REQUEST, "is missing: the call ended before it arrived")
         if len(data) > LARGE and (self._returning is None or self._returning.done()):
@@ -87,8 +92,8 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
 async def _return_memory() -> None:
     """Return to the system what large messages took, about when they are done with.
 
-    Errors refer to the frames they passed, which hold the message and the error: such cycles wait for the collector. What is freed
-    then, the C library would keep for the next message.
+    Errors refer to the frames they passed, which hold the message and the error: such cycles wait for the collector.
+    What is freed then, the C library would keep for the next message.
     """
     await asyncio.sleep(1)
     gc.collect()

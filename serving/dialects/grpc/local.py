@@ -18,7 +18,9 @@ from serving.host.job import Job, Kind, Model
 
 
 class Local:
-    """A loaded bundle. Raises what loading raises; every method raises from `runtime.errors`. The model named in a request is ignored."""
+    """A loaded bundle. Raises what loading raises; every method raises from `runtime.errors`. The model named in a
+    request is ignored.
+    """
 
     def __init__(self, model: Model) -> None:
         self._model = model
@@ -32,7 +34,9 @@ class Local:
         wishes: Wishes | None = None,
         request: image_pb2.GenerateRequest | chat_pb2.ChatRequest | None = None,
     ) -> Local:
-        """Load the bundle at `root` for a target, or for the best usable one. A `request` is checked before that, which takes long."""
+        """Load the bundle at `root` for a target, or for the best usable one. A `request` is checked before that, which
+        takes long.
+        """
         if request is None:
             return cls(load_model(root, target, options, wishes))
         if isinstance(request, image_pb2.GenerateRequest):
@@ -50,12 +54,20 @@ class Local:
     def generate(self, request: image_pb2.GenerateRequest) -> Iterator[image_pb2.GenerateResponse]:
         """Draw pictures: what ImageService.Generate streams, but for Queued."""
         stream = messages.ImageStream()
-        return (response for event in self._run("diffusion", messages.image_request(request)) if (response := stream.response(event)))
+        return (
+            response
+            for event in self._run("diffusion", messages.image_request(request))
+            if (response := stream.response(event))
+        )
 
     def chat(self, request: chat_pb2.ChatRequest) -> Iterator[chat_pb2.ChatResponse]:
         """Answer the last message: what ChatService.Chat streams, but for Queued."""
         stream = messages.ChatStream()
-        return (response for event in self._run("chat", messages.chat_request(request)) if (response := stream.response(event)))
+        return (
+            response
+            for event in self._run("chat", messages.chat_request(request))
+            if (response := stream.response(event))
+        )
 
     def _run(self, kind: Kind, request: Any) -> Iterator[Event]:
         _check_kind(self._model.kind, kind)
@@ -65,4 +77,6 @@ class Local:
 def _check_kind(found: str, expected: Kind) -> None:
     if found != expected:
         does, command = ("draws", "generate") if found == "diffusion" else ("answers", "chat")
-        raise InvalidInput("bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `enginecast {command}`")
+        raise InvalidInput(
+            "bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `enginecast {command}`"
+        )

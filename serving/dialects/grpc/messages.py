@@ -1,4 +1,6 @@
-"""Messages of enginecast.v1 as the core's requests, and the core's events as messages. Pure functions; pictures become PNG files here."""
+"""Messages of enginecast.v1 as the core's requests, and the core's events as messages. Pure functions; pictures become
+PNG files here.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
-    """The request as the chat pipeline takes it, its picture files not yet decoded. Raises InvalidInput naming the field."""
+    """The request as the chat pipeline takes it, its picture files not yet decoded. Raises InvalidInput naming the
+    field.
+    """
     limits.MESSAGES.length("messages", message.messages)
     limits.PARTS.count("messages", sum(len(turn.parts) for turn in message.messages))
     limits.PICTURES.count("messages", sum(part.HasField("image") for turn in message.messages for part in turn.parts))
@@ -75,7 +79,9 @@ def _given(message: ProtoMessage, names: Sequence[str]) -> dict[str, Any]:
 def _turn(turn: chat_pb2.Message, field: str) -> text.Message:
     if turn.role not in ROLES:
         raise InvalidInput(f"{field}.role", "is missing or unknown, expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT")
-    return text.Message(ROLES[turn.role], tuple(_part(part, f"{field}.parts[{i}]") for i, part in enumerate(turn.parts)))
+    return text.Message(
+        ROLES[turn.role], tuple(_part(part, f"{field}.parts[{i}]") for i, part in enumerate(turn.parts))
+    )
 
 
 def _part(part: chat_pb2.Part, field: str) -> text.Part:

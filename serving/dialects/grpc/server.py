@@ -1,4 +1,6 @@
-"""The gRPC server: enginecast.v1, grpc.health.v1 and reflection over a `ModelHost`. RPC methods only translate and delegate."""
+"""The gRPC server: enginecast.v1, grpc.health.v1 and reflection over a `ModelHost`. RPC methods only translate and
+delegate.
+"""
 
 from __future__ import annotations
 
@@ -94,22 +96,27 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
         await self.host.load(request.name, request.target if request.HasField("target") else None)
         return model_pb2.LoadModelResponse(model=messages.model(self.host.status(request.name)))
 
-    async def UnloadModel(self, request: model_pb2.UnloadModelRequest, context: Context) -> model_pb2.UnloadModelResponse:
+    async def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Context
+    ) -> model_pb2.UnloadModelResponse:
         await self.host.unload(request.name, messages.grace(request))
         return model_pb2.UnloadModelResponse(model=messages.model(self.host.status(request.name)))
 
 
 class Server:
-    """A listening gRPC server over a host. `port` is the one really bound, which matters when the address asks for port 0.
+    """A listening gRPC server over a host. `port` is the one really bound, which matters when the address asks for port
+    0.
 
-    `options` are gRPC options beside or instead of OPTIONS. Raises InvalidInput for a malformed address, Unavailable when it cannot be
-    bound. Needs a running event loop.
+    `options` are gRPC options beside or instead of OPTIONS. Raises InvalidInput for a malformed address, Unavailable
+    when it cannot be bound. Needs a running event loop.
     """
 
     def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
         self.host = host
         self._server = grpc.aio.server(
-            interceptors=[Intake()], options=[*(OPTIONS | dict(options or {})).items()], maximum_concurrent_rpcs=limits.CALLS.most
+            interceptors=[Intake()],
+            options=[*(OPTIONS | dict(options or {})).items()],
+            maximum_concurrent_rpcs=limits.CALLS.most,
         )
         image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(host), self._server)
         chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(host), self._server)
@@ -124,7 +131,8 @@ class Server:
         await self._server.start()
 
     async def stop(self, grace: float | None = None) -> bool:
-        """Refuse new requests, let running ones finish for `grace` seconds and stop the rest, unload the models, close the port.
+        """Refuse new requests, let running ones finish for `grace` seconds and stop the rest, unload the models, close
+        the port.
 
         Returns False where something still loads or computes in a thread, see `ModelHost.close`.
         """
@@ -136,10 +144,11 @@ class Server:
 async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal ends at once. Loads every model of the host.
 
-    After the host's grace period the process ends in any case, with status 0, also where a thread of it still loads or computes.
+    After the host's grace period the process ends in any case, with status 0, also where a thread of it still loads or
+    computes.
 
-    `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is ready or why it
-    cannot be. Raises that reason where no model can be loaded, or what `Server` raises.
+    `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is
+    ready or why it cannot be. Raises that reason where no model can be loaded, or what `Server` raises.
     """
     _return_memory()
     server = Server(host, address)
@@ -150,7 +159,11 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
     try:
         first: set[asyncio.Future[Any]] = {stopped, loaded}
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-        if loaded.done() and (reasons := [reason for reason in await loaded if reason]) and len(reasons) == len(host.statuses()):
+        if (
+            loaded.done()
+            and (reasons := [reason for reason in await loaded if reason])
+            and len(reasons) == len(host.statuses())
+        ):
             raise reasons[0]
         await stopped
     finally:
@@ -165,7 +178,9 @@ async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> 
     try:
         await host.load(name)
     except EnginecastError as error:
-        whole = error.__cause__ if isinstance(error.__cause__, EnginecastError) else error  # with its paths, which clients do not get
+        whole = (
+            error.__cause__ if isinstance(error.__cause__, EnginecastError) else error
+        )  # with its paths, which clients do not get
         announce(f"{name} cannot be served: {whole}")
         return whole
     status = host.status(name)
@@ -174,7 +189,9 @@ async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> 
 
 
 def _stop_signal(grace: float) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the process ends soon after `grace` seconds. The next one has its default effect."""
+    """An event that the first SIGINT or SIGTERM sets; the process ends soon after `grace` seconds. The next one has its
+    default effect.
+    """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def end() -> None:
@@ -193,7 +210,9 @@ def _stop_signal(grace: float) -> asyncio.Event:
 
 
 def _return_memory() -> None:
-    """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request took."""
+    """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request
+    took.
+    """
     trim_threshold, mmap_threshold, most_arenas = -1, -3, -8  # of malloc.h
     with suppress(OSError, AttributeError):  # another C library
         for option, value in ((trim_threshold, 1 << 20), (mmap_threshold, 1 << 20), (most_arenas, 2)):
@@ -201,7 +220,9 @@ def _return_memory() -> None:
 
 
 def _leave() -> NoReturn:
-    """End the process without waiting for its threads: Python's own end would. What they write to disk is whole or not there."""
+    """End the process without waiting for its threads: Python's own end would. What they write to disk is whole or not
+    there.
+    """
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
@@ -210,10 +231,13 @@ def _leave() -> NoReturn:
 def _bind(server: grpc.aio.Server, address: str) -> int:
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInput("address", f"'{address}' is none, expected HOST:PORT such as 127.0.0.1:50051 (port 0 takes any free one)")
+        raise InvalidInput(
+            "address", f"'{address}' is none, expected HOST:PORT such as 127.0.0.1:50051 (port 0 takes any free one)"
+        )
     try:
         return server.add_insecure_port(address)
     except RuntimeError:
         raise Unavailable(
-            f"cannot listen on {address}: the port is in use, or the address is not one of this machine's. Choose another with --address"
+            f"cannot listen on {address}: the port is in use, or the address is not one of this machine's. Choose "
+            "another with --address"
         ) from None

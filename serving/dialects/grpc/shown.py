@@ -16,13 +16,17 @@ PATH: Final = re.compile(r"(?<![\w.~:/\\-])(?:~|[A-Za-z]:)?[/\\][^\s'\":;,()<>|]
 
 
 def shortened(text: str, length: int = limits.ERROR_TEXT.most) -> str:
-    """The text, cut where it is longer; half surrogates, as in names of files that are no UTF-8, become question marks."""
+    """The text, cut where it is longer; half surrogates, as in names of files that are no UTF-8, become
+    question marks.
+    """
     cut = text if len(text) <= length else text[: length - 1] + "…"
     return cut.encode("utf-8", "replace").decode()
 
 
 def without_paths(text: str, root: Path, name: str) -> str:
-    """The text, shortened, with the name of a model for the folder of its bundle and "..." for every other absolute path."""
+    """The text, shortened, with the name of a model for the folder of its bundle and "..." for every other absolute
+    path.
+    """
     for known in sorted({str(root), str(root.absolute()), os.path.realpath(root)} - {".", "/"}, key=len, reverse=True):
         text = text.replace(known, name)
     return shortened(PATH.sub("...", text))
@@ -30,6 +34,8 @@ def without_paths(text: str, root: Path, name: str) -> str:
 
 def concealed(error: E, root: Path, name: str) -> E:
     """The same error with the text that `without_paths` makes of its own."""
-    shown = type(error).__new__(type(error), without_paths(str(error), root, name))  # constructors take the parts of a message
+    shown = type(error).__new__(
+        type(error), without_paths(str(error), root, name)
+    )  # constructors take the parts of a message
     shown.__dict__.update(error.__dict__)
     return shown

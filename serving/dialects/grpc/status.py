@@ -1,7 +1,8 @@
 """Errors across the wire: the exception tree as gRPC status codes, and back. The one place that knows both.
 
-The status message is the exception's own. Trailing metadata tells the rest: `enginecast-error` is the class, `enginecast-field` the field
-of an InvalidInput. An unexpected exception becomes INTERNAL without its text, which stays in the server's log.
+The status message is the exception's own. Trailing metadata tells the rest: `enginecast-error` is the class,
+`enginecast-field` the field of an InvalidInput. An unexpected exception becomes INTERNAL without its text, which stays
+in the server's log.
 """
 
 from __future__ import annotations

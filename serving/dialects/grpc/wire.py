@@ -1,7 +1,7 @@
 """How many fields a protobuf message has, counted before it is parsed: a parser makes an object of each nested message.
 
-An empty nested message takes 2 bytes on the wire and some 50 in memory, so that a message within its limit of bytes could still take a
-gigabyte. Source: the wire format of https://protobuf.dev/programming-guides/encoding/.
+An empty nested message takes 2 bytes on the wire and some 50 in memory, so that a message within its limit of bytes
+could still take a gigabyte. Source: the wire format of https://protobuf.dev/programming-guides/encoding/.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ def fields_within(data: bytes, kind: Descriptor, most: int) -> bool:
                 case 2:
                     size, at = _varint(data, at, end)
                     field = kind.fields_by_number.get(tag >> 3)
-                    if field is not None and field.type == FieldDescriptor.TYPE_MESSAGE and field.message_type is not None:
+                    if (
+                        field is not None
+                        and field.type == FieldDescriptor.TYPE_MESSAGE
+                        and field.message_type is not None
+                    ):
                         spans.append((at, min(at + size, end), field.message_type))
                     at += size
                 case wire:

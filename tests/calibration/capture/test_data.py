@@ -1,4 +1,6 @@
-"""The capture: real inputs, the same ones every time, every noise level alike, and never lost once a request is done."""
+"""The capture: real inputs, the same ones every time, every noise level alike, and never lost once a
+request is done.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ from runtime.vision.images import encode_image
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-diffusion"
 EDGE = 16
 CONFIG: dict[str, Any] = {
-    "scheduler": {"_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
+    "scheduler": {
+        "_class_name": "DDIMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+    },
     "vae": {"scaling_factor": 0.5, "scale_factor": 2, "latent_channels": 4},
     "sizes": {"min": 8, "max": 64, "default": EDGE, "multiple": 4},
 }
@@ -70,14 +77,17 @@ def drawing(tmp_path: Path) -> LoadedModel:
     )
     source = Source(name="drawing", family="fake", architecture="Fake", fingerprint="f" * 64)
     manifest = Manifest(
-        name="drawing", key="k", pipeline="diffusion", quant="none", source=source, submodels=submodels, artifacts=(), config=CONFIG,
+        name="drawing", key="k", pipeline="diffusion", quant="none", source=source, submodels=submodels, artifacts=(),
+        config=CONFIG,
         versions={}, files={},
     )  # fmt: skip
     (root / MANIFEST).write_text(manifest.model_dump_json())
     bundle = Bundle(root)
     functions = {"text_encoder": _encode, "unet": _denoise, "vae_decoder": _decode}
     engines = {name: FakeEngine(function) for name, function in functions.items()}
-    return LoadedModel(bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config))
+    return LoadedModel(
+        bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config)
+    )
 
 
 @pytest.fixture
@@ -103,7 +113,9 @@ def test_every_step_is_kept_equally_often(drawing: LoadedModel) -> None:
     times, counts = np.unique([call["timestep"][0] for call in found.samples["unet"]], return_counts=True)
     assert len(times) == STEPS and set(counts) == {2}
     assert len(found.samples["unet"]) == SAMPLES
-    assert len(found.samples["text_encoder"]) == len(found.samples["vae_decoder"]) == len(found.samples[VAE_ENCODER]) == 8
+    assert (
+        len(found.samples["text_encoder"]) == len(found.samples["vae_decoder"]) == len(found.samples[VAE_ENCODER]) == 8
+    )
     for submodel in drawing.bundle.manifest.submodels:
         for call in found.samples[submodel.name]:
             submodel.signature.bind(call)
@@ -126,7 +138,9 @@ def test_capture_gives_the_samples_alone(drawing: LoadedModel, tmp_path: Path) -
 
 def test_equal_arguments_give_equal_bytes(drawing: LoadedModel, chatting: LoadedModel, tmp_path: Path) -> None:
     for model in (drawing, chatting):
-        one, again, other = (saved(record(model, built_in(model.kind, seed), seed=seed), tmp_path / "set") for seed in (0, 0, 1))
+        one, again, other = (
+            saved(record(model, built_in(model.kind, seed), seed=seed), tmp_path / "set") for seed in (0, 0, 1)
+        )
         assert one == again != other
 
 
@@ -222,7 +236,9 @@ def test_what_is_kept_of_another_capture_is_not_used(drawing: LoadedModel, tmp_p
         arguments: dict[str, Any] = {"count": 3} | change
         found = record(drawing, built_in("diffusion"), folder=tmp_path / "copy", listen=reports.append, **arguments)
         assert not any(done.reused for done in reports), change
-        assert saved(found, tmp_path / "one") == saved(record(drawing, built_in("diffusion"), **arguments), tmp_path / "other")
+        assert saved(found, tmp_path / "one") == saved(
+            record(drawing, built_in("diffusion"), **arguments), tmp_path / "other"
+        )
 
 
 UNDER_WAY = """
@@ -242,7 +258,9 @@ record(load_model(Path(sys.argv[1]), "onnxruntime"), built_in("chat"), folder=Pa
 def test_a_killed_capture_goes_on(chatting: LoadedModel, tmp_path: Path) -> None:
     unbroken = saved(record(chatting, built_in("chat")), tmp_path / "unbroken")
     with subprocess.Popen(
-        [sys.executable, "-c", UNDER_WAY, str(chatting.bundle.root), str(tmp_path / "kept")], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", UNDER_WAY, str(chatting.bundle.root), str(tmp_path / "kept")],
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.kill()

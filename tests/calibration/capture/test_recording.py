@@ -110,7 +110,12 @@ def decode(start: int, length: int, slot: Slot | None, keep: int | None = None) 
     """Positions `start` to `start` + `length`, each with embeddings that tell which it is."""
     positions = np.arange(start, start + length)
     embeds = np.repeat(positions[None, :, None], 3, axis=2).astype(np.float32)
-    return Call("decoder", {"embeds": embeds, "mask": np.ones((1, start + length), np.int64), "positions": positions[None]}, slot, keep)
+    return Call(
+        "decoder",
+        {"embeds": embeds, "mask": np.ones((1, start + length), np.int64), "positions": positions[None]},
+        slot,
+        keep,
+    )
 
 
 def recorded(*calls: Call) -> list[dict[str, Array]]:

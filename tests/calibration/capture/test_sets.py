@@ -21,7 +21,9 @@ ARRAYS = st.sampled_from(["float32", "float16", "int64", "int32", "bool"]).flatm
     lambda dtype: arrays(dtype, array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
 )
 SAMPLES = st.dictionaries(
-    NAMES.filter(lambda name: "/" not in name), st.lists(st.dictionaries(NAMES, ARRAYS, min_size=1, max_size=3), max_size=3), max_size=3
+    NAMES.filter(lambda name: "/" not in name),
+    st.lists(st.dictionaries(NAMES, ARRAYS, min_size=1, max_size=3), max_size=3),
+    max_size=3,
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | NAMES,
@@ -31,14 +33,27 @@ JSON = st.recursive(
 
 
 def example(**changes: Any) -> CalibrationSet:
-    samples = {"unet": [{"sample": np.full((1, 4), step, np.float32), "timestep": np.array([step], np.float32)} for step in range(3)]}
+    samples = {
+        "unet": [
+            {"sample": np.full((1, 4), step, np.float32), "timestep": np.array([step], np.float32)} for step in range(3)
+        ]
+    }
     facts: dict[str, Any] = {"requests": ENOUGH, "skipped": [], "positions": {"unet": [1, 1, 1]}}
-    return CalibrationSet(**({"kind": "diffusion", "fingerprint": "a" * 64, "settings": facts, "samples": samples} | changes))
+    return CalibrationSet(
+        **({"kind": "diffusion", "fingerprint": "a" * 64, "settings": facts, "samples": samples} | changes)
+    )
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
-@given(kind=st.sampled_from(["diffusion", "chat"]), fingerprint=NAMES, facts=st.dictionaries(NAMES, JSON, max_size=3), samples=SAMPLES)
-def test_what_is_saved_is_loaded(tmp_path: Path, kind: Any, fingerprint: str, facts: dict[str, Any], samples: Any) -> None:
+@given(
+    kind=st.sampled_from(["diffusion", "chat"]),
+    fingerprint=NAMES,
+    facts=st.dictionaries(NAMES, JSON, max_size=3),
+    samples=SAMPLES,
+)
+def test_what_is_saved_is_loaded(
+    tmp_path: Path, kind: Any, fingerprint: str, facts: dict[str, Any], samples: Any
+) -> None:
     file, again = tmp_path / "set.safetensors", tmp_path / "again.safetensors"
     CalibrationSet(kind, fingerprint, facts, samples).save(file)
     loaded = CalibrationSet.load(file)
@@ -94,7 +109,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b"\x89PNG\r\n\x1a\n" + b"0" * 64, b"\xff" * 100], ids=["empty", "json", "png", "long header"]
+    "content",
+    [b"", b"{}", b"\x89PNG\r\n\x1a\n" + b"0" * 64, b"\xff" * 100],
+    ids=["empty", "json", "png", "long header"],
 )
 def test_what_is_no_safetensors(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "set").write_bytes(content)
@@ -131,9 +148,19 @@ HEADER: dict[str, Any] = {"version": 1, "kind": "chat", "fingerprint": "f", "set
         (HEADER | {"kind": "music"}, [], SourceError, "damaged header: .*kind"),
         (HEADER | {"counts": {"decoder": "many"}}, [], SourceError, "damaged header: .*counts"),
         (HEADER | {"counts": {"decoder": -1}}, ["decoder/0000/x"], SourceError, "damaged header: .*counts"),
-        (HEADER | {"counts": {"decoder": 10**15}}, [], SourceError, "announces 1000000000000000 calls but has 0 tensors"),
+        (
+            HEADER | {"counts": {"decoder": 10**15}},
+            [],
+            SourceError,
+            "announces 1000000000000000 calls but has 0 tensors",
+        ),
         (HEADER, ["decoder/0000/x", "decoder/0000/y"], SourceError, "has no tensors of call 1 of decoder"),
-        (HEADER, ["decoder/0000/x", "decoder/0002/x"], SourceError, "tensor 'decoder/0002/x' that its header does not announce"),
+        (
+            HEADER,
+            ["decoder/0000/x", "decoder/0002/x"],
+            SourceError,
+            "tensor 'decoder/0002/x' that its header does not announce",
+        ),
         (HEADER, ["decoder/0000/x", "decoder/-001/x"], SourceError, "tensor 'decoder/-001/x' that"),
         (HEADER, ["decoder/0000/x", "decoder/1/x"], SourceError, "tensor 'decoder/1/x' that"),
         (HEADER, ["decoder/0000/x", "unet/0001/x"], SourceError, "tensor 'unet/0001/x' that"),
@@ -150,7 +177,9 @@ def test_damaged_headers(tmp_path: Path, header: Any, names: list[str], error: t
 def test_sets_of_another_model_are_refused() -> None:
     found = example(fingerprint="a" * 64)
     found.check("a" * 64, "mine")
-    with pytest.raises(InvalidInput, match=r"calibration: was captured from the checkpoint a{16}, but mine is b{16}: capture a set"):
+    with pytest.raises(
+        InvalidInput, match=r"calibration: was captured from the checkpoint a{16}, but mine is b{16}: capture a set"
+    ):
         found.check("b" * 64, "mine")
 
 

@@ -42,7 +42,11 @@ def test_phases(told: list[Position]) -> None:
 def test_a_pipeline_s_events(told: list[Position]) -> None:
     events: list[Event] = [Progress(1, 4), TextDelta("a"), Progress(2, 4)]
     assert list(followed(iter(events), tokens=8)) == events
-    assert [(one.share, one.text) for one in told] == [(0.25, "step 1 of 4"), (0.125, "token 1 of at most 8"), (0.5, "step 2 of 4")]
+    assert [(one.share, one.text) for one in told] == [
+        (0.25, "step 1 of 4"),
+        (0.125, "token 1 of at most 8"),
+        (0.5, "step 2 of 4"),
+    ]
 
 
 def test_work_that_was_done_before_is_free(told: list[Position]) -> None:

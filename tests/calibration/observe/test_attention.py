@@ -19,7 +19,13 @@ def attending(past: bool = False) -> ir.Model:
     """y = Attention(q, k, v), over a past or not."""
     operands = [tensor(name, "batch", HEADS, LENGTH, SIZE) for name in ("q", "k", "v")]
     states = [tensor(name, "batch", HEADS, "past", SIZE) for name in ("past_k", "past_v")] if past else []
-    node = ir.node("Attention", [*operands, *([None, *states] if past else [])], {"scale": 1.0}, num_outputs=3 if past else 1, name="attn")
+    node = ir.node(
+        "Attention",
+        [*operands, *([None, *states] if past else [])],
+        {"scale": 1.0},
+        num_outputs=3 if past else 1,
+        name="attn",
+    )
     for value, name in zip(node.outputs, ("y", "present_k", "present_v"), strict=False):
         value.name, value.dtype, value.shape = name, ir.DataType.FLOAT, operands[0].shape
     graph = ir.Graph([*operands, *states], node.outputs[:1], nodes=[node], opset_imports={"": 23}, name="g")
@@ -28,7 +34,9 @@ def attending(past: bool = False) -> ir.Model:
 
 def operands(scale: float) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {name: (rng.standard_normal((BATCH, HEADS, LENGTH, SIZE)) * scale).astype(np.float32) for name in ("q", "k", "v")}
+    return {
+        name: (rng.standard_normal((BATCH, HEADS, LENGTH, SIZE)) * scale).astype(np.float32) for name in ("q", "k", "v")
+    }
 
 
 def test_larger_scores_lose_more() -> None:

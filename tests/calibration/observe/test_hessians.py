@@ -32,14 +32,22 @@ def model() -> ir.Model:
         product = put(graph, "MatMul", [value, graph.initializers[f"w{i}"]], f"product{i}", None)
         value = put(graph, "Relu", [product], f"relu{i}", None)
         value = put(graph, "Add", [value, x], f"sum{i}", ["batch", "sequence", 16])
-    last = put(graph, "Slice", [value, *(graph.initializers[name] for name in ("start", "end", "axis"))], "last", ["batch", 1, 16])
+    last = put(
+        graph,
+        "Slice",
+        [value, *(graph.initializers[name] for name in ("start", "end", "axis"))],
+        "last",
+        ["batch", 1, 16],
+    )
     graph.outputs.append(put(graph, "MatMul", [last, graph.initializers["w0"]], "y", ["batch", 1, 16]))
     return ir.Model(graph, ir_version=10)
 
 
 def constant(graph: ir.Graph, name: str, array: NDArray[np.generic]) -> None:
     tensor = ir.tensor(array, name=name)
-    graph.register_initializer(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor))
+    graph.register_initializer(
+        ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor)
+    )
 
 
 def put(graph: ir.Graph, op: str, inputs: list[ir.Value], output: str, shape: list[int | str] | None) -> ir.Value:
@@ -65,7 +73,9 @@ def expected() -> dict[str, Floats]:
 
 @pytest.mark.parametrize(("gathered", "kept"), [(1 << 30, 1 << 30), (1, 1 << 30), (1, 1), (5000, 1 << 30)])
 def test_moments_of_all_rows(monkeypatch: pytest.MonkeyPatch, gathered: int, kept: int) -> None:
-    """In one stretch or one for each tensor, each starting from what the last one left or from the inputs. `last` counts every position."""
+    """In one stretch or one for each tensor, each starting from what the last one left or from the inputs. `last`
+    counts every position.
+    """
     monkeypatch.setattr(module, "GATHERED_BYTES", gathered)
     monkeypatch.setattr(module, "KEPT_BYTES", kept)
     wanted = expected()
@@ -87,7 +97,12 @@ def test_later_stretches_start_where_the_last_one_ended(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(module, "lean_session", session)
     list(hessians(model(), ["sum0", "sum1", "sum2"], SAMPLES))
-    products = [node.outputs[0].name for graph in stretches[1:] for node in graph.graph if str(node.outputs[0].name).startswith("product")]
+    products = [
+        node.outputs[0].name
+        for graph in stretches[1:]
+        for node in graph.graph
+        if str(node.outputs[0].name).startswith("product")
+    ]
     assert products == ["product0", "product1", "product2"]
 
 
@@ -102,7 +117,9 @@ def test_divided_is_that_of_divided_rows() -> None:
 def test_what_is_not_finite_is_refused(number: float) -> None:
     x = SAMPLES[0]["x"].copy()
     x[1, 2, 5] = number
-    with pytest.raises(InvalidInput, match="tensor 'x' of toy holds NaN, infinity or magnitudes whose squares exceed float32"):
+    with pytest.raises(
+        InvalidInput, match="tensor 'x' of toy holds NaN, infinity or magnitudes whose squares exceed float32"
+    ):
         list(hessians(model(), ["x"], [*SAMPLES, {"x": x}]))
 
 

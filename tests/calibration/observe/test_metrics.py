@@ -1,4 +1,6 @@
-"""The figures of the quality report: known values, other libraries' values, and what must hold whatever the numbers are."""
+"""The figures of the quality report: known values, other libraries' values, and what must hold whatever the numbers
+are.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def noisy(seed: int = 0) -> tuple[Any, Any]:
 
 def test_known_decibels() -> None:
     one = np.array([3.0, -4.0], np.float32)
-    assert snr_db(one, one * np.float32(1.1)) == pytest.approx(20, abs=1e-4), "a tenth of the amplitude is a hundredth of the power"
+    assert snr_db(one, one * np.float32(1.1)) == pytest.approx(20, abs=1e-4), (
+        "a tenth of the amplitude is a hundredth of the power"
+    )
     assert psnr_db(one, one + np.float32(0.4)) == pytest.approx(20, abs=1e-4), "the peak is the largest magnitude"
     assert psnr_db(one, one + 1, peak=10) == pytest.approx(20)
     assert psnr_db(*noisy(), peak=PEAK) == pytest.approx(peak_signal_noise_ratio(*noisy()), abs=1e-9)
@@ -95,13 +99,17 @@ def test_ssim_is_that_of_the_paper() -> None:
     assert ssim(one, one) == 1
     assert 0.5 < ssim(one, other) < 1
     channels = [
-        structural_similarity(one[..., i], other[..., i], data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+        structural_similarity(
+            one[..., i], other[..., i], data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+        )
         for i in range(3)
     ]
     assert ssim(one, other) == pytest.approx(np.mean(channels))
     flat = [np.full((16, 16, 3), value, np.uint8) for value in (100, 150)]
     constant = (0.01 * 255) ** 2
-    assert ssim(*flat) == pytest.approx((2 * 100 * 150 + constant) / (100**2 + 150**2 + constant)), "without variance, means are left"
+    assert ssim(*flat) == pytest.approx((2 * 100 * 150 + constant) / (100**2 + 150**2 + constant)), (
+        "without variance, means are left"
+    )
 
 
 @given(PICTURES, PICTURES)
@@ -141,9 +149,13 @@ def test_more_noise_is_a_larger_distance() -> None:
 def test_known_divergence_and_perplexity() -> None:
     even, biased = np.log([[0.5, 0.5]]), np.log([[0.75, 0.25]])
     assert kl_divergence(even, biased) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25))
-    assert kl_divergence(np.vstack([even, biased]), np.vstack([biased, biased])) == pytest.approx(kl_divergence(even, biased) / 2)
+    assert kl_divergence(np.vstack([even, biased]), np.vstack([biased, biased])) == pytest.approx(
+        kl_divergence(even, biased) / 2
+    )
     assert perplexity(biased, [1]) == pytest.approx(4)
-    assert perplexity(np.zeros((3, 7), np.float32), [0, 3, 6]) == pytest.approx(7), "even odds: the size of the vocabulary"
+    assert perplexity(np.zeros((3, 7), np.float32), [0, 3, 6]) == pytest.approx(7), (
+        "even odds: the size of the vocabulary"
+    )
     assert perplexity(np.array([[0.0, 1e9]], np.float32), [0]) == pytest.approx(CAP_PERPLEXITY)
 
 

@@ -1,4 +1,6 @@
-"""What may compute in half is measured: overflow, noise, what it costs to store; an emulated device rounds at every node."""
+"""What may compute in half is measured: overflow, noise, what it costs to store; an emulated device rounds at every
+node.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from calibration.observe.lean import lean_session
-from calibration.observe.precision import HEADROOM, LEAST_SNR, WORTH, Precision, angles, emulate, peaks, statistics, store
+from calibration.observe.precision import (
+    HEADROOM,
+    LEAST_SNR,
+    WORTH,
+    Precision,
+    angles,
+    emulate,
+    peaks,
+    statistics,
+    store,
+)
 from calibration.observe.ranges import Range
 from calibration.quantize.layers import RECIPES, plan, quantize
 from export.graph.weights import precision, write
@@ -39,7 +51,9 @@ class Drawing:
 
     def constant(self, name: str, values: Any, dtype: Any = np.float32) -> ir.Value:
         tensor = ir.tensor(np.asarray(values, dtype), name=name)
-        self.constants.append(ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor))
+        self.constants.append(
+            ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        )
         return self.constants[-1]
 
     def __call__(self, op: str, *inputs: ir.Value, name: str = "", **attributes: Any) -> ir.Value:
@@ -50,7 +64,9 @@ class Drawing:
 
     def done(self, output: ir.Value, width: int = WIDTH) -> ir.Model:
         output.shape = ir.Shape(["batch", width])
-        graph = ir.Graph([self.x], [output], nodes=self.nodes, initializers=self.constants, opset_imports={"": 23}, name="toy")
+        graph = ir.Graph(
+            [self.x], [output], nodes=self.nodes, initializers=self.constants, opset_imports={"": 23}, name="toy"
+        )
         return ir.Model(graph, ir_version=10)
 
 
@@ -156,7 +172,8 @@ def test_statistics_are_kept_where_they_gain(draw: Callable[[], ir.Model], gains
     graph, reference = saved(draw(), tmp_path), outputs(draw())
     found = Precision.measure(graph, "float16", samples())
     alone, kept = (
-        snr_db(outputs(emulate(to_half(ir.load(graph), "float16", keep))), reference) for keep in ([], statistics(ir.load(graph)))
+        snr_db(outputs(emulate(to_half(ir.load(graph), "float16", keep))), reference)
+        for keep in ([], statistics(ir.load(graph)))
     )
     print(f"{draw.__name__}: {alone:.1f} dB, statistics kept {kept:.1f} dB")
     assert gains == (kept >= alone + WORTH)
@@ -187,7 +204,9 @@ def test_half_that_is_too_noisy_is_not_chosen(tmp_path: Path) -> None:
 
 
 def test_quantized_graphs_are_compared_with_their_float_graph(tmp_path: Path) -> None:
-    """Rounding to half first changes codes of int8 activations: as far from the float graph as before, elsewhere on the way."""
+    """Rounding to half first changes codes of int8 activations: as far from the float graph as before, elsewhere on the
+    way.
+    """
     draw = Drawing()
     model = draw.done(draw("MatMul", draw("Tanh", draw.x, name="bent"), draw.constant("w", weights()), name="product"))
     quantized = quantize(model, plan(model, RECIPES["int8"]), {"bent.out": Range(1.0, 40.0)})
@@ -231,7 +250,12 @@ def embedding(dtype: Any = np.float32) -> ir.Model:
         value = draw.constant(name, values, dtype)
         return value if floats else draw("Cast", value, to=FLOAT, name=f"{name}/Cast")
 
-    rank = draw("Cast", draw("Clip", draw.x, draw.constant("low", 0.0), draw.constant("high", 9.0)), to=ir.DataType.INT64, name="rank")
+    rank = draw(
+        "Cast",
+        draw("Clip", draw.x, draw.constant("low", 0.0), draw.constant("high", 9.0)),
+        to=ir.DataType.INT64,
+        name="rank",
+    )
     rank.type = ir.TensorType(ir.DataType.INT64)
     found = draw("Gather", draw.constant("table", weights(2)[:10, :1], dtype), rank, name="lookup")
     if not floats:
@@ -278,7 +302,9 @@ def test_what_half_cannot_express_and_frequencies_stay(tmp_path: Path) -> None:
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 300.0]), st.sampled_from(HALVES))
 def test_kept_everywhere_is_float32(seed: int, scale: float, half: Half) -> None:
     draw = Drawing()
-    model = draw.done(draw("Tanh", draw("MatMul", draw.x, draw.constant("w", weights(seed, scale)), name="product"), name="out"))
+    model = draw.done(
+        draw("Tanh", draw("MatMul", draw.x, draw.constant("w", weights(seed, scale)), name="product"), name="out")
+    )
     every = [str(node.name) for node in model.graph]
     np.testing.assert_array_equal(outputs(emulate(to_half(model, half, every))), outputs(model))
 

@@ -53,7 +53,9 @@ def test_growing_equals_seeing_the_largest_first(seed: int, scale: float, parts:
     arrays = [(rng.standard_normal(500) * scale * 3.0**i).astype(np.float32) for i in range(parts)]
     forward, backward = seen(*arrays), seen(*reversed(arrays))
     assert forward.top == backward.top
-    assert np.abs(np.cumsum(forward.counts) - np.cumsum(backward.counts)).max() <= 1  # rounding may move a value across an edge
+    assert (
+        np.abs(np.cumsum(forward.counts) - np.cumsum(backward.counts)).max() <= 1
+    )  # rounding may move a value across an edge
     assert forward.range("mse")[:2] == pytest.approx(backward.range("mse")[:2], rel=1e-2)
 
 
@@ -183,13 +185,19 @@ def graph() -> ir.Model:
     """y = x * 3, z = log(y)."""
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 8]))
     three = ir.Value(
-        name="three", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]), const_value=ir.tensor(np.float32(3), name="three")
+        name="three",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape([]),
+        const_value=ir.tensor(np.float32(3), name="three"),
     )
     y = ir.node("Mul", [x, three], name="mul")
     z = ir.node("Log", [y.outputs[0]], name="log")
     for node, name in ((y, "y"), (z, "z")):
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.FLOAT, ir.Shape(["n", 8])
-    return ir.Model(ir.Graph([x], [z.outputs[0]], nodes=[y, z], initializers=[three], opset_imports={"": 23}, name="g"), ir_version=10)
+    return ir.Model(
+        ir.Graph([x], [z.outputs[0]], nodes=[y, z], initializers=[three], opset_imports={"": 23}, name="g"),
+        ir_version=10,
+    )
 
 
 def samples() -> list[dict[str, NDArray[np.float32]]]:

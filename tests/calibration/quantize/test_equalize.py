@@ -25,7 +25,16 @@ from torch.nn import functional as F
 
 from calibration.observe.ranges import Channels, ChannelStats, collect_ranges, observe
 from calibration.quantize.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES, LayerPlan, Recipe, activation_tensors, measured_tensors, plan, quantize
+from calibration.quantize.layers import (
+    INT4_EVERYWHERE,
+    RECIPES,
+    LayerPlan,
+    Recipe,
+    activation_tensors,
+    measured_tensors,
+    plan,
+    quantize,
+)
 from calibration.requests.built_in import image_requests
 from export.checkpoint.tensors import read_header
 from export.graph.trace import trace
@@ -99,7 +108,9 @@ class Gated(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(WIDTH))
-        self.gate, self.up, self.down = (nn.Linear(*size, bias=False) for size in ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)))
+        self.gate, self.up, self.down = (
+            nn.Linear(*size, bias=False) for size in ((WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
@@ -121,7 +132,9 @@ class Outlying(nn.Module):
                     if name.endswith(("up.weight", "v.weight")):
                         parameter[large] *= 4
                 else:
-                    parameter.copy_(torch.randn(parameter.shape) * 0.2 + (1 if "norm" in name or name.endswith(".weight") else 0))
+                    parameter.copy_(
+                        torch.randn(parameter.shape) * 0.2 + (1 if "norm" in name or name.endswith(".weight") else 0)
+                    )
                     if "norm" in name or name.endswith("0.weight"):
                         parameter[large] *= 30
 
@@ -134,7 +147,9 @@ class Outlying(nn.Module):
 def attached(module: nn.Module, folder: Path, dtype: torch.dtype = torch.float16) -> ir.Model:
     """The module's graph on the bytes of a checkpoint of this precision."""
     folder.mkdir(exist_ok=True)
-    save_file({name: value.detach().to(dtype) for name, value in module.named_parameters()}, folder / "checkpoint.safetensors")
+    save_file(
+        {name: value.detach().to(dtype) for name, value in module.named_parameters()}, folder / "checkpoint.safetensors"
+    )
     model = trace(module.eval().to("meta"), SIGNATURE)
     refs = read_header(folder / "checkpoint.safetensors")[1]
     attach(model, {name: name for name in refs}, refs)
@@ -165,7 +180,9 @@ def snr_db(values: Floats, reference: Floats) -> float:
     return float(10 * np.log10(np.square(reference).sum() / np.square(values - reference).sum()))
 
 
-def measured(graph: Path, recipe: Recipe, samples: Samples) -> tuple[list[LayerPlan], dict[str, ChannelStats], list[Fold]]:
+def measured(
+    graph: Path, recipe: Recipe, samples: Samples
+) -> tuple[list[LayerPlan], dict[str, ChannelStats], list[Fold]]:
     model = ir.load(graph)
     layers = plan(model, recipe)
     stats = observe(model, (), measured_tensors(model, layers), samples).stats
@@ -197,17 +214,25 @@ def test_the_float_function_stays(tmp_path: Path, name: str) -> None:
     reference = run(graph, calls(seed=1))
     for kind, chosen in (("found", folds), ("random", random)):
         copy = equalize(model, chosen)
-        assert {layer.node: layer.weight for layer in plan(copy, INT8)} == {layer.node: layer.weight for layer in layers}
+        assert {layer.node: layer.weight for layer in plan(copy, INT8)} == {
+            layer.node: layer.weight for layer in layers
+        }
         ratio = snr_db(run(written(copy, tmp_path / kind), calls(seed=1)), reference)
         print(f"{name}, {kind}: {ratio:.0f} dB")
         assert ratio > 105
-    assert {name: value.const_value for name, value in model.graph.initializers.items()} == before, "the source graph was changed"
+    assert {name: value.const_value for name, value in model.graph.initializers.items()} == before, (
+        "the source graph was changed"
+    )
 
 
 def arbitrary(model: ir.Model, folds: Sequence[Fold]) -> list[Fold]:
     """Random scales for all that can be folded, whether or not it gains anything."""
     rng = np.random.default_rng(1)
-    return [replace(fold, scales=np.exp(rng.uniform(-2.3, 2.3, width(model, fold))).astype(np.float32)) for fold in folds if fold.into]
+    return [
+        replace(fold, scales=np.exp(rng.uniform(-2.3, 2.3, width(model, fold))).astype(np.float32))
+        for fold in folds
+        if fold.into
+    ]
 
 
 def width(model: ir.Model, fold: Fold) -> int:
@@ -244,15 +269,22 @@ def normed(scale: NDArray[Any], weight: NDArray[Any], seen_too: bool = False) ->
     """RMSNormalization and a MatMul; with `seen_too`, what lies between is an output as well."""
     x = ir.Value(name="tokens", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", "length", WIDTH]))
     stored = [ir.tensor(scale, name="scale"), ir.tensor(weight, name="weight")]
-    values = [ir.Value(name=t.name, type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape.numpy()), const_value=t) for t in stored]
+    values = [
+        ir.Value(name=t.name, type=ir.TensorType(t.dtype), shape=ir.Shape(t.shape.numpy()), const_value=t)
+        for t in stored
+    ]
     casts = [ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{value.name}/Cast") for value in values]
     norm = ir.node("RMSNormalization", [x, casts[0].outputs[0]], {"axis": -1}, name="norm")
     product = ir.node("MatMul", [norm.outputs[0], casts[1].outputs[0]], name="product")
     shapes = [scale.shape, weight.shape, (*["batch", "length"], WIDTH), (*["batch", "length"], weight.shape[1])]
-    for node, name, shape in zip([*casts, norm, product], ["scale.float", "weight.float", "x", "out"], shapes, strict=True):
+    for node, name, shape in zip(
+        [*casts, norm, product], ["scale.float", "weight.float", "x", "out"], shapes, strict=True
+    ):
         node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = name, ir.DataType.FLOAT, ir.Shape(shape)
     outputs = [product.outputs[0], *([norm.outputs[0]] if seen_too else [])]
-    graph = ir.Graph([x], outputs, nodes=[*casts, norm, product], initializers=values, opset_imports={"": 23}, name="normed")
+    graph = ir.Graph(
+        [x], outputs, nodes=[*casts, norm, product], initializers=values, opset_imports={"": 23}, name="normed"
+    )
     return ir.Model(graph, ir_version=10)
 
 
@@ -267,7 +299,9 @@ def test_smoothquant_helps_int8_activations(outlying: Path, tmp_path: Path) -> N
     """The same layers each time: those that a plan quantizes with what was folded."""
     *_, folds = measured(outlying, INT8, calls())
     tensors = activation_tensors(ir.load(outlying), INT8)
-    layers = plan(ir.load(outlying), INT8, collect_ranges(ir.load(outlying), tensors, calls(), scales=folded_scales(folds)))
+    layers = plan(
+        ir.load(outlying), INT8, collect_ranges(ir.load(outlying), tensors, calls(), scales=folded_scales(folds))
+    )
     reference, ratios = run(outlying, calls(seed=1)), {}
     cases: list[tuple[str, list[Fold], Literal["minmax", "auto"]]] = [
         ("naive", [], "minmax"),
@@ -295,7 +329,12 @@ def test_folds_survive_json(outlying: Path) -> None:
 def test_awq_helps_int4_weights(outlying: Path, tmp_path: Path) -> None:
     layers, stats, folds = measured(outlying, INT4, calls())
     reference, ratios = run(outlying, calls(seed=1)), {}
-    for name, used, informed in (("naive", [], False), ("importance", [], True), ("awq", folds, False), ("both", folds, True)):
+    for name, used, informed in (
+        ("naive", [], False),
+        ("importance", [], True),
+        ("awq", folds, False),
+        ("both", folds, True),
+    ):
         importance = {name: seen.mean_square for name, seen in folded_stats(stats, used).items()} if informed else None
         copy = quantize(equalize(ir.load(outlying), used), layers, importance=importance)
         ratios[name] = snr_db(run(written(copy, tmp_path / name), calls(seed=1)), reference)
@@ -309,7 +348,9 @@ def test_ranges_by_scales_are_those_of_the_folded_graph(outlying: Path, tmp_path
     _, stats, folds = measured(outlying, INT8, calls())
     tensors = activation_tensors(ir.load(outlying), INT8)
     divided = collect_ranges(ir.load(outlying), tensors, calls(), "minmax", folded_scales(folds))
-    observed = observe(ir.load(written(equalize(ir.load(outlying), folds), tmp_path / "folded")), tensors, list(stats), calls())
+    observed = observe(
+        ir.load(written(equalize(ir.load(outlying), folds), tmp_path / "folded")), tensors, list(stats), calls()
+    )
     folded, seen = observed.ranges(tensors, "minmax"), observed.stats
     for name in tensors:
         assert divided[name].peak == pytest.approx(folded[name].peak, rel=1e-3)
@@ -323,7 +364,9 @@ def test_ranges_by_scales_are_those_of_the_folded_graph(outlying: Path, tmp_path
 def test_engines_agree_on_what_was_folded(outlying: Path, tmp_path: Path, recipe: Recipe) -> None:
     openvino = pytest.importorskip("openvino")
     layers, _, folds = measured(outlying, recipe, calls())
-    ranges = collect_ranges(ir.load(outlying), activation_tensors(ir.load(outlying), recipe), calls(), scales=folded_scales(folds))
+    ranges = collect_ranges(
+        ir.load(outlying), activation_tensors(ir.load(outlying), recipe), calls(), scales=folded_scales(folds)
+    )
     graph = written(quantize(equalize(ir.load(outlying), folds), layers, ranges), tmp_path / "out")
     compiled = openvino.Core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     infos = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
@@ -331,7 +374,11 @@ def test_engines_agree_on_what_was_folded(outlying: Path, tmp_path: Path, recipe
     assert any(kind == "FullyConnected" and precision in ("i4", "i8", "u8") for kind, precision in kernels)
     reference = run(outlying, calls(1))
     ratios = snr_db(run(graph, calls(1)), reference), snr_db(compiled(calls(1)[0])[0].reshape(-1), reference)
-    print("{}: ONNX Runtime {:.1f} dB, OpenVINO {:.1f} dB, of {} folds".format(recipe.name, *ratios, len(folded_scales(folds))))
+    print(
+        "{}: ONNX Runtime {:.1f} dB, OpenVINO {:.1f} dB, of {} folds".format(
+            recipe.name, *ratios, len(folded_scales(folds))
+        )
+    )
     assert min(ratios) > 12
 
 
@@ -394,7 +441,9 @@ def merged(rng: np.random.Generator, calls: int, sizes: Sequence[Floats] = ()) -
         for _ in range(calls):
             rows = (rng.standard_normal((64, WIDTH)) * (sizes[half] if sizes else 1)).astype(np.float32)
             magnitudes = np.abs(rows)
-            channels.add(len(rows), magnitudes.max(0), magnitudes.sum(0, np.float64), np.square(rows).sum(0, np.float64), rows)
+            channels.add(
+                len(rows), magnitudes.max(0), magnitudes.sum(0, np.float64), np.square(rows).sum(0, np.float64), rows
+            )
         parts.append(channels.stats(64 * calls))
     return ChannelStats.merged(parts)
 
@@ -406,7 +455,10 @@ def test_what_holds_for_some_calls_only_is_not_believed() -> None:
     large = np.where(np.arange(WIDTH) < 6, 30, 1).astype(np.float32)
     (steady,) = find_folds(model, plan(model, INT8), {"x": merged(rng, 4, [large, large])})
     (fickle,) = find_folds(model, plan(model, INT8), {"x": merged(rng, 4, [large, large[::-1].copy()])})
-    print(f"steady {steady.before_db:.1f} -> {steady.after_db:.1f} dB, fickle {fickle.before_db:.1f} -> {fickle.after_db:.1f} dB")
+    print(
+        f"steady {steady.before_db:.1f} -> {steady.after_db:.1f} dB, fickle {fickle.before_db:.1f} -> "
+        f"{fickle.after_db:.1f} dB"
+    )
     assert steady.scales is not None and steady.after_db > steady.before_db + 6
     assert fickle.scales is None and fickle.after_db < fickle.before_db
 
@@ -443,7 +495,10 @@ def test_foreign_folds_and_damaged_weights_are_refused() -> None:
 def test_the_sample_text_encoder(diffusion_bundle: Path, tmp_path: Path) -> None:
     """What each method does for real weights, on prompts that it has not seen."""
     tokenizer = ClipTokenizer(diffusion_bundle / "tokenizer")
-    prompts = [np.asarray(tokenizer(request.prompt), np.int64).reshape(1, -1) for request in islice(image_requests(5), 0, 192, 2)]
+    prompts = [
+        np.asarray(tokenizer(request.prompt), np.int64).reshape(1, -1)
+        for request in islice(image_requests(5), 0, 192, 2)
+    ]
     seen, unseen = ([{"input_ids": ids} for ids in half] for half in (prompts[:48], prompts[48:]))
     graph = diffusion_bundle / "onnx" / "text_encoder" / "model.onnx"
     reference, model, ratios = run(graph, unseen), ir.load(graph), {}
@@ -452,7 +507,9 @@ def test_the_sample_text_encoder(diffusion_bundle: Path, tmp_path: Path) -> None
         tensors = activation_tensors(model, recipe)
         for name, used in (("naive", []), ("folded", folds)):
             ranges = collect_ranges(model, tensors, seen, "auto" if used else "minmax", folded_scales(used))
-            importance = {tensor: figures.mean_square for tensor, figures in folded_stats(stats, used).items()} if used else None
+            importance = (
+                {tensor: figures.mean_square for tensor, figures in folded_stats(stats, used).items()} if used else None
+            )
             copy = quantize(equalize(model, used), layers, ranges, importance)
             ratios[recipe.name, name] = snr_db(run(written(copy, tmp_path / recipe.name / name), unseen), reference)
     print("text encoder: " + ", ".join(f"{' '.join(key)} {ratio:.2f} dB" for key, ratio in ratios.items()))

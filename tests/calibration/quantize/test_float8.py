@@ -1,4 +1,6 @@
-"""E4M3: numbers as the standard has them, plans that use them where both sides are quantized, graphs that say what they compute."""
+"""E4M3: numbers as the standard has them, plans that use them where both sides are quantized, graphs that say what they
+compute.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ INPUTS, OUTPUTS = 96, 128
 
 
 def two_layers(outlier: float = 1.0) -> ir.Model:
-    """x -> norm -> MatMul -> MatMul, stored as float16; one channel of the norm is larger by `outlier`, its weights smaller."""
+    """x -> norm -> MatMul -> MatMul, stored as float16; one channel of the norm is larger by `outlier`, its weights
+    smaller.
+    """
     rng = np.random.default_rng(0)
     x = ir.Value(name="x", type=ir.TensorType(FLOAT), shape=ir.Shape(["batch", INPUTS]))
     scale = np.ones(INPUTS, np.float32)
@@ -119,7 +123,9 @@ def test_stored_precisions_and_orders_agree(dtype: type) -> None:
 
 def test_plans_use_fp8_where_both_sides_are_quantized() -> None:
     model = two_layers()
-    assert [(layer.weight_type, layer.activation) for layer in plan(model, RECIPES["fp8"], ranges(model))] == [("fp8", True)] * 2
+    assert [(layer.weight_type, layer.activation) for layer in plan(model, RECIPES["fp8"], ranges(model))] == [
+        ("fp8", True)
+    ] * 2
     noisy = ranges(model) | {"norm.out": Range(1.0, 20.0)}
     first, second = plan(model, RECIPES["fp8"], noisy)
     assert (first.weight_type, first.activation) == ("int8", False) and "20.0 dB" in first.reason
@@ -135,7 +141,10 @@ def test_the_graph_is_standard_and_near(tmp_path: Path) -> None:
     proto = onnx.load(str(tmp_path / "out" / "model.onnx"))
     reference = np.asarray(ReferenceEvaluator(proto).run(None, {"x": samples()})[0])
     ours = run(ir.load(tmp_path / "out" / "model.onnx"))
-    print(f"against float {snr_db(ours, run(model)):.1f} dB, reference evaluator and ONNX Runtime apart {snr_db(ours, reference):.1f} dB")
+    print(
+        f"against float {snr_db(ours, run(model)):.1f} dB, reference evaluator and ONNX Runtime apart "
+        f"{snr_db(ours, reference):.1f} dB"
+    )
     assert snr_db(ours, reference) > 60
     assert 25 < snr_db(ours, run(model)) < 40
 
@@ -144,7 +153,9 @@ def test_outliers_cost_less_than_in_int8() -> None:
     """A channel sixty times as large takes int8 its steps, not E4M3 its digits."""
     model = two_layers(outlier=60.0)
     seen = ranges(model)
-    figures = [snr_db(run(quantize(model, plan(model, RECIPES[name], seen), seen)), run(model)) for name in ("int8", "fp8")]
+    figures = [
+        snr_db(run(quantize(model, plan(model, RECIPES[name], seen), seen)), run(model)) for name in ("int8", "fp8")
+    ]
     print("int8 {:.1f} dB, fp8 {:.1f} dB".format(*figures))
     assert figures[1] > figures[0] + 10
 
@@ -153,7 +164,9 @@ def test_folds_stay_usable() -> None:
     model = two_layers(outlier=60.0)
     scales = np.ones(INPUTS, np.float32)
     scales[3] = 60.0
-    folded = equalize(model, [Fold("norm.out", "smoothquant", ("first.weight",), ("norm.weight", "norm.bias"), scales=scales)])
+    folded = equalize(
+        model, [Fold("norm.out", "smoothquant", ("first.weight",), ("norm.weight", "norm.bias"), scales=scales)]
+    )
     assert snr_db(run(folded), run(model)) > 100
     copy = quantize(folded, plan(folded, RECIPES["fp8"], ranges(folded)), ranges(folded))
     assert snr_db(run(copy), run(model)) > 25
@@ -165,16 +178,25 @@ def test_fp8_in_half(half: Any) -> None:
     model = two_layers()
     lowered = to_half(quantize(model, plan(model, RECIPES["fp8"], ranges(model)), ranges(model)), half)
     onnx.shape_inference.infer_shapes(ir.to_proto(lowered), check_type=True, strict_mode=True)
-    kinds = [(node.op_type, node.outputs[0].dtype) for node in lowered.graph if "Quantize" in node.op_type or "Dequantize" in node.op_type]
+    kinds = [
+        (node.op_type, node.outputs[0].dtype)
+        for node in lowered.graph
+        if "Quantize" in node.op_type or "Dequantize" in node.op_type
+    ]
     dtype = ir.DataType[half.upper()]
-    assert sorted(kinds) == sorted([("QuantizeLinear", FLOAT8), ("DequantizeLinear", dtype), ("DequantizeLinear", dtype)] * 2)
+    assert sorted(kinds) == sorted(
+        [("QuantizeLinear", FLOAT8), ("DequantizeLinear", dtype), ("DequantizeLinear", dtype)] * 2
+    )
 
 
 def test_a_tensor_may_be_read_in_both() -> None:
     model = two_layers()
     first, second = plan(model, RECIPES["fp8"], ranges(model))
     copy = quantize(model, [replace(first, weight_type="int8"), second], ranges(model))
-    assert [node.outputs[0].dtype for node in copy.graph if node.op_type == "QuantizeLinear"] == [ir.DataType.INT8, FLOAT8]
+    assert [node.outputs[0].dtype for node in copy.graph if node.op_type == "QuantizeLinear"] == [
+        ir.DataType.INT8,
+        FLOAT8,
+    ]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -195,5 +217,7 @@ def test_recipes_say_what_they_need() -> None:
 def test_half_quantizes_nothing(name: str) -> None:
     found = recipe(name, activations=False, least_bits=8)
     assert found == RECIPES[name] and found.half in ("float16", "bfloat16") and not found.precisions
-    assert [(layer.weight_type, layer.activation, layer.reason) for layer in plan(two_layers(), found)] == [("float", False, "")] * 2
+    assert [(layer.weight_type, layer.activation, layer.reason) for layer in plan(two_layers(), found)] == [
+        ("float", False, "")
+    ] * 2
     assert activation_tensors(two_layers(), found) == []

@@ -1,4 +1,6 @@
-"""GPTQ: never worse than rounding on what it saw, better on what it did not, and the same where there is nothing to make up for."""
+"""GPTQ: never worse than rounding on what it saw, better on what it did not, and the same where there is nothing to
+make up for.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,14 @@ Array = NDArray[np.float32]
 
 
 def rows(count: int, channels: int, seed: int, hidden: int = 0) -> Floats:
-    """Rows of correlated channels: `hidden` causes (by default half as many as channels), and a little noise of each channel's own."""
+    """Rows of correlated channels: `hidden` causes (by default half as many as channels), and a little noise of each
+    channel's own.
+    """
     mix = np.random.default_rng(99).standard_normal((hidden or channels // 2, channels))
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal((count, len(mix))) @ mix + 0.2 * rng.standard_normal((count, channels))).astype(np.float32)
+    return (rng.standard_normal((count, len(mix))) @ mix + 0.2 * rng.standard_normal((count, channels))).astype(
+        np.float32
+    )
 
 
 def hessian(inputs: Floats) -> Hessian:
@@ -41,14 +47,24 @@ def restored(codes: NDArray[np.int8], scales: NDArray[np.float16]) -> Floats:
     return np.multiply(codes, np.repeat(scales.astype(np.float32), block, axis=0), dtype=np.float32)
 
 
-def output_error(inputs: Floats, weights: Floats, form: tuple[NDArray[np.int8], NDArray[np.float16]]) -> NDArray[np.float64]:
+def output_error(
+    inputs: Floats, weights: Floats, form: tuple[NDArray[np.int8], NDArray[np.float16]]
+) -> NDArray[np.float64]:
     """Squared error of each output over all rows."""
     return np.asarray(np.square((inputs @ (restored(*form) - weights)).astype(np.float64)).sum(axis=0))
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 70), st.integers(1, 8), st.sampled_from([1e-3, 1.0, 1e3]))
-def test_no_weight_is_worse_than_rounded_on_the_rows_seen(seed: int, blocks: int, count: int, columns: int, size: float) -> None:
+@given(
+    st.integers(0, 2**32 - 1),
+    st.integers(1, 3),
+    st.integers(1, 70),
+    st.integers(1, 8),
+    st.sampled_from([1e-3, 1.0, 1e3]),
+)
+def test_no_weight_is_worse_than_rounded_on_the_rows_seen(
+    seed: int, blocks: int, count: int, columns: int, size: float
+) -> None:
     """Whether there are fewer rows than channels or more."""
     rng = np.random.default_rng(seed)
     inputs = rows(count, 32 * blocks, seed)
@@ -59,7 +75,10 @@ def test_no_weight_is_worse_than_rounded_on_the_rows_seen(seed: int, blocks: int
     assert made.codes.min() >= -8 and made.codes.max() <= 7
     assert np.all(made.scales > 0)
     limit = output_error(inputs, weights, plain).sum()
-    assert output_error(inputs, weights, (made.codes, made.scales)).sum() <= limit * 1.001 + 1e-9 * np.square(inputs @ weights).sum()
+    assert (
+        output_error(inputs, weights, (made.codes, made.scales)).sum()
+        <= limit * 1.001 + 1e-9 * np.square(inputs @ weights).sum()
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -83,7 +102,9 @@ def test_factor_restores_the_damped_hessian() -> None:
 
 
 def test_each_row_makes_up_for_those_before() -> None:
-    """Two equal inputs, so only the sum of their weights counts: what the last row is rounded off, the first puts back."""
+    """Two equal inputs, so only the sum of their weights counts: what the last row is rounded off, the
+    first puts back.
+    """
     weights = np.full((32, 1), 0.5, np.float32)
     weights[0] = 7  # scale 1
     weights[30:] = [[0.4], [0.4]]
@@ -101,7 +122,9 @@ def test_other_rows_gain_too(count: int, least: float) -> None:
     seen, others = hessian(rows(count, 192, 1)), rows(1000, 192, 2)
     made = compensated(weights, seen.matrix, factor(seen), 64)
     plain = int4_blocks(weights, 64, np.diagonal(seen.matrix).copy())
-    gain = 10 * np.log10(output_error(others, weights, plain).sum() / output_error(others, weights, (made.codes, made.scales)).sum())
+    gain = 10 * np.log10(
+        output_error(others, weights, plain).sum() / output_error(others, weights, (made.codes, made.scales)).sum()
+    )
     print(f"{count} rows of 192 channels: {gain:.1f} dB less error on other rows")
     assert gain > least
 
@@ -113,10 +136,14 @@ def test_a_dead_channel_keeps_its_weights() -> None:
     seen = hessian(inputs)
     made = compensated(weights, seen.matrix, factor(seen), 32)
     step = np.repeat(made.scales.astype(np.float32), 32, axis=0)[10]
-    assert np.all(np.abs(restored(made.codes, made.scales)[10] - np.clip(weights[10], -8 * step, 7 * step)) <= step * 0.501)
+    assert np.all(
+        np.abs(restored(made.codes, made.scales)[10] - np.clip(weights[10], -8 * step, 7 * step)) <= step * 0.501
+    )
 
 
-@pytest.mark.parametrize(("matrix", "reason"), [(np.zeros((32, 32)), "always zero"), (np.full((32, 32), 2.0) - np.eye(32), "too nearly")])
+@pytest.mark.parametrize(
+    ("matrix", "reason"), [(np.zeros((32, 32)), "always zero"), (np.full((32, 32), 2.0) - np.eye(32), "too nearly")]
+)
 def test_what_cannot_be_factored(matrix: NDArray[np.float64], reason: str) -> None:
     with pytest.raises(np.linalg.LinAlgError, match=reason):
         factor(Hessian(matrix.astype(np.float32), 10_000))
@@ -179,7 +206,9 @@ FOLD = Fold("normed", "awq", ("up",), ("norm",), scales=SCALES)
 
 
 def test_a_graph_is_compensated(tmp_path: Path) -> None:
-    """Codes of folded weights, of the order [K, N] however they are stored, and what was made of each; twice the same."""
+    """Codes of folded weights, of the order [K, N] however they are stored, and what was made of each;
+    twice the same.
+    """
     weights = toy()
     graph = model(weights)
     paths = [tmp_path / "one", tmp_path / "two"]
@@ -204,16 +233,31 @@ def test_a_graph_is_compensated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("most", [6144, 288])
-def test_a_convolution_is_compensated_nested_in_int8(tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole or in parts: on other pictures, the library's convolution with the restored kernel is nearer than with a rounded one."""
+def test_a_convolution_is_compensated_nested_in_int8(
+    tmp_path: Path, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole or in parts: on other pictures, the library's convolution with the restored kernel is nearer than with a
+    rounded one.
+    """
     monkeypatch.setattr(calibration.observe.windows, "MOST_ROWS", most)
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal((16, 64, 3, 3)).astype(np.float32)
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 64, "height", "width"]))
-    w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(kernel.shape), const_value=ir.tensor(kernel, name="w"))
+    w = ir.Value(
+        name="w",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(kernel.shape),
+        const_value=ir.tensor(kernel, name="w"),
+    )
     node = ir.node("Conv", [x, w], {"pads": [1, 1, 1, 1], "strides": [2, 2]}, name="conv")
-    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = "y", ir.DataType.FLOAT, ir.Shape(["batch", 16, None, None])
-    graph = ir.Model(ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 23}, name="toy"), ir_version=10)
+    node.outputs[0].name, node.outputs[0].dtype, node.outputs[0].shape = (
+        "y",
+        ir.DataType.FLOAT,
+        ir.Shape(["batch", 16, None, None]),
+    )
+    graph = ir.Model(
+        ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 23}, name="toy"), ir_version=10
+    )
     layers = plan(graph, replace(RECIPES["int4"], spare_last=False))
     assert [(one.weight_type, one.block, one.nested) for one in layers] == [("int4", 64, True)]
     pictures = [rows(20 * 24, 64, seed).reshape(1, 20, 24, 64).transpose(0, 3, 1, 2) for seed in range(6)]
@@ -225,7 +269,9 @@ def test_a_convolution_is_compensated_nested_in_int8(tmp_path: Path, most: int, 
     np.testing.assert_array_equal(base, plain_base)
 
     def error(levels: NDArray[np.int8], scales: NDArray[np.float16]) -> float:
-        restored = np.multiply(levels, np.repeat(scales.astype(np.float32), 64, axis=0)) * base - kernel.reshape(16, -1).T
+        restored = (
+            np.multiply(levels, np.repeat(scales.astype(np.float32), 64, axis=0)) * base - kernel.reshape(16, -1).T
+        )
         found = [
             torch.conv2d(torch.from_numpy(picture), torch.from_numpy(restored.T.reshape(kernel.shape)), None, 2, 1)
             for picture in pictures[4:]
@@ -258,7 +304,13 @@ def test_nothing_is_left_behind_by_a_weight_that_is_not_finite(tmp_path: Path) -
 def test_samples_that_are_not_finite(tmp_path: Path) -> None:
     graph = model(toy())
     with pytest.raises(InvalidInput, match="'normed' of toy holds NaN"):
-        compensate(graph, plan(graph, INT4_EVERYWHERE), [], [*SAMPLES, {"x": np.full((1, 64), np.inf, np.float32)}], tmp_path / "codes")
+        compensate(
+            graph,
+            plan(graph, INT4_EVERYWHERE),
+            [],
+            [*SAMPLES, {"x": np.full((1, 64), np.inf, np.float32)}],
+            tmp_path / "codes",
+        )
     assert not list(tmp_path.iterdir())
 
 

@@ -70,7 +70,10 @@ def floating(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy as a written float graph, its weights in float16 as checkpoints have them."""
     torch.manual_seed(0)
     module = Toy().eval()
-    values = {name: parameter.detach().numpy().astype(np.float16).astype(np.float32) for name, parameter in module.named_parameters()}
+    values = {
+        name: parameter.detach().numpy().astype(np.float16).astype(np.float32)
+        for name, parameter in module.named_parameters()
+    }
     model = trace(module.to("meta"), SIGNATURE)
     for name, array in values.items():
         model.graph.initializers[name].const_value = ir.tensor(array, name=name)
@@ -120,9 +123,12 @@ def quantized(floating: Path, name: str, folder: Path, activations: bool = True)
 
 
 @pytest.mark.parametrize(
-    ("name", "activations", "floor"), [("int4", True, 18.0), ("int8-weight", True, 38.0), ("int8", True, 30.0), ("int8", False, 38.0)]
+    ("name", "activations", "floor"),
+    [("int4", True, 18.0), ("int8-weight", True, 38.0), ("int8", True, 30.0), ("int8", False, 38.0)],
 )
-def test_engines_run_what_was_quantized(floating: Path, tmp_path: Path, name: str, activations: bool, floor: float) -> None:
+def test_engines_run_what_was_quantized(
+    floating: Path, tmp_path: Path, name: str, activations: bool, floor: float
+) -> None:
     reference, _ = run_onnxruntime(floating)
     graph, layers = quantized(floating, name, tmp_path, activations)
     ours, operators = run_onnxruntime(graph)
@@ -145,7 +151,11 @@ def test_plan_says_what_and_why(floating: Path) -> None:
     layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4_EVERYWHERE)}
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
     assert layers["first.weight"].reason == "smaller blocks: 96 inputs are no multiple of 64"
-    assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == ("int4", 64, "")
+    assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == (
+        "int4",
+        64,
+        "",
+    )
     assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == (
         "int8",
         "convolutions without int8 inputs, or in groups, have no int4 form",
@@ -155,7 +165,8 @@ def test_plan_says_what_and_why(floating: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "columns", "reason"), [(72, 128, "72 inputs are no multiple of 32"), (64, 129, "129 outputs are an odd number")]
+    ("rows", "columns", "reason"),
+    [(72, 128, "72 inputs are no multiple of 32"), (64, 129, "129 outputs are an odd number")],
 )
 def test_what_int4_does_not_fit_is_int8_and_said(rows: int, columns: int, reason: str) -> None:
     (layer,) = plan(matmul(np.ones((rows, columns), np.float32)), INT4_EVERYWHERE)
@@ -173,7 +184,10 @@ def test_int4_is_for_weights_worth_it(floating: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("calibration.quantize.layers.SMALL_SHARE_INT4", 1)  # as if there were much more than these
     layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
     assert layers["first.weight"].weight_type == "int8"
-    assert layers["first.weight"].reason == f"too few elements: int4 would save only {layers['first.weight'].elements // 2} bytes"
+    assert (
+        layers["first.weight"].reason
+        == f"too few elements: int4 would save only {layers['first.weight'].elements // 2} bytes"
+    )
 
 
 def test_what_makes_the_output_is_int8_at_int4(floating: Path) -> None:
@@ -191,8 +205,16 @@ def test_the_few_weights_that_int4_harms_most_are_int8() -> None:
     layers.append(LayerPlan("f", "MatMul", "f", 20, "int8", 0, False, "before"))
     budget = MOST_SPARED * sum(sizes.values())
     found = {layer.weight: layer for layer in spare(layers, {"a": 25.0, "b": 35.0, "c": 20.0, "e": 10.0, "f": 5.0})}
-    assert [name for name, layer in found.items() if layer.weight_type == "int8"] == ["a", "c", "f"]  # b is good enough, e too large
-    assert found["c"].block == 0 and found["c"].reason == "sensitive: int4 would leave its output 20.0 dB" and found["f"].reason == "before"
+    assert [name for name, layer in found.items() if layer.weight_type == "int8"] == [
+        "a",
+        "c",
+        "f",
+    ]  # b is good enough, e too large
+    assert (
+        found["c"].block == 0
+        and found["c"].reason == "sensitive: int4 would leave its output 20.0 dB"
+        and found["f"].reason == "before"
+    )
     tight = spare(layers, {name: 20.0 + number for number, name in enumerate(sizes)})
     assert sum(layer.elements for layer in tight[:5] if layer.weight_type == "int8") <= budget
     assert spare(layers, {}) == layers
@@ -250,7 +272,10 @@ def test_one_quantizer_serves_all_consumers(floating: Path) -> None:
 
 def test_a_changed_plan_is_what_is_done(floating: Path, tmp_path: Path) -> None:
     model = ir.load(floating)
-    layers = [replace(layer, weight_type="float") if layer.weight != "last.weight" else layer for layer in plan(model, INT4_EVERYWHERE)]
+    layers = [
+        replace(layer, weight_type="float") if layer.weight != "last.weight" else layer
+        for layer in plan(model, INT4_EVERYWHERE)
+    ]
     copy = quantize(model, layers)
     assert [name for name in copy.graph.initializers if name.endswith(".int4")] == ["last.weight.int4"]
 
@@ -295,7 +320,9 @@ def test_stored_precisions_and_orders_agree(dtype: type) -> None:
 
 
 def test_scales_alone_are_those_of_the_codes() -> None:
-    weight = QuantizedWeight(ir.tensor(np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32), name="w"), False, 32)
+    weight = QuantizedWeight(
+        ir.tensor(np.random.default_rng(0).standard_normal((64, 32)).astype(np.float32), name="w"), False, 32
+    )
     weight.codes()
     beside = weight.scales().tobytes()
     assert weight.scales().tobytes() == beside
@@ -342,7 +369,12 @@ def test_shared_weight_is_stored_once() -> None:
 def matmul(weights: NDArray[np.float32], twice: bool = False) -> ir.Model:
     rows, columns = weights.shape
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", rows]))
-    w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weights.shape), const_value=ir.tensor(weights, name="w"))
+    w = ir.Value(
+        name="w",
+        type=ir.TensorType(ir.DataType.FLOAT),
+        shape=ir.Shape(weights.shape),
+        const_value=ir.tensor(weights, name="w"),
+    )
     nodes = [ir.node("MatMul", [x, w], name="one")]
     if twice:
         nodes.append(ir.node("MatMul", [nodes[0].outputs[0], w], name="two"))

@@ -59,7 +59,10 @@ def test_one_call_gives_ranges_alone(tiny_bundle: Path, floating: Path) -> None:
 def test_without_data_nothing_changes(floating: Path) -> None:
     model = ir.load(floating)
     assert Tuning().folded(model) is model
-    assert any(name.endswith(".int8") for name in Tuning().quantize(model, plan(model, RECIPES["int8-weight"])).graph.initializers)
+    assert any(
+        name.endswith(".int8")
+        for name in Tuning().quantize(model, plan(model, RECIPES["int8-weight"])).graph.initializers
+    )
 
 
 def test_a_decoder_with_a_cache(tiny_bundle: Path) -> None:
@@ -70,7 +73,10 @@ def test_a_decoder_with_a_cache(tiny_bundle: Path) -> None:
     calls = []
     for seed in range(3):
         call = signature.sample({**lengths, "batch": 1, "past": 0, "total": lengths["sequence"]}, seed)
-        past = {s.past.name: np.zeros(s.past.shape({**lengths, "batch": 1, "past": 0}), s.past.dtype) for s in signature.states}
+        past = {
+            s.past.name: np.zeros(s.past.shape({**lengths, "batch": 1, "past": 0}), s.past.dtype)
+            for s in signature.states
+        }
         calls.append(call | past)
     found = Tuning.measure(ir.load(tiny_bundle / "onnx" / "decoder" / "model.onnx"), RECIPES["int8"], calls)
     assert found.ranges and all(np.isfinite(seen.peak) for seen in found.ranges.values())
@@ -84,8 +90,12 @@ def test_layers_are_held_against_the_sums_they_add_to(tiny_bundle: Path, floatin
     copy = model.clone()
     values = ir.convenience.create_value_mapping(copy.graph)
     copy.graph.outputs.extend([values[added], values[total]])
-    powers = [[float(np.square(array).sum()) for array in lean_session(copy).run([added, total], call)] for call in calls]
-    assert found.dilution[node] == pytest.approx(max(0, -10 * np.log10(np.mean([own / other for own, other in powers]))), abs=0.01)
+    powers = [
+        [float(np.square(array).sum()) for array in lean_session(copy).run([added, total], call)] for call in calls
+    ]
+    assert found.dilution[node] == pytest.approx(
+        max(0, -10 * np.log10(np.mean([own / other for own, other in powers]))), abs=0.01
+    )
 
 
 def test_what_targets_may_do_besides(tiny_bundle: Path, floating: Path) -> None:
@@ -96,6 +106,8 @@ def test_what_targets_may_do_besides(tiny_bundle: Path, floating: Path) -> None:
     assert found.attention.keys() == set(attentions)
     assert set(found.bfloat16(layers)) == {name for name, snr_db in found.attention.items() if snr_db >= LEAST_SNR}
     assert found.bfloat16([replace(layer, activation=False) for layer in layers]) == ()
-    made = {str(node.name) for node in found.quantize(found.folded(model), layers).graph if node.op_type == "QuantizeLinear"}
+    made = {
+        str(node.name) for node in found.quantize(found.folded(model), layers).graph if node.op_type == "QuantizeLinear"
+    }
     spanned = replace(found, ranges={name: seen._replace(low=-0.25, high=2.0) for name, seen in found.ranges.items()})
     assert spanned.spans(found.folded(model), layers) == dict.fromkeys(made, (-0.25, 2.0))

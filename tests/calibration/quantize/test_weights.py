@@ -15,15 +15,21 @@ Floats = NDArray[np.float32]
 
 
 def weighted_error(weights: Floats, importance: Floats, block: int, given: bool) -> float:
-    """The output error to expect of uncorrelated inputs, when the scales are chosen with or without their importance."""
+    """The output error to expect of uncorrelated inputs, when the scales are chosen with or without their
+    importance.
+    """
     codes, scales = int4_blocks(weights, block, importance if given else None)
     restored = codes * np.repeat(scales.astype(np.float32), block, axis=0)
     return float((importance[:, None].astype(np.float64) * np.square(restored - weights)).sum())
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e3]), st.floats(0, 6), st.integers(1, 4), st.integers(1, 9))
-def test_importance_never_raises_the_weighted_error(seed: int, magnitude: float, spread: float, blocks: int, columns: int) -> None:
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e3]), st.floats(0, 6), st.integers(1, 4), st.integers(1, 9)
+)
+def test_importance_never_raises_the_weighted_error(
+    seed: int, magnitude: float, spread: float, blocks: int, columns: int
+) -> None:
     rng = np.random.default_rng(seed)
     weights = (rng.standard_t(3, (32 * blocks, columns)) * magnitude).astype(np.float32)
     importance = np.exp(rng.standard_normal(32 * blocks) * spread).astype(np.float32)
@@ -45,7 +51,9 @@ def test_importance_lowers_the_output_error() -> None:
     assert ratios[1] > ratios[0] + 1
 
 
-@pytest.mark.parametrize("importance", [np.zeros(64), np.full(64, 1e-30), np.full(64, 1e30), np.r_[np.ones(32), np.zeros(32)]])
+@pytest.mark.parametrize(
+    "importance", [np.zeros(64), np.full(64, 1e-30), np.full(64, 1e30), np.r_[np.ones(32), np.zeros(32)]]
+)
 def test_inputs_never_or_always_seen(importance: NDArray[np.float64]) -> None:
     """Unused blocks still restore their weights, and a uniform importance of any size is none."""
     weights = np.random.default_rng(0).standard_normal((64, 16)).astype(np.float32)
@@ -75,4 +83,6 @@ def test_what_was_computed_before_is_taken_as_it_is() -> None:
     np.testing.assert_array_equal(pack_int4(np.ascontiguousarray(levels)), codes)
     np.testing.assert_array_equal(known.scales().numpy(), scales)
     plain = QuantizedWeight(weights, False)
-    np.testing.assert_array_equal(QuantizedWeight(weights, False, known=lambda: Int4(codes, scales)).codes().numpy(), plain.codes().numpy())
+    np.testing.assert_array_equal(
+        QuantizedWeight(weights, False, known=lambda: Int4(codes, scales)).codes().numpy(), plain.codes().numpy()
+    )

@@ -73,7 +73,9 @@ def test_no_case_that_models_are_scored_on_is_used() -> None:
 def test_questions_show_a_picture() -> None:
     first, again = (list(islice(chat_requests(), 6)) for _ in range(2))
     assert all(request.images[0].shape == (128, 128, 3) for request in first)
-    assert [request.messages[0].content[1] for request in first] == [request.messages[0].content[1] for request in again]
+    assert [request.messages[0].content[1] for request in first] == [
+        request.messages[0].content[1] for request in again
+    ]
     assert all(np.array_equal(one.images[0], other.images[0]) for one, other in zip(first, again, strict=True))
 
 
@@ -104,7 +106,11 @@ def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
     assert brief.wanted(None) == len(BRIEF_STEPS) and brief.wanted(50) == 50
     for (short, long), steps in zip(zip(brief.asked, usual.asked, strict=False), BRIEF_STEPS, strict=False):
         assert isinstance(long.request, ImageRequest) and isinstance(short.request, ImageRequest)
-        assert (short.name, short.request.prompt, short.request.seed) == (long.name, long.request.prompt, long.request.seed)
+        assert (short.name, short.request.prompt, short.request.seed) == (
+            long.name,
+            long.request.prompt,
+            long.request.seed,
+        )
         assert short.request.steps == steps != long.request.steps
     (tmp_path / "prompts.txt").write_text("what is it?\n")
     (asked,) = briefly(read_prompts(tmp_path / "prompts.txt", "chat")).asked
@@ -125,7 +131,9 @@ def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> No
     requests = read_prompts(tmp_path / "prompts.txt", "diffusion")
     assert [prompt for _, prompt in accepted(fussy, requests, 2)] == ["a cat"]
     assert requests.skipped == ["line 2: prompt: is too long"]
-    with pytest.raises(InvalidInput, match=r"prompts: none of prompts.txt can be used: line .: prompt: is too long; line "):
+    with pytest.raises(
+        InvalidInput, match=r"prompts: none of prompts.txt can be used: line .: prompt: is too long; line "
+    ):
         list(accepted(deaf, read_prompts(tmp_path / "prompts.txt", "diffusion"), 2))
 
 
@@ -140,7 +148,11 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     assert requests.wanted(None) == 3 and requests.wanted(2) == 2 and requests.wanted(9) == 3
     asked = list(requests.asked)
     assert sorted(prompts(asked)) == ["a cat", "a döner", "what #1 is"]
-    assert {one.name: prompts([one])[0] for one in asked} == {"line 3": "a cat", "line 5": "a döner", "line 7": "what #1 is"}
+    assert {one.name: prompts([one])[0] for one in asked} == {
+        "line 3": "a cat",
+        "line 5": "a döner",
+        "line 7": "what #1 is",
+    }
     assert [one.request.seed for one in asked] == [0, 1, 2]
 
 
@@ -157,7 +169,9 @@ def test_prompts_are_asked_about_drawn_scenes(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("what is it?\nwho is it?\n")
     one, again = (list(read_prompts(tmp_path / "prompts.txt", "chat").asked) for _ in range(2))
     assert sorted(questions(one)) == ["what is it?", "who is it?"]
-    pictures = [[asked.request.images[0] for asked in each if isinstance(asked.request, ChatRequest)] for each in (one, again)]
+    pictures = [
+        [asked.request.images[0] for asked in each if isinstance(asked.request, ChatRequest)] for each in (one, again)
+    ]
     assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0][0], pictures[0][1])
 
 
@@ -210,7 +224,9 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
     assert reasons["silent.png"] == "silent.png: silent.txt: cannot be read: No such file or directory"
     assert reasons["blank.png"] == "blank.png: blank.txt: is empty, expected the picture's caption"
     assert "is no UTF-8 text" in reasons["strange.png"]
-    assert reasons["text.png"].startswith("text.png: is no PNG, JPEG, WebP, ") and reasons["text.png"].endswith("(10 bytes)")
+    assert reasons["text.png"].startswith("text.png: is no PNG, JPEG, WebP, ") and reasons["text.png"].endswith(
+        "(10 bytes)"
+    )
     assert "damaged" in reasons["cut.png"]
 
 
@@ -233,7 +249,9 @@ def test_questions_are_asked_about_pictures_in_turn(tmp_path: Path) -> None:
     asked = list(read_images(tmp_path, "chat").asked)
     assert questions(asked) == [*QUESTIONS, QUESTIONS[0]]
     assert sorted(one.name for one in asked) == [f"{i}.png" for i in range(len(QUESTIONS) + 1)]
-    assert all(isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(one.name[0]) for one in asked)
+    assert all(
+        isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(one.name[0]) for one in asked
+    )
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
@@ -293,7 +311,9 @@ def test_lines_that_are_wrong_are_refused(tmp_path: Path, entries: list[Any], me
 
 
 def test_questions_are_not_for_models_that_draw(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInput, match="questions: are for models that chat, and this one draws: give it --prompts, or --images"):
+    with pytest.raises(
+        InvalidInput, match="questions: are for models that chat, and this one draws: give it --prompts, or --images"
+    ):
         read_questions(lines(tmp_path / "q.jsonl", GOOD), "diffusion")
 
 
@@ -311,7 +331,9 @@ READERS: list[tuple[Callable[[Path, Kind], Requests], Kind]] = [
     | st.text(max_size=60).map(str.encode)
     | st.builds(lambda value: json.dumps({"image": value}).encode(), st.text())
 )
-def test_any_file_gives_requests_or_a_reason(tmp_path: Path, read: Callable[[Path, Kind], Requests], kind: Kind, content: bytes) -> None:
+def test_any_file_gives_requests_or_a_reason(
+    tmp_path: Path, read: Callable[[Path, Kind], Requests], kind: Kind, content: bytes
+) -> None:
     (tmp_path / "file").write_bytes(content)
     try:
         requests = read(tmp_path / "file", kind)

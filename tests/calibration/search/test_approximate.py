@@ -111,7 +111,9 @@ def test_noises_that_are_orthogonal_are_found(seed: int, sources: int) -> None:
     """Of sources whose effects have nothing in common, spread over 30 dB, with half as many probes as sources."""
     generator = np.random.default_rng(seed)
     noises = 10 ** generator.uniform(-3, 0, sources)
-    probes = generator.choice([-1.0, 1.0], (max(16, sources // 2), sources)) / np.sqrt(noises)  # equally loud, as later rounds have it
+    probes = generator.choice([-1.0, 1.0], (max(16, sources // 2), sources)) / np.sqrt(
+        noises
+    )  # equally loud, as later rounds have it
     effects = np.linalg.qr(generator.normal(size=(4 * sources, sources)))[0] * np.sqrt(noises)
     changes = probes @ effects.T
     found = fitted(changes @ changes.T, probes)

@@ -33,7 +33,9 @@ class Known:
 
 
 def layer(index: int, kind: Any = "float", activation: bool = False) -> LayerPlan:
-    return LayerPlan(f"n{index}", "MatMul", f"w{index}", 1024 * (index + 1), kind, 64 if kind == "int4" else 0, activation)
+    return LayerPlan(
+        f"n{index}", "MatMul", f"w{index}", 1024 * (index + 1), kind, 64 if kind == "int4" else 0, activation
+    )
 
 
 noises = st.floats(1e-6, 1e-1)
@@ -54,9 +56,13 @@ def test_nothing_beats_the_frontier(pairs: list[tuple[float, float]], goal: Any)
     def price(plans: Any) -> float:
         if goal == "size":
             return sum(map(weight_bytes, plans)) / sum(map(weight_bytes, floats))
-        return sum(work * (W8A8_PACE if planned.activation else 1) for work, planned in zip(macs, plans, strict=True)) / sum(macs)
+        return sum(
+            work * (W8A8_PACE if planned.activation else 1) for work, planned in zip(macs, plans, strict=True)
+        ) / sum(macs)
 
-    for forms in product(*[[Alternative(planned, 0.0), *others] for planned, others in zip(floats, found, strict=True)]):
+    for forms in product(
+        *[[Alternative(planned, 0.0), *others] for planned, others in zip(floats, found, strict=True)]
+    ):
         cost, noise = price([form.plan for form in forms]), sum(form.noise for form in forms)
         assert not any(cost < point.cost - 1e-9 and noise < point.noise - 1e-12 for point in hull)
 

@@ -62,7 +62,9 @@ def ranges(toy: ir.Model) -> dict[str, Range]:
 
 @pytest.fixture(scope="module")
 def board(toy: ir.Model, ranges: dict[str, Range]) -> Board:
-    return Board(toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)], Tuning(ranges=ranges), samples())
+    return Board(
+        toy, [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)], Tuning(ranges=ranges), samples()
+    )
 
 
 def test_an_assignment_is_what_the_quantized_graph_gives(toy: ir.Model, ranges: dict[str, Range], board: Board) -> None:
@@ -99,7 +101,9 @@ def test_without_samples_there_is_nothing_to_measure(toy: ir.Model) -> None:
         Board(toy, [], Tuning(), [])
 
 
-def test_calls_that_fit_are_run_together(toy: ir.Model, ranges: dict[str, Range], board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_that_fit_are_run_together(
+    toy: ir.Model, ranges: dict[str, Range], board: Board, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipes = [plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE)]
     calls = [*samples(), SIGNATURE.sample({"batch": 3}, 9)]
     together = Board(toy, recipes, Tuning(ranges=ranges), calls)
@@ -112,7 +116,9 @@ def test_calls_that_fit_are_run_together(toy: ir.Model, ranges: dict[str, Range]
 
 
 def test_a_little_of_an_error_does_a_little(board: Board) -> None:
-    index, form = next((index, form) for index, forms in enumerate(board.alternatives()) for form in forms if form.plan.activation)
+    index, form = next(
+        (index, form) for index, forms in enumerate(board.alternatives()) for form in forms if form.plan.activation
+    )
 
     def change(share: float) -> np.ndarray:
         errors = board.none()
@@ -128,10 +134,15 @@ def test_a_little_of_an_error_does_a_little(board: Board) -> None:
 def test_only_scales_are_held(toy: ir.Model, ranges: dict[str, Range]) -> None:
     from calibration.search.sensitivity import _switched
 
-    forms = [{planned.node: planned for planned in recipe} for recipe in (plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE))]
+    forms = [
+        {planned.node: planned for planned in recipe}
+        for recipe in (plan(toy, RECIPES["int8"], ranges), plan(toy, INT4_EVERYWHERE))
+    ]
     switched = _switched(toy, forms, [("int8", 0), ("int4", 64)], Tuning(ranges=ranges))
     floats = sum(value.const_value.nbytes for value in toy.graph.initializers.values() if value.const_value is not None)
-    all_of_it = sum(value.const_value.nbytes for value in switched.graph.initializers.values() if value.const_value is not None)
+    all_of_it = sum(
+        value.const_value.nbytes for value in switched.graph.initializers.values() if value.const_value is not None
+    )
     assert 0 < all_of_it - floats < floats / 10
 
 

@@ -1,4 +1,6 @@
-"""Every decoder that is built computes what transformers' own model computes, call after call and beyond its window; others are refused."""
+"""Every decoder that is built computes what transformers' own model computes, call after call and beyond its window;
+others are refused.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,15 @@ import pytest
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
-from export.architecture.decoders import DECODERS, STATIC, Decoder, library_decoder, reduced_decoder, require_known, windows
+from export.architecture.decoders import (
+    DECODERS,
+    STATIC,
+    Decoder,
+    library_decoder,
+    reduced_decoder,
+    require_known,
+    windows,
+)
 from runtime.errors import SourceError, UnsupportedModel
 
 WINDOW, CONTEXT = 12, 256
@@ -21,7 +31,13 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
 }
-VISION = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION = {
+    "model_type": "clip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 LIMITED = {"sliding_window": WINDOW}
 ROTARY: dict[str, dict[str, Any]] = {
     "default": {},
@@ -44,7 +60,15 @@ SPECIAL: dict[str, dict[str, Any]] = {
 
 
 def config_of(text: dict[str, Any]) -> LlavaConfig:
-    given = {**SMALL, "vocab_size": 64, "max_position_embeddings": CONTEXT, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **text}
+    given = {
+        **SMALL,
+        "vocab_size": 64,
+        "max_position_embeddings": CONTEXT,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **text,
+    }
     found = {key: value for key, value in given.items() if value is not None}
     return LlavaConfig.from_dict({"vision_config": VISION, "text_config": found, "image_token_index": 4})
 
@@ -59,7 +83,10 @@ def distance(text: dict[str, Any]) -> float:
             parameter.mul_(4)
     config = model.config.text_config
     ours, library = Decoder(model.model.language_model, model.lm_head), library_decoder(model)
-    heads, size = config.num_key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads, size = (
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
     got = wanted = [torch.zeros(2, heads, 0, size)] * (2 * config.num_hidden_layers)
     past, worst = 0, 0.0
     for count in (3, WINDOW + 2, 1, 5, 1):
@@ -84,7 +111,10 @@ def test_every_decoder_computes_what_the_library_computes(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STATIC)
 def test_rotary_types_of_fixed_frequencies(kind: str) -> None:
-    assert distance({"model_type": "llama", "rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind]}) < 1e-5
+    assert (
+        distance({"model_type": "llama", "rope_parameters": {"rope_type": kind, "rope_theta": 10000.0} | ROTARY[kind]})
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,15 +133,18 @@ def test_other_settings_of_a_decoder(text: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "of type 'dynamic'"),
         (
-            {"model_type": "phi3", "head_dim": None, "num_key_value_heads": 4, "original_max_position_embeddings": 32, "rope_parameters": {
+            {"model_type": "phi3", "head_dim": None, "num_key_value_heads": 4, "original_max_position_embeddings": 32,
+                "rope_parameters": {
                 "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
             "of type 'longrope'",
         ),
         ({"model_type": "gemma2"}, "is a gemma2, expected one of"),
         ({"model_type": "stablelm"}, "is a stablelm, expected one of"),
-        ({"model_type": "llama", "rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "of type 'su', which is not known"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "su", "rope_theta": 1e4}},
+            "of type 'su', which is not known"),
         ({"model_type": "mistral", "sliding_window": 0}, "sliding_window is 0, expected 1 or more"),
     ],
     ids=["dynamic", "longrope", "gemma2", "stablelm", "unknown", "no-window"],
@@ -126,4 +159,7 @@ def test_a_reduced_decoder_has_a_layer_of_each_kind() -> None:
     text = config_of({"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 100}).text_config
     few = reduced_decoder(text, 8)
     assert few["num_hidden_layers"] == 2 and sorted(few["layer_types"]) == ["full_attention", "sliding_attention"]
-    assert few["sliding_window"] == 8 and reduced_decoder(config_of({"model_type": "llama"}).text_config, 8)["num_hidden_layers"] == 2
+    assert (
+        few["sliding_window"] == 8
+        and reduced_decoder(config_of({"model_type": "llama"}).text_config, 8)["num_hidden_layers"] == 2
+    )

@@ -1,4 +1,6 @@
-"""Every setting of a generation_config.json is followed as transformers follows it, reported, or refused by name before any work."""
+"""Every setting of a generation_config.json is followed as transformers follows it, reported, or refused by name before
+any work.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,21 @@ def test_every_setting_of_the_library_has_its_use() -> None:
 def test_what_the_library_takes_where_nothing_is_said(tmp_path: Path) -> None:
     found = read(tmp_path)
     usual = GenerationConfig._get_default_generation_params()
-    assert (found.defaults.temperature, found.defaults.top_k, found.defaults.top_p) == (0, usual["top_k"], usual["top_p"])
+    assert (found.defaults.temperature, found.defaults.top_k, found.defaults.top_p) == (
+        0,
+        usual["top_k"],
+        usual["top_p"],
+    )
     assert found.defaults.rules == Rules() and found.ends == (2,) and not found.notes and found.defaults.max_length == 0
-    assert read(tmp_path, top_k=None, temperature=None, top_p=None, repetition_penalty=None, bad_words_ids=None) == found
+    assert (
+        read(tmp_path, top_k=None, temperature=None, top_p=None, repetition_penalty=None, bad_words_ids=None) == found
+    )
 
 
 def test_settings_are_read(tmp_path: Path) -> None:
     found = read(
-        tmp_path, do_sample=True, temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=1.1, max_new_tokens=33, eos_token_id=[2, 7, 600],
+        tmp_path, do_sample=True, temperature=0.7, top_k=0, top_p=0.9, repetition_penalty=1.1, max_new_tokens=33,
+        eos_token_id=[2, 7, 600],
         stop_strings="###", min_p=0.1, bad_words_ids=[[4], [5, 6]], sequence_bias=[[[8], 1.5]], forced_eos_token_id=2,
         suppress_tokens=[9], exponential_decay_length_penalty=[3, 1.2], no_repeat_ngram_size=3, min_new_tokens=2,
     )  # fmt: skip
@@ -47,19 +56,25 @@ def test_settings_are_read(tmp_path: Path) -> None:
     assert (defaults.temperature, defaults.top_k, defaults.top_p, defaults.repetition_penalty) == (0.7, 0, 0.9, 1.1)
     assert defaults.max_tokens == 33 and defaults.stop == ("###",) and found.ends == (2, 7)
     assert defaults.rules == Rules(
-        min_p=0.1, bad_words_ids=((4,), (5, 6)), sequence_bias=(((8,), 1.5),), forced_eos_token_id=(2,), suppress_tokens=(9,),
+        min_p=0.1, bad_words_ids=((4,), (5, 6)), sequence_bias=(((8,), 1.5),), forced_eos_token_id=(2,),
+        suppress_tokens=(9,),
         exponential_decay_length_penalty=(3, 1.2), no_repeat_ngram_size=3, min_new_tokens=2,
     )  # fmt: skip
 
 
 def test_lengths_of_prompt_and_answer(tmp_path: Path) -> None:
-    assert read(tmp_path, max_length=40).defaults.longest(30) == 10 and read(tmp_path, max_length=40).defaults.longest(50) == 1
+    assert (
+        read(tmp_path, max_length=40).defaults.longest(30) == 10
+        and read(tmp_path, max_length=40).defaults.longest(50) == 1
+    )
     assert read(tmp_path, max_length=40, max_new_tokens=7).defaults.longest(30) == 7
     assert read(tmp_path).defaults.longest(30) == 256
 
 
 def test_without_the_file_config_json_counts(tmp_path: Path) -> None:
-    found = read_generation(tmp_path, {"text_config": {"eos_token_id": 5, "top_k": 9}, "repetition_penalty": 1.5}, VOCABULARY)
+    found = read_generation(
+        tmp_path, {"text_config": {"eos_token_id": 5, "top_k": 9}, "repetition_penalty": 1.5}, VOCABULARY
+    )
     assert found.ends == (5,) and found.defaults.top_k == 9 and found.defaults.repetition_penalty == 1.5
 
 
@@ -150,4 +165,6 @@ def test_a_file_that_is_no_object_is_named(tmp_path: Path) -> None:
 
 def test_the_documentation_names_what_is_not_followed() -> None:
     page = (Path(__file__).parents[3] / "docs" / "compatibility.md").read_text()
-    assert not [name for name, use in SETTINGS.items() if use.what in ("read", "reported", "refused") and name not in page]
+    assert not [
+        name for name, use in SETTINGS.items() if use.what in ("read", "reported", "refused") and name not in page
+    ]

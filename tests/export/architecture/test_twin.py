@@ -23,7 +23,10 @@ def test_a_twin_has_every_weight_and_leaves_none(twins: list[Part], build_cache:
         with twin_weights(part) as weights:
             first = {name: ref.array().copy() for name, ref in weights.items()}
         with twin_weights(part) as second:
-            expected = {name: tuple(value.shape) for name, value in part.component.model.named_parameters(remove_duplicate=False)}
+            expected = {
+                name: tuple(value.shape)
+                for name, value in part.component.model.named_parameters(remove_duplicate=False)
+            }
             assert {name: ref.shape for name, ref in second.items()} == expected
             assert all((first[name] == second[name].array()).all() for name in expected)
             assert all(ref.dtype == "F16" and abs(ref.array().astype("f4")).max() < 2 for ref in second.values())
@@ -38,5 +41,7 @@ def test_a_failure_leaves_no_weights(twins: list[Part], build_cache: Path) -> No
 
 def test_normalisations_scale_by_about_one(twins: list[Part]) -> None:
     with twin_weights(twins[0]) as weights:
-        norms = [ref.array().astype("f4") for name, ref in weights.items() if "norm" in name and name.endswith("weight")]
+        norms = [
+            ref.array().astype("f4") for name, ref in weights.items() if "norm" in name and name.endswith("weight")
+        ]
         assert norms and all(abs(float(torch.from_numpy(norm).mean()) - 1) < 0.1 for norm in norms)

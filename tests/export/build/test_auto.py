@@ -36,7 +36,8 @@ from runtime.errors import NotFound, QualityError
 from runtime.placing.loading import load_model
 
 SIGNATURE = Signature(
-    inputs=(Tensor(name="x", dtype="float32", dims=(BATCH, 8, 64)),), outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 8, 64)),)
+    inputs=(Tensor(name="x", dtype="float32", dims=(BATCH, 8, 64)),),
+    outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 8, 64)),),
 )
 
 
@@ -45,7 +46,10 @@ def layer(kind: Any) -> LayerPlan:
 
 
 def submodel() -> auto.Submodel:
-    points = [Assignment((layer(kind),), cost, noise, noise) for kind, cost, noise in (("int8", 0.5, 1e-4), ("int4", 0.3, 1e-2))]
+    points = [
+        Assignment((layer(kind),), cost, noise, noise)
+        for kind, cost, noise in (("int8", 0.5, 1e-4), ("int4", 0.3, 1e-2))
+    ]
     return auto.Submodel(points, 40.0, auto.Explored(method="measured", runs=2))
 
 
@@ -159,7 +163,9 @@ def test_small_submodels_are_measured_and_big_ones_approximated(chain: Path) -> 
     assert big.how.runs == LEAST
     assert small.int8_db == big.int8_db
     best = {found.cost: found.snr_db for found in small.assignments}
-    assert all(found.snr_db <= best.get(found.cost, 300) + 1e-6 for found in big.assignments) and len(big.assignments) > 2
+    assert (
+        all(found.snr_db <= best.get(found.cost, 300) + 1e-6 for found in big.assignments) and len(big.assignments) > 2
+    )
 
 
 def test_explored_once(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +197,9 @@ def test_a_killed_exploration_goes_on(chain: Path, build_cache: Path, monkeypatc
     unbroken = explore(chain, "unbroken")
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
-    with subprocess.Popen([sys.executable, "-c", UNDER_WAY, str(chain)], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", UNDER_WAY, str(chain)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.kill()
     assert process.returncode == -9
@@ -231,7 +239,9 @@ def test_a_killed_approximation_goes_on(chain: Path, build_cache: Path, monkeypa
 # Whole builds
 
 
-def test_a_build_searches_once_and_says_what_it_found(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_build_searches_once_and_says_what_it_found(
+    tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = Options(str(tiny_vlm), tmp_path / "b", quant="auto", max_drop=6.0, goal="speed")
     bundle, _ = build(options)
     bundle.verify()
@@ -246,7 +256,9 @@ def test_a_build_searches_once_and_says_what_it_found(tiny_vlm: Path, tmp_path: 
 
 
 def test_below_the_floors_there_is_no_bundle(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    strict = tuple(floor.model_copy(update={"least": 250.0}) for floor in quality.FLOORS if floor.measure == "submodel_snr_db")
+    strict = tuple(
+        floor.model_copy(update={"least": 250.0}) for floor in quality.FLOORS if floor.measure == "submodel_snr_db"
+    )
     monkeypatch.setattr(quality, "FLOORS", strict)
     with pytest.raises(QualityError, match=r"falls below.*vision_encoder.*No bundle was written"):
         build(Options(str(tiny_vlm), tmp_path / "b", quant="int8"))

@@ -1,4 +1,6 @@
-"""The build as a whole: what it writes, what it reuses, what it refuses, and that a failure leaves things as they were."""
+"""The build as a whole: what it writes, what it reuses, what it refuses, and that a failure leaves things
+as they were.
+"""
 
 from __future__ import annotations
 
@@ -140,7 +142,9 @@ def test_what_the_weights_became_is_in_the_manifest(
         for weights in submodel.weights:
             told[weights.form] += weights.elements
             assert bool(weights.reason) == (weights.form != quant), weights
-        assert told["int4"] == stored["int4"] and told["int8"] <= stored["int8"] < told["int8"] + 100, "zero points are int8, too"
+        assert told["int4"] == stored["int4"] and told["int8"] <= stored["int8"] < told["int8"] + 100, (
+            "zero points are int8, too"
+        )
         assert sum(weights.nbytes for weights in submodel.weights) < submodel.nbytes
         whole += told
     assert whole["int8"] + whole["int4"] > whole.total() / 2
@@ -151,16 +155,22 @@ def test_what_the_weights_became_is_in_the_manifest(
     assert last.startswith("weights: int") and f"Not {quant}: " in last and "no layer multiplies by them" in last
 
 
-def test_a_recipe_that_changes_nothing_is_refused(tiny_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_that_changes_nothing_is_refused(
+    tiny_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("calibration.quantize.layers.SMALL_SHARE", 1)
     monkeypatch.setattr("calibration.quantize.layers.SMALL", 1 << 30)
     for quant in ("int8", "int4"):
-        with pytest.raises(InvalidInput, match=r"no weight of tiny-diffusion can be quantized \(\d+ layers: too few elements\)"):
+        with pytest.raises(
+            InvalidInput, match=r"no weight of tiny-diffusion can be quantized \(\d+ layers: too few elements\)"
+        ):
             build(Options(str(tiny_diffusion), tmp_path / "b", quant=quant))
     assert not (tmp_path / "b").exists()
 
 
-def test_a_large_model_is_rounded_to_int4_and_told(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_rounded_to_int4_and_told(
+    tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(RECIPES, "int4", INT4_EVERYWHERE)
     monkeypatch.setattr(export.build.state, "FULL_QUALITY_BYTES", 1000)
     reports: list[Report] = []
@@ -192,12 +202,15 @@ def test_another_build_reuses_traced_graphs(tiny_vlm: Path, tmp_path: Path) -> N
 def test_builds_are_reproducible(tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     build(Options(str(tiny_vlm), tmp_path / "b"))
     first, second = (
-        {name: data for name, data in files(folder).items() if name.startswith("onnx/")} for folder in (tiny_bundle, tmp_path / "b")
+        {name: data for name, data in files(folder).items() if name.startswith("onnx/")}
+        for folder in (tiny_bundle, tmp_path / "b")
     )
     assert first == second
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "chat_template.jinja", "tokenizer_config.json", "model.safetensors"]
+)
 def test_whatever_goes_into_a_bundle_makes_another_build(source: Path, tmp_path: Path, name: str) -> None:
     build(Options(str(source), tmp_path / "b"))
     if name.endswith(".json"):
@@ -205,7 +218,11 @@ def test_whatever_goes_into_a_bundle_makes_another_build(source: Path, tmp_path:
     elif name.endswith(".jinja"):
         (source / name).write_text((source / name).read_text() + "{# another #}")
     else:
-        save_file({key: tensor * 2 for key, tensor in load_file(source / name).items()}, source / name, metadata={"format": "pt"})
+        save_file(
+            {key: tensor * 2 for key, tensor in load_file(source / name).items()},
+            source / name,
+            metadata={"format": "pt"},
+        )
     with pytest.raises(InvalidInput, match="holds another bundle"):
         build(Options(str(source), tmp_path / "b"))
 
@@ -224,13 +241,18 @@ def test_another_bundle_is_replaced_only_by_force(tiny_vlm: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("damage", ["altered", "manifest", "schema"])
-def test_a_damaged_bundle_is_named_and_replaced_by_force(tiny_bundle: Path, tiny_vlm: Path, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_bundle_is_named_and_replaced_by_force(
+    tiny_bundle: Path, tiny_vlm: Path, tmp_path: Path, damage: str
+) -> None:
     output = shutil.copytree(tiny_bundle, tmp_path / "b")
     if damage == "altered":
         (output / "tokenizer" / "tokenizer.json").write_text("{}")
     else:
         (output / MANIFEST).write_text("{" if damage == "manifest" else '{"schema_version": 0}')
-    options: Callable[[bool], Options] = lambda force: Options(str(tiny_vlm), output, Bundle(tiny_bundle).targets, force=force)  # noqa: E731
+
+    def options(force: bool) -> Options:
+        return Options(str(tiny_vlm), output, Bundle(tiny_bundle).targets, force=force)
+
     with pytest.raises(EnginecastError, match=r"tokenizer\.json was altered|holds another bundle"):
         build(options(False))
     build(options(True))[0].verify()
@@ -264,7 +286,9 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(export.build.build.graph, "attach", confused)
     cached = export.build.build.cached
     monkeypatch.setattr(
-        export.build.build, "cached", lambda key, suffix, make: cached(key if suffix == ".onnx" else f"confused-{key}", suffix, make)
+        export.build.build,
+        "cached",
+        lambda key, suffix, make: cached(key if suffix == ".onnx" else f"confused-{key}", suffix, make),
     )
     yield
 
@@ -274,9 +298,8 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_an_unfaithful_graph_makes_no_bundle(tiny_vlm: Path, tmp_path: Path, method: str) -> None:
     with pytest.raises(ParityError) as caught:
         build(Options(str(tiny_vlm), tmp_path / "out" / "b", parity=method))
-    expected = (
-        r"submodel 'decoder': output 'logits' .* differs from torch by \d\.\d\de[-+]\d+ .*, expected at most 1e-03\. No bundle was written"
-    )
+    expected = r"submodel 'decoder': output 'logits' .* differs from torch by \d\.\d\de[-+]\d+ .*, "
+    expected += r"expected at most 1e-03\. No bundle was written"
     assert re.match(expected, str(caught.value))
     assert not list((tmp_path / "out").iterdir())
 
@@ -288,7 +311,9 @@ def test_parity_with_the_twin(kind: str, tiny_diffusion: Path, tiny_vlm: Path, t
         assert submodel.parity is not None and submodel.parity.method == "twin" and submodel.parity.error < 1e-4
 
 
-def test_a_large_source_is_compared_by_its_twin(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_source_is_compared_by_its_twin(
+    tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = Build.open(Options(str(tiny_vlm), tmp_path / "b"))
     assert state.method == "full"
     monkeypatch.setattr(export.build.state, "FULL_PARITY_BYTES", 1000)
@@ -307,7 +332,15 @@ def test_progress_tells_every_step(tiny_vlm: Path, tmp_path: Path) -> None:
     assert numbers == [report.number for report in ended] == list(range(1, reports[0].total + 1))
     assert all(report.eta >= 0 for report in reports) and reports[-1].eta < 1e-6
     stages = collections.Counter(report.step.stage for report in ended)
-    assert stages == {"check": 1, "trace": 3, "parity": 3, "write": 3, "compile onnxruntime": 3, "check onnxruntime": 3, "hash": 1}
+    assert stages == {
+        "check": 1,
+        "trace": 3,
+        "parity": 3,
+        "write": 3,
+        "compile onnxruntime": 3,
+        "check onnxruntime": 3,
+        "hash": 1,
+    }
     assert timings.keys() == stages.keys()
     assert any(re.fullmatch(r"0\.\d+ MB float16", report.detail) for report in ended)
 
@@ -376,7 +409,11 @@ def _nonsense(source: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "error", "message"),
     [
-        (_unknown, UnsupportedModel, r"which no family handles: did you mean 'LlavaForConditionalGeneration'\? \(known: "),
+        (
+            _unknown,
+            UnsupportedModel,
+            r"which no family handles: did you mean 'LlavaForConditionalGeneration'\? \(known: ",
+        ),
         (_truncated, SourceError, "is truncated: expected"),
         (_pickle, SourceError, "is a pickle, .* is refused. Convert it"),
         (_nan, SourceError, r"tensor 'lm_head\.weight' holds nan at \[3, 4\]"),
@@ -387,7 +424,9 @@ def _nonsense(source: Path) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_damaged_source(source: Path, tmp_path: Path, damage: Callable[[Path], None], error: type[EnginecastError], message: str) -> None:
+def test_a_damaged_source(
+    source: Path, tmp_path: Path, damage: Callable[[Path], None], error: type[EnginecastError], message: str
+) -> None:
     damage(source)
     with pytest.raises(error, match=message):
         build(Options(str(source), tmp_path / "out" / "b"))
@@ -397,7 +436,9 @@ def test_a_damaged_source(source: Path, tmp_path: Path, damage: Callable[[Path],
 def test_a_full_disk(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = collections.namedtuple("usage", "total used free")(10, 10, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    with pytest.raises(ResourceExhausted, match=r"needs at least 0\.00 GB and 0\.00 GB are free: free some space or choose"):
+    with pytest.raises(
+        ResourceExhausted, match=r"needs at least 0\.00 GB and 0\.00 GB are free: free some space or choose"
+    ):
         build(Options(str(tiny_vlm), tmp_path / "out" / "b"))
     assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,6 @@
-"""Capturing a set from a checkpoint: what is refused before any work, what is written, and that work is never done twice."""
+"""Capturing a set from a checkpoint: what is refused before any work, what is written, and that work is never done
+twice.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +46,23 @@ def test_a_set_of_a_model_that_chats(tiny_vlm: Path, tiny_bundle: Path, tmp_path
     loaded = CalibrationSet.load(output)
     assert loaded.fingerprint == found.fingerprint == Bundle(tiny_bundle).manifest.source.fingerprint
     assert (loaded.kind, loaded.settings["origin"], loaded.settings["requests"]) == ("chat", "built-in", 3)
-    assert {name: len(calls) for name, calls in loaded.samples.items()} == {"vision_encoder": 3, "token_embedding": 24, "decoder": 3}
+    assert {name: len(calls) for name, calls in loaded.samples.items()} == {
+        "vision_encoder": 3,
+        "token_embedding": 24,
+        "decoder": 3,
+    }
     assert loaded.warnings() == ["3 requests are few: ranges seen in fewer than 8 may be exceeded by others"]
     capturing = [report.detail for report in reports if report.step.stage == "capture" and report.seconds is None]
-    assert [detail for detail in dict.fromkeys(capturing) if "," not in detail] == ["", *(f"request {n} of 3" for n in (1, 2, 3))]
+    assert [detail for detail in dict.fromkeys(capturing) if "," not in detail] == [
+        "",
+        *(f"request {n} of 3" for n in (1, 2, 3)),
+    ]
     assert any(re.fullmatch(r"request 3 of 3, token \d+ of at most \d+", detail) for detail in capturing)
-    assert {report.total for report in reports} == {reports[-1].number} and reports[-1].eta == 0 and reports[-1].detail == "3 requests"
+    assert (
+        {report.total for report in reports} == {reports[-1].number}
+        and reports[-1].eta == 0
+        and reports[-1].detail == "3 requests"
+    )
     assert [report.number for report in reports if report.seconds is not None] == list(range(1, reports[-1].total + 1))
     assert not kept(build_cache), "what is done needs no going on"
 
@@ -73,11 +86,15 @@ def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, build_cache: Path)
     assert not kept(build_cache)
 
 
-def test_a_set_of_a_model_that_draws_can_be_calibrated_with(tiny_diffusion: Path, pictures: Path, tmp_path: Path) -> None:
+def test_a_set_of_a_model_that_draws_can_be_calibrated_with(
+    tiny_diffusion: Path, pictures: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "set.safetensors"
     found = calibrate(Options(str(tiny_diffusion), output, images=pictures))
     steps = found.settings["positions"]["unet"]
-    assert len(steps) == 12 and sum(steps) == 16 and set(steps) == {1, 2}, "two of three requests, each with its third of 24 calls"
+    assert len(steps) == 12 and sum(steps) == 16 and set(steps) == {1, 2}, (
+        "two of three requests, each with its third of 24 calls"
+    )
     few, skipped = found.warnings()
     assert few.startswith("2 requests are few") and skipped.startswith("1 requests were skipped: broken.jpg: ")
     assert {round(float(call["image"].mean()), 2) for call in found.samples["vae_encoder"]} == {-1.0, -0.22}
@@ -108,7 +125,11 @@ def test_another_checkpoint_has_another_fingerprint(tiny_vlm: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"prompts": Path("a.txt"), "images": Path("b")}, InvalidInput, "images: cannot be given together with prompts"),
+        (
+            {"prompts": Path("a.txt"), "images": Path("b")},
+            InvalidInput,
+            "images: cannot be given together with prompts",
+        ),
         ({"count": 0}, InvalidInput, "count: is 0, expected 1 or more requests"),
         ({"seed": -1}, InvalidInput, "seed: is -1, expected 0 or more"),
         ({"prompts": Path("none.txt")}, NotFound, "prompts: file none.txt does not exist"),
@@ -137,7 +158,9 @@ def test_questions_are_for_models_that_chat(tiny_diffusion: Path, tmp_path: Path
 def test_only_sets_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "letter").write_text("dear")
     for path in (tmp_path / "letter", tmp_path):
-        with pytest.raises(InvalidInput, match=r"exists and is no calibration set: choose another file|is a folder, expected a file"):
+        with pytest.raises(
+            InvalidInput, match=r"exists and is no calibration set: choose another file|is a folder, expected a file"
+        ):
             Options("source", path)
     CalibrationSet("chat", "f", {}, {}).save(tmp_path / "set")
     assert Options("source", tmp_path / "set").output == tmp_path / "set"

@@ -1,4 +1,6 @@
-"""Options that cannot be are refused at once: before a model is looked at, before the libraries that models are made with are imported."""
+"""Options that cannot be are refused at once: before a model is looked at, before the libraries that models are made
+with are imported.
+"""
 
 from __future__ import annotations
 
@@ -55,15 +57,24 @@ def test_refused_before_anything_is_imported(tiny_diffusion: Path, tiny_bundle: 
         ({"speed": "full"}, "speed: is of no use without --quant"),
         ({"allow_low_quality": True}, "allow_low_quality: is of no use without --quant"),
         ({"quant": "int8", "quality": "none", "speed": "full"}, "speed: is of no use with --quality none"),
-        ({"quant": "int8", "speed": "full", "targets": ("onnxruntime", "coreml")}, "speed: cannot be full: coreml does not run here"),
+        (
+            {"quant": "int8", "speed": "full", "targets": ("onnxruntime", "coreml")},
+            "speed: cannot be full: coreml does not run here",
+        ),
         ({"agreement": "some"}, "agreement: 'some' is not known"),
         (
             {"settings": {"onnxruntime": {"threads": "2"}}},
             "setting: onnxruntime.threads: is no setting of target onnxruntime, which has none",
         ),
-        ({"targets": ("coreml",), "settings": {"coreml": {"contxt": "8"}}}, r"setting: coreml\.contxt: .*\(known: .*context"),
+        (
+            {"targets": ("coreml",), "settings": {"coreml": {"contxt": "8"}}},
+            r"setting: coreml\.contxt: .*\(known: .*context",
+        ),
         ({"targets": ("coreml",), "settings": {"coreml": {"context": "many"}}}, r"setting: coreml\.context: "),
-        ({"settings": {"coreml": {"context": "8"}}}, "setting: is for coreml, which is not among the targets onnxruntime"),
+        (
+            {"settings": {"coreml": {"context": "8"}}},
+            "setting: is for coreml, which is not among the targets onnxruntime",
+        ),
     ],
 )
 def test_what_does_not_fit_together(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -84,7 +95,10 @@ def test_what_does_not_fit_together(tmp_path: Path, options: dict[str, Any], mes
 def test_another_bundle_at_the_output(tiny_vlm: Path, tiny_bundle: Path, change: dict[str, Any], what: str) -> None:
     Options(str(tiny_vlm), tiny_bundle).check()
     options = {"source": str(tiny_vlm), "output": tiny_bundle} | change
-    with pytest.raises(InvalidInput, match=f"holds another bundle: of another {what}. Choose another folder, or replace it with --force"):
+    with pytest.raises(
+        InvalidInput,
+        match=f"holds another bundle: of another {what}. Choose another folder, or replace it with --force",
+    ):
         Options(**options).check()
     Options(**options, force=True).check()
 
@@ -105,7 +119,12 @@ def test_a_damaged_bundle_is_left_to_the_build(tiny_vlm: Path, tmp_path: Path) -
     ],
 )
 def test_places(
-    tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any], error: type[EnginecastError], message: str
+    tiny_vlm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    error: type[EnginecastError],
+    message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("x")
@@ -123,7 +142,10 @@ def test_a_disk_that_is_too_small(tiny_vlm: Path, tmp_path: Path, monkeypatch: p
     from export.build.build import build
     from export.build.state import Build
 
-    sizes = {quant: Build.open(Options(str(tiny_vlm), tmp_path / "b", quant=quant)).least_bytes() for quant in ("none", "int8", "int4")}
+    sizes = {
+        quant: Build.open(Options(str(tiny_vlm), tmp_path / "b", quant=quant)).least_bytes()
+        for quant in ("none", "int8", "int4")
+    }
     assert sizes["none"] == 2 * sizes["int8"] == 4 * sizes["int4"] > 10_000, "its weights are float16"
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: namedtuple("usage", "free")(sizes["none"] - 1))
     with pytest.raises(ResourceExhausted, match=r"needs at least 0\.00 GB and 0\.00 GB are free"):
@@ -162,7 +184,9 @@ def test_every_entry_is_checked_before_the_first_is_built(
     from serving.cli.commands import main
 
     monkeypatch.chdir(tmp_path)
-    Path("enginecast.toml").write_text(f'[[build]]\nsource = {json.dumps(str(tiny_vlm))}\n[[build]]\nsource = "sample:shapes-vlmm"\n')
+    Path("enginecast.toml").write_text(
+        f'[[build]]\nsource = {json.dumps(str(tiny_vlm))}\n[[build]]\nsource = "sample:shapes-vlmm"\n'
+    )
     monkeypatch.setattr(sys, "argv", ["enginecast", "build"])
     with pytest.raises(SystemExit):
         main()

@@ -104,7 +104,10 @@ def test_a_killed_build_leaves_nothing(tmp_path: Path, end: signal.Signals) -> N
     output, cache = tmp_path / "out" / "bundle", tmp_path / "cache"
     environment = os.environ | {"ENGINECAST_CACHE": str(cache)}
     with subprocess.Popen(
-        [sys.executable, "-c", UNDER_WAY, str(output)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        [sys.executable, "-c", UNDER_WAY, str(output)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env=environment,
     ) as process:
         assert process.stdout is not None and process.stdout.readline() == b"ready\n"
         assert len(names(output.parent)) == len(names(cache)) == 1
@@ -131,8 +134,12 @@ def test_a_step_is_made_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     assert first == second == tmp_path / "cache" / "key.json" and first.read_text() == '"result"' and len(made) == 1
 
 
-@pytest.mark.parametrize(("suffix", "damage"), [(".json", b""), (".json", b'{"half": '), (".json", b"\x00" * 9), (".onnx", b"")])
-def test_a_step_that_was_damaged_is_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str, damage: bytes) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "damage"), [(".json", b""), (".json", b'{"half": '), (".json", b"\x00" * 9), (".onnx", b"")]
+)
+def test_a_step_that_was_damaged_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, suffix: str, damage: bytes
+) -> None:
     """As after a loss of power, which leaves names without contents."""
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path))
     cached("key", suffix, lambda path: path.write_text('"result"')).write_bytes(damage)

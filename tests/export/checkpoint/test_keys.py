@@ -1,4 +1,6 @@
-"""`Checkpoint.mapped` gives, byte for byte, what from_pretrained loads, whatever form the checkpoint was published in."""
+"""`Checkpoint.mapped` gives, byte for byte, what from_pretrained loads, whatever form the checkpoint was
+published in.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
@@ -23,7 +31,9 @@ from export.checkpoint.tensors import TensorRef
 from runtime.errors import SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype).split(".")[-1])
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16, torch.bfloat16], ids=lambda dtype: str(dtype).split(".")[-1]
+)
 
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
@@ -85,7 +95,10 @@ def llava(tied: bool = False) -> Any:
 
 
 def rewrite(
-    folder: Path, rename: Rename = lambda name: name, extra: dict[str, torch.Tensor] | None = None, drop: tuple[str, ...] = ()
+    folder: Path,
+    rename: Rename = lambda name: name,
+    extra: dict[str, torch.Tensor] | None = None,
+    drop: tuple[str, ...] = (),
 ) -> None:
     """Change the names in the folder's one weight file."""
     (file,) = folder.glob("*.safetensors")
@@ -130,7 +143,8 @@ def test_clip_text_model_from_a_model_with_a_head(tmp_path: Path, caplog: pytest
     [
         (lambda name: f"_orig_mod.{name}", {}, r"_orig_mod\..* are of a model compiled by torch: save the model in it"),
         (lambda name: f"module.{name}", {}, "wrapped for training on several devices"),
-        (lambda name: name.replace("q_proj.", "q_proj.base_layer."), {}, r"base_layer.* adapter \(LoRA\) that is not merged"),
+        (lambda name: name.replace("q_proj.", "q_proj.base_layer."), {},
+            r"base_layer.* adapter \(LoRA\) that is not merged"),
         (
             lambda name: name.replace("q_proj.", "q_proj.base_layer."),
             {"encoder.layers.0.self_attn.q_proj.lora_A.default.weight": torch.ones(2, 16)},
@@ -141,7 +155,9 @@ def test_clip_text_model_from_a_model_with_a_head(tmp_path: Path, caplog: pytest
         (lambda name: name.replace("q_proj.weight", "q_proj.qweight"), {}, "are quantized already"),
     ],
 )  # fmt: skip
-def test_names_that_say_how_the_weights_were_saved(tmp_path: Path, rename: Rename, extra: dict[str, torch.Tensor], named: str) -> None:
+def test_names_that_say_how_the_weights_were_saved(
+    tmp_path: Path, rename: Rename, extra: dict[str, torch.Tensor], named: str
+) -> None:
     """What a wrapper or an adapter adds would be left out, so it is refused."""
     clip().save_pretrained(tmp_path)
     rewrite(tmp_path, rename, extra)
@@ -236,7 +252,9 @@ def test_old_and_new_names_map_to_the_same_bytes(tmp_path: Path) -> None:
     for old in (False, True):
         model.save_pretrained(tmp_path / str(old), save_original_format=old)
     new, old_ = (open_component(tmp_path / str(old)).mapped(model) for old in (False, True))
-    assert {name: ref.array().tobytes() for name, ref in new.items()} == {name: ref.array().tobytes() for name, ref in old_.items()}
+    assert {name: ref.array().tobytes() for name, ref in new.items()} == {
+        name: ref.array().tobytes() for name, ref in old_.items()
+    }
 
 
 def test_tied_weights_that_are_both_published(tmp_path: Path) -> None:
@@ -248,7 +266,9 @@ def test_tied_weights_that_are_both_published(tmp_path: Path) -> None:
     assert found["lm_head.weight"] is found["model.language_model.embed_tokens.weight"]
 
     rewrite(tmp_path, extra={"lm_head.weight": embedding + 1})
-    with pytest.raises(SourceError, match=r"tied by config\.json but hold other values: set tie_word_embeddings to false"):
+    with pytest.raises(
+        SourceError, match=r"tied by config\.json but hold other values: set tie_word_embeddings to false"
+    ):
         open_component(tmp_path).mapped(model)
 
 
@@ -301,10 +321,13 @@ def test_a_conversion_that_computes_is_refused(tmp_path: Path) -> None:
     before = get_checkpoint_conversion_mapping("CLIPTextModel")  # type: ignore[no-untyped-call]
     converter = WeightConverter("fused.weight", ["fc1.weight", "fc2.weight"], [Chunk(0)])
     register_checkpoint_conversion_mapping("CLIPTextModel", [*before, converter], overwrite=True)
-    rewrite(tmp_path, lambda name: name.replace("fc1.weight", "fused.weight"), drop=("encoder.layers.0.mlp.fc2.weight",))
+    rewrite(
+        tmp_path, lambda name: name.replace("fc1.weight", "fused.weight"), drop=("encoder.layers.0.mlp.fc2.weight",)
+    )
     try:
         with pytest.raises(
-            UnsupportedModel, match=r"fused\.weight' becomes 'encoder.*mlp\.fc1\.weight' of CLIPTextModel only by computing it"
+            UnsupportedModel,
+            match=r"fused\.weight' becomes 'encoder.*mlp\.fc1\.weight' of CLIPTextModel only by computing it",
         ):
             open_component(tmp_path).mapped(clip())
     finally:

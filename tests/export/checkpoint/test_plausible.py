@@ -1,4 +1,6 @@
-"""Sizes in a config.json that no weights of the checkpoint can have: refused from the numbers, before a library is imported."""
+"""Sizes in a config.json that no weights of the checkpoint can have: refused from the numbers, before a library is
+imported.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,21 @@ def changed(sample: str, folder: Path, file: str, place: tuple[str, ...], value:
     return folder
 
 
-TEXT = ("hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "head_dim")
+TEXT = (
+    "hidden_size",
+    "num_hidden_layers",
+    "vocab_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "head_dim",
+)
 PLACES = [
     *(("shapes-vlm", "config.json", ("text_config", name)) for name in TEXT),
-    *(("shapes-vlm", "config.json", ("vision_config", name)) for name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size")),
+    *(
+        ("shapes-vlm", "config.json", ("vision_config", name))
+        for name in ("hidden_size", "num_hidden_layers", "image_size", "patch_size")
+    ),
     ("shapes-diffusion", "text_encoder/config.json", ("num_hidden_layers",)),
     ("shapes-diffusion", "text_encoder/config.json", ("vocab_size",)),
     ("shapes-diffusion", "unet/config.json", ("in_channels",)),
@@ -43,13 +56,17 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize(("sample", "file", "place"), PLACES, ids=lambda value: ".".join(value) if isinstance(value, tuple) else value)
+@pytest.mark.parametrize(
+    ("sample", "file", "place"), PLACES, ids=lambda value: ".".join(value) if isinstance(value, tuple) else value
+)
 def test_numbers_that_cannot_be(sample: str, file: str, place: tuple[str, ...], tmp_path: Path) -> None:
     folder = changed(sample, tmp_path / "c", file, place, "?")
     text = (folder / file).read_text()
     for value in WRONG:
         (folder / file).write_text(text.replace('"?"', json.dumps(value)))
-        with pytest.raises(SourceError, match=rf"config\.json: {'.'.join(place)} is .*, expected .*\. Take the config\.json") as caught:
+        with pytest.raises(
+            SourceError, match=rf"config\.json: {'.'.join(place)} is .*, expected .*\. Take the config\.json"
+        ) as caught:
             resolve(str(folder))
         assert len(str(caught.value)) < 500
 
@@ -77,11 +94,14 @@ def test_lists_of_numbers_that_cannot_be(file: str, name: str, value: Any, tmp_p
 def test_each_may_be_small_and_all_too_many(tmp_path: Path) -> None:
     folder = changed("shapes-vlm", tmp_path / "c", "config.json", ("text_config", "intermediate_size"), 60_000)
     with pytest.raises(
-        SourceError, match=r"text_config\.num_hidden_layers, hidden_size and intermediate_size imply [\d,]+ weights or more"
+        SourceError,
+        match=r"text_config\.num_hidden_layers, hidden_size and intermediate_size imply [\d,]+ weights or more",
     ):
         resolve(str(folder))
     folder = changed("shapes-vlm", tmp_path / "d", "config.json", ("vision_config", "image_size"), 65_000)
-    with pytest.raises(SourceError, match=r"vision_config\.image_size 65000 has [\d,]+ patches of \d+, expected at most 65,536"):
+    with pytest.raises(
+        SourceError, match=r"vision_config\.image_size 65000 has [\d,]+ patches of \d+, expected at most 65,536"
+    ):
         resolve(str(folder))
 
 

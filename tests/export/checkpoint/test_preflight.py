@@ -72,7 +72,10 @@ def test_a_model_without_chat_template(vlm: Path) -> None:
 
 
 def test_pictures_of_another_size_than_the_tower(vlm: Path) -> None:
-    edit(vlm / "processor_config.json", lambda data: data["image_processor"].update(crop_size={"height": 24, "width": 24}))
+    edit(
+        vlm / "processor_config.json",
+        lambda data: data["image_processor"].update(crop_size={"height": 24, "width": 24}),
+    )
     text = refused(vlm)
     assert f"{vlm / 'config.json'}: vision_encoder cannot take its input pixel_values" in text
     assert f"which {vlm / 'processor_config.json'} (crop_size) makes, as it axis 2 is 24, expected 32" in text
@@ -84,9 +87,14 @@ def test_an_image_token_that_is_no_added_token(vlm: Path) -> None:
 
 
 def test_a_template_that_places_no_picture(vlm: Path) -> None:
-    (vlm / "chat_template.jinja").write_text("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}")
+    (vlm / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    )
     text = refused(vlm)
-    assert f"{vlm / 'chat_template.jinja'}: this chat template cannot be used" in text and "it places 0 of 1 pictures" in text
+    assert (
+        f"{vlm / 'chat_template.jinja'}: this chat template cannot be used" in text
+        and "it places 0 of 1 pictures" in text
+    )
 
 
 def test_a_template_without_system_messages_is_noted(vlm: Path) -> None:
@@ -104,14 +112,18 @@ def test_a_wrong_number_of_patches(vlm: Path) -> None:
     tower = parts[0].signature
     features = tower.outputs[0].model_copy(update={"dims": (tower.outputs[0].dims[0], 9, tower.outputs[0].dims[2])})
     object.__setattr__(parts[0], "signature", tower.model_copy(update={"outputs": (features,)}))
-    with pytest.raises(SourceError, match=r"config\.json describes a vision_encoder whose image_features has shape .* expected \[1, 9,"):
+    with pytest.raises(
+        SourceError, match=r"config\.json describes a vision_encoder whose image_features has shape .* expected \[1, 9,"
+    ):
         rehearse(source, family, parts)
 
 
 def test_a_vocabulary_larger_than_the_embedding(vlm: Path) -> None:
     edit(vlm / "config.json", lambda data: data["text_config"].update(vocab_size=100))
     text = refused(vlm)
-    assert re.search(r"tokenizer\.json has the token '.*' with id \d+, .* below 100 \(vocab_size in its config\.json\)", text)
+    assert re.search(
+        r"tokenizer\.json has the token '.*' with id \d+, .* below 100 \(vocab_size in its config\.json\)", text
+    )
     assert str(vlm / "tokenizer.json") in text
 
 

@@ -72,7 +72,9 @@ def test_ranges_are_absolute(component: Path) -> None:
 def test_an_unaligned_file_is_read(tmp_path: Path) -> None:
     """Early writers did not pad the header."""
     file = tmp_path / "model.safetensors"
-    file.write_bytes(raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} ', np.array([1, 2], np.float32).tobytes()))
+    file.write_bytes(
+        raw(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}} ', np.array([1, 2], np.float32).tobytes())
+    )
     ref = read_header(file)[1]["a"]
     assert ref.offset % 4 and ref.array().tolist() == [1, 2]
 
@@ -132,13 +134,19 @@ def test_damaged_files_are_refused(tmp_path: Path, content: bytes, message: str)
 
 @st.composite
 def mutations(draw: st.DrawFn) -> bytes:
-    """A valid file of two tensors, cut, with bytes replaced or put in; half of the time with the header length made right again."""
-    header = json.dumps({"__metadata__": {"format": "pt"}, "a": entry(0, 8, [2]), "b": entry(8, 14, [3, 1], "BF16")}).encode()
+    """A valid file of two tensors, cut, with bytes replaced or put in; half of the time with the header length made
+    right again.
+    """
+    header = json.dumps(
+        {"__metadata__": {"format": "pt"}, "a": entry(0, 8, [2]), "b": entry(8, 14, [3, 1], "BF16")}
+    ).encode()
     content = bytearray(header if draw(st.booleans()) else raw(header))
     whole = len(content) > len(header)
     for _ in range(draw(st.integers(0, 4))):
         at = draw(st.integers(0, len(content)))
-        content[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3) | st.sampled_from([b"-1", b"9" * 30, b"null", b"[", b'"']))
+        content[at : at + draw(st.integers(0, 3))] = draw(
+            st.binary(max_size=3) | st.sampled_from([b"-1", b"9" * 30, b"null", b"[", b'"'])
+        )
     data = bytes(draw(st.sampled_from([14, 14, 14, 13, 0, 20])))
     return bytes(content) + data if whole else raw(bytes(content), data)
 
@@ -159,7 +167,9 @@ def test_whatever_the_bytes_the_reader_refuses_or_gives_ranges_of_the_file(
         assert ref.offset == end and ref.array().nbytes == ref.nbytes
         end += ref.nbytes
     assert end == len(content)
-    assert {name: list(ref.shape) for name, ref in refs.items()} == {name: list(value.shape) for name, value in load_file(file).items()}
+    assert {name: list(ref.shape) for name, ref in refs.items()} == {
+        name: list(value.shape) for name, value in load_file(file).items()
+    }
 
 
 # --- which files
@@ -169,7 +179,9 @@ def test_missing_folder_and_files(component: Path) -> None:
     with pytest.raises(NotFound, match=r"unet does not exist: expected a folder with config\.json"):
         open_component(component / "unet")
     (component / "model.safetensors").unlink()
-    with pytest.raises(NotFound, match=r"has no weights: expected diffusion_pytorch_model\.safetensors or model\.safetensors"):
+    with pytest.raises(
+        NotFound, match=r"has no weights: expected diffusion_pytorch_model\.safetensors or model\.safetensors"
+    ):
         open_component(component)
     (component / "config.json").unlink()
     with pytest.raises(NotFound, match=r"config\.json does not exist"):
@@ -190,7 +202,8 @@ def test_quantized_checkpoints_are_refused(component: Path) -> None:
 
 
 POINTER = (
-    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 9\n"
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:"
+    b"4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 9\n"
 )
 
 
@@ -237,7 +250,8 @@ def test_whole_files_come_before_shards_and_variants(component: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["diffusion_pytorch_model.safetensors", "model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors"]
+    "name",
+    ["diffusion_pytorch_model.safetensors", "model.fp16.safetensors", "diffusion_pytorch_model.bf16.safetensors"],
 )
 def test_other_names_of_the_weight_file(component: Path, name: str) -> None:
     (component / "model.safetensors").rename(component / name)
@@ -249,7 +263,9 @@ def test_of_several_variants_fp16_is_taken(component: Path) -> None:
     save_file({"other": torch.ones(1)}, component / "model.non_ema.safetensors")
     assert open_component(component).tensors.keys() == WEIGHTS.keys()
     (component / "model.fp16.safetensors").rename(component / "model.bf16.safetensors")
-    with pytest.raises(SourceError, match=r"only variants of the weights, model\.bf16\.safetensors, model\.non_ema\.safetensors"):
+    with pytest.raises(
+        SourceError, match=r"only variants of the weights, model\.bf16\.safetensors, model\.non_ema\.safetensors"
+    ):
         open_component(component)
 
 
@@ -265,7 +281,9 @@ def shard(component: Path, index: str = INDEXES[0]) -> tuple[Path, Path]:
     parts = {first: names[:2], second: names[2:]}
     for file, part in parts.items():
         save_file({name: WEIGHTS[name] for name in part}, file)
-    (component / index).write_text(json.dumps({"weight_map": {name: file.name for file, part in parts.items() for name in part}}))
+    (component / index).write_text(
+        json.dumps({"weight_map": {name: file.name for file, part in parts.items() for name in part}})
+    )
     return first, second
 
 
@@ -288,14 +306,18 @@ def test_truncated_shard(component: Path) -> None:
     _, second = shard(component)
     size = second.stat().st_size
     second.write_bytes(second.read_bytes()[:-10])
-    with pytest.raises(SourceError, match=rf"00002-of-00002\.safetensors is truncated: expected {size} bytes, found {size - 10}"):
+    with pytest.raises(
+        SourceError, match=rf"00002-of-00002\.safetensors is truncated: expected {size} bytes, found {size - 10}"
+    ):
         open_component(component)
 
 
 def test_shards_that_do_not_fit_their_index(component: Path) -> None:
     first, second = shard(component)
     save_file({"layer.weight": WEIGHTS["layer.weight"]}, first)
-    with pytest.raises(SourceError, match=r"00001-of-00002\.safetensors: tensor 'layer\.bias' of the index is not in it"):
+    with pytest.raises(
+        SourceError, match=r"00001-of-00002\.safetensors: tensor 'layer\.bias' of the index is not in it"
+    ):
         open_component(component)
     save_file({**load_file(second), "layer.weight": torch.ones(1)}, second)
     with pytest.raises(SourceError, match=r"tensor 'layer\.weight' stands in model-00001-of-00002\.safetensors too"):
@@ -365,11 +387,15 @@ def test_fingerprint_does_not_depend_on_the_place(component: Path) -> None:
 
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2]
-BAD = [(dtype, bad) for dtype in FLOATS for bad in (float("nan"), float("inf"), float("-inf"))] + [(torch.float8_e4m3fn, float("nan"))]
+BAD = [(dtype, bad) for dtype in FLOATS for bad in (float("nan"), float("inf"), float("-inf"))] + [
+    (torch.float8_e4m3fn, float("nan"))
+]
 
 
 @pytest.mark.parametrize(("dtype", "bad"), BAD)
-def test_nan_and_infinity_are_found(component: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float) -> None:
+def test_nan_and_infinity_are_found(
+    component: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float
+) -> None:
     monkeypatch.setattr("export.checkpoint.tensors.CHUNK", 7)
     limit = torch.full((5, 4), torch.finfo(dtype).max, dtype=torch.float64)
     good = {"largest": limit.to(dtype), "lowest": (-limit).to(dtype)}
@@ -378,7 +404,9 @@ def test_nan_and_infinity_are_found(component: Path, monkeypatch: pytest.MonkeyP
     faulty = limit.clone()
     faulty[3, 1] = bad
     save_file({**good, "bad": faulty.to(dtype)}, component / "model.safetensors")
-    with pytest.raises(SourceError, match=r"model\.safetensors: tensor 'bad' holds -?(nan|inf) at \[3, 1\], expected finite weights"):
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors: tensor 'bad' holds -?(nan|inf) at \[3, 1\], expected finite weights"
+    ):
         check_finite(open_component(component).tensors)
 
 
@@ -429,11 +457,14 @@ def test_single_file_checkpoints(tmp_path: Path, inside: bool) -> None:
     file = tmp_path / "v1-5-pruned.safetensors"
     save_file({"model.diffusion_model.out.0.weight": torch.ones(1)}, file)
     with pytest.raises(
-        UnsupportedModel, match=r"original Stable Diffusion layout.*from_single_file\('.*v1-5-pruned\.safetensors'\)\.save_pretrained"
+        UnsupportedModel,
+        match=r"original Stable Diffusion layout.*from_single_file\('.*v1-5-pruned\.safetensors'\)\.save_pretrained",
     ):
         resolve(str(tmp_path if inside else file))
     save_file({"conditioner.embedders.0.weight": torch.ones(1)}, file)
-    with pytest.raises(UnsupportedModel, match=r"import StableDiffusionXLPipeline; StableDiffusionXLPipeline.from_single_file"):
+    with pytest.raises(
+        UnsupportedModel, match=r"import StableDiffusionXLPipeline; StableDiffusionXLPipeline.from_single_file"
+    ):
         resolve(str(tmp_path if inside else file))
     save_file({"weight": torch.ones(1)}, file)
     with pytest.raises(UnsupportedModel, match="is a single file, expected a folder"):
@@ -464,7 +495,9 @@ def test_nothing_of_that_name(name: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_hub_id_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(NotFound, match=r"org/name is no folder here and could not be fetched from the hub \(\w+: .*give a folder"):
+    with pytest.raises(
+        NotFound, match=r"org/name is no folder here and could not be fetched from the hub \(\w+: .*give a folder"
+    ):
         resolve("org/name")
 
 
@@ -493,5 +526,7 @@ def test_hub_behind_a_broken_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         raise httpx2.ProxyError("407 Proxy Authentication Required")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(NotFound, match=r"could not be fetched from the hub \(ProxyError: 407 Proxy Authentication Required\)"):
+    with pytest.raises(
+        NotFound, match=r"could not be fetched from the hub \(ProxyError: 407 Proxy Authentication Required\)"
+    ):
         resolve("org/name")

@@ -17,7 +17,16 @@ from export.checkpoint.tokenizer import tokenizer_file
 from export.family import family_of
 from runtime.errors import SourceError
 
-TEXTS = ["a", " a b", "USER: <image>\nwhat is it? ASSISTANT:", "<image>a <image> b", "é€😀", "<s>a</s>b", "x <pic> y", ""]
+TEXTS = [
+    "a",
+    " a b",
+    "USER: <image>\nwhat is it? ASSISTANT:",
+    "<image>a <image> b",
+    "é€😀",
+    "<s>a</s>b",
+    "x <pic> y",
+    "",
+]
 NAMES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 SPECIALS = ["<unk>", "<s>", "</s>"]
 
@@ -28,10 +37,18 @@ def llama() -> Tokenizer:
     pieces = [*SPECIALS, *(f"<0x{i:02X}>" for i in range(256)), *letters, "▁a", "wh", "at", "what", "▁what"]
     merges = [("▁", "a"), ("w", "h"), ("a", "t"), ("wh", "at"), ("▁", "what")]
     tokenizer = Tokenizer(
-        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            vocab={p: i for i, p in enumerate(pieces)},
+            merges=merges,
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
     )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return tokenizer
 
@@ -58,13 +75,21 @@ def normal(image: Tokenizer) -> Tokenizer:
 
 FAST = "PreTrainedTokenizerFast"
 CONFIG = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-IMAGE = {"content": "<image>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+IMAGE = {
+    "content": "<image>",
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "single_word": False,
+    "special": True,
+}
 LAST = llama().get_vocab_size()
 ADDED = {str(LAST): IMAGE, str(LAST + 1): IMAGE | {"content": "<pic>", "special": False, "lstrip": True}}
 FOLDERS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "the class as it is": (True, {"tokenizer_class": FAST}, {}),
     "Llama's class": (True, {"tokenizer_class": "LlamaTokenizer"}, {}),
-    "Llama's class of old": (True, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True}, {}),
+    "Llama's class of old": (True, {"tokenizer_class": "LlamaTokenizerFast", "legacy": True, "add_bos_token": True},
+        {}),
     "tokens added by the config": (False, {"tokenizer_class": FAST, "added_tokens_decoder": ADDED}, {}),
     "tokens added by name": (False, {"tokenizer_class": "LlamaTokenizer", "extra_special_tokens": ["<image>"]}, {}),
     "tokens added by older files": (
@@ -72,7 +97,8 @@ FOLDERS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
         {"added_tokens": {"<image>": LAST}, "special_tokens_map": {"additional_special_tokens": ["<image>"]}},
     ),
     "flags changed by the config": (
-        True, {"tokenizer_class": FAST, "added_tokens_decoder": {str(LAST): IMAGE | {"rstrip": True, "lstrip": True}}}, {},
+        True, {"tokenizer_class": FAST, "added_tokens_decoder": {str(LAST): IMAGE | {"rstrip": True, "lstrip": True}}},
+        {},
     ),
     "no class": (True, {}, {}),
 }  # fmt: skip
@@ -128,7 +154,10 @@ def test_a_sentencepiece_model_alone(folder: Path) -> None:
     library = AutoTokenizer.from_pretrained(folder)
     for text in TEXTS:
         assert made.encode(text, add_special_tokens=False).ids == library(text, add_special_tokens=False)["input_ids"]
-    assert made.encode("b what a", add_special_tokens=False).ids[1:] == [made.token_to_id("▁what"), made.token_to_id("▁a")]
+    assert made.encode("b what a", add_special_tokens=False).ids[1:] == [
+        made.token_to_id("▁what"),
+        made.token_to_id("▁a"),
+    ]
 
 
 def test_no_tokenizer_at_all(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""The gate between a graph and its source: it lets the faithful pass, and names submodel, tensor and error of the others."""
+"""The gate between a graph and its source: it lets the faithful pass, and names submodel, tensor and error of the
+others.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,8 @@ def test_swapped_weights_are_found(prepared: Prepared) -> None:
     first, second = (model.graph.initializers[key] for key in keys)
     first.const_value, second.const_value = second.const_value, first.const_value
     with pytest.raises(
-        ParityError, match=r"submodel 'text_encoder': output 'last_hidden_state' .* by \d\.\d\de[-+]\d\d of its largest value"
+        ParityError,
+        match=r"submodel 'text_encoder': output 'last_hidden_state' .* by \d\.\d\de[-+]\d\d of its largest value",
     ):
         check(part, model, weights, "full")
 
@@ -89,7 +92,9 @@ def test_the_torch_side_is_the_library_s_float32_model(prepared: Prepared, tiny_
     ids = torch.arange(12).reshape(2, 6)
     with mapped(part.component.model, weights), torch.inference_mode():
         got = part.reference(ids)[0]
-        expected = CLIPTextModel.from_pretrained(tiny_diffusion / "text_encoder", dtype="float32")(ids).last_hidden_state
+        expected = CLIPTextModel.from_pretrained(tiny_diffusion / "text_encoder", dtype="float32")(
+            ids
+        ).last_hidden_state
     assert torch.allclose(got, expected, atol=1e-6)
     assert all(parameter.is_meta for parameter in part.component.model.parameters()), "nothing stays in memory"
 
@@ -113,8 +118,12 @@ def decoder_of(source: Path) -> Part:
 
 
 @pytest.mark.parametrize("window", [12, 4096], ids=["within-a-sample", "on-the-twin"])
-def test_a_fault_of_the_traced_module_is_found(tiny_vlm: Path, tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library's own model is what a graph is compared with: a wrapper that lost the window would agree with itself."""
+def test_a_fault_of_the_traced_module_is_found(
+    tiny_vlm: Path, tmp_path: Path, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own model is what a graph is compared with: a wrapper that lost the window would agree
+    with itself.
+    """
     source = windowed(tiny_vlm, tmp_path / "source", window)
     config = json.loads((source / "config.json").read_bytes())
     config["text_config"]["max_position_embeddings"] = 8192
@@ -124,7 +133,11 @@ def test_a_fault_of_the_traced_module_is_found(tiny_vlm: Path, tmp_path: Path, w
     def plain(**arguments: Any) -> torch.Tensor:
         return mask(**arguments | {"mask_function": lambda row, head, query, key: key <= query})
 
-    monkeypatch.setitem(export.architecture.decoders.AttentionMaskInterface._global_mapping, export.architecture.decoders.ATTENTION, plain)
+    monkeypatch.setitem(
+        export.architecture.decoders.AttentionMaskInterface._global_mapping,
+        export.architecture.decoders.ATTENTION,
+        plain,
+    )
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
     opened = Build.open(Options(str(source), tmp_path / "bundle"))
     with pytest.raises(ParityError, match="submodel 'decoder': output '"):
@@ -137,7 +150,11 @@ def test_calls_of_a_decoder_leave_every_window_and_reach_the_end_of_the_context(
     totals = [call["attention_mask"].shape[1] for call in calls]
     counts = [call["position_ids"].shape[1] for call in calls]
     assert totals == list(np.cumsum(counts)) and counts[-1] == 1 and max(totals) < REACH
-    assert signature.windows == (40,) and sum(total > 40 for total in totals) >= 2 and sum(total < 40 for total in totals) >= 2
+    assert (
+        signature.windows == (40,)
+        and sum(total > 40 for total in totals) >= 2
+        and sum(total < 40 for total in totals) >= 2
+    )
     assert calls[-1]["position_ids"].max() == signature.dims["total"].max - 1
     assert not beyond_reach(signature) and beyond_reach(decoder_of(windowed(tiny_vlm, tmp_path / "far", 500)).signature)
 

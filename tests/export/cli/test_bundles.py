@@ -1,4 +1,6 @@
-"""Commands on finished bundles: a copy of a real one gets engines, a signature, loses its graphs; every mistake is one line."""
+"""Commands on finished bundles: a copy of a real one gets engines, a signature, loses its graphs; every mistake is one
+line.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ Run = Callable[..., Ended]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run a command in process, in an empty folder, with a target whose engines fit one machine beside the real ones."""
+    """Run a command in process, in an empty folder, with a target whose engines fit one machine beside the
+    real ones.
+    """
     monkeypatch.setitem(targets(), "bound", Bound)
     monkeypatch.chdir(tmp_path)
 
@@ -59,7 +63,9 @@ def test_targets(run: Run) -> None:
     assert set(targets()) < set(lines) and ended.out.startswith("target")
     for name, engine in targets().items():
         found = engine.available()
-        assert lines[name].split()[1:3] == ["yes" if one else "no" for one in (found.usable or found.compiles, found.usable)]
+        assert lines[name].split()[1:3] == [
+            "yes" if one else "no" for one in (found.usable or found.compiles, found.usable)
+        ]
         assert found.version in lines[name] and (found.reason or found.devices[0]) in lines[name], "nothing is cut off"
 
 
@@ -69,7 +75,8 @@ def test_add_a_target_sign_and_verify(run: Run, bundle: Path) -> None:
     assert ended.code == 0, ended.err
     assert "[ 3/6] decoder" in ended.out and "a fake computes nothing to compare" in ended.out
     assert (
-        "b: bound, vision_encoder.bound, token_embedding.bound, decoder.bound" in ended.out and "as bundles of one target each" in ended.out
+        "b: bound, vision_encoder.bound, token_embedding.bound, decoder.bound" in ended.out
+        and "as bundles of one target each" in ended.out
     )
     told = run("inspect", bundle).out
     assert "here this machine" in told and "bound 0.0 MB" in told and "signed" not in told
@@ -83,7 +90,11 @@ def test_add_a_target_sign_and_verify(run: Run, bundle: Path) -> None:
     ended = run("add-target", bundle, "--target", "bound", "--key", "private.pem")
     assert ended.code == 0 and not ended.err and run("verify", bundle, "--signature", "private.pub.pem").code == 0
     ended = run("add-target", bundle, "--target", "bound", "--force")
-    assert ended.code == 0 and ended.err == f"warning: {bundle} is no longer signed\n" and not (bundle / SIGNATURE).exists()
+    assert (
+        ended.code == 0
+        and ended.err == f"warning: {bundle} is no longer signed\n"
+        and not (bundle / SIGNATURE).exists()
+    )
 
 
 def key_of_last() -> str:
@@ -98,20 +109,33 @@ def key_of_last() -> str:
         (("add-target", "b", "--target", "bond"), 3, "target 'bond' is not known: did you mean 'bound'"),
         (("add-target", "nowhere", "--target", "bound"), 3, "bundle nowhere does not exist"),
         (("add-target", "b"), 2, "Missing option '--target'"),
-        (("add-target", "b", "--target", "bound", "--setting", "bound"), 2, "setting: 'bound' is none, expected TARGET.NAME=VALUE"),
+        (
+            ("add-target", "b", "--target", "bound", "--setting", "bound"),
+            2,
+            "setting: 'bound' is none, expected TARGET.NAME=VALUE",
+        ),
         (
             ("add-target", "b", "--target", "bound", "--setting", "openvino.x=1"),
             2,
             "setting: is for openvino, which is not among the targets",
         ),
-        (("add-target", "b", "--target", "bound", "--compute-capability", "8.9"), 2, "compute-capability: is of tensorrt targets"),
+        (
+            ("add-target", "b", "--target", "bound", "--compute-capability", "8.9"),
+            2,
+            "compute-capability: is of tensorrt targets",
+        ),
         (
             ("strip", "b"),
             2,
-            "strip-canonical: leaves out graphs and weights that are read when these targets are loaded: openvino, onnxruntime.",
+            "strip-canonical: leaves out graphs and weights that are read when these targets are loaded: openvino, "
+            "onnxruntime.",
         ),
         (("strip", "nowhere"), 3, "does not exist"),
-        (("sign", "b", "--key", "nowhere.pem"), 3, "key nowhere.pem does not exist: make a pair with `enginecast keygen`"),
+        (
+            ("sign", "b", "--key", "nowhere.pem"),
+            3,
+            "key nowhere.pem does not exist: make a pair with `enginecast keygen`",
+        ),
         (("sign", "b", "--key", "b/manifest.json"), 2, "key: b/manifest.json is no private key in PEM"),
         (("verify", "b", "--signature", "b/manifest.json"), 2, "key: b/manifest.json is no public key in PEM"),
         (("keygen", "b/manifest.json"), 2, "output: b/manifest.json exists, and keys are never overwritten"),
@@ -135,7 +159,9 @@ def test_strip(run: Run, bundle: Path) -> None:
     shutil.rmtree(bundle / "engines" / "onnxruntime")
     graphs = sum(path.stat().st_size for path in (bundle / "onnx").rglob("*") if path.is_file())
     ended = run("strip", bundle)
-    assert ended.code == 0 and ended.out == f"{bundle}: {graphs / 1e6:.1f} MB less\n" and run("verify", bundle).code == 0
+    assert (
+        ended.code == 0 and ended.out == f"{bundle}: {graphs / 1e6:.1f} MB less\n" and run("verify", bundle).code == 0
+    )
     assert "without canonical graphs" in run("inspect", bundle).out
     assert run("strip", bundle).out == f"{bundle} has no canonical graphs\n"
     ended = run("add-target", bundle, "--target", "bound")
@@ -144,8 +170,10 @@ def test_strip(run: Run, bundle: Path) -> None:
 
 def test_adding_needs_no_torch(bundle: Path) -> None:
     script = (
-        "import sys; from runtime.engine import targets; from runtime.fake import Bound; targets()['bound'] = Bound; import export.cli.commands; "
-        f"sys.argv = ['export', 'add-target', {str(bundle)!r}, '--target', 'bound', '--target', 'onnxruntime']; export.cli.commands.main()"
+        "import sys; from runtime.engine import targets; from runtime.fake import Bound; targets()['bound'] = Bound; "
+        "import export.cli.commands; "
+        f"sys.argv = ['export', 'add-target', {str(bundle)!r}, '--target', 'bound', '--target', 'onnxruntime']; "
+        "export.cli.commands.main()"
     )
     script = script.replace(
         "export.cli.commands.main()",
@@ -185,12 +213,16 @@ def test_a_real_engine_is_added(run: Run, bundle: Path) -> None:
     opened = Bundle(bundle)
     opened.verify()
     (artifact,) = opened.artifacts("tensorrt-rtx", "token_embedding")
-    assert artifact.key["compute_capability"] == "8.9" and artifact.key["sdk"] == found.version and not artifact.settings
+    assert (
+        artifact.key["compute_capability"] == "8.9" and artifact.key["sdk"] == found.version and not artifact.settings
+    )
     if not found.usable:
         told = run("inspect", bundle).out
         assert "tensorrt-rtx: does not run here: there is no NVIDIA GPU" in told
         rows = [line.split() for line in told.splitlines() if line.startswith(("tensorrt-rtx  ", "onnxruntime  "))]
-        assert {(row[0], row[-1]) for row in rows} == {("tensorrt-rtx", "no"), ("onnxruntime", "yes")}, "as `targets` says"
+        assert {(row[0], row[-1]) for row in rows} == {("tensorrt-rtx", "no"), ("onnxruntime", "yes")}, (
+            "as `targets` says"
+        )
     ended = run("add-target", bundle, "--target", "tensorrt-rtx", "--compute-capability", "12.0")
     assert ended.code == 0 and len(Bundle(bundle).artifacts("tensorrt-rtx", "token_embedding")) == 2
     engine = bundle / "engines/tensorrt-rtx/token_embedding.engine"

@@ -32,7 +32,9 @@ Run = Callable[..., Ended]
 
 
 @pytest.fixture(params=["export", "enginecast"])
-def run(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+def run(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> Run:
     """Run a command in process, in an empty folder, as either of the two programs that have it."""
     main = {"export": export.cli.commands.main, "enginecast": serving.cli.commands.main}[request.param]
     previous = signal.getsignal(signal.SIGTERM)
@@ -87,7 +89,8 @@ def test_build(run: Run, tiny_vlm: Path) -> None:
         (
             ("--quant", "int44"),
             2,
-            "quant: 'int44' is not known: did you mean 'int4'? (known: auto, bf16, fp16, fp8, int4, int8, int8-naive, int8-weight, none)",
+            "quant: 'int44' is not known: did you mean 'int4'? (known: auto, bf16, fp16, fp8, int4, int8, int8-naive, "
+            "int8-weight, none)",
         ),
         (("--parity", "some"), 2, "parity: 'some' is not known"),
         (("--target", "open-vino"), 3, "target 'open-vino' is not known: did you mean 'openvino'?"),
@@ -96,7 +99,9 @@ def test_build(run: Run, tiny_vlm: Path) -> None:
 )
 def test_mistakes(run: Run, tiny_vlm: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
     ended = run("build", tiny_vlm, "--output", "out", *arguments)
-    assert ended.code == code and message in " ".join(ended.err.replace("│", "").split()) and "Traceback" not in ended.err
+    assert (
+        ended.code == code and message in " ".join(ended.err.replace("│", "").split()) and "Traceback" not in ended.err
+    )
     assert not Path("out").exists()
 
 
@@ -128,7 +133,8 @@ def test_without_a_source_both_samples_are_built(run: Run, built: list[export.bu
 
 def test_settings_list_what_to_build(run: Run, built: list[export.build.options.Options]) -> None:
     Path("enginecast.toml").write_text(
-        '[[build]]\nsource = "sample:shapes-vlm"\nquant = "int4"\ntarget = "onnxruntime"\noutput = "x/y"\n[[build]]\nsource = "org/model"\n'
+        '[[build]]\nsource = "sample:shapes-vlm"\nquant = "int4"\ntarget = "onnxruntime"\noutput = "x/y"\n'
+        '[[build]]\nsource = "org/model"\n'
     )
     assert run("build").code == 0
     assert [(o.source, o.quant, o.targets, str(o.output)) for o in built] == [
@@ -176,10 +182,22 @@ def test_settings_with_mistakes(run: Run, text: str, message: str) -> None:
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda end: end.name)
 def test_a_killed_build_leaves_nothing(tiny_vlm: Path, tmp_path: Path, end: signal.Signals) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
-    command = [sys.executable, "-m", "export", "build", str(tiny_vlm), "--target", "onnxruntime", "--output", str(out / "b")]
+    command = [
+        sys.executable,
+        "-m",
+        "export",
+        "build",
+        str(tiny_vlm),
+        "--target",
+        "onnxruntime",
+        "--output",
+        str(out / "b"),
+    ]
     environment = os.environ | {"ENGINECAST_CACHE": str(cache), "PYTHONUNBUFFERED": "1"}
     root = Path(__file__).parents[3]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         while "vision_encoder   trace" not in process.stdout.readline():
             assert process.poll() is None, process.stderr.read()
@@ -225,7 +243,9 @@ def test_verify(run: Run, tiny_bundle: Path, tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     ended = run("verify", bundle)
-    assert ended.code == 6 and "onnx/decoder/weights.safetensors was altered" in ended.err and "Traceback" not in ended.err
+    assert (
+        ended.code == 6 and "onnx/decoder/weights.safetensors was altered" in ended.err and "Traceback" not in ended.err
+    )
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify"])

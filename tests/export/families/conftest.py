@@ -30,14 +30,25 @@ Settings = Mapping[str, Any]
 Make = Callable[..., Path]
 
 
-def save(folder: Path, text: Settings, vision: Settings, top: Settings, processor: Settings, generation: Settings | None) -> Path:
-    """A LLaVA of two layers and random float16 weights, large enough that answers vary. Each mapping is laid over a config file."""
+def save(
+    folder: Path, text: Settings, vision: Settings, top: Settings, processor: Settings, generation: Settings | None
+) -> Path:
+    """A LLaVA of two layers and random float16 weights, large enough that answers vary. Each mapping is laid over a
+    config file.
+    """
     config = json.loads((SAMPLE / "config.json").read_bytes())
     tokens = {key: config["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     config["text_config"] = {
-        "model_type": "llama", **tokens, **SMALL, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512, **text,
+        "model_type": "llama", **tokens, **SMALL, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 512, **text,
     }  # fmt: skip
-    config["vision_config"] = {"model_type": "clip_vision_model", **SMALL, "image_size": EDGE, "patch_size": PATCH, **vision}
+    config["vision_config"] = {
+        "model_type": "clip_vision_model",
+        **SMALL,
+        "image_size": EDGE,
+        "patch_size": PATCH,
+        **vision,
+    }
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(LlavaConfig.from_dict(config | dict(top)))
     with torch.no_grad():
@@ -57,7 +68,9 @@ def save(folder: Path, text: Settings, vision: Settings, top: Settings, processo
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """Saves a tiny LLaVA; `text`, `vision`, `top`, `processor` and `generation` are what its config files say besides."""
+    """Saves a tiny LLaVA; `text`, `vision`, `top`, `processor` and `generation` are what its config files
+    say besides.
+    """
 
     def made(generation: Settings | None = None, **settings: Settings) -> Path:
         text, vision, top, processor = (settings.get(key, {}) for key in ("text", "vision", "top", "processor"))
@@ -103,7 +116,9 @@ def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings
     model.generation_config = (
         GenerationConfig.from_pretrained(source) if file.is_file() else GenerationConfig.from_model_config(model.config)
     )
-    pixels = {"pixel_values": torch.from_numpy(pipeline.preprocessor(prompt.images, "messages"))} if prompt.images else {}
+    pixels = (
+        {"pixel_values": torch.from_numpy(pipeline.preprocessor(prompt.images, "messages"))} if prompt.images else {}
+    )
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **settings)

@@ -1,4 +1,6 @@
-"""LLaVA of any decoder and tower answers like transformers' own LlavaForConditionalGeneration, token for token, or is refused by name."""
+"""LLaVA of any decoder and tower answers like transformers' own LlavaForConditionalGeneration, token for token, or is
+refused by name.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,16 @@ def cast(source: Path, targets: tuple[str, ...] = TARGETS) -> Path:
     return output
 
 
-def compare(source: Path, bundle: Path, patch: pytest.MonkeyPatch, target: str, *lengths: int, count: int = 64, **settings: Any) -> None:
+def compare(
+    source: Path, bundle: Path, patch: pytest.MonkeyPatch, target: str, *lengths: int, count: int = 64, **settings: Any
+) -> None:
     """Answers to questions of these lengths are those of the library."""
     with closing(load_model(bundle, target)) as model:
         for length in lengths:
             request = ask(length, temperature=0.0, max_tokens=count)
-            wanted, _ = library_answer(source, model.pipeline, request, do_sample=False, max_new_tokens=count, **settings)
+            wanted, _ = library_answer(
+                source, model.pipeline, request, do_sample=False, max_new_tokens=count, **settings
+            )
             assert answer(model, request, patch) == wanted, f"{target}, {length} tokens"
 
 
@@ -73,13 +79,21 @@ def test_prompts_in_pieces_beyond_the_window(mistral: tuple[Path, Path], monkeyp
 
 
 def test_a_window_in_some_layers_on_every_target(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What cannot run here is computed by what emulates it, with calls that leave the window: the build would fail otherwise."""
-    source = make(text={"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1})
+    """What cannot run here is computed by what emulates it, with calls that leave the window: the build would fail
+    otherwise.
+    """
+    source = make(
+        text={"model_type": "qwen2", "sliding_window": 12, "use_sliding_window": True, "max_window_layers": 1}
+    )
     others = ("coreml", "cuda", "directml")
     bundle, _ = build(Options(str(source), source.with_name("bundle"), targets=(*TARGETS, *others)))
     assert [state.window for state in bundle.submodel("decoder").signature.states] == [0, 0, 12, 12]
-    found = {artifact.target: artifact.agreement for artifact in bundle.manifest.artifacts if artifact.submodel == "decoder"}
-    assert found.keys() == {*TARGETS, *others} and all(agreement is not None and agreement.snr_db > 60 for agreement in found.values())
+    found = {
+        artifact.target: artifact.agreement for artifact in bundle.manifest.artifacts if artifact.submodel == "decoder"
+    }
+    assert found.keys() == {*TARGETS, *others} and all(
+        agreement is not None and agreement.snr_db > 60 for agreement in found.values()
+    )
     for target in TARGETS:
         compare(source, bundle.root, monkeypatch, target, 55)
 
@@ -120,17 +134,25 @@ def test_generation_settings_mean_the_same(plain: tuple[Path, Path], monkeypatch
             if settings is not None:
                 (source / FILE).write_text(json.dumps(settings))
             found = read_generation(source, config, pipeline.config.vocab_size)
-            pipeline.config = pipeline.config.model_copy(update={"defaults": found.defaults, "eos_token_ids": found.ends})
+            pipeline.config = pipeline.config.model_copy(
+                update={"defaults": found.defaults, "eos_token_ids": found.ends}
+            )
             longest = {} if settings is not None else {"max_new_tokens": found.defaults.max_tokens}
             request = ask(12)
             first, _ = library_answer(source, pipeline, request, **longest)
             assert answer(model, request, monkeypatch) == first, settings
             lengths.append(len(first))
             if settings is not None and "repetition_penalty" in settings:  # the words that it just used, forbidden
-                words = {"bad_words_ids": [[first[0]], first[1:3]], "suppress_tokens": [first[3]], "begin_suppress_tokens": [first[-1]]}
+                words = {
+                    "bad_words_ids": [[first[0]], first[1:3]],
+                    "suppress_tokens": [first[3]],
+                    "begin_suppress_tokens": [first[-1]],
+                }
                 (source / FILE).write_text(json.dumps(settings | words))
                 found = read_generation(source, config, pipeline.config.vocab_size)
-                pipeline.config = pipeline.config.model_copy(update={"defaults": found.defaults, "eos_token_ids": found.ends})
+                pipeline.config = pipeline.config.model_copy(
+                    update={"defaults": found.defaults, "eos_token_ids": found.ends}
+                )
                 wanted, _ = library_answer(source, pipeline, request)
                 assert wanted != first and answer(model, request, monkeypatch) == wanted, settings | words
     assert len(set(lengths)) > 3
@@ -138,7 +160,9 @@ def test_generation_settings_mean_the_same(plain: tuple[Path, Path], monkeypatch
 
 def test_settings_that_are_not_followed_are_notes(make: Make) -> None:
     source = resolve(str(make(generation={"eos_token_id": 2, "num_beams": 4, "max_new_tokens": 8})))
-    assert family_of(source).notes(source) == ("generation_config.json has num_beams 4: answers are decoded with one beam",)
+    assert family_of(source).notes(source) == (
+        "generation_config.json has num_beams 4: answers are decoded with one beam",
+    )
 
 
 @pytest.mark.parametrize("settings", [{"top_k": -1}, {"guidance_scale": 2.0}, {"do_sample": True, "temperature": 0}])
@@ -195,7 +219,10 @@ def edited(source: Path, folder: Path, changes: dict[str, dict[str, Any]]) -> Pa
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"vision_config": {"model_type": "pixtral"}}, "vision_config.model_type) is a pixtral, expected one of clip_vision_model, siglip"),
+        (
+            {"vision_config": {"model_type": "pixtral"}},
+            "vision_config.model_type) is a pixtral, expected one of clip_vision_model, siglip",
+        ),
         ({"vision_config": {"model_type": "dinov2"}}, "is a dinov2"),
         ({"vision_config": {"model_type": "no_such_tower"}}, "no_such_tower"),
         ({"": {"vision_feature_layer": -4}}, "vision_feature_layer is -4, expected layers from -3 to 2"),
@@ -203,7 +230,10 @@ def edited(source: Path, folder: Path, changes: dict[str, dict[str, Any]]) -> Pa
         ({"": {"vision_feature_layer": []}}, "expected layers from"),
         ({"": {"vision_feature_layer": "last"}}, "vision_feature_layer"),
         ({"": {"vision_feature_select_strategy": "cls"}}, "vision_feature_select_strategy"),
-        ({"": {"projector_hidden_act": "swish2"}}, "projector_hidden_act is 'swish2', which transformers does not have"),
+        (
+            {"": {"projector_hidden_act": "swish2"}},
+            "projector_hidden_act is 'swish2', which transformers does not have",
+        ),
         ({"vision_config": {"hidden_act": "swish2"}}, "vision_config.hidden_act is 'swish2'"),
         ({"text_config": {"hidden_act": "swish2"}}, "text_config.hidden_act is 'swish2'"),
         ({"": {"image_token_index": 512}}, "image_token_index is 512, expected the id of a token below 512"),
@@ -229,4 +259,6 @@ def test_a_processor_that_counts_other_positions_is_a_note(plain: tuple[Path, Pa
     file.write_text(json.dumps(json.loads(file.read_bytes()) | {"num_additional_image_tokens": 0}))
     found = resolve(str(source))
     (note,) = family_of(found).notes(found)
-    assert note.startswith("processor_config.json counts 8 positions for a picture") and "the vision tower gives 9" in note
+    assert (
+        note.startswith("processor_config.json counts 8 positions for a picture") and "the vision tower gives 9" in note
+    )

@@ -1,4 +1,6 @@
-"""What of a Stable Diffusion checkpoint is read as diffusers' pipeline reads it, and what is refused from its small files."""
+"""What of a Stable Diffusion checkpoint is read as diffusers' pipeline reads it, and what is refused from its small
+files.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,11 @@ def opened(folder: Path) -> Build:
         (VAE, {"out_channels": 4}, "out_channels 4, expected 3"),
         (TEXT, {"model_type": "bert", "architectures": ["BertModel"]}, "is of the kind bert, expected clip_text_model"),
         (TEXT, {"use_attention_mask": True}, "use_attention_mask True"),
-        (INDEX, {"vae": ["diffusers", "AutoencoderTiny"]}, "vae is of the class AutoencoderTiny, expected AutoencoderKL"),
+        (
+            INDEX,
+            {"vae": ["diffusers", "AutoencoderTiny"]},
+            "vae is of the class AutoencoderTiny, expected AutoencoderKL",
+        ),
         (INDEX, {"text_encoder": ["transformers", "BertModel"]}, "text_encoder is of the class BertModel"),
         (INDEX, {"text_encoder": [None, None]}, "names no text_encoder, expected CLIPTextModel"),
         (INDEX, {"tokenizer": ["transformers", "T5Tokenizer"]}, "tokenizer is of the class T5Tokenizer"),
@@ -161,7 +167,9 @@ def test_a_sampler_of_its_own_is_no_replacement(copy: Path) -> None:
     assert family_of(resolve(str(copy))).notes(resolve(str(copy))) == ()
 
 
-@pytest.mark.parametrize("class_name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"])
+@pytest.mark.parametrize(
+    "class_name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "UniPCMultistepScheduler"]
+)
 def test_a_scheduler_that_diffusers_saves_comes_through_the_manifest(copy: Path, class_name: str) -> None:
     """What it saves is no strict JSON: the default of lambda_min_clipped is -Infinity."""
     diffusers = pytest.importorskip("diffusers")
@@ -170,10 +178,16 @@ def test_a_scheduler_that_diffusers_saves_comes_through_the_manifest(copy: Path,
     config = opened(copy).family.config(resolve(str(copy)))
     written = json.loads(json.dumps(config, allow_nan=False))
     schedule = DiffusionConfig.parse(written).scheduler.read("DPMSolverMultistepScheduler")
-    assert (schedule.beta_end, schedule.timestep_spacing, schedule.lambda_min_clipped) == (0.012, "trailing", -float("inf"))
+    assert (schedule.beta_end, schedule.timestep_spacing, schedule.lambda_min_clipped) == (
+        0.012,
+        "trailing",
+        -float("inf"),
+    )
 
 
-@pytest.mark.parametrize("fields", [{"steps_offset": 0, "clip_sample": True}, {"steps_offset": ..., "clip_sample": ...}])
+@pytest.mark.parametrize(
+    "fields", [{"steps_offset": 0, "clip_sample": True}, {"steps_offset": ..., "clip_sample": ...}]
+)
 def test_old_scheduler_files_are_corrected_as_in_diffusers(copy: Path, fields: dict[str, Any]) -> None:
     diffusers = pytest.importorskip("diffusers")
     edit(copy, SCHEDULER, **fields)
@@ -198,7 +212,9 @@ def old(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer" / "tokenizer.json").unlink()
     edit(folder, "tokenizer/tokenizer_config.json", added_tokens_decoder=...)
     size = len(saved["model"]["vocab"])
-    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({token: size + i for i, token in enumerate(LEARNED)}))
+    (folder / "tokenizer" / "added_tokens.json").write_text(
+        json.dumps({token: size + i for i, token in enumerate(LEARNED)})
+    )
     state = load_file(folder / "text_encoder" / "model.safetensors")
     (name,) = (name for name in state if name.endswith("token_embedding.weight"))
     state[name] = torch.cat([state[name], torch.full((3, state[name].shape[1]), 0.1, dtype=state[name].dtype)])
@@ -212,7 +228,9 @@ def old_bundle(old: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     """Its bundle, and what the build printed."""
     output = tmp_path_factory.mktemp("old") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["enginecast", "build", str(old), "--output", str(output), "--target", "onnxruntime"])
+        patch.setattr(
+            sys, "argv", ["enginecast", "build", str(old), "--output", str(output), "--target", "onnxruntime"]
+        )
         printed: list[str] = []
         patch.setattr(export.cli.commands.out, "print", lambda *texts, **_: printed.extend(map(str, texts)))
         with pytest.raises(SystemExit) as ended:
@@ -225,7 +243,9 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
     old_bundle: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root, printed = old_bundle
-    replaced = "PNDMScheduler is replaced: dpmpp_2m draws on the same noise schedule, unless a request names another sampler"
+    replaced = (
+        "PNDMScheduler is replaced: dpmpp_2m draws on the same noise schedule, unless a request names another sampler"
+    )
     checker = "the safety checker (StableDiffusionSafetyChecker) is left out: pictures are not checked"
     assert f"note: {replaced}\nnote: {checker}" in printed
     assert Bundle(root).manifest.notes == (replaced, checker)
@@ -239,7 +259,9 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
 
 
 @pytest.mark.parametrize("prompt", ["a red <cat-toy>", "<cat-toy>_1", "<cat-toy>, <cat-toy>_2 and <CAT-TOY>"])
-def test_learned_tokens_reach_the_text_encoder_as_in_diffusers(old: Path, old_bundle: tuple[Path, str], prompt: str) -> None:
+def test_learned_tokens_reach_the_text_encoder_as_in_diffusers(
+    old: Path, old_bundle: tuple[Path, str], prompt: str
+) -> None:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(old, safety_checker=None)
     seen: list[Any] = []

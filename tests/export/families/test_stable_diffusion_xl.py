@@ -33,7 +33,9 @@ from runtime.pipeline import ImageReady, drive
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, Sizes, random_stream
 from runtime.placing.loading import LoadedModel, load_model
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # torch tensors inside diffusers
 PARTS = ("text_encoder", "text_encoder_2", "unet", "vae_decoder", "vae_encoder")
 EDGE = 16
 REQUEST = ImageRequest("a large red circle", "", EDGE, 24, steps=4, guidance_scale=4.0, seed=3)
@@ -80,10 +82,15 @@ def expected(pipe: Any, request: ImageRequest) -> Array:
     """What diffusers draws from the same noise; to it, no negative prompt is None."""
     assert request.width is not None and request.height is not None and request.seed is not None
     noise = random_stream(request.seed).standard_normal((1, 4, request.height // 2, request.width // 2), np.float32)
-    told = {"original_size": request.original_size, "crops_coords_top_left": request.crop_top_left, "target_size": request.target_size}
+    told = {
+        "original_size": request.original_size,
+        "crops_coords_top_left": request.crop_top_left,
+        "target_size": request.target_size,
+    }
     images = pipe(
         request.prompt, negative_prompt=request.negative_prompt or None, num_inference_steps=request.steps,
-        guidance_scale=request.guidance_scale, width=request.width, height=request.height, latents=torch.from_numpy(noise),
+        guidance_scale=request.guidance_scale, width=request.width, height=request.height,
+        latents=torch.from_numpy(noise),
         output_type="np", **{name: pair for name, pair in told.items() if pair},
     ).images  # fmt: skip
     return np.asarray(np.round(images[0] * 255), np.uint8)
@@ -108,7 +115,11 @@ def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle:
 
 def test_the_published_shape_draws_1024_pixels(tmp_path: Path) -> None:
     source = Source(tmp_path, "xl", "diffusers", "StableDiffusionXLPipeline")
-    grid = Grid.of(source, {"sample_size": 128, "block_out_channels": (320, 640, 1280)}, {"block_out_channels": (128, 256, 512, 512)})
+    grid = Grid.of(
+        source,
+        {"sample_size": 128, "block_out_channels": (320, 640, 1280)},
+        {"block_out_channels": (128, 256, 512, 512)},
+    )
     assert grid.sizes == Sizes(min=32, max=4096, default=1024, multiple=32)
 
 
@@ -149,7 +160,10 @@ def test_old_names_are_the_same_byte_for_byte(tiny_xl: Path, xl_bundle: Path, tm
     for part in PARTS[:2]:
         file = source / part / "model.safetensors"
         state = {name.removeprefix("text_model."): tensor for name, tensor in load_file(file).items()}
-        named = {name if name.startswith("text_projection") else f"text_model.{name}": tensor for name, tensor in state.items()}
+        named = {
+            name if name.startswith("text_projection") else f"text_model.{name}": tensor
+            for name, tensor in state.items()
+        }
         save_file(named, file, metadata={"format": "pt"})
     build(Options(str(source), tmp_path / "b"))
     for file in (xl_bundle / "onnx").rglob("*.safetensors"):
@@ -243,13 +257,16 @@ def removed(name: str) -> Callable[[Path], None]:
         ("tokenizer_2", NotFound, r"tokenizer_2 does not exist: a StableDiffusionXLPipeline needs it\. Download"),
         ("tokenizer", NotFound, r"tokenizer does not exist: .* Download"),
         ("scheduler", NotFound, r"scheduler does not exist|scheduler_config\.json does not exist"),
-        ("tokenizer_2/tokenizer_config.json", SourceError, r"tokenizer_2/tokenizer_config\.json cannot be read .*: copy the tokenizer"),
+        ("tokenizer_2/tokenizer_config.json", SourceError,
+            r"tokenizer_2/tokenizer_config\.json cannot be read .*: copy the tokenizer"),
         ("text_encoder_2", NotFound, r"text_encoder_2/config\.json does not exist: download"),
         ("text_encoder_2/model.safetensors", NotFound, r"text_encoder_2 has no weights: expected"),
         ("unet/config.json", NotFound, r"unet/config\.json does not exist"),
     ],
 )  # fmt: skip
-def test_what_is_missing_is_named(tiny_xl: Path, tmp_path: Path, name: str, error: type[EnginecastError], message: str) -> None:
+def test_what_is_missing_is_named(
+    tiny_xl: Path, tmp_path: Path, name: str, error: type[EnginecastError], message: str
+) -> None:
     source = Path(shutil.copytree(tiny_xl, tmp_path / "copy"))
     removed(name)(source)
     with pytest.raises(error, match=message):
@@ -259,18 +276,24 @@ def test_what_is_missing_is_named(tiny_xl: Path, tmp_path: Path, name: str, erro
 @pytest.mark.parametrize(
     ("name", "change", "error", "message"),
     [
-        ("unet/config.json", {"addition_embed_type": None}, UnsupportedModel, r"addition_embed_type None \(expected 'text_time'\).* Take"),
+        ("unet/config.json", {"addition_embed_type": None}, UnsupportedModel,
+            r"addition_embed_type None \(expected 'text_time'\).* Take"),
         ("unet/config.json", {"in_channels": 9}, UnsupportedModel, r"in_channels 9 \(expected 4\)"),
         ("unet/config.json", {"time_cond_proj_dim": 256}, UnsupportedModel, r"time_cond_proj_dim 256, expected None"),
         ("text_encoder_2/config.json", {"hidden_size": 32}, UnsupportedModel, r"width 40 .* the text encoders give 48"),
-        ("text_encoder_2/config.json", {"projection_dim": 24}, UnsupportedModel, r"embeddings_input_dim 60 \(expected 72\)"),
-        ("text_encoder_2/config.json", {"vocab_size": 7}, SourceError, r"text_encoder_2 cannot take .* expected numbers below 7"),
+        ("text_encoder_2/config.json", {"projection_dim": 24}, UnsupportedModel,
+            r"embeddings_input_dim 60 \(expected 72\)"),
+        ("text_encoder_2/config.json", {"vocab_size": 7}, SourceError,
+            r"text_encoder_2 cannot take .* expected numbers below 7"),
         ("vae/config.json", {"latents_mean": [0, 0, 0, 0]}, UnsupportedModel, r"latents_mean"),
         ("vae/config.json", {"scaling_factor": 0}, SourceError, r"vae\.scaling_factor 0: .* Correct them"),
-        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 99}, SourceError, r"tokenizer_2 makes prompts of 99 .* at most 32"),
-        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 20}, SourceError, r"\(tokenizer 32, tokenizer_2 20 tokens\)\. Download"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 99}, SourceError,
+            r"tokenizer_2 makes prompts of 99 .* at most 32"),
+        ("tokenizer_2/tokenizer_config.json", {"model_max_length": 20}, SourceError,
+            r"\(tokenizer 32, tokenizer_2 20 tokens\)\. Download"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "sigmoid"}, UnsupportedModel, r"beta_schedule"),
-        ("model_index.json", {"force_zeros_for_empty_prompt": "maybe"}, SourceError, r"force_zeros_for_empty_prompt 'maybe'"),
+        ("model_index.json", {"force_zeros_for_empty_prompt": "maybe"}, SourceError,
+            r"force_zeros_for_empty_prompt 'maybe'"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(

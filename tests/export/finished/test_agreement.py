@@ -1,4 +1,6 @@
-"""What a target compiled is compared with the canonical graph: agreement, disagreement, and what cannot be computed here."""
+"""What a target compiled is compared with the canonical graph: agreement, disagreement, and what cannot be computed
+here.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,11 @@ class Elsewhere(LeanEngine):
 
 
 def found(engine: type[Engine], root: Path, submodel: str, captured: tuple[Mapping[str, Array], ...] = ()) -> Artifact:
-    return agree(engine, Reference(Bundle(root).submodel(submodel), root, captured), Artifact(target=engine.target, submodel=submodel))
+    return agree(
+        engine,
+        Reference(Bundle(root).submodel(submodel), root, captured),
+        Artifact(target=engine.target, submodel=submodel),
+    )
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
@@ -55,7 +61,9 @@ def test_targets_agree(tiny_bundle: Path, target: str, submodel: str) -> None:
 
 @pytest.mark.parametrize("engine", [Wrong, NotANumber])
 def test_another_result_is_refused(tiny_bundle: Path, engine: type[Engine]) -> None:
-    with pytest.raises(EngineError, match=r"does not compute what its graph says: logits has .* dB .*expected at least 60"):
+    with pytest.raises(
+        EngineError, match=r"does not compute what its graph says: logits has .* dB .*expected at least 60"
+    ):
         found(engine, tiny_bundle, "decoder")
 
 

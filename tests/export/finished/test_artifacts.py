@@ -1,4 +1,6 @@
-"""Bundles that change: for another target, without their graphs, signed anew. Killed at any moment, they are the old or the new one."""
+"""Bundles that change: for another target, without their graphs, signed anew. Killed at any moment, they are the old or
+the new one.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,28 @@ from typing import Any
 import pytest
 
 import export.finished.artifacts
-from export.finished.artifacts import Signed, add_target, check_strippable, every_target, remove_graphs, resolve_targets, strip
+from export.finished.artifacts import (
+    Signed,
+    add_target,
+    check_strippable,
+    every_target,
+    remove_graphs,
+    resolve_targets,
+    strip,
+)
 from export.report.sizes import sizes
 from runtime.bundle.manifest import MANIFEST, SCHEMA, SIGNATURE, Artifact, Bundle, sha256
 from runtime.bundle.signing import generate, require_signature, sign
 from runtime.engine import Availability, Compiled, Engine, targets
-from runtime.errors import BundleError, EngineError, EngineUnavailable, InvalidInput, NotFound, ResourceExhausted, Unavailable
+from runtime.errors import (
+    BundleError,
+    EngineError,
+    EngineUnavailable,
+    InvalidInput,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
 from runtime.fake import Bound
 
 TENSOR = {"inputs": [{"name": "x", "dtype": "float32", "dims": [1]}], "outputs": []}
@@ -61,7 +79,12 @@ def bound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Engine]:
 def root(tmp_path: Path) -> Path:
     """A bundle of two submodels, which openvino reads as they are."""
     root, files = tmp_path / "bundle", {}
-    for name in ("onnx/unet/model.onnx", "onnx/unet/weights.safetensors", "onnx/vae/model.onnx", "tokenizer/vocab.json"):
+    for name in (
+        "onnx/unet/model.onnx",
+        "onnx/unet/weights.safetensors",
+        "onnx/vae/model.onnx",
+        "tokenizer/vocab.json",
+    ):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode() * 10)
         files[name] = sha256(root / name)
@@ -72,7 +95,8 @@ def root(tmp_path: Path) -> Path:
     manifest = {
         "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "none",
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": parts,
-        "artifacts": [{"target": "openvino", "submodel": name} for name in ("unet", "vae")], "config": {}, "versions": {}, "files": files,
+        "artifacts": [{"target": "openvino", "submodel": name} for name in ("unet", "vae")], "config": {},
+        "versions": {}, "files": files,
     }  # fmt: skip
     (root / MANIFEST).write_text(json.dumps(manifest))
     return root
@@ -95,7 +119,9 @@ def test_a_target_is_added(root: Path, tmp_path: Path) -> None:
     assert before.manifest.files.items() <= after.manifest.files.items() and after.manifest.key == before.manifest.key
     assert any("Sliding beads" in report.detail for report in reports) and reports[-1].number == reports[-1].total == 4
     assert {one.unchecked for one in added} == {"a fake computes nothing to compare"}
-    assert (root / "engines/bound").stat().st_mode & 0o777 == (root / "onnx").stat().st_mode & 0o777, "others may read it as well"
+    assert (root / "engines/bound").stat().st_mode & 0o777 == (root / "onnx").stat().st_mode & 0o777, (
+        "others may read it as well"
+    )
 
 
 def test_engines_for_several_machines_lie_side_by_side(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,11 +131,16 @@ def test_engines_for_several_machines_lie_side_by_side(root: Path, monkeypatch: 
     after.verify()
     assert [one.key["here"] for one in after.artifacts("bound", "unet")] == ["this machine", "that machine"]
     assert all(one.folder and one.files == (f"{one.submodel}.bound",) for one in added)
-    kinds = {(Compiled.of(root, one).folder / one.files[0]).read_text().split()[-2] for one in after.artifacts("bound", "vae")}
+    kinds = {
+        (Compiled.of(root, one).folder / one.files[0]).read_text().split()[-2]
+        for one in after.artifacts("bound", "vae")
+    }
     assert kinds == {"this", "that"}
     again, replaced = add_target(root, "bound", {"shapes": "large"})
     again.verify()
-    assert len(again.artifacts("bound", "unet")) == 2 and replaced[0].settings == {"shapes": "large"}, "the same machine's are replaced"
+    assert len(again.artifacts("bound", "unet")) == 2 and replaced[0].settings == {"shapes": "large"}, (
+        "the same machine's are replaced"
+    )
     assert not Compiled.of(root, added[0]).folder.exists(), "and removed"
 
 
@@ -118,7 +149,10 @@ def test_the_same_again_changes_nothing_but_the_time(root: Path) -> None:
     second, _ = add_target(root, "bound")
     third, _ = add_target(root, "bound")
     third.verify()
-    assert sorted(second.manifest.files.values()) == sorted(first.manifest.files.values()) and second.manifest.files == third.manifest.files
+    assert (
+        sorted(second.manifest.files.values()) == sorted(first.manifest.files.values())
+        and second.manifest.files == third.manifest.files
+    )
 
 
 def test_a_target_that_stores_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,9 +177,13 @@ def test_a_target_that_stores_nothing(root: Path, monkeypatch: pytest.MonkeyPatc
         ("absent", EngineUnavailable, "cannot compile for absent: there is none"),
     ],
 )
-def test_targets_that_cannot_be_added(root: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], message: str) -> None:
+def test_targets_that_cannot_be_added(
+    root: Path, monkeypatch: pytest.MonkeyPatch, name: str, error: type[Exception], message: str
+) -> None:
     absent = type(
-        "Absent", (Bound,), {"target": "absent", "available": classmethod(lambda cls: Availability(False, reason="there is none"))}
+        "Absent",
+        (Bound,),
+        {"target": "absent", "available": classmethod(lambda cls: Availability(False, reason="there is none"))},
     )
     monkeypatch.setitem(targets(), "absent", absent)
     before = content(root)
@@ -171,10 +209,15 @@ def test_from_damaged_graphs_nothing_is_compiled(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "message"),
-    [(errno.ENOSPC, "the disk of .*bundle is full: free some space"), (errno.EROFS, "cannot change .*bundle: .*Read-only")],
+    [
+        (errno.ENOSPC, "the disk of .*bundle is full: free some space"),
+        (errno.EROFS, "cannot change .*bundle: .*Read-only"),
+    ],
 )
 @pytest.mark.parametrize("where", ["vanishing", "written"])
-def test_a_bundle_that_cannot_be_written(root: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, where: str) -> None:
+def test_a_bundle_that_cannot_be_written(
+    root: Path, monkeypatch: pytest.MonkeyPatch, number: int, message: str, where: str
+) -> None:
     def refuse(*_: object) -> Any:
         raise OSError(number, "Read-only file system" if number == errno.EROFS else "No space left on device")
 
@@ -241,7 +284,9 @@ def test_killed_while_it_compiles_the_old_bundle_is_left(root: Path) -> None:
     ],
     ids=["files in place", "manifest unwritten", "manifest written", "files removed"],
 )
-def test_killed_while_it_swaps_one_of_the_two_is_left(root: Path, place: str, new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_while_it_swaps_one_of_the_two_is_left(
+    root: Path, place: str, new: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Bound, "here", "that machine")
     add_target(root, "bound", {"shapes": "small"})  # something that is replaced
     monkeypatch.setattr(Bound, "here", "this machine")
@@ -256,7 +301,9 @@ def test_killed_while_it_swaps_one_of_the_two_is_left(root: Path, place: str, ne
     add_target(root, "bound")[0].verify()
 
 
-def test_what_is_added_is_compared_with_the_graphs(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_added_is_compared_with_the_graphs(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = shutil.copytree(tiny_bundle, tmp_path / "b")
     told = json.loads((root / MANIFEST).read_text())
     told["artifacts"] = [one for one in told["artifacts"] if one["target"] != "onnxruntime"]
@@ -289,7 +336,10 @@ def keys(tmp_path: Path) -> Path:
 def test_a_change_makes_a_signature_void_or_a_new_one(root: Path, keys: Path) -> None:
     sign(Bundle(root), keys / "private.pem")
     before = content(root)
-    for change in (lambda: add_target(root, "bound"), lambda: add_target(root, "bound", signed=Signed(keys / "public.pem"))):
+    for change in (
+        lambda: add_target(root, "bound"),
+        lambda: add_target(root, "bound", signed=Signed(keys / "public.pem")),
+    ):
         with pytest.raises(InvalidInput, match="key: "):
             change()
     assert content(root) == before
@@ -309,7 +359,8 @@ def test_graphs_that_a_target_reads_stay(root: Path) -> None:
     add_target(root, "bound")
     before = content(root)
     with pytest.raises(
-        InvalidInput, match=r"leaves out graphs and weights that are read when these targets are loaded: openvino\. Keep them, or"
+        InvalidInput,
+        match=r"leaves out graphs and weights that are read when these targets are loaded: openvino\. Keep them, or",
     ):
         strip(root)
     assert content(root) == before
@@ -335,7 +386,10 @@ def test_graphs_that_nobody_reads_are_left_out(root: Path, keys: Path) -> None:
     assert freed == graphs > 0 and not (root / "onnx").exists() and not after.graph_files(after.submodel("unet"))
     assert after.manifest.key != before.manifest.key, "another build than with them"
     assert strip(root)[1] == 0
-    with pytest.raises(BundleError, match="has no canonical graphs, which a target is compiled from: build it without --strip-canonical"):
+    with pytest.raises(
+        BundleError,
+        match="has no canonical graphs, which a target is compiled from: build it without --strip-canonical",
+    ):
         add_target(root, "bound", signed=Signed(drop=True))
 
 
@@ -373,7 +427,10 @@ def test_sizes(root: Path) -> None:
     bundle, _ = add_target(root, "bound")
     found = sizes(bundle)
     assert found.total == sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
-    assert found.targets == {"openvino": 0, "bound": sum(path.stat().st_size for path in (root / "engines").rglob("*.bound"))}
+    assert found.targets == {
+        "openvino": 0,
+        "bound": sum(path.stat().st_size for path in (root / "engines").rglob("*.bound")),
+    }
     assert found.apart == found.total + found.rest, "openvino reads the graphs, the other target does not"
     shutil.rmtree(root / "onnx" / "vae")
     with pytest.raises(BundleError, match=r"is damaged: .*vae.* cannot be read"):
@@ -383,11 +440,17 @@ def test_sizes(root: Path) -> None:
 def test_auto_is_every_target_that_can_be_compiled_here(monkeypatch: pytest.MonkeyPatch) -> None:
     found = every_target()
     assert {"onnxruntime", "bound"} <= set(found)
-    assert all(engine.available().usable or engine.available().compiles for name, engine in targets().items() if name in found)
-    assert resolve_targets(["bound", "auto"])[0] == "bound" and sorted(resolve_targets(["bound", "auto"])) == sorted(found)
+    assert all(
+        engine.available().usable or engine.available().compiles for name, engine in targets().items() if name in found
+    )
+    assert resolve_targets(["bound", "auto"])[0] == "bound" and sorted(resolve_targets(["bound", "auto"])) == sorted(
+        found
+    )
     assert resolve_targets(["tensorrt"]) == ("tensorrt",)
     assert not {"bound", "onnxruntime"} & set(every_target("fp8")), "they lack the kernels"
     for name in list(targets()):
         monkeypatch.delitem(targets(), name)
-    with pytest.raises(EngineUnavailable, match="no target can be compiled here for --quant int8: see `enginecast targets`"):
+    with pytest.raises(
+        EngineUnavailable, match="no target can be compiled here for --quant int8: see `enginecast targets`"
+    ):
         resolve_targets(["auto"], "int8")

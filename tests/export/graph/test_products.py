@@ -43,7 +43,9 @@ class ReadTwice(Gated):
 
 
 def attached(module: nn.Module, folder: Path, dtype: torch.dtype) -> ir.Model:
-    save_file({name: value.detach().to(dtype) for name, value in module.named_parameters()}, folder / "checkpoint.safetensors")
+    save_file(
+        {name: value.detach().to(dtype) for name, value in module.named_parameters()}, folder / "checkpoint.safetensors"
+    )
     model = trace(module.eval().to("meta"), SIGNATURE)
     refs = read_header(folder / "checkpoint.safetensors")[1]
     attach(model, {name: name for name in refs}, refs)
@@ -63,13 +65,19 @@ def test_parts_are_byte_ranges_of_the_same_file(tmp_path: Path, bias: bool, dtyp
     expected = module(x)[0].detach().numpy()
     model = attached(module, tmp_path, dtype)
     assert splits(model) == 0
-    assert set(model.graph.initializers) >= {"proj.weight.0", "proj.weight.1"} and "proj.weight" not in model.graph.initializers
+    assert (
+        set(model.graph.initializers) >= {"proj.weight.0", "proj.weight.1"}
+        and "proj.weight" not in model.graph.initializers
+    )
     parts = [model.graph.initializers[f"proj.weight.{i}"].const_value for i in range(2)]
     assert all(isinstance(part, ir.ExternalTensor) and part.location == "checkpoint.safetensors" for part in parts)
     np.testing.assert_allclose(lean_session(model).run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-6)
     write(model, tmp_path / "out")
     np.testing.assert_allclose(
-        lean_session(ir.load(tmp_path / "out" / "model.onnx")).run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-6
+        lean_session(ir.load(tmp_path / "out" / "model.onnx")).run(None, {"x": x.numpy()})[0],
+        expected,
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 

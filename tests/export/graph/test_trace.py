@@ -1,4 +1,6 @@
-"""Graphs made without weights: no memory of the model's size, names a reader knows, dims of the signature, attention in one node."""
+"""Graphs made without weights: no memory of the model's size, names a reader knows, dims of the signature, attention in
+one node.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ def parts(tiny_vlm: Path, tiny_diffusion: Path) -> dict[str, Part]:
 
 @pytest.fixture(scope="module")
 def traced(parts: dict[str, Part]) -> dict[str, ir.Model]:
-    return {name: trace(parts[name].module, parts[name].signature) for name in ("decoder", "vision_encoder", "text_encoder")}
+    return {
+        name: trace(parts[name].module, parts[name].signature) for name in ("decoder", "vision_encoder", "text_encoder")
+    }
 
 
 @pytest.mark.parametrize("name", ["decoder", "vision_encoder", "text_encoder"])
@@ -84,7 +88,11 @@ def test_names_are_the_library_s(parts: dict[str, Part], traced: dict[str, ir.Mo
     parameters = {key for key, value in graph.initializers.items() if value.const_value is None}
     assert parameters <= dict(module.named_parameters(remove_duplicate=False)).keys()
     unused = dict(module.named_parameters()).keys() - parameters
-    elsewhere = ("embed_tokens", "layers.1.", "post_layernorm")  # of LLaVA: its embedding is a submodel, the tower's last layer is not read
+    elsewhere = (
+        "embed_tokens",
+        "layers.1.",
+        "post_layernorm",
+    )  # of LLaVA: its embedding is a submodel, the tower's last layer is not read
     assert parameters and all(any(part in key for part in elsewhere) for key in unused)
     names = [node.name for node in graph]
     assert None not in names and len(set(names)) == len(names)
@@ -110,7 +118,9 @@ def test_one_attention_node_a_layer(parts: dict[str, Part], traced: dict[str, ir
 def test_the_decoder_s_attention_keeps_past_and_grouped_heads(traced: dict[str, ir.Model]) -> None:
     attention = [node for node in traced["decoder"].graph if node.op_type == "Attention"]
     for layer, node in enumerate(attention):
-        assert [value.name for value in node.inputs[4:6] if value] == [f"past_key_values.{layer}.{kind}" for kind in ("key", "value")]
+        assert [value.name for value in node.inputs[4:6] if value] == [
+            f"past_key_values.{layer}.{kind}" for kind in ("key", "value")
+        ]
         assert [value.name for value in node.outputs[1:3]] == [f"present.{layer}.{kind}" for kind in ("key", "value")]
         heads = [value.shape[1] for value in node.inputs[:2] if value is not None and value.shape is not None]
         assert heads == [4, 2]
@@ -124,9 +134,13 @@ def test_shapes_are_constants_where_they_can_be(traced: dict[str, ir.Model]) -> 
                 assert shape is not None and shape.const_value is not None, node.name
 
 
-def test_tracing_again_or_loading_gives_the_same_bytes(parts: dict[str, Part], traced: dict[str, ir.Model], tmp_path: Path) -> None:
+def test_tracing_again_or_loading_gives_the_same_bytes(
+    parts: dict[str, Part], traced: dict[str, ir.Model], tmp_path: Path
+) -> None:
     part = parts["text_encoder"]
     save_traced(trace(part.module, part.signature), tmp_path / "a.onnx")
     save_traced(traced["text_encoder"], tmp_path / "b.onnx")
     save_traced(ir.load(tmp_path / "a.onnx"), tmp_path / "c.onnx")
-    assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+    assert (
+        (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes() == (tmp_path / "c.onnx").read_bytes()
+    )

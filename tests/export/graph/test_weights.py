@@ -91,15 +91,23 @@ def test_what_is_written_computes_what_torch_does(attached: tuple[ir.Model, nn.M
     assert nbytes > sum(tensor.nbytes for tensor in load_file(tmp_path / "elsewhere" / WEIGHTS).values())
 
 
-def test_the_weights_are_a_safetensors_file_of_the_same_bytes(attached: tuple[ir.Model, nn.Module], tmp_path: Path) -> None:
+def test_the_weights_are_a_safetensors_file_of_the_same_bytes(
+    attached: tuple[ir.Model, nn.Module], tmp_path: Path
+) -> None:
     write(attached[0], tmp_path / "out")
     published, written = load_file(tmp_path / "checkpoint.safetensors"), load_file(tmp_path / "out" / WEIGHTS)
     published["head.weight"] = published["embedding.weight"]
     assert written and all(torch.equal(written[name], published[name]) for name in written)
-    assert sum(tensor.numel() == VOCABULARY * WIDTH for tensor in written.values()) == 1, "shared weights are written once"
+    assert sum(tensor.numel() == VOCABULARY * WIDTH for tensor in written.values()) == 1, (
+        "shared weights are written once"
+    )
     for ref in read_header(tmp_path / "out" / WEIGHTS)[1].values():
         assert ref.offset % ALIGNMENT == 0 and ref.nbytes >= INLINE_BYTES
-    small = [t for t in onnx.load(tmp_path / "out" / MODEL, load_external_data=False).graph.initializer if t.data_location == t.DEFAULT]
+    small = [
+        t
+        for t in onnx.load(tmp_path / "out" / MODEL, load_external_data=False).graph.initializer
+        if t.data_location == t.DEFAULT
+    ]
     assert {"norm.weight", "norm.bias", "layer.bias"} <= {t.name for t in small}
 
 
@@ -108,7 +116,11 @@ def test_half_precision_is_cast_and_lookups_after_the_lookup(attached: tuple[ir.
     stored = precision(model)
     assert stored in DTYPES
     for node in model.graph:
-        if node.op_type == "Gather" and node.inputs[0] is not None and node.inputs[0].name in ("embedding.weight", "head.weight"):
+        if (
+            node.op_type == "Gather"
+            and node.inputs[0] is not None
+            and node.inputs[0].name in ("embedding.weight", "head.weight")
+        ):
             (user,) = {user for user, _ in node.outputs[0].uses()}
             assert (user.op_type == "Cast") == (stored != "float32")
             break
@@ -135,7 +147,9 @@ def test_int4_is_packed_with_the_low_half_first(tmp_path: Path) -> None:
     model = ir.Model(made, ir_version=10)
     write(model, tmp_path / "out")
     raw = load_file(tmp_path / "out" / WEIGHTS)["codes"]
-    assert raw.dtype == torch.uint8 and raw.shape == (2048,) and raw[0] == 0x98, "-8 in the low half, -7 in the high one"
+    assert raw.dtype == torch.uint8 and raw.shape == (2048,) and raw[0] == 0x98, (
+        "-8 in the low half, -7 in the high one"
+    )
     session = onnxruntime.InferenceSession(tmp_path / "out" / MODEL, providers=["CPUExecutionProvider"])
     np.testing.assert_array_equal(session.run(None, {})[0], codes)
     assert precision(model) == "int4"
@@ -152,7 +166,9 @@ def test_a_disk_without_room_is_found_before_writing(
 
 
 @pytest.mark.parametrize("attached", ["float16"], indirect=True)
-def test_a_disk_that_fills_up(attached: tuple[ir.Model, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_fills_up(
+    attached: tuple[ir.Model, nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -94,7 +94,10 @@ def test_what_the_library_cannot_generate_with(talking: LoadedModel, talking_sta
     parts = talking_state.family.parts(talking_state.source, False)
     strange = nn.ModuleList([parts[2].module])
     parts[2] = replace(parts[2], component=replace(parts[2].component, model=strange))
-    weights = {f"0.{name}": talking_state.weights(talking_state.parts[2])[known] for name, known in names(talking_state).items()}
+    weights = {
+        f"0.{name}": talking_state.weights(talking_state.parts[2])[known]
+        for name, known in names(talking_state).items()
+    }
     with pytest.raises(UnsupportedModel, match="'decoder' is no model of transformers"):
         TorchEngine(talking.bundle.submodel("decoder"), parts[2], weights)
 
@@ -111,11 +114,21 @@ def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> 
         speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT)
     assert heard and speed.left_out == () and torch.get_num_threads() == threads
     kinds = [(timing.submodel, timing.what, timing.tokens, timing.calls) for timing in speed.timings]
-    assert [kind[0] for kind in kinds] == ["vision_encoder", "token_embedding", "decoder", "token_embedding", "decoder", WHOLE]
+    assert [kind[0] for kind in kinds] == [
+        "vision_encoder",
+        "token_embedding",
+        "decoder",
+        "token_embedding",
+        "decoder",
+        WHOLE,
+    ]
     assert kinds[4] == ("decoder", "next token", 1, 3) and kinds[5] == (WHOLE, "answer, 4 tokens", 0, 1)
     assert kinds[2][1] == f"prompt of {kinds[2][2]} tokens" and kinds[2][2] > 4
     for timing in speed.timings:
-        assert [timed.target for timed in timing.times] == ["torch", *(name for name in Bundle(tiny_bundle).targets for _ in range(2))]
+        assert [timed.target for timed in timing.times] == [
+            "torch",
+            *(name for name in Bundle(tiny_bundle).targets for _ in range(2)),
+        ]
         assert all(timed.spread.repetitions == 2 and timed.spread.median > 0 for timed in timing.times)
     whole = speed.timings[-1].times
     assert all(
@@ -158,7 +171,13 @@ def test_no_target_can_be_used(tiny_bundle: Path, talking_state: Build, monkeypa
 def test_a_bundle_is_timed_anew(tiny_diffusion: Path, tiny_bundle: Path, tmp_path: Path) -> None:
     bundle, _ = build(Options(str(tiny_diffusion), tmp_path / "bundle", quant="int4", quality="none"))
     speed = time_bundle(bundle, str(tiny_diffusion), effort=EFFORT)
-    assert [timing.submodel for timing in speed.timings] == ["text_encoder", "unet", "vae_decoder", "vae_encoder", WHOLE]
+    assert [timing.submodel for timing in speed.timings] == [
+        "text_encoder",
+        "unet",
+        "vae_decoder",
+        "vae_encoder",
+        WHOLE,
+    ]
     assert [timing.calls for timing in speed.timings] == [1, 2, 1, 0, 1]
     assert [(timed.target, timed.quant) for timed in speed.timings[1].times] == [
         ("torch", "none"), ("onnxruntime", "none"), ("onnxruntime", "int4"),

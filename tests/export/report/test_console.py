@@ -14,7 +14,9 @@ from export.report.console import Show
 from export.report.progress import Progress, Step
 
 
-def test_a_step_that_silences_libraries_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_silences_libraries_is_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(export.report.progress, "BEAT", 0.02)
     monkeypatch.setattr(export.report.console, "QUIET", 0.1)
     with Progress([Step("unet", "trace", 5)], Show()).step("unet", "trace"), redirect_stdout(StringIO()):

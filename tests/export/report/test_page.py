@@ -71,7 +71,10 @@ class Page(HTMLParser):
     @property
     def images(self) -> list[np.ndarray[Any, Any]]:
         sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
-        return [decode_image(base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)) for source in sources]
+        return [
+            decode_image(base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True))
+            for source in sources
+        ]
 
 
 def submodel(name: str, snr: float) -> SubmodelQuality:
@@ -84,7 +87,9 @@ def timed(target: str, quant: str, median: float) -> Timed:
 
 
 def speed(*targets: str, others: float | None = 0.02) -> Speed:
-    """PyTorch takes 0.3 s for a prompt and 30 ms for a token, the float engines half of that, quantized a third of theirs."""
+    """PyTorch takes 0.3 s for a prompt and 30 ms for a token, the float engines half of that, quantized a third of
+    theirs.
+    """
     times = [
         (
             timed("torch", "none", whole),
@@ -108,11 +113,13 @@ def speed(*targets: str, others: float | None = 0.02) -> Speed:
 
 
 PICTURE = PictureQuality(
-    prompt="a red tram", seed=5, latents_snr_db=22.25, psnr_db=31.5, ssim=0.9125, gmsd=0.0625, reference=f"{FOLDER}/a.png",
+    prompt="a red tram", seed=5, latents_snr_db=22.25, psnr_db=31.5, ssim=0.9125, gmsd=0.0625,
+    reference=f"{FOLDER}/a.png",
     quantized=f"{FOLDER}/b.png",
 )  # fmt: skip
 ANSWER = AnswerQuality(
-    question="what is this?", picture=f"{FOLDER}/c.png", reference="a tram", quantized="a bus", tokens=4, token_agreement=0.5,
+    question="what is this?", picture=f"{FOLDER}/c.png", reference="a tram", quantized="a bus", tokens=4,
+    token_agreement=0.5,
     next_token_agreement=0.75, kl_divergence=0.125, reference_perplexity=1.5, quantized_perplexity=2.5,
 )  # fmt: skip
 QUALITY_OF = Quality(
@@ -130,7 +137,10 @@ def make(tiny_bundle: Path, tmp_path: Path) -> Make:
         root = tmp_path / "bundle"
         shutil.copytree(tiny_bundle, root, ignore=shutil.ignore_patterns("*.safetensors"))
         (root / MANIFEST).write_text(json.dumps({**json.loads((tiny_bundle / MANIFEST).read_bytes()), **changes}))
-        pictures = {f"{FOLDER}/{name}.png": np.full((16, 16, 3), level, np.uint8) for name, level in (("a", 100), ("b", 110), ("c", 50))}
+        pictures = {
+            f"{FOLDER}/{name}.png": np.full((16, 16, 3), level, np.uint8)
+            for name, level in (("a", 100), ("b", 110), ("c", 50))
+        }
         save_quality(root, quality, pictures)
         return Bundle(root)
 
@@ -199,7 +209,10 @@ def test_speed_measured_anew_is_shown_instead(make: Make, tmp_path: Path) -> Non
     bundle = make(QUALITY_OF.model_copy(update={"speed": speed("onnxruntime")}))
     report(bundle, tmp_path / "report.html", speed("openvino", others=0.5))
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert "6.00 x PyTorch, on a busy machine" in plain(page) and "the machine was busy Time it again when it is idle" in page.words
+    assert (
+        "6.00 x PyTorch, on a busy machine" in plain(page)
+        and "the machine was busy Time it again when it is idle" in page.words
+    )
     assert "openvino int4" in page.words and "onnxruntime int4" not in page.words
 
 
@@ -212,7 +225,9 @@ def test_speed_without_torch_or_quantized(make: Make, tmp_path: Path) -> None:
 
 
 def test_sizes(tiny_bundle: Path, tiny_vlm: Path, make: Make, tmp_path: Path) -> None:
-    """Of a bundle without quantization: as many parameters as the checkpoint has, less the vision layer that LLaVA does not use."""
+    """Of a bundle without quantization: as many parameters as the checkpoint has, less the vision layer that LLaVA does
+    not use.
+    """
     found = {size.name: size for size in sizes(Bundle(tiny_bundle))}
     stored = {name: prod(ref.shape) for name, ref in read_header(tiny_vlm / "model.safetensors")[1].items()}
     embedding = next(count for name, count in stored.items() if name.endswith("embed_tokens.weight"))
@@ -220,14 +235,22 @@ def test_sizes(tiny_bundle: Path, tiny_vlm: Path, make: Make, tmp_path: Path) ->
     assert 0.6 * sum(stored.values()) < sum(size.parameters for size in found.values()) <= sum(stored.values())
     page = written(make(), tmp_path)
     size, total = found["decoder"], sum(size.parameters for size in found.values())
-    assert f"decoder {size.precision} {size.parameters:,} {4e-6 * size.parameters:.2f} MB {2e-6 * size.parameters:.2f} MB" in page.words
+    assert (
+        f"decoder {size.precision} {size.parameters:,} {4e-6 * size.parameters:.2f} MB {2e-6 * size.parameters:.2f} MB"
+        in page.words
+    )
     assert f"all {total:,} {4e-6 * total:.2f} MB" in page.words
 
 
 def test_scales_are_no_parameters() -> None:
     """A weight with three scales: as it is, cast, and one that is a factor elsewhere too."""
     weight, scale, half, both = (
-        ir.Value(name=name, const_value=ir.tensor(np.ones(shape, dtype), name=name), shape=ir.Shape(shape), type=ir.TensorType(code))
+        ir.Value(
+            name=name,
+            const_value=ir.tensor(np.ones(shape, dtype), name=name),
+            shape=ir.Shape(shape),
+            type=ir.TensorType(code),
+        )
         for name, shape, dtype, code in (
             ("w", (2, 3), np.int8, ir.DataType.INT8),
             ("s", (3,), np.float32, ir.DataType.FLOAT),
@@ -243,13 +266,19 @@ def test_scales_are_no_parameters() -> None:
 
 def test_nothing_is_loaded_from_elsewhere(make: Make, tmp_path: Path) -> None:
     page = written(make(), tmp_path)
-    assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "object", "embed", "a", "form", "base"})
+    assert {tag for tag, _ in page.tags}.isdisjoint(
+        {"script", "link", "iframe", "object", "embed", "a", "form", "base"}
+    )
     values = [(name, value) for _, attributes in page.tags for name, value in attributes.items()]
-    assert all(value.startswith("data:image/png;base64,") for name, value in values if name in ("src", "href", "srcset"))
+    assert all(
+        value.startswith("data:image/png;base64,") for name, value in values if name in ("src", "href", "srcset")
+    )
     assert not any(name.startswith("on") or name == "style" for name, _ in values)
     text = (tmp_path / "pages" / "report.html").read_text()
     assert "://" not in text and "url(" not in text and "@import" not in text
-    policy = next(attributes for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy")
+    policy = next(
+        attributes for tag, attributes in page.tags if attributes.get("http-equiv") == "Content-Security-Policy"
+    )
     assert policy["content"].startswith("default-src 'none'; img-src data:;")
 
 
@@ -267,7 +296,9 @@ def hostile_speed() -> Speed:
     one = speed("onnxruntime")
     times = tuple(time.model_copy(update={"target": HOSTILE, "device": HOSTILE}) for time in one.timings[0].times)
     timing = one.timings[0].model_copy(update={"submodel": HOSTILE, "what": HOSTILE, "times": times})
-    return one.model_copy(update={"cpu": HOSTILE, "left_out": (HOSTILE,), "versions": {HOSTILE: HOSTILE}, "timings": (timing,)})
+    return one.model_copy(
+        update={"cpu": HOSTILE, "left_out": (HOSTILE,), "versions": {HOSTILE: HOSTILE}, "timings": (timing,)}
+    )
 
 
 def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -> None:
@@ -277,7 +308,9 @@ def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -
         update={
             "submodels": (submodel(HOSTILE, 3),),
             "pictures": (PICTURE.model_copy(update={"prompt": HOSTILE}),),
-            "answers": (ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),),
+            "answers": (
+                ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),
+            ),
             "device": HOSTILE,
             "speed": hostile_speed(),
         }
@@ -354,7 +387,9 @@ def test_damaged(make: Make, tmp_path: Path, path: str, data: bytes | None, mess
     assert not (tmp_path / "report.html").exists()
 
 
-@pytest.mark.parametrize(("figure", "number"), [("quantized_perplexity", 0), ("kl_divergence", float("nan")), ("tokens", 0)])
+@pytest.mark.parametrize(
+    ("figure", "number"), [("quantized_perplexity", 0), ("kl_divergence", float("nan")), ("tokens", 0)]
+)
 def test_figures_that_are_none(make: Make, tmp_path: Path, figure: str, number: float) -> None:
     bundle = make()
     data = json.loads((bundle.root / QUALITY).read_bytes())
@@ -369,6 +404,8 @@ def test_pictures_of_different_sizes(make: Make, tmp_path: Path) -> None:
         changed = PICTURE.model_copy(update={"quantized": f"{FOLDER}/d.png"})
         bundle = make(QUALITY_OF.model_copy(update={"pictures": (changed,)}))
         save_quality(
-            bundle.root, QUALITY_OF.model_copy(update={"pictures": (changed,)}), {f"{FOLDER}/d.png": np.zeros((8, 8, 3), np.uint8)}
+            bundle.root,
+            QUALITY_OF.model_copy(update={"pictures": (changed,)}),
+            {f"{FOLDER}/d.png": np.zeros((8, 8, 3), np.uint8)},
         )
         report(bundle, tmp_path / "report.html")

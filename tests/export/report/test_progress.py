@@ -31,7 +31,9 @@ def test_every_step_counts(clock: list[float]) -> None:
         pass
     begun = {report.step.submodel: report.eta for report in reports if report.seconds is None}
     assert begun == {"a": 90, "b": 20 * 0.1 + 60, "all": 60}, "quick traces say nothing of the comparison"
-    assert [report.detail for report in reports if report.seconds is not None] == ["cached", "cached", ""] and reports[-1].eta == 0
+    assert [report.detail for report in reports if report.seconds is not None] == ["cached", "cached", ""] and reports[
+        -1
+    ].eta == 0
 
 
 def test_a_running_step_shows_what_it_needs(clock: list[float]) -> None:

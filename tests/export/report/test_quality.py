@@ -1,4 +1,6 @@
-"""What is measured of a quantized bundle: a model against itself, against its quantized form, and against one that was spoilt."""
+"""What is measured of a quantized bundle: a model against itself, against its quantized form, and against one that was
+spoilt.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,19 @@ from calibration.ground.progress import Position, listening
 from calibration.observe.metrics import CAP_DB, perplexity
 from export.build.build import build
 from export.build.options import Options
-from export.report.quality import FLOORS, FOLDER, MAX_TOKENS, QUALITY, SEED, Effort, Samples, floors, load_quality, measure, save_quality
+from export.report.quality import (
+    FLOORS,
+    FOLDER,
+    MAX_TOKENS,
+    QUALITY,
+    SEED,
+    Effort,
+    Samples,
+    floors,
+    load_quality,
+    measure,
+    save_quality,
+)
 from runtime.bundle.manifest import MANIFEST, Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
@@ -115,10 +129,20 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
     assert outer(heard) == [f"submodel {n} of 4" for n in (1, 2, 3, 4)] + [f"picture {n} of 2" for n in (1, 2)]
     assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(submodel.calls == 4 for submodel in quality.submodels)
-    figures = [(output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs]
+    figures = [
+        (output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs
+    ]
     assert figures == [(CAP_DB, CAP_DB, 1)] * 4
-    assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.pictures] == [(CAP_DB, CAP_DB, 1, 0)] * 2
-    assert quality.summary() == {"submodel_snr_db": CAP_DB, "latents_snr_db": CAP_DB, "psnr_db": CAP_DB, "ssim": 1, "gmsd": 0}
+    assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.pictures] == [
+        (CAP_DB, CAP_DB, 1, 0)
+    ] * 2
+    assert quality.summary() == {
+        "submodel_snr_db": CAP_DB,
+        "latents_snr_db": CAP_DB,
+        "psnr_db": CAP_DB,
+        "ssim": 1,
+        "gmsd": 0,
+    }
     assert quality.shortfalls("int8") == [] and quality.shortfalls("none") == []
     assert quality.task is None, "what random weights draw is no task"
     assert sorted(pictures) == sorted(path for one in quality.pictures for path in (one.reference, one.quantized))
@@ -130,12 +154,17 @@ def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: Loade
     unet = quality.submodels[1]
     assert "int8" in unet.precision and unet.reference_precision == "float16"
     assert 30 < unet.outputs[0].snr_db < unet.outputs[0].psnr_db < 100
-    assert all(20 < one.latents_snr_db < 100 and 0.9 < one.ssim < 1 and one.gmsd and 0 < one.gmsd < 0.1 for one in quality.pictures)
+    assert all(
+        20 < one.latents_snr_db < 100 and 0.9 < one.ssim < 1 and one.gmsd and 0 < one.gmsd < 0.1
+        for one in quality.pictures
+    )
     assert quality.shortfalls("int8") == []
     first = quality.pictures[0]
     assert not np.array_equal(pictures[first.reference], pictures[first.quantized])
     again, _ = measure(drawing_int8, drawing, drawn, EFFORT)
-    assert [one.latents_snr_db for one in again.pictures] == [one.latents_snr_db for one in quality.pictures], "equal seeds"
+    assert [one.latents_snr_db for one in again.pictures] == [one.latents_snr_db for one in quality.pictures], (
+        "equal seeds"
+    )
 
 
 def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) -> None:
@@ -144,7 +173,8 @@ def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) 
         quality, pictures = measure(talking, talking, said, EFFORT)
     assert outer(heard) == [f"submodel {n} of 3" for n in (1, 2, 3)] + [f"question {n} of 4" for n in (1, 2, 3, 4)]
     assert quality.summary() == {
-        "submodel_snr_db": CAP_DB, "next_token_agreement": 1, "token_agreement": 1, "kl_divergence": 0, "perplexity_change": 1,
+        "submodel_snr_db": CAP_DB, "next_token_agreement": 1, "token_agreement": 1, "kl_divergence": 0,
+        "perplexity_change": 1,
     }  # fmt: skip
     assert [output.snr_db for submodel in quality.submodels for output in submodel.outputs] == [CAP_DB] * 3
     assert quality.submodels[2].calls == quality.tokens, "the decoder is compared on every token of every answer"
@@ -181,7 +211,9 @@ def next_logits(model: LoadedModel, ids: list[int], request: ChatRequest) -> Any
     pipeline = pipeline_of(model)
     assert pipeline.preprocessor is not None
     embeds = model.engines["token_embedding"].run({"input_ids": np.array([ids], np.int64)})["inputs_embeds"]
-    features = model.engines["vision_encoder"].run({"pixel_values": pipeline.preprocessor(request.images)})["image_features"]
+    features = model.engines["vision_encoder"].run({"pixel_values": pipeline.preprocessor(request.images)})[
+        "image_features"
+    ]
     embeds[0, np.array(ids) == pipeline.config.image_token_id] = features[0]
     positions = np.arange(len(ids), dtype=np.int64)[None]
     inputs = {"inputs_embeds": embeds, "attention_mask": np.ones_like(positions), "position_ids": positions}
@@ -208,7 +240,9 @@ def test_a_spoilt_decoder_falls_short(talking: LoadedModel, said: Samples) -> No
     decoder, agreement = quality.shortfalls("int4")
     assert decoder.startswith("SNR of decoder.logits is ")
     assert agreement.startswith("agreement on the next token is 0")
-    assert quality.over_tokens("kl_divergence") > 0.001, "random weights give nearly even odds, so noise moves them little"
+    assert quality.over_tokens("kl_divergence") > 0.001, (
+        "random weights give nearly even odds, so noise moves them little"
+    )
 
 
 @pytest.mark.parametrize("submodel", ["unet", "vae_encoder"])
@@ -248,7 +282,9 @@ def test_the_samples_are_scored(vlm_bundle: Path) -> None:
 def test_floors() -> None:
     assert {floor.quant for floor in FLOORS} == {"int8", "int4"} and floors("none") == floors("int8-naive") == []
     assert floors("auto") == floors("int4")
-    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in FLOORS), "figures of builds go stale"
+    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in FLOORS), (
+        "figures of builds go stale"
+    )
     for int8, int4 in zip(floors("int8"), floors("int4"), strict=True):
         assert int8.measure == int4.measure and int8.least > int4.least
 
@@ -266,7 +302,11 @@ def test_stored_and_read(drawing: LoadedModel, drawn: Samples, tmp_path: Path) -
         one["reference_seconds"] = 1.5
     (root / QUALITY).write_text(json.dumps(other))
     earlier = load_quality(Bundle(root))
-    assert [one.gmsd for one in earlier.pictures] == [None, None] and "gmsd" not in earlier.summary() and earlier.speed is None
+    assert (
+        [one.gmsd for one in earlier.pictures] == [None, None]
+        and "gmsd" not in earlier.summary()
+        and earlier.speed is None
+    )
     damaged = json.loads((root / QUALITY).read_bytes())
     damaged["pictures"][0]["reference"] = "../outside.png"
     (root / QUALITY).write_text(json.dumps(damaged))
@@ -275,7 +315,8 @@ def test_stored_and_read(drawing: LoadedModel, drawn: Samples, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("quant", "message"), [("none", "not quantized"), ("int8", "enginecast build SOURCE --quality full --quant int8 --output")]
+    ("quant", "message"),
+    [("none", "not quantized"), ("int8", "enginecast build SOURCE --quality full --quant int8 --output")],
 )
 def test_no_quality(tiny_bundle: Path, tmp_path: Path, quant: str, message: str) -> None:
     manifest = json.loads((tiny_bundle / MANIFEST).read_bytes())

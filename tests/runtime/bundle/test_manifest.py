@@ -64,7 +64,9 @@ def test_no_bundle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("version", [0, None, "1", 0.5, True, 1.0])
 def test_another_schema_version(tmp_path: Path, manifest: dict[str, Any], version: object) -> None:
-    with pytest.raises(BundleError, match=f"has schema version {version}, this program reads {SCHEMA}: build the bundle again"):
+    with pytest.raises(
+        BundleError, match=f"has schema version {version}, this program reads {SCHEMA}: build the bundle again"
+    ):
         opened(tmp_path, manifest | {"schema_version": version, "something": "new"})
 
 
@@ -76,7 +78,9 @@ def test_another_schema_version(tmp_path: Path, manifest: dict[str, Any], versio
         ("none", "install a later enginecast, or"),
     ],
 )
-def test_a_newer_schema_says_what_reads_it(tmp_path: Path, manifest: dict[str, Any], versions: object, wanted: str) -> None:
+def test_a_newer_schema_says_what_reads_it(
+    tmp_path: Path, manifest: dict[str, Any], versions: object, wanted: str
+) -> None:
     with pytest.raises(BundleError, match=f"has schema version {SCHEMA + 1}, this program reads {SCHEMA}: {wanted}"):
         opened(tmp_path, manifest | {"schema_version": SCHEMA + 1, "versions": versions})
 
@@ -96,7 +100,9 @@ def test_a_manifest_of_another_form(tmp_path: Path, manifest: dict[str, Any], ch
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../elsewhere/model.onnx", "onnx/../../x"])
 @pytest.mark.parametrize("where", ["graph", "files", "artifact", "folder"])
-def test_a_manifest_that_points_out_of_its_folder(tmp_path: Path, manifest: dict[str, Any], path: str, where: str) -> None:
+def test_a_manifest_that_points_out_of_its_folder(
+    tmp_path: Path, manifest: dict[str, Any], path: str, where: str
+) -> None:
     artifact = {"target": "openvino", "submodel": "unet"}
     change = {
         "files": {"files": {path: "0"}},
@@ -121,7 +127,11 @@ def test_verify_names_every_fault(tmp_path: Path, manifest: dict[str, Any]) -> N
 
 
 def test_what_is_of_a_graph_and_what_was_compiled_of_it(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    files = manifest["files"] | {"onnx/unet/weights.safetensors": "0", "onnx/unet/other/x": "0", "engines/openvino/unet.onnx": "0"}
+    files = manifest["files"] | {
+        "onnx/unet/weights.safetensors": "0",
+        "onnx/unet/other/x": "0",
+        "engines/openvino/unet.onnx": "0",
+    }
     added = [{"target": "openvino", "submodel": "unet", "key": {"sdk": "2"}}, {"target": "openvino", "submodel": "vae"}]
     changes = {"submodels": [PART, PART | {"name": "vae"}], "artifacts": [manifest["artifacts"][0], *added]}
     bundle = opened(tmp_path, manifest | {"files": files} | changes)
@@ -148,7 +158,19 @@ def test_a_folder_in_the_place_of_a_file(tmp_path: Path, manifest: dict[str, Any
 
 
 @pytest.mark.parametrize(
-    "name", ["", " shapes", "two\nlines", "\x1b[31mred", "nul\x00", "\u202egnp.exe", "zero\u200bwidth", "line\u2028", "\ud800", "x" * 201]
+    "name",
+    [
+        "",
+        " shapes",
+        "two\nlines",
+        "\x1b[31mred",
+        "nul\x00",
+        "\u202egnp.exe",
+        "zero\u200bwidth",
+        "line\u2028",
+        "\ud800",
+        "x" * 201,
+    ],
 )
 def test_names_that_cannot_be_shown(tmp_path: Path, manifest: dict[str, Any], name: str) -> None:
     with pytest.raises(BundleError, match="cannot be read") as caught:
@@ -226,7 +248,8 @@ def put_socket(path: Path) -> None:
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize(
-    "put", [put_pipe, put_socket, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)]
+    "put",
+    [put_pipe, put_socket, Path.mkdir, lambda path: path.symlink_to("/dev/zero"), lambda path: path.symlink_to(path)],
 )
 @pytest.mark.parametrize("name", [MANIFEST, "onnx/unet/model.onnx", "tokenizer/vocab.json"])
 def test_only_regular_files_are_opened(
@@ -234,7 +257,9 @@ def test_only_regular_files_are_opened(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tokenizer").mkdir()
-    (tmp_path / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"] | ({} if name == MANIFEST else {name: "0"})}))
+    (tmp_path / MANIFEST).write_text(
+        json.dumps(manifest | {"files": manifest["files"] | ({} if name == MANIFEST else {name: "0"})})
+    )
     (tmp_path / name).unlink(missing_ok=True)
     put(tmp_path / name)
     with pytest.raises(BundleError, match=r"cannot be read|is damaged"):
@@ -271,7 +296,9 @@ def test_a_graph_beside_the_manifest(tmp_path: Path, manifest: dict[str, Any]) -
 
 def test_compiled_files_that_are_not_there_and_not_listed(tmp_path: Path, manifest: dict[str, Any]) -> None:
     artifact = {"target": "onnxruntime", "submodel": "unet", "files": ["unet.onnx"]}
-    with pytest.raises(BundleError, match=r"engines/onnxruntime/unet\.onnx, which is read when it is loaded, is not in the manifest"):
+    with pytest.raises(
+        BundleError, match=r"engines/onnxruntime/unet\.onnx, which is read when it is loaded, is not in the manifest"
+    ):
         opened(tmp_path, manifest | {"artifacts": [artifact]}).verify()
 
 
@@ -289,7 +316,9 @@ def test_links_that_lead_out_of_the_bundle(tmp_path: Path, manifest: dict[str, A
 
 
 def entry(location: str) -> bytes:
-    """A ModelProto with one tensor, in a subgraph of a node, whose data lies there: the value stands before the key, as is allowed."""
+    """A ModelProto with one tensor, in a subgraph of a node, whose data lies there: the value stands before the key, as
+    is allowed.
+    """
 
     def field(number: int, content: bytes) -> bytes:
         assert len(content) < 128
@@ -299,7 +328,9 @@ def entry(location: str) -> bytes:
     return field(7, field(1, field(5, field(6, field(5, external)))))
 
 
-@pytest.mark.parametrize("location", ["/etc/passwd", "../../../etc/passwd", "w/../../x", "weights.bin", "", "a\\b", "C:x"])
+@pytest.mark.parametrize(
+    "location", ["/etc/passwd", "../../../etc/passwd", "w/../../x", "weights.bin", "", "a\\b", "C:x"]
+)
 def test_a_graph_whose_weights_are_not_listed(tmp_path: Path, manifest: dict[str, Any], location: str) -> None:
     graph = tmp_path / "onnx" / "unet" / "model.onnx"
     graph.write_bytes(entry(location))
@@ -311,16 +342,22 @@ def test_a_graph_whose_weights_are_listed(tmp_path: Path, manifest: dict[str, An
     graph, weights = tmp_path / "onnx" / "unet" / "model.onnx", tmp_path / "onnx" / "unet" / "weights.safetensors"
     graph.write_bytes(entry(weights.name))
     weights.write_bytes(b"w")
-    opened(tmp_path, manifest | {"files": {f"onnx/unet/{path.name}": sha256(path) for path in (graph, weights)}}).verify()
+    opened(
+        tmp_path, manifest | {"files": {f"onnx/unet/{path.name}": sha256(path) for path in (graph, weights)}}
+    ).verify()
     graph.write_bytes(entry(weights.name) + b"\xff")
     with pytest.raises(BundleError, match="it is no ONNX graph"):
-        opened(tmp_path, manifest | {"files": {f"onnx/unet/{path.name}": sha256(path) for path in (graph, weights)}}).verify()
+        opened(
+            tmp_path, manifest | {"files": {f"onnx/unet/{path.name}": sha256(path) for path in (graph, weights)}}
+        ).verify()
 
 
 # What changes after it was verified
 
 
-def test_what_changed_since_is_compared_again(tmp_path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changed_since_is_compared_again(
+    tmp_path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     graph = tmp_path / "onnx" / "unet" / "model.onnx"
     bundle = opened(tmp_path, manifest)
     bundle.verify(unknown=False)

@@ -32,7 +32,10 @@ DECODER = Signature(
     states=(State(past=cache("past", PAST), present=cache("present", TOTAL), axis=2),),
 )
 IMAGE = Signature(
-    inputs=(Tensor(name="image", dtype="float32", dims=(BATCH, 3, HEIGHT, HEIGHT.model_copy(update={"name": "width"}))),), outputs=()
+    inputs=(
+        Tensor(name="image", dtype="float32", dims=(BATCH, 3, HEIGHT, HEIGHT.model_copy(update={"name": "width"}))),
+    ),
+    outputs=(),
 )
 
 
@@ -46,7 +49,9 @@ def signatures(draw: st.DrawFn) -> Signature:
         dims.append(Dim(name=f"dim{i}", min=low, opt=low + 4 * multiple, max=low + 40 * multiple, multiple=multiple))
     axes = st.lists(st.one_of(st.integers(1, 5), st.sampled_from(dims)), min_size=1, max_size=3)
     dtypes = st.sampled_from(["float32", "float16", "int64", "int32", "bool"])
-    tensors = [Tensor(name=f"input{i}", dtype=draw(dtypes), dims=tuple(draw(axes))) for i in range(draw(st.integers(1, 4)))]
+    tensors = [
+        Tensor(name=f"input{i}", dtype=draw(dtypes), dims=tuple(draw(axes))) for i in range(draw(st.integers(1, 4)))
+    ]
     return Signature(inputs=tuple(tensors), outputs=())
 
 
@@ -83,7 +88,11 @@ def test_states_are_hidden_from_callers() -> None:
 
 
 def call(**changes: Any) -> dict[str, Any]:
-    arrays = {"ids": np.zeros((2, 3), np.int64), "mask": np.ones((2, 7), np.int64), "positions": np.zeros((2, 3), np.int64)}
+    arrays = {
+        "ids": np.zeros((2, 3), np.int64),
+        "mask": np.ones((2, 7), np.int64),
+        "positions": np.zeros((2, 3), np.int64),
+    }
     return {name: array for name, array in (arrays | changes).items() if array is not None}
 
 

@@ -22,7 +22,12 @@ from runtime.bundle.manifest import MANIFEST, SCHEMA, SIGNATURE, Bundle, sha256
 from runtime.bundle.signing import generate, private_key, public_key, require_signature, sign
 from runtime.errors import BundleError, EnginecastError, InvalidInput, MissingDependency, NotFound, ResourceExhausted
 
-FILES = {"onnx/unet/model.onnx": b"graph", "onnx/unet/weights.safetensors": bytes(64), "engines/bound/unet.bound": b"native", "empty": b""}
+FILES = {
+    "onnx/unet/model.onnx": b"graph",
+    "onnx/unet/weights.safetensors": bytes(64),
+    "engines/bound/unet.bound": b"native",
+    "empty": b"",
+}
 
 
 def make(root: Path) -> Bundle:
@@ -31,7 +36,8 @@ def make(root: Path) -> Bundle:
         (root / name).write_bytes(content)
     manifest = {
         "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "none",
-        "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [], "artifacts": [],
+        "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [],
+        "artifacts": [],
         "config": {}, "versions": {}, "files": {name: sha256(root / name) for name in FILES},
     }  # fmt: skip
     (root / MANIFEST).write_text(json.dumps(manifest))
@@ -76,7 +82,9 @@ def test_others_can_check_it(signed: Path, keys: Path, tmp_path: Path) -> None:
     """With OpenSSL alone, as the docs say."""
     (tmp_path / "raw").write_bytes(base64.b64decode(json.loads((signed / SIGNATURE).read_bytes())["signature"]))
     command = ["openssl", "pkeyutl", "-verify", "-pubin", "-inkey", str(keys / "public.pem"), "-rawin"]
-    ended = subprocess.run([*command, "-in", str(signed / MANIFEST), "-sigfile", str(tmp_path / "raw")], capture_output=True, check=False)
+    ended = subprocess.run(
+        [*command, "-in", str(signed / MANIFEST), "-sigfile", str(tmp_path / "raw")], capture_output=True, check=False
+    )
     assert ended.returncode == 0, ended.stderr
 
 
@@ -97,12 +105,16 @@ def test_any_altered_byte_is_refused_and_its_file_named(
 
 @settings(max_examples=50, deadline=None)
 @given(data=st.data())
-def test_any_cut_or_grown_file_is_refused_and_named(signed: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+def test_any_cut_or_grown_file_is_refused_and_named(
+    signed: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
+) -> None:
     root = shutil.copytree(signed, tmp_path_factory.mktemp("cut") / "b")
     name = data.draw(st.sampled_from([*FILES, MANIFEST, SIGNATURE]))
     content = (root / name).read_bytes()
     cut = content[: data.draw(st.integers(0, max(0, len(content) - 1)))] if data.draw(st.booleans()) else content
-    (root / name).write_bytes(cut if cut != content else content + data.draw(st.sampled_from([b"\0", b" ", b"\n", b"{}"])))
+    (root / name).write_bytes(
+        cut if cut != content else content + data.draw(st.sampled_from([b"\0", b" ", b"\n", b"{}"]))
+    )
     with pytest.raises(BundleError) as caught:
         check(root, keys)
     assert name in str(caught.value)
@@ -143,11 +155,19 @@ def test_hashes_that_were_altered_along_with_the_file(signed: Path, keys: Path, 
     told["files"]["engines/bound/unet.bound"] = sha256(root / "engines/bound/unet.bound")
     (root / MANIFEST).write_text(json.dumps(told))
     Bundle(root).verify()
-    refused(root, keys, "is not that of its manifest.json: manifest.json or manifest.sig was altered, or the bundle was changed after")
+    refused(
+        root,
+        keys,
+        "is not that of its manifest.json: manifest.json or manifest.sig was altered, or the bundle was changed after",
+    )
 
 
 def test_without_a_signature_or_with_another_s(signed: Path, keys: Path, tmp_path: Path) -> None:
-    refused(make(tmp_path / "unsigned").root, keys, "is not signed, and a signature is required: sign it with `enginecast sign`")
+    refused(
+        make(tmp_path / "unsigned").root,
+        keys,
+        "is not signed, and a signature is required: sign it with `enginecast sign`",
+    )
     other = shutil.copytree(signed, tmp_path / "other")
     made = sign(Bundle(other), keys / "other.pem")
     refused(other, keys, f"manifest.sig is of the key {made.key[:16]}, expected [0-9a-f]{{16}} of .*public.pem")
@@ -212,14 +232,19 @@ def test_new_keys_are_for_this_user_and_never_overwritten(tmp_path: Path) -> Non
         generate(private, tmp_path / "new.pem")
     with pytest.raises(InvalidInput, match=r"output: .*public\.pem exists"):
         generate(tmp_path / "new.pem", public)
-    assert private.read_bytes() == kept and sorted(path.name for path in tmp_path.iterdir()) == ["private.pem", "public.pem"]
+    assert private.read_bytes() == kept and sorted(path.name for path in tmp_path.iterdir()) == [
+        "private.pem",
+        "public.pem",
+    ]
     with pytest.raises(ResourceExhausted, match=r"cannot write .*: No such file or directory"):
         generate(tmp_path / "nowhere" / "private.pem", public)
 
 
 def pem(key: Any, private: bool, password: bytes = b"") -> bytes:
     if not private:
-        return bytes(key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo))
+        return bytes(
+            key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        )
     hidden = serialization.BestAvailableEncryption(password) if password else serialization.NoEncryption()
     return bytes(key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, hidden))
 
@@ -233,7 +258,11 @@ RIGHT = Ed25519PrivateKey.generate()
     ("content", "private", "public"),
     [
         (pem(RSA, True), "is of the kind RSA, expected Ed25519", "is a private key, which has no place here"),
-        (pem(RSA, False), "is a public key: a bundle is signed with the private one", "is of the kind RSA, expected Ed25519"),
+        (
+            pem(RSA, False),
+            "is a public key: a bundle is signed with the private one",
+            "is of the kind RSA, expected Ed25519",
+        ),
         (pem(CURVE, True), "is of the kind EC, expected Ed25519", "is a private key"),
         (pem(RIGHT, True, b"secret"), "is encrypted: write a copy that is not, `openssl pkey -in", "is a private key"),
         (pem(RIGHT, True)[:60], "is no private key in PEM", "is a private key"),
@@ -264,7 +293,8 @@ def test_keys_that_are_not_there(tmp_path: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     content=st.one_of(
-        st.binary(max_size=200), st.binary(max_size=100).map(lambda data: b"-----BEGIN PUBLIC KEY-----\n" + base64.b64encode(data))
+        st.binary(max_size=200),
+        st.binary(max_size=100).map(lambda data: b"-----BEGIN PUBLIC KEY-----\n" + base64.b64encode(data)),
     )
 )
 def test_no_file_breaks_the_reader(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
@@ -282,6 +312,7 @@ def test_the_library_is_optional(monkeypatch: pytest.MonkeyPatch, signed: Path, 
     Bundle(signed).verify()
     for use in (lambda: check(signed, keys), lambda: generate(tmp_path / "a", tmp_path / "b")):
         with pytest.raises(
-            MissingDependency, match=r"cryptography.* is not installed, which this needs: pip install 'enginecast\[signing\]'"
+            MissingDependency,
+            match=r"cryptography.* is not installed, which this needs: pip install 'enginecast\[signing\]'",
         ):
             use()

@@ -17,7 +17,9 @@ from runtime.errors import InvalidInput
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # torch tensors inside diffusers
 
 CLASSES = {
     "ddim": ("DDIMScheduler", {}),
@@ -86,7 +88,9 @@ def model(x: np.ndarray, timestep: float) -> np.ndarray:
     return (np.tanh(x + 0.3) * np.float32(np.cos(timestep / 300)) + 0.1 * x[:, ::-1]).astype(np.float32)
 
 
-def theirs(name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta: float, patch: pytest.MonkeyPatch) -> np.ndarray:
+def theirs(
+    name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta: float, patch: pytest.MonkeyPatch
+) -> np.ndarray:
     scheduler = reference(name, config, steps)
     stream = iter(noise[1:])
     for module in ("ddim", "euler_ancestral_discrete"):
@@ -95,7 +99,9 @@ def theirs(name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta
     latents = torch.from_numpy(noise[0]) * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         output = model(scheduler.scale_model_input(latents, timestep).numpy(), float(timestep))
-        latents = scheduler.step(torch.from_numpy(output), timestep, latents, **({"eta": eta} if name == "ddim" else {})).prev_sample
+        latents = scheduler.step(
+            torch.from_numpy(output), timestep, latents, **({"eta": eta} if name == "ddim" else {})
+        ).prev_sample
     return np.asarray(latents.numpy())
 
 
@@ -127,12 +133,18 @@ def theirs_is_sound(name: str, config: dict[str, Any], steps: int) -> bool:
 @pytest.mark.parametrize("name", SAMPLERS)
 @settings(max_examples=40, deadline=None)
 @given(
-    config=configs, steps=st.one_of(st.integers(1, 60), st.integers(61, 300)), eta=st.sampled_from([0.0, 0.4, 1.0]), seed=st.integers(0, 99)
+    config=configs,
+    steps=st.one_of(st.integers(1, 60), st.integers(61, 300)),
+    eta=st.sampled_from([0.0, 0.4, 1.0]),
+    seed=st.integers(0, 99),
 )
 def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: float, seed: int) -> None:
     """Timesteps, starting noise and result, over the whole space of supported configs."""
     assume(not (name == "euler_ancestral" and config.get("prediction_type") == "sample"))  # diffusers lacks it
-    assume(len(config.get("trained_betas", [0] * config.get("num_train_timesteps", 1000))) == config.get("num_train_timesteps", 1000))
+    assume(
+        len(config.get("trained_betas", [0] * config.get("num_train_timesteps", 1000)))
+        == config.get("num_train_timesteps", 1000)
+    )
     eta = eta if name == "ddim" else 0.0
     try:
         sampler = make_sampler(name, published(name, config), steps, eta)
@@ -140,9 +152,13 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
         assert error.field in ("steps", "sampler")
         assert not theirs_is_sound(name, config, steps) or error.field != "steps", str(error)
         assume(False)
-    if config.get("rescale_betas_zero_snr"):  # there torch's square root is off by a last bit, which decides rounded and cosine timesteps
+    if config.get(
+        "rescale_betas_zero_snr"
+    ):  # there torch's square root is off by a last bit, which decides rounded and cosine timesteps
         assume("karras" not in name and config.get("beta_schedule") != "squaredcos_cap_v2")
-    if config.get("timestep_spacing") == "trailing":  # for some counts, such as 61 of 1000, diffusers takes a step too many
+    if (
+        config.get("timestep_spacing") == "trailing"
+    ):  # for some counts, such as 61 of 1000, diffusers takes a step too many
         total = config.get("num_train_timesteps", 1000)
         assume(len(np.arange(total, 0, -total / steps)) == steps)
     scheduler = reference(name, config, steps)
@@ -152,7 +168,8 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
     with pytest.MonkeyPatch.context() as patch:
         expected = theirs(name, config, steps, noise, eta, patch)
     assume(bool(np.isfinite(expected).all()))
-    # diffusers subtracts float32 numbers as large as the starting noise, which with a cosine schedule is 20,000 times the signal
+    # diffusers subtracts float32 numbers as large as the starting noise, which with a cosine schedule is 20,000 times
+    # the signal
     allowed = TOLERANCE + 1e-6 * float(scheduler.init_noise_sigma)
     assert difference(ours(name, config, steps, noise, eta), expected) <= allowed
 
@@ -164,7 +181,9 @@ def test_stable_diffusion_config_at_usual_steps(name: str) -> None:
     for steps in (*range(1, 51), 100, 250):
         noise = np.random.default_rng(steps).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
         with pytest.MonkeyPatch.context() as patch:
-            worst = max(worst, difference(ours(name, SD15, steps, noise, 0.0), theirs(name, SD15, steps, noise, 0.0, patch)))
+            worst = max(
+                worst, difference(ours(name, SD15, steps, noise, 0.0), theirs(name, SD15, steps, noise, 0.0, patch))
+            )
     print(f"{name}: largest difference from diffusers {worst:.1e}")
     assert worst <= TOLERANCE
 
@@ -229,12 +248,28 @@ def test_ddim_from_pure_noise_with_a_noise_predicting_model_is_refused() -> None
     [
         (
             "ddim",
-            {"use_karras_sigmas": True, "algorithm_type": "sde-dpmsolver++", "interpolation_type": "log_linear", "final_sigmas_type": "x"},
+            {
+                "use_karras_sigmas": True,
+                "algorithm_type": "sde-dpmsolver++",
+                "interpolation_type": "log_linear",
+                "final_sigmas_type": "x",
+            },
         ),
         ("ddim", {"tensor_format": "pt", "timestep_values": None, "predict_epsilon": False, "sigma_max": 9.0}),
         ("euler", {"set_alpha_to_one": False, "clip_sample": True, "skip_prk_steps": True, "lambda_min_clipped": -1.0}),
-        ("euler_ancestral", {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "interpolation_type": "log_linear"}),
-        ("dpmpp_2m", {"set_alpha_to_one": False, "clip_sample": True, "interpolation_type": "log_linear", "solver_type": "logrho"}),
+        (
+            "euler_ancestral",
+            {"use_karras_sigmas": True, "final_sigmas_type": "sigma_min", "interpolation_type": "log_linear"},
+        ),
+        (
+            "dpmpp_2m",
+            {
+                "set_alpha_to_one": False,
+                "clip_sample": True,
+                "interpolation_type": "log_linear",
+                "solver_type": "logrho",
+            },
+        ),
     ],
 )
 def test_fields_of_other_classes_change_nothing(name: str, stale: dict[str, Any], tmp_path: Any) -> None:
@@ -261,4 +296,6 @@ def test_walks_that_end_at_the_least_noise_of_training(name: str, schedule: str)
         noise = np.random.default_rng(steps).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
         with pytest.MonkeyPatch.context() as patch:
             expected = theirs(name, config, steps, noise, 0.0, patch)
-        assert not np.isfinite(expected).all() or difference(ours(name, config, steps, noise, 0.0), expected) <= TOLERANCE
+        assert (
+            not np.isfinite(expected).all() or difference(ours(name, config, steps, noise, 0.0), expected) <= TOLERANCE
+        )

@@ -19,7 +19,10 @@ def test_tiles_fit_and_are_never_tiny(height: int, width: int, most: int, multip
     if height * width <= most:
         assert tile == (height, width)
     least = math.ceil(LEAST / multiple) * multiple
-    assert all(edge % multiple == 0 and min(least, whole) <= edge <= whole for edge, whole in zip(tile, (height, width), strict=True))
+    assert all(
+        edge % multiple == 0 and min(least, whole) <= edge <= whole
+        for edge, whole in zip(tile, (height, width), strict=True)
+    )
     assert tile[0] * tile[1] <= most or any(edge <= least for edge in tile)
 
 
@@ -32,7 +35,9 @@ def test_tiles_cover_an_edge_and_overlap(length: int, tile: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(height=edges, width=edges, tile=st.tuples(edges, edges), scale=st.integers(1, 4), seed=st.integers(0, 99))
-def test_tiles_of_a_picture_make_that_picture(height: int, width: int, tile: tuple[int, int], scale: int, seed: int) -> None:
+def test_tiles_of_a_picture_make_that_picture(
+    height: int, width: int, tile: tuple[int, int], scale: int, seed: int
+) -> None:
     """Where a tile's pixels depend on nothing outside of it, fading from one into the other changes nothing."""
     picture = np.random.default_rng(seed).standard_normal((3, height * scale, width * scale), np.float32)
     mosaic = Mosaic(height, width, scale)

@@ -37,7 +37,9 @@ def alphabet() -> list[str]:
 
 
 def write_legacy(folder: Path, pad: str = "<|endoftext|>") -> Path:
-    """A tiny tokenizer in the layout of Stable Diffusion 1.x: vocab.json, merges.txt, tokenizer_config.json, special_tokens_map.json."""
+    """A tiny tokenizer in the layout of Stable Diffusion 1.x: vocab.json, merges.txt, tokenizer_config.json,
+    special_tokens_map.json.
+    """
     merges = [
         ("r", "e"),
         ("re", "d</w>"),
@@ -50,14 +52,31 @@ def write_legacy(folder: Path, pad: str = "<|endoftext|>") -> Path:
         ("1", "2</w>"),
     ]
     letters = alphabet()
-    tokens = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = (
+        letters
+        + [f"{letter}</w>" for letter in letters]
+        + ["".join(pair) for pair in merges]
+        + ["<|startoftext|>", "<|endoftext|>"]
+    )
     special = {"content": "<|startoftext|>", "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
-    names = {"bos_token": special, "eos_token": special | {"content": "<|endoftext|>"}, "unk_token": special | {"content": "<|endoftext|>"}}
+    names = {
+        "bos_token": special,
+        "eos_token": special | {"content": "<|endoftext|>"},
+        "unk_token": special | {"content": "<|endoftext|>"},
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(" ".join(pair) for pair in merges) + "\n", encoding="utf-8"
+    )
     typed = {key: {"__type": "AddedToken", **value} for key, value in names.items()}
-    config = {"model_max_length": LIMIT, "pad_token": "<|endoftext|>", "do_lower_case": True, "tokenizer_class": "CLIPTokenizer", **typed}
+    config = {
+        "model_max_length": LIMIT,
+        "pad_token": "<|endoftext|>",
+        "do_lower_case": True,
+        "tokenizer_class": "CLIPTokenizer",
+        **typed,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "special_tokens_map.json").write_text(json.dumps({**names, "pad_token": pad}))
     return folder
@@ -92,13 +111,18 @@ def write_learned(folder: Path, layout: str) -> Path:
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     tokenizer.add_tokens(list(LEARNED))
     tokenizer.add_tokens(
-        [transformers.AddedToken("<wide>", lstrip=True, rstrip=True), transformers.AddedToken("<wide>_1", single_word=True)]
+        [
+            transformers.AddedToken("<wide>", lstrip=True, rstrip=True),
+            transformers.AddedToken("<wide>_1", single_word=True),
+        ]
     )
     if layout == "special":
         tokenizer.add_special_tokens({"additional_special_tokens": ["<extra>", "<extra>_1"], "mask_token": "<mask>"})
     tokenizer.save_pretrained(folder / "new")
     if layout == "added_tokens_decoder":
-        config, saved = (json.loads((folder / "new" / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json"))
+        config, saved = (
+            json.loads((folder / "new" / name).read_text()) for name in ("tokenizer_config.json", "tokenizer.json")
+        )
         config["added_tokens_decoder"] = {token.pop("id"): token for token in saved["added_tokens"]}
         saved["added_tokens"] = []
         for name, content in (("tokenizer_config.json", config), ("tokenizer.json", saved)):
@@ -136,7 +160,12 @@ def test_learned_tokens_equal_diffusers(learned: tuple[ClipTokenizer, Any], text
 
 
 @settings(max_examples=60, deadline=None)
-@given(pieces=st.lists(st.sampled_from([*LEARNED, "<wide>", "<extra>", "_1", " ", "red", "A", "<", "<CAT-TOY>", "<style>"]), max_size=12))
+@given(
+    pieces=st.lists(
+        st.sampled_from([*LEARNED, "<wide>", "<extra>", "_1", " ", "red", "A", "<", "<CAT-TOY>", "<style>"]),
+        max_size=12,
+    )
+)
 def test_learned_tokens_equal_diffusers_anywhere(learned: tuple[ClipTokenizer, Any], pieces: list[str]) -> None:
     check_as_diffusers(*learned, "".join(pieces))
 
@@ -223,8 +252,16 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
         ("special_tokens_map.json", '{"pad_token": "<pad>x"}', None),
         ("vocab.json", "[]", "JSON object"),
         ("merges.txt", "a b c", "two tokens"),
-        ("merges.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"merges\.txt is a git-lfs pointer"),
-        ("vocab.json", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", r"vocab\.json is a git-lfs pointer"),
+        (
+            "merges.txt",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            r"merges\.txt is a git-lfs pointer",
+        ),
+        (
+            "vocab.json",
+            "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            r"vocab\.json is a git-lfs pointer",
+        ),
         ("tokenizer.json", '{"model": {"type": "Unigram"}}', "no CLIP tokenizer"),
     ],
 )

@@ -1,4 +1,6 @@
-"""An SDK with the parts of TensorRT's Python API that running an engine needs: its plans are lowered graphs that ONNX Runtime runs."""
+"""An SDK with the parts of TensorRT's Python API that running an engine needs: its plans are lowered graphs that ONNX
+Runtime runs.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,12 @@ from runtime.targets.tensorrt.lower import lower
 from runtime.targets.tensorrt.sdk import SDK
 from runtime.targets.tensorrt.settings import Settings
 
-NUMPY = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+NUMPY = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(bool)": np.bool_,
+}
 Loader = Callable[..., Engine]
 
 
@@ -81,7 +88,10 @@ class FakeContext:
 
         def work() -> None:
             engine.cuda.require(*memory)
-            feed = {name: engine.view(places[name], shapes[name], value.type).copy() for name, value in engine.inputs.items()}
+            feed = {
+                name: engine.view(places[name], shapes[name], value.type).copy()
+                for name, value in engine.inputs.items()
+            }
             for (name, value), result in zip(engine.outputs.items(), engine.session.run(None, feed), strict=True):
                 engine.view(places[name], result.shape, value.type)[...] = result
 
@@ -98,7 +108,9 @@ class FakeEngine:
     def __init__(self, plan: bytes, logger: Any, cuda: Any) -> None:
         head, graph = plan.split(b"\n", 1)
         settings = onnxruntime.SessionOptions()
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", json.loads(head)["weights"])
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", json.loads(head)["weights"]
+        )
         settings.log_severity_level, settings.intra_op_num_threads = 3, 1
         self.session = onnxruntime.InferenceSession(graph, settings, disabled_optimizers=["QDQPropagationTransformer"])
         self.inputs = {value.name: value for value in self.session.get_inputs()}
@@ -109,13 +121,17 @@ class FakeEngine:
 
     def view(self, address: int, shape: tuple[int, ...], kind: str) -> Any:
         nbytes = int(np.prod(shape)) * np.dtype(NUMPY[kind]).itemsize
-        return np.frombuffer((ctypes.c_char * nbytes).from_address(self.cuda.require(address, nbytes)), NUMPY[kind]).reshape(shape)
+        return np.frombuffer(
+            (ctypes.c_char * nbytes).from_address(self.cuda.require(address, nbytes)), NUMPY[kind]
+        ).reshape(shape)
 
     def output_shapes(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         key = repr(sorted(shapes.items()))
         if key not in self.known:
             feed = {name: np.zeros(shapes[name], NUMPY[value.type]) for name, value in self.inputs.items()}
-            self.known[key] = {name: result.shape for name, result in zip(self.outputs, self.session.run(None, feed), strict=True)}
+            self.known[key] = {
+                name: result.shape for name, result in zip(self.outputs, self.session.run(None, feed), strict=True)
+            }
         return self.known[key]
 
     def get_tensor_shape(self, name: str) -> list[int]:
@@ -174,7 +190,9 @@ def with_engines(bundle: Bundle, root: Path, key: dict[str, str]) -> Path:
         graph = bundle.root / submodel.graph
         head = json.dumps({"weights": str(graph.parent)}).encode()
         (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + lower(submodel, graph, Settings()).content)
-        artifacts.append(Artifact(target=FakeTarget.target, submodel=submodel.name, files=(f"{submodel.name}.engine",), key=key))
+        artifacts.append(
+            Artifact(target=FakeTarget.target, submodel=submodel.name, files=(f"{submodel.name}.engine",), key=key)
+        )
     manifest = bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)})
     (root / "manifest.json").write_text(manifest.model_dump_json())
     return root

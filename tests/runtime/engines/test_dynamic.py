@@ -1,4 +1,6 @@
-"""Inputs of layers with quantized weights are rounded to 8 bits where the bundle allows it, nowhere else, and the engine says which."""
+"""Inputs of layers with quantized weights are rounded to 8 bits where the bundle allows it, nowhere else, and the
+engine says which.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +44,31 @@ def layer(folder: Path, bits: int, block: int = BLOCK) -> tuple[Submodel, Array]
             helper.make_node("DequantizeLinear", ["codes", "wide"], ["weight"], axis=0, block_size=block),
         ]
         low, high = codes.ravel()[::2] & 15, codes.ravel()[1::2] & 15
-        stored = helper.make_tensor("codes", TensorProto.INT4, codes.shape, (low | high << 4).astype(np.uint8).tobytes(), raw=True)
+        stored = helper.make_tensor(
+            "codes", TensorProto.INT4, codes.shape, (low | high << 4).astype(np.uint8).tobytes(), raw=True
+        )
         tensors = [stored, numpy_helper.from_array(scales.astype(np.float16), "scales")]
     else:
         nodes = [helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], axis=1)]
         tensors = [numpy_helper.from_array(codes, "codes"), numpy_helper.from_array(scales[0], "scales")]
     nodes.append(helper.make_node("MatMul", ["x", "weight"], ["y"]))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size]) for name, size in (("x", INPUTS), ("y", OUTPUTS))]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["rows", size])
+        for name, size in (("x", INPUTS), ("y", OUTPUTS))
+    ]
     graph = helper.make_graph(nodes, "layer", ends[:1], ends[1:], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), folder / "model.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), folder / "model.onnx"
+    )
     x, y = (Tensor(name=name, dtype="float32", dims=(ROWS, size)) for name, size in (("x", INPUTS), ("y", OUTPUTS)))
     signature = Signature(inputs=(x,), outputs=(y,))
     submodel = Submodel(name="layer", signature=signature, graph="model.onnx", precision=f"int{bits}", nbytes=0)
     return submodel, np.repeat(scales, INPUTS // rows, axis=0) * codes
 
 
-def noise_db(target: str, submodel: Submodel, folder: Path, weight: Any, rows: int, **settings: str) -> tuple[float, str]:
+def noise_db(
+    target: str, submodel: Submodel, folder: Path, weight: Any, rows: int, **settings: str
+) -> tuple[float, str]:
     """Signal to noise ratio of the engine's product in dB, and its device."""
     engine = targets()[target].load(submodel, folder, Options(threads=1, settings=settings))
     x = np.random.default_rng(rows).standard_normal((rows, INPUTS)).astype(np.float32)
@@ -72,7 +83,9 @@ def noise_db(target: str, submodel: Submodel, folder: Path, weight: Any, rows: i
 def test_a_bundle_decides_whether_inputs_are_rounded(target: str, tmp_path: Path, bits: int, rows: int) -> None:
     submodel, weight = layer(tmp_path, bits)
     exact, device = noise_db(target, submodel, tmp_path, weight, rows)
-    assert exact > 100 and SAYS not in device, "a bundle that does not allow it gets float32, whatever the SDK would do by itself"
+    assert exact > 100 and SAYS not in device, (
+        "a bundle that does not allow it gets float32, whatever the SDK would do by itself"
+    )
     rounded, device = noise_db(target, submodel.model_copy(update={"dynamic": True}), tmp_path, weight, rows)
     assert SAYS in device, "every processor that this project is tested on can"
     assert 35 < rounded < 60, "8 bits with a scale for 32 or 64 inputs leave some 45 dB"
@@ -127,7 +140,9 @@ def test_the_probe_is_a_model_of_the_standard() -> None:
 
 
 def test_quantized_activations_run_at_fixed_shapes(tmp_path: Path) -> None:
-    """Each shape is compiled when it first comes, the two last used are kept, and all give what the open shape gives."""
+    """Each shape is compiled when it first comes, the two last used are kept, and all give what the open
+    shape gives.
+    """
     if not targets()["openvino"].available().usable:
         pytest.skip(targets()["openvino"].available().reason)
     submodel, _ = layer(tmp_path, 8)

@@ -1,4 +1,6 @@
-"""What every engine promises, for every target that is found: it gives what torch gives, and keeps the states of slots apart."""
+"""What every engine promises, for every target that is found: it gives what torch gives, and keeps the states of slots
+apart.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def load(target: str, diffusion_bundle: Path, vlm_bundle: Path) -> Iterator[Load
     opened: list[Engine] = []
 
     def one(name: str) -> Engine:
-        bundle = next(b for b in map(Bundle, (diffusion_bundle, vlm_bundle)) if name in {s.name for s in b.manifest.submodels})
+        bundle = next(
+            b for b in map(Bundle, (diffusion_bundle, vlm_bundle)) if name in {s.name for s in b.manifest.submodels}
+        )
         opened.append(targets()[target].load(bundle.submodel(name), bundle.root, Options(threads=1)))
         return opened[-1]
 
@@ -45,7 +49,9 @@ def torch_model(name: str) -> Any:
     import transformers
 
     if name == "vlm":
-        return transformers.LlavaForConditionalGeneration.from_pretrained(SAMPLES / "shapes-vlm", dtype="float32").eval()
+        return transformers.LlavaForConditionalGeneration.from_pretrained(
+            SAMPLES / "shapes-vlm", dtype="float32"
+        ).eval()
     folder = SAMPLES / "shapes-diffusion" / name
     if name == "text_encoder":
         return transformers.CLIPTextModel.from_pretrained(folder, dtype="float32").eval()
@@ -94,7 +100,9 @@ STATELESS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "lengths"), STATELESS, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.values()))
+    ("name", "lengths"),
+    STATELESS,
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value.values())),
 )
 def test_equals_torch_at_any_size(load: Loader, name: str, lengths: dict[str, int]) -> None:
     engine = load(name)
@@ -106,7 +114,10 @@ def test_equals_torch_at_any_size(load: Loader, name: str, lengths: dict[str, in
 def test_one_engine_takes_one_size_after_another(load: Loader) -> None:
     engine = load("vae_decoder")
     signature = engine.submodel.signature
-    runs = [signature.sample({"batch": batch, "height": height, "width": 4}, height) for batch, height in ((1, 4), (2, 8), (1, 2), (1, 4))]
+    runs = [
+        signature.sample({"batch": batch, "height": height, "width": 4}, height)
+        for batch, height in ((1, 4), (2, 8), (1, 2), (1, 4))
+    ]
     results = [engine.run(inputs)["image"] for inputs in runs]
     np.testing.assert_array_equal(results[0], results[3])
     assert [result.shape for result in results[:3]] == [(1, 3, 64, 64), (2, 3, 128, 64), (1, 3, 32, 64)]
@@ -175,7 +186,9 @@ class Text:
 
         model = torch_model("vlm")
         with torch.inference_mode():
-            hidden = model.model.language_model(input_ids=torch.from_numpy(self.ids[:, : self.length]), use_cache=False).last_hidden_state
+            hidden = model.model.language_model(
+                input_ids=torch.from_numpy(self.ids[:, : self.length]), use_cache=False
+            ).last_hidden_state
             logits: Array = model.lm_head(hidden[:, -1:]).numpy()
         return logits
 

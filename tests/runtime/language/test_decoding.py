@@ -117,7 +117,9 @@ tokens_of = st.lists(token, min_size=1, max_size=3).map(tuple)
 few = st.lists(token, max_size=6).map(tuple)
 RULES = st.builds(
     Rules,
-    sequence_bias=st.lists(st.tuples(tokens_of, st.floats(-9, 9, width=32)), max_size=3, unique_by=lambda pair: pair[0]).map(tuple),
+    sequence_bias=st.lists(
+        st.tuples(tokens_of, st.floats(-9, 9, width=32)), max_size=3, unique_by=lambda pair: pair[0]
+    ).map(tuple),
     bad_words_ids=st.lists(tokens_of, max_size=4, unique=True).map(tuple),
     no_repeat_ngram_size=st.integers(0, 4),
     min_length=st.integers(0, 25),
@@ -139,7 +141,9 @@ RULES = st.builds(
 def library() -> LlamaForCausalLM:
     """A model of the library, for the processors that its generate makes."""
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+        )
     )
 
 
@@ -148,15 +152,21 @@ def processors(library: LlamaForCausalLM, sampling: Sampling, span: Span) -> Log
     ruled = sampling.rules.model_dump(mode="json")
     ruled |= {name: None for name in ("sequence_bias", "bad_words_ids", "forced_eos_token_id") if not ruled[name]}
     config = GenerationConfig(
-        **ruled, do_sample=sampling.temperature != 0, temperature=float(sampling.temperature) or 1.0, top_k=sampling.top_k,
-        top_p=sampling.top_p, repetition_penalty=float(sampling.repetition_penalty), max_length=span.longest, eos_token_id=list(span.ends),
+        **ruled, do_sample=sampling.temperature != 0, temperature=float(sampling.temperature) or 1.0,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p, repetition_penalty=float(sampling.repetition_penalty), max_length=span.longest,
+        eos_token_id=list(span.ends),
     )  # fmt: skip
     library._prepare_special_tokens(config, True, device="cpu")
-    found: LogitsProcessorList = library._get_logits_processor(generation_config=config, input_ids_seq_length=span.prompt, device="cpu")
+    found: LogitsProcessorList = library._get_logits_processor(
+        generation_config=config, input_ids_seq_length=span.prompt, device="cpu"
+    )
     return found
 
 
-@settings(deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.lists(st.integers(0, 9), min_size=2, max_size=20),
@@ -168,10 +178,13 @@ def processors(library: LlamaForCausalLM, sampling: Sampling, span: Span) -> Log
     penalty=st.sampled_from([1.0, 1.3]),
 )
 def test_rules_equal_transformers(
-    library: LlamaForCausalLM, seed: int, tokens: list[int], prompt: int, rules: Rules, temperature: float, top_k: int, top_p: float,
+    library: LlamaForCausalLM, seed: int, tokens: list[int], prompt: int, rules: Rules, temperature: float, top_k: int,
+    top_p: float,
     penalty: float,
 ) -> None:  # fmt: skip
-    assume(not rules.forced_eos_token_id or set(rules.forced_eos_token_id) - set(rules.suppress_tokens))  # the library refuses that
+    assume(
+        not rules.forced_eos_token_id or set(rules.forced_eos_token_id) - set(rules.suppress_tokens)
+    )  # the library refuses that
     logits = np.random.default_rng(seed).normal(0, 3, VOCABULARY).astype(np.float32)
     span = Span(min(prompt, len(tokens)), len(tokens) + 1 + seed % 3, ENDS)
     sampling = Sampling(temperature, top_k, top_p, penalty, rules)

@@ -17,7 +17,8 @@ from runtime.language.text import ChatText
 
 PICTURE = np.zeros((2, 2, 3), np.uint8)
 PARTS = (
-    "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}{% endfor %};{% endfor %}"
+    "{% for m in messages %}{{ m.role }}:{% for p in m.content %}"
+    "{{ p.text if p.type == 'text' else '<image>' }}{% endfor %};{% endfor %}"
 )
 CONTENT = {
     "added": "{% for m in messages %}{{ m['role'] + ':' + m['content'] + ';' }}{% endfor %}",
@@ -56,7 +57,9 @@ def test_a_string_is_what_transformers_renders(tmp_path: Path, form: str) -> Non
     """The library is given the string that a user of such a template writes."""
     processor = processor_of(CONTENT[form])
     messages = [Message("user", (PICTURE, "what?"))]
-    expected = processor.apply_chat_template([{"role": "user", "content": "<image>\nwhat?"}], add_generation_prompt=True)
+    expected = processor.apply_chat_template(
+        [{"role": "user", "content": "<image>\nwhat?"}], add_generation_prompt=True
+    )
     assert chat_template(tmp_path, CONTENT[form]).render(messages) == expected
 
 
@@ -73,7 +76,8 @@ def test_content_as_parts_is_preferred(tmp_path: Path) -> None:
 def test_each_role_has_its_own_form(tmp_path: Path) -> None:
     """As Pixtral's and Llama's templates: users send parts, the others strings."""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}{{ p.text if p.type == 'text' else '<image>' }}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% for p in m.content %}{{ p.text if p.type == 'text' else "
+        "'<image>' }}"
         "{% endfor %}{% else %}{{ '[' + m.content + ']' }}{% endif %}{% endfor %}"
     )
     assert chat_template(tmp_path, template).render(turns()) == "[be brief]<image>what?[a fox]and<image>here?"
@@ -83,7 +87,10 @@ def test_each_role_has_its_own_form(tmp_path: Path) -> None:
     ("template", "reason"),
     [
         ("USER:", "it leaves out the text of a message of the user"),
-        ("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}", "it places 0 of 1 pictures"),
+        (
+            "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}",
+            "it places 0 of 1 pictures",
+        ),
         ("{{ messages[0].content[0] }}", "it writes the list itself into the prompt"),
         ("{{ raise_exception('never') }}", "it refuses a message of the user: never"),
         ("{{ messages[7].role.name }}", "it refuses a message of the user: .* has no element 7"),
@@ -123,7 +130,9 @@ def test_pictures_of_a_string_are_placeholders(tmp_path: Path) -> None:
 def tokenizer() -> Tokenizer:
     made = Tokenizer(
         models.BPE(
-            vocab={"<s>": 0, "<image>": 1} | {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]
+            vocab={"<s>": 0, "<image>": 1}
+            | {c: i + 2 for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))},
+            merges=[],
         )
     )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -184,7 +193,10 @@ def test_templates_by_name(tmp_path: Path, listed: bool) -> None:
 
 def test_templates_by_name_without_default(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": {"rag": "x", "tool_use": "y"}}))
-    with pytest.raises(BundleError, match=r"tokenizer_config\.json has chat templates by name \(rag, tool_use\), expected one .* default"):
+    with pytest.raises(
+        BundleError,
+        match=r"tokenizer_config\.json has chat templates by name \(rag, tool_use\), expected one .* default",
+    ):
         ChatTemplate(tmp_path)
 
 

@@ -64,9 +64,13 @@ def byte_tokenizer() -> Tokenizer:
 def fallback_tokenizer() -> Tokenizer:
     """SentencePiece's way, as in Llama: spaces as "▁", one put in front, unknown characters as bytes."""
     pieces = [*SPECIALS, *(f"<0x{i:02X}>" for i in range(256)), *"▁abcdefghijklmnopqrstuvwxyz"]
-    tokenizer = Tokenizer(models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True)
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIALS])
     return tokenizer
 
@@ -95,13 +99,19 @@ def mistral(tmp_path_factory: pytest.TempPathFactory) -> ChatText:
 
 
 def hf(messages: list[Message]) -> list[dict[str, Any]]:
-    parts = [[{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.content] for m in messages]
+    parts = [
+        [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.content] for m in messages
+    ]
     return [{"role": m.role, "content": content} for m, content in zip(messages, parts, strict=True)]
 
 
 plain = st.text(st.characters(exclude_categories=["Cs"])).filter(lambda text: not any(s in text for s in SPECIALS))
 turns = st.lists(
-    st.builds(Message, st.sampled_from(["user", "assistant"]), st.lists(plain | st.just(PICTURE), min_size=1, max_size=3).map(tuple)),
+    st.builds(
+        Message,
+        st.sampled_from(["user", "assistant"]),
+        st.lists(plain | st.just(PICTURE), min_size=1, max_size=3).map(tuple),
+    ),
     max_size=4,
 )
 
@@ -117,7 +127,11 @@ def test_prompts_equal_transformers(llava: ChatText, messages: list[Message], sy
 
 
 def test_helpers_of_templates_equal_transformers(mistral: ChatText) -> None:
-    messages = [Message("user", (PICTURE, " <b>'é' ")), Message("assistant", ("<b>'é'", "\n")), Message("user", ("and?",))]
+    messages = [
+        Message("user", (PICTURE, " <b>'é' ")),
+        Message("assistant", ("<b>'é'", "\n")),
+        Message("user", ("and?",)),
+    ]
     expected = processor_of(MISTRAL).apply_chat_template(hf(messages), add_generation_prompt=True)
     assert mistral.render(messages) == expected
     assert expected.startswith("<s>[INST] <image><b>")
@@ -129,7 +143,8 @@ def test_a_template_that_refuses_is_invalid_input(mistral: ChatText) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", ["{{ messages + 1 }}", "{{ 1 / 0 }}", "{{ messages[7].role }}", "{{ ''.__class__.__mro__[1] }}", "{% do x %}"]
+    "template",
+    ["{{ messages + 1 }}", "{{ 1 / 0 }}", "{{ messages[7].role }}", "{{ ''.__class__.__mro__[1] }}", "{% do x %}"],
 )
 def test_bad_templates_are_clear_errors(tmp_path: Path, template: str) -> None:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
@@ -182,7 +197,8 @@ def test_parts_that_join_up_to_a_special_token_are_refused(tmp_path: Path, parts
 def test_every_picture_has_its_placeholder(tmp_path: Path) -> None:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% for p in m.content %}{{ p.text or ('<image>' if loop.last == loop.first or m.content|length < 4) }}"
+        "{% for m in messages %}{% for p in m.content %}{{ p.text or ('<image>' if loop.last == loop.first or "
+        "m.content|length < 4) }}"
         "{% endfor %}{% endfor %}"
     )
     chat = ChatText(tmp_path, IMAGE)

@@ -31,17 +31,25 @@ class Both(NamedTuple):
     operations: list[str]
 
 
-def graph(nodes: Sequence[Node], inputs: Mapping[str, Array], constants: Mapping[str, Any], outputs: str, varying: bool) -> onnx.ModelProto:
+def graph(
+    nodes: Sequence[Node], inputs: Mapping[str, Array], constants: Mapping[str, Any], outputs: str, varying: bool
+) -> onnx.ModelProto:
     """An ONNX model of opset 23. With `varying` the first axis of every input may have any length."""
     made = [
         helper.make_node(
-            operator, [name if name != "-" else "" for name in reads.split()], writes.split(), name=f"{operator}_{index}", **attributes
+            operator,
+            [name if name != "-" else "" for name in reads.split()],
+            writes.split(),
+            name=f"{operator}_{index}",
+            **attributes,
         )
         for index, (operator, reads, writes, attributes) in enumerate(nodes)
     ]
     infos = [
         helper.make_tensor_value_info(
-            name, helper.np_dtype_to_tensor_dtype(array.dtype), ["n", *array.shape[1:]] if varying and array.ndim else array.shape
+            name,
+            helper.np_dtype_to_tensor_dtype(array.dtype),
+            ["n", *array.shape[1:]] if varying and array.ndim else array.shape,
         )
         for name, array in inputs.items()
     ]
@@ -53,7 +61,9 @@ def graph(nodes: Sequence[Node], inputs: Mapping[str, Array], constants: Mapping
     for tensor, name in zip(held, constants, strict=True):
         tensor.name = name
     model = helper.make_model(
-        helper.make_graph(made, "small", infos, results, held), opset_imports=[helper.make_opsetid("", 23)], ir_version=10
+        helper.make_graph(made, "small", infos, results, held),
+        opset_imports=[helper.make_opsetid("", 23)],
+        ir_version=10,
     )
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     return inferred
@@ -74,7 +84,13 @@ def compute(tmp_path: Path) -> Compute:
     """Compute a graph both ways."""
     count = 0
 
-    def both(nodes: Sequence[Node], inputs: Mapping[str, Array], constants: Mapping[str, Any], outputs: str, varying: bool = False) -> Both:
+    def both(
+        nodes: Sequence[Node],
+        inputs: Mapping[str, Array],
+        constants: Mapping[str, Any],
+        outputs: str,
+        varying: bool = False,
+    ) -> Both:
         nonlocal count
         count += 1
         import onnx_ir as ir
@@ -89,7 +105,9 @@ def compute(tmp_path: Path) -> Compute:
         dims = {"n": ct.RangeDim(1, 64, default=2)}
         program = translate(ir.from_proto(model), dims)
         types = [
-            ct.TensorType(name, ct.Shape((dims["n"], *array.shape[1:])), dtype=np.float32 if array.dtype.kind == "f" else np.int32)
+            ct.TensorType(
+                name, ct.Shape((dims["n"], *array.shape[1:])), dtype=np.float32 if array.dtype.kind == "f" else np.int32
+            )
             for name, array in inputs.items()
             if varying and array.ndim
         ]

@@ -16,7 +16,9 @@ from runtime.errors import EngineError
 from runtime.targets.coreml.operators import OPERATORS
 from runtime.targets.coreml.operators.elementwise import BINARY, REDUCTIONS, UNARY
 
-few = settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 lengths = st.integers(1, 5)
 seeds = st.integers(0, 1000)
 booleans = st.booleans()
@@ -35,7 +37,11 @@ def same(both: Any, tolerance: float = 2e-6) -> None:
         kinds = {"int64": "int32", "bool": "float32"}
         assert got.dtype == kinds.get(wanted.dtype.name, wanted.dtype.name), name
         np.testing.assert_allclose(
-            got.astype(np.float64), wanted.astype(np.float64), tolerance, tolerance * max(1, np.abs(wanted).max()), err_msg=name
+            got.astype(np.float64),
+            wanted.astype(np.float64),
+            tolerance,
+            tolerance * max(1, np.abs(wanted).max()),
+            err_msg=name,
         )
 
 
@@ -50,7 +56,12 @@ def test_of_one_input(compute: Any, seed: int, rows: int, columns: int, varying:
         ("Abs", "x", "positive", {}),
         ("Sqrt", "positive", "sqrt", {}),
     ]
-    same(compute(nodes, {"x": normal(seed, rows, columns)}, {}, " ".join([*floats, "gelu gelu_tanh softmax_0 sqrt"]), varying), 1e-5)
+    same(
+        compute(
+            nodes, {"x": normal(seed, rows, columns)}, {}, " ".join([*floats, "gelu gelu_tanh softmax_0 sqrt"]), varying
+        ),
+        1e-5,
+    )
 
 
 @few
@@ -65,7 +76,9 @@ def test_of_two_inputs(compute: Any, seed: int, rows: int, columns: int, varying
     }
     compared = ["Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"]
     arithmetic = ["Add", "Div", "Max", "Min", "Mul", "Sub"]
-    nodes = [(name, "x y", name, {}) for name in arithmetic + compared] + [(name, "i j", f"{name}_i", {}) for name in arithmetic + compared]
+    nodes = [(name, "x y", name, {}) for name in arithmetic + compared] + [
+        (name, "i j", f"{name}_i", {}) for name in arithmetic + compared
+    ]
     nodes += [
         ("Abs", "x", "base", {}),
         ("Pow", "base y", "Pow", {}),
@@ -84,17 +97,26 @@ def test_of_two_inputs(compute: Any, seed: int, rows: int, columns: int, varying
 @given(seeds, lengths, lengths, booleans, booleans)
 def test_reductions(compute: Any, seed: int, rows: int, columns: int, varying: bool, keep: bool) -> None:
     nodes: list[Any] = [(name, "x axes", name, {"keepdims": int(keep)}) for name in REDUCTIONS]
-    nodes += [("ReduceMean", "x", "all", {"keepdims": int(keep)}), ("ArgMax", "x", "argmax", {"axis": -1, "keepdims": int(keep)})]
+    nodes += [
+        ("ReduceMean", "x", "all", {"keepdims": int(keep)}),
+        ("ArgMax", "x", "argmax", {"axis": -1, "keepdims": int(keep)}),
+    ]
     constants = {"axes": np.array([1, -1])}
-    same(compute(nodes, {"x": normal(seed, rows, 3, columns)}, constants, " ".join([*REDUCTIONS, "all", "argmax"]), varying))
+    same(
+        compute(
+            nodes, {"x": normal(seed, rows, 3, columns)}, constants, " ".join([*REDUCTIONS, "all", "argmax"]), varying
+        )
+    )
 
 
 @few
 @given(seeds, lengths, lengths, booleans)
 def test_axes_and_shapes(compute: Any, seed: int, rows: int, columns: int, varying: bool) -> None:
     constants = {
-        "kept": np.array([0, -1, 2]), "flat": np.array([-1]), "front": np.array([0, 3]), "last": np.array([-1]), "sizes": np.array([1, 3]),
-        "three": np.array([3]), "zero": np.array(0), "one": np.array(1), "at": np.array(0.5, np.float32), "first": np.array([0]),
+        "kept": np.array([0, -1, 2]), "flat": np.array([-1]), "front": np.array([0, 3]), "last": np.array([-1]),
+        "sizes": np.array([1, 3]),
+        "three": np.array([3]), "zero": np.array(0), "one": np.array(1), "at": np.array(0.5, np.float32),
+        "first": np.array([0]),
     }  # fmt: skip
     nodes: list[Any] = [
         ("Reshape", "x kept", "reshaped", {}),
@@ -120,8 +142,12 @@ def test_axes_and_shapes(compute: Any, seed: int, rows: int, columns: int, varyi
         ("Reshape", "x computed", "by_shape", {}),
     ]
     nodes.insert(-1, ("Concat", "rows flat", "computed", {"axis": 0}))
-    outputs = "reshaped flat_x reversed moved longer back joined part_1 part_2 half_1 half_2 shape tail numbers vector spread"
-    same(compute(nodes, {"x": normal(seed, rows, 4, columns)}, constants, f"{outputs} spread_numbers by_shape", varying))
+    outputs = (
+        "reshaped flat_x reversed moved longer back joined part_1 part_2 half_1 half_2 shape tail numbers vector spread"
+    )
+    same(
+        compute(nodes, {"x": normal(seed, rows, 4, columns)}, constants, f"{outputs} spread_numbers by_shape", varying)
+    )
 
 
 @few
@@ -130,7 +156,12 @@ def test_slices(compute: Any, seed: int, rows: int, data: Any, varying: bool) ->
     start, stop = data.draw(st.integers(-5, 4)), data.draw(st.sampled_from([-1, 3, 5, 2**31 - 1, 2**63 - 1]))
     step = data.draw(st.integers(1, 3))
     constants = {
-        **{"start": np.array([start, 0]), "stop": np.array([stop, -1]), "axes": np.array([1, 2]), "steps": np.array([step, 1])},
+        **{
+            "start": np.array([start, 0]),
+            "stop": np.array([stop, -1]),
+            "axes": np.array([1, 2]),
+            "steps": np.array([step, 1]),
+        },
         **{"first": np.array([0]), "end": np.array([2**63 - 1]), "one": np.array([1])},
     }
     nodes: list[Any] = [
@@ -158,7 +189,12 @@ def test_gathering(compute: Any, seed: int, count: int, varying: bool, large: bo
         ("Cast", "known", "known_wide", {"to": TensorProto.FLOAT}),
         ("GatherND", "wide pairs", "picked", {}),
     ]
-    constants = {"table": table, "place": np.array([1, 3]), "fixed": np.array([[6, 0]]), "pairs": np.array([[0, 1], [count - 1, 2]])}
+    constants = {
+        "table": table,
+        "place": np.array([1, 3]),
+        "fixed": np.array([[6, 0]]),
+        "pairs": np.array([[0, 1], [count - 1, 2]]),
+    }
     both = compute(nodes, {"ids": ids}, constants, "wide columns known_wide picked", varying)
     same(both)
 
@@ -166,17 +202,29 @@ def test_gathering(compute: Any, seed: int, count: int, varying: bool, large: bo
 @few
 @given(seeds, st.integers(3, 7), st.integers(3, 7), st.data(), booleans)
 def test_convolutions(compute: Any, seed: int, height: int, width: int, data: Any, varying: bool) -> None:
-    groups, (down, across) = data.draw(st.sampled_from([1, 2])), data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+    groups, (down, across) = (
+        data.draw(st.sampled_from([1, 2])),
+        data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2))),
+    )
     pads = data.draw(st.lists(st.integers(0, 2), min_size=4, max_size=4))
     dilations = data.draw(st.sampled_from([[1, 1], [1, 2]]))
     attributes = {"strides": [down, across], "pads": pads, "dilations": dilations, "group": groups}
     if pads[1] + pads[3] + width < 1 + 2 * dilations[1]:
         return
-    constants = {"w": normal(seed, 6, 4 // groups, 3, 3), "b": normal(seed + 1, 6), "scales": np.array([1, 1, 2, 3], np.float32)}
+    constants = {
+        "w": normal(seed, 6, 4 // groups, 3, 3),
+        "b": normal(seed + 1, 6),
+        "scales": np.array([1, 1, 2, 3], np.float32),
+    }
     nodes: list[Any] = [
         ("Conv", "x w b", "y", attributes),
         ("Conv", "x w", "z", {"group": groups, "pads": [1, 1, 1, 1]}),
-        ("Resize", "x - scales", "larger", {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}),
+        (
+            "Resize",
+            "x - scales",
+            "larger",
+            {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"},
+        ),
     ]
     same(compute(nodes, {"x": normal(seed + 2, 2, 4, height, width)}, constants, "y z larger", varying), 1e-5)
 
@@ -212,7 +260,14 @@ def test_groups_are_normalized_in_half_whatever_their_size(compute: Any, size: f
 
 
 @few
-@given(seeds, lengths, lengths, st.sampled_from([(4, 4), (4, 2), (6, 1)]), st.sampled_from(["none", "bool", "float"]), booleans)
+@given(
+    seeds,
+    lengths,
+    lengths,
+    st.sampled_from([(4, 4), (4, 2), (6, 1)]),
+    st.sampled_from(["none", "bool", "float"]),
+    booleans,
+)
 def test_attention(compute: Any, seed: int, batch: int, sequence: int, heads: Any, masked: str, varying: bool) -> None:
     rng = np.random.default_rng(seed)
     inputs = {
@@ -236,7 +291,9 @@ def int4(values: Array) -> Any:
 
 @few
 @given(seeds, lengths, st.sampled_from(["float32", "float16", "int8", "int8 offset", "int4"]), booleans, booleans)
-def test_weights_stay_as_they_are_stored(compute: Any, seed: int, rows: int, kind: str, biased: bool, varying: bool) -> None:
+def test_weights_stay_as_they_are_stored(
+    compute: Any, seed: int, rows: int, kind: str, biased: bool, varying: bool
+) -> None:
     """Products with weights of every kind, in the order of the canonical graph, with the bias that follows."""
     rng = np.random.default_rng(seed)
     shape = (128, 40)
@@ -252,10 +309,18 @@ def test_weights_stay_as_they_are_stored(compute: Any, seed: int, rows: int, kin
             ("DequantizeLinear", "stored wide", "w", {"axis": 0, "block_size": 64}),
         ]
     else:
-        constants |= {"stored": codes.astype(np.int8), "scale": np.abs(normal(seed, 40)), "offset": rng.integers(-2, 3, 40).astype(np.int8)}
+        constants |= {
+            "stored": codes.astype(np.int8),
+            "scale": np.abs(normal(seed, 40)),
+            "offset": rng.integers(-2, 3, 40).astype(np.int8),
+        }
         nodes = [("DequantizeLinear", "stored scale offset" if "offset" in kind else "stored scale", "w", {"axis": 1})]
     nodes += [("MatMul", "x w", "product", {}), ("Add", "product bias" if biased else "product product", "y", {})]
-    nodes += [("Transpose", "w", "turned", {}), ("Gemm", "flat turned bias", "gemm", {"transB": 1}), ("MatMul", "x4 w", "of_four", {})]
+    nodes += [
+        ("Transpose", "w", "turned", {}),
+        ("Gemm", "flat turned bias", "gemm", {"transB": 1}),
+        ("MatMul", "x4 w", "of_four", {}),
+    ]
     inputs = {"x": normal(seed, rows, 3, 128), "flat": normal(seed, rows, 128), "x4": normal(seed, rows, 1, 2, 128)}
     both = compute(nodes, inputs, constants, "y gemm of_four", varying)
     same(both, 1e-5)
@@ -266,7 +331,9 @@ def test_weights_stay_as_they_are_stored(compute: Any, seed: int, rows: int, kin
 
 @few
 @given(seeds, lengths, st.sampled_from(["int8", "uint8"]), booleans, booleans)
-def test_quantized_activations_are_the_same_numbers(compute: Any, seed: int, rows: int, kind: str, along: bool, varying: bool) -> None:
+def test_quantized_activations_are_the_same_numbers(
+    compute: Any, seed: int, rows: int, kind: str, along: bool, varying: bool
+) -> None:
     offset = np.array([0, 3, 5], kind) if along else np.array(7 if kind == "uint8" else 0, kind)
     scale = np.array([0.02, 0.01, 0.5], np.float32) if along else np.array(0.02, np.float32)
     nodes: list[Any] = [
@@ -305,7 +372,13 @@ def test_what_is_not_translated_is_refused_by_name(compute: Any, what: str) -> N
         (operator, reads, "y", attributes),
     ]
     constants = {
-        **{"start": np.array([0]), "end": np.array([3]), "axis": np.array([2]), "back": np.array([-1]), "three": np.array([1, 4, -1])},
+        **{
+            "start": np.array([0]),
+            "end": np.array([3]),
+            "axis": np.array([2]),
+            "back": np.array([-1]),
+            "three": np.array([1, 4, -1]),
+        },
         **{"scales": np.array([1, 1, 2, 2], np.float32), "codes": np.ones((2, 2), np.int8)},
         **{"weight": normal(0, 4, 4), "kernel": normal(0, 4, 1, 3, 3)},
     }

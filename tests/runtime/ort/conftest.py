@@ -1,4 +1,6 @@
-"""Graphs of the samples as recipes make them, targets compiled from them and run on this machine, and small graphs of one operator."""
+"""Graphs of the samples as recipes make them, targets compiled from them and run on this machine, and small graphs of
+one operator.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,8 @@ class Reference:
     def __init__(self, submodel: Submodel, graph: Path, batch: int = 1) -> None:
         self.session, self.signature = canonical(submodel, graph), submodel.signature
         self.past: dict[str, Array] = {
-            state.past.name: np.zeros(state.past.shape({"batch": batch, "past": 0}), np.float32) for state in self.signature.states
+            state.past.name: np.zeros(state.past.shape({"batch": batch, "past": 0}), np.float32)
+            for state in self.signature.states
         }
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
@@ -102,7 +105,10 @@ def tokens(submodel: Submodel, batch: int, counts: Sequence[int], seed: int = 0)
 
 
 def toy(
-    nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], constants: Mapping[str, NDArray[Any]] | None = None, opset: int = 23
+    nodes: Sequence[ir.Node],
+    inputs: Sequence[ir.Value],
+    constants: Mapping[str, NDArray[Any]] | None = None,
+    opset: int = 23,
 ) -> ir.Model:
     """A graph of a few nodes, from its inputs to what the last node gives first."""
     graph = ir.Graph(list(inputs), [nodes[-1].outputs[0]], nodes=list(nodes), opset_imports={"": opset}, name="toy")
@@ -126,7 +132,9 @@ def run(model: ir.Model, feed: Mapping[str, NDArray[Any]]) -> NDArray[Any]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return np.asarray(session.run(None, dict(feed))[0])
 
 
@@ -145,7 +153,12 @@ def plain(submodel: Submodel, graph: Path, **settings: Any) -> SessionEngine:
     def open_one(shape: Mapping[str, int], step: bool) -> Any:
         opened.append(dict(shape))
         return open_session(
-            graph, graph.parent, Device(CPU), threads=1, entries={"session.record_ep_graph_assignment_info": "1"}, fixed=shape
+            graph,
+            graph.parent,
+            Device(CPU),
+            threads=1,
+            entries={"session.record_ep_graph_assignment_info": "1"},
+            fixed=shape,
         )
 
     return Plain(submodel, "plain", device, Plan(graph=graph.name, shapes=shapes), open_one, **settings)

@@ -59,20 +59,34 @@ def build_processor() -> LlavaProcessor:
     )
     images = CLIPImageProcessorPil(size={"shortest_edge": EDGE}, crop_size={"height": EDGE, "width": EDGE})
     return LlavaProcessor(  # type: ignore[no-untyped-call]
-        images, fast, patch_size=PATCH, num_additional_image_tokens=1, vision_feature_select_strategy="default", chat_template=TEMPLATE
+        images,
+        fast,
+        patch_size=PATCH,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
     )
 
 
 def build_model() -> Any:
     torch.manual_seed(0)
-    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    small: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text = LlamaConfig(
         **small, vocab_size=264, num_key_value_heads=2, max_position_embeddings=CONTEXT, initializer_range=0.5,
         bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
     )  # fmt: skip
     vision = CLIPVisionConfig(**small, image_size=EDGE, patch_size=PATCH, initializer_factor=5.0)
     config = LlavaConfig(
-        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=TOKENS, tie_word_embeddings=False
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=TOKENS,
+        tie_word_embeddings=False,
     )
     model: Any = LlavaForConditionalGeneration(config)
     return model.eval()
@@ -93,7 +107,9 @@ class TorchDecoder(FakeEngine):
         length = inputs["inputs_embeds"].shape[1]
         assert inputs["attention_mask"].shape[1] == cache.get_seq_length() + length
         with torch.inference_mode():
-            hidden = self.model.model.language_model(**torched(inputs), past_key_values=cache, use_cache=True).last_hidden_state
+            hidden = self.model.model.language_model(
+                **torched(inputs), past_key_values=cache, use_cache=True
+            ).last_hidden_state
             return {"logits": self.model.lm_head(hidden[:, -1:]).float().numpy()}
 
     def trim(self, slot: Slot, length: int) -> None:
@@ -190,14 +206,22 @@ CONVERSATIONS = {
     "text": (user("hello"),),
     "picture": (user(picture(0), "what is this?"),),
     "pictures": (user("left", picture(1), "right", picture(2, 60, 20)),),
-    "turns": (Message("system", ("be brief",)), user(picture(3), "what?"), Message("assistant", ("a cat",)), user(picture(4), "é 😀")),
+    "turns": (
+        Message("system", ("be brief",)),
+        user(picture(3), "what?"),
+        Message("assistant", ("a cat",)),
+        user(picture(4), "é 😀"),
+    ),
 }
 
 
 def expected(model: Any, processor: LlavaProcessor, request: ChatRequest, **options: Any) -> tuple[str, list[int], int]:
     """What transformers answers: text, tokens and the number of prompt tokens."""
     messages: list[Any] = [
-        {"role": m.role, "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.content]}
+        {
+            "role": m.role,
+            "content": [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in m.content],
+        }
         for m in request.messages
     ]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -280,14 +304,22 @@ def test_a_conversation_computes_only_what_is_new(chat: ChatPipeline, engines: d
 def test_another_picture_or_another_start_is_not_reused(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
     conversation = Conversation()
     answer(drive(chat(ChatRequest((user("see", picture(0), "what?"),)), conversation), engines))
-    for messages in ((user("see", picture(1), "what?"),), (user("see", picture(1), picture(0)),), (Message("system", ("x",)), user("y"))):
+    for messages in (
+        (user("see", picture(1), "what?"),),
+        (user("see", picture(1), picture(0)),),
+        (Message("system", ("x",)), user("y")),
+    ):
         request = ChatRequest(messages)
         assert answer(drive(chat(request, conversation), engines)) == answer(drive(chat(request), engines))
-    assert answer(drive(chat(request, conversation), engines)) == answer(drive(chat(request), engines))  # the very same once more
+    assert answer(drive(chat(request, conversation), engines)) == answer(
+        drive(chat(request), engines)
+    )  # the very same once more
 
 
 @pytest.mark.parametrize("calls", range(1, 7))
-def test_a_cancelled_turn_leaves_the_conversation_usable(chat: ChatPipeline, engines: dict[str, FakeEngine], calls: int) -> None:
+def test_a_cancelled_turn_leaves_the_conversation_usable(
+    chat: ChatPipeline, engines: dict[str, FakeEngine], calls: int
+) -> None:
     conversation, request = Conversation(), ChatRequest(CONVERSATIONS["turns"])
     pipeline, outputs, done = chat(request, conversation), None, 0
     while done < calls:
@@ -325,9 +357,10 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
     assert step["inputs_embeds"].shape == (1, 1, 32)
     assert step["attention_mask"].tolist() == [[1] * (length + 1)]
     assert step["position_ids"].tolist() == [[length]]
-    assert {a.dtype for a in (step["attention_mask"], step["position_ids"], engines["token_embedding"].calls[0]["input_ids"])} == {
-        np.dtype("int64")
-    }
+    assert {
+        a.dtype
+        for a in (step["attention_mask"], step["position_ids"], engines["token_embedding"].calls[0]["input_ids"])
+    } == {np.dtype("int64")}
     pixels = engines["vision_encoder"].calls[0]["pixel_values"]
     assert (pixels.shape, pixels.dtype) == ((2, 3, EDGE, EDGE), np.dtype("float32"))
 
@@ -371,7 +404,9 @@ def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dic
     assert answer(drive(chat(long), engines))[1].completion_tokens <= room  # the default yields to the context
 
 
-def test_a_model_without_vision_refuses_pictures(tmp_path: Path, processor: LlavaProcessor, engines: dict[str, FakeEngine]) -> None:
+def test_a_model_without_vision_refuses_pictures(
+    tmp_path: Path, processor: LlavaProcessor, engines: dict[str, FakeEngine]
+) -> None:
     config = CONFIG.model_copy(update={"image_token_id": None, "tokens_per_image": 0})
     bundle = write_bundle(tmp_path, processor, config.model_dump())
     chat = ChatPipeline(bundle.root, bundle.manifest.config)
@@ -381,7 +416,9 @@ def test_a_model_without_vision_refuses_pictures(tmp_path: Path, processor: Llav
 
 
 @pytest.mark.parametrize("change", [{"tokens_per_image": 0}, {"context_length": 0}, {"surprise": 1}])
-def test_bundles_with_other_settings_are_refused(tmp_path: Path, processor: LlavaProcessor, change: dict[str, Any]) -> None:
+def test_bundles_with_other_settings_are_refused(
+    tmp_path: Path, processor: LlavaProcessor, change: dict[str, Any]
+) -> None:
     bundle = write_bundle(tmp_path, processor, CONFIG.model_dump() | change)
     with pytest.raises(BundleError, match="chat settings cannot be read"):
         ChatPipeline(bundle.root, bundle.manifest.config)

@@ -1,4 +1,6 @@
-"""The diffusion pipeline: its logic on fake engines, and its pictures against diffusers' on the same modules and noise."""
+"""The diffusion pipeline: its logic on fake engines, and its pictures against diffusers' on the same
+modules and noise.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, ImageReady, Progress, drive
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, random_stream
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch tensors inside diffusers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation:DeprecationWarning"
+)  # torch tensors inside diffusers
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-diffusion"
 LIMIT = 16
 HIDDEN = 8
@@ -50,7 +54,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\na b\n")
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate([*tokens, "ab"])}))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": LIMIT, "tokenizer_class": "CLIPTokenizer"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"model_max_length": LIMIT, "tokenizer_class": "CLIPTokenizer"})
+    )
     return folder
 
 
@@ -75,14 +81,18 @@ def fakes() -> dict[str, FakeEngine]:
     return {"text_encoder": FakeEngine(encode), "unet": FakeEngine(predict), "vae_decoder": FakeEngine(decode)}
 
 
-def pictures(pipeline: DiffusionPipeline, request: ImageRequest, engines: Mapping[str, FakeEngine] | None = None) -> list[ImageReady]:
+def pictures(
+    pipeline: DiffusionPipeline, request: ImageRequest, engines: Mapping[str, FakeEngine] | None = None
+) -> list[ImageReady]:
     return [event for event in drive(pipeline(request), engines or fakes()) if isinstance(event, ImageReady)]
 
 
 def test_calls_and_events(pipeline: DiffusionPipeline) -> None:
     engines = fakes()
     events = list(drive(pipeline(ImageRequest("ab", "c", width=24, height=16, seed=7)), engines))
-    assert [(event.step, event.total) for event in events if isinstance(event, Progress)] == [(i, 4) for i in range(1, 5)]
+    assert [(event.step, event.total) for event in events if isinstance(event, Progress)] == [
+        (i, 4) for i in range(1, 5)
+    ]
     (ready,) = [event for event in events if isinstance(event, ImageReady)]
     assert (ready.index, ready.seed, ready.image.shape) == (0, 7, (16, 24, 3)) and ready.image.dtype == np.uint8
     (encoded,) = engines["text_encoder"].calls
@@ -96,7 +106,9 @@ def test_calls_and_events(pipeline: DiffusionPipeline) -> None:
 
 
 @pytest.mark.parametrize(("scale", "batch"), [(0.0, 1), (1.0, 1), (1.01, 2)])
-def test_guidance_runs_the_negative_prompt_only_above_one(pipeline: DiffusionPipeline, scale: float, batch: int) -> None:
+def test_guidance_runs_the_negative_prompt_only_above_one(
+    pipeline: DiffusionPipeline, scale: float, batch: int
+) -> None:
     engines = fakes()
     pictures(pipeline, ImageRequest("ab", guidance_scale=scale, seed=0), engines)
     assert {len(call["sample"]) for call in engines["unet"].calls} == {batch}
@@ -158,7 +170,9 @@ def test_an_abandoned_call_ends_the_generator(pipeline: DiffusionPipeline) -> No
 
 @pytest.mark.parametrize("submodel", ["text_encoder", "unet", "vae_decoder"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_is_not_finite_is_an_error_and_no_black_picture(pipeline: DiffusionPipeline, submodel: str, bad: float) -> None:
+def test_what_is_not_finite_is_an_error_and_no_black_picture(
+    pipeline: DiffusionPipeline, submodel: str, bad: float
+) -> None:
     engines = fakes()
     good = engines[submodel].function
 
@@ -200,7 +214,9 @@ def test_what_is_not_finite_is_an_error_and_no_black_picture(pipeline: Diffusion
         ("latents", {"latents": np.full((1, 4, 8, 8), np.nan, np.float32)}),
     ],
 )
-def test_bad_requests_name_the_field_before_any_work(pipeline: DiffusionPipeline, field: str, change: dict[str, Any]) -> None:
+def test_bad_requests_name_the_field_before_any_work(
+    pipeline: DiffusionPipeline, field: str, change: dict[str, Any]
+) -> None:
     with pytest.raises(InvalidInput) as caught:
         pipeline(ImageRequest(**({"prompt": "ab"} | change)))
     assert caught.value.field == field
@@ -227,7 +243,10 @@ def added_fakes() -> dict[str, FakeEngine]:
         return {"penultimate_hidden_state": state, "text_embeds": state[:, 1]}
 
     def predict(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        heard = sum(inputs[name].reshape(len(inputs["sample"]), -1).mean(axis=1) for name in ("encoder_hidden_states", "text_embeds"))
+        heard = sum(
+            inputs[name].reshape(len(inputs["sample"]), -1).mean(axis=1)
+            for name in ("encoder_hidden_states", "text_embeds")
+        )
         heard = heard + inputs["time_ids"].mean(axis=1) / 1000
         return {"noise_pred": np.asarray(inputs["sample"] * np.float32(0.5) + heard.reshape(-1, 1, 1, 1), np.float32)}
 
@@ -241,9 +260,14 @@ def test_added_conditions(added: DiffusionPipeline) -> None:
     pictures(added, ImageRequest("ab", "c", width=24, height=16, seed=7), engines)
     pictures(added, ImageRequest("ab", "c", width=24, height=16, seed=7, **sizes), engines)
     for name in ("text_encoder", "text_encoder_2"):
-        assert [call["input_ids"][:, 1].tolist() for call in engines[name].calls] == [[28, 0]] * 2  # the negative prompt, "c</w>", first
+        assert [call["input_ids"][:, 1].tolist() for call in engines[name].calls] == [
+            [28, 0]
+        ] * 2  # the negative prompt, "c</w>", first
     plain, told = engines["unet"].calls[0], engines["unet"].calls[-1]
-    assert plain["encoder_hidden_states"].shape == (2, LIMIT, HIDDEN + HIDDEN // 2) and plain["text_embeds"].shape == (2, HIDDEN // 2)
+    assert plain["encoder_hidden_states"].shape == (2, LIMIT, HIDDEN + HIDDEN // 2) and plain["text_embeds"].shape == (
+        2,
+        HIDDEN // 2,
+    )
     assert plain["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2 and plain["time_ids"].dtype == np.float32
     assert told["time_ids"].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
 
@@ -253,7 +277,9 @@ def test_no_negative_prompt_is_zeros_where_the_model_was_trained_so(added: Diffu
     assert added.config.added is not None
     zeros, engines = added.config.added.force_zeros_for_empty_prompt, added_fakes()
     pictures(added, ImageRequest("ab", seed=0), engines)
-    assert {len(engines[name].calls[0]["input_ids"]) for name in ("text_encoder", "text_encoder_2")} == {1 if zeros else 2}
+    assert {len(engines[name].calls[0]["input_ids"]) for name in ("text_encoder", "text_encoder_2")} == {
+        1 if zeros else 2
+    }
     call = engines["unet"].calls[0]
     for name in ("encoder_hidden_states", "text_embeds", "time_ids"):
         assert len(call[name]) == 2 and call[name][1].any(), name
@@ -271,7 +297,9 @@ def test_added_conditions_without_guidance(added: DiffusionPipeline, negative: s
 def test_every_output_must_be_finite(added: DiffusionPipeline) -> None:
     engines = added_fakes()
     good = engines["text_encoder_2"].function
-    engines["text_encoder_2"] = FakeEngine(lambda inputs: good(inputs) | {"text_embeds": np.full((1, 4), math.nan, np.float32)})
+    engines["text_encoder_2"] = FakeEngine(
+        lambda inputs: good(inputs) | {"text_embeds": np.full((1, 4), math.nan, np.float32)}
+    )
     with pytest.raises(EngineError, match=r"^text_encoder_2 gave NaN or infinite values in 'text_embeds'"):
         pictures(added, ImageRequest("ab", seed=0), engines)
 
@@ -326,7 +354,8 @@ def tiny(tokenizer: Path) -> Any:
         )
     )  # fmt: skip
     unet = diffusers.UNet2DConditionModel(
-        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16, attention_head_dim=4,
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
     vae = diffusers.AutoencoderKL(
@@ -349,7 +378,10 @@ def modules_as_engines(pipe: Any) -> dict[str, FakeEngine]:
     def engine(function: Any) -> FakeEngine:
         def run(inputs: Mapping[str, Array]) -> dict[str, Array]:
             with torch.no_grad():
-                return {name: tensor.numpy() for name, tensor in function({key: torch.from_numpy(x) for key, x in inputs.items()}).items()}
+                return {
+                    name: tensor.numpy()
+                    for name, tensor in function({key: torch.from_numpy(x) for key, x in inputs.items()}).items()
+                }
 
         return FakeEngine(run)
 
@@ -381,8 +413,10 @@ def diffusers_picture(pipe: Any, request: ImageRequest, patch: pytest.MonkeyPatc
     patch.setattr(drawn, lambda shape, **kwargs: torch.from_numpy(stream.standard_normal(tuple(shape), np.float32)))
     pipe.set_progress_bar_config(disable=True)
     drawing = pipe(
-        request.prompt, negative_prompt=request.negative_prompt, num_inference_steps=request.steps, guidance_scale=request.guidance_scale,
-        width=request.width, height=request.height, latents=torch.from_numpy(request.latents), eta=request.eta, output_type="np",
+        request.prompt, negative_prompt=request.negative_prompt, num_inference_steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        width=request.width, height=request.height, latents=torch.from_numpy(request.latents), eta=request.eta,
+        output_type="np",
     )  # fmt: skip
     return np.asarray((drawing.images[0] * 255).round(), np.uint8)
 
@@ -399,7 +433,10 @@ def assert_same_picture(label: str, pipe: Any, ours: DiffusionPipeline, request:
     (ready,) = pictures(ours, request, modules_as_engines(pipe))
     figure = psnr(ready.image, expected)
     differ = int((ready.image != expected).sum())
-    print(f"{label}, {request.sampler}: PSNR {figure:.1f} dB, {differ} of {expected.size} values differ, contrast {expected.std():.0f}")
+    print(
+        f"{label}, {request.sampler}: PSNR {figure:.1f} dB, {differ} of {expected.size} values differ, contrast "
+        f"{expected.std():.0f}"
+    )
     assert expected.std() > 10
     assert figure >= NEAREST_DB
 
@@ -407,7 +444,9 @@ def assert_same_picture(label: str, pipe: Any, ours: DiffusionPipeline, request:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline, sampler: str) -> None:
     latents = random_stream(3).standard_normal((1, 4, 12, 8), np.float32)
-    request = ImageRequest("a red ab", "blue", 16, 24, steps=11, guidance_scale=4.0, sampler=sampler, seed=3, latents=latents)
+    request = ImageRequest(
+        "a red ab", "blue", 16, 24, steps=11, guidance_scale=4.0, sampler=sampler, seed=3, latents=latents
+    )
     if sampler == "ddim":
         request = replace(request, eta=0.6)
     assert_same_picture("tiny random model", tiny(tokenizer), pipeline, request)
@@ -431,7 +470,11 @@ def test_same_picture_as_diffusers_from_the_sample(sampler: str) -> None:
             "sizes": {"min": edge, "max": edge, "default": edge, "multiple": factor},
         }
     )
-    latents = random_stream(1).standard_normal((1, config.vae.latent_channels, edge // factor, edge // factor), np.float32)
+    latents = random_stream(1).standard_normal(
+        (1, config.vae.latent_channels, edge // factor, edge // factor), np.float32
+    )
     prompt = "a large red circle at the top left on a white background"
-    request = ImageRequest(prompt, "", edge, edge, steps=12, guidance_scale=3.0, sampler=sampler, seed=1, latents=latents)
+    request = ImageRequest(
+        prompt, "", edge, edge, steps=12, guidance_scale=3.0, sampler=sampler, seed=1, latents=latents
+    )
     assert_same_picture("shapes-diffusion", pipe, DiffusionPipeline(config, SAMPLE / "tokenizer"), request)

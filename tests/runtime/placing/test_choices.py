@@ -61,7 +61,10 @@ def test_a_slow_default_is_replaced_and_the_reason_says_by_how_much() -> None:
     decided = decide([ATTENTION, ZERO_POINTS], UNET, Parts(bfloat16=1.25, on=0.97), {})
     assert values(decided) == {"attention": "float32", "zero_points": "on"}
     assert decided["attention"].reason == "measured on this processor: 1.25 x as fast as the default"
-    assert decided["zero_points"].reason == "measured on this processor: nothing else saves enough (off takes 1.03 x as long)"
+    assert (
+        decided["zero_points"].reason
+        == "measured on this processor: nothing else saves enough (off takes 1.03 x as long)"
+    )
 
 
 def test_the_fastest_of_several_values_is_taken() -> None:
@@ -85,7 +88,9 @@ def test_less_than_the_spread_keeps_the_default(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_was_decided_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also in another process, whatever the times are by then. Another model, version or processor is measured by itself."""
+    """Also in another process, whatever the times are by then. Another model, version or processor is measured by
+    itself.
+    """
     first = decide([ATTENTION], UNET, Parts(bfloat16=1.25), {})
     for known in (choices._known, {}):
         monkeypatch.setattr(choices, "_known", known)
@@ -93,7 +98,9 @@ def test_what_was_decided_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert decide([ATTENTION], UNET, later, {}) == first and not later.made
     (file,) = cache.glob("*.json")
     assert json.loads(file.read_bytes())["device"]["processor"] == choices.processor()
-    assert [(one.name, dict(one.values)) for one in measured("openvino", "2026.4.1")] == [("unet", {"attention": "float32"})]
+    assert [(one.name, dict(one.values)) for one in measured("openvino", "2026.4.1")] == [
+        ("unet", {"attention": "float32"})
+    ]
     others = (Subject("unet", "openvino", "2026.4.1", "other"), Subject("unet", "openvino", "2027.0", "key"))
     for other in others:
         assert values(decide([ATTENTION], other, Parts(), {})) == {"attention": "bfloat16"}
@@ -109,7 +116,9 @@ def test_settings_and_the_variable_decide_instead(monkeypatch: pytest.MonkeyPatc
     assert decided["attention"] == Decision("bfloat16", "as set") and decided["zero_points"].value == "off"
     assert all(made["attention"] == "bfloat16" for made in parts.made), "the rest is measured beside what is set"
     assert values(decide([ATTENTION], UNET, parts, {"attention": "float32"})) == {"attention": "float32"}
-    with pytest.raises(InvalidInput, match="attention: is set to 'half': this bundle allows bfloat16 or float32 on this processor"):
+    with pytest.raises(
+        InvalidInput, match="attention: is set to 'half': this bundle allows bfloat16 or float32 on this processor"
+    ):
         decide([ATTENTION], UNET, parts, {"attention": "half"})
 
 
@@ -124,7 +133,10 @@ def test_the_variable_can_switch_measuring_off(monkeypatch: pytest.MonkeyPatch, 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("attentoin=float32", "ENGINECAST_CHOICES: has 'attentoin=float32', expected CHOICE=VALUE or default: did you mean 'attention'"),
+        (
+            "attentoin=float32",
+            "ENGINECAST_CHOICES: has 'attentoin=float32', expected CHOICE=VALUE or default: did you mean 'attention'",
+        ),
         ("attention", "ENGINECAST_CHOICES: has 'attention', expected attention to be bfloat16 or float32"),
         ("attention=int4", "ENGINECAST_CHOICES: has 'attention=int4', expected attention to be bfloat16 or float32"),
     ],
@@ -185,7 +197,10 @@ def test_another_process_that_measures_for_long_is_not_waited_for(cache: Path, m
     parts = Parts(bfloat16=2)
     with FileLock(cache / choices.LOCK):
         decided = decide([ATTENTION], UNET, parts, {})
-    assert decided["attention"] == Decision("bfloat16", "default, not measured: another process was measuring") and not parts.made
+    assert (
+        decided["attention"] == Decision("bfloat16", "default, not measured: another process was measuring")
+        and not parts.made
+    )
     assert values(decide([ATTENTION], UNET, parts, {})) == {"attention": "float32"}, "nothing was stored that time"
 
 
@@ -197,12 +212,16 @@ def prepare(values):
     print("made", flush=True)
     return lambda: time.sleep(0.002 if values["attention"] == "bfloat16" else 0.001)
 
-print(decide([Choice("attention", ("bfloat16", "float32"))], Subject("unet", "openvino", "1", "key"), prepare, {})["attention"].value)
+choices = [Choice("attention", ("bfloat16", "float32"))]
+print(decide(choices, Subject("unet", "openvino", "1", "key"), prepare, {})["attention"].value)
 """
 
 
 def test_two_processes_measure_once(cache: Path) -> None:
     environment = os.environ | {"ENGINECAST_CACHE": str(cache.parent)}
-    both = [subprocess.Popen([sys.executable, "-c", MEASURES], stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", MEASURES], stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
     said = sorted(process.communicate(timeout=60)[0].split() for process in both)
     assert said == [["float32"], ["made", "made", "float32"]]

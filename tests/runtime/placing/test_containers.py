@@ -51,13 +51,17 @@ def test_a_container_that_sees_its_own_group_as_the_root(tmp_path: Path) -> None
 
 
 def test_version_1(tmp_path: Path) -> None:
-    """Each controller has a hierarchy of its own. A container sees its own group mounted as the root, and its path from outside."""
+    """Each controller has a hierarchy of its own. A container sees its own group mounted as the root, and its path from
+    outside.
+    """
     proc = machine(
         tmp_path, "4:memory:/docker/abc\n2:cpu,cpuacct:/docker/abc\n1:name=systemd:/\n",
-        "35 31 0:32 /docker/abc {}/memory rw - cgroup cgroup rw,memory\n32 31 0:29 /docker/abc {}/cpu rw - cgroup cgroup rw,cpu,cpuacct\n",
+        "35 31 0:32 /docker/abc {}/memory rw - cgroup cgroup rw,memory\n32 31 0:29 /docker/abc {}/cpu rw - cgroup "
+        "cgroup rw,cpu,cpuacct\n",
         {
             "memory/memory.limit_in_bytes": "2147483648\n", "memory/memory.usage_in_bytes": "1073741824\n",
-            "memory/memory.stat": "total_inactive_file 0\n", "cpu/cpu.cfs_quota_us": "25000\n", "cpu/cpu.cfs_period_us": "100000\n",
+            "memory/memory.stat": "total_inactive_file 0\n", "cpu/cpu.cfs_quota_us": "25000\n",
+            "cpu/cpu.cfs_period_us": "100000\n",
         },
     )  # fmt: skip
     assert allowance(proc) == Allowance(0.25, 2 << 30, 1 << 30)
@@ -81,7 +85,9 @@ def test_this_process() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(cgroup=st.text(), mountinfo=st.text(), words=st.text(alphabet="0123456789 max-\n", max_size=30))
-def test_nothing_that_stands_there_is_an_error(tmp_path_factory: pytest.TempPathFactory, cgroup: str, mountinfo: str, words: str) -> None:
+def test_nothing_that_stands_there_is_an_error(
+    tmp_path_factory: pytest.TempPathFactory, cgroup: str, mountinfo: str, words: str
+) -> None:
     encodable = [text.encode("utf-8", "replace").decode() for text in (cgroup, V2 + mountinfo)]
     files = dict.fromkeys(("memory.max", "memory.current", "cpu.max", "memory.stat"), words)
     found = allowance(machine(tmp_path_factory.mktemp("machine"), f"0::/\n{encodable[0]}", encodable[1], files))

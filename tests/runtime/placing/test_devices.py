@@ -43,7 +43,9 @@ class NVML:
             "nvmlDeviceGetHandleByIndex": lambda index: index,
             "nvmlDeviceGetUUID": lambda handle: f"GPU-{'ab'[handle]}000-1",
             "nvmlDeviceGetName": lambda handle: ("NVIDIA L4", b"NVIDIA T4")[handle],
-            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(total=(24, 16)[handle] * GB, free=(20, 4)[handle] * GB),
+            "nvmlDeviceGetMemoryInfo": lambda handle: SimpleNamespace(
+                total=(24, 16)[handle] * GB, free=(20, 4)[handle] * GB
+            ),
             "nvmlDeviceGetCudaComputeCapability": lambda handle: ((8, 9), (7, 5))[handle],
         }
         if name not in answers:
@@ -70,7 +72,9 @@ def test_this_machine() -> None:
     assert host.memory and host.free and 0 < host.free <= host.memory
     if platform.machine() in ("x86_64", "AMD64") and platform.system() == "Linux":
         flags = Path("/proc/cpuinfo").read_text()
-        assert ("AVX2" in host.features) == (" avx2 " in flags) and ("AVX512-VNNI" in host.features) == (" avx512_vnni " in flags)
+        assert ("AVX2" in host.features) == (" avx2 " in flags) and ("AVX512-VNNI" in host.features) == (
+            " avx512_vnni " in flags
+        )
 
 
 def test_the_memory_of_a_container_is_what_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,12 +92,15 @@ def test_nvidia(nvml: NVML) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "names"), [("1", ["NVIDIA T4"]), ("", []), ("GPU-b,0", ["NVIDIA T4", "NVIDIA L4"]), ("0,7,1", ["NVIDIA L4"]), ("-1", [])]
+    ("visible", "names"),
+    [("1", ["NVIDIA T4"]), ("", []), ("GPU-b,0", ["NVIDIA T4", "NVIDIA L4"]), ("0,7,1", ["NVIDIA L4"]), ("-1", [])],
 )
 def test_only_gpus_that_cuda_shows(nvml: NVML, monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     found = gpus(detect())
-    assert [gpu.model for gpu in found] == names and [gpu.name for gpu in found] == [f"cuda:{i}" for i in range(len(names))]
+    assert [gpu.model for gpu in found] == names and [gpu.name for gpu in found] == [
+        f"cuda:{i}" for i in range(len(names))
+    ]
 
 
 def test_a_broken_driver_hides_nothing_else(nvml: NVML) -> None:
@@ -110,10 +117,13 @@ def test_nvidia_without_its_library(monkeypatch: pytest.MonkeyPatch, fake_cuda: 
 
 def test_intel(monkeypatch: pytest.MonkeyPatch) -> None:
     told = {
-        ("GPU.0", "FULL_DEVICE_NAME"): "Intel(R) Iris(R) Xe Graphics (iGPU)", ("GPU.0", "DEVICE_TYPE"): "Type.INTEGRATED",
-        ("GPU.0", "GPU_DEVICE_TOTAL_MEM_SIZE"): 13 * GB, ("GPU.1", "FULL_DEVICE_NAME"): "Intel(R) Arc(TM) A770 Graphics (dGPU)",
+        ("GPU.0", "FULL_DEVICE_NAME"): "Intel(R) Iris(R) Xe Graphics (iGPU)", ("GPU.0",
+            "DEVICE_TYPE"): "Type.INTEGRATED",
+        ("GPU.0", "GPU_DEVICE_TOTAL_MEM_SIZE"): 13 * GB, ("GPU.1",
+            "FULL_DEVICE_NAME"): "Intel(R) Arc(TM) A770 Graphics (dGPU)",
         ("GPU.1", "DEVICE_TYPE"): "Type.DISCRETE", ("GPU.1", "GPU_DEVICE_TOTAL_MEM_SIZE"): 16 * GB,
-        ("GPU.1", "OPTIMIZATION_CAPABILITIES"): ["FP16", "INT8", "GPU_HW_MATMUL"], ("NPU", "FULL_DEVICE_NAME"): "Intel(R) AI Boost",
+        ("GPU.1", "OPTIMIZATION_CAPABILITIES"): ["FP16", "INT8", "GPU_HW_MATMUL"], ("NPU",
+            "FULL_DEVICE_NAME"): "Intel(R) AI Boost",
     }  # fmt: skip
 
     class Core:
@@ -128,10 +138,21 @@ def test_intel(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = detect()
     assert machine.devices[1:] == (
         Device("gpu:0", "intel-gpu", "Intel(R) Iris(R) Xe Graphics (iGPU)", 13 * GB, shares="cpu"),
-        Device("gpu:1", "intel-gpu", "Intel(R) Arc(TM) A770 Graphics (dGPU)", 16 * GB, None, ("FP16", "INT8", "GPU_HW_MATMUL")),
+        Device(
+            "gpu:1",
+            "intel-gpu",
+            "Intel(R) Arc(TM) A770 Graphics (dGPU)",
+            16 * GB,
+            None,
+            ("FP16", "INT8", "GPU_HW_MATMUL"),
+        ),
         Device("npu", "intel-npu", "Intel(R) AI Boost", shares="cpu"),
     )
-    assert machine.memory_of("GPU").name == "cpu" and machine.memory_of("GPU.1").name == "gpu:1" and machine.memory_of("NPU").name == "cpu"
+    assert (
+        machine.memory_of("GPU").name == "cpu"
+        and machine.memory_of("GPU.1").name == "gpu:1"
+        and machine.memory_of("NPU").name == "cpu"
+    )
 
 
 def test_directx(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +177,11 @@ def test_directx(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_apple(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = {"hw.optional.AdvSIMD": b"\1\0\0\0", "hw.optional.arm.FEAT_DotProd": b"\1\0\0\0", "hw.optional.arm.FEAT_BF16": b"\0\0\0\0"}
+    values = {
+        "hw.optional.AdvSIMD": b"\1\0\0\0",
+        "hw.optional.arm.FEAT_DotProd": b"\1\0\0\0",
+        "hw.optional.arm.FEAT_BF16": b"\0\0\0\0",
+    }
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
     monkeypatch.setattr(devices, "_cpuinfo", lambda: "")

@@ -1,4 +1,6 @@
-"""From a bundle to a running model: which target is taken and why, and that the whole gives what diffusers and transformers give."""
+"""From a bundle to a running model: which target is taken and why, and that the whole gives what diffusers and
+transformers give.
+"""
 
 from __future__ import annotations
 
@@ -61,15 +63,25 @@ def test_the_best_usable_target_is_taken(tiny_bundle: Path, monkeypatch: pytest.
     assert choose_target(bundle).target == "onnxruntime"
 
 
-def test_when_nothing_fits_every_reason_is_told(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "targets", lambda: {name: unusable(name, f"{name} is broken") for name in ("openvino", "onnxruntime")})
+def test_when_nothing_fits_every_reason_is_told(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        placement,
+        "targets",
+        lambda: {name: unusable(name, f"{name} is broken") for name in ("openvino", "onnxruntime")},
+    )
     artifacts = json.loads((tiny_bundle / MANIFEST).read_bytes())["artifacts"]
-    bundle = Bundle(changed(tiny_bundle, tmp_path / "b", artifacts=[*artifacts, {"target": "abacus", "submodel": "decoder"}]))
+    bundle = Bundle(
+        changed(tiny_bundle, tmp_path / "b", artifacts=[*artifacts, {"target": "abacus", "submodel": "decoder"}])
+    )
     with pytest.raises(EngineUnavailable) as caught:
         choose_target(bundle)
     for reason in ("openvino is broken", "onnxruntime is broken", "abacus: not known to this program"):
         assert reason in str(caught.value)
-    with pytest.raises(EngineUnavailable, match=r"no target of bundle tiny-vlm is usable here\. openvino: openvino is broken$"):
+    with pytest.raises(
+        EngineUnavailable, match=r"no target of bundle tiny-vlm is usable here\. openvino: openvino is broken$"
+    ):
         choose_target(bundle, "openvino")
 
 
@@ -79,7 +91,9 @@ def test_a_target_is_forced_or_refused(tiny_bundle: Path, tmp_path: Path) -> Non
     with pytest.raises(NotFound, match=r"target 'openvin' is not known: did you mean 'openvino'\?"):
         choose_target(bundle, "openvin")
     other = Bundle(changed(tiny_bundle, tmp_path / "b", artifacts=[{"target": "onnxruntime", "submodel": "decoder"}]))
-    with pytest.raises(EngineUnavailable, match="was built for onnxruntime, not for openvino: build it with --target openvino"):
+    with pytest.raises(
+        EngineUnavailable, match="was built for onnxruntime, not for openvino: build it with --target openvino"
+    ):
         choose_target(other, "openvino")
 
 
@@ -87,7 +101,9 @@ def test_a_target_is_forced_or_refused(tiny_bundle: Path, tmp_path: Path) -> Non
 
 
 def test_a_bundle_that_needs_another_pipeline(tiny_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match=r"needs the pipeline 'chaat', which this program lacks: did you mean 'chat'\?"):
+    with pytest.raises(
+        BundleError, match=r"needs the pipeline 'chaat', which this program lacks: did you mean 'chat'\?"
+    ):
         load_model(changed(tiny_bundle, tmp_path / "b", pipeline="chaat"))
 
 
@@ -96,7 +112,9 @@ def test_settings_that_do_not_fit(tiny_bundle: Path, tmp_path: Path) -> None:
         load_model(changed(tiny_bundle, tmp_path / "b", config={"context_length": 0}))
 
 
-def test_what_was_loaded_is_closed_when_a_later_submodel_fails(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_loaded_is_closed_when_a_later_submodel_fails(
+    tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine: Any = targets()["onnxruntime"]
     closed: list[str] = []
     load = engine.load
@@ -158,7 +176,9 @@ def test_what_is_loaded_again_is_what_was_opened(tiny_bundle: Path, tmp_path: Pa
     model.close()
 
 
-def test_what_changes_while_it_is_loaded_is_refused(tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_changes_while_it_is_loaded_is_refused(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = changed(tiny_bundle, tmp_path / "b")
     engine: Any = targets()["onnxruntime"]
     load, closed = engine.load, []
@@ -192,7 +212,11 @@ def test_a_shape_that_is_compiled_later_reads_what_was_verified(tiny_bundle: Pat
 
 def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, target, Options(threads=1))
-    assert (model.kind, model.target) == ("chat", target) and model.device.startswith(f"{target}:") and "," not in model.device
+    assert (
+        (model.kind, model.target) == ("chat", target)
+        and model.device.startswith(f"{target}:")
+        and "," not in model.device
+    )
     model.close()
 
 
@@ -200,7 +224,9 @@ def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
 
 
 class Plain(FakeEngine):
-    """An engine that gives zeros. Whether it can be loaded, whether it runs and what it leaves to others, a test says."""
+    """An engine that gives zeros. Whether it can be loaded, whether it runs and what it leaves to others, a
+    test says.
+    """
 
     target = "plain"
     rank = 1
@@ -229,7 +255,9 @@ class Plain(FakeEngine):
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Plain], type[Plain]]:
-    """A diffusion bundle without graphs, and two targets that it was built for: "quick", on a device of its own, and "slow"."""
+    """A diffusion bundle without graphs, and two targets that it was built for: "quick", on a device of its own, and
+    "slow".
+    """
 
     class Quick(Plain):
         target = "quick"
@@ -246,14 +274,17 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
         monkeypatch.setattr(module, name, (lambda: known) if name == "targets" else known.__getitem__)
     latents = Tensor(name="latents", dtype="float32", dims=(BATCH, 8, Dim(name="height", min=2, opt=8, max=64), 8))
     submodels = tuple(
-        Submodel(name=name, signature=Signature(inputs=(latents,), outputs=()), graph="g", precision="int8", nbytes=size)
+        Submodel(
+            name=name, signature=Signature(inputs=(latents,), outputs=()), graph="g", precision="int8", nbytes=size
+        )
         for name, size in (("text_encoder", 10), ("unet", 30), ("vae_decoder", 20))
     )
     config, root = json.loads(json.dumps(CONFIG)), tmp_path / "made-up"
     shutil.copytree(SAMPLES / "shapes-diffusion" / "tokenizer", root / "tokenizer")
     files = {f"tokenizer/{path.name}": sha256(path) for path in (root / "tokenizer").iterdir()}
     manifest = Manifest(
-        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={}, files=files,
+        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={},
+        files=files,
         artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in submodels),
         source=Source(name="made-up", family="f", architecture="A", fingerprint=""),
     )  # fmt: skip
@@ -263,7 +294,8 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
 
 CONFIG: Mapping[str, Any] = {
     "scheduler": {
-        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+        "clip_sample": False,
         "set_alpha_to_one": False, "steps_offset": 1,
     },
     "vae": {"scaling_factor": 1.0, "scale_factor": 16, "latent_channels": 8},
@@ -271,7 +303,9 @@ CONFIG: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("failure", [ResourceExhausted("cuda:0 has too little free memory"), EngineError("made for another GPU")])
+@pytest.mark.parametrize(
+    "failure", [ResourceExhausted("cuda:0 has too little free memory"), EngineError("made for another GPU")]
+)
 def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_told(two: Any, failure: Exception) -> None:
     root, quick, _ = two
     quick.failure = failure
@@ -286,7 +320,10 @@ def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_told(two: Any, fa
 def test_where_nothing_can_be_loaded_every_reason_is_told(two: Any) -> None:
     root, quick, slow = two
     quick.failure, slow.failure = ResourceExhausted("too little memory"), EngineError("out of order")
-    with pytest.raises(EngineUnavailable, match=r"unet could be loaded nowhere\. quick:cuda:0: too little memory; slow:CPU: out of order"):
+    with pytest.raises(
+        EngineUnavailable,
+        match=r"unet could be loaded nowhere\. quick:cuda:0: too little memory; slow:CPU: out of order",
+    ):
         load_model(root)
     with pytest.raises(ResourceExhausted, match=r"^too little memory$"):
         load_model(root, "quick")
@@ -296,9 +333,16 @@ def test_strict_refuses_what_runs_elsewhere(two: Any) -> None:
     root, quick, _ = two
     quick.left = ("3 of 120 nodes on the CPU: Loop",)
     assert load_model(root).engines["unet"].fallbacks == quick.left
-    with pytest.raises(EngineError, match="text_encoder on quick:cuda:0 runs a part elsewhere: 3 of 120 nodes on the CPU: Loop"):
+    with pytest.raises(
+        EngineError, match="text_encoder on quick:cuda:0 runs a part elsewhere: 3 of 120 nodes on the CPU: Loop"
+    ):
         load_model(root, wishes=Wishes(strict=True))
-    assert load_model(root, wishes=Wishes(strict=True, place=dict.fromkeys(("text_encoder", "unet", "vae"), "slow"))).target == "slow"
+    assert (
+        load_model(
+            root, wishes=Wishes(strict=True, place=dict.fromkeys(("text_encoder", "unet", "vae"), "slow"))
+        ).target
+        == "slow"
+    )
 
 
 def test_a_lost_device_is_found_and_left(two: Any) -> None:
@@ -316,7 +360,9 @@ def test_a_lost_device_is_found_and_left(two: Any) -> None:
 def test_the_limit_of_a_container_reaches_the_engines(two: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setattr(
-        Plain, "load", classmethod(lambda cls, submodel, root, options: seen.append(options.threads) or FakeEngine(lambda x: {}))
+        Plain,
+        "load",
+        classmethod(lambda cls, submodel, root, options: seen.append(options.threads) or FakeEngine(lambda x: {})),
     )
     monkeypatch.setattr(devices, "allowance", lambda: Allowance(0.5))
     load_model(two[0])
@@ -335,12 +381,16 @@ def both_cpu_targets() -> bool:
 
 
 @pytest.mark.skipif(not both_cpu_targets(), reason="needs OpenVINO and ONNX Runtime")
-def test_submodels_on_different_targets_draw_the_same_picture(diffusion_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_submodels_on_different_targets_draw_the_same_picture(
+    diffusion_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     alone = load_model(diffusion_bundle, "openvino", Options(threads=1))
     whole = draw(alone, 128, STEPS)
     alone.close()
     mixed = load_model(
-        diffusion_bundle, options=Options(threads=1), wishes=Wishes(place=parse_place("text_encoder=onnxruntime,unet=openvino"))
+        diffusion_bundle,
+        options=Options(threads=1),
+        wishes=Wishes(place=parse_place("text_encoder=onnxruntime,unet=openvino")),
     )
     figure = psnr(draw(mixed, 128, STEPS), whole)
     targets_used = {name: engine.target for name, engine in mixed.engines.items()}
@@ -367,7 +417,10 @@ def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
         again = sum(engine.reload_seconds for engine in engines.values())
         taken = sum(engine.taken for engine in engines.values())
         figure = psnr(picture, whole)
-        lines.append(f"{target} within {limit}: {figure:.1f} dB, {'in tiles' if tiled else 'whole'}, loads {loads}, {again:.2f} s again")
+        lines.append(
+            f"{target} within {limit}: {figure:.1f} dB, {'in tiles' if tiled else 'whole'}, loads {loads}, {again:.2f} "
+            "s again"
+        )
         model.close()
         assert taken <= parse_size("", limit) and (figure >= 33 if tiled else figure == math.inf)
     with capsys.disabled():
@@ -383,12 +436,16 @@ def test_a_limit_too_small_for_a_submodel(diffusion_bundle: Path) -> None:
 def test_a_conversation_under_a_limit(target: str, vlm_bundle: Path) -> None:
     """The decoder's caches stay while it answers, though vision encoder and embedding come and go."""
     request = ChatRequest(
-        (Message("user", (np.full((128, 128, 3), 200, np.uint8), "what color is the background?")),), max_tokens=8, temperature=0.0
+        (Message("user", (np.full((128, 128, 3), 200, np.uint8), "what color is the background?")),),
+        max_tokens=8,
+        temperature=0.0,
     )
 
     def answer(wishes: Wishes) -> str:
         model = load_model(vlm_bundle, target, Options(threads=1), wishes)
-        text = "".join(event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta))
+        text = "".join(
+            event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta)
+        )
         model.close()
         return text
 
@@ -419,7 +476,9 @@ def diffusers_picture(noise: Array) -> Array:
 
     pipe: Any = StableDiffusionPipeline.from_pretrained(SAMPLES / "shapes-diffusion", dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    drawn = pipe(PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, latents=torch.from_numpy(noise), output_type="np")
+    drawn = pipe(
+        PROMPT, num_inference_steps=STEPS, guidance_scale=5.0, latents=torch.from_numpy(noise), output_type="np"
+    )
     return np.asarray((drawn.images[0] * 255).round(), np.uint8)
 
 
@@ -432,7 +491,10 @@ def test_the_same_picture_as_diffusers(
     model.close()
     figure = psnr(ready.image, diffusers_picture)
     with capsys.disabled():
-        print(f"\n{model.device}: {figure:.1f} dB to diffusers' picture from the same noise, contrast {diffusers_picture.std():.0f}")
+        print(
+            f"\n{model.device}: {figure:.1f} dB to diffusers' picture from the same noise, contrast "
+            f"{diffusers_picture.std():.0f}"
+        )
     assert diffusers_picture.std() > 10 and figure >= NEAREST_DB
 
 
@@ -468,7 +530,9 @@ def transformers_answers() -> list[tuple[ChatRequest, str]]:
     for case in draw_questions(QUESTIONS):
         content = [{"type": "image"}, {"type": "text", "text": case.question}]
         prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=[case.picture], text=prompt, return_tensors="pt", add_special_tokens="<s>" not in prompt)
+        inputs = processor(
+            images=[case.picture], text=prompt, return_tensors="pt", add_special_tokens="<s>" not in prompt
+        )
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)[0, inputs["input_ids"].shape[1] :]
         request = ChatRequest((Message("user", (case.picture, case.question)),), max_tokens=40, temperature=0.0)
@@ -477,7 +541,10 @@ def transformers_answers() -> list[tuple[ChatRequest, str]]:
 
 
 def test_the_same_answers_as_transformers(
-    target: str, vlm_bundle: Path, transformers_answers: list[tuple[ChatRequest, str]], capsys: pytest.CaptureFixture[str]
+    target: str,
+    vlm_bundle: Path,
+    transformers_answers: list[tuple[ChatRequest, str]],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     model = load_model(vlm_bundle, target)
     answers = [

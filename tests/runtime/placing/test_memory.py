@@ -22,12 +22,22 @@ LATENTS = Tensor(name="latents", dtype="float32", dims=(BATCH, 4, EDGE, EDGE.mod
 
 def submodel(precision: str, compute: Any = "float32", nbytes: int = 1000) -> Submodel:
     signature = Signature(inputs=(LATENTS,), outputs=())
-    return Submodel(name="vae_decoder", signature=signature, graph="g", precision=precision, nbytes=nbytes, compute=compute)
+    return Submodel(
+        name="vae_decoder", signature=signature, graph="g", precision=precision, nbytes=nbytes, compute=compute
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("4GiB", 4 << 30), ("512MB", 512_000_000), ("1.5 gib", 3 << 29), ("1000", 1000), ("7B", 7), ("2kb", 2000), ("1TiB", 1 << 40)],
+    [
+        ("4GiB", 4 << 30),
+        ("512MB", 512_000_000),
+        ("1.5 gib", 3 << 29),
+        ("1000", 1000),
+        ("7B", 7),
+        ("2kb", 2000),
+        ("1TiB", 1 << 40),
+    ],
 )
 def test_sizes(text: str, size: int) -> None:
     assert parse_size("memory_limit", text) == size
@@ -47,9 +57,12 @@ def test_sizes_are_shown_as_they_are_read(size: int) -> None:
 @pytest.mark.parametrize(
     ("precision", "compute", "half", "host", "factor"),
     [
-        ("float32", "float32", False, True, 2), ("float16", "float32", False, True, 4), ("int8 W8A8", "float32", False, True, 2),
-        ("int4 + int8 + float16", "float32", False, True, 3), ("float16", "float16", True, True, 2), ("float16", "float16", False, True, 4),
-        ("int8 W8A8", "float32", True, False, 1), ("float16", "float16", True, False, 1), ("float16", "float32", True, False, 2),
+        ("float32", "float32", False, True, 2), ("float16", "float32", False, True, 4), ("int8 W8A8", "float32", False,
+            True, 2),
+        ("int4 + int8 + float16", "float32", False, True, 3), ("float16", "float16", True, True, 2), ("float16",
+            "float16", False, True, 4),
+        ("int8 W8A8", "float32", True, False, 1), ("float16", "float16", True, False, 1), ("float16", "float32", True,
+            False, 2),
         ("int4 + int8 W4A8", "float32", False, True, 4),
     ],
 )  # fmt: skip
@@ -70,7 +83,9 @@ def test_what_a_submodel_takes_is_continued_in_a_straight_line() -> None:
     need = memory.measure(engine, 500, lambda: 500 + taken[0], 7)
     assert need.slope == pytest.approx(50 * memory.MARGIN)
     assert need.base == pytest.approx(10**6 * memory.MARGIN + memory.OVERHEAD // 4, rel=0.01)
-    assert need.at(1000) == pytest.approx(need.base + 55_000) and need.inputs_within(need.at(1000)) == pytest.approx(1000, rel=0.01)
+    assert need.at(1000) == pytest.approx(need.base + 55_000) and need.inputs_within(need.at(1000)) == pytest.approx(
+        1000, rel=0.01
+    )
     assert need.inputs_within(0) == 0 and Need(5).inputs_within(9) == float("inf")
     assert memory.measure(engine, 0, lambda: None, 7) == Need(7), "what cannot be seen stays estimated"
 
@@ -107,7 +122,10 @@ def test_estimates_beside_what_real_engines_take(
         found = memory.measure(engine, before, memory.of_process, wanted)
         taken = (memory.of_process() or 0) - before
         engine.close()
-        lines.append(f"{target} {one.name} {one.precision}: estimated {show_size(wanted)}, took {show_size(max(0, taken))}, {found}")
+        lines.append(
+            f"{target} {one.name} {one.precision}: estimated {show_size(wanted)}, took {show_size(max(0, taken))}, "
+            f"{found}"
+        )
         assert wanted >= taken / 2
         time.sleep(0)
     with capsys.disabled():

@@ -32,9 +32,15 @@ class Loads:
         self.failure: Exception | None = None
 
     def make(
-        self, name: str, size: int, run: Callable[[Mapping[str, Array]], dict[str, Array]] = lambda inputs: {}, where: str = "cpu"
+        self,
+        name: str,
+        size: int,
+        run: Callable[[Mapping[str, Array]], dict[str, Array]] = lambda inputs: {},
+        where: str = "cpu",
     ) -> OffloadedEngine:
-        submodel = Submodel(name=name, signature=Signature(inputs=(), outputs=()), graph="g", precision="int8", nbytes=size)
+        submodel = Submodel(
+            name=name, signature=Signature(inputs=(), outputs=()), graph="g", precision="int8", nbytes=size
+        )
         loads = self
 
         class Fake(FakeEngine):
@@ -64,7 +70,12 @@ def test_what_was_used_longest_ago_makes_room() -> None:
     assert loads.now == ["unet", "vae"]
     text.run(EMPTY)
     assert loads.now == ["vae", "text"] and loads.order == ["text", "unet", "vae", "text"]
-    assert (text.loads, text.target, text.device, text.fallbacks) == (2, "fake", "fake:cpu", ("1 of 2 nodes on the CPU",))
+    assert (text.loads, text.target, text.device, text.fallbacks) == (
+        2,
+        "fake",
+        "fake:cpu",
+        ("1 of 2 nodes on the CPU",),
+    )
     assert text.reload_seconds > 0 == unet.reload_seconds
 
 
@@ -88,13 +99,17 @@ def test_activations_count(caplog: pytest.LogCaptureFixture) -> None:
     assert loads.now == ["vae"]
     vae.run({"latents": np.zeros(10**6, np.uint8)})
     assert vae.taken == 100, "nothing is refused for what activations are thought to take"
-    assert [record.message for record in caplog.records] == ["vae is thought to need 1.9 MiB for this call, 100 B are allowed"]
+    assert [record.message for record in caplog.records] == [
+        "vae is thought to need 1.9 MiB for this call, 100 B are allowed"
+    ]
 
 
 def test_too_large_for_the_room() -> None:
     loads = Loads()
     huge = loads.make("huge", 101)
-    with pytest.raises(ResourceExhausted, match="huge needs 101 B of memory, 100 B are allowed: allow more with --memory-limit"):
+    with pytest.raises(
+        ResourceExhausted, match="huge needs 101 B of memory, 100 B are allowed: allow more with --memory-limit"
+    ):
         huge.run(EMPTY)
     assert not loads.now
 
@@ -104,7 +119,8 @@ def test_states_that_somebody_holds_stay() -> None:
     decoder, vision, slot = loads.make("decoder", 60), loads.make("vision", 60), Slot()
     decoder.run(EMPTY, slot)
     with pytest.raises(
-        ResourceExhausted, match=r"vision needs 60 B of memory, 100 B are allowed, 60 B of it held by the states of decoder"
+        ResourceExhausted,
+        match=r"vision needs 60 B of memory, 100 B are allowed, 60 B of it held by the states of decoder",
     ):
         vision.run(EMPTY)
     del slot

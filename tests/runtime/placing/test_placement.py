@@ -43,7 +43,11 @@ TARGETS = {
 }
 CUDA0, CUDA1 = Place("tensorrt", "cuda:0", "cuda:0"), Place("tensorrt", "cuda:1", "cuda:1")
 HETERO = Place("openvino", "HETERO:GPU.0,CPU", "gpu:0")
-CPU, ARC, ORT = Place("openvino", "CPU", "cpu"), Place("openvino", "GPU.0", "gpu:0"), Place("onnxruntime", "CPUExecutionProvider", "cpu")
+CPU, ARC, ORT = (
+    Place("openvino", "CPU", "cpu"),
+    Place("openvino", "GPU.0", "gpu:0"),
+    Place("onnxruntime", "CPUExecutionProvider", "cpu"),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +75,18 @@ def machine(**free: int | None) -> Machine:
 
 
 def bundle(
-    folder: Path, targets: tuple[str, ...] = ("tensorrt", "openvino", "onnxruntime", "coreml"), sizes: Mapping[str, int] = SIZES
+    folder: Path,
+    targets: tuple[str, ...] = ("tensorrt", "openvino", "onnxruntime", "coreml"),
+    sizes: Mapping[str, int] = SIZES,
 ) -> Bundle:
     submodels = tuple(
-        Submodel(name=name, signature=Signature(inputs=(), outputs=()), graph=f"onnx/{name}/model.onnx", precision="int8", nbytes=size)
+        Submodel(
+            name=name,
+            signature=Signature(inputs=(), outputs=()),
+            graph=f"onnx/{name}/model.onnx",
+            precision="int8",
+            nbytes=size,
+        )
         for name, size in sizes.items()
     )
     manifest = Manifest(
@@ -102,13 +114,16 @@ def placed(folder: Path, where: Machine, target: str | None = None, device: str 
 def test_all_on_the_best_target_where_there_is_room(tmp_path: Path) -> None:
     plan = placed(tmp_path, machine())
     assert set(first(plan).values()) == {CUDA0} and not plan.notes and not plan.rooms
-    assert plan.choices["unet"].places == (CUDA0, CUDA1, CPU, ARC, ORT), "where it cannot be loaded there, the next is tried"
+    assert plan.choices["unet"].places == (CUDA0, CUDA1, CPU, ARC, ORT), (
+        "where it cannot be loaded there, the next is tried"
+    )
 
 
 @pytest.mark.parametrize(
     ("target", "device", "expected"),
     [
-        ("openvino", "", CPU), ("openvino", "GPU.0", ARC), (None, "cuda:1", CUDA1), (None, "cuda", CUDA0), (None, "cpu", CPU),
+        ("openvino", "", CPU), ("openvino", "GPU.0", ARC), (None, "cuda:1", CUDA1), (None, "cuda", CUDA0), (None, "cpu",
+            CPU),
         ("openvino", "gpu", ARC), ("onnxruntime", "CPU", ORT), ("openvino", "hetero:gpu.0,cpu", HETERO),
         (None, "AUTO", Place("openvino", "AUTO", "cpu")),
     ],
@@ -136,7 +151,8 @@ def test_submodels_in_places_of_their_own(tmp_path: Path, text: str, expected: d
     [
         ("unett=cpu", InvalidInput, r"place: has the submodel 'unett', which the bundle lacks: did you mean 'unet'\?"),
         ("decoder=cpu", InvalidInput, "known: denoiser, text_encoder, unet, vae, vae_decoder"),
-        ("unet=cuda:7", InvalidInput, r"puts unet on 'cuda:7', which is no target or device here: did you mean 'cuda:1'\?.*no Mac"),
+        ("unet=cuda:7", InvalidInput,
+            r"puts unet on 'cuda:7', which is no target or device here: did you mean 'cuda:1'\?.*no Mac"),
         ("unet=openvin", InvalidInput, "did you mean 'openvino'"),
         ("unet=coreml", EngineUnavailable, "coreml: this is no Mac"),
         ("unet=openvino:NPU", EngineUnavailable, "openvino: has no device 'NPU' here, it found CPU"),
@@ -150,7 +166,9 @@ def test_impossible_places(tmp_path: Path, text: str, error: type[Exception], me
 
 def test_a_target_that_the_bundle_lacks(tmp_path: Path) -> None:
     small = bundle(tmp_path, ("onnxruntime",))
-    with pytest.raises(EngineUnavailable, match="was built for onnxruntime, not for openvino: build it with --target openvino"):
+    with pytest.raises(
+        EngineUnavailable, match="was built for onnxruntime, not for openvino: build it with --target openvino"
+    ):
         place(small, None, "", Wishes({"unet": "openvino"}, rows=()), machine())
     with pytest.raises(EngineUnavailable, match="has no device 'cuda:0' here"):
         place(small, None, "cuda:0", Wishes(rows=()), machine())
@@ -167,7 +185,10 @@ names = st.text(alphabet="abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=8)
 
 @given(
     st.dictionaries(
-        names, st.lists(st.text(alphabet="abcGPU.:019", min_size=1, max_size=8), min_size=1, max_size=3), min_size=1, max_size=4
+        names,
+        st.lists(st.text(alphabet="abcGPU.:019", min_size=1, max_size=8), min_size=1, max_size=3),
+        min_size=1,
+        max_size=4,
     )
 )
 def test_places_are_read_as_they_are_written(places: dict[str, list[str]]) -> None:
@@ -191,7 +212,10 @@ def test_what_does_not_fit_goes_to_the_next_device(tmp_path: Path) -> None:
     plan = placed(tmp_path, machine(cuda_0=880, cuda_1=60))
     assert first(plan) == {"text_encoder": CPU, "unet": CUDA0, "vae_decoder": CUDA0}
     (note,) = plan.notes
-    assert "text_encoder is on openvino:CPU: tensorrt:cuda:0 has 76.3 MiB left" in note or "text_encoder is on openvino:CPU" in note
+    assert (
+        "text_encoder is on openvino:CPU: tensorrt:cuda:0 has 76.3 MiB left" in note
+        or "text_encoder is on openvino:CPU" in note
+    )
     assert not plan.rooms
 
 
@@ -243,15 +267,28 @@ def row(**changes: Any) -> str:
 
 
 def test_measured_targets_change_places_among_themselves(tmp_path: Path) -> None:
-    """A GPU that was never measured stays first, since its rank says so; of the two that were measured the faster one is next."""
+    """A GPU that was never measured stays first, since its rank says so; of the two that were measured the faster one
+    is next.
+    """
     rows = tmp_path / "rows.jsonl"
-    lines = [row(), row(target="onnxruntime", spread={"median": 1.0}), row(target="onnxruntime", spread={"median": 9.0}, date="2026-01-01")]
+    lines = [
+        row(),
+        row(target="onnxruntime", spread={"median": 1.0}),
+        row(target="onnxruntime", spread={"median": 9.0}, date="2026-01-01"),
+    ]
     rows.write_text("\n".join([*lines, "no row", "[1]", row(spread={}), row(spread={"median": 0})]))
     assert placed(tmp_path, machine(), rows=(rows,)).choices["unet"].places == (CUDA0, CUDA1, ORT, CPU, ARC)
 
 
 @pytest.mark.parametrize(
-    "other", [{"quant": "none"}, {"cpu": "Other"}, {"bundle": "c"}, {"metric": "load"}, {"device": "tensorrt:cuda:0 (NVIDIA H100)"}]
+    "other",
+    [
+        {"quant": "none"},
+        {"cpu": "Other"},
+        {"bundle": "c"},
+        {"metric": "load"},
+        {"device": "tensorrt:cuda:0 (NVIDIA H100)"},
+    ],
 )
 def test_figures_of_others_do_not_count(tmp_path: Path, other: dict[str, Any]) -> None:
     rows = tmp_path / "rows.jsonl"

@@ -91,10 +91,14 @@ def entries(cache: Path) -> list[str]:
 def test_the_bundle_s_own_is_taken_where_it_fits(tmp_path: Path, cache: Path) -> None:
     bundle = make(tmp_path / "b", held("elsewhere"), held("this machine"), held("nowhere"))
     found = fit(bundle)
-    assert found.compiled.artifact == held("this machine") and found.compiled.folder == bundle.root / "engines" / "bound"
+    assert (
+        found.compiled.artifact == held("this machine") and found.compiled.folder == bundle.root / "engines" / "bound"
+    )
     assert not found.note and not cache.exists()
     added = held("this machine").model_copy(update={"folder": "3fa1"})
-    assert fit(make(tmp_path / "added", held("nowhere"), added)).compiled.folder == tmp_path / "added/engines/bound/3fa1"
+    assert (
+        fit(make(tmp_path / "added", held("nowhere"), added)).compiled.folder == tmp_path / "added/engines/bound/3fa1"
+    )
 
 
 @pytest.mark.parametrize("artifacts", [(), (held("elsewhere"),), (held("elsewhere"), held("elsewhere"))], ids=len)
@@ -107,11 +111,15 @@ def test_what_does_not_fit_is_compiled_here_once(tmp_path: Path, cache: Path, ar
     why = "one was compiled for elsewhere, and here is this machine" if artifacts else "bundle shapes holds none"
     assert first.note.startswith(f"bound engine of unet: {why}") and "compiled here in" in first.note
     assert f"compiled here before, taken from {first.compiled.folder}" in second.note
-    assert {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*")} == before, "nothing is written into the bundle"
+    assert {path: path.stat().st_mtime_ns for path in bundle.root.rglob("*")} == before, (
+        "nothing is written into the bundle"
+    )
     assert entries(cache) == [first.compiled.folder.name]
 
 
-def test_whatever_matters_makes_another(tmp_path: Path, cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_matters_makes_another(
+    tmp_path: Path, cache: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Other(Bound):
         here = "that machine"
 
@@ -121,7 +129,9 @@ def test_whatever_matters_makes_another(tmp_path: Path, cache: Path, bundle: Bun
     monkeypatch.setattr(runtime.placing.portable, "processor_features", lambda: ("ABACUS",))
     found.append(fit(bundle))
     assert len({fitted.compiled.folder for fitted in found}) == len(found) == len(entries(cache))
-    assert "{'shapes': 'small'}" in text(found[2]) and "{'context': '9'}" in text(found[4]), "as the bundle's own was compiled"
+    assert "{'shapes': 'small'}" in text(found[2]) and "{'context': '9'}" in text(found[4]), (
+        "as the bundle's own was compiled"
+    )
     assert text(found[1], Other).endswith("that machine")
 
 
@@ -141,9 +151,8 @@ def test_progress_is_told_and_may_stop_it(bundle: Bundle, cache: Path) -> None:
 
 def test_without_canonical_graphs_nothing_is_compiled(tmp_path: Path, cache: Path) -> None:
     assert not fit(make(tmp_path / "fits", held("this machine"), graph=False)).note
-    message = (
-        r"no bound engine of unet fits here \(one was compiled for elsewhere.*made with --strip-canonical. Build it with --target bound"
-    )
+    message = r"no bound engine of unet fits here \(one was compiled for elsewhere.*made with --strip-canonical. "
+    message += r"Build it with --target bound"
     with pytest.raises(EngineUnavailable, match=message):
         fit(make(tmp_path / "stripped", held("elsewhere"), graph=False))
     assert not cache.exists()
@@ -189,7 +198,8 @@ def test_what_others_may_have_written_is_refused(bundle: Bundle, cache: Path, wh
     folder = fit(bundle).compiled.folder
     (folder if which == "entry" else cache).chmod(0o777)
     with pytest.raises(
-        EngineError, match="may have been written by others, and engines are native code: remove it, or set ENGINECAST_CACHE"
+        EngineError,
+        match="may have been written by others, and engines are native code: remove it, or set ENGINECAST_CACHE",
     ):
         fit(bundle)
     (folder if which == "entry" else cache).chmod(0o700)
@@ -199,7 +209,9 @@ def test_what_others_may_have_written_is_refused(bundle: Bundle, cache: Path, wh
 def test_a_cache_that_cannot_be_written(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "file"))
-    with pytest.raises(ResourceExhausted, match=r"cannot write .*file/engines, .*: Not a directory\. Set ENGINECAST_CACHE"):
+    with pytest.raises(
+        ResourceExhausted, match=r"cannot write .*file/engines, .*: Not a directory\. Set ENGINECAST_CACHE"
+    ):
         fit(bundle)
 
 
@@ -214,7 +226,9 @@ def failing(number: int) -> type[Bound]:
 
 
 def test_a_full_disk(bundle: Bundle, cache: Path) -> None:
-    with pytest.raises(ResourceExhausted, match=r"the disk of .*engines is full: free some space there, or set ENGINECAST_CACHE"):
+    with pytest.raises(
+        ResourceExhausted, match=r"the disk of .*engines is full: free some space there, or set ENGINECAST_CACHE"
+    ):
         fit(bundle, failing(errno.ENOSPC))
     with pytest.raises(EngineError, match=r"could not compile unet for bound: .*Input/output error"):
         fit(bundle, failing(errno.EIO))
@@ -223,7 +237,9 @@ def test_a_full_disk(bundle: Bundle, cache: Path) -> None:
 
 def test_what_fits_nowhere_is_not_kept(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Bound, "misfit", lambda artifact: "is of no use")
-    with pytest.raises(EngineError, match="the bound engine of unet does not fit where it was compiled: it is of no use"):
+    with pytest.raises(
+        EngineError, match="the bound engine of unet does not fit where it was compiled: it is of no use"
+    ):
         fit(bundle)
     assert not entries(cache)
 
@@ -232,7 +248,9 @@ def test_what_fits_nowhere_is_not_kept(bundle: Bundle, cache: Path, monkeypatch:
 
 
 def start(bundle: Bundle, seconds: float) -> Any:
-    return subprocess.Popen([sys.executable, "-c", COMPILE, str(bundle.root), str(seconds)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", COMPILE, str(bundle.root), str(seconds)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def test_a_killed_compilation_leaves_nothing(bundle: Bundle, cache: Path) -> None:
@@ -285,6 +303,9 @@ def test_engines_that_cannot_run_here_are_not_made_in_vain(tiny_bundle: Path, ca
     if engine.available().usable or not engine.available().compiles:
         pytest.skip("a GPU is here, or no TensorRT for RTX")
     opened = Bundle(tiny_bundle)
-    with pytest.raises(EngineError, match="engine of token_embedding does not fit where it was compiled: it cannot run here: there is no"):
+    with pytest.raises(
+        EngineError,
+        match="engine of token_embedding does not fit where it was compiled: it cannot run here: there is no",
+    ):
         fitting(opened, opened.submodel("token_embedding"), engine)
     assert not entries(cache)

@@ -38,11 +38,14 @@ def noise(height: int, width: int, channels: int = 3) -> Image.Image:
 def smooth(height: int, width: int) -> Image.Image:
     """Differs in every direction, and survives lossy compression."""
     y, x = np.mgrid[:height, :width]
-    return Image.fromarray(np.stack([x * 200 // width, y * 200 // height, np.full_like(x, 60)], axis=-1).astype(np.uint8))
+    return Image.fromarray(
+        np.stack([x * 200 // width, y * 200 // height, np.full_like(x, 60)], axis=-1).astype(np.uint8)
+    )
 
 
 MODES = {
-    "PNG": "1 L LA P RGB RGBA", "JPEG": "L RGB CMYK", "WEBP": "L LA P RGB RGBA", "BMP": "1 L P RGB RGBA", "GIF": "1 L P RGB",
+    "PNG": "1 L LA P RGB RGBA", "JPEG": "L RGB CMYK", "WEBP": "L LA P RGB RGBA", "BMP": "1 L P RGB RGBA",
+    "GIF": "1 L P RGB",
     "TIFF": "1 L LA P RGB RGBA CMYK YCbCr", "AVIF": "L LA RGB RGBA", "HEIF": "L LA RGB RGBA",
 }  # fmt: skip
 
@@ -82,10 +85,17 @@ KINDS = [(0, 1), (0, 2), (0, 4), (0, 8), (0, 16), (2, 8), (2, 16), (4, 8), (4, 1
 
 @pytest.mark.parametrize(
     ("colour", "depth", "transparent"),
-    [(colour, depth, transparent) for colour, depth in KINDS for transparent in (False, True) if colour in (0, 2) or not transparent],
+    [
+        (colour, depth, transparent)
+        for colour, depth in KINDS
+        for transparent in (False, True)
+        if colour in (0, 2) or not transparent
+    ],
 )
 def test_png_equals_its_specification(colour: int, depth: int, transparent: bool) -> None:
-    """Levels are 255 sample / largest; a colour in tRNS is transparent; alpha mixes with white. 16-bit colours may lose the low byte."""
+    """Levels are 255 sample / largest; a colour in tRNS is transparent; alpha mixes with white. 16-bit colours may lose
+    the low byte.
+    """
     channels, largest = COLOURS[colour], 2**depth - 1
     samples = RNG.integers(0, largest + 1, (5, 7, channels))
     samples[0, 0], samples[4, 6] = 0, largest
@@ -113,7 +123,13 @@ def test_palettes_with_transparency(depth: int) -> None:
     indices = RNG.integers(0, 2**depth, (4, 6, 1))
     palette = RNG.integers(0, 256, (2**depth, 3))
     alphas = RNG.integers(0, 256, 2**depth - 1)
-    data = png(indices, depth, 3, chunk(b"PLTE", palette.astype(np.uint8).tobytes()), chunk(b"tRNS", alphas.astype(np.uint8).tobytes()))
+    data = png(
+        indices,
+        depth,
+        3,
+        chunk(b"PLTE", palette.astype(np.uint8).tobytes()),
+        chunk(b"tRNS", alphas.astype(np.uint8).tobytes()),
+    )
     alpha = (np.append(alphas, 255) / 255)[indices]
     expected = palette[indices[..., 0]] * alpha + 255 * (1 - alpha)
     assert np.abs(decode_image(data) - expected).max() <= 1
@@ -139,7 +155,8 @@ def test_tiff_of_16_bits(order: str, zero: int) -> None:
     }
     pixels = samples.astype(f"{order}u2").tobytes()
     entries = b"".join(
-        struct.pack(f"{order}HHI", tag, kind, 1) + (struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value))
+        struct.pack(f"{order}HHI", tag, kind, 1)
+        + (struct.pack(f"{order}HH", value, 0) if kind == 3 else struct.pack(f"{order}I", value))
         for tag, (kind, value) in tags.items()
     )
     head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8 + len(pixels))
@@ -303,7 +320,9 @@ TURNED = range(1, 9)
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "1", "P", "I;16", "CMYK"])
 @pytest.mark.parametrize("orientation", TURNED)
-def test_a_file_is_resized_in_strips_to_the_same_pixels(mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_is_resized_in_strips_to_the_same_pixels(
+    mode: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.vision.images.STRIP", 500)
     random = np.random.default_rng(orientation)
     if mode == "I;16":
@@ -320,17 +339,26 @@ def test_a_file_is_resized_in_strips_to_the_same_pixels(mode: str, orientation: 
     whole, opened = decode_image(file.getvalue()), PictureFile.open(file.getvalue(), "x")
     assert opened.size == (whole.shape[1], whole.shape[0])
     for size, resample in (((24, 24), Image.Resampling.BICUBIC), ((90, 30), Image.Resampling.LANCZOS)):
-        np.testing.assert_array_equal(opened.resized(size, resample), np.array(Image.fromarray(whole).resize(size, resample)))
+        np.testing.assert_array_equal(
+            opened.resized(size, resample), np.array(Image.fromarray(whole).resize(size, resample))
+        )
 
 
 @pytest.mark.parametrize(
     ("mode", "kind", "size"),
-    [("1", "png", (8000, 8000)), ("L", "png", (8000, 5100)), ("RGBA", "png", (6000, 4300)), ("RGB", "webp", (5000, 3500))],
+    [
+        ("1", "png", (8000, 8000)),
+        ("L", "png", (8000, 5100)),
+        ("RGBA", "png", (6000, 4300)),
+        ("RGB", "webp", (5000, 3500)),
+    ],
 )
 def test_what_decoding_would_take_is_read_from_the_header(mode: str, kind: str, size: tuple[int, int]) -> None:
     file = io.BytesIO()
     Image.new(mode, size).save(file, kind, **({"method": 0} if kind == "webp" else {"compress_level": 1}))
-    with pytest.raises(InvalidInput, match=r"messages\[0\]: has .* bytes of memory to decode it in, expected at most 201,326,592"):
+    with pytest.raises(
+        InvalidInput, match=r"messages\[0\]: has .* bytes of memory to decode it in, expected at most 201,326,592"
+    ):
         PictureFile.open(file.getvalue(), "messages[0]")
 
 

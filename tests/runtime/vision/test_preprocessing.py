@@ -45,7 +45,10 @@ def published(folder: Path, content: object, name: str = OWN) -> Path:
 
 
 def theirs(folder: Path, image: Image.Image) -> Any:
-    return np.asarray(AutoImageProcessor.from_pretrained(folder, backend="pil")(image, return_tensors="np")["pixel_values"], np.float32)
+    return np.asarray(
+        AutoImageProcessor.from_pretrained(folder, backend="pil")(image, return_tensors="np")["pixel_values"],
+        np.float32,
+    )
 
 
 @pytest.mark.parametrize("kind", CLASSES)
@@ -56,7 +59,10 @@ def test_preprocessing_equals_transformers(kind: str, data: st.DataObject) -> No
     config: dict[str, Any] = {
         "image_processor_type": kind,
         "size": data.draw(
-            st.one_of(st.builds(lambda n: {"shortest_edge": n}, length), st.builds(lambda h, w: {"height": h, "width": w}, length, length))
+            st.one_of(
+                st.builds(lambda n: {"shortest_edge": n}, length),
+                st.builds(lambda h, w: {"height": h, "width": w}, length, length),
+            )
         ),
         "crop_size": {"height": data.draw(length), "width": data.draw(length)},
         "resample": data.draw(st.sampled_from([0, 1, 2, 3, 4, 5])),
@@ -65,12 +71,15 @@ def test_preprocessing_equals_transformers(kind: str, data: st.DataObject) -> No
         "rescale_factor": data.draw(st.sampled_from([1 / 255, 0.01])),
     }
     config |= {
-        f"do_{step}": data.draw(st.sampled_from([True, False, None])) for step in ("resize", "rescale", "normalize", "center_crop", "pad")
+        f"do_{step}": data.draw(st.sampled_from([True, False, None]))
+        for step in ("resize", "rescale", "normalize", "center_crop", "pad")
     }
     if "height" not in config["size"] or not config["do_resize"]:
         config["do_center_crop"] = True
     image = np.asarray(noise(data.draw(st.integers(1, 60)), data.draw(st.integers(1, 60))))
-    expected = np.asarray(LIBRARY[kind](**config)(Image.fromarray(image), return_tensors="np")["pixel_values"], np.float32)
+    expected = np.asarray(
+        LIBRARY[kind](**config)(Image.fromarray(image), return_tensors="np")["pixel_values"], np.float32
+    )
     preprocessor = ImagePreprocessor.model_validate(config)
     actual = preprocessor([image])
     np.testing.assert_allclose(actual, expected, atol=1e-5, rtol=1e-5)
@@ -92,7 +101,12 @@ FILES: dict[str, dict[str, Any]] = {
     "no rgb": {"do_convert_rgb": None},
     "other keys": {"processor_class": "LlavaProcessor", "vision_feature_layer": -2, "data_format": "channels_first"},
     "padding": {"do_pad": True, "image_mean": [0.5, 0.25, 0.75], "size": {"height": 24, "width": 24}},
-    "padding to a shortest edge": {"do_pad": True, "size": {"shortest_edge": 24}, "crop_size": 24, "do_center_crop": True},
+    "padding to a shortest edge": {
+        "do_pad": True,
+        "size": {"shortest_edge": 24},
+        "crop_size": 24,
+        "do_center_crop": True,
+    },
     "no image_mean": {"image_mean": None},
     "no size": {"size": None},
     "no crop size": {"do_center_crop": True, "crop_size": None},
@@ -117,24 +131,39 @@ def test_files_mean_what_transformers_reads_in_them(tmp_path: Path, kind: str, s
             with pytest.raises(BundleError, match=r"preprocessor_config\.json cannot be used: \w"):
                 ImagePreprocessor.from_folder(folder)
         else:
-            np.testing.assert_allclose(ImagePreprocessor.from_folder(folder)([np.asarray(image)]), expected, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(
+                ImagePreprocessor.from_folder(folder)([np.asarray(image)]), expected, atol=1e-5, err_msg=name
+            )
 
 
-@pytest.mark.parametrize("content", [{}, {"do_pad": True}, {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 24}])
+@pytest.mark.parametrize(
+    "content", [{}, {"do_pad": True}, {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 24}]
+)
 def test_files_without_a_class(tmp_path: Path, content: dict[str, Any]) -> None:
     image = noise(40, 60)
     folder = published(tmp_path, content)
-    np.testing.assert_allclose(ImagePreprocessor.from_folder(folder)([np.asarray(image)]), theirs(folder, image), atol=1e-5)
+    np.testing.assert_allclose(
+        ImagePreprocessor.from_folder(folder)([np.asarray(image)]), theirs(folder, image), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("section", ["image_processor", "none", "null"])
 def test_the_nested_file_counts(tmp_path: Path, section: str) -> None:
     """As in transformers 5: a preprocessor_config.json beside it is a stale one, unless nothing is nested."""
-    nested = {"image_processor_type": "CLIPImageProcessor", "size": {"height": 24, "width": 24}, "do_center_crop": False}
-    published(tmp_path, {"image_processor_type": "CLIPImageProcessor", "size": 30, "crop_size": 20, "image_mean": [0.1, 0.2, 0.3]})
+    nested = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"height": 24, "width": 24},
+        "do_center_crop": False,
+    }
     published(
         tmp_path,
-        {"image_processor": {"image_processor": nested, "null": None}[section]} if section != "none" else {"patch_size": 8},
+        {"image_processor_type": "CLIPImageProcessor", "size": 30, "crop_size": 20, "image_mean": [0.1, 0.2, 0.3]},
+    )
+    published(
+        tmp_path,
+        {"image_processor": {"image_processor": nested, "null": None}[section]}
+        if section != "none"
+        else {"patch_size": 8},
         NESTED,
     )
     image = noise(40, 60)
@@ -146,9 +175,15 @@ def test_the_nested_file_counts(tmp_path: Path, section: str) -> None:
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"image_processor_type": "CLIPImageProcessor", "do_pad": True, "pad_size": {"height": 9, "width": 9}}, "pad_size"),
+        (
+            {"image_processor_type": "CLIPImageProcessor", "do_pad": True, "pad_size": {"height": 9, "width": 9}},
+            "pad_size",
+        ),
         ({"do_image_splitting": True}, "do_image_splitting"),
-        ({"image_processor_type": "Qwen2VLImageProcessor"}, "the class Qwen2VLImageProcessor is not supported, expected one of CLIP"),
+        (
+            {"image_processor_type": "Qwen2VLImageProcessor"},
+            "the class Qwen2VLImageProcessor is not supported, expected one of CLIP",
+        ),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "the class Siglip2ImageProcessor"),
         ({"size": {"longest_edge": 224}}, "size has longest_edge, expected shortest_edge, or height and width"),
         ({"size": {"shortest_edge": 0}}, "size shortest_edge"),
@@ -188,7 +223,16 @@ def test_a_strip_cannot_fill_the_memory(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("kind", CLASSES)
 def test_defaults_are_the_library_s(kind: str) -> None:
     ours, library = ImagePreprocessor.model_validate({"image_processor_type": kind}), LIBRARY[kind]()
-    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "resample", "rescale_factor", "image_mean", "image_std"):
+    for name in (
+        "do_resize",
+        "do_center_crop",
+        "do_rescale",
+        "do_normalize",
+        "resample",
+        "rescale_factor",
+        "image_mean",
+        "image_std",
+    ):
         actual, expected = getattr(ours, name), getattr(library, name)
         assert (actual or None) == (expected or None), name
     for name in ("size", "crop_size"):

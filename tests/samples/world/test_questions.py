@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from samples.world import questions
-from samples.world.questions import KINDS, WORDS, Case, Question, Word, draw_scene, draw_word, render_word, scene_questions, word_questions
+from samples.world.questions import (
+    KINDS,
+    WORDS,
+    Case,
+    Question,
+    Word,
+    draw_scene,
+    draw_word,
+    render_word,
+    scene_questions,
+    word_questions,
+)
 from samples.world.scenes import Scene, Thing, held_out
 
 PAIR = Scene("white", (Thing("large", "red", "circle", "left"), Thing("small", "blue", "circle", "right")))
@@ -38,7 +49,9 @@ def test_a_pair_is_asked_about_in_every_way() -> None:
     assert answers["how many shapes are there?"] == {"2"}
     assert answers["how many squares are there?"] == {"0"}
     assert answers["which is further left, the blue circle or the red circle?"] == {"the red circle"}
-    assert answers["describe the picture."] == {"a large red circle on the left and a small blue circle on the right on a white background"}
+    assert answers["describe the picture."] == {
+        "a large red circle on the left and a small blue circle on the right on a white background"
+    }
 
 
 def test_what_would_be_ambiguous_is_not_asked() -> None:

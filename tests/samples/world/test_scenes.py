@@ -3,7 +3,18 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from samples.world.scenes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIZES, Scene, Thing, held_out, picture_scenes, render
+from samples.world.scenes import (
+    BACKGROUNDS,
+    COLOURS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    held_out,
+    picture_scenes,
+    render,
+)
 from samples.world.scenes import test_prompts as held_out_scenes  # under its own name pytest would run it
 
 RED = Thing("large", "red", "circle", "left")
@@ -20,9 +31,18 @@ def test_every_scene_has_its_own_caption() -> None:
 @pytest.mark.parametrize(
     ("scene", "caption"),
     [
-        (Scene("white", (RED, BLUE)), "a large red circle on the left and a small blue square on the right on a white background"),
-        (Scene("black", (Thing("small", "cyan", "triangle", "center"),)), "a small cyan triangle in the center on a black background"),
-        (Scene("gray", (Thing("large", "green", "square", "top left"),)), "a large green square at the top left on a gray background"),
+        (
+            Scene("white", (RED, BLUE)),
+            "a large red circle on the left and a small blue square on the right on a white background",
+        ),
+        (
+            Scene("black", (Thing("small", "cyan", "triangle", "center"),)),
+            "a small cyan triangle in the center on a black background",
+        ),
+        (
+            Scene("gray", (Thing("large", "green", "square", "top left"),)),
+            "a large green square at the top left on a gray background",
+        ),
     ],
 )
 def test_captions_read_well(scene: Scene, caption: str) -> None:

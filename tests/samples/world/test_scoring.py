@@ -101,7 +101,15 @@ def test_refuses_what_is_no_picture() -> None:
 
 @pytest.mark.parametrize(
     ("answer", "right"),
-    [("Blue", True), (" blue. ", True), ("blue", True), ("BLUE .", True), ("blue..", False), ("light blue", False), ("", False)],
+    [
+        ("Blue", True),
+        (" blue. ", True),
+        ("blue", True),
+        ("BLUE .", True),
+        ("blue..", False),
+        ("light blue", False),
+        ("", False),
+    ],
 )
 def test_answers_match_but_for_case_blanks_and_period(answer: str, right: bool) -> None:
     assert score_answer(answer, "blue") is right

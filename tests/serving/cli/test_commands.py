@@ -60,7 +60,19 @@ class TestGenerate:
     def test_over_grpc(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         out = tmp_path / "x.png"
         ended = run(
-            "generate", "--address", warm.address, "--model", "draw", "--prompt", "", "--out", str(out), "--steps", "2", "--seed", "9"
+            "generate",
+            "--address",
+            warm.address,
+            "--model",
+            "draw",
+            "--prompt",
+            "",
+            "--out",
+            str(out),
+            "--steps",
+            "2",
+            "--seed",
+            "9",
         )
         assert (ended.code, ended.out) == (0, f"{out}\n")
         assert re.fullmatch(r"seed 9, \d+\.\d s on fake\n", ended.err)
@@ -70,16 +82,41 @@ class TestGenerate:
         assert warm.draw.calls == 2
 
     def test_verbose(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
-        base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", f"{tmp_path}/x.png", "--steps", "2")
-        warm.draw.engine.decisions = {"attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")}
+        base = (
+            "--address",
+            warm.address,
+            "--model",
+            "draw",
+            "--prompt",
+            "x",
+            "--out",
+            f"{tmp_path}/x.png",
+            "--steps",
+            "2",
+        )
+        warm.draw.engine.decisions = {
+            "attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")
+        }
         lines = run("generate", *base, "-v").err.splitlines()
-        assert len(lines) == 3 and re.fullmatch(r"  denoiser: 2 calls, \d\.\d\d s on none, int8 W8A8, float32", lines[1])
+        assert len(lines) == 3 and re.fullmatch(
+            r"  denoiser: 2 calls, \d\.\d\d s on none, int8 W8A8, float32", lines[1]
+        )
         assert lines[2] == "    attention=float32: measured on this processor: 1.24 x as fast as the default"
         assert len(run("generate", *base).err.splitlines()) == 1
 
     def test_several_pictures(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         ended = run(
-            "generate", "--address", warm.address, "--model", "draw", "--prompt", "x", "--out", f"{tmp_path}/x.png", "--images", "2"
+            "generate",
+            "--address",
+            warm.address,
+            "--model",
+            "draw",
+            "--prompt",
+            "x",
+            "--out",
+            f"{tmp_path}/x.png",
+            "--images",
+            "2",
         )
         assert ended.out.split() == [f"{tmp_path}/x-0.png", f"{tmp_path}/x-1.png"]
 
@@ -100,26 +137,39 @@ class TestGenerate:
             (
                 ("--memory-limit", "4GiB"),
                 2,
-                "memory_limit: belongs to --bundle: what runs on a server is chosen by `enginecast serve --memory-limit`",
+                "memory_limit: belongs to --bundle: what runs on a server is chosen by `enginecast serve "
+                "--memory-limit`",
             ),
             (("--strict",), 2, "strict: belongs to --bundle"),
             (("--place", "unet"), 2, "place: has 'unet', expected SUBMODEL=TARGET[:DEVICE]"),
-            (("--memory-limit", "4 elephants"), 2, "memory_limit: is '4 elephants', expected a size above 0 such as 4GiB"),
+            (
+                ("--memory-limit", "4 elephants"),
+                2,
+                "memory_limit: is '4 elephants', expected a size above 0 such as 4GiB",
+            ),
             (("--out", "x.jpg"), 2, "out: 'x.jpg' has no .png ending"),
             (("--out", "/nowhere/x.png"), 3, "folder /nowhere does not exist"),
             (("--threads", "2"), 2, "threads: belongs to --bundle"),
             (("--bundle", "/nowhere"), 2, "model: and --bundle exclude each other"),
             (("--seed", str(2**63)), 2, "Input should be less than or equal to 9223372036854775807"),
             (("--address", "127.0.0.1:1"), 10, "no server answers there"),
-            (("--bundle", "/nowhere", "--address", "127.0.0.1:1", "--model", ""), 2, "address: and --bundle exclude each other"),
+            (
+                ("--bundle", "/nowhere", "--address", "127.0.0.1:1", "--model", ""),
+                2,
+                "address: and --bundle exclude each other",
+            ),
             (("--prompt", "\udcff"), 2, "prompt: is no valid UTF-8 text"),
         ],
     )
-    def test_mistakes(self, run: Any, warm: FakeServer, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str) -> None:
+    def test_mistakes(
+        self, run: Any, warm: FakeServer, tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
+    ) -> None:
         base = ("--address", warm.address, "--model", "draw", "--prompt", "x", "--out", str(tmp_path / "x.png"))
         ended = run("generate", *base, *arguments)
         assert ended.code == code, ended.err
-        assert message in " ".join(ended.err.replace("│", "").split()) and (ended.err.count("\n") == 1 or "Usage:" in ended.err)
+        assert message in " ".join(ended.err.replace("│", "").split()) and (
+            ended.err.count("\n") == 1 or "Usage:" in ended.err
+        )
         assert not list(tmp_path.glob("*.png*"))
 
     def test_a_number_out_of_range_is_a_usage_error(self, run: Any, tmp_path: Path) -> None:
@@ -127,8 +177,20 @@ class TestGenerate:
 
     def test_interrupting(self, warm: FakeServer, tmp_path: Path) -> None:
         warm.draw.hold()
-        command = ["generate", "--address", warm.address, "--model", "draw", "--prompt", "x", "--out", str(tmp_path / "x.png")]
-        with subprocess.Popen([sys.executable, "-m", "serving.cli.commands", *command], stderr=subprocess.PIPE, text=True) as process:
+        command = [
+            "generate",
+            "--address",
+            warm.address,
+            "--model",
+            "draw",
+            "--prompt",
+            "x",
+            "--out",
+            str(tmp_path / "x.png"),
+        ]
+        with subprocess.Popen(
+            [sys.executable, "-m", "serving.cli.commands", *command], stderr=subprocess.PIPE, text=True
+        ) as process:
             until(lambda: warm.draw.calls == 1, 30)
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 130
@@ -141,7 +203,17 @@ class TestGenerate:
 class TestChat:
     def test_one_question(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
         Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
-        ended = run("chat", "--address", warm.address, "--model", "talk", "--image", str(tmp_path / "p.png"), "--prompt", "what?")
+        ended = run(
+            "chat",
+            "--address",
+            warm.address,
+            "--model",
+            "talk",
+            "--image",
+            str(tmp_path / "p.png"),
+            "--prompt",
+            "what?",
+        )
         assert (ended.code, ended.out) == (0, "a red círcle\n")
         assert "3 tokens" in ended.err
 
@@ -154,12 +226,16 @@ class TestChat:
             return chat(self, request)
 
         monkeypatch.setattr(FakeModel, "pipeline", pipeline)
-        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input="what?\nsure?\n\n")
+        ended = CliRunner().invoke(
+            cli.app, ["chat", "--address", warm.address, "--model", "talk"], input="what?\nsure?\n\n"
+        )
         assert ended.exit_code == 0, ended.output
         first = ("user", ("what?",))
         assert seen == [[first], [first, ("assistant", ("a red círcle",)), ("user", ("sure?",))]]
 
-    def test_commands_of_a_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_commands_of_a_conversation(
+        self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
         seen = []
         chat = FakeModel.pipeline
 
@@ -191,7 +267,9 @@ class TestChat:
         """A banner, errors that do not end the conversation, and one short line behind each answer."""
         command = [sys.executable, "-m", "serving.cli.commands", "chat", "--address", warm.address, "--model", "talk"]
         ours, theirs = pty.openpty()
-        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True) as process:
+        with subprocess.Popen(
+            command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=ROOT, start_new_session=True
+        ) as process:
             os.close(theirs)
             shown = b""
 
@@ -214,12 +292,17 @@ class TestChat:
     def test_no_picture(self, run: Any, tmp_path: Path) -> None:
         (tmp_path / "fox.txt").write_text("a red fox")
         ended = run("chat", "--image", f"{tmp_path}/fox.txt", "--prompt", "what?")
-        assert ended.code == 2 and f"enginecast: {tmp_path}/fox.txt: is no PNG" in ended.err, "the file is named, not a field"
+        assert ended.code == 2 and f"enginecast: {tmp_path}/fox.txt: is no PNG" in ended.err, (
+            "the file is named, not a field"
+        )
         assert run("chat", "--image", str(tmp_path), "--prompt", "what?").code == 3
 
     def test_a_missing_picture(self, run: Any) -> None:
         ended = run("chat", "--image", "/nowhere.png", "--prompt", "what?")
-        assert (ended.code, ended.err) == (3, "enginecast: picture /nowhere.png cannot be read: No such file or directory\n")
+        assert (ended.code, ended.err) == (
+            3,
+            "enginecast: picture /nowhere.png cannot be read: No such file or directory\n",
+        )
 
     def test_in_process_wrong_kind(self, run: Any, local: FakeModel) -> None:
         ended = run("chat", "--bundle", "somewhere", "--prompt", "what?")
@@ -256,7 +339,8 @@ class TestServe:
             bundle(tmp_path, name)
         (tmp_path / "broken" / MANIFEST).write_text("{")
         program = (
-            "import sys, serving.cli.commands, runtime.placing.loading; from pathlib import Path; from runtime.errors import BundleError\n"
+            "import sys, serving.cli.commands, runtime.placing.loading; from pathlib import Path; from runtime.errors "
+            "import BundleError\n"
             "from serving.fake import FakeModel\n"
             "def load(bundle, *_):\n"
             "    root = bundle if isinstance(bundle, Path) else bundle.root\n"
@@ -274,9 +358,13 @@ class TestServe:
             with Client(address) as client:
                 models = {model.name: model for model in client.models()}
                 assert {name: model.state for name, model in models.items()} == {
-                    "good": model_pb2.MODEL_STATE_READY, "broken": model_pb2.MODEL_STATE_FAILED, "altered": model_pb2.MODEL_STATE_FAILED,
+                    "good": model_pb2.MODEL_STATE_READY, "broken": model_pb2.MODEL_STATE_FAILED,
+                    "altered": model_pb2.MODEL_STATE_FAILED,
                 }  # fmt: skip
-                assert models["altered"].error == "bundle altered is damaged" and str(tmp_path) not in models["broken"].error
+                assert (
+                    models["altered"].error == "bundle altered is damaged"
+                    and str(tmp_path) not in models["broken"].error
+                )
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0 and "Traceback" not in process.stderr.read()
 
@@ -319,7 +407,11 @@ class TestDevices:
             ("fake", True, ""), ("broken", False, "no such device: [extra]"),
         ]  # fmt: skip
         host = found["devices"][0]
-        assert (host["name"], host["kind"]) == ("cpu", "cpu") and host["memory"] > host["free"] > 0 and found["processors"] > 0
+        assert (
+            (host["name"], host["kind"]) == ("cpu", "cpu")
+            and host["memory"] > host["free"] > 0
+            and found["processors"] > 0
+        )
 
     def test_what_was_chosen_for_the_processor(self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         """In a cache of its own, where the default is planted to take twice as long."""
@@ -341,7 +433,8 @@ class TestDevices:
         warm.draw.engine.decisions = {"attention": Decision("float32", "as set")}
         found = json.loads(run("devices", "--json", "--address", warm.address).out)
         assert found["models"][0] == {
-            "model": "draw", "submodel": "denoiser", "target": "fake", "device": "none", "precision": "int8 W8A8, float32", "fallbacks": [],
+            "model": "draw", "submodel": "denoiser", "target": "fake", "device": "none",
+            "precision": "int8 W8A8, float32", "fallbacks": [],
             "choices": ["attention=float32: as set"],
         }  # fmt: skip
         assert "draw: it did not fit" in found["notes"]
@@ -358,7 +451,9 @@ class TestDevices:
         manifest = json.loads((root / MANIFEST).read_bytes())
         signature = {"inputs": [], "outputs": []}
         names = ("vision_encoder", "decoder")
-        manifest["submodels"] = [{"name": n, "signature": signature, "graph": "g", "precision": "int8", "nbytes": 1000} for n in names]
+        manifest["submodels"] = [
+            {"name": n, "signature": signature, "graph": "g", "precision": "int8", "nbytes": 1000} for n in names
+        ]
         manifest["artifacts"] = [{"target": "onnxruntime", "submodel": name} for name in names]
         (root / MANIFEST).write_text(json.dumps(manifest))
         found = json.loads(run("devices", "--json", "--bundle", str(root), "--place", "decoder=cpu").out)
@@ -373,7 +468,8 @@ class TestDevices:
 class TestForwarding:
     def test_help_of_another_layer(self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "other_cli.py").write_text(
-            "import typer\napp = typer.Typer()\n@app.command()\ndef bench(source: str, fast: bool = False): print(source, fast)\n"
+            "import typer\napp = typer.Typer()\n@app.command()\ndef bench(source: str, fast: bool = False): "
+            "print(source, fast)\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setitem(cli.FORWARDS, "bench", ("other_cli", ""))
@@ -392,10 +488,13 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; from serving.cli.commands import app\n"
         "try: app(['--help'])\n"
         "except SystemExit: pass\n"
-        "print(sorted({'torch', 'onnxruntime', 'openvino', 'grpc', 'numpy', 'export', 'profiles'} & set(sys.modules)), file=sys.stderr)"
+        "print(sorted({'torch', 'onnxruntime', 'openvino', 'grpc', 'numpy', 'export', 'profiles'} & set(sys.modules)), "
+        "file=sys.stderr)"
     )
     environment = os.environ | {"COLUMNS": "200"}
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=True)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=True
+    )
     assert ended.stderr == "[]\n"
     commands = ("serve", "generate", "chat", "devices", "build", "inspect", "verify", "bench")
     assert all(f"  {command} " in ended.stdout for command in commands)

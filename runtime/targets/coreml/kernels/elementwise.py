@@ -12,13 +12,32 @@ from runtime.targets.coreml.kernels.base import KERNELS, TYPES, Kernel, kernel
 
 def _elementwise() -> dict[str, Kernel]:
     unary: dict[str, Any] = {
-        **{"abs": np.abs, "ceil": np.ceil, "cos": np.cos, "exp": np.exp, "floor": np.floor, "logical_not": np.logical_not},
+        **{
+            "abs": np.abs,
+            "ceil": np.ceil,
+            "cos": np.cos,
+            "exp": np.exp,
+            "floor": np.floor,
+            "logical_not": np.logical_not,
+        },
         **{"sin": np.sin, "sqrt": np.sqrt, "square": np.square, "tanh": np.tanh, "identity": np.asarray},
     }
     binary: dict[str, Any] = {
-        **{"add": np.add, "equal": np.equal, "floor_div": np.floor_divide, "greater": np.greater, "greater_equal": np.greater_equal},
+        **{
+            "add": np.add,
+            "equal": np.equal,
+            "floor_div": np.floor_divide,
+            "greater": np.greater,
+            "greater_equal": np.greater_equal,
+        },
         **{"less": np.less, "less_equal": np.less_equal, "logical_and": np.logical_and, "logical_or": np.logical_or},
-        **{"maximum": np.maximum, "minimum": np.minimum, "mul": np.multiply, "not_equal": np.not_equal, "pow": np.power},
+        **{
+            "maximum": np.maximum,
+            "minimum": np.minimum,
+            "mul": np.multiply,
+            "not_equal": np.not_equal,
+            "pow": np.power,
+        },
         **{"real_div": np.divide, "sub": np.subtract},
     }
     made: dict[str, Kernel] = {name: (lambda x, of=function: of(x)) for name, function in unary.items()}
@@ -51,10 +70,23 @@ def _rsqrt(x: Any, epsilon: Any) -> Any:
 
 @kernel("erf")
 def erf(x: Any) -> Any:
-    """The error function within 1.2e-7 (Numerical Recipes, erfc by a Chebyshev fit; W. H. Press et al., section 6.2)."""
+    """The error function within 1.2e-7 (Numerical Recipes, erfc by a Chebyshev fit; W. H. Press et al.,
+    section 6.2).
+    """
     size = np.abs(x.astype(np.float64))
     t = 1 / (1 + 0.5 * size)
-    terms = (-1.26551223, 1.00002368, 0.37409196, 0.09678418, -0.18628806, 0.27886807, -1.13520398, 1.48851587, -0.82215223, 0.17087277)
+    terms = (
+        -1.26551223,
+        1.00002368,
+        0.37409196,
+        0.09678418,
+        -0.18628806,
+        0.27886807,
+        -1.13520398,
+        1.48851587,
+        -0.82215223,
+        0.17087277,
+    )
     rest = t * np.exp(-size * size + np.polynomial.polynomial.polyval(t, terms))
     return np.copysign(1 - rest, x).astype(x.dtype)
 

@@ -50,7 +50,9 @@ def _conv(
     """In two dimensions, as a product of weights with patches."""
     assert x.ndim == 4 and pad_type in ("valid", "custom")
     top, bottom, left, right = (0, 0, 0, 0) if pad is None or pad_type == "valid" else map(int, pad)
-    (down, across), (dy, dx) = ([1, 1] if given is None else [int(step) for step in given] for given in (strides, dilations))
+    (down, across), (dy, dx) = (
+        [1, 1] if given is None else [int(step) for step in given] for given in (strides, dilations)
+    )
     x = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)))
     batch, _, height, width = x.shape
     filters, inner, kh, kw = weight.shape
@@ -66,14 +68,18 @@ def _conv(
             own = slice(group * (filters // groups), (group + 1) * (filters // groups))
             for row in range(0, rows, at_once):
                 patches = windows[:, :, :, row : row + at_once].reshape(inner * kh * kw, -1)
-                result[image, own, row : row + at_once] = (flat[group] @ patches).reshape(filters // groups, -1, columns)
+                result[image, own, row : row + at_once] = (flat[group] @ patches).reshape(
+                    filters // groups, -1, columns
+                )
     if bias is not None:
         result += bias[:, None, None]
     return result
 
 
 def _windows(x: Array, height: int, width: int) -> Array:
-    """[channels, rows, columns, height, width]: what lies behind a window of that size at each place of x [channels, ...], as a view."""
+    """[channels, rows, columns, height, width]: what lies behind a window of that size at each place of x [channels,
+    ...], as a view.
+    """
     view: Any = np.lib.stride_tricks.sliding_window_view
     windows: Array = view(x, (height, width), (1, 2))
     return windows

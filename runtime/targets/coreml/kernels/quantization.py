@@ -24,7 +24,9 @@ def _constexpr_cast(source_val: Array, output_dtype: str) -> Any:
 def _along(parameter: Any, input: Any, axis: Any) -> Any:
     """A number for all, or one for each along the axis."""
     return (
-        parameter if np.ndim(parameter) == 0 else parameter.reshape([-1 if at == int(axis) % input.ndim else 1 for at in range(input.ndim)])
+        parameter
+        if np.ndim(parameter) == 0
+        else parameter.reshape([-1 if at == int(axis) % input.ndim else 1 for at in range(input.ndim)])
     )
 
 

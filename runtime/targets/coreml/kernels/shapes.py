@@ -11,7 +11,19 @@ from runtime.bundle.signature import Array
 from runtime.targets.coreml.kernels.base import kernel
 
 MOVES: Final = frozenset(
-    ("concat", "const", "expand_dims", "gather", "gather_nd", "identity", "read_state", "reshape", "select", "shape", "slice_by_index")
+    (
+        "concat",
+        "const",
+        "expand_dims",
+        "gather",
+        "gather_nd",
+        "identity",
+        "read_state",
+        "reshape",
+        "select",
+        "shape",
+        "slice_by_index",
+    )
 ) | frozenset(("slice_update", "split", "squeeze", "tile", "transpose", "upsample_nearest_neighbor"))
 """Operations that compute nothing: 16-bit floats go through them as they are."""
 
@@ -26,7 +38,10 @@ def _reshape(x: Array, shape: Array) -> Any:
     """0 stands for the length of that axis, counted from the last (iOS 17)."""
     lengths = [int(length) for length in shape]
     from_end = len(x.shape) - len(lengths)
-    kept = [x.shape[axis + from_end] if length == 0 and axis + from_end >= 0 else length or 1 for axis, length in enumerate(lengths)]
+    kept = [
+        x.shape[axis + from_end] if length == 0 and axis + from_end >= 0 else length or 1
+        for axis, length in enumerate(lengths)
+    ]
     return x.reshape(kept)
 
 
@@ -83,7 +98,9 @@ def _slices(
     no = [False] * x.ndim
     assert squeeze_mask is None or not any(squeeze_mask)
     steps = [1] * x.ndim if stride is None else [int(step) for step in stride]
-    starts = [None if free else int(at) for at, free in zip(begin, no if begin_mask is None else begin_mask, strict=True)]
+    starts = [
+        None if free else int(at) for at, free in zip(begin, no if begin_mask is None else begin_mask, strict=True)
+    ]
     ends = [None if free else int(at) for at, free in zip(end, no if end_mask is None else end_mask, strict=True)]
     return tuple(map(slice, starts, ends, steps))
 

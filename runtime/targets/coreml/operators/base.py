@@ -54,7 +54,11 @@ def reshaped(t: Any, x: Any, shape: list[Any]) -> Any:
 def kept(t: Any, x: Any, axis: int) -> Any:
     """The length of an axis: a number where it is fixed, else a vector of one."""
     length = x.shape[axis]
-    return int(length) if isinstance(length, int | np.integer) else t.mb.slice_by_index(x=t.mb.shape(x=x), begin=[axis], end=[axis + 1])
+    return (
+        int(length)
+        if isinstance(length, int | np.integer)
+        else t.mb.slice_by_index(x=t.mb.shape(x=x), begin=[axis], end=[axis + 1])
+    )
 
 
 def placed(t: Any, node: Any, rest: list[int], axes: Any, computed: Any) -> Any:

@@ -9,12 +9,36 @@ from runtime.targets.coreml.constants import Constant
 from runtime.targets.coreml.operators.base import attribute, given, like, operator, refuse
 
 UNARY: Final[Mapping[str, str]] = {
-    **{"Abs": "abs", "Ceil": "ceil", "Cos": "cos", "Erf": "erf", "Exp": "exp", "Floor": "floor", "Not": "logical_not", "Relu": "relu"},
+    **{
+        "Abs": "abs",
+        "Ceil": "ceil",
+        "Cos": "cos",
+        "Erf": "erf",
+        "Exp": "exp",
+        "Floor": "floor",
+        "Not": "logical_not",
+        "Relu": "relu",
+    },
     **{"Sigmoid": "sigmoid", "Sin": "sin", "Sqrt": "sqrt", "Tanh": "tanh"},
 }
 BINARY: Final[Mapping[str, str]] = {
-    **{"Add": "add", "And": "logical_and", "Equal": "equal", "Greater": "greater", "GreaterOrEqual": "greater_equal", "Less": "less"},
-    **{"LessOrEqual": "less_equal", "Max": "maximum", "Min": "minimum", "Mul": "mul", "Or": "logical_or", "Pow": "pow", "Sub": "sub"},
+    **{
+        "Add": "add",
+        "And": "logical_and",
+        "Equal": "equal",
+        "Greater": "greater",
+        "GreaterOrEqual": "greater_equal",
+        "Less": "less",
+    },
+    **{
+        "LessOrEqual": "less_equal",
+        "Max": "maximum",
+        "Min": "minimum",
+        "Mul": "mul",
+        "Or": "logical_or",
+        "Pow": "pow",
+        "Sub": "sub",
+    },
 }
 REDUCTIONS: Final[Mapping[str, str]] = {
     "ReduceMax": "reduce_max",
@@ -22,7 +46,13 @@ REDUCTIONS: Final[Mapping[str, str]] = {
     "ReduceMin": "reduce_min",
     "ReduceSum": "reduce_sum",
 }
-TYPES: Final[Mapping[str, str]] = {"FLOAT": "fp32", "FLOAT16": "fp16", "INT64": "int32", "INT32": "int32", "BOOL": "bool"}
+TYPES: Final[Mapping[str, str]] = {
+    "FLOAT": "fp32",
+    "FLOAT16": "fp16",
+    "INT64": "int32",
+    "INT32": "int32",
+    "BOOL": "bool",
+}
 
 
 @operator(*UNARY)

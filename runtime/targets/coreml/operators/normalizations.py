@@ -22,7 +22,9 @@ def _layer_norm(t: Any, node: Any) -> Any:
 
 @operator("GroupNormalization")
 def _group_norm(t: Any, node: Any) -> Any:
-    """Means over the positions of each channel, then over the channels of each group: no shape depends on how many positions there are."""
+    """Means over the positions of each channel, then over the channels of each group: no shape depends on how many
+    positions there are.
+    """
     x, groups = t.var(node.inputs[0]), attribute(node, "num_groups", 1)
     centred = t.mb.sub(x=x, y=_group_means(t, x, groups))
     epsilon = attribute(node, "epsilon", 1e-5)
@@ -41,7 +43,8 @@ def _group_norm(t: Any, node: Any) -> Any:
 def _normal_in_half(t: Any, centred: Any, groups: int, epsilon: float) -> Any:
     """Divided by the group's greatest value first: from 256 on, a square is beyond what 16 bits hold.
 
-    With z = centred / greatest, centred / sqrt(mean(centred ** 2) + epsilon) is z / sqrt(mean(z ** 2) + epsilon / greatest ** 2).
+    With z = centred / greatest, centred / sqrt(mean(centred ** 2) + epsilon) is z / sqrt(mean(z ** 2) + epsilon /
+    greatest ** 2).
     """
     greatest = t.mb.maximum(x=_of_groups(t, t.mb.abs(x=centred), groups, t.mb.reduce_max), y=like(t, centred, LEAST))
     shares = t.mb.real_div(x=centred, y=greatest)
@@ -59,4 +62,6 @@ def _of_groups(t: Any, x: Any, groups: int, reduce: Any) -> Any:
     channels = int(x.shape[1])
     found = reduce(x=x, axes=list(range(2, x.rank)), keep_dims=True)
     found = reduce(x=t.mb.reshape(x=found, shape=[-1, groups, channels // groups]), axes=[2], keep_dims=True)
-    return t.mb.reshape(x=t.mb.tile(x=found, reps=[1, 1, channels // groups]), shape=[-1, channels] + [1] * (x.rank - 2))
+    return t.mb.reshape(
+        x=t.mb.tile(x=found, reps=[1, 1, channels // groups]), shape=[-1, channels] + [1] * (x.rank - 2)
+    )

@@ -16,7 +16,13 @@ def _quantize(t: Any, node: Any) -> Any:
     scale, offset = t.numbers(node.inputs[1]), t.numbers(given(node, 2))
     if scale is None or (given(node, 2) is not None and offset is None):
         raise refuse(node, "has a computed scale")
-    dtype = "int8" if offset is None and attribute(node, "output_dtype", 2) == 3 else "uint8" if offset is None else offset.dtype.name
+    dtype = (
+        "int8"
+        if offset is None and attribute(node, "output_dtype", 2) == 3
+        else "uint8"
+        if offset is None
+        else offset.dtype.name
+    )
     return t.mb.quantize(input=t.var(node.inputs[0]), output_dtype=dtype, **_affine(node, scale, offset))
 
 
@@ -45,7 +51,9 @@ def _affine(node: Any, scale: Any, offset: Any) -> dict[str, Any]:
 
 
 def _blocks(shape: tuple[int, ...], axis: int, scales: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of scales with the rank of their codes: one for all, one for each along an axis, or one for each block."""
+    """The shape of scales with the rank of their codes: one for all, one for each along an axis, or one for
+    each block.
+    """
     if len(scales) == len(shape) and len(shape) > 1:
         return scales
     if math.prod(scales) == 1:

@@ -55,7 +55,10 @@ def _squeeze(t: Any, node: Any) -> Any:
     axes = t.numbers(given(node, 1))
     x = t.var(node.inputs[0])
     return t.mb.squeeze(
-        x=x, axes=[axis for axis, length in enumerate(x.shape) if length == 1] if axes is None else [int(axis) for axis in axes]
+        x=x,
+        axes=[axis for axis, length in enumerate(x.shape) if length == 1]
+        if axes is None
+        else [int(axis) for axis in axes],
     )
 
 
@@ -120,7 +123,12 @@ def _clamped(start: int, length: Any) -> int:
 
 @operator("Gather")
 def _gather(t: Any, node: Any) -> Any:
-    return t.mb.gather(x=t.weight(node.inputs[0]), indices=t.var(node.inputs[1]), axis=attribute(node, "axis", 0), validate_indices=False)
+    return t.mb.gather(
+        x=t.weight(node.inputs[0]),
+        indices=t.var(node.inputs[1]),
+        axis=attribute(node, "axis", 0),
+        validate_indices=False,
+    )
 
 
 @operator("GatherND")

@@ -22,7 +22,9 @@ from runtime.targets.coreml.translate import translate
 
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.booleans())
-def test_blocks_are_dequantized_as_onnxruntime_does(seed: int, blocks: int, columns: int, size: int, shifted: bool) -> None:
+def test_blocks_are_dequantized_as_onnxruntime_does(
+    seed: int, blocks: int, columns: int, size: int, shifted: bool
+) -> None:
     rng = np.random.default_rng(seed)
     codes = rng.integers(-128, 128, (blocks * size, columns)).astype(np.int8)
     scale = rng.random((blocks, columns)).astype(np.float32)
@@ -30,12 +32,18 @@ def test_blocks_are_dequantized_as_onnxruntime_does(seed: int, blocks: int, colu
     held = {"codes": codes, "scale": scale} | ({} if offset is None else {"offset": offset})
     node = helper.make_node("DequantizeLinear", list(held), ["y"], axis=0, block_size=size)
     graph = helper.make_graph(
-        [node], "g", [], [helper.make_empty_tensor_value_info("y")], [numpy_helper.from_array(value, name) for name, value in held.items()]
+        [node],
+        "g",
+        [],
+        [helper.make_empty_tensor_value_info("y")],
+        [numpy_helper.from_array(value, name) for name, value in held.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    (expected,) = onnxruntime.InferenceSession(onnx.shape_inference.infer_shapes(model).SerializeToString(), options).run(["y"], {})
+    (expected,) = onnxruntime.InferenceSession(
+        onnx.shape_inference.infer_shapes(model).SerializeToString(), options
+    ).run(["y"], {})
     np.testing.assert_array_equal(dequantize(codes, scale, offset), expected)
     turned = Constant(codes.shape, "int8", "float32", lambda: codes, scale, offset).transposed((1, 0))
     assert turned.shape == (columns, blocks * size) and turned.blocks == (1, size)
@@ -92,7 +100,9 @@ def test_weights_are_read_one_after_another_when_the_package_is_written(tmp_path
             name=f"w{layer}",
             base_dir=tmp_path,
         )
-        weight = ir.Value(name=f"w{layer}", type=ir.TensorType(ir.DataType.FLOAT16), shape=tensor.shape, const_value=tensor)
+        weight = ir.Value(
+            name=f"w{layer}", type=ir.TensorType(ir.DataType.FLOAT16), shape=tensor.shape, const_value=tensor
+        )
         held.append(weight)
         nodes.append(ir.node("Cast", [weight], {"to": ir.DataType.FLOAT}, name=f"cast{layer}"))
         nodes[-1].outputs[0].shape = tensor.shape
@@ -111,6 +121,12 @@ def test_weights_are_read_one_after_another_when_the_package_is_written(tmp_path
     save(program, [], tmp_path / "m.mlpackage")
     assert heard == [data[0].nbytes] * layers
     package = Package(tmp_path / "m.mlpackage")
-    blobs = [operation.inputs["source_val"].arguments[0].value for operation in package.operations if operation.type == "constexpr_cast"]
+    blobs = [
+        operation.inputs["source_val"].arguments[0].value
+        for operation in package.operations
+        if operation.type == "constexpr_cast"
+    ]
     for layer, blob in enumerate(blobs):
-        np.testing.assert_array_equal(package.blob(blob.blobFileValue.offset, "float16", (columns, rows)), data[layer].T)
+        np.testing.assert_array_equal(
+            package.blob(blob.blobFileValue.offset, "float16", (columns, rows)), data[layer].T
+        )

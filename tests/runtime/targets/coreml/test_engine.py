@@ -1,4 +1,6 @@
-"""Core ML: packages of every submodel and recipe, interpreted beside ONNX Runtime; the engine on a fake MLModel, and on a Mac."""
+"""Core ML: packages of every submodel and recipe, interpreted beside ONNX Runtime; the engine on a fake MLModel, and on
+a Mac.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,10 @@ from runtime.targets.coreml.package import Package
 from runtime.targets.coreml.sdk import coremltools
 
 FLOORS = {"none": 100.0, "int8-weight": 100.0, "int4": 20.0, "int8": 20.0}
-"""dB between the package and ONNX Runtime. Codes of quantized activations that lie between two are rounded to either, and layers behind
-them carry that on: noise of one part in a million added to the input of the same ONNX Runtime makes as much of a difference."""
+"""dB between the package and ONNX Runtime. Codes of quantized activations that lie between two are rounded to either,
+and layers behind them carry that on: noise of one part in a million added to the input of the same ONNX Runtime makes
+as much of a difference.
+"""
 CACHED = 45.0
 """dB with keys and values kept in 16 bits, behind which codes of activations may again be others."""
 
@@ -40,7 +44,9 @@ def needs_coremltools() -> None:
 
 
 def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
-    """A folder with the submodel's graph as the recipe makes it, with ranges wide enough for anything, where a bundle would have it."""
+    """A folder with the submodel's graph as the recipe makes it, with ranges wide enough for anything, where a bundle
+    would have it.
+    """
     import onnx_ir as ir
 
     from calibration.observe.ranges import Range
@@ -86,10 +92,15 @@ def stateless(bundle: Bundle) -> Iterator[Submodel]:
     [
         *(("vlm_bundle", recipe) for recipe in FLOORS),
         ("diffusion_bundle", "int8"),
-        *(pytest.param("diffusion_bundle", recipe, marks=pytest.mark.full) for recipe in ("none", "int8-weight", "int4")),
+        *(
+            pytest.param("diffusion_bundle", recipe, marks=pytest.mark.full)
+            for recipe in ("none", "int8-weight", "int4")
+        ),
     ],
 )
-def test_every_recipe_of_both_samples_agrees(request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str) -> None:
+def test_every_recipe_of_both_samples_agrees(
+    request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str
+) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
     for submodel in stateless(bundle):
         root = quantized(bundle, submodel, recipe, tmp_path / submodel.name)
@@ -152,7 +163,9 @@ class Talk:
 @pytest.fixture(scope="module")
 def decoder(tiny_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Engine:
     """The decoder of a tiny model, with a cache of 32 positions."""
-    return emulated(Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, tmp_path_factory.mktemp("engines"), context="32")
+    return emulated(
+        Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, tmp_path_factory.mktemp("engines"), context="32"
+    )
 
 
 def test_slots_keep_to_themselves_and_begin_anew(decoder: Engine, tiny_bundle: Path) -> None:
@@ -202,7 +215,9 @@ def test_padding_on_the_left_is_left_out(decoder: Engine) -> None:
 
 
 @pytest.mark.parametrize("shapes", ["enumerated", "fixed"])
-def test_a_prompt_is_cut_into_lengths_that_were_compiled(decoder: Engine, tiny_bundle: Path, tmp_path: Path, shapes: str) -> None:
+def test_a_prompt_is_cut_into_lengths_that_were_compiled(
+    decoder: Engine, tiny_bundle: Path, tmp_path: Path, shapes: str
+) -> None:
     lengths = "sequence=1:4:8" if shapes == "enumerated" else "sequence=1"
     engine: Any = emulated(decoder.submodel, tiny_bundle, tmp_path, context="32", shapes=shapes, lengths=lengths)
     counts: list[int] = []
@@ -227,7 +242,9 @@ def test_other_shapes_than_compiled_are_refused(diffusion_bundle: Path, tmp_path
     submodel = bundle.submodel("text_encoder")
     engine: Any = emulated(submodel, bundle.root, tmp_path, shapes=shapes, lengths="batch=1:2:3,sequence=4:8:16")
     other = reference(submodel, bundle.root)
-    allowed = [{"batch": 2, "sequence": 8}] + [{"batch": 1, "sequence": 4}, {"batch": 3, "sequence": 16}] * (shapes == "enumerated")
+    allowed = [{"batch": 2, "sequence": 8}] + [{"batch": 1, "sequence": 4}, {"batch": 3, "sequence": 16}] * (
+        shapes == "enumerated"
+    )
     for lengths in allowed:
         inputs = submodel.signature.sample(lengths)
         assert snr(other.run(inputs)["last_hidden_state"], engine.run(inputs)["last_hidden_state"]) > 100
@@ -244,7 +261,9 @@ def test_half_precision_halves_the_rest_and_is_computed(diffusion_bundle: Path, 
     engine: Any = emulated(submodel, bundle.root, tmp_path, precision="float16")
     by_bundle: Any = emulated(submodel.model_copy(update={"compute": "float16"}), bundle.root, tmp_path / "2")
     inputs = submodel.signature.sample(submodel.signature.sample_lengths())
-    (wanted,), (got,), (same,) = (one.run(inputs).values() for one in (reference(submodel, bundle.root), engine, by_bundle))
+    (wanted,), (got,), (same,) = (
+        one.run(inputs).values() for one in (reference(submodel, bundle.root), engine, by_bundle)
+    )
     assert 40 < snr(wanted, got) < 90 and engine.computes == by_bundle.computes == "float16"
     np.testing.assert_array_equal(got, same)
     wide = {output.dtype for step in engine._model.steps if step.kind in ("linear", "conv") for output in step.outputs}
@@ -278,7 +297,11 @@ def test_an_artifact_says_what_it_is(tiny_bundle: Path, tmp_path: Path) -> None:
     assert artifact.settings == {"context": "32"} and artifact.seconds > 0 and not CoreML.reads_graph(artifact)
     assert [path.name for path in tmp_path.iterdir()] == [folder]
     shares = [share for share, _ in heard]
-    assert shares == sorted(shares) and shares[-1] == 1 and {"Program translated", "Weights written"} <= {phase for _, phase in heard}
+    assert (
+        shares == sorted(shares)
+        and shares[-1] == 1
+        and {"Program translated", "Weights written"} <= {phase for _, phase in heard}
+    )
     spec = Package(tmp_path / folder).spec
     states = {feature.name: list(feature.type.stateType.arrayType.shape) for feature in spec.description.state}
     assert spec.specificationVersion == 9 and len(states) == len(submodel.signature.states)
@@ -288,7 +311,9 @@ def test_an_artifact_says_what_it_is(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_a_package_holds_what_its_weights_take(vlm_bundle: Path, tmp_path: Path) -> None:
-    """Not more than the canonical weights and 10 % of them: half where stored in half. int4 nested in int8 is stored as int8."""
+    """Not more than the canonical weights and 10 % of them: half where stored in half. int4 nested in int8 is stored as
+    int8.
+    """
     bundle = Bundle(vlm_bundle)
     submodel = bundle.submodel("vision_encoder")
     sizes = {}
@@ -395,7 +420,9 @@ def mac(monkeypatch: pytest.MonkeyPatch) -> type[FakeMLModel]:
     monkeypatch.setattr(platform, "mac_ver", lambda: ("15.2", ("", "", ""), "arm64"))
     real = coremltools()
     fake = SimpleNamespace(
-        models=SimpleNamespace(MLModel=FakeMLModel), ComputeUnit=real.ComputeUnit, ReshapeFrequency=real.ReshapeFrequency
+        models=SimpleNamespace(MLModel=FakeMLModel),
+        ComputeUnit=real.ComputeUnit,
+        ReshapeFrequency=real.ReshapeFrequency,
     )
     fake.SpecializationStrategy = real.SpecializationStrategy
     monkeypatch.setattr(coreml, "coremltools", lambda: fake)
@@ -408,13 +435,18 @@ def test_a_mac_loads_a_bundle_and_says_where_it_runs(mac: type[FakeMLModel], tin
     root.mkdir()
     names = ("decoder", "token_embedding")
     artifacts = [
-        CoreML.compile(bundle.submodel(name), tiny_bundle / bundle.submodel(name).graph, root / "engines" / "coreml") for name in names
+        CoreML.compile(bundle.submodel(name), tiny_bundle / bundle.submodel(name).graph, root / "engines" / "coreml")
+        for name in names
     ]
-    (root / "manifest.json").write_text(bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)}).model_dump_json())
+    (root / "manifest.json").write_text(
+        bundle.manifest.model_copy(update={"artifacts": tuple(artifacts)}).model_dump_json()
+    )
     options = Options(device="CPU_AND_NE", settings={"reshapes": "frequent", "specialization": "fast"})
     decoder, embedding = (targets()["coreml"].load(bundle.submodel(name), root, options) for name in names)
     ct = coremltools()
-    assert decoder.device == "coreml:CPU_AND_NE" and [model.units for model in mac.made] == [ct.ComputeUnit.CPU_AND_NE] * 2
+    assert (
+        decoder.device == "coreml:CPU_AND_NE" and [model.units for model in mac.made] == [ct.ComputeUnit.CPU_AND_NE] * 2
+    )
     assert mac.made[0].hints == {
         "reshapeFrequency": ct.ReshapeFrequency.Frequent,
         "specializationStrategy": ct.SpecializationStrategy.FastPrediction,

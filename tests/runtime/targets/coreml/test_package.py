@@ -18,7 +18,9 @@ from runtime.targets.coreml.package import MODEL, WEIGHTS, Package, unpacked
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=9))
 def test_four_bit_numbers_are_unpacked(codes: list[int]) -> None:
     padded = [*codes, 0]
-    packed = np.array([(low & 15) | (high & 15) << 4 for low, high in zip(padded[::2], padded[1::2], strict=False)], np.uint8)
+    packed = np.array(
+        [(low & 15) | (high & 15) << 4 for low, high in zip(padded[::2], padded[1::2], strict=False)], np.uint8
+    )
     assert unpacked(packed, len(codes)).tolist() == codes
 
 
@@ -41,7 +43,9 @@ def test_weights_are_those_that_were_written(written: Path) -> None:
     np.testing.assert_array_equal(blob, np.arange(40 * 200, dtype=np.float32).reshape(40, 200).T)
 
 
-@pytest.mark.parametrize("damage", ["no model", "no program", "garbage", "no weights", "short weights", "other weights"])
+@pytest.mark.parametrize(
+    "damage", ["no model", "no program", "garbage", "no weights", "short weights", "other weights"]
+)
 def test_damage_is_named(written: Path, damage: str) -> None:
     model, weights = written / MODEL, written / WEIGHTS
     if damage == "no model":

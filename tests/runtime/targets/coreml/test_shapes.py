@@ -14,7 +14,8 @@ from runtime.targets.lowering.static_cache import capacity
 
 HEIGHT = Dim(name="height", min=0, opt=64, max=128, multiple=8)
 PICTURE = Signature(
-    inputs=(Tensor(name="sample", dtype="float32", dims=(BATCH, 4, HEIGHT)),), outputs=(Tensor(name="y", dtype="float32", dims=(BATCH,)),)
+    inputs=(Tensor(name="sample", dtype="float32", dims=(BATCH, 4, HEIGHT)),),
+    outputs=(Tensor(name="y", dtype="float32", dims=(BATCH,)),),
 )
 SEQUENCE, PAST = Dim(name="sequence", min=1, opt=1, max=512), Dim(name="past", min=0, opt=16, max=511)
 TOTAL = Dim(name="total", min=1, opt=17, max=512, sum_of=("past", "sequence"))
@@ -70,7 +71,9 @@ def feature(shape: tuple[int, ...], ranges: Any = None, sets: Any = None) -> Any
     array = SimpleNamespace(
         shape=shape,
         WhichOneof=lambda name: flexible,
-        shapeRange=SimpleNamespace(sizeRanges=[SimpleNamespace(lowerBound=low, upperBound=high) for low, high in ranges or ()]),
+        shapeRange=SimpleNamespace(
+            sizeRanges=[SimpleNamespace(lowerBound=low, upperBound=high) for low, high in ranges or ()]
+        ),
         enumeratedShapes=SimpleNamespace(shapes=[SimpleNamespace(shape=one) for one in sets or ()]),
     )
     return SimpleNamespace(type=SimpleNamespace(multiArrayType=array))
@@ -82,7 +85,13 @@ def test_which_shapes_are_taken() -> None:
         Taken(feature((1, 8), ranges=[(1, 1), (2, 9)])),
         Taken(feature((1, 8), sets=[(1, 1), (1, 8)])),
     )
-    assert (1, 8) in fixed and (1, 9) not in fixed and (1, 9) in ranged and (1, 1) not in ranged and (1, 9, 1) not in ranged
+    assert (
+        (1, 8) in fixed
+        and (1, 9) not in fixed
+        and (1, 9) in ranged
+        and (1, 1) not in ranged
+        and (1, 9, 1) not in ranged
+    )
     assert (1, 1) in listed and (1, 2) not in listed
     assert [str(taken) for taken in (fixed, ranged, listed)] == ["(1, 8)", "(1, 2 to 9)", "(1, 1) or (1, 8)"]
     assert [taken.longest(1, 5) for taken in (fixed, ranged, listed)] == [0, 5, 1]

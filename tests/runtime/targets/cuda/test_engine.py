@@ -1,4 +1,6 @@
-"""ONNX Runtime's CUDA provider: every submodel of both samples lowered, checked and computed here; on a GPU where there is one."""
+"""ONNX Runtime's CUDA provider: every submodel of both samples lowered, checked and computed here; on a GPU where there
+is one.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.runtime.ort.conftest import Make, Reference, canonical, emulated, qua
 __all__ = ["emulated"]
 FLOOR = {"float32": 100.0, "float16": 40.0}
 ROUNDED = 20.0
-"""dB, where inputs are rounded to 8 bits: another order of sums falls on the other side of a step now and then, float16 more often."""
+"""dB, where inputs are rounded to 8 bits: another order of sums falls on the other side of a step now and then, float16
+more often.
+"""
 RECIPES = [
     ("none", "float32"),
     ("none", "float16"),
@@ -50,7 +54,9 @@ def test_every_submodel_agrees(
         engine = emulated("cuda", submodel, graph)
         if submodel.signature.states:
             reference, slot = Reference(submodel, graph), Slot()
-            found = [snr_db(engine.run(call, slot)["logits"], reference.run(call)) for call in tokens(submodel, 1, COUNTS)]
+            found = [
+                snr_db(engine.run(call, slot)["logits"], reference.run(call)) for call in tokens(submodel, 1, COUNTS)
+            ]
         else:
             inputs = submodel.signature.sample(submodel.signature.sample_lengths(), seed=1)
             (wanted,) = canonical(submodel, graph).run(None, inputs)
@@ -68,9 +74,13 @@ def decoder(tiny_bundle: Path) -> tuple[Submodel, Path]:
 
 
 @pytest.mark.parametrize(("compute", "cache"), [("float32", "fixed"), ("float16", "grouped"), ("bfloat16", "grouped")])
-def test_caches_by_what_the_kernel_takes(decoder: tuple[Submodel, Path], tmp_path: Path, compute: Any, cache: str) -> None:
+def test_caches_by_what_the_kernel_takes(
+    decoder: tuple[Submodel, Path], tmp_path: Path, compute: Any, cache: str
+) -> None:
     submodel, graph = decoder
-    CUDAEngine.compile_with(CompileOptions({"context": "32"}), submodel.model_copy(update={"compute": compute}), graph, tmp_path)
+    CUDAEngine.compile_with(
+        CompileOptions({"context": "32"}), submodel.model_copy(update={"compute": compute}), graph, tmp_path
+    )
     assert json.loads((tmp_path / "decoder.json").read_text())["cache"] == cache
     model = ir.load(tmp_path / "decoder.onnx")
     operators = [node.op_type for node in model.graph]
@@ -101,9 +111,12 @@ def test_several_rows(decoder: tuple[Submodel, Path], emulated: Make, compute: A
 
 
 @pytest.mark.parametrize(
-    ("settings", "field"), [({"contexts": "4"}, "contexts"), ({"context": "x"}, "context"), ({"context": "9999999"}, "context")]
+    ("settings", "field"),
+    [({"contexts": "4"}, "contexts"), ({"context": "x"}, "context"), ({"context": "9999999"}, "context")],
 )
-def test_wrong_settings_are_named(decoder: tuple[Submodel, Path], tmp_path: Path, settings: dict[str, str], field: str) -> None:
+def test_wrong_settings_are_named(
+    decoder: tuple[Submodel, Path], tmp_path: Path, settings: dict[str, str], field: str
+) -> None:
     with pytest.raises(InvalidInput) as caught:
         CUDAEngine.compile_with(CompileOptions(settings), *decoder, tmp_path)
     assert caught.value.field == field
@@ -112,7 +125,12 @@ def test_wrong_settings_are_named(decoder: tuple[Submodel, Path], tmp_path: Path
 # Availability: what is missing is said, from the package to the driver
 
 
-def probe(monkeypatch: pytest.MonkeyPatch, providers: list[str], fails: str = "", devices: Any = ((), "there is no NVIDIA GPU")) -> Any:
+def probe(
+    monkeypatch: pytest.MonkeyPatch,
+    providers: list[str],
+    fails: str = "",
+    devices: Any = ((), "there is no NVIDIA GPU"),
+) -> Any:
     """What is available with an ONNX Runtime of these providers, whose library fails to load as told."""
 
     def load(path: str) -> None:
@@ -136,12 +154,20 @@ def probe(monkeypatch: pytest.MonkeyPatch, providers: list[str], fails: str = ""
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     found = probe(monkeypatch, ["CPUExecutionProvider"])
     assert (
-        not found.usable and found.compiles and "(onnxruntime) has no CUDAExecutionProvider: pip install 'enginecast[cuda]'" in found.reason
+        not found.usable
+        and found.compiles
+        and "(onnxruntime) has no CUDAExecutionProvider: pip install 'enginecast[cuda]'" in found.reason
     )
     both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     found = probe(monkeypatch, both, "libcublasLt.so.13: cannot open shared object file")
-    assert "its CUDA libraries do not load (libcublasLt.so.13" in found.reason and "needs CUDA 13.0 and cuDNN 9" in found.reason
-    assert probe(monkeypatch, both, "libcuda.so.1: cannot open").reason == "there is no NVIDIA driver (libcuda.so.1: cannot open)"
+    assert (
+        "its CUDA libraries do not load (libcublasLt.so.13" in found.reason
+        and "needs CUDA 13.0 and cuDNN 9" in found.reason
+    )
+    assert (
+        probe(monkeypatch, both, "libcuda.so.1: cannot open").reason
+        == "there is no NVIDIA driver (libcuda.so.1: cannot open)"
+    )
     assert probe(monkeypatch, both).reason == "there is no NVIDIA GPU"
     device = SimpleNamespace(index=0, name="Fake 4090")
     found = probe(monkeypatch, both, devices=((device,), ""))
@@ -157,7 +183,9 @@ def test_loading_where_it_cannot_run(decoder: tuple[Submodel, Path], tmp_path: P
         CUDAEngine.load(decoder[0], tmp_path, Options())
 
 
-def test_options_of_the_provider(decoder: tuple[Submodel, Path], vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_of_the_provider(
+    decoder: tuple[Submodel, Path], vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The number of the device, TensorFloat-32 and CUDA graphs reach it; decoders are not recorded."""
     opened: list[Any] = []
 
@@ -171,13 +199,19 @@ def test_options_of_the_provider(decoder: tuple[Submodel, Path], vlm_bundle: Pat
     devices = tuple(SimpleNamespace(index=index, name="Fake") for index in range(2))
     monkeypatch.setattr(provider, "stored", stop)
     monkeypatch.setattr(cuda, "devices", lambda extra: (devices, ""))
-    monkeypatch.setattr(CUDAEngine, "available", classmethod(lambda cls: provider.Availability(True, ("cuda:0", "cuda:1"))))
+    monkeypatch.setattr(
+        CUDAEngine, "available", classmethod(lambda cls: provider.Availability(True, ("cuda:0", "cuda:1")))
+    )
     embedding = Bundle(vlm_bundle).submodel("token_embedding")
     for submodel, replayed in ((embedding, "1"), (decoder[0], "0")):
         with pytest.raises(Stop):
-            CUDAEngine.load(submodel, vlm_bundle, Options("cuda:1", settings={"graphs": "true", "tf32": "true", "fallback": "none"}))
+            CUDAEngine.load(
+                submodel, vlm_bundle, Options("cuda:1", settings={"graphs": "true", "tf32": "true", "fallback": "none"})
+            )
         device, fallback = opened.pop()
-        assert device.options == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": replayed} and fallback == "none"
+        assert (
+            device.options == {"device_id": "1", "use_tf32": "1", "enable_cuda_graph": replayed} and fallback == "none"
+        )
     with pytest.raises(EngineUnavailable, match=r"has no device 'cuda:7' here: it found cuda:0, cuda:1"):
         CUDAEngine.load(embedding, vlm_bundle, Options("cuda:7"))
 

@@ -1,4 +1,6 @@
-"""DirectML: every submodel of both samples lowered, checked against the table and computed here; shapes, settings, devices."""
+"""DirectML: every submodel of both samples lowered, checked against the table and computed here; shapes, settings,
+devices.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ from tests.runtime.ort.conftest import Make, Reference, canonical, emulated, qua
 __all__ = ["emulated"]
 FLOOR = {"float32": 100.0, "float16": 40.0}
 ROUNDED = 20.0
-"""dB, where inputs are rounded to 8 bits: another order of sums falls on the other side of a step now and then, float16 more often."""
+"""dB, where inputs are rounded to 8 bits: another order of sums falls on the other side of a step now and then, float16
+more often.
+"""
 RECIPES = [
     ("none", "float32"),
     ("none", "float16"),
@@ -46,7 +50,9 @@ def test_every_submodel_agrees(
         engine = emulated("directml", submodel, graph)
         if submodel.signature.states:
             reference, slot = Reference(submodel, graph), Slot()
-            found = [snr_db(engine.run(call, slot)["logits"], reference.run(call)) for call in tokens(submodel, 1, COUNTS)]
+            found = [
+                snr_db(engine.run(call, slot)["logits"], reference.run(call)) for call in tokens(submodel, 1, COUNTS)
+            ]
         else:
             inputs = submodel.signature.sample(submodel.signature.sample_lengths(), seed=1)
             (wanted,) = canonical(submodel, graph).run(None, inputs)
@@ -67,7 +73,9 @@ def decoder(tiny_bundle: Path) -> tuple[Submodel, Path]:
 @pytest.mark.parametrize("grouped", ["true", "false"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_decoding_in_pieces_and_steps(decoder: tuple[Submodel, Path], emulated: Make, grouped: str, batch: int) -> None:
-    """Prompts are cut into pieces of 4, the last of which begins among positions that are done; two conversations share buffers."""
+    """Prompts are cut into pieces of 4, the last of which begins among positions that are done; two conversations share
+    buffers.
+    """
     engine = emulated("directml", *decoder, {"shapes": "sequence=1;sequence=4", "context": "24", "grouped": grouped})
     slots = [Slot(), Slot()]
     references = [Reference(*decoder, batch) for _ in slots]
@@ -123,7 +131,10 @@ def test_shapes_choose_the_session(diffusion_bundle: Path, emulated: Make) -> No
     graph = bundle.root / submodel.graph
     shapes = "batch=1,height=4,width=4;batch=1,height=4,width=6,image_height=64"
     engine: Any = emulated("directml", submodel, graph, {"shapes": shapes})
-    assert [dict(key) for key in engine._sessions] == [{"batch": 1, "height": 4, "width": 4}, {"batch": 1, "height": 4, "width": 6}]
+    assert [dict(key) for key in engine._sessions] == [
+        {"batch": 1, "height": 4, "width": 4},
+        {"batch": 1, "height": 4, "width": 6},
+    ]
     for width in (4, 6):
         inputs = submodel.signature.sample({"batch": 1, "height": 4, "width": width}, seed=2)
         (wanted,) = canonical(submodel, graph).run(None, inputs)
@@ -163,7 +174,8 @@ def test_a_planted_node_fails_the_build(vlm_bundle: Path, tmp_path: Path) -> Non
     model.graph.outputs[0] = planted.outputs[0]
     (tmp_path / "planted.onnx").write_bytes(ir.to_proto(model).SerializeToString())
     with pytest.raises(
-        EngineError, match=r"could not compile token_embedding: DirectML has no kernel for node 'planted' \(Unique: version 11"
+        EngineError,
+        match=r"could not compile token_embedding: DirectML has no kernel for node 'planted' \(Unique: version 11",
     ):
         DirectML.compile_with(CompileOptions(), submodel, tmp_path / "planted.onnx", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -192,13 +204,20 @@ def test_devices_by_number(decoder: tuple[Submodel, Path], tmp_path: Path, monke
     """Where there is a provider, the device's number reaches it."""
     opened: list[Any] = []
     monkeypatch.setattr(
-        directml, "stored", lambda *args, **named: opened.append((args[3], named)) or (_ for _ in ()).throw(EngineError("stop"))
+        directml,
+        "stored",
+        lambda *args, **named: opened.append((args[3], named)) or (_ for _ in ()).throw(EngineError("stop")),
     )
     monkeypatch.setattr(DirectML, "available", classmethod(lambda cls: directml.Availability(True, ("dml:0",))))
     with pytest.raises(EngineError, match="stop"):
         DirectML.load(decoder[0], tmp_path, Options(device="dml:1", settings={"fallback": "none"}))
     ((device, named),) = opened
-    assert (device.provider, device.memory, device.index, device.options) == ("DmlExecutionProvider", "dml", 1, {"device_id": "1"})
+    assert (device.provider, device.memory, device.index, device.options) == (
+        "DmlExecutionProvider",
+        "dml",
+        1,
+        {"device_id": "1"},
+    )
     assert named["fallback"] == "none"
     for wrong in ("cuda:0", "dml:x", "GPU"):
         with pytest.raises(EngineUnavailable, match=f"DirectML has no device '{wrong}' here"):

@@ -24,7 +24,9 @@ def counted(model: ir.Model) -> Counter[str]:
 
 
 def projected(joined: bool = True) -> ir.Model:
-    """Attention of two heads between Reshapes and Transposes, as exporters write it; `joined`: nobody else reads its output."""
+    """Attention of two heads between Reshapes and Transposes, as exporters write it; `joined`: nobody else reads its
+    output.
+    """
     x = value("x", ["batch", "sequence", 8])
     shape, back = ir.Value(name="shape"), ir.Value(name="back")
     split = ir.node("Reshape", [x, shape], name="split")
@@ -37,7 +39,11 @@ def projected(joined: bool = True) -> ir.Model:
     moved = ir.node("Transpose", [made.outputs[0]], {"perm": [0, 2, 1, 3]}, name="moved")
     moved.outputs[0].type = x.type
     packed = ir.node("Reshape", [moved.outputs[0], back], name="packed")
-    packed.outputs[0].shape, packed.outputs[0].type, packed.outputs[0].name = ir.Shape(["batch", "sequence", 8]), x.type, "y"
+    packed.outputs[0].shape, packed.outputs[0].type, packed.outputs[0].name = (
+        ir.Shape(["batch", "sequence", 8]),
+        x.type,
+        "y",
+    )
     nodes = [split, turned, made, moved, packed]
     if not joined:
         other = ir.node("Relu", [made.outputs[0]], name="other")

@@ -29,7 +29,9 @@ def initializer(name: str, values: NDArray[Any], dtype: ir.DataType | None = Non
     return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(values.shape), const_value=tensor)
 
 
-def node(name: str, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType = FLOAT, **attributes: Any) -> ir.Node:
+def node(
+    name: str, op: str, inputs: Sequence[ir.Value | None], dtype: ir.DataType = FLOAT, **attributes: Any
+) -> ir.Node:
     made = ir.node(op, inputs, attributes, name=name)
     made.outputs[0].name, made.outputs[0].dtype = f"{name}.out", dtype
     return made
@@ -41,7 +43,9 @@ def model(nodes: Sequence[ir.Node], constants: Sequence[ir.Value], width: int = 
     x.type, x.shape = ir.TensorType(FLOAT), ir.Shape(["batch", width])
     output = nodes[-1].outputs[0]
     output.shape = ir.Shape(["batch", width])
-    return ir.Model(ir.Graph([x], [output], nodes=nodes, initializers=constants, opset_imports={"": 23}, name="toy"), ir_version=10)
+    return ir.Model(
+        ir.Graph([x], [output], nodes=nodes, initializers=constants, opset_imports={"": 23}, name="toy"), ir_version=10
+    )
 
 
 def linear(weights: NDArray[Any], dtype: ir.DataType = FLOAT16) -> ir.Model:
@@ -63,7 +67,9 @@ def weights(width: int = 64) -> NDArray[np.float16]:
 def run(graph: ir.Model, x: NDArray[np.float32]) -> NDArray[np.float32]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     return np.asarray(session.run(None, {"x": x})[0])
 
 
@@ -83,7 +89,9 @@ def check_types(lowered: ir.Model, half: Half) -> None:
     inferred = onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in inferred.graph.value_info}
     for made in lowered.graph:
-        assert all(output.dtype is None or types.get(str(output.name), output.dtype) == output.dtype for output in made.outputs), made
+        assert all(
+            output.dtype is None or types.get(str(output.name), output.dtype) == output.dtype for output in made.outputs
+        ), made
         floats = {v.dtype for v in made.inputs if v is not None and v.dtype in (FLOAT, FLOAT16, BFLOAT16)}
         assert made.op_type in ("Cast", "Resize") or len(floats) <= 1, f"{made.name} reads {floats}"
         assert (BFLOAT16 if half == "float16" else FLOAT16) not in floats, f"{made.name} reads {floats}"
@@ -98,7 +106,9 @@ def check_casts(lowered: ir.Model) -> None:
         assert source.dtype != cast.attributes["to"].as_int()
         maker = source.producer()
         assert maker is None or maker.op_type != "Cast" or maker.inputs[0].dtype not in (FLOAT, FLOAT16, BFLOAT16)  # type: ignore[union-attr]
-    kinds = [(cast.inputs[0], cast.attributes["to"].as_int()) for cast in casts if not cast.outputs[0].is_graph_output()]
+    kinds = [
+        (cast.inputs[0], cast.attributes["to"].as_int()) for cast in casts if not cast.outputs[0].is_graph_output()
+    ]
     assert len(kinds) == len(set(kinds))
 
 
@@ -115,7 +125,9 @@ def test_samples_are_typed_throughout(fixture: str, half: Half, request: pytest.
             declared, left = getattr(graph.graph, side), getattr(lowered.graph, side)
             assert [(v.name, v.dtype) for v in declared] == [(v.name, v.dtype) for v in left]
         stored = {name: value.const_value for name, value in lowered.graph.initializers.items()}
-        large = [t for t in stored.values() if t is not None and t.nbytes >= 4096 and t.dtype in (FLOAT, FLOAT16, BFLOAT16)]
+        large = [
+            t for t in stored.values() if t is not None and t.nbytes >= 4096 and t.dtype in (FLOAT, FLOAT16, BFLOAT16)
+        ]
         assert all(tensor.dtype == ir.DataType[half.upper()] for tensor in large), submodel.name
 
 
@@ -132,7 +144,9 @@ def test_samples_compute_the_same_in_float16(fixture: str, request: pytest.Fixtu
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
-            session = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(
+                ir.to_proto(graph).SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             outputs.append(session.run(None, inputs)[0])
         figures = [snr_db(values, outputs[0]) for values in outputs[1:]]
         print("{}: {:.1f} dB in float16, {:.1f} dB with sines kept".format(submodel.name, *figures))
@@ -148,7 +162,11 @@ def test_weights_are_read_in_half(half: Half, stored: ir.DataType) -> None:
     check_casts(lowered)
     assert [made.op_type for made in lowered.graph] == ["Cast", "MatMul", "LayerNormalization", "Add", "Cast"]
     assert {value.dtype for value in lowered.graph.initializers.values()} == {dtype}
-    values = {name: value.const_value.numpy() for name, value in lowered.graph.initializers.items() if value.const_value is not None}
+    values = {
+        name: value.const_value.numpy()
+        for name, value in lowered.graph.initializers.items()
+        if value.const_value is not None
+    }
     (matrix,) = [array for array in values.values() if array.ndim == 2]
     assert matrix.dtype == dtype.numpy()
     np.testing.assert_array_equal(matrix, weights().astype(stored.numpy()).astype(dtype.numpy()))
@@ -191,7 +209,11 @@ def test_neighbours_that_are_kept_exchange_float32() -> None:
 
 def overflowing() -> ir.Model:
     """x, times a thousand twice, and back: 1e6 on the way, in the middle of what half holds at both ends."""
-    x, thousand, less = ir.Value(name="x"), initializer("thousand", np.float32(1000)), initializer("less", np.float32(1e-6))
+    x, thousand, less = (
+        ir.Value(name="x"),
+        initializer("thousand", np.float32(1000)),
+        initializer("less", np.float32(1e-6)),
+    )
     first = node("first", "Mul", [x, thousand])
     second = node("second", "Mul", [first.outputs[0], thousand])
     back = node("back", "Mul", [second.outputs[0], less])
@@ -214,7 +236,9 @@ def test_constants_that_half_cannot_express_keep_their_reader() -> None:
     kept = {found.name: found for found in to_half(overflowing(), "float16").graph}
     assert kept["back"].outputs[0].dtype == FLOAT
     assert kept["second"].outputs[0].dtype == FLOAT16
-    assert {found.name: found for found in to_half(overflowing(), "bfloat16").graph}["back"].outputs[0].dtype == BFLOAT16
+    assert {found.name: found for found in to_half(overflowing(), "bfloat16").graph}["back"].outputs[
+        0
+    ].dtype == BFLOAT16
 
 
 @pytest.mark.parametrize(("value", "fits"), [(1e-9, False), (1e-3, True), (0.0, True), (6e4, True), (7e4, False)])
@@ -226,7 +250,9 @@ def test_rounding_measures_what_is_lost(value: float, fits: bool) -> None:
 
 @pytest.mark.parametrize("half", HALVES)
 def test_quantized_weights_and_activations(half: Half) -> None:
-    """int8 on both sides, int4 in blocks: the scales are in half, and what DequantizeLinear gives goes into the product as it is."""
+    """int8 on both sides, int4 in blocks: the scales are in half, and what DequantizeLinear gives goes into the product
+    as it is.
+    """
     rng = np.random.default_rng(0)
     x, scale, zero = ir.Value(name="x"), initializer("x.scale", np.float32(0.02)), initializer("x.zero", np.int8(0))
     eight = initializer("eight", rng.integers(-127, 128, (64, 64)).astype(np.int8))

@@ -45,7 +45,11 @@ class Toy(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.third = nn.Conv2d(32, 32, 3, padding=1), nn.Conv2d(32, 64, 3, stride=2), nn.Conv2d(64, 64, 1)
+        self.first, self.second, self.third = (
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.Conv2d(32, 64, 3, stride=2),
+            nn.Conv2d(64, 64, 1),
+        )
         self.product, self.last = nn.Linear(64, 128), nn.Linear(128, 64)
 
     def forward(self, picture: torch.Tensor) -> tuple[torch.Tensor]:
@@ -75,7 +79,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Submodel, ND
     nbytes = write(made, root / "toy")
     write(quantize(model, plan(model, RECIPES["int8"], ranges), ranges), root / "int8")
     onnx.checker.check_model(str(root / "toy" / "model.onnx"), full_check=True)
-    return root, Submodel(name="toy", signature=SIGNATURE, graph="toy/model.onnx", precision=precision(made), nbytes=nbytes), wanted
+    return (
+        root,
+        Submodel(name="toy", signature=SIGNATURE, graph="toy/model.onnx", precision=precision(made), nbytes=nbytes),
+        wanted,
+    )
 
 
 def snr_db(values: NDArray[Any], reference: NDArray[np.float32]) -> float:
@@ -86,11 +94,15 @@ def canonical(root: Path) -> NDArray[np.float32]:
     """What the stored graph gives as it stands."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(str(root / "toy" / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(root / "toy" / "model.onnx"), options, providers=["CPUExecutionProvider"]
+    )
     return np.asarray(session.run(None, inputs())[0])
 
 
-def optimized(graph: Path, weights: Path, folder: Path, made: Mapping[str, Any] | None = None) -> collections.Counter[str]:
+def optimized(
+    graph: Path, weights: Path, folder: Path, made: Mapping[str, Any] | None = None
+) -> collections.Counter[str]:
     """The operators that ONNX Runtime makes of a graph."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -98,7 +110,9 @@ def optimized(graph: Path, weights: Path, folder: Path, made: Mapping[str, Any] 
     options.add_session_config_entry(FOLDER, str(weights))
     options.add_external_initializers(list(made or {}), list((made or {}).values()))
     onnxruntime.InferenceSession(graph.read_bytes(), options, ["CPUExecutionProvider"], disabled_optimizers=DISABLED)
-    return collections.Counter(node.op_type for node in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node)
+    return collections.Counter(
+        node.op_type for node in onnx.load(folder / "optimized.onnx", load_external_data=False).graph.node
+    )
 
 
 def test_four_bits_are_stored(bundle: tuple[Path, Submodel, NDArray[np.float32]]) -> None:
@@ -121,7 +135,9 @@ def test_engines_run_int8_kernels(bundle: tuple[Path, Submodel, NDArray[np.float
     ONNXRuntime.compile(int8, root / "int8" / "model.onnx", tmp_path)
     made = nested_values(read_plan(engines, "toy"), root / "toy" / "weights.safetensors")
     operators = optimized(engines / "toy.onnx", root / "toy", tmp_path, made)
-    assert operators == optimized(tmp_path / "toy.onnx", root / "int8", tmp_path) and operators["MatMulIntegerToFloat"] > 5
+    assert (
+        operators == optimized(tmp_path / "toy.onnx", root / "int8", tmp_path) and operators["MatMulIntegerToFloat"] > 5
+    )
     assert len(list(engines.glob("*.safetensors"))) == 0, "int8 weights are made when it is loaded"
     pytest.importorskip("openvino")
     other = OpenVINO.load(submodel, root, Options())
@@ -133,7 +149,9 @@ def test_engines_run_int8_kernels(bundle: tuple[Path, Submodel, NDArray[np.float
 
 
 @pytest.mark.parametrize("name", ["cuda", "directml", "coreml", "tensorrt-rtx"])
-def test_other_targets_compile_it(bundle: tuple[Path, Submodel, NDArray[np.float32]], name: str, tmp_path: Path) -> None:
+def test_other_targets_compile_it(
+    bundle: tuple[Path, Submodel, NDArray[np.float32]], name: str, tmp_path: Path
+) -> None:
     """And compute what the canonical graph says where something here can stand for their devices."""
     root, submodel, _ = bundle
     engine = target(name)
@@ -158,7 +176,9 @@ def test_int8_codes_are_codes_times_factors(seed: int, shape: tuple[int, ...]) -
     product, rows = len(shape) == 2, int(np.prod(shape[1:]))
     block = 32 if product or rows % 32 == 0 else 24
     codes = rng.integers(-8, 8, (shape[0], rows)).astype(np.int8)
-    factors = rng.integers(1, 16, (shape[0] // block, shape[1]) if product else (shape[0], rows // block)).astype(np.uint8)
+    factors = rng.integers(1, 16, (shape[0] // block, shape[1]) if product else (shape[0], rows // block)).astype(
+        np.uint8
+    )
     wide = codes.astype(int) * np.repeat(factors.astype(int), block, axis=0 if product else 1)
     np.testing.assert_array_equal(int8_codes(pack_int4(codes), factors, shape), wide.reshape(shape))
 

@@ -45,7 +45,11 @@ def operators(model: ir.Model) -> list[str]:
 
 
 def one(
-    operator: str, inputs: Sequence[ir.Value | None], constants: Mapping[str, NDArray[Any]], dtype: Any = None, **attributes: Any
+    operator: str,
+    inputs: Sequence[ir.Value | None],
+    constants: Mapping[str, NDArray[Any]],
+    dtype: Any = None,
+    **attributes: Any,
 ) -> ir.Model:
     """A graph of one node."""
     given_ = [item for item in inputs if item is not None and item.name not in constants]
@@ -58,13 +62,22 @@ def one(
 
 @settings(max_examples=15, deadline=None)
 @given(
-    groups=st.integers(1, 4), each=st.integers(1, 3), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), batch=st.integers(1, 3)
+    groups=st.integers(1, 4),
+    each=st.integers(1, 3),
+    lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    batch=st.integers(1, 3),
 )
 def test_group_normalization(groups: int, each: int, lengths: list[int], batch: int) -> None:
     channels = groups * each
     constants = {"weight": normal(channels), "bias": normal(channels)}
     x = value("x", ["batch", channels, *(f"d{i}" for i in range(len(lengths)))])
-    model = one("GroupNormalization", [x, ir.Value(name="weight"), ir.Value(name="bias")], constants, num_groups=groups, epsilon=1e-3)
+    model = one(
+        "GroupNormalization",
+        [x, ir.Value(name="weight"), ir.Value(name="bias")],
+        constants,
+        num_groups=groups,
+        epsilon=1e-3,
+    )
     agree(model, {"x": normal(batch, channels, *lengths) * 3 + 1})
 
 
@@ -79,7 +92,13 @@ def test_gelu(approximate: str) -> None:
 @pytest.mark.parametrize("axis", [-1, 1])
 def test_rms_normalization(axis: int) -> None:
     shape = (3, 4, 8)
-    model = one("RMSNormalization", [value("x", shape), ir.Value(name="scale")], {"scale": normal(*shape[axis:])}, axis=axis, epsilon=1e-5)
+    model = one(
+        "RMSNormalization",
+        [value("x", shape), ir.Value(name="scale")],
+        {"scale": normal(*shape[axis:])},
+        axis=axis,
+        epsilon=1e-5,
+    )
     lowered = agree(model, {"x": normal(*shape)})
     assert operators(lowered) == ["Mul", "ReduceMean", "Add", "Sqrt", "Div", "Mul"]
 
@@ -115,10 +134,15 @@ def test_equal_where_there_is_none() -> None:
     assert operators(agree(model, feed)) == ["LessOrEqual", "GreaterOrEqual", "And", "Cast"]
 
 
-def attention(heads: int, groups: int, sizes: tuple[int, int], mask: Sequence[int | str] | None, **attributes: Any) -> ir.Model:
+def attention(
+    heads: int, groups: int, sizes: tuple[int, int], mask: Sequence[int | str] | None, **attributes: Any
+) -> ir.Model:
     """Attention [batch, heads, length, size] over keys of another length, and a boolean mask of the given dims."""
     length, size = sizes
-    inputs = [value("q", ["batch", heads, "sequence", size]), *(value(name, ["batch", groups, length, size]) for name in "kv")]
+    inputs = [
+        value("q", ["batch", heads, "sequence", size]),
+        *(value(name, ["batch", groups, length, size]) for name in "kv"),
+    ]
     if mask is not None:
         inputs.append(value("mask", mask, ir.DataType.BOOL))
     return one("Attention", inputs, {}, **attributes)
@@ -139,7 +163,9 @@ def test_attention(heads: int, groups: int, mask: tuple[int, ...] | None) -> Non
 
 
 def test_attention_without_a_scale() -> None:
-    agree(attention(2, 2, (7, 16), None), {"q": normal(1, 2, 3, 16), "k": normal(1, 2, 7, 16), "v": normal(1, 2, 7, 16)})
+    agree(
+        attention(2, 2, (7, 16), None), {"q": normal(1, 2, 3, 16), "k": normal(1, 2, 7, 16), "v": normal(1, 2, 7, 16)}
+    )
 
 
 @pytest.mark.parametrize(("name", "number"), [("is_causal", 1), ("softcap", 20.0), ("qk_matmul_output_mode", 1)])
@@ -161,7 +187,11 @@ def test_new_keys_are_written_where_they_belong(start: int, length: int, batch: 
     starts = value("write_indices", ["batch"], ir.DataType.INT64)
     model = one("TensorScatter", [cache, new, starts], {}, axis=-2)
     model.opset_imports[""] = 24
-    feed = {"cache": normal(batch, heads, 12, 4), "new": normal(batch, heads, length, 4), "write_indices": np.full(batch, start)}
+    feed = {
+        "cache": normal(batch, heads, 12, 4),
+        "new": normal(batch, heads, length, 4),
+        "write_indices": np.full(batch, start),
+    }
     lowered = model.clone()
     to_opset21(lowered, DIRECTML)
     assert not list(outside(lowered, DIRECTML))

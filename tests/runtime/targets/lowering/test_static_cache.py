@@ -25,7 +25,9 @@ def session(model: Any, folder: Path) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, 1
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-    return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 class Decoder:
@@ -39,7 +41,9 @@ class Decoder:
         self.canonical = ir.load(graph)
         if window:
             self.signature = limit(self.canonical, self.signature, window)
-        self.static = with_static_cache(to_half(self.canonical, "float16") if half else self.canonical, self.signature, CAPACITY)
+        self.static = with_static_cache(
+            to_half(self.canonical, "float16") if half else self.canonical, self.signature, CAPACITY
+        )
         self.sessions = session(self.canonical, graph.parent), session(self.static, graph.parent)
         self.dtype = np.float16 if half else np.float32
 
@@ -47,20 +51,28 @@ class Decoder:
         """The relative error of the logits of each call; `pads` positions at the start of each row are padding."""
         rng, batch, length = np.random.default_rng(0), len(pads), 0
         states = self.signature.states
-        past: dict[str, Array] = {s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), np.float32) for s in states}
-        cache: dict[str, Array] = {s.past.name: np.zeros(s.past.shape({"batch": batch, "past": CAPACITY}), self.dtype) for s in states}
+        past: dict[str, Array] = {
+            s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), np.float32) for s in states
+        }
+        cache: dict[str, Array] = {
+            s.past.name: np.zeros(s.past.shape({"batch": batch, "past": CAPACITY}), self.dtype) for s in states
+        }
         errors = []
         for count in counts:
             start, length = length, length + count
             mask = (np.arange(length) >= np.array(pads)[:, None]).astype(np.int64)
             given = {
-                "inputs_embeds": rng.standard_normal((batch, count, int(str(self.signature.inputs[0].dims[-1])))).astype(np.float32),
+                "inputs_embeds": rng.standard_normal(
+                    (batch, count, int(str(self.signature.inputs[0].dims[-1])))
+                ).astype(np.float32),
                 "position_ids": np.tile(np.arange(start, length), (batch, 1)),
             }
             whole = np.zeros((batch, CAPACITY), np.int64)
             whole[:, :length] = mask
             wanted, *grown = self.sessions[0].run(None, given | {"attention_mask": mask} | past)
-            got, *updated = self.sessions[1].run(None, given | {"attention_mask": whole, "write_indices": np.full(batch, start)} | cache)
+            got, *updated = self.sessions[1].run(
+                None, given | {"attention_mask": whole, "write_indices": np.full(batch, start)} | cache
+            )
             past, cache = dict(zip(past, grown, strict=True)), dict(zip(cache, updated, strict=True))
             errors.append(float(np.abs(got - wanted).max() / np.abs(wanted).max()))
         return errors
@@ -138,7 +150,9 @@ def test_a_decoder_that_reads_the_mask_elsewhere_is_refused(decoder: Decoder) ->
     total.outputs[0].name = "counted"
     model.graph.append(total)
     model.graph.outputs.append(total.outputs[0])
-    with pytest.raises(EngineError, match="reads attention_mask outside of attention, in count: its length cannot be fixed"):
+    with pytest.raises(
+        EngineError, match="reads attention_mask outside of attention, in count: its length cannot be fixed"
+    ):
         with_static_cache(model, decoder.signature, CAPACITY)
 
 

@@ -73,7 +73,10 @@ def test_a_dropped_buffer_is_freed(stream: cuda.Stream, fake_cuda: Any) -> None:
 
 def test_too_little_memory(stream: cuda.Stream, fake_cuda: Any) -> None:
     fake_cuda.memory = 1000
-    with pytest.raises(ResourceExhausted, match="Fake 4090 has too little free memory to hold 0 MB more: free some, or use smaller shapes"):
+    with pytest.raises(
+        ResourceExhausted,
+        match="Fake 4090 has too little free memory to hold 0 MB more: free some, or use smaller shapes",
+    ):
         cuda.Buffer(stream).reserve(1001)
 
 

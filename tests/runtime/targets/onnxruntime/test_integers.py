@@ -1,4 +1,6 @@
-"""8-bit products in integers: what ONNX Runtime's own kernels make of the canonical graph, by other kernels; and what stays as it is."""
+"""8-bit products in integers: what ONNX Runtime's own kernels make of the canonical graph, by other kernels; and what
+stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ CONVOLUTIONS: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
 
 
 def quantized(name: str, codes: Array, scales: Array, axis: int) -> tuple[list[Any], list[Any]]:
-    node = helper.make_node("DequantizeLinear", [f"{name}.codes", f"{name}.scales"], [name], axis=axis, name=f"{name}/DequantizeLinear")
+    node = helper.make_node(
+        "DequantizeLinear", [f"{name}.codes", f"{name}.scales"], [name], axis=axis, name=f"{name}/DequantizeLinear"
+    )
     return [node], [numpy_helper.from_array(codes, f"{name}.codes"), numpy_helper.from_array(scales, f"{name}.scales")]
 
 
@@ -41,7 +45,9 @@ def model(nodes: list[Any], tensors: list[Any], taken: list[Any], given: list[st
     """Nodes over `restored`, which is x rounded to 8 bits."""
     rounding = [
         helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["x.codes"], name="x/QuantizeLinear"),
-        helper.make_node("DequantizeLinear", ["x.codes", "scale", "zero"], ["restored"], name="x.codes/DequantizeLinear"),
+        helper.make_node(
+            "DequantizeLinear", ["x.codes", "scale", "zero"], ["restored"], name="x.codes/DequantizeLinear"
+        ),
     ]
     tensors = [*tensors, numpy_helper.from_array(SCALE, "scale"), numpy_helper.from_array(np.int8(0), "zero")]
     ends = [helper.make_tensor_value_info("x", TensorProto.FLOAT, taken)]
@@ -55,7 +61,11 @@ def run(made: onnx.ModelProto, x: Array) -> list[Any]:
     """By the kernels of the nodes as they stand: nothing is fused."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return list(onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(None, {"x": x}))
+    return list(
+        onnxruntime.InferenceSession(made.SerializeToString(), options, providers=["CPUExecutionProvider"]).run(
+            None, {"x": x}
+        )
+    )
 
 
 def lowered(made: onnx.ModelProto, **spans: tuple[float, float]) -> tuple[onnx.ModelProto, list[str]]:
@@ -69,7 +79,9 @@ def convolution(kernel: tuple[int, int], attributes: dict[str, Any], group: int 
     codes = rng.integers(-127, 128, (OUTPUTS * group, CHANNELS, *kernel), np.int8)
     nodes, tensors = quantized("weight", codes, rng.uniform(0.01, 0.02, OUTPUTS * group).astype(np.float32), 0)
     tensors.append(numpy_helper.from_array(rng.standard_normal(OUTPUTS * group).astype(np.float32), "bias"))
-    nodes.append(helper.make_node("Conv", ["restored", "weight", "bias"], ["y"], name="conv", group=group, **attributes))
+    nodes.append(
+        helper.make_node("Conv", ["restored", "weight", "bias"], ["y"], name="conv", group=group, **attributes)
+    )
     return model(nodes, tensors, ["batch", CHANNELS * group, "height", "width"], ["y"])
 
 
@@ -81,7 +93,11 @@ def kinds(made: onnx.ModelProto) -> set[str]:
 def test_convolutions(kernel: tuple[int, int], attributes: dict[str, Any]) -> None:
     made = convolution(kernel, attributes)
     changed, names = lowered(made)
-    assert names == ["y"] and "MatMulIntegerToFloat" in kinds(changed) and not kinds(changed) & {"Conv", "DequantizeLinear"}
+    assert (
+        names == ["y"]
+        and "MatMulIntegerToFloat" in kinds(changed)
+        and not kinds(changed) & {"Conv", "DequantizeLinear"}
+    )
     for rows, height, width in ((1, SIDE, SIDE), (3, SIDE + 1, SIDE + 4)):
         x = np.random.default_rng(1).normal(0, 2, (rows, CHANNELS, height, width)).astype(np.float32)
         (found,), (wanted,) = run(changed, x), run(made, x)
@@ -95,7 +111,10 @@ def test_products_that_read_the_same_values() -> None:
     nodes, tensors = [], []
     for name in ("a", "b", "c"):
         more = quantized(
-            name, rng.integers(-127, 128, (CHANNELS, OUTPUTS), np.int8), rng.uniform(0.01, 0.02, OUTPUTS).astype(np.float32), 1
+            name,
+            rng.integers(-127, 128, (CHANNELS, OUTPUTS), np.int8),
+            rng.uniform(0.01, 0.02, OUTPUTS).astype(np.float32),
+            1,
         )
         nodes += more[0]
         tensors += more[1]
@@ -116,7 +135,9 @@ def test_spans_are_spanned_and_padding_stays_zero() -> None:
     changed, _ = lowered(made, x=span)
     x = np.random.default_rng(1).uniform(*span, (2, CHANNELS, SIDE, SIDE)).astype(np.float32)
     form = affine(*span)
-    rounded = (form.step * (np.clip(np.round(x / np.float32(form.step)) + form.zero, 0, 255) - form.zero)).astype(np.float32)
+    rounded = (form.step * (np.clip(np.round(x / np.float32(form.step)) + form.zero, 0, 255) - form.zero)).astype(
+        np.float32
+    )
     exact = onnx.ModelProto()
     exact.CopyFrom(made)
     del exact.graph.node[:2]
@@ -143,22 +164,35 @@ def test_what_cannot_be_put_so_stays(reason: str) -> None:
             tensors[1] = numpy_helper.from_array(np.ones((1, OUTPUTS), np.float32), "w.scales")
             del nodes[0].attribute[:]
             nodes[0].attribute.extend([helper.make_attribute("axis", 0), helper.make_attribute("block_size", CHANNELS)])
-        made = model([*nodes, helper.make_node("MatMul", ["restored", "w"], ["y"], name="product")], tensors, ["rows", CHANNELS], ["y"])
+        made = model(
+            [*nodes, helper.make_node("MatMul", ["restored", "w"], ["y"], name="product")],
+            tensors,
+            ["rows", CHANNELS],
+            ["y"],
+        )
     changed, names = lowered(made)
     assert not names and [node.op_type for node in changed.graph.node] == [node.op_type for node in made.graph.node]
 
 
 def chain(layers: int) -> onnx.ModelProto:
-    """Products one behind the other of what the first of them rounds anew; beside them, one of x alone that comes first."""
+    """Products one behind the other of what the first of them rounds anew; beside them, one of x alone that comes
+    first.
+    """
     rng = np.random.default_rng(0)
-    nodes, tensors = quantized("w", rng.integers(-127, 128, (CHANNELS, CHANNELS), np.int8), np.full(CHANNELS, 0.002, np.float32), 1)
+    nodes, tensors = quantized(
+        "w", rng.integers(-127, 128, (CHANNELS, CHANNELS), np.int8), np.full(CHANNELS, 0.002, np.float32), 1
+    )
     nodes.append(helper.make_node("MatMul", ["restored", "w"], ["aside"], name="aside"))
     last = "restored"
     for place in range(layers):
         nodes += [
             helper.make_node("MatMul", [last, "w"], [f"y{place}"], name=f"product{place}"),
-            helper.make_node("QuantizeLinear", [f"y{place}", "scale", "zero"], [f"c{place}"], name=f"y{place}/QuantizeLinear"),
-            helper.make_node("DequantizeLinear", [f"c{place}", "scale", "zero"], [f"r{place}"], name=f"c{place}/DequantizeLinear"),
+            helper.make_node(
+                "QuantizeLinear", [f"y{place}", "scale", "zero"], [f"c{place}"], name=f"y{place}/QuantizeLinear"
+            ),
+            helper.make_node(
+                "DequantizeLinear", [f"c{place}", "scale", "zero"], [f"r{place}"], name=f"c{place}/DequantizeLinear"
+            ),
         ]
         last = f"r{place}"
     return model(nodes, tensors, ["rows", CHANNELS], ["aside", last])
@@ -195,7 +229,9 @@ def test_the_engine_takes_what_is_faster_here(tmp_path: Path) -> None:
     feed = {"x": np.random.default_rng(1).standard_normal((3, CHANNELS)).astype(np.float32)}
     found = {}
     for value in ("integers", "floats") if _exact_in_integers() else ("floats",):
-        engine = ONNXRuntime.load(submodel, tmp_path, Options(threads=1, compiled=compiled, settings={"products": value}))
+        engine = ONNXRuntime.load(
+            submodel, tmp_path, Options(threads=1, compiled=compiled, settings={"products": value})
+        )
         assert engine.chosen == (f"products={value}: as set",)
         found[value] = engine.run(feed)["r29"]
     np.testing.assert_allclose(found.get("integers", found["floats"]), found["floats"], atol=1.01 * SCALE)
@@ -213,7 +249,9 @@ def test_the_engine_measures_its_parts(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
     onnx.save(chain(30), tmp_path / "model.onnx")
     x = Tensor(name="x", dtype="float32", dims=(Dim(name="rows", min=1, opt=8, max=64), CHANNELS))
-    submodel = Submodel(name="chain", signature=Signature(inputs=(x,), outputs=()), graph="model.onnx", precision="int8 W8A8", nbytes=0)
+    submodel = Submodel(
+        name="chain", signature=Signature(inputs=(x,), outputs=()), graph="model.onnx", precision="int8 W8A8", nbytes=0
+    )
     compiled = Compiled(ONNXRuntime.compile(submodel, tmp_path / "model.onnx", tmp_path / "out"), tmp_path / "out")
     engine = ONNXRuntime.load(submodel, tmp_path, Options(threads=1, compiled=compiled))
     if _exact_in_integers():

@@ -57,7 +57,10 @@ def test_what_hetero_computes_elsewhere() -> None:
 @pytest.mark.parametrize("device", ["AUTO", "AUTO:CPU", "HETERO:CPU", "MULTI:CPU"])
 def test_devices_made_of_others_compute_the_same(tiny_bundle: Path, device: str) -> None:
     submodel = Bundle(tiny_bundle).submodel("vision_encoder")
-    feed = {tensor.name: array for tensor, array in zip(submodel.signature.inputs, _sample(submodel, 2).values(), strict=True)}
+    feed = {
+        tensor.name: array
+        for tensor, array in zip(submodel.signature.inputs, _sample(submodel, 2).values(), strict=True)
+    }
     found = []
     for name in ("CPU", device):
         engine = OpenVINO.load(submodel, tiny_bundle, Options(device=name, threads=1))
@@ -79,8 +82,13 @@ def test_calls_of_the_least_lengths_leave_others_as_they_are(diffusion_bundle: P
     dims, rng = submodel.signature.dims, np.random.default_rng(0)
     usual = {name: dim.opt for name, dim in dims.items()} | {"batch": 1}
     least = {name: dim.min for name, dim in dims.items()} | {"batch": 1}
-    feeds = [{tensor.name: tensor.sample(lengths, rng) for tensor in submodel.signature.inputs} for lengths in (least, usual)]
-    assert [_least(submodel.signature, {name: array.shape for name, array in feed.items()}) for feed in feeds] == [True, False]
+    feeds = [
+        {tensor.name: tensor.sample(lengths, rng) for tensor in submodel.signature.inputs} for lengths in (least, usual)
+    ]
+    assert [_least(submodel.signature, {name: array.shape for name, array in feed.items()}) for feed in feeds] == [
+        True,
+        False,
+    ]
     fresh, used = (OpenVINO.load(submodel, diffusion_bundle, Options(threads=1)) for _ in range(2))
     (wanted,) = fresh.run(feeds[1]).values()
     used.run(feeds[0])

@@ -1,4 +1,6 @@
-"""Zero points and bfloat16 attention on OpenVINO: less noise at int8, borders as they were, nothing that the bundle does not name."""
+"""Zero points and bfloat16 attention on OpenVINO: less noise at int8, borders as they were, nothing that the bundle
+does not name.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,18 @@ PEAK, LOW = 4.0, -0.28
 
 def saved(folder: Path, nodes: list[Any], tensors: list[Any], inputs: dict[str, list[Any]], output: list[Any]) -> None:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in inputs.items()]
-    graph = helper.make_graph(nodes, "g", ends, [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)], tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), folder / "model.onnx")
+    graph = helper.make_graph(
+        nodes, "g", ends, [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)], tensors
+    )
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), folder / "model.onnx"
+    )
 
 
 def convolution(folder: Path) -> tuple[Submodel, Array]:
-    """SiLU(x), int8 with one symmetric scale, convolved with int8 weights [8, 8, 3, 3] over zero padding; and the weights."""
+    """SiLU(x), int8 with one symmetric scale, convolved with int8 weights [8, 8, 3, 3] over zero padding; and the
+    weights.
+    """
     rng = np.random.default_rng(0)
     codes = rng.integers(-127, 128, (CHANNELS, CHANNELS, 3, 3), np.int8)
     scales = np.full(CHANNELS, 0.001, np.float32)
@@ -41,7 +49,9 @@ def convolution(folder: Path) -> tuple[Submodel, Array]:
         helper.make_node("Sigmoid", ["x"], ["gate"]),
         helper.make_node("Mul", ["x", "gate"], ["silu"]),
         helper.make_node("QuantizeLinear", ["silu", "scale", "zero"], ["silu.int8"], name="silu/QuantizeLinear"),
-        helper.make_node("DequantizeLinear", ["silu.int8", "scale", "zero"], ["silu.restored"], name="silu.int8/DequantizeLinear"),
+        helper.make_node(
+            "DequantizeLinear", ["silu.int8", "scale", "zero"], ["silu.restored"], name="silu.int8/DequantizeLinear"
+        ),
         helper.make_node("DequantizeLinear", ["codes", "scales"], ["weight"], axis=0),
         helper.make_node("Conv", ["silu.restored", "weight"], ["y"], pads=[1, 1, 1, 1], name="conv"),
     ]
@@ -129,7 +139,9 @@ def test_only_the_named_attention_computes_in_bfloat16(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("slow", ["bfloat16", "float32"])
-def test_the_faster_attention_on_this_processor_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
+def test_the_faster_attention_on_this_processor_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
     """Real parts, compiled and run; what they take is planted."""
     if not _has_bfloat16(_core()):
         pytest.skip("this processor has no bfloat16")
@@ -157,7 +169,9 @@ def test_the_faster_attention_on_this_processor_is_taken(tmp_path: Path, monkeyp
     exact = OpenVINO.load(submodel, tmp_path, Options(threads=1, settings={"attention": "float32"})).run(feed)["y"]
     assert np.array_equal(engine.run(feed)["y"], exact) == (slow == "bfloat16")
     timed = len(made)
-    assert load(submodel, tmp_path).decisions == engine.decisions and len(made) == timed, "what was decided is not measured again"
+    assert load(submodel, tmp_path).decisions == engine.decisions and len(made) == timed, (
+        "what was decided is not measured again"
+    )
     set_by_hand = OpenVINO.load(submodel, tmp_path, Options(settings={"attention": slow}))
     assert set_by_hand.decisions["attention"].reason == "as set"
 
@@ -177,7 +191,9 @@ def test_little_work_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(choices.VARIABLE)
     engine = load(attention(tmp_path), tmp_path)
-    assert engine.decisions["shapes"] == choices.Decision("any", "default, not measured: it has too little work to be worth it")
+    assert engine.decisions["shapes"] == choices.Decision(
+        "any", "default, not measured: it has too little work to be worth it"
+    )
 
 
 def test_threads_are_open_where_cores_run_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,11 @@ def embeddings(engine: Any, rows: int, length: int) -> Array:
 
 def call(embeds: Array, mask: Array) -> dict[str, Array]:
     """The inputs of a call whose positions are the last of `mask` [batch, total]; padding stands at position 0."""
-    return {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clip(0)[:, -embeds.shape[1] :]}
+    return {
+        "inputs_embeds": embeds,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clip(0)[:, -embeds.shape[1] :],
+    }
 
 
 def run(engine: Any, embeds: Array, lengths: Sequence[int]) -> list[Array]:

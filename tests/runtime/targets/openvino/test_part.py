@@ -20,7 +20,9 @@ def model() -> Any:
     x, y = ops.parameter([-1, 3, -1, -1], np.float32, name="x"), ops.parameter([-1, 4], np.float32, name="y")
     for node, name in ((x, "x"), (y, "y")):
         node.output(0).get_tensor().set_names({name})
-    weights = [ops.constant(rng.standard_normal(shape).astype(np.float32)) for shape in ((5, 3, 3, 3), (6, 5, 1, 1), (4, 6))]
+    weights = [
+        ops.constant(rng.standard_normal(shape).astype(np.float32)) for shape in ((5, 3, 3, 3), (6, 5, 1, 1), (4, 6))
+    ]
     first = ops.convolution(x, weights[0], [1, 1], [1, 1], [1, 1], [1, 1], name="first")
     second = ops.convolution(ops.relu(first), weights[1], [1, 1], [0, 0], [0, 0], [1, 1], name="second")
     moved = ops.matmul(y, weights[2], False, False, name="moved")

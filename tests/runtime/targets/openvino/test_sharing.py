@@ -17,16 +17,22 @@ LENGTHS = {"batch": 2, "sequence": 7}
 
 
 def denoiser(bundle: Path) -> Submodel:
-    """A float UNet that says it were W8A8, so that it is compiled for each shape: float results can be compared to the last digits."""
+    """A float UNet that says it were W8A8, so that it is compiled for each shape: float results can be compared to the
+    last digits.
+    """
     return Bundle(bundle).submodel("unet").model_copy(update={"precision": "W8A8"})
 
 
 def call(submodel: Submodel, alike: bool) -> dict[str, Array]:
-    """Two rows at the smallest picture of four positions a side or more; only conditions differ where they are `alike`."""
+    """Two rows at the smallest picture of four positions a side or more; only conditions differ where they
+    are `alike`.
+    """
     lengths = {name: LENGTHS.get(name, max(8, dim.min)) for name, dim in submodel.signature.dims.items()}
     inputs = submodel.signature.sample(lengths)
     if alike:
-        inputs |= {t.name: np.repeat(inputs[t.name][:1], 2, axis=0) for t in submodel.signature.inputs if not t.condition}
+        inputs |= {
+            t.name: np.repeat(inputs[t.name][:1], 2, axis=0) for t in submodel.signature.inputs if not t.condition
+        }
     return inputs
 
 
@@ -55,16 +61,26 @@ def test_what_no_prompt_takes_part_in_has_one_row(diffusion_bundle: Path) -> Non
     submodel = denoiser(diffusion_bundle)
     model = _core().read_model(diffusion_bundle / submodel.graph)
     model.reshape({name: list(array.shape) for name, array in call(submodel, True).items()})
-    before = {node.get_friendly_name(): list(node.output(0).get_shape()) for node in model.get_ordered_ops() if node.get_output_size()}
+    before = {
+        node.get_friendly_name(): list(node.output(0).get_shape())
+        for node in model.get_ordered_ops()
+        if node.get_output_size()
+    }
     share_rows(model, submodel.signature)
-    after = {node.get_friendly_name(): list(node.output(0).get_shape()) for node in model.get_ordered_ops() if node.get_output_size()}
+    after = {
+        node.get_friendly_name(): list(node.output(0).get_shape())
+        for node in model.get_ordered_ops()
+        if node.get_output_size()
+    }
     narrowed = {name for name, shape in before.items() if shape[:1] == [2] and after[name] == [1, *shape[1:]]}
     attentions = [name for name in before if name.endswith("/Attention")]
     assert len([name for name in attentions if name in narrowed]) == 1 < len(attentions)
     assert any(name.startswith("time_embedding") for name in narrowed)
 
 
-@pytest.mark.parametrize(("bundle", "expected"), [("diffusion_bundle", ["unet"]), ("xl_bundle", []), ("vlm_bundle", [])])
+@pytest.mark.parametrize(
+    ("bundle", "expected"), [("diffusion_bundle", ["unet"]), ("xl_bundle", []), ("vlm_bundle", [])]
+)
 def test_what_has_conditions(bundle: str, expected: list[str], request: pytest.FixtureRequest) -> None:
     """Not Stable Diffusion XL: its time embedding holds a prompt."""
     manifest = Bundle(request.getfixturevalue(bundle)).manifest

@@ -48,7 +48,8 @@ def test_shapes_that_were_compiled_for_stay(embedding: tuple[Submodel, Path]) ->
     engine.run(ids(1, 3))
     assert opened.count({"batch": 1, "sequence": 3}) == 1 and opened.count({"batch": 1, "sequence": 7}) == 2
     with pytest.raises(
-        EngineError, match=r"could not run token_embedding: batch=1,sequence=5 is no shape .* expected batch=1,sequence=3 or"
+        EngineError,
+        match=r"could not run token_embedding: batch=1,sequence=5 is no shape .* expected batch=1,sequence=3 or",
     ):
         engine.run(ids(1, 5))
 
@@ -71,7 +72,9 @@ def test_a_closed_engine_says_so(embedding: tuple[Submodel, Path]) -> None:
 
 @pytest.mark.parametrize("vary", [True, False])
 def test_replayed_calls_read_their_inputs_anew(embedding: tuple[Submodel, Path], vary: bool) -> None:
-    """As with CUDA graphs: inputs and outputs stay where they are, for two shapes at a time; results are the caller's."""
+    """As with CUDA graphs: inputs and outputs stay where they are, for two shapes at a time; results are
+    the caller's.
+    """
     engine, other = plain(*embedding, vary=vary, replay=True), plain(*embedding, vary=True)
     results = []
     for seed, length in enumerate((3, 3, 4, 3, 5, 5, 4, 3, 3)):
@@ -85,7 +88,10 @@ def test_replayed_calls_read_their_inputs_anew(embedding: tuple[Submodel, Path],
 def fake(session: Any, nodes: Sequence[str], providers: Sequence[str] = ("Fast", CPU)) -> Any:
     """A session that says it runs on a provider called Fast, but for some nodes."""
     found = [SimpleNamespace(domain="", op_type=name, name=name) for name in nodes]
-    parts = [SimpleNamespace(ep_name=CPU, get_nodes=lambda: found), SimpleNamespace(ep_name="Fast", get_nodes=lambda: found)]
+    parts = [
+        SimpleNamespace(ep_name=CPU, get_nodes=lambda: found),
+        SimpleNamespace(ep_name="Fast", get_nodes=lambda: found),
+    ]
     return SimpleNamespace(get_providers=lambda: list(providers), get_provider_graph_assignment_info=lambda: parts)
 
 
@@ -105,7 +111,9 @@ def test_what_runs_on_the_cpu_is_told(embedding: tuple[Submodel, Path]) -> None:
 
 
 def test_work_that_would_run_on_the_cpu_is_refused(embedding: tuple[Submodel, Path]) -> None:
-    with pytest.raises(EngineError, match=r"would run 1 Shape, 1 Conv on the CPU: load it with the setting fallback=any"):
+    with pytest.raises(
+        EngineError, match=r"would run 1 Shape, 1 Conv on the CPU: load it with the setting fallback=any"
+    ):
         inspected(embedding, fake(None, ["Shape", "Conv"]), "shapes")
 
 

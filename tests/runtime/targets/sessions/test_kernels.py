@@ -20,7 +20,11 @@ def test_the_table_is_of_operators_of_the_standard(provider: Provider) -> None:
     """Each operator exists, in each version that is named, with each type variable and type."""
     from onnx import defs
 
-    known = {(schema.name, schema.since_version): schema for schema in defs.get_all_schemas_with_history() if not schema.domain}
+    known = {
+        (schema.name, schema.since_version): schema
+        for schema in defs.get_all_schemas_with_history()
+        if not schema.domain
+    }
     gone = {"Affine", "Crop", "ImageScaler", "Scatter"}
     for (domain, operator), entries in kernels(provider.table).items():
         assert domain in ("", "com.microsoft") and entries
@@ -28,7 +32,9 @@ def test_the_table_is_of_operators_of_the_standard(provider: Provider) -> None:
             named = set().union(*entry.types.values())
             assert named <= {name.lower() for name in ir.DataType.__members__}, operator
             if domain:
-                assert entry.outputs and set(entry.types) - {"T3", "T_CACHE"} <= {*entry.inputs, *entry.outputs}, operator
+                assert entry.outputs and set(entry.types) - {"T3", "T_CACHE"} <= {*entry.inputs, *entry.outputs}, (
+                    operator
+                )
                 continue
             versions = {version for name, version in known if name == operator}
             assert versions & entry.versions or operator in gone, f"{operator} has versions {sorted(versions)}"
@@ -39,14 +45,20 @@ def test_the_table_is_of_operators_of_the_standard(provider: Provider) -> None:
 
 
 def test_facts_that_decide_the_lowering() -> None:
-    assert [covers(DIRECTML, name) for name in ("Conv", "Equal", "DequantizeLinear", "Where", "InstanceNormalization")] == [True] * 5
-    assert not any(covers(DIRECTML, name) for name in ("Attention", "Gelu", "GroupNormalization", "ScatterElements", "ScatterND"))
+    assert [
+        covers(DIRECTML, name) for name in ("Conv", "Equal", "DequantizeLinear", "Where", "InstanceNormalization")
+    ] == [True] * 5
+    assert not any(
+        covers(DIRECTML, name) for name in ("Attention", "Gelu", "GroupNormalization", "ScatterElements", "ScatterND")
+    )
     assert covers(CUDA, "Gelu") and covers(CUDA, "Sin") and not covers(CUDA, "Equal")
     (newest,) = (entry for entry in kernels(DIRECTML.table)["", "DequantizeLinear"] if 21 in entry.versions)
     assert newest.types["T1"] == {"int4", "int8", "uint4", "uint8"} and newest.types["T2"] == {"float", "float16"}
     (grouped,) = kernels(CUDA.table)["com.microsoft", "GroupQueryAttention"]
     assert grouped.types["T"] == {"float16", "bfloat16"}, "no float32: such decoders have caches of fixed length there"
-    assert {21, 22} <= {version for entry in kernels(CUDA.table)["", "Reshape"] for version in entry.versions}, "ranges are read"
+    assert {21, 22} <= {version for entry in kernels(CUDA.table)["", "Reshape"] for version in entry.versions}, (
+        "ranges are read"
+    )
 
 
 def node(operator: str, *inputs: ir.Value, domain: str = "", **attributes: Any) -> ir.Node:
@@ -65,12 +77,17 @@ DOUBLE = ir.DataType.DOUBLE
 PLANTED = [
     (node("Det", value("x", [2, 3, 3])), "Det: version 22|Det: version 11, it has none"),
     (node("Swish", value("x", [2])), r"Swish: opset 21 has no such operator"),
-    (node("ScatterElements", value("x", [4]), value("i", [2], INT64), value("u", [2])), "ScatterElements: version 18, it has 11, 13, 16"),
-    (node("MatMul", value("a", [2, 2], DOUBLE), value("b", [2, 2], DOUBLE)), "MatMul: T is double, it has float, float16"),
-    (node("Conv", value("x", [1, 2, 4, 4], BFLOAT16), value("w", [2, 2, 1, 1], BFLOAT16)), "Conv: T is bfloat16, it has float, float16"),
-    (node("Range", *(value(name, [], ir.DataType.DOUBLE) for name in "abc")), "Range: T is double, it has float, int16, int32, int64"),
+    (node("ScatterElements", value("x", [4]), value("i", [2], INT64), value("u", [2])),
+        "ScatterElements: version 18, it has 11, 13, 16"),
+    (node("MatMul", value("a", [2, 2], DOUBLE), value("b", [2, 2], DOUBLE)),
+        "MatMul: T is double, it has float, float16"),
+    (node("Conv", value("x", [1, 2, 4, 4], BFLOAT16), value("w", [2, 2, 1, 1], BFLOAT16)),
+        "Conv: T is bfloat16, it has float, float16"),
+    (node("Range", *(value(name, [], ir.DataType.DOUBLE) for name in "abc")),
+        "Range: T is double, it has float, int16, int32, int64"),
     (node("Relu", value("x", [2]), made_up=1), "Relu: version 14 has no attribute made_up"),
-    (node("MultiHeadAttention", *(value(name, [1, 2, 8], BFLOAT16) for name in "qkv"), domain="com.microsoft", num_heads=2),
+    (node("MultiHeadAttention", *(value(name, [1, 2, 8], BFLOAT16) for name in "qkv"), domain="com.microsoft",
+        num_heads=2),
      "com.microsoft.MultiHeadAttention: T is bfloat16, it has float, float16"),
     (node("BiasSoftmax", value("x", [2, 2]), value("b", [2, 2]), domain="com.microsoft", axis=1, is_inner_broadcast=0),
      "com.microsoft.BiasSoftmax: version 1, it has none"),
@@ -78,12 +95,15 @@ PLANTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("planted", "message"), PLANTED, ids=lambda item: item.op_type if isinstance(item, ir.Node) else "")
+@pytest.mark.parametrize(
+    ("planted", "message"), PLANTED, ids=lambda item: item.op_type if isinstance(item, ir.Node) else ""
+)
 def test_a_planted_node_is_refused_by_name(planted: ir.Node, message: str) -> None:
     for output in planted.outputs:
         output.type = planted.inputs[0].type if planted.inputs[0] is not None else None
     with pytest.raises(
-        EngineError, match=f"could not compile toy: DirectML has no kernel for node 'planted/{planted.op_type}' .*({message})"
+        EngineError,
+        match=f"could not compile toy: DirectML has no kernel for node 'planted/{planted.op_type}' .*({message})",
     ):
         check(graph(planted), DIRECTML, "toy")
 

@@ -18,11 +18,15 @@ NAMES = st.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 @given(st.lists(st.dictionaries(NAMES, st.integers(1, 9999), min_size=1, max_size=4), min_size=1, max_size=4))
 def test_shapes_are_read_as_they_are_written(shapes: list[dict[str, int]]) -> None:
     assert list(parse_shapes(";".join(map(written, shapes)))) == shapes
-    assert list(parse_shapes(" ; ".join(written(shape).replace("=", " = ").replace(",", " , ") for shape in shapes))) == shapes
+    assert (
+        list(parse_shapes(" ; ".join(written(shape).replace("=", " = ").replace(",", " , ") for shape in shapes)))
+        == shapes
+    )
 
 
 @pytest.mark.parametrize(
-    "text", ["", "height", "height=", "=4", "height=0", "height=-4", "height=4.5", "height=4;", "height=4:8", "a=1,,b=2"]
+    "text",
+    ["", "height", "height=", "=4", "height=0", "height=-4", "height=4.5", "height=4;", "height=4:8", "a=1,,b=2"],
 )
 def test_what_is_no_shape(text: str) -> None:
     with pytest.raises(ValueError, match="expected NAME=LENGTH"):
@@ -58,7 +62,9 @@ def test_the_shape_that_fixes_most_is_taken() -> None:
     shapes = ({"height": 64}, {"height": 64, "width": 96}, {"height": 96})
     assert fitting(shapes, {"height": 64, "width": 96, "batch": 3}) == shapes[1]
     assert fitting(shapes, {"height": 64, "width": 64, "batch": 3}) == shapes[0]
-    with pytest.raises(EngineError, match=r"height=32,width=64 is no shape .* expected height=64 or height=64,width=96 or height=96"):
+    with pytest.raises(
+        EngineError, match=r"height=32,width=64 is no shape .* expected height=64 or height=64,width=96 or height=96"
+    ):
         fitting(shapes, {"height": 32, "width": 64, "batch": 1})
 
 

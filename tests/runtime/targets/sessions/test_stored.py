@@ -25,10 +25,14 @@ def encoder(vlm_bundle: Path) -> tuple[Submodel, Path]:
 
 
 @pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_weights_of_another_type_lie_beside_the_graph(encoder: tuple[Submodel, Path], tmp_path: Path, half: str) -> None:
+def test_weights_of_another_type_lie_beside_the_graph(
+    encoder: tuple[Submodel, Path], tmp_path: Path, half: str
+) -> None:
     submodel, graph = encoder
     model = to_half(ir.load(graph), half)  # type: ignore[arg-type]
-    changed = {n: v.const_value for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)}
+    changed = {
+        n: v.const_value for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)
+    }
     files = store(tmp_path, submodel, Plan(graph="vision_encoder.onnx"), {"vision_encoder.onnx": model})
     large = {name: tensor for name, tensor in changed.items() if tensor.nbytes >= 1024}
     assert ("vision_encoder.safetensors" in files) == bool(large)
@@ -66,10 +70,14 @@ def test_a_session_reads_them_without_a_copy(encoder: tuple[Submodel, Path], tmp
     x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["n", 64]))
     weights = np.random.default_rng(0).standard_normal((64, 8)).astype(np.float32)
     w = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weights.shape))
-    w.const_value = ir.LazyTensor(lambda: ir.tensor(weights, name="w"), ir.DataType.FLOAT, ir.Shape(weights.shape), name="w")
+    w.const_value = ir.LazyTensor(
+        lambda: ir.tensor(weights, name="w"), ir.DataType.FLOAT, ir.Shape(weights.shape), name="w"
+    )
     product = ir.node("MatMul", [x, w], name="product")
     product.outputs[0].name, product.outputs[0].type = "y", x.type
-    model = ir.Model(ir.Graph([x], [product.outputs[0]], nodes=[product], initializers=[w], opset_imports={"": 21}), ir_version=10)
+    model = ir.Model(
+        ir.Graph([x], [product.outputs[0]], nodes=[product], initializers=[w], opset_imports={"": 21}), ir_version=10
+    )
     store(tmp_path, submodel, Plan(graph="g.onnx"), {"g.onnx": model})
     values = values_of(tmp_path / "vision_encoder.safetensors")
     session = open_session(tmp_path / "g.onnx", graph.parent, Device(CPU), threads=1, converted=values)

@@ -1,4 +1,6 @@
-"""TensorRT and TensorRT for RTX: what is compiled without a GPU; how engines run, on a fake of the SDK and on a GPU where there is one."""
+"""TensorRT and TensorRT for RTX: what is compiled without a GPU; how engines run, on a fake of the SDK and on a GPU
+where there is one.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", ["diffusion_bundle", "vlm_bundle"])
-def test_every_recipe_is_read(rtx: type[TensorRTForRTX], request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str) -> None:
+def test_every_recipe_is_read(
+    rtx: type[TensorRTForRTX], request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str
+) -> None:
     """TensorRT's parser takes each submodel's graph of either sample, down to attention, caches and block-wise int4."""
     from runtime.targets.tensorrt.compile import Compiler
     from runtime.targets.tensorrt.lower import lower
@@ -81,14 +85,20 @@ def test_every_recipe_of_a_decoder_is_compiled(
     artifact = rtx.compile_with(CompileOptions(SMALL), submodel, graph, tmp_path / "engines")
     assert artifact.files == ("decoder.engine",) and artifact.seconds > 0
     assert artifact.key == {"sdk": rtx.available().version, "compute_capability": "8.9", "weights": "engine"}
-    assert artifact.settings == {"shapes": SMALL["shapes"], "optimization_level": "0"}, "what another machine would compile with, too"
-    assert not rtx.reads_graph(artifact) and rtx.reads_graph(artifact.model_copy(update={"key": {"weights": "stripped"}}))
+    assert artifact.settings == {"shapes": SMALL["shapes"], "optimization_level": "0"}, (
+        "what another machine would compile with, too"
+    )
+    assert not rtx.reads_graph(artifact) and rtx.reads_graph(
+        artifact.model_copy(update={"key": {"weights": "stripped"}})
+    )
     plan = (tmp_path / "engines" / "decoder.engine").read_bytes()
     assert len(plan) > 10_000
     assert [path.name for path in (tmp_path / "engines").iterdir()] == ["decoder.engine"], "nothing temporary is left"
 
 
-def compile_embedding(rtx: type[Engine], bundle: Path, output: Path, submodel: Submodel | None = None, **settings: str) -> Any:
+def compile_embedding(
+    rtx: type[Engine], bundle: Path, output: Path, submodel: Submodel | None = None, **settings: str
+) -> Any:
     """Compile the smallest submodel there is, for one GPU unless told otherwise."""
     opened = Bundle(bundle)
     submodel = submodel or opened.submodel("token_embedding")
@@ -140,11 +150,16 @@ def test_the_same_input_gives_the_same_engine(rtx: type[Engine], tiny_bundle: Pa
         ({"optimization_level": "9"}, "optimization_level: "),
         ({"workspce": "4GiB"}, "workspce: Extra inputs are not permitted .known: .*workspace"),
         ({"timing_cache": "times"}, "timing_cache: is of no use to TensorRT for RTX"),
-        ({"hardware": "ampere+"}, "hardware: is of no use to TensorRT for RTX: it .* is told its GPUs by compute_capability"),
+        (
+            {"hardware": "ampere+"},
+            "hardware: is of no use to TensorRT for RTX: it .* is told its GPUs by compute_capability",
+        ),
         ({"plugins": "nowhere.so"}, "plugins: nowhere.so is no library of plugins that TensorRT for RTX can load"),
     ],
 )
-def test_settings_that_cannot_be(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str], message: str) -> None:
+def test_settings_that_cannot_be(
+    rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
     with pytest.raises(InvalidInput, match=message):
         compile_embedding(rtx, tiny_bundle, tmp_path, **settings)
     assert not list(tmp_path.rglob("*.engine"))
@@ -155,8 +170,12 @@ def test_more_context_than_the_model_has(rtx: type[Engine], tiny_bundle: Path, t
         compile_embedding(rtx, tiny_bundle, tmp_path, Bundle(tiny_bundle).submodel("decoder"), context="100000")
 
 
-@pytest.mark.parametrize("settings", [{"workspace": "64MiB"}, {"weights": "streamed"}, {"compatible": "version"}, {"tf32": "true"}])
-def test_settings_that_are_heeded(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    "settings", [{"workspace": "64MiB"}, {"weights": "streamed"}, {"compatible": "version"}, {"tf32": "true"}]
+)
+def test_settings_that_are_heeded(
+    rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, settings: dict[str, str]
+) -> None:
     artifact = compile_embedding(rtx, tiny_bundle, tmp_path, **settings)
     kept = {name: value for name, value in settings.items() if name in ("weights", "compatible")}
     assert kept.items() <= artifact.key.items()
@@ -166,14 +185,21 @@ def test_flags_and_limits_reach_the_builder(rtx: type[TensorRTForRTX], tiny_bund
     from runtime.targets.tensorrt.compile import Compiler
 
     submodel = Bundle(tiny_bundle).submodel("token_embedding")
-    settings = Settings.parse({"weights": "streamed", "compatible": "version", "workspace": "64MiB", "shapes": "batch=1:2:3"})
+    settings = Settings.parse(
+        {"weights": "streamed", "compatible": "version", "workspace": "64MiB", "shapes": "batch=1:2:3"}
+    )
     with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
         trt, config = compiler.trt, compiler.config
         compiler.configure((89, 120))
         assert not config.get_flag(trt.BuilderFlag.TF32), "float32 is float32 unless asked otherwise"
-        assert all(config.get_flag(getattr(trt.BuilderFlag, name)) for name in ("WEIGHT_STREAMING", "VERSION_COMPATIBLE"))
+        assert all(
+            config.get_flag(getattr(trt.BuilderFlag, name)) for name in ("WEIGHT_STREAMING", "VERSION_COMPATIBLE")
+        )
         assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 64 << 20
-        assert [config.get_compute_capability(index) for index in range(2)] == [trt.ComputeCapability.SM89, trt.ComputeCapability.SM120]
+        assert [config.get_compute_capability(index) for index in range(2)] == [
+            trt.ComputeCapability.SM89,
+            trt.ComputeCapability.SM120,
+        ]
         assert compiler.network.get_flag(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
 
 
@@ -214,12 +240,18 @@ def test_operators_of_plugins_are_refused_unless_allowed(rtx: type[Engine], tiny
     node = ir.node("Vendor", [model.graph.outputs[0]], domain="com.example")
     model.graph.append(node)
     model.graph.opset_imports["com.example"] = 1
-    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = "made", model.graph.outputs[0].type, model.graph.outputs[0].shape
+    node.outputs[0].name, node.outputs[0].type, node.outputs[0].shape = (
+        "made",
+        model.graph.outputs[0].type,
+        model.graph.outputs[0].shape,
+    )
     model.graph.outputs[0] = node.outputs[0]
     for tensor in model.graph.initializers.values():
         tensor.const_value = ir.Tensor(tensor.const_value.numpy().copy(), dtype=tensor.dtype, name=tensor.name)  # type: ignore[union-attr]
     ir.save(model, tmp_path / "model.onnx")
-    with pytest.raises(EngineError, match=r"operators outside of the standard \(com\.example\.Vendor\), which plugins run"):
+    with pytest.raises(
+        EngineError, match=r"operators outside of the standard \(com\.example\.Vendor\), which plugins run"
+    ):
         rtx.compile(submodel, tmp_path / "model.onnx", tmp_path)
 
 
@@ -245,7 +277,12 @@ def test_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch, tiny_bundle: 
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     found = target("tensorrt").available()
     assert not found.usable and not found.compiles
-    for part in ("tensorrt is not installed", "'enginecast[tensorrt]'", "--target tensorrt-rtx", "'enginecast[tensorrt-rtx]'"):
+    for part in (
+        "tensorrt is not installed",
+        "'enginecast[tensorrt]'",
+        "--target tensorrt-rtx",
+        "'enginecast[tensorrt-rtx]'",
+    ):
         assert part in found.reason
     with pytest.raises(EngineUnavailable, match="cannot compile for tensorrt: tensorrt is not installed"):
         compile_embedding(target("tensorrt"), tiny_bundle, tmp_path)
@@ -254,7 +291,9 @@ def test_what_to_install_is_named(monkeypatch: pytest.MonkeyPatch, tiny_bundle: 
 def test_loading_without_a_gpu(rtx: type[Engine], tiny_bundle: Path) -> None:
     if rtx.available().usable:
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineUnavailable, match="tensorrt-rtx cannot run here: there is no NVIDIA GPU that CUDA can use"):
+    with pytest.raises(
+        EngineUnavailable, match="tensorrt-rtx cannot run here: there is no NVIDIA GPU that CUDA can use"
+    ):
         rtx.load(Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, Options())
 
 
@@ -271,7 +310,9 @@ def test_a_damaged_engine(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, 
     else:
         plan.write_bytes({"truncated": plan.read_bytes()[:5000], "foreign": b"ONNX" * 1000, "empty": b""}[damage])
     reason = (
-        "No such file" if damage == "absent" else "damaged, or of another version or GPU .*(Serialization assertion|empty memory buffer)"
+        "No such file"
+        if damage == "absent"
+        else "damaged, or of another version or GPU .*(Serialization assertion|empty memory buffer)"
     )
     with pytest.raises(EngineError, match=f"could not load .*token_embedding.engine: .*{reason}"):
         rtx.load(opened.submodel("token_embedding"), tmp_path, Options())
@@ -279,7 +320,9 @@ def test_a_damaged_engine(rtx: type[Engine], tiny_bundle: Path, tmp_path: Path, 
 
 
 def test_a_bundle_without_engines_of_the_target(rtx: type[Engine], tiny_bundle: Path, fake_cuda: Any) -> None:
-    with pytest.raises(EngineError, match="holds no tensorrt-rtx engine of decoder: build it with --target tensorrt-rtx"):
+    with pytest.raises(
+        EngineError, match="holds no tensorrt-rtx engine of decoder: build it with --target tensorrt-rtx"
+    ):
         rtx.load(Bundle(tiny_bundle).submodel("decoder"), tiny_bundle, Options())
 
 
@@ -314,14 +357,29 @@ def test_the_real_sdk_has_what_the_fake_one_has(rtx: type[TensorRTForRTX], load_
     import tensorrt_rtx
 
     plan = load_fake(Bundle(vlm_bundle), "token_embedding")._plan
-    own = {"known", "session", "inputs", "outputs", "logger", "cuda", "view", "output_shapes", "refuses", "engine", "profile", "shapes"}
+    own = {
+        "known",
+        "session",
+        "inputs",
+        "outputs",
+        "logger",
+        "cuda",
+        "view",
+        "output_shapes",
+        "refuses",
+        "engine",
+        "profile",
+        "shapes",
+    }
     for fake, real in ((plan.engine, tensorrt_rtx.ICudaEngine), (plan.contexts[0], tensorrt_rtx.IExecutionContext)):
         names = {name for name in dir(fake) if not name.startswith("_")} - own - {"places", "memory"}
         assert len(names) > 5 and not [name for name in names if not hasattr(real, name)]
 
 
 @pytest.mark.parametrize(("kind", "name", "sizes"), STATELESS, ids=[name for _, name, _ in STATELESS])
-def test_one_size_after_another(load_fake: Any, request: pytest.FixtureRequest, kind: str, name: str, sizes: list[dict[str, int]]) -> None:
+def test_one_size_after_another(
+    load_fake: Any, request: pytest.FixtureRequest, kind: str, name: str, sizes: list[dict[str, int]]
+) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
     engine, wanted = load_fake(bundle, name), reference(bundle, name)
     for seed, lengths in enumerate([sizes[0], sizes[1], sizes[0], sizes[0]]):
@@ -425,7 +483,9 @@ def test_recording_can_be_switched_off(load_fake: Any, vlm_bundle: Path, fake_cu
 def test_work_that_cannot_be_recorded_is_done_all_the_same(
     pair: tuple[Engine, Engine], fake_cuda: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fake_cuda, "cudaStreamEndCapture", lambda stream: setattr(fake_cuda, "captured", None) or (900, None))
+    monkeypatch.setattr(
+        fake_cuda, "cudaStreamEndCapture", lambda stream: setattr(fake_cuda, "captured", None) or (900, None)
+    )
     text = Text(*pair)
     for count in (5, 1, 1, 1):
         text.feed(count)
@@ -461,7 +521,9 @@ def test_lengths_outside_of_the_profile(load_fake: Any, vlm_bundle: Path, monkey
     context = engine._plan.contexts[0]
     allowed = context.set_input_shape
     monkeypatch.setattr(context, "set_input_shape", lambda name, shape: allowed(name, shape) and shape[0] <= 2)
-    with pytest.raises(EngineError, match=r"input_ids of shape \[3, 2\] is outside of what the engine was compiled for"):
+    with pytest.raises(
+        EngineError, match=r"input_ids of shape \[3, 2\] is outside of what the engine was compiled for"
+    ):
         engine.run({"input_ids": np.zeros((3, 2), np.int64)})
     assert engine.run({"input_ids": np.array([[5, 6]])})["inputs_embeds"].any(), "the engine works on"
 
@@ -470,7 +532,9 @@ def test_more_positions_than_the_cache_has(pair: tuple[Engine, Engine], monkeypa
     text, plan = Text(*pair), pair[0]._plan  # type: ignore[attr-defined]
     text.feed(4)
     monkeypatch.setattr(plan, "capacity", 4)
-    with pytest.raises(EngineError, match="5 positions do not fit its cache of 4: build it with a larger context, or say less"):
+    with pytest.raises(
+        EngineError, match="5 positions do not fit its cache of 4: build it with a larger context, or say less"
+    ):
         text.feed(1)
 
 
@@ -488,14 +552,18 @@ def test_a_device_without_memory_for_it(load_fake: Any, diffusion_bundle: Path, 
     with pytest.raises(ResourceExhausted, match="too little free memory"):
         engine.run(engine.submodel.signature.sample({"batch": 1, "height": 8, "width": 8}))
     fake_cuda.memory = 1 << 30
-    assert engine.run(engine.submodel.signature.sample({"batch": 1, "height": 2, "width": 2}))["image"].any(), "the engine works on"
+    assert engine.run(engine.submodel.signature.sample({"batch": 1, "height": 2, "width": 2}))["image"].any(), (
+        "the engine works on"
+    )
 
 
 @pytest.mark.parametrize("function", ["cudaMemcpyAsync", "cudaStreamSynchronize", "cudaSetDevice"])
 def test_what_cuda_refuses(load_fake: Any, vlm_bundle: Path, fake_cuda: Any, function: str) -> None:
     engine = load_fake(Bundle(vlm_bundle), "token_embedding")
     fake_cuda.broken = function
-    with pytest.raises(EngineError, match=r"FakeRT could not run token_embedding: CUDA could not .* cudaErrorInvalidValue"):
+    with pytest.raises(
+        EngineError, match=r"FakeRT could not run token_embedding: CUDA could not .* cudaErrorInvalidValue"
+    ):
         engine.run({"input_ids": np.array([[5, 6]])})
     fake_cuda.broken = ""
     fake_cuda.cudaStreamSynchronize(7)
@@ -550,9 +618,15 @@ def test_a_cache_that_an_engine_would_copy_is_refused(
             {"sdk": "99.1", "compute_capability": "8.9", "os": "plan9"},
             f"was compiled on plan9, and here is {platform.system().lower()}: build the bundle again",
         ),
-        ({"sdk": "99.1", "compute_capability": "8.9", "driver": "14"}, "compiled with a driver of CUDA 14, and here is one of CUDA 13"),
+        (
+            {"sdk": "99.1", "compute_capability": "8.9", "driver": "14"},
+            "compiled with a driver of CUDA 14, and here is one of CUDA 13",
+        ),
         ({"sdk": "99.1", "compute_capability": "8.9", "driver": "thirteen"}, "compiled with a driver of CUDA thirteen"),
-        ({"sdk": "99.1", "compute_capability": "eight,9", "os": "plan9"}, "for compute capability eight,9, .*; on plan9, and here"),
+        (
+            {"sdk": "99.1", "compute_capability": "eight,9", "os": "plan9"},
+            "for compute capability eight,9, .*; on plan9, and here",
+        ),
     ],
 )
 def test_an_engine_of_elsewhere(
@@ -627,7 +701,9 @@ def loaded(engine: type[Engine], bundle: Bundle, name: str, root: Path, **settin
     submodel = bundle.submodel(name)
     root.mkdir()
     shutil.copytree(bundle.root / "onnx", root / "onnx")
-    artifact = engine.compile_with(CompileOptions(settings), submodel, root / submodel.graph, root / "engines" / engine.target)
+    artifact = engine.compile_with(
+        CompileOptions(settings), submodel, root / submodel.graph, root / "engines" / engine.target
+    )
     (root / "manifest.json").write_text(bundle.manifest.model_copy(update={"artifacts": (artifact,)}).model_dump_json())
     return engine.load(submodel, root, Options())
 
@@ -648,7 +724,12 @@ def test_a_decoder_on_a_gpu(on_gpu: type[Engine], tiny_bundle: Path, tmp_path: P
 
 @pytest.mark.parametrize(("kind", "name", "sizes"), STATELESS, ids=[name for _, name, _ in STATELESS])
 def test_a_submodel_on_a_gpu(
-    on_gpu: type[Engine], request: pytest.FixtureRequest, tmp_path: Path, kind: str, name: str, sizes: list[dict[str, int]]
+    on_gpu: type[Engine],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    kind: str,
+    name: str,
+    sizes: list[dict[str, int]],
 ) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
     engine, wanted = loaded(on_gpu, bundle, name, tmp_path / "bundle"), reference(bundle, name)

@@ -80,14 +80,24 @@ class TestGenerate:
         responses = list(warm.client.generate(request(steps=3, seed=5, images=2, preview_every=2)))
         assert kinds(responses) == ["queued", "progress", "progress", "progress", "image", "image", "done"]
         steps = [r.progress for r in responses if r.HasField("progress")]
-        assert [(p.step, p.total, p.HasField("preview_png")) for p in steps] == [(1, 3, False), (2, 3, True), (3, 3, False)]
+        assert [(p.step, p.total, p.HasField("preview_png")) for p in steps] == [
+            (1, 3, False),
+            (2, 3, True),
+            (3, 3, False),
+        ]
         assert steps[0].eta_seconds > 0 and steps[-1].eta_seconds == 0
         images = [r.image for r in responses if r.HasField("image")]
         assert [(i.width, i.height, i.seed, i.index) for i in images] == [(16, 8, 5, 0), (16, 8, 6, 1)]
         assert Image.open(io.BytesIO(images[0].png)).size == (16, 8)
         done = responses[-1].done
-        assert [(use.submodel, use.target, use.device, use.calls) for use in done.engines] == [("denoiser", "fake", "none", 3)]
-        assert done.engines[0].precision == "int8 W8A8, float32" and not done.engines[0].fallbacks and done.engines[0].reload_seconds == 0
+        assert [(use.submodel, use.target, use.device, use.calls) for use in done.engines] == [
+            ("denoiser", "fake", "none", 3)
+        ]
+        assert (
+            done.engines[0].precision == "int8 W8A8, float32"
+            and not done.engines[0].fallbacks
+            and done.engines[0].reload_seconds == 0
+        )
         assert 0 < done.timings.first_output_seconds <= done.timings.run_seconds
 
     def test_progress_arrives_while_it_runs(self, warm: FakeServer) -> None:
@@ -146,11 +156,22 @@ class TestBadInput:
             (show(b"no picture"), "messages[0].parts[0].image"),
             (show(png(10_000, 10_000)), "messages[0].parts[0].image"),
             (show(png(64, 64)), "messages[0].parts[0].image"),
-            (ask(messages=[chat_pb2.Message(role=chat_pb2.ROLE_USER, parts=[chat_pb2.Part()])]), "messages[0].parts[0]"),
+            (
+                ask(messages=[chat_pb2.Message(role=chat_pb2.ROLE_USER, parts=[chat_pb2.Part()])]),
+                "messages[0].parts[0]",
+            ),
             (ask(messages=[chat_pb2.Message(parts=[chat_pb2.Part(text="hi")])]), "messages[0].role"),
             (ask(max_tokens=0), "max_tokens"),
         ],
-        ids=["no messages", "corrupt picture", "100 megapixels", "truncated picture", "empty part", "no role", "no tokens"],
+        ids=[
+            "no messages",
+            "corrupt picture",
+            "100 megapixels",
+            "truncated picture",
+            "empty part",
+            "no role",
+            "no tokens",
+        ],
     )
     def test_chat(self, warm: FakeServer, wanted: chat_pb2.ChatRequest, field: str) -> None:
         with pytest.raises(InvalidInput) as caught:
@@ -163,13 +184,17 @@ class TestBadInput:
             list(warm.client.generate(request(model="drow")))
 
     def test_a_message_too_large_is_refused(self, warm: FakeServer) -> None:
-        stub = image_pb2_grpc.ImageServiceStub(grpc.insecure_channel(warm.address, [("grpc.max_send_message_length", -1)]))
+        stub = image_pb2_grpc.ImageServiceStub(
+            grpc.insecure_channel(warm.address, [("grpc.max_send_message_length", -1)])
+        )
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(request(prompt="x" * (65 << 20))))
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert warm.alive()
 
-    @pytest.mark.parametrize("data", [b"\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f", b"\x0b" * 200], ids=["tag", "utf-8", "cut", "groups"])
+    @pytest.mark.parametrize(
+        "data", [b"\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f", b"\x0b" * 200], ids=["tag", "utf-8", "cut", "groups"]
+    )
     def test_bytes_that_are_no_message(self, warm: FakeServer, caplog: pytest.LogCaptureFixture, data: bytes) -> None:
         with other(warm) as channel:
             for method in (
@@ -284,7 +309,9 @@ class TestLeaving:
 
 
 class TestAnUnreadAnswer:
-    def test_a_reader_that_stands_still_frees_the_engine(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_a_reader_that_stands_still_frees_the_engine(
+        self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         monkeypatch.setattr("serving.dialects.grpc.status.UNREAD_SECONDS", 0.5)
         noise = np.random.default_rng(0).integers(0, 255, (400, 400, 3), np.uint8)
         monkeypatch.setattr(FakeModel, "picture", noise)
@@ -297,14 +324,17 @@ class TestAnUnreadAnswer:
         with pytest.raises(Cancelled, match="read nothing"):
             list(responses)
 
-    @pytest.mark.parametrize(("seconds", "most"), [(1, 10), pytest.param(None, 31, marks=pytest.mark.full)], ids=["short", "as promised"])
+    @pytest.mark.parametrize(
+        ("seconds", "most"), [(1, 10), pytest.param(None, 31, marks=pytest.mark.full)], ids=["short", "as promised"]
+    )
     def test_a_suspended_client_frees_the_engine(self, tmp_path: Path, seconds: int | None, most: float) -> None:
         """Its machine still acknowledges what arrives, and nothing else of it answers."""
         names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
         server = FakeServer(tmp_path, Limits(), {} if seconds is None else dict.fromkeys(names, 1000 * seconds))
         program = (
             "from serving.dialects.grpc.client import Client; from serving.fake import request\n"
-            f"for r in Client('{server.address}').generate(request(steps=1000)): print(r.WhichOneof('event'), flush=True)"
+            f"for r in Client('{server.address}').generate(request(steps=1000)): print(r.WhichOneof('event'), "
+            "flush=True)"
         )
         try:
             server.load_all()
@@ -330,7 +360,9 @@ class TestQueue:
             with pytest.raises(ResourceExhausted, match="kept for other clients"):
                 list(server.client.generate(request()))
             with other(server) as channel:
-                theirs = channel.unary_stream(GENERATE, None, image_pb2.GenerateResponse.FromString)(request(steps=1).SerializeToString())
+                theirs = channel.unary_stream(GENERATE, None, image_pb2.GenerateResponse.FromString)(
+                    request(steps=1).SerializeToString()
+                )
                 assert next(theirs).queued.position == 4
                 server.draw.release()
                 assert kinds([*theirs])[-1] == "done"
@@ -422,13 +454,19 @@ class TestModels:
             cold.client.load("draw", target="tensorrt")
         assert cold.client.model("draw").state == model_pb2.MODEL_STATE_FAILED
 
-    def test_clients_get_names_and_the_log_paths(self, cold: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_clients_get_names_and_the_log_paths(
+        self, cold: FakeServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
         caplog.set_level("INFO")
-        cold.load_failure = BundleError(f"bundle {tmp_path}/draw is damaged: see {Path.home()}/.cache/x" + "y" * 5_000_000)
+        cold.load_failure = BundleError(
+            f"bundle {tmp_path}/draw is damaged: see {Path.home()}/.cache/x" + "y" * 5_000_000
+        )
         with pytest.raises(BundleError, match="bundle draw is damaged: see") as caught:
             cold.client.load("draw")
         error = cold.client.model("draw").error
-        assert "bundle draw is damaged" in error and len(error) <= 1000 and str(tmp_path) not in f"{caught.value}{error}"
+        assert (
+            "bundle draw is damaged" in error and len(error) <= 1000 and str(tmp_path) not in f"{caught.value}{error}"
+        )
         assert str(Path.home()) not in error and str(tmp_path) in caplog.text
         assert [model.name for model in cold.client.models()] == ["draw", "talk"]
 
@@ -498,11 +536,18 @@ class TestModels:
 class TestWhatReallyRuns:
     def test_placements_and_notes_of_a_model(self, cold: FakeServer) -> None:
         cold.draw.engine.fallbacks = ("3 of 120 nodes on the CPU: Loop",)
-        cold.draw.engine.decisions = {"attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")}
+        cold.draw.engine.decisions = {
+            "attention": Decision("float32", "measured on this processor: 1.24 x as fast as the default")
+        }
         cold.draw.notes = ("denoiser is on fake since cuda:0 is full",)
         model = cold.client.load("draw")
         (one,) = model.placements
-        assert (one.submodel, one.target, one.device, one.precision) == ("denoiser", "fake", "none", "int8 W8A8, float32")
+        assert (one.submodel, one.target, one.device, one.precision) == (
+            "denoiser",
+            "fake",
+            "none",
+            "int8 W8A8, float32",
+        )
         assert list(one.choices) == ["attention=float32: measured on this processor: 1.24 x as fast as the default"]
         assert (list(one.fallbacks), list(model.notes)) == (list(cold.draw.engine.fallbacks), list(cold.draw.notes))
         done = list(cold.client.generate(request()))[-1].done.engines[0]
@@ -546,7 +591,11 @@ class TestALostDevice:
         self.lose(warm, EngineError("no other place"))
         until(lambda: warm.client.model("draw").state == model_pb2.MODEL_STATE_FAILED)
         error = warm.client.model("draw").error
-        assert "denoiser of model draw stopped working" in error and "device was lost" in error and "no other place" in error
+        assert (
+            "denoiser of model draw stopped working" in error
+            and "device was lost" in error
+            and "no other place" in error
+        )
         with pytest.raises(Unavailable, match="device was lost"):
             list(warm.client.generate(request()))
         assert list(warm.client.chat(ask()))[-1].HasField("done"), "the other model goes on"
@@ -601,7 +650,10 @@ class TestHealthAndReflection:
             leaving.cancel()
             cold.client.load("draw")
             assert next(watching).status == SERVING
-            assert next(watch(health_pb2.HealthCheckRequest(service="nothing"))).status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            assert (
+                next(watch(health_pb2.HealthCheckRequest(service="nothing"))).status
+                == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+            )
             idle.cancel()
 
     def test_a_service_that_is_not_known(self, cold: FakeServer) -> None:
@@ -616,7 +668,12 @@ class TestHealthAndReflection:
         assert self.check(cold, "enginecast.v1.ModelService") == SERVING
         cold.client.load("draw")
         until(lambda: self.check(cold, "") == SERVING)
-        assert [self.check(cold, name) for name in (images, chats, "draw", "talk")] == [SERVING, NOT_SERVING, SERVING, NOT_SERVING]
+        assert [self.check(cold, name) for name in (images, chats, "draw", "talk")] == [
+            SERVING,
+            NOT_SERVING,
+            SERVING,
+            NOT_SERVING,
+        ]
         cold.client.unload("draw")
         until(lambda: self.check(cold, "") == NOT_SERVING)
 
@@ -629,7 +686,9 @@ class TestHealthAndReflection:
             ]
             listed, found = stub.ServerReflectionInfo(iter(asked))
         names = {service.name for service in listed.list_services_response.service}
-        assert {f"enginecast.v1.{kind}Service" for kind in ("Image", "Chat", "Model")} | {"grpc.health.v1.Health"} <= names
+        assert {f"enginecast.v1.{kind}Service" for kind in ("Image", "Chat", "Model")} | {
+            "grpc.health.v1.Health"
+        } <= names
         files = [FileDescriptorProto.FromString(data) for data in found.file_descriptor_response.file_descriptor_proto]
         assert "enginecast/v1/image.proto" in [file.name for file in files]
 
@@ -712,7 +771,9 @@ class TestAddress:
 
     def test_two_bundles_of_one_name(self, tmp_path: Path) -> None:
         same = bundle(tmp_path, "twin")
-        with pytest.raises(InvalidInput, match=r"both called 'twin': give one another name, as in `enginecast serve twin=.* twin-2=.*`"):
+        with pytest.raises(
+            InvalidInput, match=r"both called 'twin': give one another name, as in `enginecast serve twin=.* twin-2=.*`"
+        ):
             ModelHost([same, same], lambda *_: FakeModel())
         host = ModelHost([Offer.of(same.root), Offer.of(same.root, "other")], lambda *_: FakeModel())
         assert [status.name for status in host.statuses()] == ["other", "twin"]
@@ -730,7 +791,8 @@ def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
         "import asyncio, sys; from pathlib import Path; from serving.fake import FakeModel, bundle\n"
         "from serving.host.models import ModelHost; from serving.dialects.grpc.server import serve; import time\n"
         "model = FakeModel(); model.engine.function = lambda inputs: time.sleep(0.05) or {}\n"
-        "async def main(): await serve(ModelHost([bundle(Path(sys.argv[1]), 'draw')], lambda *_: model), '127.0.0.1:0', "
+        "async def main(): await serve(ModelHost([bundle(Path(sys.argv[1]), 'draw')], lambda *_: model), "
+        "'127.0.0.1:0', "
         "lambda line: print(line, flush=True))\n"
         "asyncio.run(main())"
     )

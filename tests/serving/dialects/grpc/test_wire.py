@@ -18,7 +18,10 @@ def count(message: Any) -> int:
     return total
 
 
-@given(st.lists(st.lists(st.none() | st.text(max_size=3) | st.binary(max_size=3), max_size=4), max_size=4), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.lists(st.none() | st.text(max_size=3) | st.binary(max_size=3), max_size=4), max_size=4),
+    st.integers(0, 2**32 - 1),
+)
 def test_fields_are_counted_as_the_library_does(turns: list[list[str | bytes | None]], tokens: int) -> None:
     message = chat_pb2.ChatRequest(model="m", max_tokens=tokens, temperature=0.5, stop=["a", "b"], seed=2**64 - 1)
     for parts in turns:
