@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint", "Source", "TensorRef", "check_finite", "open_component", "read_json", "release", "resolve"]
 
-SAMPLES: Final = Path(__file__).parent / "samples"
+SAMPLES: Final = Path(__file__).parents[2] / "samples"
 SAMPLE: Final = "sample:"
 PIPELINE: Final = "model_index.json"
 CONFIG: Final = "config.json"

@@ -23,7 +23,7 @@ ANSWER_TOKENS: Final = 64
 
 def default_files() -> list[Path]:
     """Every file of rows that is there, the program's own first."""
-    folders = dict.fromkeys((Path(__file__).parents[1] / ROWS, ROWS.absolute()))
+    folders = dict.fromkeys((Path(__file__).parents[2] / ROWS, ROWS.absolute()))
     return [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.jsonl"))]
 
 

@@ -145,7 +145,8 @@ def _key(bundle: Bundle, submodel: Submodel, engine: type[Engine], settings: Map
 @cache
 def _code() -> str:
     """Identifies what lowers and compiles: a later program must not load what an older one made of the same graph."""
-    return key_of([path.read_text() for path in sorted(Path(__file__).parent.rglob("*.py"))])
+    root = Path(__file__).parents[1]
+    return key_of([path.read_text() for room in ("bundle", "targets") for path in sorted((root / room).rglob("*.py"))])
 
 
 def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:

@@ -121,10 +121,16 @@ def difference(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def theirs_is_sound(name: str, config: dict[str, Any], steps: int) -> bool:
-    """Whether diffusers' timesteps all lie in the training and none comes twice."""
+    """Whether diffusers' timesteps all lie in the training, none comes twice, and noise never rises from step to step.
+
+    It may rise at the start where `rescale_betas_zero_snr` puts 2**-24 behind a smaller value.
+    """
     try:
-        timesteps = reference(name, config, steps).timesteps.numpy()
+        scheduler = reference(name, config, steps)
     except IndexError:
+        return False
+    timesteps = scheduler.timesteps.numpy()
+    if name != "ddim" and (np.diff(scheduler.sigmas.numpy()) > 0).any():
         return False
     last = config.get("num_train_timesteps", 1000) - 1
     return bool(timesteps.size and timesteps.max() <= last and timesteps.min() >= 0 and (np.diff(timesteps) < 0).all())
@@ -163,7 +169,9 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
         assume(len(np.arange(total, 0, -total / steps)) == steps)
     scheduler = reference(name, config, steps)
     np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), atol=2e-3)
-    assert sampler.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=1e-5)
+    # A last bit of float32 in a value near 1 is a larger share of what is left to 1.
+    rel = 2e-4 if config.get("rescale_betas_zero_snr") else 1e-5
+    assert sampler.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=rel)
     noise = np.random.default_rng(seed).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
         expected = theirs(name, config, steps, noise, eta, patch)
