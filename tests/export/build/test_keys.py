@@ -53,10 +53,17 @@ def test_a_file_that_moves_counts_where_it_lies(packages: dict[str, Path]) -> No
     assert "targets/lowering/deeper/half.py" in deciding("runtime", packages["runtime"])
 
 
-@pytest.mark.parametrize("path", [
-    "runtime/targets/lowering/static_cache.py", "runtime/targets/onnxruntime/integers.py", "runtime/bundle/signature.py",
-    "runtime/targets/sessions/cuda_kernels.txt", "calibration/quantize/gptq.py", "export/families/llava.py",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "path",
+    [
+        "runtime/targets/lowering/static_cache.py",
+        "runtime/targets/onnxruntime/integers.py",
+        "runtime/bundle/signature.py",
+        "runtime/targets/sessions/cuda_kernels.txt",
+        "calibration/quantize/gptq.py",
+        "export/families/llava.py",
+    ],
+)
 def test_what_lowers_and_quantizes_decides(path: str) -> None:
     package, _, rest = path.partition("/")
     assert rest in deciding(package, Path(str(importlib.import_module(package).__file__)).parent)
