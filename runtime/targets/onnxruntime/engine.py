@@ -21,6 +21,7 @@ from typing import Any, Final
 import numpy as np
 
 from runtime.bundle.manifest import Artifact, Submodel, sha256
+from runtime.bundle.signature import BATCH
 from runtime.engine import Availability, Engine, Options
 from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.files import key_of, written
@@ -157,7 +158,8 @@ def _decide(
     parts = {value: folder / f"{submodel.name}.{value}.onnx" for value in CHOICES["products"]}
     if submodel.signature.states or not all(part.is_file() for part in parts.values()):
         return {}
-    lengths = {name: dim.opt for name, dim in submodel.signature.dims.items()}
+    # One row: two sessions are in memory together, and the first layers of a VAE at 512x512 take 1.5 GB a row each.
+    lengths = {name: dim.min if name == BATCH.name else dim.opt for name, dim in submodel.signature.dims.items()}
     sample = submodel.signature.sample(lengths)
 
     def prepare(values: Values) -> Callable[[], object]:

@@ -179,7 +179,7 @@ def test_explored_once(chain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 UNDER_WAY = """
 import sys, time
 from pathlib import Path
-from tests.export.test_auto import explore
+from tests.export.build.test_auto import explore
 from calibration.sensitivity import Board
 alone, done = Board._alone, []
 def measure(board, index, number):

@@ -21,7 +21,7 @@ from runtime.targets.cuda import engine as provider
 from runtime.targets.cuda.engine import CUDAEngine
 from runtime.targets.nvidia import cuda
 from runtime.targets.sessions.kernels import CUDA, outside
-from tests.runtime.ort.conftest import Make, Reference, canonical, emulated, quantized, snr_db, tokens
+from tests.runtime.targets.conftest import Make, Reference, canonical, emulated, quantized, snr_db, tokens
 
 __all__ = ["emulated"]
 FLOOR = {"float32": 100.0, "float16": 40.0}

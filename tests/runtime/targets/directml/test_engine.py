@@ -17,7 +17,7 @@ from runtime.engine import CompileOptions, Options, Slot, target
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput
 from runtime.targets.directml import engine as directml
 from runtime.targets.directml.engine import DirectML
-from tests.runtime.ort.conftest import Make, Reference, canonical, emulated, quantized, snr_db, tokens
+from tests.runtime.targets.conftest import Make, Reference, canonical, emulated, quantized, snr_db, tokens
 
 __all__ = ["emulated"]
 FLOOR = {"float32": 100.0, "float16": 40.0}

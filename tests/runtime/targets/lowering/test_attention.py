@@ -16,7 +16,7 @@ from runtime.errors import EngineError
 from runtime.targets.lowering import attention
 from runtime.targets.lowering.attention import with_grouped_cache, with_multihead
 from runtime.targets.lowering.half import to_half
-from tests.runtime.ort.conftest import run, snr_db, toy, value
+from tests.runtime.targets.conftest import run, snr_db, toy, value
 
 
 def counted(model: ir.Model) -> Counter[str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from runtime.errors import EngineError
 from runtime.targets.lowering.opset21 import to_opset21
 from runtime.targets.sessions.kernels import CUDA, DIRECTML, Provider, outside
-from tests.runtime.ort.conftest import run, snr_db, toy, value
+from tests.runtime.targets.conftest import run, snr_db, toy, value
 
 RNG = np.random.default_rng(0)
 EXACT = 110.0

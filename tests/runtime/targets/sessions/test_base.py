@@ -15,7 +15,7 @@ from runtime.errors import EngineError
 from runtime.targets.sessions.base import SessionEngine
 from runtime.targets.sessions.caches import Cache
 from runtime.targets.sessions.sessions import CPU, Device
-from tests.runtime.ort.conftest import plain
+from tests.runtime.targets.conftest import plain
 
 
 @pytest.fixture

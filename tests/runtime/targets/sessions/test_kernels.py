@@ -10,7 +10,7 @@ import pytest
 
 from runtime.errors import EngineError
 from runtime.targets.sessions.kernels import CUDA, DIRECTML, Provider, check, covers, kernels, outside
-from tests.runtime.ort.conftest import toy, value
+from tests.runtime.targets.conftest import toy, value
 
 HALF, FLOAT, INT64, BFLOAT16 = ir.DataType.FLOAT16, ir.DataType.FLOAT, ir.DataType.INT64, ir.DataType.BFLOAT16
 
