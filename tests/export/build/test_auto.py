@@ -180,7 +180,7 @@ UNDER_WAY = """
 import sys, time
 from pathlib import Path
 from tests.export.build.test_auto import explore
-from calibration.sensitivity import Board
+from calibration.search.sensitivity import Board
 alone, done = Board._alone, []
 def measure(board, index, number):
     if len(done) == 5:

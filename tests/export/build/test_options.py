@@ -26,7 +26,7 @@ class Refusing(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         assert name not in ("torch", "transformers", "diffusers"), f"{name} was imported"
 sys.meta_path.insert(0, Refusing())
-from serving.cli import main
+from serving.cli.commands import main
 main()
 """
 

@@ -19,7 +19,7 @@ from runtime.errors import InvalidInput, ResourceExhausted
 UNDER_WAY = """
 import sys, time
 from pathlib import Path
-from export.staging import cached, staging
+from export.build.staging import cached, staging
 def make(path):
     path.write_text("half")
     print("ready", flush=True)

@@ -206,7 +206,7 @@ def test_another_process_that_measures_for_long_is_not_waited_for(cache: Path, m
 
 MEASURES = """
 import sys, time
-from runtime.choices import Choice, Subject, decide
+from runtime.placing.choices import Choice, Subject, decide
 
 def prepare(values):
     print("made", flush=True)

@@ -7,7 +7,7 @@ import sys
 
 CODE = """
 import importlib.util, sys
-from runtime.mil.sdk import FRAMEWORKS, coremltools
+from runtime.targets.coreml.sdk import FRAMEWORKS, coremltools
 version = coremltools().__version__
 found = importlib.util.find_spec("torch") is not None
 print(version, [name for name in FRAMEWORKS if name in sys.modules], found)
