@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import ClassVar
 import runtime.targets
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
-from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound, did_you_mean
 from runtime.placing.choices import Decision
 from runtime.settings import Texts
 
@@ -27,6 +27,10 @@ class Slot:
     """The identity of one sequence's states (its KV cache). The engine allocates on first use and frees when the slot
     is gone.
     """
+
+
+SlotCall = tuple[Mapping[str, Array], Slot | None]
+"""The inputs of one call, and the slot whose states it continues."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,25 @@ class Engine(ABC):
         keep.
         """
 
+    def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        """The outputs of several calls, in order: each equals what `run` gives of it alone, within rounding.
+
+        Slots are distinct. Targets that compute several slots together override this. Where one call is refused, none
+        has outputs (EngineError); those that were run have written their states.
+        """
+        return [self.run(inputs, slot) for inputs, slot in calls]
+
+    def fork(self, slot: Slot, n: int) -> list[Slot]:
+        """`n` new slots that continue from what `slot` holds. What is run on one changes no other."""
+        forks = [Slot() for _ in range(n)]
+        for fork in forks:
+            self.copy(slot, fork)
+        return forks
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        """Let the new slot `to` hold what `slot` holds. Engines with states override this."""
+        raise NotImplementedError(f"{self.target} keeps no states")
+
     def trim(self, slot: Slot, length: int) -> None:
         """Forget what a slot's states hold beyond `length` positions. Engines with states override this."""
         raise NotImplementedError(f"{self.target} keeps no states")
@@ -228,8 +251,18 @@ class FakeEngine(Engine):
         self.calls.append(dict(inputs))
         return self.function(inputs)
 
+    def copy(self, slot: Slot, to: Slot) -> None:
+        pass
+
     def trim(self, slot: Slot, length: int) -> None:
         pass
+
+
+def require_distinct(calls: Sequence[SlotCall]) -> None:
+    """Raise EngineError where a slot occurs in more than one of the calls: they would continue one another."""
+    slots = [slot for _, slot in calls if slot is not None]
+    if len(set(slots)) < len(slots):
+        raise EngineError("a slot occurs twice in one batch of calls, expected one call for each: run them in turn")
 
 
 @cache

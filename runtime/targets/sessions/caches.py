@@ -1,9 +1,12 @@
-"""Keys and values of one sequence in buffers on the device of a session: [batch, heads, capacity, size] each."""
+"""Keys and values of sequences in buffers on the device of a session: [batch, heads, capacity, size] each.
+
+A slot holds some rows of a cache. Slots that are run together hold the rows of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -23,9 +26,7 @@ TYPES: Final[Mapping[str, Any]] = {
 
 
 class Cache:
-    """The buffers of one slot, by the name of the past. `types` are those of the session's inputs; `longest` bounds the
-    growth.
-    """
+    """Buffers by the name of the past. `types` are those of the session's inputs; `longest` bounds the growth."""
 
     def __init__(
         self, states: tuple[State, ...], batch: int, device: Device, types: Mapping[str, str], longest: int
@@ -33,6 +34,11 @@ class Cache:
         self.states, self.batch, self.device, self.types, self.longest = states, batch, device, types, longest
         self.capacity = 0
         self.values: dict[str, Any] = {}
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether parts of buffers can be copied: not in a type that numpy lacks."""
+        return all(TYPES[self.types[state.past.name]] != BFLOAT16 for state in self.states)
 
     def reserve(self, length: int) -> dict[str, Any]:
         """Buffers that hold at least `length` positions, with what they held before. They double, up to the longest."""
@@ -42,11 +48,10 @@ class Cache:
                 "context"
             )
         if length > self.capacity:
-            wide = any(
-                TYPES[self.types[state.past.name]] == BFLOAT16 for state in self.states
-            )  # cannot be copied to grow
             self.capacity = (
-                self.longest if wide else min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
+                min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
+                if self.copies_rows
+                else self.longest
             )
             self.values = {state.past.name: self._grown(state) for state in self.states}
         return self.values
@@ -64,6 +69,14 @@ class Cache:
         other.capacity = self.longest
         return {state.past.name: other._grown(state) for state in self.states}
 
+    def copied(self) -> Cache:
+        """Another cache that holds the same."""
+        other = Cache(self.states, self.batch, self.device, self.types, self.longest)
+        other.capacity = self.capacity
+        other.values = {state.past.name: other._grown(state) for state in self.states}
+        sdk().copy_tensors(list(self.values.values()), list(other.values.values()))
+        return other
+
     def _grown(self, state: State) -> Any:
         shape = state.past.shape({"batch": self.batch, "past": self.capacity})
         dtype = TYPES[self.types[state.past.name]]
@@ -75,3 +88,38 @@ class Cache:
             held = self.values[state.past.name].numpy()
             grown[:, :, : held.shape[2]] = held
         return make.ortvalue_from_numpy(grown, self.device.memory, self.device.index)
+
+
+class Rows(NamedTuple):
+    """The rows of a cache that a slot holds: so many from `first` on."""
+
+    cache: Cache
+    first: int
+    batch: int
+
+
+def covered(parts: Sequence[Rows]) -> Cache | None:
+    """The cache whose rows these are, all of them and in order; None where there is none."""
+    cache, first = parts[0].cache, 0
+    for part in parts:
+        if part.cache is not cache or part.first != first:
+            return None
+        first += part.batch
+    return cache if first == cache.batch else None
+
+
+def joined(parts: Sequence[Rows]) -> Cache:
+    """A new cache that holds copies of these rows, one behind the other."""
+    first = parts[0].cache
+    made = Cache(first.states, sum(part.batch for part in parts), first.device, first.types, first.longest)
+    made.capacity = max(part.cache.capacity for part in parts)
+    for state in made.states:
+        name = state.past.name
+        values = np.zeros(state.past.shape({"batch": made.batch, "past": made.capacity}), TYPES[first.types[name]])
+        row = 0
+        for part in parts:
+            held = part.cache.values[name].numpy()[part.first : part.first + part.batch]
+            values[row : row + part.batch, :, : held.shape[2]] = held
+            row += part.batch
+        made.values[name] = sdk().OrtValue.ortvalue_from_numpy(values, made.device.memory, made.device.index)
+    return made

@@ -308,7 +308,7 @@ def test_the_cache_is_updated_in_place_by_onnxruntime(vlm_bundle: Path) -> None:
     engine: Any = targets()["onnxruntime"].load(bundle.submodel("decoder"), bundle.root, Options(threads=1))
     text = Text(engine)
     text.feed(5)
-    (cache,) = engine._slots.values()
+    ((cache, _, _),) = engine._slots.values()
     before = {name: (value.data_ptr(), value.numpy().copy()) for name, value in cache.values.items()}
     text.feed(1)
     for name, (address, held) in before.items():
