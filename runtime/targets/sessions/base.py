@@ -140,8 +140,8 @@ class SessionEngine(Engine):
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
         """Whether it is a single step that can be computed with those of other slots."""
         rows, lengths = self._slots.get(slot), self._lengths(inputs)
-        steps = rows is not None and (lengths["batch"], lengths["sequence"]) == (rows.batch, 1)
-        return steps and rows.cache.copies_rows
+        fits = rows is not None and rows.cache.copies_rows
+        return fits and (lengths["batch"], lengths["sequence"]) == (self._slots[slot].batch, 1)
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
         """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
