@@ -15,6 +15,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
+import numpy as np
+
 import runtime.targets
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
@@ -195,6 +197,26 @@ class Engine(ABC):
         """Run once. `inputs` match the signature; states, if any, live in `slot`. Outputs are copies the caller may
         keep.
         """
+
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        """Run once; the outputs of the last `count` of its new positions, in order: [batch, count, ...] where `run`
+        gives those of the last one, [batch, 1, ...].
+
+        This is for decoders. Targets that compute them in one run override it, others run the last positions one by
+        one. Raises EngineError when the call has fewer new positions.
+        """
+        signature = self.submodel.signature
+        sequence = signature.lengths(inputs)["sequence"]
+        if not 0 < count <= sequence:
+            raise EngineError(
+                f"outputs of {count} positions were requested of {self.submodel.name}, the call has {sequence}"
+            )
+        first = sequence - count + 1
+        pieces = [(0, first), *((position, position + 1) for position in range(first, sequence))]
+        found = [self.run(signature.cut(inputs, *piece), slot) for piece in pieces]
+        return {
+            tensor.name: np.concatenate([outputs[tensor.name] for outputs in found], 1) for tensor in signature.outputs
+        }
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         """The outputs of several calls, in order: each equals what `run` gives of it alone, within rounding.

@@ -26,13 +26,16 @@ Outputs = dict[str, Array]
 @dataclass(frozen=True)
 class Call:
     """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions
-    first.
+    first. A new slot may continue from what another holds, its `origin`. Of a decoder, outputs are those of the `last`
+    so many new positions.
     """
 
     submodel: str
     inputs: Mapping[str, Array]
     slot: Slot | None = None
     keep: int | None = None
+    origin: Slot | None = None
+    last: int = 1
 
 
 class Event:
@@ -117,8 +120,12 @@ class Engines(Protocol):
 def run_call(engines: Engines, call: Call) -> Outputs:
     """Execute one call on its engine."""
     engine = engines[call.submodel]
+    if call.slot is not None and call.origin is not None:
+        engine.copy(call.origin, call.slot)
     if call.slot is not None and call.keep is not None:
         engine.trim(call.slot, call.keep)
+    if call.last > 1:
+        return engine.run_last(call.inputs, call.slot or Slot(), call.last)
     return engine.run(call.inputs, call.slot)
 
 

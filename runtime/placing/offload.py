@@ -155,6 +155,11 @@ class OffloadedEngine(Engine):
                 self._slots.add(slot)
             return engine.run(inputs, slot)
 
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        with self._budget.lend(self, memory.size_of(inputs)) as engine:
+            self._slots.add(slot)
+            return engine.run_last(inputs, slot, count)
+
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         with self._budget.lend(self, sum(memory.size_of(inputs) for inputs, _ in calls)) as engine:
             self._slots.update(slot for _, slot in calls if slot is not None)

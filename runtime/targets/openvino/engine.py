@@ -167,7 +167,7 @@ class OpenVINO(Engine):
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         if self._pages is not None:
-            return self.run_many([(inputs, slot)])[0]
+            return self._run_paged([(inputs, slot)])[0]
         request, feed = self._request, dict(inputs)
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
@@ -186,12 +186,19 @@ class OpenVINO(Engine):
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         """One infer request for all rows of all calls where the cache is in pages, else one call after another."""
+        return super().run_many(calls) if self._pages is None else self._run_paged(calls)
+
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
         if self._pages is None:
-            return super().run_many(calls)
+            return super().run_last(inputs, slot, count)
+        return self._run_paged([(inputs, slot)], count)[0]
+
+    def _run_paged(self, calls: Sequence[SlotCall], last: int = 1) -> list[dict[str, Array]]:
+        assert self._pages is not None
         require_distinct(calls)
         paged = [(inputs, self._table(slot or Slot(), len(inputs["position_ids"]))) for inputs, slot in calls]
         try:
-            return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs])
+            return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs], last)
         except (RuntimeError, ValueError) as error:
             raise self._failed(error) from None
 

@@ -124,14 +124,21 @@ class Pages:
                 self.users[page] += 1
             return self._table([list(row) for row in table.rows])
 
-    def run(self, calls: Sequence[tuple[Mapping[str, Array], Table]], outputs: Sequence[str]) -> list[dict[str, Array]]:
-        """Run calls of the signature together. Raises ValueError for a row of nothing but padding, and for one that
-        holds fewer positions than its mask says.
+    def run(
+        self, calls: Sequence[tuple[Mapping[str, Array], Table]], outputs: Sequence[str], last: int = 1
+    ) -> list[dict[str, Array]]:
+        """Run calls of the signature together; outputs [batch, last, ...] are those of the last positions of each row.
+
+        Raises ValueError for a row with fewer positions than that, and for one that holds fewer than its mask says.
         """
         with self._lock:
-            results = self.request.infer(self._feed(calls), share_inputs=True)
-            ends = np.cumsum([table.batch for _, table in calls])[:-1]
-            parts = {name: np.split(np.array(results[name]), ends) for name in outputs}
+            results = self.request.infer(self._feed(calls, last), share_inputs=True)
+            ends = np.cumsum([table.batch for _, table in calls])
+            rows = {name: np.array(results[name]) for name in outputs}
+            parts = {
+                name: np.split(array.reshape(ends[-1], last, *array.shape[2:]), ends[:-1])
+                for name, array in rows.items()
+            }
             self._collect()
         return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
 
@@ -144,7 +151,7 @@ class Pages:
             finally:
                 self._lock.release()
 
-    def _feed(self, calls: Sequence[tuple[Mapping[str, Array], Table]]) -> dict[str, Array]:
+    def _feed(self, calls: Sequence[tuple[Mapping[str, Array], Table]], last: int) -> dict[str, Array]:
         """What the request takes for calls of the signature: inputs_embeds [batch, sequence, hidden], attention_mask
         [batch, total], position_ids [batch, sequence]. Padding is left out wherever it is.
         """
@@ -153,6 +160,8 @@ class Pages:
         counts = np.concatenate([new.sum(1, dtype=np.int32) for _, new in masks])
         if not counts.all():
             raise ValueError("attention_mask has a row without any position of this call")
+        if counts.min() < last:
+            raise ValueError(f"outputs of {last} positions were requested, a row has {counts.min()}")
         rows = [row for _, table in calls for row in table.rows]
         self._prepare([Write(*write) for write in zip(rows, lengths.tolist(), counts.tolist(), strict=True)])
         ends = counts.cumsum(dtype=np.int32)
@@ -166,7 +175,7 @@ class Pages:
             "block_indices": np.array([page for row in rows for page in row], np.int32),
             "block_indices_begins": _begins(np.cumsum([len(row) for row in rows], dtype=np.int32)),
             "max_context_len": np.array((lengths + counts).max(), np.int32),
-            LAST: ends - 1,
+            LAST: (ends[:, None] + np.arange(-last, 0, dtype=np.int32)).ravel(),
         }
 
     def _prepare(self, writes: Sequence[Write]) -> None:

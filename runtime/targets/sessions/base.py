@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.bundle.manifest import Submodel
-from runtime.bundle.signature import Array, Dim, Tensor
+from runtime.bundle.signature import Array
 from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, require_distinct
 from runtime.errors import EngineError
 from runtime.targets.lowering.masks import MASK
@@ -84,7 +84,7 @@ class SessionEngine(Engine):
         try:
             if self.submodel.signature.states:
                 return self._run_slots([(inputs, slot or Slot())])[0]
-            return self._run(self._session(self._lengths(inputs)), inputs, {}, {})
+            return self._run(self._session(self.submodel.signature.lengths(inputs)), inputs, {}, {})
         except Exception as error:  # the SDK raises a dozen unrelated classes
             raise self._failed(error) from None
 
@@ -129,17 +129,9 @@ class SessionEngine(Engine):
     def _failed(self, reason: object) -> EngineError:
         return EngineError(f"ONNX Runtime could not run {self.submodel.name}: {reason}")
 
-    def _lengths(self, inputs: Mapping[str, Array]) -> dict[str, int]:
-        return {
-            dim.name: length
-            for tensor in self.submodel.signature.inputs
-            for dim, length in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
-            if isinstance(dim, Dim)
-        }
-
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
         """Whether it is a single step that can be computed with those of other slots."""
-        rows, lengths = self._slots.get(slot), self._lengths(inputs)
+        rows, lengths = self._slots.get(slot), self.submodel.signature.lengths(inputs)
         fits = rows is not None and rows.cache.copies_rows
         return fits and (lengths["batch"], lengths["sequence"]) == (self._slots[slot].batch, 1)
 
@@ -215,7 +207,7 @@ class SessionEngine(Engine):
 
     def _run_slots(self, calls: Sequence[tuple[Mapping[str, Array], Slot]]) -> list[dict[str, Array]]:
         """Run calls of the same number of new positions together."""
-        counts = [self._lengths(inputs)["batch"] for inputs, _ in calls]
+        counts = [self.submodel.signature.lengths(inputs)["batch"] for inputs, _ in calls]
         for (_, slot), count in zip(calls, counts, strict=True):
             held = self._slots.get(slot)
             if held is not None and held.batch != count:
@@ -224,7 +216,7 @@ class SessionEngine(Engine):
             raise EngineError("attention_mask has zeros, expected rows without padding")
         inputs = self._stacked([inputs for inputs, _ in calls])
         run = self._run_grouped if self.plan.cache == "grouped" else self._run_fixed
-        outputs = run(inputs, self._lengths(inputs), [slot for _, slot in calls])
+        outputs = run(inputs, self.submodel.signature.lengths(inputs), [slot for _, slot in calls])
         ends = np.cumsum(counts)[:-1]
         parts = {name: np.split(array, ends) for name, array in outputs.items()}
         return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
@@ -281,9 +273,7 @@ class SessionEngine(Engine):
         whole = batch == 1 or sequence in (1, total)
         outputs: dict[str, Array] = {}
         for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
-            outputs = self._run(
-                session, self._cut(inputs, slice(start, stop), total - sequence + stop), buffers, buffers
-            )
+            outputs = self._run(session, self.submodel.signature.cut(inputs, start, stop), buffers, buffers)
         return outputs
 
     def _run_fixed(
@@ -304,7 +294,7 @@ class SessionEngine(Engine):
             session = self._session(piece)
             cache = self._cache(slots, batch, session)
             past = cache.whole()
-            given = self._cut(inputs, slice(start, stop), end) | {
+            given = self.submodel.signature.cut(inputs, start, stop) | {
                 INDICES: np.full(batch, end - (stop - start), np.int64)
             }
             given[MASK] = np.zeros((batch, self.plan.capacity), np.int64)
@@ -334,11 +324,6 @@ class SessionEngine(Engine):
             if all(name == "sequence" or lengths[name] == shape[name] for name in shape)
         ]
         return sorted({shape["sequence"] for shape in fits if "sequence" in shape}) or [lengths["sequence"]]
-
-    def _cut(self, inputs: Mapping[str, Array], positions: slice, total: int) -> dict[str, Array]:
-        """The part of the inputs that is about some of the new positions, when there are `total` with those before."""
-        now = {"sequence": positions, "total": slice(total)}
-        return {tensor.name: _part(tensor, inputs[tensor.name], now) for tensor in self.submodel.signature.inputs}
 
     def trim(self, slot: Slot, length: int) -> None:
         """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to
@@ -395,13 +380,6 @@ class _Call:
         self.results = self.binding.get_outputs()
         for name, value in zip(self.names, self.results, strict=True):
             self.binding.bind_ortvalue_output(name, value)
-
-
-def _part(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
-    """The part of an array that lies within the given range of each varying dim."""
-    return array[
-        tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)
-    ]
 
 
 def _key(shape: Shape) -> Key:

@@ -162,6 +162,20 @@ def test_slots_that_are_gone_hold_nothing(decoder: Any) -> None:
     assert not decoder._slots
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_outputs_of_several_positions(case: str, decoder: Engine, batch: int) -> None:
+    """As a guess is verified: the logits behind each of its tokens, in one call."""
+    text, same = Text(decoder, 0, batch), Text(decoder, 0, batch)
+    text.feed(3)
+    same.feed(3)
+    got = decoder.run_last(*text.call(5), 4)["logits"]
+    wanted = np.concatenate([same.feed(count) for count in (2, 1, 1, 1)], 1)
+    assert alike(case, got, wanted)
+    assert alike(case, text.feed(1), same.feed(1))
+    with pytest.raises(EngineError, match="outputs of 3 positions were requested"):
+        decoder.run_last(*text.call(2), 3)
+
+
 def test_a_slot_in_two_calls_of_one_batch_is_refused(case: str, decoder: Engine) -> None:
     if case not in TOGETHER:
         pytest.skip("it runs one call after another")
