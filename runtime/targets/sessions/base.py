@@ -19,7 +19,7 @@ from runtime.errors import EngineError
 from runtime.targets.lowering.masks import MASK
 from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.lowering.static_cache import INDICES
-from runtime.targets.sessions.caches import Cache, Rows, covered, joined
+from runtime.targets.sessions.caches import Cache, Rows, bind, covered, joined
 from runtime.targets.sessions.sessions import (
     CPU,
     NO_FALLBACK,
@@ -109,18 +109,15 @@ class SessionEngine(Engine):
     def fork(self, slot: Slot, n: int) -> list[Slot]:
         """New slots that hold the rows of one buffer, so that they can be run together as they are."""
         rows = self._slots.get(slot)
-        if rows is None or not rows.cache.copies_rows or not n:
-            return super().fork(slot, n)
         forks = [Slot() for _ in range(n)]
-        self._give(forks, [rows] * n)
+        if rows is not None and forks:
+            self._give(forks, [rows] * n)
         return forks
 
     def copy(self, slot: Slot, to: Slot) -> None:
         rows = self._slots.get(slot)
-        if rows is not None and rows.cache.copies_rows:
+        if rows is not None:
             self._give([to], [rows])
-        elif rows is not None:  # such rows are never joined: they are all that the cache has
-            self._slots[to] = rows._replace(cache=rows.cache.copied())
 
     def _require_open(self) -> None:
         if self._closed:
@@ -132,8 +129,7 @@ class SessionEngine(Engine):
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
         """Whether it is a single step that can be computed with those of other slots."""
         rows, lengths = self._slots.get(slot), self.submodel.signature.lengths(inputs)
-        fits = rows is not None and rows.cache.copies_rows
-        return fits and (lengths["batch"], lengths["sequence"]) == (self._slots[slot].batch, 1)
+        return rows is not None and (lengths["batch"], lengths["sequence"]) == (rows.batch, 1)
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
         """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
@@ -188,8 +184,8 @@ class SessionEngine(Engine):
         for name in self._outputs:
             binding.bind_output(name)
         for state in self.submodel.signature.states:
-            binding.bind_ortvalue_input(state.past.name, past[state.past.name])
-            binding.bind_ortvalue_output(state.present.name, present[state.past.name])
+            bind(binding, "input", state.past.name, past[state.past.name], self._device)
+            bind(binding, "output", state.present.name, present[state.past.name], self._device)
         session.run_with_iobinding(binding)
         results = binding.get_outputs()  # in the order they were bound
         # A view of a value dies with the value, so the caller gets copies.

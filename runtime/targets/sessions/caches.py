@@ -17,11 +17,11 @@ from runtime.targets.sessions.sessions import Device, sdk
 FIRST_CAPACITY: Final = 256
 """Positions that a cache which grows holds at first."""
 BFLOAT16: Final = 16
-"""ONNX's number of a type that numpy lacks."""
+"""ONNX's number of a type that numpy lacks: such buffers are made as numbers of 16 bits, and bound as what they are."""
 TYPES: Final[Mapping[str, Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
-    "tensor(bfloat16)": BFLOAT16,
+    "tensor(bfloat16)": np.uint16,
 }
 
 
@@ -35,11 +35,6 @@ class Cache:
         self.capacity = 0
         self.values: dict[str, Any] = {}
 
-    @property
-    def copies_rows(self) -> bool:
-        """Whether parts of buffers can be copied: not in a type that numpy lacks."""
-        return all(TYPES[self.types[state.past.name]] != BFLOAT16 for state in self.states)
-
     def reserve(self, length: int) -> dict[str, Any]:
         """Buffers that hold at least `length` positions, with what they held before. They double, up to the longest."""
         if length > self.longest:
@@ -48,11 +43,7 @@ class Cache:
                 "context"
             )
         if length > self.capacity:
-            self.capacity = (
-                min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
-                if self.copies_rows
-                else self.longest
-            )
+            self.capacity = min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
             self.values = {state.past.name: self._grown(state) for state in self.states}
         return self.values
 
@@ -69,25 +60,23 @@ class Cache:
         other.capacity = self.longest
         return {state.past.name: other._grown(state) for state in self.states}
 
-    def copied(self) -> Cache:
-        """Another cache that holds the same."""
-        other = Cache(self.states, self.batch, self.device, self.types, self.longest)
-        other.capacity = self.capacity
-        other.values = {state.past.name: other._grown(state) for state in self.states}
-        sdk().copy_tensors(list(self.values.values()), list(other.values.values()))
-        return other
-
     def _grown(self, state: State) -> Any:
-        shape = state.past.shape({"batch": self.batch, "past": self.capacity})
-        dtype = TYPES[self.types[state.past.name]]
-        make = sdk().OrtValue
-        if dtype == BFLOAT16:
-            return make.ortvalue_from_shape_and_type(shape, dtype, self.device.memory, self.device.index)
-        grown = np.zeros(shape, dtype)
+        grown = np.zeros(
+            state.past.shape({"batch": self.batch, "past": self.capacity}), TYPES[self.types[state.past.name]]
+        )
         if state.past.name in self.values:
             held = self.values[state.past.name].numpy()
             grown[:, :, : held.shape[2]] = held
-        return make.ortvalue_from_numpy(grown, self.device.memory, self.device.index)
+        return sdk().OrtValue.ortvalue_from_numpy(grown, self.device.memory, self.device.index)
+
+
+def bind(binding: Any, place: str, name: str, value: Any, device: Device) -> None:
+    """Bind a buffer to an "input" or "output" of a session, in the type that it stands for."""
+    if value.data_type() == "tensor(uint16)":
+        bound = getattr(binding, f"bind_{place}")
+        bound(name, device.memory, device.index, BFLOAT16, value.shape(), value.data_ptr())
+    else:
+        getattr(binding, f"bind_ortvalue_{place}")(name, value)
 
 
 class Rows(NamedTuple):
