@@ -25,7 +25,7 @@ from runtime.bundle.signature import Array, Signature, nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
-from runtime.pipeline import Call, Engines, Outputs, Pipeline, drive
+from runtime.pipeline import Call, Engines, Outputs, Pipeline, answer, drive
 from runtime.pipelines.chat import ChatPipeline, ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
 from runtime.placing.loading import LoadedModel
@@ -71,16 +71,14 @@ def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict
     zeros.
     """
     found: dict[str, Call] = {}
-    outputs: Outputs | None = None
-    try:
-        while True:
-            item = pipeline.send(outputs)
-            outputs = None
-            if isinstance(item, Call):
-                found.setdefault(item.submodel, item)
-                outputs = _zeros(submodels[item.submodel].signature, item.inputs)
-    except StopIteration:
-        return found
+
+    def zeros(call: Call) -> Outputs:
+        found.setdefault(call.submodel, call)
+        return _zeros(submodels[call.submodel].signature, call.inputs)
+
+    for _ in answer(pipeline, zeros):
+        pass
+    return found
 
 
 def _zeros(signature: Signature, inputs: Mapping[str, Array]) -> Outputs:

@@ -8,17 +8,19 @@ import importlib
 import importlib.util
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import ClassVar
 
+import numpy as np
+
 import runtime.targets
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
-from runtime.errors import EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound, did_you_mean
 from runtime.placing.choices import Decision
 from runtime.settings import Texts
 
@@ -27,6 +29,10 @@ class Slot:
     """The identity of one sequence's states (its KV cache). The engine allocates on first use and frees when the slot
     is gone.
     """
+
+
+SlotCall = tuple[Mapping[str, Array], Slot | None]
+"""The inputs of one call, and the slot whose states it continues."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +198,45 @@ class Engine(ABC):
         keep.
         """
 
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        """Run once; the outputs of the last `count` of its new positions, in order: [batch, count, ...] where `run`
+        gives those of the last one, [batch, 1, ...].
+
+        This is for decoders. Targets that compute them in one run override it, others run the last positions one by
+        one. Raises EngineError when the call has fewer new positions.
+        """
+        signature = self.submodel.signature
+        sequence = signature.lengths(inputs)["sequence"]
+        if not 0 < count <= sequence:
+            raise EngineError(
+                f"outputs of {count} positions were requested of {self.submodel.name}, the call has {sequence}"
+            )
+        first = sequence - count + 1
+        pieces = [(0, first), *((position, position + 1) for position in range(first, sequence))]
+        found = [self.run(signature.cut(inputs, *piece), slot) for piece in pieces]
+        return {
+            tensor.name: np.concatenate([outputs[tensor.name] for outputs in found], 1) for tensor in signature.outputs
+        }
+
+    def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        """The outputs of several calls, in order: each equals what `run` gives of it alone, within rounding.
+
+        Slots are distinct. Targets that compute several slots together override this. Where one call is refused, none
+        has outputs (EngineError); those that were run have written their states.
+        """
+        return [self.run(inputs, slot) for inputs, slot in calls]
+
+    def fork(self, slot: Slot, n: int) -> list[Slot]:
+        """`n` new slots that continue from what `slot` holds. What is run on one changes no other."""
+        forks = [Slot() for _ in range(n)]
+        for fork in forks:
+            self.copy(slot, fork)
+        return forks
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        """Let the new slot `to` hold what `slot` holds. Engines with states override this."""
+        raise NotImplementedError(f"{self.target} keeps no states")
+
     def trim(self, slot: Slot, length: int) -> None:
         """Forget what a slot's states hold beyond `length` positions. Engines with states override this."""
         raise NotImplementedError(f"{self.target} keeps no states")
@@ -228,8 +273,18 @@ class FakeEngine(Engine):
         self.calls.append(dict(inputs))
         return self.function(inputs)
 
+    def copy(self, slot: Slot, to: Slot) -> None:
+        pass
+
     def trim(self, slot: Slot, length: int) -> None:
         pass
+
+
+def require_distinct(calls: Sequence[SlotCall]) -> None:
+    """Raise EngineError where a slot occurs in more than one of the calls: they would continue one another."""
+    slots = [slot for _, slot in calls if slot is not None]
+    if len(set(slots)) < len(slots):
+        raise EngineError("a slot occurs twice in one batch of calls, expected one call for each: run them in turn")
 
 
 @cache

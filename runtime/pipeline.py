@@ -4,14 +4,17 @@
         hidden = yield Call("text_encoder", {"input_ids": ids})
         yield Progress(step=1, total=20)
 
-It never touches an engine. `drive` runs the calls of one pipeline; a server may gather the calls of many into batches.
+It never touches an engine. `drive` runs the calls of one pipeline, `tap` looks at them on their way; a server may
+gather the calls of many into batches.
 Closing the generator cancels the work at the next call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from runtime.bundle.signature import Array
@@ -23,13 +26,16 @@ Outputs = dict[str, Array]
 @dataclass(frozen=True)
 class Call:
     """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions
-    first.
+    first. A new slot may continue from what another holds, its `origin`. Of a decoder, outputs are those of the `last`
+    so many new positions.
     """
 
     submodel: str
     inputs: Mapping[str, Array]
     slot: Slot | None = None
     keep: int | None = None
+    origin: Slot | None = None
+    last: int = 1
 
 
 class Event:
@@ -114,23 +120,40 @@ class Engines(Protocol):
 def run_call(engines: Engines, call: Call) -> Outputs:
     """Execute one call on its engine."""
     engine = engines[call.submodel]
+    if call.slot is not None and call.origin is not None:
+        engine.copy(call.origin, call.slot)
     if call.slot is not None and call.keep is not None:
         engine.trim(call.slot, call.keep)
+    if call.last > 1:
+        return engine.run_last(call.inputs, call.slot or Slot(), call.last)
     return engine.run(call.inputs, call.slot)
 
 
 def drive(pipeline: Pipeline, engines: Engines) -> Generator[Event, None, None]:
     """Run a pipeline alone: execute its calls, pass on its events. Closing this generator closes the pipeline."""
+    return answer(pipeline, partial(run_call, engines))
+
+
+def answer(pipeline: Pipeline, execute: Callable[[Call], Outputs]) -> Generator[Event, None, None]:
+    """`drive` with any function in place of engines: it gives each call's outputs."""
     outputs: Outputs | None = None
-    try:
+    with closing(pipeline), suppress(StopIteration):
         while True:
             item = pipeline.send(outputs)
             outputs = None
             if isinstance(item, Call):
-                outputs = run_call(engines, item)
+                outputs = execute(item)
             else:
                 yield item
-    except StopIteration:
-        return
-    finally:
-        pipeline.close()
+
+
+def tap(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
+    """The same pipeline, for any driver: `seen` gets every call with its outputs, and gives what the pipeline gets."""
+    outputs: Outputs | None = None
+    with closing(pipeline), suppress(StopIteration):
+        while True:
+            item = pipeline.send(outputs)
+            outputs = yield item
+            if isinstance(item, Call):
+                assert outputs is not None, "a driver answers a call with its outputs"
+                outputs = seen(item, outputs)

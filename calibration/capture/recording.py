@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Slot
-from runtime.pipeline import Call, Outputs, Pipeline
+from runtime.pipeline import Call, Outputs, Pipeline, tap
 
 Inputs = dict[str, Array]
 
@@ -54,17 +54,12 @@ class Recorder:
 
     def watch(self, pipeline: Pipeline) -> Pipeline:
         """The same pipeline, its calls recorded."""
-        outputs: Outputs | None = None
-        try:
-            while True:
-                item = pipeline.send(outputs)
-                if isinstance(item, Call):
-                    self.offer(item)
-                outputs = yield item
-        except StopIteration:
-            return
-        finally:
-            pipeline.close()
+
+        def seen(call: Call, outputs: Outputs) -> Outputs:
+            self.offer(call)
+            return outputs
+
+        return tap(pipeline, seen)
 
     def offer(self, call: Call) -> None:
         """Record a copy of the call's inputs."""

@@ -123,6 +123,10 @@ class LeanEngine(Engine):
             self._slots[slot] = {s.past.name: results[s.present.name] for s in signature.states}
         return {tensor.name: results[tensor.name] for tensor in signature.outputs}
 
+    def copy(self, slot: Slot, to: Slot) -> None:
+        if slot in self._slots:
+            self._slots[to] = self._slots[slot]  # a run replaces these arrays, and writes into none
+
     def trim(self, slot: Slot, length: int) -> None:
         if slot in self._slots:
             axes = {state.past.name: state.axis for state in self.submodel.signature.states}

@@ -237,8 +237,7 @@ def _judged(
             with phase(0.0, 0.5):
                 floating = stack.enter_context(floating_bundle(state, folder))
             with phase(0.5, 1.0):
-                parts = state.family.parts(state.source, False)  # new ones: they get their weights
-                speed = compare_speed(folder, floating, parts, state.weights)
+                speed = compare_speed(folder, floating, state.new_parts(), state.weights)
             quality = quality.model_copy(update={"speed": speed})
     if judges:
         shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)

@@ -57,7 +57,9 @@ class Build:
     parts: list[Part]
     checkpoints: dict[str, Checkpoint] = field(default_factory=dict)
     refused: list[str] = field(default_factory=list)
-    """What the model does not take, such as system messages: found by the dry run."""
+    """What the model does not take, such as system messages: found by the dry run, as are the `parts` that are built:
+    those that the pipeline calls.
+    """
 
     @classmethod
     def open(cls, options: Options) -> Build:
@@ -84,8 +86,13 @@ class Build:
             if folder not in build.checkpoints:
                 build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
         _ = build.calibration  # a wrong set is refused before any work
-        build.refused = rehearse(source, family, parts)
+        build.refused, build.parts = rehearse(source, family, parts)
         return build
+
+    def new_parts(self) -> list[Part]:
+        """The parts once more, without weights: for what gives them their own."""
+        names = {part.name for part in self.parts}
+        return [part for part in self.family.parts(self.source, False) if part.name in names]
 
     def weights(self, part: Part) -> dict[str, TensorRef]:
         """The tensors of the part's component by the library's names."""

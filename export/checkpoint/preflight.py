@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -35,9 +35,15 @@ def lay_assets(assets: Mapping[str, Path], folder: Path) -> None:
         shutil.copyfile(file, folder / relative)
 
 
-def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]:
-    """Open the family's pipeline on the source's files and let it answer its own examples. Returns what the model
-    refuses, one line each.
+class Rehearsal(NamedTuple):
+    """What a dry run shows: what the model refuses, one line each, and the parts that its pipeline calls."""
+
+    refused: list[str]
+    called: list[Part]
+
+
+def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> Rehearsal:
+    """Open the family's pipeline on the source's files and let it answer its own examples.
 
     Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be
     computed.
@@ -54,9 +60,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]
             pipeline = PIPELINES[family.pipeline](folder, _config(source, family))
             engines = {part.name: DryEngine(source, part, pipeline.origins) for part in parts}
             refused = [note for example in pipeline.examples() if (note := _try(pipeline, example, engines))]
-            for engine in engines.values():
-                engine.run_sample()
-            return refused
+            return Rehearsal(refused, [engine.part for engine in engines.values() if engine.called])
         except EnginecastError as error:
             kind = UnsupportedModel if isinstance(error, UnsupportedModel) else SourceError
             raise kind(_as_published(str(error), folder, named)) from error.__cause__
@@ -99,7 +103,7 @@ class DryEngine:
     """
 
     def __init__(self, source: Source, part: Part, origins: Mapping[str, str]) -> None:
-        self._part, self._origins = part, origins
+        self.part, self._origins = part, origins
         self._file = source.root / part.component.folder / CONFIG
         self._past: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()
         self._shapes: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
@@ -108,7 +112,7 @@ class DryEngine:
         """Zeros shaped like the outputs. Raises SourceError when an input does not fit, UnsupportedModel when the part
         cannot compute.
         """
-        signature = self._part.signature
+        signature = self.part.signature
         try:
             lengths = signature.bind(inputs)
             for tensor in signature.inputs:
@@ -131,14 +135,13 @@ class DryEngine:
     def trim(self, slot: Slot, length: int) -> None:
         self._past[slot] = min(length, self._past.get(slot, 0))
 
-    def run_sample(self) -> None:
-        """Compute the part once, at small lengths, if no example did."""
-        if not self._shapes:
-            self._outputs(self._part.signature.sample_lengths())
+    @property
+    def called(self) -> bool:
+        return bool(self._shapes)
 
     def _outputs(self, lengths: Mapping[str, int]) -> list[tuple[int, ...]]:
         """The shapes of the part's outputs, as its module gives them."""
-        signature, file = self._part.signature, self._file
+        signature, file = self.part.signature, self._file
         given = tuple(tensor.shape(lengths) for tensor in signature.graph_inputs)
         if given not in self._shapes:
             arrays = [
@@ -147,17 +150,17 @@ class DryEngine:
             ]
             try:
                 with torch.no_grad():
-                    outputs: Any = self._part.module(*arrays)
+                    outputs: Any = self.part.module(*arrays)
             except Exception as error:  # a library's model raises whatever Python's operators raise
                 reason = " ".join(str(error).split())[:300]
                 raise UnsupportedModel(
-                    f"{file} describes a {self._part.name} that cannot be built ({type(error).__name__}: {reason}). "
+                    f"{file} describes a {self.part.name} that cannot be built ({type(error).__name__}: {reason}). "
                     "docs/compatibility.md lists what can; if this model works in the library it was published for, "
                     "report that"
                 ) from error
             shapes = [tuple(output.shape) for output in outputs]
             for tensor, shape in zip(signature.graph_outputs, shapes, strict=True):
-                _check_output(self._part.name, file, tensor, shape, lengths)
+                _check_output(self.part.name, file, tensor, shape, lengths)
             self._shapes[given] = shapes
         return self._shapes[given]
 
@@ -166,7 +169,7 @@ class DryEngine:
         made = f", which {origin} makes," if origin else ""
         problem = str(error).removeprefix(f"{error.field}: ")
         return (
-            f"{self._file}: {self._part.name} cannot take its input {error.field}{made} as it {problem}. "
+            f"{self._file}: {self.part.name} cannot take its input {error.field}{made} as it {problem}. "
             "The files of this checkpoint do not fit together: take all from the same checkpoint, or correct the one "
             "that is wrong"
         )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -76,6 +77,10 @@ class TorchEngine(Engine):
             reason = " ".join(str(error).split())
             raise EngineError(f"PyTorch could not run {self.submodel.name}: {type(error).__name__}: {reason}") from None
         return {tensor.name: result.numpy() for tensor, result in zip(signature.outputs, results, strict=True)}
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        if slot in self._slots:
+            self._slots[to] = deepcopy(self._slots[slot])
 
     def trim(self, slot: Slot, length: int) -> None:
         if length == 0:

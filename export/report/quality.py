@@ -41,7 +41,7 @@ from runtime.bundle.signature import Array
 from runtime.engine import Slot
 from runtime.errors import BundleError, EngineError, InvalidInput, NotFound
 from runtime.language.text import Message
-from runtime.pipeline import Call, Event, Finished, ImageReady, Outputs, Pipeline, TextDelta, drive, run_call
+from runtime.pipeline import Call, Event, Finished, ImageReady, Outputs, Pipeline, TextDelta, drive, run_call, tap
 from runtime.pipelines.chat import ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
 from runtime.placing.loading import LoadedModel
@@ -503,22 +503,6 @@ def _run(
     return _Ran(list(followed(drive(watch(model.pipeline(request)), model.engines), MAX_TOKENS)))
 
 
-def _answering(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
-    """The same pipeline, but each call is answered with what `seen` makes of its outputs."""
-    outputs: Outputs | None = None
-    try:
-        while True:
-            item = pipeline.send(outputs)
-            outputs = yield item
-            if isinstance(item, Call):
-                assert outputs is not None, "a driver answers a call with its outputs"
-                outputs = seen(item, outputs)
-    except StopIteration:
-        return
-    finally:
-        pipeline.close()
-
-
 def _picture(
     i: int, request: ImageRequest, quantized: LoadedModel, reference: LoadedModel, pictures: Pictures
 ) -> PictureQuality:
@@ -547,7 +531,7 @@ def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture]:
             latents.append(np.array(call.inputs["latents"]))
         return outputs
 
-    ran = _run(model, request, lambda pipeline: _answering(pipeline, seen))
+    ran = _run(model, request, lambda pipeline: tap(pipeline, seen))
     return latents[-1], ran.one(ImageReady).image
 
 
@@ -606,7 +590,7 @@ def _answer(
     """Ask both models one question, and the quantized one again on the reference's tokens where it chose others."""
     wanted, free = _Decoding(), _Decoding()
     first, second = (
-        _run(model, request, lambda pipeline, seen=seen: _answering(pipeline, seen))  # type: ignore[misc]
+        _run(model, request, lambda pipeline, seen=seen: tap(pipeline, seen))  # type: ignore[misc]
         for model, seen in ((reference, wanted), (quantized, free))
     )
     prompt = first.one(Finished).prompt_tokens
@@ -614,7 +598,7 @@ def _answer(
     tokens, chosen = ([int(token) for token in one.argmax(axis=1)] for one in (logits, others))
     if chosen != tokens:
         forced = _Decoding(tokens, prompt)
-        _run(quantized, request, lambda pipeline: _answering(pipeline, forced))
+        _run(quantized, request, lambda pipeline: tap(pipeline, forced))
         others = forced.logits(prompt)
     _replay(wanted.calls, quantized, compared)
     shown = request.images

@@ -25,7 +25,7 @@ from calibration.ground.progress import reached
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
 from runtime.language.text import Message
-from runtime.pipeline import Call, Outputs, Pipeline, run_call
+from runtime.pipeline import Call, Outputs, Pipeline, answer, run_call
 from runtime.pipelines.chat import ChatPipeline, ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
 from runtime.placing.devices import processor
@@ -201,18 +201,17 @@ def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]
     spent: dict[Kind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
     pipeline, what = _request(model, effort)
-    outputs: Outputs | None = None
-    try:
-        while True:
-            item = pipeline.send(outputs)
-            outputs = None
-            if isinstance(item, Call):
-                start = time.perf_counter()
-                outputs = run_call(model.engines, item)
-                spent[_kind(item)].append(time.perf_counter() - start)
-    except StopIteration:
-        spent[Kind(WHOLE, what)].append(time.perf_counter() - begin)
-        return dict(spent)
+
+    def timed(call: Call) -> Outputs:
+        start = time.perf_counter()
+        outputs = run_call(model.engines, call)
+        spent[_kind(call)].append(time.perf_counter() - start)
+        return outputs
+
+    for _ in answer(pipeline, timed):
+        pass
+    spent[Kind(WHOLE, what)].append(time.perf_counter() - begin)
+    return dict(spent)
 
 
 def _request(model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:

@@ -36,6 +36,5 @@ def time_bundle(
                 "speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one"
             )
         floating, _ = build(options, listen)
-        parts = state.family.parts(state.source, False)
         with Progress([Step("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
-            return compare_speed(bundle.root, floating.root, parts, state.weights, effort)
+            return compare_speed(bundle.root, floating.root, state.new_parts(), state.weights, effort)

@@ -18,6 +18,7 @@ DType = Literal["float32", "float16", "int64", "int32", "bool"]
 Array = NDArray[np.generic]
 
 
+ALL: Final = slice(None)
 LONGEST: Final = 1 << 31
 """Elements along one dimension."""
 
@@ -118,6 +119,29 @@ class Signature(BaseModel):
     def dims(self) -> dict[str, Dim]:
         """Every varying dim by name."""
         return {dim.name: dim for tensor in self.graph_inputs for dim in tensor.dims if isinstance(dim, Dim)}
+
+    def lengths(self, inputs: Mapping[str, Array]) -> dict[str, int]:
+        """The length of each varying dim of the inputs, unchecked; see `bind`."""
+        return {
+            dim.name: length
+            for tensor in self.inputs
+            for dim, length in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
+            if isinstance(dim, Dim)
+        }
+
+    def cut(self, inputs: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+        """The part of a decoder's call that is about its new positions from `start` to `stop`: views of the arrays.
+
+        Dims named "sequence" are the new positions, those named "total" all positions there are.
+        """
+        lengths = self.lengths(inputs)
+        parts = {"sequence": slice(start, stop), "total": slice(lengths["total"] - lengths["sequence"] + stop)}
+        return {
+            tensor.name: inputs[tensor.name][
+                tuple(parts.get(dim.name, ALL) if isinstance(dim, Dim) else ALL for dim in tensor.dims)
+            ]
+            for tensor in self.inputs
+        }
 
     def sample(self, lengths: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
         """Likely values of every graph input at the given lengths: the same for the same seed."""

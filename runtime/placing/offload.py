@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from weakref import WeakSet
 
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Availability, Engine, Options, Slot
+from runtime.engine import Availability, Engine, Options, Slot, SlotCall
 from runtime.errors import ResourceExhausted
 from runtime.placing import memory
 from runtime.placing.memory import Need, show_size
@@ -154,6 +154,30 @@ class OffloadedEngine(Engine):
             if slot is not None:
                 self._slots.add(slot)
             return engine.run(inputs, slot)
+
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        with self._budget.lend(self, memory.size_of(inputs)) as engine:
+            self._slots.add(slot)
+            return engine.run_last(inputs, slot, count)
+
+    def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        with self._budget.lend(self, sum(memory.size_of(inputs) for inputs, _ in calls)) as engine:
+            self._slots.update(slot for _, slot in calls if slot is not None)
+            return engine.run_many(calls)
+
+    def fork(self, slot: Slot, n: int) -> list[Slot]:
+        if slot not in self._slots:
+            return [Slot() for _ in range(n)]
+        with self._budget.lend(self, 0) as engine:
+            forks = engine.fork(slot, n)
+            self._slots.update(forks)
+            return forks
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        if slot in self._slots:
+            with self._budget.lend(self, 0) as engine:
+                engine.copy(slot, to)
+                self._slots.add(to)
 
     def trim(self, slot: Slot, length: int) -> None:
         if slot in self._slots and self._engine is not None:

@@ -27,7 +27,9 @@ class FakeCuda:
     """The functions of `cuda.bindings.runtime` that are used. `memory` is how many bytes may be held at once."""
 
     cudaStreamNonBlocking = 1
-    cudaMemcpyKind = enum.IntEnum("cudaMemcpyKind", {"cudaMemcpyHostToDevice": 1, "cudaMemcpyDeviceToHost": 2})
+    cudaMemcpyKind = enum.IntEnum(
+        "cudaMemcpyKind", ["cudaMemcpyHostToDevice", "cudaMemcpyDeviceToHost", "cudaMemcpyDeviceToDevice"]
+    )
     cudaStreamCaptureMode = enum.IntEnum("cudaStreamCaptureMode", {"Global": 0, "ThreadLocal": 1, "Relaxed": 2})
 
     def __init__(self) -> None:
@@ -84,7 +86,11 @@ class FakeCuda:
 
     def cudaMemcpyAsync(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> tuple[Code]:
         assert stream == 7
-        self.require(target if kind == self.cudaMemcpyKind.cudaMemcpyHostToDevice else source, nbytes)
+        kinds = self.cudaMemcpyKind
+        if kind != kinds.cudaMemcpyDeviceToHost:
+            self.require(target, nbytes)
+        if kind != kinds.cudaMemcpyHostToDevice:
+            self.require(source, nbytes)
         self.put(lambda: ctypes.memmove(target, source, nbytes) and None)
         return (self._code("cudaMemcpyAsync"),)
 

@@ -10,7 +10,7 @@ import pytest
 from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import EngineError
-from runtime.pipeline import Call, Finished, Pipeline, Progress, TextDelta, drive
+from runtime.pipeline import Call, Finished, Outputs, Pipeline, Progress, TextDelta, answer, drive, tap
 
 
 def double(inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -93,3 +93,39 @@ def test_slots_are_trimmed_before_the_call() -> None:
         ("run", slot, 3),
         ("run", None, 4),
     ]
+
+
+def test_a_tap_sees_calls_and_may_change_their_outputs() -> None:
+    closed: list[str] = []
+
+    def pipeline() -> Pipeline:
+        try:
+            first = yield Call("double", {"x": np.ones(1)})
+            yield Progress(step=1, total=1)
+            assert first is not None
+            yield Call("double", first)
+        finally:
+            closed.append("closed")
+
+    seen: list[tuple[float, float]] = []
+
+    def look(call: Call, outputs: Outputs) -> Outputs:
+        seen.append((float(call.inputs["x"][0]), float(outputs["x"][0])))  # type: ignore[arg-type]
+        return {"x": outputs["x"] + 1}  # type: ignore[operator]
+
+    engine = FakeEngine(lambda inputs: {"x": inputs["x"] * 2})  # type: ignore[operator]
+    assert [type(event) for event in drive(tap(pipeline(), look), {"double": engine})] == [Progress]
+    assert seen == [(1, 2), (3, 6)] and closed == ["closed"]
+    unfinished = tap(pipeline(), look)
+    next(unfinished)
+    unfinished.close()
+    assert closed == ["closed", "closed"], "closing the tap closes the pipeline"
+
+
+def test_calls_can_be_answered_without_engines() -> None:
+    def pipeline() -> Pipeline:
+        outputs = yield Call("any", {})
+        yield Progress(step=int((outputs or {})["x"]), total=2)
+
+    (event,) = answer(pipeline(), lambda call: {"x": np.array(2)})
+    assert event == Progress(step=2, total=2)

@@ -177,11 +177,12 @@ class CoreML(Engine):
         return False
 
     def __init__(self, submodel: Submodel, package: Package, model: Any, device: str, artifact: Artifact) -> None:
-        """`model` has MLModel's `predict` and `make_state`."""
+        """`model` has MLModel's `predict` and `make_state`, which gives MLState's `read_state` and `write_state`."""
         self.submodel, self.device = submodel, device
         self._model = model
         self._precision = artifact.settings.get("precision", "")
         self._taken = {feature.name: Taken(feature) for feature in package.spec.description.input}
+        self._states = tuple(feature.name for feature in package.spec.description.state)
         self._slots: WeakKeyDictionary[Slot, list[Any]] = WeakKeyDictionary()
 
     @property
@@ -257,6 +258,17 @@ class CoreML(Engine):
             tensor.name: np.array(results[identifier(tensor.name)], tensor.dtype)
             for tensor in self.submodel.signature.outputs
         }
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        if slot in self._slots:
+            self._slots[to] = [self._copied(state) for state in self._slots[slot]]
+
+    def _copied(self, state: Any) -> Any:
+        """Another state (MLState) that holds the same."""
+        copy = self._model.make_state()
+        for name in self._states:
+            copy.write_state(name, state.read_state(name))
+        return copy
 
     def trim(self, slot: Slot, length: int) -> None:
         """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to

@@ -31,7 +31,16 @@ DTYPES: Final[Mapping[int, str]] = {
     }
 }
 """MIL's numbers of types (MIL.proto of coremltools 9.0, enum DataType)."""
-State = dict[str, Array]
+
+
+class State(dict[str, Array]):
+    """Arrays by name, with coremltools' interface of MLState."""
+
+    def read_state(self, name: str) -> Array:
+        return self[name].copy()
+
+    def write_state(self, name: str, value: Array) -> None:
+        self[name] = value
 
 
 class Output(NamedTuple):
@@ -71,7 +80,7 @@ class Interpreter:
 
     def make_state(self) -> State:
         """States filled with zeros, in 16 bits."""
-        return {name: np.zeros(shape, np.float16) for name, shape in self.state_types.items()}
+        return State({name: np.zeros(shape, np.float16) for name, shape in self.state_types.items()})
 
     def predict(self, data: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
         """The outputs by name. `state` is updated. Raises EngineError naming the operation that cannot be computed."""

@@ -90,6 +90,11 @@ class Stream:
             "copy from the device", "cudaMemcpyAsync", array.ctypes.data, address, array.nbytes, kind, self._stream
         )
 
+    def copy(self, to: int, address: int, nbytes: int) -> None:
+        """Copy memory of the device."""
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        self._do("copy on the device", "cudaMemcpyAsync", to, address, nbytes, kind, self._stream)
+
     def zero(self, address: int, nbytes: int) -> None:
         self._do("clear memory", "cudaMemsetAsync", address, 0, nbytes, self._stream)
 

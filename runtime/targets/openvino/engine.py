@@ -18,7 +18,7 @@ alike (`runtime.targets.openvino.sharing`).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -29,7 +29,7 @@ import numpy as np
 
 from runtime.bundle.manifest import Artifact, Submodel, sha256
 from runtime.bundle.signature import Array, Signature
-from runtime.engine import Availability, Engine, Options, Slot
+from runtime.engine import Availability, Engine, Options, Slot, SlotCall, require_distinct
 from runtime.errors import EngineError, MissingDependency
 from runtime.files import cache_folder, key_of
 from runtime.optional import require
@@ -39,7 +39,7 @@ from runtime.placing.devices import cores
 from runtime.targets.lowering.nested import WEIGHTS, is_nested
 from runtime.targets.openvino.devices import Where
 from runtime.targets.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, widen
-from runtime.targets.openvino.pages import Pages, fits, has_pages, use_pages
+from runtime.targets.openvino.pages import Pages, Table, fits, has_pages, use_pages
 from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
 
@@ -102,7 +102,9 @@ SHAPES: Final = 2
 
 
 class OpenVINO(Engine):
-    """A compiled model; one infer request for stateless calls, or one for each shape; one for each slot."""
+    """A compiled model. Stateless calls have one infer request, or one for each shape. Slots share pages and one
+    request, or have one each.
+    """
 
     target = "openvino"
     packages = ("openvino",)
@@ -123,7 +125,8 @@ class OpenVINO(Engine):
         self._fixed: dict[Fixed, Any] = {}
         if every:
             self._fixed[_usual(submodel)] = self._request
-        self._slots: WeakKeyDictionary[Slot, _Held | Pages] = WeakKeyDictionary()
+        self._pages = Pages(made.compiled) if has_pages(made.compiled) else None
+        self._slots: WeakKeyDictionary[Slot, _Held | Table] = WeakKeyDictionary()
 
     @classmethod
     def available(cls) -> Availability:
@@ -163,6 +166,8 @@ class OpenVINO(Engine):
         return self._computes
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        if self._pages is not None:
+            return self._run_paged([(inputs, slot)])[0]
         request, feed = self._request, dict(inputs)
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
@@ -172,21 +177,44 @@ class OpenVINO(Engine):
                 )
             elif self.submodel.signature.states:
                 batch = len(next(iter(inputs.values())))
-                held = self._slot(slot or Slot(), batch)
-                request = held.request
-                feed = (
-                    held.feed(inputs) if isinstance(held, Pages) else feed | {BEAMS: np.arange(batch, dtype=np.int32)}
-                )
+                request = self._held(slot or Slot(), batch).request
+                feed |= {BEAMS: np.arange(batch, dtype=np.int32)}
             results = request.infer(feed, share_inputs=True)
         except (RuntimeError, ValueError) as error:
-            raise EngineError(f"OpenVINO could not run {self.submodel.name}: {error}") from None
+            raise self._failed(error) from None
         return {tensor.name: np.array(results[tensor.name]) for tensor in self.submodel.signature.outputs}
+
+    def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        """One infer request for all rows of all calls where the cache is in pages, else one call after another."""
+        return super().run_many(calls) if self._pages is None else self._run_paged(calls)
+
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        if self._pages is None:
+            return super().run_last(inputs, slot, count)
+        return self._run_paged([(inputs, slot)], count)[0]
+
+    def _run_paged(self, calls: Sequence[SlotCall], last: int = 1) -> list[dict[str, Array]]:
+        assert self._pages is not None
+        require_distinct(calls)
+        paged = [(inputs, self._table(slot or Slot(), len(inputs["position_ids"]))) for inputs, slot in calls]
+        try:
+            return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs], last)
+        except (RuntimeError, ValueError) as error:
+            raise self._failed(error) from None
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        held = self._slots.get(slot)
+        if isinstance(held, Table):
+            assert self._pages is not None
+            self._slots[to] = self._pages.copied(held)
+        elif held is not None:
+            self._slots[to] = held.copied(self._compiled)
 
     def trim(self, slot: Slot, length: int) -> None:
         if length == 0:
             self._slots.pop(slot, None)
         held = self._slots.get(slot)
-        if held is None or isinstance(held, Pages):  # each call says how much of the pages is valid
+        if held is None or isinstance(held, Table):  # each call says how much of the pages is valid
             return
         sdk = require("openvino", "openvino")
         for state in held.request.query_state():
@@ -196,7 +224,7 @@ class OpenVINO(Engine):
     def close(self) -> None:
         self._slots.clear()
         self._fixed.clear()
-        self._request = self._compiled = None
+        self._request = self._compiled = self._pages = None
 
     def _for(self, fix: Callable[[Fixed], Any], fixed: Fixed) -> Any:
         """The request of the model compiled for this, compiled now where it is not."""
@@ -210,19 +238,28 @@ class OpenVINO(Engine):
         self._fixed[fixed] = request
         return request
 
-    def _slot(self, slot: Slot, batch: int) -> _Held | Pages:
-        """What holds the slot's states. The plugin would read beyond them for rows that they do not have."""
-        if slot not in self._slots:
-            paged = has_pages(self._compiled)
-            self._slots[slot] = (
-                Pages(self._compiled, batch) if paged else _Held(self._compiled.create_infer_request(), batch)
-            )
-        held = self._slots[slot]
-        if held.batch != batch:
-            raise EngineError(
-                f"OpenVINO could not run {self.submodel.name}: the slot holds {held.batch} rows, this call has {batch}"
-            )
+    def _table(self, slot: Slot, batch: int) -> Table:
+        assert self._pages is not None
+        held = self._slots.get(slot)
+        if not isinstance(held, Table):
+            self._slots[slot] = held = self._pages.table(batch)
+        self._require_rows(held.batch, batch)
         return held
+
+    def _held(self, slot: Slot, batch: int) -> _Held:
+        held = self._slots.get(slot)
+        if not isinstance(held, _Held):
+            self._slots[slot] = held = _Held(self._compiled.create_infer_request(), batch)
+        self._require_rows(held.batch, batch)
+        return held
+
+    def _require_rows(self, held: int, batch: int) -> None:
+        """The plugin would read beyond a slot's states for rows that they do not have."""
+        if held != batch:
+            raise self._failed(f"the slot holds {held} rows, this call has {batch}")
+
+    def _failed(self, reason: object) -> EngineError:
+        return EngineError(f"OpenVINO could not run {self.submodel.name}: {reason}")
 
 
 class _Held(NamedTuple):
@@ -230,6 +267,13 @@ class _Held(NamedTuple):
 
     request: Any
     batch: int
+
+    def copied(self, compiled: Any) -> _Held:
+        sdk, request = require("openvino", "openvino"), compiled.create_infer_request()
+        held = {state.name: state.state.data for state in self.request.query_state()}
+        for state in request.query_state():
+            state.state = sdk.Tensor(np.array(held[state.name]))
+        return _Held(request, self.batch)
 
 
 class _Made(NamedTuple):

@@ -3,13 +3,18 @@ fastest.
 
 The plugin takes a decoder's tokens [tokens, ...] without padding, row behind row, and where each row begins. Keys and
 values are tensors [pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold
-which row. Attention is causal by itself, and each layer's is limited to the window that it is given.
+which row. So rows of any slots and lengths are computed together, and slots share the pages of a common past. Attention
+is causal by itself, and each layer's is limited to the window that it is given.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+import itertools
+import weakref
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from threading import Lock
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -23,7 +28,7 @@ KEYS: Final = 3
 WINDOW: Final = 10
 """Inputs of an attention over pages, by place: the cache of keys, and how many positions are seen (0 is all)."""
 FIRST_CAPACITY: Final = 256
-"""Positions that the pages of a row hold at first."""
+"""Positions that there are pages for at least."""
 
 
 def fits(signature: Signature) -> bool:
@@ -63,61 +68,204 @@ def has_pages(compiled: Any) -> bool:
     return any(LAST in port.names for port in compiled.inputs)
 
 
-class Pages:
-    """An infer request and the pages of its rows, which grow by doubling: row r has pages r * pages to (r +
-    1) * pages.
+class Table:
+    """The pages of one slot: for each row those that hold its positions, in order. They are returned when it is
+    dropped.
     """
 
-    def __init__(self, compiled: Any, batch: int) -> None:
+    def __init__(self, pages: Pages, rows: list[list[int]]) -> None:
+        self.rows = rows
+        weakref.finalize(self, pages.give_back, rows).atexit = False
+
+    @property
+    def batch(self) -> int:
+        return len(self.rows)
+
+
+class Write(NamedTuple):
+    """What a call adds to one row: its pages, the positions before, and how many are new."""
+
+    row: list[int]
+    past: int
+    new: int
+
+
+class Pages:
+    """An infer request, and the memory of the pages that all slots of an engine share.
+
+    A page is held by any number of tables and copied when one of them writes into it. The memory grows by doubling, and
+    is halved and more when three quarters of it are not used.
+    """
+
+    def __init__(self, compiled: Any) -> None:
         self.request = compiled.create_infer_request()
-        self.batch = batch
-        self.pages = 0
         caches = [port for port in compiled.inputs if port.any_name.startswith(("key_cache.", "value_cache."))]
         self._ports = {
             port.any_name: (port.element_type, [dim.get_length() for dim in list(port.partial_shape)[1:]])
             for port in caches
         }
-        self._held: dict[str, Any] = {}
+        # Keys in 8 bits hold their scales as further positions, values do not.
+        self.positions: int = self._ports["value_cache.0"][1][1]
+        self.users: list[int] = []
+        """How many tables hold each page."""
+        self._memory: dict[str, Array] = {}
+        self._tables: dict[int, list[list[int]]] = {}
+        self._returned: deque[list[list[int]]] = deque()
+        self._lock = Lock()
 
-    def feed(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """What the request takes for a call of the signature: inputs_embeds [batch, sequence, hidden], attention_mask
-        [batch, total], position_ids [batch, sequence]. Padding is left out wherever it is. Raises ValueError for a row
-        of nothing else.
+    def table(self, batch: int) -> Table:
+        """An empty table of so many rows."""
+        return self._table([[] for _ in range(batch)])
+
+    def copied(self, table: Table) -> Table:
+        """Another table of the same pages."""
+        with self._lock:
+            for page in itertools.chain(*table.rows):
+                self.users[page] += 1
+            return self._table([list(row) for row in table.rows])
+
+    def run(
+        self, calls: Sequence[tuple[Mapping[str, Array], Table]], outputs: Sequence[str], last: int = 1
+    ) -> list[dict[str, Array]]:
+        """Run calls of the signature together; outputs [batch, last, ...] are those of the last positions of each row.
+
+        Raises ValueError for a row with fewer positions than that, and for one that holds fewer than its mask says.
         """
-        mask, (batch, sequence) = inputs["attention_mask"] != 0, inputs["position_ids"].shape
-        past, new = mask[:, : mask.shape[1] - sequence], mask[:, mask.shape[1] - sequence :]
-        lengths, counts = past.sum(1, dtype=np.int32), new.sum(1, dtype=np.int32)
+        with self._lock:
+            results = self.request.infer(self._feed(calls, last), share_inputs=True)
+            ends = np.cumsum([table.batch for _, table in calls])
+            rows = {name: np.array(results[name]) for name in outputs}
+            parts = {
+                name: np.split(array.reshape(ends[-1], last, *array.shape[2:]), ends[:-1])
+                for name, array in rows.items()
+            }
+            self._collect()
+        return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
+
+    def give_back(self, rows: list[list[int]]) -> None:
+        """Take the pages of a table that is gone: now, or when the present run has ended. Called from any thread."""
+        self._returned.append(rows)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._collect()
+            finally:
+                self._lock.release()
+
+    def _feed(self, calls: Sequence[tuple[Mapping[str, Array], Table]], last: int) -> dict[str, Array]:
+        """What the request takes for calls of the signature: inputs_embeds [batch, sequence, hidden], attention_mask
+        [batch, total], position_ids [batch, sequence]. Padding is left out wherever it is.
+        """
+        masks = [_divided(inputs) for inputs, _ in calls]
+        lengths = np.concatenate([past.sum(1, dtype=np.int32) for past, _ in masks])
+        counts = np.concatenate([new.sum(1, dtype=np.int32) for _, new in masks])
         if not counts.all():
             raise ValueError("attention_mask has a row without any position of this call")
-        context = int((lengths + counts).max())
-        self._reserve(context)
+        if counts.min() < last:
+            raise ValueError(f"outputs of {last} positions were requested, a row has {counts.min()}")
+        rows = [row for _, table in calls for row in table.rows]
+        self._prepare([Write(*write) for write in zip(rows, lengths.tolist(), counts.tolist(), strict=True)])
         ends = counts.cumsum(dtype=np.int32)
-        return {
-            "inputs_embeds": inputs["inputs_embeds"][new],
-            "position_ids": inputs["position_ids"][new],
+        tokens = {
+            name: np.concatenate([inputs[name][new] for (inputs, _), (_, new) in zip(calls, masks, strict=True)])
+            for name in ("inputs_embeds", "position_ids")
+        }
+        return tokens | {
             "past_lens": lengths,
-            "subsequence_begins": np.concatenate([np.zeros(1, np.int32), ends]),
-            "block_indices": np.arange(batch * self.pages, dtype=np.int32),
-            "block_indices_begins": np.arange(batch + 1, dtype=np.int32) * np.int32(self.pages),
-            "max_context_len": np.array(context, np.int32),
-            LAST: ends - 1,
+            "subsequence_begins": _begins(ends),
+            "block_indices": np.array([page for row in rows for page in row], np.int32),
+            "block_indices_begins": _begins(np.cumsum([len(row) for row in rows], dtype=np.int32)),
+            "max_context_len": np.array((lengths + counts).max(), np.int32),
+            LAST: (ends[:, None] + np.arange(-last, 0, dtype=np.int32)).ravel(),
         }
 
-    def _reserve(self, length: int) -> None:
-        """Have pages for so many positions of every row, with what they held before."""
-        _, (_, positions, _) = self._ports[
-            "value_cache.0"
-        ]  # those of keys in 8 bits hold their scales as further positions
-        if length <= self.pages * positions:
-            return
+    def _prepare(self, writes: Sequence[Write]) -> None:
+        """Give each row the pages that it needs, and pages of its own where it writes."""
+        for row, past, _ in writes:
+            if past > len(row) * self.positions:
+                raise ValueError(
+                    f"attention_mask has {past} positions before this call, its slot holds "
+                    f"{len(row) * self.positions} at most"
+                )
+        self._reserve(sum(self._missing(write) for write in writes))
+        free = iter([page for page, users in enumerate(self.users) if not users])
+        for write in writes:
+            self._extend(write, free)
+
+    def _missing(self, write: Write) -> int:
+        """How many pages the row has to be given at most."""
+        first, needed = write.past // self.positions, self._needed(write)
+        return needed - first - sum(self.users[page] == 1 for page in write.row[first:needed])
+
+    def _needed(self, write: Write) -> int:
+        return -(-(write.past + write.new) // self.positions)
+
+    def _extend(self, write: Write, free: Iterator[int]) -> None:
+        """Let the row have pages of its own from where it writes, and none behind that."""
+        row, (first, within), needed = write.row, divmod(write.past, self.positions), self._needed(write)
+        self._drop(row, needed)
+        for index in range(first, needed):
+            held = row[index] if index < len(row) else None
+            if held is not None and self.users[held] == 1:
+                continue
+            page = next(free)
+            self.users[page] = 1
+            for memory in self._memory.values():  # what was never written must not be NaN: it is multiplied by 0
+                memory[page] = memory[held] if held is not None and index == first and within else 0
+            if held is not None:
+                self.users[held] -= 1
+            row[index : index + 1] = [page]
+
+    def _drop(self, row: list[int], start: int) -> None:
+        """Take the pages of a row from the `start`th on."""
+        for page in row[start:]:
+            self.users[page] -= 1
+        del row[start:]
+
+    def _reserve(self, more: int) -> None:
+        """Have so many pages free."""
+        used = len(self.users) - self.users.count(0)
+        if used + more > len(self.users):
+            self._resize(max(FIRST_CAPACITY // self.positions, 1 << (used + more - 1).bit_length()))
+
+    def _collect(self) -> None:
+        """Free the pages of tables that are gone, and memory where most of it is not used. The lock must be held."""
+        while self._returned:
+            rows = self._returned.popleft()
+            del self._tables[id(rows)]
+            for row in rows:
+                self._drop(row, 0)
+        used = len(self.users) - self.users.count(0)
+        if not used:
+            self.users, self._memory = [], {}
+        elif used * 4 <= len(self.users) > FIRST_CAPACITY // self.positions:
+            self._resize(max(FIRST_CAPACITY // self.positions, 1 << (used * 2 - 1).bit_length()))
+
+    def _resize(self, count: int) -> None:
+        """Have memory for so many pages, those in use at its beginning."""
         sdk = require("openvino", "openvino")
-        before, self.pages = self.pages, -(-max(FIRST_CAPACITY, 1 << (length - 1).bit_length()) // positions)
+        used = [page for page, users in enumerate(self.users) if users]
         for name, (kind, page) in self._ports.items():
-            nbytes = int(np.prod(page)) * kind.bitwidth // 8
-            grown = np.zeros(
-                (self.batch, self.pages, nbytes), np.uint8
-            )  # what was never written must not be NaN: it is multiplied by 0
-            if before:
-                grown[:, :before] = self._held[name]
-            self._held[name] = grown  # the tensor reads this memory but does not keep it
-            self.request.set_tensor(name, sdk.Tensor(grown, sdk.Shape([self.batch * self.pages, *page]), kind))
+            memory = np.zeros((count, int(np.prod(page)) * kind.bitwidth // 8), np.uint8)
+            if used:
+                memory[: len(used)] = self._memory[name][used]
+            self._memory[name] = memory  # the tensor reads this memory but does not keep it
+            self.request.set_tensor(name, sdk.Tensor(memory, sdk.Shape([count, *page]), kind))
+        self.users = [self.users[page] for page in used] + [0] * (count - len(used))
+        place = {page: index for index, page in enumerate(used)}
+        for row in itertools.chain(*self._tables.values()):
+            row[:] = [place[page] for page in row]
+
+    def _table(self, rows: list[list[int]]) -> Table:
+        self._tables[id(rows)] = rows
+        return Table(self, rows)
+
+
+def _divided(inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+    """What is not padding: bool [batch, past] before a call, and [batch, sequence] of it."""
+    mask, sequence = inputs["attention_mask"] != 0, inputs["position_ids"].shape[1]
+    start = mask.shape[1] - sequence
+    return mask[:, :start], mask[:, start:]
+
+
+def _begins(ends: Array) -> Array:
+    return np.concatenate([np.zeros(1, np.int32), ends])

@@ -5,7 +5,7 @@ buffers.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 from weakref import WeakKeyDictionary
@@ -13,13 +13,13 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.bundle.manifest import Submodel
-from runtime.bundle.signature import Array, Dim, Tensor
-from runtime.engine import Compiled, Engine, Options, Slot
+from runtime.bundle.signature import Array
+from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, require_distinct
 from runtime.errors import EngineError
 from runtime.targets.lowering.masks import MASK
 from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.lowering.static_cache import INDICES
-from runtime.targets.sessions.caches import Cache
+from runtime.targets.sessions.caches import Cache, Rows, bind, covered, joined
 from runtime.targets.sessions.sessions import (
     CPU,
     NO_FALLBACK,
@@ -71,7 +71,7 @@ class SessionEngine(Engine):
         self._outputs = [tensor.name for tensor in submodel.signature.outputs]
         self._sessions: OrderedDict[Key, Any] = OrderedDict()
         self._calls: OrderedDict[Any, _Call] = OrderedDict()
-        self._slots: WeakKeyDictionary[Slot, Cache] = WeakKeyDictionary()
+        self._slots: WeakKeyDictionary[Slot, Rows] = WeakKeyDictionary()
         self._spare: dict[int, dict[str, Any]] = {}
         self._closed = False
         dims = {name for name in submodel.signature.dims if not (plan.cache == "fixed" and name in ("past", "total"))}
@@ -80,20 +80,56 @@ class SessionEngine(Engine):
             self._session(dict(key))
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
+        self._require_open()
+        try:
+            if self.submodel.signature.states:
+                return self._run_slots([(inputs, slot or Slot())])[0]
+            return self._run(self._session(self.submodel.signature.lengths(inputs)), inputs, {}, {})
+        except Exception as error:  # the SDK raises a dozen unrelated classes
+            raise self._failed(error) from None
+
+    def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        """Single steps of several slots in one call on the rows of one buffer, where GroupQueryAttention continues
+        each row behind its own length and a session takes any number of rows; the others one after another.
+        """
+        self._require_open()
+        if not self._vary or self.plan.cache != "grouped":
+            return super().run_many(calls)
+        require_distinct(calls)
+        steps = [index for index, (inputs, slot) in enumerate(calls) if slot is not None and self._joins(inputs, slot)]
+        if len(steps) < 2:
+            return super().run_many(calls)
+        try:
+            together = self._run_slots([(inputs, slot) for inputs, slot in (calls[i] for i in steps) if slot])
+        except Exception as error:  # the SDK raises a dozen unrelated classes
+            raise self._failed(error) from None
+        found = dict(zip(steps, together, strict=True))
+        return [found[index] if index in found else self.run(*call) for index, call in enumerate(calls)]
+
+    def fork(self, slot: Slot, n: int) -> list[Slot]:
+        """New slots that hold the rows of one buffer, so that they can be run together as they are."""
+        rows = self._slots.get(slot)
+        forks = [Slot() for _ in range(n)]
+        if rows is not None and forks:
+            self._give(forks, [rows] * n)
+        return forks
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        rows = self._slots.get(slot)
+        if rows is not None:
+            self._give([to], [rows])
+
+    def _require_open(self) -> None:
         if self._closed:
             raise EngineError(f"{self.submodel.name} was closed: load it again")
-        try:
-            lengths = {
-                dim.name: length
-                for tensor in self.submodel.signature.inputs
-                for dim, length in zip(tensor.dims, inputs[tensor.name].shape, strict=True)
-                if isinstance(dim, Dim)
-            }
-            if self.submodel.signature.states:
-                return self._run_slot(inputs, lengths, slot or Slot())
-            return self._run(self._session(lengths), inputs, {}, {})
-        except Exception as error:  # the SDK raises a dozen unrelated classes
-            raise EngineError(f"ONNX Runtime could not run {self.submodel.name}: {error}") from None
+
+    def _failed(self, reason: object) -> EngineError:
+        return EngineError(f"ONNX Runtime could not run {self.submodel.name}: {reason}")
+
+    def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
+        """Whether it is a single step that can be computed with those of other slots."""
+        rows, lengths = self._slots.get(slot), self.submodel.signature.lengths(inputs)
+        return rows is not None and (lengths["batch"], lengths["sequence"]) == (rows.batch, 1)
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
         """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
@@ -148,8 +184,8 @@ class SessionEngine(Engine):
         for name in self._outputs:
             binding.bind_output(name)
         for state in self.submodel.signature.states:
-            binding.bind_ortvalue_input(state.past.name, past[state.past.name])
-            binding.bind_ortvalue_output(state.present.name, present[state.past.name])
+            bind(binding, "input", state.past.name, past[state.past.name], self._device)
+            bind(binding, "output", state.present.name, present[state.past.name], self._device)
         session.run_with_iobinding(binding)
         results = binding.get_outputs()  # in the order they were bound
         # A view of a value dies with the value, so the caller gets copies.
@@ -165,42 +201,82 @@ class SessionEngine(Engine):
         self._calls.move_to_end(key)
         return self._calls[key]
 
-    def _run_slot(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
-        held = self._slots.get(slot)
-        if held is not None and held.batch != lengths["batch"]:
-            raise EngineError(f"the slot holds {held.batch} rows, this call has {lengths['batch']}")
-        if self.plan.cache == "grouped":
-            return self._run_grouped(inputs, lengths, slot)
-        return self._run_fixed(inputs, lengths, slot)
+    def _run_slots(self, calls: Sequence[tuple[Mapping[str, Array], Slot]]) -> list[dict[str, Array]]:
+        """Run calls of the same number of new positions together."""
+        counts = [self.submodel.signature.lengths(inputs)["batch"] for inputs, _ in calls]
+        for (_, slot), count in zip(calls, counts, strict=True):
+            held = self._slots.get(slot)
+            if held is not None and held.batch != count:
+                raise EngineError(f"the slot holds {held.batch} rows, this call has {count}")
+        if self.plan.cache == "grouped" and not all(inputs[MASK].all() for inputs, _ in calls):
+            raise EngineError("attention_mask has zeros, expected rows without padding")
+        inputs = self._stacked([inputs for inputs, _ in calls])
+        run = self._run_grouped if self.plan.cache == "grouped" else self._run_fixed
+        outputs = run(inputs, self.submodel.signature.lengths(inputs), [slot for _, slot in calls])
+        ends = np.cumsum(counts)[:-1]
+        parts = {name: np.split(array, ends) for name, array in outputs.items()}
+        return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
 
-    def _cache(self, slot: Slot, batch: int, session: Any) -> Cache:
-        """The buffers of a slot, in the types that the session reads."""
-        if slot not in self._slots:
+    def _stacked(self, calls: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+        """The rows of several calls as those of one. Masks get zeros behind the positions that there are."""
+        if len(calls) == 1:
+            return dict(calls[0])
+        total = max(inputs[MASK].shape[1] for inputs in calls)
+        padded = [
+            {**inputs, MASK: np.pad(inputs[MASK], ((0, 0), (0, total - inputs[MASK].shape[1])))} for inputs in calls
+        ]
+        return {
+            tensor.name: np.concatenate([inputs[tensor.name] for inputs in padded])
+            for tensor in self.submodel.signature.inputs
+        }
+
+    def _cache(self, slots: Sequence[Slot], batch: int, session: Any) -> Cache:
+        """The cache whose rows are those of the slots, in order; made of copies where there is none. New buffers are in
+        the types that the session reads.
+        """
+        held = [self._slots[slot] for slot in slots if slot in self._slots]
+        if not held:
             types = {value.name: value.type for value in session.get_inputs()}
             longest = self.plan.capacity or self.submodel.signature.dims["total"].max
-            self._slots[slot] = Cache(self.submodel.signature.states, batch, self._device, types, longest)
-        return self._slots[slot]
+            made = Cache(self.submodel.signature.states, batch, self._device, types, longest)
+            self._slots[slots[0]] = Rows(made, 0, batch)
+            return made
+        return covered(held) or self._give(slots, held)
 
-    def _run_grouped(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
-        """Past and present are one buffer. The kernel continues several rows only one position at a time, and reads no
-        padding.
+    def _give(self, slots: Sequence[Slot], rows: Sequence[Rows]) -> Cache:
+        """Let each slot hold a copy of these rows, in one new cache. Where rows of an old one are left without a slot,
+        the slots that stay get a smaller one.
         """
-        if not inputs[MASK].all():
-            raise EngineError("attention_mask has zeros, expected rows without padding")
+        cache, first = joined(rows), 0
+        for slot, part in zip(slots, rows, strict=True):
+            self._slots[slot] = Rows(cache, first, part.batch)
+            first += part.batch
+        for old in {id(part.cache): part.cache for part in rows}.values():
+            left = {slot: held for slot, held in self._slots.items() if held.cache is old}
+            if left and sum(held.batch for held in left.values()) < old.batch:
+                self._give(list(left), list(left.values()))
+        return cache
+
+    def _run_grouped(
+        self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slots: Sequence[Slot]
+    ) -> dict[str, Array]:
+        """Past and present are one buffer. The kernel continues several rows only one position at a time, each behind
+        its own number of positions, and reads no padding.
+        """
         batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
         session = self._session(lengths)
-        buffers = self._cache(slot, batch, session).reserve(total)
+        buffers = self._cache(slots, batch, session).reserve(total)
         whole = batch == 1 or sequence in (1, total)
         outputs: dict[str, Array] = {}
         for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
-            outputs = self._run(
-                session, self._cut(inputs, slice(start, stop), total - sequence + stop), buffers, buffers
-            )
+            outputs = self._run(session, self.submodel.signature.cut(inputs, start, stop), buffers, buffers)
         return outputs
 
-    def _run_fixed(self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slot: Slot) -> dict[str, Array]:
+    def _run_fixed(
+        self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slots: Sequence[Slot]
+    ) -> dict[str, Array]:
         """Past and present are two buffers of the whole length, which change places; the one not in use is shared by
-        all slots.
+        all slots of as many rows.
         """
         batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
         if total > self.plan.capacity:
@@ -212,9 +288,9 @@ class SessionEngine(Engine):
         for start, stop in cuts(sequence, self._sizes(lengths)):
             piece, end = {"batch": batch, "sequence": stop - start}, total - sequence + stop
             session = self._session(piece)
-            cache = self._cache(slot, batch, session)
+            cache = self._cache(slots, batch, session)
             past = cache.whole()
-            given = self._cut(inputs, slice(start, stop), end) | {
+            given = self.submodel.signature.cut(inputs, start, stop) | {
                 INDICES: np.full(batch, end - (stop - start), np.int64)
             }
             given[MASK] = np.zeros((batch, self.plan.capacity), np.int64)
@@ -231,7 +307,7 @@ class SessionEngine(Engine):
             else:
                 spare = self._spare.pop(batch, None) or cache.like()
                 outputs = self._run(session, given, past, spare)
-                self._spare[batch], cache.values = past, spare
+                self._spare, cache.values = {batch: past}, spare
         return outputs
 
     def _sizes(self, lengths: Mapping[str, int]) -> list[int]:
@@ -244,11 +320,6 @@ class SessionEngine(Engine):
             if all(name == "sequence" or lengths[name] == shape[name] for name in shape)
         ]
         return sorted({shape["sequence"] for shape in fits if "sequence" in shape}) or [lengths["sequence"]]
-
-    def _cut(self, inputs: Mapping[str, Array], positions: slice, total: int) -> dict[str, Array]:
-        """The part of the inputs that is about some of the new positions, when there are `total` with those before."""
-        now = {"sequence": positions, "total": slice(total)}
-        return {tensor.name: _part(tensor, inputs[tensor.name], now) for tensor in self.submodel.signature.inputs}
 
     def trim(self, slot: Slot, length: int) -> None:
         """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to
@@ -305,13 +376,6 @@ class _Call:
         self.results = self.binding.get_outputs()
         for name, value in zip(self.names, self.results, strict=True):
             self.binding.bind_ortvalue_output(name, value)
-
-
-def _part(tensor: Tensor, array: Array, lengths: Mapping[str, slice]) -> Array:
-    """The part of an array that lies within the given range of each varying dim."""
-    return array[
-        tuple(lengths.get(dim.name, slice(None)) if isinstance(dim, Dim) else slice(None) for dim in tensor.dims)
-    ]
 
 
 def _key(shape: Shape) -> Key:

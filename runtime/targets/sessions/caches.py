@@ -1,9 +1,12 @@
-"""Keys and values of one sequence in buffers on the device of a session: [batch, heads, capacity, size] each."""
+"""Keys and values of sequences in buffers on the device of a session: [batch, heads, capacity, size] each.
+
+A slot holds some rows of a cache. Slots that are run together hold the rows of one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
@@ -14,18 +17,16 @@ from runtime.targets.sessions.sessions import Device, sdk
 FIRST_CAPACITY: Final = 256
 """Positions that a cache which grows holds at first."""
 BFLOAT16: Final = 16
-"""ONNX's number of a type that numpy lacks."""
+"""ONNX's number of a type that numpy lacks: such buffers are made as numbers of 16 bits, and bound as what they are."""
 TYPES: Final[Mapping[str, Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
-    "tensor(bfloat16)": BFLOAT16,
+    "tensor(bfloat16)": np.uint16,
 }
 
 
 class Cache:
-    """The buffers of one slot, by the name of the past. `types` are those of the session's inputs; `longest` bounds the
-    growth.
-    """
+    """Buffers by the name of the past. `types` are those of the session's inputs; `longest` bounds the growth."""
 
     def __init__(
         self, states: tuple[State, ...], batch: int, device: Device, types: Mapping[str, str], longest: int
@@ -42,12 +43,7 @@ class Cache:
                 "context"
             )
         if length > self.capacity:
-            wide = any(
-                TYPES[self.types[state.past.name]] == BFLOAT16 for state in self.states
-            )  # cannot be copied to grow
-            self.capacity = (
-                self.longest if wide else min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
-            )
+            self.capacity = min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
             self.values = {state.past.name: self._grown(state) for state in self.states}
         return self.values
 
@@ -65,13 +61,54 @@ class Cache:
         return {state.past.name: other._grown(state) for state in self.states}
 
     def _grown(self, state: State) -> Any:
-        shape = state.past.shape({"batch": self.batch, "past": self.capacity})
-        dtype = TYPES[self.types[state.past.name]]
-        make = sdk().OrtValue
-        if dtype == BFLOAT16:
-            return make.ortvalue_from_shape_and_type(shape, dtype, self.device.memory, self.device.index)
-        grown = np.zeros(shape, dtype)
+        grown = np.zeros(
+            state.past.shape({"batch": self.batch, "past": self.capacity}), TYPES[self.types[state.past.name]]
+        )
         if state.past.name in self.values:
             held = self.values[state.past.name].numpy()
             grown[:, :, : held.shape[2]] = held
-        return make.ortvalue_from_numpy(grown, self.device.memory, self.device.index)
+        return sdk().OrtValue.ortvalue_from_numpy(grown, self.device.memory, self.device.index)
+
+
+def bind(binding: Any, place: str, name: str, value: Any, device: Device) -> None:
+    """Bind a buffer to an "input" or "output" of a session, in the type that it stands for."""
+    if value.data_type() == "tensor(uint16)":
+        bound = getattr(binding, f"bind_{place}")
+        bound(name, device.memory, device.index, BFLOAT16, value.shape(), value.data_ptr())
+    else:
+        getattr(binding, f"bind_ortvalue_{place}")(name, value)
+
+
+class Rows(NamedTuple):
+    """The rows of a cache that a slot holds: so many from `first` on."""
+
+    cache: Cache
+    first: int
+    batch: int
+
+
+def covered(parts: Sequence[Rows]) -> Cache | None:
+    """The cache whose rows these are, all of them and in order; None where there is none."""
+    cache, first = parts[0].cache, 0
+    for part in parts:
+        if part.cache is not cache or part.first != first:
+            return None
+        first += part.batch
+    return cache if first == cache.batch else None
+
+
+def joined(parts: Sequence[Rows]) -> Cache:
+    """A new cache that holds copies of these rows, one behind the other."""
+    first = parts[0].cache
+    made = Cache(first.states, sum(part.batch for part in parts), first.device, first.types, first.longest)
+    made.capacity = max(part.cache.capacity for part in parts)
+    for state in made.states:
+        name = state.past.name
+        values = np.zeros(state.past.shape({"batch": made.batch, "past": made.capacity}), TYPES[first.types[name]])
+        row = 0
+        for part in parts:
+            held = part.cache.values[name].numpy()[part.first : part.first + part.batch]
+            values[row : row + part.batch, :, : held.shape[2]] = held
+            row += part.batch
+        made.values[name] = sdk().OrtValue.ortvalue_from_numpy(values, made.device.memory, made.device.index)
+    return made

@@ -253,6 +253,11 @@ class TensorRT(Engine):
         fixed = dict(inputs) | {MASK: mask, INDICES: np.full(batch, total - sequence, np.int64)}
         return self._plan.run(0 if sequence == 1 else 1, fixed, cache.buffers)
 
+    def copy(self, slot: Slot, to: Slot) -> None:
+        held = self._slots.get(slot)
+        if held is not None:
+            self._slots[to] = held.copied()
+
     def trim(self, slot: Slot, length: int) -> None:
         """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to
         forget.

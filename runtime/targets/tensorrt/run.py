@@ -249,7 +249,7 @@ class Cache:
     """
 
     def __init__(self, batch: int, plan: Plan) -> None:
-        self.batch = batch
+        self.batch, self.plan = batch, plan
         self.buffers: dict[str, cuda.Buffer] = {}
         plan.stream.select()
         for state in plan.submodel.signature.states:
@@ -257,3 +257,11 @@ class Cache:
             nbytes = plan.cache_nbytes(name, batch)
             self.buffers[name] = cuda.Buffer(plan.stream)
             plan.stream.zero(self.buffers[name].reserve(nbytes), nbytes)
+
+    def copied(self) -> Cache:
+        """Another cache that holds the same."""
+        other = Cache(self.batch, self.plan)
+        for name, buffer in self.buffers.items():
+            self.plan.stream.copy(other.buffers[name].address, buffer.address, buffer.nbytes)
+        self.plan.stream.wait()
+        return other

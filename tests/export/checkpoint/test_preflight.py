@@ -66,6 +66,14 @@ def test_models_that_fit_pass(name: str, request: pytest.FixtureRequest) -> None
     assert open_source(request.getfixturevalue(name)).refused == []
 
 
+def test_parts_that_the_pipeline_never_calls_are_not_built(tiny_diffusion: Path) -> None:
+    build = open_source(tiny_diffusion)
+    made = {part.name for part in build.family.parts(build.source, False)}
+    assert [part.name for part in build.parts] == ["text_encoder", "unet", "vae_decoder"]
+    assert made - {part.name for part in build.parts} == {"vae_encoder"}
+    assert [part.name for part in build.new_parts()] == [part.name for part in build.parts]
+
+
 def test_a_model_without_chat_template(vlm: Path) -> None:
     (vlm / "chat_template.jinja").unlink()
     assert f"{vlm} holds no chat template" in refused(vlm)

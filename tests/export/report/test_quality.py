@@ -126,13 +126,13 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
     heard: list[Position] = []
     with listening(heard.append):
         quality, pictures = measure(drawing, drawing, drawn, EFFORT)
-    assert outer(heard) == [f"submodel {n} of 4" for n in (1, 2, 3, 4)] + [f"picture {n} of 2" for n in (1, 2)]
-    assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
+    assert outer(heard) == [f"submodel {n} of 3" for n in (1, 2, 3)] + [f"picture {n} of 2" for n in (1, 2)]
+    assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder"]
     assert all(submodel.calls == 4 for submodel in quality.submodels)
     figures = [
         (output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs
     ]
-    assert figures == [(CAP_DB, CAP_DB, 1)] * 4
+    assert figures == [(CAP_DB, CAP_DB, 1)] * 3
     assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.pictures] == [
         (CAP_DB, CAP_DB, 1, 0)
     ] * 2
@@ -245,7 +245,7 @@ def test_a_spoilt_decoder_falls_short(talking: LoadedModel, said: Samples) -> No
     )
 
 
-@pytest.mark.parametrize("submodel", ["unet", "vae_encoder"])
+@pytest.mark.parametrize("submodel", ["unet", "vae_decoder"])
 def test_numbers_that_are_none(drawing: LoadedModel, drawn: Samples, submodel: str) -> None:
     with pytest.raises(EngineError, match=submodel):
         measure(spoilt(drawing, submodel, nothing), drawing, drawn, EFFORT)
@@ -257,9 +257,9 @@ def test_logits_that_are_none(talking: LoadedModel, said: Samples) -> None:
 
 
 def test_what_was_not_measured_falls_short(drawing: LoadedModel, drawn: Samples) -> None:
-    quality, _ = measure(drawing, drawing, {**drawn, "vae_encoder": []}, EFFORT)
-    assert quality.submodels[3].calls == 0
-    assert quality.shortfalls("int8") == ["vae_encoder: was not measured, no call of it was captured"]
+    quality, _ = measure(drawing, drawing, {**drawn, "vae_decoder": []}, EFFORT)
+    assert quality.submodels[2].calls == 0
+    assert quality.shortfalls("int8") == ["vae_decoder: was not measured, no call of it was captured"]
 
 
 def test_models_of_different_sources(drawing: LoadedModel, talking: LoadedModel) -> None:

@@ -126,3 +126,19 @@ def test_bind_checks_multiples_and_fixed_dims(shape: tuple[int, ...]) -> None:
 
 def test_nbytes() -> None:
     assert nbytes(DECODER.inputs, {"batch": 2, "sequence": 3, "total": 7}) == 8 * (6 + 14 + 6)
+
+
+def test_a_call_is_cut_at_its_new_positions() -> None:
+    sequence, total = Dim(name="sequence", min=1, opt=1, max=9), Dim(name="total", min=1, opt=9, max=9)
+    signature = Signature(
+        inputs=(
+            Tensor(name="embeds", dtype="float32", dims=(1, sequence, 2)),
+            Tensor(name="mask", dtype="int64", dims=(1, total)),
+        ),
+        outputs=(),
+    )
+    inputs = {"embeds": np.arange(8, dtype=np.float32).reshape(1, 4, 2), "mask": np.arange(6)[None]}
+    found = signature.cut(inputs, 1, 3)
+    assert found["embeds"].tolist() == [[[2, 3], [4, 5]]]
+    assert found["mask"].tolist() == [[0, 1, 2, 3, 4]], "two before the call, and three of it"
+    assert signature.lengths(found) == {"sequence": 2, "total": 5}

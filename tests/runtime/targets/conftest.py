@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import CompileOptions, Engine, Options, target
+from runtime.engine import Compiled, CompileOptions, Engine, Options, target
 from runtime.targets.sessions.base import SessionEngine
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, open_session
 from runtime.targets.sessions.stored import Plan
@@ -58,8 +58,9 @@ def emulated(tmp_path: Path) -> Make:
         if not place.exists():
             place.parent.parent.mkdir(parents=True, exist_ok=True)
             place.parent.symlink_to(graph.parent)
-        engine.compile_with(CompileOptions(settings or {}), submodel, graph, root / "engines" / name)
-        return engine.emulate(submodel, root, Options(threads=1))
+        folder = root / "engines" / name
+        artifact = engine.compile_with(CompileOptions(settings or {}), submodel, graph, folder)
+        return engine.emulate(submodel, root, Options(threads=1, compiled=Compiled(artifact, folder)))
 
     return make
 

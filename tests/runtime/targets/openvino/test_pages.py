@@ -109,3 +109,39 @@ def test_a_row_of_padding_alone_is_refused(decoder: Any) -> None:
 def test_models_without_states_have_no_pages(vlm_bundle: Path) -> None:
     found = {submodel.name: fits(submodel.signature) for submodel in Bundle(vlm_bundle).manifest.submodels}
     assert found == {"vision_encoder": False, "token_embedding": False, "decoder": True}
+
+
+def text(engine: Any, slot: Slot, start: int, stop: int) -> None:
+    engine.run(call(embeddings(engine, 1, stop)[:, start:], np.ones((1, stop), np.int64)), slot)
+
+
+def test_forks_share_pages_until_they_write(decoder: Any) -> None:
+    slot, pages = Slot(), decoder._pages
+    size = pages.positions
+    text(decoder, slot, 0, 2 * size + 3)
+    assert sorted(pages.users, reverse=True)[:4] == [1, 1, 1, 0]
+    forks = decoder.fork(slot, 3)
+    assert sum(users > 0 for users in pages.users) == 3, "a fork takes no memory"
+    text(decoder, forks[0], 2 * size + 3, 2 * size + 4)
+    assert sorted(users for users in pages.users if users) == [1, 3, 4, 4], "only the page that is written is copied"
+    decoder.trim(forks[0], 0)
+    del forks
+    assert sorted(users for users in pages.users if users) == [1, 1, 1]
+
+
+def test_memory_follows_what_slots_hold(decoder: Any) -> None:
+    pages, least = decoder._pages, FIRST_CAPACITY // decoder._pages.positions
+    slots = [Slot() for _ in range(4)]
+    for slot in slots:
+        text(decoder, slot, 0, FIRST_CAPACITY)
+    assert len(pages.users) == 4 * least
+    del slots[1:], slot
+    assert len(pages.users) == 2 * least, "compacted around what is left"
+    text(decoder, slots[0], FIRST_CAPACITY, FIRST_CAPACITY + 1)
+    slots.clear()
+    assert not pages.users and not pages._memory
+
+
+def test_a_slot_that_holds_less_than_the_mask_says_is_refused(decoder: Any) -> None:
+    with pytest.raises(EngineError, match="attention_mask has 40 positions before this call, its slot holds 0 at most"):
+        text(decoder, Slot(), 40, 41)
