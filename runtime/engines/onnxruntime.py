@@ -29,6 +29,7 @@ from runtime.ort.engine import SessionEngine, folder_of
 from runtime.ort.integers import cut_behind, first_behind, with_integer_products
 from runtime.ort.sessions import ACCURACY, CPU, Device, nested_values, open_session, sdk
 from runtime.ort.stored import Plan, load_graph, read_plan, without_weights
+from runtime.signature import BATCH
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
@@ -139,7 +140,8 @@ def _decide(submodel: Submodel, canonical: Path, folder: Path, options: Options,
     parts = {value: folder / f"{submodel.name}.{value}.onnx" for value in CHOICES["products"]}
     if submodel.signature.states or not all(part.is_file() for part in parts.values()):
         return {}
-    lengths = {name: dim.opt for name, dim in submodel.signature.dims.items()}
+    # One row: two sessions are in memory together, and the first layers of a VAE at 512x512 take 1.5 GB a row each.
+    lengths = {name: dim.min if name == BATCH.name else dim.opt for name, dim in submodel.signature.dims.items()}
     sample = submodel.signature.sample(lengths)
 
     def prepare(values: Values) -> Callable[[], object]:
