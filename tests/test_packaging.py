@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"export", "runtime", "serving", "calibration", "profiles"}
+PACKAGES = {"enginecast", "export", "runtime", "serving", "calibration", "profiles"}
 HEAVY = {
     "torch",
     "diffusers",
