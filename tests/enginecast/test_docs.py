@@ -40,6 +40,13 @@ def test_local_links(page: Path) -> None:
     assert not [link for link in links if not (page.parent / link).exists()]
 
 
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("targets/*.md")]))
+def test_files_that_are_named_exist(page: Path) -> None:
+    rooms = "enginecast|export|runtime|serving|calibration|profiles|samples|proto|tests"
+    named = re.findall(rf"`((?:{rooms})/[\w/.-]*)", page.read_text()) if page.name != "CHANGELOG.md" else []
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
 def test_the_licence() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert "Version 2.0, January 2004" in text and "END OF TERMS AND CONDITIONS" in text
