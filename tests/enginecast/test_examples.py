@@ -25,10 +25,10 @@ def run(example: str, *arguments: object) -> str:
 
 def test_draw_and_ask(diffusion_bundle: Path, vlm_bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
-    assert run("draw.py", diffusion_bundle, PROMPT, "--seed", 1, "--out", out) == f"{out}: 64x64, seed 1\n"
+    assert run("draw.py", diffusion_bundle, PROMPT, "--seed", 1, "--out", out) == f"{out}: 128x128, seed 1\n"
     with Image.open(out) as picture:
-        red, green, blue = np.asarray(picture)[:32, :32].reshape(-1, 3).astype(int).T
-    assert ((red > green + 80) & (red > blue + 80)).sum() > 100, "much of the top left is red"
+        red, green, blue = np.asarray(picture)[:64, :64].reshape(-1, 3).astype(int).T
+    assert ((red > green + 80) & (red > blue + 80)).sum() > 300, "much of the top left is red"
     assert run("ask.py", vlm_bundle, out, "what color is the circle?").startswith("red\n")
 
 
