@@ -28,13 +28,13 @@ PROGRAM = """
 import asyncio, io, json, sys
 from pathlib import Path
 from PIL import Image
-from runtime.bundle import Bundle
-from runtime.loading import load_model
-from serving.client import Client
+from runtime.bundle.manifest import Bundle
+from runtime.placing.loading import load_model
+from serving.dialects.grpc.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2
-from serving.host import ModelHost
-from serving.server import Server
-import serving.cli.commands, serving.cli.terminal
+from serving.host.models import ModelHost
+from serving.dialects.grpc.server import Server
+import enginecast, serving.cli.commands, serving.cli.terminal
 
 bundles = [Bundle(Path(path)) for path in sys.argv[1:]]
 draw, talk = (bundle.name for bundle in bundles)
