@@ -45,7 +45,7 @@ TENSOR = {"inputs": [{"name": "x", "dtype": "float32", "dims": [1]}], "outputs":
 ADD = """
 import sys
 from pathlib import Path
-from export.artifacts import add_target
+from export.finished.artifacts import add_target
 from runtime.engine import targets
 from tests.fakes.bound import Bound
 class Slow(Bound):

@@ -26,9 +26,9 @@ GRAPH = "onnx/unet/model.onnx"
 COMPILE = """
 import sys
 from pathlib import Path
-from runtime.bundle import Bundle
+from runtime.bundle.manifest import Bundle
 from tests.fakes.bound import Bound
-from runtime.portable import fitting
+from runtime.placing.portable import fitting
 class Slow(Bound):
     seconds = float(sys.argv[2])
 bundle = Bundle(Path(sys.argv[1]))
