@@ -4,13 +4,20 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # A process for each core, at most four: each makes the bundles that its tests share.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# Files or folders to test.
+TESTS ?= tests
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs
 
-.PHONY: demo test test-full check format proto clean
+.PHONY: demo test test-full check docs format proto clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[export,openvino,tensorrt-rtx,coreml,signing,devices,dev]"
+	touch $@
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@
 
 # The main job: both samples built at int8, served, a picture drawn, a question asked about it.
@@ -18,16 +25,21 @@ demo: $(STAMP)
 	$(BIN)/python -m export.demo
 
 test: $(STAMP)
-	$(PYTEST) -m "not full"
+	$(PYTEST) -m "not full" $(TESTS)
 
 test-full: $(STAMP)
-	$(PYTEST)
+	$(PYTEST) $(TESTS)
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/vulture
+
+# The documentation, in build/site; warnings are errors.
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 format: $(STAMP)
 	$(BIN)/ruff format .

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from runtime.engine import targets
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"export", "runtime", "serving", "calibration", "profiles"}
+PACKAGES = {"enginecast", "export", "runtime", "serving", "calibration", "profiles", "samples"}
 HEAVY = {
     "torch",
     "diffusers",
@@ -109,12 +111,12 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
         "signing",
         "export",
         "dev",
+        "docs",
     }
 
 
 def test_every_target_file_has_its_extra(metadata: Message) -> None:
-    targets = {path.stem.replace("_", "-") for path in (ROOT / "runtime" / "engines").glob("[!_]*.py")}
-    assert targets - {"onnxruntime"} <= set(metadata.get_all("Provides-Extra") or [])
+    assert set(targets()) - {"onnxruntime"} <= set(metadata.get_all("Provides-Extra") or [])
 
 
 def test_constraints_pin_what_the_extras_need(metadata: Message) -> None:

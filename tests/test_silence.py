@@ -30,7 +30,7 @@ sys.addaudithook(watch)
 
 import itertools, json, struct, subprocess
 from pathlib import Path
-from serving.cli import app  # the first import of ours
+from serving.cli.commands import app  # the first import of ours
 
 if os.environ.get("ALONE"):  # a network of its own has a loopback device that is down
     import fcntl, socket
@@ -128,7 +128,7 @@ def test_a_blocked_package_is_not_there_and_a_choice_of_ours_is_kept() -> None:
     assert ended.stdout.split() == ["1", "/elsewhere"] and "ModuleNotFoundError" in ended.stderr
 
 
-@pytest.mark.parametrize("package", ["export", "runtime", "serving", "calibration", "profiles"])
+@pytest.mark.parametrize("package", ["enginecast", "export", "runtime", "serving", "calibration", "profiles"])
 def test_every_package_is_silent_from_its_first_import(package: str) -> None:
     program = f"import {package}, os, sys; print(os.environ['ORT_DISABLE_TELEMETRY'], 'onnxruntime' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)

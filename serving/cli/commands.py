@@ -10,11 +10,11 @@ import asyncio
 import importlib
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, Protocol
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -25,8 +25,10 @@ from runtime.limits import IMAGE_SEED, SEED
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Bundle
     from runtime.engine import Options
+    from runtime.pipelines.chat import ChatRequest
+    from runtime.pipelines.diffusion import ImageRequest
     from runtime.placing.placement import Wishes
-    from serving.enginecast_pb import chat_pb2, image_pb2
+    from serving.dialects.python.session import Session
     from serving.host.job import Model
 
 ADDRESS: Final = "127.0.0.1:50051"
@@ -88,13 +90,6 @@ Strict = Annotated[
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")
 ]
-
-
-class Session(Protocol):
-    """Where requests go: `serving.dialects.grpc.client.Client` or `serving.dialects.grpc.local.Local`."""
-
-    def generate(self, request: image_pb2.GenerateRequest, /) -> Iterator[image_pb2.GenerateResponse]: ...
-    def chat(self, request: chat_pb2.ChatRequest, /) -> Iterator[chat_pb2.ChatResponse]: ...
 
 
 @app.callback()
@@ -207,12 +202,10 @@ def generate(
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
-    from serving.enginecast_pb import image_pb2
+    from serving.dialects.python.requests import ImageOptions, image_request
 
     terminal.check_output(out)
-    request = image_pb2.GenerateRequest(
-        model=model,
-        prompt=terminal.unicode("prompt", prompt),
+    given = ImageOptions(
         negative_prompt=None if negative_prompt is None else terminal.unicode("negative_prompt", negative_prompt),
         width=width,
         height=height,
@@ -223,10 +216,10 @@ def generate(
         seed=seed,
         images=images,
     )
-    with _session(
-        address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), request
-    ) as session:
-        for path in terminal.draw(session.generate(request), out, verbose):
+    request = image_request(terminal.unicode("prompt", prompt), given)
+    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
+    with _session(address, model, bundle, target, options, wishes, request) as session:
+        for path in terminal.draw(session.draw(request), out, verbose):
             print(path)
 
 
@@ -266,30 +259,26 @@ def chat(
     """Ask about pictures, once or in a conversation."""
     from serving.cli import terminal
     from serving.cli.conversation import Conversation, typed
-    from serving.enginecast_pb import chat_pb2
+    from serving.dialects.python.requests import ChatOptions, Message, chat_request
 
     pictures = [terminal.read_image(path) for path in image or ()]
-    request = chat_pb2.ChatRequest(
-        model=model,
+    given = ChatOptions(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         repetition_penalty=repetition_penalty,
         seed=seed,
-        stop=stop or (),
+        stop=stop,
     )
-    first = chat_pb2.ChatRequest()
-    first.CopyFrom(request)
-    parts = [
-        *(chat_pb2.Part(image=data) for data in pictures),
-        chat_pb2.Part(text=terminal.unicode("prompt", prompt or "?")),
-    ]
-    first.messages.add(role=chat_pb2.ROLE_USER, parts=parts)
-    with _session(
-        address, bundle, target, _options(device, threads), _wishes(place, memory_limit, strict), first
-    ) as session:
-        talk = Conversation(request, pictures, lambda request: terminal.speak(session.chat(request), verbose))
+    first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, given)
+    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
+    with _session(address, model, bundle, target, options, wishes, first) as session:
+
+        def answer(messages: Sequence[Message]) -> str:
+            return terminal.speak(session.chat_stream(messages, **given), verbose)
+
+        talk = Conversation(pictures, answer)
         if prompt is not None:
             talk.ask(prompt)
             return
@@ -340,14 +329,15 @@ for _name, (_, _help) in FORWARDS.items():
 @contextmanager
 def _session(
     address: str | None,
+    model: str,
     bundle: str | None,
     target: str | None,
     options: Options,
     wishes: Wishes,
-    request: image_pb2.GenerateRequest | chat_pb2.ChatRequest,
+    request: ImageRequest | ChatRequest,
 ) -> Iterator[Session]:
     """Where the requests go; `request` is the first one, or one like it, which is checked before a bundle is loaded."""
-    opened: AbstractContextManager[Session]
+    opened: Session
     if bundle is None:
         given = {
             "target": target,
@@ -362,19 +352,19 @@ def _session(
             raise InvalidInput(
                 name, f"belongs to --bundle: what runs on a server is chosen by `enginecast serve --{option}`"
             )
-        from serving.dialects.grpc.client import Client
+        from serving.dialects.python.client import Client
 
-        opened = Client(address or ADDRESS)
-    elif request.model not in ("", named(bundle)[0]):
+        opened = Client(address or ADDRESS, model)
+    elif model not in ("", named(bundle)[0]):
         raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
     elif address is not None:
         raise InvalidInput("address", "and --bundle exclude each other: ask a server, or run the bundle in process")
     else:
-        from serving.dialects.grpc.local import Local
+        from serving.dialects.python.model import open_for
 
-        opened = Local.open(named(bundle)[1], target, options, wishes, request)
-    with opened as session:
-        yield session
+        opened = open_for(named(bundle)[1], request, target, options, wishes)
+    with closing(opened):
+        yield opened
 
 
 def _options(device: str, threads: int) -> Options:
@@ -384,11 +374,9 @@ def _options(device: str, threads: int) -> Options:
 
 
 def _wishes(place: str | None, memory_limit: str | None, strict: bool) -> Wishes:
-    from runtime.placing.memory import parse_size
-    from runtime.placing.placement import Wishes, parse_place
+    from serving.dialects.python.model import placement
 
-    limit = None if memory_limit is None else parse_size("memory_limit", memory_limit)
-    return Wishes(parse_place(place) if place else {}, limit, strict)
+    return placement(place, memory_limit, strict)
 
 
 def main() -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from runtime.errors import EnginecastError, InvalidInput
 from serving.cli import terminal
-from serving.enginecast_pb import chat_pb2
+from serving.dialects.python.requests import Message
 
 COMMANDS: Final = {
     "/image PATH": "show a picture with the next question",
@@ -21,29 +21,25 @@ COMMANDS: Final = {
 }
 QUIT: Final = ("/quit", "/exit", "quit", "exit")
 
-Chat = Callable[[chat_pb2.ChatRequest], str]
+Chat = Callable[[Sequence[Message]], str]
 """Sends the conversation so far, prints the answer and returns it."""
 
 
 class Conversation:
-    """What was said so far, in `request`, and the pictures that go with the next question."""
+    """What was said so far, and the pictures that go with the next question."""
 
-    def __init__(self, request: chat_pb2.ChatRequest, pictures: list[bytes], chat: Chat) -> None:
-        self.request, self.pictures, self._chat = request, pictures, chat
+    def __init__(self, pictures: list[bytes], chat: Chat) -> None:
+        self.messages: list[Message] = []
+        self.pictures, self._chat = pictures, chat
 
     def ask(self, question: str) -> None:
         """Send a question with the pictures shown. Where no answer comes, the conversation and the pictures stay as
         they were.
         """
         question = terminal.unicode("prompt", question)
-        shown = [chat_pb2.Part(image=data) for data in self.pictures]
-        self.request.messages.add(role=chat_pb2.ROLE_USER, parts=[*shown, chat_pb2.Part(text=question)])
-        try:
-            answer = self._chat(self.request)
-        except BaseException:
-            del self.request.messages[-1]
-            raise
-        self.request.messages.add(role=chat_pb2.ROLE_ASSISTANT, parts=[chat_pb2.Part(text=answer)])
+        messages = [*self.messages, Message("user", [*self.pictures, question])]
+        answer = self._chat(messages)
+        self.messages = [*messages, Message("assistant", answer)]
         self.pictures = []
 
     def run(self, lines: Iterator[str], patient: bool) -> None:
@@ -71,7 +67,7 @@ class Conversation:
         if name == "/image" and argument.strip():
             self.pictures.append(terminal.read_image(Path(argument.strip()).expanduser()))
         elif name == "/clear":
-            del self.request.messages[:]
+            self.messages = []
             self.pictures = []
         elif name == "/help":
             terminal.errors.print(help_text(), markup=False)

@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.limits import PICTURE_BYTES
+from runtime.pipeline import Progress, TextDelta
 from runtime.vision.images import decode_image
-from serving.enginecast_pb import chat_pb2, image_pb2
+from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.stream import Stream
+from serving.host.job import Done, Queued
 
 errors: Final = Console(stderr=True, highlight=False)
 
 
-def draw(responses: Iterable[image_pb2.GenerateResponse], out: Path, verbose: bool = False) -> list[Path]:
+def draw(stream: Stream[Drawing], out: Path, verbose: bool = False) -> list[Path]:
     """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all
     are there.
 
@@ -37,50 +39,37 @@ def draw(responses: Iterable[image_pb2.GenerateResponse], out: Path, verbose: bo
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    images: list[image_pb2.Image] = []
-    with Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar, stream:
         task = bar.add_task("starting", total=None)
-        for response in responses:
-            match response.WhichOneof("event"):
-                case "queued":
-                    bar.update(
-                        task,
-                        description=f"queued behind {response.queued.position}"
-                        if response.queued.position
-                        else "starting",
-                    )
-                case "progress":
-                    bar.update(
-                        task, description="drawing", completed=response.progress.step, total=response.progress.total
-                    )
-                case "image":
-                    images.append(response.image)
-                case "done":
-                    _summary(response.done, f"seed {', '.join(str(image.seed) for image in images)}", verbose)
-    paths = [out] if len(images) == 1 else [out.with_stem(f"{out.stem}-{image.index}") for image in images]
-    for path, image in zip(paths, images, strict=True):
-        write(path, image.png)
-    return paths
+        for event in stream:
+            match event:
+                case Queued(position):
+                    bar.update(task, description=f"queued behind {position}" if position else "starting")
+                case Progress(step, total):
+                    bar.update(task, description="drawing", completed=step, total=total)
+        drawing = stream.result()
+    _summary(drawing.done, f"seed {', '.join(str(image.seed) for image in drawing.images)}", verbose)
+    return drawing.save(out)
 
 
-def speak(responses: Iterable[chat_pb2.ChatResponse], verbose: bool = False) -> str:
+def speak(stream: Stream[Answer], verbose: bool = False) -> str:
     """Print an answer as it is decoded, without the blanks that it begins with; returns all of it.
 
     `verbose` adds what each submodel ran on.
     """
-    answer = ""
-    for response in responses:
-        match response.WhichOneof("event"):
-            case "delta":
-                sys.stdout.write(response.delta.text if answer.strip() else response.delta.text.lstrip())
+    begun = False
+    with stream:
+        for event in stream:
+            if isinstance(event, TextDelta):
+                sys.stdout.write(event.text if begun else event.text.lstrip())
                 sys.stdout.flush()
-                answer += response.delta.text
-            case "done":
-                sys.stdout.write("\n")
-                sys.stdout.flush()
-                cut = ", cut at max tokens" if response.done.reason == chat_pb2.FINISH_REASON_LENGTH else ""
-                _summary(response.done, f"{response.done.completion_tokens} tokens{cut}", verbose)
-    return answer
+                begun = begun or bool(event.text.strip())
+        answer = stream.result()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    cut = ", cut at max tokens" if answer.reason == "length" else ""
+    _summary(answer.done, f"{answer.completion_tokens} tokens{cut}", verbose)
+    return answer.text
 
 
 def read_image(path: Path) -> bytes:
@@ -114,23 +103,7 @@ def check_output(path: Path) -> None:
         raise InvalidInput("out", f"folder {path.parent} cannot be written: write elsewhere")
 
 
-def write(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Raises InvalidInput or OSError."""
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    except OSError as error:
-        raise InvalidInput("out", f"{path} cannot be written: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        Path(temporary).chmod(0o644)  # mkstemp's files are private to the user
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _summary(done: image_pb2.ImageDone | chat_pb2.ChatDone, what: str, verbose: bool) -> None:
+def _summary(done: Done, what: str, verbose: bool) -> None:
     """One short line on how long it took and where; the notes of the model; with `verbose` a line for each submodel."""
     engines = done.engines
     again = sum(use.reload_seconds for use in engines)
@@ -138,7 +111,7 @@ def _summary(done: image_pb2.ImageDone | chat_pb2.ChatDone, what: str, verbose: 
     partly = [use.submodel for use in engines if use.fallbacks]
     elsewhere = f", parts of {', '.join(partly)} elsewhere (-v tells which)" if partly and not verbose else ""
     where = " and ".join(dict.fromkeys(use.target for use in engines))
-    _say(f"{what}, {done.timings.run_seconds:.1f} s on {where}{loading}{elsewhere}")
+    _say(f"{what}, {done.run_seconds:.1f} s on {where}{loading}{elsewhere}")
     for use in engines if verbose else ():
         calls = f"{use.calls} call{'s' * (use.calls != 1)}, {use.seconds:.2f} s"
         _say(f"  {use.submodel}: {calls} on {use.device}, {use.precision}")

@@ -4,7 +4,7 @@ protocol.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
@@ -101,7 +101,7 @@ class Job:
         """Raise `error` from the pipeline before its next engine call. The first reason wins."""
         self._stopped_by = self._stopped_by or error
 
-    def events(self) -> Iterator[Event]:
+    def events(self) -> Generator[Event, None, None]:
         """Do the work: `Started`, the pipeline's own events, `Done`. Raises what the pipeline, an engine or `stop`
         raises.
         """

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serving.fake import FakeServer
 from serving.host.models import Limits
+from tests.fakes.serving import FakeServer
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ from serving.dialects.grpc.client import Client
 from serving.enginecast_pb import chat_pb2, image_pb2
 from serving.host.models import ModelHost
 from serving.dialects.grpc.server import Server
-import serving.cli.commands, serving.cli.terminal
+import enginecast, serving.cli.commands, serving.cli.terminal
 
 bundles = [Bundle(Path(path)) for path in sys.argv[1:]]
 draw, talk = (bundle.name for bundle in bundles)

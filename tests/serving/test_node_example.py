@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from serving.fake import FakeServer
+from tests.fakes.serving import FakeServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
 

@@ -20,15 +20,34 @@ OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send
 Response = TypeVar("Response", covariant=True)
 
 
-class _Stream(Protocol[Response]):
-    def __iter__(self) -> Iterator[Response]: ...
+class _Call(Protocol[Response]):
+    def __next__(self) -> Response: ...
     def cancel(self) -> bool: ...
+
+
+class Responses(Iterator[Response]):
+    """The stream of one call. `close`, which any thread may call, cancels the request on the server; so does dropping
+    the stream.
+    """
+
+    def __init__(self, call: _Call[Response]) -> None:
+        self._call = call
+
+    def __next__(self) -> Response:
+        with _raised():
+            return next(self._call)
+
+    def close(self) -> None:
+        self._call.cancel()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 class Client:
     """A connection to a server at "host:port". Every method raises from `runtime.errors`; `timeout` is in seconds.
 
-    Closing a stream's generator, or leaving the program, cancels the request on the server.
+    Closing a stream, or leaving the program, cancels the request on the server.
     """
 
     def __init__(self, address: str) -> None:
@@ -51,13 +70,13 @@ class Client:
 
     def generate(
         self, request: image_pb2.GenerateRequest, timeout: float | None = None
-    ) -> Iterator[image_pb2.GenerateResponse]:
+    ) -> Responses[image_pb2.GenerateResponse]:
         """Draw pictures: the stream of ImageService.Generate."""
-        return _stream(self._image.Generate(request, timeout=timeout))
+        return Responses(self._image.Generate(request, timeout=timeout))
 
-    def chat(self, request: chat_pb2.ChatRequest, timeout: float | None = None) -> Iterator[chat_pb2.ChatResponse]:
+    def chat(self, request: chat_pb2.ChatRequest, timeout: float | None = None) -> Responses[chat_pb2.ChatResponse]:
         """Answer the last message: the stream of ChatService.Chat."""
-        return _stream(self._chat.Chat(request, timeout=timeout))
+        return Responses(self._chat.Chat(request, timeout=timeout))
 
     def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
         """Every model the server knows, by name."""
@@ -97,11 +116,3 @@ def _raised() -> Iterator[None]:
         yield
     except grpc.RpcError as error:
         raise status.error_of(error) from None
-
-
-def _stream(call: _Stream[Response]) -> Iterator[Response]:
-    try:
-        with _raised():
-            yield from call
-    finally:
-        call.cancel()

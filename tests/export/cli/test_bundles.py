@@ -19,7 +19,7 @@ import export.build.options
 import export.cli.commands
 from runtime.bundle.manifest import MANIFEST, SIGNATURE, Bundle
 from runtime.engine import targets
-from runtime.fake import Bound
+from tests.fakes.bound import Bound
 
 
 class Ended(NamedTuple):
@@ -170,7 +170,8 @@ def test_strip(run: Run, bundle: Path) -> None:
 
 def test_adding_needs_no_torch(bundle: Path) -> None:
     script = (
-        "import sys; from runtime.engine import targets; from runtime.fake import Bound; targets()['bound'] = Bound; "
+        "import sys; from runtime.engine import targets; from tests.fakes.bound import Bound; "
+        "targets()['bound'] = Bound; "
         "import export.cli.commands; "
         f"sys.argv = ['export', 'add-target', {str(bundle)!r}, '--target', 'bound', '--target', 'onnxruntime']; "
         "export.cli.commands.main()"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import enginecast
 import export.cli.commands
 from export.build.options import Options
 from export.build.state import Build
@@ -25,9 +26,6 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import SourceError
 from runtime.pipeline import Call
 from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest
-from runtime.placing.loading import load_model
-from serving.dialects.grpc.local import Local
-from serving.enginecast_pb import image_pb2
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # torch tensors inside diffusers
@@ -253,8 +251,8 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
     with pytest.raises(SystemExit):
         export.cli.commands.main()
     assert f"note: {replaced}" in capsys.readouterr().out
-    with Local(load_model(root)) as local:
-        done = list(local.generate(image_pb2.GenerateRequest(prompt="x", steps=1, width=16, height=16)))[-1].done
+    with enginecast.load(root) as model:
+        done = model.generate("x", steps=1, width=16, height=16).done
     assert list(done.notes)[:2] == [replaced, checker]
 
 

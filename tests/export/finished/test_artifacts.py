@@ -39,7 +39,7 @@ from runtime.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from runtime.fake import Bound
+from tests.fakes.bound import Bound
 
 TENSOR = {"inputs": [{"name": "x", "dtype": "float32", "dims": [1]}], "outputs": []}
 ADD = """
@@ -47,7 +47,7 @@ import sys
 from pathlib import Path
 from export.finished.artifacts import add_target
 from runtime.engine import targets
-from runtime.fake import Bound
+from tests.fakes.bound import Bound
 class Slow(Bound):
     seconds = 60
 targets()["bound"] = Slow
@@ -58,7 +58,7 @@ import os, signal, sys
 from pathlib import Path
 import export.finished.artifacts
 from runtime.engine import targets
-from runtime.fake import Bound
+from tests.fakes.bound import Bound
 targets()["bound"] = Bound
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -18,8 +18,8 @@ import runtime.placing.portable
 from runtime.bundle.manifest import MANIFEST, SCHEMA, Artifact, Bundle, Submodel, sha256
 from runtime.engine import CompileOptions, Options, targets
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, ResourceExhausted
-from runtime.fake import Bound
 from runtime.placing.portable import Fitted, fitting
+from tests.fakes.bound import Bound
 
 SIGNATURE = {"inputs": [{"name": "x", "dtype": "float32", "dims": [1]}], "outputs": []}
 GRAPH = "onnx/unet/model.onnx"
@@ -27,7 +27,7 @@ COMPILE = """
 import sys
 from pathlib import Path
 from runtime.bundle.manifest import Bundle
-from runtime.fake import Bound
+from tests.fakes.bound import Bound
 from runtime.placing.portable import fitting
 class Slow(Bound):
     seconds = float(sys.argv[2])

@@ -21,9 +21,9 @@ from runtime.engine import Availability, FakeEngine
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from serving.cli import commands as cli
 from serving.dialects.grpc.client import Client
-from serving.dialects.grpc.local import Local
+from serving.dialects.python import model as in_process
 from serving.enginecast_pb import model_pb2
-from serving.fake import FakeModel, FakeServer, bundle, until
+from tests.fakes.serving import FakeModel, FakeServer, bundle, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -51,7 +51,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> A
 def local(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeModel]:
     """The model that --bundle loads."""
     model = FakeModel()
-    monkeypatch.setattr(Local, "open", classmethod(lambda cls, *_: cls(model)))
+    monkeypatch.setattr(in_process, "open_for", lambda *_: in_process.Model(model))
     yield model
     assert model.closed
 
@@ -341,7 +341,7 @@ class TestServe:
         program = (
             "import sys, serving.cli.commands, runtime.placing.loading; from pathlib import Path; from runtime.errors "
             "import BundleError\n"
-            "from serving.fake import FakeModel\n"
+            "from tests.fakes.serving import FakeModel\n"
             "def load(bundle, *_):\n"
             "    root = bundle if isinstance(bundle, Path) else bundle.root\n"
             "    if root.name != 'good': raise BundleError(f'bundle {root} is damaged')\n"

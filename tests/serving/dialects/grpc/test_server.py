@@ -38,8 +38,8 @@ from runtime.placing.choices import Decision
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
-from serving.fake import FakeModel, FakeServer, bundle, request, until
 from serving.host.models import Limits, ModelHost, Offer
+from tests.fakes.serving import FakeModel, FakeServer, bundle, request, until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -259,7 +259,7 @@ class TestLeaving:
         draw = warm.draw
         draw.hold()
         program = (
-            "from serving.dialects.grpc.client import Client; from serving.fake import request\n"
+            "from serving.dialects.grpc.client import Client; from tests.fakes.serving import request\n"
             f"for r in Client('{warm.address}').generate(request(steps=1000)): print(r.WhichOneof('event'), flush=True)"
         )
         with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
@@ -332,7 +332,7 @@ class TestAnUnreadAnswer:
         names = ("grpc.keepalive_time_ms", "grpc.keepalive_timeout_ms", "grpc.http2.ping_timeout_ms")
         server = FakeServer(tmp_path, Limits(), {} if seconds is None else dict.fromkeys(names, 1000 * seconds))
         program = (
-            "from serving.dialects.grpc.client import Client; from serving.fake import request\n"
+            "from serving.dialects.grpc.client import Client; from tests.fakes.serving import request\n"
             f"for r in Client('{server.address}').generate(request(steps=1000)): print(r.WhichOneof('event'), "
             "flush=True)"
         )
@@ -788,7 +788,7 @@ class TestAddress:
 
 def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
     program = (
-        "import asyncio, sys; from pathlib import Path; from serving.fake import FakeModel, bundle\n"
+        "import asyncio, sys; from pathlib import Path; from tests.fakes.serving import FakeModel, bundle\n"
         "from serving.host.models import ModelHost; from serving.dialects.grpc.server import serve; import time\n"
         "model = FakeModel(); model.engine.function = lambda inputs: time.sleep(0.05) or {}\n"
         "async def main(): await serve(ModelHost([bundle(Path(sys.argv[1]), 'draw')], lambda *_: model), "

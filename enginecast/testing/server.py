@@ -1,13 +1,10 @@
-"""Fakes to test servers and clients with: a model whose steps are let through one by one, and a server on loopback that
-serves two.
-"""
+"""A model whose steps a test lets through one by one, and a server on loopback that serves two of them."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -18,10 +15,9 @@ from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
-from runtime.vision.images import Picture
+from runtime.vision.images import Picture, decoded
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
-from serving.enginecast_pb import image_pb2
 from serving.host.job import Kind
 from serving.host.models import Limits, ModelHost
 
@@ -85,13 +81,16 @@ class FakeModel:
         return len(self.engine.calls)
 
     def hold(self) -> None:
+        """From now on each step waits for `let`."""
         self._permits = threading.Semaphore(0)
 
     def let(self, steps: int) -> None:
+        """Let so many steps through."""
         assert self._permits is not None
         self._permits.release(steps)
 
     def release(self) -> None:
+        """End what `hold` began."""
         permits, self._permits = self._permits, None
         if permits is not None:
             permits.release(1000)
@@ -123,7 +122,7 @@ class FakeModel:
 
     def _chat(self, request: Any) -> Pipeline:
         for picture in request.images:
-            picture.decode()
+            decoded(picture)
         for word in WORDS[: request.max_tokens or 3]:
             yield Call("denoiser", {})
             yield TextDelta(word)
@@ -142,18 +141,16 @@ class FakeModel:
         raise self.successor or AssertionError("it was not broken")
 
 
-def until(condition: Callable[[], bool], seconds: float = 10) -> None:
-    """Wait for something that happens on another thread."""
-    limit = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < limit, "it did not happen in time"
-        time.sleep(0.005)
-
-
 class FakeServer:
-    """A server on loopback in a thread of its own, with a fake diffusion model "draw" and a fake chat model "talk"."""
+    """A server at `address` on loopback, in a thread of its own, with a fake diffusion model "draw" and a fake chat
+    model "talk". Models are loaded on request; with `ready`, both are from the start.
 
-    def __init__(self, folder: Path, limits: Limits, options: Mapping[str, int] | None = None) -> None:
+    `folder` is an empty one for the fake bundles, `options` are those of gRPC. A `with` block ends it.
+    """
+
+    def __init__(
+        self, folder: Path, limits: Limits | None = None, options: Mapping[str, int] | None = None, ready: bool = False
+    ) -> None:
         self.models = {"draw": FakeModel("diffusion"), "talk": FakeModel("chat")}
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
@@ -165,7 +162,7 @@ class FakeServer:
         self.stopped = False
 
         async def start() -> Server:
-            self.host = ModelHost([bundle(folder, name) for name in self.models], self._load, limits)
+            self.host = ModelHost([bundle(folder, name) for name in self.models], self._load, limits or Limits())
             server = Server(self.host, "127.0.0.1:0", options)
             await server.start()
             return server
@@ -173,6 +170,14 @@ class FakeServer:
         self.server = self.do(start())
         self.address = f"127.0.0.1:{self.server.port}"
         self.client = Client(self.address)
+        if ready:
+            self.load_all()
+
+    def __enter__(self) -> FakeServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
 
     def do(self, work: Coroutine[Any, Any, T], timeout: float = 20) -> T:
         """Run a coroutine on the server's loop."""
@@ -188,29 +193,17 @@ class FakeServer:
         return self.models[name]
 
     def load_all(self) -> None:
+        """Load both models."""
         for name in self.models:
             self.client.load(name)
 
     @property
     def draw(self) -> FakeModel:
+        """The model that draws."""
         return self.models["draw"]
 
-    def busy(self, name: str = "draw") -> int:
-        """Requests running or waiting."""
-        status = self.host.status(name)
-        return status.running + status.queued
-
-    def leaving(self) -> bool:
-        """Whether every request of "draw" was told to stop."""
-        return all(run.job._stopped_by is not None for run in self.host._models["draw"].runs)
-
-    def alive(self) -> bool:
-        """Whether a picture can be drawn from beginning to end."""
-        self.draw.release()
-        self.draw.failure = None
-        return list(self.client.generate(request(steps=2), timeout=10))[-1].HasField("done")
-
     def stop(self, grace: float = 5) -> None:
+        """Stop the server as a signal does. Running requests get `grace` seconds."""
         if not self.stopped:
             self.stopped = True
             self.do(self.server.stop(grace))
@@ -223,6 +216,7 @@ class FakeServer:
         await self._loop.shutdown_asyncgens()
 
     def end(self) -> None:
+        """Let all steps through, stop the server and its thread."""
         for model in self.models.values():
             model.release()
         self.client.close()
@@ -231,7 +225,3 @@ class FakeServer:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-
-def request(**fields: Any) -> image_pb2.GenerateRequest:
-    return image_pb2.GenerateRequest(**{"model": "draw", "prompt": "a circle", **fields})

@@ -1,0 +1,88 @@
+"""Builds diffusion and vision-language models into bundles of compiled engines, and runs them.
+
+    import enginecast
+
+    enginecast.build("./my-checkpoint", "bundles/mine", quant="int8")          # needs the extra "export"
+
+    with enginecast.load("bundles/mine") as model:                             # in this process
+        model.generate("a red fox in the snow", steps=20).save("fox.png")
+
+    with enginecast.Client("127.0.0.1:50051", model="mine") as client:         # on a server
+        client.generate("a red fox in the snow", steps=20).save("fox.png")
+
+`Model` and `Client` have the same methods. Each request can be waited for, iterated, and used with asyncio: see
+`Stream`. Everything that is raised on purpose is an `EnginecastError`.
+"""
+
+from __future__ import annotations
+
+from enginecast.building import BuildOptions, build
+from runtime.bundle.manifest import Bundle
+from runtime.errors import (
+    BundleError,
+    Cancelled,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EnginecastError,
+    EngineError,
+    EngineUnavailable,
+    InvalidInput,
+    MissingDependency,
+    NotFound,
+    ParityError,
+    QualityError,
+    ResourceExhausted,
+    SourceError,
+    Unavailable,
+    UnsupportedModel,
+)
+from runtime.pipeline import Event, Finished, ImageReady, Progress, TextDelta
+from serving.dialects.python.client import Client
+from serving.dialects.python.model import Model, load
+from serving.dialects.python.requests import ChatOptions, ImageOptions, Message, PictureLike
+from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.session import Session
+from serving.dialects.python.stream import Stream
+from serving.host.job import Done, EngineUse, Queued, Started
+
+__all__ = [
+    "Answer",
+    "BuildOptions",
+    "Bundle",
+    "BundleError",
+    "Cancelled",
+    "ChatOptions",
+    "Client",
+    "ContextLengthExceeded",
+    "DeadlineExceeded",
+    "Done",
+    "Drawing",
+    "EngineError",
+    "EngineUnavailable",
+    "EngineUse",
+    "EnginecastError",
+    "Event",
+    "Finished",
+    "ImageOptions",
+    "ImageReady",
+    "InvalidInput",
+    "Message",
+    "MissingDependency",
+    "Model",
+    "NotFound",
+    "ParityError",
+    "PictureLike",
+    "Progress",
+    "QualityError",
+    "Queued",
+    "ResourceExhausted",
+    "Session",
+    "SourceError",
+    "Started",
+    "Stream",
+    "TextDelta",
+    "Unavailable",
+    "UnsupportedModel",
+    "build",
+    "load",
+]

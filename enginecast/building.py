@@ -1,0 +1,91 @@
+"""Building a bundle from Python. The build side is imported when `build` is called, not before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
+
+from runtime.bundle.manifest import Bundle
+from runtime.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from export.report.progress import Report
+
+
+class BuildOptions(TypedDict, total=False):
+    """Options of a build besides its target and quantization. The defaults are those of `enginecast build`."""
+
+    name: str
+    """What clients call the model. Default: the source's name."""
+    parity: str
+    """Comparison of each graph with the library's own model: "auto", "full" (all weights) or "twin" (fewer layers)."""
+    calibration: Path | None
+    """Calibration set made by `enginecast calibrate`. Default: captured from built-in requests."""
+    quality: str
+    """Compare the quantized model with the float one: "auto" (up to 1 GB of weights), "full" or "none"."""
+    speed: str
+    """Time the quantized model beside the float one and PyTorch: "auto" (up to 256 MB), "full" or "none"."""
+    agreement: str
+    """Compare what each target compiled with the model's graph: "auto" (up to 1 GB of weights), "full" or "none"."""
+    allow_low_quality: bool
+    """Keep a bundle that falls below the floors."""
+    max_drop: float
+    """Of quant "auto": points of the score, or dB below int8 where there is no score. Default: 1."""
+    compute: str
+    """What targets may compute in where that is measured to do no harm: "auto", "float32", "float16", "bfloat16"."""
+    block: int
+    """Of quant "int4": inputs that share a scale, 32, 64 or 128."""
+    strip_canonical: bool
+    """Leave out graphs and weights; for targets alone whose engines hold all they need."""
+    settings: Mapping[str, Mapping[str, str]]
+    """Each target's own settings, by the target's name."""
+    force: bool
+    """Replace another bundle that lies at the output."""
+
+
+def build(
+    source: str | Path,
+    output: str | Path,
+    *,
+    targets: Sequence[str] = ("onnxruntime", "openvino"),
+    quant: str = "none",
+    optimize: Literal["size", "speed"] = "size",
+    progress: Callable[[Report], None] = lambda report: None,
+    **options: Unpack[BuildOptions],
+) -> Bundle:
+    """Convert, quantize and compile a model into a bundle. Nothing is written at `output` before it is complete.
+
+        enginecast.build("./my-checkpoint", "bundles/mine", targets=["openvino"], quant="int8")
+
+    Needs the extra "export". A build that was made before with the same options is verified and returned.
+
+    Args:
+        source: Checkpoint folder in diffusers or transformers layout, a hub id, or "sample:shapes-diffusion" and
+            "sample:shapes-vlm".
+        output: Folder of the bundle.
+        targets: Engines to compile for; "auto" is every one that can be compiled here.
+        quant: "none", "int8", "int8-weight", "int4", "fp8", "fp16", "bf16", or "auto" (what `max_drop` allows).
+        optimize: Of quant "auto": the smallest model within `max_drop`, or the one with the least work.
+        progress: Called when a step begins, about once a second while it runs, and when it ends (`seconds` is then a
+            number). `eta` is the estimated seconds that all remaining steps take.
+        options: See `BuildOptions`.
+
+    Raises:
+        MissingDependency: The extra "export" is not installed.
+        InvalidInput: Options do not fit the model or each other; `field` names one.
+        SourceError: The checkpoint is missing, damaged, or of no known family (UnsupportedModel).
+        ParityError: A graph does not reproduce the checkpoint.
+        QualityError: The quantized model falls below the floors.
+        EngineError: A target failed to compile.
+        ResourceExhausted: Disk or memory does not suffice.
+    """
+    try:
+        from export.build.build import build as run
+        from export.build.options import Options
+        from export.finished.artifacts import resolve_targets
+    except ModuleNotFoundError as error:
+        raise MissingDependency(error.name or "torch", "export") from None
+    chosen = resolve_targets([targets] if isinstance(targets, str) else targets, quant)
+    wanted = Options(str(source), Path(output), targets=chosen, quant=quant, goal=optimize, **options)
+    return run(wanted, progress)[0]

@@ -1,0 +1,81 @@
+"""A model of a server, with the methods of a loaded bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import TypeVar
+
+from runtime.pipeline import Event
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from serving.dialects.grpc import calls
+from serving.dialects.grpc import client as grpc
+from serving.dialects.python import results
+from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.session import Session
+from serving.dialects.python.stream import Stream
+from serving.enginecast_pb import model_pb2
+
+M = TypeVar("M")
+R = TypeVar("R")
+
+
+class Client(Session):
+    """A connection to a server at "host:port", for requests to one of its models. A `with` block closes it.
+
+        with enginecast.Client("127.0.0.1:50051", model="mine") as client:
+            client.generate("a red fox in the snow").save("fox.png")
+
+    Args:
+        address: "host:port" of `enginecast serve`. There is no TLS.
+        model: Name of the model, as the server lists it (`models`).
+        timeout: Seconds that a request may take, waiting included; DeadlineExceeded is raised then. None is no limit.
+    """
+
+    def __init__(self, address: str, model: str = "", *, timeout: float | None = None) -> None:
+        self.model = model
+        self.timeout = timeout
+        self._client = grpc.Client(address)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def models(self) -> list[model_pb2.Model]:
+        """Every model of the server, with its `name`, `state`, `kind` and what it runs on: messages of the interface.
+
+        Raises Unavailable where no server answers.
+        """
+        return self._client.models(self.timeout)
+
+    def load(self, target: str | None = None) -> model_pb2.Model:
+        """Load the model on the server and wait until it is ready. Raises NotFound, and what loading raises."""
+        return self._client.load(self.model, target, self.timeout)
+
+    def unload(self, grace_seconds: float | None = None) -> model_pb2.Model:
+        """Unload the model and wait until its engines are freed. Running requests get `grace_seconds` to finish."""
+        return self._client.unload(self.model, grace_seconds, self.timeout)
+
+    def close(self) -> None:
+        """Cancel what runs and disconnect."""
+        self._client.close()
+
+    def draw(self, request: ImageRequest) -> Stream[Drawing]:
+        """The stream of a request for pictures."""
+        responses = self._client.generate(calls.image_message(self.model, request), self.timeout)
+        return _stream(responses, calls.image_events, results.drawing)
+
+    def answer(self, request: ChatRequest) -> Stream[Answer]:
+        """The stream of a request for an answer."""
+        responses = self._client.chat(calls.chat_message(self.model, request), self.timeout)
+        return _stream(responses, calls.chat_events, results.answer)
+
+
+def _stream(
+    responses: grpc.Responses[M],
+    events: Callable[[Iterator[M]], Generator[Event, None, None]],
+    collect: Callable[[Sequence[Event]], R],
+) -> Stream[R]:
+    return Stream(events(responses), responses.close, collect)

@@ -1,0 +1,166 @@
+"""A bundle loaded into this process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from runtime.bundle.manifest import Bundle
+from runtime.engine import Options
+from runtime.errors import Cancelled, InvalidInput, Unavailable
+from runtime.pipeline import Event, drive
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from runtime.placing.loading import load_model
+from runtime.placing.memory import parse_size
+from runtime.placing.placement import Wishes, parse_place
+from serving.dialects.python import results
+from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.session import Session
+from serving.dialects.python.stream import Stream
+from serving.host import job
+from serving.host.job import Job, Kind
+
+R = TypeVar("R")
+
+
+class Model(Session):
+    """A loaded bundle. Made by `enginecast.load`; a `with` block closes it.
+
+    Several requests may be under way at once, from one thread or many: their steps take turns.
+    """
+
+    def __init__(self, model: job.Model) -> None:
+        self._model = model
+        self._turn = threading.RLock()
+        self._closed = False
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def task(self) -> str:
+        """What the model does: "diffusion" (it has `generate`) or "chat"."""
+        return self._model.kind
+
+    @property
+    def target(self) -> str:
+        """The engines that run it, such as "openvino"."""
+        return self._model.target
+
+    @property
+    def device(self) -> str:
+        """The devices that run it, such as "CPU"."""
+        return self._model.device
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences on what differs from the published model or from the requested placement."""
+        return tuple(self._model.notes)
+
+    def close(self) -> None:
+        """Free the engines. Waits for a step that runs; requests under way then raise Unavailable."""
+        with self._turn:
+            if not self._closed:
+                self._closed = True
+                self._model.close()
+
+    def draw(self, request: ImageRequest) -> Stream[Drawing]:
+        """The stream of a request for pictures. Raises InvalidInput."""
+        return self._run("diffusion", request, results.drawing)
+
+    def answer(self, request: ChatRequest) -> Stream[Answer]:
+        """The stream of a request for an answer. Raises InvalidInput."""
+        return self._run("chat", request, results.answer)
+
+    def _run(self, kind: Kind, request: Any, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        check_kind(self._model.kind, kind)
+        with self._turn:
+            work = Job(self._model, self._model.pipeline(request), drive)
+        stop = partial(work.stop, Cancelled("the caller stopped the work"))
+        return Stream(self._steps(work), stop, collect)
+
+    def _steps(self, work: Job) -> Generator[Event, None, None]:
+        """The events of a job, one turn for each."""
+        events = work.events()
+        try:
+            while (event := self._step(events)) is not None:
+                yield event
+        finally:
+            with self._turn:
+                events.close()
+
+    def _step(self, events: Generator[Event, None, None]) -> Event | None:
+        with self._turn:
+            if self._closed:
+                raise Unavailable("the model was closed: load it again")
+            return next(events, None)
+
+
+def load(
+    bundle: str | Path,
+    *,
+    target: str | None = None,
+    device: str = "",
+    place: str | Mapping[str, str] | None = None,
+    memory_limit: str | int | None = None,
+    strict: bool = False,
+    threads: int = 0,
+    public_key: str | Path | None = None,
+) -> Model:
+    """Load a bundle into this process. Its files are compared with their hashes first.
+
+        with enginecast.load("bundles/mine") as model:
+            model.generate("a red fox in the snow").save("fox.png")
+
+    Args:
+        bundle: Folder made by `enginecast build` or `enginecast.build`.
+        target: Engine to run on, such as "openvino". None is the best one that is usable here.
+        device: Device to run on, such as "cpu", "cuda:1" or "GPU.0". Empty is the target's best.
+        place: Where submodels run: {"text_encoder": "cpu", "denoiser": "cuda:0"}, or the same as text,
+            "text_encoder=cpu,denoiser=cuda:0".
+        memory_limit: Memory that the model may take on each device, in bytes or as "4GiB".
+        strict: Refuse engines that run a part of a submodel elsewhere than on its device.
+        threads: CPU threads per engine; 0 is all cores.
+        public_key: PEM file. The bundle must be signed with its private half.
+
+    Raises:
+        NotFound: There is no such folder.
+        BundleError: The bundle is damaged, altered, or not signed as required.
+        EngineUnavailable: No target of the bundle can be used here; the message lists why.
+        EngineError: An engine failed to load.
+        InvalidInput: An option is wrong; `field` names it.
+        ResourceExhausted: Memory does not suffice.
+    """
+    options, wishes = Options(device=device, threads=threads), placement(place, memory_limit, strict)
+    return Model(load_model(Path(bundle), target, options, wishes, None if public_key is None else Path(public_key)))
+
+
+def open_for(
+    root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, wishes: Wishes
+) -> Model:
+    """Load a bundle for a request like this one, which is checked before the engines are loaded, which takes long."""
+    check_kind(Bundle(root).manifest.pipeline, "diffusion" if isinstance(request, ImageRequest) else "chat")
+    return Model(load_model(root, target, options, wishes, request=request))
+
+
+def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> Wishes:
+    """The placement options as loading takes them. Raises InvalidInput."""
+    limit = None if memory_limit is None else parse_size("memory_limit", str(memory_limit))
+    given = place if isinstance(place, str | None) else ",".join(f"{name}={where}" for name, where in place.items())
+    return Wishes(parse_place(given) if given else {}, limit, strict)
+
+
+def check_kind(found: str, expected: Kind) -> None:
+    """Raise InvalidInput where a model is asked for what another kind of model does."""
+    if found != expected:
+        does, method = ("draws", "generate") if found == "diffusion" else ("answers", "chat")
+        raise InvalidInput(
+            "bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `{method}`"
+        )

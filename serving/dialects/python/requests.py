@@ -1,0 +1,143 @@
+"""Keyword arguments and pictures as the requests that pipelines take."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from runtime.errors import InvalidInput, NotFound
+from runtime.files import read_regular
+from runtime.language import text
+from runtime.limits import PICTURE_BYTES
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from runtime.vision.images import PictureFile
+
+PictureLike = NDArray[np.uint8] | bytes | Path | Image.Image
+"""A picture: uint8 RGB [height, width, 3], the bytes or the path of a picture file, or a Pillow image."""
+
+
+class ImageOptions(TypedDict, total=False):
+    """Options of a picture. What is left out, or None, is the model's default."""
+
+    negative_prompt: str | None
+    """What to keep out of the picture. Used with a `guidance_scale` above 1."""
+    width: int | None
+    """Width in pixels."""
+    height: int | None
+    """Height in pixels."""
+    steps: int | None
+    """Denoising steps, 1 to 1000."""
+    guidance_scale: float | None
+    """Classifier-free guidance, 0 to 50; 1 switches it off."""
+    sampler: str | None
+    """Name of the sampler, such as "euler" or "ddim"."""
+    eta: float | None
+    """Noise that the sampler "ddim" adds, 0 to 1."""
+    seed: int | None
+    """Seed of the first picture; each further one uses 1 more. The same seed gives the same picture on the same
+    engine. Without one, a random seed is chosen and reported.
+    """
+    images: int | None
+    """Number of pictures, 1 to 64."""
+    preview_every: int | None
+    """Every so many steps, `Progress.preview` holds a preview. 0 is never."""
+
+
+class ChatOptions(TypedDict, total=False):
+    """Options of an answer. What is left out, or None, is the model's default."""
+
+    max_tokens: int | None
+    """Longest answer, in tokens."""
+    temperature: float | None
+    """0 always takes the most likely token; at most 100."""
+    top_k: int | None
+    """Sample among the k most likely tokens."""
+    top_p: float | None
+    """Sample among the most likely tokens with this joint probability, above 0 to 1."""
+    repetition_penalty: float | None
+    """Above 1, tokens that were seen before become less likely."""
+    seed: int | None
+    """Seed of the sampling. The same seed gives the same answer on the same engine."""
+    stop: Sequence[str] | None
+    """The answer ends before the first of these strings."""
+
+
+@dataclass(frozen=True, eq=False)
+class Message:
+    """One turn of a conversation.
+
+    `role` is "system", "user" or "assistant". `content` is a text, or texts and pictures in order: a str is text,
+    anything else a picture.
+    """
+
+    role: text.Role
+    content: str | Sequence[str | PictureLike]
+
+
+def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
+    """The request for pictures. Raises InvalidInput naming the option."""
+    return ImageRequest(prompt=prompt, **_given(options, ImageOptions.__annotations__))
+
+
+def chat_request(
+    conversation: str | Sequence[Message], images: Sequence[PictureLike], options: Mapping[str, Any]
+) -> ChatRequest:
+    """The request for an answer. Raises InvalidInput naming the option or the picture, NotFound for a missing file."""
+    shown = [picture(image, f"images[{i}]") for i, image in enumerate(images)]
+    if isinstance(conversation, str):
+        messages = [text.Message("user", (*shown, conversation))]
+    elif shown:
+        raise InvalidInput("images", "belongs to a question given as a str: put pictures into the messages instead")
+    else:
+        messages = [_message(message, f"messages[{i}]") for i, message in enumerate(conversation)]
+    given = _given(options, ChatOptions.__annotations__)
+    return ChatRequest(messages=tuple(messages), **given | {"stop": tuple(given.get("stop", ()))})
+
+
+def picture(image: PictureLike, field: str) -> text.Part:
+    """A picture as pipelines take it; files are only looked at, not yet decoded. Raises InvalidInput naming `field`,
+    or the file; NotFound where the file cannot be read.
+    """
+    match image:
+        case np.ndarray():
+            return image
+        case bytes():
+            return PictureFile.open(image, field)
+        case Path():
+            return PictureFile.open(_read(image), str(image))
+        case Image.Image():
+            file = io.BytesIO()
+            image.save(file, "png")
+            return PictureFile.open(file.getvalue(), field)
+    raise InvalidInput(
+        field, f"is a {type(image).__name__}, expected a uint8 array, bytes, a pathlib.Path or a Pillow image"
+    )
+
+
+def _message(message: Message, field: str) -> text.Message:
+    content = [message.content] if isinstance(message.content, str) else message.content
+    parts = (
+        part if isinstance(part, str) else picture(part, f"{field}.content[{i}]") for i, part in enumerate(content)
+    )
+    return text.Message(message.role, tuple(parts))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular(path, PICTURE_BYTES.most)
+    except OSError as error:
+        raise NotFound(f"picture {path} cannot be read: {error.strerror}") from None
+
+
+def _given(options: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    for name in options.keys() - known.keys():
+        raise InvalidInput(name, f"is not an option, expected one of {', '.join(known)}")
+    return {name: value for name, value in options.items() if value is not None}

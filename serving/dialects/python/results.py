@@ -1,0 +1,77 @@
+"""What a request results in: the events of a stream, gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from runtime.errors import Cancelled
+from runtime.files import written
+from runtime.pipeline import Event, Finished, ImageReady, TextDelta
+from runtime.vision.images import Picture, encode_image
+from serving.host.job import Done
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """Finished pictures. `images` holds each with its index and seed, `done` the times and the engines that ran."""
+
+    images: tuple[ImageReady, ...]
+    done: Done
+
+    @property
+    def image(self) -> Picture:
+        """The first picture: uint8 RGB [height, width, 3]."""
+        return np.asarray(self.images[0].image, np.uint8)
+
+    def save(self, path: str | Path) -> list[Path]:
+        """Write PNG files and return their paths: `path`, or for several pictures NAME-0.png, NAME-1.png and so on.
+
+        A file has its name only once it is complete. Raises OSError, and ResourceExhausted when the disk is full.
+        """
+        out = Path(path)
+        paths = [out] if len(self.images) == 1 else [out.with_stem(f"{out.stem}-{one.index}") for one in self.images]
+        for file, one in zip(paths, self.images, strict=True):
+            with written(file) as target:
+                target.write(encode_image(np.asarray(one.image, np.uint8)))
+        return paths
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer.
+
+    `reason` is "stop" (the model ended it, or a stop string) or "length" (`max_tokens` was reached). `prompt_tokens`
+    and `completion_tokens` are counts of tokens; `done` holds the times in seconds and the engines that ran.
+    """
+
+    text: str
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    done: Done
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def drawing(events: Sequence[Event]) -> Drawing:
+    """The pictures of a stream that has ended. Raises Cancelled where it was closed before."""
+    return Drawing(tuple(event for event in events if isinstance(event, ImageReady)), _done(events))
+
+
+def answer(events: Sequence[Event]) -> Answer:
+    """The answer of a stream that has ended. Raises Cancelled where it was closed before."""
+    done = _done(events)
+    finished = next(event for event in events if isinstance(event, Finished))
+    text = "".join(event.text for event in events if isinstance(event, TextDelta))
+    return Answer(text, finished.reason, finished.prompt_tokens, finished.completion_tokens, done)
+
+
+def _done(events: Sequence[Event]) -> Done:
+    if events and isinstance(events[-1], Done):
+        return events[-1]
+    raise Cancelled("the stream was closed before the work was done")

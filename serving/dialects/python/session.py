@@ -1,0 +1,90 @@
+"""The methods that a loaded bundle and a server's model have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Unpack
+
+from runtime.pipelines.chat import ChatRequest
+from runtime.pipelines.diffusion import ImageRequest
+from serving.dialects.python.requests import (
+    ChatOptions,
+    ImageOptions,
+    Message,
+    PictureLike,
+    chat_request,
+    image_request,
+)
+from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.stream import Stream
+
+
+class Session(ABC):
+    """Something that answers requests: `Model` in this process, or `Client` over gRPC. Every method raises from the
+    tree of `EnginecastError`; mistakes in a request raise InvalidInput, whose `field` names the option.
+    """
+
+    def generate(self, prompt: str, **options: Unpack[ImageOptions]) -> Drawing:
+        """Draw pictures and wait for them: uint8 RGB [height, width, 3] each.
+
+            model.generate("a red fox in the snow", steps=20, seed=1).save("fox.png")
+
+        Raises InvalidInput, EngineError, ResourceExhausted; a Client also NotFound, Unavailable and DeadlineExceeded.
+        """
+        return self.generate_stream(prompt, **options).result()
+
+    def generate_stream(self, prompt: str, **options: Unpack[ImageOptions]) -> Stream[Drawing]:
+        """Draw pictures and follow the work: a `Progress` for each step, an `ImageReady` for each picture.
+
+            with model.generate_stream("a red fox", preview_every=5) as stream:
+                for event in stream:
+                    ...
+                drawing = stream.result()
+
+        Under asyncio, `await model.generate_stream("a red fox")` gives the Drawing. Raises as `generate` does.
+        """
+        return self.draw(image_request(prompt, options))
+
+    def chat(
+        self,
+        conversation: str | Sequence[Message],
+        images: Sequence[PictureLike] = (),
+        **options: Unpack[ChatOptions],
+    ) -> Answer:
+        """Answer a question about `images`, or the last message of a conversation, and wait for the whole answer.
+
+            model.chat("What is in this picture?", [Path("fox.png")], max_tokens=100).text
+
+        Raises InvalidInput, NotFound for a missing picture file, ContextLengthExceeded, EngineError,
+        ResourceExhausted; a Client also Unavailable and DeadlineExceeded.
+        """
+        return self.chat_stream(conversation, images, **options).result()
+
+    def chat_stream(
+        self,
+        conversation: str | Sequence[Message],
+        images: Sequence[PictureLike] = (),
+        **options: Unpack[ChatOptions],
+    ) -> Stream[Answer]:
+        """Answer, a piece of text at a time: `TextDelta` holds whole characters.
+
+            for event in model.chat_stream("What is in this picture?", [picture]):
+                if isinstance(event, TextDelta):
+                    print(event.text, end="")
+
+        Under asyncio, `await model.chat_stream(...)` gives the Answer. Raises as `chat` does.
+        """
+        return self.answer(chat_request(conversation, images, options))
+
+    @abstractmethod
+    def draw(self, request: ImageRequest) -> Stream[Drawing]:
+        """The stream of a request for pictures."""
+
+    @abstractmethod
+    def answer(self, request: ChatRequest) -> Stream[Answer]:
+        """The stream of a request for an answer."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop what runs and free what is held."""

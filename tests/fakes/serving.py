@@ -1,0 +1,42 @@
+"""The shipped fake server with what only these tests look at."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from enginecast.testing import server
+from enginecast.testing.server import FakeModel, bundle
+from serving.enginecast_pb import image_pb2
+
+__all__ = ["FakeModel", "FakeServer", "bundle", "request", "until"]
+
+
+class FakeServer(server.FakeServer):
+    def busy(self, name: str = "draw") -> int:
+        """Requests running or waiting."""
+        status = self.host.status(name)
+        return status.running + status.queued
+
+    def leaving(self) -> bool:
+        """Whether every request of "draw" is stopping."""
+        return all(run.job._stopped_by is not None for run in self.host._models["draw"].runs)
+
+    def alive(self) -> bool:
+        """Whether a picture can be drawn from beginning to end."""
+        self.draw.release()
+        self.draw.failure = None
+        return list(self.client.generate(request(steps=2), timeout=10))[-1].HasField("done")
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Wait for something that happens on another thread."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def request(**fields: Any) -> image_pb2.GenerateRequest:
+    return image_pb2.GenerateRequest(**{"model": "draw", "prompt": "a circle", **fields})
