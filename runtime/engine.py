@@ -280,6 +280,17 @@ class FakeEngine(Engine):
         pass
 
 
+def divided(outputs: Mapping[str, Array], rows: Sequence[int]) -> list[dict[str, Array]]:
+    """Outputs of calls that were run together, as those of each: the calls have so many rows, one behind the other."""
+    if len(rows) == 1:
+        return [dict(outputs)]
+    ends = np.cumsum(rows)
+    return [
+        {name: array[end - count : end].copy() for name, array in outputs.items()}
+        for end, count in zip(ends, rows, strict=True)
+    ]
+
+
 def require_distinct(calls: Sequence[SlotCall]) -> None:
     """Raise EngineError where a slot occurs in more than one of the calls: they would continue one another."""
     slots = [slot for _, slot in calls if slot is not None]

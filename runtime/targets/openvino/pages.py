@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from runtime.bundle.signature import Array, Signature
+from runtime.engine import divided
 from runtime.optional import require
 
 INPUTS: Final = {"inputs_embeds", "attention_mask", "position_ids"}
@@ -133,14 +134,10 @@ class Pages:
         """
         with self._lock:
             results = self.request.infer(self._feed(calls, last), share_inputs=True)
-            ends = np.cumsum([table.batch for _, table in calls])
             rows = {name: np.array(results[name]) for name in outputs}
-            parts = {
-                name: np.split(array.reshape(ends[-1], last, *array.shape[2:]), ends[:-1])
-                for name, array in rows.items()
-            }
             self._collect()
-        return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
+        rows = {name: array.reshape(-1, last, *array.shape[2:]) for name, array in rows.items()}
+        return divided(rows, [table.batch for _, table in calls])
 
     def give_back(self, rows: list[list[int]]) -> None:
         """Take the pages of a table that is gone: now, or when the present run has ended. Called from any thread."""
@@ -187,7 +184,7 @@ class Pages:
                     f"{len(row) * self.positions} at most"
                 )
         self._reserve(sum(self._missing(write) for write in writes))
-        free = iter([page for page, users in enumerate(self.users) if not users])
+        free = (page for page, users in enumerate(self.users) if not users)
         for write in writes:
             self._extend(write, free)
 

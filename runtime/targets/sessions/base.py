@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, require_distinct
+from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, divided, require_distinct
 from runtime.errors import EngineError
 from runtime.targets.lowering.masks import MASK
 from runtime.targets.lowering.nested import WEIGHTS
@@ -203,7 +203,7 @@ class SessionEngine(Engine):
 
     def _run_slots(self, calls: Sequence[tuple[Mapping[str, Array], Slot]]) -> list[dict[str, Array]]:
         """Run calls of the same number of new positions together."""
-        counts = [self.submodel.signature.lengths(inputs)["batch"] for inputs, _ in calls]
+        counts = [len(inputs[MASK]) for inputs, _ in calls]
         for (_, slot), count in zip(calls, counts, strict=True):
             held = self._slots.get(slot)
             if held is not None and held.batch != count:
@@ -213,9 +213,7 @@ class SessionEngine(Engine):
         inputs = self._stacked([inputs for inputs, _ in calls])
         run = self._run_grouped if self.plan.cache == "grouped" else self._run_fixed
         outputs = run(inputs, self.submodel.signature.lengths(inputs), [slot for _, slot in calls])
-        ends = np.cumsum(counts)[:-1]
-        parts = {name: np.split(array, ends) for name, array in outputs.items()}
-        return [{name: np.ascontiguousarray(part[i]) for name, part in parts.items()} for i in range(len(calls))]
+        return divided(outputs, counts)
 
     def _stacked(self, calls: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         """The rows of several calls as those of one. Masks get zeros behind the positions that there are."""
@@ -269,7 +267,8 @@ class SessionEngine(Engine):
         whole = batch == 1 or sequence in (1, total)
         outputs: dict[str, Array] = {}
         for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
-            outputs = self._run(session, self.submodel.signature.cut(inputs, start, stop), buffers, buffers)
+            piece = inputs if whole else self.submodel.signature.cut(inputs, start, stop)
+            outputs = self._run(session, piece, buffers, buffers)
         return outputs
 
     def _run_fixed(

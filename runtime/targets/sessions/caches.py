@@ -18,6 +18,8 @@ FIRST_CAPACITY: Final = 256
 """Positions that a cache which grows holds at first."""
 BFLOAT16: Final = 16
 """ONNX's number of a type that numpy lacks: such buffers are made as numbers of 16 bits, and bound as what they are."""
+UINT16: Final = 4
+"""ONNX's number of what they are made as."""
 TYPES: Final[Mapping[str, Any]] = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -72,7 +74,7 @@ class Cache:
 
 def bind(binding: Any, place: str, name: str, value: Any, device: Device) -> None:
     """Bind a buffer to an "input" or "output" of a session, in the type that it stands for."""
-    if value.data_type() == "tensor(uint16)":
+    if value.element_type() == UINT16:
         bound = getattr(binding, f"bind_{place}")
         bound(name, device.memory, device.index, BFLOAT16, value.shape(), value.data_ptr())
     else:
