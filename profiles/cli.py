@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from calibration.ground import machine
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.placing.measured import user_folder
 
-ROWS: Final = Path("profiles/rows")
 WIDTH: Final = 160
 """Of tables that do not go to a terminal, in characters."""
 
@@ -29,7 +29,9 @@ Targets = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
 Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
-StoreAt = Annotated[Path | None, typer.Option("--rows", help=f"That file. Default: {ROWS}/PROCESSOR.jsonl.")]
+StoreAt = Annotated[
+    Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
+]
 
 
 @app.command()
@@ -172,4 +174,4 @@ def _command(text: str) -> Sequence[str]:
 
 
 def _store(path: Path | None) -> Path:
-    return path or ROWS / f"{machine.slug()}.jsonl"
+    return path or user_folder() / f"{machine.slug()}.jsonl"
