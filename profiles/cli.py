@@ -116,7 +116,7 @@ def score(
     store: Store = False,
     rows_file: StoreAt = None,
 ) -> None:
-    """Score sample models on their task: the source and each bundle on each target, on the same held-out cases."""
+    """Score models on the exam of their checkpoint: the source and each bundle on each target, on the same cases."""
     try:
         from profiles import score as scoring
         from profiles import subjects
@@ -131,8 +131,9 @@ def score(
     _check_fit(kind, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
     _check_rows(store, rows_file)
     defaults = subjects.defaults(source, bundles or ())
-    exam = subjects.Exam(
-        count=count or subjects.COUNTS[kind],
+    exam = subjects.exam_of(source, bundles or ())
+    setting = subjects.Setting(
+        count=count or exam.size,
         steps=steps or defaults.steps,
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
         batch=batch or 16,
@@ -140,14 +141,14 @@ def score(
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
-            task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=exam.count)
-            scores = scoring.score(subject, exam, partial(bar.advance, task))
+            task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=setting.count)
+            scores = scoring.score(subject, exam, setting, partial(bar.advance, task))
         notes.print(
             f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
         )
         results.append((subject, scores))
         if store:
-            append(_store(rows_file), scoring.rows(subject, exam, scores, threads))
+            append(_store(rows_file), scoring.rows(subject, setting, scores, threads))
     out.print(scoring.table(results))
 
 

@@ -17,7 +17,7 @@ from calibration.capture.recording import Inputs, Quota, Recorder, count_positio
 from calibration.capture.sets import CalibrationSet, Samples
 from calibration.ground.progress import each, followed
 from calibration.ground.progress import reused as mark_reused
-from calibration.requests.built_in import Asked, Requests, accepted, built_in
+from calibration.requests.requests import Asked, Requests, accepted, built_in
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, ImageReady, Pipeline, drive
@@ -46,10 +46,11 @@ class Done:
 
 
 def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
-    """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls
+    """Run a float model on its built-in requests; the inputs that each submodel got, at most `limit` calls
     of each.
     """
-    return record(model, built_in(model.kind, seed), limit=limit, seed=seed).samples
+    requests = built_in(model.kind, seed, model.bundle.manifest.source.fingerprint)
+    return record(model, requests, limit=limit, seed=seed).samples
 
 
 def record(

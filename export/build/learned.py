@@ -19,7 +19,7 @@ from calibration.quantize.codes import read_codes, read_records
 from calibration.quantize.gptq import compensate
 from calibration.quantize.layers import plan
 from calibration.quantize.tuning import Tuning
-from calibration.requests.built_in import briefly, built_in
+from calibration.requests.requests import briefly, built_in
 from export.build.keys import code
 from export.build.staging import cached, key_of
 from export.build.state import Build, finish, part_graph, place
@@ -39,10 +39,11 @@ def captured(state: Build, folder: Path) -> CalibrationSet:
 
     def measure(path: Path) -> None:
         with floating_model(state, folder) as model:
-            requests = built_in(model.kind)
+            requests = built_in(model.kind, fingerprint=state.fingerprint)
             record(model, briefly(requests) if state.brief else requests, limit=SAMPLES).save(path)
 
-    key = key_of("samples", state.fingerprint, state.family.config(state.source), state.tools, code())
+    config = state.family.config(state.source)
+    key = key_of("samples", state.fingerprint, config, state.calibration_key, state.tools, code())
     return CalibrationSet.load(cached(key, ".safetensors", measure))
 
 

@@ -9,7 +9,8 @@ from typing import Final
 
 from calibration.capture.sets import CalibrationSet, Kind
 from calibration.quantize.layers import BLOCKS, RECIPES
-from calibration.requests.built_in import Requests, built_in, read_images, read_prompts, read_questions
+from calibration.requests.files import read_images, read_prompts, read_questions
+from calibration.requests.requests import Requests, built_in
 from calibration.search.search import GOALS, Goal
 from export.build.staging import check_place, check_writable
 from export.checkpoint.source import Source, is_hub_id, resolve
@@ -194,15 +195,17 @@ class CaptureOptions:
         if not is_hub_id(self.source):
             self.requests(kind_of(resolve(self.source)))
 
-    def requests(self, kind: Kind) -> Requests:
-        """Where requests for this kind of model come from. Raises NotFound or InvalidInput."""
+    def requests(self, kind: Kind, fingerprint: str = "") -> Requests:
+        """Where requests come from for this kind of model, and the checkpoint with this fingerprint. Raises NotFound or
+        InvalidInput.
+        """
         if self.prompts:
             return read_prompts(self.prompts, kind, self.seed)
         if self.images:
             return read_images(self.images, kind, self.seed)
         if self.questions:
             return read_questions(self.questions, kind, self.seed)
-        return built_in(kind, self.seed)
+        return built_in(kind, self.seed, fingerprint)
 
 
 def kind_of(source: Source) -> Kind:

@@ -18,7 +18,9 @@ import pytest
 
 from calibration.capture.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, capture, record
 from calibration.capture.sets import CalibrationSet
-from calibration.requests.built_in import STEPS, built_in, read_images, read_prompts
+from calibration.requests.files import read_images, read_prompts
+from calibration.requests.requests import built_in
+from calibration.requests.tasks.image import STEPS
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import FakeEngine
@@ -245,7 +247,7 @@ UNDER_WAY = """
 import sys, time
 from pathlib import Path
 from calibration.data import record
-from calibration.requests import built_in
+from calibration.requests.requests import built_in
 from runtime.loading import load_model
 def listen(done):
     if done.number == 4 and done.seconds is None:

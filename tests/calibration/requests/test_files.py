@@ -1,4 +1,4 @@
-"""What is calibrated on: seeded, never held out, and the user's own files with whatever may be wrong in them."""
+"""Requests from the user's own files, with whatever may be wrong in them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import calibration.requests.built_in
+import calibration.requests.files
 from calibration.capture.sets import Kind
-from calibration.requests.built_in import (
-    BRIEF_STEPS,
-    BRIEF_TOKENS,
-    MOST,
-    PROMPTS,
-    QUESTIONS,
-    REQUESTS,
-    Asked,
-    Requests,
-    accepted,
-    briefly,
-    built_in,
-    chat_requests,
-    image_requests,
-    read_images,
-    read_prompts,
-    read_questions,
-)
+from calibration.requests.files import read_images, read_prompts, read_questions
+from calibration.requests.requests import MOST, Asked, Requests, accepted
+from calibration.requests.tasks.chat import QUESTIONS
 from runtime.errors import EnginecastError, InvalidInput, NotFound
 from runtime.pipelines.chat import ChatRequest
 from runtime.pipelines.diffusion import ImageRequest
 from runtime.vision.images import encode_image
-from samples.world.scenes import held_out
 
 
 def draw(path: Path, shade: int = 0, text: str | None = None) -> None:
@@ -55,75 +39,15 @@ def questions(asked: list[Asked]) -> list[str]:
     return [str(one.request.messages[0].content[1]) for one in asked if isinstance(one.request, ChatRequest)]
 
 
-# Built-in requests
-
-
-def test_requests_are_seeded_and_mixed() -> None:
-    requests, again, others = (list(islice(image_requests(seed), 8)) for seed in (0, 0, 1))
-    assert [r.prompt for r in requests] == [r.prompt for r in again]
-    assert [r.prompt for r in requests] != [r.prompt for r in others]
-    assert len({r.seed for r in requests}) == 8
-    assert {r.prompt for r in requests[1::2]} == set(PROMPTS[:4])
-
-
-def test_no_case_that_models_are_scored_on_is_used() -> None:
-    assert not any(held_out(request.prompt) for request in islice(image_requests(), 0, 40, 2))
-
-
-def test_questions_show_a_picture() -> None:
-    first, again = (list(islice(chat_requests(), 6)) for _ in range(2))
-    assert all(request.images[0].shape == (128, 128, 3) for request in first)
-    assert [request.messages[0].content[1] for request in first] == [
-        request.messages[0].content[1] for request in again
-    ]
-    assert all(np.array_equal(one.images[0], other.images[0]) for one, other in zip(first, again, strict=True))
-
-
-def test_built_in_requests_have_no_end() -> None:
-    requests = built_in("diffusion", 3)
-    assert requests.wanted(None) == REQUESTS and requests.wanted(50) == 50
-    asked = list(islice(requests.asked, 3))
-    assert [one.name for one in asked] == ["built-in 1", "built-in 2", "built-in 3"]
-    assert prompts(asked) == [request.prompt for request in islice(image_requests(3), 3)]
-
-
-# What a model can read
-
-
 def fussy(asked: Asked) -> str:
     (prompt,) = prompts([asked])
-    if prompt in PROMPTS or "long" in prompt:
+    if "long" in prompt:
         raise InvalidInput("prompt", "is too long")
     return prompt
 
 
 def deaf(_asked: Asked) -> str:
     raise InvalidInput("prompt", "is too long")
-
-
-def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
-    brief, usual = briefly(built_in("diffusion", 3)), built_in("diffusion", 3)
-    assert brief.wanted(None) == len(BRIEF_STEPS) and brief.wanted(50) == 50
-    for (short, long), steps in zip(zip(brief.asked, usual.asked, strict=False), BRIEF_STEPS, strict=False):
-        assert isinstance(long.request, ImageRequest) and isinstance(short.request, ImageRequest)
-        assert (short.name, short.request.prompt, short.request.seed) == (
-            long.name,
-            long.request.prompt,
-            long.request.seed,
-        )
-        assert short.request.steps == steps != long.request.steps
-    (tmp_path / "prompts.txt").write_text("what is it?\n")
-    (asked,) = briefly(read_prompts(tmp_path / "prompts.txt", "chat")).asked
-    assert isinstance(asked.request, ChatRequest) and asked.request.max_tokens == BRIEF_TOKENS
-
-
-def test_built_in_requests_that_a_model_cannot_read_are_passed_over() -> None:
-    requests = built_in("diffusion")
-    found = list(accepted(fussy, requests, 5))
-    assert [prompt for _, prompt in found] == [request.prompt for request in islice(image_requests(), 0, 10, 2)]
-    assert requests.skipped == []
-    with pytest.raises(InvalidInput, match="too long"):
-        list(accepted(deaf, built_in("diffusion"), 5))
 
 
 def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> None:
@@ -165,7 +89,7 @@ def test_a_few_prompts_stand_for_the_whole_file(tmp_path: Path) -> None:
     assert read_prompts(file, "diffusion").wanted(None) == MOST
 
 
-def test_prompts_are_asked_about_drawn_scenes(tmp_path: Path) -> None:
+def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("what is it?\nwho is it?\n")
     one, again = (list(read_prompts(tmp_path / "prompts.txt", "chat").asked) for _ in range(2))
     assert sorted(questions(one)) == ["what is it?", "who is it?"]
@@ -188,7 +112,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidInput, match=r"prompts: is no UTF-8 text: .* at byte 3"):
         read_prompts(tmp_path / "prompts.txt", "diffusion")
-    monkeypatch.setattr(calibration.requests.built_in, "LONGEST", 3)
+    monkeypatch.setattr(calibration.requests.files, "LONGEST", 3)
     with pytest.raises(InvalidInput, match="prompts: has 4 bytes, expected 3 at most"):
         read_prompts(tmp_path / "prompts.txt", "diffusion")
 
@@ -233,7 +157,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
 def test_bombs_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "big.png")
     with (tmp_path / "vast.png").open("wb") as file:
-        file.truncate(calibration.requests.built_in.LONGEST + 1)
+        file.truncate(calibration.requests.files.LONGEST + 1)
     monkeypatch.setattr("runtime.vision.images.decode_image.__defaults__", ("image", 50))
     requests = read_images(tmp_path, "chat")
     assert list(requests.asked) == []
