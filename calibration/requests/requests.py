@@ -19,7 +19,8 @@ BRIEF_REQUESTS: Final = 3
 MOST: Final = 128
 """Requests of the user's own that are run where no count is asked for."""
 TRIES: Final = 4
-"""Built-in requests tried for each one wanted."""
+"""Built-in requests tried for each one wanted, but at least `LEAST_TRIES`: each general prompt twice."""
+LEAST_TRIES: Final = 64
 BUILT_IN: Final = "built-in"
 
 T = TypeVar("T")
@@ -94,7 +95,9 @@ def accepted(ready: Callable[[Asked], T], requests: Requests, wanted: int) -> It
     """
     found = 0
     refusal: InvalidInput | None = None
-    for asked in requests.asked if requests.size is not None else islice(requests.asked, TRIES * wanted):
+    for asked in (
+        requests.asked if requests.size is not None else islice(requests.asked, max(TRIES * wanted, LEAST_TRIES))
+    ):
         try:
             made = ready(asked)
         except InvalidInput as error:

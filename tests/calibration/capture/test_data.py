@@ -246,9 +246,9 @@ def test_what_is_kept_of_another_capture_is_not_used(drawing: LoadedModel, tmp_p
 UNDER_WAY = """
 import sys, time
 from pathlib import Path
-from calibration.data import record
+from calibration.capture.data import record
 from calibration.requests.requests import built_in
-from runtime.loading import load_model
+from runtime.placing.loading import load_model
 def listen(done):
     if done.number == 4 and done.seconds is None:
         print("ready", flush=True)

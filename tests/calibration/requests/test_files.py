@@ -96,7 +96,7 @@ def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
     pictures = [
         [asked.request.images[0] for asked in each if isinstance(asked.request, ChatRequest)] for each in (one, again)
     ]
-    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0][0], pictures[0][1])
+    assert all(map(np.array_equal, *pictures)) and not np.array_equal(*pictures[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"# nothing\n"])
@@ -174,7 +174,8 @@ def test_questions_are_asked_about_pictures_in_turn(tmp_path: Path) -> None:
     assert questions(asked) == [*QUESTIONS, QUESTIONS[0]]
     assert sorted(one.name for one in asked) == [f"{i}.png" for i in range(len(QUESTIONS) + 1)]
     assert all(
-        isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(one.name[0]) for one in asked
+        isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(Path(one.name).stem)
+        for one in asked
     )
 
 
