@@ -5,8 +5,6 @@ One file per task in `export/tasks/`, found by listing it.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ from typing import Any, ClassVar, Final
 import export.tasks
 from export.report.measured import ComparedByName, Floor, Measure, Measured
 from runtime.bundle.manifest import Bundle
+from runtime.listing import modules
 from runtime.pipeline import Pipeline
 from runtime.placing.loading import LoadedModel
 from runtime.vision.images import Picture
@@ -59,9 +58,12 @@ THOROUGH: Final = SpeedEffort(turns=15, seconds=120, steps=None, tokens=64)
 
 
 class Task(ABC):
-    """How models of one task are compared. `stored` names the results in quality.json, `noun` one request."""
+    """How models of one task are compared.
 
-    kind: ClassVar[str]
+    `name` is the task's in `runtime.tasks`, `stored` names the results in quality.json, `noun` is what one is of.
+    """
+
+    name: ClassVar[str]
     stored: ClassVar[str]
     noun: ClassVar[str]
     measure: ClassVar[Measure]
@@ -110,7 +112,5 @@ class Task(ABC):
 
 @cache
 def tasks() -> Mapping[str, Task]:
-    """Every task by its kind."""
-    names = sorted(found.name for found in pkgutil.iter_modules(export.tasks.__path__))
-    rooms = [importlib.import_module(f"export.tasks.{name}") for name in names]
-    return {room.TASK.kind: room.TASK for room in rooms}
+    """Every task by name."""
+    return {module.TASK.name: module.TASK for module in modules(export.tasks)}

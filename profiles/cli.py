@@ -73,7 +73,7 @@ def bench(
     opened = Bundle(bundle)
     drawing = {"width": width, "height": height, "steps": steps}
     answering = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens}
-    _check_fit(opened.manifest.pipeline, drawing, answering)
+    _check_fit(opened.manifest.task, drawing, answering)
     _check_rows(store, rows_file)
     given = {
         name: value
@@ -127,8 +127,8 @@ def score(
 
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
-    kind = subjects.kind_of(source, bundles or ())
-    _check_fit(kind, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
+    task = subjects.task_of(source, bundles or ())
+    _check_fit(task, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
     _check_rows(store, rows_file)
     defaults = subjects.defaults(source, bundles or ())
     exam = subjects.exam_of(source, bundles or ())
@@ -141,8 +141,8 @@ def score(
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
-            task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=setting.count)
-            scores = scoring.score(subject, exam, setting, partial(bar.advance, task))
+            line = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=setting.count)
+            scores = scoring.score(subject, exam, setting, partial(bar.advance, line))
         notes.print(
             f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
         )
@@ -152,9 +152,9 @@ def score(
     out.print(scoring.table(results))
 
 
-def _check_fit(kind: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
-    """Raise InvalidInput for an option that is of models of the other kind."""
-    others, does = (answering, "draws") if kind == "diffusion" else (drawing, "answers")
+def _check_fit(task: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
+    """Raise InvalidInput for an option that is of another task."""
+    others, does = (answering, "draws") if task == "image" else (drawing, "answers")
     for name in (name for name, value in others.items() if value is not None):
         raise InvalidInput(name, f"does not apply to a model that {does}: leave it out")
 

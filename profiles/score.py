@@ -62,7 +62,7 @@ def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
 def rows(subject: Subject, setting: Setting, scores: Scores, threads: int) -> list[Row]:
     """The scores for storing: `right` for all attributes or questions, `right.PART` for each part."""
     asked: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
-    if subject.kind == "diffusion":
+    if subject.task == "image":
         asked |= {"steps": setting.steps, "guidance_scale": setting.guidance_scale}
     return [
         Row(

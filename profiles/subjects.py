@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -22,14 +22,13 @@ from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
 from runtime.optional import require
 from runtime.pipeline import drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import Defaults, DiffusionConfig, ImageRequest, random_stream
+from runtime.pipelines.diffusion import DiffusionConfig, random_stream
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageDefaults, ImageRequest
 from runtime.vision.images import decoded
 
 T = TypeVar("T")
-Kind = Literal["diffusion", "chat"]
-KINDS: Final = get_args(Kind)
 
 
 class Setting(Frozen):
@@ -53,7 +52,7 @@ class Subject:
     quant: str
     target: str
     device: str
-    kind: Kind
+    task: str
     results: Callable[[Sequence[Case], Setting], Iterable[Any]]
 
 
@@ -62,24 +61,22 @@ def exam_of(source: Path | None, bundles: Sequence[Path]) -> Exam:
     return find([Bundle(root).manifest.source.fingerprint for root in bundles], source)
 
 
-def kind_of(source: Path | None, bundles: Sequence[Path]) -> Kind:
-    """What all of them are. Raises BundleError when there are pipelines of both kinds, or of an unknown kind."""
-    kinds = {Bundle(root).manifest.pipeline for root in bundles}
+def task_of(source: Path | None, bundles: Sequence[Path]) -> str:
+    """The task of all of them. Raises BundleError when there are several."""
+    found = {Bundle(root).manifest.task for root in bundles}
     if source is not None:
-        kinds.add("diffusion" if (source / "model_index.json").is_file() else "chat")
-    if len(kinds) != 1 or not kinds <= set(KINDS):
-        raise BundleError(
-            f"these are models of the kinds {', '.join(sorted(kinds))}, expected one of {', '.join(KINDS)} at a time"
-        )
-    return "diffusion" if "diffusion" in kinds else "chat"
+        found.add("image" if (source / "model_index.json").is_file() else "chat")
+    if len(found) != 1:
+        raise BundleError(f"these are models of the tasks {', '.join(sorted(found))}, expected one of them at a time")
+    return found.pop()
 
 
-def defaults(source: Path | None, bundles: Sequence[Path]) -> Defaults:
+def defaults(source: Path | None, bundles: Sequence[Path]) -> ImageDefaults:
     """How the first of them draws by its own settings: all are asked alike. Raises BundleError or SourceError."""
     if source is not None:
-        return Defaults.read(source)
+        return ImageDefaults.read(source)
     manifest = Bundle(bundles[0]).manifest
-    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else Defaults()
+    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else ImageDefaults()
 
 
 def subjects(
@@ -105,13 +102,13 @@ def bundle_subject(model: LoadedModel) -> Subject:
     def pictures(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
         for some in _batches([_drawn(case, setting) for case in cases], setting.batch):
             for events in drive_together([model.pipeline(request) for request in some], model.engines):
-                yield task.result(events)
+                yield maker.result(events)
 
     def answers(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
         for case in cases:
-            yield task.result(drive(model.pipeline(case.request), model.engines))
+            yield maker.result(drive(model.pipeline(case.request), model.engines))
 
-    task = tasks()[model.kind]
+    maker = tasks()[model.task]
     manifest = model.bundle.manifest
     return Subject(
         machine.program(),
@@ -119,8 +116,8 @@ def bundle_subject(model: LoadedModel) -> Subject:
         manifest.quant,
         model.target,
         model.device,
-        model.kind,
-        pictures if model.kind == "diffusion" else answers,
+        model.task,
+        pictures if model.task == "image" else answers,
     )
 
 
@@ -166,7 +163,7 @@ def _diffusers_subject(folder: Path) -> Subject:
             ).images
             yield from np.round(images * 255).astype(np.uint8)
 
-    return Subject(_version("diffusers"), folder.name, "none", "torch", "cpu", "diffusion", pictures)
+    return Subject(_version("diffusers"), folder.name, "none", "torch", "cpu", "image", pictures)
 
 
 def _transformers_subject(folder: Path) -> Subject:

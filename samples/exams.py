@@ -19,8 +19,8 @@ from calibration.requests.tasks.chat import question
 from export.checkpoint.source import open_component
 from runtime.errors import NotFound, SourceError
 from runtime.files import key_of
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture
 from samples.world.questions import draw_scene, scene_questions, test_questions
 from samples.world.scenes import Scene, held_out, picture_scenes, render, test_prompts

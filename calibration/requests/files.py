@@ -10,7 +10,6 @@ from typing import Final
 
 import numpy as np
 
-from calibration.capture.sets import Kind
 from calibration.requests.requests import Asked, Requests, skip
 from calibration.requests.task import tasks
 from runtime.errors import InvalidInput, NotFound
@@ -22,7 +21,7 @@ LONGEST: Final = 256 << 20
 PICTURES: Final = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def read_prompts(path: Path, kind: Kind, seed: int = 0) -> Requests:
+def read_prompts(path: Path, task: str, seed: int = 0) -> Requests:
     """A text file (UTF-8) of prompts, one a line; blank lines and those that begin with # do not count.
 
     A model that chats is given each of them with one of the general pictures. The order is drawn from the seed, so that
@@ -35,15 +34,15 @@ def read_prompts(path: Path, kind: Kind, seed: int = 0) -> Requests:
         )
 
     def asked() -> Iterator[Asked]:
-        task = tasks()[kind]
+        maker = tasks()[task]
         for i, place in enumerate(np.random.default_rng(seed).permutation(len(prompts))):
             number, text = prompts[place]
-            yield Asked(f"line {number}", task.calibrating(task.of_prompt(text, i), i, seed))
+            yield Asked(f"line {number}", maker.calibrating(maker.of_prompt(text, i), i, seed))
 
-    return Requests(kind, "prompts", asked(), len(prompts), path.name)
+    return Requests(task, "prompts", asked(), len(prompts), path.name)
 
 
-def read_images(folder: Path, kind: Kind, seed: int = 0) -> Requests:
+def read_images(folder: Path, task: str, seed: int = 0) -> Requests:
     """A folder of pictures. For a model that draws each needs a caption, x.txt (UTF-8) for x.png; others are asked
     general questions in turn.
 
@@ -57,13 +56,13 @@ def read_images(folder: Path, kind: Kind, seed: int = 0) -> Requests:
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES and file.is_file())
     if not files:
         raise InvalidInput("images", f"{folder} holds no pictures, expected {', '.join(PICTURES)}")
-    requests = Requests(kind, "images", iter(()), len(files), folder.name)
+    requests = Requests(task, "images", iter(()), len(files), folder.name)
 
-    task = tasks()[kind]
+    maker = tasks()[task]
 
     def ask(i: int, file: Path) -> Asked:
-        request, picture = task.of_picture(read_picture(file), partial(_caption, file.with_suffix(".txt")), i)
-        return Asked(file.name, task.calibrating(request, i, seed), picture)
+        request, picture = maker.of_picture(read_picture(file), partial(_caption, file.with_suffix(".txt")), i)
+        return Asked(file.name, maker.calibrating(request, i, seed), picture)
 
     order = np.random.default_rng(seed).permutation(len(files))
     requests.asked = _usable(
@@ -72,27 +71,27 @@ def read_images(folder: Path, kind: Kind, seed: int = 0) -> Requests:
     return requests
 
 
-def read_questions(path: Path, kind: Kind, seed: int = 0) -> Requests:
+def read_questions(path: Path, task: str, seed: int = 0) -> Requests:
     """JSON Lines (UTF-8): {"image": a picture's path relative to the file, "question": ...}, for models that chat;
     other keys do not count.
 
     The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises
     NotFound, InvalidInput, the latter with the number of a line that is not as above.
     """
-    task = tasks()[kind]
-    task.check_questions()
+    maker = tasks()[task]
+    maker.check_questions()
     lines = [_line(path, number, text) for number, text in _lines(path, "questions")]
     if not lines:
         raise InvalidInput(
             "questions",
             f'{path} holds no questions, expected lines such as {{"image": "cat.png", "question": "what is it?"}}',
         )
-    requests = Requests(kind, "questions", iter(()), len(lines), path.name)
+    requests = Requests(task, "questions", iter(()), len(lines), path.name)
     order = np.random.default_rng(seed).permutation(len(lines))
 
     def ask(image: str, question: str) -> Asked:
-        request = task.of_question(read_picture(path.parent / image, image), question)
-        return Asked(image, task.calibrating(request, 0, seed))
+        request = maker.of_question(read_picture(path.parent / image, image), question)
+        return Asked(image, maker.calibrating(request, 0, seed))
 
     requests.asked = _usable(((lines[place][0], partial(ask, *lines[place])) for place in order), requests)
     return requests

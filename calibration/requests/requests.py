@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Final, TypeVar
 
-from calibration.capture.sets import Kind
 from calibration.requests.exams import exam_of
 from calibration.requests.task import tasks
 from runtime.errors import InvalidInput
@@ -44,7 +43,7 @@ class Requests:
     asked for. `skipped` grows while the requests are read: what could not be used, and why.
     """
 
-    kind: Kind
+    task: str
     origin: str
     asked: Iterator[Asked]
     size: int | None = None
@@ -58,12 +57,12 @@ class Requests:
         return most if self.size is None else min(most, self.size)
 
 
-def built_in(kind: Kind, seed: int = 0, fingerprint: str = "") -> Requests:
+def built_in(task: str, seed: int = 0, fingerprint: str = "") -> Requests:
     """The requests that need no files: those of the exam of the checkpoint with this fingerprint, else general ones."""
-    task, exam = tasks()[kind], exam_of(fingerprint)
-    every = enumerate(exam.calibration(seed) if exam else task.general(seed))
-    requests = (Asked(f"{BUILT_IN} {i + 1}", task.calibrating(request, i, seed)) for i, request in every)
-    return Requests(kind, BUILT_IN, requests, usual=REQUESTS)
+    maker, exam = tasks()[task], exam_of(fingerprint)
+    every = enumerate(exam.calibration(seed) if exam else maker.general(seed))
+    requests = (Asked(f"{BUILT_IN} {i + 1}", maker.calibrating(request, i, seed)) for i, request in every)
+    return Requests(task, BUILT_IN, requests, usual=REQUESTS)
 
 
 def built_in_key(fingerprint: str) -> str:
@@ -76,8 +75,8 @@ def briefly(requests: Requests) -> Requests:
     """The same requests in few steps or tokens, and fewer of them unless a count is given: for models whose calls take
     many seconds each.
     """
-    task = tasks()[requests.kind]
-    asked = (replace(one, request=task.brief(one.request, i)) for i, one in enumerate(requests.asked))
+    maker = tasks()[requests.task]
+    asked = (replace(one, request=maker.brief(one.request, i)) for i, one in enumerate(requests.asked))
     return replace(requests, asked=asked, usual=BRIEF_REQUESTS)
 
 

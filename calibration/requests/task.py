@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar
 
 import calibration.requests.tasks
-from calibration.capture.sets import Kind
+from runtime.listing import modules
 from runtime.pipeline import Event
 from runtime.vision.images import Picture
 
 
 class Task(ABC):
-    """How requests of one task are made.
+    """How requests of one task are made. `name` is the task's in `runtime.tasks`.
 
     `calls` is about how often a request calls its largest submodel while calibrating, `brief_calls` the same of a
     brief request.
     """
 
-    kind: ClassVar[Kind]
+    name: ClassVar[str]
     calls: ClassVar[float]
     brief_calls: ClassVar[float]
 
@@ -63,7 +61,5 @@ class Task(ABC):
 
 @cache
 def tasks() -> Mapping[str, Task]:
-    """Every task by its kind."""
-    names = sorted(found.name for found in pkgutil.iter_modules(calibration.requests.tasks.__path__))
-    rooms = [importlib.import_module(f"calibration.requests.tasks.{name}") for name in names]
-    return {room.TASK.kind: room.TASK for room in rooms}
+    """Every task by name."""
+    return {module.TASK.name: module.TASK for module in modules(calibration.requests.tasks)}

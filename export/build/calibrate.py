@@ -33,7 +33,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     """
     options.check()
     state = Build.open(export.build.options.Options(options.source, options.output))
-    requests = options.requests("diffusion" if state.family.pipeline == "diffusion" else "chat", state.fingerprint)
+    requests = options.requests(state.task, state.fingerprint)
     if state.brief:
         requests = briefly(requests)
     work = (

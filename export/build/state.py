@@ -30,6 +30,7 @@ from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verd
 from runtime.bundle.manifest import Source as BundleSource
 from runtime.engine import target
 from runtime.errors import EnginecastError, SourceError
+from runtime.pipeline import pipelines
 from runtime.targets.lowering.half import Half
 
 FULL_QUALITY_BYTES: Final = 1 << 30
@@ -95,6 +96,11 @@ class Build:
     @property
     def name(self) -> str:
         return self.options.name or self.source.name
+
+    @property
+    def task(self) -> str:
+        """The task that the model's pipeline does."""
+        return pipelines()[self.family.pipeline].task
 
     @cached_property
     def fingerprint(self) -> str:
@@ -194,7 +200,7 @@ class Build:
         if self.calibration is not None:
             return 0.5
         requests = requests or (BRIEF_REQUESTS if self.brief else REQUESTS)
-        task = tasks()["diffusion" if self.family.pipeline == "diffusion" else "chat"]
+        task = tasks()[self.task]
         calls = requests * (task.brief_calls if self.brief else task.calls)
         return requests + 5 * self.nbytes / 1e9 * calls
 
@@ -360,6 +366,7 @@ def finish(
         name=state.name,
         key=state.key,
         pipeline=state.family.pipeline,
+        task=state.task,
         quant=quant or state.options.quant,
         source=BundleSource(
             name=state.source.name,

@@ -38,7 +38,7 @@ def measure(
     that are not finite.
     """
     _check_alike(quantized, reference)
-    effort, task = effort or Effort(), tasks()[reference.kind]
+    effort, task = effort or Effort(), tasks()[reference.task]
     exam = exam_of(reference.bundle.manifest.source.fingerprint)
     pictures: Pictures = {}
     with phase(0.0, 0.3):
@@ -109,7 +109,7 @@ def _requests(model: LoadedModel, task: Task, exam: Exam | None, effort: Effort)
     def ready(asked: Asked) -> None:
         model.pipeline(asked.request).close()
 
-    return [asked.request for asked, _ in accepted(ready, Requests(model.kind, BUILT_IN, prepared), wanted)]
+    return [asked.request for asked, _ in accepted(ready, Requests(model.task, BUILT_IN, prepared), wanted)]
 
 
 def _score(quantized: LoadedModel, reference: LoadedModel, exam: Exam, cases: int) -> TaskQuality:
@@ -127,6 +127,6 @@ def right(
     """Whether the model does each of `count` cases right, from number `first` on: those that `enginecast score` has, or
     with `held` False some that it never has.
     """
-    task = request_tasks()[model.kind]
+    task = request_tasks()[model.task]
     for case in exam.cases(count, seed, held)[first:]:
         yield case.judge(task.result(drive(model.pipeline(case.request), model.engines))).right

@@ -165,7 +165,7 @@ def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]
     """
     spent: dict[Kind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
-    pipeline, what = tasks()[model.kind].timed(model, effort)
+    pipeline, what = tasks()[model.task].timed(model, effort)
     outputs: Outputs | None = None
     try:
         while True:

@@ -27,9 +27,10 @@ from runtime.bundle.manifest import Bundle, Inside
 from runtime.engine import Slot
 from runtime.errors import EngineError
 from runtime.language.text import Message
-from runtime.pipeline import Call, Finished, Outputs, Pipeline, run_call
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.pipeline import Call, Outputs, Pipeline, run_call
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest, Finished
 from runtime.vision.images import decoded
 
 QUESTIONS: Final = (
@@ -96,7 +97,7 @@ def tokens_of(answers: Sequence[AnswerQuality]) -> int:
 class Chat(Task):
     """Models that answer in text."""
 
-    kind = "chat"
+    name = "chat"
     stored = "answers"
     noun = "question"
     measure = AGREEMENT

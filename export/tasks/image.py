@@ -18,9 +18,9 @@ from export.task import FOLDER, SEED, Effort, Pictures, SpeedEffort, Task
 from runtime.bundle.manifest import Bundle, Inside
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError
-from runtime.pipeline import Call, ImageReady, Outputs, Pipeline
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Call, Outputs, Pipeline
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 
 PROMPTS: Final = (
@@ -69,7 +69,7 @@ def median(pictures: Sequence[PictureQuality], name: str) -> float:
 class Image(Task):
     """Models that draw a picture."""
 
-    kind = "diffusion"
+    name = "image"
     stored = "pictures"
     noun = "picture"
     measure = SNR

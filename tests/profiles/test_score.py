@@ -18,9 +18,9 @@ from profiles.subjects import Setting, Subject
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
-from runtime.pipeline import ImageReady, Progress, drive
-from runtime.pipelines.diffusion import Defaults, ImageRequest
+from runtime.pipeline import Progress, drive
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 from samples.exams import Pictures
 
 
@@ -161,10 +161,10 @@ def test_the_source_draws_from_the_same_noise(tiny_diffusion: Path) -> None:
 
 
 def test_models_are_drawn_as_they_ask_to_be(drawing: LoadedModel, tiny_diffusion: Path, tmp_path: Path) -> None:
-    assert subjects.defaults(tiny_diffusion, []) == Defaults()
+    assert subjects.defaults(tiny_diffusion, []) == ImageDefaults()
     assert subjects.defaults(None, [drawing.bundle.root]).steps == 3
     (tmp_path / "enginecast.json").write_text('{"guidance_scale": 2.5}')
-    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == Defaults(guidance_scale=2.5)
+    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == ImageDefaults(guidance_scale=2.5)
 
 
 @pytest.mark.parametrize(
@@ -180,5 +180,5 @@ def test_no_source(tmp_path: Path, source: str, error: type[EnginecastError], me
 def test_mistakes(tmp_path: Path, bundle: Any, tiny_vlm: Path) -> None:
     with pytest.raises(InvalidInput, match="BUNDLE: is missing"):
         CliRunner().invoke(cli.app, ["score"], catch_exceptions=False)
-    with pytest.raises(BundleError, match="kinds chat, diffusion"):
-        subjects.kind_of(tiny_vlm, [bundle.root])
+    with pytest.raises(BundleError, match="tasks chat, image"):
+        subjects.task_of(tiny_vlm, [bundle.root])

@@ -12,8 +12,8 @@ import numpy as np
 from calibration.requests.pictures import DRAWN, PHOTOGRAPHS, photograph
 from calibration.requests.task import Task
 from runtime.language.text import Message
-from runtime.pipeline import Event, TextDelta
-from runtime.pipelines.chat import ChatRequest
+from runtime.pipeline import Event
+from runtime.tasks.chat import ChatRequest, TextDelta
 from runtime.vision.images import Picture
 
 MAX_TOKENS: Final = 24
@@ -49,7 +49,7 @@ def question(picture: Picture, text: str) -> ChatRequest:
 class Chat(Task):
     """Requests that ask about a picture."""
 
-    kind = "chat"
+    name = "chat"
     calls = MAX_TOKENS / 2
     brief_calls = BRIEF_TOKENS
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from calibration.requests.task import Task
 from runtime.errors import InvalidInput
-from runtime.pipeline import Event, ImageReady
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Event
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 
 STEPS: Final = 12
@@ -69,7 +69,7 @@ short and long. Each eight in a row hold most of these.
 class Image(Task):
     """Requests that draw a picture."""
 
-    kind = "diffusion"
+    name = "image"
     calls = STEPS
     brief_calls = sum(BRIEF_STEPS) / len(BRIEF_STEPS)
 

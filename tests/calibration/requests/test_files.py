@@ -14,13 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import calibration.requests.files
-from calibration.capture.sets import Kind
 from calibration.requests.files import read_images, read_prompts, read_questions
 from calibration.requests.requests import MOST, Asked, Requests, accepted
 from calibration.requests.tasks.chat import QUESTIONS
 from runtime.errors import EnginecastError, InvalidInput, NotFound
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import encode_image
 
 
@@ -52,13 +51,13 @@ def deaf(_asked: Asked) -> str:
 
 def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na long story\n")
-    requests = read_prompts(tmp_path / "prompts.txt", "diffusion")
+    requests = read_prompts(tmp_path / "prompts.txt", "image")
     assert [prompt for _, prompt in accepted(fussy, requests, 2)] == ["a cat"]
     assert requests.skipped == ["line 2: prompt: is too long"]
     with pytest.raises(
         InvalidInput, match=r"prompts: none of prompts.txt can be used: line .: prompt: is too long; line "
     ):
-        list(accepted(deaf, read_prompts(tmp_path / "prompts.txt", "diffusion"), 2))
+        list(accepted(deaf, read_prompts(tmp_path / "prompts.txt", "image"), 2))
 
 
 # Prompts
@@ -67,7 +66,7 @@ def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> No
 def test_prompts_are_lines(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeff# mine\n\n  a cat \r\n\t\na döner\n  # a dog\nwhat #1 is\n".encode())
-    requests = read_prompts(file, "diffusion")
+    requests = read_prompts(file, "image")
     assert (requests.origin, requests.file, requests.size) == ("prompts", "prompts.txt", 3)
     assert requests.wanted(None) == 3 and requests.wanted(2) == 2 and requests.wanted(9) == 3
     asked = list(requests.asked)
@@ -83,10 +82,10 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
 def test_a_few_prompts_stand_for_the_whole_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"number {i}" for i in range(1000)))
-    one, again, other = (prompts(list(islice(read_prompts(file, "diffusion", seed).asked, 20))) for seed in (0, 0, 1))
+    one, again, other = (prompts(list(islice(read_prompts(file, "image", seed).asked, 20))) for seed in (0, 0, 1))
     assert one == again != other
     assert 300 < np.mean([int(prompt.split()[1]) for prompt in one]) < 700
-    assert read_prompts(file, "diffusion").wanted(None) == MOST
+    assert read_prompts(file, "image").wanted(None) == MOST
 
 
 def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
@@ -103,18 +102,18 @@ def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
 def test_a_file_without_prompts(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InvalidInput, match="holds no prompts, expected one a line"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
+        read_prompts(tmp_path / "prompts.txt", "image")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFound, match=r"prompts: file .* does not exist"):
-        read_prompts(tmp_path / "none.txt", "diffusion")
+        read_prompts(tmp_path / "none.txt", "image")
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidInput, match=r"prompts: is no UTF-8 text: .* at byte 3"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
+        read_prompts(tmp_path / "prompts.txt", "image")
     monkeypatch.setattr(calibration.requests.files, "LONGEST", 3)
     with pytest.raises(InvalidInput, match="prompts: has 4 bytes, expected 3 at most"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
+        read_prompts(tmp_path / "prompts.txt", "image")
 
 
 # Folders of pictures
@@ -124,7 +123,7 @@ def test_captions_become_prompts_and_pictures_come_along(tmp_path: Path) -> None
     draw(tmp_path / "a.png", 10, "a\n cat ")
     draw(tmp_path / "b.JPG", 20, "a dog")
     (tmp_path / "notes.md").write_text("not a picture")
-    requests = read_images(tmp_path, "diffusion")
+    requests = read_images(tmp_path, "image")
     assert (requests.origin, requests.file, requests.size) == ("images", tmp_path.name, 2)
     asked = {one.name: one for one in requests.asked}
     assert {name: prompts([one]) for name, one in asked.items()} == {"a.png": ["a cat"], "b.JPG": ["a dog"]}
@@ -141,7 +140,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
     (tmp_path / "text.png").write_text("no picture")
     whole = encode_image(np.zeros((50, 50, 3), np.uint8))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    requests = read_images(tmp_path, "diffusion")
+    requests = read_images(tmp_path, "image")
     assert [one.name for one in requests.asked] == ["good.png"]
     reasons = {reason.split(":")[0]: reason for reason in requests.skipped}
     assert reasons.keys() == {"silent.png", "blank.png", "strange.png", "text.png", "cut.png"}
@@ -172,21 +171,19 @@ def test_questions_are_asked_about_pictures_in_turn(tmp_path: Path) -> None:
         draw(tmp_path / f"{i}.png", i)
     asked = list(read_images(tmp_path, "chat").asked)
     assert questions(asked) == [*QUESTIONS, QUESTIONS[0]]
-    assert sorted(one.name for one in asked) == [f"{i}.png" for i in range(len(QUESTIONS) + 1)]
-    assert all(
-        isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(Path(one.name).stem)
-        for one in asked
-    )
+    numbers = [int(Path(one.name).stem) for one in asked]
+    assert sorted(numbers) == list(range(len(QUESTIONS) + 1))
+    assert [one.request.images[0][0, 0, 0] for one in asked] == numbers
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"images: folder .* does not exist"):
-        read_images(tmp_path / "none", "diffusion")
+        read_images(tmp_path / "none", "image")
     with pytest.raises(InvalidInput, match="holds no pictures"):
-        read_images(tmp_path, "diffusion")
+        read_images(tmp_path, "image")
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InvalidInput, match=r"images: none of .* can be used: a.png: is no PNG"):
-        list(accepted(fussy, read_images(tmp_path, "diffusion"), 1))
+        list(accepted(fussy, read_images(tmp_path, "image"), 1))
 
 
 # JSON Lines of questions
@@ -239,11 +236,11 @@ def test_questions_are_not_for_models_that_draw(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidInput, match="questions: are for models that chat, and this one draws: give it --prompts, or --images"
     ):
-        read_questions(lines(tmp_path / "q.jsonl", GOOD), "diffusion")
+        read_questions(lines(tmp_path / "q.jsonl", GOOD), "image")
 
 
-READERS: list[tuple[Callable[[Path, Kind], Requests], Kind]] = [
-    (read_prompts, "diffusion"),
+READERS: list[tuple[Callable[[Path, str], Requests], str]] = [
+    (read_prompts, "image"),
     (read_prompts, "chat"),
     (read_questions, "chat"),
 ]
@@ -257,7 +254,7 @@ READERS: list[tuple[Callable[[Path, Kind], Requests], Kind]] = [
     | st.builds(lambda value: json.dumps({"image": value}).encode(), st.text())
 )
 def test_any_file_gives_requests_or_a_reason(
-    tmp_path: Path, read: Callable[[Path, Kind], Requests], kind: Kind, content: bytes
+    tmp_path: Path, read: Callable[[Path, str], Requests], kind: str, content: bytes
 ) -> None:
     (tmp_path / "file").write_bytes(content)
     try:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from itertools import islice
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 import pytest
 
-from calibration.capture.sets import Kind
 from calibration.requests.exams import Exam, exams
 from calibration.requests.files import read_prompts
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, Asked, accepted, briefly, built_in
 from calibration.requests.task import tasks
 from calibration.requests.tasks.chat import BRIEF_TOKENS
 from calibration.requests.tasks.image import BRIEF_STEPS, PROMPTS
+from export.task import tasks as compared
 from runtime.errors import InvalidInput
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.task import tasks as runtime_tasks
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 
 
 def prompts(asked: list[Asked]) -> list[str]:
     return [one.request.prompt for one in asked if isinstance(one.request, ImageRequest)]
+
+
+def wording(request: Any) -> str:
+    return str(request.prompt if isinstance(request, ImageRequest) else request.messages[0].content[1])
 
 
 def fussy(asked: Asked) -> str:
@@ -36,11 +41,11 @@ def deaf(_asked: Asked) -> str:
 
 
 def test_there_is_a_room_for_every_task() -> None:
-    assert tasks().keys() == set(get_args(Kind))
+    assert tasks().keys() == runtime_tasks().keys() == compared().keys()
 
 
 def test_built_in_requests_have_no_end() -> None:
-    requests = built_in("diffusion", 3)
+    requests = built_in("image", 3)
     assert requests.wanted(None) == REQUESTS and requests.wanted(50) == 50
     asked = list(islice(requests.asked, 40))
     assert [one.name for one in asked[:3]] == ["built-in 1", "built-in 2", "built-in 3"]
@@ -49,17 +54,14 @@ def test_built_in_requests_have_no_end() -> None:
 
 @pytest.mark.parametrize("exam", exams(), ids=lambda exam: exam.title)
 def test_a_checkpoint_with_an_exam_is_calibrated_with_its_requests(exam: Exam) -> None:
-    kind: Kind = "diffusion" if isinstance(next(exam.calibration(0)), ImageRequest) else "chat"
     own = next(exam.calibration(5))
-    found, general = (next(built_in(kind, 5, key).asked).request for key in (exam.fingerprint, "0" * 64))
-    assert [found.prompt if kind == "diffusion" else found.messages[0].content[1]] == [
-        own.prompt if kind == "diffusion" else own.messages[0].content[1]
-    ]
-    assert type(general) is type(own) and general != own
+    task = own.task
+    found, general = (next(built_in(task, 5, key).asked).request for key in (exam.fingerprint, "0" * 64))
+    assert wording(found) == wording(own) != wording(general)
 
 
 def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
-    brief, usual = briefly(built_in("diffusion", 3)), built_in("diffusion", 3)
+    brief, usual = briefly(built_in("image", 3)), built_in("image", 3)
     assert brief.wanted(None) == BRIEF_REQUESTS and brief.wanted(50) == 50
     for (short, long), steps in zip(zip(brief.asked, usual.asked, strict=False), BRIEF_STEPS, strict=False):
         assert isinstance(long.request, ImageRequest) and isinstance(short.request, ImageRequest)
@@ -75,8 +77,8 @@ def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
 
 
 def test_built_in_requests_that_a_model_cannot_read_are_skipped() -> None:
-    requests = built_in("diffusion")
+    requests = built_in("image")
     assert [prompt for _, prompt in accepted(fussy, requests, 5)] == [text for text, _ in PROMPTS[1:11:2]]
     assert requests.skipped == []
     with pytest.raises(InvalidInput, match="too long"):
-        list(accepted(deaf, built_in("diffusion"), 5))
+        list(accepted(deaf, built_in("image"), 5))

@@ -31,8 +31,9 @@ from runtime.bundle.manifest import MANIFEST, Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
 from runtime.errors import BundleError, EngineError, NotFound
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import decode_image
 
 EFFORT = Effort(pictures=2, steps=3, questions=4, cases=4)

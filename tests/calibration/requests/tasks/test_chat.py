@@ -8,7 +8,7 @@ import numpy as np
 
 from calibration.requests.pictures import SIZE
 from calibration.requests.tasks.chat import QUESTIONS, TASK
-from runtime.pipelines.chat import ChatRequest
+from runtime.tasks.chat import ChatRequest
 
 
 def text(request: ChatRequest) -> str:
