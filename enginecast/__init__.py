@@ -36,7 +36,9 @@ from runtime.errors import (
     Unavailable,
     UnsupportedModel,
 )
-from runtime.pipeline import Event, Finished, ImageReady, Progress, TextDelta
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import Model, load
 from serving.dialects.python.requests import ChatOptions, ImageOptions, Message, PictureLike

@@ -15,8 +15,8 @@ from rich.progress import Progress
 
 from calibration.ground import machine
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.placing.measured import user_folder
 
-ROWS: Final = Path("profiles/rows")
 WIDTH: Final = 160
 """Of tables that do not go to a terminal, in characters."""
 
@@ -29,7 +29,9 @@ Targets = Annotated[
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
 Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
-StoreAt = Annotated[Path | None, typer.Option("--rows", help=f"That file. Default: {ROWS}/PROCESSOR.jsonl.")]
+StoreAt = Annotated[
+    Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
+]
 
 
 @app.command()
@@ -71,7 +73,7 @@ def bench(
     opened = Bundle(bundle)
     drawing = {"width": width, "height": height, "steps": steps}
     answering = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens}
-    _check_fit(opened.manifest.pipeline, drawing, answering)
+    _check_fit(opened.manifest.task, drawing, answering)
     _check_rows(store, rows_file)
     given = {
         name: value
@@ -114,7 +116,7 @@ def score(
     store: Store = False,
     rows_file: StoreAt = None,
 ) -> None:
-    """Score sample models on their task: the source and each bundle on each target, on the same held-out cases."""
+    """Score models on the exam of their checkpoint: the source and each bundle on each target, on the same cases."""
     try:
         from profiles import score as scoring
         from profiles import subjects
@@ -125,12 +127,13 @@ def score(
 
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
-    kind = subjects.kind_of(source, bundles or ())
-    _check_fit(kind, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
+    task = subjects.task_of(source, bundles or ())
+    _check_fit(task, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
     _check_rows(store, rows_file)
     defaults = subjects.defaults(source, bundles or ())
-    exam = subjects.Exam(
-        count=count or subjects.COUNTS[kind],
+    exam = subjects.exam_of(source, bundles or ())
+    setting = subjects.Setting(
+        count=count or exam.size,
         steps=steps or defaults.steps,
         guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
         batch=batch or 16,
@@ -138,20 +141,20 @@ def score(
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
-            task = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=exam.count)
-            scores = scoring.score(subject, exam, partial(bar.advance, task))
+            line = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=setting.count)
+            scores = scoring.score(subject, exam, setting, partial(bar.advance, line))
         notes.print(
             f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
         )
         results.append((subject, scores))
         if store:
-            append(_store(rows_file), scoring.rows(subject, exam, scores, threads))
+            append(_store(rows_file), scoring.rows(subject, setting, scores, threads))
     out.print(scoring.table(results))
 
 
-def _check_fit(kind: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
-    """Raise InvalidInput for an option that is of models of the other kind."""
-    others, does = (answering, "draws") if kind == "diffusion" else (drawing, "answers")
+def _check_fit(task: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
+    """Raise InvalidInput for an option that is of another task."""
+    others, does = (answering, "draws") if task == "image" else (drawing, "answers")
     for name in (name for name, value in others.items() if value is not None):
         raise InvalidInput(name, f"does not apply to a model that {does}: leave it out")
 
@@ -172,4 +175,4 @@ def _command(text: str) -> Sequence[str]:
 
 
 def _store(path: Path | None) -> Path:
-    return path or ROWS / f"{machine.slug()}.jsonl"
+    return path or user_folder() / f"{machine.slug()}.jsonl"

@@ -1,4 +1,6 @@
-"""Measured rows: one schema for every figure, ours or a peer's, kept as JSON lines in `profiles/rows/`.
+"""Measured rows: one schema for every figure, ours or a peer's, kept as JSON lines.
+
+Those in `profiles/rows/` are package data; a user's own are in `runtime.placing.measured.user_folder`.
 
 A row is meant to be read alone, years later: it says what was measured, of what, on what, with which versions and how
 often.

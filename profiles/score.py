@@ -1,41 +1,34 @@
-"""How well a model does the sample task: pictures drawn right, or questions answered right, of held-out cases that a
-program can check.
+"""How well a model does what its exam asks: pictures drawn right, or questions answered right, of held-out cases.
 
 Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases,
-and pictures start from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's number as
-seed.
+and pictures start from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's seed.
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, TypeVar
+from typing import TypeVar
 
 from rich.table import Table
 
 from calibration.ground import machine
+from calibration.requests.exams import Exam
 from profiles.rows import Row
-from profiles.subjects import Exam, Subject
+from profiles.subjects import Setting, Subject
 from runtime.placing.devices import processor
 from runtime.timing import Spread
-from samples.world.questions import test_questions
-from samples.world.scenes import test_prompts
-from samples.world.scoring import score_answer, score_picture
 
 T = TypeVar("T")
-ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
-"""In what a picture can be wrong, as `samples.world.scoring` names it."""
 
 
 @dataclass(frozen=True)
 class Scores:
     """Percent right: of all cases, and by part, which is an attribute of pictures or a kind of question.
 
-    Of an attribute, percent of the pictures that show it; one that no picture shows is left out.
+    Of an attribute, percent of the pictures that show it.
     """
 
     right: float
@@ -44,32 +37,20 @@ class Scores:
     seconds: float
 
 
-def score(subject: Subject, exam: Exam, tick: Callable[[], None] = lambda: None) -> Scores:
-    """Ask all cases; `tick` is called after each. Raises what the subject raises."""
+def score(subject: Subject, exam: Exam, setting: Setting, tick: Callable[[], None] = lambda: None) -> Scores:
+    """Run all cases; `tick` is called after each. Raises what the subject raises."""
+    cases = exam.cases(setting.count)
     start = time.perf_counter()
-    if subject.kind == "diffusion":
-        scenes = test_prompts(exam.count)
-        scores = [
-            score_picture(picture, scene)
-            for picture, scene in _ticking(zip(subject.pictures(scenes, exam), scenes, strict=True), tick)
-        ]
-        seconds = time.perf_counter() - start
-        parts = {}
-        for name in ATTRIBUTES:
-            shown = [name not in one.wrong for one in scores if one.tells(name)]
-            if shown:
-                parts[name] = 100 * sum(shown) / len(shown)
-        return Scores(100 * sum(map(bool, scores)) / len(scores), parts, len(scores), seconds)
-    cases = test_questions(exam.count)
-    right = [
-        (case.kind, score_answer(said, case.answer))
-        for said, case in _ticking(zip(subject.answers(cases, exam), cases, strict=True), tick)
-    ]
+    results = _ticking(zip(subject.results(cases, setting), cases, strict=True), tick)
+    judged = [case.judge(result) for result, case in results]
     seconds = time.perf_counter() - start
-    asked, known = Counter(kind for kind, _ in right), Counter(kind for kind, good in right if good)
-    return Scores(
-        100 * known.total() / len(right), {kind: 100 * known[kind] / asked[kind] for kind in asked}, len(right), seconds
-    )
+    names = dict.fromkeys(name for one in judged for name in one.parts)
+    parts = {name: _percent([one.parts[name] for one in judged if name in one.parts]) for name in names}
+    return Scores(_percent([one.right for one in judged]), parts, len(judged), seconds)
+
+
+def _percent(right: Sequence[bool]) -> float:
+    return 100 * sum(right) / len(right)
 
 
 def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
@@ -78,11 +59,11 @@ def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
         tick()
 
 
-def rows(subject: Subject, exam: Exam, scores: Scores, threads: int) -> list[Row]:
+def rows(subject: Subject, setting: Setting, scores: Scores, threads: int) -> list[Row]:
     """The scores for storing: `right` for all attributes or questions, `right.PART` for each part."""
     asked: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
-    if subject.kind == "diffusion":
-        asked |= {"steps": exam.steps, "guidance_scale": exam.guidance_scale}
+    if subject.task == "image":
+        asked |= {"steps": setting.steps, "guidance_scale": setting.guidance_scale}
     return [
         Row(
             metric=metric,

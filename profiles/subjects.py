@@ -5,38 +5,34 @@ transformers in float32.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
 from calibration.ground import machine
+from calibration.requests.exams import Case, Exam, find
+from calibration.requests.task import tasks
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import BATCH
 from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
-from runtime.language.text import Message
 from runtime.optional import require
-from runtime.pipeline import ImageReady, TextDelta, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import Defaults, DiffusionConfig, ImageRequest, random_stream
+from runtime.pipeline import drive
+from runtime.pipelines.diffusion import DiffusionConfig, random_stream
 from runtime.placing.loading import LoadedModel, load_model
-from samples.world.questions import Case
-from samples.world.scenes import Scene
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.vision.images import decoded
 
 T = TypeVar("T")
-Kind = Literal["diffusion", "chat"]
-Pixels = NDArray[np.uint8]
-COUNTS: Final[dict[Kind, int]] = {"diffusion": 500, "chat": 1000}
-"""The kinds there is a task for, and how many cases it has."""
 
 
-class Exam(Frozen):
-    """What is asked: `count` cases, and how pictures are drawn."""
+class Setting(Frozen):
+    """How an exam is sat: `count` cases, and how pictures are drawn."""
 
     count: int = Field(ge=1)
     steps: int = Field(ge=1)
@@ -47,8 +43,8 @@ class Exam(Frozen):
 
 @dataclass(frozen=True)
 class Subject:
-    """Who sits the exam: a bundle on a target, or a checkpoint, whose target is "torch". Only what its `kind` can do is
-    asked of it.
+    """Who sits the exam: a bundle on a target, or a checkpoint, whose target is "torch". `results` gives the result of
+    each case in order, as `Case.judge` takes it.
     """
 
     program: str
@@ -56,29 +52,31 @@ class Subject:
     quant: str
     target: str
     device: str
-    kind: Kind
-    pictures: Callable[[Sequence[Scene], Exam], Iterable[Pixels]]
-    answers: Callable[[Sequence[Case], Exam], Iterable[str]]
+    task: str
+    results: Callable[[Sequence[Case], Setting], Iterable[Any]]
 
 
-def kind_of(source: Path | None, bundles: Sequence[Path]) -> Kind:
-    """What all of them are. Raises BundleError when there are pipelines of both kinds, or of a kind without a task."""
-    kinds = {Bundle(root).manifest.pipeline for root in bundles}
+def exam_of(source: Path | None, bundles: Sequence[Path]) -> Exam:
+    """The exam of the checkpoint that all of them are of. Raises NotFound when there is none."""
+    return find([Bundle(root).manifest.source.fingerprint for root in bundles], source)
+
+
+def task_of(source: Path | None, bundles: Sequence[Path]) -> str:
+    """The task of all of them. Raises BundleError when there are several."""
+    found = {Bundle(root).manifest.task for root in bundles}
     if source is not None:
-        kinds.add("diffusion" if (source / "model_index.json").is_file() else "chat")
-    if len(kinds) != 1 or not kinds <= set(COUNTS):
-        raise BundleError(
-            f"these are models of the kinds {', '.join(sorted(kinds))}, expected one of {', '.join(COUNTS)} at a time"
-        )
-    return "diffusion" if "diffusion" in kinds else "chat"
+        found.add("image" if (source / "model_index.json").is_file() else "chat")
+    if len(found) != 1:
+        raise BundleError(f"these are models of the tasks {', '.join(sorted(found))}, expected one of them at a time")
+    return found.pop()
 
 
-def defaults(source: Path | None, bundles: Sequence[Path]) -> Defaults:
+def defaults(source: Path | None, bundles: Sequence[Path]) -> ImageDefaults:
     """How the first of them draws by its own settings: all are asked alike. Raises BundleError or SourceError."""
     if source is not None:
-        return Defaults.read(source)
+        return ImageDefaults.read(source)
     manifest = Bundle(bundles[0]).manifest
-    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else Defaults()
+    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else ImageDefaults()
 
 
 def subjects(
@@ -101,28 +99,31 @@ def subjects(
 def bundle_subject(model: LoadedModel) -> Subject:
     """A bundle on the target it was loaded for."""
 
-    def pictures(scenes: Sequence[Scene], exam: Exam) -> Iterator[Pixels]:
-        for some in _batches(list(enumerate(scenes)), exam.batch):
-            requests = [
-                ImageRequest(scene.caption, steps=exam.steps, guidance_scale=exam.guidance_scale, seed=seed)
-                for seed, scene in some
-            ]
-            for events in drive_together([model.pipeline(request) for request in requests], model.engines):
-                yield from (
-                    event.image.astype(np.uint8, copy=False) for event in events if isinstance(event, ImageReady)
-                )
+    def pictures(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
+        for some in _batches([_drawn(case, setting) for case in cases], setting.batch):
+            for events in drive_together([model.pipeline(request) for request in some], model.engines):
+                yield maker.result(events)
 
-    def answers(cases: Sequence[Case], exam: Exam) -> Iterator[str]:
+    def answers(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
         for case in cases:
-            request = ChatRequest((Message("user", (case.picture, case.question)),), temperature=0.0)
-            yield "".join(
-                event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta)
-            )
+            yield maker.result(drive(model.pipeline(case.request), model.engines))
 
+    maker = tasks()[model.task]
     manifest = model.bundle.manifest
     return Subject(
-        machine.program(), model.bundle.name, manifest.quant, model.target, model.device, model.kind, pictures, answers
+        machine.program(),
+        model.bundle.name,
+        manifest.quant,
+        model.target,
+        model.device,
+        model.task,
+        pictures if model.task == "image" else answers,
     )
+
+
+def _drawn(case: Case, setting: Setting) -> ImageRequest:
+    request: ImageRequest = case.request
+    return replace(request, steps=setting.steps, guidance_scale=setting.guidance_scale)
 
 
 def source_subject(folder: Path) -> Subject:
@@ -150,19 +151,19 @@ def _diffusers_subject(folder: Path) -> Subject:
     config = pipeline.unet.config
     shape = (1, config.in_channels, config.sample_size, config.sample_size)
 
-    def pictures(scenes: Sequence[Scene], exam: Exam) -> Iterator[Pixels]:
-        for some in _batches(list(enumerate(scenes)), exam.batch):
-            noise = np.concatenate([random_stream(seed).standard_normal(shape, np.float32) for seed, _ in some])
+    def pictures(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
+        for some in _batches([_drawn(case, setting) for case in cases], setting.batch):
+            noise = [random_stream(request.seed or 0).standard_normal(shape, np.float32) for request in some]
             images = pipeline(
-                [scene.caption for _, scene in some],
-                num_inference_steps=exam.steps,
-                guidance_scale=exam.guidance_scale,
-                latents=torch.from_numpy(noise),
+                [request.prompt for request in some],
+                num_inference_steps=setting.steps,
+                guidance_scale=setting.guidance_scale,
+                latents=torch.from_numpy(np.concatenate(noise)),
                 output_type="np",
             ).images
             yield from np.round(images * 255).astype(np.uint8)
 
-    return Subject(_version("diffusers"), folder.name, "none", "torch", "cpu", "diffusion", pictures, _nothing)
+    return Subject(_version("diffusers"), folder.name, "none", "torch", "cpu", "image", pictures)
 
 
 def _transformers_subject(folder: Path) -> Subject:
@@ -171,15 +172,16 @@ def _transformers_subject(folder: Path) -> Subject:
     processor = transformers.LlavaProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # answers begin at the same place
 
-    def prompt(case: Case) -> str:
-        content = [{"type": "image"}, {"type": "text", "text": case.question}]
+    def prompt(request: ChatRequest) -> str:
+        parts = (part for message in request.messages for part in message.content)
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
         return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
 
-    def answers(cases: Sequence[Case], exam: Exam) -> Iterator[str]:
-        for some in _batches(cases, exam.batch):
+    def answers(cases: Sequence[Case], setting: Setting) -> Iterator[Any]:
+        for some in _batches([case.request for case in cases], setting.batch):
             inputs = processor(
-                images=[case.picture for case in some],
-                text=[prompt(case) for case in some],
+                images=[decoded(picture) for request in some for picture in request.images],
+                text=[prompt(request) for request in some],
                 padding=True,
                 return_tensors="pt",
             )
@@ -187,15 +189,11 @@ def _transformers_subject(folder: Path) -> Subject:
                 tokens = model.generate(**inputs, do_sample=False)
             yield from processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    return Subject(_version("transformers"), folder.name, "none", "torch", "cpu", "chat", _nothing, answers)
+    return Subject(_version("transformers"), folder.name, "none", "torch", "cpu", "chat", answers)
 
 
 def _version(package: str) -> str:
     return f"{package} {machine.version(package)}"
-
-
-def _nothing(cases: Sequence[Any], exam: Exam) -> Iterator[Any]:
-    raise AssertionError("a subject is only asked what its kind can do")
 
 
 def _batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:

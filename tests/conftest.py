@@ -27,6 +27,7 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGINECAST_CACHE", str(folder))
+        patch.setenv("ENGINECAST_DATA", str(folder / "data"))
         patch.setenv(
             "ENGINECAST_CHOICES", "default"
         )  # tests compare what engines compute, also where timing would decide otherwise

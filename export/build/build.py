@@ -21,6 +21,7 @@ from calibration.ground.progress import each, phase
 from calibration.observe.precision import Precision, store
 from calibration.quantize.layers import LayerPlan, plan
 from calibration.quantize.tuning import Tuning
+from calibration.requests.exams import Exam, exam_of
 from export.architecture.twin import twin_weights
 from export.build import auto
 from export.build.auto import Plans
@@ -36,9 +37,10 @@ from export.finished.agreement import Reference, agree, told
 from export.finished.artifacts import remove_graphs
 from export.graph import weights as graph
 from export.report.baseline import compare_speed
+from export.report.compare import measure, right
 from export.report.progress import Listener, Progress
-from export.report.quality import Pictures, Quality, measure, save_quality
-from export.report.tasks import TASKS, right
+from export.report.quality import Quality, save_quality
+from export.task import Pictures
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Parity, Submodel, Verdict
 from runtime.engine import CompileOptions, Engine, target
 from runtime.errors import BundleError, InvalidInput, NotFound, QualityError, ResourceExhausted
@@ -317,12 +319,28 @@ def _search(
                 f"noises {explored.how.method} in {explored.how.runs} runs, {len(explored.assignments)} assignments "
                 "worth having"
             )
+    with progress.step("pipeline", "search") as notes, ExitStack() as stack:
+        exam = exam_of(state.fingerprint)
+        trials = None
+        if exam is not None:
+            judge = _examiner(state, exam, graphs, tunings, folder)
+            trials = stack.enter_context(closing(auto.Exam(judge, key)))
+        plans, tried = auto.search(found, state.options.goal, state.options.max_drop, trials)
+        (folder / auto.FILE).write_text(tried.model_dump_json(indent=1))
+        notes.append(f"{len(tried.points)} tried, {tried.claim}")
+    return plans
+
+
+def _examiner(
+    state: Build, exam: Exam, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning], folder: Path
+) -> auto.Judge:
+    """What the model of some plans, or the float model, does right of the exam's cases that are not held out."""
     trial = folder / "trial"
 
-    def done(plans: Plans | None, first: int) -> Generator[bool, None, None]:
+    def judge(plans: Plans | None, first: int) -> Generator[bool, None, None]:
         if plans is None:
             with floating_model(state, folder) as model:
-                yield from right(model, auto.CASES, held=False, seed=1, first=first)
+                yield from right(model, exam, auto.CASES, held=False, seed=1, first=first)
             return
         submodels = [
             _write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts
@@ -332,16 +350,11 @@ def _search(
                 state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels]
             )
             with closing(load_model(trial, "onnxruntime")) as model:
-                yield from right(model, auto.CASES, held=False, seed=1, first=first)
+                yield from right(model, exam, auto.CASES, held=False, seed=1, first=first)
         finally:
             shutil.rmtree(trial)
 
-    with progress.step("pipeline", "search") as notes, ExitStack() as stack:
-        exam = stack.enter_context(closing(auto.Exam(done, key))) if state.source.name in TASKS else None
-        plans, tried = auto.search(found, state.options.goal, state.options.max_drop, exam)
-        (folder / auto.FILE).write_text(tried.model_dump_json(indent=1))
-        notes.append(f"{len(tried.points)} tried, {tried.claim}")
-    return plans
+    return judge
 
 
 def _write(

@@ -15,7 +15,7 @@ import export.build.options
 from calibration.capture.data import Done, record
 from calibration.capture.sets import CalibrationSet
 from calibration.ground.progress import each
-from calibration.requests.built_in import briefly
+from calibration.requests.requests import briefly
 from export.build.learned import floating_model
 from export.build.options import CaptureOptions as Options
 from export.build.staging import cache_folder, key_of
@@ -33,7 +33,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     """
     options.check()
     state = Build.open(export.build.options.Options(options.source, options.output))
-    requests = options.requests("diffusion" if state.family.pipeline == "diffusion" else "chat")
+    requests = options.requests(state.task, state.fingerprint)
     if state.brief:
         requests = briefly(requests)
     work = (

@@ -15,7 +15,7 @@ from typing import Final
 from runtime.files import key_of
 
 OTHERS: Final[Mapping[str, tuple[str, ...]]] = {
-    "export": ("cli", "finished", "report", "__main__.py", "demo.py"),
+    "export": ("cli", "finished", "report", "tasks", "__main__.py", "demo.py", "task.py"),
     "calibration": ("ground",),
     "runtime": ("placing", "command.py", "limits.py", "silence.py", "stopping.py", "timing.py"),
 }

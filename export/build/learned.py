@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from calibration.capture.data import SAMPLES, record
 from calibration.capture.sets import CalibrationSet
@@ -19,7 +18,7 @@ from calibration.quantize.codes import read_codes, read_records
 from calibration.quantize.gptq import compensate
 from calibration.quantize.layers import plan
 from calibration.quantize.tuning import Tuning
-from calibration.requests.built_in import briefly, built_in
+from calibration.requests.requests import briefly, built_in
 from export.build.keys import code
 from export.build.staging import cached, key_of
 from export.build.state import Build, finish, part_graph, place
@@ -39,10 +38,11 @@ def captured(state: Build, folder: Path) -> CalibrationSet:
 
     def measure(path: Path) -> None:
         with floating_model(state, folder) as model:
-            requests = built_in(model.kind)
+            requests = built_in(model.task, fingerprint=state.fingerprint)
             record(model, briefly(requests) if state.brief else requests, limit=SAMPLES).save(path)
 
-    key = key_of("samples", state.fingerprint, state.family.config(state.source), state.tools, code())
+    config = state.family.config(state.source)
+    key = key_of("samples", state.fingerprint, config, state.calibration_key, state.tools, code())
     return CalibrationSet.load(cached(key, ".safetensors", measure))
 
 
@@ -105,8 +105,9 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
             self[name] = LeanEngine(submodels[name], part_graph(state, parts[name]))
             return self[name]
 
-    kind: Any = state.family.pipeline
-    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle))
+    model = LoadedModel(
+        bundle, bundle.manifest.task, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle)
+    )
     try:
         yield model
     finally:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from calibration.capture.sets import CalibrationSet, Kind
+from calibration.capture.sets import CalibrationSet
 from calibration.quantize.layers import BLOCKS, RECIPES
-from calibration.requests.built_in import Requests, built_in, read_images, read_prompts, read_questions
+from calibration.requests.files import read_images, read_prompts, read_questions
+from calibration.requests.requests import Requests, built_in
 from calibration.search.search import GOALS, Goal
 from export.build.staging import check_place, check_writable
 from export.checkpoint.source import Source, is_hub_id, resolve
@@ -192,22 +193,24 @@ class CaptureOptions:
         """What small files tell of whether this can be captured, as `Options.check` does of a build."""
         check_writable(self.output)
         if not is_hub_id(self.source):
-            self.requests(kind_of(resolve(self.source)))
+            self.requests(task_of(resolve(self.source)))
 
-    def requests(self, kind: Kind) -> Requests:
-        """Where requests for this kind of model come from. Raises NotFound or InvalidInput."""
+    def requests(self, task: str, fingerprint: str = "") -> Requests:
+        """Where requests come from for this task, and the checkpoint with this fingerprint. Raises NotFound or
+        InvalidInput.
+        """
         if self.prompts:
-            return read_prompts(self.prompts, kind, self.seed)
+            return read_prompts(self.prompts, task, self.seed)
         if self.images:
-            return read_images(self.images, kind, self.seed)
+            return read_images(self.images, task, self.seed)
         if self.questions:
-            return read_questions(self.questions, kind, self.seed)
-        return built_in(kind, self.seed)
+            return read_questions(self.questions, task, self.seed)
+        return built_in(task, self.seed, fingerprint)
 
 
-def kind_of(source: Source) -> Kind:
+def task_of(source: Source) -> str:
     """What a model does: those in diffusers' layout draw, those in transformers' answer."""
-    return "diffusion" if source.layout == "diffusers" else "chat"
+    return "image" if source.layout == "diffusers" else "chat"
 
 
 def _is_set(path: Path) -> bool:

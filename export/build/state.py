@@ -16,7 +16,8 @@ import export.graph.trace
 from calibration.capture.sets import CalibrationSet
 from calibration.ground import machine
 from calibration.quantize.layers import RECIPES, Recipe, recipe
-from calibration.requests.built_in import BRIEF_STEPS, REQUESTS, STEPS
+from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
+from calibration.requests.task import tasks
 from export.build.keys import code
 from export.build.options import Options
 from export.build.staging import cached, key_of
@@ -29,6 +30,7 @@ from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verd
 from runtime.bundle.manifest import Source as BundleSource
 from runtime.engine import target
 from runtime.errors import EnginecastError, SourceError
+from runtime.pipeline import pipelines
 from runtime.targets.lowering.half import Half
 
 FULL_QUALITY_BYTES: Final = 1 << 30
@@ -101,6 +103,11 @@ class Build:
     @property
     def name(self) -> str:
         return self.options.name or self.source.name
+
+    @property
+    def task(self) -> str:
+        """The task that the model's pipeline does."""
+        return pipelines()[self.family.pipeline].task
 
     @cached_property
     def fingerprint(self) -> str:
@@ -199,8 +206,9 @@ class Build:
         """
         if self.calibration is not None:
             return 0.5
-        requests = requests or (len(BRIEF_STEPS) if self.brief else REQUESTS)
-        calls = requests * (sum(BRIEF_STEPS) / len(BRIEF_STEPS) if self.brief else STEPS)
+        requests = requests or (BRIEF_REQUESTS if self.brief else REQUESTS)
+        task = tasks()[self.task]
+        calls = requests * (task.brief_calls if self.brief else task.calls)
         return requests + 5 * self.nbytes / 1e9 * calls
 
     @property
@@ -272,11 +280,10 @@ class Build:
 
     @cached_property
     def calibration_key(self) -> str:
-        return (
-            sha256(self.options.calibration)
-            if self.calibration is not None and self.options.calibration is not None
-            else ""
-        )
+        """Identifies what is calibrated with: the set given, else what makes the built-in requests."""
+        if self.calibration is not None and self.options.calibration is not None:
+            return sha256(self.options.calibration)
+        return built_in_key(self.fingerprint)
 
     @property
     def method(self) -> str:
@@ -366,6 +373,7 @@ def finish(
         name=state.name,
         key=state.key,
         pipeline=state.family.pipeline,
+        task=state.task,
         quant=quant or state.options.quant,
         source=BundleSource(
             name=state.source.name,

@@ -1,4 +1,4 @@
-"""Where the weights come from: a folder, a sample of the package or a hub id, and the components in it, as byte ranges
+"""Where the weights come from: a folder, a sample or a hub id, and the components in it, as byte ranges
 of their files.
 
 `resolve` finds the folder and says what it holds; `open_component` opens one network of it. Nothing here reads weights
@@ -244,8 +244,8 @@ def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
 
 
 def resolve(source: str) -> Source:
-    """The folder that `source` names: a path, `sample:NAME` (package data) or a hub id `org/name`, downloaded unless it
-    is in the cache.
+    """The folder that `source` names: a path, `sample:NAME` (in a source checkout) or a hub id `org/name`, downloaded
+    unless it is in the cache.
 
     Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, and
     UnsupportedModel for a single-file checkpoint.
@@ -277,6 +277,11 @@ def _path(source: str) -> Path:
 
 
 def _sample(name: str) -> Path:
+    if not SAMPLES.is_dir():
+        raise NotFound(
+            f"{SAMPLE}{name} does not exist: samples come with a source checkout of enginecast, not with its wheel. "
+            "Build from a checkout, or name a checkpoint's folder"
+        )
     known = sorted(path.name for path in SAMPLES.iterdir() if (path / PIPELINE).is_file() or (path / CONFIG).is_file())
     if name not in known:
         raise NotFound(f"there is no sample '{name}': {did_you_mean(name, known)}")

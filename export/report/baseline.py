@@ -21,7 +21,8 @@ from calibration.ground import machine
 from export.checkpoint.tensors import TensorRef
 from export.family import Part
 from export.graph.weights import parameter_names
-from export.report.speed import Speed, SpeedEffort, carry_out, measure_speed
+from export.report.speed import Speed, carry_out, measure_speed
+from export.task import SpeedEffort
 from runtime.bundle.manifest import Artifact, Bundle, Submodel
 from runtime.bundle.signature import Array
 from runtime.engine import Availability, Engine, Options, Slot

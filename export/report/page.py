@@ -7,8 +7,8 @@ to load anything.
 
 from __future__ import annotations
 
-import base64
 import os
+from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,19 +17,17 @@ from pathlib import Path
 from typing import Final
 
 import jinja2
-import numpy as np
 import onnx_ir as ir
 
 from calibration.observe.metrics import CAP_DB
 from export.build.staging import check_writable
-from export.report.quality import TITLES, UNITS, PictureQuality, Quality, floors, load_quality
+from export.report.pictures import GAIN
+from export.report.quality import SNR, Quality, floors, load_quality
 from export.report.speed import WHOLE, Speed, Timed, Timing
+from export.task import tasks
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.errors import BundleError, InvalidInput, ResourceExhausted
-from runtime.vision.images import Picture, decode_image, encode_image
 
-GAIN: Final = 8
-"""How much the difference of two pictures is amplified: 32 levels of 255 become white."""
 TEMPLATE: Final = Path(__file__).with_name("report.html")
 FLOAT32: Final = 4
 FLOAT16: Final = 2
@@ -104,6 +102,7 @@ def render(bundle: Bundle, quality: Quality) -> str:
     found_sizes = sizes(bundle)
     parameters, nbytes = (sum(getattr(one, name) for one in found_sizes) for name in ("parameters", "nbytes"))
     found = {floor: quality.found(floor.measure) for floor in floors(quality.quant)}
+    shown = ChainMap(*(task.shown(bundle, getattr(quality, task.stored)) for task in tasks().values()))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=bundle.manifest,
         quality=quality,
@@ -120,13 +119,10 @@ def render(bundle: Bundle, quality: Quality) -> str:
         fastest=_fastest(quality),
         shortfalls=quality.shortfalls(quality.quant),
         floors=[(floor, min(figures.values())) for floor, figures in found.items() if figures],
-        least=next((floor for floor in found if floor.measure == "submodel_snr_db"), None),
-        drawn=[(one, _three(bundle, one)) for one in quality.pictures],
-        answers=[(one, _data(_picture(bundle, one.picture)) if one.picture else None) for one in quality.answers],
+        least=next((floor for floor in found if floor.measure == SNR), None),
         cap=CAP_DB,
         gain=GAIN,
-        titles=TITLES,
-        units=UNITS,
+        **shown,
     )
 
 
@@ -197,34 +193,3 @@ def _devices(quality: Quality) -> list[str]:
     """Every device that something was timed on, once."""
     timings = quality.speed.timings if quality.speed else ()
     return list(dict.fromkeys(timed.device for timing in timings for timed in timing.times))
-
-
-def _three(bundle: Bundle, one: PictureQuality) -> tuple[str, str, str]:
-    """The reference's picture, the quantized one's and their amplified difference, as data URIs."""
-    reference, quantized = _picture(bundle, one.reference), _picture(bundle, one.quantized)
-    if reference.shape != quantized.shape:
-        raise BundleError(
-            f"{one.reference} and {one.quantized} of bundle {bundle.root} differ in size. Build the bundle again"
-        )
-    return _data(reference), _data(quantized), _data(difference(reference, quantized))
-
-
-def difference(one: Picture, other: Picture) -> Picture:
-    """|one - other| in each channel, `GAIN` times amplified: uint8 RGB [height, width, 3]."""
-    return np.asarray((np.abs(one.astype(np.int32) - other) * GAIN).clip(0, 255), np.uint8)
-
-
-def _picture(bundle: Bundle, path: str) -> Picture:
-    """A picture of the bundle, decoded: what is shown is what was decoded, whatever else the file holds."""
-    file = bundle.root / path
-    if not file.is_file():
-        raise BundleError(f"{file} is missing, which the quality report shows. Build the bundle again")
-    try:
-        return decode_image(file.read_bytes(), path)
-    except InvalidInput as error:
-        raise BundleError(f"{file} cannot be shown: {error}. Build the bundle again") from None
-
-
-def _data(picture: Picture) -> str:
-    """A picture as a data URI of its PNG file."""
-    return f"data:image/png;base64,{base64.b64encode(encode_image(picture)).decode()}"

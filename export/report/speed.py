@@ -7,43 +7,32 @@ counts for the whole request alone.
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Final, NamedTuple
 
-import numpy as np
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from calibration.ground import machine
 from calibration.ground.progress import reached
-from runtime.bundle.manifest import Frozen
+from export.report.measured import Measured
+from export.task import SpeedEffort, tasks
 from runtime.bundle.signature import Array
-from runtime.language.text import Message
-from runtime.pipeline import Call, Outputs, Pipeline, answer, run_call
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Call, Outputs, answer, run_call
 from runtime.placing.devices import processor
 from runtime.placing.loading import LoadedModel
 from runtime.timing import Spread, seconds, turns
 
-PROMPT: Final = "a large red circle at the top left on a white background"
-QUESTION: Final = "describe the picture."
-EDGE: Final = 128
-"""Edge in pixels of the picture that is asked about; every model resizes it to its own."""
 REST: Final = 0.02
 """Seconds before each turn: threads of the engine before it wait busily for more work for some milliseconds."""
 WHOLE: Final = "request"
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
 HEAP: Final = 32 << 20
-
-"""Hears what is being done, and that it is number n (from 1) of m."""
 
 
 class Kind(NamedTuple):
@@ -54,14 +43,6 @@ class Kind(NamedTuple):
     submodel: str
     what: str
     tokens: int = 0
-
-
-class Measured(Frozen):
-    """Figures that are numbers. What a bundle from anywhere holds instead is refused; what other versions add is left
-    out.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class Timed(Measured):
@@ -108,22 +89,6 @@ class Speed(Measured):
         """What tells most: the kind of call that takes the largest part of a request."""
         calls = [timing for timing in self.timings if timing.submodel != WHOLE and timing.calls] or list(self.timings)
         return max(calls, key=lambda timing: timing.calls * timing.times[0].spread.median)
-
-
-@dataclass(frozen=True)
-class SpeedEffort:
-    """How much is timed: `turns` that count, fewer once `seconds` have passed, and the request.
-
-    That has `steps` of a picture (None is as many as the model's users get) or new `tokens` of an answer.
-    """
-
-    turns: int = 9
-    seconds: float = 4
-    steps: int | None = 4
-    tokens: int = 16
-
-
-THOROUGH: Final = SpeedEffort(turns=15, seconds=120, steps=None, tokens=64)
 
 
 def measure_speed(
@@ -200,7 +165,7 @@ def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]
     """
     spent: dict[Kind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
-    pipeline, what = _request(model, effort)
+    pipeline, what = tasks()[model.task].timed(model, effort)
 
     def timed(call: Call) -> Outputs:
         start = time.perf_counter()
@@ -212,19 +177,6 @@ def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]
         pass
     spent[Kind(WHOLE, what)].append(time.perf_counter() - begin)
     return dict(spent)
-
-
-def _request(model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:
-    """A pipeline that is about to answer, and what it was asked for."""
-    if not isinstance(model.pipeline, ChatPipeline):
-        asked = ImageRequest(PROMPT, steps=effort.steps, seed=0)
-        return model.pipeline(asked), f"picture, {effort.steps or 'its usual'} steps"
-    endless = copy.copy(model.pipeline)  # no token ends the answer: all have the same number of them
-    endless.config = endless.config.model_copy(update={"eos_token_ids": ()})
-    picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
-    content = (picture, QUESTION) if endless.config.has_vision else (QUESTION,)
-    request = ChatRequest((Message("user", content),), max_tokens=effort.tokens, temperature=0.0)
-    return endless(request), f"answer, {effort.tokens} tokens"
 
 
 def _kind(call: Call) -> Kind:

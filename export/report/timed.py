@@ -10,7 +10,8 @@ from export.build.options import Options
 from export.build.state import Build
 from export.report.baseline import compare_speed
 from export.report.progress import Listener, Progress, Step
-from export.report.speed import THOROUGH, Speed, SpeedEffort
+from export.report.speed import Speed
+from export.task import THOROUGH, SpeedEffort
 from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
 from runtime.files import vanishing

@@ -1,30 +1,64 @@
 """How fast targets were measured to be on this machine, for choosing between them: what that needs of the rows that
 `bench` stores.
 
-Rows are JSON lines (`profiles.rows.Row`). Those that come with the program are in profiles/rows beside it; `enginecast
-bench --store` adds to profiles/rows of the working folder. A line that is none is passed over: choosing must not fail
-for a figure.
+Rows are JSON lines (`profiles.rows.Row`). Some are package data, in profiles/rows of the program; `enginecast bench
+--store` adds to the user's own, in `user_folder`. Lines that are no rows are skipped: choosing must not fail for a
+figure.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from runtime.bundle.manifest import Manifest
+from runtime.errors import InvalidInput
 from runtime.placing.devices import Machine
 
-ROWS: Final = Path("profiles/rows")
+SHIPPED: Final = Path(__file__).parents[2] / "profiles" / "rows"
+DATA: Final = "ENGINECAST_DATA"
+"""The environment variable that names another folder for the user's data."""
 ANSWER_TOKENS: Final = 64
 """Length of the answer that chat models are compared by."""
 
 
+def user_folder() -> Path:
+    """Where a user's own rows are kept: `rows` in $ENGINECAST_DATA, else in the platform's folder for user data.
+
+    That is $XDG_DATA_HOME or ~/.local/share on Linux (XDG Base Directory Specification), ~/Library/Application Support
+    on macOS and %LOCALAPPDATA% on Windows. Raises InvalidInput where the user has no home folder.
+    """
+    if chosen := os.environ.get(DATA):
+        return Path(chosen) / "rows"
+    try:
+        return _user_data() / "enginecast" / "rows"
+    except RuntimeError:
+        raise InvalidInput(DATA, "is not set and this user has no home folder: set it to a folder for data") from None
+
+
+def _user_data() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+
+
 def default_files() -> list[Path]:
-    """Every file of rows that is there, the program's own first."""
-    folders = dict.fromkeys((Path(__file__).parents[2] / ROWS, ROWS.absolute()))
-    return [file for folder in folders if folder.is_dir() for file in sorted(folder.glob("*.jsonl"))]
+    """Every file of rows there is: those that come with the program, then the user's own."""
+    return [file for folder in _folders() if folder.is_dir() for file in sorted(folder.glob("*.jsonl"))]
+
+
+def _folders() -> list[Path]:
+    """A user without a home folder has no rows of their own."""
+    try:
+        return [SHIPPED, user_folder()]
+    except InvalidInput:
+        return [SHIPPED]
 
 
 def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:

@@ -25,9 +25,9 @@ from runtime.limits import IMAGE_SEED, SEED
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Bundle
     from runtime.engine import Options
-    from runtime.pipelines.chat import ChatRequest
-    from runtime.pipelines.diffusion import ImageRequest
     from runtime.placing.placement import Wishes
+    from runtime.tasks.chat import ChatRequest
+    from runtime.tasks.image import ImageRequest
     from serving.dialects.python.session import Session
     from serving.host.job import Model
 

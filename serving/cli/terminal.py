@@ -17,7 +17,8 @@ from rich.progress import Progress as Bar
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.limits import PICTURE_BYTES
-from runtime.pipeline import Progress, TextDelta
+from runtime.pipeline import Progress
+from runtime.tasks.chat import TextDelta
 from runtime.vision.images import decode_image
 from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.stream import Stream

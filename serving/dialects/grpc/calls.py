@@ -6,9 +6,9 @@ from collections.abc import Generator, Iterator
 from typing import Final
 
 from runtime.language import text
-from runtime.pipeline import Event, Finished, ImageReady, Progress, TextDelta
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import PictureFile, decode_image
 from serving.dialects.grpc.messages import CHAT_OPTIONS, IMAGE_OPTIONS, REASONS, ROLES, png
 from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2

@@ -6,8 +6,8 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TypeVar
 
 from runtime.pipeline import Event
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from serving.dialects.grpc import calls
 from serving.dialects.grpc import client as grpc
 from serving.dialects.python import results

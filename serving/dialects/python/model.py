@@ -6,23 +6,24 @@ import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
 from runtime.errors import Cancelled, InvalidInput, Unavailable
 from runtime.pipeline import Event, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import Wishes, parse_place
+from runtime.task import Request
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from serving.dialects.python import results
 from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.host import job
-from serving.host.job import Job, Kind
+from serving.host.job import Job
 
 R = TypeVar("R")
 
@@ -46,8 +47,8 @@ class Model(Session):
 
     @property
     def task(self) -> str:
-        """What the model does: "diffusion" (it has `generate`) or "chat"."""
-        return self._model.kind
+        """What the model does: "image" (it has `generate`) or "chat"."""
+        return self._model.task
 
     @property
     def target(self) -> str:
@@ -73,14 +74,14 @@ class Model(Session):
 
     def draw(self, request: ImageRequest) -> Stream[Drawing]:
         """The stream of a request for pictures. Raises InvalidInput."""
-        return self._run("diffusion", request, results.drawing)
+        return self._run(request, results.drawing)
 
     def answer(self, request: ChatRequest) -> Stream[Answer]:
         """The stream of a request for an answer. Raises InvalidInput."""
-        return self._run("chat", request, results.answer)
+        return self._run(request, results.answer)
 
-    def _run(self, kind: Kind, request: Any, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
-        check_kind(self._model.kind, kind)
+    def _run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        check_task(self._model.task, request.task)
         with self._turn:
             work = Job(self._model, self._model.pipeline(request), drive)
         stop = partial(work.stop, Cancelled("the caller stopped the work"))
@@ -146,7 +147,7 @@ def open_for(
     root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, wishes: Wishes
 ) -> Model:
     """Load a bundle for a request like this one, which is checked before the engines are loaded, which takes long."""
-    check_kind(Bundle(root).manifest.pipeline, "diffusion" if isinstance(request, ImageRequest) else "chat")
+    check_task(Bundle(root).manifest.task, request.task)
     return Model(load_model(root, target, options, wishes, request=request))
 
 
@@ -157,10 +158,7 @@ def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | N
     return Wishes(parse_place(given) if given else {}, limit, strict)
 
 
-def check_kind(found: str, expected: Kind) -> None:
-    """Raise InvalidInput where a model is asked for what another kind of model does."""
+def check_task(found: str, expected: str) -> None:
+    """Raise InvalidInput where a model of one task is given a request of another."""
     if found != expected:
-        does, method = ("draws", "generate") if found == "diffusion" else ("answers", "chat")
-        raise InvalidInput(
-            "bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `{method}`"
-        )
+        raise InvalidInput("bundle", f"holds a model of the task {found}, expected one of the task {expected}")

@@ -16,8 +16,8 @@ from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language import text
 from runtime.limits import PICTURE_BYTES
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import PictureFile
 
 PictureLike = NDArray[np.uint8] | bytes | Path | Image.Image

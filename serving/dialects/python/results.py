@@ -10,7 +10,9 @@ import numpy as np
 
 from runtime.errors import Cancelled
 from runtime.files import written
-from runtime.pipeline import Event, Finished, ImageReady, TextDelta
+from runtime.pipeline import Event
+from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.image import ImageReady
 from runtime.vision.images import Picture, encode_image
 from serving.host.job import Done
 

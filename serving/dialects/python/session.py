@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Unpack
 
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from serving.dialects.python.requests import (
     ChatOptions,
     ImageOptions,

@@ -18,7 +18,9 @@ import pytest
 
 from calibration.capture.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, capture, record
 from calibration.capture.sets import CalibrationSet
-from calibration.requests.built_in import STEPS, built_in, read_images, read_prompts
+from calibration.requests.files import read_images, read_prompts
+from calibration.requests.requests import built_in
+from calibration.requests.tasks.image import STEPS
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import FakeEngine
@@ -86,7 +88,7 @@ def drawing(tmp_path: Path) -> LoadedModel:
     functions = {"text_encoder": _encode, "unet": _denoise, "vae_decoder": _decode}
     engines = {name: FakeEngine(function) for name, function in functions.items()}
     return LoadedModel(
-        bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config)
+        bundle, "image", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config)
     )
 
 
@@ -107,7 +109,7 @@ def saved(found: CalibrationSet, path: Path) -> bytes:
 
 
 def test_every_step_is_kept_equally_often(drawing: LoadedModel) -> None:
-    found = record(drawing, built_in("diffusion"))
+    found = record(drawing, built_in("image"))
     assert (found.kind, found.fingerprint, found.warnings()) == ("diffusion", "f" * 64, [])
     assert found.settings["requests"] == 8 and found.settings["positions"]["unet"] == [2] * STEPS
     times, counts = np.unique([call["timestep"][0] for call in found.samples["unet"]], return_counts=True)
@@ -122,16 +124,16 @@ def test_every_step_is_kept_equally_often(drawing: LoadedModel) -> None:
 
 
 def test_more_requests_give_more_samples_and_a_limit_bounds_them(drawing: LoadedModel) -> None:
-    found = record(drawing, built_in("diffusion"), count=12)
+    found = record(drawing, built_in("image"), count=12)
     assert len(found.samples["unet"]) == 12 * PER_REQUEST and found.settings["positions"]["unet"] == [3] * STEPS
-    few = record(drawing, built_in("diffusion"), limit=5)
+    few = record(drawing, built_in("image"), limit=5)
     assert {name: len(calls) for name, calls in few.samples.items()} == dict.fromkeys(INPUTS, 5)
     assert few.warnings()[0].startswith("noise levels are not covered: no input of unet at step ")
 
 
 def test_capture_gives_the_samples_alone(drawing: LoadedModel, tmp_path: Path) -> None:
     samples = capture(drawing)
-    found = record(drawing, built_in("diffusion"))
+    found = record(drawing, built_in("image"))
     assert saved(dataclasses.replace(found, samples=samples), tmp_path / "one") == saved(found, tmp_path / "other")
     assert len(capture(drawing, limit=4)["unet"]) == 4
 
@@ -139,14 +141,14 @@ def test_capture_gives_the_samples_alone(drawing: LoadedModel, tmp_path: Path) -
 def test_equal_arguments_give_equal_bytes(drawing: LoadedModel, chatting: LoadedModel, tmp_path: Path) -> None:
     for model in (drawing, chatting):
         one, again, other = (
-            saved(record(model, built_in(model.kind, seed), seed=seed), tmp_path / "set") for seed in (0, 0, 1)
+            saved(record(model, built_in(model.task, seed), seed=seed), tmp_path / "set") for seed in (0, 0, 1)
         )
         assert one == again != other
 
 
 def test_the_vae_encoder_gets_the_drawn_picture(drawing: LoadedModel) -> None:
-    (call,) = record(drawing, built_in("diffusion"), count=1).samples[VAE_ENCODER]
-    (latents,) = (found["latents"] for found in record(drawing, built_in("diffusion"), count=1).samples["vae_decoder"])
+    (call,) = record(drawing, built_in("image"), count=1).samples[VAE_ENCODER]
+    (latents,) = (found["latents"] for found in record(drawing, built_in("image"), count=1).samples["vae_decoder"])
     assert np.abs(call["image"] - _decode({"latents": latents})["image"]).max() < 1 / 127
 
 
@@ -162,7 +164,7 @@ def test_the_vae_encoder_gets_the_user_s_pictures(drawing: LoadedModel, tmp_path
     monkey = "runtime.vision.images.MAX_PIXELS"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monkey, 100_000)
-        found = record(drawing, read_images(folder, "diffusion"))
+        found = record(drawing, read_images(folder, "image"))
     shades = sorted(float(call["image"].mean()) for call in found.samples[VAE_ENCODER])
     assert shades == [-1, 1] and all(call["image"].shape == (1, 3, EDGE, EDGE) for call in found.samples[VAE_ENCODER])
     assert len(found.samples["vae_decoder"]) == 2 and found.settings["requests"] == 2
@@ -174,15 +176,15 @@ def test_the_vae_encoder_gets_the_user_s_pictures(drawing: LoadedModel, tmp_path
 def test_nothing_that_can_be_used(drawing: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InvalidInput, match=r"images: none of .* can be used: a\.png: is no PNG"):
-        record(drawing, read_images(tmp_path, "diffusion"))
+        record(drawing, read_images(tmp_path, "image"))
     (tmp_path / "prompts.txt").write_text("word " * 200)
     with pytest.raises(InvalidInput, match=r"prompts: none of prompts\.txt can be used: line 1: prompt: "):
-        record(drawing, read_prompts(tmp_path / "prompts.txt", "diffusion"))
+        record(drawing, read_prompts(tmp_path / "prompts.txt", "image"))
 
 
 def test_no_path_of_this_machine_is_in_a_set(drawing: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a small red circle in the center")
-    found = record(drawing, read_prompts(tmp_path / "prompts.txt", "diffusion"), folder=tmp_path / "kept")
+    found = record(drawing, read_prompts(tmp_path / "prompts.txt", "image"), folder=tmp_path / "kept")
     assert str(tmp_path).encode() not in saved(found, tmp_path / "set") and found.settings["file"] == "prompts.txt"
 
 
@@ -208,36 +210,36 @@ def test_a_recorded_sequence_computes_what_the_decoder_did(chatting: LoadedModel
 
 
 def test_finished_requests_are_not_run_again(drawing: LoadedModel, tmp_path: Path) -> None:
-    unbroken = saved(record(drawing, built_in("diffusion")), tmp_path / "unbroken")
+    unbroken = saved(record(drawing, built_in("image")), tmp_path / "unbroken")
 
     def stop(done: Done) -> None:
         if done.number == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        record(drawing, built_in("diffusion"), folder=tmp_path / "kept", listen=stop)
+        record(drawing, built_in("image"), folder=tmp_path / "kept", listen=stop)
     before, reports = runs(drawing), list[Done]()
-    found = record(drawing, built_in("diffusion"), folder=tmp_path / "kept", listen=reports.append)
+    found = record(drawing, built_in("image"), folder=tmp_path / "kept", listen=reports.append)
     assert runs(drawing) - before == 5 * (STEPS + 2), "five requests of a text, STEPS noises and a picture"
     assert [done.reused for done in reports if done.seconds is not None] == [True] * 3 + [False] * 5
     assert saved(found, tmp_path / "set") == unbroken
 
 
 def test_what_is_kept_of_another_capture_is_not_used(drawing: LoadedModel, tmp_path: Path) -> None:
-    record(drawing, built_in("diffusion"), count=3, folder=tmp_path / "kept")
+    record(drawing, built_in("image"), count=3, folder=tmp_path / "kept")
     (tmp_path / "kept" / "0001.safetensors").write_bytes(b"damaged")
     reports = list[Done]()
-    record(drawing, built_in("diffusion"), count=3, folder=tmp_path / "kept", listen=reports.append)
+    record(drawing, built_in("image"), count=3, folder=tmp_path / "kept", listen=reports.append)
     assert [done.reused for done in reports if done.seconds is not None] == [True, False, True]
     changes: list[dict[str, Any]] = [{"seed": 1}, {"limit": 6}, {"count": 4}]
     for change in changes:
         reports.clear()
         shutil.copytree(tmp_path / "kept", tmp_path / "copy", dirs_exist_ok=True)
         arguments: dict[str, Any] = {"count": 3} | change
-        found = record(drawing, built_in("diffusion"), folder=tmp_path / "copy", listen=reports.append, **arguments)
+        found = record(drawing, built_in("image"), folder=tmp_path / "copy", listen=reports.append, **arguments)
         assert not any(done.reused for done in reports), change
         assert saved(found, tmp_path / "one") == saved(
-            record(drawing, built_in("diffusion"), **arguments), tmp_path / "other"
+            record(drawing, built_in("image"), **arguments), tmp_path / "other"
         )
 
 
@@ -245,7 +247,7 @@ UNDER_WAY = """
 import sys, time
 from pathlib import Path
 from calibration.capture.data import record
-from calibration.requests import built_in
+from calibration.requests.requests import built_in
 from runtime.placing.loading import load_model
 def listen(done):
     if done.number == 4 and done.seconds is None:

@@ -35,13 +35,13 @@ from calibration.quantize.layers import (
     plan,
     quantize,
 )
-from calibration.requests.built_in import image_requests
 from export.checkpoint.tensors import read_header
 from export.graph.trace import trace
 from export.graph.weights import attach, write
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import InvalidInput, SourceError
+from samples.exams import Pictures
 
 Floats = NDArray[np.float32]
 Samples = Sequence[Mapping[str, NDArray[Any]]]
@@ -497,7 +497,7 @@ def test_the_sample_text_encoder(diffusion_bundle: Path, tmp_path: Path) -> None
     tokenizer = ClipTokenizer(diffusion_bundle / "tokenizer")
     prompts = [
         np.asarray(tokenizer(request.prompt), np.int64).reshape(1, -1)
-        for request in islice(image_requests(5), 0, 192, 2)
+        for request in islice(Pictures().calibration(5), 0, 192, 2)
     ]
     seen, unseen = ([{"input_ids": ids} for ids in half] for half in (prompts[:48], prompts[48:]))
     graph = diffusion_bundle / "onnx" / "text_encoder" / "model.onnx"

@@ -257,7 +257,7 @@ def test_a_build_searches_once_and_says_what_it_found(
 
 def test_below_the_floors_there_is_no_bundle(tiny_vlm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     strict = tuple(
-        floor.model_copy(update={"least": 250.0}) for floor in quality.FLOORS if floor.measure == "submodel_snr_db"
+        floor.model_copy(update={"least": 250.0}) for floor in quality.FLOORS if floor.measure == quality.SNR
     )
     monkeypatch.setattr(quality, "FLOORS", strict)
     with pytest.raises(QualityError, match=r"falls below.*vision_encoder.*No bundle was written"):

@@ -25,7 +25,8 @@ from export.family import family_of
 from runtime.bundle.manifest import Bundle
 from runtime.errors import SourceError
 from runtime.pipeline import Call
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
+from runtime.tasks.image import ImageRequest
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # torch tensors inside diffusers

@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export.cli.commands
-import samples.world.scenes
 from calibration.capture.data import capture
 from export.build.build import build
 from export.build.options import Options
@@ -25,13 +24,15 @@ from export.checkpoint.source import Source, resolve
 from export.families.stable_diffusion import Grid
 from export.family import family_of
 from profiles.probes import Settings, probes
-from profiles.subjects import Exam, source_subject
+from profiles.subjects import Setting, source_subject
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
-from runtime.pipeline import ImageReady, drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, Sizes, random_stream
+from runtime.pipeline import drive
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, Sizes, random_stream
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.image import ImageReady, ImageRequest
+from samples.exams import Pictures
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -206,9 +207,10 @@ def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
 
 
 def test_the_checkpoint_itself_can_be_scored(tiny_xl: Path, theirs: Any) -> None:
-    scenes = list(samples.world.scenes.test_prompts(2))
-    (first, _) = source_subject(tiny_xl).pictures(scenes, Exam(count=2, steps=2, guidance_scale=3.0, batch=2))
-    wanted = expected(theirs, ImageRequest(scenes[0].caption, "", EDGE, EDGE, steps=2, guidance_scale=3.0, seed=0))
+    cases = Pictures().cases(2)
+    (first, _) = source_subject(tiny_xl).results(cases, Setting(count=2, steps=2, guidance_scale=3.0, batch=2))
+    prompt = cases[0].request.prompt
+    wanted = expected(theirs, ImageRequest(prompt, "", EDGE, EDGE, steps=2, guidance_scale=3.0, seed=0))
     assert np.abs(first.astype(int) - wanted.astype(int)).max() <= 1
 
 

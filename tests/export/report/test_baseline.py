@@ -17,8 +17,9 @@ from export.build.options import Options
 from export.build.state import Build
 from export.graph.weights import parameter_names
 from export.report.baseline import TorchEngine, compare_speed, torch_model
-from export.report.speed import WHOLE, SpeedEffort
+from export.report.speed import WHOLE
 from export.report.timed import time_bundle
+from export.task import SpeedEffort
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Slot
 from runtime.errors import EngineUnavailable, InvalidInput, UnsupportedModel

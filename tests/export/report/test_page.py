@@ -17,19 +17,20 @@ import onnx_ir as ir
 import pytest
 
 from export.checkpoint.tensors import read_header
-from export.report.page import GAIN, _is_parameter, difference, report, sizes
+from export.report.page import _is_parameter, report, sizes
+from export.report.pictures import GAIN, difference
 from export.report.quality import (
-    FOLDER,
     QUALITY,
-    AnswerQuality,
     OutputQuality,
-    PictureQuality,
     Quality,
     SubmodelQuality,
     TaskQuality,
     save_quality,
 )
 from export.report.speed import WHOLE, Speed, Timed, Timing
+from export.task import FOLDER
+from export.tasks.chat import AnswerQuality
+from export.tasks.image import PictureQuality
 from runtime.bundle.manifest import MANIFEST, Bundle
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
 from runtime.timing import Spread

@@ -9,6 +9,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,20 @@ from calibration.ground.progress import Position, listening
 from calibration.observe.metrics import CAP_DB, perplexity
 from export.build.build import build
 from export.build.options import Options
-from export.report.quality import (
-    FLOORS,
-    FOLDER,
-    MAX_TOKENS,
-    QUALITY,
-    SEED,
-    Effort,
-    Samples,
-    floors,
-    load_quality,
-    measure,
-    save_quality,
-)
+from export.report.compare import Samples, measure
+from export.report.quality import QUALITY, floors, load_quality, save_quality
+from export.report.running import MAX_TOKENS
+from export.task import FOLDER, Effort
+from export.tasks.chat import TASK as CHAT
+from export.tasks.chat import mean, tokens_of, whole_text
 from runtime.bundle.manifest import MANIFEST, Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
 from runtime.errors import BundleError, EngineError, NotFound
-from runtime.language.text import Message
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import decode_image
-from samples.world.questions import test_questions as questions_of
 
 EFFORT = Effort(pictures=2, steps=3, questions=4, cases=4)
 
@@ -177,28 +170,33 @@ def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) 
         "perplexity_change": 1,
     }  # fmt: skip
     assert [output.snr_db for submodel in quality.submodels for output in submodel.outputs] == [CAP_DB] * 3
-    assert quality.submodels[2].calls == quality.tokens, "the decoder is compared on every token of every answer"
+    assert quality.submodels[2].calls == tokens_of(quality.answers), (
+        "the decoder is compared on every token of every answer"
+    )
     for one in quality.answers:
         assert (one.token_agreement, one.next_token_agreement, one.kl_divergence) == (1, 1, 0)
         assert one.reference == one.quantized and one.reference_perplexity == one.quantized_perplexity > 1
-    assert [one.question for one in quality.answers] == [case.question for case in questions_of(4, SEED)]
-    assert np.array_equal(pictures[str(quality.answers[0].picture)], questions_of(1, SEED)[0].picture)
+    requests = list(islice(CHAT.general(), 4))
+    assert [one.question for one in quality.answers] == [request.messages[0].content[1] for request in requests]
+    assert np.array_equal(pictures[str(quality.answers[0].picture)], requests[0].images[0])
     assert quality.shortfalls("int8") == []
 
 
 def test_answers_of_a_quantized_model(talking_int8: LoadedModel, talking: LoadedModel, said: Samples) -> None:
     quality, _ = measure(talking_int8, talking, said, EFFORT)
-    for case, one in zip(questions_of(4, SEED), quality.answers, strict=True):
+    for asked, one in zip(islice(CHAT.general(), 4), quality.answers, strict=True):
         assert 0 < one.kl_divergence < 0.01 and one.next_token_agreement >= one.token_agreement
-        request = ChatRequest((Message("user", (case.picture, case.question)),), max_tokens=MAX_TOKENS, temperature=0.0)
+        request = replace(asked, max_tokens=MAX_TOKENS)
         prompt = pipeline_of(talking).prompt(request)
         tokens = greedy(talking, prompt.ids, request, one.tokens)
         for model, found in ((talking, one.reference_perplexity), (talking_int8, one.quantized_perplexity)):
             logits = np.stack([next_logits(model, prompt.ids + tokens[:i], request) for i in range(len(tokens))])
             assert found == pytest.approx(perplexity(logits, tokens), rel=1e-4), "as from each prefix computed alone"
     assert any(one.token_agreement < 1 for one in quality.answers), "else nothing was forced"
-    text = math.exp(sum(one.tokens * math.log(one.quantized_perplexity) for one in quality.answers) / quality.tokens)
-    assert quality.over_text("quantized_perplexity") == pytest.approx(text)
+    text = math.exp(
+        sum(one.tokens * math.log(one.quantized_perplexity) for one in quality.answers) / tokens_of(quality.answers)
+    )
+    assert whole_text(quality.answers, "quantized_perplexity") == pytest.approx(text)
 
 
 def pipeline_of(model: LoadedModel) -> ChatPipeline:
@@ -240,7 +238,7 @@ def test_a_spoilt_decoder_falls_short(talking: LoadedModel, said: Samples) -> No
     decoder, agreement = quality.shortfalls("int4")
     assert decoder.startswith("SNR of decoder.logits is ")
     assert agreement.startswith("agreement on the next token is 0")
-    assert quality.over_tokens("kl_divergence") > 0.001, (
+    assert mean(quality.answers, "kl_divergence") > 0.001, (
         "random weights give nearly even odds, so noise moves them little"
     )
 
@@ -280,9 +278,10 @@ def test_the_samples_are_scored(vlm_bundle: Path) -> None:
 
 
 def test_floors() -> None:
-    assert {floor.quant for floor in FLOORS} == {"int8", "int4"} and floors("none") == floors("int8-naive") == []
+    every = floors("int8") + floors("int4")
+    assert len(every) == 6 and floors("none") == floors("int8-naive") == []
     assert floors("auto") == floors("int4")
-    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in FLOORS), (
+    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in every), (
         "figures of builds go stale"
     )
     for int8, int4 in zip(floors("int8"), floors("int4"), strict=True):

@@ -1,4 +1,4 @@
-"""What is calibrated on: seeded, never held out, and the user's own files with whatever may be wrong in them."""
+"""Requests from the user's own files, with whatever may be wrong in them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import calibration.requests.built_in
-from calibration.capture.sets import Kind
-from calibration.requests.built_in import (
-    BRIEF_STEPS,
-    BRIEF_TOKENS,
-    MOST,
-    PROMPTS,
-    QUESTIONS,
-    REQUESTS,
-    Asked,
-    Requests,
-    accepted,
-    briefly,
-    built_in,
-    chat_requests,
-    image_requests,
-    read_images,
-    read_prompts,
-    read_questions,
-)
+import calibration.requests.files
+from calibration.requests.files import read_images, read_prompts, read_questions
+from calibration.requests.requests import MOST, Asked, Requests, accepted
+from calibration.requests.tasks.chat import QUESTIONS
 from runtime.errors import EnginecastError, InvalidInput, NotFound
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import encode_image
-from samples.world.scenes import held_out
 
 
 def draw(path: Path, shade: int = 0, text: str | None = None) -> None:
@@ -55,44 +38,9 @@ def questions(asked: list[Asked]) -> list[str]:
     return [str(one.request.messages[0].content[1]) for one in asked if isinstance(one.request, ChatRequest)]
 
 
-# Built-in requests
-
-
-def test_requests_are_seeded_and_mixed() -> None:
-    requests, again, others = (list(islice(image_requests(seed), 8)) for seed in (0, 0, 1))
-    assert [r.prompt for r in requests] == [r.prompt for r in again]
-    assert [r.prompt for r in requests] != [r.prompt for r in others]
-    assert len({r.seed for r in requests}) == 8
-    assert {r.prompt for r in requests[1::2]} == set(PROMPTS[:4])
-
-
-def test_no_case_that_models_are_scored_on_is_used() -> None:
-    assert not any(held_out(request.prompt) for request in islice(image_requests(), 0, 40, 2))
-
-
-def test_questions_show_a_picture() -> None:
-    first, again = (list(islice(chat_requests(), 6)) for _ in range(2))
-    assert all(request.images[0].shape == (128, 128, 3) for request in first)
-    assert [request.messages[0].content[1] for request in first] == [
-        request.messages[0].content[1] for request in again
-    ]
-    assert all(np.array_equal(one.images[0], other.images[0]) for one, other in zip(first, again, strict=True))
-
-
-def test_built_in_requests_have_no_end() -> None:
-    requests = built_in("diffusion", 3)
-    assert requests.wanted(None) == REQUESTS and requests.wanted(50) == 50
-    asked = list(islice(requests.asked, 3))
-    assert [one.name for one in asked] == ["built-in 1", "built-in 2", "built-in 3"]
-    assert prompts(asked) == [request.prompt for request in islice(image_requests(3), 3)]
-
-
-# What a model can read
-
-
 def fussy(asked: Asked) -> str:
     (prompt,) = prompts([asked])
-    if prompt in PROMPTS or "long" in prompt:
+    if "long" in prompt:
         raise InvalidInput("prompt", "is too long")
     return prompt
 
@@ -101,40 +49,15 @@ def deaf(_asked: Asked) -> str:
     raise InvalidInput("prompt", "is too long")
 
 
-def test_brief_requests_are_the_same_but_short(tmp_path: Path) -> None:
-    brief, usual = briefly(built_in("diffusion", 3)), built_in("diffusion", 3)
-    assert brief.wanted(None) == len(BRIEF_STEPS) and brief.wanted(50) == 50
-    for (short, long), steps in zip(zip(brief.asked, usual.asked, strict=False), BRIEF_STEPS, strict=False):
-        assert isinstance(long.request, ImageRequest) and isinstance(short.request, ImageRequest)
-        assert (short.name, short.request.prompt, short.request.seed) == (
-            long.name,
-            long.request.prompt,
-            long.request.seed,
-        )
-        assert short.request.steps == steps != long.request.steps
-    (tmp_path / "prompts.txt").write_text("what is it?\n")
-    (asked,) = briefly(read_prompts(tmp_path / "prompts.txt", "chat")).asked
-    assert isinstance(asked.request, ChatRequest) and asked.request.max_tokens == BRIEF_TOKENS
-
-
-def test_built_in_requests_that_a_model_cannot_read_are_passed_over() -> None:
-    requests = built_in("diffusion")
-    found = list(accepted(fussy, requests, 5))
-    assert [prompt for _, prompt in found] == [request.prompt for request in islice(image_requests(), 0, 10, 2)]
-    assert requests.skipped == []
-    with pytest.raises(InvalidInput, match="too long"):
-        list(accepted(deaf, built_in("diffusion"), 5))
-
-
 def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a cat\na long story\n")
-    requests = read_prompts(tmp_path / "prompts.txt", "diffusion")
+    requests = read_prompts(tmp_path / "prompts.txt", "image")
     assert [prompt for _, prompt in accepted(fussy, requests, 2)] == ["a cat"]
     assert requests.skipped == ["line 2: prompt: is too long"]
     with pytest.raises(
         InvalidInput, match=r"prompts: none of prompts.txt can be used: line .: prompt: is too long; line "
     ):
-        list(accepted(deaf, read_prompts(tmp_path / "prompts.txt", "diffusion"), 2))
+        list(accepted(deaf, read_prompts(tmp_path / "prompts.txt", "image"), 2))
 
 
 # Prompts
@@ -143,7 +66,7 @@ def test_the_user_s_own_that_a_model_cannot_read_are_named(tmp_path: Path) -> No
 def test_prompts_are_lines(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeff# mine\n\n  a cat \r\n\t\na döner\n  # a dog\nwhat #1 is\n".encode())
-    requests = read_prompts(file, "diffusion")
+    requests = read_prompts(file, "image")
     assert (requests.origin, requests.file, requests.size) == ("prompts", "prompts.txt", 3)
     assert requests.wanted(None) == 3 and requests.wanted(2) == 2 and requests.wanted(9) == 3
     asked = list(requests.asked)
@@ -159,38 +82,38 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
 def test_a_few_prompts_stand_for_the_whole_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"number {i}" for i in range(1000)))
-    one, again, other = (prompts(list(islice(read_prompts(file, "diffusion", seed).asked, 20))) for seed in (0, 0, 1))
+    one, again, other = (prompts(list(islice(read_prompts(file, "image", seed).asked, 20))) for seed in (0, 0, 1))
     assert one == again != other
     assert 300 < np.mean([int(prompt.split()[1]) for prompt in one]) < 700
-    assert read_prompts(file, "diffusion").wanted(None) == MOST
+    assert read_prompts(file, "image").wanted(None) == MOST
 
 
-def test_prompts_are_asked_about_drawn_scenes(tmp_path: Path) -> None:
+def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("what is it?\nwho is it?\n")
     one, again = (list(read_prompts(tmp_path / "prompts.txt", "chat").asked) for _ in range(2))
     assert sorted(questions(one)) == ["what is it?", "who is it?"]
     pictures = [
         [asked.request.images[0] for asked in each if isinstance(asked.request, ChatRequest)] for each in (one, again)
     ]
-    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0][0], pictures[0][1])
+    assert all(map(np.array_equal, *pictures)) and not np.array_equal(*pictures[0])
 
 
 @pytest.mark.parametrize("content", [b"", b"\n \n", b"# nothing\n"])
 def test_a_file_without_prompts(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InvalidInput, match="holds no prompts, expected one a line"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
+        read_prompts(tmp_path / "prompts.txt", "image")
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotFound, match=r"prompts: file .* does not exist"):
-        read_prompts(tmp_path / "none.txt", "diffusion")
+        read_prompts(tmp_path / "none.txt", "image")
     (tmp_path / "prompts.txt").write_bytes(b"caf\xe9")
     with pytest.raises(InvalidInput, match=r"prompts: is no UTF-8 text: .* at byte 3"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
-    monkeypatch.setattr(calibration.requests.built_in, "LONGEST", 3)
+        read_prompts(tmp_path / "prompts.txt", "image")
+    monkeypatch.setattr(calibration.requests.files, "LONGEST", 3)
     with pytest.raises(InvalidInput, match="prompts: has 4 bytes, expected 3 at most"):
-        read_prompts(tmp_path / "prompts.txt", "diffusion")
+        read_prompts(tmp_path / "prompts.txt", "image")
 
 
 # Folders of pictures
@@ -200,7 +123,7 @@ def test_captions_become_prompts_and_pictures_come_along(tmp_path: Path) -> None
     draw(tmp_path / "a.png", 10, "a\n cat ")
     draw(tmp_path / "b.JPG", 20, "a dog")
     (tmp_path / "notes.md").write_text("not a picture")
-    requests = read_images(tmp_path, "diffusion")
+    requests = read_images(tmp_path, "image")
     assert (requests.origin, requests.file, requests.size) == ("images", tmp_path.name, 2)
     asked = {one.name: one for one in requests.asked}
     assert {name: prompts([one]) for name, one in asked.items()} == {"a.png": ["a cat"], "b.JPG": ["a dog"]}
@@ -217,7 +140,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
     (tmp_path / "text.png").write_text("no picture")
     whole = encode_image(np.zeros((50, 50, 3), np.uint8))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    requests = read_images(tmp_path, "diffusion")
+    requests = read_images(tmp_path, "image")
     assert [one.name for one in requests.asked] == ["good.png"]
     reasons = {reason.split(":")[0]: reason for reason in requests.skipped}
     assert reasons.keys() == {"silent.png", "blank.png", "strange.png", "text.png", "cut.png"}
@@ -233,7 +156,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
 def test_bombs_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw(tmp_path / "big.png")
     with (tmp_path / "vast.png").open("wb") as file:
-        file.truncate(calibration.requests.built_in.LONGEST + 1)
+        file.truncate(calibration.requests.files.LONGEST + 1)
     monkeypatch.setattr("runtime.vision.images.decode_image.__defaults__", ("image", 50))
     requests = read_images(tmp_path, "chat")
     assert list(requests.asked) == []
@@ -248,20 +171,19 @@ def test_questions_are_asked_about_pictures_in_turn(tmp_path: Path) -> None:
         draw(tmp_path / f"{i}.png", i)
     asked = list(read_images(tmp_path, "chat").asked)
     assert questions(asked) == [*QUESTIONS, QUESTIONS[0]]
-    assert sorted(one.name for one in asked) == [f"{i}.png" for i in range(len(QUESTIONS) + 1)]
-    assert all(
-        isinstance(one.request, ChatRequest) and one.request.images[0][0, 0, 0] == int(one.name[0]) for one in asked
-    )
+    numbers = [int(Path(one.name).stem) for one in asked]
+    assert sorted(numbers) == list(range(len(QUESTIONS) + 1))
+    assert [one.request.images[0][0, 0, 0] for one in asked] == numbers
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match=r"images: folder .* does not exist"):
-        read_images(tmp_path / "none", "diffusion")
+        read_images(tmp_path / "none", "image")
     with pytest.raises(InvalidInput, match="holds no pictures"):
-        read_images(tmp_path, "diffusion")
+        read_images(tmp_path, "image")
     (tmp_path / "a.png").write_text("no picture")
     with pytest.raises(InvalidInput, match=r"images: none of .* can be used: a.png: is no PNG"):
-        list(accepted(fussy, read_images(tmp_path, "diffusion"), 1))
+        list(accepted(fussy, read_images(tmp_path, "image"), 1))
 
 
 # JSON Lines of questions
@@ -314,11 +236,11 @@ def test_questions_are_not_for_models_that_draw(tmp_path: Path) -> None:
     with pytest.raises(
         InvalidInput, match="questions: are for models that chat, and this one draws: give it --prompts, or --images"
     ):
-        read_questions(lines(tmp_path / "q.jsonl", GOOD), "diffusion")
+        read_questions(lines(tmp_path / "q.jsonl", GOOD), "image")
 
 
-READERS: list[tuple[Callable[[Path, Kind], Requests], Kind]] = [
-    (read_prompts, "diffusion"),
+READERS: list[tuple[Callable[[Path, str], Requests], str]] = [
+    (read_prompts, "image"),
     (read_prompts, "chat"),
     (read_questions, "chat"),
 ]
@@ -332,7 +254,7 @@ READERS: list[tuple[Callable[[Path, Kind], Requests], Kind]] = [
     | st.builds(lambda value: json.dumps({"image": value}).encode(), st.text())
 )
 def test_any_file_gives_requests_or_a_reason(
-    tmp_path: Path, read: Callable[[Path, Kind], Requests], kind: Kind, content: bytes
+    tmp_path: Path, read: Callable[[Path, str], Requests], kind: str, content: bytes
 ) -> None:
     (tmp_path / "file").write_bytes(content)
     try:

@@ -1,0 +1,65 @@
+"""What calibration must know of a task. One file per task in `calibration/requests/tasks/`, found by listing it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, ClassVar
+
+import calibration.requests.tasks
+from runtime.listing import modules
+from runtime.pipeline import Event
+from runtime.vision.images import Picture
+
+
+class Task(ABC):
+    """How requests of one task are made. `name` is the task's in `runtime.tasks`.
+
+    `calls` is about how often a request calls its largest submodel while calibrating, `brief_calls` the same of a
+    brief request.
+    """
+
+    name: ClassVar[str]
+    calls: ClassVar[float]
+    brief_calls: ClassVar[float]
+
+    @abstractmethod
+    def general(self, seed: int) -> Iterator[Any]:
+        """Requests of many kinds for any model, without end."""
+
+    @abstractmethod
+    def calibrating(self, request: Any, number: int, seed: int) -> Any:
+        """Request `number` (from 0) as it is run while calibrating: short, and with a seed of its own."""
+
+    @abstractmethod
+    def brief(self, request: Any, number: int) -> Any:
+        """The same for models of which each call takes many seconds."""
+
+    @abstractmethod
+    def of_prompt(self, text: str, number: int) -> Any:
+        """A request for one of the user's prompts."""
+
+    @abstractmethod
+    def of_picture(self, picture: Picture, caption: Callable[[], str], number: int) -> tuple[Any, Picture | None]:
+        """A request for one of the user's pictures, and the picture where the model's image encoder is to see it.
+
+        `caption` reads the file beside the picture. Raises InvalidInput.
+        """
+
+    @abstractmethod
+    def of_question(self, picture: Picture, question: str) -> Any:
+        """A request for a question about a picture."""
+
+    def check_questions(self) -> None:
+        """Raise InvalidInput where questions do not apply to this task."""
+
+    @abstractmethod
+    def result(self, events: Iterable[Event]) -> Any:
+        """What a request gave in the end."""
+
+
+@cache
+def tasks() -> Mapping[str, Task]:
+    """Every task by name."""
+    return {module.TASK.name: module.TASK for module in modules(calibration.requests.tasks)}

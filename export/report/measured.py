@@ -1,0 +1,70 @@
+"""Figures of a report: what is stored, the least that a bundle must reach, and submodels compared call by call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pydantic import ConfigDict
+
+from calibration.observe.metrics import Comparison
+from runtime.bundle.manifest import Frozen
+from runtime.errors import EngineError, InvalidInput
+from runtime.pipeline import Outputs
+
+
+class Measured(Frozen):
+    """Figures that are numbers. What a bundle from anywhere holds instead is refused; what other versions add is left
+    out.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+class Measure(Frozen):
+    """Something that floors are set for: its `name` in manifests, its `title` on the page, and what the figure is
+    `of` in messages.
+    """
+
+    name: str
+    title: str
+    of: str
+    unit: str = ""
+
+
+class Floor(Frozen):
+    """The least that a bundle of this `quant` must reach in one measure, and why it is set there.
+
+    The reason is what noise of known size did to a model's work, or another floor: nothing that changes with the next
+    build. Noise: Gaussian, the same in every call, on the one output, so that its SNR is the figure given.
+    """
+
+    quant: str
+    measure: Measure
+    least: float
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.least:g}{self.measure.unit}"
+
+
+@dataclass
+class Compared:
+    """The outputs of one submodel, compared call by call."""
+
+    calls: int = 0
+    outputs: dict[str, Comparison] = field(default_factory=dict)
+
+    def add(self, submodel: str, reference: Outputs, quantized: Outputs) -> None:
+        """Count one call. Raises EngineError for outputs that are not finite."""
+        self.calls += 1
+        for name, array in reference.items():
+            try:
+                self.outputs.setdefault(name, Comparison()).add(array, quantized[name])
+            except InvalidInput as error:
+                raise EngineError(
+                    f"submodel '{submodel}', output '{name}': {error}. Build with a higher precision"
+                ) from None
+
+
+ComparedByName = Mapping[str, Compared]

@@ -1,0 +1,116 @@
+"""What a build compares, times and requires of models of one task.
+
+One file per task in `export/tasks/`, found by listing it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, ClassVar, Final
+
+import export.tasks
+from export.report.measured import ComparedByName, Floor, Measure, Measured
+from runtime.bundle.manifest import Bundle
+from runtime.listing import modules
+from runtime.pipeline import Pipeline
+from runtime.placing.loading import LoadedModel
+from runtime.vision.images import Picture
+
+Pictures = dict[str, Picture]
+"""Pictures by their path in the bundle."""
+
+FOLDER: Final = "quality"
+"""Where a bundle keeps what was compared."""
+SEED: Final = 1000
+"""Compared requests are drawn from this seed and those after it. Calibration begins at 0 and stays far below."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is compared: `pictures` and `questions` that the report shows, and `cases` of the checkpoint's exam.
+
+    `steps` of each picture; None is as many as the model's users get.
+    """
+
+    pictures: int = 4
+    steps: int | None = None
+    questions: int = 8
+    cases: int = 16
+
+
+@dataclass(frozen=True)
+class SpeedEffort:
+    """How much is timed: `turns` that count, fewer once `seconds` have passed, and the request.
+
+    That has `steps` of a picture (None is as many as the model's users get) or new `tokens` of an answer.
+    """
+
+    turns: int = 9
+    seconds: float = 4
+    steps: int | None = 4
+    tokens: int = 16
+
+
+THOROUGH: Final = SpeedEffort(turns=15, seconds=120, steps=None, tokens=64)
+
+
+class Task(ABC):
+    """How models of one task are compared.
+
+    `name` is the task's in `runtime.tasks`, `stored` names the results in quality.json, `noun` is what one is of.
+    """
+
+    name: ClassVar[str]
+    stored: ClassVar[str]
+    noun: ClassVar[str]
+    measure: ClassVar[Measure]
+    floors: ClassVar[tuple[Floor, ...]]
+
+    @abstractmethod
+    def wanted(self, effort: Effort) -> int:
+        """How many requests are compared."""
+
+    @abstractmethod
+    def general(self) -> Iterator[Any]:
+        """Requests for any model; none of them is calibrated with."""
+
+    @abstractmethod
+    def comparing(self, request: Any, number: int, effort: Effort) -> Any:
+        """Request `number` (from 0) as both models get it: the same seed, a bounded length."""
+
+    @abstractmethod
+    def compare(
+        self,
+        number: int,
+        request: Any,
+        quantized: LoadedModel,
+        reference: LoadedModel,
+        pictures: Pictures,
+        compared: ComparedByName,
+    ) -> Measured:
+        """Run a request on both models. Adds the pictures of the report, and calls of submodels that keep states."""
+
+    @abstractmethod
+    def figure(self, results: Sequence[Any]) -> float:
+        """The `measure` of all results together."""
+
+    @abstractmethod
+    def summary(self, results: Sequence[Any]) -> dict[str, float]:
+        """Other figures for the manifest."""
+
+    @abstractmethod
+    def shown(self, bundle: Bundle, results: Sequence[Any]) -> dict[str, Any]:
+        """What the page about a bundle needs to show the results, which may be none. Raises BundleError."""
+
+    @abstractmethod
+    def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:
+        """A pipeline that is about to carry out the request that is timed, and a description of the request."""
+
+
+@cache
+def tasks() -> Mapping[str, Task]:
+    """Every task by name."""
+    return {module.TASK.name: module.TASK for module in modules(export.tasks)}

@@ -1,0 +1,27 @@
+"""General prompts: seeded, and of many kinds in each eight."""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from calibration.requests.requests import REQUESTS
+from calibration.requests.tasks.image import PROMPTS, TASK
+from export.tasks.image import PROMPTS as COMPARED
+
+
+def test_prompts_are_seeded_and_mixed() -> None:
+    one, again, other = (list(islice(TASK.general(seed), REQUESTS)) for seed in (0, 0, 1))
+    prompts = [[request.prompt for request in some] for some in (one, again, other)]
+    assert prompts[0] == prompts[1] and not set(prompts[0]) & set(prompts[2])
+    assert any(request.negative_prompt for request in one) and any(not request.negative_prompt for request in one)
+
+
+def test_each_eight_hold_many_kinds() -> None:
+    for start in range(0, len(PROMPTS), REQUESTS):
+        some = [prompt for prompt, _ in PROMPTS[start : start + REQUESTS]]
+        assert max(map(len, some)) > 4 * min(map(len, some)) or start, "short and long"
+    assert len(dict(PROMPTS)) == len(PROMPTS) and sum(not prompt.isascii() for prompt, _ in PROMPTS) >= 1
+
+
+def test_what_is_compared_was_not_calibrated_with() -> None:
+    assert not {prompt for prompt, _ in PROMPTS} & set(COMPARED)
