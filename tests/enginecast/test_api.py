@@ -81,7 +81,7 @@ def test_build_load_and_draw(tiny_diffusion: Path, tmp_path: Path) -> None:
     with enginecast.load(tmp_path / "b", place={"text_encoder": "cpu"}, memory_limit="1GiB") as model:
         first, second = (model.generate("x", steps=1, width=16, height=16, seed=3).image for _ in range(2))
         assert first.shape == (16, 16, 3) and (first == second).all()
-        with pytest.raises(enginecast.InvalidInput, match=r"so use `generate`"):
+        with pytest.raises(enginecast.InvalidInput, match="of the task image, expected one of the task chat"):
             model.chat("what?")
     with pytest.raises(enginecast.EngineUnavailable):
         enginecast.load(tmp_path / "b", target="openvino")

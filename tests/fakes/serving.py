@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from enginecast.testing import server
-from enginecast.testing.server import FakeModel, bundle
+from enginecast.testing.server import FakeAnswers, FakeModel, bundle
 from serving.enginecast_pb import image_pb2
 
-__all__ = ["FakeModel", "FakeServer", "bundle", "request", "until"]
+__all__ = ["FakeAnswers", "FakeModel", "FakeServer", "bundle", "request", "until"]
 
 
 class FakeServer(server.FakeServer):

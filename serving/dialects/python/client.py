@@ -8,8 +8,8 @@ from typing import TypeVar
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from serving.dialects.grpc import calls
 from serving.dialects.grpc import client as grpc
+from serving.dialects.grpc.tasks import chat, image
 from serving.dialects.python import results
 from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.session import Session
@@ -64,13 +64,13 @@ class Client(Session):
 
     def draw(self, request: ImageRequest) -> Stream[Drawing]:
         """The stream of a request for pictures."""
-        responses = self._client.generate(calls.image_message(self.model, request), self.timeout)
-        return _stream(responses, calls.image_events, results.drawing)
+        responses = self._client.generate(image.image_message(self.model, request), self.timeout)
+        return _stream(responses, image.image_events, results.drawing)
 
     def answer(self, request: ChatRequest) -> Stream[Answer]:
         """The stream of a request for an answer."""
-        responses = self._client.chat(calls.chat_message(self.model, request), self.timeout)
-        return _stream(responses, calls.chat_events, results.answer)
+        responses = self._client.chat(chat.chat_message(self.model, request), self.timeout)
+        return _stream(responses, chat.chat_events, results.answer)
 
 
 def _stream(
