@@ -36,8 +36,9 @@ from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
 from runtime.bundle.manifest import Frozen
-from runtime.diffusion.samplers import Latents, Sampler, State, make_sampler
-from runtime.diffusion.schedules import SchedulerConfig
+from runtime.diffusion.published import SchedulerConfig
+from runtime.diffusion.schedule import Latents
+from runtime.diffusion.solver import Sampler, Walk, make_sampler
 from runtime.diffusion.tiling import Mosaic, places, tile_shape
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
@@ -401,16 +402,17 @@ class DiffusionPipeline:
 
     def _denoise(self, job: _Job, index: int, noise: _Noise, conditions: Rows) -> Step[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
-        sampler, steps = job.sampler, len(job.sampler.timesteps)
-        state = State(noise.begin() * np.float32(sampler.init_noise_sigma))
-        for step, timestep in enumerate(sampler.timesteps, start=1):
-            output = yield from _guided(job, sampler.model_input(state), timestep, conditions)
-            state = sampler.step(state, output, noise.fresh() if sampler.stochastic else None)
-            preview = None
-            if job.preview_every and step % job.preview_every == 0 and state.denoised is not None:
-                preview = yield from self._decode(state.denoised)
-            yield Progress(index * steps + step, len(job.noises) * steps, preview)
-        return state.latents
+        steps = len(job.sampler.schedule)
+        walk = Walk(job.sampler, noise.begin(), noise.fresh)
+        while walk.latents is None:
+            done = walk.step
+            output = yield from _guided(job, walk.x, walk.time, conditions)
+            clean = walk.advance(output)
+            if walk.step > done:
+                shown = job.preview_every and walk.step % job.preview_every == 0
+                preview = (yield from self._decode(clean)) if shown else None
+                yield Progress(index * steps + walk.step, len(job.noises) * steps, preview)
+        return walk.latents
 
     def _decode(self, latents: Latents) -> Step[NDArray[np.uint8]]:
         """The picture of latents [1, channels, height, width]: uint8 RGB [height, width, 3]."""
@@ -432,7 +434,7 @@ class DiffusionPipeline:
         return picture.transpose(1, 2, 0)
 
 
-def _guided(job: _Job, x: Latents, timestep: np.float32, conditions: Rows) -> Step[Latents]:
+def _guided(job: _Job, x: Latents, timestep: float, conditions: Rows) -> Step[Latents]:
     """What the UNet predicts for the prompt, pushed away from what it predicts for the negative prompt."""
     inputs = {
         "sample": np.repeat(x, job.rows, axis=0),

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle.signature import Array
-from runtime.diffusion.samplers import SAMPLERS
+from runtime.diffusion.solver import samplers
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, ImageReady, Progress, drive
@@ -115,7 +115,7 @@ def test_guidance_runs_the_negative_prompt_only_above_one(
     assert len(engines["text_encoder"].calls[0]["input_ids"]) == batch
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_a_seed_means_a_picture(pipeline: DiffusionPipeline, sampler: str) -> None:
     """Each picture of a request is the one that its own seed draws alone, with fresh noise on the way or without."""
     request = ImageRequest("ab", sampler=sampler, seed=5, images=3, eta=0.5 if sampler == "ddim" else 0.0)
@@ -441,7 +441,7 @@ def assert_same_picture(label: str, pipe: Any, ours: DiffusionPipeline, request:
     assert figure >= NEAREST_DB
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline, sampler: str) -> None:
     latents = random_stream(3).standard_normal((1, 4, 12, 8), np.float32)
     request = ImageRequest(
@@ -453,7 +453,7 @@ def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline,
 
 
 @pytest.mark.skipif(not (SAMPLE / "model_index.json").is_file(), reason="the sample model is not in this tree")
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_same_picture_as_diffusers_from_the_sample(sampler: str) -> None:
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(SAMPLE, dtype=torch.float32)
