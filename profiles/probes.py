@@ -26,9 +26,10 @@ from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
 from runtime.pipeline import Call, Engines, Outputs, Pipeline, drive
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 
 PROMPT: Final = "a large red circle at the top left on a white background"
 QUESTION: Final = "what color is the background?"
@@ -61,9 +62,9 @@ class Probe:
 
 def probes(model: LoadedModel, settings: Settings) -> list[Probe]:
     """Everything that can be measured of this model. Raises InvalidInput when the model refuses the settings."""
-    request = _image_request(settings) if model.kind == "diffusion" else _picture_question()
+    request = _image_request(settings) if model.task == "image" else _picture_question()
     found = _submodel_probes(model, request)
-    return found + (_diffusion_probes(model, settings) if model.kind == "diffusion" else _chat_probes(model, settings))
+    return found + (_diffusion_probes(model, settings) if model.task == "image" else _chat_probes(model, settings))
 
 
 def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict[str, Call]:
@@ -195,7 +196,8 @@ def _endless(model: LoadedModel) -> ChatPipeline:
     """
     if not isinstance(model.pipeline, ChatPipeline):
         raise BundleError(
-            f"bundle {model.bundle.name} holds a {model.kind} model that is no chat pipeline: it cannot be measured as "
+            f"bundle {model.bundle.name} holds a {model.bundle.manifest.pipeline} model that is no chat "
+            "pipeline: it cannot be measured as "
             "one"
         )
     pipeline = copy.copy(model.pipeline)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,15 +21,16 @@ from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
 from runtime.language.text import Message
 from runtime.optional import require
-from runtime.pipeline import ImageReady, TextDelta, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import Defaults, DiffusionConfig, ImageRequest, random_stream
+from runtime.pipeline import drive
+from runtime.pipelines.diffusion import DiffusionConfig, random_stream
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.chat import ChatRequest, TextDelta
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 from samples.world.questions import Case
 from samples.world.scenes import Scene
 
 T = TypeVar("T")
-Kind = Literal["diffusion", "chat"]
+Kind = str
 Pixels = NDArray[np.uint8]
 COUNTS: Final[dict[Kind, int]] = {"diffusion": 500, "chat": 1000}
 """The kinds there is a task for, and how many cases it has."""
@@ -73,12 +74,12 @@ def kind_of(source: Path | None, bundles: Sequence[Path]) -> Kind:
     return "diffusion" if "diffusion" in kinds else "chat"
 
 
-def defaults(source: Path | None, bundles: Sequence[Path]) -> Defaults:
+def defaults(source: Path | None, bundles: Sequence[Path]) -> ImageDefaults:
     """How the first of them draws by its own settings: all are asked alike. Raises BundleError or SourceError."""
     if source is not None:
-        return Defaults.read(source)
+        return ImageDefaults.read(source)
     manifest = Bundle(bundles[0]).manifest
-    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else Defaults()
+    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else ImageDefaults()
 
 
 def subjects(
@@ -121,7 +122,14 @@ def bundle_subject(model: LoadedModel) -> Subject:
 
     manifest = model.bundle.manifest
     return Subject(
-        machine.program(), model.bundle.name, manifest.quant, model.target, model.device, model.kind, pictures, answers
+        machine.program(),
+        model.bundle.name,
+        manifest.quant,
+        model.target,
+        model.device,
+        manifest.pipeline,
+        pictures,
+        answers,
     )
 
 

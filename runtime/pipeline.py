@@ -10,12 +10,17 @@ Closing the generator cancels the work at the next call.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
 
+import runtime.pipelines
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
+from runtime.listing import modules
 
 Outputs = dict[str, Array]
 
@@ -33,7 +38,17 @@ class Call:
 
 
 class Event:
-    """Something the pipeline tells its caller: base of `Progress`, `ImageReady`, `TextDelta`, `Finished`."""
+    """Something that a pipeline reports: base of `Progress`, and of the events in `runtime/tasks/`.
+
+    `output` says that it carries a part of the result.
+    """
+
+    output: ClassVar[bool] = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pictures that it holds."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -44,30 +59,9 @@ class Progress(Event):
     total: int
     preview: Array | None = None
 
-
-@dataclass(frozen=True)
-class ImageReady(Event):
-    """One finished picture: uint8 RGB [height, width, 3], the `index`th of the job, drawn with `seed`."""
-
-    image: Array
-    index: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class TextDelta(Event):
-    """Newly decoded text: whole characters only."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Finished(Event):
-    """The answer is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens)."""
-
-    reason: str
-    prompt_tokens: int
-    completion_tokens: int
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.preview is None else int(self.preview.nbytes)
 
 
 Pipeline = Generator[Call | Event, Outputs | None, None]
@@ -85,24 +79,54 @@ class Example:
     optional: bool = False
 
 
-class ModelPipeline(Protocol):
-    """What answers the requests of one model. It is made from the folder that holds the model's own files, and
-    `Manifest.config`.
+class ModelPipeline(ABC):
+    """An algorithm that answers the requests of one model: one class per file in `runtime/pipelines/`.
+
+    `name` is what `Manifest.pipeline` says, `task` the name of the task whose requests it answers.
     """
 
+    name: ClassVar[str]
+    task: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def open(cls, root: Path, config: Mapping[str, Any]) -> Self:
+        """From the folder of the model's own files and `Manifest.config`. Raises BundleError when they do not fit."""
+
     @property
+    @abstractmethod
     def origins(self) -> Mapping[str, str]:
         """What makes each input of the submodels, by the input's name: the file and its field, or another submodel. For
         messages.
         """
 
+    @abstractmethod
     def examples(self) -> Iterator[Example]:
         """Requests to try a model with before it is built: together they use everything that can be wrong with the
         model's files.
         """
 
+    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
+        """Make no call whose inputs take more bytes than there is room for, by submodel, where the algorithm can cut
+        them. Returns sentences on what is done otherwise then.
+        """
+        return ()
+
+    @abstractmethod
     def __call__(self, request: Any, /) -> Pipeline:
         """The generator that answers. Raises InvalidInput."""
+
+
+@cache
+def pipelines() -> dict[str, type[ModelPipeline]]:
+    """Every pipeline by name: the classes in `runtime/pipelines/`."""
+    found = [
+        each
+        for module in modules(runtime.pipelines)
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, ModelPipeline) and each.__module__ == module.__name__
+    ]
+    return {pipeline.name: pipeline for pipeline in found}
 
 
 class Engines(Protocol):

@@ -17,12 +17,13 @@ from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
-from runtime.pipeline import Call, Finished, ImageReady, Pipeline, Progress, TextDelta
+from runtime.pipeline import Call, Pipeline, Progress
+from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.image import ImageReady
 from runtime.vision.images import Picture
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import image_pb2
-from serving.host.job import Kind
 from serving.host.models import Limits, ModelHost
 
 T = TypeVar("T")
@@ -38,6 +39,7 @@ def bundle(folder: Path, name: str) -> Bundle:
         name=name,
         key="",
         pipeline="fake",
+        task="image",
         quant="none",
         source=source,
         submodels=(),
@@ -61,8 +63,8 @@ class FakeModel:
     picture: Picture = np.full((8, 16, 3), 127, np.uint8)
     """What it draws."""
 
-    def __init__(self, kind: Kind = "diffusion") -> None:
-        self.kind: Kind = kind
+    def __init__(self, task: str = "image") -> None:
+        self.task = task
         self.engine = FakeEngine(self._step)
         self.engine.submodel = Submodel(
             name="denoiser",
@@ -106,7 +108,7 @@ class FakeModel:
         return {}
 
     def pipeline(self, request: Any) -> Pipeline:
-        if self.kind == "chat":
+        if self.task == "chat":
             return self._chat(request)
         if request.steps is not None and not 1 <= request.steps <= 1000:
             raise InvalidInput("steps", f"is {request.steps}, expected 1 to 1000")
@@ -154,7 +156,7 @@ class FakeServer:
     """A server on loopback in a thread of its own, with a fake diffusion model "draw" and a fake chat model "talk"."""
 
     def __init__(self, folder: Path, limits: Limits, options: Mapping[str, int] | None = None) -> None:
-        self.models = {"draw": FakeModel("diffusion"), "talk": FakeModel("chat")}
+        self.models = {"draw": FakeModel("image"), "talk": FakeModel("chat")}
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
         self.load_gate.set()

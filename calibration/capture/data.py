@@ -20,9 +20,10 @@ from calibration.ground.progress import reused as mark_reused
 from calibration.requests.built_in import Asked, Requests, accepted, built_in
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, NotFound, SourceError
-from runtime.pipeline import Call, ImageReady, Pipeline, drive
+from runtime.pipeline import Call, Pipeline, drive
 from runtime.pipelines.diffusion import DiffusionConfig
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.image import ImageReady
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
 VAE_ENCODER: Final = "vae_encoder"
@@ -49,7 +50,7 @@ def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
     """Run a float model on the built-in requests of its kind; the inputs that each submodel got, at most `limit` calls
     of each.
     """
-    return record(model, built_in(model.kind, seed), limit=limit, seed=seed).samples
+    return record(model, built_in(model.bundle.manifest.pipeline, seed), limit=limit, seed=seed).samples
 
 
 def record(
@@ -104,7 +105,7 @@ def record(
         "skipped": list(requests.skipped),
         "positions": positions,
     }
-    return CalibrationSet(model.kind, manifest.source.fingerprint, settings, samples)
+    return CalibrationSet(manifest.pipeline, manifest.source.fingerprint, settings, samples)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: in
         kept = quota.positions(submodel, number, len(calls))
         samples[submodel] = [calls[place] for place in kept]
         positions[submodel] = count_positions(kept, len(calls))
-    return CalibrationSet(model.kind, key, {"name": asked.name, "positions": positions}, samples)
+    return CalibrationSet(model.bundle.manifest.pipeline, key, {"name": asked.name, "positions": positions}, samples)
 
 
 def _pixels(image: Array) -> Array:

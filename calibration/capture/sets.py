@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, ValidationError
@@ -24,7 +24,8 @@ from safetensors.numpy import save_file
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, NotFound, ResourceExhausted, SourceError
 
-Kind = Literal["diffusion", "chat"]
+Kind = str
+"""The pipeline of a model, as `Manifest.pipeline` names it."""
 Samples = Mapping[str, Sequence[Mapping[str, Array]]]
 """Inputs by submodel: each of its calls maps an input's name to its array."""
 METADATA: Final = "enginecast_calibration"
@@ -40,7 +41,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = VERSION
-    kind: Kind
+    kind: Kind = Field(pattern="^(diffusion|chat)$")
     fingerprint: str
     settings: dict[str, JsonValue]
     counts: dict[str, NonNegativeInt] = Field(default_factory=dict)

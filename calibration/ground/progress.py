@@ -16,7 +16,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, TypeVar
 
-from runtime.pipeline import Event, Progress, TextDelta
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import TextDelta
 
 T = TypeVar("T")
 Listener = Callable[["Position"], None]

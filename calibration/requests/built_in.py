@@ -16,8 +16,8 @@ from calibration.capture.sets import Kind
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language.text import Message
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture, decode_image
 from samples.world.questions import draw_scene, scene_questions
 from samples.world.scenes import held_out, picture_scenes, render

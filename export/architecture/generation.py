@@ -20,7 +20,7 @@ from export.checkpoint.source import read_json
 from runtime.errors import SourceError, UnsupportedModel
 from runtime.language.decoding import Rules
 from runtime.limits import STOP, STOPS
-from runtime.pipelines.chat import Defaults
+from runtime.tasks.chat import ChatDefaults
 
 FILE: Final = "generation_config.json"
 M = TypeVar("M", bound=BaseModel)
@@ -111,7 +111,7 @@ class _Values(BaseModel):
 class Generation:
     """The defaults of requests, the tokens that end an answer, and a sentence on each setting that is not followed."""
 
-    defaults: Defaults
+    defaults: ChatDefaults
     ends: tuple[int, ...]
     notes: tuple[str, ...]
 
@@ -152,8 +152,8 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
             f"{file}: stop_strings has {len(stops)} strings, expected at most {STOPS.most} of 1 to {STOP.most} "
             "characters. Correct the file"
         )
-    defaults = Defaults(
-        max_tokens=values.max_new_tokens or Defaults().max_tokens,
+    defaults = ChatDefaults(
+        max_tokens=values.max_new_tokens or ChatDefaults().max_tokens,
         max_length=0 if values.max_new_tokens else values.max_length or 0,
         temperature=values.temperature if values.do_sample else 0.0,
         top_k=values.top_k,

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from calibration.capture.data import SAMPLES, record
 from calibration.capture.sets import CalibrationSet
@@ -39,7 +38,7 @@ def captured(state: Build, folder: Path) -> CalibrationSet:
 
     def measure(path: Path) -> None:
         with floating_model(state, folder) as model:
-            requests = built_in(model.kind)
+            requests = built_in(model.bundle.manifest.pipeline)
             record(model, briefly(requests) if state.brief else requests, limit=SAMPLES).save(path)
 
     key = key_of("samples", state.fingerprint, state.family.config(state.source), state.tools, code())
@@ -105,8 +104,9 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
             self[name] = LeanEngine(submodels[name], part_graph(state, parts[name]))
             return self[name]
 
-    kind: Any = state.family.pipeline
-    model = LoadedModel(bundle, kind, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle))
+    model = LoadedModel(
+        bundle, bundle.manifest.task, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle)
+    )
     try:
         yield model
     finally:

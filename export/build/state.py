@@ -29,6 +29,7 @@ from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verd
 from runtime.bundle.manifest import Source as BundleSource
 from runtime.engine import target
 from runtime.errors import EnginecastError, SourceError
+from runtime.pipeline import pipelines
 from runtime.targets.lowering.half import Half
 
 FULL_QUALITY_BYTES: Final = 1 << 30
@@ -359,6 +360,7 @@ def finish(
         name=state.name,
         key=state.key,
         pipeline=state.family.pipeline,
+        task=pipelines()[state.family.pipeline].task,
         quant=quant or state.options.quant,
         source=BundleSource(
             name=state.source.name,

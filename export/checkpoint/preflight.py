@@ -24,8 +24,7 @@ from export.family import Family, Part
 from runtime.bundle.signature import Array, Dim, Tensor
 from runtime.engine import Slot
 from runtime.errors import EnginecastError, InvalidInput, SourceError, UnsupportedModel
-from runtime.pipeline import Example, ModelPipeline, drive
-from runtime.placing.loading import PIPELINES
+from runtime.pipeline import Example, ModelPipeline, drive, pipelines
 
 
 def lay_assets(assets: Mapping[str, Path], folder: Path) -> None:
@@ -51,7 +50,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> list[str]
         folder = Path(name)
         lay_assets(assets, folder)
         try:
-            pipeline = PIPELINES[family.pipeline](folder, _config(source, family))
+            pipeline = pipelines()[family.pipeline].open(folder, _config(source, family))
             engines = {part.name: DryEngine(source, part, pipeline.origins) for part in parts}
             refused = [note for example in pipeline.examples() if (note := _try(pipeline, example, engines))]
             for engine in engines.values():

@@ -29,7 +29,8 @@ from runtime.diffusion.published import CLASS, SchedulerConfig
 from runtime.diffusion.published import CLASSES as SCHEDULERS
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
-from runtime.pipelines.diffusion import Defaults, DiffusionConfig, Sizes
+from runtime.pipelines.diffusion import DiffusionConfig, Sizes
+from runtime.tasks.image import ImageDefaults
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder": ("CLIPTextModel",),
@@ -425,7 +426,7 @@ def schedule(source: Source, **corrected: object) -> SchedulerConfig:
 def notes(source: Source, scheduler: SchedulerConfig) -> tuple[str, ...]:
     """What is done otherwise than diffusers' pipeline would: another sampler, no check of pictures."""
     written = read_json(source.root / "scheduler" / "scheduler_config.json").get(CLASS)
-    found = [] if Defaults.read(source.root).sampler else [scheduler.note]
+    found = [] if ImageDefaults.read(source.root).sampler else [scheduler.note]
     if written not in (None, scheduler.root[CLASS]):
         found.append(
             f"{PIPELINE} names {scheduler.root[CLASS]}, scheduler_config.json {written}: the first counts, as in "
@@ -528,7 +529,7 @@ def _schedule(source: Source) -> SchedulerConfig:
 
 def config(source: Source) -> dict[str, Any]:
     grid = _grid(source, *configs(source, "unet", "vae"))
-    return settings(source, grid, _schedule(source), defaults=Defaults.read(source.root))
+    return settings(source, grid, _schedule(source), defaults=ImageDefaults.read(source.root))
 
 
 def assets(source: Source) -> Mapping[str, Path]:

@@ -18,11 +18,11 @@ from export.families import stable_diffusion as base
 from export.family import Family, Part
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Tensor
-from runtime.pipelines.diffusion import Defaults
+from runtime.tasks.image import ImageDefaults
 
 TIME_IDS: Final = 6
 """Height and width of the original, top and left of the crop, height and width aimed at."""
-USUAL: Final = Defaults(guidance_scale=5.0)
+USUAL: Final = ImageDefaults(guidance_scale=5.0)
 """As diffusers' StableDiffusionXLPipeline has it."""
 
 
@@ -129,7 +129,7 @@ def config(source: Source) -> dict[str, Any]:
         source,
         base.Grid.of(source, *base.configs(source, "unet", "vae")),
         base.schedule(source),
-        defaults=Defaults.read(source.root, USUAL),
+        defaults=ImageDefaults.read(source.root, USUAL),
         added={"force_zeros_for_empty_prompt": zeros},
     )
 

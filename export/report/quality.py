@@ -41,10 +41,10 @@ from runtime.bundle.signature import Array
 from runtime.engine import Slot
 from runtime.errors import BundleError, EngineError, InvalidInput, NotFound
 from runtime.language.text import Message
-from runtime.pipeline import Call, Event, Finished, ImageReady, Outputs, Pipeline, TextDelta, drive, run_call
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Call, Event, Outputs, Pipeline, drive, run_call
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, decoded, encode_image
 from samples.world.questions import test_questions
 from samples.world.scenes import test_prompts
@@ -343,7 +343,7 @@ def measure(
     with phase(0.0, 0.3):
         compared = _compare_calls(quantized, reference, samples)
     with phase(0.3, 0.8):
-        if reference.kind == "diffusion":
+        if reference.task == "image":
             prompts = _image_requests(reference, effort)
             drawn = [_picture(i, one, quantized, reference, pictures) for i, one in enumerate(each("picture", prompts))]
         else:
@@ -458,7 +458,7 @@ def _accepted(model: LoadedModel, requests: Iterable[R], wanted: int) -> list[R]
     def ready(asked: Asked) -> None:
         model.pipeline(asked.request).close()
 
-    tried = Requests(model.kind, BUILT_IN, (Asked("", request) for request in requests))
+    tried = Requests(model.bundle.manifest.pipeline, BUILT_IN, (Asked("", request) for request in requests))
     return [cast(R, asked.request) for asked, _ in accepted(ready, tried, wanted)]
 
 

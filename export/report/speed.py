@@ -26,10 +26,11 @@ from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
 from runtime.language.text import Message
 from runtime.pipeline import Call, Outputs, Pipeline, run_call
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.devices import processor
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.timing import Spread, seconds, turns
 
 PROMPT: Final = "a large red circle at the top left on a white background"

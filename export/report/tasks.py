@@ -8,10 +8,10 @@ from typing import Final
 import numpy as np
 
 from runtime.language.text import Message
-from runtime.pipeline import ImageReady, TextDelta, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 from samples.world.questions import test_questions
 from samples.world.scenes import test_prompts
 from samples.world.scoring import score_answer, score_picture
@@ -24,7 +24,7 @@ def right(model: LoadedModel, count: int, held: bool = True, seed: int = 0, firs
     """Whether the model does each of `count` cases right, from number `first` on: the first that `enginecast score`
     asks, or with `held` False some it never asks.
     """
-    if model.kind == "diffusion":
+    if model.task == "image":
         for number, scene in enumerate(test_prompts(count, seed, held)[first:], first):
             request = ImageRequest(scene.caption, seed=number)
             (ready,) = (

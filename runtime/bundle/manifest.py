@@ -214,8 +214,13 @@ class Source(Frozen):
 
 
 class Manifest(Frozen):
-    """Everything the device side knows of a bundle. `pipeline` names the generator that runs it; `config` is its
-    settings.
+    """Everything the device side knows of a bundle.
+
+    `task` names what it does (`runtime.task`) and `pipeline` the algorithm that does it (`runtime.pipeline`); `config`
+    is the algorithm's settings.
+
+    Bundles that were built before tasks had names get that of their pipeline; it is empty where this program lacks the
+    pipeline, so that the bundle cannot be loaded.
 
     `key` identifies source, settings and versions: a build with the same key would write the same bundle. `notes` are
     sentences on what of the checkpoint is served otherwise than published, such as a replaced noise schedule: every
@@ -226,6 +231,7 @@ class Manifest(Frozen):
     name: Name
     key: Line
     pipeline: Line
+    task: Line = Field(default_factory=lambda found: _task_of(found["pipeline"]))
     quant: Line
     source: Source
     submodels: tuple[Submodel, ...]
@@ -249,6 +255,12 @@ class Manifest(Frozen):
         if reserved := {MANIFEST, SIGNATURE} & set(self.files):
             raise ValueError(f"{min(reserved)} cannot be among the files that it lists itself")
         return self
+
+
+def _task_of(name: str) -> str:
+    from runtime.pipeline import pipelines  # it stands above this module, and only older bundles need it
+
+    return pipelines()[name].task if name in pipelines() else ""
 
 
 Identity = tuple[int, int, int, int, int]
@@ -455,7 +467,8 @@ def _parse(path: Path, content: bytes) -> Manifest:
 
 def _faults(error: ValidationError) -> str:
     """What is wrong with a manifest, in one line: where, and why."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
+    every = error.errors(include_url=False, include_context=False, include_input=False)
+    found = [one for one in every if one["type"] != "default_factory_not_called"]  # another field is at fault
     shown = [
         f"{'.'.join(quoted(str(part))[1:-1] for part in one['loc'])}: {one['msg'].removeprefix('Value error, ')}"
         for one in found[:3]

@@ -20,46 +20,25 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 from pydantic import Field, ValidationError, model_validator
 
-from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
 from runtime.engine import Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
-from runtime.language.decoding import Rules, Sampling, Scores, Span, choose
+from runtime.language.decoding import Sampling, Scores, Span, choose
 from runtime.language.text import ChatText, Detokenizer, Message, StopStrings
-from runtime.pipeline import Call, Event, Example, Finished, Outputs, Pipeline, TextDelta
+from runtime.pipeline import Call, Event, Example, ModelPipeline, Outputs, Pipeline
+from runtime.tasks.chat import ChatDefaults, ChatRequest, Finished, TextDelta
 from runtime.vision.images import Picture, PictureFile
 from runtime.vision.preprocessing import ImagePreprocessor
 
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]
 """A part of the pipeline that results in a T."""
-
-
-class Defaults(Frozen):
-    """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy.
-
-    `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers
-    besides the strings of a request; `rules` hold for every answer.
-    """
-
-    max_tokens: int = Field(default=256, ge=1)
-    max_length: int = Field(default=0, ge=0)
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    stop: tuple[str, ...] = ()
-    rules: Rules = Rules()
-
-    def longest(self, prompt: int) -> int:
-        """The most tokens of an answer to a prompt of so many, where the request does not say."""
-        return max(self.max_length - prompt, 1) if self.max_length else self.max_tokens
 
 
 LONGEST: Final = 1 << 24
@@ -82,7 +61,7 @@ class ChatConfig(Frozen):
     image_token_id: int | None = None
     tokens_per_image: int = Field(default=0, ge=0, le=LONGEST)
     prefill_chunk: int = Field(default=0, ge=0, le=LONGEST)
-    defaults: Defaults = Defaults()
+    defaults: ChatDefaults = ChatDefaults()
 
     @model_validator(mode="after")
     def _sees_or_not(self) -> ChatConfig:
@@ -97,76 +76,6 @@ class ChatConfig(Frozen):
     @property
     def has_vision(self) -> bool:
         return self.image_token_id is not None
-
-
-@dataclass(frozen=True, eq=False)
-class ChatRequest:
-    """A conversation to answer. What is None is the model's default; see `Sampling` for the meaning and range of the
-    values.
-
-    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
-    ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. Raises
-    InvalidInput naming the field.
-    """
-
-    messages: tuple[Message, ...]
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.messages:
-            raise InvalidInput("messages", "is empty, expected at least one message of the user")
-        limits.MESSAGES.length("messages", self.messages)
-        limits.PARTS.count("messages", sum(len(message.content) for message in self.messages))
-        limits.PICTURES.length("messages", self.images)
-        files = [image for image in self.images if isinstance(image, PictureFile)]
-        limits.REQUEST_PIXELS.count("messages", sum(width * height for width, height in (file.size for file in files)))
-        limits.TEXT.count(
-            "messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str))
-        )
-        limits.STOPS.length("stop", self.stop)
-        for stop in self.stop:
-            limits.STOP.length("stop", stop)
-            if not stop:
-                raise InvalidInput("stop", "holds an empty string, expected one character or more")
-        if self.max_tokens is not None:
-            limits.MAX_TOKENS.number("max_tokens", self.max_tokens)
-        if self.seed is not None:
-            limits.SEED.number("seed", self.seed)
-        for i, message in enumerate(self.messages):
-            message.check(f"messages[{i}]")
-        if self.messages[-1].role != "user":
-            raise InvalidInput(
-                f"messages[{len(self.messages) - 1}].role",
-                f"is '{self.messages[-1].role}', expected 'user' to answer to",
-            )
-
-    @property
-    def images(self) -> list[Picture | PictureFile]:
-        """Every picture of the conversation, in order."""
-        return [image for message in self.messages for image in message.images]
-
-    @property
-    def nbytes(self) -> int:
-        """What its picture files hold while the request waits."""
-        return sum(len(image.data) for image in self.images if isinstance(image, PictureFile))
-
-    def sampling(self, defaults: Defaults) -> Sampling:
-        """How to choose tokens: this request's values over the model's."""
-        return Sampling(
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_k=defaults.top_k if self.top_k is None else self.top_k,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            repetition_penalty=defaults.repetition_penalty
-            if self.repetition_penalty is None
-            else self.repetition_penalty,
-            rules=defaults.rules,
-        )
 
 
 @dataclass
@@ -196,12 +105,20 @@ class Prompt:
     images: list[Picture | PictureFile]
 
 
-class ChatPipeline:
+class ChatPipeline(ModelPipeline):
     """Answers conversations with the submodels of one bundle.
 
     Made from the folder of the model's files and `Manifest.config`. Raises BundleError when settings or files do not
     fit.
     """
+
+    name: ClassVar[str] = "chat"
+    task: ClassVar[str] = ChatRequest.task
+
+    @classmethod
+    def open(cls, root: Path, config: Mapping[str, Any]) -> ChatPipeline:
+        """The same as making one."""
+        return cls(root, config)
 
     def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
         try:

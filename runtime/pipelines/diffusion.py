@@ -25,10 +25,10 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,13 +41,10 @@ from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler, Walk, make_sampler
 from runtime.diffusion.tiling import Mosaic, places, tile_shape
 from runtime.diffusion.tokenizing import ClipTokenizer
-from runtime.errors import BundleError, EngineError, InvalidInput, SourceError
-from runtime.pipeline import Call, Event, Example, ImageReady, Outputs, Pipeline, Progress
+from runtime.errors import BundleError, EngineError, InvalidInput
+from runtime.pipeline import Call, Event, Example, ModelPipeline, Outputs, Pipeline, Progress
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 
-DEFAULTS: Final = "enginecast.json"
-"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for
-that.
-"""
 Rows = dict[str, NDArray[np.float32]]
 """Arrays by the name of the UNet's input, a row for the prompt and, where there is guidance, one for the negative
 prompt before it.
@@ -87,31 +84,6 @@ class Sizes(Frozen):
         return length
 
 
-class Defaults(Frozen):
-    """What a request leaves open. `sampler` None is the one the model was published with."""
-
-    steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
-    guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
-    sampler: str | None = None
-
-    @classmethod
-    def read(cls, folder: Path, usual: Defaults | None = None) -> Defaults:
-        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual.
-        Raises SourceError.
-        """
-        file, usual = folder / DEFAULTS, usual or cls()
-        if not file.is_file():
-            return usual
-        try:
-            own = cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
-            raise SourceError(
-                f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}"
-            ) from None
-        return usual.model_copy(update=own.model_dump(exclude_unset=True))
-
-
 class AddedConditions(Frozen):
     """What a UNet is told besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section
     2.2).
@@ -134,7 +106,7 @@ class DiffusionConfig(Frozen):
     scheduler: SchedulerConfig
     vae: Vae
     sizes: Sizes
-    defaults: Defaults = Defaults()
+    defaults: ImageDefaults = ImageDefaults()
     added: AddedConditions | None = None
 
     @model_validator(mode="after")
@@ -166,70 +138,6 @@ class DiffusionConfig(Frozen):
         one.
         """
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRequest:
-    """Pictures to draw. What is None is the model's default. Raises InvalidInput naming the field where no model could
-    accept it.
-
-    `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
-    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of
-    `images` is drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0
-    adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
-    [images, channels, height, width] replace the standard normal starting noise.
-
-    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with
-    added conditions is told of the picture: how large it was before it was scaled, what was cut off, how large it shall
-    look. None is the size drawn, uncut.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    guidance_scale: float | None = None
-    sampler: str | None = None
-    eta: float = 0.0
-    seed: int | None = None
-    images: int = 1
-    preview_every: int = 0
-    latents: Latents | None = None
-    original_size: tuple[int, int] | None = None
-    crop_top_left: tuple[int, int] | None = None
-    target_size: tuple[int, int] | None = None
-
-    def __post_init__(self) -> None:
-        for field in ("prompt", "negative_prompt"):
-            limits.PROMPT.length(field, getattr(self, field))
-        limits.NAME.length("sampler", self.sampler or "")
-        limits.IMAGES.number("images", self.images)
-        limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
-        limits.ETA.number("eta", self.eta)
-        for field, limit in (
-            ("steps", limits.STEPS),
-            ("guidance_scale", limits.GUIDANCE),
-            ("width", limits.EDGE),
-            ("height", limits.EDGE),
-        ):
-            if (value := getattr(self, field)) is not None:
-                limit.number(field, value)
-        if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
-            raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
-        for field, pair in self.told_sizes.items():
-            if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
-                raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
-
-    @property
-    def told_sizes(self) -> dict[str, tuple[int, int]]:
-        """The sizes given by name: only a model with added conditions can be told them."""
-        named = {
-            "original_size": self.original_size,
-            "crop_top_left": self.crop_top_left,
-            "target_size": self.target_size,
-        }
-        return {name: pair for name, pair in named.items() if pair is not None}
 
 
 @dataclass(frozen=True)
@@ -276,7 +184,7 @@ def random_stream(seed: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=seed))
 
 
-class DiffusionPipeline:
+class DiffusionPipeline(ModelPipeline):
     """Draws pictures with the submodels of one model. `tokenizers` are the folders of its text encoders' tokenizers, in
     order.
 
@@ -284,6 +192,8 @@ class DiffusionPipeline:
     decoded in tiles.
     """
 
+    name: ClassVar[str] = "diffusion"
+    task: ClassVar[str] = ImageRequest.task
     decodes_at_once: float = math.inf
 
     def __init__(self, config: DiffusionConfig, *tokenizers: Path) -> None:
@@ -328,6 +238,15 @@ class DiffusionPipeline:
                 f"the prompt '{text}'",
                 ImageRequest(text, steps=2, width=sizes.min, height=sizes.min, guidance_scale=1.0, seed=0),
             )
+
+    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
+        """Decode in tiles what the VAE decoder has no room for."""
+        if "vae_decoder" not in room:
+            return ()
+        vae = self.config.vae
+        self.decodes_at_once = room["vae_decoder"] / (np.dtype(np.float32).itemsize * vae.latent_channels)
+        edge = int(self.decodes_at_once**0.5) * vae.scale_factor if math.isfinite(self.decodes_at_once) else 0
+        return (f"pictures of more than about {edge}x{edge} pixels are decoded in tiles",) if edge else ()
 
     def __call__(self, request: ImageRequest) -> Pipeline:
         """The generator that draws: `Progress` after every step (counted over all pictures), `ImageReady` for every

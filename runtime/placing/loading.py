@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any
 
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.signing import require_signature
@@ -30,9 +30,7 @@ from runtime.errors import (
     did_you_mean,
     quoted,
 )
-from runtime.pipeline import ModelPipeline, Pipeline
-from runtime.pipelines.chat import ChatPipeline
-from runtime.pipelines.diffusion import DiffusionPipeline
+from runtime.pipeline import ModelPipeline, Pipeline, pipelines
 from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import detect
@@ -41,15 +39,6 @@ from runtime.placing.placement import Choice, Place, Wishes
 from runtime.placing.portable import fitting
 
 log = logging.getLogger(__name__)
-
-PIPELINES: Final[Mapping[str, Callable[[Path, Mapping[str, Any]], ModelPipeline]]] = {
-    "diffusion": DiffusionPipeline.open,
-    "chat": ChatPipeline,
-}
-"""What opens a pipeline, by kind: from the folder of the model's own files and the settings in `Manifest.config`.
-Raises BundleError.
-"""
-FLOAT_BYTES: Final = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +50,7 @@ class LoadedModel:
     """
 
     bundle: Bundle
-    kind: Literal["diffusion", "chat"]
+    task: str
     target: str
     device: str
     engines: Mapping[str, Engine]
@@ -129,11 +118,17 @@ def _verify(bundle: Bundle, public: Path | None) -> None:
         bundle.verify(unknown=False)
     else:
         require_signature(bundle, public)
-    kind = bundle.manifest.pipeline
-    if kind not in PIPELINES:
+    manifest = bundle.manifest
+    if manifest.pipeline not in pipelines():
         raise BundleError(
-            f"bundle {bundle.name} needs the pipeline {quoted(kind)}, which this program lacks: "
-            f"{did_you_mean(kind, PIPELINES)}"
+            f"bundle {bundle.name} needs the pipeline {quoted(manifest.pipeline)}, which this program lacks: "
+            f"{did_you_mean(manifest.pipeline, pipelines())}"
+        )
+    does = pipelines()[manifest.pipeline].task
+    if manifest.task != does:
+        raise BundleError(
+            f"bundle {bundle.name} has the task {quoted(manifest.task)}, but its pipeline {quoted(manifest.pipeline)} "
+            f"is of the task {quoted(does)}: build it again"
         )
 
 
@@ -148,7 +143,6 @@ def _load(
 ) -> LoadedModel:
     _verify(bundle, public)
     options = replace(options, verify=bundle.verify_again)
-    kind = bundle.manifest.pipeline
     pipeline = open_pipeline(bundle)
     if request is not None:
         pipeline(request).close()
@@ -170,7 +164,7 @@ def _load(
                     "another target or "
                     "device, or allow that by leaving out --strict"
                 )
-        _tile(pipeline, engines.get("vae_decoder"), budget, notes)
+        notes += pipeline.keep_within(_room(engines, budget))
     except BaseException:
         for one in engines.values():
             one.close()
@@ -181,13 +175,13 @@ def _load(
         ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
     )
     again = partial(_load, bundle, wanted, options, wishes, public)
-    return LoadedModel(bundle, kind, names, devices, engines, pipeline, places, tuple(notes), again)  # type: ignore[arg-type]
+    return LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
 
 
 def open_pipeline(bundle: Bundle) -> ModelPipeline:
     """The pipeline of a bundle, without engines. Raises BundleError when its settings or files do not fit."""
     try:
-        return PIPELINES[bundle.manifest.pipeline](bundle.root, bundle.manifest.config)
+        return pipelines()[bundle.manifest.pipeline].open(bundle.root, bundle.manifest.config)
     except BundleError as error:
         raise BundleError(f"bundle {bundle.name} cannot be used: {error}. Build it again with this version") from None
 
@@ -258,22 +252,14 @@ def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load
     return engine
 
 
-def _tile(pipeline: Any, decoder: Engine | None, budget: Budget | None, notes: list[str]) -> None:
-    """Have a diffusion pipeline decode in tiles what its VAE decoder has no room for."""
-    if not isinstance(pipeline, DiffusionPipeline) or not isinstance(decoder, OffloadedEngine) or budget is None:
-        return
-    room = budget.rooms.get(decoder.memory)
-    if room is not None:
-        pipeline.decodes_at_once = decoder.need.inputs_within(room) / (
-            FLOAT_BYTES * pipeline.config.vae.latent_channels
-        )
-        edge = (
-            int(pipeline.decodes_at_once**0.5) * pipeline.config.vae.scale_factor
-            if pipeline.decodes_at_once < float("inf")
-            else 0
-        )
-        if edge:
-            notes.append(f"pictures of more than about {edge}x{edge} pixels are decoded in tiles")
+def _room(engines: Mapping[str, Engine], budget: Budget | None) -> dict[str, float]:
+    """Bytes of inputs that there is room for in one call, by submodel, of those that share a limited memory."""
+    rooms = budget.rooms if budget else {}
+    return {
+        name: engine.need.inputs_within(rooms[engine.memory])
+        for name, engine in engines.items()
+        if isinstance(engine, OffloadedEngine) and engine.memory in rooms
+    }
 
 
 def _works(engine: Engine) -> bool:

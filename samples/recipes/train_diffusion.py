@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from runtime.pipelines.diffusion import DEFAULTS, Defaults
+from runtime.tasks.image import DEFAULTS, ImageDefaults
 from samples.world.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -705,7 +705,7 @@ def export_pipeline(pipeline: StableDiffusionPipeline, out: Path) -> None:
             key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"
         }  # a path of this machine
         path.write_text(json.dumps(config, indent=2) + "\n")
-    defaults = Defaults(steps=Plan.inference_steps, guidance_scale=Plan.guidance_scale)
+    defaults = ImageDefaults(steps=Plan.inference_steps, guidance_scale=Plan.guidance_scale)
     (partial / DEFAULTS).write_text(defaults.model_dump_json(exclude_none=True, indent=2) + "\n")
     move_files(partial, out)
 

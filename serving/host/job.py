@@ -8,13 +8,12 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from runtime.engine import Engine
 from runtime.errors import EnginecastError
-from runtime.pipeline import Call, Engines, Event, ImageReady, Outputs, Pipeline, TextDelta
+from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
 
-Kind = Literal["diffusion", "chat"]
 Driver = Callable[[Pipeline, Engines], Generator[Event, None, None]]
 """Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or one that batches the calls of several
 jobs.
@@ -25,7 +24,7 @@ class Model(Protocol):
     """What a job needs of a loaded model (`runtime.placing.loading.LoadedModel`)."""
 
     @property
-    def kind(self) -> Kind: ...
+    def task(self) -> str: ...
     @property
     def target(self) -> str: ...
     @property
@@ -72,8 +71,8 @@ class EngineUse:
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first picture or
-    text.
+    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first
+    event that is an output.
 
     `notes` are those of the model: what differs from the published model or from the requested placement.
     """
@@ -110,7 +109,7 @@ class Job:
         yield Started()
         with closing(self._driver(self._stoppable(), self._model.engines)) as events:
             for event in events:
-                if first_output is None and isinstance(event, ImageReady | TextDelta):
+                if first_output is None and event.output:
                     first_output = perf_counter() - started
                 yield event
         yield Done(

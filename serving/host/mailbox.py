@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import replace
 
 from runtime import limits
-from runtime.pipeline import Event, ImageReady, Progress
+from runtime.pipeline import Event, Progress
 
 
 class Mailbox:
@@ -31,7 +31,7 @@ class Mailbox:
     def put(self, event: Event) -> None:
         """Add an event. Nothing happens once the mailbox has ended."""
         with self._room:
-            if isinstance(event, ImageReady):
+            if event.output and event.nbytes:
                 self._room.wait_for(lambda: self._ended or not self._full(event))
             if self._ended:
                 return
@@ -71,14 +71,8 @@ class Mailbox:
             await self._arrived.wait()
 
     def _full(self, further: Event | None = None) -> bool:
-        held = sum(map(_nbytes, self._events))
-        return held > 0 and held + (_nbytes(further) if further else 0) > limits.UNREAD_BYTES.most
+        held = sum(event.nbytes for event in self._events)
+        return held > 0 and held + (further.nbytes if further else 0) > limits.UNREAD_BYTES.most
 
     def _wake(self) -> None:
         self._loop.call_soon_threadsafe(self._arrived.set)
-
-
-def _nbytes(event: Event) -> int:
-    if isinstance(event, ImageReady):
-        return int(event.image.nbytes)
-    return int(event.preview.nbytes) if isinstance(event, Progress) and event.preview is not None else 0

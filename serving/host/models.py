@@ -36,8 +36,9 @@ from runtime.errors import (
     quoted,
 )
 from runtime.pipeline import Event, drive
+from runtime.task import Request
 from serving.dialects.grpc.shown import concealed, without_paths
-from serving.host.job import Done, Driver, Job, Kind, Model, Queued, precision
+from serving.host.job import Done, Driver, Job, Model, Queued, precision
 from serving.host.mailbox import Mailbox
 from serving.host.turns import Turns
 
@@ -121,14 +122,14 @@ class Placement:
 class Status:
     """A model as it stands.
 
-    `kind` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading
+    `task` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading
     failed.
     """
 
     name: str
     state: State
     quant: str
-    kind: Kind | None
+    task: str | None
     target: str | None
     device: str | None
     error: str | None
@@ -204,7 +205,7 @@ class _Served:
         self.limits = allowed
         self.state = State.UNLOADED
         self.model: Model | None = None
-        self.kind: Kind | None = None
+        self.task: str | None = None
         self.error: str | None = None
         self.places: set[Place] = set()
         self.runs: set[_Run] = set()
@@ -232,13 +233,15 @@ class _Served:
     def _notes(self, notes: Iterable[str]) -> tuple[str, ...]:
         return tuple(without_paths(note, self.offer.root, self.name) for note in notes)
 
-    def ready(self, kind: Kind) -> Model:
-        """The loaded model, if it does this kind of work."""
+    def ready(self, task: str) -> Model:
+        """The loaded model, if it does this task."""
         if self.state is not State.READY or self.model is None:
             why = f": {self.error}" if self.error else ""
             raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
-        if self.model.kind != kind:
-            raise InvalidInput("model", f"{self.name} is a {self.model.kind} model, expected a {kind} model")
+        if self.model.task != task:
+            raise InvalidInput(
+                "model", f"{self.name} has the task {self.model.task}, expected a model with the task {task}"
+            )
         return self.model
 
     def enter(self, client: str, nbytes: int) -> Place:
@@ -289,7 +292,7 @@ class _Served:
         notes = self._notes(self.model.notes) if self.model else ()
         queued, quant = len(self.places) - running, self.offer.quant
         return Status(
-            self.name, self.state, quant, self.kind, target, device, self.error, running, queued, placements, notes
+            self.name, self.state, quant, self.task, target, device, self.error, running, queued, placements, notes
         )
 
 
@@ -332,25 +335,25 @@ class ModelHost:
         """Every model as it stands, by name."""
         return [self._models[name].status() for name in sorted(self._models)]
 
-    def ready(self) -> dict[str, Kind | None]:
-        """What each model does, None where it cannot be used now."""
+    def ready(self) -> dict[str, str | None]:
+        """The task of each model, None where it cannot be used now."""
         usable = {name: served.state is State.READY and not self.stopping for name, served in self._models.items()}
-        return {name: self._models[name].kind if can else None for name, can in usable.items()}
+        return {name: self._models[name].task if can else None for name, can in usable.items()}
 
     async def run(
-        self, name: str, kind: Kind, request: Any, timeout: float | None = None, client: str = "", nbytes: int = 0
+        self, name: str, request: Request, timeout: float | None = None, client: str = ""
     ) -> AsyncGenerator[Event, None]:
         """Run a request: `Queued`, `Started`, the pipeline's events, `Done`. Closing the generator frees the engine
         within one step.
 
-        `client` is who sent it, and `nbytes` what the request holds while it waits. Raises NotFound, Unavailable,
+        `client` is who sent it. Raises NotFound, Unavailable,
         InvalidInput, ResourceExhausted, DeadlineExceeded after `timeout` seconds, or what the engine raises.
         """
         served = self._find(name)
         self._open()
-        served.ready(kind)
-        place = self._enter(served, client, nbytes)
-        job = await self._job(served, kind, request, place)
+        served.ready(request.task)
+        place = self._enter(served, client, request.nbytes)
+        job = await self._job(served, request, place)
         position = len(served.runs)
         run = served.start(job, place, partial(self._ended, served))
         over = DeadlineExceeded(
@@ -379,7 +382,7 @@ class ModelHost:
             )
         return served.enter(client, nbytes)
 
-    async def _job(self, served: _Served, kind: Kind, request: Any, place: Place) -> Job:
+    async def _job(self, served: _Served, request: Request, place: Place) -> Job:
         """The work that a request is. It is checked (tokenized) off the loop.
 
         The place is given up when that is over and failed, not when the caller leaves: a client leaves no work behind
@@ -389,13 +392,13 @@ class ModelHost:
         async def check() -> Any:
             async with self._turns(place.client):
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._checks, served.ready(kind).pipeline, request
+                    self._checks, served.ready(request.task).pipeline, request
                 )
 
         checked = asyncio.create_task(check())
         try:
             pipeline = await asyncio.shield(checked)
-            return Job(served.ready(kind), pipeline, self._driver)
+            return Job(served.ready(request.task), pipeline, self._driver)
         except BaseException:
 
             def leave(task: asyncio.Future[Any]) -> None:
@@ -572,7 +575,7 @@ class ModelHost:
             else:
                 self._become(served, *before)
             raise
-        served.kind = served.model.kind
+        served.task = served.model.task
         self._become(served, State.READY)
 
     async def _unload(self, served: _Served, grace: float) -> None:

@@ -101,7 +101,7 @@ def drawing(bundle: Bundle) -> LoadedModel:
     }
     return LoadedModel(
         bundle,
-        "diffusion",
+        "image",
         "fake",
         "none",
         engines,

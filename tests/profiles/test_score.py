@@ -13,9 +13,9 @@ from profiles import cli, rows, score, subjects
 from profiles.subjects import Exam, Subject
 from profiles.together import drive_together
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
-from runtime.pipeline import ImageReady, Progress, drive
-from runtime.pipelines.diffusion import Defaults, ImageRequest
+from runtime.pipeline import Progress, drive
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 from samples.world.questions import KINDS, Case
 from samples.world.scenes import Scene, render
 
@@ -157,10 +157,10 @@ def test_the_source_draws_from_the_same_noise(tiny_diffusion: Path) -> None:
 
 
 def test_models_are_drawn_as_they_ask_to_be(drawing: LoadedModel, tiny_diffusion: Path, tmp_path: Path) -> None:
-    assert subjects.defaults(tiny_diffusion, []) == Defaults()
+    assert subjects.defaults(tiny_diffusion, []) == ImageDefaults()
     assert subjects.defaults(None, [drawing.bundle.root]).steps == 3
     (tmp_path / "enginecast.json").write_text('{"guidance_scale": 2.5}')
-    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == Defaults(guidance_scale=2.5)
+    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == ImageDefaults(guidance_scale=2.5)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ from google.protobuf.descriptor import Descriptor
 from runtime import limits
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.language.text import Message
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
 
 DOC = Path(__file__).parents[2] / "docs" / "limits.md"

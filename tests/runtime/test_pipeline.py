@@ -10,7 +10,8 @@ import pytest
 from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import EngineError
-from runtime.pipeline import Call, Finished, Pipeline, Progress, TextDelta, drive
+from runtime.pipeline import Call, Pipeline, Progress, drive
+from runtime.tasks.chat import Finished, TextDelta
 
 
 def double(inputs: Mapping[str, Array]) -> dict[str, Array]:

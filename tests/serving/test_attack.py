@@ -134,12 +134,12 @@ class Toy:
 
     def __init__(self, root: Path) -> None:
         from runtime.bundle.manifest import Bundle
-        from runtime.placing.loading import PIPELINES
+        from runtime.placing.loading import open_pipeline
 
         bundle = Bundle(root)
-        self.kind: Any = bundle.manifest.pipeline
-        self.engines = toy_engines(self.kind)
-        self.pipeline: Any = PIPELINES[self.kind](root, bundle.manifest.config)
+        self.task = bundle.manifest.task
+        self.engines = toy_engines(bundle.manifest.pipeline)
+        self.pipeline = open_pipeline(bundle)
 
     def close(self) -> None: ...
 

@@ -26,15 +26,15 @@ Response: Final = health_pb2.HealthCheckResponse
 
 
 def health_of(host: ModelHost) -> dict[str, bool]:
-    """Whether each health service serves: every model by its name; the services of its kind; "" (the server) when any
+    """Whether each health service serves: every model by its name; the services of its task; "" (the server) when any
     model is ready.
     """
-    kinds = host.ready()
-    models = {name: kind is not None for name, kind in kinds.items()}
-    known = set(kinds.values())
+    tasks = host.ready()
+    models = {name: task is not None for name, task in tasks.items()}
+    known = set(tasks.values())
     return models | {
         "": any(models.values()),
-        IMAGE: "diffusion" in known,
+        IMAGE: "image" in known,
         CHAT: "chat" in known,
         MODEL: not host.stopping,
     }

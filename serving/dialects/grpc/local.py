@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
@@ -12,9 +11,10 @@ from runtime.errors import InvalidInput
 from runtime.pipeline import Event, drive
 from runtime.placing.loading import load_model
 from runtime.placing.placement import Wishes
+from runtime.task import Request
 from serving.dialects.grpc import messages
 from serving.enginecast_pb import chat_pb2, image_pb2
-from serving.host.job import Job, Kind, Model
+from serving.host.job import Job, Model
 
 
 class Local:
@@ -40,9 +40,9 @@ class Local:
         if request is None:
             return cls(load_model(root, target, options, wishes))
         if isinstance(request, image_pb2.GenerateRequest):
-            _check_kind(Bundle(root).manifest.pipeline, "diffusion")
+            _check_task(Bundle(root).manifest.task, "image")
             return cls(load_model(root, target, options, wishes, request=messages.image_request(request)))
-        _check_kind(Bundle(root).manifest.pipeline, "chat")
+        _check_task(Bundle(root).manifest.task, "chat")
         return cls(load_model(root, target, options, wishes, request=messages.chat_request(request)))
 
     def __enter__(self) -> Local:
@@ -55,28 +55,22 @@ class Local:
         """Draw pictures: what ImageService.Generate streams, but for Queued."""
         stream = messages.ImageStream()
         return (
-            response
-            for event in self._run("diffusion", messages.image_request(request))
-            if (response := stream.response(event))
+            response for event in self._run(messages.image_request(request)) if (response := stream.response(event))
         )
 
     def chat(self, request: chat_pb2.ChatRequest) -> Iterator[chat_pb2.ChatResponse]:
         """Answer the last message: what ChatService.Chat streams, but for Queued."""
         stream = messages.ChatStream()
-        return (
-            response
-            for event in self._run("chat", messages.chat_request(request))
-            if (response := stream.response(event))
-        )
+        return (response for event in self._run(messages.chat_request(request)) if (response := stream.response(event)))
 
-    def _run(self, kind: Kind, request: Any) -> Iterator[Event]:
-        _check_kind(self._model.kind, kind)
+    def _run(self, request: Request) -> Iterator[Event]:
+        _check_task(self._model.task, request.task)
         return Job(self._model, self._model.pipeline(request), drive).events()
 
 
-def _check_kind(found: str, expected: Kind) -> None:
+def _check_task(found: str, expected: str) -> None:
     if found != expected:
-        does, command = ("draws", "generate") if found == "diffusion" else ("answers", "chat")
+        does, command = ("draws", "generate") if found == "image" else ("answers", "chat")
         raise InvalidInput(
-            "bundle", f"holds a {found} model, expected a {expected} model: it {does}, so use `enginecast {command}`"
+            "bundle", f"has the task {found}, expected {expected}: it {does}, so use `enginecast {command}`"
         )

@@ -14,12 +14,12 @@ from google.protobuf.message import Message as ProtoMessage
 from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.language import text
-from runtime.pipeline import Event, Finished, ImageReady, Progress, TextDelta
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision import images
 from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2, model_pb2
-from serving.host.job import Done, Kind, Queued, Started
+from serving.host.job import Done, Queued, Started
 from serving.host.models import State, Status
 
 ROLES: Final[dict[int, text.Role]] = {
@@ -35,9 +35,9 @@ STATES: Final = {
     State.UNLOADING: model_pb2.MODEL_STATE_UNLOADING,
     State.FAILED: model_pb2.MODEL_STATE_FAILED,
 }
-KINDS: Final[dict[Kind | None, model_pb2.ModelKind]] = {
+KINDS: Final[dict[str | None, model_pb2.ModelKind]] = {
     None: model_pb2.MODEL_KIND_UNSPECIFIED,
-    "diffusion": model_pb2.MODEL_KIND_DIFFUSION,
+    "image": model_pb2.MODEL_KIND_DIFFUSION,
     "chat": model_pb2.MODEL_KIND_CHAT,
 }
 IMAGE_OPTIONS: Final = (
@@ -186,7 +186,7 @@ def model(status: Status) -> model_pb2.Model:
     return model_pb2.Model(
         name=status.name,
         state=STATES[status.state],
-        kind=KINDS[status.kind],
+        kind=KINDS[status.task],
         quant=status.quant,
         target=status.target,
         device=status.device,

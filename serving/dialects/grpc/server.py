@@ -59,7 +59,7 @@ class ImageServicer(image_pb2_grpc.ImageServiceServicer):
 
     async def Generate(self, request: image_pb2.GenerateRequest, context: Context) -> None:
         wanted, stream = messages.image_request(request), messages.ImageStream()
-        events = self.host.run(request.model, "diffusion", wanted, context.time_remaining(), context.peer())
+        events = self.host.run(request.model, wanted, context.time_remaining(), context.peer())
         async with aclosing(events):
             async for event in events:
                 # PNGs are encoded off the event loop.
@@ -75,7 +75,7 @@ class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
         name, stream = request.model, messages.ChatStream()
         wanted = await asyncio.to_thread(messages.chat_request, request)
         del request  # its pictures are held once
-        events = self.host.run(name, "chat", wanted, context.time_remaining(), context.peer(), wanted.nbytes)
+        events = self.host.run(name, wanted, context.time_remaining(), context.peer())
         async with aclosing(events):
             async for event in events:
                 if (response := stream.response(event)) is not None:

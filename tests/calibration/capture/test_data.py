@@ -86,7 +86,7 @@ def drawing(tmp_path: Path) -> LoadedModel:
     functions = {"text_encoder": _encode, "unet": _denoise, "vae_decoder": _decode}
     engines = {name: FakeEngine(function) for name, function in functions.items()}
     return LoadedModel(
-        bundle, "diffusion", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config)
+        bundle, "image", "fake", "none", engines, DiffusionPipeline.open(bundle.root, bundle.manifest.config)
     )
 
 
@@ -139,7 +139,8 @@ def test_capture_gives_the_samples_alone(drawing: LoadedModel, tmp_path: Path) -
 def test_equal_arguments_give_equal_bytes(drawing: LoadedModel, chatting: LoadedModel, tmp_path: Path) -> None:
     for model in (drawing, chatting):
         one, again, other = (
-            saved(record(model, built_in(model.kind, seed), seed=seed), tmp_path / "set") for seed in (0, 0, 1)
+            saved(record(model, built_in(model.bundle.manifest.pipeline, seed), seed=seed), tmp_path / "set")
+            for seed in (0, 0, 1)
         )
         assert one == again != other
 
@@ -244,9 +245,9 @@ def test_what_is_kept_of_another_capture_is_not_used(drawing: LoadedModel, tmp_p
 UNDER_WAY = """
 import sys, time
 from pathlib import Path
-from calibration.data import record
-from calibration.requests import built_in
-from runtime.loading import load_model
+from calibration.capture.data import record
+from calibration.requests.built_in import built_in
+from runtime.placing.loading import load_model
 def listen(done):
     if done.number == 4 and done.seconds is None:
         print("ready", flush=True)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from calibration.ground.progress import Position, at, each, followed, listening, phase, reached, reused
-from runtime.pipeline import Event, Progress, TextDelta
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import TextDelta
 
 
 @pytest.fixture

@@ -34,8 +34,8 @@ from calibration.requests.built_in import (
     read_questions,
 )
 from runtime.errors import EnginecastError, InvalidInput, NotFound
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import encode_image
 from samples.world.scenes import held_out
 

@@ -40,9 +40,9 @@ from runtime.errors import (
     UnsupportedModel,
 )
 from runtime.language.text import Message
-from runtime.pipeline import Finished, drive
-from runtime.pipelines.chat import ChatRequest
+from runtime.pipeline import drive
 from runtime.placing.loading import load_model
+from runtime.tasks.chat import ChatRequest, Finished
 
 CANONICAL = re.compile(r"\.(onnx|safetensors)$")
 

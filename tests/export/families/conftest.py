@@ -17,8 +17,9 @@ from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGener
 import runtime.pipelines.chat
 from runtime.language.text import Message
 from runtime.pipeline import drive
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import Picture
 
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-vlm"

@@ -24,8 +24,9 @@ from export.family import family_of
 from runtime.bundle.manifest import Bundle
 from runtime.errors import SourceError
 from runtime.pipeline import Call
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
 from runtime.placing.loading import load_model
+from runtime.tasks.image import ImageRequest
 from serving.dialects.grpc.local import Local
 from serving.enginecast_pb import image_pb2
 

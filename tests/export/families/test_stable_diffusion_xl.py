@@ -29,9 +29,10 @@ from profiles.subjects import Exam, source_subject
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
-from runtime.pipeline import ImageReady, drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, Sizes, random_stream
+from runtime.pipeline import drive
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, Sizes, random_stream
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.image import ImageReady, ImageRequest
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"

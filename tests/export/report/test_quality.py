@@ -38,8 +38,9 @@ from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
 from runtime.errors import BundleError, EngineError, NotFound
 from runtime.language.text import Message
-from runtime.pipelines.chat import ChatPipeline, ChatRequest
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import decode_image
 from samples.world.questions import test_questions as questions_of
 

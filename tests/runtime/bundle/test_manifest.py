@@ -55,6 +55,14 @@ def test_open(tmp_path: Path, manifest: dict[str, Any]) -> None:
         bundle.submodel("unett")
 
 
+def test_the_task_of_older_bundles_is_that_of_their_pipeline(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    assert opened(tmp_path, manifest).manifest.task == "image"
+    assert opened(tmp_path, manifest | {"task": "chat"}).manifest.task == "chat"
+    assert opened(tmp_path, manifest | {"pipeline": "unheard"}).manifest.task == ""
+    with pytest.raises(BundleError, match=r"manifest.json cannot be read: pipeline: [^;]*$"):
+        opened(tmp_path, manifest | {"pipeline": 3})
+
+
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="does not exist"):
         Bundle(tmp_path / "nowhere")

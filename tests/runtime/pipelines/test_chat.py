@@ -28,8 +28,9 @@ from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.language.text import Message
-from runtime.pipeline import Call, Event, Finished, TextDelta, drive
-from runtime.pipelines.chat import ChatConfig, ChatPipeline, ChatRequest, Conversation, Defaults
+from runtime.pipeline import Call, Event, drive
+from runtime.pipelines.chat import ChatConfig, ChatPipeline, Conversation
+from runtime.tasks.chat import ChatDefaults, ChatRequest, Finished, TextDelta
 from runtime.vision.images import Picture
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
@@ -144,7 +145,7 @@ CONFIG = ChatConfig(
     eos_token_ids=(EOS,),
     image_token_id=IMAGE,
     tokens_per_image=TOKENS,
-    defaults=Defaults(max_tokens=12),
+    defaults=ChatDefaults(max_tokens=12),
 )
 
 

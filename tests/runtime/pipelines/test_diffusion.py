@@ -18,8 +18,9 @@ from runtime.bundle.signature import Array
 from runtime.diffusion.solver import samplers
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
-from runtime.pipeline import Call, ImageReady, Progress, drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, ImageRequest, random_stream
+from runtime.pipeline import Call, Progress, drive
+from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, random_stream
+from runtime.tasks.image import ImageReady, ImageRequest
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"

@@ -19,14 +19,14 @@ from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import Availability, Engine, FakeEngine, Options, targets
 from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound, ResourceExhausted
 from runtime.language.text import Message
-from runtime.pipeline import ImageReady, TextDelta, drive
-from runtime.pipelines.chat import ChatRequest
-from runtime.pipelines.diffusion import ImageRequest
+from runtime.pipeline import drive
 from runtime.placing import devices, loading, memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.loading import LoadedModel, choose_target, load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import Wishes, parse_place
+from runtime.tasks.chat import ChatRequest, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 
 SAMPLES = Path(__file__).parents[3] / "samples"
 NEAREST_DB = 40.0
@@ -98,6 +98,11 @@ def test_a_target_is_forced_or_refused(tiny_bundle: Path, tmp_path: Path) -> Non
 
 
 # Loading
+
+
+def test_a_bundle_whose_task_is_not_that_of_its_pipeline(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="has the task 'chat', but its pipeline 'diffusion' is of the task 'image'"):
+        load_model(changed(tiny_bundle, tmp_path / "b", task="chat"))
 
 
 def test_a_bundle_that_needs_another_pipeline(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -213,7 +218,7 @@ def test_a_shape_that_is_compiled_later_reads_what_was_verified(tiny_bundle: Pat
 def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, target, Options(threads=1))
     assert (
-        (model.kind, model.target) == ("chat", target)
+        (model.task, model.target) == ("chat", target)
         and model.device.startswith(f"{target}:")
         and "," not in model.device
     )

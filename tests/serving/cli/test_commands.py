@@ -132,7 +132,7 @@ class TestGenerate:
         [
             (("--steps", "0"), 2, "enginecast: steps: is 0, expected 1 to 1000"),
             (("--model", "drow"), 3, "did you mean 'draw'"),
-            (("--model", "talk"), 2, "talk is a chat model"),
+            (("--model", "talk"), 2, "talk has the task chat"),
             (("--target", "openvino"), 2, "target: belongs to --bundle"),
             (
                 ("--memory-limit", "4GiB"),
@@ -306,7 +306,7 @@ class TestChat:
 
     def test_in_process_wrong_kind(self, run: Any, local: FakeModel) -> None:
         ended = run("chat", "--bundle", "somewhere", "--prompt", "what?")
-        assert ended.code == 2 and "holds a diffusion model" in ended.err
+        assert ended.code == 2 and "has the task image" in ended.err
 
 
 class TestServe:

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from runtime.errors import Cancelled, EngineError
-from runtime.pipeline import Event, ImageReady, Progress, TextDelta
+from runtime.pipeline import Event, Progress
+from runtime.tasks.chat import TextDelta
+from runtime.tasks.image import ImageReady
 from serving.host.mailbox import Mailbox
 
 PICTURE = np.zeros((2048, 2048, 3), np.uint8)  # 12 MiB

@@ -1,0 +1,130 @@
+"""Pictures from a prompt: the request, what it leaves open, and the pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from runtime import limits
+from runtime.bundle.manifest import Frozen
+from runtime.bundle.signature import Array
+from runtime.errors import InvalidInput, SourceError
+from runtime.pipeline import Event
+from runtime.task import Request, Task
+
+DEFAULTS: Final = "enginecast.json"
+"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for
+that.
+"""
+
+
+class ImageDefaults(Frozen):
+    """What a request leaves open. `sampler` None is the one the model was published with."""
+
+    steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
+    guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
+    sampler: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path, usual: ImageDefaults | None = None) -> ImageDefaults:
+        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual.
+        Raises SourceError.
+        """
+        file, usual = folder / DEFAULTS, usual or cls()
+        if not file.is_file():
+            return usual
+        try:
+            own = cls.model_validate_json(file.read_bytes())
+        except ValidationError as error:
+            reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
+            raise SourceError(
+                f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}"
+            ) from None
+        return usual.model_copy(update=own.model_dump(exclude_unset=True))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRequest(Request):
+    """Pictures to draw. What is None is the model's default. Raises InvalidInput naming the field where no model could
+    accept it.
+
+    `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
+    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of
+    `images` is drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0
+    adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
+    [images, channels, height, width] replace the standard normal starting noise.
+
+    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with
+    added conditions is told of the picture: how large it was before it was scaled, what was cut off, how large it shall
+    look. None is the size drawn, uncut.
+    """
+
+    task: ClassVar[str] = "image"
+    prompt: str
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    eta: float = 0.0
+    seed: int | None = None
+    images: int = 1
+    preview_every: int = 0
+    latents: NDArray[np.float32] | None = None
+    original_size: tuple[int, int] | None = None
+    crop_top_left: tuple[int, int] | None = None
+    target_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("prompt", "negative_prompt"):
+            limits.PROMPT.length(field, getattr(self, field))
+        limits.NAME.length("sampler", self.sampler or "")
+        limits.IMAGES.number("images", self.images)
+        limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
+        limits.ETA.number("eta", self.eta)
+        for field, limit in (
+            ("steps", limits.STEPS),
+            ("guidance_scale", limits.GUIDANCE),
+            ("width", limits.EDGE),
+            ("height", limits.EDGE),
+        ):
+            if (value := getattr(self, field)) is not None:
+                limit.number(field, value)
+        if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
+            raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
+        for field, pair in self.told_sizes.items():
+            if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
+                raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
+
+    @property
+    def told_sizes(self) -> dict[str, tuple[int, int]]:
+        """The sizes given by name: only a model with added conditions can be told them."""
+        named = {
+            "original_size": self.original_size,
+            "crop_top_left": self.crop_top_left,
+            "target_size": self.target_size,
+        }
+        return {name: pair for name, pair in named.items() if pair is not None}
+
+
+@dataclass(frozen=True)
+class ImageReady(Event):
+    """One finished picture: uint8 RGB [height, width, 3], the `index`th of the job, drawn with `seed`."""
+
+    output: ClassVar[bool] = True
+    image: Array
+    index: int
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.image.nbytes)
+
+
+TASK: Final = Task(ImageRequest)
