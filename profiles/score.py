@@ -2,7 +2,7 @@
 program can check.
 
 Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases,
-and pictures start from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's number as
+and pictures start from the same noise: that of `runtime.diffusion.latents.random_stream` with the case's number as
 seed.
 """
 

@@ -17,12 +17,13 @@ from calibration.ground import machine
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import BATCH
+from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.latents import random_stream
 from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
 from runtime.language.text import Message
 from runtime.optional import require
 from runtime.pipeline import drive
-from runtime.pipelines.diffusion import DiffusionConfig, random_stream
 from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.chat import ChatRequest, TextDelta
 from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest

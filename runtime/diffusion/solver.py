@@ -14,8 +14,6 @@ file declares one `Solver` under the name SOLVER and is found by listing the fol
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +24,7 @@ import runtime.diffusion.solvers
 from runtime.diffusion.published import KARRAS, SchedulerConfig, SchedulerFields
 from runtime.diffusion.schedule import Estimate, Latents, Point, Schedule
 from runtime.errors import InvalidInput, did_you_mean
+from runtime.listing import modules
 
 Noise = Callable[[], Latents]
 """Draws fresh standard normal noise of the latents' shape."""
@@ -67,9 +66,7 @@ class Solver:
 @cache
 def solvers() -> dict[str, Solver]:
     """Every solver by name: the files in `runtime/diffusion/solvers/`."""
-    room = runtime.diffusion.solvers
-    names = [module.name for module in pkgutil.iter_modules(room.__path__)]
-    return {name: importlib.import_module(f"{room.__name__}.{name}").SOLVER for name in names}
+    return {module.__name__.rpartition(".")[2]: module.SOLVER for module in modules(runtime.diffusion.solvers)}
 
 
 def samplers() -> tuple[str, ...]:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from runtime.bundle.signature import Array
+from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.latents import random_stream
 from runtime.diffusion.solver import samplers
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, Progress, drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, random_stream
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageReady, ImageRequest
 
 pytestmark = pytest.mark.filterwarnings(
