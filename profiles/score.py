@@ -1,7 +1,8 @@
 """How well a model does what its exam asks: pictures drawn right, or questions answered right, of held-out cases.
 
 Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases,
-and pictures start from the same noise: that of `runtime.pipelines.diffusion.random_stream` with the case's seed.
+and pictures start from the same noise: that of `runtime.diffusion.latents.random_stream` with the case's number as
+seed.
 """
 
 from __future__ import annotations

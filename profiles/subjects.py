@@ -18,11 +18,12 @@ from calibration.requests.task import tasks
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import BATCH
+from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.latents import random_stream
 from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
 from runtime.optional import require
 from runtime.pipeline import drive
-from runtime.pipelines.diffusion import DiffusionConfig, random_stream
 from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageDefaults, ImageRequest

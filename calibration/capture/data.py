@@ -19,9 +19,9 @@ from calibration.ground.progress import each, followed
 from calibration.ground.progress import reused as mark_reused
 from calibration.requests.requests import Asked, Requests, accepted, built_in
 from runtime.bundle.signature import Array
+from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, Pipeline, drive
-from runtime.pipelines.diffusion import DiffusionConfig
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.image import ImageReady
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size

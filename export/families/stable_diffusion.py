@@ -25,11 +25,11 @@ from export.checkpoint.source import PIPELINE, Source, read_json
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
-from runtime.diffusion.schedules import CLASS, SchedulerConfig
-from runtime.diffusion.schedules import CLASSES as SCHEDULERS
+from runtime.diffusion.config import DiffusionConfig, Sizes
+from runtime.diffusion.published import CLASS, SchedulerConfig
+from runtime.diffusion.published import CLASSES as SCHEDULERS
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
-from runtime.pipelines.diffusion import DiffusionConfig, Sizes
 from runtime.tasks.image import ImageDefaults
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {

@@ -11,8 +11,9 @@ import pytest
 
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
+from runtime.diffusion.config import DiffusionConfig
 from runtime.engine import FakeEngine
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel
 
 SAMPLE = Path(__file__).parents[2] / "samples" / "shapes-diffusion"

@@ -23,9 +23,10 @@ from export.build.state import Build
 from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.bundle.manifest import Bundle
+from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import SourceError
 from runtime.pipeline import Call
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageRequest
 
 pytestmark = [

@@ -27,9 +27,11 @@ from profiles.probes import Settings, probes
 from profiles.subjects import Setting, source_subject
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
+from runtime.diffusion.config import DiffusionConfig, Sizes
+from runtime.diffusion.latents import random_stream
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.pipeline import drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, Sizes, random_stream
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.image import ImageReady, ImageRequest
 from samples.exams import Pictures

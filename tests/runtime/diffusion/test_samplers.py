@@ -11,8 +11,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from runtime.diffusion.samplers import SAMPLERS, State, alphas_cumprod, make_sampler
-from runtime.diffusion.schedules import SchedulerConfig
+from runtime.diffusion.published import SchedulerConfig
+from runtime.diffusion.solver import Sampler, Walk, make_sampler, samplers
+from runtime.diffusion.training import alphas_cumprod
 from runtime.errors import InvalidInput
 
 torch = pytest.importorskip("torch")
@@ -106,13 +107,17 @@ def theirs(
 
 
 def ours(name: str, config: dict[str, Any], steps: int, noise: np.ndarray, eta: float) -> np.ndarray:
-    sampler = make_sampler(name, published(name, config), steps, eta)
-    state = State(noise[0] * sampler.init_noise_sigma)
-    for timestep in sampler.timesteps:
-        output = model(sampler.model_input(state), float(timestep))
-        state = sampler.step(state, output, noise[1 + state.index] if sampler.stochastic else None)
-    assert state.latents.dtype == np.float32
-    return state.latents
+    return walked(make_sampler(name, published(name, config), steps, eta), noise)
+
+
+def walked(sampler: Sampler, noise: np.ndarray) -> np.ndarray:
+    """The latents that a sampler ends with, from the first of the noises on, the others as its fresh noise."""
+    stream = iter(noise[1:])
+    walk = Walk(sampler, noise[0], lambda: next(stream))
+    while walk.latents is None:
+        walk.advance(model(walk.x, walk.time))
+    assert walk.latents.dtype == np.float32
+    return walk.latents
 
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -136,7 +141,7 @@ def theirs_is_sound(name: str, config: dict[str, Any], steps: int) -> bool:
     return bool(timesteps.size and timesteps.max() <= last and timesteps.min() >= 0 and (np.diff(timesteps) < 0).all())
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers())
 @settings(max_examples=40, deadline=None)
 @given(
     config=configs,
@@ -168,10 +173,10 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
         total = config.get("num_train_timesteps", 1000)
         assume(len(np.arange(total, 0, -total / steps)) == steps)
     scheduler = reference(name, config, steps)
-    np.testing.assert_allclose(sampler.timesteps, scheduler.timesteps.numpy(), atol=2e-3)
+    np.testing.assert_allclose(sampler.schedule.time, scheduler.timesteps.numpy(), atol=2e-3)
     # A last bit of float32 in a value near 1 is a larger share of what is left to 1.
     rel = 2e-4 if config.get("rescale_betas_zero_snr") else 1e-5
-    assert sampler.init_noise_sigma == pytest.approx(float(scheduler.init_noise_sigma), rel=rel)
+    assert sampler.schedule.start == pytest.approx(float(scheduler.init_noise_sigma), rel=rel)
     noise = np.random.default_rng(seed).standard_normal((steps + 1, *SHAPE), dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
         expected = theirs(name, config, steps, noise, eta, patch)
@@ -182,7 +187,7 @@ def test_equals_diffusers(name: str, config: dict[str, Any], steps: int, eta: fl
     assert difference(ours(name, config, steps, noise, eta), expected) <= allowed
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers())
 def test_stable_diffusion_config_at_usual_steps(name: str) -> None:
     """Stable Diffusion 1.5's own file: every step count to 50, and the worst difference printed."""
     worst = 0.0
@@ -206,24 +211,31 @@ def test_the_noise_table_is_that_of_training(schedule: str, count: int) -> None:
     np.testing.assert_allclose(table, diffusers.DDIMScheduler(**fields).alphas_cumprod.numpy(), rtol=2e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers())
 def test_a_perfect_model_is_recovered(name: str) -> None:
     """A model that knows the clean latent leads every sampler to it, through whatever noise is added on the way."""
     rng = np.random.default_rng(0)
     clean = rng.standard_normal(SHAPE, dtype=np.float32)
     sampler = make_sampler(name, published(name, {"prediction_type": "sample", "clip_sample": False}), 12)
-    state = State(rng.standard_normal(SHAPE, dtype=np.float32) * sampler.init_noise_sigma)
-    for _ in sampler.timesteps:
-        state = sampler.step(state, clean, rng.standard_normal(SHAPE, dtype=np.float32))
-    assert state.index == 12
-    np.testing.assert_allclose(state.latents, clean, atol=1e-5)
+
+    def fresh() -> np.ndarray:
+        return rng.standard_normal(SHAPE, dtype=np.float32)
+
+    walk = Walk(sampler, fresh(), fresh)
+    for step in range(12):
+        assert (walk.step, walk.latents) == (step, None)
+        np.testing.assert_array_equal(walk.advance(clean), clean)
+    assert walk.step == 12 and walk.latents is not None
+    np.testing.assert_allclose(walk.latents, clean, atol=1e-5)
 
 
-def test_a_step_leaves_its_state_as_it_was() -> None:
-    sampler = make_sampler("dpmpp_2m", SchedulerConfig.parse(SD15), 4)
-    latents = np.ones(SHAPE, np.float32)
-    sampler.step(State(latents), latents)
-    assert (latents == 1).all()
+@pytest.mark.parametrize("name", samplers())
+def test_what_a_walk_is_given_stays_as_it_was(name: str) -> None:
+    noise = np.ones(SHAPE, np.float32)
+    walk = Walk(make_sampler(name, SchedulerConfig.parse(SD15), 4), noise, lambda: noise)
+    while walk.latents is None:
+        walk.advance(noise)
+    assert (noise == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 
 from runtime.bundle.signature import Array
-from runtime.diffusion.samplers import SAMPLERS
+from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.latents import random_stream
+from runtime.diffusion.solver import samplers
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, Progress, drive
-from runtime.pipelines.diffusion import DiffusionConfig, DiffusionPipeline, random_stream
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageReady, ImageRequest
 
 pytestmark = pytest.mark.filterwarnings(
@@ -116,7 +118,7 @@ def test_guidance_runs_the_negative_prompt_only_above_one(
     assert len(engines["text_encoder"].calls[0]["input_ids"]) == batch
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_a_seed_means_a_picture(pipeline: DiffusionPipeline, sampler: str) -> None:
     """Each picture of a request is the one that its own seed draws alone, with fresh noise on the way or without."""
     request = ImageRequest("ab", sampler=sampler, seed=5, images=3, eta=0.5 if sampler == "ddim" else 0.0)
@@ -442,7 +444,7 @@ def assert_same_picture(label: str, pipe: Any, ours: DiffusionPipeline, request:
     assert figure >= NEAREST_DB
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline, sampler: str) -> None:
     latents = random_stream(3).standard_normal((1, 4, 12, 8), np.float32)
     request = ImageRequest(
@@ -454,7 +456,7 @@ def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline,
 
 
 @pytest.mark.skipif(not (SAMPLE / "model_index.json").is_file(), reason="the sample model is not in this tree")
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", samplers())
 def test_same_picture_as_diffusers_from_the_sample(sampler: str) -> None:
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(SAMPLE, dtype=torch.float32)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.diffusion.samplers import SAMPLERS
-from runtime.diffusion.schedules import CLASSES, SERVED, TAKEN, WALKED, Schedule, SchedulerConfig
+from runtime.diffusion.published import CLASSES, SERVED, TAKEN, WALKED, SchedulerConfig, SchedulerFields
+from runtime.diffusion.solver import samplers
 from runtime.errors import InvalidInput
 
 diffusers = pytest.importorskip("diffusers")
@@ -19,7 +19,7 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # torch tensors inside diffusers
 
 PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"
-KNOWN = {*Schedule.model_fields, *TAKEN, *WALKED, "use_karras_sigmas", "timestep_type"}
+KNOWN = {*SchedulerFields.model_fields, *TAKEN, *WALKED, "use_karras_sigmas", "timestep_type"}
 ELSEWHERE = {"DPMSolverSDEScheduler"}
 """Classes that diffusers makes only where further packages are installed."""
 
@@ -47,7 +47,7 @@ def test_what_diffusers_saves_is_read(class_name: str, tmp_path: Path) -> None:
     """A scheduler_config.json with every field of its class at its default."""
     getattr(diffusers, class_name)().save_pretrained(tmp_path)
     config = SchedulerConfig.parse(json.loads((tmp_path / "scheduler_config.json").read_text()))
-    assert config.sampler == CLASSES[class_name].sampler in SAMPLERS
+    assert config.sampler == CLASSES[class_name].sampler in samplers()
     assert bool(config.note) != CLASSES[class_name].exact
     assert SchedulerConfig.model_validate_json(config.model_dump_json()).read(class_name) == config.read(class_name)
 

@@ -2,7 +2,7 @@
 scheduler_config.json.
 
 The class decides which fields count, as it does when diffusers loads the file: a field that the class does not have is
-ignored, whichever class left it there. A sampler of ours reads the fields of the diffusers class that it equals, so
+ignored, whichever class left it there. A solver of ours reads the fields of the diffusers class that it equals, so
 that a sampler chosen by a request sees what that class would see of the same file.
 """
 
@@ -25,8 +25,9 @@ def _none_is_unbounded(value: object) -> object:
     return -math.inf if value is None else value  # JSON has no infinity
 
 
-class Schedule(BaseModel):
-    """What samplers compute with. Betas are variances of one training step; timesteps count training steps from 0.
+class SchedulerFields(BaseModel):
+    """The fields that samplers compute with. Betas are variances of one training step; timesteps count training steps
+    from 0.
 
     A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between
     the classes are None here.
@@ -59,7 +60,7 @@ class Schedule(BaseModel):
     """Euler and DPM++."""
 
     @model_validator(mode="after")
-    def _one_beta_a_timestep(self) -> Schedule:
+    def _one_beta_a_timestep(self) -> SchedulerFields:
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
             raise ValueError(
                 f"trained_betas has {len(self.trained_betas)} values, expected num_train_timesteps "
@@ -221,7 +222,7 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and
         why.
         """
-        known = {*Schedule.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
+        known = {*SchedulerFields.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
         found = cls({name: value for name, value in published.items() if name in known and value != -math.inf})
         found.check()
         return found
@@ -245,7 +246,7 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
                 f"{name} with {', '.join(faults)} is not served: the model expects what no sampler here computes",
             )
         self.read(str(name))
-        self.read(SOURCES[self.treatment.sampler])
+        self.read_for(self.treatment.sampler)
 
     @property
     def treatment(self) -> Treatment:
@@ -270,17 +271,23 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
             "unless a request names another sampler"
         )
 
-    def read(self, class_name: str) -> Schedule:
+    def read(self, class_name: str) -> SchedulerFields:
         """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not
         served.
         """
-        read = CLASSES[class_name].reads & Schedule.model_fields.keys()
+        read = CLASSES[class_name].reads & SchedulerFields.model_fields.keys()
         values = {**self.treatment.defaults, **{name: value for name, value in self.root.items() if name in read}}
         try:
-            return Schedule.model_validate(values)
+            return SchedulerFields.model_validate(values)
         except ValidationError as error:
             faults = [": ".join(filter(None, (_where(fault), fault["msg"]))) for fault in error.errors()]
             raise InvalidInput("scheduler", f"the model's noise schedule is not served: {'; '.join(faults)}") from None
+
+    def read_for(self, solver: str) -> SchedulerFields:
+        """What the solver of that name reads of the file: what the class that it equals reads, else what the file's own
+        class does. Raises InvalidInput naming each field whose value is not served.
+        """
+        return self.read(SOURCES.get(solver, self.root[CLASS]))
 
     @property
     def _own(self) -> dict[str, Any]:
@@ -297,4 +304,4 @@ SOURCES: Final = {
     for name, treatment in reversed(list(CLASSES.items()))
     if treatment.sampler and treatment.exact
 }
-"""The diffusers class that each sampler equals."""
+"""The diffusers class that each solver equals."""

@@ -1,0 +1,113 @@
+"""The settings of a diffusion bundle, and what a request leaves open, filled in from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from runtime import limits
+from runtime.bundle.manifest import Frozen
+from runtime.diffusion.guidance import Guidance
+from runtime.diffusion.latents import Vae
+from runtime.diffusion.published import SchedulerConfig
+from runtime.diffusion.solver import Sampler, make_sampler
+from runtime.errors import BundleError, InvalidInput
+from runtime.tasks.image import ImageDefaults, ImageRequest
+
+
+class Sizes(Frozen):
+    """Lengths that a picture's edges may have, in pixels: `min` to `max`, multiples of `multiple`; `default` where a
+    request names none.
+    """
+
+    min: int = Field(ge=1, le=limits.EDGE.most)
+    max: int = Field(ge=1, le=limits.EDGE.most)
+    default: int = Field(ge=1, le=limits.EDGE.most)
+    multiple: int = Field(ge=1, le=limits.EDGE.most)
+
+    def check(self, field: str, length: int) -> int:
+        """The same length. Raises InvalidInput for `field` when no picture may have it."""
+        if not self.min <= length <= self.max or length % self.multiple:
+            raise InvalidInput(
+                field, f"is {length} pixels, expected {self.min} to {self.max}, a multiple of {self.multiple}"
+            )
+        return length
+
+
+class AddedConditions(Frozen):
+    """What a UNet receives besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section
+    2.2).
+
+    With `force_zeros_for_empty_prompt`, of the model's model_index.json, an empty negative prompt is zeros, not the
+    encoding of an empty text.
+    """
+
+    force_zeros_for_empty_prompt: bool
+
+
+class DiffusionConfig(Frozen):
+    """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
+
+    `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
+    sets steps_offset 1 and clip_sample false on whatever file it loads. `added` is None where the UNet has one text
+    encoder and no sizes.
+    """
+
+    scheduler: SchedulerConfig
+    vae: Vae
+    sizes: Sizes
+    defaults: ImageDefaults = ImageDefaults()
+    added: AddedConditions | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DiffusionConfig:
+        if self.sizes.multiple % self.vae.scale_factor:
+            raise ValueError(
+                f"sizes.multiple {self.sizes.multiple} is no multiple of vae.scale_factor {self.vae.scale_factor}"
+            )
+        self.sizes.check("sizes.default", self.sizes.default)
+        self.scheduler.check()
+        make_sampler(self.sampler, self.scheduler, self.defaults.steps)
+        return self
+
+    @property
+    def sampler(self) -> str:
+        """The sampler used where a request names none."""
+        return self.defaults.sampler or self.scheduler.sampler
+
+    def size_of(self, request: ImageRequest) -> tuple[int, int]:
+        """Height and width of the request's pictures, in pixels. Raises InvalidInput naming `width` or `height`."""
+        width = self.sizes.check("width", self.sizes.default if request.width is None else request.width)
+        height = self.sizes.check("height", self.sizes.default if request.height is None else request.height)
+        return height, width
+
+    def guidance_of(self, request: ImageRequest) -> Guidance:
+        scale = self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        return Guidance(scale)
+
+    def sampler_of(self, request: ImageRequest) -> Sampler:
+        """Raises InvalidInput naming `images`, `sampler`, `steps` or `eta`."""
+        steps = self.defaults.steps if request.steps is None else request.steps
+        if steps * request.images > limits.ALL_STEPS.most:
+            raise InvalidInput(
+                "images",
+                f"of {steps} steps each make {steps * request.images:,} steps, expected at most "
+                f"{limits.ALL_STEPS.most:,}",
+            )
+        return make_sampler(request.sampler or self.sampler, self.scheduler, steps, request.eta)
+
+    @classmethod
+    def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:
+        """Read `Manifest.config`. Raises BundleError naming every field that is wrong."""
+        try:
+            return cls.model_validate(dict(config))
+        except (ValidationError, InvalidInput) as error:
+            raise BundleError(f"the diffusion settings cannot be read: {error}") from None
+
+    def dump(self) -> dict[str, Any]:
+        """What `parse` reads: only the fields that were given, since samplers differ in what they take for an absent
+        one.
+        """
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)

@@ -1,0 +1,101 @@
+"""Latents: the noise that they start from, their scale, and the picture that they become."""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from runtime.bundle.manifest import Frozen
+from runtime.diffusion.calls import Part
+from runtime.diffusion.schedule import Latents
+from runtime.diffusion.tiling import Mosaic, Pixels, places, tile_shape
+from runtime.errors import InvalidInput
+
+
+class Vae(Frozen):
+    """How latents relate to pictures: latents = (vae's latents - shift_factor) * scaling_factor, one per `scale_factor`
+    pixels.
+    """
+
+    scaling_factor: float = Field(gt=0)
+    shift_factor: float = 0.0
+    scale_factor: int = Field(ge=1, le=1024)
+    latent_channels: int = Field(ge=1, le=1024)
+
+    def shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """The shape of the latents of one picture of that size in pixels."""
+        return 1, self.latent_channels, height // self.scale_factor, width // self.scale_factor
+
+    def unscaled(self, latents: Latents) -> Latents:
+        """Latents as the VAE has them."""
+        return np.asarray(latents / self.scaling_factor + self.shift_factor, np.float32)
+
+
+@dataclass(frozen=True)
+class Noise:
+    """The noise of one picture: `start`, then what `fresh` draws, both float32 [1, channels, height, width].
+
+    It is drawn when it is needed: a request that waits holds none. `given` takes the place of the first.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+    stream: np.random.Generator
+    given: Latents | None = None
+
+    def start(self) -> Latents:
+        drawn = self.fresh()
+        return drawn if self.given is None else self.given
+
+    def fresh(self) -> Latents:
+        return self.stream.standard_normal(self.shape, np.float32)
+
+
+def random_stream(seed: int) -> np.random.Generator:
+    """The random numbers of one picture: numpy's Philox with the seed as its key. First the starting latents, then each
+    step's noise.
+    """
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents | None = None) -> tuple[Noise, ...]:
+    """The noise of each of `images` pictures, whose latents have that shape: picture i has the seed `seed` + i, chosen
+    at random where there is none. `given` float32 [images, channels, height, width] is what they start from.
+
+    Raises InvalidInput naming `latents`.
+    """
+    first = secrets.randbits(32) if seed is None else seed
+    starts: list[Latents | None] = [None] * images
+    if given is not None:
+        expected = (images, *shape[1:])
+        if given.shape != expected or given.dtype != np.float32 or not np.isfinite(given).all():
+            raise InvalidInput("latents", f"are {given.dtype} {given.shape}, expected finite float32 {expected}")
+        starts = list(np.split(given, images))
+    return tuple(Noise(first + i, shape, random_stream(first + i), start) for i, start in enumerate(starts))
+
+
+def decode(
+    latents: Latents, decoder: Callable[[Latents], Part[Pixels]], scale: int, most: float = math.inf, multiple: int = 1
+) -> Part[NDArray[np.uint8]]:
+    """The picture of unscaled latents [1, channels, height, width]: uint8 RGB [height, width, 3], in pixels.
+
+    `decoder` gives the pixels [3, height, width], -1 to 1, of such latents; `scale` is how many pixels an edge of a
+    latent is. Of more than `most` latents it gets tiles, their edges multiples of `multiple`.
+    """
+    height, width = latents.shape[2:]
+    tile = tile_shape(height, width, most, multiple)
+    if tile[0] >= height and tile[1] >= width:
+        pixels = yield from decoder(latents)
+    else:
+        mosaic = Mosaic(height, width, scale)
+        for rows, columns in places(height, width, tile):
+            mosaic.add(rows, columns, (yield from decoder(np.ascontiguousarray(latents[:, :, rows, columns]))))
+        pixels = mosaic.picture()
+    picture: NDArray[np.uint8] = np.round((pixels / 2 + 0.5).clip(0, 1) * 255).astype(np.uint8)
+    return picture.transpose(1, 2, 0)

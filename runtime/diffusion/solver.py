@@ -1,0 +1,137 @@
+"""What a solver is: a generator that walks latents along a schedule, one file each in `runtime/diffusion/solvers/`.
+
+    def euler(schedule, x, fresh):
+        for index in range(len(schedule)):
+            now, after = schedule.point(index), schedule.point(index + 1)
+            estimate = yield x, now
+            x = ...
+        return x
+
+It yields latents and the point they are at, and is sent the model's `Estimate` of them. It may ask for one or several
+evaluations in a step and remember what it likes. It never calls a model: `Walk` does that with whoever holds one. A
+file declares one `Solver` under the name SOLVER and is found by listing the folder; its name is the sampler's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+import runtime.diffusion.solvers
+from runtime.diffusion.published import KARRAS, SchedulerConfig, SchedulerFields
+from runtime.diffusion.schedule import Estimate, Latents, Point, Schedule
+from runtime.errors import InvalidInput, did_you_mean
+from runtime.listing import modules
+
+Noise = Callable[[], Latents]
+"""Draws fresh standard normal noise of the latents' shape."""
+Steps = Generator[tuple[Latents, Point], Estimate, Latents]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a request varies a solver: noise levels spaced as in Karras et al. 2022, and how much fresh noise (0 to 1) is
+    added.
+    """
+
+    karras: bool = False
+    eta: float = 0.0
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A solver with the schedule that it walks along. `solve` takes the schedule, the latents that it starts from and
+    the source of fresh noise.
+    """
+
+    schedule: Schedule
+    solve: Callable[[Schedule, Latents, Noise], Steps]
+
+
+@dataclass(frozen=True)
+class Solver:
+    """How a solver's samplers are made from a published scheduler file, a number of steps and options.
+
+    `karras` and `eta` say which options it has. `prepare` raises InvalidInput where file and steps do not fit.
+    """
+
+    prepare: Callable[[SchedulerFields, int, Options], Sampler]
+    karras: bool = False
+    eta: bool = False
+
+
+@cache
+def solvers() -> dict[str, Solver]:
+    """Every solver by name: the files in `runtime/diffusion/solvers/`."""
+    return {module.__name__.rpartition(".")[2]: module.SOLVER for module in modules(runtime.diffusion.solvers)}
+
+
+def samplers() -> tuple[str, ...]:
+    """The name of every sampler: a solver's, and with "_karras" where it has that spacing."""
+    return tuple(
+        name + ending for name, solver in solvers().items() for ending in (("", KARRAS) if solver.karras else ("",))
+    )
+
+
+def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
+    """The sampler of that name (one of `samplers()`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM
+    adds.
+
+    Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit
+    the model's schedule, eta is given to a sampler that has none, or the schedule has a value that this sampler cannot
+    take.
+    """
+    if name not in samplers():
+        raise InvalidInput("sampler", f"'{name}' is not known: {did_you_mean(name, samplers())}")
+    solver = solvers()[name.removesuffix(KARRAS)]
+    fields = config.read_for(name.removesuffix(KARRAS))
+    if not 1 <= steps <= fields.num_train_timesteps:
+        raise InvalidInput(
+            "steps", f"is {steps}, expected 1 to {fields.num_train_timesteps}, the timesteps the model was trained on"
+        )
+    if not 0 <= eta <= 1:
+        raise InvalidInput("eta", f"is {eta}, expected 0 to 1")
+    if eta and not solver.eta:
+        able = ", ".join(other for other, found in solvers().items() if found.eta)
+        raise InvalidInput("eta", f"is {eta}, but only the sampler {able} has it: leave it 0 for {name}")
+    return solver.prepare(fields, steps, Options(name.endswith(KARRAS), eta))
+
+
+class Walk:
+    """A sampler at work, from standard normal noise `start`, float32 [batch, channels, height, width].
+
+    The model is to be evaluated on `x` at `time`, and its output given to `advance`, until `latents` holds the result.
+    `step` counts the steps done: a step is done when the solver goes on to a later point of its schedule.
+    """
+
+    def __init__(self, sampler: Sampler, start: Latents, fresh: Noise) -> None:
+        self.latents: Latents | None = None
+        self._schedule = sampler.schedule
+        self._solver = sampler.solve(self._schedule, start * np.float32(self._schedule.start), fresh)
+        self._x, self._point = next(self._solver)
+
+    @property
+    def x(self) -> Latents:
+        """The latents as the model was trained on them."""
+        return self._schedule.model_input(self._x, self._point)
+
+    @property
+    def time(self) -> float:
+        """The timestep that the model receives."""
+        return self._point.time
+
+    @property
+    def step(self) -> int:
+        return len(self._schedule) if self.latents is not None else self._point.step
+
+    def advance(self, output: Latents) -> Latents:
+        """Go on to the next evaluation. The result is the estimate of the clean latents, which a preview shows."""
+        estimate = self._schedule.estimate(self._x, output, self._point)
+        try:
+            self._x, self._point = self._solver.send(estimate)
+        except StopIteration as end:
+            self.latents = end.value
+        return estimate.clean
