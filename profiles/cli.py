@@ -69,9 +69,10 @@ def bench(
     from runtime.placing.loading import choose_target
 
     opened = Bundle(bundle)
-    drawing = {"width": width, "height": height, "steps": steps}
-    answering = {"prompt-tokens": prompt_tokens, "new-tokens": new_tokens}
-    _check_fit(opened.manifest.pipeline, drawing, answering)
+    options = {
+        "width": width, "height": height, "steps": steps, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens
+    }  # fmt: skip
+    _check_fit(opened.manifest.task, options)
     _check_rows(store, rows_file)
     given = {
         name: value
@@ -122,11 +123,12 @@ def score(
         raise MissingDependency(error.name or "opencv-python-headless", "export") from None
     from profiles.rows import append
     from runtime.engine import Options
+    from runtime.pipeline import pipelines
 
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     kind = subjects.kind_of(source, bundles or ())
-    _check_fit(kind, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch}, {})
+    _check_fit(pipelines()[kind].task, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch})
     _check_rows(store, rows_file)
     defaults = subjects.defaults(source, bundles or ())
     exam = subjects.Exam(
@@ -149,11 +151,13 @@ def score(
     out.print(scoring.table(results))
 
 
-def _check_fit(kind: str, drawing: Mapping[str, object], answering: Mapping[str, object]) -> None:
-    """Raise InvalidInput for an option that is of models of the other kind."""
-    others, does = (answering, "draws") if kind == "diffusion" else (drawing, "answers")
-    for name in (name for name, value in others.items() if value is not None):
-        raise InvalidInput(name, f"does not apply to a model that {does}: leave it out")
+def _check_fit(task: str, options: Mapping[str, object]) -> None:
+    """Raise InvalidInput for an option that applies to models of another task."""
+    from profiles.task import profile_tasks
+
+    fitting = profile_tasks()[task]
+    for name in (name for name, value in options.items() if value is not None and name not in fitting.options):
+        raise InvalidInput(name, f"does not apply to a model that {fitting.does}: leave it out")
 
 
 def _check_rows(store: bool, rows_file: Path | None) -> None:

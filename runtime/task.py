@@ -29,9 +29,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Task:
-    """A task: the class of its requests. A file in `runtime/tasks/` declares one as `TASK`."""
+    """A task: the class of its requests, and the verb that its commands and methods are named by.
+
+    A file in `runtime/tasks/` declares one as `TASK`.
+    """
 
     request: type[Request]
+    verb: str
 
     @property
     def name(self) -> str:

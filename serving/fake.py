@@ -18,8 +18,8 @@ from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Pipeline, Progress
-from runtime.tasks.chat import Finished, TextDelta
-from runtime.tasks.image import ImageReady
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
@@ -39,7 +39,7 @@ def bundle(folder: Path, name: str) -> Bundle:
         name=name,
         key="",
         pipeline="fake",
-        task="image",
+        task=ImageRequest.task,
         quant="none",
         source=source,
         submodels=(),
@@ -53,18 +53,16 @@ def bundle(folder: Path, name: str) -> Bundle:
 
 
 class FakeModel:
-    """Draws grey pictures, or answers with WORDS, one engine call per step. While `hold` is called, each step waits for
-    `let`.
-    """
+    """Draws grey pictures, one engine call per step. While `hold` is called, each step waits for `let`."""
 
+    task = ImageRequest.task
     target = "fake"
     device = "none"
     notes: tuple[str, ...] = ()
     picture: Picture = np.full((8, 16, 3), 127, np.uint8)
     """What it draws."""
 
-    def __init__(self, task: str = "image") -> None:
-        self.task = task
+    def __init__(self) -> None:
         self.engine = FakeEngine(self._step)
         self.engine.submodel = Submodel(
             name="denoiser",
@@ -108,8 +106,6 @@ class FakeModel:
         return {}
 
     def pipeline(self, request: Any) -> Pipeline:
-        if self.task == "chat":
-            return self._chat(request)
         if request.steps is not None and not 1 <= request.steps <= 1000:
             raise InvalidInput("steps", f"is {request.steps}, expected 1 to 1000")
         return self._draw(request.steps or 4, request)
@@ -122,14 +118,6 @@ class FakeModel:
             yield Progress(step, steps, preview)
         for index in range(request.images or 1):
             yield ImageReady(picture, index, (request.seed or 0) + index)
-
-    def _chat(self, request: Any) -> Pipeline:
-        for picture in request.images:
-            picture.decode()
-        for word in WORDS[: request.max_tokens or 3]:
-            yield Call("denoiser", {})
-            yield TextDelta(word)
-        yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS))
 
     def close(self) -> None:
         self.closed = True
@@ -144,6 +132,20 @@ class FakeModel:
         raise self.successor or AssertionError("it was not broken")
 
 
+class FakeAnswers(FakeModel):
+    """Answers with WORDS instead."""
+
+    task = ChatRequest.task
+
+    def pipeline(self, request: Any) -> Pipeline:
+        for picture in request.images:
+            picture.decode()
+        for word in WORDS[: request.max_tokens or 3]:
+            yield Call("denoiser", {})
+            yield TextDelta(word)
+        yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS))
+
+
 def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     """Wait for something that happens on another thread."""
     limit = time.monotonic() + seconds
@@ -156,7 +158,7 @@ class FakeServer:
     """A server on loopback in a thread of its own, with a fake diffusion model "draw" and a fake chat model "talk"."""
 
     def __init__(self, folder: Path, limits: Limits, options: Mapping[str, int] | None = None) -> None:
-        self.models = {"draw": FakeModel("image"), "talk": FakeModel("chat")}
+        self.models = {"draw": FakeModel(), "talk": FakeAnswers()}
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
         self.load_gate.set()

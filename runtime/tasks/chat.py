@@ -126,4 +126,4 @@ class Finished(Event):
     completion_tokens: int
 
 
-TASK: Final = Task(ChatRequest)
+TASK: Final = Task(ChatRequest, verb="chat")

@@ -127,4 +127,4 @@ class ImageReady(Event):
         return int(self.image.nbytes)
 
 
-TASK: Final = Task(ImageRequest)
+TASK: Final = Task(ImageRequest, verb="generate")

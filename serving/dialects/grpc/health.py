@@ -14,14 +14,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime import limits
 from runtime.errors import NotFound, quoted
 from serving.dialects.grpc.status import Context, write
-from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
+from serving.dialects.grpc.task import grpc_tasks
+from serving.enginecast_pb import model_pb2
 from serving.host.models import ModelHost
 
 SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-IMAGE, CHAT, MODEL = (
-    pb2.DESCRIPTOR.services_by_name[name].full_name
-    for pb2, name in ((image_pb2, "ImageService"), (chat_pb2, "ChatService"), (model_pb2, "ModelService"))
-)
+MODEL: Final[str] = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 Response: Final = health_pb2.HealthCheckResponse
 
 
@@ -32,12 +30,8 @@ def health_of(host: ModelHost) -> dict[str, bool]:
     tasks = host.ready()
     models = {name: task is not None for name, task in tasks.items()}
     known = set(tasks.values())
-    return models | {
-        "": any(models.values()),
-        IMAGE: "image" in known,
-        CHAT: "chat" in known,
-        MODEL: not host.stopping,
-    }
+    services = {task.service.full_name: name in known for name, task in grpc_tasks().items()}
+    return models | services | {"": any(models.values()), MODEL: not host.stopping}
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types

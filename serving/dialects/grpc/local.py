@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import Message
 
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
 from runtime.errors import InvalidInput
-from runtime.pipeline import Event, drive
+from runtime.pipeline import drive
 from runtime.placing.loading import load_model
 from runtime.placing.placement import Wishes
-from runtime.task import Request
-from serving.dialects.grpc import messages
+from runtime.task import task
+from serving.dialects.grpc.task import task_of
 from serving.enginecast_pb import chat_pb2, image_pb2
 from serving.host.job import Job, Model
 
@@ -39,11 +42,9 @@ class Local:
         """
         if request is None:
             return cls(load_model(root, target, options, wishes))
-        if isinstance(request, image_pb2.GenerateRequest):
-            _check_task(Bundle(root).manifest.task, "image")
-            return cls(load_model(root, target, options, wishes, request=messages.image_request(request)))
-        _check_task(Bundle(root).manifest.task, "chat")
-        return cls(load_model(root, target, options, wishes, request=messages.chat_request(request)))
+        served = task_of(request)
+        _check_task(Bundle(root).manifest.task, served.task)
+        return cls(load_model(root, target, options, wishes, request=served.request(request)))
 
     def __enter__(self) -> Local:
         return self
@@ -53,24 +54,21 @@ class Local:
 
     def generate(self, request: image_pb2.GenerateRequest) -> Iterator[image_pb2.GenerateResponse]:
         """Draw pictures: what ImageService.Generate streams, but for Queued."""
-        stream = messages.ImageStream()
-        return (
-            response for event in self._run(messages.image_request(request)) if (response := stream.response(event))
-        )
+        return self._run(request)
 
     def chat(self, request: chat_pb2.ChatRequest) -> Iterator[chat_pb2.ChatResponse]:
         """Answer the last message: what ChatService.Chat streams, but for Queued."""
-        stream = messages.ChatStream()
-        return (response for event in self._run(messages.chat_request(request)) if (response := stream.response(event)))
+        return self._run(request)
 
-    def _run(self, request: Request) -> Iterator[Event]:
-        _check_task(self._model.task, request.task)
-        return Job(self._model, self._model.pipeline(request), drive).events()
+    def _run(self, message: Message) -> Iterator[Any]:
+        served = task_of(message)
+        _check_task(self._model.task, served.task)
+        job = Job(self._model, self._model.pipeline(served.request(message)), drive)
+        responses = served.responses()
+        return (response for event in job.events() if (response := responses.response(event)) is not None)
 
 
 def _check_task(found: str, expected: str) -> None:
     if found != expected:
-        does, command = ("draws", "generate") if found == "image" else ("answers", "chat")
-        raise InvalidInput(
-            "bundle", f"has the task {found}, expected {expected}: it {does}, so use `enginecast {command}`"
-        )
+        verb = task(found).verb
+        raise InvalidInput("bundle", f"has the task {found}, expected {expected}: use `enginecast {verb}`")

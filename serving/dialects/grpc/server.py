@@ -14,9 +14,11 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import aclosing, suppress
+from functools import partial
 from typing import Any, Final, NoReturn
 
 import grpc
+from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
@@ -25,11 +27,14 @@ from runtime.errors import EnginecastError, InvalidInput, Unavailable
 from serving.dialects.grpc import health, messages
 from serving.dialects.grpc.intake import Intake
 from serving.dialects.grpc.status import Context, write
-from serving.enginecast_pb import chat_pb2, chat_pb2_grpc, image_pb2, image_pb2_grpc, model_pb2, model_pb2_grpc
+from serving.dialects.grpc.task import GrpcTask, grpc_tasks
+from serving.enginecast_pb import model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
 
 log = logging.getLogger(__name__)
 
+LARGE: Final = 1 << 16
+"""Bytes of a message above which it is translated off the event loop: it holds pictures."""
 FAREWELL_SECONDS: Final = 0.3
 """Time for the last statuses to reach the clients once the models are unloaded."""
 LEAVING_SECONDS: Final = 1.3
@@ -53,33 +58,28 @@ OPTIONS: Final = {
 }
 
 
-class ImageServicer(image_pb2_grpc.ImageServiceServicer):
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
+async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:
+    """Run the request that a message of a task's service holds, and stream its responses."""
+    name, responses, large = message.model, task.responses(), message.ByteSize() > LARGE
+    request = await asyncio.to_thread(task.request, message) if large else task.request(message)
+    del message  # its pictures are held once
+    events = host.run(name, request, context.time_remaining(), context.peer())
+    async with aclosing(events):
+        async for event in events:
+            # Pictures are encoded off the event loop.
+            response = await asyncio.to_thread(responses.response, event) if event.nbytes else responses.response(event)
+            if response is not None:
+                await write(context, response)
 
-    async def Generate(self, request: image_pb2.GenerateRequest, context: Context) -> None:
-        wanted, stream = messages.image_request(request), messages.ImageStream()
-        events = self.host.run(request.model, wanted, context.time_remaining(), context.peer())
-        async with aclosing(events):
-            async for event in events:
-                # PNGs are encoded off the event loop.
-                if (response := await asyncio.to_thread(stream.response, event)) is not None:
-                    await write(context, response)
 
-
-class ChatServicer(chat_pb2_grpc.ChatServiceServicer):
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
-
-    async def Chat(self, request: chat_pb2.ChatRequest, context: Context) -> None:
-        name, stream = request.model, messages.ChatStream()
-        wanted = await asyncio.to_thread(messages.chat_request, request)
-        del request  # its pictures are held once
-        events = self.host.run(name, wanted, context.time_remaining(), context.peer())
-        async with aclosing(events):
-            async for event in events:
-                if (response := stream.response(event)) is not None:
-                    await write(context, response)
+def service(host: ModelHost, task: GrpcTask) -> grpc.GenericRpcHandler[Any, Any]:
+    """The service of a task, over a host."""
+    (method,) = task.service.methods
+    takes, gives = map(GetMessageClass, (method.input_type, method.output_type))
+    handler = grpc.unary_stream_rpc_method_handler(
+        partial(answer, host, task), takes.FromString, gives.SerializeToString
+    )
+    return grpc.method_handlers_generic_handler(task.service.full_name, {method.name: handler})
 
 
 class ModelServicer(model_pb2_grpc.ModelServiceServicer):
@@ -118,12 +118,11 @@ class Server:
             options=[*(OPTIONS | dict(options or {})).items()],
             maximum_concurrent_rpcs=limits.CALLS.most,
         )
-        image_pb2_grpc.add_ImageServiceServicer_to_server(ImageServicer(host), self._server)
-        chat_pb2_grpc.add_ChatServiceServicer_to_server(ChatServicer(host), self._server)
+        self._server.add_generic_rpc_handlers([service(host, task) for task in grpc_tasks().values()])
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(host), self._server)
-        services = health.IMAGE, health.CHAT, health.MODEL, health.SERVICE, reflection.SERVICE_NAME
-        reflection.enable_server_reflection(services, self._server)
+        own = [task.service.full_name for task in grpc_tasks().values()]
+        reflection.enable_server_reflection([*own, health.MODEL, health.SERVICE, reflection.SERVICE_NAME], self._server)
         self.port = _bind(self._server, address)
 
     async def start(self) -> None:

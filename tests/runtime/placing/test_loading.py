@@ -101,8 +101,8 @@ def test_a_target_is_forced_or_refused(tiny_bundle: Path, tmp_path: Path) -> Non
 
 
 def test_a_bundle_whose_task_is_not_that_of_its_pipeline(tiny_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="has the task 'chat', but its pipeline 'diffusion' is of the task 'image'"):
-        load_model(changed(tiny_bundle, tmp_path / "b", task="chat"))
+    with pytest.raises(BundleError, match="has the task 'image', but its pipeline 'chat' is of the task 'chat'"):
+        load_model(changed(tiny_bundle, tmp_path / "b", task="image"))
 
 
 def test_a_bundle_that_needs_another_pipeline(tiny_bundle: Path, tmp_path: Path) -> None:

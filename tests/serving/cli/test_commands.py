@@ -23,7 +23,7 @@ from serving.cli import commands as cli
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.local import Local
 from serving.enginecast_pb import model_pb2
-from serving.fake import FakeModel, FakeServer, bundle, until
+from serving.fake import FakeAnswers, FakeModel, FakeServer, bundle, until
 
 ROOT = Path(__file__).parents[3]
 
@@ -219,13 +219,13 @@ class TestChat:
 
     def test_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
-        chat = FakeModel.pipeline
+        chat = FakeAnswers.pipeline
 
-        def pipeline(self: FakeModel, request: Any) -> Any:
+        def pipeline(self: FakeAnswers, request: Any) -> Any:
             seen.append([(turn.role, turn.content) for turn in request.messages])
             return chat(self, request)
 
-        monkeypatch.setattr(FakeModel, "pipeline", pipeline)
+        monkeypatch.setattr(FakeAnswers, "pipeline", pipeline)
         ended = CliRunner().invoke(
             cli.app, ["chat", "--address", warm.address, "--model", "talk"], input="what?\nsure?\n\n"
         )
@@ -237,13 +237,13 @@ class TestChat:
         self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
         seen = []
-        chat = FakeModel.pipeline
+        chat = FakeAnswers.pipeline
 
-        def pipeline(self: FakeModel, request: Any) -> Any:
+        def pipeline(self: FakeAnswers, request: Any) -> Any:
             seen.append([len(turn.content) for turn in request.messages])
             return chat(self, request)
 
-        monkeypatch.setattr(FakeModel, "pipeline", pipeline)
+        monkeypatch.setattr(FakeAnswers, "pipeline", pipeline)
         Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
         told = f"/help\n/image {tmp_path}/p.png\nwhat?\nsure?\n/clear\nwho?\nquit\nno more\n"
         ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input=told)
@@ -306,7 +306,7 @@ class TestChat:
 
     def test_in_process_wrong_kind(self, run: Any, local: FakeModel) -> None:
         ended = run("chat", "--bundle", "somewhere", "--prompt", "what?")
-        assert ended.code == 2 and "has the task image" in ended.err
+        assert ended.code == 2 and "has the task image, expected chat: use `enginecast generate`" in ended.err
 
 
 class TestServe:

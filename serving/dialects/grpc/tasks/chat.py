@@ -1,0 +1,93 @@
+"""ChatService: conversations, and the answers as they are decoded."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from runtime import limits
+from runtime.errors import InvalidInput
+from runtime.language import text
+from runtime.pipeline import Event
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.vision import images
+from serving.dialects.grpc.messages import engines, given, queued, timings
+from serving.dialects.grpc.task import GrpcTask
+from serving.enginecast_pb import chat_pb2, model_pb2
+from serving.host.job import Done, Queued
+
+ROLES: Final[dict[int, text.Role]] = {
+    chat_pb2.ROLE_SYSTEM: "system",
+    chat_pb2.ROLE_USER: "user",
+    chat_pb2.ROLE_ASSISTANT: "assistant",
+}
+REASONS: Final = {"stop": chat_pb2.FINISH_REASON_STOP, "length": chat_pb2.FINISH_REASON_LENGTH}
+OPTIONS: Final = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+
+
+def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
+    """The request as the chat pipeline takes it, its picture files not yet decoded. Raises InvalidInput naming the
+    field.
+    """
+    limits.MESSAGES.length("messages", message.messages)
+    limits.PARTS.count("messages", sum(len(turn.parts) for turn in message.messages))
+    limits.PICTURES.count("messages", sum(part.HasField("image") for turn in message.messages for part in turn.parts))
+    limits.STOPS.length("stop", message.stop)
+    turns = tuple(_turn(turn, f"messages[{i}]") for i, turn in enumerate(message.messages))
+    return ChatRequest(messages=turns, stop=tuple(message.stop), **given(message, OPTIONS))
+
+
+def _turn(turn: chat_pb2.Message, field: str) -> text.Message:
+    if turn.role not in ROLES:
+        raise InvalidInput(f"{field}.role", "is missing or unknown, expected ROLE_SYSTEM, ROLE_USER or ROLE_ASSISTANT")
+    return text.Message(
+        ROLES[turn.role], tuple(_part(part, f"{field}.parts[{i}]") for i, part in enumerate(turn.parts))
+    )
+
+
+def _part(part: chat_pb2.Part, field: str) -> text.Part:
+    match part.WhichOneof("content"):
+        case "text":
+            return part.text
+        case "image":
+            return images.PictureFile.open(part.image, f"{field}.image")
+        case _:
+            raise InvalidInput(field, "is empty, expected text or image")
+
+
+class ChatStream:
+    """Turns the events of one chat request into responses, in order."""
+
+    def __init__(self) -> None:
+        self._finished = Finished("stop", 0, 0)
+
+    def response(self, event: Event) -> chat_pb2.ChatResponse | None:
+        """The response that tells of this event; None when nothing does."""
+        match event:
+            case Queued():
+                return chat_pb2.ChatResponse(queued=queued(event))
+            case TextDelta(delta):
+                return chat_pb2.ChatResponse(delta=chat_pb2.TextDelta(text=delta))
+            case Finished():
+                self._finished = event
+            case Done():
+                return chat_pb2.ChatResponse(done=self._done(event))
+        return None
+
+    def _done(self, event: Done) -> chat_pb2.ChatDone:
+        return chat_pb2.ChatDone(
+            reason=REASONS[self._finished.reason],
+            prompt_tokens=self._finished.prompt_tokens,
+            completion_tokens=self._finished.completion_tokens,
+            timings=timings(event),
+            engines=engines(event),
+            notes=event.notes,
+        )
+
+
+TASK: Final = GrpcTask(
+    ChatRequest.task,
+    chat_pb2.DESCRIPTOR.services_by_name["ChatService"],
+    chat_request,
+    ChatStream,
+    model_pb2.MODEL_KIND_CHAT,
+)

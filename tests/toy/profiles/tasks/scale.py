@@ -1,0 +1,26 @@
+"""What is measured of the toy task: the seconds a request takes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from runtime.tasks.scale import ScaleRequest
+
+from profiles.probes import Probe, Settings, seconds
+from profiles.task import ProfileTask
+from runtime.pipeline import drive
+from runtime.placing.loading import LoadedModel
+
+
+def scale_request(settings: Settings) -> ScaleRequest:
+    return ScaleRequest((1.0, 2.0))
+
+
+def scale_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
+    def run() -> None:
+        list(drive(model.pipeline(scale_request(settings)), model.engines))
+
+    return [Probe("scaled", "s", lambda: seconds(run))]
+
+
+TASK: Final = ProfileTask(ScaleRequest.task, "scales", frozenset(), scale_request, scale_probes)
