@@ -10,15 +10,15 @@ def test_my_program(tmp_path):
 
 from __future__ import annotations
 
-from enginecast.testing.server import FakeModel, FakeServer
+from enginecast.testing.server import FakeAnswers, FakeModel, FakeServer
 from runtime.engine import FakeEngine
 from serving.dialects.python.model import Model
 
-__all__ = ["FakeEngine", "FakeModel", "FakeServer", "fake_model"]
+__all__ = ["FakeAnswers", "FakeEngine", "FakeModel", "FakeServer", "fake_model"]
 
 
 def fake_model(fake: FakeModel | None = None) -> Model:
-    """What `enginecast.load` returns, over a fake: it draws grey pictures, or with `FakeModel("chat")` answers "a red
+    """What `enginecast.load` returns, over a fake: it draws grey pictures, or with `FakeAnswers()` answers "a red
     círcle".
     """
     return Model(fake or FakeModel())

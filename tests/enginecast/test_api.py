@@ -30,7 +30,7 @@ METHODS = {
 
 def test_public_names() -> None:
     assert sorted(enginecast.__all__) == sorted([*NAMES, *ERRORS])
-    assert sorted(enginecast.testing.__all__) == ["FakeEngine", "FakeModel", "FakeServer", "fake_model"]
+    assert sorted(enginecast.testing.__all__) == ["FakeAnswers", "FakeEngine", "FakeModel", "FakeServer", "fake_model"]
     for name, methods in METHODS.items():
         found = {method for method in dir(getattr(enginecast, name)) if not method.startswith("_")}
         inherited = METHODS["Session"] if name in ("Model", "Client") else set()
@@ -81,7 +81,7 @@ def test_build_load_and_draw(tiny_diffusion: Path, tmp_path: Path) -> None:
     with enginecast.load(tmp_path / "b", place={"text_encoder": "cpu"}, memory_limit="1GiB") as model:
         first, second = (model.generate("x", steps=1, width=16, height=16, seed=3).image for _ in range(2))
         assert first.shape == (16, 16, 3) and (first == second).all()
-        with pytest.raises(enginecast.InvalidInput, match="of the task image, expected one of the task chat"):
+        with pytest.raises(enginecast.InvalidInput, match=r"use `generate`"):
             model.chat("what?")
     with pytest.raises(enginecast.EngineUnavailable):
         enginecast.load(tmp_path / "b", target="openvino")

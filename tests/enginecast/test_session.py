@@ -130,7 +130,7 @@ def test_mistakes_in_pictures(talking: Fake, tmp_path: Path) -> None:
 
 
 def test_the_wrong_method(way: str, talking: Fake) -> None:
-    with pytest.raises(InvalidInput, match=r"chat model"):
+    with pytest.raises(InvalidInput, match=r"has the task chat"):
         talking[0].generate("a circle")
 
 
@@ -209,7 +209,7 @@ def test_streams_of_one_model_take_turns() -> None:
     with fake_model() as model:
         first, second = (model.generate_stream("a circle", steps=3) for _ in range(2))
         assert [type(event) for pair in zip(first, second, strict=True) for event in pair].count(Done) == 2
-        assert model.target == "fake" and model.task == "diffusion" and model.device == "none" and model.notes == ()
+        assert model.target == "fake" and model.task == "image" and model.device == "none" and model.notes == ()
 
 
 def test_closing_a_model_ends_its_streams() -> None:

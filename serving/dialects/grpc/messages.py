@@ -11,7 +11,7 @@ from google.protobuf.message import Message as ProtoMessage
 from runtime import limits
 from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
-from serving.enginecast_pb import chat_pb2, common_pb2, image_pb2, model_pb2
+from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
 from serving.host.models import State, Status
 
@@ -72,6 +72,32 @@ def engines(done: Done) -> list[common_pb2.EngineUse]:
     ]
 
 
+def done_event(message: Any) -> Done:
+    """The event that the last message of a stream becomes: the reverse of `timings` and `engines`."""
+    timings = message.timings
+    return Done(
+        timings.queue_seconds,
+        timings.run_seconds,
+        timings.first_output_seconds if timings.HasField("first_output_seconds") else None,
+        tuple(map(_use, message.engines)),
+        tuple(message.notes),
+    )
+
+
+def _use(use: common_pb2.EngineUse) -> EngineUse:
+    return EngineUse(
+        use.submodel,
+        use.target,
+        use.device,
+        use.calls,
+        use.seconds,
+        use.precision,
+        tuple(use.fallbacks),
+        use.reload_seconds,
+        tuple(use.choices),
+    )
+
+
 def model(status: Status) -> model_pb2.Model:
     """A model as the wire shows it."""
     return model_pb2.Model(
@@ -96,30 +122,4 @@ def model(status: Status) -> model_pb2.Model:
             for one in status.placements
         ],
         notes=status.notes,
-    )
-
-
-def done_event(message: image_pb2.ImageDone | chat_pb2.ChatDone) -> Done:
-    """The last event of a request, from its message."""
-    timings = message.timings
-    return Done(
-        timings.queue_seconds,
-        timings.run_seconds,
-        timings.first_output_seconds if timings.HasField("first_output_seconds") else None,
-        tuple(map(_use, message.engines)),
-        tuple(message.notes),
-    )
-
-
-def _use(use: common_pb2.EngineUse) -> EngineUse:
-    return EngineUse(
-        use.submodel,
-        use.target,
-        use.device,
-        use.calls,
-        use.seconds,
-        use.precision,
-        tuple(use.fallbacks),
-        use.reload_seconds,
-        tuple(use.choices),
     )

@@ -15,7 +15,7 @@ from runtime.pipeline import Event, drive
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import Wishes, parse_place
-from runtime.task import Request
+from runtime.task import Request, task
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
 from serving.dialects.python import results
@@ -47,7 +47,7 @@ class Model(Session):
 
     @property
     def task(self) -> str:
-        """What the model does: "image" (it has `generate`) or "chat"."""
+        """The task that the model does: image (it has `generate`) or chat."""
         return self._model.task
 
     @property
@@ -81,7 +81,7 @@ class Model(Session):
         return self._run(request, results.answer)
 
     def _run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
-        check_task(self._model.task, request.task)
+        check_task(self._model.task, request)
         with self._turn:
             work = Job(self._model, self._model.pipeline(request), drive)
         stop = partial(work.stop, Cancelled("the caller stopped the work"))
@@ -147,7 +147,7 @@ def open_for(
     root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, wishes: Wishes
 ) -> Model:
     """Load a bundle for a request like this one, which is checked before the engines are loaded, which takes long."""
-    check_task(Bundle(root).manifest.task, request.task)
+    check_task(Bundle(root).manifest.task, request)
     return Model(load_model(root, target, options, wishes, request=request))
 
 
@@ -158,7 +158,7 @@ def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | N
     return Wishes(parse_place(given) if given else {}, limit, strict)
 
 
-def check_task(found: str, expected: str) -> None:
-    """Raise InvalidInput where a model of one task is given a request of another."""
-    if found != expected:
-        raise InvalidInput("bundle", f"holds a model of the task {found}, expected one of the task {expected}")
+def check_task(found: str, request: Request) -> None:
+    """Raise InvalidInput where the request is of another task than the model."""
+    if found != request.task:
+        raise InvalidInput("bundle", f"has the task {found}, expected {request.task}: use `{task(found).verb}`")
