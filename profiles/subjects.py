@@ -77,7 +77,7 @@ def defaults(source: Path | None, bundles: Sequence[Path]) -> ImageDefaults:
     if source is not None:
         return ImageDefaults.read(source)
     manifest = Bundle(bundles[0]).manifest
-    return DiffusionConfig.parse(manifest.config).defaults if manifest.pipeline == "diffusion" else ImageDefaults()
+    return DiffusionConfig.parse(manifest.config).defaults if manifest.task == "image" else ImageDefaults()
 
 
 def subjects(

@@ -530,3 +530,9 @@ def test_hub_behind_a_broken_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
         NotFound, match=r"could not be fetched from the hub \(ProxyError: 407 Proxy Authentication Required\)"
     ):
         resolve("org/name")
+
+
+def test_samples_are_in_a_source_checkout_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("export.checkpoint.source.SAMPLES", tmp_path / "none")
+    with pytest.raises(NotFound, match="come with a source checkout of enginecast"):
+        resolve("sample:shapes-vlm")
