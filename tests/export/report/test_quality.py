@@ -230,7 +230,7 @@ def test_a_spoilt_unet_falls_short(drawing: LoadedModel, drawn: Samples) -> None
     unet, latents = quality.shortfalls("int4")
     assert unet.startswith("SNR of unet.noise_pred is ") and unet.endswith(" dB, expected at least 12 dB at int4")
     assert latents.startswith("median SNR of the final latents is ")
-    assert quality.submodels[3].outputs[0].snr_db == CAP_DB, "each submodel is measured alone"
+    assert quality.submodels[2].outputs[0].snr_db == CAP_DB, "each submodel is measured alone"
 
 
 def test_a_spoilt_decoder_falls_short(talking: LoadedModel, said: Samples) -> None:
