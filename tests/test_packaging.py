@@ -15,7 +15,7 @@ import pytest
 from runtime.engine import targets
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = {"enginecast", "export", "runtime", "serving", "calibration", "profiles", "samples"}
+PACKAGES = {"enginecast", "export", "runtime", "serving", "calibration", "profiles"}
 HEAVY = {
     "torch",
     "diffusers",
