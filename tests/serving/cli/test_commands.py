@@ -306,7 +306,7 @@ class TestChat:
 
     def test_in_process_wrong_kind(self, run: Any, local: FakeModel) -> None:
         ended = run("chat", "--bundle", "somewhere", "--prompt", "what?")
-        assert ended.code == 2 and "has the task image, expected chat: use `enginecast generate`" in ended.err
+        assert ended.code == 2 and "has the task image, expected chat: use `generate`" in ended.err
 
 
 class TestServe:
