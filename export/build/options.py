@@ -148,9 +148,9 @@ class Options:
 
 def check_settings(targets: Sequence[str], settings: Mapping[str, Mapping[str, str]]) -> None:
     """Raise InvalidInput for settings of other targets than these, and for those that their targets lack."""
-    strangers = sorted(set(settings) - set(targets))
-    if strangers:
-        raise InvalidInput("setting", f"is for {strangers[0]}, which is not among the targets {', '.join(targets)}")
+    unknown = sorted(set(settings) - set(targets))
+    if unknown:
+        raise InvalidInput("setting", f"is for {unknown[0]}, which is not among the targets {', '.join(targets)}")
     for name, own in settings.items():
         try:
             target(name).check_settings(own)

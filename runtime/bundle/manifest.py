@@ -170,11 +170,11 @@ class Weights(Frozen):
 class Submodel(Frozen):
     """One network of the model: its signature, where its graph lies, what precision its weights have.
 
-    The graph computes in float32. `compute` is what a target that has it shall compute in instead, but for the nodes
-    named in `keep`; `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits as it
-    goes, where it is faster so. `bfloat16` names nodes that were measured to lose nothing beside what quantization
-    takes when they compute in bfloat16 all the same, and `spans` what targets with zero points shall let the 8 bits of
-    QuantizeLinear nodes span instead, from low to high (`runtime.targets.lowering.spans`). `weights` says what the
+    The graph computes in float32. `compute` is the type that targets with kernels for it compute in instead, except in
+    the nodes named in `keep`. `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits
+    while it runs. `bfloat16` names nodes that may compute in bfloat16: measured to add nothing to the error of
+    quantization. `spans` are activation ranges, lowest and highest value, for targets whose 8-bit inputs have zero
+    points (`runtime.targets.lowering.spans`); others use the symmetric ranges of the graph. `weights` says what the
     weights of a quantized submodel became.
     """
 

@@ -46,7 +46,7 @@ class Tensor(BaseModel):
 
     `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last
     axis that end with the longest length, ones, or whole numbers from 0 up to and without `limit`. A `condition` is
-    what the rows of a guided call differ in; in inputs that are none they are the same.
+    what the rows of a classifier-free guidance batch differ in; in inputs that are none they are the same.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -35,7 +35,7 @@ from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
-from runtime.placing.placement import Choice, Place, Wishes
+from runtime.placing.placement import Choice, Place, PlacementOptions
 from runtime.placing.portable import fitting
 
 log = logging.getLogger(__name__)
@@ -85,18 +85,20 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
     Raises EngineUnavailable listing what is wrong with every one: a target is never replaced by another without a word.
     """
     machine = detect()
-    return target(placement.usable(bundle, placement.order(bundle, wanted, Wishes(), machine), "", machine)[0].target)
+    return target(
+        placement.usable(bundle, placement.order(bundle, wanted, PlacementOptions(), machine), "", machine)[0].target
+    )
 
 
 def load_model(
     bundle: Path | Bundle,
     wanted: str | None = None,
     options: Options | None = None,
-    wishes: Wishes | None = None,
+    placing: PlacementOptions | None = None,
     public: Path | None = None,
     request: Any = None,
 ) -> LoadedModel:
-    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `wishes`
+    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `placing`
     say.
 
     A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public`
@@ -107,7 +109,7 @@ def load_model(
     ResourceExhausted or EngineError; leaves nothing loaded then.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    return _load(opened, wanted, options or Options(), wishes or Wishes(), public, (), request)
+    return _load(opened, wanted, options or Options(), placing or PlacementOptions(), public, (), request)
 
 
 def _verify(bundle: Bundle, public: Path | None) -> None:
@@ -136,7 +138,7 @@ def _load(
     bundle: Bundle,
     wanted: str | None,
     options: Options,
-    wishes: Wishes,
+    placing: PlacementOptions,
     public: Path | None,
     avoid: Collection[Place],
     request: Any = None,
@@ -148,7 +150,7 @@ def _load(
         pipeline(request).close()
     machine = detect()
     options = replace(options, threads=options.threads or _threads(machine.allowed))
-    plan = placement.place(bundle, wanted, options.device, wishes, machine, avoid)
+    plan = placement.place(bundle, wanted, options.device, placing, machine, avoid)
     budget = Budget(plan.rooms) if plan.rooms else None
     engines, places, notes = dict[str, Engine](), dict[str, Place](), [*bundle.manifest.notes, *plan.notes]
     try:
@@ -158,7 +160,7 @@ def _load(
                 submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes
             )
             engines[submodel.name], places[submodel.name] = engine, where
-            if wishes.strict and engine.fallbacks:
+            if placing.strict and engine.fallbacks:
                 raise EngineError(
                     f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose "
                     "another target or "
@@ -174,7 +176,7 @@ def _load(
     names, devices = (
         ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
     )
-    again = partial(_load, bundle, wanted, options, wishes, public)
+    again = partial(_load, bundle, wanted, options, placing, public)
     return LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
 
 

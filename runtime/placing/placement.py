@@ -32,7 +32,7 @@ arXiv 2112.10752).
 
 
 @dataclass(frozen=True)
-class Wishes:
+class PlacementOptions:
     """What is asked of a placement. Nothing of it is given up without a word.
 
     `place` has a target ("openvino"), a target and its device ("openvino:GPU.1") or a device ("cuda:0") for submodels
@@ -103,7 +103,12 @@ def parse_place(text: str) -> dict[str, str]:
 
 
 def place(
-    bundle: Bundle, wanted: str | None, device: str, wishes: Wishes, machine: Machine, avoid: Collection[Place] = ()
+    bundle: Bundle,
+    wanted: str | None,
+    device: str,
+    placing: PlacementOptions,
+    machine: Machine,
+    avoid: Collection[Place] = (),
 ) -> Placement:
     """Choose for every submodel of a bundle. `wanted` is a target and `device` one of its devices, or "" for any.
 
@@ -113,14 +118,14 @@ def place(
     does not suffice.
     """
     submodels = bundle.manifest.submodels
-    places = usable(bundle, order(bundle, wanted, wishes, machine), device, machine)
+    places = usable(bundle, order(bundle, wanted, placing, machine), device, machine)
     fixed = {
-        name: _usable_for(bundle, name, where, places, wishes, machine)
-        for name, where in _by_name(wishes.place, submodels).items()
+        name: _usable_for(bundle, name, where, places, placing, machine)
+        for name, where in _by_name(placing.place, submodels).items()
     }
     asked = {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
     asked = {name: [one for one in where if one not in avoid] or where for name, where in asked.items()}
-    return _fit(submodels, asked, wishes.memory_limit, machine)
+    return _fit(submodels, asked, placing.memory_limit, machine)
 
 
 def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[str, str]:
@@ -138,7 +143,7 @@ def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[st
     return found
 
 
-def order(bundle: Bundle, wanted: str | None, wishes: Wishes, machine: Machine) -> list[str]:
+def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine: Machine) -> list[str]:
     """Targets of the bundle, best first, or the one that is wanted. Raises NotFound, EngineUnavailable."""
     if wanted is not None:
         target(wanted)
@@ -149,7 +154,7 @@ def order(bundle: Bundle, wanted: str | None, wishes: Wishes, machine: Machine) 
             )
         return [wanted]
     known = [name for name in targets() if name in bundle.targets]
-    files = measured.default_files() if wishes.rows is None else wishes.rows
+    files = measured.default_files() if placing.rows is None else placing.rows
     figures = measured.seconds(bundle.manifest, machine, files)
     return measured.in_order(known, figures) + [name for name in bundle.targets if name not in known]
 
@@ -201,18 +206,18 @@ def _is_called(name: str, device: str) -> bool:
 
 
 def _usable_for(
-    bundle: Bundle, submodel: str, where: str, places: Sequence[Place], wishes: Wishes, machine: Machine
+    bundle: Bundle, submodel: str, where: str, places: Sequence[Place], placing: PlacementOptions, machine: Machine
 ) -> list[Place]:
     """What --place says of a submodel: a target of the bundle, with or without its device, or else a device."""
     name, _, device = where.partition(":")
     if name in bundle.targets:
         return usable(bundle, [name], device, machine)
-    everywhere = usable(bundle, order(bundle, None, wishes, machine), "", machine)
+    everywhere = usable(bundle, order(bundle, None, placing, machine), "", machine)
     composed = [] if where.upper().partition(":")[0] not in COMPOSED else usable(bundle, ["openvino"], where, machine)
     if fitting := composed or [one for one in (*places, *everywhere) if _is_called(one.device, where)]:
         return list(dict.fromkeys(fitting))
     if name in targets():
-        order(bundle, name, wishes, machine)  # says that the bundle was not built for it
+        order(bundle, name, placing, machine)  # says that the bundle was not built for it
     known = [*bundle.targets, *dict.fromkeys(plain(one.device) for one in everywhere)]
     reasons = [
         f"{other}: {found.reason}" for other, engine in targets().items() if not (found := engine.available()).usable

@@ -25,7 +25,7 @@ from runtime.limits import IMAGE_SEED, SEED
 if TYPE_CHECKING:
     from runtime.bundle.manifest import Bundle
     from runtime.engine import Options
-    from runtime.placing.placement import Wishes
+    from runtime.placing.placement import PlacementOptions
     from runtime.tasks.chat import ChatRequest
     from runtime.tasks.image import ImageRequest
     from serving.dialects.python.session import Session
@@ -134,7 +134,7 @@ def serve(
     from serving.dialects.grpc import server
     from serving.host.models import Limits, ModelHost, Offer
 
-    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
+    options, placing = _options(device, threads), _placing(place, memory_limit, strict)
 
     limits.GRACE.number("grace", grace)  # typer lets NaN pass
     if require_signature is not None:
@@ -144,7 +144,7 @@ def serve(
         raise next(offer.error for offer in offers if offer.error)
 
     def load(bundle: Bundle | Path, asked: str | None) -> Model:
-        return load_model(bundle, asked or target, options, wishes, require_signature)
+        return load_model(bundle, asked or target, options, placing, require_signature)
 
     async def run() -> None:
         host = ModelHost(offers, load, Limits(max_queue=max_queue, grace_seconds=grace))
@@ -217,8 +217,8 @@ def generate(
         images=images,
     )
     request = image_request(terminal.unicode("prompt", prompt), given)
-    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
-    with _session(address, model, bundle, target, options, wishes, request) as session:
+    options, placing = _options(device, threads), _placing(place, memory_limit, strict)
+    with _session(address, model, bundle, target, options, placing, request) as session:
         for path in terminal.draw(session.draw(request), out, verbose):
             print(path)
 
@@ -272,8 +272,8 @@ def chat(
         stop=stop,
     )
     first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, given)
-    options, wishes = _options(device, threads), _wishes(place, memory_limit, strict)
-    with _session(address, model, bundle, target, options, wishes, first) as session:
+    options, placing = _options(device, threads), _placing(place, memory_limit, strict)
+    with _session(address, model, bundle, target, options, placing, first) as session:
 
         def answer(messages: Sequence[Message]) -> str:
             return terminal.speak(session.chat_stream(messages, **given), verbose)
@@ -307,7 +307,7 @@ def devices(
     given = {"target": target, "device": device, "place": place, "memory_limit": memory_limit}
     for name in (name for name, value in given.items() if value and bundle is None):
         raise InvalidInput(name, "belongs to --bundle: it says where the submodels of one are loaded")
-    overview.show(overview.collect(bundle, target, device, _wishes(place, memory_limit, False), address), as_json)
+    overview.show(overview.collect(bundle, target, device, _placing(place, memory_limit, False), address), as_json)
 
 
 def _forward(context: typer.Context) -> None:
@@ -333,7 +333,7 @@ def _session(
     bundle: str | None,
     target: str | None,
     options: Options,
-    wishes: Wishes,
+    placing: PlacementOptions,
     request: ImageRequest | ChatRequest,
 ) -> Iterator[Session]:
     """Where the requests go; `request` is the first one, or one like it, which is checked before a bundle is loaded."""
@@ -342,9 +342,9 @@ def _session(
         given = {
             "target": target,
             "device": options.device,
-            "place": wishes.place,
-            "memory_limit": wishes.memory_limit,
-            "strict": wishes.strict,
+            "place": placing.place,
+            "memory_limit": placing.memory_limit,
+            "strict": placing.strict,
             "threads": options.threads,
         }
         for name in (name for name, value in given.items() if value):
@@ -362,7 +362,7 @@ def _session(
     else:
         from serving.dialects.python.model import open_for
 
-        opened = open_for(named(bundle)[1], request, target, options, wishes)
+        opened = open_for(named(bundle)[1], request, target, options, placing)
     with closing(opened):
         yield opened
 
@@ -373,7 +373,7 @@ def _options(device: str, threads: int) -> Options:
     return Options(device=device, threads=threads)
 
 
-def _wishes(place: str | None, memory_limit: str | None, strict: bool) -> Wishes:
+def _placing(place: str | None, memory_limit: str | None, strict: bool) -> PlacementOptions:
     from serving.dialects.python.model import placement
 
     return placement(place, memory_limit, strict)

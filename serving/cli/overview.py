@@ -21,7 +21,7 @@ from runtime.placing import placement
 from runtime.placing.choices import measured
 from runtime.placing.devices import Machine, detect
 from runtime.placing.memory import show_size
-from runtime.placing.placement import Wishes
+from runtime.placing.placement import PlacementOptions
 from serving.dialects.grpc.client import Client
 from serving.enginecast_pb import model_pb2
 
@@ -31,7 +31,7 @@ SIZES: Final = ("memory", "free", "needs")
 
 
 def collect(
-    bundle: Path | None, target: str | None, device: str, wishes: Wishes, address: str | None
+    bundle: Path | None, target: str | None, device: str, placing: PlacementOptions, address: str | None
 ) -> dict[str, Any]:
     """Rows of each table by its name, as JSON has them: sizes in bytes, null where they are not known.
 
@@ -46,7 +46,7 @@ def collect(
         "notes": list(machine.notes),
     }
     if bundle is not None:
-        found |= _placed(Bundle(bundle), target, device, wishes, machine)
+        found |= _placed(Bundle(bundle), target, device, placing, machine)
     if address is not None:
         with Client(address) as client:
             models = client.models()
@@ -89,8 +89,10 @@ def _choices(name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _placed(bundle: Bundle, target: str | None, device: str, wishes: Wishes, machine: Machine) -> dict[str, Any]:
-    plan = placement.place(bundle, target, device, wishes, machine)
+def _placed(
+    bundle: Bundle, target: str | None, device: str, placing: PlacementOptions, machine: Machine
+) -> dict[str, Any]:
+    plan = placement.place(bundle, target, device, placing, machine)
     rows = []
     for name, choice in plan.choices.items():
         first, *others = choice.places

@@ -63,10 +63,10 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     for node, window in zip(nodes, windows, strict=True):
         _share(ir, graph, node, masks[window], indices, capacity)
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
-    strangers = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
-    if strangers:
+    others = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
+    if others:
         raise EngineError(
-            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(strangers)[:3])}: its length cannot "
+            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(others)[:3])}: its length cannot "
             "be fixed"
         )
     copy.graph.opset_imports[""] = max(OPSET, copy.graph.opset_imports[""])

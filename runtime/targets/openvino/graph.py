@@ -5,7 +5,7 @@ zero points    8 bits span what the bundle says, where a symmetric range would w
 attention      in bfloat16, where the bundle allows it
 states         past and present of a decoder as variables of the model, updated in place
 
-What the rows of a guided call share is in `sharing`.
+What the rows of a classifier-free guidance batch share is in `sharing`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the rows of a guided call have in common is computed once.
+"""What the rows of a classifier-free guidance batch have in common is computed once.
 
 Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) asks a denoiser for the same latents twice, with two
 prompts. Up to where a prompt first comes in, both rows are the same: in Stable Diffusion 1.5 that is one of the five
@@ -23,7 +23,7 @@ def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
 
 
 def has_conditions(signature: Signature) -> bool:
-    """Whether there are inputs by which the rows of a guided call differ, and others."""
+    """Whether there are inputs by which the rows of a classifier-free guidance batch differ, and others."""
     return len({tensor.condition for tensor in signature.inputs}) == 2
 
 

@@ -94,11 +94,11 @@ def check(model: Any, provider: Provider, name: str) -> None:
     """Raise EngineError naming nodes of a graph (onnx_ir.Model) that a provider has no kernel for. `name` is the
     submodel's.
     """
-    strangers = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
-    if strangers:
-        more = f", and {len(strangers) - 5} more" if len(strangers) > 5 else ""
+    unsupported = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
+    if unsupported:
+        more = f", and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
         raise EngineError(
-            f"could not compile {name}: {provider.name} has no kernel for {'; '.join(strangers[:5])}{more}. Expected "
+            f"could not compile {name}: {provider.name} has no kernel for {'; '.join(unsupported[:5])}{more}. Expected "
             "operators of opset "
             f"{OPSET} in the types of its table: choose another target, or let the submodel compute in float32 or "
             "float16"

@@ -14,7 +14,7 @@ from runtime.errors import Cancelled, InvalidInput, Unavailable
 from runtime.pipeline import Event, drive
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
-from runtime.placing.placement import Wishes, parse_place
+from runtime.placing.placement import PlacementOptions, parse_place
 from runtime.task import Request, task
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
@@ -139,23 +139,23 @@ def load(
         InvalidInput: An option is wrong; `field` names it.
         ResourceExhausted: Memory does not suffice.
     """
-    options, wishes = Options(device=device, threads=threads), placement(place, memory_limit, strict)
-    return Model(load_model(Path(bundle), target, options, wishes, None if public_key is None else Path(public_key)))
+    options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
+    return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
 
 
 def open_for(
-    root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, wishes: Wishes
+    root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, placing: PlacementOptions
 ) -> Model:
     """Load a bundle for a request like this one, which is checked before the engines are loaded, which takes long."""
     check_task(Bundle(root).manifest.task, request)
-    return Model(load_model(root, target, options, wishes, request=request))
+    return Model(load_model(root, target, options, placing, request=request))
 
 
-def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> Wishes:
+def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> PlacementOptions:
     """The placement options as loading takes them. Raises InvalidInput."""
     limit = None if memory_limit is None else parse_size("memory_limit", str(memory_limit))
     given = place if isinstance(place, str | None) else ",".join(f"{name}={where}" for name, where in place.items())
-    return Wishes(parse_place(given) if given else {}, limit, strict)
+    return PlacementOptions(parse_place(given) if given else {}, limit, strict)
 
 
 def check_task(found: str, request: Request) -> None:

@@ -24,7 +24,7 @@ from runtime.placing import devices, loading, memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.loading import LoadedModel, choose_target, load_model
 from runtime.placing.memory import parse_size
-from runtime.placing.placement import Wishes, parse_place
+from runtime.placing.placement import PlacementOptions, parse_place
 from runtime.tasks.chat import ChatRequest, TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
 
@@ -341,10 +341,10 @@ def test_strict_refuses_what_runs_elsewhere(two: Any) -> None:
     with pytest.raises(
         EngineError, match="text_encoder on quick:cuda:0 runs a part elsewhere: 3 of 120 nodes on the CPU: Loop"
     ):
-        load_model(root, wishes=Wishes(strict=True))
+        load_model(root, placing=PlacementOptions(strict=True))
     assert (
         load_model(
-            root, wishes=Wishes(strict=True, place=dict.fromkeys(("text_encoder", "unet", "vae"), "slow"))
+            root, placing=PlacementOptions(strict=True, place=dict.fromkeys(("text_encoder", "unet", "vae"), "slow"))
         ).target
         == "slow"
     )
@@ -395,7 +395,7 @@ def test_submodels_on_different_targets_draw_the_same_picture(
     mixed = load_model(
         diffusion_bundle,
         options=Options(threads=1),
-        wishes=Wishes(place=parse_place("text_encoder=onnxruntime,unet=openvino")),
+        placing=PlacementOptions(place=parse_place("text_encoder=onnxruntime,unet=openvino")),
     )
     figure = psnr(draw(mixed, 128, STEPS), whole)
     targets_used = {name: engine.target for name, engine in mixed.engines.items()}
@@ -414,7 +414,9 @@ def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
     free.close()
     lines = []
     for limit in ("400MB", "130MB"):
-        model = load_model(diffusion_bundle, target, Options(threads=1), Wishes(memory_limit=parse_size("", limit)))
+        model = load_model(
+            diffusion_bundle, target, Options(threads=1), PlacementOptions(memory_limit=parse_size("", limit))
+        )
         picture: Any = draw(model, 512)
         engines: Any = model.engines
         tiled = model.pipeline.decodes_at_once < 32 * 32  # type: ignore[attr-defined]
@@ -435,7 +437,7 @@ def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
 
 def test_a_limit_too_small_for_a_submodel(diffusion_bundle: Path) -> None:
     with pytest.raises(ResourceExhausted, match=r"no memory suffices for unet.*needs .*MiB, has 19\.1 MiB"):
-        load_model(diffusion_bundle, wishes=Wishes(memory_limit=20_000_000))
+        load_model(diffusion_bundle, placing=PlacementOptions(memory_limit=20_000_000))
 
 
 def test_a_conversation_under_a_limit(target: str, vlm_bundle: Path) -> None:
@@ -446,15 +448,15 @@ def test_a_conversation_under_a_limit(target: str, vlm_bundle: Path) -> None:
         temperature=0.0,
     )
 
-    def answer(wishes: Wishes) -> str:
-        model = load_model(vlm_bundle, target, Options(threads=1), wishes)
+    def answer(placing: PlacementOptions) -> str:
+        model = load_model(vlm_bundle, target, Options(threads=1), placing)
         text = "".join(
             event.text for event in drive(model.pipeline(request), model.engines) if isinstance(event, TextDelta)
         )
         model.close()
         return text
 
-    assert answer(Wishes(memory_limit=110_000_000)) == answer(Wishes()) != ""
+    assert answer(PlacementOptions(memory_limit=110_000_000)) == answer(PlacementOptions()) != ""
 
 
 # The whole

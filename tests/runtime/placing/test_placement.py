@@ -18,7 +18,7 @@ from runtime.errors import EngineUnavailable, InvalidInput, NotFound, ResourceEx
 from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import Device, Machine
-from runtime.placing.placement import Place, Placement, Wishes, parse_place, place
+from runtime.placing.placement import Place, Placement, PlacementOptions, parse_place, place
 
 MB = 10**6
 SIZES = {"text_encoder": 100 * MB, "unet": 800 * MB, "vae_decoder": 50 * MB}
@@ -104,8 +104,8 @@ def first(plan: Placement) -> dict[str, Place]:
     return {name: choice.places[0] for name, choice in plan.choices.items()}
 
 
-def placed(folder: Path, where: Machine, target: str | None = None, device: str = "", **wishes: Any) -> Placement:
-    return place(bundle(folder), target, device, Wishes(**{"rows": (), **wishes}), where)
+def placed(folder: Path, where: Machine, target: str | None = None, device: str = "", **placing: Any) -> Placement:
+    return place(bundle(folder), target, device, PlacementOptions(**{"rows": (), **placing}), where)
 
 
 # What is asked for
@@ -169,9 +169,9 @@ def test_a_target_that_the_bundle_lacks(tmp_path: Path) -> None:
     with pytest.raises(
         EngineUnavailable, match="was built for onnxruntime, not for openvino: build it with --target openvino"
     ):
-        place(small, None, "", Wishes({"unet": "openvino"}, rows=()), machine())
+        place(small, None, "", PlacementOptions({"unet": "openvino"}, rows=()), machine())
     with pytest.raises(EngineUnavailable, match="has no device 'cuda:0' here"):
-        place(small, None, "cuda:0", Wishes(rows=()), machine())
+        place(small, None, "cuda:0", PlacementOptions(rows=()), machine())
 
 
 @pytest.mark.parametrize("text", ["", "unet", "=cpu", "unet=", ",unet=cpu", "unet=cpu,unet=cuda", "unet=cpu,"])
@@ -246,8 +246,8 @@ def test_memory_that_nobody_tells_is_enough(tmp_path: Path) -> None:
 
 def test_places_to_avoid_are_taken_only_where_there_is_no_other(tmp_path: Path) -> None:
     built = bundle(tmp_path)
-    assert set(first(place(built, None, "", Wishes(rows=()), machine(), [CUDA0])).values()) == {CUDA1}
-    assert set(first(place(built, "openvino", "CPU", Wishes(rows=()), machine(), [CPU])).values()) == {CPU}
+    assert set(first(place(built, None, "", PlacementOptions(rows=()), machine(), [CUDA0])).values()) == {CUDA1}
+    assert set(first(place(built, "openvino", "CPU", PlacementOptions(rows=()), machine(), [CPU])).values()) == {CPU}
 
 
 # Measured figures
