@@ -4,8 +4,9 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 # A process for each core, at most four: each makes the bundles that its tests share.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
-# Files or folders to test.
+# Files or folders to test, and the extras that they need.
 TESTS ?= tests
+EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,devices,dev
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
@@ -13,7 +14,7 @@ DOCS := $(VENV)/.docs
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[export,openvino,tensorrt-rtx,coreml,signing,devices,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	touch $@
 
 $(DOCS): $(STAMP)
