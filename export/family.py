@@ -4,8 +4,6 @@ other registry.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +16,7 @@ import export.families
 from export.checkpoint.source import Source
 from runtime.bundle.signature import Signature
 from runtime.errors import UnsupportedModel, did_you_mean
+from runtime.listing import modules
 
 Reference = Callable[..., tuple[Tensor, ...]]
 """A submodel as the library itself computes it: from its graph inputs in order to its graph outputs in order."""
@@ -81,11 +80,8 @@ class Family:
 @cache
 def families() -> dict[str, Family]:
     """Every family by architecture name."""
-    modules = [
-        importlib.import_module(f"export.families.{found.name}")
-        for found in pkgutil.iter_modules(export.families.__path__)
-    ]
-    return {architecture: module.FAMILY for module in modules for architecture in module.FAMILY.architectures}
+    found = [module.FAMILY for module in modules(export.families)]
+    return {architecture: family for family in found for architecture in family.architectures}
 
 
 def family_of(source: Source) -> Family:

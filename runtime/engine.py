@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import runtime.targets
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound, did_you_mean
+from runtime.listing import modules
 from runtime.placing.choices import Decision
 from runtime.settings import Texts
 
@@ -302,10 +302,10 @@ def require_distinct(calls: Sequence[SlotCall]) -> None:
 def targets() -> dict[str, type[Engine]]:
     """Every target by name, best first: the classes in `runtime/targets/<target>/engine.py`."""
     found: list[type[Engine]] = []
-    for room in pkgutil.iter_modules(runtime.targets.__path__, "runtime.targets."):
-        if importlib.util.find_spec(f"{room.name}.engine") is None:  # what several targets share
+    for room in modules(runtime.targets):
+        if importlib.util.find_spec(f"{room.__name__}.engine") is None:  # what several targets share
             continue
-        loaded = importlib.import_module(f"{room.name}.engine")
+        loaded = importlib.import_module(f"{room.__name__}.engine")
         found += [
             c
             for c in vars(loaded).values()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from calibration.ground.progress import followed
-from runtime.pipeline import Call, Event, Outputs, Pipeline, drive
+from runtime.pipeline import Call, Event, Outputs, drive, tap
 from runtime.placing.loading import LoadedModel
 
 MAX_TOKENS: Final = 32
@@ -31,21 +31,5 @@ class Ran:
 def run(model: LoadedModel, request: Any, observer: Observer | None = None) -> Ran:
     """Run a request to its end."""
     pipeline = model.pipeline(request)
-    watched = _observed(pipeline, observer) if observer else pipeline
+    watched = tap(pipeline, observer) if observer else pipeline
     return Ran(list(followed(drive(watched, model.engines), MAX_TOKENS)))
-
-
-def _observed(pipeline: Pipeline, observer: Observer) -> Pipeline:
-    """The same pipeline, but each call is answered with what the observer makes of its outputs."""
-    outputs: Outputs | None = None
-    try:
-        while True:
-            item = pipeline.send(outputs)
-            outputs = yield item
-            if isinstance(item, Call):
-                assert outputs is not None, "a driver answers a call with its outputs"
-                outputs = observer(item, outputs)
-    except StopIteration:
-        return
-    finally:
-        pipeline.close()

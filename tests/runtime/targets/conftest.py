@@ -21,6 +21,10 @@ from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, open_sessio
 from runtime.targets.sessions.stored import Plan
 
 Make = Callable[..., Engine]
+FLOOR = {"float32": 100.0, "float16": 40.0}
+"""dB beside the canonical graph, by what a target computes in."""
+COUNTS = (33, 1, 1, 5, 40, 1)
+"""New positions of the calls of one decoder: a prompt, steps, and further turns."""
 
 
 def snr_db(values: NDArray[Any], reference: NDArray[Any]) -> float:
