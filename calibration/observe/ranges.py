@@ -21,7 +21,7 @@ from calibration.observe.lean import lean_session, rows_of
 from calibration.quantize.weights import INT8_PEAK, Floats
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, did_you_mean
-from runtime.targets.lowering.spans import CODES, affine
+from runtime.targets.lowering.activation_ranges import CODES, affine
 
 BINS: Final = 4096
 CLIPS: Final = tuple(1 - i / 50 for i in range(36))

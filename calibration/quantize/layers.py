@@ -471,16 +471,18 @@ def add_activation(model: ir.Model, consumer: ir.Node, seen: Range, fp8: bool = 
     return restored
 
 
-def spans(layers: Sequence[LayerPlan], model: ir.Model, ranges: Mapping[str, Range]) -> dict[str, tuple[float, float]]:
-    """What targets with zero points shall span instead, by the names of the QuantizeLinear nodes that `quantize` makes
-    of these plans.
+def activation_ranges(
+    layers: Sequence[LayerPlan], model: ir.Model, ranges: Mapping[str, Range]
+) -> dict[str, tuple[float, float]]:
+    """Activation ranges for targets with zero points, by the name of the QuantizeLinear node that `quantize` makes of
+    these plans.
     """
     planned = {layer.node for layer in layers if layer.activation and layer.weight_type == "int8"}
     read = dict.fromkeys(
         name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in planned
     )
     found = {name: (ranges[name].low, ranges[name].high) for name in read}
-    return {f"{name}/QuantizeLinear": span for name, span in found.items() if any(span)}
+    return {f"{name}/QuantizeLinear": limits for name, limits in found.items() if any(limits)}
 
 
 def add_weight(

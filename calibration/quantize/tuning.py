@@ -19,11 +19,11 @@ from calibration.quantize.layers import (
     LEAST_SNR,
     LayerPlan,
     Recipe,
+    activation_ranges,
     activation_tensors,
     measured_tensors,
     plan,
     quantize,
-    spans,
     spare,
     sums,
 )
@@ -84,9 +84,9 @@ class Tuning:
         """The graph that ranges and importance are of; what it computes is the same."""
         return equalize(model, self.folds) if self.folds else model
 
-    def spans(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> dict[str, tuple[float, float]]:
-        """What targets with zero points shall span, by QuantizeLinear nodes."""
-        return spans(plans, folded, self.ranges)
+    def activation_ranges(self, folded: ir.Model, plans: Sequence[LayerPlan]) -> dict[str, tuple[float, float]]:
+        """Activation ranges for targets with zero points, by the name of the QuantizeLinear node."""
+        return activation_ranges(plans, folded, self.ranges)
 
     def bfloat16(self, plans: Sequence[LayerPlan]) -> tuple[str, ...]:
         """Attentions that may compute in bfloat16 beside the layers of these plans: those that lose no more than int8

@@ -385,7 +385,7 @@ def _write(
             one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()
         ),
         bfloat16=tuning.bfloat16(plans or ()),
-        spans=tuning.spans(folded, plans or ()),
+        activation_ranges=tuning.activation_ranges(folded, plans or ()),
         weights=weights,
     )
 

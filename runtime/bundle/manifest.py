@@ -19,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from runtime.bundle.external import locations
 from runtime.bundle.signature import Signature
@@ -173,9 +173,10 @@ class Submodel(Frozen):
     The graph computes in float32. `compute` is the type that targets with kernels for it compute in instead, except in
     the nodes named in `keep`. `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits
     while it runs. `bfloat16` names nodes that may compute in bfloat16: measured to add nothing to the error of
-    quantization. `spans` are activation ranges, lowest and highest value, for targets whose 8-bit inputs have zero
-    points (`runtime.targets.lowering.spans`); others use the symmetric ranges of the graph. `weights` says what the
-    weights of a quantized submodel became.
+    quantization. `activation_ranges` are the lowest and highest value of inputs, by the name of the QuantizeLinear
+    node, for targets whose 8-bit inputs have zero points (`runtime.targets.lowering.activation_ranges`); others use the
+    symmetric ranges of the graph. Older bundles name them `spans`. `weights` says what the weights of a quantized
+    submodel became.
     """
 
     name: FileName
@@ -188,7 +189,9 @@ class Submodel(Frozen):
     keep: tuple[str, ...] = ()
     dynamic: bool = False
     bfloat16: tuple[str, ...] = ()
-    spans: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
+    activation_ranges: Mapping[str, tuple[float, float]] = Field(
+        default_factory=dict, validation_alias=AliasChoices("activation_ranges", "spans")
+    )
     weights: tuple[Weights, ...] = ()
 
 

@@ -122,7 +122,7 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
     whole, part, plain = (load_graph(graph) for _ in range(3))
     for model in (whole, part):
         widen(model)
-    products, _ = (with_integer_products(model, submodel.spans) for model in (whole, part))
+    products, _ = (with_integer_products(model, submodel.activation_ranges) for model in (whole, part))
     if not products:
         return {}
     end = first_behind(plain, products, PART)

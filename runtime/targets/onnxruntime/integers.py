@@ -8,8 +8,8 @@ in float32. Here each of them becomes
     MatMul, Gemm    QuantizeLinear to uint8 - MatMulIntegerToFloat
     Conv            the same for each row of the kernel, over the inputs that lie side by side in that row, then Sum
 
-The codes are those of the graph, moved by 128; where the bundle has spans, they span those
-(`runtime.targets.lowering.spans`). Weights stay as they are stored.
+The codes are those of the graph, moved by 128; where the bundle has activation ranges, they cover those
+(`runtime.targets.lowering.activation_ranges`). Weights stay as they are stored.
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in
 place.
 """
@@ -22,8 +22,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from runtime.optional import require
+from runtime.targets.lowering.activation_ranges import affine
 from runtime.targets.lowering.attention import CONTRIB, Graph
-from runtime.targets.lowering.spans import affine
 
 CHANNELS_LAST: Final = (0, 2, 3, 1)
 CHANNELS_FIRST: Final = (0, 3, 1, 2)
@@ -42,11 +42,11 @@ class Product(NamedTuple):
     bias: Any
 
 
-def with_integer_products(model: Any, spans: Mapping[str, tuple[float, float]]) -> list[str]:
+def with_integer_products(model: Any, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
     """Let every product of 8-bit inputs and weights be computed in integers. Returns the names of their results, which
     stay.
     """
-    graph, codes = Graph(model), _Codes(spans)
+    graph, codes = Graph(model), _Codes(ranges)
     found = [product for node in model.graph if (product := _product(node)) is not None]
     names = [str(product.node.outputs[0].name) for product in found]
     for product in found:
@@ -86,8 +86,8 @@ def cut_behind(model: Any, name: str) -> None:
 class _Codes:
     """The uint8 codes of quantized values, made once each: as they lie, or with channels last."""
 
-    def __init__(self, spans: Mapping[str, tuple[float, float]]) -> None:
-        self.spans = spans
+    def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self.ranges = ranges
         self.made: dict[tuple[str, bool], tuple[Any, Any, Any]] = {}
 
     def of(self, graph: Graph, restored: Any, channels_last: bool) -> tuple[Any, Any, Any]:
@@ -100,8 +100,8 @@ class _Codes:
                 codes = graph.before(quantize, f"{name}.last", "Transpose", codes, perm=list(CHANNELS_LAST))
             else:
                 scale, offset = quantize.inputs[1], 128
-                if name in self.spans:
-                    form = affine(*self.spans[name])
+                if name in self.ranges:
+                    form = affine(*self.ranges[name])
                     scale, offset = graph.constant(f"{name}.step", form.step, np.float32), int(form.zero)
                 zero = graph.constant(f"integers.zero.{offset}", offset, np.uint8)
                 codes = graph.before(

@@ -382,7 +382,7 @@ def _read(
     if is_nested(submodel.precision):
         widen(model, graph.parent / WEIGHTS)
     if values.get("zero_points") != "off":
-        use_zero_points(model, submodel.spans)
+        use_zero_points(model, submodel.activation_ranges)
     if values.get("attention") == "bfloat16":
         halve_attention(model, submodel.bfloat16)
     if fixed is not None:
@@ -443,7 +443,7 @@ def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> 
         return {}
     open_ones = {
         "attention": bool(submodel.bfloat16) and submodel.compute == "float32" and _has_bfloat16(core),
-        "zero_points": bool(submodel.spans),
+        "zero_points": bool(submodel.activation_ranges),
         SHAPES_CHOICE: _varies(submodel) and not submodel.signature.states and not _needs_shape(submodel, where),
         "activation_group": submodel.dynamic
         and "DYNAMIC_QUANTIZATION_GROUP_SIZE" not in options.settings

@@ -1,7 +1,7 @@
 """What OpenVINO needs of a graph besides: changes to a model it has read, before it is compiled.
 
 nested int4    becomes int8 weights
-zero points    8 bits span what the bundle says, where a symmetric range would waste codes
+zero points    8 bits cover the bundle's activation ranges, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
 states         past and present of a decoder as variables of the model, updated in place
 
@@ -19,7 +19,7 @@ import numpy as np
 from runtime.bundle.signature import Signature
 from runtime.optional import require
 from runtime.targets.lowering import nested
-from runtime.targets.lowering.spans import CODES, affine
+from runtime.targets.lowering.activation_ranges import CODES, affine
 
 BEAMS = "beam_idx"
 """Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind
@@ -56,15 +56,15 @@ def widen(model: Any, weights: Path) -> None:
             reader.replace_source_output(weight.output(0))
 
 
-def use_zero_points(model: Any, spans: Mapping[str, tuple[float, float]]) -> None:
-    """Let the QuantizeLinear nodes of these names span `low` to `high` in 256 codes instead of a symmetric range.
+def use_zero_points(model: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
+    """Let the QuantizeLinear nodes of these names use 256 codes from `low` to `high` instead of a symmetric range.
 
     The SDK reads QuantizeLinear as FakeQuantize - Convert, DequantizeLinear as Convert - Subtract - Multiply. Raises
-    ValueError where it does not: the graph and its spans do not belong together.
+    ValueError where it does not: the graph and the ranges do not belong together.
     """
     ops = require("openvino.opset15", "openvino")
     stored = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Convert"}
-    for name, (low, high) in spans.items():
+    for name, (low, high) in ranges.items():
         chain = _followers(stored.get(name), "Convert", "Subtract", "Multiply")
         source = stored[name].input_value(0).get_node() if chain else None
         if source is None or source.get_type_name() != "FakeQuantize":

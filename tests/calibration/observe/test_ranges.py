@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 import calibration.observe.ranges
 from calibration.observe.ranges import METHODS, PERCENTILE, ROWS, Histogram, Range, collect_ranges, observe
 from runtime.errors import InvalidInput
-from runtime.targets.lowering.spans import affine
+from runtime.targets.lowering.activation_ranges import affine
 
 
 def seen(*arrays: NDArray[np.float32]) -> Histogram:
@@ -106,7 +106,7 @@ def test_a_zero_point_for_what_lies_on_one_side() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.floats(-1e30, 0), st.floats(0, 1e30))
-def test_spans_have_a_code_for_zero(low: float, high: float) -> None:
+def test_activation_ranges_have_a_code_for_zero(low: float, high: float) -> None:
     assume(high - low > 1e-30)
     found = affine(low, high)
     assert 0 <= found.zero <= 255 and found.low <= 0 <= found.high

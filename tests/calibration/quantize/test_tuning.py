@@ -110,4 +110,4 @@ def test_what_targets_may_do_besides(tiny_bundle: Path, floating: Path) -> None:
         str(node.name) for node in found.quantize(found.folded(model), layers).graph if node.op_type == "QuantizeLinear"
     }
     spanned = replace(found, ranges={name: seen._replace(low=-0.25, high=2.0) for name, seen in found.ranges.items()})
-    assert spanned.spans(found.folded(model), layers) == dict.fromkeys(made, (-0.25, 2.0))
+    assert spanned.activation_ranges(found.folded(model), layers) == dict.fromkeys(made, (-0.25, 2.0))

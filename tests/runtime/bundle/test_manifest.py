@@ -63,6 +63,13 @@ def test_the_task_of_older_bundles_is_that_of_their_pipeline(tmp_path: Path, man
         opened(tmp_path, manifest | {"pipeline": 3})
 
 
+def test_activation_ranges_have_another_name_in_older_bundles(tmp_path: Path, manifest: dict[str, Any]) -> None:
+    for name in ("activation_ranges", "spans"):
+        part = PART | {name: {"silu/QuantizeLinear": [-0.25, 4.0]}}
+        found = opened(tmp_path, manifest | {"submodels": [part]}).submodel("unet")
+        assert found.activation_ranges == {"silu/QuantizeLinear": (-0.25, 4.0)}
+
+
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="does not exist"):
         Bundle(tmp_path / "nowhere")

@@ -18,7 +18,7 @@ from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Compiled, Options
 from runtime.errors import InvalidInput
-from runtime.targets.lowering.spans import affine
+from runtime.targets.lowering.activation_ranges import affine
 from runtime.targets.onnxruntime.engine import ONNXRuntime, _exact_in_integers, _product_of_integers
 from runtime.targets.onnxruntime.integers import cut_behind, first_behind, with_integer_products
 
@@ -68,9 +68,9 @@ def run(made: onnx.ModelProto, x: Array) -> list[Any]:
     )
 
 
-def lowered(made: onnx.ModelProto, **spans: tuple[float, float]) -> tuple[onnx.ModelProto, list[str]]:
+def lowered(made: onnx.ModelProto, **ranges: tuple[float, float]) -> tuple[onnx.ModelProto, list[str]]:
     changed = ir.from_proto(made)
-    names = with_integer_products(changed, {f"{name}/QuantizeLinear": span for name, span in spans.items()})
+    names = with_integer_products(changed, {f"{name}/QuantizeLinear": limits for name, limits in ranges.items()})
     return ir.to_proto(changed), names
 
 
@@ -129,7 +129,7 @@ def test_products_that_read_the_same_values() -> None:
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_spans_are_spanned_and_padding_stays_zero() -> None:
+def test_activation_ranges_are_used_and_padding_stays_zero() -> None:
     """SiLU's values: all codes are used, and the border of the convolution is exact."""
     made, span = convolution(*CONVOLUTIONS["3x3"]), (-0.28, 5.0)
     changed, _ = lowered(made, x=span)

@@ -88,21 +88,21 @@ def test_zero_points_halve_the_noise_and_keep_the_border(tmp_path: Path) -> None
     x = np.random.default_rng(1).uniform(-5, PEAK, (1, CHANNELS, SIDE, SIDE)).astype(np.float32)
     wanted = convolved(x / (1 + np.exp(-x)), weight)
     found = {}
-    for name, spans in (("symmetric", {}), ("spanned", {"silu/QuantizeLinear": (LOW, PEAK)})):
-        engine = load(submodel.model_copy(update={"spans": spans}), tmp_path)
+    for name, ranges in (("symmetric", {}), ("affine", {"silu/QuantizeLinear": (LOW, PEAK)})):
+        engine = load(submodel.model_copy(update={"activation_ranges": ranges}), tmp_path)
         y = engine.run({"x": x})["y"]
         found[name] = snr_db(wanted, y), snr_db(wanted[:, :, 0], y[:, :, 0])
         engine.close()
     print({name: f"{inner:.1f} dB, {border:.1f} dB at the border" for name, (inner, border) in found.items()})
-    assert found["spanned"][0] > found["symmetric"][0] + 3
-    assert found["spanned"][1] > found["symmetric"][1] + 2, "padding stays exactly zero"
+    assert found["affine"][0] > found["symmetric"][0] + 3
+    assert found["affine"][1] > found["symmetric"][1] + 2, "padding stays exactly zero"
 
 
-def test_spans_of_another_graph_are_refused(tmp_path: Path) -> None:
+def test_ranges_of_another_graph_are_refused(tmp_path: Path) -> None:
     submodel, _ = convolution(tmp_path)
     for name in ("silu", "conv", "other/QuantizeLinear"):
         with pytest.raises(EngineError, match=name):
-            load(submodel.model_copy(update={"spans": {name: (LOW, PEAK)}}), tmp_path)
+            load(submodel.model_copy(update={"activation_ranges": {name: (LOW, PEAK)}}), tmp_path)
 
 
 def attention(folder: Path) -> Submodel:

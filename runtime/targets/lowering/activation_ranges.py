@@ -1,8 +1,8 @@
-"""What 8 bits span with a zero point: for tensors that lie mostly on one side of zero, and targets that have such.
+"""Activation ranges as 8-bit codes with a zero point, for tensors whose values lie mostly on one side of zero.
 
-The canonical graph is symmetric, since TensorRT takes nothing else. There, a tensor of values from -0.28 to 4, such as
-SiLU's, uses 55 % of the codes; 256 codes from -0.28 to 4 make its noise 5 dB less. The form is affine quantization
-(Jacob et al. 2017, arXiv 1712.05877).
+The canonical graph quantizes symmetrically, since TensorRT supports nothing else. A tensor of values from -0.28 to 4,
+such as the output of SiLU, then uses 55 % of the codes; with 256 codes from -0.28 to 4 its noise is 5 dB lower. This is
+affine quantization (Jacob et al. 2017, arXiv 1712.05877).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Affine(NamedTuple):
 
 
 def affine(low: float, high: float) -> Affine:
-    """256 codes that span low <= 0 to high >= 0, not both 0, moved so that one of them is zero itself: padding must not
-    become noise.
+    """256 codes over the range from low <= 0 to high >= 0, not both 0. One code is exactly zero, since padding
+    must not become noise.
     """
     step = (high - low) / (CODES - 1)
     return Affine(step, round(-low / step))
