@@ -57,7 +57,7 @@ class SpeedEffort:
 THOROUGH: Final = SpeedEffort(turns=15, seconds=120, steps=None, tokens=64)
 
 
-class Task(ABC):
+class Comparison(ABC):
     """How models of one task are compared.
 
     `name` is the task's in `runtime.tasks`, `stored` names the results in quality.json, `noun` is what one is of.
@@ -111,6 +111,6 @@ class Task(ABC):
 
 
 @cache
-def tasks() -> Mapping[str, Task]:
+def comparisons() -> Mapping[str, Comparison]:
     """Every task by name."""
     return {module.TASK.name: module.TASK for module in modules(export.tasks)}

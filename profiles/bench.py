@@ -121,14 +121,14 @@ def bundle_worker(job: Job) -> Worker:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """What to measure, and how often. No metrics means all that the workers have."""
 
     repeat: int = 5
     metrics: tuple[str, ...] = ()
 
 
-def bench(bundle: Bundle, workers: Iterable[Worker], plan: Plan, say: Say = lambda line: None) -> list[Row]:
+def bench(bundle: Bundle, workers: Iterable[Worker], plan: BenchPlan, say: Say = lambda line: None) -> list[Row]:
     """Measure all workers in turns; a row for each metric of each. Raises EngineError, or InvalidInput for a metric
     none of them has.
     """

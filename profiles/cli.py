@@ -64,7 +64,7 @@ def bench(
 ) -> None:
     """Measure a bundle on its targets in turns, each in a process of its own: medians, spread, memory."""
     from profiles import bench as measuring
-    from profiles.probes import Settings
+    from profiles.probes import ProbeSettings
     from profiles.rows import append
     from profiles.worker import Job
     from runtime.bundle.manifest import Bundle
@@ -81,14 +81,14 @@ def bench(
         for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens))
         if value is not None
     }
-    settings = Settings(width=width, height=height, steps=steps, **given)
+    settings = ProbeSettings(width=width, height=height, steps=steps, **given)
     wanted: Sequence[str | None] = target or opened.targets or [None]  # of a bundle built for nothing, choosing says so
     names = [choose_target(opened, name).target for name in wanted]
     workers = [
         measuring.bundle_worker(Job(bundle=bundle, target=name, threads=threads, settings=settings)) for name in names
     ]
     workers += [measuring.Worker(_command(command)) for command in beside or ()]
-    rows = measuring.bench(opened, workers, measuring.Plan(repeat, tuple(metric or ())), notes.print)
+    rows = measuring.bench(opened, workers, measuring.BenchPlan(repeat, tuple(metric or ())), notes.print)
     out.print(measuring.table(rows))
     if store:
         append(_store(rows_file), rows)

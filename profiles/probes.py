@@ -25,7 +25,7 @@ from runtime.pipeline import Call, Outputs, Pipeline, answer
 from runtime.placing.loading import LoadedModel
 
 
-class Settings(Frozen):
+class ProbeSettings(Frozen):
     """What to ask of the model. Sizes in pixels, None is the model's default."""
 
     width: int | None = None
@@ -48,7 +48,7 @@ class Probe:
     nbytes: float | None = None
 
 
-def probes(model: LoadedModel, settings: Settings) -> list[Probe]:
+def probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     """Everything that can be measured of this model. Raises InvalidInput when the model refuses the settings."""
     task = profile_tasks()[model.task]
     return _submodel_probes(model, task.request(settings)) + task.probes(model, settings)

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from calibration.ground import machine
 from calibration.requests.exams import Case, Exam, find
-from calibration.requests.task import tasks
+from calibration.requests.task import task_requests
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import BATCH
@@ -109,7 +109,7 @@ def bundle_subject(model: LoadedModel) -> Subject:
         for case in cases:
             yield maker.result(drive(model.pipeline(case.request), model.engines))
 
-    maker = tasks()[model.task]
+    maker = task_requests()[model.task]
     manifest = model.bundle.manifest
     return Subject(
         machine.program(),

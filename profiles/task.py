@@ -13,7 +13,7 @@ from runtime.placing.loading import LoadedModel
 from runtime.task import Request
 
 if TYPE_CHECKING:
-    from profiles.probes import Probe, Settings
+    from profiles.probes import Probe, ProbeSettings
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ProfileTask:
     task: str
     does: str
     options: frozenset[str]
-    request: Callable[[Settings], Request]
-    probes: Callable[[LoadedModel, Settings], list[Probe]]
+    request: Callable[[ProbeSettings], Request]
+    probes: Callable[[LoadedModel, ProbeSettings], list[Probe]]
 
 
 @cache

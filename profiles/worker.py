@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from calibration.ground import machine
-from profiles.probes import Probe, Settings, probes
+from profiles.probes import Probe, ProbeSettings, probes
 from profiles.protocol import Channel, Hello, Metric
 from runtime.bundle.manifest import Frozen
 from runtime.engine import Options
@@ -23,7 +23,7 @@ class Job(Frozen):
     bundle: Path
     target: str
     threads: int = 0
-    settings: Settings = Settings()
+    settings: ProbeSettings = ProbeSettings()
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ def test_a_task_from_this_folder_alone_is_served_and_called(bundle: Bundle) -> N
 
 def test_a_task_from_this_folder_alone_is_measured(bundle: Bundle) -> None:
     model = load_model(bundle)
-    found = {probe.metric: probe.run() for probe in profiles.probes.probes(model, profiles.probes.Settings())}
+    found = {probe.metric: probe.run() for probe in profiles.probes.probes(model, profiles.probes.ProbeSettings())}
     model.close()
     assert set(found) == {"doubler", "scaled"} and all(np.isfinite(list(found.values())))
 

@@ -38,7 +38,7 @@ from calibration.quantize.layers import (
 from calibration.quantize.weights import INT8_PEAK, Floats, check, chunks, int4_blocks, int8_columns, release
 from runtime.errors import InvalidInput
 
-Kind = Literal["smoothquant", "awq"]
+ScalingMethod = Literal["smoothquant", "awq"]
 
 ALPHAS: Final = tuple(i / 10 for i in range(1, 10))
 COLUMNS: Final = 128
@@ -59,7 +59,7 @@ class Fold:
     """
 
     tensor: str
-    kind: Kind
+    kind: ScalingMethod
     weights: tuple[str, ...]
     into: tuple[str, ...] = ()
     alpha: float = 0.0
@@ -151,7 +151,7 @@ def _groups(model: ir.Model) -> dict[ir.Value, list[Layer]]:
     return groups
 
 
-def _kind(planned: Sequence[LayerPlan]) -> Kind | None:
+def _kind(planned: Sequence[LayerPlan]) -> ScalingMethod | None:
     if any(one.activation for one in planned):
         return "smoothquant"
     return "awq" if any(one.weight_type == "int4" for one in planned) else None
@@ -406,7 +406,7 @@ def _search(fold: Fold, group: Sequence[Layer], planned: Sequence[LayerPlan], st
     return replace(fold, scales=_scales(fold.kind, alpha, stats, peaks))
 
 
-def _scales(kind: Kind, alpha: float, stats: ChannelStats, peaks: Floats) -> Floats:
+def _scales(kind: ScalingMethod, alpha: float, stats: ChannelStats, peaks: Floats) -> Floats:
     """What the method divides each channel by, float32 [K], of geometric mean 1; 1 for channels or rows that are always
     zero.
     """

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from calibration.requests.requests import Asked, Requests, skip
-from calibration.requests.task import tasks
+from calibration.requests.task import task_requests
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.vision.images import Picture, decode_image
@@ -34,7 +34,7 @@ def read_prompts(path: Path, task: str, seed: int = 0) -> Requests:
         )
 
     def asked() -> Iterator[Asked]:
-        maker = tasks()[task]
+        maker = task_requests()[task]
         for i, place in enumerate(np.random.default_rng(seed).permutation(len(prompts))):
             number, text = prompts[place]
             yield Asked(f"line {number}", maker.calibrating(maker.of_prompt(text, i), i, seed))
@@ -58,7 +58,7 @@ def read_images(folder: Path, task: str, seed: int = 0) -> Requests:
         raise InvalidInput("images", f"{folder} holds no pictures, expected {', '.join(PICTURES)}")
     requests = Requests(task, "images", iter(()), len(files), folder.name)
 
-    maker = tasks()[task]
+    maker = task_requests()[task]
 
     def ask(i: int, file: Path) -> Asked:
         request, picture = maker.of_picture(read_picture(file), partial(_caption, file.with_suffix(".txt")), i)
@@ -78,7 +78,7 @@ def read_questions(path: Path, task: str, seed: int = 0) -> Requests:
     The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises
     NotFound, InvalidInput, the latter with the number of a line that is not as above.
     """
-    maker = tasks()[task]
+    maker = task_requests()[task]
     maker.check_questions()
     lines = [_line(path, number, text) for number, text in _lines(path, "questions")]
     if not lines:

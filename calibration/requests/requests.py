@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any, Final, TypeVar
 
 from calibration.requests.exams import exam_of
-from calibration.requests.task import tasks
+from calibration.requests.task import task_requests
 from runtime.errors import InvalidInput
 from runtime.vision.images import Picture
 
@@ -59,7 +59,7 @@ class Requests:
 
 def built_in(task: str, seed: int = 0, fingerprint: str = "") -> Requests:
     """The requests that need no files: those of the exam of the checkpoint with this fingerprint, else general ones."""
-    maker, exam = tasks()[task], exam_of(fingerprint)
+    maker, exam = task_requests()[task], exam_of(fingerprint)
     every = enumerate(exam.calibration(seed) if exam else maker.general(seed))
     requests = (Asked(f"{BUILT_IN} {i + 1}", maker.calibrating(request, i, seed)) for i, request in every)
     return Requests(task, BUILT_IN, requests, usual=REQUESTS)
@@ -75,7 +75,7 @@ def briefly(requests: Requests) -> Requests:
     """The same requests in few steps or tokens, and fewer of them unless a count is given: for models whose calls take
     many seconds each.
     """
-    maker = tasks()[requests.task]
+    maker = task_requests()[requests.task]
     asked = (replace(one, request=maker.brief(one.request, i)) for i, one in enumerate(requests.asked))
     return replace(requests, asked=asked, usual=BRIEF_REQUESTS)
 

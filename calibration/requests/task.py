@@ -13,7 +13,7 @@ from runtime.pipeline import Event
 from runtime.vision.images import Picture
 
 
-class Task(ABC):
+class TaskRequests(ABC):
     """How requests of one task are made. `name` is the task's in `runtime.tasks`.
 
     `calls` is about how often a request calls its largest submodel while calibrating, `brief_calls` the same of a
@@ -60,6 +60,6 @@ class Task(ABC):
 
 
 @cache
-def tasks() -> Mapping[str, Task]:
+def task_requests() -> Mapping[str, TaskRequests]:
     """Every task by name."""
     return {module.TASK.name: module.TASK for module in modules(calibration.requests.tasks)}

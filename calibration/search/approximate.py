@@ -29,7 +29,7 @@ from calibration.ground.progress import reached
 from calibration.quantize.equalize import columns, restored
 from calibration.quantize.layers import Layer, LayerPlan, name_of, weight_layers
 from calibration.quantize.tuning import Tuning
-from calibration.search.sensitivity import Alternative, Board, Errors, Kept, Kind, kind_of, measured
+from calibration.search.sensitivity import Alternative, Board, Errors, Kept, WeightKind, kind_of, measured
 
 Numbers = NDArray[np.float64]
 
@@ -57,7 +57,7 @@ class Source:
     """
 
     layer: int
-    kind: Kind | None
+    kind: WeightKind | None
     power: float
 
 
@@ -84,7 +84,7 @@ def approximate(model: ir.Model, board: Board, tuning: Tuning, kept: Kept = meas
     return [[Alternative(form, noise(layer, form)) for _, form in forms] for layer, forms in enumerate(board.choices())]
 
 
-def _powers(layer: Layer, forms: Sequence[LayerPlan], tuning: Tuning) -> dict[Kind, float]:
+def _powers(layer: Layer, forms: Sequence[LayerPlan], tuning: Tuning) -> dict[WeightKind, float]:
     """Power of the error of each kind of weight as a share of the weight's, as its inputs see it where they
     are known.
     """
@@ -108,7 +108,9 @@ def _powers(layer: Layer, forms: Sequence[LayerPlan], tuning: Tuning) -> dict[Ki
     }
 
 
-def _sources(model: ir.Model, board: Board, tuning: Tuning, powers: Sequence[Mapping[Kind, float]]) -> list[Source]:
+def _sources(
+    model: ir.Model, board: Board, tuning: Tuning, powers: Sequence[Mapping[WeightKind, float]]
+) -> list[Source]:
     found = []
     for index, (layer, kinds) in enumerate(zip(weight_layers(model), powers, strict=True)):
         if kinds:

@@ -42,7 +42,7 @@ Small enough that attention over them, which may be a thousand times larger, fit
 
 Choice = NDArray[np.int64]
 """For each layer 0 (float) or 1 + the index of its recipe."""
-Kind = tuple[str, int]
+WeightKind = tuple[str, int]
 """Type and block of a quantized weight."""
 Measure = Callable[[], NDArray[np.float64]]
 Kept = Callable[[str, Measure], NDArray[np.float64]]
@@ -196,13 +196,13 @@ class Board:
         return np.asarray(output)
 
 
-def kind_of(planned: LayerPlan) -> Kind:
+def kind_of(planned: LayerPlan) -> WeightKind:
     """Of a plan that quantizes its weight."""
     return planned.weight_type, planned.block
 
 
 def _switched(
-    model: ir.Model, forms: Sequence[Mapping[str, LayerPlan]], kinds: Sequence[Kind], tuning: Tuning
+    model: ir.Model, forms: Sequence[Mapping[str, LayerPlan]], kinds: Sequence[WeightKind], tuning: Tuning
 ) -> ir.Model:
     """The float graph with each layer's operands behind If nodes. Two inputs control them: `Errors`, float32 [layers *
     kinds], [layers].

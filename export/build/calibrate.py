@@ -21,7 +21,7 @@ from export.build.options import CaptureOptions as Options
 from export.build.staging import cache_folder, key_of
 from export.build.state import Build, part_graph
 from export.checkpoint.source import check_finite
-from export.report.progress import Listener, Progress, Step
+from export.report.progress import Listener, Progress, ProgressStep
 from runtime.errors import ResourceExhausted
 from runtime.files import vanishing
 
@@ -41,7 +41,9 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
         / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
     )
     steps = [step for step in state.steps() if step.stage in ("check", "trace")]
-    progress = Progress([*steps, Step("pipeline", "capture", state.capturing(requests.wanted(options.count)))], listen)
+    progress = Progress(
+        [*steps, ProgressStep("pipeline", "capture", state.capturing(requests.wanted(options.count)))], listen
+    )
     with _scratch(work, options.output) as scratch:
         _prepare(state, progress)
         with progress.step("pipeline", "capture") as notes, floating_model(state, scratch) as model:

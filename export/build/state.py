@@ -17,7 +17,7 @@ from calibration.capture.sets import CalibrationSet
 from calibration.ground import machine
 from calibration.quantize.layers import RECIPES, Recipe, recipe
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
-from calibration.requests.task import tasks
+from calibration.requests.task import task_requests
 from export.build.keys import code
 from export.build.options import Options
 from export.build.staging import cached, key_of
@@ -25,7 +25,7 @@ from export.checkpoint.preflight import lay_assets, rehearse
 from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
-from export.report.progress import Step
+from export.report.progress import ProgressStep
 from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verdict, sha256
 from runtime.bundle.manifest import Source as BundleSource
 from runtime.engine import target
@@ -207,7 +207,7 @@ class Build:
         if self.calibration is not None:
             return 0.5
         requests = requests or (BRIEF_REQUESTS if self.brief else REQUESTS)
-        task = tasks()[self.task]
+        task = task_requests()[self.task]
         calls = requests * (task.brief_calls if self.brief else task.calls)
         return requests + 5 * self.nbytes / 1e9 * calls
 
@@ -301,36 +301,43 @@ class Build:
         names = set(graph.parameter_names(part.module, part.component.model).values())
         return [ref for name, ref in self.weights(part).items() if name in names]
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[ProgressStep]:
         """Everything that will be done, with a guess of its seconds."""
         sizes = {part.name: self.size(part) / 1e9 for part in self.parts}
-        steps = [Step("weights", "check", sum(sizes.values()) / 2)]
+        steps = [ProgressStep("weights", "check", sum(sizes.values()) / 2)]
         for part in self.parts:
             modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
-            steps += [Step(part.name, "trace", 2 + modules * 0.04), Step(part.name, "parity", 1 + 6 * gigabytes)]
+            steps += [
+                ProgressStep(part.name, "trace", 2 + modules * 0.04),
+                ProgressStep(part.name, "parity", 1 + 6 * gigabytes),
+            ]
         if any(map(self.calibrated, self.parts)):
-            steps.append(Step("pipeline", "calibrate", self.capturing()))
+            steps.append(ProgressStep("pipeline", "calibrate", self.capturing()))
             for part in filter(self.calibrated, self.parts):
-                steps.append(Step(part.name, "tune", 1 + sizes[part.name] * 100))
+                steps.append(ProgressStep(part.name, "tune", 1 + sizes[part.name] * 100))
                 if self.compensated(part):
-                    steps.append(Step(part.name, "compensate", 1 + sizes[part.name] * 300))
+                    steps.append(ProgressStep(part.name, "compensate", 1 + sizes[part.name] * 300))
         if self.options.quant == "auto":
-            steps += [Step(part.name, "explore", 30) for part in self.parts] + [Step("pipeline", "search", 200)]
+            steps += [ProgressStep(part.name, "explore", 30) for part in self.parts] + [
+                ProgressStep("pipeline", "search", 200)
+            ]
         for part in self.parts:
-            steps.append(Step(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15)))
+            steps.append(
+                ProgressStep(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15))
+            )
         for name in self.options.targets:
-            steps += [Step(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
+            steps += [ProgressStep(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
         if self.checked:
             steps += [
-                Step(part.name, f"check {name}", 1 + 20 * sizes[part.name])
+                ProgressStep(part.name, f"check {name}", 1 + 20 * sizes[part.name])
                 for name in self.options.targets
                 for part in self.parts
             ]
         if self.measured:
-            steps.append(Step("pipeline", "quality", 20))
+            steps.append(ProgressStep("pipeline", "quality", 20))
         if self.timed:
-            steps.append(Step("pipeline", "speed", 10))
-        return [*steps, Step("bundle", "hash", 0.2)]
+            steps.append(ProgressStep("pipeline", "speed", 10))
+        return [*steps, ProgressStep("bundle", "hash", 0.2)]
 
 
 def _form(recipe: Recipe) -> str:

@@ -179,7 +179,7 @@ class Entry(BaseModel):
     output: Path | None = None
 
 
-class Settings(BaseModel):
+class BuildFile(BaseModel):
     """enginecast.toml."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -198,9 +198,9 @@ def _listed(target: list[str] | None, quant: str | None, output: Path | None) ->
     return jobs
 
 
-def _settings(path: Path) -> Settings:
+def _settings(path: Path) -> BuildFile:
     try:
-        return Settings.model_validate(tomllib.loads(path.read_text()))
+        return BuildFile.model_validate(tomllib.loads(path.read_text()))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InvalidInput(SETTINGS, f"is no TOML: {error}") from None
     except ValidationError as error:

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from calibration.quantize.layers import RECIPES
 from export.finished.agreement import Reference, agree, told
-from export.report.progress import Listener, Progress, Step
+from export.report.progress import Listener, Progress, ProgressStep
 from runtime.bundle.manifest import MANIFEST, SIGNATURE, Artifact, Bundle, Manifest, Submodel, sha256
 from runtime.bundle.signing import private_key, sign
 from runtime.engine import CompileOptions, Engine, check_precisions, target, targets
@@ -98,7 +98,7 @@ def add_target(
         bundle.verify(unknown=False)
         submodels = bundle.manifest.submodels
         steps = [
-            Step(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9)
+            ProgressStep(part.name, f"{what} {name}", 0.5 + 5 * part.nbytes / 1e9)
             for what in ("compile", "check")
             for part in submodels
         ]

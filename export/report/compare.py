@@ -11,10 +11,10 @@ from typing import Any
 from calibration.ground.progress import each, phase
 from calibration.requests.exams import Exam, exam_of
 from calibration.requests.requests import BUILT_IN, Asked, Requests, accepted
-from calibration.requests.task import tasks as request_tasks
+from calibration.requests.task import task_requests
 from export.report.measured import Compared
 from export.report.quality import OutputQuality, Quality, SubmodelQuality, TaskQuality
-from export.task import SEED, Effort, Pictures, Task, tasks
+from export.task import SEED, Comparison, Effort, Pictures, comparisons
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError
@@ -38,7 +38,7 @@ def measure(
     that are not finite.
     """
     _check_alike(quantized, reference)
-    effort, task = effort or Effort(), tasks()[reference.task]
+    effort, task = effort or Effort(), comparisons()[reference.task]
     exam = exam_of(reference.bundle.manifest.source.fingerprint)
     pictures: Pictures = {}
     with phase(0.0, 0.3):
@@ -100,7 +100,7 @@ def _submodel(quantized: Submodel, reference: Submodel, compared: Compared) -> S
     )
 
 
-def _requests(model: LoadedModel, task: Task, exam: Exam | None, effort: Effort) -> list[Any]:
+def _requests(model: LoadedModel, task: Comparison, exam: Exam | None, effort: Effort) -> list[Any]:
     """As many requests as wanted that the model can read. Raises what it raised when there is none."""
     wanted = task.wanted(effort)
     every = exam.comparison(wanted, SEED) if exam else task.general()
@@ -127,6 +127,6 @@ def right(
     """Whether the model does each of `count` cases right, from number `first` on: those that `enginecast score` has, or
     with `held` False some that it never has.
     """
-    task = request_tasks()[model.task]
+    task = task_requests()[model.task]
     for case in exam.cases(count, seed, held)[first:]:
         yield case.judge(task.result(drive(model.pipeline(case.request), model.engines))).right

@@ -24,7 +24,7 @@ from export.build.staging import check_writable
 from export.report.pictures import GAIN
 from export.report.quality import SNR, Quality, floors, load_quality
 from export.report.speed import WHOLE, Speed, Timed, Timing
-from export.task import tasks
+from export.task import comparisons
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.errors import BundleError, InvalidInput, ResourceExhausted
 
@@ -102,7 +102,7 @@ def render(bundle: Bundle, quality: Quality) -> str:
     found_sizes = sizes(bundle)
     parameters, nbytes = (sum(getattr(one, name) for one in found_sizes) for name in ("parameters", "nbytes"))
     found = {floor: quality.found(floor.measure) for floor in floors(quality.quant)}
-    shown = ChainMap(*(task.shown(bundle, getattr(quality, task.stored)) for task in tasks().values()))
+    shown = ChainMap(*(task.shown(bundle, getattr(quality, task.stored)) for task in comparisons().values()))
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         manifest=bundle.manifest,
         quality=quality,

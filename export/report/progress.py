@@ -24,7 +24,7 @@ time so far.
 
 
 @dataclass(frozen=True)
-class Step:
+class ProgressStep:
     """One stage of one submodel. `cost` is a guess of its seconds on a usual machine."""
 
     submodel: str
@@ -43,7 +43,7 @@ class Report:
 
     number: int
     total: int
-    step: Step
+    step: ProgressStep
     eta: float
     seconds: float | None = None
     detail: str = ""
@@ -62,11 +62,11 @@ class Progress:
     its stage did.
     """
 
-    steps: list[Step]
+    steps: list[ProgressStep]
     listen: Listener
     timings: dict[str, float] = field(default_factory=dict)
     _done: int = 0
-    _running: Step | None = None
+    _running: ProgressStep | None = None
     _start: float = 0.0
     _position: Position = START
     _spent: dict[str, float] = field(default_factory=lambda: defaultdict(float))
@@ -118,12 +118,12 @@ class Progress:
         waiting = self.steps[self._done + (self._running is not None) :]
         return sum(map(self._guess, waiting)) + (self._left(self._running) if self._running else 0.0)
 
-    def _guess(self, step: Step) -> float:
+    def _guess(self, step: ProgressStep) -> float:
         """Seconds of a step that has not begun."""
         guessed = self._guessed[step.stage]
         return step.cost * (self._spent[step.stage] / guessed if guessed else 1.0)
 
-    def _left(self, step: Step) -> float:
+    def _left(self, step: ProgressStep) -> float:
         """Seconds that the running step still needs."""
         elapsed, guess = time.perf_counter() - self._start, self._guess(step)
         share, free, _ = self._position

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError
 
 from export.report.measured import Floor, Measure, Measured
 from export.report.speed import Speed
-from export.task import FOLDER, Pictures, tasks
+from export.task import FOLDER, Pictures, comparisons
 from export.tasks.chat import AnswerQuality
 from export.tasks.image import PictureQuality
 from runtime.bundle.manifest import Bundle
@@ -89,7 +89,7 @@ class Quality(Measured):
 
     def results(self) -> list[tuple[Any, Sequence[Any]]]:
         """The tasks that there are results of, and these."""
-        every = ((task, getattr(self, task.stored)) for task in tasks().values())
+        every = ((task, getattr(self, task.stored)) for task in comparisons().values())
         return [(task, results) for task, results in every if results]
 
     def summary(self) -> dict[str, float]:
@@ -144,7 +144,7 @@ def floors(quant: str) -> list[Floor]:
     --max-drop.
     """
     quant = "int4" if quant == "auto" else quant
-    every = (*FLOORS, *(floor for task in tasks().values() for floor in task.floors))
+    every = (*FLOORS, *(floor for task in comparisons().values() for floor in task.floors))
     return [floor for floor in every if floor.quant == quant]
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 from calibration.ground import machine
 from calibration.ground.progress import reached
 from export.report.measured import Measured
-from export.task import SpeedEffort, tasks
+from export.task import SpeedEffort, comparisons
 from runtime.bundle.signature import Array
 from runtime.pipeline import Call, Outputs, answer, run_call
 from runtime.placing.devices import processor
@@ -35,7 +35,7 @@ M_MMAP_THRESHOLD: Final = -3
 HEAP: Final = 32 << 20
 
 
-class Kind(NamedTuple):
+class CallKind(NamedTuple):
     """Calls alike: a submodel and what is asked of it. `tokens` is how many of them a language model reads or makes in
     such a call.
     """
@@ -102,10 +102,10 @@ def measure_speed(
     """
     effort = effort or SpeedEffort()
     _keep_freed_memory()
-    counts: dict[Kind, int] = {}
+    counts: dict[CallKind, int] = {}
 
-    def turn(model: LoadedModel) -> Callable[[], dict[Kind, float]]:
-        def run() -> dict[Kind, float]:
+    def turn(model: LoadedModel) -> Callable[[], dict[CallKind, float]]:
+        def run() -> dict[CallKind, float]:
             time.sleep(REST)
             spent = carry_out(model, effort)
             counts.update({kind: len(times) for kind, times in spent.items()})
@@ -159,13 +159,13 @@ def _keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, 2 * HEAP)
 
 
-def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]]:
+def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[CallKind, list[float]]:
     """Carry out the request: seconds of every call, calls alike together, and of the whole. Raises EngineError when a
     call fails.
     """
-    spent: dict[Kind, list[float]] = defaultdict(list)
+    spent: dict[CallKind, list[float]] = defaultdict(list)
     begin = time.perf_counter()
-    pipeline, what = tasks()[model.task].timed(model, effort)
+    pipeline, what = comparisons()[model.task].timed(model, effort)
 
     def timed(call: Call) -> Outputs:
         start = time.perf_counter()
@@ -175,27 +175,27 @@ def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[Kind, list[float]
 
     for _ in answer(pipeline, timed):
         pass
-    spent[Kind(WHOLE, what)].append(time.perf_counter() - begin)
+    spent[CallKind(WHOLE, what)].append(time.perf_counter() - begin)
     return dict(spent)
 
 
-def _kind(call: Call) -> Kind:
+def _kind(call: Call) -> CallKind:
     if call.slot is None:
-        return Kind(call.submodel, _shapes(call.inputs))
+        return CallKind(call.submodel, _shapes(call.inputs))
     length = next(iter(call.inputs.values())).shape[1]
-    return Kind(call.submodel, "next token" if length == 1 else f"prompt of {length} tokens", length)
+    return CallKind(call.submodel, "next token" if length == 1 else f"prompt of {length} tokens", length)
 
 
 def _shapes(inputs: Mapping[str, Array]) -> str:
     return ", ".join("x".join(map(str, array.shape)) for array in inputs.values())
 
 
-def _uncalled(model: LoadedModel, spent: Iterable[Kind]) -> dict[Kind, float]:
+def _uncalled(model: LoadedModel, spent: Iterable[CallKind]) -> dict[CallKind, float]:
     """Seconds of one call of each submodel that the request does not need, on a sample of its usual size."""
     called, found = {kind.submodel for kind in spent}, {}
     for submodel in model.bundle.manifest.submodels:
         if submodel.name not in called and not submodel.signature.states:
             usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
             inputs = submodel.signature.sample(usual)
-            found[Kind(submodel.name, _shapes(inputs))] = seconds(partial(model.engines[submodel.name].run, inputs))
+            found[CallKind(submodel.name, _shapes(inputs))] = seconds(partial(model.engines[submodel.name].run, inputs))
     return found

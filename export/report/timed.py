@@ -9,7 +9,7 @@ from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.report.baseline import compare_speed
-from export.report.progress import Listener, Progress, Step
+from export.report.progress import Listener, Progress, ProgressStep
 from export.report.speed import Speed
 from export.task import THOROUGH, SpeedEffort
 from runtime.bundle.manifest import Bundle
@@ -37,5 +37,5 @@ def time_bundle(
                 "speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one"
             )
         floating, _ = build(options, listen)
-        with Progress([Step("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
+        with Progress([ProgressStep("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
             return compare_speed(bundle.root, floating.root, state.new_parts(), state.weights, effort)

@@ -22,7 +22,7 @@ from export.report.measured import ComparedByName, Floor, Measure, Measured
 from export.report.pictures import data_uri
 from export.report.pictures import stored as picture_of
 from export.report.running import MAX_TOKENS, run
-from export.task import FOLDER, SEED, Effort, Pictures, SpeedEffort, Task
+from export.task import FOLDER, SEED, Comparison, Effort, Pictures, SpeedEffort
 from runtime.bundle.manifest import Bundle, Inside
 from runtime.engine import Slot
 from runtime.errors import EngineError
@@ -94,7 +94,7 @@ def tokens_of(answers: Sequence[AnswerQuality]) -> int:
     return sum(answer.tokens for answer in answers)
 
 
-class Chat(Task):
+class ChatComparison(Comparison):
     """Models that answer in text."""
 
     name = "chat"
@@ -249,4 +249,4 @@ def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compa
         compared[call.submodel].add(call.submodel, outputs, run_call(quantized.engines, replace(call, slot=slot)))
 
 
-TASK: Final = Chat()
+TASK: Final = ChatComparison()

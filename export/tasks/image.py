@@ -14,7 +14,7 @@ from calibration.observe.metrics import PEAK, gmsd, psnr_db, snr_db, ssim
 from export.report.measured import ComparedByName, Floor, Measure, Measured
 from export.report.pictures import data_uri, difference, stored
 from export.report.running import run
-from export.task import FOLDER, SEED, Effort, Pictures, SpeedEffort, Task
+from export.task import FOLDER, SEED, Comparison, Effort, Pictures, SpeedEffort
 from runtime.bundle.manifest import Bundle, Inside
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError
@@ -66,7 +66,7 @@ def median(pictures: Sequence[PictureQuality], name: str) -> float:
     return statistics.median(getattr(picture, name) for picture in pictures)
 
 
-class Image(Task):
+class ImageComparison(Comparison):
     """Models that draw a picture."""
 
     name = "image"
@@ -160,4 +160,4 @@ def _three(bundle: Bundle, one: PictureQuality) -> tuple[str, str, str]:
     return data_uri(reference), data_uri(quantized), data_uri(difference(reference, quantized))
 
 
-TASK: Final = Image()
+TASK: Final = ImageComparison()

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from profiles.probes import Probe, Settings, seconds
+from profiles.probes import Probe, ProbeSettings, seconds
 from profiles.task import ProfileTask
 from runtime.bundle.signature import nbytes
 from runtime.engine import Engine
@@ -30,7 +30,7 @@ EDGE: Final = 128
 """Edge in pixels of the picture that is asked about; every model resizes it to its own."""
 
 
-def picture_question(settings: Settings) -> ChatRequest:
+def picture_question(settings: ProbeSettings) -> ChatRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
     return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1)
 
@@ -47,7 +47,7 @@ class Clock:
         return self._engines[submodel]
 
 
-def chat_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
+def chat_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     pipeline = _endless(model)
     text, prompt_tokens = _text(pipeline, settings.prompt_tokens)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from profiles.probes import Probe, Settings, seconds
+from profiles.probes import Probe, ProbeSettings, seconds
 from profiles.task import ProfileTask
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
@@ -13,11 +13,11 @@ from runtime.tasks.image import ImageRequest
 PROMPT: Final = "a large red circle at the top left on a white background"
 
 
-def image_request(settings: Settings) -> ImageRequest:
+def image_request(settings: ProbeSettings) -> ImageRequest:
     return ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
 
 
-def image_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
+def image_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     asked = {name: value for name in ("width", "height", "steps") if (value := getattr(settings, name)) is not None}
     return [
         Probe(

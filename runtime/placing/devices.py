@@ -21,7 +21,7 @@ from runtime.optional import require
 from runtime.placing.containers import Allowance, allowance
 from runtime.targets.nvidia import cuda
 
-Kind = Literal["cpu", "cuda", "intel-gpu", "intel-npu", "directx", "apple"]
+DeviceKind = Literal["cpu", "cuda", "intel-gpu", "intel-npu", "directx", "apple"]
 HOST: Final = "cpu"
 EXTRA: Final = "devices"
 FEATURES: Final = {
@@ -52,7 +52,7 @@ class Device:
     """
 
     name: str
-    kind: Kind
+    kind: DeviceKind
     model: str
     memory: int | None = None
     free: int | None = None
@@ -292,7 +292,7 @@ def _intel(note: Callable[[str], None]) -> Iterator[Device]:
         memory = _property(core, name, f"{kind}_DEVICE_TOTAL_MEM_SIZE")
         shared = kind == "NPU" or "integrated" in str(_property(core, name, "DEVICE_TYPE")).casefold()
         features = tuple(str(one) for one in _property(core, name, "OPTIMIZATION_CAPABILITIES") or ())
-        kinds: dict[str, Kind] = {"GPU": "intel-gpu", "NPU": "intel-npu"}
+        kinds: dict[str, DeviceKind] = {"GPU": "intel-gpu", "NPU": "intel-npu"}
         model = str(_property(core, name, "FULL_DEVICE_NAME") or name)
         yield Device(
             plain(name), kinds[kind], model, int(memory) if memory else None, None, features, HOST if shared else ""

@@ -64,7 +64,7 @@ WIDTH: Final = 128
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How long and how fast each stage trains."""
 
     seed: int = 0
@@ -357,7 +357,7 @@ def log(run: Path, **fields: Any) -> None:
         file.write(line + "\n")
 
 
-def rng_for(plan: Plan, stage: int, step: int) -> np.random.Generator:
+def rng_for(plan: TrainingPlan, stage: int, step: int) -> np.random.Generator:
     """Random numbers of one training step: a resumed run draws what an unbroken one would have."""
     return np.random.default_rng((plan.seed, stage, step))
 
@@ -375,7 +375,7 @@ def to_pictures(decoded: Tensor) -> NDArray[np.uint8]:
     return pictures
 
 
-def vae_batch(plan: Plan, scenes: Sequence[Scene], step: int) -> Tensor:
+def vae_batch(plan: TrainingPlan, scenes: Sequence[Scene], step: int) -> Tensor:
     """Pictures for a VAE step: quarter pictures around scattered things first, whole pictures in the end."""
     rng = rng_for(plan, 1, step)
     if step >= plan.vae_steps - plan.vae_full_steps:
@@ -408,7 +408,7 @@ def picture_loss(decoded: Tensor, pictures: Tensor) -> Tensor:
     )
 
 
-def train_vae(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
+def train_vae(plan: TrainingPlan, run: Path, vae: AutoencoderKL) -> None:
     """Train the VAE, then give every latent channel zero mean and the same variance."""
     training = Training(
         vae, run / "vae.safetensors", plan.vae_lr, steps=plan.vae_steps, decay_steps=plan.vae_steps // 2, ema=0.99
@@ -476,7 +476,7 @@ def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
     return ids
 
 
-def train_text(plan: Plan, run: Path, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
+def train_text(plan: TrainingPlan, run: Path, encoder: CLIPTextModel, tokenizer: CLIPTokenizer) -> None:
     """Train the text encoder to say, at every token from the end of text on, what is where: features a UNet can read at
     once.
     """
@@ -517,7 +517,7 @@ def train_text(plan: Plan, run: Path, encoder: CLIPTextModel, tokenizer: CLIPTok
     training.averaged()
 
 
-def decoder_training(plan: Plan, run: Path, vae: AutoencoderKL) -> Training:
+def decoder_training(plan: TrainingPlan, run: Path, vae: AutoencoderKL) -> Training:
     """The state of the decoder's own training, taken up where the run left it; the encoder stays as the
     UNet knows it.
     """
@@ -530,7 +530,7 @@ def decoder_training(plan: Plan, run: Path, vae: AutoencoderKL) -> Training:
     return training
 
 
-def train_decoder(plan: Plan, run: Path, vae: AutoencoderKL) -> None:
+def train_decoder(plan: TrainingPlan, run: Path, vae: AutoencoderKL) -> None:
     """Teach the decoder alone to draw sharp pictures from the cached kind of latents, and from ones a little off, as a
     UNet makes them.
     """
@@ -576,7 +576,7 @@ def choose(rng: np.random.Generator, singles: NDArray[np.bool_], count: int, sha
 
 
 @torch.no_grad()
-def cached_latents(plan: Plan, run: Path, vae: AutoencoderKL) -> Tensor:
+def cached_latents(plan: TrainingPlan, run: Path, vae: AutoencoderKL) -> Tensor:
     """Scaled latents of the training scenes, float16 [scene, render, 8, 8, 8]; encoded once for a run."""
     path = run / "latents.safetensors"
     if not path.exists():
@@ -597,7 +597,7 @@ def cached_latents(plan: Plan, run: Path, vae: AutoencoderKL) -> Tensor:
     return load_file(path)["latents"]
 
 
-def unet_training(plan: Plan, run: Path, pipeline: StableDiffusionPipeline) -> Training:
+def unet_training(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeline) -> Training:
     """The state of the UNet's training, taken up where the run left it."""
     training = Training(
         pipeline.unet, run / "unet.safetensors", plan.unet_lr, steps=plan.unet_steps, decay_steps=plan.unet_decay_steps
@@ -606,7 +606,7 @@ def unet_training(plan: Plan, run: Path, pipeline: StableDiffusionPipeline) -> T
     return training
 
 
-def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
+def train_unet(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
     """Train the UNet on cached latents and text features; keep the weights that draw the validation prompts best in
     `run / "best"`.
     """
@@ -655,7 +655,7 @@ def train_unet(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, trainin
             started, since = time.monotonic(), training.step
 
 
-def evaluate(plan: Plan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
+def evaluate(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
     """Score the averaged weights on the validation prompts and keep them in `run / "best"` if none scored better."""
     if (run / "decoder.safetensors").exists():
         decoder_training(plan, run, pipeline.vae).averaged()
@@ -705,7 +705,7 @@ def export_pipeline(pipeline: StableDiffusionPipeline, out: Path) -> None:
             key: value for key, value in json.loads(path.read_text()).items() if key != "_name_or_path"
         }  # a path of this machine
         path.write_text(json.dumps(config, indent=2) + "\n")
-    defaults = ImageDefaults(steps=Plan.inference_steps, guidance_scale=Plan.guidance_scale)
+    defaults = ImageDefaults(steps=TrainingPlan.inference_steps, guidance_scale=TrainingPlan.guidance_scale)
     (partial / DEFAULTS).write_text(defaults.model_dump_json(exclude_none=True, indent=2) + "\n")
     move_files(partial, out)
 
@@ -727,7 +727,7 @@ def load_pipeline(folder: Path) -> StableDiffusionPipeline:
 
 
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[str], plan: Plan, batch: int = 50
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], plan: TrainingPlan, batch: int = 50
 ) -> Iterator[NDArray[np.uint8]]:
     """Pictures uint8 [128, 128, 3] of the prompts by plain diffusers; prompt i starts from the noise of seed i."""
     for start in range(0, len(prompts), batch):
@@ -746,7 +746,7 @@ def draw(
 
 
 def score_pipeline(
-    pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], plan: Plan, sheet: Path | None = None
+    pipeline: StableDiffusionPipeline, scenes: Sequence[Scene], plan: TrainingPlan, sheet: Path | None = None
 ) -> dict[str, Any]:
     """Share of scenes drawn right in everything, by number of things and by attribute; `sheet` gets the first pictures
     as a PNG.
@@ -767,7 +767,7 @@ def score_pipeline(
     }
 
 
-def open_run(plan: Plan, run: Path, start: Path | None) -> StableDiffusionPipeline:
+def open_run(plan: TrainingPlan, run: Path, start: Path | None) -> StableDiffusionPipeline:
     """The run's pipeline with a trained VAE and text encoder: its own, else those of the exported `start`, else trained
     now.
     """
@@ -803,7 +803,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    plan = Plan()
+    plan = TrainingPlan()
     if options.score:
         print(json.dumps(score_pipeline(load_pipeline(options.score), test_prompts(), plan), indent=1))
         return

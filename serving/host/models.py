@@ -56,7 +56,7 @@ KEPT: Final = 4
 """One in so many places of a queue is kept for clients that have no request there."""
 
 
-class State(Enum):
+class ModelState(Enum):
     """Whether a model can be used."""
 
     UNLOADED = "unloaded"
@@ -127,7 +127,7 @@ class Status:
     """
 
     name: str
-    state: State
+    state: ModelState
     quant: str
     task: str | None
     target: str | None
@@ -203,7 +203,7 @@ class _Served:
     def __init__(self, offer: Offer, allowed: Limits) -> None:
         self.offer = offer
         self.limits = allowed
-        self.state = State.UNLOADED
+        self.state = ModelState.UNLOADED
         self.model: Model | None = None
         self.task: str | None = None
         self.error: str | None = None
@@ -213,7 +213,7 @@ class _Served:
         self.check: asyncio.Task[None] | None = None
         self.workers = self._new_workers()
         if offer.error is not None:
-            self.state, self.error = State.FAILED, str(self.concealed(offer.error))
+            self.state, self.error = ModelState.FAILED, str(self.concealed(offer.error))
 
     def _new_workers(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(self.limits.slots, thread_name_prefix=self.name)
@@ -235,7 +235,7 @@ class _Served:
 
     def ready(self, task: str) -> Model:
         """The loaded model, if it does this task."""
-        if self.state is not State.READY or self.model is None:
+        if self.state is not ModelState.READY or self.model is None:
             why = f": {self.error}" if self.error else ""
             raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
         if self.model.task != task:
@@ -337,7 +337,7 @@ class ModelHost:
 
     def ready(self) -> dict[str, str | None]:
         """The task of each model, None where it cannot be used now."""
-        usable = {name: served.state is State.READY and not self.stopping for name, served in self._models.items()}
+        usable = {name: served.state is ModelState.READY and not self.stopping for name, served in self._models.items()}
         return {name: self._models[name].task if can else None for name, can in usable.items()}
 
     async def run(
@@ -421,7 +421,7 @@ class ModelHost:
             bounds.NAME.length("target", target)
             if target not in targets():
                 raise InvalidInput("target", f"{quoted(target)} is not known: {did_you_mean(target, targets())}")
-        if served.state is State.READY and served.model is not None:
+        if served.state is ModelState.READY and served.model is not None:
             if target not in (None, served.model.target):
                 raise InvalidInput(
                     "target", f"{name} is loaded on {served.model.target}: unload it before loading it on {target}"
@@ -436,7 +436,7 @@ class ModelHost:
         """
         served = self._find(name)
         self._settled(served)
-        if served.state is State.READY:
+        if served.state is ModelState.READY:
             await self._change(served, self._unload(served, self.limits.grace_seconds if grace is None else grace))
 
     async def close(self, grace: float | None = None) -> bool:
@@ -463,7 +463,7 @@ class ModelHost:
         """Unload a model; whether it was. Loading is not waited for: nobody is going to use what is loaded."""
         changes = {task for task in (served.change, served.check) if task is not None}
         if changes:
-            await asyncio.wait(changes, timeout=IDLE_SECONDS if served.state is State.LOADING else None)
+            await asyncio.wait(changes, timeout=IDLE_SECONDS if served.state is ModelState.LOADING else None)
         if served.change is not None:
             log.warning("model %s is still %s: it is left behind", served.name, served.state.value)
             return False
@@ -518,7 +518,7 @@ class ModelHost:
         served.places.discard(run.place)
         if (
             isinstance(run.error, EngineError)
-            and served.state is State.READY
+            and served.state is ModelState.READY
             and served.check is None
             and not self.stopping
         ):
@@ -531,7 +531,7 @@ class ModelHost:
         try:
             model = served.model
             broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
-            if broken and served.state is State.READY and served.model is model and served.change is None:
+            if broken and served.state is ModelState.READY and served.model is model and served.change is None:
                 log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
                 with suppress(Exception):  # it is in the model's status and in the log
                     await self._change(served, self._reload(served, broken, error))
@@ -539,7 +539,7 @@ class ModelHost:
             served.check = None
 
     async def _reload(self, served: _Served, broken: Sequence[str], error: EngineError) -> None:
-        self._become(served, State.LOADING)
+        self._become(served, ModelState.LOADING)
         why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
         await self._drain(
             served, 0, Unavailable(f"{why}: the model is being loaded again, send the request again when it is ready")
@@ -549,11 +549,11 @@ class ModelHost:
         try:
             served.model = await asyncio.wrap_future(served.workers.submit(model.elsewhere, broken))
         except Exception as reason:
-            self._become(served, State.FAILED, f"{why}, and it could not be loaded again: {reason}")
+            self._become(served, ModelState.FAILED, f"{why}, and it could not be loaded again: {reason}")
             raise
-        self._become(served, State.READY)
+        self._become(served, ModelState.READY)
 
-    def _become(self, served: _Served, state: State, error: str | None = None) -> None:
+    def _become(self, served: _Served, state: ModelState, error: str | None = None) -> None:
         served.state = state
         served.error = None if error is None else without_paths(error, served.offer.root, served.name)
         self._notify()
@@ -564,22 +564,22 @@ class ModelHost:
 
     async def _load(self, served: _Served, target: str | None) -> None:
         before = served.state, served.error
-        self._become(served, State.LOADING)
+        self._become(served, ModelState.LOADING)
         try:
             served.model = await asyncio.wrap_future(
                 served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target)
             )
         except Exception as error:
             if target is None:
-                self._become(served, State.FAILED, str(error) or type(error).__name__)
+                self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
             else:
                 self._become(served, *before)
             raise
         served.task = served.model.task
-        self._become(served, State.READY)
+        self._become(served, ModelState.READY)
 
     async def _unload(self, served: _Served, grace: float) -> None:
-        self._become(served, State.UNLOADING)
+        self._become(served, ModelState.UNLOADING)
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
         idle = await self._drain(
             served, grace, Unavailable(f"{why} and the request did not finish within {grace:g} s: send it again later")
@@ -597,7 +597,7 @@ class ModelHost:
                 else:
                     workers.shutdown(wait=False)
         finally:
-            self._become(served, State.UNLOADED)
+            self._become(served, ModelState.UNLOADED)
 
     async def _drain(self, served: _Served, grace: float, error: EnginecastError) -> bool:
         """Wait `grace` seconds for what runs and waits, then stop the rest with `error`. Returns whether the engines

@@ -22,7 +22,7 @@ from export.graph.weights import parameter_names
 from runtime.errors import NotFound, SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
-State = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 SAMPLES = Path(__file__).parents[2] / "samples"
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -81,7 +81,7 @@ def publish(
     return folder
 
 
-def _save_shards(state: State, file: Path, count: int) -> None:
+def _save_shards(state: Tensors, file: Path, count: int) -> None:
     owners = {}
     for i in range(count):
         shard = file.with_name(f"{file.stem}-{i + 1:05}-of-{count:05}.safetensors")

@@ -16,7 +16,7 @@ from runtime.errors import EngineError, EngineUnavailable
 from runtime.settings import Texts
 
 
-class Settings(Texts):
+class BoundSettings(Texts):
     """What the fake's `compile_with` takes."""
 
     shapes: str = ""
@@ -29,7 +29,7 @@ class Bound(FakeEngine):
 
     target = "bound"
     rank = 98
-    compile_settings = Settings
+    compile_settings = BoundSettings
     here: ClassVar[str] = "this machine"
     seconds: ClassVar[float] = 0.0
     """How long a compilation takes; it tells of its progress in ten steps."""

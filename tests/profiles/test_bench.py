@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from calibration.ground import machine
 from profiles import bench, cli, probes, rows
-from profiles.bench import Plan, Worker
-from profiles.probes import Settings
+from profiles.bench import BenchPlan, Worker
+from profiles.probes import ProbeSettings
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
 from runtime.placing.loading import LoadedModel, load_model
@@ -48,7 +48,7 @@ def worker(name: str, log: Path) -> Worker:
 def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "read_bandwidth", lambda: 5e9)
     log = tmp_path / "log"
-    plan = Plan(repeat=2, metrics=("first", "only B"))
+    plan = BenchPlan(repeat=2, metrics=("first", "only B"))
     found = bench.bench(bundle, [worker("A", log), worker("B", log)], plan)
     assert log.read_text().split() == ["Afirst", "Bfirst"] * 3 + ["Bonly", "B"] * 3
     by_name = {(row.program, row.metric): row for row in found}
@@ -70,22 +70,22 @@ def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypat
 def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> None:
     log = tmp_path / "log"
     with pytest.raises(EngineError, match="ZeroDivisionError: division by zero"):
-        bench.bench(bundle, [worker("A", log)], Plan(metrics=("broken",)))
+        bench.bench(bundle, [worker("A", log)], BenchPlan(metrics=("broken",)))
     with pytest.raises(InvalidInput, match="metric: 'frist' is not measured of this bundle: did you mean 'first'"):
-        bench.bench(bundle, [worker("A", log)], Plan(metrics=("frist",)))
+        bench.bench(bundle, [worker("A", log)], BenchPlan(metrics=("frist",)))
     with pytest.raises(NotFound, match="'no-such-worker' cannot be started"):
-        bench.bench(bundle, [Worker(["no-such-worker"])], Plan())
+        bench.bench(bundle, [Worker(["no-such-worker"])], BenchPlan())
     for code, message in [
         ("", "ended with exit code 0"),
         ("print('hi')", "said 'hi'"),
         ("print('{}')", "does not begin with its metrics"),
     ]:
         with pytest.raises(EngineError, match=message):
-            bench.bench(bundle, [Worker([sys.executable, "-c", code])], Plan())
+            bench.bench(bundle, [Worker([sys.executable, "-c", code])], BenchPlan())
 
 
 def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:
-    found = {probe.metric: probe for probe in probes.probes(drawing, Settings(width=256, height=64, steps=2))}
+    found = {probe.metric: probe for probe in probes.probes(drawing, ProbeSettings(width=256, height=64, steps=2))}
     assert list(found) == ["text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"]
     assert found["unet"].settings == {
         "sample": "2x4x4x16",
@@ -100,12 +100,12 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
     assert all(probe.run() > 0 for probe in found.values())
     assert len(engines["unet"].calls) == 3 and len(engines["vae_decoder"].calls) == 2
     with pytest.raises(InvalidInput, match="width"):
-        probes.probes(drawing, Settings(width=100))
+        probes.probes(drawing, ProbeSettings(width=100))
 
 
 def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, "onnxruntime")
-    found = {probe.metric: probe for probe in probes.probes(model, Settings(prompt_tokens=40, new_tokens=5))}
+    found = {probe.metric: probe for probe in probes.probes(model, ProbeSettings(prompt_tokens=40, new_tokens=5))}
     assert list(found) == ["vision_encoder", "token_embedding", "first_token", "prefill", "decode"]
     assert found["decode"].settings["new_tokens"] == 5 and 30 < int(found["decode"].settings["prompt_tokens"]) <= 40
     decoder = model.bundle.submodel("decoder")
@@ -113,9 +113,9 @@ def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> No
     assert found["decode"].unit == found["prefill"].unit == "tokens/s"
     assert all(probe.run() > 0 for probe in found.values())
     with pytest.raises(InvalidInput, match="prompt_tokens: is 2, expected at least"):
-        probes.probes(model, Settings(prompt_tokens=2))
+        probes.probes(model, ProbeSettings(prompt_tokens=2))
     with pytest.raises(InvalidInput, match="max_tokens"):
-        probes.probes(model, Settings(new_tokens=5000))
+        probes.probes(model, ProbeSettings(new_tokens=5000))
     model.close()
 
 

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from calibration.requests.pictures import DRAWN, PHOTOGRAPHS, photograph
-from calibration.requests.task import Task
+from calibration.requests.task import TaskRequests
 from runtime.language.text import Message
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest, TextDelta
@@ -46,7 +46,7 @@ def question(picture: Picture, text: str) -> ChatRequest:
     return ChatRequest((Message("user", (picture, text)),), temperature=0.0)
 
 
-class Chat(Task):
+class ChatRequests(TaskRequests):
     """Requests that ask about a picture."""
 
     name = "chat"
@@ -86,4 +86,4 @@ def _picture(i: int) -> Picture:
     return DRAWN[turn % len(DRAWN)](np.random.default_rng(i))
 
 
-TASK: Final = Chat()
+TASK: Final = ChatRequests()

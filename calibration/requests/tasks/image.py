@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from calibration.requests.task import Task
+from calibration.requests.task import TaskRequests
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event
 from runtime.tasks.image import ImageReady, ImageRequest
@@ -66,7 +66,7 @@ short and long. Each eight in a row hold most of these.
 """
 
 
-class Image(Task):
+class ImageRequests(TaskRequests):
     """Requests that draw a picture."""
 
     name = "image"
@@ -105,4 +105,4 @@ class Image(Task):
         return ready.image.astype(np.uint8, copy=False)
 
 
-TASK: Final = Image()
+TASK: Final = ImageRequests()

@@ -29,7 +29,7 @@ from runtime.settings import Texts
 from runtime.targets.coreml.interpret import Interpreter
 from runtime.targets.coreml.package import Package, save
 from runtime.targets.coreml.sdk import coremltools
-from runtime.targets.coreml.shapes import Settings, Taken, input_types, lengths_of, symbols
+from runtime.targets.coreml.shapes import CoreMLSettings, Taken, input_types, lengths_of, symbols
 from runtime.targets.coreml.translate import identifier, translate
 from runtime.targets.lowering.half import to_half
 from runtime.targets.lowering.masks import MASK
@@ -44,7 +44,7 @@ TRANSLATED: Final = 0.1
 """Share of the work that is done when the program is there: the rest is its weights."""
 
 
-class LoadSettings(Texts):
+class CoreMLLoadSettings(Texts):
     """What `Options.settings` of `load` may hold: Core ML's hints for optimization (coremltools' `optimization_hints`).
 
     `reshapes`: "infrequent" prepares a shape for long when it first comes, "frequent" starts sooner with each new one.
@@ -71,7 +71,7 @@ class CoreML(Engine):
     packages = ("coremltools", "onnx-ir")
     rank = 15
     precisions = frozenset({"float32", "float16", "int8", "int4"})
-    compile_settings = Settings
+    compile_settings = CoreMLSettings
 
     @classmethod
     def available(cls) -> Availability:
@@ -88,7 +88,7 @@ class CoreML(Engine):
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        settings = Settings.parse(options.settings)
+        settings = CoreMLSettings.parse(options.settings)
         found = cls.available()
         if not found.compiles:
             raise EngineUnavailable(f"cannot compile for {cls.target}: {found.reason}")
@@ -124,7 +124,7 @@ class CoreML(Engine):
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        settings = LoadSettings.parse(options.settings)
+        settings = CoreMLLoadSettings.parse(options.settings)
         found = cls.available()
         if not found.usable:
             raise EngineUnavailable(f"{cls.target} cannot run here: {found.reason}")
@@ -317,7 +317,7 @@ def _package(compiled: Compiled, submodel: str) -> Path:
     return compiled.folder / part.parent
 
 
-def _lowered(submodel: Submodel, graph: Path, settings: Settings) -> Any:
+def _lowered(submodel: Submodel, graph: Path, settings: CoreMLSettings) -> Any:
     """The canonical graph in the precision to compute in, a decoder with caches of fixed length."""
     ir = require("onnx_ir", "coreml")
     try:

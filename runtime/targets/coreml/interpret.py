@@ -33,7 +33,7 @@ DTYPES: Final[Mapping[int, str]] = {
 """MIL's numbers of types (MIL.proto of coremltools 9.0, enum DataType)."""
 
 
-class State(dict[str, Array]):
+class StateArrays(dict[str, Array]):
     """Arrays by name, with coremltools' interface of MLState."""
 
     def read_state(self, name: str) -> Array:
@@ -51,7 +51,7 @@ class Output(NamedTuple):
     shape: tuple[int | None, ...]
 
 
-class Step(NamedTuple):
+class Instruction(NamedTuple):
     """An operation: what it computes, from variables by name and from what was written into the program, and what is
     not read after it.
     """
@@ -78,11 +78,11 @@ class Interpreter:
         self.steps = [self._step(operation) for operation in package.operations]
         self._mark_last()
 
-    def make_state(self) -> State:
+    def make_state(self) -> StateArrays:
         """States filled with zeros, in 16 bits."""
-        return State({name: np.zeros(shape, np.float16) for name, shape in self.state_types.items()})
+        return StateArrays({name: np.zeros(shape, np.float16) for name, shape in self.state_types.items()})
 
-    def predict(self, data: Mapping[str, Array], state: State | None = None) -> dict[str, Array]:
+    def predict(self, data: Mapping[str, Array], state: StateArrays | None = None) -> dict[str, Array]:
         """The outputs by name. `state` is updated. Raises EngineError naming the operation that cannot be computed."""
         known: dict[str, Any] = {}
         for name, declared in self.inputs.items():
@@ -106,7 +106,7 @@ class Interpreter:
                 known.pop(name, None)
         return {name: np.array(known[name]) for name in self.package.outputs}
 
-    def _compute(self, step: Step, known: Mapping[str, Any], state: State | None) -> Sequence[Any]:
+    def _compute(self, step: Instruction, known: Mapping[str, Any], state: StateArrays | None) -> Sequence[Any]:
         if step.kind in ("read_state", "write_state"):
             if state is None:
                 raise ValueError("it needs a state")
@@ -126,7 +126,7 @@ class Interpreter:
         with np.errstate(over="ignore"):
             return [_rounded(value) if half else value for value, half in zip(results, halves, strict=True)]
 
-    def _step(self, operation: Any) -> Step:
+    def _step(self, operation: Any) -> Instruction:
         if operation.type not in ("const", "read_state", "write_state") and operation.type not in KERNELS:
             raise EngineError(f"operation {operation.type} cannot be computed here: add it to runtime/mil/kernels/")
         variables: dict[str, str | list[str]] = {}
@@ -140,7 +140,7 @@ class Interpreter:
                     [one.name for one in bindings] if len(bindings) > 1 or name == "values" else bindings[0].name
                 )
         values |= {name: self._value(value) for name, value in operation.attributes.items() if name != "name"}
-        return Step(operation.type, variables, values, [_declared(value) for value in operation.outputs], [])
+        return Instruction(operation.type, variables, values, [_declared(value) for value in operation.outputs], [])
 
     def _value(self, value: Any) -> Callable[[], Any]:
         """What reads a value: from the file of weights each time, or once from the program itself."""

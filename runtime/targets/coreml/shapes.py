@@ -20,7 +20,7 @@ Lengths = Mapping[str, tuple[int, int, int]]
 """Least, usual and greatest length of each varying dim."""
 
 
-class Settings(Texts):
+class CoreMLSettings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
     `precision`: "float16" or "float32", whatever the bundle asks for; by default what it asks for. Caches are float16
@@ -51,7 +51,7 @@ class Settings(Texts):
         return found
 
 
-def lengths_of(signature: Signature, settings: Settings) -> dict[str, tuple[int, int, int]]:
+def lengths_of(signature: Signature, settings: CoreMLSettings) -> dict[str, tuple[int, int, int]]:
     """The lengths of each dim that varies between calls. Rows of a decoder are computed one by one, on a cache of their
     own.
 

@@ -32,7 +32,7 @@ from runtime.targets.nvidia import cuda
 from runtime.targets.sessions.base import SessionEngine, stored
 from runtime.targets.sessions.kernels import CUDA, OPSET, check, outside
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, sdk
-from runtime.targets.sessions.stored import Plan, load_graph, store
+from runtime.targets.sessions.stored import SessionPlan, load_graph, store
 
 PROVIDER: Final = "CUDAExecutionProvider"
 EXTRA: Final = "cuda"
@@ -40,7 +40,7 @@ DRIVER: Final = re.compile(r"libcuda\.so|nvcuda\.dll")
 PACKAGE: Final = "pip install 'enginecast[cuda]', in place of onnxruntime"
 
 
-class Settings(Texts):
+class CUDASettings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
     `context`: positions that a decoder's cache holds at most; by default all that the model has.
@@ -49,7 +49,7 @@ class Settings(Texts):
     context: int = Field(default=0, ge=0)
 
 
-class LoadSettings(Texts):
+class CUDALoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
     `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
@@ -70,7 +70,7 @@ class CUDAEngine(SessionEngine):
     packages = ("onnxruntime-gpu", "onnx", "onnx-ir")
     rank = 15
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4"})
-    compile_settings = Settings
+    compile_settings = CUDASettings
 
     @classmethod
     def available(cls) -> Availability:
@@ -93,8 +93,8 @@ class CUDAEngine(SessionEngine):
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        settings = Settings.parse(options.settings)
-        plan = Plan(graph=f"{submodel.name}.onnx", compute=submodel.compute)
+        settings = CUDASettings.parse(options.settings)
+        plan = SessionPlan(graph=f"{submodel.name}.onnx", compute=submodel.compute)
         if submodel.signature.states:
             form = "fixed" if submodel.compute == "float32" else "grouped"
             plan = plan.model_copy(update={"cache": form, "capacity": capacity(submodel.signature, settings.context)})
@@ -109,7 +109,7 @@ class CUDAEngine(SessionEngine):
         )
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, plan: Plan) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    def _lowered(cls, submodel: Submodel, graph: Path, plan: SessionPlan) -> tuple[Any, dict[str, tuple[int, ...]]]:
         """The graph as the provider has kernels for it, and `Plan.nested`: what it cannot do in half stays float32.
 
         Raises EngineError naming the rest.
@@ -130,7 +130,7 @@ class CUDAEngine(SessionEngine):
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        settings = LoadSettings.parse(options.settings)
+        settings = CUDALoadSettings.parse(options.settings)
         found = cls.available()
         if not found.usable:
             raise EngineUnavailable(f"{cls.target} cannot run here: {found.reason}")
@@ -168,7 +168,7 @@ class CUDAEngine(SessionEngine):
         return cls(submodel, name, device, plan, opened, vary=not replay, replay=replay, fallback=fallback)
 
 
-def _to_provider(model: Any, submodel: Submodel, plan: Plan) -> Any:
+def _to_provider(model: Any, submodel: Submodel, plan: SessionPlan) -> Any:
     """The graph in the provider's operators; changed in place but for caches of fixed length."""
     if plan.cache == "grouped":
         with_grouped_cache(model, submodel.signature)

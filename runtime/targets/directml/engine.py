@@ -28,7 +28,7 @@ from runtime.targets.sessions.base import SessionEngine, stored
 from runtime.targets.sessions.kernels import DIRECTML, OPSET, check
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, sdk
 from runtime.targets.sessions.shapes import parse_shapes, shapes_of
-from runtime.targets.sessions.stored import Plan, load_graph, store
+from runtime.targets.sessions.stored import SessionPlan, load_graph, store
 
 PROVIDER: Final = "DmlExecutionProvider"
 PACKAGE: Final = "pip install 'enginecast[directml]', on Windows and in place of onnxruntime"
@@ -36,7 +36,7 @@ PIECES: Final = (1, 32)
 """New positions of a decoder that there are sessions for by default: one, and a piece of a prompt."""
 
 
-class Settings(Texts):
+class DirectMLSettings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
     `shapes`: the lengths that it runs at, "height=64,width=64;height=96,width=64": a call of others is refused. By
@@ -58,7 +58,7 @@ class Settings(Texts):
         return parse_shapes(text)
 
 
-class LoadSettings(Texts):
+class DirectMLLoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
     `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
@@ -75,7 +75,7 @@ class DirectML(SessionEngine):
     packages = ("onnxruntime-directml", "onnx", "onnx-ir")
     rank = 25
     precisions = frozenset({"float32", "float16", "int8", "int4"})
-    compile_settings = Settings
+    compile_settings = DirectMLSettings
 
     @classmethod
     def available(cls) -> Availability:
@@ -95,11 +95,11 @@ class DirectML(SessionEngine):
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        settings = Settings.parse(options.settings)
+        settings = DirectMLSettings.parse(options.settings)
         signature = submodel.signature
         positions = capacity(signature, settings.context) if signature.states else 0
         shapes = shapes_of(settings.shapes, signature)
-        plan = Plan(graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.compute)
+        plan = SessionPlan(graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.compute)
         model, nested = cls._lowered(submodel, graph, positions, steps=False)
         plan, models = plan.model_copy(update={"nested": nested}), {plan.graph: model}
         if signature.states:
@@ -140,7 +140,7 @@ class DirectML(SessionEngine):
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        settings = LoadSettings.parse(options.settings)
+        settings = DirectMLLoadSettings.parse(options.settings)
         found = cls.available()
         if not found.usable:
             raise EngineUnavailable(f"{cls.target} cannot run here: {found.reason}")

@@ -31,7 +31,7 @@ from runtime.targets.lowering.nested import WEIGHTS, is_nested, widen, widened
 from runtime.targets.onnxruntime.integers import cut_behind, first_behind, with_integer_products
 from runtime.targets.sessions.base import SessionEngine, folder_of
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, nested_values, open_session, sdk
-from runtime.targets.sessions.stored import Plan, load_graph, read_plan, without_weights
+from runtime.targets.sessions.stored import SessionPlan, load_graph, read_plan, without_weights
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
@@ -104,7 +104,7 @@ class ONNXRuntime(SessionEngine):
         rounds = submodel.dynamic and entries[ACCURACY] == "4" and _processor_rounds()
         name = f"onnxruntime:{PROVIDER}" + (" with dynamic 8-bit activations" if rounds else "")
         engine = cls(
-            submodel, name, device, Plan(graph=graph.name, cache="grouped" if states else ""), opened, vary=True
+            submodel, name, device, SessionPlan(graph=graph.name, cache="grouped" if states else ""), opened, vary=True
         )
         engine.decisions = decisions
         return engine
@@ -136,7 +136,7 @@ def _write(output: Path, name: str, model: Any) -> list[str]:
     files' names.
     """
     output.mkdir(parents=True, exist_ok=True)
-    plan = Plan(graph=f"{name}.onnx", nested=widened(model))
+    plan = SessionPlan(graph=f"{name}.onnx", nested=widened(model))
     with written(output / plan.graph) as file:
         file.write(without_weights(model, WEIGHTS).SerializeToString())
     if not plan.nested:

@@ -34,7 +34,7 @@ from runtime.targets.sessions.sessions import (
     values_of,
 )
 from runtime.targets.sessions.shapes import Shape, cuts, fitting
-from runtime.targets.sessions.stored import Plan, read_plan
+from runtime.targets.sessions.stored import SessionPlan, read_plan
 
 KEPT: Final = 2
 """Sessions that are kept of shapes which nobody asked for in advance: each may hold weights of its own on the device.
@@ -58,7 +58,7 @@ class SessionEngine(Engine):
         submodel: Submodel,
         name: str,
         device: Device,
-        plan: Plan,
+        plan: SessionPlan,
         open_session: Open,
         *,
         vary: bool = False,
@@ -390,7 +390,7 @@ def stored(
     *,
     entries: Mapping[str, str],
     fallback: str,
-) -> tuple[Plan, Open]:
+) -> tuple[SessionPlan, Open]:
     """How a target stored a submodel of the bundle at `root`, and what opens sessions of it. Raises EngineError.
 
     On the CPU nothing is fused beyond what the graph says: that would round as no other device does.

@@ -17,7 +17,7 @@ from runtime.errors import EngineError
 from runtime.files import read_regular
 from runtime.optional import require
 from runtime.targets.lowering.nested import Stored, int8_name
-from runtime.targets.sessions.stored import Plan, read_weights
+from runtime.targets.sessions.stored import SessionPlan, read_weights
 
 CPU: Final = "CPUExecutionProvider"
 DISABLED: Final = ["QDQPropagationTransformer"]
@@ -103,7 +103,7 @@ def values_of(path: Path) -> dict[str, Any]:
     return found
 
 
-def nested_values(plan: Plan, weights: Path) -> dict[str, Any]:
+def nested_values(plan: SessionPlan, weights: Path) -> dict[str, Any]:
     """The int8 weights of a plan that are made of nested ones, which lie in this file, as ONNX Runtime holds them.
     Raises EngineError.
     """

@@ -33,7 +33,7 @@ CODES: Final[Mapping[str, int]] = {"F32": 1, "F16": 10, "BF16": 16}
 Cache = Literal["", "grouped", "fixed"]
 
 
-class Plan(Frozen):
+class SessionPlan(Frozen):
     """How a stored submodel is opened. `shapes` are those it runs at; none means any, one session each.
 
     `cache`: "grouped", past and present in one buffer, which grows; "fixed", of `capacity` positions, past and present
@@ -60,11 +60,11 @@ class Weight(NamedTuple):
     data: memoryview
 
 
-def read_plan(folder: Path, name: str) -> Plan:
+def read_plan(folder: Path, name: str) -> SessionPlan:
     """That of a submodel, by its name. Raises EngineError when there is none, or a damaged one."""
     path = folder / f"{name}.json"
     try:
-        return Plan.model_validate_json(read_regular(path, LARGEST_PLAN))
+        return SessionPlan.model_validate_json(read_regular(path, LARGEST_PLAN))
     except OSError:
         raise EngineError(f"could not load {name}: {path} is missing. Build the bundle again for this target") from None
     except ValidationError as error:
@@ -79,7 +79,7 @@ def load_graph(graph: Path) -> Any:
         raise EngineError(f"could not compile {graph}: it cannot be read ({error}). Build the bundle again") from None
 
 
-def store(output: Path, submodel: Submodel, plan: Plan, models: Mapping[str, Any]) -> tuple[str, ...]:
+def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[str, Any]) -> tuple[str, ...]:
     """Write graphs (onnx_ir.Model) by file name, what they made of weights, and the plan; return the names. Graphs must
     share weights.
     """

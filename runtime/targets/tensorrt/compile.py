@@ -15,7 +15,7 @@ from runtime.optional import require
 from runtime.targets.lowering.static_cache import INDICES, capacity
 from runtime.targets.tensorrt.lower import Lowered
 from runtime.targets.tensorrt.sdk import SDK, logger, reasons
-from runtime.targets.tensorrt.settings import Settings
+from runtime.targets.tensorrt.settings import TensorRTSettings
 
 PREFILL: Final = 256
 """Usual number of new positions in the profile for many: about one picture and a question."""
@@ -25,7 +25,7 @@ class Compiler:
     """One network on its way to a plan. Everything the SDK reports is collected, for the error that may follow."""
 
     def __init__(
-        self, sdk: SDK, submodel: Submodel, settings: Settings, progress: Callable[[float, str], None]
+        self, sdk: SDK, submodel: Submodel, settings: TensorRTSettings, progress: Callable[[float, str], None]
     ) -> None:
         self.trt = require(sdk.module, sdk.extra)
         self.sdk, self.submodel, self.settings = sdk, submodel, settings
@@ -139,7 +139,7 @@ class Compiler:
         return cache
 
 
-def _flags(settings: Settings) -> list[str]:
+def _flags(settings: TensorRTSettings) -> list[str]:
     """The builder's flags by name."""
     weights = {
         "engine": [],
@@ -150,7 +150,7 @@ def _flags(settings: Settings) -> list[str]:
     return weights[settings.weights] + (["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"] if settings.compatible else [])
 
 
-def _capacity_or_none(signature: Signature, settings: Settings) -> int:
+def _capacity_or_none(signature: Signature, settings: TensorRTSettings) -> int:
     return capacity(signature, settings.context) if signature.states else 0
 
 
@@ -167,7 +167,7 @@ def _engine_inputs(signature: Signature, capacity: int) -> tuple[Tensor, ...]:
     return (*map(fixed, signature.graph_inputs), Tensor(name=INDICES, dtype="int64", dims=(batch,)))
 
 
-def _profiles(signature: Signature, settings: Settings) -> list[dict[str, tuple[int, int, int]]]:
+def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str, tuple[int, int, int]]]:
     """Shortest, usual and longest length of each dim, for each profile. Raises InvalidInput when a setting exceeds the
     signature.
     """

@@ -28,9 +28,9 @@ from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.nvidia import cuda
 from runtime.targets.tensorrt.compile import Compiler
 from runtime.targets.tensorrt.lower import OLDEST_FLOAT8, lower
-from runtime.targets.tensorrt.run import Cache, Plan
+from runtime.targets.tensorrt.run import Cache, LoadedEngine
 from runtime.targets.tensorrt.sdk import SDK, dotted, driver
-from runtime.targets.tensorrt.settings import LoadSettings, Settings
+from runtime.targets.tensorrt.settings import TensorRTLoadSettings, TensorRTSettings
 
 AMPERE: Final = 80
 OF_THE_MACHINE: Final = ("compute_capability", "timing_cache", "plugins")
@@ -44,7 +44,7 @@ class TensorRT(Engine):
     packages = ("tensorrt", "onnx-ir")
     rank = 10
     precisions = frozenset({"float32", "float16", "bfloat16", "int8", "int4", "fp8"})
-    compile_settings = Settings
+    compile_settings = TensorRTSettings
     sdk: ClassVar[SDK] = SDK("tensorrt", "TensorRT", "tensorrt", ahead=False)
 
     @classmethod
@@ -69,7 +69,7 @@ class TensorRT(Engine):
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
-        settings = Settings.parse(options.settings)
+        settings = TensorRTSettings.parse(options.settings)
         for name in ("hardware", "timing_cache"):
             if cls.sdk.ahead and getattr(settings, name):
                 raise InvalidInput(
@@ -114,7 +114,7 @@ class TensorRT(Engine):
         return {} if cls.sdk.ahead else {"os": platform.system().lower(), "driver": str(driver(cls.sdk))}
 
     @classmethod
-    def _capabilities(cls, settings: Settings, oldest: int) -> tuple[int, ...]:
+    def _capabilities(cls, settings: TensorRTSettings, oldest: int) -> tuple[int, ...]:
         """What to compile for. `oldest` has the types of the graph.
 
         Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, of TensorRT, that is not in
@@ -149,7 +149,7 @@ class TensorRT(Engine):
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        settings = LoadSettings.parse(options.settings)
+        settings = TensorRTLoadSettings.parse(options.settings)
         device = cls._device(options.device)
         compiled = options.compiled or cls._held(Bundle(root), submodel.name)
         reason = cls._misfit(compiled.artifact, device)
@@ -158,7 +158,7 @@ class TensorRT(Engine):
                 f"the engine of {submodel.name} {reason}: build the bundle again, or add one for this machine with "
                 "`enginecast add-target`"
             )
-        return cls(submodel, Plan(cls.sdk, submodel, settings, device, compiled, root / submodel.graph))
+        return cls(submodel, LoadedEngine(cls.sdk, submodel, settings, device, compiled, root / submodel.graph))
 
     @classmethod
     def _held(cls, bundle: Bundle, submodel: str) -> Compiled:
@@ -221,37 +221,37 @@ class TensorRT(Engine):
                 return device
         raise EngineUnavailable(f"{cls.sdk.name} has no device '{wanted}' here: it found {', '.join(found.devices)}")
 
-    def __init__(self, submodel: Submodel, plan: Plan) -> None:
+    def __init__(self, submodel: Submodel, loaded: LoadedEngine) -> None:
         self.submodel = submodel
-        self.device = f"{self.target}:cuda:{plan.device.index} ({plan.device.name})"
-        self._plan = plan
+        self.device = f"{self.target}:cuda:{loaded.device.index} ({loaded.device.name})"
+        self._loaded = loaded
         self._slots: WeakKeyDictionary[Slot, Cache] = WeakKeyDictionary()
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         try:
             self.submodel.signature.bind(inputs)
             if not self.submodel.signature.states:
-                return self._plan.run(0, inputs, {})
+                return self._loaded.run(0, inputs, {})
             return self._run_slot(inputs, slot or Slot())
         except (EngineError, InvalidInput, RuntimeError) as error:  # the SDK's own are RuntimeErrors
             raise EngineError(f"{self.sdk.name} could not run {self.submodel.name}: {error}") from None
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
         """Run on a slot's caches: new keys and values are written behind those that the mask says are there."""
-        (batch, sequence), total, capacity = inputs["position_ids"].shape, inputs[MASK].shape[1], self._plan.capacity
+        (batch, sequence), total, capacity = inputs["position_ids"].shape, inputs[MASK].shape[1], self._loaded.capacity
         if total > capacity:
             raise EngineError(
                 f"{total} positions do not fit its cache of {capacity}: build it with a larger context, or say less"
             )
         if slot not in self._slots:
-            self._slots[slot] = Cache(batch, self._plan)
+            self._slots[slot] = Cache(batch, self._loaded)
         cache = self._slots[slot]
         if cache.batch != batch:
             raise EngineError(f"the slot holds {cache.batch} rows, this call has {batch}")
         mask = np.zeros((batch, capacity), np.int64)
         mask[:, :total] = inputs[MASK]
         fixed = dict(inputs) | {MASK: mask, INDICES: np.full(batch, total - sequence, np.int64)}
-        return self._plan.run(0 if sequence == 1 else 1, fixed, cache.buffers)
+        return self._loaded.run(0 if sequence == 1 else 1, fixed, cache.buffers)
 
     def copy(self, slot: Slot, to: Slot) -> None:
         held = self._slots.get(slot)
@@ -267,7 +267,7 @@ class TensorRT(Engine):
 
     def close(self) -> None:
         self._slots.clear()
-        self._plan.close()
+        self._loaded.close()
 
 
 class TensorRTForRTX(TensorRT):

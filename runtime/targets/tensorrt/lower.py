@@ -15,7 +15,7 @@ from runtime.optional import require
 from runtime.targets.lowering.half import to_half
 from runtime.targets.lowering.nested import widen
 from runtime.targets.lowering.static_cache import capacity, with_static_cache
-from runtime.targets.tensorrt.settings import Settings
+from runtime.targets.tensorrt.settings import TensorRTSettings
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
 OLDEST_FLOAT32: Final = 80
@@ -36,7 +36,7 @@ class Lowered(NamedTuple):
     """The first compute capability that has all its types."""
 
 
-def lower(submodel: Submodel, graph: Path, settings: Settings) -> Lowered:
+def lower(submodel: Submodel, graph: Path, settings: TensorRTSettings) -> Lowered:
     """The canonical graph in the type that the submodel computes in, a decoder with caches of fixed length."""
     ir = require("onnx_ir", "export")
     try:

@@ -17,10 +17,10 @@ from runtime.files import open_regular, read_regular, written
 from runtime.optional import require
 from runtime.targets.nvidia import cuda
 from runtime.targets.tensorrt.sdk import SDK, logger, reasons
-from runtime.targets.tensorrt.settings import LoadSettings
+from runtime.targets.tensorrt.settings import TensorRTLoadSettings
 
 
-class Plan:
+class LoadedEngine:
     """An engine on its device: its execution contexts, one for each profile, and the buffers of its inputs and outputs.
 
     Buffers stay from call to call and grow as needed. Contexts share the memory for what lies between inputs and
@@ -30,7 +30,13 @@ class Plan:
     """
 
     def __init__(
-        self, sdk: SDK, submodel: Submodel, settings: LoadSettings, device: cuda.Device, compiled: Compiled, graph: Path
+        self,
+        sdk: SDK,
+        submodel: Submodel,
+        settings: TensorRTLoadSettings,
+        device: cuda.Device,
+        compiled: Compiled,
+        graph: Path,
     ) -> None:
         artifact, folder = compiled.artifact, compiled.folder
         self.trt = require(sdk.module, sdk.extra)
@@ -248,20 +254,20 @@ class Cache:
     as present.
     """
 
-    def __init__(self, batch: int, plan: Plan) -> None:
-        self.batch, self.plan = batch, plan
+    def __init__(self, batch: int, loaded: LoadedEngine) -> None:
+        self.batch, self.loaded = batch, loaded
         self.buffers: dict[str, cuda.Buffer] = {}
-        plan.stream.select()
-        for state in plan.submodel.signature.states:
+        loaded.stream.select()
+        for state in loaded.submodel.signature.states:
             name = state.past.name
-            nbytes = plan.cache_nbytes(name, batch)
-            self.buffers[name] = cuda.Buffer(plan.stream)
-            plan.stream.zero(self.buffers[name].reserve(nbytes), nbytes)
+            nbytes = loaded.cache_nbytes(name, batch)
+            self.buffers[name] = cuda.Buffer(loaded.stream)
+            loaded.stream.zero(self.buffers[name].reserve(nbytes), nbytes)
 
     def copied(self) -> Cache:
         """Another cache that holds the same."""
-        other = Cache(self.batch, self.plan)
+        other = Cache(self.batch, self.loaded)
         for name, buffer in self.buffers.items():
-            self.plan.stream.copy(other.buffers[name].address, buffer.address, buffer.nbytes)
-        self.plan.stream.wait()
+            self.loaded.stream.copy(other.buffers[name].address, buffer.address, buffer.nbytes)
+        self.loaded.stream.wait()
         return other

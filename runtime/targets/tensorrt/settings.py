@@ -29,7 +29,7 @@ Bytes = Annotated[int, BeforeValidator(_bytes)]
 Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 
 
-class Settings(Texts):
+class TensorRTSettings(Texts):
     """What `compile_with` takes. Texts, as a command line gives them.
 
     `compute_capability`: the GPUs to compile for, "8.9,12.0"; by default this machine's, or all that the SDK knows
@@ -89,7 +89,7 @@ class Settings(Texts):
         }
 
 
-class LoadSettings(Texts):
+class TensorRTLoadSettings(Texts):
     """What `Options.settings` of `load` may hold.
 
     `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default what the SDK finds right for

@@ -13,14 +13,14 @@ from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
-from serving.host.models import State, Status
+from serving.host.models import ModelState, Status
 
 STATES: Final = {
-    State.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
-    State.LOADING: model_pb2.MODEL_STATE_LOADING,
-    State.READY: model_pb2.MODEL_STATE_READY,
-    State.UNLOADING: model_pb2.MODEL_STATE_UNLOADING,
-    State.FAILED: model_pb2.MODEL_STATE_FAILED,
+    ModelState.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
+    ModelState.LOADING: model_pb2.MODEL_STATE_LOADING,
+    ModelState.READY: model_pb2.MODEL_STATE_READY,
+    ModelState.UNLOADING: model_pb2.MODEL_STATE_UNLOADING,
+    ModelState.FAILED: model_pb2.MODEL_STATE_FAILED,
 }
 
 

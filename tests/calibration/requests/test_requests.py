@@ -11,12 +11,12 @@ import pytest
 from calibration.requests.exams import Exam, exams
 from calibration.requests.files import read_prompts
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, Asked, accepted, briefly, built_in
-from calibration.requests.task import tasks
+from calibration.requests.task import task_requests
 from calibration.requests.tasks.chat import BRIEF_TOKENS
 from calibration.requests.tasks.image import BRIEF_STEPS, PROMPTS
-from export.task import tasks as compared
+from export.task import comparisons
 from runtime.errors import InvalidInput
-from runtime.task import tasks as runtime_tasks
+from runtime.task import tasks
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
 
@@ -41,7 +41,7 @@ def deaf(_asked: Asked) -> str:
 
 
 def test_there_is_a_room_for_every_task() -> None:
-    assert tasks().keys() == runtime_tasks().keys() == compared().keys()
+    assert task_requests().keys() == tasks().keys() == comparisons().keys()
 
 
 def test_built_in_requests_have_no_end() -> None:

@@ -27,13 +27,11 @@ EDGE, PATCH = 24, 8
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTION = "what color is the circle? how many shapes are there? "
 PICTURE: Picture = np.random.default_rng(0).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
-Settings = Mapping[str, Any]
+Fields = Mapping[str, Any]
 Make = Callable[..., Path]
 
 
-def save(
-    folder: Path, text: Settings, vision: Settings, top: Settings, processor: Settings, generation: Settings | None
-) -> Path:
+def save(folder: Path, text: Fields, vision: Fields, top: Fields, processor: Fields, generation: Fields | None) -> Path:
     """A LLaVA of two layers and random float16 weights, large enough that answers vary. Each mapping is laid over a
     config file.
     """
@@ -73,7 +71,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     say besides.
     """
 
-    def made(generation: Settings | None = None, **settings: Settings) -> Path:
+    def made(generation: Fields | None = None, **settings: Fields) -> Path:
         text, vision, top, processor = (settings.get(key, {}) for key in ("text", "vision", "top", "processor"))
         return save(tmp_path_factory.mktemp("sources") / "tiny", text, vision, top, processor, generation)
 

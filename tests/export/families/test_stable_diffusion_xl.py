@@ -23,7 +23,7 @@ from export.build.state import Build
 from export.checkpoint.source import Source, resolve
 from export.families.stable_diffusion import Grid
 from export.family import family_of
-from profiles.probes import Settings, probes
+from profiles.probes import ProbeSettings, probes
 from profiles.subjects import Setting, source_subject
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
@@ -200,7 +200,7 @@ def test_a_build_from_the_command_line(
 
 
 def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
-    found = {probe.metric: probe for probe in probes(ours, Settings(width=EDGE, height=EDGE, steps=1))}
+    found = {probe.metric: probe for probe in probes(ours, ProbeSettings(width=EDGE, height=EDGE, steps=1))}
     assert set(found) == {*PARTS, "picture"}
     assert found["unet"].settings["time_ids"] == "2x6" and all(probe.run() > 0 for probe in found.values())
     samples = capture(ours, limit=2)

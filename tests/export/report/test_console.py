@@ -11,7 +11,7 @@ import pytest
 import export.report.console
 import export.report.progress
 from export.report.console import Show
-from export.report.progress import Progress, Step
+from export.report.progress import Progress, ProgressStep
 
 
 def test_a_step_that_silences_libraries_is_reported(
@@ -19,7 +19,7 @@ def test_a_step_that_silences_libraries_is_reported(
 ) -> None:
     monkeypatch.setattr(export.report.progress, "BEAT", 0.02)
     monkeypatch.setattr(export.report.console, "QUIET", 0.1)
-    with Progress([Step("unet", "trace", 5)], Show()).step("unet", "trace"), redirect_stdout(StringIO()):
+    with Progress([ProgressStep("unet", "trace", 5)], Show()).step("unet", "trace"), redirect_stdout(StringIO()):
         time.sleep(0.5)
     lines = capsys.readouterr().out.splitlines()
     assert 2 <= len(lines) <= 6 and all(line.startswith("[ 1/1] unet             trace ") for line in lines)

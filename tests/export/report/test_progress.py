@@ -9,7 +9,7 @@ import pytest
 import export.report.progress
 from calibration.ground.progress import each, reused
 from export.report.console import duration
-from export.report.progress import Progress, Report, Step
+from export.report.progress import Progress, ProgressStep, Report
 
 
 @pytest.fixture
@@ -21,7 +21,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_every_step_counts(clock: list[float]) -> None:
     reports: list[Report] = []
-    progress = Progress([Step("a", "trace", 10), Step("b", "trace", 20), Step("all", "quality", 60)], reports.append)
+    progress = Progress(
+        [ProgressStep("a", "trace", 10), ProgressStep("b", "trace", 20), ProgressStep("all", "quality", 60)],
+        reports.append,
+    )
     assert not reports
     for name in "ab":
         with progress.step(name, "trace") as notes:
@@ -38,7 +41,7 @@ def test_every_step_counts(clock: list[float]) -> None:
 
 def test_a_running_step_shows_what_it_needs(clock: list[float]) -> None:
     reports: list[Report] = []
-    progress = Progress([Step("all", "calibrate", 5), Step("all", "hash", 1)], reports.append)
+    progress = Progress([ProgressStep("all", "calibrate", 5), ProgressStep("all", "hash", 1)], reports.append)
     with progress.step("all", "calibrate"):
         for _ in each("request", range(10)):
             clock[0] += 60
@@ -48,7 +51,7 @@ def test_a_running_step_shows_what_it_needs(clock: list[float]) -> None:
 
 def test_a_step_that_says_nothing_is_never_nearly_done(clock: list[float]) -> None:
     reports: list[Report] = []
-    progress = Progress([Step("unet", "compile", 5)], reports.append)
+    progress = Progress([ProgressStep("unet", "compile", 5)], reports.append)
     with progress.step("unet", "compile"):
         clock[0] += 200
         progress._report()
@@ -57,7 +60,7 @@ def test_a_step_that_says_nothing_is_never_nearly_done(clock: list[float]) -> No
 
 def test_what_was_done_before_does_not_count(clock: list[float]) -> None:
     reports: list[Report] = []
-    progress = Progress([Step("all", "capture", 100)], reports.append)
+    progress = Progress([ProgressStep("all", "capture", 100)], reports.append)
     with progress.step("all", "capture"):
         for number in each("request", range(10)):
             if number < 8:
@@ -70,7 +73,7 @@ def test_what_was_done_before_does_not_count(clock: list[float]) -> None:
 def test_a_silent_step_is_reported_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.report.progress, "BEAT", 0.02)
     reports: list[Report] = []
-    with Progress([Step("unet", "compile", 5)], reports.append).step("unet", "compile"):
+    with Progress([ProgressStep("unet", "compile", 5)], reports.append).step("unet", "compile"):
         time.sleep(0.2)
     assert len(reports) > 4 and reports[-2].elapsed > 0.1 and reports[-1].seconds is not None
 

@@ -18,7 +18,7 @@ from runtime.bundle.signature import Array
 from runtime.engine import Compiled, CompileOptions, Engine, Options, target
 from runtime.targets.sessions.base import SessionEngine
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, open_session
-from runtime.targets.sessions.stored import Plan
+from runtime.targets.sessions.stored import SessionPlan
 
 Make = Callable[..., Engine]
 FLOOR = {"float32": 100.0, "float16": 40.0}
@@ -166,4 +166,4 @@ def plain(submodel: Submodel, graph: Path, **settings: Any) -> SessionEngine:
             fixed=shape,
         )
 
-    return Plain(submodel, "plain", device, Plan(graph=graph.name, shapes=shapes), open_one, **settings)
+    return Plain(submodel, "plain", device, SessionPlan(graph=graph.name, shapes=shapes), open_one, **settings)

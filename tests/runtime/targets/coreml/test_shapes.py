@@ -9,7 +9,7 @@ import pytest
 
 from runtime.bundle.signature import BATCH, Dim, Signature, State, Tensor
 from runtime.errors import InvalidInput
-from runtime.targets.coreml.shapes import Settings, Taken, lengths_of
+from runtime.targets.coreml.shapes import CoreMLSettings, Taken, lengths_of
 from runtime.targets.lowering.static_cache import capacity
 
 HEIGHT = Dim(name="height", min=0, opt=64, max=128, multiple=8)
@@ -31,16 +31,16 @@ DECODER = Signature(
 
 
 def test_lengths_are_the_signatures_unless_told_otherwise() -> None:
-    assert lengths_of(PICTURE, Settings()) == {"batch": (1, 2, 64), "height": (8, 64, 128)}
-    assert lengths_of(PICTURE, Settings(shapes="fixed")) == {"batch": (2, 2, 2), "height": (64, 64, 64)}
-    chosen = Settings.parse({"lengths": "batch=1,height=16:32:64"})
+    assert lengths_of(PICTURE, CoreMLSettings()) == {"batch": (1, 2, 64), "height": (8, 64, 128)}
+    assert lengths_of(PICTURE, CoreMLSettings(shapes="fixed")) == {"batch": (2, 2, 2), "height": (64, 64, 64)}
+    chosen = CoreMLSettings.parse({"lengths": "batch=1,height=16:32:64"})
     assert lengths_of(PICTURE, chosen) == {"batch": (1, 1, 1), "height": (16, 32, 64)}
 
 
 def test_rows_of_a_decoder_are_computed_one_by_one() -> None:
-    assert lengths_of(DECODER, Settings(context=100)) == {"batch": (1, 1, 1), "sequence": (1, 64, 100)}
-    assert lengths_of(DECODER, Settings(context=40)) == {"batch": (1, 1, 1), "sequence": (1, 40, 40)}
-    assert capacity(DECODER, Settings().context) == 512 and capacity(DECODER, 40) == 40
+    assert lengths_of(DECODER, CoreMLSettings(context=100)) == {"batch": (1, 1, 1), "sequence": (1, 64, 100)}
+    assert lengths_of(DECODER, CoreMLSettings(context=40)) == {"batch": (1, 1, 1), "sequence": (1, 40, 40)}
+    assert capacity(DECODER, CoreMLSettings().context) == 512 and capacity(DECODER, 40) == 40
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_rows_of_a_decoder_are_computed_one_by_one() -> None:
 )
 def test_wrong_settings_are_named(settings: dict[str, str], what: str) -> None:
     with pytest.raises(InvalidInput, match=what):
-        lengths_of(PICTURE, Settings.parse(settings))
+        lengths_of(PICTURE, CoreMLSettings.parse(settings))
 
 
 def test_a_context_beyond_the_models_is_refused() -> None:

@@ -13,7 +13,7 @@ from runtime.bundle.manifest import Bundle, Submodel
 from runtime.errors import EngineError
 from runtime.targets.lowering.half import to_half
 from runtime.targets.sessions.sessions import CPU, Device, open_session, values_of
-from runtime.targets.sessions.stored import Plan, load_graph, read_plan, read_weights, store
+from runtime.targets.sessions.stored import SessionPlan, load_graph, read_plan, read_weights, store
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_weights_of_another_type_lie_beside_the_graph(
     changed = {
         n: v.const_value for n, v in model.graph.initializers.items() if isinstance(v.const_value, ir.LazyTensor)
     }
-    files = store(tmp_path, submodel, Plan(graph="vision_encoder.onnx"), {"vision_encoder.onnx": model})
+    files = store(tmp_path, submodel, SessionPlan(graph="vision_encoder.onnx"), {"vision_encoder.onnx": model})
     large = {name: tensor for name, tensor in changed.items() if tensor.nbytes >= 1024}
     assert ("vision_encoder.safetensors" in files) == bool(large)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(files), "nothing temporary is left"
@@ -61,7 +61,7 @@ def test_the_file_is_one_of_safetensors(encoder: tuple[Submodel, Path], tmp_path
     model.graph.initializers[name].const_value = ir.LazyTensor(
         lambda: ir.tensor(weights, name=name), ir.DataType.FLOAT, ir.Shape(weights.shape), name=name
     )
-    store(tmp_path, submodel, Plan(graph="g.onnx"), {"g.onnx": model})
+    store(tmp_path, submodel, SessionPlan(graph="g.onnx"), {"g.onnx": model})
     np.testing.assert_array_equal(load_file(tmp_path / "vision_encoder.safetensors")[name], weights)
 
 
@@ -78,7 +78,7 @@ def test_a_session_reads_them_without_a_copy(encoder: tuple[Submodel, Path], tmp
     model = ir.Model(
         ir.Graph([x], [product.outputs[0]], nodes=[product], initializers=[w], opset_imports={"": 21}), ir_version=10
     )
-    store(tmp_path, submodel, Plan(graph="g.onnx"), {"g.onnx": model})
+    store(tmp_path, submodel, SessionPlan(graph="g.onnx"), {"g.onnx": model})
     values = values_of(tmp_path / "vision_encoder.safetensors")
     session = open_session(tmp_path / "g.onnx", graph.parent, Device(CPU), threads=1, converted=values)
     given = np.ones((2, 64), np.float32)

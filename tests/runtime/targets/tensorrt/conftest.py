@@ -22,7 +22,7 @@ from runtime.engine import Engine, Options
 from runtime.targets.tensorrt.engine import TensorRT
 from runtime.targets.tensorrt.lower import lower
 from runtime.targets.tensorrt.sdk import SDK
-from runtime.targets.tensorrt.settings import Settings
+from runtime.targets.tensorrt.settings import TensorRTSettings
 
 NUMPY = {
     "tensor(float)": np.float32,
@@ -189,7 +189,9 @@ def with_engines(bundle: Bundle, root: Path, key: dict[str, str]) -> Path:
     for submodel in bundle.manifest.submodels:
         graph = bundle.root / submodel.graph
         head = json.dumps({"weights": str(graph.parent)}).encode()
-        (folder / f"{submodel.name}.engine").write_bytes(head + b"\n" + lower(submodel, graph, Settings()).content)
+        (folder / f"{submodel.name}.engine").write_bytes(
+            head + b"\n" + lower(submodel, graph, TensorRTSettings()).content
+        )
         artifacts.append(
             Artifact(target=FakeTarget.target, submodel=submodel.name, files=(f"{submodel.name}.engine",), key=key)
         )

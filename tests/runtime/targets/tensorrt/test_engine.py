@@ -20,7 +20,7 @@ from runtime.bundle.signature import Array
 from runtime.engine import Compiled, CompileOptions, Engine, Options, Slot, target, targets
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.targets.tensorrt.engine import TensorRTForRTX
-from runtime.targets.tensorrt.settings import Settings
+from runtime.targets.tensorrt.settings import TensorRTSettings
 
 RECIPES = ("none", "int8", "int8-weight", "int4", "fp8")
 SMALL = {"shapes": "batch=1:1:2,sequence=1:8:16", "compute_capability": "8.9", "optimization_level": "0"}
@@ -66,7 +66,7 @@ def test_every_recipe_is_read(
     bundle = Bundle(request.getfixturevalue(kind))
     for submodel in bundle.manifest.submodels:
         graph = quantized(bundle, submodel, recipe, tmp_path / submodel.name)
-        settings = Settings()
+        settings = TensorRTSettings()
         with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
             compiler.parse(lower(submodel, graph, settings), graph)
             compiler.configure((89,))
@@ -185,7 +185,7 @@ def test_flags_and_limits_reach_the_builder(rtx: type[TensorRTForRTX], tiny_bund
     from runtime.targets.tensorrt.compile import Compiler
 
     submodel = Bundle(tiny_bundle).submodel("token_embedding")
-    settings = Settings.parse(
+    settings = TensorRTSettings.parse(
         {"weights": "streamed", "compatible": "version", "workspace": "64MiB", "shapes": "batch=1:2:3"}
     )
     with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:

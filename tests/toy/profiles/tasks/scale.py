@@ -6,17 +6,17 @@ from typing import Final
 
 from runtime.tasks.scale import ScaleRequest
 
-from profiles.probes import Probe, Settings, seconds
+from profiles.probes import Probe, ProbeSettings, seconds
 from profiles.task import ProfileTask
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 
 
-def scale_request(settings: Settings) -> ScaleRequest:
+def scale_request(settings: ProbeSettings) -> ScaleRequest:
     return ScaleRequest((1.0, 2.0))
 
 
-def scale_probes(model: LoadedModel, settings: Settings) -> list[Probe]:
+def scale_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     def run() -> None:
         list(drive(model.pipeline(scale_request(settings)), model.engines))
 
