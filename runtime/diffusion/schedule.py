@@ -87,8 +87,9 @@ class Schedule:
     """n steps from noise to clean latents: `alpha` and `sigma` float64 [n + 1], before each step and after the last;
     `time` float32 [n], what the model receives before each step.
 
-    `start` is the standard deviation of the latents that the first step starts from. `clip` bounds the absolute values
-    of estimated clean latents.
+    `start` is the standard deviation of the noise that the first step starts from. `clip` bounds the absolute values
+    of estimated clean latents. `first` is the step to begin with, n for no step at all: a picture is changed by the
+    later steps alone.
     """
 
     alpha: Floats
@@ -97,9 +98,24 @@ class Schedule:
     prediction: str = "epsilon"
     start: float = 1.0
     clip: float = math.inf
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.time)
+
+    @property
+    def steps(self) -> range:
+        """The indices of the steps to take."""
+        return range(self.first, len(self))
+
+    def noised(self, clean: Latents, noise: Latents) -> Latents:
+        """Clean latents with standard normal noise, as they are before step `first`; without noise where no step is
+        taken. Equals `add_noise` of diffusers' schedulers.
+        """
+        if not self.steps:
+            return clean
+        point = self.point(self.first)
+        return np.asarray(np.float32(point.alpha) * clean + np.float32(point.sigma) * noise)
 
     def point(self, index: int) -> Point:
         """The point before step `index`, 0 to n. The last, after all steps, has time 0."""

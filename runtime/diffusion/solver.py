@@ -1,21 +1,22 @@
 """What a solver is: a generator that walks latents along a schedule, one file each in `runtime/diffusion/solvers/`.
 
     def euler(schedule, x, fresh):
-        for index in range(len(schedule)):
+        for index in schedule.steps:
             now, after = schedule.point(index), schedule.point(index + 1)
             estimate = yield x, now
             x = ...
         return x
 
-It yields latents and the point they are at, and is sent the model's `Estimate` of them. It may ask for one or several
-evaluations in a step and remember what it likes. It never calls a model: `Walk` does that with whoever holds one. A
-file declares one `Solver` under the name SOLVER and is found by listing the folder; its name is the sampler's.
+It yields latents and their point of the schedule, and is sent the model's `Estimate` of them. It may evaluate the model
+several times in a step, and keep earlier estimates. It never calls a model: `Walk` does, for a pipeline. It takes the
+steps of `schedule.steps`, which may begin in the middle of the schedule. A file declares one `Solver` under the name
+SOLVER and is found by listing the folder; its name is the sampler's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -49,6 +50,21 @@ class Sampler:
 
     schedule: Schedule
     solve: Callable[[Schedule, Latents, Noise], Steps]
+
+    def strengthened(self, strength: float) -> Sampler:
+        """The last steps alone, as many as the share `strength`, 0 to 1, of all, rounded down: those that image to
+        image takes. Equals `get_timesteps` of diffusers' StableDiffusionImg2ImgPipeline.
+
+        Raises InvalidInput naming `strength` where a strength above 0 leaves no step.
+        """
+        steps = len(self.schedule)
+        taken = min(int(steps * strength), steps)
+        if strength and not taken:
+            raise InvalidInput(
+                "strength", f"is {strength:g}, which is less than one of {steps} steps: take more steps, or at least "
+                f"{1 / steps:.2g}; 0 keeps the picture"
+            )  # fmt: skip
+        return replace(self, schedule=replace(self.schedule, first=steps - taken))
 
 
 @dataclass(frozen=True)
@@ -101,17 +117,20 @@ def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.
 
 
 class Walk:
-    """A sampler at work, from standard normal noise `start`, float32 [batch, channels, height, width].
+    """A sampler at work, from standard normal `noise`, float32 [batch, channels, height, width], or from latents
+    `clean` of that shape, to which the noise of the first step is added.
 
-    The model is to be evaluated on `x` at `time`, and its output given to `advance`, until `latents` holds the result.
-    `step` counts the steps done: a step is done when the solver goes on to a later point of its schedule.
+    The model is to be evaluated on `x` at `time`, and its output given to `advance`, until `latents` holds the result:
+    at once where the schedule has no step to take. `step` counts the steps done: a step is done when the solver goes
+    on to a later point of its schedule.
     """
 
-    def __init__(self, sampler: Sampler, start: Latents, fresh: Noise) -> None:
+    def __init__(self, sampler: Sampler, noise: Latents, fresh: Noise, clean: Latents | None = None) -> None:
         self.latents: Latents | None = None
-        self._schedule = sampler.schedule
-        self._solver = sampler.solve(self._schedule, start * np.float32(self._schedule.start), fresh)
-        self._x, self._point = next(self._solver)
+        self._schedule = schedule = sampler.schedule
+        start = noise * np.float32(schedule.start) if clean is None else schedule.noised(clean, noise)
+        self._solver = sampler.solve(schedule, start, fresh)
+        self._send(None)
 
     @property
     def x(self) -> Latents:
@@ -125,13 +144,17 @@ class Walk:
 
     @property
     def step(self) -> int:
-        return len(self._schedule) if self.latents is not None else self._point.step
+        return (len(self._schedule) if self.latents is not None else self._point.step) - self._schedule.first
 
     def advance(self, output: Latents) -> Latents:
         """Go on to the next evaluation. The result is the estimate of the clean latents, which a preview shows."""
         estimate = self._schedule.estimate(self._x, output, self._point)
+        self._send(estimate)
+        return estimate.clean
+
+    def _send(self, estimate: Estimate | None) -> None:
+        """Run the solver to its next evaluation, or to its end. None starts it."""
         try:
-            self._x, self._point = self._solver.send(estimate)
+            self._x, self._point = self._solver.send(estimate)  # type: ignore[arg-type]
         except StopIteration as end:
             self.latents = end.value
-        return estimate.clean

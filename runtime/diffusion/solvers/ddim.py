@@ -23,7 +23,7 @@ def ddim(
     `ends` are alpha and sigma after each step, float64 [n], where they are not those before the next one.
     """
     alphas, sigmas = ends or (schedule.alpha[1:], schedule.sigma[1:])
-    for index in range(len(schedule)):
+    for index in schedule.steps:
         now = schedule.point(index)
         alpha, sigma = float(alphas[index]), float(sigmas[index])
         clean, noise = yield x, now

@@ -23,7 +23,7 @@ FEW_STEPS: Final = 15
 def dpmpp_2m(schedule: Schedule, x: Latents, fresh: Noise, lower_order_final: bool = True) -> Steps:
     """Extrapolate from the last two estimates of the clean latents."""
     previous: Latents | None = None
-    for index in range(len(schedule)):
+    for index in schedule.steps:
         now, after = schedule.point(index), schedule.point(index + 1)
         clean, _ = yield x, now
         target = clean

@@ -18,7 +18,7 @@ from runtime.diffusion.training import noise_levels
 
 def euler(schedule: Schedule, x: Latents, fresh: Noise) -> Steps:
     """Straight on along the direction of the noise."""
-    for index in range(len(schedule)):
+    for index in schedule.steps:
         now, after = schedule.point(index), schedule.point(index + 1)
         clean, _ = yield x, now
         noise: Latents = x - now.alpha * clean

@@ -18,7 +18,7 @@ from runtime.diffusion.training import noise_levels
 
 def euler_ancestral(schedule: Schedule, x: Latents, fresh: Noise) -> Steps:
     """Down to sigma times the share of noise that a step keeps, then up."""
-    for index in range(len(schedule)):
+    for index in schedule.steps:
         now, after = schedule.point(index), schedule.point(index + 1)
         clean, _ = yield x, now
         kept = after.sigma * now.alpha / (now.sigma * after.alpha)

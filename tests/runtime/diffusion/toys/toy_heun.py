@@ -10,7 +10,7 @@ from runtime.diffusion.solvers import euler
 
 def heun(schedule: Schedule, x: Latents, fresh: Noise) -> Steps:
     """Along the mean of the directions at both ends of a step."""
-    for index in range(len(schedule)):
+    for index in schedule.steps:
         now, after = schedule.point(index), schedule.point(index + 1)
         clean, noise = yield x, now
         ahead = after.alpha * clean + after.sigma * noise

@@ -1,0 +1,64 @@
+"""Image to image begins in the middle of a schedule: the same steps, latents and result as in diffusers' pipelines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.diffusion.solver import Walk, make_sampler, samplers
+from runtime.errors import InvalidInput
+from tests.runtime.diffusion.test_samplers import SD15, SHAPE, TOLERANCE, difference, model, published, reference
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def theirs(scheduler: Any, steps: int, strength: float) -> Any:
+    """The timesteps that diffusers' pipeline takes."""
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    return diffusers.StableDiffusionImg2ImgPipeline.get_timesteps(pipeline, steps, strength, "cpu")[0]
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(12, 0.1), (17, 0.75), (6, 1.0)])
+@pytest.mark.parametrize("name", samplers())
+def test_equals_diffusers(name: str, steps: int, strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = reference(name, SD15, steps)
+    timesteps = theirs(scheduler, steps, strength)
+    sampler = make_sampler(name, published(name, SD15), steps).strengthened(strength)
+    schedule = sampler.schedule
+    np.testing.assert_allclose(schedule.time[schedule.first :], timesteps.numpy(), rtol=1e-6, atol=2e-3)
+
+    rng = np.random.default_rng(steps)
+    clean, *noise = rng.standard_normal((steps + 2, *SHAPE), dtype=np.float32)
+    latents = scheduler.add_noise(torch.from_numpy(clean), torch.from_numpy(noise[0]), timesteps[:1])
+    np.testing.assert_allclose(schedule.noised(clean, noise[0]), latents.numpy(), rtol=1e-5, atol=5e-6)
+
+    stream, again = iter(noise[1:]), iter(noise[1:])
+    draw = f"{type(scheduler).__module__}.randn_tensor"
+    monkeypatch.setattr(draw, lambda *args, **kwargs: torch.from_numpy(next(again)), raising=False)
+    for time in timesteps:
+        output = torch.from_numpy(model(scheduler.scale_model_input(latents, time).numpy(), float(time)))
+        latents = scheduler.step(output, time, latents).prev_sample
+    walk = Walk(sampler, noise[0], lambda: next(stream), clean)
+    while walk.latents is None:
+        walk.advance(model(walk.x, walk.time))
+    assert walk.step == len(schedule.steps) == int(steps * strength)
+    assert difference(walk.latents, latents.numpy()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", samplers())
+def test_no_strength_keeps_the_latents(name: str) -> None:
+    clean = np.ones(SHAPE, np.float32)
+    walk = Walk(make_sampler(name, published(name, SD15), 4).strengthened(0), clean, lambda: clean, 3 * clean)
+    assert walk.step == 0 and walk.latents is not None
+    np.testing.assert_array_equal(walk.latents, 3 * clean)
+
+
+def test_a_strength_below_one_step_is_refused() -> None:
+    sampler = make_sampler("ddim", published("ddim", SD15), 10)
+    with pytest.raises(InvalidInput, match=r"strength: is 0.09, which is less than one of 10 steps.*at least 0.1;"):
+        sampler.strengthened(0.09)
