@@ -5,7 +5,7 @@ other registry.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +24,32 @@ Reference = Callable[..., tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Component:
-    """A library model as the checkpoint stores it: built without weights from its config. `folder` is relative to the
-    source.
+    """A library model as a checkpoint stores it: built without weights from its config.
+
+    `folder` is relative to the source; `root` says where the files lie that are no part of the source, such as those of
+    an adapter, and `folder` only names them then. `tensors` are those that the pipeline reads itself, of whatever part:
+    names in the library's model by those that `runtime.bundle.tensors.read_tensor` finds them under.
     """
 
     folder: str
     model: nn.Module
+    root: Path | None = None
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def place(self, source: Source) -> Path:
+        """The folder of its files."""
+        return self.root or source.root / self.folder
 
 
 @dataclass(frozen=True)
 class Part:
-    """One submodel: a module over a component's own parameters, and its signature.
+    """One submodel: a module over the components' own parameters, and its signature.
 
+    Most have one component. A submodel of several joins what lies in several folders, such as a UNet and the adapter
+    whose projections its attention uses: a parameter that two components have is read from the later one.
     `module` takes the signature's graph inputs in order and returns its graph outputs in order: it is traced.
-    `reference` takes and returns the same by the library's own forward over `component`: parity compares the graph with
-    it. `activations` says whether int8 also covers activations (W8A8, calibrated) or only weights, and with
+    `reference` takes and returns the same by the library's own forward over `components`: parity compares the graph
+    with it. `activations` says whether int8 also covers activations (W8A8, calibrated) or only weights, and with
     `convolutional` int4 does so, too: where most of the work is in convolutions, whose int4 weights run in int8 kernels
     (`runtime.targets.lowering.nested`). `least_bits` 8 keeps its weights from int4. `float16` False keeps targets from
     computing it in float16, whose range (to 65504) its values leave. `floor` is the largest relative error that the
@@ -46,7 +57,7 @@ class Part:
     """
 
     name: str
-    component: Component
+    components: tuple[Component, ...]
     module: nn.Module
     reference: Reference
     signature: Signature
@@ -55,6 +66,25 @@ class Part:
     least_bits: Literal[4, 8] = 4
     float16: bool = True
     floor: float = 1e-3
+
+    def tensor(self, component: Component, name: str) -> str:
+        """The name of a component's tensor in the part's graph: the library's, which begins with the component's folder
+        where there are several components.
+        """
+        return f"{component.folder}.{name}" if component.folder and len(self.components) > 1 else name
+
+    def names(self) -> dict[int, str]:
+        """The name of each parameter of the components, by its `id`."""
+        return {
+            id(parameter): self.tensor(component, name)
+            for component in self.components
+            for name, parameter in component.model.named_parameters(remove_duplicate=False)
+        }
+
+    def parameters(self) -> dict[str, str]:
+        """The same names by those of the parameters in `module`."""
+        known = self.names()
+        return {name: known[id(one)] for name, one in self.module.named_parameters(remove_duplicate=False)}
 
 
 @dataclass(frozen=True)

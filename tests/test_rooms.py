@@ -6,10 +6,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 import torch
+from safetensors.numpy import save_file as numpy_file
 from safetensors.torch import save_file
 
 import export.families
@@ -17,7 +21,9 @@ import runtime.targets
 from export.build.build import build
 from export.build.options import Options
 from export.family import families
+from runtime.bundle.tensors import FILE, open_tensors, read_tensor
 from runtime.engine import targets
+from runtime.errors import BundleError
 from runtime.pipeline import drive
 from runtime.placing.loading import load_model
 from runtime.task import tasks
@@ -57,6 +63,51 @@ def test_a_family_and_a_target_are_one_file_each(rooms: None, checkpoint: Path, 
     (scaled,) = drive(model.pipeline(tasks()["scale"].request((1.0, 2.5))), model.engines)
     model.close()
     assert model.target == "toy" and scaled.numbers == (8.0, 20.0)
+
+
+def test_a_submodel_of_several_checkpoints_and_a_tensor_for_the_pipeline(rooms: None, tmp_path: Path) -> None:
+    """The bundle has the weights of three folders, and gives what the library's modules give with them."""
+    from export.families.joined import Base, Scale
+
+    stored = {
+        "base": {"factor": torch.tensor([2.0]), "offset": torch.tensor([0.25], dtype=torch.bfloat16)},
+        "base/adapter": {"factor": torch.tensor([0.5], dtype=torch.float16)},
+        "control": {"factor": torch.tensor([-3.0])},
+    }
+    for folder, tensors in stored.items():
+        (tmp_path / folder).mkdir()
+        config = {"architectures": ["ToyForJoining"], "times": 2}
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    bundle, _ = build(Options(str(tmp_path / "base"), tmp_path / "bundle", ("onnxruntime",)))
+    assert set(open_tensors(bundle.root / FILE)) == {"offset"} and FILE in bundle.manifest.files
+    graph = onnx.load(bundle.root / bundle.manifest.submodels[0].graph, load_external_data=False).graph
+    assert {one.name for one in graph.initializer} >= {"factor", "adapter.factor", "control.factor"}
+
+    base, control = Base(), Scale()
+    base.load_state_dict({**stored["base"], "adapter.factor": stored["base/adapter"]["factor"]})
+    control.load_state_dict(stored["control"])
+    with torch.no_grad():
+        wanted = torch.tensor([1.0, 2.5]) + stored["base"]["offset"]
+        for _ in range(2):
+            wanted = base(wanted) + control(wanted)
+    with closing(load_model(bundle)) as model:
+        (scaled,) = drive(model.pipeline(tasks()["scale"].request((1.0, 2.5))), model.engines)
+    np.testing.assert_allclose(scaled.numbers, wanted, rtol=1e-6)
+
+    (bundle.root / FILE).write_bytes(b"")
+    with pytest.raises(BundleError, match=r"tensors/model.safetensors was altered"):
+        load_model(bundle)
+
+
+def test_a_tensor_that_a_bundle_lacks_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tensors").mkdir()
+    with pytest.raises(BundleError, match=r"model.safetensors cannot be read: .*No such file.*Build the bundle again"):
+        read_tensor(tmp_path, "offset")
+    numpy_file({"other": np.zeros(2, np.float32)}, tmp_path / FILE)
+    with pytest.raises(BundleError, match="it has no float32 tensor offset, only other"):
+        read_tensor(tmp_path, "offset")
+    np.testing.assert_array_equal(read_tensor(tmp_path, "other"), [0, 0])
 
 
 def test_they_are_gone_where_the_files_are_not() -> None:

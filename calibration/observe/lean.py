@@ -7,6 +7,7 @@ float32, some of them twice.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -26,25 +27,33 @@ BATCH: Final = "batch"
 
 
 def lean_session(model: ir.Model) -> ort.InferenceSession:
-    """A session on a graph whose large weights are external tensors of one folder: unoptimised, so that constants stay
-    mapped.
-    """
+    """A session on a graph whose large weights are external tensors: unoptimised, so that constants stay mapped."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "1")
-    folders = {
-        str(v.const_value.base_dir)
-        for v in model.graph.initializers.values()
-        if isinstance(v.const_value, ir.ExternalTensor)
-    }
-    assert len(folders) <= 1, "one component lies in one folder"
-    for folder in folders:
+    ordered = _weights_first(model)
+    if folder := _gather(ordered):
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
-    return ort.InferenceSession(
-        ir.to_proto(_weights_first(model)).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    return ort.InferenceSession(ir.to_proto(ordered).SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def _gather(model: ir.Model) -> str:
+    """Make the paths of external weights relative to one folder, which ONNX Runtime wants, and return it; empty where
+    there are none.
+    """
+    initializers = model.graph.initializers.values()
+    external = [(value, one) for value in initializers if isinstance(one := value.const_value, ir.ExternalTensor)]
+    if not external:
+        return ""
+    folder = os.path.commonpath([one.base_dir for _, one in external])
+    for value, one in external:
+        path = os.path.relpath(one.path, folder)
+        value.const_value = ir.ExternalTensor(
+            path, one.offset, one.nbytes, one.dtype, shape=ir.Shape(one.shape.numpy()), name=one.name, base_dir=folder
+        )
+    return folder
 
 
 def rows_of(inputs: Mapping[str, Array], session: ort.InferenceSession) -> list[dict[str, Array]]:

@@ -20,13 +20,17 @@ STD: Final = 0.05
 
 @contextmanager
 def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
-    """Seeded random float16 weights for the component of a reduced part, as a safetensors file that lives as long as
+    """Seeded random float16 weights for the components of a reduced part, as a safetensors file that lives as long as
     the block.
 
     Parameters that are tied get the same values.
     """
     generator = torch.Generator().manual_seed(0)
-    names = dict(part.component.model.named_parameters(remove_duplicate=False))
+    names = {
+        part.tensor(component, name): parameter
+        for component in part.components
+        for name, parameter in component.model.named_parameters(remove_duplicate=False)
+    }
     tensors, made = dict[str, torch.Tensor](), dict[int, torch.Tensor]()
     for name, parameter in names.items():
         if id(parameter) in made:

@@ -199,7 +199,7 @@ def _twin_parity(state: Build, part: Part) -> Parity:
     twin = next(other for other in state.family.parts(state.source, True) if other.name == part.name)
     with twin_weights(twin) as weights:
         model = export.graph.trace.trace(twin.module, twin.signature)
-        graph.attach(model, graph.parameter_names(twin.module, twin.component.model), weights)
+        graph.attach(model, twin.parameters(), weights)
         return parity.check(twin, model, weights, "twin")
 
 

@@ -84,11 +84,11 @@ class Build:
             ) from error
         build = cls(options, source, family, parts)
         for part in parts:
-            folder = part.component.folder
-            if folder not in build.checkpoints:
-                build.checkpoints[folder] = open_component(source.root / folder if folder else source.root)
+            for component in part.components:
+                if component.folder not in build.checkpoints:
+                    build.checkpoints[component.folder] = open_component(component.place(source))
         _ = build.calibration  # a wrong set is refused before any work
-        build.refused, build.parts = rehearse(source, family, parts)
+        build.refused, build.parts = rehearse(source, family, parts, build.tensors)
         return build
 
     def new_parts(self) -> list[Part]:
@@ -97,8 +97,25 @@ class Build:
         return [part for part in self.family.parts(self.source, False) if part.name in names]
 
     def weights(self, part: Part) -> dict[str, TensorRef]:
-        """The tensors of the part's component by the library's names."""
-        return self.checkpoints[part.component.folder].mapped(part.component.model)
+        """The tensors of the part's components by their names in its graph."""
+        found, later = dict[str, TensorRef](), set[int]()
+        for component in reversed(part.components):
+            own = dict(component.model.named_parameters(remove_duplicate=False))
+            elsewhere = {name for name, parameter in own.items() if id(parameter) in later}
+            mapped = self.checkpoints[component.folder].mapped(component.model, elsewhere)
+            found |= {part.tensor(component, name): ref for name, ref in mapped.items()}
+            later |= set(map(id, own.values()))
+        return found
+
+    @property
+    def tensors(self) -> dict[str, TensorRef]:
+        """The tensors of the checkpoint that the pipeline reads itself, by their names in the bundle."""
+        return {
+            name: self.weights(part)[part.tensor(component, own)]
+            for part in self.parts
+            for component in part.components
+            for name, own in component.tensors.items()
+        }
 
     @property
     def name(self) -> str:
@@ -298,7 +315,7 @@ class Build:
 
     def _refs(self, part: Part) -> list[TensorRef]:
         """The tensors of the checkpoint that the part has."""
-        names = set(graph.parameter_names(part.module, part.component.model).values())
+        names = set(part.parameters().values())
         return [ref for name, ref in self.weights(part).items() if name in names]
 
     def steps(self) -> list[ProgressStep]:
@@ -350,15 +367,21 @@ def part_graph(state: Build, part: Part) -> ir.Model:
     build.
     """
     weights = state.weights(part)
-    settings: Any = part.component.model.config
-    config = settings.to_dict() if hasattr(settings, "to_dict") else dict(settings)
-    key = key_of("graph", part.name, config, part.signature.model_dump(), state.tools, code())
+    configs = [_config_of(component.model) for component in part.components]
+    shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
+    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), state.tools, code())
     path = cached(
         key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
     )
     model = ir.load(path)
-    graph.attach(model, graph.parameter_names(part.module, part.component.model), weights)
+    graph.attach(model, part.parameters(), weights)
     return model
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    """The settings that a library's model was made from; a module of ours has none."""
+    found = getattr(model, "config", {})
+    return found.to_dict() if hasattr(found, "to_dict") else dict(found)
 
 
 def place(submodel: str) -> str:
@@ -375,7 +398,7 @@ def finish(
     verdict: Verdict | None = None,
 ) -> None:
     """Add the model's own files and the manifest."""
-    lay_assets(state.family.assets(state.source), folder)
+    lay_assets(state.family.assets(state.source), state.tensors, folder)
     manifest = Manifest(
         name=state.name,
         key=state.key,

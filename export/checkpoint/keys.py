@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -49,17 +49,20 @@ LISTED: Final = 8
 """Names shown of a long list."""
 
 
-def map_names(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
+def map_names(
+    root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module, elsewhere: Collection[str] = ()
+) -> dict[str, TensorRef]:
     """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`.
 
     `tensors` are those of the checkpoint in `root`, by published name; `model` may be on the meta device or hold fake
-    tensors. Tied names share one TensorRef. Names that the model has no use for are left out, as on load in either
-    library, and logged unless the library knows them as harmless (`position_ids`, rotary `inv_freq`).
+    tensors. Names `elsewhere` are of tensors that other files hold. Tied names share one TensorRef. Names that the
+    model has no use for are left out, as on load in either library, and logged unless the library knows them as
+    harmless (`position_ids`, rotary `inv_freq`).
 
     Raises SourceError that lists missing names and other shapes, and UnsupportedModel where loading would compute a
     tensor.
     """
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in elsewhere}
     renamed = _renamed(root, tensors, model)
     found = {name: ref for name, ref in renamed.items() if name in expected}
     _refuse_wrapped(root, [name for name in renamed if name not in expected])

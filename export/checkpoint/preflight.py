@@ -18,20 +18,25 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from pydantic import ValidationError
+from safetensors.numpy import save_file
 
-from export.checkpoint.source import CONFIG, Source
+from export.checkpoint.source import CONFIG, Source, TensorRef
 from export.family import Family, Part
 from runtime.bundle.signature import Array, Dim, Tensor
+from runtime.bundle.tensors import FILE
 from runtime.engine import Slot
 from runtime.errors import EnginecastError, InvalidInput, SourceError, UnsupportedModel
 from runtime.pipeline import Example, ModelPipeline, drive, pipelines
 
 
-def lay_assets(assets: Mapping[str, Path], folder: Path) -> None:
-    """Copy the model's own files to where they lie in a bundle."""
+def lay_assets(assets: Mapping[str, Path], tensors: Mapping[str, TensorRef], folder: Path) -> None:
+    """Copy the model's own files to where they lie in a bundle, and write the tensors that its pipeline reads."""
     for relative, file in assets.items():
         (folder / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / relative)
+    if tensors:
+        (folder / FILE).parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: ref.array().astype(np.float32) for name, ref in tensors.items()}, folder / FILE)
 
 
 class Rehearsal(NamedTuple):
@@ -41,8 +46,9 @@ class Rehearsal(NamedTuple):
     called: list[Part]
 
 
-def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> Rehearsal:
-    """Open the family's pipeline on the source's files and let it answer its own examples.
+def rehearse(source: Source, family: Family, parts: Iterable[Part], tensors: Mapping[str, TensorRef]) -> Rehearsal:
+    """Open the family's pipeline on the source's files and let it answer its own examples. `tensors` of the checkpoint
+    are those that the pipeline reads itself.
 
     Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be
     computed.
@@ -54,7 +60,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part]) -> Rehearsal
     }
     with TemporaryDirectory(prefix="enginecast-") as name:
         folder = Path(name)
-        lay_assets(assets, folder)
+        lay_assets(assets, tensors, folder)
         try:
             pipeline = pipelines()[family.pipeline].open(folder, _config(source, family))
             engines = {part.name: DryEngine(source, part, pipeline.origins) for part in parts}
@@ -103,7 +109,7 @@ class DryEngine:
 
     def __init__(self, source: Source, part: Part, origins: Mapping[str, str]) -> None:
         self.part, self._origins = part, origins
-        self._file = source.root / part.component.folder / CONFIG
+        self._file = part.components[0].place(source) / CONFIG
         self._past: WeakKeyDictionary[Slot, int] = WeakKeyDictionary()
         self._shapes: dict[tuple[tuple[int, ...], ...], list[tuple[int, ...]]] = {}
 

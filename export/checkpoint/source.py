@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -94,18 +94,19 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     headers: Mapping[Path, bytes]
 
-    def mapped(self, model: torch.nn.Module) -> dict[str, TensorRef]:
+    def mapped(self, model: torch.nn.Module, elsewhere: Collection[str] = ()) -> dict[str, TensorRef]:
         """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`, as
         from_pretrained loads it.
 
-        `model` may be on the meta device; tied names share one TensorRef; dtypes are those published. Raises
-        SourceError listing what is missing or of another shape, UnsupportedModel where loading would compute a tensor.
+        `model` may be on the meta device; tensors named `elsewhere` are in other files; tied names share one TensorRef;
+        dtypes are those published. Raises SourceError listing what is missing or of another shape, UnsupportedModel
+        where loading would compute a tensor.
         """
         from export.checkpoint.keys import (
             map_names,
         )  # the libraries behind it are slow to import, and reading needs none of them
 
-        return map_names(self.root, self.tensors, model)
+        return map_names(self.root, self.tensors, model, elsewhere)
 
     @cached_property
     def fingerprint(self) -> str:

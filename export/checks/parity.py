@@ -37,7 +37,7 @@ def check(part: Part, model: ir.Model, weights: Mapping[str, TensorRef], method:
     """Compare every output and state of every call; return the worst. Raises ParityError when it is beyond the part's
     floor or not finite.
 
-    `weights` are those of the part's component by the library's names.
+    `weights` are those of the part's components by their names in its graph.
     """
     names, session = [tensor.name for tensor in part.signature.graph_outputs], lean_session(model)
     worst: Parity | None = None
@@ -105,7 +105,7 @@ def _library(part: Part, weights: Mapping[str, TensorRef], inputs: Mapping[str, 
     """What the library's own model gives for the inputs of a call."""
     names = [tensor.name for tensor in part.signature.graph_outputs]
     feed = [torch.from_numpy(inputs[tensor.name]) for tensor in part.signature.graph_inputs]
-    with mapped(part.component.model, weights), torch.inference_mode():
+    with mapped(part, weights), torch.inference_mode():
         return {name: tensor.float().numpy() for name, tensor in zip(names, part.reference(*feed), strict=True)}
 
 
@@ -119,18 +119,18 @@ def _compare(name: str, wanted: Array, got: Array, floor: float, method: str) ->
 
 
 @contextmanager
-def mapped(model: nn.Module, weights: Mapping[str, TensorRef]) -> Iterator[None]:
-    """While active, a library model computes in float32 with the checkpoint's weights, each cast only while its module
-    runs.
+def mapped(part: Part, weights: Mapping[str, TensorRef]) -> Iterator[None]:
+    """While active, the library's models of a part compute in float32 with the checkpoint's weights, each cast only
+    while its module runs.
     """
-    handles = []
-    for path, module in model.named_modules():
-        owners = [(path, module)]
+    handles, names = [], part.names()
+    for module in dict.fromkeys(module for component in part.components for module in component.model.modules()):
+        owners = [module]
         if isinstance(module, nn.MultiheadAttention):  # reads the weights of its layer itself
-            owners += [(f"{path}.{name}", child) for name, child in module.named_children()]
-        for place, owner in owners:
+            owners += module.children()
+        for owner in owners:
             stored = {
-                key: _view(weights[f"{place}.{key}" if place else key])
+                key: _view(weights[names[id(parameter)]])
                 for key, parameter in owner._parameters.items()
                 if parameter is not None
             }

@@ -160,14 +160,14 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
     ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
     features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
-    component = Component("", model)
+    components = (Component("", model),)
     return [
-        Part("vision_encoder", component, VisionEncoder(model), _see(model), Signature(inputs=(pixels,),
+        Part("vision_encoder", components, VisionEncoder(model), _see(model), Signature(inputs=(pixels,),
             outputs=(features,))),
-        Part("token_embedding", component, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
+        Part("token_embedding", components, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
             outputs=(embeds,)),
              activations=False),
-        Part("decoder", component, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
+        Part("decoder", components, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
             Signature(
             inputs=(
                 embeds,

@@ -298,7 +298,7 @@ def text_part(
     )
     return Part(
         name,
-        Component(name, model),
+        (Component(name, model),),
         module,
         reference,
         Signature(
@@ -333,7 +333,7 @@ def unet_part(
     )
     return Part(
         "unet",
-        Component("unet", model),
+        (Component("unet", model),),
         module,
         reference,
         Signature(
@@ -346,7 +346,7 @@ def unet_part(
 
 def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Part]:
     """Decoder and encoder. `float16` as in `Part`."""
-    component = Component("vae", model)
+    components = (Component("vae", model),)
     image = Tensor(
         name="image",
         dtype="float32",
@@ -357,7 +357,7 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
     return [
         Part(
             "vae_decoder",
-            component,
+            components,
             VaeDecoder(model),
             lambda z: (model.decode(z).sample,),
             decode,
@@ -366,7 +366,7 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
         ),
         Part(
             "vae_encoder",
-            component,
+            components,
             VaeEncoder(model),
             lambda x: (model.encode(x).latent_dist.mean,),
             encode,

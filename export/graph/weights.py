@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 import onnx_ir as ir
-from torch import nn
 
 from calibration.ground.progress import each
 from calibration.quantize.layers import LayerPlan, code_name, scale_name
@@ -109,14 +108,6 @@ def weights_of(
 def _why(planned: LayerPlan, kept: str) -> str:
     """The kind of reason why a layer's weight is what it is."""
     return kept if kept and planned.weight_type != "float" else planned.reason.partition(":")[0]
-
-
-def parameter_names(module: nn.Module, component: nn.Module) -> dict[str, str]:
-    """For each parameter of a wrapper module, its name in the library's model: the same tensor under the name the
-    checkpoint knows.
-    """
-    known = {id(parameter): name for name, parameter in component.named_parameters(remove_duplicate=False)}
-    return {name: known[id(parameter)] for name, parameter in module.named_parameters(remove_duplicate=False)}
 
 
 def attach(model: ir.Model, names: Mapping[str, str], weights: Mapping[str, TensorRef]) -> None:

@@ -20,7 +20,6 @@ from transformers import DynamicCache, GenerationMixin
 from calibration.ground import machine
 from export.checkpoint.tensors import TensorRef
 from export.family import Part
-from export.graph.weights import parameter_names
 from export.report.speed import Speed, carry_out, measure_speed
 from export.task import SpeedEffort
 from runtime.bundle.manifest import Artifact, Bundle, Submodel
@@ -34,7 +33,7 @@ ATTENTION: Final = "sdpa"
 TRIAL: Final = SpeedEffort(steps=2, tokens=2)
 """A request that shows whether PyTorch can run the model as its pipeline calls it."""
 Weights = Callable[[Part], Mapping[str, TensorRef]]
-"""The tensors of a part's component by the library's names."""
+"""The tensors of a part's components by their names in its graph."""
 
 
 class TorchEngine(Engine):
@@ -95,10 +94,10 @@ class TorchEngine(Engine):
 
 
 def _fill(part: Part, weights: Mapping[str, TensorRef]) -> None:
-    """Give the part's module its parameters in float32; those that it has already, from another part of its component,
+    """Give the part's module its parameters in float32; those that it has already, from another part of its components,
     stay.
     """
-    names = parameter_names(part.module, part.component.model)
+    names = part.parameters()
     filled: dict[TensorRef, nn.Parameter] = {}
     for path, module in part.module.named_modules():
         for key, parameter in module._parameters.items():
@@ -114,7 +113,8 @@ def _generator(part: Part) -> nn.Module:
     wanted = {id(parameter) for parameter in part.module.parameters()}
     having = [
         module
-        for module in part.component.model.modules()
+        for component in part.components
+        for module in component.model.modules()
         if isinstance(module, GenerationMixin) and wanted <= {id(parameter) for parameter in module.parameters()}
     ]
     if not having:

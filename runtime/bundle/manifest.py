@@ -8,6 +8,7 @@
   quality/                 of a quantized bundle: figures and pictures beside those of the float model
   search.json              of a searched one: the assignments tried
   tokenizer/ tokenizer_2/ scheduler/ preprocessor/   the model's own files, as published
+  tensors/                 tensors of the checkpoint that the pipeline reads itself, see runtime/bundle/tensors.py
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ LONGEST_NAME: Final = 200
 LONGEST_LINE: Final = 4096
 LONGEST_PART: Final = 255
 """Bytes of a file's name, as file systems have it."""
-MODEL_FILES: Final = ("tokenizer", "tokenizer_2", "scheduler", "preprocessor")
+MODEL_FILES: Final = ("tokenizer", "tokenizer_2", "scheduler", "preprocessor", "tensors")
 """Folders of the model's own files. Pipelines read whatever of a known name lies there."""
 
 

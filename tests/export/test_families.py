@@ -18,7 +18,6 @@ from export.build.build import build
 from export.build.options import Options
 from export.checkpoint.source import open_component, resolve
 from export.family import Family, families, family_of
-from export.graph.weights import parameter_names
 from runtime.errors import NotFound, SourceError, UnsupportedModel
 
 Rename = Callable[[str], str]
@@ -200,9 +199,7 @@ def test_parts_have_no_weights_and_run(checkpoint: Path, reduced: bool) -> None:
     for part in family_of(source).parts(source, reduced):
         assert all(parameter.is_meta for parameter in part.module.parameters()), part.name
         assert all(not buffer.is_meta for buffer in part.module.buffers()), part.name
-        assert (
-            set(parameter_names(part.module, part.component.model).values()) <= part.component.model.state_dict().keys()
-        )
+        assert set(part.parameters().values()) <= part.components[0].model.state_dict().keys()
         signature, lengths = part.signature, part.signature.sample_lengths()
         assert len({tensor.name for tensor in (*signature.graph_inputs, *signature.graph_outputs)}) == len(
             signature.graph_inputs

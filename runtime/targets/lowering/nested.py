@@ -18,8 +18,6 @@ weights file, never in the graph's.
 
 from __future__ import annotations
 
-import json
-import mmap
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.bundle.tensors import open_tensors
 from runtime.errors import EngineError
 from runtime.optional import require
 
@@ -134,10 +133,7 @@ class Stored:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._start = 8 + int.from_bytes(self._data[:8], "little")
-            self._header = json.loads(self._data[8 : self._start])
+            self._tensors = open_tensors(path)
         except (OSError, ValueError) as error:
             raise EngineError(f"could not load {path}: {error}. Build the bundle again") from None
 
@@ -148,9 +144,8 @@ class Stored:
 
     def _array(self, name: str) -> NDArray[np.uint8]:
         try:
-            entry = self._header[name]
-            first, last = entry["data_offsets"]
-            return np.frombuffer(self._data, np.uint8, last - first, self._start + first).reshape(entry["shape"])
+            found = self._tensors[name]
+            return np.frombuffer(found.data, np.uint8).reshape(found.shape)
         except (KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"could not load {self._path}: '{name}' cannot be read ({error}). Build the bundle again"

@@ -10,7 +10,6 @@ engines/<target>/<submodel>.json          this file's `Plan`
 from __future__ import annotations
 
 import json
-import mmap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
@@ -18,8 +17,9 @@ from typing import Any, Final, Literal, NamedTuple
 from pydantic import Field, ValidationError
 
 from runtime.bundle.manifest import FileName, Frozen, Submodel
+from runtime.bundle.tensors import open_tensors
 from runtime.errors import EngineError
-from runtime.files import open_regular, read_regular, written
+from runtime.files import read_regular, written
 from runtime.optional import require
 from runtime.targets.lowering.nested import WEIGHTS
 
@@ -154,16 +154,6 @@ def _write_weights(path: Path, tensors: Mapping[str, Any]) -> None:
 def read_weights(path: Path) -> dict[str, Weight]:
     """The tensors of a weights file by name, mapped. Raises EngineError when it is missing or damaged."""
     try:
-        with open_regular(path) as file:
-            whole = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
-        start = 8 + int.from_bytes(whole[:8], "little")
-        header = json.loads(bytes(whole[8:start]))
-        found = {}
-        for name, entry in header.items():
-            first, last = entry["data_offsets"]
-            if start + last > len(whole):
-                raise ValueError("it ends too early")
-            found[name] = Weight(CODES[entry["dtype"]], tuple(entry["shape"]), whole[start + first : start + last])
-        return found
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return {name: Weight(CODES[one.dtype], one.shape, one.data) for name, one in open_tensors(path).items()}
+    except (OSError, ValueError, KeyError) as error:
         raise EngineError(f"could not load {path}: {error}. Build the bundle again") from None

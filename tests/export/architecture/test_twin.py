@@ -25,7 +25,7 @@ def test_a_twin_has_every_weight_and_leaves_none(twins: list[Part], build_cache:
         with twin_weights(part) as second:
             expected = {
                 name: tuple(value.shape)
-                for name, value in part.component.model.named_parameters(remove_duplicate=False)
+                for name, value in part.components[0].model.named_parameters(remove_duplicate=False)
             }
             assert {name: ref.shape for name, ref in second.items()} == expected
             assert all((first[name] == second[name].array()).all() for name in expected)

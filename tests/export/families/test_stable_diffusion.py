@@ -146,7 +146,7 @@ def test_what_diffusers_does_not_read_of_an_autoencoder_is_not_read(copy: Path) 
 def test_a_text_encoder_may_be_published_as_a_whole_clip(copy: Path) -> None:
     text = json.loads((copy / TEXT).read_bytes())
     (copy / TEXT).write_text(json.dumps({"model_type": "clip", "architectures": ["CLIPModel"], "text_config": text}))
-    assert opened(copy).parts[0].component.model.config.hidden_size == 16
+    assert opened(copy).parts[0].components[0].model.config.hidden_size == 16
 
 
 def test_a_scheduler_file_of_another_class_is_reported(copy: Path) -> None:

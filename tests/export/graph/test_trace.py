@@ -106,7 +106,7 @@ def test_names_are_the_library_s(parts: dict[str, Part], traced: dict[str, ir.Mo
 def test_one_attention_node_a_layer(parts: dict[str, Part], traced: dict[str, ir.Model]) -> None:
     for name, model in traced.items():
         kinds = Counter(node.op_type for node in model.graph)
-        config = parts[name].component.model.config
+        config = parts[name].components[0].model.config
         layers = {
             "decoder": lambda c: c.text_config.num_hidden_layers,
             "text_encoder": lambda c: c.num_hidden_layers,

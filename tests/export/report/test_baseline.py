@@ -15,7 +15,6 @@ from calibration.ground.progress import listening
 from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
-from export.graph.weights import parameter_names
 from export.report.baseline import TorchEngine, compare_speed, torch_model
 from export.report.speed import WHOLE
 from export.report.timed import time_bundle
@@ -94,7 +93,7 @@ def test_the_build_keeps_its_modules_without_weights(talking: LoadedModel, talki
 def test_what_the_library_cannot_generate_with(talking: LoadedModel, talking_state: Build) -> None:
     parts = talking_state.family.parts(talking_state.source, False)
     strange = nn.ModuleList([parts[2].module])
-    parts[2] = replace(parts[2], component=replace(parts[2].component, model=strange))
+    parts[2] = replace(parts[2], components=(replace(parts[2].components[0], model=strange),))
     weights = {
         f"0.{name}": talking_state.weights(talking_state.parts[2])[known]
         for name, known in names(talking_state).items()
@@ -104,7 +103,7 @@ def test_what_the_library_cannot_generate_with(talking: LoadedModel, talking_sta
 
 
 def names(state: Build) -> dict[str, str]:
-    return parameter_names(state.parts[2].module, state.parts[2].component.model)
+    return state.parts[2].parameters()
 
 
 def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> None:

@@ -37,7 +37,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         inputs=(signature.Tensor(name="x", dtype="float32", dims=NUMBERS),),
         outputs=(signature.Tensor(name="y", dtype="float32", dims=NUMBERS),),
     )
-    return [Part("doubler", Component("", model), model, model, taken)]
+    return [Part("doubler", (Component("", model),), model, model, taken)]
 
 
 def config(source: Source) -> dict[str, Any]:
