@@ -184,6 +184,13 @@ TOP_P: Final = Limit("top_p", 1, "(a probability, above 0)", "1 is all tokens", 
 PENALTY: Final = Limit(
     "repetition_penalty", 100, "(a factor, at least 0.01)", "1 is no penalty", (f"{CHAT}.repetition_penalty",)
 )
+BEAMS: Final = Limit(
+    "beams", 8, "beams", "each holds keys and values of its own, and takes a step of the decoder", (f"{CHAT}.beams",),
+    least=1,
+)  # fmt: skip
+LENGTH_PENALTY: Final = Limit(
+    "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
+)
 
 # What clients take of the server.
 CALLS: Final = Limit("calls at once", 4000, "calls of all clients", "each holds some memory while it waits")

@@ -18,8 +18,8 @@ from transformers import GenerationConfig
 
 from export.checkpoint.source import read_json
 from runtime.errors import SourceError, UnsupportedModel
-from runtime.language.decoding import Rules
-from runtime.limits import STOP, STOPS
+from runtime.language.sampling import EarlyStopping, Rules
+from runtime.limits import BEAMS, LENGTH_PENALTY, STOP, STOPS
 from runtime.tasks.chat import ChatDefaults
 
 FILE: Final = "generation_config.json"
@@ -38,7 +38,6 @@ class Use:
 
 
 READ: Final = Use("read")
-_BEAMS: Final = Use("no effect", "weighs beams, and answers are decoded with one")
 _SPEED: Final = Use("no effect", "makes answers faster, not others")
 _CACHE: Final = Use("no effect", "says where keys and values are kept")
 _OUTPUT: Final = Use("no effect", "says what the library returns besides the answer")
@@ -49,9 +48,9 @@ SETTINGS: Final[Mapping[str, Use]] = {
     **dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "repetition_penalty"), READ),
     **dict.fromkeys(("max_new_tokens", "max_length", "eos_token_id", "stop_strings"), READ),
     **dict.fromkeys(Rules.model_fields, READ),
-    "num_beams": Use("reported", "answers are decoded with one beam", (None, 1)),
-    "num_beam_groups": Use("reported", "answers are decoded with one beam", (None, 1)),
-    "diversity_penalty": Use("reported", "answers are decoded with one beam", (None, 0)),
+    **dict.fromkeys(("num_beams", "length_penalty", "early_stopping", "renormalize_logits"), READ),
+    "num_beam_groups": Use("reported", "beams are searched as one group", (None, 1)),
+    "diversity_penalty": Use("reported", "beams are searched as one group", (None, 0)),
     "num_return_sequences": Use("reported", "a request gets one answer", (None, 1)),
     "max_time": Use("reported", "answers end by their length or by the deadline of a request"),
     "cache_implementation": Use(
@@ -63,14 +62,11 @@ SETTINGS: Final[Mapping[str, Use]] = {
     "token_healing": Use("refused", "the end of a prompt is never spelled anew here", (None, False)),
     "penalty_alpha": Use("refused", "there is no contrastive search here", (None, 0)),
     "dola_layers": Use("refused", "layers are not contrasted here"),
-    "constraints": Use("refused", "answers that must hold given words need several beams"),
-    "force_words_ids": Use("refused", "answers that must hold given words need several beams"),
+    "constraints": Use("refused", "no words can be forced into an answer here"),
+    "force_words_ids": Use("refused", "no words can be forced into an answer here"),
     "encoder_repetition_penalty": Use("refused", "there is no reward for words of the prompt here", (None, 1)),
     "encoder_no_repeat_ngram_size": Use("refused", "words of the prompt cannot be forbidden here", (None, 0)),
-    "early_stopping": _BEAMS,
-    "length_penalty": _BEAMS,
-    "low_memory": _BEAMS,
-    "renormalize_logits": Use("no effect", "moves all scores alike"),
+    "low_memory": Use("no effect", "says how beams are computed, not which"),
     "pad_token_id": Use("no effect", "rows are not padded"),
     "bos_token_id": Use("no effect", "a prompt begins as the tokenizer and the chat template say"),
     "decoder_start_token_id": _ENCODER,
@@ -105,6 +101,10 @@ class _Values(BaseModel):
     max_length: int | None = Field(default=None, ge=1)
     eos_token_id: Annotated[int, Field(ge=0)] | tuple[Annotated[int, Field(ge=0)], ...] | None = None
     stop_strings: str | tuple[str, ...] = ()
+    num_beams: int = Field(default=1, ge=1, le=BEAMS.most)
+    length_penalty: float = Field(default=1.0, ge=LENGTH_PENALTY.least, le=LENGTH_PENALTY.most)
+    early_stopping: EarlyStopping = False
+    renormalize_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,11 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
         ) from None
     ends = (values.eos_token_id,) if isinstance(values.eos_token_id, int) else values.eos_token_id or ()
     ends = tuple(token for token in ends if token < vocabulary)  # others are never chosen
+    if values.do_sample and values.num_beams > 1:
+        notes.append(
+            f"{file.name} has num_beams {values.num_beams} with do_sample: answers are drawn from one beam, and "
+            "several are searched only with temperature 0"
+        )
     if not ends:
         notes.append(f"{file.name} names no end token (eos_token_id): answers go on until their longest")
     stops = (values.stop_strings,) if isinstance(values.stop_strings, str) else values.stop_strings
@@ -161,6 +166,10 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
         repetition_penalty=values.repetition_penalty,
         stop=stops,
         rules=rules,
+        beams=1 if values.do_sample else values.num_beams,
+        length_penalty=values.length_penalty,
+        early_stopping=values.early_stopping,
+        renormalize=values.renormalize_logits,
     )
     return Generation(defaults, ends, tuple(notes))
 

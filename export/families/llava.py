@@ -27,7 +27,8 @@ from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.errors import SourceError, UnsupportedModel, did_you_mean
 from runtime.language import templates
-from runtime.pipelines.chat import ChatConfig
+from runtime.language.config import ChatConfig
+from runtime.language.vision import TILES
 
 TWIN_WINDOW: Final = 8
 """Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample.
@@ -150,7 +151,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         model = LlavaForConditionalGeneration(_config(source, reduced)).eval()
     text, vision = model.config.text_config, model.config.vision_config
     context = text.max_position_embeddings
-    images = Dim(name="images", min=1, opt=1, max=16)
+    images = Dim(name="images", min=1, opt=1, max=TILES)
     sequence = Dim(name="sequence", min=1, opt=1, max=context)
     past = Dim(name="past", min=0, opt=1023, max=context)
     total = Dim(name="total", min=1, opt=1024, max=context, sum_of=("past", "sequence"))

@@ -128,7 +128,7 @@ class ChatComparison(Comparison):
             yield question(picture, QUESTIONS[i % len(QUESTIONS)])
 
     def comparing(self, request: ChatRequest, number: int, effort: Effort) -> ChatRequest:
-        return replace(request, max_tokens=MAX_TOKENS, temperature=0.0, repetition_penalty=1.0)
+        return replace(request, max_tokens=MAX_TOKENS, temperature=0.0, repetition_penalty=1.0, beams=1)
 
     def compare(
         self,
@@ -191,7 +191,7 @@ class ChatComparison(Comparison):
         endless.config = endless.config.model_copy(update={"eos_token_ids": ()})
         picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
         content = (picture, TIMED) if endless.config.has_vision else (TIMED,)
-        request = ChatRequest((Message("user", content),), max_tokens=effort.tokens, temperature=0.0)
+        request = ChatRequest((Message("user", content),), max_tokens=effort.tokens, temperature=0.0, beams=1)
         return endless(request), f"answer, {effort.tokens} tokens"
 
 

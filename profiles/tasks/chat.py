@@ -32,7 +32,7 @@ EDGE: Final = 128
 
 def picture_question(settings: ProbeSettings) -> ChatRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
-    return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1)
+    return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
 
 
 class Clock:
@@ -53,7 +53,7 @@ def chat_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens}
 
     def request(max_tokens: int) -> ChatRequest:
-        return ChatRequest((Message("user", (text,)),), max_tokens=max_tokens, temperature=0.0)
+        return ChatRequest((Message("user", (text,)),), max_tokens=max_tokens, temperature=0.0, beams=1)
 
     def answer(asked: ChatRequest) -> None:
         list(drive(pipeline(asked), model.engines))

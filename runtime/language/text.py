@@ -60,6 +60,15 @@ class ChatText:
         plain = ((token, id) for token, id in self.tokenizer.get_vocab().items() if token not in self.special)
         return max(plain, key=lambda item: item[1], default=("", -1))
 
+    def require_below(self, vocabulary: int) -> None:
+        """Raise BundleError where a text can be made of a token that the model has no embedding for."""
+        token, largest = self.last
+        if largest >= vocabulary:
+            raise BundleError(
+                f"{self.file} has the token '{token}' with id {largest}, the model has embeddings for ids below "
+                f"{vocabulary} (vocab_size in its config.json): take both from the same checkpoint"
+            )
+
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
         return self.template.render(messages)
@@ -182,6 +191,31 @@ class StopStrings:
         """What was held back, when the stream ends without a stop string."""
         text, self._held = self._held, ""
         return text
+
+
+class Answer:
+    """The text of an answer as its tokens come, up to the first stop string. `stopped` says that one was found."""
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self._tokenizer, self._strings = tokenizer, stops
+        self._spelling, self._stops = Detokenizer(tokenizer), StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        return self._stops.found
+
+    def push(self, token: int) -> str:
+        """What may be passed on with this token; nothing behind a stop string."""
+        return "" if self.stopped else self._stops.push(self._spelling.push(token))
+
+    def flush(self) -> str:
+        """What is left at the end."""
+        return "" if self.stopped else self._stops.push(self._spelling.flush()) + self._stops.flush()
+
+    def stops(self, tokens: Sequence[int]) -> bool:
+        """Whether the text of an answer's tokens has a stop string."""
+        text = self._tokenizer.decode(list(tokens)) if self._strings else ""
+        return any(stop in text for stop in self._strings)
 
 
 def _borders(stop: str) -> list[int]:

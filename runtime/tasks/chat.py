@@ -10,7 +10,7 @@ from pydantic import Field
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.errors import InvalidInput
-from runtime.language.decoding import Rules, Sampling
+from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
 from runtime.language.text import Message
 from runtime.pipeline import Event
 from runtime.task import Request, Task
@@ -21,7 +21,8 @@ class ChatDefaults(Frozen):
     """What a request leaves open, as the model's generation_config.json has it. `temperature` 0 is greedy.
 
     `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers
-    besides the strings of a request; `rules` hold for every answer.
+    besides the strings of a request; `rules` hold for every answer. With several `beams`, answers are searched; see
+    `Beams` for how.
     """
 
     max_tokens: int = Field(default=256, ge=1)
@@ -32,6 +33,10 @@ class ChatDefaults(Frozen):
     repetition_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     rules: Rules = Rules()
+    beams: int = Field(default=1, ge=1, le=limits.BEAMS.most)
+    length_penalty: float = Field(default=1.0, ge=limits.LENGTH_PENALTY.least, le=limits.LENGTH_PENALTY.most)
+    early_stopping: EarlyStopping = False
+    renormalize: bool = False
 
     def longest(self, prompt: int) -> int:
         """The most tokens of an answer to a prompt of so many, where the request does not say."""
@@ -44,8 +49,9 @@ class ChatRequest(Request):
     values.
 
     `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
-    ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. Raises
-    InvalidInput naming the field.
+    ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
+    1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
+    default it is the model's, and 1 where a temperature is given. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -57,6 +63,8 @@ class ChatRequest(Request):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    beams: int | None = None
+    length_penalty: float | None = None
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -78,6 +86,8 @@ class ChatRequest(Request):
             limits.MAX_TOKENS.number("max_tokens", self.max_tokens)
         if self.seed is not None:
             limits.SEED.number("seed", self.seed)
+        if self.beams is not None:
+            limits.BEAMS.number("beams", self.beams)
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.messages[-1].role != "user":
@@ -107,6 +117,18 @@ class ChatRequest(Request):
             else self.repetition_penalty,
             rules=defaults.rules,
         )
+
+    def search(self, defaults: ChatDefaults) -> Beams:
+        """How many answers to continue side by side, and how to rank them. Raises InvalidInput."""
+        temperature = defaults.temperature if self.temperature is None else self.temperature
+        usual = 1 if temperature else defaults.beams
+        count = usual if self.beams is None else self.beams
+        if count > 1 and temperature:
+            raise InvalidInput(
+                "beams", f"is {count} and temperature {temperature}: beams are searched, not drawn; send temperature 0"
+            )
+        penalty = defaults.length_penalty if self.length_penalty is None else self.length_penalty
+        return Beams(count, penalty, defaults.early_stopping, defaults.renormalize)
 
 
 @dataclass(frozen=True)

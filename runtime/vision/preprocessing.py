@@ -15,7 +15,16 @@ from typing import Annotated, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from runtime import limits
 from runtime.errors import BundleError, InvalidInput
@@ -49,15 +58,17 @@ SQUARE: Final[Mapping[str, Any]] = {
     "size": Size(height=224, width=224), "crop_size": None, "do_center_crop": False, "image_mean": HALF,
     "image_std": HALF,
 }  # fmt: skip
-CLASSES: Final[Mapping[str, Mapping[str, Any]]] = {
-    "CLIPImageProcessor": CLIP,
+Classes = Mapping[str, Mapping[str, Any]]
+"""Image processor classes by name, and what each takes for a setting that the file leaves out. The first is the class
+of files that name none.
+"""
+CLASSES: Final[Classes] = {
     "LlavaImageProcessor": CLIP,
+    "CLIPImageProcessor": CLIP,
     "SiglipImageProcessor": {**SQUARE, "resample": Image.Resampling.BICUBIC},
     "ViTImageProcessor": {**SQUARE, "resample": Image.Resampling.BILINEAR},
 }
-"""What a class takes for a setting that the file leaves out."""
-UNNAMED: Final = "LlavaImageProcessor"
-"""The class of files that name none, as transformers has it for LLaVA checkpoints."""
+"""Those of models whose pictures are one tile. Files without a class are LLaVA's, as transformers has it."""
 SQUARES: Final = "ViTImageProcessor"
 """The class to which a size of one number is both height and width; to the others, it is the shortest edge."""
 PADS: Final = "LlavaImageProcessor"
@@ -104,7 +115,7 @@ class ImagePreprocessor(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
-    image_processor_type: str = UNNAMED
+    image_processor_type: str
     do_pad: bool | None = False
     do_resize: bool | None = True
     size: Edge | Size | None
@@ -120,14 +131,15 @@ class ImagePreprocessor(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _known(cls, data: object) -> object:
-        """Settle the class, fill in what it takes for absent settings."""
+    def _known(cls, data: object, info: ValidationInfo) -> object:
+        """Settle the class, fill in what it takes for absent settings. The context is the `Classes` to choose from."""
+        classes: Classes = info.context or CLASSES
         if not isinstance(data, dict):
             raise ValueError("an object of settings was expected")
-        named = data.get("image_processor_type") or data.get("feature_extractor_type") or UNNAMED
+        named = data.get("image_processor_type") or data.get("feature_extractor_type") or next(iter(classes))
         kind = str(named).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
-        if kind not in CLASSES:
-            raise ValueError(f"the class {named} is not supported, expected one of {', '.join(CLASSES)}")
+        if kind not in classes:
+            raise ValueError(f"the class {named} is not supported, expected one of {', '.join(classes)}")
         unknown = sorted(
             key
             for key, value in data.items()
@@ -141,7 +153,7 @@ class ImagePreprocessor(BaseModel):
             raise ValueError(
                 "image_mean is one number, expected three where pictures are padded: the padding has that colour"
             )
-        settings = {**CLASSES[kind], **data, "image_processor_type": kind}
+        settings = {**classes[kind], **data, "image_processor_type": kind}
         try:
             settings["size"] = _size(settings["size"], square=kind == SQUARES)
         except ValueError as error:
@@ -168,9 +180,9 @@ class ImagePreprocessor(BaseModel):
         return self
 
     @classmethod
-    def from_folder(cls, folder: Path) -> ImagePreprocessor:
+    def from_folder(cls, folder: Path, classes: Classes = CLASSES) -> ImagePreprocessor:
         """The section image_processor of processor_config.json, else preprocessor_config.json, as transformers 5.
-        Raises BundleError.
+        Raises BundleError, also for a class that is none of `classes`.
         """
         nested, own = folder / "processor_config.json", folder / "preprocessor_config.json"
         for path in filter(Path.is_file, (nested, own)):
@@ -180,7 +192,7 @@ class ImagePreprocessor(BaseModel):
                     data = data.get("image_processor") if isinstance(data, dict) else []
                     if data is None:
                         continue
-                found = cls.model_validate(data)
+                found = cls.model_validate(data, context=classes)
             except (ValueError, TypeError, RecursionError) as error:
                 raise BundleError(f"{path} cannot be used: {_reason(error)}") from None
             found._file = str(path)
@@ -206,12 +218,15 @@ class ImagePreprocessor(BaseModel):
         if self.do_center_crop:
             assert self.crop_size is not None
             return self.crop_size
+        return Size(height=self.square[1], width=self.square[0])
+
+    @property
+    def square(self) -> tuple[int, int]:
+        """Width and height in pixels of a picture that is resized without regard to its aspect."""
         assert self.size is not None
-        return (
-            Size(height=self.size.shortest_edge, width=self.size.shortest_edge)
-            if isinstance(self.size, Edge)
-            else self.size
-        )
+        if isinstance(self.size, Edge):
+            return self.size.shortest_edge, self.size.shortest_edge
+        return self.size.width, self.size.height
 
     def __call__(self, images: Sequence[Picture | PictureFile], field: str = "image") -> NDArray[np.float32]:
         """Preprocess pictures, each uint8 RGB [height, width, 3] or a file, to pixel_values float32 [images, 3, height,
@@ -276,11 +291,17 @@ class ImagePreprocessor(BaseModel):
         return target
 
     def _resize(self, image: Picture | PictureFile, field: str) -> Picture:
+        if isinstance(image, PictureFile):
+            return self.resized(image, self._target(image.size, image.field))
+        height, width = image.shape[:2]
+        return self.resized(image, self._target((width, height), field))
+
+    def resized(self, image: Picture | PictureFile, size: tuple[int, int]) -> Picture:
+        """A picture resized to (width, height) with the model's filter. Raises InvalidInput for a damaged file."""
         assert self.resample is not None
         if isinstance(image, PictureFile):
-            return image.resized(self._target(image.size, image.field), self.resample)
-        height, width = image.shape[:2]
-        return np.array(Image.fromarray(image).resize(self._target((width, height), field), self.resample), np.uint8)
+            return image.resized(size, self.resample)
+        return np.array(Image.fromarray(image).resize(size, self.resample), np.uint8)
 
 
 def center_crop(image: Picture, size: Size) -> Picture:

@@ -246,6 +246,12 @@ def chat(
         ),
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer before this text; may be repeated.")] = None,
+    beams: Annotated[
+        int | None, typer.Option(min=0, max=UINT32, help="Above 1: search for the likeliest of so many answers.")
+    ] = None,
+    length_penalty: Annotated[
+        float | None, typer.Option(help="With several beams: the larger, the longer the answers.")
+    ] = None,
     address: Address = None,
     bundle: BundleFolder = None,
     target: Target = None,
@@ -270,6 +276,8 @@ def chat(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=stop,
+        beams=beams,
+        length_penalty=length_penalty,
     )
     first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, given)
     options, placing = _options(device, threads), _placing(place, memory_limit, strict)

@@ -43,7 +43,7 @@ questions get them in turn.
 
 def question(picture: Picture, text: str) -> ChatRequest:
     """A question about a picture, uint8 RGB [height, width, 3], answered greedily."""
-    return ChatRequest((Message("user", (picture, text)),), temperature=0.0)
+    return ChatRequest((Message("user", (picture, text)),), temperature=0.0, beams=1)
 
 
 class ChatRequests(TaskRequests):

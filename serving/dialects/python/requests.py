@@ -68,6 +68,10 @@ class ChatOptions(TypedDict, total=False):
     """Seed of the sampling. The same seed gives the same answer on the same engine."""
     stop: Sequence[str] | None
     """The answer ends before the first of these strings."""
+    beams: int | None
+    """1 to 8. Above 1, the likeliest of that many answers continued side by side, as one text; needs temperature 0."""
+    length_penalty: float | None
+    """With several beams, the larger the longer the answers, -5 to 5; 1 compares means of tokens."""
 
 
 @dataclass(frozen=True, eq=False)

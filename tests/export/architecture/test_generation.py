@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from export.architecture.generation import FILE, SETTINGS, Generation, read_generation
 from runtime.errors import EnginecastError, SourceError, UnsupportedModel
-from runtime.language.decoding import Rules
+from runtime.language.sampling import Rules
 
 VOCABULARY = 512
 
@@ -87,8 +87,7 @@ def test_no_end_token_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("num_beams", 4, "num_beams 4: answers are decoded with one beam"),
-        ("num_beam_groups", 2, "one beam"),
+        ("num_beam_groups", 2, "num_beam_groups 2: beams are searched as one group"),
         ("num_return_sequences", 3, "one answer"),
         ("max_time", 2.5, "deadline"),
         ("cache_implementation", "quantized", "as the engine keeps them"),

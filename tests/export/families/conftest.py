@@ -87,14 +87,20 @@ def ask(length: int, picture: bool = True, **settings: Any) -> ChatRequest:
 def answer(model: LoadedModel, request: ChatRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens that a loaded model answers with."""
     tokens: list[int] = []
-    choose = runtime.pipelines.chat.choose
+    choose, search = runtime.pipelines.chat.choose, runtime.pipelines.chat.search
 
     def listen(*args: Any, **keywords: Any) -> int:
         tokens.append(choose(*args, **keywords))
         return tokens[-1]
 
+    def listen_to_beams(*args: Any) -> Any:
+        found = yield from search(*args)
+        tokens.extend(found[0])
+        return found
+
     with monkeypatch.context() as patch:
         patch.setattr(runtime.pipelines.chat, "choose", listen)
+        patch.setattr(runtime.pipelines.chat, "search", listen_to_beams)
         for _ in drive(model.pipeline(request), model.engines):  # type: ignore[arg-type]
             pass
     return tokens
@@ -108,7 +114,7 @@ def library(source: Path) -> Any:
 
 def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings: Any) -> tuple[list[int], int]:
     """The tokens of transformers' own generate, and how many the prompt has."""
-    assert isinstance(pipeline, ChatPipeline) and pipeline.preprocessor is not None
+    assert isinstance(pipeline, ChatPipeline) and pipeline.vision is not None
     prompt = pipeline.prompt(request)
     model = library(source)
     file = source / "generation_config.json"
@@ -116,7 +122,13 @@ def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings
         GenerationConfig.from_pretrained(source) if file.is_file() else GenerationConfig.from_model_config(model.config)
     )
     pixels = (
-        {"pixel_values": torch.from_numpy(pipeline.preprocessor(prompt.images, "messages"))} if prompt.images else {}
+        {
+            "pixel_values": torch.from_numpy(
+                np.concatenate([pipeline.vision.layout.tiles(one, "messages") for one in prompt.images])
+            )
+        }
+        if prompt.images
+        else {}
     )
     ids = torch.tensor([prompt.ids])
     with torch.inference_mode():

@@ -110,6 +110,8 @@ GENERATION: tuple[dict[str, Any] | None, ...] = (
     {"eos_token_id": 2, "no_repeat_ngram_size": 2, "max_new_tokens": 40},
     {"eos_token_id": 2, "repetition_penalty": 1.3, "min_length": 60, "max_new_tokens": 40},
     {"eos_token_id": 2, "max_new_tokens": 20, "forced_eos_token_id": 2, "exponential_decay_length_penalty": [3, 1.6]},
+    {"eos_token_id": 2, "num_beams": 3, "max_new_tokens": 24},
+    {"eos_token_id": [2, 9, 70, 81], "num_beams": 4, "length_penalty": 2.0, "early_stopping": True, "max_length": 60},
     {"eos_token_id": 2, "max_new_tokens": 20, "temperature": 0.0, "top_k": None, "top_p": 0.6, "do_sample": False},
 )
 
@@ -159,9 +161,9 @@ def test_generation_settings_mean_the_same(plain: tuple[Path, Path], monkeypatch
 
 
 def test_settings_that_are_not_followed_are_notes(make: Make) -> None:
-    source = resolve(str(make(generation={"eos_token_id": 2, "num_beams": 4, "max_new_tokens": 8})))
+    source = resolve(str(make(generation={"eos_token_id": 2, "num_beam_groups": 4, "max_new_tokens": 8})))
     assert family_of(source).notes(source) == (
-        "generation_config.json has num_beams 4: answers are decoded with one beam",
+        "generation_config.json has num_beam_groups 4: beams are searched as one group",
     )
 
 

@@ -207,11 +207,11 @@ def pipeline_of(model: LoadedModel) -> ChatPipeline:
 def next_logits(model: LoadedModel, ids: list[int], request: ChatRequest) -> Any:
     """Logits [vocab] behind these tokens, computed in one call from an empty cache."""
     pipeline = pipeline_of(model)
-    assert pipeline.preprocessor is not None
+    assert pipeline.vision is not None
     embeds = model.engines["token_embedding"].run({"input_ids": np.array([ids], np.int64)})["inputs_embeds"]
-    features = model.engines["vision_encoder"].run({"pixel_values": pipeline.preprocessor(request.images)})[
-        "image_features"
-    ]
+    features = model.engines["vision_encoder"].run(
+        {"pixel_values": pipeline.vision.layout.tiles(request.images[0], "messages")}
+    )["image_features"]
     embeds[0, np.array(ids) == pipeline.config.image_token_id] = features[0]
     positions = np.arange(len(ids), dtype=np.int64)[None]
     inputs = {"inputs_embeds": embeds, "attention_mask": np.ones_like(positions), "position_ids": positions}

@@ -1,5 +1,6 @@
 """Answers equal transformers' generate; what can be wrong with a request is found before any engine runs."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -27,9 +28,12 @@ from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source
 from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
+from runtime.language.config import ChatConfig
+from runtime.language.decoder import Conversation
+from runtime.language.sampling import Beams
 from runtime.language.text import Message
 from runtime.pipeline import Call, Event, drive
-from runtime.pipelines.chat import ChatConfig, ChatPipeline, Conversation
+from runtime.pipelines.chat import ChatPipeline
 from runtime.tasks.chat import ChatDefaults, ChatRequest, Finished, TextDelta
 from runtime.vision.images import Picture
 
@@ -112,6 +116,10 @@ class TorchDecoder(FakeEngine):
                 **torched(inputs), past_key_values=cache, use_cache=True
             ).last_hidden_state
             return {"logits": self.model.lm_head(hidden[:, -1:]).float().numpy()}
+
+    def copy(self, slot: Slot, to: Slot) -> None:
+        assert to not in self.caches
+        self.caches[to] = copy.deepcopy(self.caches[slot])
 
     def trim(self, slot: Slot, length: int) -> None:
         cache = self.caches[slot]
@@ -270,6 +278,55 @@ def test_greedy_answers_equal_transformers(
     assert len(engines["decoder"].calls) == steps + len(tokens) - 1
 
 
+@pytest.mark.parametrize("name", CONVERSATIONS)
+@pytest.mark.parametrize("settings", [{}, {"length_penalty": 3.0, "repetition_penalty": 1.2}])
+def test_answers_of_several_beams_equal_transformers(
+    chat: ChatPipeline,
+    engines: dict[str, FakeEngine],
+    model: Any,
+    processor: LlavaProcessor,
+    name: str,
+    settings: dict[str, float],
+) -> None:
+    request = ChatRequest(CONVERSATIONS[name], max_tokens=12, beams=3, **settings)  # type: ignore[arg-type]
+    text, tokens, length = expected(model, processor, request, num_beams=3, **settings)
+    greedy = expected(model, processor, request, **{"repetition_penalty": 1.0} | settings | {"length_penalty": 1.0})[1]
+    events = list(drive(chat(request), engines))
+    assert answer(iter(events)) == (text, Finished("stop" if tokens[-1] == EOS else "length", length, len(tokens)))
+    assert len(events) == 2 and tokens != greedy
+
+
+def test_a_conversation_goes_on_behind_an_answer_of_several_beams(
+    chat: ChatPipeline, engines: dict[str, FakeEngine]
+) -> None:
+    conversation, first = Conversation(), ChatRequest(CONVERSATIONS["picture"], max_tokens=8, beams=3)
+    text, finished = answer(drive(chat(first, conversation), engines))
+    assert len(conversation.held) == finished.prompt_tokens
+    second = ChatRequest((*first.messages, Message("assistant", (text,)), user("and?")), max_tokens=8)
+    for engine in engines.values():
+        engine.calls.clear()
+    assert answer(drive(chat(second, conversation), engines)) == answer(drive(chat(second), engines))
+    fed = [call["inputs_embeds"].shape[1] for call in engines["decoder"].calls]
+    assert fed[0] < max(fed[1:])
+
+
+def test_a_stop_string_ends_a_beam(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
+    request = ChatRequest(CONVERSATIONS["text"], max_tokens=12, beams=3)
+    text, _ = answer(drive(chat(request), engines))
+    stopped, finished = answer(drive(chat(replace(request, stop=(text[3:5],))), engines))
+    assert text[3:5] not in stopped and finished.reason == "stop"
+
+
+def test_beams_come_from_the_model_unless_a_temperature_is_given(chat: ChatPipeline) -> None:
+    defaults = ChatDefaults(beams=4, length_penalty=2.0, early_stopping="never")
+    request = ChatRequest(CONVERSATIONS["text"])
+    assert request.search(defaults) == Beams(4, 2.0, "never")
+    assert replace(request, temperature=0.7).search(defaults).count == 1
+    assert replace(request, beams=2, length_penalty=0.5).search(defaults) == Beams(2, 0.5, "never")
+    with pytest.raises(InvalidInput, match=r"beams: .*send temperature 0"):
+        replace(request, temperature=0.7, beams=2).search(defaults)
+
+
 def test_the_end_token_stops_and_is_not_spelled(
     chat: ChatPipeline,
     engines: dict[str, FakeEngine],
@@ -382,6 +439,10 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"seed": -1}, "seed"),
         ({"stop": ("",)}, "stop"),
         ({"stop": ("x",) * 17}, "stop"),
+        ({"beams": 0}, "beams"),
+        ({"beams": 1000}, "beams"),
+        ({"beams": 2, "temperature": 0.5}, "beams"),
+        ({"length_penalty": float("nan")}, "length_penalty"),
     ],
 )
 def test_bad_requests_are_named_before_any_call(chat: ChatPipeline, change: dict[str, Any], field: str) -> None:
@@ -391,7 +452,7 @@ def test_bad_requests_are_named_before_any_call(chat: ChatPipeline, change: dict
 
 
 def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
-    with pytest.raises(ContextLengthExceeded, match=r"messages: .*30 pictures at 9 included.* 256"):
+    with pytest.raises(ContextLengthExceeded, match=r"messages: .*\(270 of them for 30 pictures\).* 256"):
         chat(ChatRequest((user(*map(picture, range(30))),)))
     short = ChatRequest(CONVERSATIONS["picture"])
     length = len(chat.prompt(short).ids)

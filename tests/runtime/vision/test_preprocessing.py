@@ -182,7 +182,7 @@ def test_the_nested_file_counts(tmp_path: Path, section: str) -> None:
         ({"do_image_splitting": True}, "do_image_splitting"),
         (
             {"image_processor_type": "Qwen2VLImageProcessor"},
-            "the class Qwen2VLImageProcessor is not supported, expected one of CLIP",
+            "the class Qwen2VLImageProcessor is not supported, expected one of Llava",
         ),
         ({"image_processor_type": "Siglip2ImageProcessor"}, "the class Siglip2ImageProcessor"),
         ({"size": {"longest_edge": 224}}, "size has longest_edge, expected shortest_edge, or height and width"),

@@ -24,7 +24,16 @@ ROLES: Final[dict[int, text.Role]] = {
 REASONS: Final = {"stop": chat_pb2.FINISH_REASON_STOP, "length": chat_pb2.FINISH_REASON_LENGTH}
 ROLE_NUMBERS: Final = {role: number for number, role in ROLES.items()}
 REASON_NAMES: Final = {number: reason for reason, number in REASONS.items()}
-OPTIONS: Final = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed")
+OPTIONS: Final = (
+    "max_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "repetition_penalty",
+    "seed",
+    "beams",
+    "length_penalty",
+)
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:

@@ -16,7 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from runtime.errors import EngineError, InvalidInput
-from runtime.language.decoding import Rules, Sampling, Span, choose, process
+from runtime.language.choice import choose
+from runtime.language.processors import process
+from runtime.language.sampling import Bounds, Rules, Sampling
 
 VOCABULARY = 50
 
@@ -147,19 +149,19 @@ def library() -> LlamaForCausalLM:
     )
 
 
-def processors(library: LlamaForCausalLM, sampling: Sampling, span: Span) -> LogitsProcessorList:
+def processors(library: LlamaForCausalLM, sampling: Sampling, bounds: Bounds) -> LogitsProcessorList:
     """What transformers' generate applies with these settings."""
     ruled = sampling.rules.model_dump(mode="json")
     ruled |= {name: None for name in ("sequence_bias", "bad_words_ids", "forced_eos_token_id") if not ruled[name]}
     config = GenerationConfig(
         **ruled, do_sample=sampling.temperature != 0, temperature=float(sampling.temperature) or 1.0,
         top_k=sampling.top_k,
-        top_p=sampling.top_p, repetition_penalty=float(sampling.repetition_penalty), max_length=span.longest,
-        eos_token_id=list(span.ends),
+        top_p=sampling.top_p, repetition_penalty=float(sampling.repetition_penalty), max_length=bounds.longest,
+        eos_token_id=list(bounds.ends),
     )  # fmt: skip
     library._prepare_special_tokens(config, True, device="cpu")
     found: LogitsProcessorList = library._get_logits_processor(
-        generation_config=config, input_ids_seq_length=span.prompt, device="cpu"
+        generation_config=config, input_ids_seq_length=bounds.prompt, device="cpu"
     )
     return found
 
@@ -186,28 +188,30 @@ def test_rules_equal_transformers(
         not rules.forced_eos_token_id or set(rules.forced_eos_token_id) - set(rules.suppress_tokens)
     )  # the library refuses that
     logits = np.random.default_rng(seed).normal(0, 3, VOCABULARY).astype(np.float32)
-    span = Span(min(prompt, len(tokens)), len(tokens) + 1 + seed % 3, ENDS)
+    bounds = Bounds(min(prompt, len(tokens)), len(tokens) + 1 + seed % 3, ENDS)
     sampling = Sampling(temperature, top_k, top_p, penalty, rules)
-    got = process(logits, tokens, sampling, span)
+    got = process(logits, tokens, sampling, bounds)
     assume(np.isfinite(got.max()))  # else there is nothing to choose, and the library fails
-    wanted = processors(library, sampling, span)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[0].numpy()
+    wanted = processors(library, sampling, bounds)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[0].numpy()
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_a_token_is_forced_behind_a_prompt_of_one_token(library: LlamaForCausalLM) -> None:
-    logits, span = np.arange(VOCABULARY, dtype=np.float32), Span(1, 9, ENDS)
+    logits, bounds = np.arange(VOCABULARY, dtype=np.float32), Bounds(1, 9, ENDS)
     sampling = Sampling(rules=Rules(forced_bos_token_id=7))
     for tokens in ([4], [4, 5]):
-        wanted = processors(library, sampling, span)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[0].numpy()
-        np.testing.assert_array_equal(process(logits, tokens, sampling, span), wanted)
+        wanted = processors(library, sampling, bounds)(torch.LongTensor([tokens]), torch.tensor(logits[None]))[
+            0
+        ].numpy()
+        np.testing.assert_array_equal(process(logits, tokens, sampling, bounds), wanted)
 
 
 def test_values_that_are_no_numbers_may_be_removed(library: LlamaForCausalLM) -> None:
     logits = np.array([np.nan, np.inf, -np.inf, 1, *[0] * (VOCABULARY - 4)], np.float32)
-    sampling, span = Sampling(rules=Rules(remove_invalid_values=True)), Span(1, 9, ENDS)
-    wanted = processors(library, sampling, span)(torch.LongTensor([[4]]), torch.tensor(logits[None]))[0].numpy()
-    np.testing.assert_array_equal(process(logits, [4], sampling, span), wanted)
-    assert choose(logits, [4], sampling, np.random.default_rng(0), span) == 1
+    sampling, bounds = Sampling(rules=Rules(remove_invalid_values=True)), Bounds(1, 9, ENDS)
+    wanted = processors(library, sampling, bounds)(torch.LongTensor([[4]]), torch.tensor(logits[None]))[0].numpy()
+    np.testing.assert_array_equal(process(logits, [4], sampling, bounds), wanted)
+    assert choose(logits, [4], sampling, np.random.default_rng(0), bounds) == 1
 
 
 def test_rules_that_leave_no_token_are_an_engine_error() -> None:

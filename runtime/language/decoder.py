@@ -1,0 +1,96 @@
+"""A decoder's calls, and what it holds of a sequence. Of the device side, this file alone names its tensors and those
+of the token embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import TypeVar
+
+import numpy as np
+
+from runtime.bundle.signature import Array
+from runtime.engine import Slot
+from runtime.language.processors import Scores
+from runtime.pipeline import Call, Event, Outputs
+
+T = TypeVar("T")
+Step = Generator[Call | Event, Outputs | None, T]
+"""A part of a pipeline that results in a T."""
+
+
+@dataclass
+class Conversation:
+    """What the decoder already holds of a conversation: pass the same one for each turn, and only what is new is
+    computed.
+
+    `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content
+    (see `runtime.language.vision`). A turn that shares no beginning with the one before simply starts anew. One request
+    at a time may use it.
+    """
+
+    slot: Slot = field(default_factory=Slot)
+    held: list[int] = field(default_factory=list)
+
+    def shared(self, keys: Sequence[int]) -> int:
+        """How many positions at the beginning are the same."""
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.held, keys, strict=False)))
+
+    def fork(self) -> Conversation:
+        """A copy to be continued from the next call on, whose `origin` is this conversation's slot."""
+        return Conversation(Slot(), list(self.held))
+
+
+def run(call: Call) -> Step[Outputs]:
+    outputs = yield call
+    assert outputs is not None, "a driver answers a call with its outputs"
+    return outputs
+
+
+def embed(ids: Sequence[int]) -> Step[Array]:
+    """Embeddings [1, sequence, hidden] of tokens."""
+    outputs = yield from run(Call("token_embedding", {"input_ids": np.array([ids], np.int64)}))
+    return outputs["inputs_embeds"]
+
+
+def decode(
+    embeds: Array,
+    keys: Sequence[int],
+    conversation: Conversation,
+    keep: int | None = None,
+    origin: Slot | None = None,
+) -> Step[Scores]:
+    """Feed embeddings [1, sequence, hidden] behind what the conversation holds; the logits [vocab] of the last."""
+    past = len(conversation.held)
+    total = past + len(keys)
+    inputs = {
+        "inputs_embeds": embeds,
+        "attention_mask": np.ones((1, total), np.int64),
+        "position_ids": np.arange(past, total, dtype=np.int64)[None],
+    }
+    outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, origin))
+    # Only now: if the call was abandoned, the next turn trims the slot to what is known.
+    conversation.held.extend(keys)
+    return np.asarray(outputs["logits"][0, -1], np.float32)
+
+
+def decode_token(token: int, conversation: Conversation, origin: Slot | None = None) -> Step[Scores]:
+    """`decode` of one token."""
+    embeds = yield from embed([token])
+    return (yield from decode(embeds, [token], conversation, origin=origin))
+
+
+def prefill(embeds: Array, keys: Sequence[int], conversation: Conversation, shared: int, chunk: int) -> Step[Scores]:
+    """Bring the decoder from the first `shared` positions of what the conversation holds to the end of these, in calls
+    of at most `chunk` (0: one call).
+    """
+    if not shared:
+        conversation.slot = Slot()
+    conversation.held, keep = conversation.held[:shared], shared or None
+    for start in range(0, len(keys), chunk or len(keys)):
+        piece = slice(start, start + (chunk or len(keys)))
+        logits = yield from decode(embeds[:, piece], keys[piece], conversation, keep)
+        keep = None
+    return logits
