@@ -2,16 +2,19 @@
 
     import enginecast
 
-    enginecast.build("./my-checkpoint", "bundles/mine", quant="int8")          # needs the extra "export"
+    # Build a bundle. Needs the extra "export".
+    enginecast.build("./my-checkpoint", "bundles/mine", quant="int8")
 
-    with enginecast.load("bundles/mine") as model:                             # in this process
+    # Run it in this process.
+    with enginecast.load("bundles/mine") as model:
         model.generate("a red fox in the snow", steps=20).save("fox.png")
 
-    with enginecast.Client("127.0.0.1:50051", model="mine") as client:         # on a server
+    # Or call a server that has it.
+    with enginecast.Client("127.0.0.1:50051", model="mine") as client:
         client.generate("a red fox in the snow", steps=20).save("fox.png")
 
-`Model` and `Client` have the same methods. Each request can be waited for, iterated, and used with asyncio: see
-`Stream`. Everything that is raised on purpose is an `EnginecastError`.
+`Model` and `Client` have the same methods. They wait for a result, yield its events, or work with asyncio: see
+`Stream`. All errors that are raised on purpose are subclasses of `EnginecastError`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class BuildOptions(TypedDict, total=False):
     """Options of a build besides its target and quantization. The defaults are those of `enginecast build`."""
 
     name: str
-    """What clients call the model. Default: the source's name."""
+    """Name of the model for clients. Default: the source's name."""
     parity: str
     """Comparison of each graph with the library's own model: "auto", "full" (all weights) or "twin" (fewer layers)."""
     calibration: Path | None
@@ -27,21 +27,21 @@ class BuildOptions(TypedDict, total=False):
     speed: str
     """Time the quantized model beside the float one and PyTorch: "auto" (up to 256 MB), "full" or "none"."""
     agreement: str
-    """Compare what each target compiled with the model's graph: "auto" (up to 1 GB of weights), "full" or "none"."""
+    """Compare each compiled target with the model's graph: "auto" (up to 1 GB of weights), "full" or "none"."""
     allow_low_quality: bool
     """Keep a bundle that falls below the floors."""
     max_drop: float
-    """Of quant "auto": points of the score, or dB below int8 where there is no score. Default: 1."""
+    """For quant "auto": allowed drop in points of the score, or in dB below int8 if there is no score. Default: 1."""
     compute: str
-    """What targets may compute in where that is measured to do no harm: "auto", "float32", "float16", "bfloat16"."""
+    """Precision of the computation where measurements allow it: "auto", "float32", "float16", "bfloat16"."""
     block: int
-    """Of quant "int4": inputs that share a scale, 32, 64 or 128."""
+    """For quant "int4": number of inputs that share a scale, 32, 64 or 128."""
     strip_canonical: bool
-    """Leave out graphs and weights; for targets alone whose engines hold all they need."""
+    """Leave out graphs and weights. Only for targets whose engines hold all they need."""
     settings: Mapping[str, Mapping[str, str]]
-    """Each target's own settings, by the target's name."""
+    """Settings of targets, by target and name."""
     force: bool
-    """Replace another bundle that lies at the output."""
+    """Replace another bundle in the output folder."""
 
 
 def build(
@@ -64,9 +64,9 @@ def build(
         source: Checkpoint folder in diffusers or transformers layout, a hub id, or "sample:shapes-diffusion" and
             "sample:shapes-vlm".
         output: Folder of the bundle.
-        targets: Engines to compile for; "auto" is every one that can be compiled here.
-        quant: "none", "int8", "int8-weight", "int4", "fp8", "fp16", "bf16", or "auto" (what `max_drop` allows).
-        optimize: Of quant "auto": the smallest model within `max_drop`, or the one with the least work.
+        targets: Engines to compile for; "auto" stands for all that can be compiled here.
+        quant: "none", "int8", "int8-weight", "int4", "fp8", "fp16", "bf16", or "auto" (limited by `max_drop`).
+        optimize: For quant "auto": find the smallest model within `max_drop`, or the one with the least computation.
         progress: Called when a step begins, about once a second while it runs, and when it ends (`seconds` is then a
             number). `eta` is the estimated seconds that all remaining steps take.
         options: See `BuildOptions`.
@@ -78,7 +78,7 @@ def build(
         ParityError: A graph does not reproduce the checkpoint.
         QualityError: The quantized model falls below the floors.
         EngineError: A target failed to compile.
-        ResourceExhausted: Disk or memory does not suffice.
+        ResourceExhausted: There is not enough memory or disk space.
     """
     try:
         from export.build.build import build as run

@@ -1,6 +1,4 @@
-"""The top of every command: a mistake of the user is one line on standard error and an exit code, a bug of ours keeps
-its traceback.
-"""
+"""Runs a command: a mistake of the user becomes one line on standard error and an exit code, a bug a traceback."""
 
 from __future__ import annotations
 
@@ -18,20 +16,20 @@ from runtime.files import file_error
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
 BUG: Final = 70
-"""Exit codes: what shells report of SIGINT and SIGPIPE, and EX_SOFTWARE of sysexits.h."""
+"""Exit codes: those of shells for SIGINT and SIGPIPE, and EX_SOFTWARE of sysexits.h."""
 
 
 def run(app: Callable[[], object], interrupted: str = "") -> NoReturn:
-    """Run a command and exit with its code. `interrupted` is said when Ctrl-C ended it.
+    """Run a command and exit with its code. The text `interrupted` is printed when Ctrl-C ends it.
 
-    Standard streams may be closed, full, or unable to show a character: that is reported, or the character is escaped.
+    Closed or full standard streams are reported. Characters that a stream cannot show are escaped.
     """
     _prepare_streams()
     try:
         try:
             app()
         finally:
-            _flush()  # a full disk shows here, not while Python shuts down
+            _flush()  # reports a full disk here, not while Python shuts down
     except KeyboardInterrupt:
         _exit(INTERRUPTED, interrupted)
     except BrokenPipeError:
@@ -49,18 +47,18 @@ def run(app: Callable[[], object], interrupted: str = "") -> NoReturn:
 
 
 def expected(error: Exception) -> EnginecastError | None:
-    """An error as one of ours where the user or the machine is its cause; None where it can only be a bug."""
+    """The error as an EnginecastError if the user or the machine caused it; None for a bug."""
     if isinstance(error, EnginecastError):
         return error
     if isinstance(error, OSError):
         return file_error(error)
     if isinstance(error, MemoryError):
-        return ResourceExhausted(f"there is not enough memory ({error}): free some, or ask for less at once")
+        return ResourceExhausted(f"there is not enough memory ({error}): free some, or request less at once")
     return None
 
 
 def _prepare_streams() -> None:
-    """Open standard streams that are closed, so that no file gets their numbers, and let none fail over a character."""
+    """Open closed standard streams, so that no file gets their descriptors, and escape characters they cannot show."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
@@ -70,8 +68,8 @@ def _prepare_streams() -> None:
 
 
 def _flush() -> None:
-    """Write what standard output still holds. Where that fails, it is given up: Python would try again, and fail, while
-    it shuts down.
+    """Flush standard output. If that fails, replace it by the null device: Python would flush again while it shuts
+    down.
     """
     try:
         sys.stdout.flush()
@@ -82,7 +80,7 @@ def _flush() -> None:
 
 
 def _exit(code: int, message: str = "") -> NoReturn:
-    with suppress(OSError):  # nobody can be told
+    with suppress(OSError):  # standard error is closed
         if message:
             print(message, file=sys.stderr, flush=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""The one exception tree. Every message says what failed, what was expected and what to do.
+"""The exceptions of this program. Every message says what failed, what was expected and what to do.
 
     EnginecastError
     ├── InvalidInput              a request or argument is wrong; `field` names it
@@ -6,18 +6,18 @@
     ├── NotFound                  no such model, bundle, file or submodel
     ├── SourceError               a checkpoint cannot be read or is damaged
     │   └── UnsupportedModel      no family knows this architecture
-    ├── ParityError               a converted submodel is not faithful to its source
-    ├── QualityError              a quantized model is worse than its recipe allows
+    ├── ParityError               a converted submodel does not reproduce its source
+    ├── QualityError              a quantized model is worse than its floors allow
     ├── BundleError               a bundle is damaged or of another schema
     ├── EngineError               an engine failed to compile, load or run
     │   └── EngineUnavailable     no usable engine; every tried target's reason is listed
     ├── MissingDependency         an optional package is not installed; names the extra
     ├── ResourceExhausted         disk, memory or queue is full
     ├── Unavailable               the model is still loading, or the server is stopping
-    ├── DeadlineExceeded          the time given to a request is over
+    ├── DeadlineExceeded          the timeout of a request is over
     └── Cancelled                 the caller stopped the work
 
-User mistakes raise from this tree and are shown without a traceback; `assert` is for our own bugs.
+Mistakes of users raise one of these and are shown without a traceback; `assert` is for bugs of the program.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from typing import Final
 
 
 class EnginecastError(Exception):
-    """Base of everything this project raises on purpose. `exit_code` is what the command line returns."""
+    """Base class of all errors that enginecast raises on purpose. `exit_code` is that of the command line."""
 
     exit_code = 1
 
 
 class InvalidInput(EnginecastError):
-    """A value the caller gave is outside what is accepted. `field` is its name as the caller knows it, `reason` the
+    """A value from the caller is not accepted. `field` is its name in the request or on the command line, `reason` the
     rest of the message.
     """
 
@@ -51,13 +51,13 @@ class ContextLengthExceeded(InvalidInput):
 
 
 class NotFound(EnginecastError):
-    """Something named does not exist."""
+    """A model, bundle, file or submodel of this name does not exist."""
 
     exit_code = 3
 
 
 class SourceError(EnginecastError):
-    """A checkpoint is missing, damaged or of a refused kind."""
+    """A checkpoint is missing, damaged or in a refused format."""
 
     exit_code = 4
 
@@ -67,13 +67,13 @@ class UnsupportedModel(SourceError):
 
 
 class ParityError(EnginecastError):
-    """A submodel's ONNX graph does not reproduce the source within the floor."""
+    """A submodel's ONNX graph does not reproduce the source model within the tolerance."""
 
     exit_code = 5
 
 
 class QualityError(EnginecastError):
-    """A quantized model is further from its source than the floors of its recipe allow."""
+    """A quantized model differs more from its source than the floors of its quantization allow."""
 
     exit_code = 5
 
@@ -95,9 +95,7 @@ class EngineUnavailable(EngineError):
 
 
 class MissingDependency(EnginecastError):
-    """An optional package is needed. The message names the extra that installs it, and why one that is installed cannot
-    be imported.
-    """
+    """An optional package is missing or cannot be imported. The message names the extra that installs it."""
 
     exit_code = 8
 
@@ -119,29 +117,29 @@ class ResourceExhausted(EnginecastError):
 
 
 class Unavailable(EnginecastError):
-    """Not now: the model is loading or the server is stopping. Trying again later may succeed."""
+    """The model is loading or the server is stopping. Trying again later may succeed."""
 
     exit_code = 10
 
 
 class DeadlineExceeded(EnginecastError):
-    """The time that the caller gave a request is over."""
+    """The timeout of a request is over."""
 
     exit_code = 11
 
 
 class Cancelled(EnginecastError):
-    """The caller stopped the work, or left."""
+    """The caller stopped the work or disconnected."""
 
     exit_code = 130
 
 
 SHOWN: Final = 100
-"""Characters of a name that a message quotes, and that are compared with known names."""
+"""The most characters of a name that messages quote. Longer names are not compared with known ones."""
 
 
 def quoted(name: str) -> str:
-    """A name as messages show it: in quotes, its control characters escaped, at most SHOWN characters of it."""
+    """A name for a message: in quotes, with control characters escaped, at most SHOWN characters of it."""
     shown = "".join(
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name[:SHOWN]
     )
@@ -152,5 +150,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The known names as a phrase, the nearest one first: "did you mean 'int8'? (known: int4, int8, none)"."""
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5) if len(name) <= SHOWN else []
-    asked = f"did you mean '{near[0]}'? " if near else ""
-    return f"{asked}(known: {', '.join(names)})"
+    question = f"did you mean '{near[0]}'? " if near else ""
+    return f"{question}(known: {', '.join(names)})"

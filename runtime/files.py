@@ -1,8 +1,4 @@
-"""Files that are whole or not there: written under another name first, in folders that vanish with the process that
-fills them.
-
-And files that are read: regular ones alone, of a bounded size. What the system says of a file, in our words.
-"""
+"""Writing files and folders atomically, reading regular files of bounded size, and explaining errors of the system."""
 
 from __future__ import annotations
 
@@ -41,7 +37,7 @@ ADVICE: Final = {
     errno.EMFILE: "Allow more open files (ulimit -n)",
     errno.ENOMEM: "Free some memory",
 }
-"""What to do where the system refuses, by its number; where nothing is said, the number's own words say enough."""
+"""Advice by errno. Other errors are clear from the system's own message."""
 CACHE_ADVICE: Final = "Set ENGINECAST_CACHE to a folder that this user can write, with room"
 JANITOR: Final = """
 import pathlib, shutil, sys
@@ -53,14 +49,14 @@ for pattern in patterns:
     for found in path.parent.glob(path.name):
         found.unlink(missing_ok=True)
 """
-"""Waits for the end of its input, which also comes when the process is killed, and removes the folder and files like
-these patterns.
+"""Waits for the end of its input, which also comes when the parent process is killed, then removes the folder and all
+files that match the patterns.
 """
 
 
 @contextmanager
 def written(path: Path) -> Iterator[BinaryIO]:
-    """A file that has its name only once it is complete. Raises ResourceExhausted when the disk is full."""
+    """Write a file that gets its name only when it is complete. Raises ResourceExhausted if the disk is full."""
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
@@ -78,10 +74,9 @@ def written(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def vanishing(parent: Path, prefix: str, *patterns: str) -> Iterator[Path]:
-    """A new folder in `parent` that is gone when the block ends, however it ends, SIGKILL included, unless it was
-    renamed.
+    """A new folder in `parent` that is removed when the block ends, even by SIGKILL, unless it was renamed.
 
-    So are files whose paths match `patterns`. Raises OSError when the folder cannot be made.
+    Files whose paths match `patterns` are removed too. Raises OSError if the folder cannot be made.
     """
     folder = Path(mkdtemp(prefix=prefix, dir=parent))
     janitor = subprocess.Popen(
@@ -94,14 +89,13 @@ def vanishing(parent: Path, prefix: str, *patterns: str) -> Iterator[Path]:
 
 
 class TooLarge(OSError):
-    """A file has more bytes than any of its kind."""
+    """A file is larger than valid files of its kind."""
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read. Raises OSError, also for what is none: a pipe waits for a writer, a device may never
-    end.
+    """Open a regular file for reading. Raises OSError, also for pipes and devices, which could block or never end.
 
-    What was exchanged since it was looked at is not waited for, and looked at again.
+    The file is checked again after opening, which does not block: it may have been replaced meanwhile.
     """
     _require_regular(path, path.stat())
     descriptor = os.open(
@@ -122,9 +116,7 @@ def _require_regular(path: Path, found: os.stat_result) -> None:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file. Raises OSError, also where it has more than `limit` bytes, of which no more are
-    read.
-    """
+    """The content of a regular file. Raises OSError, also if it has more than `limit` bytes."""
     with open_regular(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
@@ -133,7 +125,7 @@ def read_regular(path: Path, limit: int) -> bytes:
 
 
 def strict_json(content: bytes) -> Any:
-    """What JSON says (RFC 8259, UTF-8). Raises ValueError for what readers take differently: a name twice, NaN,
+    """Parse JSON (RFC 8259, UTF-8). Raises ValueError for content that parsers treat differently: a repeated name, NaN,
     infinity, deep nesting.
     """
     try:
@@ -182,19 +174,19 @@ OTHERS: Final[tuple[tuple[tuple[bytes, ...], str], ...]] = (
         "is a GGUF file, which holds weights that are quantized already: take the checkpoint that it was made from",
     ),
 )
-"""What files hold in place of what their names say, by how they begin (in lower case)."""
+"""Wrong contents of files, by their first bytes (in lower case)."""
 
 
 def other_content(head: bytes) -> str:
-    """What a file that begins so is, in place of JSON, text or safetensors, and what to do; empty where it is none of
-    what is known.
+    """Describe a file with these first bytes that is not JSON, text or safetensors, with advice; "" if it is none of
+    `OTHERS`.
     """
     beginning = head.lstrip()[:64].lower()
     return next((what for starts, what in OTHERS if beginning.startswith(starts)), "")
 
 
 def file_error(error: OSError) -> EnginecastError:
-    """What the system said of a file, as an error of ours: which file, what was wrong, what to do."""
+    """Convert an error of the system about a file: which file, what was wrong, what to do."""
     names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
     reason = error.strerror or str(error) or type(error).__name__
     if isinstance(error, FileNotFoundError) and not names:
@@ -214,8 +206,8 @@ def _in_cache(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $ENGINECAST_CACHE, else the user's cache folder. Raises InvalidInput where
-    there is neither.
+    """The cache folder, whose content can be made again: $ENGINECAST_CACHE, else the user's cache folder. Raises
+    InvalidInput if there is neither.
     """
     if chosen := os.environ.get("ENGINECAST_CACHE"):
         return Path(chosen)

@@ -1,8 +1,7 @@
-"""Every limit of a request, each declared once: what it bounds, how much, in what unit, and why. `docs/limits.md` lists
-them.
+"""The limits of requests. Each is declared once, with its value, unit and reason. `docs/limits.md` lists them.
 
-A limit is checked by length or count, before the value is tokenized, decoded, hashed or compared with anything. What
-depends on the model (its context, its picture sizes) is checked by its pipeline, behind these.
+Lengths and counts are checked before a value is tokenized, decoded, hashed or compared. Limits of the model (its
+context, its picture sizes) are checked later, by its pipeline.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from typing import Final
 from runtime.errors import InvalidInput
 
 LIMITS: Final[list[Limit]] = []
-"""All of them, in the order of their declaration."""
+"""All limits, in the order of their declaration."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """At most `most` (and, of numbers, at least `least`) of `unit`. `fields` are those of the protocol it is about."""
+    """At most `most` of `unit`, and for numbers at least `least`. `fields` lists the limited fields of messages."""
 
     name: str
     most: int
@@ -32,16 +31,16 @@ class Limit:
         LIMITS.append(self)
 
     def length(self, field: str, value: Sized) -> None:
-        """Raise InvalidInput naming `field` when the value is too long."""
+        """Raise InvalidInput that names `field` if the value is too long."""
         self.count(field, len(value))
 
     def count(self, field: str, count: int) -> None:
-        """Raise InvalidInput naming `field` when it has more than `most`."""
+        """Raise InvalidInput that names `field` if the count is above `most`."""
         if count > self.most:
             raise InvalidInput(field, f"has {count:,} {self.unit}, expected at most {self.most:,}")
 
     def number(self, field: str, value: float) -> None:
-        """Raise InvalidInput naming `field` unless the value is a number from `least` to `most`."""
+        """Raise InvalidInput that names `field` unless the value is a number from `least` to `most`."""
         least = self.least or 0
         if not least <= value <= self.most:  # false of NaN too
             raise InvalidInput(field, f"is {value}, expected {least} to {self.most}")
@@ -49,32 +48,30 @@ class Limit:
 
 IMAGE, CHAT = "GenerateRequest", "ChatRequest"
 
-# The message as it arrives.
-MESSAGE: Final = Limit(
-    "message", 20 << 20, "bytes", "pictures travel in chat requests: one of the largest size, or several of a camera"
-)
+# Messages, before they are parsed.
+MESSAGE: Final = Limit("message", 20 << 20, "bytes", "room for one picture of the largest size, or several photographs")
 FIELDS: Final = Limit(
     "fields of a message",
     10_000,
-    "fields, those of nested messages included",
-    "an empty part takes 2 bytes to send and 50 to hold",
+    "fields, including those of nested messages",
+    "an empty part has 2 bytes on the wire and 50 in memory",
 )
 ARRIVAL: Final = Limit(
-    "arrival of a message", 30, "seconds from the beginning of the call", "a message that never ends holds memory"
+    "arrival of a message", 30, "seconds from the start of the call", "an unfinished message occupies memory"
 )
-METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's own default; none is read")
+METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default; the server reads no metadata")
 
 # Fields.
 MODEL_NAME: Final = Limit(
-    "model name", 200, "characters", "names are compared with those served",
+    "model name", 200, "characters", "long enough for every name",
     (f"{IMAGE}.model", f"{CHAT}.model", *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")),
         "HealthCheckRequest.service"),
 )  # fmt: skip
 NAME: Final = Limit(
-    "target, sampler", 64, "characters", "compared with those known", ("LoadModelRequest.target", f"{IMAGE}.sampler")
+    "target, sampler", 64, "characters", "long enough for every name", ("LoadModelRequest.target", f"{IMAGE}.sampler")
 )
 GRACE: Final = Limit(
-    "grace period", 3600, "seconds", "unloading ends some time", ("UnloadModelRequest.grace_seconds",), least=0
+    "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
 )
 PROMPT: Final = Limit(
     "prompt, negative prompt",
@@ -83,92 +80,91 @@ PROMPT: Final = Limit(
     "text encoders read 77 tokens",
     (f"{IMAGE}.prompt", f"{IMAGE}.negative_prompt"),
 )
-STEPS: Final = Limit(
-    "steps", 1000, "steps", "the timesteps that diffusion models are trained on", (f"{IMAGE}.steps",), least=1
-)
+STEPS: Final = Limit("steps", 1000, "steps", "the training timesteps of diffusion models", (f"{IMAGE}.steps",), least=1)
 IMAGES: Final = Limit("images", 64, "pictures", "of one request", (f"{IMAGE}.images",), least=1)
 ALL_STEPS: Final = Limit(
     "steps times images",
     4000,
     "steps",
-    "one request may not hold the engine for a day",
+    "one request must not occupy the engine for hours",
     (f"{IMAGE}.steps", f"{IMAGE}.images"),
 )
-PREVIEW_EVERY: Final = Limit("preview_every", 1000, "steps", "as many as steps", (f"{IMAGE}.preview_every",), least=0)
+PREVIEW_EVERY: Final = Limit("preview_every", 1000, "steps", "the limit of steps", (f"{IMAGE}.preview_every",), least=0)
 GUIDANCE: Final = Limit(
-    "guidance_scale", 50, "(a factor)", "beyond it pictures saturate", (f"{IMAGE}.guidance_scale",), least=0
+    "guidance_scale", 50, "(a factor)", "larger values saturate pictures", (f"{IMAGE}.guidance_scale",), least=0
 )
-ETA: Final = Limit("eta", 1, "(a factor)", "1 is as noisy as DDPM", (f"{IMAGE}.eta",), least=0)
+ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
 EDGE: Final = Limit(
-    "width, height", 65_536, "pixels", "a model's own range, which `INVALID_ARGUMENT` states, is far below",
+    "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
     (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,
 )  # fmt: skip
 IMAGE_SEED: Final = Limit(
     "seed of pictures",
     2**63 - 1,
-    "(a number, images - 1 less)",
-    "picture n is drawn from seed + n",
+    "(minus images, plus 1)",
+    "picture n has the seed `seed + n`",
     (f"{IMAGE}.seed",),
     least=0,
 )
-SEED: Final = Limit("seed of an answer", 2**64 - 1, "(a number)", "what the field holds", (f"{CHAT}.seed",), least=0)
+SEED: Final = Limit("seed of an answer", 2**64 - 1, "(a number)", "the range of the field", (f"{CHAT}.seed",), least=0)
 MESSAGES: Final = Limit(
-    "messages", 1000, "messages", "templates are rendered over all of them", (f"{CHAT}.messages", "Message.role")
+    "messages", 1000, "messages", "a chat template renders all of them", (f"{CHAT}.messages", "Message.role")
 )
-PARTS: Final = Limit("parts", 2000, "parts of all messages", "as messages", ("Message.parts",))
+PARTS: Final = Limit("parts", 2000, "parts of all messages", "a chat template renders all of them", ("Message.parts",))
 TEXT: Final = Limit(
     "text",
     100_000,
     "characters of all parts",
-    "some 25,000 tokens; tokenizing takes 200 bytes and a microsecond for each byte",
+    "about 25,000 tokens; tokenizing needs 200 bytes and a microsecond for each byte",
     ("Part.text",),
 )
 PICTURES: Final = Limit(
     "pictures",
     32,
     "pictures of all messages",
-    "they are encoded together, and each takes tokens of the context",
+    "they are encoded together, and each needs tokens of the context",
     ("Part.image",),
 )
-PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "photographs of cameras", ("Part.image",))
+PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", ("Part.image",))
 PICTURE_PIXELS: Final = Limit(
     "pixels of a picture",
     64_000_000,
     "pixels",
-    "read from the header; one picture at a time is decoded",
+    "read from the header; the server decodes one picture at a time",
     ("Part.image",),
 )
 DECODED: Final = Limit(
-    "a decoded picture", 192 << 20, "bytes of memory to decode it in",
-    "4 a pixel of RGB files, 5 of grey ones, 8 with transparency or turned by EXIF, 8 of HEIC, 12 of WebP and AVIF",
+    "a decoded picture", 192 << 20, "bytes of memory",
+    "a pixel needs 4 bytes in RGB files, 5 in grey ones, 8 with transparency or EXIF rotation, 8 in HEIC, 12 in WebP "
+    "and AVIF",
     ("Part.image",),
 )  # fmt: skip
 RESIZED_PIXELS: Final = Limit(
     "pixels of a resized picture",
     8_000_000,
     "pixels",
-    "a strip whose short edge gets the model's size becomes very long",
+    "a narrow picture becomes very long when its short edge is resized to the model's size",
     ("Part.image",),
 )
 REQUEST_PIXELS: Final = Limit(
     "pixels of all pictures",
     256_000_000,
     "pixels",
-    "read from the headers; decoding takes a second per 64 million",
+    "read from the headers; decoding 64 million takes a second",
     ("Part.image",),
 )
-STOPS: Final = Limit(
-    "stop strings", 16, "strings", "each is looked for in every piece of the answer", (f"{CHAT}.stop",)
+STOPS: Final = Limit("stop strings", 16, "strings", "each is searched in every piece of the answer", (f"{CHAT}.stop",))
+STOP: Final = Limit(
+    "stop string", 500, "characters", "as much text may be held back before it is sent", (f"{CHAT}.stop",)
 )
-STOP: Final = Limit("stop string", 500, "characters", "as much text may be held back", (f"{CHAT}.stop",))
 MAX_TOKENS: Final = Limit(
-    "max_tokens", 1_000_000, "tokens", "the model's context is below", (f"{CHAT}.max_tokens",), least=1
+    "max_tokens", 1_000_000, "tokens", "models have a smaller context", (f"{CHAT}.max_tokens",), least=1
 )
 TEMPERATURE: Final = Limit(
     "temperature",
     100,
     "(a divisor; 0, or at least 0.01)",
-    "beyond it all tokens are alike",
+    "larger values make all tokens equally likely",
     (f"{CHAT}.temperature",),
     least=0,
 )
@@ -176,7 +172,7 @@ TOP_K: Final = Limit(
     "top_k",
     2**32 - 1,
     "tokens",
-    "what the field holds; beyond the vocabulary it has no effect",
+    "the range of the field; values above the vocabulary's size have no effect",
     (f"{CHAT}.top_k",),
     least=0,
 )
@@ -192,39 +188,28 @@ LENGTH_PENALTY: Final = Limit(
     "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
 )
 
-# What clients take of the server.
-CALLS: Final = Limit("calls at once", 4000, "calls of all clients", "each holds some memory while it waits")
-CONNECTION_CALLS: Final = Limit("calls at once on a connection", 1000, "calls", "further ones wait in the client")
-ARRIVING: Final = Limit("messages arriving at once on a connection", 4, "messages", "further ones wait unread")
+# The server's resources.
+CALLS: Final = Limit("calls at once", 4000, "calls of all clients", "each needs some memory while it waits")
+CONNECTION_CALLS: Final = Limit("calls at once on a connection", 1000, "calls", "others wait in the client")
+ARRIVING: Final = Limit("messages arriving at once on a connection", 4, "messages", "others wait unread")
 CHECKED: Final = Limit(
-    "requests checked at once of a connection", 1, "requests", "tokenizing a long text takes a part of a second"
+    "requests checked at once for a connection", 1, "request", "tokenizing a long text takes a fraction of a second"
 )
-CHECKS: Final = Limit("requests checked at once", 2, "requests of all clients", "as above")
+CHECKS: Final = Limit("requests checked at once", 2, "requests of all clients", "checking uses the processor")
 WAITING_BYTES: Final = Limit(
-    "pictures waiting", 128 << 20, "bytes of the files of all requests", "they are kept until it is their turn"
+    "pictures waiting", 128 << 20, "bytes of the files of all requests", "they stay in memory until their request runs"
 )
 UNREAD: Final = Limit(
-    "answers unread", 30, "seconds until the request is cancelled", "a reader that stands still may not hold the engine"
+    "answers unread",
+    30,
+    "seconds until the request is cancelled",
+    "a client that does not read must not block the engine",
 )
 UNREAD_BYTES: Final = Limit(
     "pictures unread",
     32 << 20,
     "bytes of the pictures of a request",
-    "older previews are left out, and drawing waits to be read",
+    "above it, older previews are dropped, and drawing waits for the client",
 )
-VANISHED: Final = Limit("a client that vanished", 30, "seconds until its requests are cancelled", "pings go unanswered")
-ERROR_TEXT: Final = Limit("error message", 1000, "characters", "it travels in trailers of 8 KiB, percent-encoded")
-
-
-def table() -> str:
-    """All limits as a Markdown table: `docs/limits.md`."""
-    rows = [f"| {one.name} | {_shown(one)} | {one.unit} | {one.why} | {_fields(one)} |" for one in LIMITS]
-    return "\n".join(["| Limit | Value | Unit | Why | Fields |", "|---|---|---|---|---|", *rows]) + "\n"
-
-
-def _shown(limit: Limit) -> str:
-    return f"{limit.most:,}" if limit.least is None else f"{limit.least:,} to {limit.most:,}"
-
-
-def _fields(limit: Limit) -> str:
-    return ", ".join(f"`{field}`" for field in limit.fields)
+VANISHED: Final = Limit("a lost client", 30, "seconds until its requests are cancelled", "it does not answer pings")
+ERROR_TEXT: Final = Limit("error message", 1000, "characters", "percent-encoded, it must fit into trailers of 8 KiB")

@@ -1,4 +1,4 @@
-"""What is found by listing a folder: a new module there is known everywhere, no list names it."""
+"""Finds plugins by listing a package: a new module in its folder is found without being registered."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packages that only some machines have: vendor SDKs on the device side, graph tools on the build side."""
+"""Imports optional packages: vendor SDKs on the device side, graph tools on the build side."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from runtime.errors import MissingDependency
 
 
 def require(package: str, extra: str) -> Any:
-    """Import a package by name. Raises MissingDependency naming the extra that installs it, or why it cannot be
-    imported.
+    """Import a package by name. Raises MissingDependency that names the extra to install, or the error of the import.
 
-    A vendor's SDK without its libraries fails in an import of its own, or with the system's error.
+    An SDK whose native libraries are missing fails in one of its own imports or with an error of the system.
     """
     try:
         return importlib.import_module(package)

@@ -1,12 +1,11 @@
-"""What a pipeline is: a generator that yields engine calls and events, and is sent each call's outputs.
+"""A pipeline is a generator that yields engine calls and events. Each call's outputs are sent back to it.
 
     def pipeline() -> Pipeline:
         hidden = yield Call("text_encoder", {"input_ids": ids})
         yield Progress(step=1, total=20)
 
-It never touches an engine. `drive` runs the calls of one pipeline, `tap` looks at them on their way; a server may
-gather the calls of many into batches.
-Closing the generator cancels the work at the next call.
+A pipeline holds no engine. `drive` runs the calls of one pipeline, `tap` observes them; a server may batch the calls of
+many. Closing the generator cancels the work before the next call.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ Outputs = dict[str, Array]
 
 @dataclass(frozen=True)
 class Call:
-    """Run a submodel on these inputs. `slot` names the states to use; `keep` forgets those beyond that many positions
-    first. A new slot may continue from what another holds, its `origin`. Of a decoder, outputs are those of the `last`
-    so many new positions.
+    """Run a submodel on these inputs. `slot` holds the states (KV caches) to use. `keep` first truncates them to this
+    number of positions. A new slot can start as a copy of another one, its `origin`. A decoder returns outputs for the
+    `last` new positions.
     """
 
     submodel: str
@@ -43,22 +42,22 @@ class Call:
 
 
 class Event:
-    """Something that a pipeline reports: base of `Progress`, and of the events in `runtime/tasks/`.
+    """A report of a pipeline: base class of `Progress` and of the events in `runtime/tasks/`.
 
-    `output` says that it carries a part of the result.
+    `output` is true for events with a part of the result.
     """
 
     output: ClassVar[bool] = False
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the pictures that it holds."""
+        """Bytes of the pictures in the event."""
         return 0
 
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """`step` of `total` is done. `preview` is a uint8 RGB picture [height, width, 3] when asked for."""
+    """`step` of `total` is done. `preview` is a uint8 RGB picture [height, width, 3] if the request wants previews."""
 
     step: int
     total: int
@@ -74,9 +73,9 @@ Pipeline = Generator[Call | Event, Outputs | None, None]
 
 @dataclass(frozen=True)
 class Example:
-    """A small request that a pipeline's model should answer. `what` names what is special about it, as in "a picture".
+    """A small request to try a model with. `what` describes it in messages, as in "a picture".
 
-    A model that refuses an `optional` one can be used all the same.
+    A model that refuses an `optional` example can be used anyway.
     """
 
     what: str
@@ -85,9 +84,9 @@ class Example:
 
 
 class ModelPipeline(ABC):
-    """An algorithm that answers the requests of one model: one class per file in `runtime/pipelines/`.
+    """An algorithm that runs the requests of one model. Each file in `runtime/pipelines/` has one subclass.
 
-    `name` is what `Manifest.pipeline` says, `task` the name of the task whose requests it answers.
+    `name` is the value of `Manifest.pipeline`, `task` the name of the task whose requests it runs.
     """
 
     name: ClassVar[str]
@@ -96,30 +95,26 @@ class ModelPipeline(ABC):
     @classmethod
     @abstractmethod
     def open(cls, root: Path, config: Mapping[str, Any]) -> Self:
-        """From the folder of the model's own files and `Manifest.config`. Raises BundleError when they do not fit."""
+        """Open a bundle's pipeline from its folder and `Manifest.config`. Raises BundleError if they do not fit."""
 
     @property
     @abstractmethod
     def origins(self) -> Mapping[str, str]:
-        """What makes each input of the submodels, by the input's name: the file and its field, or another submodel. For
-        messages.
-        """
+        """The origin of each input of the submodels, by name, for messages: a field of a file, or another submodel."""
 
     @abstractmethod
     def examples(self) -> Iterator[Example]:
-        """Requests to try a model with before it is built: together they use everything that can be wrong with the
-        model's files.
-        """
+        """Requests to try a model with before it is built. Together they use all of the model's files."""
 
     def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
-        """Make no call whose inputs take more bytes than there is room for, by submodel, where the algorithm can cut
-        them. Returns sentences on what is done otherwise then.
+        """Split calls whose inputs have more bytes than `room` allows, by submodel, if the algorithm can. Returns notes
+        on the difference that this makes.
         """
         return ()
 
     @abstractmethod
     def __call__(self, request: Any, /) -> Pipeline:
-        """The generator that answers. Raises InvalidInput."""
+        """Check a request and return the generator that runs it. Raises InvalidInput."""
 
 
 @cache
@@ -135,13 +130,13 @@ def pipelines() -> dict[str, type[ModelPipeline]]:
 
 
 class Engines(Protocol):
-    """Whatever maps a submodel's name to its engine."""
+    """Maps a submodel's name to its engine."""
 
     def __getitem__(self, submodel: str, /) -> Engine: ...
 
 
 def run_call(engines: Engines, call: Call) -> Outputs:
-    """Execute one call on its engine."""
+    """Run one call on its engine."""
     engine = engines[call.submodel]
     if call.slot is not None and call.origin is not None:
         engine.copy(call.origin, call.slot)
@@ -153,12 +148,12 @@ def run_call(engines: Engines, call: Call) -> Outputs:
 
 
 def drive(pipeline: Pipeline, engines: Engines) -> Generator[Event, None, None]:
-    """Run a pipeline alone: execute its calls, pass on its events. Closing this generator closes the pipeline."""
+    """Run the calls of one pipeline and yield its events. Closing this generator closes the pipeline."""
     return answer(pipeline, partial(run_call, engines))
 
 
 def answer(pipeline: Pipeline, execute: Callable[[Call], Outputs]) -> Generator[Event, None, None]:
-    """`drive` with any function in place of engines: it gives each call's outputs."""
+    """`drive` with a function in place of engines: `execute` returns the outputs of a call."""
     outputs: Outputs | None = None
     with closing(pipeline), suppress(StopIteration):
         while True:
@@ -171,7 +166,7 @@ def answer(pipeline: Pipeline, execute: Callable[[Call], Outputs]) -> Generator[
 
 
 def tap(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
-    """The same pipeline, for any driver: `seen` gets every call with its outputs, and gives what the pipeline gets."""
+    """Wrap a pipeline: `seen` is called with every call and its outputs, and returns the outputs for the pipeline."""
     outputs: Outputs | None = None
     with closing(pipeline), suppress(StopIteration):
         while True:

@@ -1,4 +1,4 @@
-"""Settings given as texts, as a command line has them, checked by a model of theirs."""
+"""Settings whose values are texts, as on a command line, checked by a pydantic model."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ T = TypeVar("T", bound="Texts")
 
 
 class Texts(BaseModel):
-    """Settings given as texts, as a command line has them."""
+    """Base class of settings whose values are texts, as on a command line."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @classmethod
     def parse(cls: type[T], settings: Mapping[str, str]) -> T:
-        """Settings from texts. Raises InvalidInput naming the one that is wrong."""
+        """Parse settings. Raises InvalidInput that names the first invalid one."""
         try:
             return cls.model_validate(dict(settings))
         except ValidationError as error:

@@ -1,7 +1,7 @@
-"""Nothing here calls home. Libraries that report their use are told not to, before any of them is imported.
+"""Switches the telemetry of libraries off, before any of them is imported.
 
 `runtime/__init__.py` calls `keep_silent`, and every other package imports `runtime` first. Child processes inherit the
-variables.
+environment variables.
 """
 
 from __future__ import annotations
@@ -25,19 +25,18 @@ SILENT: Final[Mapping[str, str]] = {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "NNCF_CI": "1",  # NNCF has no other switch
 }
-"""Environment variables. A user's own value is replaced: any other would send something, or keep it to be sent later.
-"""
+"""Environment variables. They replace values of the user, because any other value would enable telemetry."""
 BLOCKED: Final = ("openvino_telemetry",)
-"""Packages whose only purpose is to report. OpenVINO's tools and NNCF work without them."""
+"""Packages for telemetry alone. OpenVINO's tools and NNCF work without them."""
 TORCH_CACHE: Final = "TORCHINDUCTOR_CACHE_DIR"
-"""Where torch makes a folder when it is imported: by default among the temporary files. A user's own value is kept."""
+"""The folder that torch makes on import, by default among the temporary files. A value of the user is kept."""
 
 
 def keep_silent() -> None:
-    """Change the environment of this process, and let imports of the blocked packages fail. Call it before libraries
-    are imported.
+    """Set the environment variables and make imports of the blocked packages fail. Call it before libraries are
+    imported.
     """
     os.environ.update(SILENT)
     sys.modules.update(dict.fromkeys(BLOCKED))  # type: ignore[arg-type]  # None: imports raise ModuleNotFoundError
-    with suppress(EnginecastError):  # there is no cache folder; what needs one says so
+    with suppress(EnginecastError):  # there is no cache folder; code that needs one raises
         os.environ.setdefault(TORCH_CACHE, str(cache_folder() / "torch"))

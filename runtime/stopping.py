@@ -1,8 +1,8 @@
-"""An end within seconds of SIGINT or SIGTERM, also out of native code that does not return to Python for minutes.
+"""Ends the process within seconds of SIGINT or SIGTERM, even during native code that runs for minutes.
 
-Python's own handlers run on the main thread between two of its instructions: not while an engine compiles or a large
-product is computed. The C handler, however, writes the signal's number to a file descriptor at once, and a thread that
-waits for that needs no other one.
+Python's signal handlers run on the main thread between two bytecode instructions, so not while an engine compiles. The
+C handler, however, writes the signal's number to a file descriptor at once (signal.set_wakeup_fd), and a second thread
+reads it.
 """
 
 from __future__ import annotations
@@ -18,45 +18,43 @@ from types import FrameType
 from typing import Final, NoReturn
 
 GRACE: Final = 2.0
-"""Seconds that the main thread gets to leave what it does in order."""
+"""Seconds that the main thread gets to clean up."""
 AGAIN: Final = 0.1
-"""Seconds after which a signal that the main thread has not seen is sent to it again."""
+"""Seconds after which a signal is sent again if the main thread has not handled it."""
 STOPPING: Final = threading.Event()
-"""Set once a signal has come: nothing more is to be printed."""
+"""Set when a signal has arrived: nothing more is printed then."""
 SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
 def stoppable(result: str = "nothing was written") -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise SystemExit(128 + number) on the main thread.
+    """In this block, SIGINT and SIGTERM raise SystemExit(128 + number) on the main thread.
 
-    The process ends with this code once that has left the block, or GRACE seconds later if it has not: Python's own way
-    out takes longer than all the rest where large libraries are loaded. What then lies half done is left to the
-    janitors of `runtime.files.vanishing`. `result` is said on standard error, after the reason. On another thread than
-    the main one nothing is changed.
+    The process ends with this code when the block has been left, or GRACE seconds later, without Python's own shutdown,
+    which is slow with large libraries loaded. `runtime.files.vanishing` removes unfinished files even then. `result` is
+    printed on standard error after the reason. Does nothing on other threads than the main one.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    heard = threading.Event()
+    handled = threading.Event()
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        heard.set()
+        handled.set()
         raise SystemExit(128 + number)
 
-    heeded = [
-        number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN
-    ]  # as of jobs in the background
-    before = {number: signal.signal(number, leave) for number in heeded}
+    # Signals of background jobs are ignored, and stay so.
+    watched = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, leave) for number in watched}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    watcher = threading.Thread(target=_watch, args=(reader, heard, result), daemon=True)
+    watcher = threading.Thread(target=_watch, args=(reader, handled, result), daemon=True)
     watcher.start()
     try:
         yield
     except SystemExit as end:
-        if heard.is_set() and isinstance(end.code, int):
+        if handled.is_set() and isinstance(end.code, int):
             _end(end.code)
         raise
     finally:
@@ -74,8 +72,8 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _watch(reader: int, heard: threading.Event, result: str) -> None:
-    """Wait for a signal, or for the end of what is watched, which closes the other end of the pipe."""
+def _watch(reader: int, handled: threading.Event, result: str) -> None:
+    """Wait for a signal, or for the end of the block, which closes the other end of the pipe."""
     number = next((received[0] for received in iter(lambda: os.read(reader, 1), b"") if received[0] in SIGNALS), None)
     if number is None:
         return
@@ -86,6 +84,6 @@ def _watch(reader: int, heard: threading.Event, result: str) -> None:
     end = time.monotonic() + GRACE
     while time.monotonic() < end:
         time.sleep(AGAIN)
-        if not heard.is_set():  # it came just before a call that waits, and did not interrupt it
+        if not handled.is_set():  # the signal arrived just before a blocking call and did not interrupt it
             signal.pthread_kill(threading.main_thread().ident or 0, number)
     _end(128 + number)

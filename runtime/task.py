@@ -1,8 +1,8 @@
-"""What a task is: the work that a caller requests, whatever algorithm does it. A bundle names both.
+"""A task is the kind of work that a caller requests, such as drawing pictures, independent of the algorithm that does
+it. A bundle names both.
 
-One file per task in `runtime/tasks/`, found by listing the folder: its request, its defaults and the events of its
-result. What depends on the task elsewhere, such as its messages over gRPC, lies in a file of the same name in the
-`tasks` folder of that layer.
+Each task is a file in `runtime/tasks/`, found by listing the folder, with its request, its defaults and the events of
+its result. Other layers have a file with the same name in their own `tasks` folder, such as its messages over gRPC.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from runtime.listing import modules
 
 
 class Request:
-    """What a caller wants done: base of every task's request. `task` is the task's name."""
+    """Base class of the requests of all tasks. `task` is the task's name."""
 
     task: ClassVar[str]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the files that it holds while it waits."""
+        """Bytes of the files in the request, which are in memory while it waits."""
         return 0
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task: the class of its requests, and the verb that its commands and methods are named by.
+    """A task: the class of its requests, and the verb that names its command and methods.
 
     A file in `runtime/tasks/` declares one as `TASK`.
     """
@@ -50,7 +50,7 @@ def tasks() -> dict[str, Task]:
 
 
 def task(name: str) -> Task:
-    """The task of that name. Raises BundleError with the nearest name."""
+    """The task with this name. Raises BundleError with the nearest name."""
     if name not in tasks():
         raise BundleError(f"the task {quoted(name)} is not known to this program: {did_you_mean(name, tasks())}")
     return tasks()[name]

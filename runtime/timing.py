@@ -1,4 +1,4 @@
-"""Taking times: in turns, with their spread. Knows neither models nor engines."""
+"""Measures times in turns, with their spread. Independent of models and engines."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtime.bundle.manifest import Frozen
 
 T = TypeVar("T")
 LEAST: Final = 3
-"""Turns that make a median and quartiles of sorts."""
+"""The fewest turns for a rough median and quartiles."""
 
 
 class Spread(Frozen):
-    """Median and spread of repeated measurements of one thing, all in one unit."""
+    """Median, quartiles and extremes of repeated measurements in one unit."""
 
     repetitions: int = Field(ge=1)
     minimum: float
@@ -54,10 +54,10 @@ def turns(
     done: Callable[[int], None] = lambda turn: None,
     budget: float = math.inf,
 ) -> list[list[T]]:
-    """What each measurement gives, taken in turns (A B C A B C) `repeat` times after one turn that does not count.
+    """The results of measurements taken in turns (A B C A B C), `repeat` times after one warm-up turn.
 
-    A machine's speed drifts with its load and its heat: what is measured in turns drifts alike. `done` hears each
-    turn's number, from 0. Once `budget` seconds have passed, `LEAST` turns that count are enough.
+    A machine's speed drifts with its load and temperature; measurements in turns drift alike. `done` is called with the
+    number of each turn, from 0. After `budget` seconds, `LEAST` turns besides the warm-up are enough.
     """
     rounds: list[list[T]] = []
     end = time.perf_counter() + budget
@@ -68,7 +68,7 @@ def turns(
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long it takes."""
+    """Seconds of wall clock that `work` takes."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

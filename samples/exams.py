@@ -26,6 +26,8 @@ from samples.world.questions import draw_scene, scene_questions, test_questions
 from samples.world.scenes import Scene, held_out, picture_scenes, render, test_prompts
 from samples.world.scoring import score_answer, score_picture
 
+__all__ = ["Pictures", "Questions"]  # the entry points
+
 ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
 """In what a picture can be wrong, as `samples.world.scoring` names it."""
 TRIES: Final = 4

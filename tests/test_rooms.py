@@ -1,5 +1,5 @@
 """A family, a target, a pipeline and a task are one file each: here they come from tests/toy/ alone, and a bundle is
-built of the family for the target, loaded and asked.
+built of the family for the target, loaded and called.
 """
 
 from __future__ import annotations

@@ -40,6 +40,12 @@ def test_no_text_calls_the_shells_builtin() -> None:
     assert not [f"{name}: {found[0]}" for name, text in texts() for found in wrong.finditer(" ".join(text.split()))]
 
 
+def test_lines_have_up_to_120_characters() -> None:
+    """Of documents and interfaces. Ruff checks Python."""
+    long = {(name, line) for name, text in texts() for line in text.splitlines() if len(line) > 120}
+    assert not {(name, line) for name, line in long if name.endswith((".md", ".proto", ".toml"))}
+
+
 def test_every_command_that_is_named_exists() -> None:
     named = re.compile(r"(?:`|^ {4}(?:\$ )?)enginecast ([a-z][a-z-]*)(?=[ `\n])", re.MULTILINE)
     found = {

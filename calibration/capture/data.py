@@ -14,10 +14,10 @@ from typing import Any, Final
 import numpy as np
 
 from calibration.capture.recording import Inputs, Quota, Recorder, count_positions
-from calibration.capture.sets import CalibrationSet, Samples
+from calibration.capture.sets import CalibrationSet
 from calibration.ground.progress import each, followed
 from calibration.ground.progress import reused as mark_reused
-from calibration.requests.requests import Asked, Requests, accepted, built_in
+from calibration.requests.requests import Asked, Requests, accepted
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput, NotFound, SourceError
@@ -44,14 +44,6 @@ class Done:
     name: str
     seconds: float | None = None
     reused: bool = False
-
-
-def capture(model: LoadedModel, limit: int = SAMPLES, seed: int = 0) -> Samples:
-    """Run a float model on its built-in requests; the inputs that each submodel got, at most `limit` calls
-    of each.
-    """
-    requests = built_in(model.task, seed, model.bundle.manifest.source.fingerprint)
-    return record(model, requests, limit=limit, seed=seed).samples
 
 
 def record(

@@ -1,4 +1,4 @@
-"""Fakes to test programs with that use enginecast: no model, no bundle and no compiled engine is needed.
+"""Fakes for testing programs that use enginecast. They need no model, bundle or compiled engine.
 
 from enginecast.testing import FakeServer
 
@@ -18,7 +18,7 @@ __all__ = ["FakeAnswers", "FakeEngine", "FakeModel", "FakeServer", "fake_model"]
 
 
 def fake_model(fake: FakeModel | None = None) -> Model:
-    """What `enginecast.load` returns, over a fake: it draws grey pictures, or with `FakeAnswers()` answers "a red
-    círcle".
+    """A `Model` as from `enginecast.load`, with a fake behind it. It draws grey pictures; with `FakeAnswers()` it
+    answers "a red círcle".
     """
     return Model(fake or FakeModel())

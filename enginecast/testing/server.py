@@ -1,4 +1,4 @@
-"""A model whose steps a test lets through one by one, and a server on loopback that serves two of them."""
+"""A fake model whose steps a test can release one by one, and a server on loopback with two of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, decoded
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
-from serving.host.models import Limits, ModelHost
+from serving.host.models import ModelHost
+from serving.host.offers import Limits
 
 T = TypeVar("T")
 WORDS: Final = ("a ", "red ", "círcle")
 
 
 def bundle(folder: Path, name: str) -> Bundle:
-    """A bundle with a manifest and nothing else."""
+    """A bundle that has only a manifest."""
     root = folder / name
     root.mkdir()
     source = Source(name=name, family="fake", architecture="Fake", fingerprint="")
@@ -49,14 +50,14 @@ def bundle(folder: Path, name: str) -> Bundle:
 
 
 class FakeModel:
-    """Draws grey pictures, one engine call per step. While `hold` is called, each step waits for `let`."""
+    """Draws grey pictures with one engine call per step. After `hold`, each step waits for `let`."""
 
     task = ImageRequest.task
     target = "fake"
     device = "none"
     notes: tuple[str, ...] = ()
     picture: Picture = np.full((8, 16, 3), 127, np.uint8)
-    """What it draws."""
+    """The picture that it draws."""
 
     def __init__(self) -> None:
         self.engine = FakeEngine(self._step)
@@ -73,7 +74,7 @@ class FakeModel:
         self._permits: threading.Semaphore | None = None
         self.failure: Exception | None = None
         self.successor: FakeModel | Exception | None = None
-        """What is loaded in its place when it is found broken: another model, or why none can be."""
+        """Makes the model broken: the model that is loaded in its place, or the error of loading."""
 
     @property
     def calls(self) -> int:
@@ -85,12 +86,12 @@ class FakeModel:
         self._permits = threading.Semaphore(0)
 
     def let(self, steps: int) -> None:
-        """Let so many steps through."""
+        """Release this many steps."""
         assert self._permits is not None
         self._permits.release(steps)
 
     def release(self) -> None:
-        """End what `hold` began."""
+        """Release all steps and undo `hold`."""
         permits, self._permits = self._permits, None
         if permits is not None:
             permits.release(1000)
@@ -132,7 +133,7 @@ class FakeModel:
 
 
 class FakeAnswers(FakeModel):
-    """Answers with WORDS instead."""
+    """A fake chat model that answers with WORDS."""
 
     task = ChatRequest.task
 
@@ -146,10 +147,10 @@ class FakeAnswers(FakeModel):
 
 
 class FakeServer:
-    """A server at `address` on loopback, in a thread of its own, with a fake diffusion model "draw" and a fake chat
-    model "talk". Models are loaded on request; with `ready`, both are from the start.
+    """A server at `address` on loopback, in its own thread, with a fake diffusion model "draw" and a fake chat model
+    "talk". Models are loaded on request; with `ready`, both are loaded at the start.
 
-    `folder` is an empty one for the fake bundles, `options` are those of gRPC. A `with` block ends it.
+    `folder` is an empty folder for the fake bundles, `options` are gRPC options. A `with` block stops the server.
     """
 
     def __init__(
@@ -189,7 +190,7 @@ class FakeServer:
 
     def _load(self, bundle: Bundle | Path, target: str | None) -> FakeModel:
         assert self.load_gate.wait(20)
-        name = bundle.name  # of the opened bundle, or of a folder where it could not be opened
+        name = bundle.name  # `bundle` is a folder if the bundle could not be opened
         self.loads.append((name, target))
         if self.load_failure is not None:
             raise self.load_failure
@@ -203,7 +204,7 @@ class FakeServer:
 
     @property
     def draw(self) -> FakeModel:
-        """The model that draws."""
+        """The fake diffusion model."""
         return self.models["draw"]
 
     def stop(self, grace: float = 5) -> None:
@@ -213,14 +214,14 @@ class FakeServer:
             self.do(self.server.stop(grace))
 
     async def _finish(self) -> None:
-        """Let RPCs that were cancelled last come to their end before the loop does."""
+        """Wait for the end of cancelled RPCs before the loop stops."""
         others = asyncio.all_tasks() - {asyncio.current_task()}
         if others:
             await asyncio.wait(others, timeout=1)
         await self._loop.shutdown_asyncgens()
 
     def end(self) -> None:
-        """Let all steps through, stop the server and its thread."""
+        """Release all steps, stop the server and its thread."""
         for model in self.models.values():
             model.release()
         self.client.close()

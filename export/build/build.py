@@ -33,7 +33,7 @@ from export.build.state import Build, finish, part_graph, place
 from export.checkpoint.source import check_finite
 from export.checks import parity
 from export.family import Part
-from export.finished.agreement import Reference, agree, told
+from export.finished.agreement import Reference, agree, summary
 from export.finished.artifacts import remove_graphs
 from export.graph import weights as graph
 from export.report.baseline import compare_speed
@@ -214,7 +214,7 @@ def _agreed(
     for artifact in artifacts:
         with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
             found.append(agree(target(artifact.target), references[artifact.submodel], artifact))
-            notes.append(told(found[-1]))
+            notes.append(summary(found[-1]))
     (folder / MANIFEST).unlink()
     return found
 

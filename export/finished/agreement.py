@@ -1,9 +1,9 @@
-"""Whether what a target compiled computes what the canonical graph says: run here, by the target itself or by what
-emulates its device.
+"""Compares the outputs of a compiled target with those of the canonical graph. The target runs on this machine, or an
+emulation of it.
 
-Reference is the canonical graph, unoptimised, on ONNX Runtime. Int8 layers round their inputs, so the least difference
-of order moves some of them by a whole code: figures of 30 to 50 dB are two equal engines then, and float graphs have
-100 and more.
+The reference is the canonical graph on ONNX Runtime without optimizations. Int8 layers round their inputs, so a
+different order of operations moves some of them by a whole step: two correct engines then agree to 30 to 50 dB. Float
+graphs agree to 100 dB and more.
 """
 
 from __future__ import annotations
@@ -25,19 +25,21 @@ from runtime.engine import Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable
 
 FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
-"""Least ratio in dB, by what a submodel computes in. Wrong graphs have less than 10 dB: see decision 11."""
+"""Least signal-to-noise ratio in dB by precision. Wrong graphs have less than 10 dB: see decision 11."""
 REACH: Final = 128
-"""Positions that a sample goes up to. What a model does beyond is compared on its twin, whose windows are shorter."""
+"""The most positions of a sample. Longer attention windows are tested on the reduced model, whose windows are
+shorter.
+"""
 POSITIONS: Final = (8, 1, 1)
-"""New positions of each call of a decoder: a prompt and two steps behind it. Where attention is limited to a window,
-more go beyond it.
+"""New positions of each call of a decoder: a prompt and two decoding steps. Further calls exceed the attention window,
+if there is one.
 """
 
 
 class Reference:
-    """What the canonical graph of a submodel of the bundle at `root` gives, computed once for however many targets.
+    """The outputs of a submodel's canonical graph in the bundle at `root`, computed once for all targets.
 
-    It gets what was captured of it, where there is such of usual lengths, else likely values, which int8 may clip.
+    Its inputs are captured ones of the usual lengths if there are any, else random values, which int8 may clip.
     """
 
     def __init__(self, submodel: Submodel, root: Path, captured: Sequence[Mapping[str, Array]] = ()) -> None:
@@ -46,16 +48,16 @@ class Reference:
 
     @cached_property
     def calls(self) -> list[tuple[dict[str, Array], dict[str, Array]]]:
-        """Inputs and outputs of every call; those of a decoder go on in one slot."""
+        """Inputs and outputs of every call. The calls of a decoder use one slot."""
         slot = Slot() if self.submodel.signature.states else None
         with closing(LeanEngine.load(self.submodel, self.root, Options())) as engine:
             return [(inputs, engine.run(inputs, slot)) for inputs in _calls(self.submodel.signature, self._captured)]
 
 
 def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Artifact:
-    """The artifact of the reference's submodel, with what was found of it, or why it could not be computed here.
+    """Compare an artifact with the reference. Returns it with the result, or with the reason why it cannot run here.
 
-    Raises EngineError when it does not compute what the canonical graph says.
+    Raises EngineError if the outputs differ too much.
     """
     submodel = reference.submodel
     try:
@@ -68,16 +70,15 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
     least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
-            f"what {engine.target} compiled of {submodel.name} does not compute what its graph says: {found.tensor} "
-            "has "
+            f"the {engine.target} engine of {submodel.name} does not compute what its graph says: {found.tensor} has "
             f"{found.snr_db:.1f} dB on {found.device}, expected at least {least:.0f}. Build for another target, and "
             "please report this"
         )
     return artifact.model_copy(update={"agreement": found})
 
 
-def told(artifact: Artifact) -> str:
-    """What `agree` found, in short."""
+def summary(artifact: Artifact) -> str:
+    """The result of `agree` in a few words."""
     return f"{artifact.agreement.snr_db:.0f} dB" if artifact.agreement else artifact.unchecked
 
 
@@ -95,7 +96,7 @@ def _compare(emulated: Engine, reference: Reference) -> Agreement:
 
 
 def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
-    """Inputs of usual lengths, one row; of a decoder, a prompt and what follows."""
+    """Inputs of usual lengths with batch 1; for a decoder, a prompt and further calls."""
     rng = np.random.default_rng(0)
     usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
     for call in captured if not signature.states else ():

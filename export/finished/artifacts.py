@@ -1,9 +1,9 @@
-"""What a finished bundle gains or loses: an engine for another target, its canonical graphs, its signature. And what it
-weighs.
+"""Changes of a finished bundle: adding engines for another target, removing its canonical graphs, renewing its
+signature.
 
-A bundle changes by one rename, that of its manifest: files that are new lie there before, those no longer needed go
-after. Killed at any moment it is the old bundle or the new one, whole; at worst there are files besides that no
-manifest knows, which `Bundle.unknown_files` names and the next change removes.
+A bundle changes by renaming its new manifest over the old one. New files are written before, old files are removed
+after. If the process is killed at any moment, the bundle is the old or the new one, complete. It may have left unlisted
+files, which `Bundle.unknown_files` returns and the next change removes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Final
 from filelock import FileLock, Timeout
 
 from calibration.quantize.layers import RECIPES
-from export.finished.agreement import Reference, agree, told
+from export.finished.agreement import Reference, agree, summary
 from export.report.progress import Listener, Progress, ProgressStep
 from runtime.bundle.manifest import MANIFEST, SIGNATURE, Artifact, Bundle, Manifest, Submodel, sha256
 from runtime.bundle.signing import private_key, sign
@@ -33,7 +33,7 @@ TRIES: Final = 50
 SECONDS_BETWEEN_TRIES: Final = 0.1
 AUTO: Final = "auto"
 CHECKED_BYTES: Final = 1 << 30
-"""Engines of bundles with weights up to this size are compared with their graphs when they are added; beyond, that
+"""Engines added to bundles with at most this many bytes of weights are compared with their graphs. For larger ones that
 takes minutes.
 """
 TOO_LARGE: Final = "it was added to a bundle of more than 1 GiB of weights, where comparing takes long"
@@ -41,13 +41,13 @@ TOO_LARGE: Final = "it was added to a bundle of more than 1 GiB of weights, wher
 
 @dataclass(frozen=True)
 class Signed:
-    """What becomes of a signature, which a change makes void: `key` signs anew, `drop` leaves the bundle unsigned."""
+    """What to do with a signature that a change invalidates: `key` signs again, `drop` leaves the bundle unsigned."""
 
     key: Path | None = None
     drop: bool = False
 
     def check(self, bundle: Bundle) -> None:
-        """Before any work: raise InvalidInput where neither was chosen, or the key is none."""
+        """Raise InvalidInput if the bundle is signed and neither was chosen, or if the key is invalid."""
         if self.key is not None:
             private_key(self.key)
         elif (bundle.root / SIGNATURE).exists() and not self.drop:
@@ -59,18 +59,14 @@ class Signed:
 
 
 def every_target(quant: str = "none") -> tuple[str, ...]:
-    """The targets that can be compiled for on this machine and have kernels for what a recipe makes of layers, best
-    first.
-    """
+    """The targets that can be compiled on this machine and have kernels for a recipe's layers, by preference."""
     needed = RECIPES[quant].precisions if quant in RECIPES else frozenset[str]()
     found = {name: engine.available() for name, engine in targets().items() if needed <= engine.precisions}
     return tuple(name for name, one in found.items() if one.usable or one.compiles)
 
 
 def resolve_targets(names: Sequence[str], quant: str = "none") -> tuple[str, ...]:
-    """The targets as named, with "auto" as every one that can be compiled here. Raises EngineUnavailable when that is
-    none.
-    """
+    """The named targets; "auto" stands for all that can be compiled here. Raises EngineUnavailable if none can."""
     found = [name for one in names for name in (every_target(quant) if one == AUTO else (one,))]
     if not found:
         raise EngineUnavailable(f"no target can be compiled here for --quant {quant}: see `enginecast targets`")
@@ -84,11 +80,11 @@ def add_target(
     signed: Signed | None = None,
     listen: Listener = lambda report: None,
 ) -> tuple[Bundle, tuple[Artifact, ...]]:
-    """Compile a bundle's canonical graphs for one more target, or for one more kind of machine; return it and what is
-    new.
+    """Compile a bundle's canonical graphs for one more target or one more kind of machine. Returns the bundle and its
+    new artifacts.
 
-    What was compiled before under the same key is replaced. Raises NotFound, BundleError, InvalidInput, EngineError or
-    ResourceExhausted; the bundle is then as it was.
+    Artifacts with the same key are replaced. Raises NotFound, BundleError, InvalidInput, EngineError or
+    ResourceExhausted; the bundle is unchanged then.
     """
     signed, settings = signed or Signed(), settings or {}
     with _changing(root) as bundle:
@@ -115,8 +111,8 @@ def add_target(
 
 @contextmanager
 def _changing(root: Path) -> Iterator[Bundle]:
-    """The bundle, changed by this process alone. Raises Unavailable where another changes it, ResourceExhausted where
-    it cannot be.
+    """The bundle, locked for changes. Raises Unavailable if another process changes it, ResourceExhausted if it cannot
+    be written.
     """
     bundle = Bundle(root)
     lock = FileLock(cache_folder() / f"{key_of(str(root.resolve()))}.lock")
@@ -141,7 +137,7 @@ def _changing(root: Path) -> Iterator[Bundle]:
 
 
 def _remove_unfinished(root: Path) -> None:
-    """What a killed change left, which its own janitor may be removing just now."""
+    """Remove the files of a killed change. Its own janitor process may be removing them at the same time."""
     for _ in range(TRIES):
         left = list(root.glob(f"{UNFINISHED}*"))
         for folder in left:
@@ -152,7 +148,7 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _compiler(bundle: Bundle, name: str) -> type[Engine]:
-    """The target, if it can compile here what the bundle holds."""
+    """The target, if it can compile the bundle's graphs here. Raises EngineUnavailable, InvalidInput, BundleError."""
     engine, manifest = target(name), bundle.manifest
     found = engine.available()
     if not (found.usable or found.compiles):
@@ -178,10 +174,9 @@ def _compile(
 def _checked(
     engine: type[Engine], bundle: Bundle, folder: Path, artifacts: list[Artifact], progress: Progress
 ) -> list[Artifact]:
-    """The artifacts, each with how near it is to the canonical graph. Raises EngineError when one computes something
-    else.
+    """The artifacts with the results of their comparison. Raises EngineError if one does not agree with its graph.
 
-    `folder` has what was compiled, and gets what else engines expect of a bundle: a manifest, and the graphs as links.
+    `folder` has the compiled files. A manifest and links to the graphs are added, which engines expect in a bundle.
     """
     submodels = bundle.manifest.submodels
     for top in {PurePosixPath(part.graph).parts[0] for part in submodels}:
@@ -196,16 +191,15 @@ def _checked(
                 if small
                 else artifact.model_copy(update={"unchecked": TOO_LARGE})
             )
-            notes.append(told(one))
+            notes.append(summary(one))
             found.append(one)
     return found
 
 
 def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], signed: Signed) -> None:
-    """Move what was made to its place and let a new manifest know it.
+    """Move the compiled files into the bundle and write its new manifest.
 
-    Its place is engines/<target>, or where the bundle has something there a folder in it, named by a hash of what is in
-    it.
+    The files go to engines/<target>, or to a folder in it that is named by their hash if the bundle has engines there.
     """
     manifest, root = bundle.manifest, bundle.root
     hashes = {path.relative_to(made).as_posix(): sha256(path) for path in sorted(made.rglob("*")) if path.is_file()}
@@ -225,7 +219,7 @@ def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], si
     after = before | {str(place / inside / path): found for path, found in hashes.items()}
     if hashes and not all(str(place / inside / path) in manifest.files for path in hashes):
         final = root / place / inside
-        shutil.rmtree(final, ignore_errors=True)  # of a change that was killed: the manifest knows nothing there
+        shutil.rmtree(final, ignore_errors=True)  # left by a killed change: the manifest lists nothing there
         final.parent.mkdir(parents=True, exist_ok=True)
         made.rename(final)
     _swap(
@@ -234,9 +228,7 @@ def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], si
 
 
 def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
-    """Give the bundle another manifest, by one rename; remove the files that it no longer knows, and see to the
-    signature.
-    """
+    """Replace the manifest by one rename, remove files that it no longer lists, and sign again if requested."""
     root = bundle.root
     if Bundle(root).content != bundle.content:
         raise BundleError(f"{root} was changed by another program meanwhile: try again")
@@ -261,9 +253,9 @@ def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
 
 
 def check_strippable(artifacts: Sequence[Artifact], submodels: Sequence[str]) -> None:
-    """Raise InvalidInput unless everything compiled can do without canonical graphs, and everything is compiled.
+    """Raise InvalidInput unless every submodel is compiled and no artifact needs the canonical graphs.
 
-    Before a build has artifacts, those with the target's settings as their key stand for them.
+    Before a build has artifacts, it passes ones whose key is the target's settings.
     """
     readers = dict.fromkeys(
         one.target for one in artifacts if one.target not in targets() or target(one.target).reads_graph(one)
@@ -272,8 +264,7 @@ def check_strippable(artifacts: Sequence[Artifact], submodels: Sequence[str]) ->
         raise InvalidInput(
             "strip-canonical",
             f"leaves out graphs and weights that are read when these targets are loaded: {', '.join(readers)}. Keep "
-            "them, or build for "
-            "targets alone whose engines hold all they need, such as tensorrt-rtx",
+            "them, or build only for targets whose engines hold all they need, such as tensorrt-rtx",
         )
     compiled = {one.submodel for one in artifacts}
     missing = [name for name in submodels if name not in compiled]
@@ -284,7 +275,9 @@ def check_strippable(artifacts: Sequence[Artifact], submodels: Sequence[str]) ->
 
 
 def remove_graphs(folder: Path, submodels: Sequence[Submodel], artifacts: Sequence[Artifact]) -> None:
-    """Of a bundle that is being built, before its files are hashed. Raises InvalidInput where a target needs them."""
+    """Remove the graphs of a bundle during a build, before its files are hashed. Raises InvalidInput if a target needs
+    them.
+    """
     check_strippable(artifacts, [submodel.name for submodel in submodels])
     for submodel in submodels:
         graphs = (folder / submodel.graph).parent
@@ -294,9 +287,9 @@ def remove_graphs(folder: Path, submodels: Sequence[Submodel], artifacts: Sequen
 
 
 def strip(root: Path, signed: Signed | None = None) -> tuple[Bundle, int]:
-    """Remove a bundle's canonical graphs and weights; return it and the bytes that this freed, 0 where there were none.
+    """Remove a bundle's canonical graphs and weights. Returns the bundle and the freed bytes, 0 if it had no graphs.
 
-    What is left runs where its engines fit, and nowhere else. Raises NotFound, BundleError, InvalidInput or
+    The bundle then runs only on machines that its engines fit. Raises NotFound, BundleError, InvalidInput or
     ResourceExhausted.
     """
     signed = signed or Signed()

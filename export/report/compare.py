@@ -22,7 +22,7 @@ from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 
 Samples = Mapping[str, Sequence[Mapping[str, Array]]]
-"""Inputs of each submodel, one mapping a call: what `calibration.capture.data.capture` gives."""
+"""Captured inputs of each submodel, one mapping for each call (`CalibrationSet.samples`)."""
 
 
 def measure(

@@ -1,14 +1,14 @@
-"""Choices whose best value depends on the processor: timed once on the device, and kept in the user's cache.
+"""Choices whose best value depends on the processor: timed once on the device and stored in the user's cache.
 
-Attention in bfloat16 makes a step 13 % faster on one processor and 24 % slower on another, and no list of instruction
-sets says which. An engine declares a `Choice` for what it can do in several ways, and prepares a representative part of
-a submodel in each of them. This module times the parts in turns, decides, and remembers:
+Attention in bfloat16 makes a step 13 % faster on one processor and 24 % slower on another, and the instruction sets do
+not predict which. An engine declares a `Choice` for each such alternative and prepares a representative part of a
+submodel with each value. This module times the parts in turns, decides, and stores the decision:
 
-<cache>/choices/<hash>.json   what was decided on one device with one version of a target, by the key of the submodel
-<cache>/choices/.lock         held while something is timed: one process at a time, since they would disturb each other
+<cache>/choices/<hash>.json   the decisions on one device with one version of a target, by key of the submodel
+<cache>/choices/.lock         held during timing: one process at a time, because they would slow each other down
 
-What is stored stays. A value can be set instead: for one engine by `Options.settings`, for all of them by the
-environment variable ENGINECAST_CHOICES ("attention=float32"), whose word "default" switches timing off ("default" or
+Stored decisions do not change. To set a value instead, use `Options.settings` for one engine or the environment
+variable ENGINECAST_CHOICES for all ("attention=float32"). Its word "default" switches timing off ("default" or
 "default,attention=float32").
 """
 
@@ -43,23 +43,23 @@ DEFAULT: Final = "default"
 """The word that switches timing off."""
 TURNS: Final = 9
 BUDGET: Final = 5.0
-"""Seconds after which as few turns as make a median are enough."""
+"""Seconds after which timing stops as soon as there are enough turns for a median."""
 PATIENCE: Final = 60.0
-"""Seconds to wait while another process times something."""
+"""Seconds to wait for another process that is timing."""
 LOCK: Final = ".lock"
 
 Values = Mapping[str, str]
 """A value for each choice, by its name."""
 Prepare = Callable[[Values], Callable[[], object]]
-"""Makes the part with these values, and returns what runs it once. Raises EnginecastError."""
+"""Builds the part with these values and returns a function that runs it once. Raises EnginecastError."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an engine can do in several ways. Each of `values` is one that the bundle allows; the first is taken where
-    nothing was measured.
+    """An alternative of an engine. `values` lists what the bundle allows; the first is the default.
 
-    Another value replaces the first if it saves more than the share `margin` of the part's time in three turns of four.
+    Another value replaces the default if it saves more than the share `margin` of the part's time in three turns of
+    four.
     """
 
     name: str
@@ -81,8 +81,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is decided for. `name` is for people, `key` identifies everything that speeds depend on besides
-    the device.
+    """The submodel to decide for. `name` is for messages; `key` identifies everything besides the device that the speed
+    depends on.
     """
 
     name: str
@@ -92,8 +92,8 @@ class Subject:
 
 
 class Measured(Frozen):
-    """What was decided of one submodel on one device, and the median seconds of its part: with all defaults, and with
-    one other value.
+    """The decisions for one submodel on one device, and the median seconds of its part: `default` with all defaults,
+    `seconds` with one other value, by choice and value.
     """
 
     name: str
@@ -103,30 +103,34 @@ class Measured(Frozen):
     seconds: Mapping[str, Mapping[str, float]]
 
     def reason(self, choice: str) -> str:
-        """Why the choice was decided so, in words."""
+        """The reason of the decision, as text."""
         value, others = self.values[choice], self.seconds.get(choice, {})
         if value in others:
             return f"measured on this processor: {self.default / others[value]:.2f} x as fast as the default"
-        told = ", ".join(f"{other} takes {seconds / self.default:.2f} x as long" for other, seconds in others.items())
-        return f"measured on this processor: {f'nothing else saves enough ({told})' if told else 'nothing else works'}"
+        slower = ", ".join(f"{other} takes {seconds / self.default:.2f} x as long" for other, seconds in others.items())
+        return (
+            f"measured on this processor: {f'nothing else saves enough ({slower})' if slower else 'nothing else works'}"
+        )
 
 
 class Stored(Frozen):
-    """A file of the store: the facts of the device that its name is a hash of, and what was measured there, by key."""
+    """A file of the store: the description of the device, whose hash is the file's name, and its measurements by
+    key.
+    """
 
     device: Mapping[str, Any]
     measured: Mapping[str, Measured]
 
 
 _known: Final[dict[tuple[Path, str], Measured]] = {}
-"""What this process measured, for caches that cannot be written."""
+"""Measurements of this process, needed if the cache cannot be written."""
 
 
 def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settings: Values) -> dict[str, Decision]:
-    """A decision for every choice: as it is set, as it is stored, or as it is measured now.
+    """Decide every choice: by its setting, else by a stored measurement, else by measuring now.
 
-    Raises InvalidInput for a setting that is no value of its choice. Where measuring fails, defaults hold, and the
-    reason says why.
+    Raises InvalidInput if a setting is not among the values of its choice. If measuring fails, the defaults are used,
+    and the reason says why.
     """
     preset, allowed = environment()
     wanted = preset | dict(settings)
@@ -148,8 +152,8 @@ def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settin
 
 
 def environment() -> tuple[dict[str, str], bool]:
-    """What ENGINECAST_CHOICES sets, and whether the rest may be measured. Raises InvalidInput for words that mean
-    nothing.
+    """The values set by ENGINECAST_CHOICES, and whether other choices may be measured. Raises InvalidInput for unknown
+    names and values.
     """
     from runtime.engine import targets
 
@@ -179,7 +183,7 @@ def _as_set(choice: Choice, value: str) -> Decision:
 
 
 def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured | str:
-    """What is stored, or is measured and stored now; else why nothing could be measured."""
+    """The stored measurement, or a new one, which is stored; else the reason why measuring failed."""
     facts = fingerprint(subject.target, subject.version)
     path, key = _path(facts), key_of(subject.key, {choice.name: choice.values for choice in choices}, dict(fixed))
     if found := _look_up(path, key):
@@ -190,7 +194,7 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
         if not alone:
             return "another process was measuring"
         start = time.perf_counter()
-        log.info("%s on %s: measuring once what is fastest on this processor", subject.name, subject.target)
+        log.info("%s on %s: measuring once which choices are fastest here", subject.name, subject.target)
         try:
             found = _measure(choices, fixed, subject, prepare)
         except EnginecastError as error:
@@ -207,12 +211,12 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
             with written(path) as file:
                 file.write(Stored(device=facts, measured=_read(path) | {key: found}).model_dump_json(indent=1).encode())
         except (OSError, EnginecastError) as error:
-            log.info("what was measured of %s could not be stored: %s", subject.name, error)
+            log.info("the measurements of %s could not be stored: %s", subject.name, error)
         return found
 
 
 def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured:
-    """Time all defaults, and each other value with the defaults of the other choices. Raises EnginecastError where the
+    """Time the defaults, and each other value with the defaults of the other choices. Raises EnginecastError if the
     defaults fail.
     """
     defaults = dict(fixed) | {choice.name: choice.default for choice in choices}
@@ -238,7 +242,7 @@ def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare
 
 
 def fingerprint(target: str, version: str) -> dict[str, Any]:
-    """What a measurement holds for: the processor, how much of it this process may use, and what computes on it."""
+    """The conditions of a measurement: the processor, how much of it this process may use, and the target's version."""
     return {
         "processor": processor(),
         "features": processor_features(),
@@ -250,7 +254,7 @@ def fingerprint(target: str, version: str) -> dict[str, Any]:
 
 
 def measured(target: str, version: str) -> list[Measured]:
-    """Everything that was measured on this device with this version of a target, the newest last."""
+    """All measurements on this device with this version of a target, the newest last."""
     return sorted(_read(_path(fingerprint(target, version))).values(), key=lambda one: one.date)
 
 
@@ -263,7 +267,7 @@ def _look_up(path: Path, key: str) -> Measured | None:
 
 
 def _read(path: Path) -> dict[str, Measured]:
-    """What a file of the store holds; nothing where it is missing or damaged."""
+    """The measurements of a file; none if it is missing or damaged."""
     try:
         return dict(Stored.model_validate_json(path.read_bytes()).measured)
     except (OSError, ValidationError):
@@ -272,9 +276,7 @@ def _read(path: Path) -> dict[str, Measured]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process of this user measures meanwhile. Where there can be no lock, that is taken
-    for granted.
-    """
+    """Lock out other processes of this user. Yields False if another holds the lock, True also if locks do not work."""
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""What this process may use of the machine's processors and memory: control groups (Linux, versions 1 and 2) and
+"""The processors and memory that this process may use: limits of control groups (Linux, versions 1 and 2) and
 processor affinity.
 
-Files and their meaning: the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. A group's limit
-holds for all groups below it, so every group from the process's own up to the root is asked. What cannot be read limits
-nothing.
+The files are documented in the kernel's Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst. A group's
+limit also applies to the groups below it, so every group from the process's own to the root is read. Unreadable files
+set no limit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Final
 
 PROC: Final = Path("/proc")
 UNLIMITED: Final = 1 << 60
-"""Limits from here on are version 1's way to say none."""
+"""Version 1 writes a number from here on for "no limit"."""
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """`cpus` is how many processors' time may be used, a fraction where a quota says so. Bytes of memory; None where
-    there is no limit.
+    """What this process may use. `cpus` is a number of processors, perhaps a fraction (a quota of their time). `memory`
+    and `free` are in bytes, None without a limit.
     """
 
     cpus: float
@@ -73,9 +73,7 @@ def _groups(process: Path) -> Iterator[tuple[int, set[str], Path]]:
 
 
 def _mounts(mountinfo: str) -> Iterator[tuple[frozenset[str], tuple[Path, str]]]:
-    """Where each hierarchy of version 1 is mounted, by its controllers, and that of version 2, which has none to its
-    name; see proc(5).
-    """
+    """The mount point and root of each hierarchy, by its controllers; the set is empty for version 2. See proc(5)."""
     for line in mountinfo.splitlines():
         place, _, kind = line.partition(" - ")
         words, (system, _, options) = place.split(), ([*kind.split(), "", "", ""])[:3]
@@ -86,7 +84,7 @@ def _mounts(mountinfo: str) -> Iterator[tuple[frozenset[str], tuple[Path, str]]]
 
 
 def _quota(version: int, folder: Path) -> float | None:
-    """Processors' worth of time that a group may have in each period."""
+    """The number of processors whose time a group may use."""
     if version == 2:
         words = _text(folder / "cpu.max").split()
         quota, period = (_number(word) for word in ([*words, "", ""])[:2])
@@ -96,9 +94,7 @@ def _quota(version: int, folder: Path) -> float | None:
 
 
 def _memory(version: int, folder: Path) -> tuple[int | None, int | None]:
-    """A group's limit in bytes, and what is left of it. File pages not used lately count as free: the kernel takes them
-    back.
-    """
+    """A group's limit and its free part, in bytes. Inactive pages of files count as free: the kernel reclaims them."""
     names = (
         ("memory.max", "memory.current", "inactive_file")
         if version == 2
@@ -117,7 +113,7 @@ def _least(old: int | None, new: int | None) -> int | None:
 
 
 def _number(text: str) -> int | None:
-    """A count; None for "max", for -1, for what is none."""
+    """A count; None for "max", -1 and anything else that is not one."""
     text = text.strip()
     return int(text) if text.isascii() and text.isdecimal() else None
 

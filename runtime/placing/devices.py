@@ -1,9 +1,9 @@
-"""Which devices this machine has: processor, NVIDIA GPUs, Intel GPUs and NPUs, DirectX adapters, Apple's; their
-features and memory.
+"""Lists the devices of this machine with their features and memory: the processor, NVIDIA GPUs, Intel GPUs and NPUs,
+DirectX adapters, Apple's GPU and Neural Engine.
 
-Each kind is asked of the library that knows it best, if that is installed: NVIDIA's management library (nvidia-ml-py)
-or else CUDA, OpenVINO, ONNX Runtime (which lists DXGI's adapters on Windows). What cannot be asked is told in
-`Machine.notes`. Nothing here raises.
+Each kind of device is listed by its vendor's library, if that is installed: NVIDIA GPUs by nvidia-ml-py or else CUDA,
+Intel devices by OpenVINO, DirectX adapters by ONNX Runtime. `Machine.notes` reports every query that failed.
+`detect` never raises.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ FEATURES: Final = {
         "feat_i8mm": "I8MM",
     },
 }
-"""What kernels of quantized layers are chosen by: flags of /proc/cpuinfo and names of macOS' hw.optional, as the makers
-write them.
+"""Instruction sets that decide which kernels a quantized layer gets. Keys are flags of /proc/cpuinfo and, in lower
+case, names under hw.optional on macOS; values are the vendors' spellings.
 """
 WINDOWS_FEATURES: Final = {19: "NEON", 40: "AVX2", 41: "AVX512F", 43: "DOTPROD"}
-"""PF_ARM_NEON_INSTRUCTIONS_AVAILABLE and so on, of Windows' IsProcessorFeaturePresent."""
+"""Arguments of Windows' IsProcessorFeaturePresent (PF_ARM_NEON_INSTRUCTIONS_AVAILABLE and others)."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. `name` is what --device calls it; bytes of memory are None where they cannot be told.
+    """One device. `name` is its name for --device. `memory` and `free` are in bytes, None where they are unknown.
 
-    `shares` names the device whose memory it uses, "cpu" for an integrated GPU; "" if its memory is its own.
+    `shares` names the device whose memory it uses ("cpu" for an integrated GPU), "" if it has its own memory.
     """
 
     name: str
@@ -62,7 +62,9 @@ class Device:
 
 @dataclass(frozen=True)
 class Machine:
-    """The devices, the processor first; what of it this process may use; and what could not be asked, and why."""
+    """The devices, the processor first; the share of the processor that this process may use; notes on failed
+    queries.
+    """
 
     devices: tuple[Device, ...]
     allowed: Allowance
@@ -73,16 +75,14 @@ class Machine:
         return self.devices[0]
 
     def find(self, name: str) -> Device | None:
-        """The device that a target calls by this name: "CPU", "CUDAExecutionProvider", "cuda:1", "GPU.0"; None where it
-        is unknown.
+        """The device with this name, in any target's spelling ("CPU", "CUDAExecutionProvider", "cuda:1", "GPU.0"); None
+        if it is unknown.
         """
         known = plain(name)
         return next((device for device in self.devices if device.name == known), None)
 
     def memory_of(self, name: str) -> Device:
-        """The device whose memory is used by what runs on the one of this name; the processor's for what is
-        not known.
-        """
+        """The device whose memory is used by engines on the device with this name. The processor for unknown names."""
         found = self.find(name) or self.host
         return next((device for device in self.devices if device.name == found.shares), found)
 
@@ -95,11 +95,11 @@ PLAIN: Final = (
     (r"(?:dml|directml|directx|dmlexecutionprovider)(?:[:.](\d+))?", "directx:{}"),
     (r"(?:apple|coreml|all|ane|cpu_and_gpu|cpu_and_ne|mlcomputeunits.*|coremlexecutionprovider)", "apple"),
 )
-"""How targets name devices, and the name here that it stands for."""
+"""Patterns for the targets' names of devices, each with the name that this program uses."""
 
 
 def plain(name: str) -> str:
-    """A device's name here, from a target's name for it, with or without its description in parentheses."""
+    """This program's name of a device, from a target's name, with or without a description in parentheses."""
     short = name.partition(" (")[0].strip().casefold()
     for pattern, plain in reversed(PLAIN):
         if found := re.fullmatch(pattern, short):
@@ -108,13 +108,13 @@ def plain(name: str) -> str:
 
 
 def detect() -> Machine:
-    """This machine as it is now. Takes some tenths of a second."""
+    """The devices that this machine has now. Takes some tenths of a second."""
     allowed, notes = allowance(), list[str]()
     found = [_host(allowed)]
     for look in (_nvidia, _intel, _directx, _apple):
         try:
             found += look(notes.append)
-        except Exception as error:  # drivers fail in many ways, and a list of devices must come of it all the same
+        except Exception as error:  # drivers fail in many ways; the other devices are listed all the same
             notes.append(f"{look.__name__.strip('_')}: {type(error).__name__}: {error}")
     return Machine(tuple(found), allowed, tuple(notes))
 
@@ -127,15 +127,15 @@ def _host(allowed: Allowance) -> Device:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it, the same as in measured rows.
+    """The system's name of the processor, as in benchmark rows.
 
-    On x86 with Linux, family and model follow: virtual machines call processors of several generations "AMD EPYC".
+    On x86 Linux, family and model are appended: virtual machines call processors of several generations "AMD EPYC".
     """
-    told = dict(re.findall(r"^(model name|Model|cpu family|model)[ \t]*:[ \t]*(.*\S)", _cpuinfo(), re.MULTILINE))
-    if name := told.get("model name") or told.get("Model"):
+    fields = dict(re.findall(r"^(model name|Model|cpu family|model)[ \t]*:[ \t]*(.*\S)", _cpuinfo(), re.MULTILINE))
+    if name := fields.get("model name") or fields.get("Model"):
         return (
-            f"{name} (family {told['cpu family']}, model {told['model']})"
-            if {"cpu family", "model"} <= told.keys()
+            f"{name} (family {fields['cpu family']}, model {fields['model']})"
+            if {"cpu family", "model"} <= fields.keys()
             else name
         )
     brand = _sysctl("machdep.cpu.brand_string").rstrip(b"\0").decode(errors="replace")
@@ -143,20 +143,20 @@ def processor() -> str:
 
 
 def cores() -> int:
-    """Cores among the processors that this process may use, fewer than those where a core runs several threads; 0 where
-    that is unknown.
+    """Physical cores that this process may use; 0 if unknown. With simultaneous multithreading there are fewer cores
+    than processors.
     """
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     found = set()
     for block in _cpuinfo().split("\n\n"):
-        told = dict(re.findall(r"^(processor|physical id|core id)[ \t]*:[ \t]*(\d+)", block, re.MULTILINE))
-        if len(told) == 3 and (usable is None or int(told["processor"]) in usable):
-            found.add((told["physical id"], told["core id"]))
+        fields = dict(re.findall(r"^(processor|physical id|core id)[ \t]*:[ \t]*(\d+)", block, re.MULTILINE))
+        if len(fields) == 3 and (usable is None or int(fields["processor"]) in usable):
+            found.add((fields["physical id"], fields["core id"]))
     return len(found)
 
 
 def processor_features() -> tuple[str, ...]:
-    """Its instruction sets that matter here, such as AVX512-VNNI."""
+    """The processor's instruction sets listed in `FEATURES`, such as AVX512-VNNI."""
     listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
     flags: Iterable[str] = listed[1].split() if listed else ()
     if platform.system() == "Darwin":
@@ -184,7 +184,7 @@ def _cpuinfo() -> str:
 
 
 def _sysctl(name: str) -> bytes:
-    """A value of macOS' sysctl(3), a text with its end or a number; empty elsewhere."""
+    """A value of macOS' sysctl(3): a number, or a string that ends with a zero byte. Empty on other systems."""
     if platform.system() != "Darwin":
         return b""
     import ctypes
@@ -196,7 +196,7 @@ def _sysctl(name: str) -> bytes:
 
 
 def _host_memory() -> tuple[int | None, int | None]:
-    """Bytes of the machine's memory, and of what programs can still get of it."""
+    """Total and available memory of the machine in bytes."""
     file = Path("/proc/meminfo")
     if file.is_file():
         fields = {
@@ -212,7 +212,7 @@ def _host_memory() -> tuple[int | None, int | None]:
 
 
 def _nvidia(note: Callable[[str], None]) -> Iterator[Device]:
-    """Through NVML where nvidia-ml-py is installed, which tells free memory as well; else through CUDA."""
+    """GPUs listed by NVML, with free memory, if nvidia-ml-py is installed; else by CUDA, without it."""
     try:
         nvml = require("pynvml", EXTRA)
     except MissingDependency as error:
@@ -240,10 +240,10 @@ def _nvidia(note: Callable[[str], None]) -> Iterator[Device]:
 
 
 def _visible(nvml: Any) -> list[Any]:
-    """The GPUs that CUDA shows this process, in its order: CUDA_VISIBLE_DEVICES has numbers or UUIDs, and ends at the
-    first bad one.
+    """The GPUs that CUDA shows this process, in its order. CUDA_VISIBLE_DEVICES lists numbers or UUIDs; CUDA ignores
+    everything from the first invalid one on.
 
-    CUDA numbers by PCI bus, as NVML does, where CUDA_DEVICE_ORDER says so or the GPUs are alike.
+    NVML numbers GPUs by PCI bus. CUDA does so if CUDA_DEVICE_ORDER is PCI_BUS_ID or all GPUs are of one model.
     """
     handles = [nvml.nvmlDeviceGetHandleByIndex(number) for number in range(nvml.nvmlDeviceGetCount())]
     wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -268,7 +268,7 @@ def _nvml_device(nvml: Any, number: int, handle: Any) -> Device:
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
         features: tuple[str, ...] = (f"SM{major}{minor}",)
-    except nvml.NVMLError:  # of a slice of a GPU
+    except nvml.NVMLError:  # a MIG slice reports none
         features = ()
     return Device(
         f"cuda:{number}", "cuda", _text(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), features
@@ -280,7 +280,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _intel(note: Callable[[str], None]) -> Iterator[Device]:
-    """GPUs and NPUs that OpenVINO finds. An integrated GPU, and every NPU, works in the memory of the host."""
+    """GPUs and NPUs that OpenVINO finds. Integrated GPUs and all NPUs use the host's memory."""
     try:
         core = require("openvino", "openvino").Core()
     except MissingDependency:
@@ -300,7 +300,7 @@ def _intel(note: Callable[[str], None]) -> Iterator[Device]:
 
 
 def _property(core: Any, device: str, name: str) -> Any:
-    """A property of a device; None where the plugin has none of that name."""
+    """A property of a device; None if its plugin does not know the property."""
     try:
         return core.get_property(device, name)
     except (RuntimeError, TypeError):
@@ -308,7 +308,7 @@ def _property(core: Any, device: str, name: str) -> Any:
 
 
 def _directx(note: Callable[[str], None]) -> Iterator[Device]:
-    """GPUs that DXGI lists, through ONNX Runtime. The number is DXGI's, which DirectML counts by."""
+    """GPUs that DXGI lists, through ONNX Runtime. They have DXGI's numbers, which DirectML uses too."""
     if platform.system() != "Windows":
         return
     try:
@@ -317,19 +317,18 @@ def _directx(note: Callable[[str], None]) -> Iterator[Device]:
         return
     seen = set()
     for found in sdk.get_ep_devices():
-        told = dict(found.device.metadata)
-        number = told.get("DxgiAdapterNumber", "")
+        metadata = dict(found.device.metadata)
+        number = metadata.get("DxgiAdapterNumber", "")
         if number.isdecimal() and number not in seen:
             seen.add(number)
-            megabytes = told.get("DxgiVideoMemory", "").partition(" ")[0]
+            megabytes = metadata.get("DxgiVideoMemory", "").partition(" ")[0]
             memory = int(megabytes) << 20 if megabytes.isdecimal() else None
-            shares = HOST if told.get("Discrete") == "0" else ""
-            yield Device(
-                f"directx:{number}", "directx", told.get("Description") or found.device.vendor, memory, None, (), shares
-            )
+            shares = HOST if metadata.get("Discrete") == "0" else ""
+            model = metadata.get("Description") or found.device.vendor
+            yield Device(f"directx:{number}", "directx", model, memory, None, (), shares)
 
 
 def _apple(note: Callable[[str], None]) -> Iterator[Device]:
-    """Apple's GPU and Neural Engine, which Core ML chooses between: all work in the memory of the host."""
+    """Apple's GPU and Neural Engine as one device: Core ML chooses between them. Both use the host's memory."""
     if platform.system() == "Darwin" and platform.machine() == "arm64":
         yield Device("apple", "apple", f"{processor()}: GPU and Neural Engine", shares=HOST)

@@ -1,10 +1,7 @@
-"""From a bundle on disk to a model that runs: each submodel where `runtime.placing.placement` puts it, or where it can
-be loaded instead, as told.
+"""Loads a bundle: each submodel at the first place of its placement where loading succeeds. Notes report the failures.
 
-What was compiled for other machines alone is compiled anew on this one (`runtime.placing.portable`).
-
-Under a memory limit the engines share a `Budget` (`runtime.placing.offload`), and pictures whose decoding would not fit
-are decoded in tiles.
+Submodels without an engine for this machine are compiled here (`runtime.placing.portable`). Under a memory limit the
+engines share a `Budget` (`runtime.placing.offload`), and pictures that do not fit are decoded in tiles.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
-from runtime.placing.placement import Choice, Place, PlacementOptions
+from runtime.placing.placement import Candidates, Place, PlacementOptions
 from runtime.placing.portable import fitting
 
 log = logging.getLogger(__name__)
@@ -45,8 +42,8 @@ log = logging.getLogger(__name__)
 class LoadedModel:
     """A model ready to run: its engines by submodel name, and the pipeline that calls them.
 
-    `places` is where each submodel was loaded. `notes` are sentences on what differs from the published model
-    (`Manifest.notes`) or from the requested placement. `again` loads it anew, avoiding some places.
+    `places` is where each submodel was loaded. `notes` lists differences from the published model (`Manifest.notes`)
+    and from the requested placement. `again` loads the model once more, without some places.
     """
 
     bundle: Bundle
@@ -60,19 +57,19 @@ class LoadedModel:
     again: Callable[[Collection[Place]], LoadedModel] | None = None
 
     def close(self) -> None:
-        """Free every engine, also where one cannot be: a lost device takes its memory with it."""
+        """Free every engine. Errors are ignored: a lost device cannot free its memory."""
         for name, engine in self.engines.items():
             with suppress(EngineError):
                 log.debug("closing %s", name)
                 engine.close()
 
     def broken(self) -> tuple[str, ...]:
-        """Submodels whose engines cannot run even a small sample, as when their device was taken away."""
+        """Submodels whose engines fail on a small sample, as they do after their device was lost."""
         return tuple(name for name, engine in self.engines.items() if not _works(engine))
 
     def elsewhere(self, broken: Collection[str]) -> LoadedModel:
-        """Close this model and load it again, without the places of the broken submodels if there are others. Raises as
-        loading does.
+        """Close this model and load it again, avoiding the places of the broken submodels. Raises the errors of
+        `load_model`.
         """
         self.close()
         assert self.again is not None, "a model that was loaded can be loaded again"
@@ -80,9 +77,8 @@ class LoadedModel:
 
 
 def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
-    """The wanted target, or the best usable one the bundle was built for.
-
-    Raises EngineUnavailable listing what is wrong with every one: a target is never replaced by another without a word.
+    """The wanted target, or the bundle's first usable one. Raises EngineUnavailable with the reason of every target: a
+    wanted target is never replaced by another.
     """
     machine = detect()
     return target(
@@ -98,24 +94,21 @@ def load_model(
     public: Path | None = None,
     request: Any = None,
 ) -> LoadedModel:
-    """Compare a bundle's files with their hashes and load its submodels, on the target that is wanted or as `placing`
-    say.
+    """Verify a bundle's files by their hashes and load its submodels, on the `wanted` target or as `placing` says.
 
-    A bundle that was opened before must still have the manifest that it was opened with. With the file of a `public`
-    key, it must be signed by that key's owner. A `request` is checked before any engine is loaded.
+    The manifest of a `Bundle` that was opened before must not have changed since. With the file of a `public` key, the
+    bundle must be signed with its private key. A `request` is checked before any engine is loaded.
 
-    Hashing reads every byte once, some 2 GB a second, before any of it is handed to native code; what changes while it
-    is loaded, or before it is read again, is noticed and refused. Raises NotFound, BundleError, InvalidInput,
-    ResourceExhausted or EngineError; leaves nothing loaded then.
+    Hashing reads every byte once, about 2 GB a second, before native code reads the files. Files that change during
+    loading are refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; nothing stays
+    loaded then.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     return _load(opened, wanted, options or Options(), placing or PlacementOptions(), public, (), request)
 
 
 def _verify(bundle: Bundle, public: Path | None) -> None:
-    """Raise BundleError unless the bundle may be loaded: every file that loading opens is listed in its manifest, and
-    as it was hashed.
-    """
+    """Raise BundleError unless every file that loading opens is in the manifest and has the hash listed there."""
     if public is None:
         bundle.verify(unknown=False)
     else:
@@ -163,8 +156,7 @@ def _load(
             if placing.strict and engine.fallbacks:
                 raise EngineError(
                     f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose "
-                    "another target or "
-                    "device, or allow that by leaving out --strict"
+                    "another target or device, or allow that by leaving out --strict"
                 )
         notes += pipeline.keep_within(_room(engines, budget))
     except BaseException:
@@ -189,15 +181,15 @@ def open_pipeline(bundle: Bundle) -> ModelPipeline:
 
 
 def _first(
-    submodel: Submodel, choice: Choice, load: Callable[[Place], Engine], budget: Budget | None, notes: list[str]
+    submodel: Submodel, candidates: Candidates, load: Callable[[Place], Engine], budget: Budget | None, notes: list[str]
 ) -> tuple[Place, Engine]:
-    """The submodel's engine at the first of its places where it can be loaded; the others' reasons are noted."""
+    """Load the submodel at the first place where that succeeds. The errors of earlier places are noted."""
     reasons = []
-    for place in choice.places:
+    for place in candidates.places:
         try:
-            engine = _held(submodel, place, choice.estimated[place], budget, load) if budget else load(place)
+            engine = _held(submodel, place, candidates.estimated[place], budget, load) if budget else load(place)
         except (EngineError, ResourceExhausted, MissingDependency) as error:
-            if len(choice.places) == 1:
+            if len(candidates.places) == 1:
                 raise
             reasons.append(f"{place}: {error}")
             continue
@@ -208,14 +200,13 @@ def _first(
 
 
 def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
-    """Load what the bundle holds for the target, or what is compiled on this machine now since nothing of that fits,
-    which is noted.
+    """Load the bundle's engine for the target, or compile one if none fits this machine, which is noted.
 
-    Files are verified before and after: this may be long after the bundle was, and engines open them by name.
+    Files are verified before and after: engines open them by name, perhaps long after the bundle was verified.
     """
     bundle.verify_again()
     engine = target(place.target)
-    fitted = fitting(bundle, submodel, engine, _Told(f"{place.target} {submodel.name}"))
+    fitted = fitting(bundle, submodel, engine, _ProgressLog(f"{place.target} {submodel.name}"))
     if fitted.note and fitted.note not in notes:
         notes.append(fitted.note)
     loaded = engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
@@ -227,8 +218,8 @@ def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[
     return loaded
 
 
-class _Told:
-    """Logs how far a compilation on this machine is: each new phase, and every tenth of it."""
+class _ProgressLog:
+    """Logs the progress of a compilation: each new phase, and each further tenth of it."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -242,8 +233,8 @@ class _Told:
 
 
 def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
-    """An engine that makes room for others. It is loaded once now, so that mistakes show at once and its memory is
-    known.
+    """An engine that can be unloaded for others. It is loaded once now, so that errors appear early and its memory is
+    measured.
     """
     engine = OffloadedEngine(submodel, place.target, place.memory, budget, estimated, partial(load, place))
     try:
@@ -255,7 +246,7 @@ def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load
 
 
 def _room(engines: Mapping[str, Engine], budget: Budget | None) -> dict[str, float]:
-    """Bytes of inputs that there is room for in one call, by submodel, of those that share a limited memory."""
+    """The largest inputs of one call in bytes, for each submodel in a memory with a limit."""
     rooms = budget.rooms if budget else {}
     return {
         name: engine.need.inputs_within(rooms[engine.memory])
@@ -268,7 +259,7 @@ def _works(engine: Engine) -> bool:
     try:
         engine.run(memory.sample(engine.submodel.signature))
     except ResourceExhausted:
-        return True  # what is full may be free again
+        return True  # the memory may be free later
     except Exception as error:
         log.info("%s on %s cannot run a sample: %s", engine.submodel.name, engine.device, error)
         return False
@@ -276,7 +267,7 @@ def _works(engine: Engine) -> bool:
 
 
 def _threads(allowed: Allowance) -> int:
-    """What SDKs are told where this process may use only some of the processors: they count those of the machine. 0 is
-    for all.
+    """Threads for SDKs if this process may use only some of the processors, else 0 for all: SDKs count the processors
+    of the whole machine.
     """
     return allowed.threads if allowed.cpus < (os.cpu_count() or 1) else 0

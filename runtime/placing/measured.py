@@ -1,9 +1,7 @@
-"""How fast targets were measured to be on this machine, for choosing between them: what that needs of the rows that
-`bench` stores.
+"""The measured speed of targets on this machine, read from benchmark rows, for choosing a target.
 
-Rows are JSON lines (`profiles.rows.Row`). Some are package data, in profiles/rows of the program; `enginecast bench
---store` adds to the user's own, in `user_folder`. Lines that are no rows are skipped: choosing must not fail for a
-figure.
+Rows are JSON lines (`profiles.rows.Row`). Some are package data, in profiles/rows; `enginecast bench --store` writes
+the user's own, in `user_folder`. Invalid lines are skipped: a damaged row must not stop a model from loading.
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ SHIPPED: Final = Path(__file__).parents[2] / "profiles" / "rows"
 DATA: Final = "ENGINECAST_DATA"
 """The environment variable that names another folder for the user's data."""
 ANSWER_TOKENS: Final = 64
-"""Length of the answer that chat models are compared by."""
+"""Length in tokens of the answer whose time ranks chat models."""
 
 
 def user_folder() -> Path:
-    """Where a user's own rows are kept: `rows` in $ENGINECAST_DATA, else in the platform's folder for user data.
+    """The folder of a user's own rows: `rows` in $ENGINECAST_DATA, else in the platform's folder for user data.
 
     That is $XDG_DATA_HOME or ~/.local/share on Linux (XDG Base Directory Specification), ~/Library/Application Support
     on macOS and %LOCALAPPDATA% on Windows. Raises InvalidInput where the user has no home folder.
@@ -49,12 +47,12 @@ def _user_data() -> Path:
 
 
 def default_files() -> list[Path]:
-    """Every file of rows there is: those that come with the program, then the user's own."""
+    """All files of rows: first those that come with the program, then the user's own."""
     return [file for folder in _folders() if folder.is_dir() for file in sorted(folder.glob("*.jsonl"))]
 
 
 def _folders() -> list[Path]:
-    """A user without a home folder has no rows of their own."""
+    """The folders of rows; without a home folder only the program's."""
     try:
         return [SHIPPED, user_folder()]
     except InvalidInput:
@@ -62,18 +60,16 @@ def _folders() -> list[Path]:
 
 
 def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:
-    """Seconds of a picture, or of an answer about one, by target: the newest row of this bundle on this
-    machine counts.
-    """
+    """Seconds of a picture or of an answer about one, by target, from the newest row of this bundle on this machine."""
     newest: dict[tuple[str, str], tuple[str, float]] = {}
     for row in (row for file in files for row in _rows(file)):
         try:
-            told = (row["bundle"], row["source"], row["quant"], row["cpu"])
+            of = (row["bundle"], row["source"], row["quant"], row["cpu"])
             key, found = (str(row["target"]), str(row["metric"])), (str(row["date"]), float(row["spread"]["median"]))
             here = _is_here(str(row["device"]), machine)
         except (KeyError, TypeError, ValueError):
             continue
-        same = told == (manifest.name, manifest.source.name, manifest.quant, machine.host.model)
+        same = of == (manifest.name, manifest.source.name, manifest.quant, machine.host.model)
         if same and here and found[1] > 0 and found > newest.get(key, ("", 0.0)):
             newest[key] = found
     figures: dict[str, dict[str, float]] = {}
@@ -91,7 +87,7 @@ def _whole(known: Mapping[str, float]) -> float | None:
 
 
 def _is_here(device: str, machine: Machine) -> bool:
-    """Whether this machine has the device, by the name of its model where it is not the processor."""
+    """Whether this machine has the device of a row. Devices other than the processor are compared by model name."""
     others = [other for other in machine.devices if other.kind != "cpu"]
     if any(word in device.casefold() for word in ("cuda", "gpu", "npu", "dml", "directml", "coreml", "tensorrt")):
         return any(other.model in device for other in others)
@@ -99,7 +95,9 @@ def _is_here(device: str, machine: Machine) -> bool:
 
 
 def in_order(names: Sequence[str], figures: Mapping[str, float]) -> list[str]:
-    """The names in the same order, but that those with figures change places among themselves: the fastest first."""
+    """The names with those that have figures sorted among themselves, the fastest first. The others keep their
+    positions.
+    """
     measured = iter(sorted((name for name in names if name in figures), key=lambda name: figures[name]))
     return [next(measured) if name in figures else name for name in names]
 

@@ -1,20 +1,19 @@
-"""How much memory a submodel takes: estimated from what the bundle says before it is loaded, measured afterwards where
-the system tells.
+"""Memory of a submodel: estimated from the manifest before loading, measured after loading where the system reports
+it.
 
-The estimate of weights, from measurements of both samples and of Stable Diffusion 1.5 on both CPU targets (decision
-15):
+The estimate multiplies the stored bytes of the weights. The factors come from measurements of both samples and of
+Stable Diffusion 1.5 on both CPU targets (decision 15):
 
-    twice what is stored     of quantized or float32 weights: as stored, and as kernels want them packed
-    four times               of half weights that are computed in float32: widened, and packed
-    three times              of both together
-    once                     on a device of its own, where they are uploaded as they are; half weights that are widened
-                             there, twice
+    2    in host memory: weights as stored, and packed for the kernels
+    4    in host memory, half-precision weights that are computed in float32: widened, and packed
+    3    in host memory, quantized weights with the other weights in half precision, computed in float32
+    1    in a device's own memory: weights are uploaded as they are stored
+    2    in a device's own memory, half-precision weights that are widened there
 
-and `OVERHEAD` for what the SDK itself needs for a submodel. A decoder's caches are added at their usual length.
+`OVERHEAD` is added for the SDK, and the caches of a decoder at their usual length.
 
-What activations take depends on layers that a signature does not show, so it is measured: a submodel is run on samples
-of two small sizes, and the growth of the process between them is continued in a straight line over the bytes of its
-inputs (`Need`).
+The memory of activations depends on layers that a signature does not show, so it is measured: the submodel runs on
+inputs of two small sizes, and the growth of the process is extrapolated linearly over the bytes of the inputs (`Need`).
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from runtime.targets.lowering.nested import is_nested
 
 OVERHEAD: Final = 32 << 20
 MARGIN: Final = 1.1
-"""What measured memory is multiplied with: two runs do not take the same."""
+"""Factor on measured memory: it differs from run to run."""
 UNITS: Final = {"": 1, "B": 1} | {
     f"{letter}{ending}": base ** (power + 1)
     for power, letter in enumerate("KMGT")
@@ -53,7 +52,7 @@ def parse_size(field: str, text: str) -> int:
 
 
 def show_size(count: float) -> str:
-    """Bytes for reading: 1.5 GiB."""
+    """Bytes as text with a unit, such as "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
@@ -62,8 +61,8 @@ def show_size(count: float) -> str:
 
 
 def estimate(submodel: Submodel, half: bool, host: bool) -> int:
-    """Bytes that a submodel takes once loaded. `half`: the target computes in half where the bundle asks; `host`: in
-    the host's memory.
+    """Estimated bytes of a loaded submodel. `half`: the target can compute in the submodel's half-precision type;
+    `host`: it uses the host's memory.
     """
     words = set(re.findall(r"\w+", submodel.precision))
     stored_half, quantized = (
@@ -80,17 +79,17 @@ def estimate(submodel: Submodel, half: bool, host: bool) -> int:
 
 @dataclass(frozen=True)
 class Need:
-    """Memory that a submodel takes: bytes without activations, and for each byte of its inputs."""
+    """Memory of a submodel: `base` bytes without activations, and `slope` bytes for each byte of its inputs."""
 
     base: int
     slope: float = 0.0
 
     def at(self, inputs: int) -> int:
-        """Bytes in all where the inputs have so many."""
+        """Bytes in all for inputs of this many bytes."""
         return int(self.base + self.slope * inputs)
 
     def inputs_within(self, room: int) -> float:
-        """The largest inputs, in bytes, whose need is at most `room`; infinite where inputs cost nothing."""
+        """Bytes of the largest inputs that need at most `room`; infinite if the slope is zero."""
         return max(0.0, (room - self.base) / self.slope) if self.slope > 0 else float("inf")
 
 
@@ -100,11 +99,10 @@ def size_of(inputs: Mapping[str, Array]) -> int:
 
 
 def measure(engine: Engine, before: int, look: Callable[[], int | None], estimated: int) -> Need:
-    """What a submodel was seen to take. `look` tells the process's memory, `before` is what it told before the engine
-    was loaded.
+    """Measure the memory of a loaded engine by running it on inputs of two small sizes.
 
-    Runs the engine at two small sizes. Returns the estimate where nothing can be seen, and for decoders, whose caches
-    are in it.
+    `look` returns the bytes of the process; `before` is its result from before the engine was loaded. Returns the
+    estimate if `look` returns None, and for submodels with caches, which the estimate includes.
     """
     signature = engine.submodel.signature
     if signature.states or look() is None:
@@ -120,10 +118,10 @@ def measure(engine: Engine, before: int, look: Callable[[], int | None], estimat
 
 
 def sample(signature: Signature, share: int = 4) -> dict[str, Array]:
-    """Likely inputs of one row whose dims are one part in so many of the usual length.
+    """Sample inputs with batch 1, whose other dims are the usual length divided by `share`.
 
-    Never of the least length: run once where a layer's picture is 1 by 1, OpenVINO 2026.4 computes other sizes wrongly
-    ever after.
+    Dims stay above their minimum: after one run in which a feature map is 1 by 1, OpenVINO 2026.4 computes other sizes
+    wrongly.
     """
     lengths: dict[str, int] = {}
     for dim in sorted(signature.dims.values(), key=lambda dim: len(dim.sum_of)):
@@ -138,8 +136,8 @@ def _aligned(length: int, dim: Dim) -> int:
 
 
 def of_process() -> int | None:
-    """Bytes that this process has for itself, without pages of files, which the system can take back; None where it
-    does not tell.
+    """Bytes of anonymous memory of this process; None if the system does not report it. Pages of files do not count:
+    the system can reclaim them.
     """
     try:
         found = re.search(r"^RssAnon:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -149,7 +147,7 @@ def of_process() -> int | None:
 
 
 def give_back() -> None:
-    """Ask the C library to return freed memory to the system, where it has a way (malloc_trim(3) of glibc)."""
+    """Return freed memory to the system, if the C library can: malloc_trim(3) of glibc."""
     import ctypes
     import sys
 

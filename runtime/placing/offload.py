@@ -1,7 +1,8 @@
-"""Engines that share a memory too small for all of them: loaded when first called, closed when others need the room.
+"""Engines that share a memory too small for all of them: each is loaded when it is called and closed when another needs
+its memory.
 
-What was used longest ago goes first, so a text encoder makes room for the denoiser, and that for the VAE decoder. An
-engine that runs, or whose states somebody still holds, stays. What loading again costs is in `Engine.reload_seconds`.
+The least recently used engine is closed first: the text encoder before the denoiser, the denoiser before the VAE
+decoder. An engine that runs or has caches in use stays loaded. `Engine.reload_seconds` has the time of loading again.
 """
 
 from __future__ import annotations
@@ -30,9 +31,7 @@ _ticks: Final = itertools.count()
 
 
 class Budget:
-    """Bytes that engines may take together in each memory, by the name of its device. Engines of several models may
-    share one.
-    """
+    """The bytes that engines may use together in each memory, by name of its device. Models may share a budget."""
 
     def __init__(self, rooms: Mapping[str, int]) -> None:
         self.rooms = dict(rooms)
@@ -51,8 +50,8 @@ class Budget:
 
     @contextmanager
     def lend(self, engine: OffloadedEngine, inputs: int) -> Iterator[Engine]:
-        """The engine, loaded, with room for inputs of so many bytes. Raises ResourceExhausted, or what
-        loading raises.
+        """The loaded engine, with memory for inputs of this many bytes. Raises ResourceExhausted and the errors of
+        loading.
         """
         with self._changed:
             self._make_room(engine, inputs)
@@ -69,20 +68,20 @@ class Budget:
                 self._changed.notify_all()
 
     def _warn(self, engine: OffloadedEngine, inputs: int) -> None:
-        """Tell, once an engine, where a call is thought to take more than there is."""
+        """Warn, once for each engine, if a call is estimated to need more memory than allowed."""
         need, room = engine.need.at(inputs), self.rooms.get(engine.memory)
         if room is not None and need > room and not engine.warned:
             engine.warned = True
             log.warning(
-                "%s is thought to need %s for this call, %s are allowed",
+                "%s needs an estimated %s for this call, %s are allowed",
                 engine.submodel.name,
                 show_size(need),
                 show_size(room),
             )
 
     def _foreseen(self, engine: OffloadedEngine, inputs: int) -> int:
-        """Bytes to count for a call. No call is refused for what its activations are thought to take, so they are at
-        most all there is.
+        """Bytes to reserve for a call, at most the whole memory: no call is refused for the estimate of its
+        activations.
         """
         room = self.rooms.get(engine.memory)
         need = engine.need.at(inputs)
@@ -102,7 +101,7 @@ class Budget:
             if idle := [other for other in others if other.idle]:
                 min(idle, key=lambda other: other.last_used).put_down()
             elif engine.loaded and engine.idle and engine.taken > self._foreseen(engine, inputs):
-                engine.put_down()  # what it took for larger inputs is not needed now
+                engine.put_down()  # frees the memory that larger inputs needed
             elif any(other.uses for other in others):
                 self._changed.wait()
             else:
@@ -111,15 +110,15 @@ class Budget:
                 )
                 raise ResourceExhausted(
                     f"{engine.submodel.name} needs {show_size(need)} of memory, {show_size(room)} are allowed{held}: "
-                    "allow more with --memory-limit, or ask for less at once"
+                    "allow more with --memory-limit, or request less at once"
                 )
 
 
 class OffloadedEngine(Engine):
-    """An engine that is in memory only while there is room for it. It can be used as if it always were."""
+    """An engine that is loaded when it is called and closed when another engine needs its memory."""
 
     def __init__(self, submodel: Submodel, target: str, where: str, budget: Budget, estimated: int, load: Load) -> None:
-        """`where` names the device whose memory it takes; `estimated` is how much, until it was measured."""
+        """`where` names the device whose memory it uses; `estimated` is the number of bytes until it is measured."""
         self.__dict__["target"] = target
         self.submodel = submodel
         self.device = ""
@@ -146,7 +145,7 @@ class OffloadedEngine(Engine):
 
     @property
     def idle(self) -> bool:
-        """Whether it could be closed now without anybody losing anything."""
+        """Whether it can be closed: no call runs and no slot has caches in it."""
         return not self.uses and not self._slots
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
@@ -186,18 +185,18 @@ class OffloadedEngine(Engine):
             self._slots.discard(slot)
 
     def measure(self, visible: bool) -> None:
-        """Load it, and see what it takes where that is `visible`: in the memory of this process."""
+        """Load it, and measure its memory if that is `visible`, as part of this process."""
         with self._budget.lend(self, 0) as engine:
             if visible:
                 self.need = memory.measure(engine, self._before, memory.of_process, self.need.base)
             self.taken = self.need.base
 
     def pick_up(self) -> Engine:
-        """Load it where it is not. For the budget alone."""
+        """Load the engine if necessary. Only the budget calls this."""
         if self._engine is None:
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
-            memory.give_back()  # what was measured while loading is no part of the engine
+            memory.give_back()  # memory that loading used and freed is not the engine's
             self.device, self.fallbacks, self._computes = (
                 self._engine.device,
                 self._engine.fallbacks,
@@ -209,7 +208,7 @@ class OffloadedEngine(Engine):
         return self._engine
 
     def put_down(self) -> None:
-        """Close it where it is loaded. For the budget alone."""
+        """Close the engine if it is loaded. Only the budget calls this."""
         engine, self._engine, self.taken = self._engine, None, 0
         if engine is not None:
             engine.close()

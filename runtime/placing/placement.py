@@ -1,9 +1,8 @@
-"""Which submodel runs on which target and device: what was asked for, else the best order whose memory suffices, with
-the reasons.
+"""Chooses a target and a device for every submodel: the requested ones, else the first in order of preference with
+enough memory. Notes give the reasons.
 
-The order of preference among a bundle's usable targets is that of `Engine.rank`, in which targets that were measured
-with this bundle on this machine change places among themselves, the fastest first. Of each target, its devices come in
-the order in which it names them.
+Targets are preferred by `Engine.rank`. Targets with benchmark rows of this bundle on this machine are sorted among
+themselves by measured time. The devices of a target keep the target's own order.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from runtime.placing.devices import Device, Machine, plain
 from runtime.placing.memory import show_size
 
 COMPOSED: Final = ("AUTO", "HETERO", "MULTI", "BATCH")
-"""OpenVINO's devices that are made of others, as in "HETERO:GPU,CPU"."""
+"""OpenVINO's virtual devices, which combine others, as in "HETERO:GPU,CPU"."""
 ROLES: Final[Mapping[str, tuple[str, ...]]] = {
     "denoiser": ("unet", "transformer"),
     "vae": ("vae_decoder", "vae_encoder"),
 }
-"""What --place may call submodels besides their names: the parts of a latent diffusion model (Rombach et al. 2022,
+"""Names that --place accepts besides those of submodels: the parts of a latent diffusion model (Rombach et al. 2022,
 arXiv 2112.10752).
 """
 
 
 @dataclass(frozen=True)
 class PlacementOptions:
-    """What is asked of a placement. Nothing of it is given up without a word.
+    """The requested placement. An option that cannot be followed raises an error.
 
-    `place` has a target ("openvino"), a target and its device ("openvino:GPU.1") or a device ("cuda:0") for submodels
-    by name or role. `memory_limit` is how many bytes the model may take of each memory. `strict` refuses engines that
-    run a part elsewhere. `rows` are files of measured rows, None for those that are found.
+    `place` maps submodels, by name or role, to a target ("openvino"), a target and its device ("openvino:GPU.1") or a
+    device ("cuda:0"). `memory_limit` is the number of bytes that the model may use in each memory. `strict` refuses
+    engines that run some nodes on another device. `rows` lists files of benchmark rows; None means the default files.
     """
 
     place: Mapping[str, str] = field(default_factory=dict)
@@ -48,7 +47,9 @@ class PlacementOptions:
 
 @dataclass(frozen=True)
 class Place:
-    """A target and its device, as `Engine.load` takes it. `memory` names the device whose memory is used."""
+    """A target and one of its devices, in the spelling of `Engine.load`. `memory` names the device whose memory is
+    used.
+    """
 
     target: str
     device: str
@@ -59,10 +60,8 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Where a submodel is to be loaded: at the first of `places` that can. `estimated` is the memory it
-    takes at each.
-    """
+class Candidates:
+    """Places to load a submodel at, in order of preference, and its estimated memory in bytes at each."""
 
     places: tuple[Place, ...]
     estimated: Mapping[Place, int]
@@ -70,20 +69,19 @@ class Choice:
 
 @dataclass(frozen=True)
 class Placement:
-    """A choice for every submodel by name, and what is worth telling of it. `rooms` limits memories that are shared by
-    turns.
+    """A choice for every submodel by name, and notes for the user. `rooms` has the bytes of each memory whose submodels
+    are loaded in turns.
     """
 
-    choices: Mapping[str, Choice]
+    choices: Mapping[str, Candidates]
     notes: tuple[str, ...] = ()
     rooms: Mapping[str, int] = field(default_factory=dict)
 
 
 def parse_place(text: str) -> dict[str, str]:
-    """--place: "text_encoder=cpu,unet=openvino:GPU.1". A part without "=" belongs to the one before it, as devices may
-    have commas.
+    """Parse --place, such as "text_encoder=cpu,unet=openvino:GPU.1". Raises InvalidInput.
 
-    Raises InvalidInput.
+    Names of devices may have commas ("HETERO:GPU,CPU"), so a piece without "=" continues the one before it.
     """
     found: dict[str, str] = {}
     last = ""
@@ -110,12 +108,12 @@ def place(
     machine: Machine,
     avoid: Collection[Place] = (),
 ) -> Placement:
-    """Choose for every submodel of a bundle. `wanted` is a target and `device` one of its devices, or "" for any.
+    """Choose places for every submodel of a bundle. `wanted` is a target or None, `device` a device or "" for any.
 
-    Places to `avoid` are taken only where there is no other.
+    Places to `avoid` are used only if a submodel has no other.
 
-    Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, ResourceExhausted where memory
-    does not suffice.
+    Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, and ResourceExhausted if no memory
+    is large enough.
     """
     submodels = bundle.manifest.submodels
     places = usable(bundle, order(bundle, wanted, placing, machine), device, machine)
@@ -123,13 +121,13 @@ def place(
         name: _usable_for(bundle, name, where, places, placing, machine)
         for name, where in _by_name(placing.place, submodels).items()
     }
-    asked = {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
-    asked = {name: [one for one in where if one not in avoid] or where for name, where in asked.items()}
-    return _fit(submodels, asked, placing.memory_limit, machine)
+    allowed = {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
+    allowed = {name: [one for one in where if one not in avoid] or where for name, where in allowed.items()}
+    return _fit(submodels, allowed, placing.memory_limit, machine)
 
 
 def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[str, str]:
-    """Roles replaced by the submodels that have them."""
+    """The options of --place with each role replaced by its submodels."""
     names = [submodel.name for submodel in submodels]
     found: dict[str, str] = {}
     for name, where in place.items():
@@ -144,7 +142,7 @@ def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[st
 
 
 def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine: Machine) -> list[str]:
-    """Targets of the bundle, best first, or the one that is wanted. Raises NotFound, EngineUnavailable."""
+    """The bundle's targets in order of preference, or the wanted one. Raises NotFound, EngineUnavailable."""
     if wanted is not None:
         target(wanted)
         if wanted not in bundle.targets:
@@ -160,8 +158,8 @@ def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine
 
 
 def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) -> list[Place]:
-    """Every device of these targets that can be used, or those called `device`. Raises EngineUnavailable with every
-    reason.
+    """All usable devices of these targets, or those with the name `device`. Raises EngineUnavailable with the reason of
+    every target.
     """
     places, reasons = list[Place](), list[str]()
     for name in names:
@@ -184,7 +182,7 @@ def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) 
 
 
 def _matching(name: str, device: str, devices: Sequence[str], machine: Machine) -> list[Place]:
-    """The target's own devices that are called `device`, in its own words, such as "CPU" for "CPU (AMD EPYC)"."""
+    """The target's devices with the name `device`, in the target's spelling: "CPU" for "CPU (AMD EPYC)"."""
     short = [one.partition(" (")[0] for one in devices]
     composed, _, parts = device.upper().partition(":")
     if composed in COMPOSED:
@@ -198,17 +196,19 @@ def _matching(name: str, device: str, devices: Sequence[str], machine: Machine) 
 
 
 def _is_called(name: str, device: str) -> bool:
-    """Whether a target's device is meant by what was said: by its own name, by ours, or by its kind, "cuda" for all of
-    them.
+    """Whether `device` names this device of a target: by the target's name, by this program's ("cuda:0"), or by its
+    kind ("cuda").
     """
-    said = device.casefold()
-    return said in (name.casefold(), plain(name), plain(name).partition(":")[0])
+    wanted = device.casefold()
+    return wanted in (name.casefold(), plain(name), plain(name).partition(":")[0])
 
 
 def _usable_for(
     bundle: Bundle, submodel: str, where: str, places: Sequence[Place], placing: PlacementOptions, machine: Machine
 ) -> list[Place]:
-    """What --place says of a submodel: a target of the bundle, with or without its device, or else a device."""
+    """Places for one submodel from its value in --place: a target of the bundle, with or without a device, or a device
+    alone.
+    """
     name, _, device = where.partition(":")
     if name in bundle.targets:
         return usable(bundle, [name], device, machine)
@@ -217,7 +217,7 @@ def _usable_for(
     if fitting := composed or [one for one in (*places, *everywhere) if _is_called(one.device, where)]:
         return list(dict.fromkeys(fitting))
     if name in targets():
-        order(bundle, name, placing, machine)  # says that the bundle was not built for it
+        order(bundle, name, placing, machine)  # raises: the bundle was not built for it
     known = [*bundle.targets, *dict.fromkeys(plain(one.device) for one in everywhere)]
     reasons = [
         f"{other}: {found.reason}" for other, engine in targets().items() if not (found := engine.available()).usable
@@ -230,18 +230,18 @@ def _usable_for(
 
 
 def _fit(
-    submodels: Sequence[Submodel], asked: Mapping[str, Sequence[Place]], limit: int | None, machine: Machine
+    submodels: Sequence[Submodel], allowed: Mapping[str, Sequence[Place]], limit: int | None, machine: Machine
 ) -> Placement:
-    """Put each submodel on the first of its places whose memory has room, the largest submodels first: they gain most.
+    """Give each submodel the first of its places with enough free memory. The largest submodels choose first: they gain
+    most from the preferred device.
 
-    Where a memory that is not shared with a later place is too small for all, those that are left over share it by
-    turns.
+    A submodel that fits in no memory beside the others shares one of them: its engines are loaded in turns.
     """
     rooms = {device.name: room for device in machine.devices if (room := _room(device, limit)) is not None}
     left = dict(rooms)
-    notes, choices, turns = list[str](), dict[str, Choice](), dict[str, int]()
+    notes, choices, turns = list[str](), dict[str, Candidates](), dict[str, int]()
     for submodel in sorted(submodels, key=lambda submodel: -submodel.nbytes):
-        places = asked[submodel.name]
+        places = allowed[submodel.name]
         needs = {one: _estimate(submodel, one) for one in places}
         able = [one for one in places if needs[one] <= rooms.get(one.memory, needs[one])]
         if not able:
@@ -249,7 +249,8 @@ def _fit(
                 f"{one}: needs {show_size(needs[one])}, has {show_size(rooms[one.memory])}" for one in places
             )
             raise ResourceExhausted(
-                f"no memory suffices for {submodel.name}. {reasons}. Free some, or allow more with --memory-limit"
+                f"no device has enough memory for {submodel.name}. {reasons}. "
+                "Free some, or allow more with --memory-limit"
             )
         chosen = next((one for one in able if needs[one] <= left.get(one.memory, needs[one])), None)
         if chosen is None:
@@ -257,27 +258,29 @@ def _fit(
             turns[chosen.memory] = rooms[chosen.memory]
         elif chosen is not places[0]:
             passed = places[: places.index(chosen)]
-            told = "; ".join(
+            reasons = "; ".join(
                 f"{one} has {show_size(max(0, left[one.memory]))} left, {show_size(needs[one])} are needed"
                 for one in passed
             )
-            notes.append(f"{submodel.name} is on {chosen}: {told}")
+            notes.append(f"{submodel.name} is on {chosen}: {reasons}")
         if chosen.memory in left:
             left[chosen.memory] -= needs[chosen]
         others = [one for one in able if one != chosen]
-        choices[submodel.name] = Choice((chosen, *others), needs)
+        choices[submodel.name] = Candidates((chosen, *others), needs)
     if limit is not None:
         turns = {
             one.memory: rooms[one.memory] for choice in choices.values() for one in choice.places if one.memory in rooms
         }
     if turns:
-        told = ", ".join(f"{show_size(room)} of {name}" for name, room in turns.items())
-        notes.append(f"submodels take turns in {told}: what was used longest ago is closed when another needs the room")
+        shared = ", ".join(f"{show_size(room)} of {name}" for name, room in turns.items())
+        notes.append(
+            f"submodels take turns in {shared}: the least recently used one is closed when another needs memory"
+        )
     return Placement({submodel.name: choices[submodel.name] for submodel in submodels}, tuple(notes), turns)
 
 
 def _room(device: Device, limit: int | None) -> int | None:
-    """Bytes of a device's memory that may be taken; None where nobody knows of a limit."""
+    """Bytes of a device's memory that may be used; None if no limit is known."""
     return min((value for value in (device.free or device.memory, limit) if value is not None), default=None)
 
 

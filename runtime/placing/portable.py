@@ -1,14 +1,12 @@
-"""Something compiled that fits this machine: what the bundle holds, else what was compiled here before, else what is
-compiled here now.
+"""Finds a compiled engine that fits this machine: the bundle's, else one compiled here before, else compiles one.
 
-Compiled here, it is kept in the user's cache folder, never in the bundle:
+Engines compiled here are stored in the user's cache folder, never in the bundle:
 
-<cache>/engines/<key>/entry.json   what was compiled, and the sha256 of each of its files, which lie beside it
-<cache>/engines/.lock              held while something is compiled: one at a time, since kernels are chosen by timing
-                                   them
+<cache>/engines/<key>/entry.json   the artifact and the sha256 of its files, which are in the same folder
+<cache>/engines/.lock              held during a compilation: one at a time, because kernels are chosen by timing
 
-The key is a hash of everything that the result depends on: the canonical graph, the submodel, target, settings,
-versions, this machine.
+The key is a hash of everything that the result depends on: the canonical graph, the submodel, the target, its settings,
+the versions and this machine.
 """
 
 from __future__ import annotations
@@ -39,13 +37,15 @@ LOCK: Final = ".lock"
 UNFINISHED: Final = ".compiling-"
 SECONDS_BETWEEN_TRIES: Final = 0.5
 Progress = Callable[[float, str], None]
-"""Hears of the share done, from 0 to 1, and of what. What it raises stops the compilation and is raised again."""
+"""Called with the completed share, from 0 to 1, and the name of the phase. An exception from it stops the compilation
+and is raised again.
+"""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What to load, for `Options.compiled`, and what had to be done for it; `note` is empty where the bundle's own
-    fits.
+    """The engine files to load, for `Options.compiled`. `note` says what was compiled and why; it is empty if the
+    bundle's own files fit.
     """
 
     compiled: Compiled
@@ -53,7 +53,7 @@ class Fitted:
 
 
 class Entry(Frozen):
-    """What an entry of the cache holds: the artifact, and the sha256 of its files by name."""
+    """An entry of the cache: the artifact, and the sha256 of its files by name."""
 
     artifact: Artifact
     files: Mapping[Inside, str]
@@ -61,18 +61,14 @@ class Entry(Frozen):
 
 @dataclass(frozen=True)
 class Prospect:
-    """What loading will do with an artifact of a bundle on this machine: in a word, and why where it is not loaded as
-    it is.
-    """
+    """Whether an artifact of a bundle is loaded on this machine, and the reason if it is not loaded as it is."""
 
     word: Literal["yes", "compiled anew", "no"]
     why: str = ""
 
 
 def prospect(bundle: Bundle, artifact: Artifact) -> Prospect:
-    """What `fitting`, and before it `runtime.placing.placement`, will make of an artifact here. Nothing is loaded or
-    compiled.
-    """
+    """Predict the result of placement and `fitting` for an artifact. Nothing is loaded or compiled."""
     if artifact.target not in targets():
         return Prospect("no", "not known to this program")
     engine = targets()[artifact.target]
@@ -93,12 +89,12 @@ def fitting(
     progress: Progress = lambda share, phase: None,
     settings: Mapping[str, str] | None = None,
 ) -> Fitted:
-    """What the target shall load of a submodel on this machine. The bundle's files are taken as verified.
+    """The engine files of a submodel for this machine, compiled now if none fit. The bundle must be verified before.
 
-    `settings` are the target's own for compiling here, besides those the bundle was built with. Raises
-    EngineUnavailable when nothing fits and the canonical graph was left out of the bundle, EngineError when it cannot
-    be compiled, ResourceExhausted when the cache cannot be written or is full. Two processes that ask for the same get
-    the same: the second waits for the first.
+    `settings` are compile settings of the target, added to those that the bundle was built with. Raises
+    EngineUnavailable if nothing fits and the bundle has no canonical graph, EngineError if the compilation fails,
+    ResourceExhausted if the cache is full or cannot be written. If two processes need the same engine, the second waits
+    for the first and uses its result.
     """
     held = bundle.artifacts(engine.target, submodel.name)
     misfits = []
@@ -137,22 +133,22 @@ def _note(engine: type[Engine], submodel: Submodel, why: str, done: str) -> str:
 def _key(bundle: Bundle, submodel: Submodel, engine: type[Engine], settings: Mapping[str, str]) -> str:
     found = engine.available()
     graph = {path: bundle.manifest.files[path] for path in bundle.graph_files(submodel)}
-    told = submodel.model_dump(mode="json", exclude={"parity"})
+    description = submodel.model_dump(mode="json", exclude={"parity"})
     machine = [platform.system(), platform.machine(), processor_features(), found.version, found.devices]
-    return key_of(engine.target, graph, told, settings, _code(), machine)
+    return key_of(engine.target, graph, description, settings, _code(), machine)
 
 
 @cache
 def _code() -> str:
-    """Identifies what lowers and compiles: a later program must not load what an older one made of the same graph."""
+    """A hash of the code that lowers and compiles, so that a new version of it does not load old engines."""
     root = Path(__file__).parents[1]
     return key_of([path.read_text() for room in ("bundle", "targets") for path in sorted((root / room).rglob("*.py"))])
 
 
 def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:
-    """What was compiled into the folder before, if it is whole; else why not, empty where there is nothing.
+    """The artifact stored in the folder if it is intact, else None and the reason ("" if there is none).
 
-    Raises EngineError when another user could have put it there: it is native code.
+    Raises EngineError if another user can write the folder: engines are native code.
     """
     if not folder.exists():
         return None, ""
@@ -161,15 +157,15 @@ def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:
         entry = Entry.model_validate_json(read_regular(folder / ENTRY, LARGEST_MANIFEST))
         altered = [name for name, expected in entry.files.items() if sha256(folder / name) != expected]
     except (OSError, ValidationError):
-        return None, f"what was kept in {folder} could not be read"
+        return None, f"the engine stored in {folder} could not be read"
     if altered or not set(entry.artifact.files) <= set(entry.files):
-        return None, f"what was kept in {folder} was damaged ({', '.join(altered or [ENTRY])})"
+        return None, f"the engine stored in {folder} was damaged ({', '.join(altered or [ENTRY])})"
     reason = engine.misfit(entry.artifact)
-    return (None, f"what was kept {reason}") if reason else (entry.artifact, "")
+    return (None, f"the stored engine {reason}") if reason else (entry.artifact, "")
 
 
 def _require_own(folder: Path) -> None:
-    """Raise EngineError when a folder of the cache is not this user's alone to write."""
+    """Raise EngineError if others than this user can write the folder."""
     if os.name != "posix":
         return
     for one in (folder.parent, folder):
@@ -180,17 +176,14 @@ def _require_own(folder: Path) -> None:
             or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         ):
             raise EngineError(
-                f"{one} may have been written by others, and engines are native code: remove it, or set "
-                "ENGINECAST_CACHE to a folder "
-                "that only this user writes"
+                f"other users can write {one}, and engines are native code: remove it, or set ENGINECAST_CACHE to a "
+                "folder that only this user can write"
             )
 
 
 @contextmanager
 def _alone(engines: Path, progress: Progress) -> Iterator[None]:
-    """While no other process compiles into this folder, which is made where it is not there. Raises
-    ResourceExhausted.
-    """
+    """Hold the lock of this folder, so that no other process compiles. Makes the folder. Raises ResourceExhausted."""
     try:
         engines.mkdir(mode=0o700, parents=True, exist_ok=True)
         _require_own(engines)
@@ -200,11 +193,11 @@ def _alone(engines: Path, progress: Progress) -> Iterator[None]:
                 lock.acquire(timeout=SECONDS_BETWEEN_TRIES)
             except Timeout:
                 progress(0.0, "Waiting for another process that compiles")
-    except (OSError, NotImplementedError) as error:  # the latter where the file system has no locks
+    except (OSError, NotImplementedError) as error:  # the second if the file system has no locks
         raise _unwritable(engines, error) from None
     try:
         for left in engines.glob(f"{UNFINISHED}*"):
-            shutil.rmtree(left, ignore_errors=True)  # of a machine that lost its power
+            shutil.rmtree(left, ignore_errors=True)  # left by a crash
         yield
     finally:
         lock.release()
@@ -213,7 +206,7 @@ def _alone(engines: Path, progress: Progress) -> Iterator[None]:
 def _compile(
     bundle: Bundle, submodel: Submodel, engine: type[Engine], options: CompileOptions, folder: Path
 ) -> Artifact:
-    """Compile into the folder, which appears when everything is in it, in the place of what was there."""
+    """Compile into a temporary folder, then replace `folder` with it."""
     with ExitStack() as stack:
         try:
             made = stack.enter_context(vanishing(folder.parent, UNFINISHED))
@@ -246,5 +239,5 @@ def _unwritable(folder: Path, error: OSError | NotImplementedError) -> ResourceE
         )
     reason = error.strerror if isinstance(error, OSError) else error
     return ResourceExhausted(
-        f"cannot write {folder}, where what is compiled here is kept: {reason}. Set ENGINECAST_CACHE to another"
+        f"cannot write {folder}, the cache of compiled engines: {reason}. Set ENGINECAST_CACHE to another folder"
     )

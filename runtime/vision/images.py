@@ -1,9 +1,9 @@
-"""Pictures in and out: safe decoding, and encoding. Pictures are uint8 RGB [height, width, 3] everywhere.
+"""Safe decoding and encoding of pictures. Pictures are uint8 RGB [height, width, 3] everywhere.
 
-Of every format: the first frame, upright as EXIF or the container says, what is transparent laid over white, as
-transformers' load_image and convert_to_rgb do. 16-bit grey is scaled to 8 bits as the PNG specification has it (third
-edition, section 13.12), where Pillow alone would clip it; of 16-bit colours Pillow gives the high byte. Colours are
-taken as sRGB: colour profiles are not applied, as there.
+Decoding returns the first frame, rotated by EXIF or the container, with transparency composited over white, as
+transformers' load_image and convert_to_rgb do. 16-bit grey is scaled to 8 bits by the PNG specification (third edition,
+section 13.12); Pillow alone would clip it. Of 16-bit colours Pillow returns the high byte. Colours are treated as sRGB:
+colour profiles are not applied, as in transformers.
 """
 
 from __future__ import annotations
@@ -27,39 +27,37 @@ from runtime.errors import InvalidInput
 
 Picture = NDArray[np.uint8]
 MAX_PIXELS: Final = limits.PICTURE_PIXELS.most
-"""Pictures of more pixels than this are refused, as files and as what a resize would make of them."""
+"""Pictures with more pixels are refused, as files and as results of a resize."""
 COPIES: Final = {"WEBP": 3, "AVIF": 3, "HEIF": 2}
-"""How many copies of the picture decoders hold, where it is more than one: measured."""
+"""Measured number of copies of the picture in a decoder's memory, if it is more than one."""
 UPRIGHT: Final = ("TIFF", "HEIF")
-"""Formats whose decoders set the picture upright themselves."""
+"""Formats whose decoders apply the orientation themselves."""
 BYTES: Final = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 4, "RGB": 4, "RGBA": 4, "CMYK": 4}
-"""Bytes that Pillow takes for a pixel, by mode."""
+"""Bytes of a pixel in Pillow's memory, by mode."""
 FORMATS: Final = {
     "PNG": "PNG", "JPEG": "JPEG", "WEBP": "WebP", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF", "AVIF": "AVIF",
     "HEIF": "HEIC",
 }  # fmt: skip
-"""What is read: Pillow's names, and those that people know. No other decoder gets to see a file."""
+"""The formats that are read: Pillow's names and the common ones. No other decoder opens a file."""
 SIXTEEN: Final = ("I;16", "I;16B", "I;16L", "I;16N")
 """Pillow's modes of 16-bit grey."""
 MODES: Final = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", *SIXTEEN})
-"""Pillow's modes whose values have one meaning as a brightness. The others are LAB, and whole or real numbers of 32
-bits.
-"""
+"""Pillow's modes with a defined brightness. The others are LAB and 32-bit integers or floats."""
 COMPRESSIONS: Final = frozenset({"raw", "packbits", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "jpeg"})
-"""Of TIFF files, as Pillow calls them. The decoders of the others, of faxes for one, write a line to stderr for each
-damaged row.
+"""TIFF compressions that are read, in Pillow's spelling. Decoders of others, such as fax, print a line to stderr for
+each damaged row.
 """
 WHITE_IS_ZERO: Final = "white_is_zero"
-"""Entry in `info` of a 16-bit grey TIFF file whose largest number is black."""
+"""Key in `info` of 16-bit grey TIFF files in which 0 is white."""
 CHUNKS: Final = 10_000
-"""How many chunks of a PNG file are looked at for its orientation."""
+"""The most chunks of a PNG file that are searched for its orientation."""
 
 
 def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS) -> Picture:
     """Decode a picture file of one of `FORMATS` to uint8 RGB [height, width, 3].
 
-    Raises InvalidInput naming `field` when the data is none of these, is damaged, or holds more than `max_pixels`
-    pixels; the size is read from the header, before any pixel is decoded.
+    Raises InvalidInput that names `field` if the data has another format, is damaged, or has more than `max_pixels`
+    pixels. The size is read from the header before any pixel is decoded.
     """
     with _opened(data, field, max_pixels) as image:
         return np.array(_upright(image), np.uint8)
@@ -67,8 +65,8 @@ def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS
 
 @contextmanager
 def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The picture in a file, its header read and no pixel. Raises InvalidInput also for what happens to it while it is
-    open.
+    """Open a picture file and read its header, but no pixel. Also converts errors that occur in the block to
+    InvalidInput.
     """
     too_large = InvalidInput(
         field, f"holds more than {max_pixels / 1e6:g} megapixels, the most that is accepted: send a smaller picture"
@@ -82,10 +80,8 @@ def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
             yield image
     except InvalidInput:
         raise
-    except (
-        Image.DecompressionBombError,
-        Image.DecompressionBombWarning,
-    ):  # Pillow's own limits lie above ours by default
+    # Pillow's own limits are above these by default.
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise too_large from None
     except UnidentifiedImageError:
         *names, last = FORMATS.values()
@@ -97,7 +93,7 @@ def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
 
 
 def _check_kind(image: Image.Image, field: str) -> None:
-    """Raise InvalidInput for a file of a known format whose pixels or compression are not read."""
+    """Raise InvalidInput if the pixel type or compression of a file is not supported."""
     if image.mode not in MODES:
         raise InvalidInput(
             field,
@@ -112,14 +108,14 @@ def _check_kind(image: Image.Image, field: str) -> None:
 
 @cache
 def _formats() -> list[str]:
-    """Pillow's names of what is read. HEIC's decoder is a library of its own."""
+    """Pillow's names of the formats. Registers the decoder of HEIC, which is a separate library."""
     register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
     return list(FORMATS)
 
 
 def _amend(image: Image.Image, data: bytes) -> None:
-    """Correct what Pillow says of a file whose header was read: `info` is in the file's own numbers there, pixels are
-    not.
+    """Correct Pillow's `info` after the header was read: its values have the file's bit depth, the pixels will have 8
+    bits.
     """
     transparent = image.info.get("transparency")
     if image.format == "PNG" and isinstance(image, ImageFile.ImageFile) and image.tile:
@@ -139,7 +135,7 @@ def _amend(image: Image.Image, data: bytes) -> None:
 
 
 def _png_chunk(data: bytes, kind: bytes) -> bytes:
-    """The first chunk of a kind in a PNG file; Pillow reads those behind the pixels only when it has decoded them."""
+    """The first chunk of a kind in a PNG file. Pillow reads chunks after the pixels only once these are decoded."""
     start = 8
     for _ in range(CHUNKS):
         length = int.from_bytes(data[start : start + 4])
@@ -152,13 +148,13 @@ def _png_chunk(data: bytes, kind: bytes) -> bytes:
 
 
 _DECODING: Final = threading.Lock()
-"""Files are decoded one after the other: a small file may hold many pixels."""
+"""Only one file is decoded at a time: a small file may have many pixels."""
 
 
 @dataclass(frozen=True, eq=False)
 class PictureFile:
-    """A picture file of a request, decoded when it is needed. `size` is (width, height) in pixels, upright; `field`
-    what errors call it.
+    """A picture file of a request, decoded when it is needed. `size` is (width, height) in pixels after rotation by
+    EXIF; `field` is its name in errors.
     """
 
     data: bytes
@@ -167,20 +163,20 @@ class PictureFile:
 
     @classmethod
     def open(cls, data: bytes, field: str) -> PictureFile:
-        """Look at a file's length and header. Raises InvalidInput as `decode_image` does, but for damaged pixels."""
+        """Check a file's length and header. Raises InvalidInput as `decode_image` does, except for damaged pixels."""
         limits.PICTURE_BYTES.length(field, data)
         with _opened(data, field, MAX_PIXELS) as image:
             limits.DECODED.count(field, _memory(image))
             return cls(data, field, image.size[::-1] if _orientation(image) >= 5 else image.size)
 
     def decode(self) -> Picture:
-        """Its pixels, as `decode_image` gives them. Raises InvalidInput when they are damaged."""
+        """Decode the file as `decode_image` does. Raises InvalidInput if its pixels are damaged."""
         with _DECODING:
             return decode_image(self.data, self.field)
 
     def resized(self, size: tuple[int, int], resample: Image.Resampling) -> Picture:
-        """What `decode` gives, resized to (width, height): the same pixels, in much less memory. Raises as `decode`
-        does.
+        """Decode and resize to (width, height): the same pixels as from `decode`, in much less memory. Raises
+        InvalidInput if they are damaged.
         """
         with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
             return np.array(_upright(image).resize(size, resample), np.uint8)
@@ -191,31 +187,29 @@ TURNS: Final = {
     5: Image.Transpose.TRANSPOSE,
     6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
-"""What sets a picture upright, by its EXIF orientation."""
+"""The transposition that undoes each EXIF orientation."""
 STRIP: Final = 1 << 20
-"""Pixels that are converted to RGB at once."""
+"""Number of pixels that are converted to RGB at once."""
 
 
 def _orientation(image: Image.Image) -> int:
-    """Of its EXIF tags, 1 where there are none. 5 and above: width and height are exchanged."""
+    """The EXIF orientation, 1 if there is none. From 5 on, width and height are exchanged."""
     if image.format in UPRIGHT:
         return 1
-    found = Image.Image.getexif(image).get(Tag.Orientation, 1)  # that of PNG files would decode the pixels first
+    found = Image.Image.getexif(image).get(Tag.Orientation, 1)  # PNG files' own getexif would decode the pixels
     return found if found in TURNS else 1
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The picture upright and as RGB, made a strip at a time: one copy besides the file's, or none."""
+    """The rotated picture as RGB, converted strip by strip, so that there is at most one more copy in memory."""
     orientation, size = _orientation(image), image.size
     image.load()
     if image.size != size:
         raise ValueError(f"its header says {size[0]}x{size[1]} pixels, it has {image.size[0]}x{image.size[1]}")
     if image.mode == "RGB" and orientation not in TURNS and image.info.get("transparency") is None:
         return image
-    across, backwards = (
-        orientation >= 5,
-        orientation in (3, 4, 7, 8),
-    )  # its rows lie in the file as columns; the last comes first
+    # Whether rows of the result are columns of the file, and whether the last one comes first.
+    across, backwards = orientation >= 5, orientation in (3, 4, 7, 8)
     width, height = image.size[::-1] if across else image.size
     upright = Image.new("RGB", (width, height))
     step = max(1, STRIP // width)
@@ -228,20 +222,18 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _memory(image: Image.Image) -> int:
-    """Bytes that `_upright` takes at most, from the header: the decoder's own and those of the RGB picture, 4 a pixel
-    as Pillow has it.
-    """
+    """The most bytes that `_upright` needs, from the header: the decoder's, and 4 for each pixel of the RGB picture."""
     own = BYTES.get(image.mode, 4) * COPIES.get(image.format or "", 1)
     return image.width * image.height * (own if image.mode == "RGB" and _orientation(image) not in TURNS else own + 4)
 
 
 def decoded(picture: Picture | PictureFile) -> Picture:
-    """The pixels of a picture or of a file. Raises InvalidInput when they are damaged."""
+    """The pixels of a picture or of a file. Raises InvalidInput if they are damaged."""
     return picture.decode() if isinstance(picture, PictureFile) else picture
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """A picture or a strip of it as RGB, what is transparent laid over white."""
+    """A picture or a strip of it as RGB, with transparency composited over white."""
     if image.mode in SIXTEEN:
         return _scaled(image)
     if "A" not in image.mode.upper() and image.info.get("transparency") is None:

@@ -132,7 +132,8 @@ def serve(
     from runtime.bundle import signing
     from runtime.placing.loading import load_model
     from serving.dialects.grpc import server
-    from serving.host.models import Limits, ModelHost, Offer
+    from serving.host.models import ModelHost
+    from serving.host.offers import Limits, Offer
 
     options, placing = _options(device, threads), _placing(place, memory_limit, strict)
 

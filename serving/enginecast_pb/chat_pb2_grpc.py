@@ -46,7 +46,7 @@ class ChatServiceServicer:
 
     def Chat(self, request, context):
         """Answer the last message. The stream is: one Queued, a TextDelta as text is decoded, one Done.
-        Cancelling the call, or leaving, stops the work after the token that is being decoded.
+        Cancelling the call, or disconnecting, stops the work after the current token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -45,8 +45,8 @@ class ImageServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Generate(self, request, context):
-        """Draw pictures. The stream is: one Queued, a Progress after every denoising step, an Image as each picture is ready, one Done.
-        Cancelling the call, or leaving, stops the work after the step that is running.
+        """Draw pictures. The stream is: one Queued, a Progress after every denoising step, an Image when each picture is
+        ready, one Done. Cancelling the call, or disconnecting, stops the work after the current step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -60,29 +60,30 @@ class ModelServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def ListModels(self, request, context):
-        """Every model the server knows, by name.
+        """Every model of the server, sorted by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model. NOT_FOUND when there is none of that name.
+        """One model. NOT_FOUND if there is none with that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LoadModel(self, request, context):
-        """Load a model and answer when it is ready. Loading one that is ready changes nothing. UNAVAILABLE while it is loading or unloading.
-        A model that cannot be loaded on the target that the request names stays as it was.
+        """Load a model and respond when it is ready. Loading a ready model changes nothing. UNAVAILABLE while it is loading
+        or unloading. If loading on a requested target fails, the state of the model does not change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Let a model's requests finish, free its engines, and answer when that is done. Unloading one that is not loaded changes nothing.
+        """Let a model's requests finish, free its engines, and respond when that is done. Unloading a model that is not
+        loaded changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

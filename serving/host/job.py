@@ -1,5 +1,5 @@
-"""One request on one model: its pipeline, its clock and its way to stop. Knows no thread, no event loop and no
-protocol.
+"""One request on one model: runs its pipeline, measures the time and can be stopped. Independent of threads, event
+loops and protocols.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from runtime.errors import EnginecastError
 from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
 
 Driver = Callable[[Pipeline, Engines], Generator[Event, None, None]]
-"""Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or one that batches the calls of several
-jobs.
+"""Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or a function that batches the calls of
+several jobs.
 """
 
 
 class Model(Protocol):
-    """What a job needs of a loaded model (`runtime.placing.loading.LoadedModel`)."""
+    """The parts of a loaded model that a job uses (`runtime.placing.loading.LoadedModel`)."""
 
     @property
     def task(self) -> str: ...
@@ -49,13 +49,13 @@ class Queued(Event):
 
 @dataclass(frozen=True)
 class Started(Event):
-    """The work begins: the request waits no longer."""
+    """The request has left the queue and runs."""
 
 
 @dataclass(frozen=True)
 class EngineUse:
-    """What ran a submodel: measured, not asked for. `seconds` is the time the pipeline waited for it, `reload_seconds`
-    a part of it.
+    """The engine that really ran a submodel. `seconds` is the time that the pipeline waited for it, including
+    `reload_seconds`, the time of loading it again.
     """
 
     submodel: str
@@ -71,10 +71,10 @@ class EngineUse:
 
 @dataclass(frozen=True)
 class Done(Event):
-    """The work is complete. Times are in seconds; `first_output_seconds` runs from the start to the first
-    event that is an output.
+    """The work is complete. Times are in seconds; `first_output_seconds` is the time from the start to the first output
+    event.
 
-    `notes` are those of the model: what differs from the published model or from the requested placement.
+    `notes` lists differences from the published model and from the requested placement.
     """
 
     queue_seconds: float
@@ -85,7 +85,7 @@ class Done(Event):
 
 
 class Job:
-    """A pipeline about to be driven. `stop` may be called from any thread."""
+    """A pipeline and the means to run it. `stop` may be called from any thread."""
 
     def __init__(self, model: Model, pipeline: Pipeline, driver: Driver) -> None:
         self._model = model
@@ -97,12 +97,12 @@ class Job:
         self._stopped_by: EnginecastError | None = None
 
     def stop(self, error: EnginecastError) -> None:
-        """Raise `error` from the pipeline before its next engine call. The first reason wins."""
+        """Make the pipeline raise `error` before its next engine call. Only the first call counts."""
         self._stopped_by = self._stopped_by or error
 
     def events(self) -> Generator[Event, None, None]:
-        """Do the work: `Started`, the pipeline's own events, `Done`. Raises what the pipeline, an engine or `stop`
-        raises.
+        """Run the pipeline: yields `Started`, its events and `Done`. Raises the errors of the pipeline and its engines,
+        and the error given to `stop`.
         """
         started = perf_counter()
         first_output: float | None = None
@@ -117,8 +117,8 @@ class Job:
         )
 
     def _stoppable(self) -> Pipeline:
-        """The pipeline, with a look at `stop` before every step. It is wrapped here, not in the driver, so that it
-        holds for any driver.
+        """The pipeline with a check of `stop` before every step. It is here, not in the driver, so that any driver has
+        it.
         """
         outputs: Outputs | None = None
         with closing(self._pipeline) as pipeline:
@@ -141,10 +141,10 @@ class Job:
 
     def _use(self, name: str, engine: Engine, seconds: Sequence[float]) -> EngineUse:
         again = engine.reload_seconds - self._reloads[name]
-        told = precision(engine), engine.fallbacks, max(0.0, again), engine.chosen
-        return EngineUse(name, engine.target, engine.device, len(seconds), sum(seconds), *told)
+        facts = precision(engine), engine.fallbacks, max(0.0, again), engine.chosen
+        return EngineUse(name, engine.target, engine.device, len(seconds), sum(seconds), *facts)
 
 
 def precision(engine: Engine) -> str:
-    """What a submodel computes in, for reading: "int8 W8A8, float32"."""
+    """The precision of a submodel's weights and computation as text, such as "int8 W8A8, float32"."""
     return f"{engine.submodel.precision}, {engine.computes}"

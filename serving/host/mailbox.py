@@ -1,4 +1,4 @@
-"""From a worker thread to the event loop: the events of one request, bounded whatever its reader does."""
+"""Passes the events of one request from a worker thread to the event loop, with bounded memory."""
 
 from __future__ import annotations
 
@@ -12,12 +12,10 @@ from runtime.pipeline import Event, Progress
 
 
 class Mailbox:
-    """Events in the order they were put. Made on the event loop that reads them; `put` and `end` may be called from any
-    thread.
+    """A queue of events. Made on the event loop that reads it; `put` and `end` may be called from any thread.
 
-    Small events are all kept: their number is bounded by the request's steps and tokens. Of unread pictures at most
-    `limits.UNREAD_BYTES` are kept: older previews are dropped for newer ones, and `put` waits with a finished picture
-    until there is room.
+    Small events are all kept: their number is bounded by the request's steps and tokens. Unread pictures are limited to
+    `limits.UNREAD_BYTES`: newer previews replace older ones, and `put` blocks until a finished picture fits.
     """
 
     def __init__(self) -> None:
@@ -29,7 +27,7 @@ class Mailbox:
         self._error: BaseException | None = None
 
     def put(self, event: Event) -> None:
-        """Add an event. Nothing happens once the mailbox has ended."""
+        """Add an event. Does nothing after `end`."""
         with self._room:
             if event.output and event.nbytes:
                 self._room.wait_for(lambda: self._ended or not self._full(event))
@@ -44,7 +42,7 @@ class Mailbox:
         self._wake()
 
     def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
-        """No more events: the reader gets those that are left, or with `at_once` none, then `error`. The first end
+        """End the queue: the reader gets the remaining events (none if `at_once`), then `error`. Only the first call
         counts.
         """
         with self._room:
@@ -56,7 +54,7 @@ class Mailbox:
         self._wake()
 
     async def get(self) -> Event | None:
-        """The next event; None at the end. Raises the error that it ended with."""
+        """The next event, None at the end. Raises the error given to `end`."""
         while True:
             self._arrived.clear()
             with self._room:

@@ -1,10 +1,11 @@
-"""The models of a server, without any protocol: what is loaded, who waits, what runs, how it all stops.
+"""The models of a server, without any protocol: loading, queueing, running and stopping.
 
-Every method runs on one event loop; engines run in worker threads. One pipeline at a time runs on a model (`slots`),
-the rest wait in a bounded queue. A driver that batches takes the place of `drive` and raises `slots`.
+Every method runs on one event loop; engines run in worker threads. By default one request at a time runs on a model
+(`Limits.slots`); others wait in a bounded queue. A driver that batches replaces `drive` and needs more slots.
 
-A thread cannot be ended from outside. What computes or loads is told to stop, given a while, and then left behind: its
-model is freed when the thread is done, and a process that stops does not wait for it (`ModelHost.close`).
+A thread cannot be ended from outside. A thread that computes or loads is stopped before its next step. If that takes
+too long, the thread is abandoned: its engines are freed when it ends, and a stopping process does not wait for it
+(`ModelHost.close`).
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Collection, Coroutine, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -37,155 +36,37 @@ from runtime.errors import (
 )
 from runtime.pipeline import Event, drive
 from runtime.task import Request
-from serving.dialects.grpc.shown import concealed, without_paths
-from serving.host.job import Done, Driver, Job, Model, Queued, precision
-from serving.host.mailbox import Mailbox
+from serving.dialects.grpc.shown import without_paths
+from serving.host.job import Driver, Job, Model, Queued
+from serving.host.offers import Limits, Offer, check_name
+from serving.host.served import Reservation, Run, Served
+from serving.host.states import ModelState, Status
 from serving.host.turns import Turns
 
 log = logging.getLogger(__name__)
 
 Loader = Callable[[Bundle | Path, str | None], Model]
-"""Loads a bundle for a target, or for the best usable one: the one that was opened, or the one at a folder where that
+"""Loads a bundle for a target, None for the best usable one. Takes the bundle that was opened, or its folder if that
 failed.
 """
 STUCK_SECONDS: Final = 30.0
-"""How long an engine may take to end a step when a model is unloaded, before it is left behind."""
+"""Seconds to wait for the current step of an engine when a model is unloaded. Its thread is abandoned then."""
 IDLE_SECONDS: Final = 0.7
 """The same when the server stops."""
-KEPT: Final = 4
-"""One in so many places of a queue is kept for clients that have no request there."""
-
-
-class ModelState(Enum):
-    """Whether a model can be used."""
-
-    UNLOADED = "unloaded"
-    LOADING = "loading"
-    READY = "ready"
-    UNLOADING = "unloading"
-    FAILED = "failed"
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How much a host takes on. `slots` pipelines run at once on a model, `max_queue` wait; `grace_seconds` is how long
-    they may finish.
-    """
-
-    slots: int = 1
-    max_queue: int = 16
-    grace_seconds: float = 30.0
-
-
-@dataclass(frozen=True)
-class Offer:
-    """A bundle and the name it is served by. `error` says why it could not be opened: loading may succeed once it is
-    repaired.
-
-    What could be opened is what is served: another bundle that lies in its folder later is refused.
-    """
-
-    name: str
-    root: Path
-    bundle: Bundle | None = None
-    error: EnginecastError | None = None
-
-    @property
-    def quant(self) -> str:
-        return self.bundle.manifest.quant if self.bundle else ""
-
-    @classmethod
-    def of(cls, root: Path, name: str = "") -> Offer:
-        """The bundle at `root`, under a name of its own or that of its manifest, or of its folder where it cannot be
-        opened.
-        """
-        try:
-            bundle = Bundle(root)
-        except EnginecastError as error:
-            return cls(name or root.absolute().name, root, error=error)
-        return cls(name or bundle.name, root, bundle)
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What a submodel runs on, as it is and not as asked for."""
-
-    submodel: str
-    target: str
-    device: str
-    precision: str
-    fallbacks: tuple[str, ...]
-    choices: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Status:
-    """A model as it stands.
-
-    `task` is known once it was loaded; `target`, `device`, `placements` and `notes` while it is; `error` when loading
-    failed.
-    """
-
-    name: str
-    state: ModelState
-    quant: str
-    task: str | None
-    target: str | None
-    device: str | None
-    error: str | None
-    running: int
-    queued: int
-    placements: tuple[Placement, ...] = ()
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """A place that a request takes, running or waiting: of which client, and how many bytes it holds meanwhile."""
-
-    client: str
-    nbytes: int
-
-
-class _Run:
-    """A job on its way through a worker thread, seen from the event loop."""
-
-    def __init__(self, job: Job, place: Place, workers: ThreadPoolExecutor) -> None:
-        self.job = job
-        self.place = place
-        self.events = Mailbox()
-        self.error: BaseException | None = None
-        self.future: Future[None] = workers.submit(self._work)
-
-    def _work(self) -> None:
-        try:
-            for event in self.job.events():
-                self.events.put(event)
-        except BaseException as error:  # it is raised again on the event loop, by whoever reads the events
-            self.error = error
-            self.events.end(error)
-        else:
-            self.events.end()
-
-    def fail(self, error: EnginecastError) -> None:
-        """End at once for the reader, and within one step on the engine."""
-        self.job.stop(error)
-        self.future.cancel()
-        self.events.end(error, at_once=True)
 
 
 class _Grace:
-    """How long what runs may take to finish. The server's own period, once it is running, bounds every other."""
+    """Waits for requests during a grace period. The server's own grace period ends all others."""
 
     def __init__(self) -> None:
         self._over = asyncio.Event()
 
     def begin(self, seconds: float) -> None:
-        """The server stops: all periods end within this time."""
+        """The server stops: all grace periods end within this time."""
         asyncio.get_running_loop().call_later(seconds, self._over.set)
 
     async def wait(self, futures: Collection[Future[None]], seconds: float) -> bool:
-        """Whether all are done within `seconds`, or less where the server stops."""
+        """Wait `seconds`, or less if the server stops, and return whether all futures are done."""
         if not futures:
             return True
         over = asyncio.create_task(self._over.wait())
@@ -197,110 +78,11 @@ class _Grace:
             over.cancel()
 
 
-class _Served:
-    """One model of the host: its bundle, its state, and what runs on it."""
-
-    def __init__(self, offer: Offer, allowed: Limits) -> None:
-        self.offer = offer
-        self.limits = allowed
-        self.state = ModelState.UNLOADED
-        self.model: Model | None = None
-        self.task: str | None = None
-        self.error: str | None = None
-        self.places: set[Place] = set()
-        self.runs: set[_Run] = set()
-        self.change: asyncio.Task[None] | None = None
-        self.check: asyncio.Task[None] | None = None
-        self.workers = self._new_workers()
-        if offer.error is not None:
-            self.state, self.error = ModelState.FAILED, str(self.concealed(offer.error))
-
-    def _new_workers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.limits.slots, thread_name_prefix=self.name)
-
-    @property
-    def name(self) -> str:
-        return self.offer.name
-
-    def concealed(self, error: EnginecastError) -> EnginecastError:
-        """The error as clients get it. The log has it whole."""
-        return concealed(error, self.offer.root, self.name)
-
-    def shown(self, event: Event) -> Event:
-        """The event as clients get it."""
-        return replace(event, notes=self._notes(event.notes)) if isinstance(event, Done) else event
-
-    def _notes(self, notes: Iterable[str]) -> tuple[str, ...]:
-        return tuple(without_paths(note, self.offer.root, self.name) for note in notes)
-
-    def ready(self, task: str) -> Model:
-        """The loaded model, if it does this task."""
-        if self.state is not ModelState.READY or self.model is None:
-            why = f": {self.error}" if self.error else ""
-            raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
-        if self.model.task != task:
-            raise InvalidInput(
-                "model", f"{self.name} has the task {self.model.task}, expected a model with the task {task}"
-            )
-        return self.model
-
-    def enter(self, client: str, nbytes: int) -> Place:
-        """A place for a request. Raises ResourceExhausted."""
-        free, kept = self.limits.slots + self.limits.max_queue - len(self.places), self.limits.max_queue // KEPT
-        if free <= 0:
-            raise ResourceExhausted(
-                f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later"
-            )
-        if free <= kept and any(place.client == client for place in self.places):
-            raise ResourceExhausted(
-                f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later"
-            )
-        place = Place(client, nbytes)
-        self.places.add(place)
-        return place
-
-    def start(self, job: Job, place: Place, ended: Callable[[_Run], None]) -> _Run:
-        """Have a worker do the job; `ended` is called on the loop when it has."""
-        loop = asyncio.get_running_loop()
-        run = _Run(job, place, self.workers)
-        self.runs.add(run)
-
-        def done(_: Future[None]) -> None:
-            with suppress(RuntimeError):  # the loop was closed: the server has stopped and left this behind
-                loop.call_soon_threadsafe(ended, run)
-
-        run.future.add_done_callback(done)
-        return run
-
-    def leave_behind(self) -> ThreadPoolExecutor:
-        """Give up the worker threads, which are busy, for new ones. The old ones end when they have done what they were
-        given.
-        """
-        workers, self.workers = self.workers, self._new_workers()
-        for run in self.runs:
-            self.places.discard(run.place)
-        self.runs.clear()
-        return workers
-
-    def status(self) -> Status:
-        running = min(len(self.runs), self.limits.slots)
-        target, device = (self.model.target, self.model.device) if self.model else (None, None)
-        placements = tuple(
-            Placement(name, engine.target, engine.device, precision(engine), engine.fallbacks, engine.chosen)
-            for name, engine in (self.model.engines if self.model else {}).items()
-        )
-        notes = self._notes(self.model.notes) if self.model else ()
-        queued, quant = len(self.places) - running, self.offer.quant
-        return Status(
-            self.name, self.state, quant, self.task, target, device, self.error, running, queued, placements, notes
-        )
-
-
 class ModelHost:
-    """Holds models by name and runs requests on them. The models are those of `bundles`, none loaded yet.
+    """Holds models by name and runs requests on them. At first no model is loaded.
 
-    `changed` is set, and replaced by a new event, whenever the state of a model changes. Raises InvalidInput when two
-    bundles have the same name, or one that cannot be served.
+    When the state of a model changes, `changed` is set and replaced by a new event. Raises InvalidInput for names that
+    are invalid or used twice.
     """
 
     def __init__(
@@ -314,7 +96,7 @@ class ModelHost:
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
         self._loader = loader
         self._driver = driver
-        self._models: dict[str, _Served] = {}
+        self._models: dict[str, Served] = {}
         for bundle in bundles:
             offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle)
             check_name(offer.name)
@@ -325,29 +107,29 @@ class ModelHost:
                     f"{offer.root} and {other} are both called '{offer.name}': give one another name, as in "
                     f"`enginecast serve {offer.name}={other} {offer.name}-2={offer.root}`",
                 )
-            self._models[offer.name] = _Served(offer, self.limits)
+            self._models[offer.name] = Served(offer, self.limits)
 
     def status(self, name: str) -> Status:
-        """The model as it stands. Raises NotFound with the nearest name."""
+        """The status of a model. Raises NotFound with the nearest name."""
         return self._find(name).status()
 
     def statuses(self) -> list[Status]:
-        """Every model as it stands, by name."""
+        """The status of every model, sorted by name."""
         return [self._models[name].status() for name in sorted(self._models)]
 
     def ready(self) -> dict[str, str | None]:
-        """The task of each model, None where it cannot be used now."""
+        """The task of each model, None if it cannot be used now."""
         usable = {name: served.state is ModelState.READY and not self.stopping for name, served in self._models.items()}
         return {name: self._models[name].task if can else None for name, can in usable.items()}
 
     async def run(
         self, name: str, request: Request, timeout: float | None = None, client: str = ""
     ) -> AsyncGenerator[Event, None]:
-        """Run a request: `Queued`, `Started`, the pipeline's events, `Done`. Closing the generator frees the engine
-        within one step.
+        """Run a request: yields `Queued`, `Started`, the pipeline's events and `Done`. Closing the generator stops the
+        work before its next step.
 
-        `client` is who sent it. Raises NotFound, Unavailable,
-        InvalidInput, ResourceExhausted, DeadlineExceeded after `timeout` seconds, or what the engine raises.
+        `client` names the connection that sent it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
+        DeadlineExceeded after `timeout` seconds, and the errors of the engine.
         """
         served = self._find(name)
         self._open()
@@ -357,7 +139,7 @@ class ModelHost:
         position = len(served.runs)
         run = served.start(job, place, partial(self._ended, served))
         over = DeadlineExceeded(
-            f"the request was not done after {timeout or 0:.3g} s: allow it more time or ask for less work"
+            f"the request was not done after {timeout or 0:.3g} s: allow it more time or request less work"
         )
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
         try:
@@ -374,7 +156,7 @@ class ModelHost:
                 timer.cancel()
             run.fail(Cancelled("the caller left"))
 
-    def _enter(self, served: _Served, client: str, nbytes: int) -> Place:
+    def _enter(self, served: Served, client: str, nbytes: int) -> Reservation:
         held = sum(place.nbytes for other in self._models.values() for place in other.places)
         if nbytes and held + nbytes > bounds.WAITING_BYTES.most:
             raise ResourceExhausted(
@@ -382,11 +164,11 @@ class ModelHost:
             )
         return served.enter(client, nbytes)
 
-    async def _job(self, served: _Served, request: Request, place: Place) -> Job:
-        """The work that a request is. It is checked (tokenized) off the loop.
+    async def _job(self, served: Served, request: Request, place: Reservation) -> Job:
+        """Check (tokenize) a request in a thread and return its job.
 
-        The place is given up when that is over and failed, not when the caller leaves: a client leaves no work behind
-        that does not count.
+        If the check fails or the caller leaves, the place is freed only when the check has ended, so that all work of
+        a client counts.
         """
 
         async def check() -> Any:
@@ -404,16 +186,16 @@ class ModelHost:
             def leave(task: asyncio.Future[Any]) -> None:
                 served.places.discard(place)
                 if not task.cancelled():
-                    task.exception()  # it was raised already, or nobody is there any more
+                    task.exception()  # it was raised already, or the caller has left
 
             checked.add_done_callback(leave)
             raise
 
     async def load(self, name: str, target: str | None = None) -> None:
-        """Load a model; loading goes on when the caller leaves. Raises NotFound, Unavailable, InvalidInput, or why it
-        cannot be loaded.
+        """Load a model. Loading continues if the caller leaves. Raises NotFound, Unavailable, InvalidInput and the
+        errors of loading.
 
-        A model that cannot be loaded on a target that the caller chose stays as it was.
+        If loading on a requested `target` fails, the state of the model does not change.
         """
         served = self._find(name)
         self._open()
@@ -431,8 +213,8 @@ class ModelHost:
         await self._change(served, self._load(served, target))
 
     async def unload(self, name: str, grace: float | None = None) -> None:
-        """Finish, or after `grace` seconds stop, what runs on a model, then free its engines. Raises NotFound,
-        Unavailable.
+        """Let the requests of a model finish, stop the rest after `grace` seconds, then free its engines. Raises
+        NotFound, Unavailable.
         """
         served = self._find(name)
         self._settled(served)
@@ -440,10 +222,9 @@ class ModelHost:
             await self._change(served, self._unload(served, self.limits.grace_seconds if grace is None else grace))
 
     async def close(self, grace: float | None = None) -> bool:
-        """Refuse new requests, finish or after `grace` seconds stop those that run, free all engines.
+        """Refuse new requests, let the others finish, stop the rest after `grace` seconds and free all engines.
 
-        Returns IDLE_SECONDS after that at the latest: False where something still loads or computes, which is left
-        behind.
+        Takes at most `grace` and IDLE_SECONDS. Returns False if a thread still loads or computes; it is abandoned.
         """
         grace = self.limits.grace_seconds if grace is None else grace
         self.stopping = True
@@ -459,19 +240,19 @@ class ModelHost:
         self._checks.shutdown(wait=False)
         return free
 
-    async def _shut(self, served: _Served, grace: float) -> bool:
-        """Unload a model; whether it was. Loading is not waited for: nobody is going to use what is loaded."""
+    async def _shut(self, served: Served, grace: float) -> bool:
+        """Unload a model and return whether that succeeded. Does not wait for a model that is loading."""
         changes = {task for task in (served.change, served.check) if task is not None}
         if changes:
             await asyncio.wait(changes, timeout=IDLE_SECONDS if served.state is ModelState.LOADING else None)
         if served.change is not None:
-            log.warning("model %s is still %s: it is left behind", served.name, served.state.value)
+            log.warning("model %s is still %s: its thread is abandoned", served.name, served.state.value)
             return False
-        with suppress(Exception):  # it was logged
+        with suppress(Exception):  # the error was logged
             await self.unload(served.name, grace)
         return served.model is None and not served.runs
 
-    def _find(self, name: str) -> _Served:
+    def _find(self, name: str) -> Served:
         if not name:
             raise InvalidInput("model", f"is missing: name one of {', '.join(sorted(self._models))}")
         if name not in self._models:
@@ -482,13 +263,13 @@ class ModelHost:
         if self.stopping:
             raise Unavailable("the server is stopping: try again when it runs again")
 
-    def _settled(self, served: _Served) -> None:
+    def _settled(self, served: Served) -> None:
         if served.change is not None:
             raise Unavailable(f"model {served.name} is {served.state.value}: try again when it is done")
 
-    async def _change(self, served: _Served, work: Coroutine[Any, Any, None]) -> None:
-        """Run a change of state to its end, even when the caller leaves: half a load would leave engines that nobody
-        owns.
+    async def _change(self, served: Served, work: Coroutine[Any, Any, None]) -> None:
+        """Run a change of state to its end, also if the caller leaves: engines of a half loaded model would have no
+        owner.
         """
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -512,8 +293,8 @@ class ModelHost:
         except EnginecastError as error:
             raise served.concealed(error) from error
 
-    def _ended(self, served: _Served, run: _Run) -> None:
-        """Where an engine failed, see whether it was the request or the engine: a device may have been taken away."""
+    def _ended(self, served: Served, run: Run) -> None:
+        """Free a request's place. If its engine failed, check the engines: a device may be lost."""
         served.runs.discard(run)
         served.places.discard(run.place)
         if (
@@ -524,21 +305,21 @@ class ModelHost:
         ):
             served.check = asyncio.create_task(self._check(served, run.error))
 
-    async def _check(self, served: _Served, error: EngineError) -> None:
-        """Load a model again, elsewhere where it can be, if its engines do not even run a sample. Until then requests
-        wait behind this.
+    async def _check(self, served: Served, error: EngineError) -> None:
+        """Run a sample on every engine of a model, and load the model again, elsewhere if possible, if one fails.
+        Requests wait meanwhile.
         """
         try:
             model = served.model
             broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
             if broken and served.state is ModelState.READY and served.model is model and served.change is None:
                 log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
-                with suppress(Exception):  # it is in the model's status and in the log
+                with suppress(Exception):  # the error is in the model's status and in the log
                     await self._change(served, self._reload(served, broken, error))
         finally:
             served.check = None
 
-    async def _reload(self, served: _Served, broken: Sequence[str], error: EngineError) -> None:
+    async def _reload(self, served: Served, broken: Sequence[str], error: EngineError) -> None:
         self._become(served, ModelState.LOADING)
         why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
         await self._drain(
@@ -553,7 +334,7 @@ class ModelHost:
             raise
         self._become(served, ModelState.READY)
 
-    def _become(self, served: _Served, state: ModelState, error: str | None = None) -> None:
+    def _become(self, served: Served, state: ModelState, error: str | None = None) -> None:
         served.state = state
         served.error = None if error is None else without_paths(error, served.offer.root, served.name)
         self._notify()
@@ -562,7 +343,7 @@ class ModelHost:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def _load(self, served: _Served, target: str | None) -> None:
+    async def _load(self, served: Served, target: str | None) -> None:
         before = served.state, served.error
         self._become(served, ModelState.LOADING)
         try:
@@ -578,7 +359,7 @@ class ModelHost:
         served.task = served.model.task
         self._become(served, ModelState.READY)
 
-    async def _unload(self, served: _Served, grace: float) -> None:
+    async def _unload(self, served: Served, grace: float) -> None:
         self._become(served, ModelState.UNLOADING)
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
         idle = await self._drain(
@@ -599,9 +380,10 @@ class ModelHost:
         finally:
             self._become(served, ModelState.UNLOADED)
 
-    async def _drain(self, served: _Served, grace: float, error: EnginecastError) -> bool:
-        """Wait `grace` seconds for what runs and waits, then stop the rest with `error`. Returns whether the engines
-        are idle.
+    async def _drain(self, served: Served, grace: float, error: EnginecastError) -> bool:
+        """Wait `grace` seconds for the requests of a model, then stop the rest with `error`.
+
+        Returns whether the engines are idle.
         """
         if await self._grace.wait([run.future for run in served.runs], grace):
             return True
@@ -612,17 +394,8 @@ class ModelHost:
             return True
         _, pending = await asyncio.wait(pending, timeout=self._patience())
         if pending:
-            log.error("model %s: a request has not ended the step it is in: it is left behind", served.name)
+            log.error("model %s: a request is still in its step: its thread is abandoned", served.name)
         return not pending
 
     def _patience(self) -> float:
         return IDLE_SECONDS if self.stopping else STUCK_SECONDS
-
-
-def check_name(name: str) -> None:
-    """Raise InvalidInput unless a model can be served by this name."""
-    bounds.MODEL_NAME.length("name", name)
-    if not name or not name.isprintable() or name != name.strip():
-        raise InvalidInput(
-            "name", f"{quoted(name)} is no name of a model: give it one of printable characters, as in NAME=DIR"
-        )

@@ -1,4 +1,4 @@
-"""Turns of clients: of each, only so many things are done at once, and the others wait."""
+"""Limits how many operations of one client run at once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from weakref import WeakValueDictionary
 
 
 class Turns:
-    """`async with turns(client):` waits until fewer than `most` blocks of that client are running. Clients that left
-    take no memory.
+    """`async with turns(client):` waits until fewer than `most` blocks of that client run. Clients without a running
+    block use no memory.
     """
 
     def __init__(self, most: int) -> None:

@@ -32,7 +32,7 @@ class Bound(FakeEngine):
     compile_settings = BoundSettings
     here: ClassVar[str] = "this machine"
     seconds: ClassVar[float] = 0.0
-    """How long a compilation takes; it tells of its progress in ten steps."""
+    """How long a compilation takes; it reports its progress in ten steps."""
 
     @classmethod
     def available(cls) -> Availability:

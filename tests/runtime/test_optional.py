@@ -1,4 +1,4 @@
-"""Optional packages: not installed, or installed and of no use, are told apart."""
+"""Optional packages: not installed, or installed and of no use, are distinguished."""
 
 from __future__ import annotations
 

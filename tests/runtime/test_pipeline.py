@@ -34,7 +34,7 @@ class Recorder(FakeEngine):
 
 
 def doubling(times: int, closed: list[str]) -> Pipeline:
-    """Doubles 1 again and again and tells each result."""
+    """Doubles 1 repeatedly and reports each result."""
     value: Array = np.array(1)
     try:
         for step in range(1, times + 1):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from serving.host.models import Limits
+from serving.host.offers import Limits
 from tests.fakes.serving import FakeServer
 
 

@@ -153,7 +153,8 @@ class Toy:
 def serve_toys(folder: Path, grace: float, load_forever: bool) -> None:
     """Serve a toy of each kind, and with `load_forever` one whose loading never ends."""
     from serving.dialects.grpc.server import serve
-    from serving.host.models import Limits, ModelHost, Offer
+    from serving.host.models import ModelHost
+    from serving.host.offers import Limits, Offer
 
     roots = [toy_bundle(folder / "draw", "diffusion"), toy_bundle(folder / "talk", "chat")]
     offers = [Offer.of(root) for root in roots]
@@ -393,11 +394,11 @@ def forget_peak(pid: int) -> None:
 
 
 class Watcher:
-    """Another client, which asks for the server's health every 50 ms. `slowest` is its longest wait in seconds."""
+    """Another client, which checks the server's health every 50 ms. `slowest` is its longest wait in seconds."""
 
     def __init__(self, address: str) -> None:
         self.slowest = 0.0
-        self.asked = 0
+        self.checks = 0
         self._stop = threading.Event()
         self._channel = channel(address)
         self._check = health_pb2_grpc.HealthStub(self._channel).Check
@@ -409,7 +410,7 @@ class Watcher:
             began = time.perf_counter()
             self._check(health_pb2.HealthCheckRequest(), timeout=60)
             self.slowest = max(self.slowest, time.perf_counter() - began)
-            self.asked += 1
+            self.checks += 1
 
     def __enter__(self) -> Watcher:
         self._thread.start()
@@ -432,7 +433,7 @@ def attack(name: str, address: str, pid: int, models: tuple[str, ...] = ()) -> t
             [sys.executable, __file__, "attack", name, address, *models], capture_output=True, text=True, timeout=250
         )
         assert ended.returncode == 0, ended.stderr
-    assert watcher.asked
+    assert watcher.checks
     return watcher.slowest, memory(pid, peak=True) - before, ended.stdout
 
 

@@ -19,15 +19,15 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    """A folder with the example's node_modules, named after what package.json asks for."""
+    """A folder with the example's node_modules, named by the hash of package.json."""
     npm = shutil.which("npm")
     if npm is None or shutil.which("node") is None:
         pytest.skip("node and npm are not installed")
-    asked = (EXAMPLE / "package.json").read_bytes()
-    folder = Path(tempfile.gettempdir()) / f"enginecast-node-{os.getuid()}-{hashlib.sha256(asked).hexdigest()[:12]}"
+    package = (EXAMPLE / "package.json").read_bytes()
+    folder = Path(tempfile.gettempdir()) / f"enginecast-node-{os.getuid()}-{hashlib.sha256(package).hexdigest()[:12]}"
     if not (folder / "complete").exists():
         folder.mkdir(exist_ok=True)
-        (folder / "package.json").write_bytes(asked)
+        (folder / "package.json").write_bytes(package)
         command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts"]
         installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
         if installed.returncode != 0:

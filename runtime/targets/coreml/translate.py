@@ -21,7 +21,6 @@ from runtime.targets.coreml.operators import OPERATORS
 from runtime.targets.coreml.sdk import coremltools
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
-INTEGERS: Final = ("int64", "int32", "int8", "uint8", "bool")
 
 
 def translate(

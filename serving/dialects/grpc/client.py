@@ -1,6 +1,4 @@
-"""A small blocking client. It speaks the messages of enginecast.v1 and raises the same errors as the
-server's side did.
-"""
+"""A small blocking client for enginecast.v1. It raises the errors that the server reported."""
 
 from __future__ import annotations
 
@@ -26,8 +24,8 @@ class _Call(Protocol[Response]):
 
 
 class Responses(Iterator[Response]):
-    """The stream of one call. `close`, which any thread may call, cancels the request on the server; so does dropping
-    the stream.
+    """The stream of one call. `close` cancels the request on the server and may be called from any thread. Deleting the
+    stream does the same.
     """
 
     def __init__(self, call: _Call[Response]) -> None:
@@ -45,9 +43,9 @@ class Responses(Iterator[Response]):
 
 
 class Client:
-    """A connection to a server at "host:port". Every method raises from `runtime.errors`; `timeout` is in seconds.
+    """A connection to a server at "host:port". Every method raises errors of `runtime.errors`; `timeout` is in seconds.
 
-    Closing a stream, or leaving the program, cancels the request on the server.
+    Closing a stream or ending the program cancels the request on the server.
     """
 
     def __init__(self, address: str) -> None:
@@ -65,7 +63,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Cancel what runs and disconnect."""
+        """Cancel running requests and disconnect."""
         self._channel.close()
 
     def generate(
@@ -79,7 +77,7 @@ class Client:
         return Responses(self._chat.Chat(request, timeout=timeout))
 
     def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
-        """Every model the server knows, by name."""
+        """Every model of the server, sorted by name."""
         with _raised():
             response: model_pb2.ListModelsResponse = self._model.ListModels(
                 model_pb2.ListModelsRequest(), timeout=timeout
@@ -87,7 +85,7 @@ class Client:
             return list(response.models)
 
     def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
-        """One model as it stands."""
+        """The current status of one model."""
         with _raised():
             response: model_pb2.GetModelResponse = self._model.GetModel(
                 model_pb2.GetModelRequest(name=name), timeout=timeout
@@ -111,7 +109,7 @@ class Client:
 
 @contextmanager
 def _raised() -> Iterator[None]:
-    """gRPC's error as one of the tree."""
+    """Raise gRPC errors as errors of `runtime.errors`."""
     try:
         yield
     except grpc.RpcError as error:

@@ -1,8 +1,7 @@
-"""grpc.health.v1 over a `ModelHost`. What is shown is the host's state at that moment: nothing is stored that could lag
-behind.
+"""grpc.health.v1 for a `ModelHost`. Every response is computed from the current state of the host; nothing is stored.
 
-grpcio-health-checking's own servicer shares one condition among the watchers of a service: a watcher that does not read
-holds up every change of state, and one that leaves cuts the others off.
+The servicer of grpcio-health-checking shares one condition among the watchers of a service: a watcher that does not
+read delays every change of state, and one that disconnects ends the other streams.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ Response: Final = health_pb2.HealthCheckResponse
 
 
 def health_of(host: ModelHost) -> dict[str, bool]:
-    """Whether each health service serves: every model by its name; the services of its task; "" (the server) when any
-    model is ready.
+    """Whether each health service is serving: a model's name, if it is ready; a task's service, if a model of the task
+    is ready; "" (the server), if any model is ready.
     """
     tasks = host.ready()
     models = {name: task is not None for name, task in tasks.items()}

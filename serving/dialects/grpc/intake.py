@@ -1,7 +1,8 @@
-"""How the requests of every call come in: read within a time and a turn of their connection, bounded, and parsed by us.
+"""Receives the requests of all calls: limits the time, the size and the number per connection, then parses them.
 
-gRPC would read and parse a request before anything of ours runs, and answer bytes that are no message with UNKNOWN and
-a traceback. An interceptor therefore gives gRPC handlers of streams of bytes: on the wire nothing differs.
+By default gRPC reads and parses a request before any code of the server runs, and it answers invalid bytes with UNKNOWN
+and a traceback. An interceptor therefore replaces every handler by one for streams of bytes. On the wire nothing
+differs.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from serving.dialects.grpc.wire import fields_within
 from serving.host.turns import Turns
 
 Handler = Any
-"""grpc.RpcMethodHandler, of which the stubs know no attributes."""
+"""grpc.RpcMethodHandler, whose attributes the stubs lack."""
 END: Final = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 REQUEST: Final = "request"
-"""The field that errors about a message as a whole name."""
+"""The field in errors about a whole message."""
 LARGE: Final = 1 << 20
-"""Bytes of a message above which its memory is worth returning to the system."""
+"""The memory of messages with more bytes is returned to the system."""
 
 
 class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
-    """Takes in the requests of all calls of a server."""
+    """Receives the requests of all calls of a server."""
 
     def __init__(self) -> None:
         self._turns = Turns(limits.ARRIVING.most)
@@ -41,7 +42,7 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
     async def intercept_service(
         self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
     ) -> Handler:
-        """The handler of a call, behind this intake. None, as for gRPC, where there is no such method."""
+        """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
         handler = await continuation(details)
         if handler is None:
             return None
@@ -69,8 +70,8 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         return grpc.stream_unary_rpc_method_handler(one, None, handler.response_serializer)
 
     async def _message(self, handler: Handler, context: Context) -> Any:
-        """The only request of a call. Raises InvalidInput, DeadlineExceeded."""
-        try:  # few arrive at once on a connection; the others wait where flow control holds them
+        """The request of a call with a single one. Raises InvalidInput, DeadlineExceeded."""
+        try:  # flow control holds back the other requests of a connection
             async with asyncio.timeout(limits.ARRIVAL.most), self._turns(context.peer()):
                 data = await context.read()
         except TimeoutError:
@@ -90,10 +91,10 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
 
 
 async def _return_memory() -> None:
-    """Return to the system what large messages took, about when they are done with.
+    """Return the memory of large messages to the system, about when they are no longer needed.
 
-    Errors refer to the frames they passed, which hold the message and the error: such cycles wait for the collector.
-    What is freed then, the C library would keep for the next message.
+    An error refers to the frames it passed, and these refer to the message and the error. Only the garbage collector
+    frees such cycles, and the C library keeps freed memory unless it is trimmed.
     """
     await asyncio.sleep(1)
     gc.collect()
@@ -101,7 +102,7 @@ async def _return_memory() -> None:
 
 
 def parse(data: bytes, deserialize: Callable[[bytes], Any]) -> Any:
-    """The message in these bytes; `deserialize` is the `FromString` of its class. Raises InvalidInput."""
+    """Parse a message; `deserialize` is the `FromString` of its class. Raises InvalidInput."""
     kind = deserialize.__self__.DESCRIPTOR  # type: ignore[attr-defined]  # a class method's class
     if not fields_within(data, kind, limits.FIELDS.most):
         raise InvalidInput(REQUEST, f"has more than {limits.FIELDS.most:,} fields, nested ones included: send fewer")

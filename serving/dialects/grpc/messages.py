@@ -1,4 +1,4 @@
-"""Messages that tasks share, and those about models. Pure functions; pictures become PNG files here."""
+"""Converts the messages that tasks share and those about models. Pure functions; pictures are encoded as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
-from serving.host.models import ModelState, Status
+from serving.host.states import ModelState, Status
 
 STATES: Final = {
     ModelState.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
@@ -33,12 +33,12 @@ def grace(message: model_pb2.UnloadModelRequest) -> float | None:
 
 
 def given(message: ProtoMessage, names: Sequence[str]) -> dict[str, Any]:
-    """The fields of these names that are set."""
+    """Those of the named fields that are set, with their values."""
     return {name: getattr(message, name) for name in names if message.HasField(name)}
 
 
 def png(picture: Any) -> bytes:
-    """A PNG file of a uint8 RGB picture [height, width, 3]."""
+    """Encode a uint8 RGB picture [height, width, 3] as PNG."""
     return images.encode_image(np.asarray(picture, np.uint8))
 
 
@@ -48,14 +48,14 @@ def queued(event: Queued) -> common_pb2.Queued:
 
 
 def timings(done: Done) -> common_pb2.Timings:
-    """How long a request took."""
+    """The times of a request."""
     return common_pb2.Timings(
         queue_seconds=done.queue_seconds, run_seconds=done.run_seconds, first_output_seconds=done.first_output_seconds
     )
 
 
 def engines(done: Done) -> list[common_pb2.EngineUse]:
-    """What ran each submodel."""
+    """The engines that ran the submodels."""
     return [
         common_pb2.EngineUse(
             submodel=use.submodel,
@@ -73,7 +73,7 @@ def engines(done: Done) -> list[common_pb2.EngineUse]:
 
 
 def done_event(message: Any) -> Done:
-    """The event that the last message of a stream becomes: the reverse of `timings` and `engines`."""
+    """The `Done` event of the last message of a stream: the reverse of `timings` and `engines`."""
     timings = message.timings
     return Done(
         timings.queue_seconds,
@@ -99,7 +99,7 @@ def _use(use: common_pb2.EngineUse) -> EngineUse:
 
 
 def model(status: Status) -> model_pb2.Model:
-    """A model as the wire shows it."""
+    """The message of a model's status."""
     return model_pb2.Model(
         name=status.name,
         state=STATES[status.state],

@@ -1,4 +1,4 @@
-"""The gRPC server: enginecast.v1, grpc.health.v1 and reflection over a `ModelHost`. RPC methods only translate and
+"""The gRPC server of a `ModelHost`: enginecast.v1, grpc.health.v1 and reflection. RPC methods only translate and
 delegate.
 """
 
@@ -34,22 +34,22 @@ from serving.host.models import ModelHost
 log = logging.getLogger(__name__)
 
 LARGE: Final = 1 << 16
-"""Bytes of a message above which it is translated off the event loop: it holds pictures."""
+"""Messages with more bytes hold pictures and are translated in a thread."""
 FAREWELL_SECONDS: Final = 0.3
 """Time for the last statuses to reach the clients once the models are unloaded."""
 LEAVING_SECONDS: Final = 1.3
-"""How long after its grace period the process may live, whatever its threads do."""
+"""Seconds after the grace period until the process ends, even if threads still run."""
 OPTIONS: Final = {
     "grpc.max_receive_message_length": limits.MESSAGE.most,
     "grpc.max_send_message_length": -1,
     "grpc.max_metadata_size": limits.METADATA.most,
     "grpc.max_concurrent_streams": limits.CONNECTION_CALLS.most,
-    # What is not read yet is held by the client: a fixed window instead of one that grows with its speed.
+    # A fixed flow-control window: the client keeps data that the server has not read yet.
     "grpc.http2.bdp_probe": 0,
-    # Otherwise a second server on the same port is not an error on Linux: the two would share the clients.
+    # On Linux two servers could otherwise listen on one port and share its clients.
     "grpc.so_reuseport": 0,
-    # A client whose machine vanished sends no goodbye: ping idle connections and drop those that do not answer.
-    # gRPC waits for the answer of a ping while data is under way as long as ping_timeout says, a minute by default.
+    # A machine that loses its power or network does not close its connections: ping idle ones, close silent ones.
+    # For connections with data under way, gRPC waits ping_timeout for the answer, by default a minute.
     "grpc.keepalive_time_ms": 15_000,
     "grpc.keepalive_timeout_ms": 10_000,
     "grpc.http2.ping_timeout_ms": 10_000,
@@ -59,21 +59,21 @@ OPTIONS: Final = {
 
 
 async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:
-    """Run the request that a message of a task's service holds, and stream its responses."""
+    """Run the request in a message and stream its responses."""
     name, responses, large = message.model, task.responses(), message.ByteSize() > LARGE
     request = await asyncio.to_thread(task.request, message) if large else task.request(message)
-    del message  # its pictures are held once
+    del message  # keep only one copy of its pictures
     events = host.run(name, request, context.time_remaining(), context.peer())
     async with aclosing(events):
         async for event in events:
-            # Pictures are encoded off the event loop.
+            # Pictures are encoded in a thread.
             response = await asyncio.to_thread(responses.response, event) if event.nbytes else responses.response(event)
             if response is not None:
                 await write(context, response)
 
 
 def service(host: ModelHost, task: GrpcTask) -> grpc.GenericRpcHandler[Any, Any]:
-    """The service of a task, over a host."""
+    """The gRPC service of a task."""
     (method,) = task.service.methods
     takes, gives = map(GetMessageClass, (method.input_type, method.output_type))
     handler = grpc.unary_stream_rpc_method_handler(
@@ -104,11 +104,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
 
 class Server:
-    """A listening gRPC server over a host. `port` is the one really bound, which matters when the address asks for port
-    0.
+    """A gRPC server of a host, listening on `address`. For port 0 the system chooses one; `port` is the result.
 
-    `options` are gRPC options beside or instead of OPTIONS. Raises InvalidInput for a malformed address, Unavailable
-    when it cannot be bound. Needs a running event loop.
+    `options` are gRPC options that override OPTIONS. Raises InvalidInput for a malformed address, Unavailable if it
+    cannot be bound. Needs a running event loop.
     """
 
     def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
@@ -130,10 +129,9 @@ class Server:
         await self._server.start()
 
     async def stop(self, grace: float | None = None) -> bool:
-        """Refuse new requests, let running ones finish for `grace` seconds and stop the rest, unload the models, close
-        the port.
+        """Refuse new requests, let running ones finish, stop the rest after `grace` seconds, unload the models.
 
-        Returns False where something still loads or computes in a thread, see `ModelHost.close`.
+        Returns False if a thread still loads or computes, see `ModelHost.close`.
         """
         free = await self.host.close(grace)
         await self._server.stop(FAREWELL_SECONDS)
@@ -141,13 +139,13 @@ class Server:
 
 
 async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then stop gracefully; a second signal ends at once. Loads every model of the host.
+    """Load every model of the host and serve until SIGINT or SIGTERM, then stop gracefully. A second signal ends the
+    process at once.
 
-    After the host's grace period the process ends in any case, with status 0, also where a thread of it still loads or
-    computes.
+    After the host's grace period the process ends with status 0, even if a thread still loads or computes.
 
-    `announce` is given a line when calls are accepted, which is before the models are loaded, and one as each model is
-    ready or why it cannot be. Raises that reason where no model can be loaded, or what `Server` raises.
+    `announce` is called with a line when calls are accepted, before any model is loaded, and with one for each model
+    when it is ready or fails. Raises the error of a model if all fail, and the errors of `Server`.
     """
     _return_memory()
     server = Server(host, address)
@@ -173,13 +171,12 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
 
 
 async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> EnginecastError | None:
-    """Why a model could not be loaded; None when it is ready."""
+    """Load a model. Returns the error, None on success."""
     try:
         await host.load(name)
     except EnginecastError as error:
-        whole = (
-            error.__cause__ if isinstance(error.__cause__, EnginecastError) else error
-        )  # with its paths, which clients do not get
+        # The cause still has the paths, which clients do not see.
+        whole = error.__cause__ if isinstance(error.__cause__, EnginecastError) else error
         announce(f"{name} cannot be served: {whole}")
         return whole
     status = host.status(name)
@@ -188,14 +185,14 @@ async def _load(host: ModelHost, name: str, announce: Callable[[str], None]) -> 
 
 
 def _stop_signal(grace: float) -> asyncio.Event:
-    """An event that the first SIGINT or SIGTERM sets; the process ends soon after `grace` seconds. The next one has its
-    default effect.
+    """An event that is set by the first SIGINT or SIGTERM. The process ends soon after `grace` seconds, or on the next
+    signal.
     """
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def end() -> None:
         time.sleep(grace + LEAVING_SECONDS)
-        log.warning("the grace period is over: what still loads or computes is left behind")
+        log.warning("the grace period is over: threads that still load or compute are abandoned")
         _leave()
 
     def handle(number: int, _: object) -> None:
@@ -209,8 +206,8 @@ def _stop_signal(grace: float) -> asyncio.Event:
 
 
 def _return_memory() -> None:
-    """Have glibc give large blocks back to the system when they are freed: by itself it keeps what one large request
-    took.
+    """Make glibc return large blocks to the system when they are freed. By default it keeps the memory of a large
+    request.
     """
     trim_threshold, mmap_threshold, most_arenas = -1, -3, -8  # of malloc.h
     with suppress(OSError, AttributeError):  # another C library
@@ -219,8 +216,8 @@ def _return_memory() -> None:
 
 
 def _leave() -> NoReturn:
-    """End the process without waiting for its threads: Python's own end would. What they write to disk is whole or not
-    there.
+    """End the process without waiting for its threads, as Python would. Their files are safe: they are renamed when
+    complete.
     """
     logging.shutdown()
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What clients get to read of an error: no paths of this machine, and not without end. The log has it whole."""
+"""Error texts for clients: shortened, without paths of this machine. The log has the full text."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ PATH: Final = re.compile(r"(?<![\w.~:/\\-])(?:~|[A-Za-z]:)?[/\\][^\s'\":;,()<>|]
 
 
 def shortened(text: str, length: int = limits.ERROR_TEXT.most) -> str:
-    """The text, cut where it is longer; half surrogates, as in names of files that are no UTF-8, become
-    question marks.
+    """The text with at most `length` characters. Lone surrogates, as in file names that are not UTF-8, become question
+    marks.
     """
     cut = text if len(text) <= length else text[: length - 1] + "…"
     return cut.encode("utf-8", "replace").decode()
 
 
 def without_paths(text: str, root: Path, name: str) -> str:
-    """The text, shortened, with the name of a model for the folder of its bundle and "..." for every other absolute
+    """The shortened text, in which a model's name replaces the folder of its bundle and "..." every other absolute
     path.
     """
     for known in sorted({str(root), str(root.absolute()), os.path.realpath(root)} - {".", "/"}, key=len, reverse=True):
@@ -33,9 +33,8 @@ def without_paths(text: str, root: Path, name: str) -> str:
 
 
 def concealed(error: E, root: Path, name: str) -> E:
-    """The same error with the text that `without_paths` makes of its own."""
-    shown = type(error).__new__(
-        type(error), without_paths(str(error), root, name)
-    )  # constructors take the parts of a message
+    """A copy of the error whose text has no paths (`without_paths`)."""
+    # Some constructors take the parts of a message, so they are bypassed.
+    shown = type(error).__new__(type(error), without_paths(str(error), root, name))
     shown.__dict__.update(error.__dict__)
     return shown

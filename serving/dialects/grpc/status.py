@@ -1,8 +1,7 @@
-"""Errors across the wire: the exception tree as gRPC status codes, and back. The one place that knows both.
+"""Converts errors of `runtime.errors` to gRPC statuses and back.
 
-The status message is the exception's own. Trailing metadata tells the rest: `enginecast-error` is the class,
-`enginecast-field` the field of an InvalidInput. An unexpected exception becomes INTERNAL without its text, which stays
-in the server's log.
+The status message is the error's text. In the trailing metadata, `enginecast-error` is the class and `enginecast-field`
+the field of an InvalidInput. An unexpected exception becomes INTERNAL; its text is only in the server's log.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ CODES: Final[dict[type[EnginecastError], grpc.StatusCode]] = {
     errors.MissingDependency: grpc.StatusCode.FAILED_PRECONDITION,
     errors.EnginecastError: grpc.StatusCode.INTERNAL,
 }
-"""The nearest class up the tree counts: a ContextLengthExceeded is an InvalidInput."""
+"""Other classes have the code of their nearest base class: a ContextLengthExceeded that of InvalidInput."""
 
 
 def code(error: EnginecastError) -> grpc.StatusCode:
@@ -54,7 +53,7 @@ def code(error: EnginecastError) -> grpc.StatusCode:
 
 @asynccontextmanager
 async def reported(context: Context) -> AsyncIterator[None]:
-    """End the RPC with the status of whatever the body raises."""
+    """End the RPC with the status of the exception that the body raises, if any."""
     try:
         yield
     except EnginecastError as error:
@@ -70,7 +69,7 @@ async def reported(context: Context) -> AsyncIterator[None]:
 
 
 async def write(context: Context, response: Any) -> None:
-    """Send a response. Raises Cancelled when the client takes too long to read those before it."""
+    """Send a response. Raises Cancelled if the client does not read for UNREAD_SECONDS."""
     try:
         async with asyncio.timeout(UNREAD_SECONDS):
             await context.write(response)
@@ -79,7 +78,7 @@ async def write(context: Context, response: Any) -> None:
 
 
 def fitting(message: str) -> str:
-    """The message, cut where its percent-encoding would not fit the trailers."""
+    """The message, shortened until its percent-encoding fits into the trailers."""
     message = shortened(message)
     while len(quote(message)) > MESSAGE_BYTES:
         message = message[: len(message) * 3 // 4] + "…"
@@ -87,7 +86,7 @@ def fitting(message: str) -> str:
 
 
 def error_of(call: grpc.RpcError) -> EnginecastError:
-    """The error that the server reported; for a status of gRPC's own, the nearest in the tree."""
+    """The error that the server reported; for gRPC's own statuses, the error with the same code."""
     if not isinstance(call, grpc.Call):
         return EnginecastError(f"the call failed: {call}")
     metadata = {key: str(value) for key, value in call.trailing_metadata() or ()}
@@ -97,7 +96,7 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
         found = {code: kind for kind, code in reversed(CODES.items())}.get(status, EnginecastError)
         advice = "no server answers there, or it went away: start one with `enginecast serve`, or check the address: "
         message = f"{advice if found is errors.Unavailable else ''}{message} (gRPC status {status.name})"
-    error = found.__new__(found, message)  # some constructors take the parts of the message, which is whole already
+    error = found.__new__(found, message)  # some constructors take the parts of a message
     if isinstance(error, InvalidInput):
         error.field = metadata.get(FIELD_KEY, "request")
     return error

@@ -1,6 +1,6 @@
-"""What a task is over gRPC: its service, its requests as the core takes them, the core's events as its responses.
+"""A task over gRPC: its service, and the conversion of its requests and responses.
 
-One file per task in `serving/dialects/grpc/tasks/`, found by listing the folder.
+Each task is a file in `serving/dialects/grpc/tasks/`, found by listing the folder.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class Responses(Protocol):
     """The responses to one request."""
 
     def response(self, event: Event) -> Message | None:
-        """The response that an event becomes, None where it becomes none. Takes the events of a request in order."""
+        """Convert an event to a response, None if it has none. Called with the events of a request in order."""
 
 
 @dataclass(frozen=True)
 class GrpcTask:
     """One task over gRPC. A file in `serving/dialects/grpc/tasks/` declares one as `TASK`.
 
-    `service` has one method: it takes a message with a field `model` and streams responses. `request` is what the
-    core takes for that message, and raises InvalidInput; `responses` makes what answers one request. `kind` is what
-    `Model.kind` says of such models.
+    `service` has one method: it takes a message with a field `model` and streams responses. `request` converts that
+    message to the core's request and raises InvalidInput; `responses` makes a converter for the responses to one
+    request. `kind` is the value of `Model.kind` for models of this task.
     """
 
     task: str
@@ -51,5 +51,5 @@ def grpc_tasks() -> dict[str, GrpcTask]:
 
 
 def task_of(message: Message) -> GrpcTask:
-    """The task that a message is a request of."""
+    """The task whose service takes this message."""
     return next(task for task in grpc_tasks().values() if task.service.methods[0].input_type is message.DESCRIPTOR)

@@ -1,7 +1,8 @@
-"""How many fields a protobuf message has, counted before it is parsed: a parser makes an object of each nested message.
+"""Counts the fields of a protobuf message before it is parsed.
 
-An empty nested message takes 2 bytes on the wire and some 50 in memory, so that a message within its limit of bytes
-could still take a gigabyte. Source: the wire format of https://protobuf.dev/programming-guides/encoding/.
+A parser makes an object of each nested message. An empty one has 2 bytes on the wire and about 50 in memory, so a
+message within its size limit could still need a gigabyte. Source: the wire format in
+https://protobuf.dev/programming-guides/encoding/.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ FIXED: Final = {I64: 8, I32: 4}
 
 
 def fields_within(data: bytes, kind: Descriptor, most: int) -> bool:
-    """Whether a message of this kind has at most `most` fields, those of nested messages included.
+    """Whether a message of this kind has at most `most` fields, including those of nested messages.
 
-    Looks at no more than that many. Of malformed data the readable beginning counts: parsing it fails anyway.
+    Stops counting there. In malformed data only the readable beginning counts: parsing fails anyway.
     """
-    spans = [(0, len(data), kind)]
-    while spans:
-        at, end, kind = spans.pop()
+    pending = [(0, len(data), kind)]
+    while pending:
+        at, end, kind = pending.pop()
         while at < end:
             most -= 1
             if most < 0:
@@ -38,7 +39,7 @@ def fields_within(data: bytes, kind: Descriptor, most: int) -> bool:
                         and field.type == FieldDescriptor.TYPE_MESSAGE
                         and field.message_type is not None
                     ):
-                        spans.append((at, min(at + size, end), field.message_type))
+                        pending.append((at, min(at + size, end), field.message_type))
                     at += size
                 case wire:
                     at += FIXED.get(wire, 0)

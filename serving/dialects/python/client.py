@@ -1,4 +1,4 @@
-"""A model of a server, with the methods of a loaded bundle."""
+"""A client for one model of a server, with the methods of a loaded bundle."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Client(Session):
         self.close()
 
     def models(self) -> list[model_pb2.Model]:
-        """Every model of the server, with its `name`, `state`, `kind` and what it runs on: messages of the interface.
+        """Every model of the server as a protobuf message: its `name`, `state`, `kind`, `target`, `device` and more.
 
-        Raises Unavailable where no server answers.
+        Raises Unavailable if no server answers.
         """
         return self._client.models(self.timeout)
 
     def load(self, target: str | None = None) -> model_pb2.Model:
-        """Load the model on the server and wait until it is ready. Raises NotFound, and what loading raises."""
+        """Load the model on the server and wait until it is ready. Raises NotFound and the errors of loading."""
         return self._client.load(self.model, target, self.timeout)
 
     def unload(self, grace_seconds: float | None = None) -> model_pb2.Model:
@@ -59,7 +59,7 @@ class Client(Session):
         return self._client.unload(self.model, grace_seconds, self.timeout)
 
     def close(self) -> None:
-        """Cancel what runs and disconnect."""
+        """Cancel running requests and disconnect."""
         self._client.close()
 
     def draw(self, request: ImageRequest) -> Stream[Drawing]:

@@ -31,7 +31,7 @@ R = TypeVar("R")
 class Model(Session):
     """A loaded bundle. Made by `enginecast.load`; a `with` block closes it.
 
-    Several requests may be under way at once, from one thread or many: their steps take turns.
+    Several requests may run at once, from one thread or many: their steps alternate.
     """
 
     def __init__(self, model: job.Model) -> None:
@@ -62,11 +62,11 @@ class Model(Session):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Sentences on what differs from the published model or from the requested placement."""
+        """Differences from the published model and from the requested placement, as sentences."""
         return tuple(self._model.notes)
 
     def close(self) -> None:
-        """Free the engines. Waits for a step that runs; requests under way then raise Unavailable."""
+        """Wait for the current step and free the engines. Unfinished requests then raise Unavailable."""
         with self._turn:
             if not self._closed:
                 self._closed = True
@@ -88,7 +88,7 @@ class Model(Session):
         return Stream(self._steps(work), stop, collect)
 
     def _steps(self, work: Job) -> Generator[Event, None, None]:
-        """The events of a job, one turn for each."""
+        """The events of a job. Takes the lock once for each."""
         events = work.events()
         try:
             while (event := self._step(events)) is not None:
@@ -127,9 +127,9 @@ def load(
         place: Where submodels run: {"text_encoder": "cpu", "denoiser": "cuda:0"}, or the same as text,
             "text_encoder=cpu,denoiser=cuda:0".
         memory_limit: Memory that the model may take on each device, in bytes or as "4GiB".
-        strict: Refuse engines that run a part of a submodel elsewhere than on its device.
+        strict: Refuse engines that run a part of a submodel on another device.
         threads: CPU threads per engine; 0 is all cores.
-        public_key: PEM file. The bundle must be signed with its private half.
+        public_key: PEM file of a public key. The bundle must be signed with its private key.
 
     Raises:
         NotFound: There is no such folder.
@@ -137,7 +137,7 @@ def load(
         EngineUnavailable: No target of the bundle can be used here; the message lists why.
         EngineError: An engine failed to load.
         InvalidInput: An option is wrong; `field` names it.
-        ResourceExhausted: Memory does not suffice.
+        ResourceExhausted: There is not enough memory.
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
     return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
@@ -146,19 +146,19 @@ def load(
 def open_for(
     root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, placing: PlacementOptions
 ) -> Model:
-    """Load a bundle for a request like this one, which is checked before the engines are loaded, which takes long."""
+    """Load a bundle for a request. The request is checked first, because loading takes long."""
     check_task(Bundle(root).manifest.task, request)
     return Model(load_model(root, target, options, placing, request=request))
 
 
 def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> PlacementOptions:
-    """The placement options as loading takes them. Raises InvalidInput."""
+    """Parse placement options. Raises InvalidInput."""
     limit = None if memory_limit is None else parse_size("memory_limit", str(memory_limit))
     given = place if isinstance(place, str | None) else ",".join(f"{name}={where}" for name, where in place.items())
     return PlacementOptions(parse_place(given) if given else {}, limit, strict)
 
 
 def check_task(found: str, request: Request) -> None:
-    """Raise InvalidInput where the request is of another task than the model."""
+    """Raise InvalidInput if the request has another task than the model."""
     if found != request.task:
         raise InvalidInput("bundle", f"has the task {found}, expected {request.task}: use `{task(found).verb}`")

@@ -1,4 +1,4 @@
-"""Keyword arguments and pictures as the requests that pipelines take."""
+"""Makes the requests of pipelines from keyword arguments and pictures."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PictureLike = NDArray[np.uint8] | bytes | Path | Image.Image
 
 
 class ImageOptions(TypedDict, total=False):
-    """Options of a picture. What is left out, or None, is the model's default."""
+    """Options of a picture. A missing option, or None, means the model's default."""
 
     negative_prompt: str | None
-    """What to keep out of the picture. Used with a `guidance_scale` above 1."""
+    """A text that the picture must not match. Used with a `guidance_scale` above 1."""
     width: int | None
     """Width in pixels."""
     height: int | None
@@ -48,11 +48,11 @@ class ImageOptions(TypedDict, total=False):
     images: int | None
     """Number of pictures, 1 to 64."""
     preview_every: int | None
-    """Every so many steps, `Progress.preview` holds a preview. 0 is never."""
+    """Number of steps between previews (`Progress.preview`). 0 is never."""
 
 
 class ChatOptions(TypedDict, total=False):
-    """Options of an answer. What is left out, or None, is the model's default."""
+    """Options of an answer. A missing option, or None, means the model's default."""
 
     max_tokens: int | None
     """Longest answer, in tokens."""
@@ -63,7 +63,7 @@ class ChatOptions(TypedDict, total=False):
     top_p: float | None
     """Sample among the most likely tokens with this joint probability, above 0 to 1."""
     repetition_penalty: float | None
-    """Above 1, tokens that were seen before become less likely."""
+    """Above 1, tokens that occurred before become less likely."""
     seed: int | None
     """Seed of the sampling. The same seed gives the same answer on the same engine."""
     stop: Sequence[str] | None
@@ -107,8 +107,8 @@ def chat_request(
 
 
 def picture(image: PictureLike, field: str) -> text.Part:
-    """A picture as pipelines take it; files are only looked at, not yet decoded. Raises InvalidInput naming `field`,
-    or the file; NotFound where the file cannot be read.
+    """Convert a picture for a pipeline. Only the header of a file is read; decoding comes later. Raises InvalidInput
+    that names `field` or the file, and NotFound if the file cannot be read.
     """
     match image:
         case np.ndarray():

@@ -1,4 +1,4 @@
-"""What a request results in: the events of a stream, gathered."""
+"""The results of requests, collected from the events of a stream."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class Answer:
 
 
 def drawing(events: Sequence[Event]) -> Drawing:
-    """The pictures of a stream that has ended. Raises Cancelled where it was closed before."""
+    """The pictures of a stream that has ended. Raises Cancelled if it was closed early."""
     return Drawing(tuple(event for event in events if isinstance(event, ImageReady)), _done(events))
 
 
 def answer(events: Sequence[Event]) -> Answer:
-    """The answer of a stream that has ended. Raises Cancelled where it was closed before."""
+    """The answer of a stream that has ended. Raises Cancelled if it was closed early."""
     done = _done(events)
     finished = next(event for event in events if isinstance(event, Finished))
     text = "".join(event.text for event in events if isinstance(event, TextDelta))

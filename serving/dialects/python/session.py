@@ -1,4 +1,4 @@
-"""The methods that a loaded bundle and a server's model have in common."""
+"""The methods that a loaded bundle and a client of a server have in common."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from serving.dialects.python.stream import Stream
 
 
 class Session(ABC):
-    """Something that answers requests: `Model` in this process, or `Client` over gRPC. Every method raises from the
-    tree of `EnginecastError`; mistakes in a request raise InvalidInput, whose `field` names the option.
+    """Runs requests: a `Model` in this process, a `Client` over gRPC. Every method raises subclasses of
+    `EnginecastError`. Mistakes in a request raise InvalidInput, whose `field` names the option.
     """
 
     def generate(self, prompt: str, **options: Unpack[ImageOptions]) -> Drawing:
@@ -67,7 +67,7 @@ class Session(ABC):
         images: Sequence[PictureLike] = (),
         **options: Unpack[ChatOptions],
     ) -> Stream[Answer]:
-        """Answer, a piece of text at a time: `TextDelta` holds whole characters.
+        """Answer piece by piece: each `TextDelta` holds one or more whole characters.
 
             for event in model.chat_stream("What is in this picture?", [picture]):
                 if isinstance(event, TextDelta):
@@ -87,4 +87,4 @@ class Session(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop what runs and free what is held."""
+        """Stop running requests and free all resources."""

@@ -1,7 +1,7 @@
-"""One request under way, for callers that wait, that iterate, and that use asyncio: one implementation for all three.
+"""A running request: one implementation for callers that wait, that iterate and that use asyncio.
 
-The work is a generator of events that is advanced only when the next event is requested. Under asyncio it is advanced
-in a thread of its own, so that the event loop stays free.
+The work is a generator of events. It advances only when the next event is requested. Under asyncio it advances in its
+own thread, so that the event loop stays free.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ class Stream(Generic[R]):
     `TextDelta` and `Finished` of answers, and last `Done`. Iterating raises the errors of the request.
 
     Leaving a `with` or `async with` block, `close()`, and cancelling a task that waits for an event stop the work
-    before the next denoising step or token. `cancel()` does the same from any thread: whoever waits for the next event
-    gets `Cancelled`.
+    before the next denoising step or token. `cancel()` does the same from any thread: a thread that waits for the next
+    event raises `Cancelled`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Stream(Generic[R]):
         self._stop()
 
     def close(self) -> None:
-        """Stop the work and free what it holds. Call it where no other thread is waiting for an event."""
+        """Stop the work and free its resources. No other thread may be waiting for an event."""
         self.cancel()
         self._events.close()
 
@@ -88,7 +88,7 @@ class Stream(Generic[R]):
         except asyncio.CancelledError:
             await self.aclose()
             if not step.cancelled():
-                step.exception()  # it is reported nowhere else: the caller has left
+                step.exception()  # marks the exception as seen: the caller was cancelled
             raise
         event = step.result()
         if event is None:
@@ -112,7 +112,7 @@ class Stream(Generic[R]):
 
     @cached_property
     def _thread(self) -> ThreadPoolExecutor:
-        """What advances the work under asyncio: always the same thread, as some engines need it."""
+        """Advances the work under asyncio, always in the same thread: some engines require that."""
         return ThreadPoolExecutor(1, "enginecast")
 
     def _advance(self) -> Event | None:
@@ -122,7 +122,7 @@ class Stream(Generic[R]):
         return event
 
     def _end(self) -> None:
-        """Wait for a step that runs, then close."""
+        """Wait for the current step, then close."""
         self._ended = True
         self._thread.shutdown()
         self._events.close()

@@ -4,7 +4,6 @@ request is done.
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from calibration.capture.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, capture, record
+from calibration.capture.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, record
 from calibration.capture.sets import CalibrationSet
 from calibration.requests.files import read_images, read_prompts
 from calibration.requests.requests import built_in
@@ -129,13 +128,6 @@ def test_more_requests_give_more_samples_and_a_limit_bounds_them(drawing: Loaded
     few = record(drawing, built_in("image"), limit=5)
     assert {name: len(calls) for name, calls in few.samples.items()} == dict.fromkeys(INPUTS, 5)
     assert few.warnings()[0].startswith("noise levels are not covered: no input of unet at step ")
-
-
-def test_capture_gives_the_samples_alone(drawing: LoadedModel, tmp_path: Path) -> None:
-    samples = capture(drawing)
-    found = record(drawing, built_in("image"))
-    assert saved(dataclasses.replace(found, samples=samples), tmp_path / "one") == saved(found, tmp_path / "other")
-    assert len(capture(drawing, limit=4)["unet"]) == 4
 
 
 def test_equal_arguments_give_equal_bytes(drawing: LoadedModel, chatting: LoadedModel, tmp_path: Path) -> None:

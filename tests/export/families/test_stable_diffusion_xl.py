@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export.cli.commands
-from calibration.capture.data import capture
 from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
@@ -35,6 +34,7 @@ from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.image import ImageReady, ImageRequest
 from samples.exams import Pictures
+from tests.fakes.captured import captured
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation:DeprecationWarning"
@@ -203,7 +203,7 @@ def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
     found = {probe.metric: probe for probe in probes(ours, ProbeSettings(width=EDGE, height=EDGE, steps=1))}
     assert set(found) == {*PARTS, "picture"}
     assert found["unet"].settings["time_ids"] == "2x6" and all(probe.run() > 0 for probe in found.values())
-    samples = capture(ours, limit=2)
+    samples = captured(ours, limit=2)
     assert samples["unet"][0].keys() == {"sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids"}
     assert all(samples[part] for part in PARTS)
 

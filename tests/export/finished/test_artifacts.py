@@ -193,8 +193,8 @@ def test_targets_that_cannot_be_added(
 
 
 def test_a_target_without_the_kernels(root: Path) -> None:
-    told = json.loads((root / MANIFEST).read_text()) | {"quant": "fp8"}
-    (root / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((root / MANIFEST).read_text()) | {"quant": "fp8"}
+    (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InvalidInput, match="target: bound cannot compute in fp8"):
         add_target(root, "bound")
 
@@ -247,8 +247,8 @@ def test_a_bundle_that_was_replaced_meanwhile(root: Path, monkeypatch: pytest.Mo
     compile_with = Bound.compile_with
 
     def meanwhile(*arguments: Any) -> Any:
-        told = json.loads((root / MANIFEST).read_text()) | {"name": "another"}
-        (root / MANIFEST).write_text(json.dumps(told))
+        manifest = json.loads((root / MANIFEST).read_text()) | {"name": "another"}
+        (root / MANIFEST).write_text(json.dumps(manifest))
         return compile_with(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(BundleError, match="was changed by another program meanwhile"):
@@ -305,9 +305,9 @@ def test_what_is_added_is_compared_with_the_graphs(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = shutil.copytree(tiny_bundle, tmp_path / "b")
-    told = json.loads((root / MANIFEST).read_text())
-    told["artifacts"] = [one for one in told["artifacts"] if one["target"] != "onnxruntime"]
-    (root / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["artifacts"] = [one for one in manifest["artifacts"] if one["target"] != "onnxruntime"]
+    (root / MANIFEST).write_text(json.dumps(manifest))
     _, added = add_target(root, "onnxruntime")
     assert [one.agreement is not None and one.agreement.snr_db > 100 for one in added] == [True] * 3
     engine, before = targets()["onnxruntime"], content(root)
@@ -369,9 +369,9 @@ def test_graphs_that_a_target_reads_stay(root: Path) -> None:
 def alone(root: Path) -> Path:
     """The bundle for the fake target alone."""
     add_target(root, "bound")
-    told = json.loads((root / MANIFEST).read_text())
-    told["artifacts"] = [one for one in told["artifacts"] if one["target"] == "bound"]
-    (root / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((root / MANIFEST).read_text())
+    manifest["artifacts"] = [one for one in manifest["artifacts"] if one["target"] == "bound"]
+    (root / MANIFEST).write_text(json.dumps(manifest))
     return root
 
 
@@ -394,17 +394,17 @@ def test_graphs_that_nobody_reads_are_left_out(root: Path, keys: Path) -> None:
 
 
 def test_what_was_never_compiled_keeps_its_graph(root: Path) -> None:
-    told = json.loads((alone(root) / MANIFEST).read_text())
-    told["artifacts"] = told["artifacts"][:1]
-    (root / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((alone(root) / MANIFEST).read_text())
+    manifest["artifacts"] = manifest["artifacts"][:1]
+    (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InvalidInput, match="would leave nothing of vae, of which nothing was compiled"):
         strip(root)
 
 
 def test_a_target_of_another_program_may_read_them(root: Path) -> None:
-    told = json.loads((alone(root) / MANIFEST).read_text())
-    told["artifacts"].append({"target": "abacus", "submodel": "unet"})
-    (root / MANIFEST).write_text(json.dumps(told))
+    manifest = json.loads((alone(root) / MANIFEST).read_text())
+    manifest["artifacts"].append({"target": "abacus", "submodel": "unet"})
+    (root / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(InvalidInput, match=r"are loaded: abacus\."):
         strip(root)
 

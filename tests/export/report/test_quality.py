@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration.capture.data import capture
 from calibration.ground.progress import Position, listening
 from calibration.observe.metrics import CAP_DB, perplexity
 from export.build.build import build
@@ -35,6 +34,7 @@ from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import decode_image
+from tests.fakes.captured import captured
 
 EFFORT = Effort(pictures=2, steps=3, questions=4, cases=4)
 
@@ -102,12 +102,12 @@ def talking_int8(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> It
 
 @pytest.fixture(scope="module")
 def drawn(drawing: LoadedModel) -> Samples:
-    return capture(drawing, 4)
+    return captured(drawing, 4)
 
 
 @pytest.fixture(scope="module")
 def said(talking: LoadedModel) -> Samples:
-    return capture(talking, 4)
+    return captured(talking, 4)
 
 
 def outer(heard: Sequence[Position]) -> list[str]:

@@ -149,7 +149,8 @@ def test_what_would_draw_wrong_pictures_is_refused_by_name(class_name: str, give
 
 def test_the_page_shows_the_table() -> None:
     section = PAGE.read_text().split("## Noise schedules (scheduler classes)")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| (`[^|]+`) \| ([^|]+?) \|", section, re.MULTILINE)
+    items = section.replace("\n  ", " ")
+    rows = re.findall(r"^- (`\w+`(?:, `\w+`)*): (\w+: (?:`\w+`|[^\n]+(?=\.\n)))", items, re.MULTILINE)
     shown = {name: done for names, done in rows for name in re.findall(r"`(\w+Scheduler)`", names)}
     expected = {}
     for name, treatment in CLASSES.items():

@@ -116,7 +116,7 @@ def test_nvidia_without_its_library(monkeypatch: pytest.MonkeyPatch, fake_cuda: 
 
 
 def test_intel(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
+    properties = {
         ("GPU.0", "FULL_DEVICE_NAME"): "Intel(R) Iris(R) Xe Graphics (iGPU)", ("GPU.0",
             "DEVICE_TYPE"): "Type.INTEGRATED",
         ("GPU.0", "GPU_DEVICE_TOTAL_MEM_SIZE"): 13 * GB, ("GPU.1",
@@ -130,9 +130,9 @@ def test_intel(monkeypatch: pytest.MonkeyPatch) -> None:
         available_devices = ("CPU", "GPU.0", "GPU.1", "NPU")
 
         def get_property(self, device: str, name: str) -> Any:
-            if (device, name) not in told:
+            if (device, name) not in properties:
                 raise RuntimeError(f"Option not found: {name}")
-            return told[device, name]
+            return properties[device, name]
 
     monkeypatch.setitem(sys.modules, "openvino", SimpleNamespace(Core=Core))  # type: ignore[arg-type]
     machine = detect()
@@ -156,8 +156,8 @@ def test_intel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_directx(monkeypatch: pytest.MonkeyPatch) -> None:
-    def adapter(vendor: str, **told: str) -> Any:
-        return SimpleNamespace(device=SimpleNamespace(vendor=vendor, metadata=told))
+    def adapter(vendor: str, **metadata: str) -> Any:
+        return SimpleNamespace(device=SimpleNamespace(vendor=vendor, metadata=metadata))
 
     found = [
         adapter("Intel"),
@@ -199,7 +199,7 @@ def test_names_that_targets_use_are_known() -> None:
     assert machine.memory_of("none") is machine.host
 
 
-def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors_of_one_name_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
     info = "vendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
     found = []
     for numbers in ((25, 17), (26, 2)):

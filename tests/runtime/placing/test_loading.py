@@ -63,7 +63,7 @@ def test_the_best_usable_target_is_taken(tiny_bundle: Path, monkeypatch: pytest.
     assert choose_target(bundle).target == "onnxruntime"
 
 
-def test_when_nothing_fits_every_reason_is_told(
+def test_when_nothing_fits_every_reason_is_reported(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -215,7 +215,7 @@ def test_a_shape_that_is_compiled_later_reads_what_was_verified(tiny_bundle: Pat
     engine.close()
 
 
-def test_the_device_is_told(target: str, tiny_bundle: Path) -> None:
+def test_the_device_is_reported(target: str, tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, target, Options(threads=1))
     assert (
         (model.task, model.target) == ("chat", target)
@@ -311,7 +311,7 @@ CONFIG: Mapping[str, Any] = {
 @pytest.mark.parametrize(
     "failure", [ResourceExhausted("cuda:0 has too little free memory"), EngineError("made for another GPU")]
 )
-def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_told(two: Any, failure: Exception) -> None:
+def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_reported(two: Any, failure: Exception) -> None:
     root, quick, _ = two
     quick.failure = failure
     model = load_model(root)
@@ -322,7 +322,7 @@ def test_what_cannot_be_loaded_is_loaded_on_the_next_place_and_told(two: Any, fa
     assert model.notes == (f"unet is on slow:CPU since it could not be loaded elsewhere (quick:cuda:0: {failure})",)
 
 
-def test_where_nothing_can_be_loaded_every_reason_is_told(two: Any) -> None:
+def test_where_nothing_can_be_loaded_every_reason_is_reported(two: Any) -> None:
     root, quick, slow = two
     quick.failure, slow.failure = ResourceExhausted("too little memory"), EngineError("out of order")
     with pytest.raises(
@@ -436,7 +436,7 @@ def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
 
 
 def test_a_limit_too_small_for_a_submodel(diffusion_bundle: Path) -> None:
-    with pytest.raises(ResourceExhausted, match=r"no memory suffices for unet.*needs .*MiB, has 19\.1 MiB"):
+    with pytest.raises(ResourceExhausted, match=r"no device has enough memory for unet.*needs .*MiB, has 19\.1 MiB"):
         load_model(diffusion_bundle, placing=PlacementOptions(memory_limit=20_000_000))
 
 

@@ -100,7 +100,7 @@ def test_activations_count(caplog: pytest.LogCaptureFixture) -> None:
     vae.run({"latents": np.zeros(10**6, np.uint8)})
     assert vae.taken == 100, "nothing is refused for what activations are thought to take"
     assert [record.message for record in caplog.records] == [
-        "vae is thought to need 1.9 MiB for this call, 100 B are allowed"
+        "vae needs an estimated 1.9 MiB for this call, 100 B are allowed"
     ]
 
 

@@ -108,7 +108,7 @@ def placed(folder: Path, where: Machine, target: str | None = None, device: str 
     return place(bundle(folder), target, device, PlacementOptions(**{"rows": (), **placing}), where)
 
 
-# What is asked for
+# The requested placement
 
 
 def test_all_on_the_best_target_where_there_is_room(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_too_little_memory_everywhere(tmp_path: Path) -> None:
     with pytest.raises(ResourceExhausted) as caught:
         placed(tmp_path, machine(), memory_limit=500 * MB)
     for reason in (
-        "no memory suffices for unet",
+        "no device has enough memory for unet",
         "tensorrt:cuda:0: needs 763 MiB, has 477 MiB",
         "onnxruntime:CPUExecutionProvider: needs 1.5 GiB",
     ):
@@ -254,7 +254,7 @@ def test_places_to_avoid_are_taken_only_where_there_is_no_other(tmp_path: Path) 
 
 
 def row(**changes: Any) -> str:
-    told = {
+    row = {
         "metric": "picture",
         "spread": {"median": 2.0},
         "bundle": "b",
@@ -263,7 +263,7 @@ def row(**changes: Any) -> str:
         "cpu": "AMD EPYC",
         "date": "2026-11-21",
     }
-    return json.dumps(told | {"target": "openvino", "device": "openvino:CPU (AMD EPYC)"} | changes)
+    return json.dumps(row | {"target": "openvino", "device": "openvino:CPU (AMD EPYC)"} | changes)
 
 
 def test_measured_targets_change_places_among_themselves(tmp_path: Path) -> None:

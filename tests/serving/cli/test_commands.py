@@ -245,8 +245,8 @@ class TestChat:
 
         monkeypatch.setattr(FakeAnswers, "pipeline", pipeline)
         Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
-        told = f"/help\n/image {tmp_path}/p.png\nwhat?\nsure?\n/clear\nwho?\nquit\nno more\n"
-        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input=told)
+        typed = f"/help\n/image {tmp_path}/p.png\nwhat?\nsure?\n/clear\nwho?\nquit\nno more\n"
+        ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, "--model", "talk"], input=typed)
         assert ended.exit_code == 0, ended.output
         assert seen == [[2], [2, 1, 1], [1]], "commands and quit are none of the model's"
         assert "/clear " in ended.stderr and ended.stdout == "a red círcle\n" * 3

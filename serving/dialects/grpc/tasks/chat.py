@@ -1,4 +1,4 @@
-"""ChatService: conversations, and the answers as they are decoded."""
+"""ChatService: converts conversations and their answers."""
 
 from __future__ import annotations
 
@@ -37,9 +37,7 @@ OPTIONS: Final = (
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
-    """The request as the chat pipeline takes it, its picture files not yet decoded. Raises InvalidInput naming the
-    field.
-    """
+    """Convert a request. Picture files are not decoded yet. Raises InvalidInput that names the field."""
     limits.MESSAGES.length("messages", message.messages)
     limits.PARTS.count("messages", sum(len(turn.parts) for turn in message.messages))
     limits.PICTURES.count("messages", sum(part.HasField("image") for turn in message.messages for part in turn.parts))
@@ -67,13 +65,13 @@ def _part(part: chat_pb2.Part, field: str) -> text.Part:
 
 
 class ChatStream:
-    """Turns the events of one chat request into responses, in order."""
+    """Converts the events of one chat request to responses."""
 
     def __init__(self) -> None:
         self._finished = Finished("stop", 0, 0)
 
     def response(self, event: Event) -> chat_pb2.ChatResponse | None:
-        """The response that tells of this event; None when nothing does."""
+        """The response for an event, None if it has none."""
         match event:
             case Queued():
                 return chat_pb2.ChatResponse(queued=queued(event))
@@ -97,7 +95,7 @@ class ChatStream:
 
 
 def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
-    """A request for an answer as its message. Arrays travel as PNG files."""
+    """Convert a request to its message. Arrays become PNG files."""
     options = {name: getattr(request, name) for name in OPTIONS}
     turns = [
         chat_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.content))  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""ImageService: requests for pictures, and the pictures as PNG files."""
+"""ImageService: converts requests for pictures and their results. Pictures are PNG files."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ OPTIONS: Final = (
 
 
 def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
-    """The request as the diffusion pipeline takes it; what is unset is left to its defaults. Raises InvalidInput."""
+    """Convert a request. Unset fields keep the model's defaults. Raises InvalidInput."""
     return ImageRequest(prompt=message.prompt, **given(message, OPTIONS))
 
 
 class ImageStream:
-    """Turns the events of one image request into responses, in order."""
+    """Converts the events of one image request to responses."""
 
     def __init__(self) -> None:
         self._started = perf_counter()
 
     def response(self, event: Event) -> image_pb2.GenerateResponse | None:
-        """The response that tells of this event; None when nothing does."""
+        """The response for an event, None if it has none."""
         match event:
             case Queued():
                 return image_pb2.GenerateResponse(queued=queued(event))
@@ -55,7 +55,7 @@ class ImageStream:
 
 
 def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateRequest:
-    """A request for pictures as its message."""
+    """Convert a request to its message."""
     options = {name: getattr(request, name) for name in OPTIONS}
     return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **options)
 

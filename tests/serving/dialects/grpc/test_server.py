@@ -38,7 +38,8 @@ from runtime.placing.choices import Decision
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import chat_pb2, image_pb2, image_pb2_grpc, model_pb2
-from serving.host.models import Limits, ModelHost, Offer
+from serving.host.models import ModelHost
+from serving.host.offers import Limits, Offer
 from tests.fakes.serving import FakeModel, FakeServer, bundle, request, until
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
@@ -562,7 +563,7 @@ class TestWhatReallyRuns:
         said = list(warm.client.chat(chat_pb2.ChatRequest(model="talk", messages=[question])))[-1].done
         assert list(drawn.notes) == list(said.notes) == ["one is replaced", "the other is left out"]
 
-    def test_what_loading_again_took_is_told(self, warm: FakeServer) -> None:
+    def test_the_time_of_loading_again_is_reported(self, warm: FakeServer) -> None:
         warm.draw.engine.reload_seconds = 5.0
         responses = warm.client.generate(request(steps=2))
         assert next(responses).HasField("queued")
@@ -572,7 +573,7 @@ class TestWhatReallyRuns:
 
 
 class TestALostDevice:
-    """Engines that raise, and on being asked do not even run a sample."""
+    """Engines that raise on requests and on samples."""
 
     def lose(self, server: FakeServer, successor: FakeModel | Exception) -> None:
         server.draw.successor = successor
@@ -680,11 +681,11 @@ class TestHealthAndReflection:
     def test_reflection(self, cold: FakeServer) -> None:
         with grpc.insecure_channel(cold.address) as channel:
             stub = reflection_pb2_grpc.ServerReflectionStub(channel)
-            asked = [
+            queries = [
                 reflection_pb2.ServerReflectionRequest(list_services=""),
                 reflection_pb2.ServerReflectionRequest(file_containing_symbol="enginecast.v1.ImageService"),
             ]
-            listed, found = stub.ServerReflectionInfo(iter(asked))
+            listed, found = stub.ServerReflectionInfo(iter(queries))
         names = {service.name for service in listed.list_services_response.service}
         assert {f"enginecast.v1.{kind}Service" for kind in ("Image", "Chat", "Model")} | {
             "grpc.health.v1.Health"

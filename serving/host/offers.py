@@ -1,0 +1,59 @@
+"""What a server offers: bundles, the names they are served by, and the limits of each model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from runtime import limits as bounds
+from runtime.bundle.manifest import Bundle
+from runtime.errors import EnginecastError, InvalidInput, quoted
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of each model: `slots` requests run at once and `max_queue` more wait. On unloading they get
+    `grace_seconds` to finish.
+    """
+
+    slots: int = 1
+    max_queue: int = 16
+    grace_seconds: float = 30.0
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A bundle and the name it is served by. `error` says why the bundle could not be opened; loading succeeds once it
+    is repaired.
+
+    Only the bundle that was opened is served. If another one is put into its folder later, loading refuses it.
+    """
+
+    name: str
+    root: Path
+    bundle: Bundle | None = None
+    error: EnginecastError | None = None
+
+    @property
+    def quant(self) -> str:
+        return self.bundle.manifest.quant if self.bundle else ""
+
+    @classmethod
+    def of(cls, root: Path, name: str = "") -> Offer:
+        """Offer the bundle at `root` by `name`, else by the name in its manifest, or by its folder's name if it cannot
+        be opened.
+        """
+        try:
+            bundle = Bundle(root)
+        except EnginecastError as error:
+            return cls(name or root.absolute().name, root, error=error)
+        return cls(name or bundle.name, root, bundle)
+
+
+def check_name(name: str) -> None:
+    """Raise InvalidInput unless a model can be served by this name."""
+    bounds.MODEL_NAME.length("name", name)
+    if not name or not name.isprintable() or name != name.strip():
+        raise InvalidInput(
+            "name", f"{quoted(name)} cannot name a model: choose a name of printable characters, as in NAME=DIR"
+        )

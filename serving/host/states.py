@@ -1,0 +1,49 @@
+"""The status of a model, as clients see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class ModelState(Enum):
+    """Whether a model can be used."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    READY = "ready"
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class SubmodelStatus:
+    """The engine that really runs a submodel."""
+
+    submodel: str
+    target: str
+    device: str
+    precision: str
+    fallbacks: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Status:
+    """The current status of a model.
+
+    `task` is known after the first load; `target`, `device`, `placements` and `notes` while the model is loaded;
+    `error` after a load that failed.
+    """
+
+    name: str
+    state: ModelState
+    quant: str
+    task: str | None
+    target: str | None
+    device: str | None
+    error: str | None
+    running: int
+    queued: int
+    placements: tuple[SubmodelStatus, ...] = ()
+    notes: tuple[str, ...] = ()
