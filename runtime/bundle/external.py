@@ -1,9 +1,8 @@
-"""Which files an ONNX graph reads besides its own: the locations of its external data, found without any library that
-reads ONNX.
+"""Finds the files of external data that an ONNX graph reads, without the library onnx.
 
-Messages and field numbers are those of onnx.proto (ONNX 1.23), the encoding is that of protocol buffers
-(https://protobuf.dev/programming-guides/encoding). Only what contains the word is looked into, so a large graph takes
-milliseconds.
+Messages and field numbers are from onnx.proto (ONNX 1.23), the encoding is that of protocol buffers
+(https://protobuf.dev/programming-guides/encoding). Messages without the word "location" are skipped, so a large graph
+takes milliseconds.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 WORD: Final = b"location"
-"""The key of the entry that names a file."""
+"""The key of an entry with the name of a file."""
 NESTED: Final[Mapping[str, Mapping[int, str]]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -23,18 +22,16 @@ NESTED: Final[Mapping[str, Mapping[int, str]]] = {
     "sparse": {1: "tensor", 2: "tensor"},
     "tensor": {13: "entry"},
 }
-"""By message, the fields that lead to external data, and what message each holds."""
+"""For each message, the fields that may contain external data, and the messages in them."""
 KEY, VALUE = 1, 2
 """Fields of an entry."""
 VARINT, EIGHT, COUNTED, FOUR = 0, 1, 2, 5
 DEEPEST: Final = 100
-"""Messages within messages that are followed, as many as protocol buffers' own readers follow."""
+"""The deepest nesting of messages, as in protocol buffers' own parsers."""
 
 
 def locations(model: bytes) -> list[str]:
-    """The locations that the tensors of a serialized ModelProto name, each once. Raises ValueError where it cannot be
-    read.
-    """
+    """The locations of external data in a serialized ModelProto, each once. Raises ValueError if it is damaged."""
     return list(dict.fromkeys(_locations(memoryview(model), "model", DEEPEST)))
 
 
@@ -54,7 +51,7 @@ def _locations(message: memoryview, kind: str, depth: int) -> Iterator[str]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a message that have a counted length, as all texts and messages have; others are passed over."""
+    """The length-delimited fields of a message, such as strings and messages. Others are skipped."""
     position, end = 0, len(message)
     while position < end:
         tag, position = _varint(message, position)
@@ -72,7 +69,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number of seven bits a byte, the lowest first, and where it ends."""
+    """A varint (seven bits in each byte, the lowest first) and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

@@ -1,8 +1,8 @@
 """Signed bundles: an Ed25519 signature (RFC 8032) over the manifest, whose hashes cover every other file of the bundle.
 
-`manifest.sig` is a line of JSON: the algorithm, the public key's sha256 (to say which key it was), and the signature of
-the bytes of manifest.json in base64. Keys are PEM files as OpenSSL writes them, so that others can check, too: `openssl
-pkeyutl -verify -rawin`.
+`manifest.sig` is one line of JSON: the algorithm, the sha256 of the public key, and the signature of the bytes of
+manifest.json in base64. Keys are PEM files as in OpenSSL, which can verify the signature, too: `openssl pkeyutl -verify
+-rawin`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from runtime.optional import require
 
 EXTRA: Final = "signing"
 LONGEST_KEY: Final = 1 << 16
-"""Bytes of a file that may still be a key."""
+"""The most bytes of a key file."""
 
 
 class Signature(Frozen):
-    """What manifest.sig holds. `key` is the hex sha256 of the public key's 32 bytes."""
+    """The content of manifest.sig. `key` is the hex sha256 of the public key's 32 bytes."""
 
     algorithm: Literal["ed25519"] = "ed25519"
     key: str
@@ -38,9 +38,9 @@ class Signature(Frozen):
 
 
 def generate(private: Path, public: Path) -> str:
-    """Write a new pair of keys, the private one for this user's eyes only. Returns the public one's sha256.
+    """Write a new pair of keys. Only this user can read the private one. Returns the sha256 of the public one.
 
-    Raises InvalidInput where either file exists: a key that is overwritten is lost. Raises MissingDependency without
+    Raises InvalidInput if one of the files exists: keys are never overwritten. Raises MissingDependency without
     `cryptography`.
     """
     serialization = require("cryptography.hazmat.primitives.serialization", EXTRA)
@@ -56,9 +56,9 @@ def generate(private: Path, public: Path) -> str:
 
 
 def sign(bundle: Bundle, private: Path) -> Signature:
-    """Sign what lies there, once every file has been compared with its hash. A signature that was there is replaced.
+    """Compare every file with its hash, then sign the bundle. An existing signature is replaced.
 
-    Raises BundleError when the bundle is damaged or holds unknown files, InvalidInput or NotFound when the key is none.
+    Raises BundleError if the bundle is damaged or has unknown files, InvalidInput or NotFound if the key is invalid.
     """
     key = private_key(private)
     bundle.verify()
@@ -74,27 +74,24 @@ def sign(bundle: Bundle, private: Path) -> Signature:
 
 
 def require_signature(bundle: Bundle, public: Path) -> None:
-    """Raise BundleError unless every file of the bundle is as the holder of the key signed it, and there are no others,
-    nor links.
+    """Raise BundleError unless the bundle has exactly the files that were signed with the key, and no links.
 
-    To be called before anything of the bundle is used: engines are native code. Also raises InvalidInput or NotFound
-    when the key is none.
+    Call it before any file of the bundle is used: engines are native code. Raises InvalidInput or NotFound if the key
+    is invalid.
     """
     key = public_key(public)
     signature = _read(bundle)
     if signature.key != _name(key):
         raise BundleError(
             f"{bundle.root / SIGNATURE} is of the key {signature.key[:16]}, expected {_name(key)[:16]} of {public}: it "
-            "was signed by "
-            "another, or altered"
+            "was signed by another, or altered"
         )
     try:
         key.verify(base64.b64decode(signature.signature), bundle.content)
     except require("cryptography.exceptions", EXTRA).InvalidSignature:
         raise BundleError(
             f"the signature of {bundle.root} is not that of its {MANIFEST}: {MANIFEST} or {SIGNATURE} was altered, or "
-            "the bundle was "
-            "changed after it was signed. Copy it again, or have it signed again"
+            "the bundle was changed after it was signed. Copy it again, or have it signed again"
         ) from None
     links = [path.relative_to(bundle.root).as_posix() for path in bundle.root.rglob("*") if path.is_symlink()]
     if links:
@@ -106,7 +103,7 @@ def require_signature(bundle: Bundle, public: Path) -> None:
 
 
 def _read(bundle: Bundle) -> Signature:
-    """What manifest.sig says, byte for byte as `sign` writes it, so that nothing of it can be altered unseen."""
+    """Read manifest.sig. It must be byte for byte as `sign` writes it, so that no change goes unnoticed."""
     path = bundle.root / SIGNATURE
     try:
         content = read_regular(path, LONGEST_KEY)
@@ -187,7 +184,7 @@ def _name(public: Any) -> str:
 
 
 def _create(path: Path, content: bytes, mode: int) -> None:
-    """A new file with these rights from its first moment on."""
+    """Create a file with these access rights from the start."""
     if not path.name:
         raise InvalidInput("output", f"'{path}' is a folder, expected the name of a file")
     try:

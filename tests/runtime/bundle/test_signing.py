@@ -74,8 +74,8 @@ def test_what_was_signed_is_accepted(signed: Path, keys: Path, tmp_path: Path) -
     Bundle(signed).verify()
     first = (copy / SIGNATURE).read_bytes()
     assert sign(Bundle(copy), keys / "private.pem").content == first, "Ed25519 signs the same in the same way"
-    told = json.loads(first)
-    assert told["algorithm"] == "ed25519" and len(base64.b64decode(told["signature"])) == 64
+    content = json.loads(first)
+    assert content["algorithm"] == "ed25519" and len(base64.b64decode(content["signature"])) == 64
 
 
 def test_others_can_check_it(signed: Path, keys: Path, tmp_path: Path) -> None:
@@ -151,9 +151,9 @@ def test_what_is_exchanged_added_or_gone_is_named(signed: Path, keys: Path, tmp_
 def test_hashes_that_were_altered_along_with_the_file(signed: Path, keys: Path, tmp_path: Path) -> None:
     root = shutil.copytree(signed, tmp_path / "b")
     (root / "engines/bound/unet.bound").write_bytes(b"evil")
-    told = json.loads((root / MANIFEST).read_bytes())
-    told["files"]["engines/bound/unet.bound"] = sha256(root / "engines/bound/unet.bound")
-    (root / MANIFEST).write_text(json.dumps(told))
+    content = json.loads((root / MANIFEST).read_bytes())
+    content["files"]["engines/bound/unet.bound"] = sha256(root / "engines/bound/unet.bound")
+    (root / MANIFEST).write_text(json.dumps(content))
     Bundle(root).verify()
     refused(
         root,
@@ -171,9 +171,9 @@ def test_without_a_signature_or_with_another_s(signed: Path, keys: Path, tmp_pat
     other = shutil.copytree(signed, tmp_path / "other")
     made = sign(Bundle(other), keys / "other.pem")
     refused(other, keys, f"manifest.sig is of the key {made.key[:16]}, expected [0-9a-f]{{16}} of .*public.pem")
-    told = json.loads((other / SIGNATURE).read_bytes())
-    told["key"] = json.loads((signed / SIGNATURE).read_bytes())["key"]
-    (other / SIGNATURE).write_text(json.dumps(told, separators=(",", ":")) + "\n")
+    content = json.loads((other / SIGNATURE).read_bytes())
+    content["key"] = json.loads((signed / SIGNATURE).read_bytes())["key"]
+    (other / SIGNATURE).write_text(json.dumps(content, separators=(",", ":")) + "\n")
     refused(other, keys, "is not that of its manifest.json")
 
 
@@ -191,8 +191,8 @@ def test_signatures_that_are_none(signed: Path, keys: Path, tmp_path: Path, cont
 @pytest.mark.parametrize("signature", ["", "AAAA", "AA==", "not base64!", "é"])
 def test_signatures_of_another_length(signed: Path, keys: Path, tmp_path: Path, signature: str) -> None:
     root = shutil.copytree(signed, tmp_path / "b")
-    told = json.loads((root / SIGNATURE).read_bytes()) | {"signature": signature}
-    (root / SIGNATURE).write_text(json.dumps(told, separators=(",", ":"), ensure_ascii=False) + "\n")
+    content = json.loads((root / SIGNATURE).read_bytes()) | {"signature": signature}
+    (root / SIGNATURE).write_text(json.dumps(content, separators=(",", ":"), ensure_ascii=False) + "\n")
     refused(root, keys, r"manifest\.sig was altered")
 
 
