@@ -134,7 +134,7 @@ PICTURE_PIXELS: Final = Limit(
     ("Part.image",),
 )
 DECODED: Final = Limit(
-    "a decoded picture", 192 << 20, "bytes of memory",
+    "a decoded picture", 192 << 20, "bytes of memory to decode it in",
     "a pixel needs 4 bytes in RGB files, 5 in grey ones, 8 with transparency or EXIF rotation, 8 in HEIC, 12 in WebP "
     "and AVIF",
     ("Part.image",),
