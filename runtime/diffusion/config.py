@@ -1,4 +1,4 @@
-"""The settings of a diffusion bundle, and what a request leaves open, filled in from them."""
+"""The settings of a diffusion bundle, which complete a request."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
 from runtime.bundle.manifest import Frozen
+from runtime.diffusion.added import AddedConditions
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig
@@ -34,17 +35,6 @@ class Sizes(Frozen):
                 field, f"is {length} pixels, expected {self.min} to {self.max}, a multiple of {self.multiple}"
             )
         return length
-
-
-class AddedConditions(Frozen):
-    """What a UNet receives besides the prompt's hidden states: a pooled prompt and sizes (Podell et al. 2023, section
-    2.2).
-
-    With `force_zeros_for_empty_prompt`, of the model's model_index.json, an empty negative prompt is zeros, not the
-    encoding of an empty text.
-    """
-
-    force_zeros_for_empty_prompt: bool
 
 
 class DiffusionConfig(Frozen):
@@ -76,6 +66,11 @@ class DiffusionConfig(Frozen):
     def sampler(self) -> str:
         """The sampler used where a request names none."""
         return self.defaults.sampler or self.scheduler.sampler
+
+    @property
+    def zeros_for_empty(self) -> bool:
+        """Whether an empty negative prompt is zeros, not the encoding of an empty text."""
+        return self.added is not None and self.added.force_zeros_for_empty_prompt
 
     def size_of(self, request: ImageRequest) -> tuple[int, int]:
         """Height and width of the request's pictures, in pixels. Raises InvalidInput naming `width` or `height`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from runtime.bundle.manifest import Frozen
-from runtime.diffusion.calls import Part
+from runtime.diffusion.calls import Part, run
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.tiling import Mosaic, Pixels, places, tile_shape
 from runtime.errors import InvalidInput
@@ -78,6 +78,38 @@ def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents
             raise InvalidInput("latents", f"are {given.dtype} {given.shape}, expected finite float32 {expected}")
         starts = list(np.split(given, images))
     return tuple(Noise(first + i, shape, random_stream(first + i), start) for i, start in enumerate(starts))
+
+
+class Decoder:
+    """Makes pictures of latents [1, channels, height, width] with the submodel of that name: uint8 RGB [height, width,
+    3].
+
+    `most` is how many latents (height times width) the submodel may get in one call. Larger pictures are decoded in
+    tiles, whose edges are multiples of `multiple` pixels.
+    """
+
+    def __init__(self, submodel: str, vae: Vae, multiple: int) -> None:
+        self.most = math.inf
+        self._submodel = submodel
+        self._vae = vae
+        self._multiple = multiple // vae.scale_factor
+
+    def __call__(self, latents: Latents) -> Part[NDArray[np.uint8]]:
+        return decode(self._vae.unscaled(latents), self._pixels, self._vae.scale_factor, self.most, self._multiple)
+
+    def _pixels(self, latents: Latents) -> Part[Latents]:
+        """The pixels [3, height, width] of unscaled latents."""
+        outputs = yield from run(self._submodel, latents=latents)
+        (image,) = outputs["image"]
+        return np.asarray(image)
+
+    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
+        """Decode in tiles whatever the submodel has no room for, as in `ModelPipeline.keep_within`."""
+        if self._submodel not in room:
+            return ()
+        self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * self._vae.latent_channels)
+        edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
+        return (f"pictures of more than about {edge}x{edge} pixels are decoded in tiles",) if edge else ()
 
 
 def decode(

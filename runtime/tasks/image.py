@@ -1,4 +1,4 @@
-"""Pictures from a prompt: the request, what it leaves open, and the pictures."""
+"""Pictures from a prompt: the request, its defaults, and the pictures."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from runtime.pipeline import Event
 from runtime.task import Request, Task
 
 DEFAULTS: Final = "enginecast.json"
-"""File of a checkpoint's folder that says how the model is best drawn with. The published layouts have no place for
-that.
-"""
+"""File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
 
 class ImageDefaults(Frozen):
-    """What a request leaves open. `sampler` None is the one the model was published with."""
+    """Defaults of a request. `sampler` None is the one that the model was published with."""
 
     steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
     guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
@@ -50,7 +48,7 @@ class ImageDefaults(Frozen):
 
 @dataclass(frozen=True, eq=False)
 class ImageRequest(Request):
-    """Pictures to draw. What is None is the model's default. Raises InvalidInput naming the field where no model could
+    """Pictures to draw. None is the model's default. Raises InvalidInput naming the field where no model could
     accept it.
 
     `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
@@ -59,9 +57,9 @@ class ImageRequest(Request):
     adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
     [images, channels, height, width] replace the standard normal starting noise.
 
-    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are what a model with
-    added conditions is told of the picture: how large it was before it was scaled, what was cut off, how large it shall
-    look. None is the size drawn, uncut.
+    `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
+    model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
+    is to look like. None is the size of the drawn picture, without a crop.
     """
 
     task: ClassVar[str] = "image"
@@ -98,13 +96,13 @@ class ImageRequest(Request):
                 limit.number(field, value)
         if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
-        for field, pair in self.told_sizes.items():
+        for field, pair in self.stated_sizes.items():
             if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
                 raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
 
     @property
-    def told_sizes(self) -> dict[str, tuple[int, int]]:
-        """The sizes given by name: only a model with added conditions can be told them."""
+    def stated_sizes(self) -> dict[str, tuple[int, int]]:
+        """The sizes that the request states, by their fields: only a model with added conditions takes them."""
         named = {
             "original_size": self.original_size,
             "crop_top_left": self.crop_top_left,
@@ -115,7 +113,7 @@ class ImageRequest(Request):
 
 @dataclass(frozen=True)
 class ImageReady(Event):
-    """One finished picture: uint8 RGB [height, width, 3], the `index`th of the job, drawn with `seed`."""
+    """A finished picture: uint8 RGB [height, width, 3], number `index` of the request, drawn with `seed`."""
 
     output: ClassVar[bool] = True
     image: Array

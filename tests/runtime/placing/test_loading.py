@@ -419,7 +419,7 @@ def test_under_a_limit_engines_take_turns_and_pictures_come_in_tiles(
         )
         picture: Any = draw(model, 512)
         engines: Any = model.engines
-        tiled = model.pipeline.decodes_at_once < 32 * 32  # type: ignore[attr-defined]
+        tiled = model.pipeline.decoder.most < 32 * 32  # type: ignore[attr-defined]
         loads = {name: engine.loads for name, engine in engines.items() if name != "vae_encoder"}
         again = sum(engine.reload_seconds for engine in engines.values())
         taken = sum(engine.taken for engine in engines.values())
