@@ -10,7 +10,7 @@ import typer
 from export.report.console import errors, out, settings_of, show, show_notes, show_table
 from export.report.sizes import forms, sizes
 from runtime.bundle import signing
-from runtime.bundle.manifest import SIGNATURE, Artifact, Bundle
+from runtime.bundle.manifest import SIGNATURE, Artifact, Bundle, Submodel, Verdict
 from runtime.engine import targets
 from runtime.errors import MissingDependency
 from runtime.placing.portable import prospect
@@ -25,71 +25,68 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     opened = Bundle(bundle)
     manifest = opened.manifest
     of = f"{manifest.source.architecture} ({manifest.source.family})"
-    out.print(f"{manifest.name}: {of}, quant {manifest.quant}, pipeline {manifest.pipeline}", markup=False)
-    out.print(
-        "made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()), markup=False
-    )
+    _say(f"{manifest.name}: {of}, quant {manifest.quant}, pipeline {manifest.pipeline}")
+    _say("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     show_notes(manifest)
     if manifest.quality:
-        out.print(
-            "quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in manifest.quality.figures.items()),
-            markup=False,
-        )
-        for fault in manifest.quality.shortfalls:
-            out.print(f"below its floor, and allowed: {fault}", style="bold", markup=False)
+        _show_quality(manifest.quality)
     for submodel in manifest.submodels:
-        parity = submodel.parity
-        checked = (
-            f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB"
-            if parity
-            else "not compared"
-        )
-        out.print(
-            f"\n{submodel.name}: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}",
-            style="bold",
-            markup=False,
-        )
-        if told := forms([submodel], manifest.quant):
-            out.print(f"  weights: {told}", markup=False)
-        for arrow, tensors in (("<-", submodel.signature.inputs), ("->", submodel.signature.outputs)):
-            for tensor in tensors:
-                out.print(f"  {arrow} {_tensor(tensor)}", markup=False)
-        if submodel.signature.states:
-            out.print(
-                f"  {len(submodel.signature.states)} states, such as {_tensor(submodel.signature.states[0].past)}",
-                markup=False,
-            )
-    rows = [("target", "submodel", "files", "compiled for", "compile s", "agreement", "fits here")]
-    reasons: dict[str, None] = {}
-    for artifact in manifest.artifacts:
-        found = prospect(opened, artifact)
-        reasons |= {f"{artifact.target}: {found.why}": None} if found.why else {}
-        made_for = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
-        stored = ", ".join(dict.fromkeys(file.split("/")[0] for file in artifact.files))
-        files = f"{artifact.folder}/" * bool(artifact.folder) + stored or "compiled at load"
-        rows.append(
-            (
-                artifact.target,
-                artifact.submodel,
-                files,
-                made_for,
-                f"{artifact.seconds:.1f}",
-                _agreement(artifact),
-                found.word,
-            )
-        )
-    show_table(*rows)
-    for reason in reasons:
-        out.print(reason, markup=False)
+        _show_submodel(submodel, manifest.quant)
+    _show_artifacts(opened)
     if (bundle / SIGNATURE).exists():
-        out.print("signed; `enginecast verify --signature PUBLIC` tells by whom")
+        out.print("signed; `enginecast verify --signature PUBLIC` shows by whom")
     _show_sizes(opened)
-    if told := forms(manifest.submodels, manifest.quant):
-        out.print(f"weights: {told}", markup=False)
+    if weights := forms(manifest.submodels, manifest.quant):
+        _say(f"weights: {weights}")
+
+
+def _say(line: str, style: str = "") -> None:
+    """A line of text from a bundle, printed as it is."""
+    out.print(line, style=style, markup=False)
+
+
+def _show_quality(verdict: Verdict) -> None:
+    _say("quality " + ", ".join(f"{name} {figure:.4g}" for name, figure in verdict.figures.items()))
+    for fault in verdict.shortfalls:
+        _say(f"below its floor, and allowed: {fault}", "bold")
+
+
+def _show_submodel(submodel: Submodel, quant: str) -> None:
+    parity, signature = submodel.parity, submodel.signature
+    checked = (
+        f"parity {parity.method}, error {parity.error:.1e}, SNR {parity.snr_db:.0f} dB" if parity else "not compared"
+    )
+    _say(f"\n{submodel.name}: {submodel.nbytes / 1e6:.1f} MB, {submodel.precision}, {checked}", "bold")
+    if weights := forms([submodel], quant):
+        _say(f"  weights: {weights}")
+    for arrow, tensors in (("<-", signature.inputs), ("->", signature.outputs)):
+        for tensor in tensors:
+            _say(f"  {arrow} {_tensor(tensor)}")
+    if signature.states:
+        _say(f"  {len(signature.states)} states, such as {_tensor(signature.states[0].past)}")
+
+
+def _show_artifacts(bundle: Bundle) -> None:
+    """A table of what was compiled for each target, and why some of it does not fit this machine."""
+    artifacts = bundle.manifest.artifacts
+    fits = [prospect(bundle, artifact) for artifact in artifacts]
+    columns = ("target", "submodel", "files", "compiled for", "compile s", "agreement", "fits here")
+    show_table(columns, *(_artifact(artifact, fit.word) for artifact, fit in zip(artifacts, fits, strict=True)))
+    reasons = (f"{one.target}: {fit.why}" for one, fit in zip(artifacts, fits, strict=True) if fit.why)
+    for reason in dict.fromkeys(reasons):
+        _say(reason)
+
+
+def _artifact(artifact: Artifact, fits: str) -> tuple[str, ...]:
+    stored = ", ".join(dict.fromkeys(file.split("/")[0] for file in artifact.files))
+    files = f"{artifact.folder}/" * bool(artifact.folder) + stored or "compiled at load"
+    machine = ", ".join(f"{name} {value}" for name, value in artifact.key.items()) or "any machine"
+    seconds = f"{artifact.seconds:.1f}"
+    return (artifact.target, artifact.submodel, files, machine, seconds, _agreement(artifact), fits)
 
 
 def _agreement(artifact: Artifact) -> str:
-    """How near what was compiled is to the canonical graph, where it could be computed."""
+    """How near the compiled artifact is to the canonical graph, where it could be computed."""
     return (
         f"{artifact.agreement.snr_db:.0f} dB"
         if artifact.agreement
@@ -100,7 +97,7 @@ def _agreement(artifact: Artifact) -> str:
 
 
 def _show_sizes(bundle: Bundle) -> None:
-    """What a bundle weighs, part by part, beside bundles of one target each."""
+    """The size of a bundle, part by part, beside bundles of one target each."""
     found = sizes(bundle)
     graphs = (
         "without canonical graphs" if not found.graphs else f"canonical graphs and weights {found.graphs / 1e6:.1f} MB"
@@ -126,7 +123,7 @@ def verify(
         Path | None, typer.Option(metavar="PUBLIC", help="Require a signature by the owner of this public key.")
     ] = None,
 ) -> None:
-    """Compare every file of a bundle with its hash, and the manifest with its signature where that is asked for."""
+    """Compare every file of a bundle with its hash, and the manifest with its signature where --signature is given."""
     opened = Bundle(bundle)
     if signature is None:
         opened.verify()
