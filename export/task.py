@@ -5,10 +5,12 @@ One file per task in `export/tasks/`, found by listing it.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import export.tasks
@@ -60,14 +62,22 @@ THOROUGH: Final = SpeedEffort(turns=15, seconds=120, steps=None, tokens=64)
 class Comparison(ABC):
     """How models of one task are compared.
 
-    `name` is the task's in `runtime.tasks`, `stored` names the results in quality.json, `noun` is what one is of.
+    `name` is the task's in `runtime.tasks`. quality.json keeps results of the class `result` under the name `stored`;
+    `noun` names what one is of. A file `<task>.html` beside the task's own is its part of the report's page: the jinja2
+    macros `tiles`, `section` and `terms`, which use what `shown` gives, `results` and the page's own variables.
     """
 
     name: ClassVar[str]
     stored: ClassVar[str]
+    result: ClassVar[type[Measured]]
     noun: ClassVar[str]
     measure: ClassVar[Measure]
     floors: ClassVar[tuple[Floor, ...]]
+
+    @property
+    def page(self) -> str:
+        """The template of the task's part of the report's page."""
+        return Path(inspect.getfile(type(self))).with_suffix(".html").read_text(encoding="utf-8")
 
     @abstractmethod
     def wanted(self, effort: Effort) -> int:
@@ -103,7 +113,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def shown(self, bundle: Bundle, results: Sequence[Any]) -> dict[str, Any]:
-        """What the page about a bundle needs to show the results, which may be none. Raises BundleError."""
+        """What the task's part of the page needs to show the results. Raises BundleError."""
 
     @abstractmethod
     def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:

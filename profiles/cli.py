@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 from rich.console import Console
@@ -64,7 +64,6 @@ def bench(
 ) -> None:
     """Measure a bundle on its targets in turns, each in a process of its own: medians, spread, memory."""
     from profiles import bench as measuring
-    from profiles.probes import ProbeSettings
     from profiles.rows import append
     from profiles.worker import Job
     from runtime.bundle.manifest import Bundle
@@ -72,16 +71,10 @@ def bench(
 
     opened = Bundle(bundle)
     options = {
-        "width": width, "height": height, "steps": steps, "prompt-tokens": prompt_tokens, "new-tokens": new_tokens
+        "width": width, "height": height, "steps": steps, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens
     }  # fmt: skip
-    _check_fit(opened.manifest.task, options)
+    settings = _fitting(opened.manifest.task, options)
     _check_rows(store, rows_file)
-    given = {
-        name: value
-        for name, value in (("prompt_tokens", prompt_tokens), ("new_tokens", new_tokens))
-        if value is not None
-    }
-    settings = ProbeSettings(width=width, height=height, steps=steps, **given)
     wanted: Sequence[str | None] = target or opened.targets or [None]  # of a bundle built for nothing, choosing says so
     names = [choose_target(opened, name).target for name in wanted]
     workers = [
@@ -129,16 +122,10 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     task = subjects.task_of(source, bundles or ())
-    _check_fit(task, {"steps": steps, "guidance-scale": guidance_scale, "batch": batch})
+    options = _fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "batch": batch})
     _check_rows(store, rows_file)
-    defaults = subjects.defaults(source, bundles or ())
     exam = subjects.exam_of(source, bundles or ())
-    setting = subjects.Setting(
-        count=count or exam.size,
-        steps=steps or defaults.steps,
-        guidance_scale=defaults.guidance_scale if guidance_scale is None else guidance_scale,
-        batch=batch or 16,
-    )
+    setting = subjects.task_exam(task).settings(source, bundles or (), count or exam.size, options)
     results = []
     for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
@@ -153,13 +140,16 @@ def score(
     out.print(scoring.table(results))
 
 
-def _check_fit(task: str, options: Mapping[str, object]) -> None:
-    """Raise InvalidInput for an option that applies to models of another task."""
+def _fitting(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that are given. Raises InvalidInput for one that applies to models of another task."""
     from profiles.task import profile_tasks
 
     fitting = profile_tasks()[task]
-    for name in (name for name, value in options.items() if value is not None and name not in fitting.options):
-        raise InvalidInput(name, f"does not apply to a model that {fitting.does}: leave it out")
+    given = {name: value for name, value in options.items() if value is not None}
+    for option in (name.replace("_", "-") for name in given):
+        if option not in fitting.options:
+            raise InvalidInput(option, f"does not apply to a model that {fitting.does}: leave it out")
+    return given
 
 
 def _check_rows(store: bool, rows_file: Path | None) -> None:

@@ -1,10 +1,9 @@
-"""What is measured of a loaded model: one probe a metric, each run of which is one repetition.
+"""What is measured of a loaded model: a probe for each metric, whose every run is one repetition.
 
-Of every model the seconds a call of each submodel takes; what is measured besides depends on the task
-(`profiles/tasks/`).
+Of every model, the seconds of a call of each submodel; the rest depends on the task (`profiles/tasks/`).
 
-Pipelines are generators, so a submodel's inputs are found by running the pipeline against zeros: a call is measured at
-the sizes, and with the guidance, that a request really gives it.
+Pipelines are generators, so a submodel's inputs are found by running the pipeline with outputs of zeros: a call is
+measured at the sizes, and with the guidance, of a real request.
 """
 
 from __future__ import annotations
@@ -15,29 +14,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from profiles.task import profile_tasks
-from runtime.bundle.manifest import Frozen, Submodel
+from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import Engine
 from runtime.pipeline import Call, Outputs, Pipeline, answer
 from runtime.placing.loading import LoadedModel
 
 
-class ProbeSettings(Frozen):
-    """What to ask of the model. Sizes in pixels, None is the model's default."""
-
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
-    prompt_tokens: int = Field(default=512, ge=1)
-    new_tokens: int = Field(default=64, ge=2)
-
-
 @dataclass(frozen=True)
 class Probe:
-    """One metric: `run` measures it once. `nbytes` is what must be read from memory for one unit, where that bounds a
+    """One metric: `run` measures it once. `nbytes` are the bytes read from memory for one unit, where they limit a
     rate.
     """
 
@@ -48,9 +36,12 @@ class Probe:
     nbytes: float | None = None
 
 
-def probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
-    """Everything that can be measured of this model. Raises InvalidInput when the model refuses the settings."""
+def probes(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
+    """Everything that can be measured of this model. `options` are fields of its task's settings. Raises InvalidInput
+    when the model refuses them.
+    """
     task = profile_tasks()[model.task]
+    settings = task.settings.model_validate(dict(options))
     return _submodel_probes(model, task.request(settings)) + task.probes(model, settings)
 
 

@@ -1,8 +1,6 @@
-"""How well a model does what its exam asks: pictures drawn right, or questions answered right, of held-out cases.
+"""The score of a model in its exam: how many of the held-out cases it does right.
 
-Every subject, a bundle on a target or the source checkpoint in plain diffusers or transformers, gets the same cases,
-and pictures start from the same noise: that of `runtime.diffusion.latents.random_stream` with the case's number as
-seed.
+Every subject, a bundle on a target or the source checkpoint in its own library, gets the same cases.
 """
 
 from __future__ import annotations
@@ -17,8 +15,8 @@ from rich.table import Table
 
 from calibration.ground import machine
 from calibration.requests.exams import Exam
+from profiles.exam import ExamSettings, Subject
 from profiles.rows import Row
-from profiles.subjects import Setting, Subject
 from runtime.placing.devices import processor
 from runtime.timing import Spread
 
@@ -27,9 +25,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Scores:
-    """Percent right: of all cases, and by part, which is an attribute of pictures or a kind of question.
-
-    Of an attribute, percent of the pictures that show it.
+    """Percent right: of all cases, and of each part of a case, such as an attribute of a picture, among the cases that
+    have the part.
     """
 
     right: float
@@ -38,7 +35,7 @@ class Scores:
     seconds: float
 
 
-def score(subject: Subject, exam: Exam, setting: Setting, tick: Callable[[], None] = lambda: None) -> Scores:
+def score(subject: Subject, exam: Exam, setting: ExamSettings, tick: Callable[[], None] = lambda: None) -> Scores:
     """Run all cases; `tick` is called after each. Raises what the subject raises."""
     cases = exam.cases(setting.count)
     start = time.perf_counter()
@@ -60,11 +57,10 @@ def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
         tick()
 
 
-def rows(subject: Subject, setting: Setting, scores: Scores, threads: int) -> list[Row]:
+def rows(subject: Subject, setting: ExamSettings, scores: Scores, threads: int) -> list[Row]:
     """The scores for storing: `right` for all attributes or questions, `right.PART` for each part."""
-    asked: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
-    if subject.task == "image":
-        asked |= {"steps": setting.steps, "guidance_scale": setting.guidance_scale}
+    settings: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
+    settings |= setting.model_dump(exclude={"count", "batch"})
     return [
         Row(
             metric=metric,
@@ -78,7 +74,7 @@ def rows(subject: Subject, setting: Setting, scores: Scores, threads: int) -> li
             device=subject.device,
             cpu=processor(),
             threads=threads or machine.threads(),
-            settings=asked,
+            settings=settings,
             versions=machine.versions("torch", "diffusers", "transformers")
             if subject.target == "torch"
             else machine.versions(),

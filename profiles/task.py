@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import profiles.tasks
+from calibration.requests.exams import Case
+from profiles.exam import ExamSettings, Subject
+from runtime.bundle.manifest import Frozen
 from runtime.listing import modules
 from runtime.placing.loading import LoadedModel
 from runtime.task import Request
 
 if TYPE_CHECKING:
-    from profiles.probes import Probe, ProbeSettings
+    from profiles.probes import Probe
+
+
+@dataclass(frozen=True)
+class TaskExam:
+    """How models of a task take an exam.
+
+    `reads` says whether a folder holds a checkpoint of the task, and `source` makes it a subject, run by its own
+    library. `settings` completes the options of `score`, which are None where they are not given: it takes the source,
+    the bundles, the number of cases and the options. `results` runs cases on a loaded bundle.
+    """
+
+    reads: Callable[[Path], bool]
+    source: Callable[[Path], Subject]
+    settings: Callable[[Path | None, Sequence[Path], int, Mapping[str, Any]], ExamSettings]
+    results: Callable[[LoadedModel, Sequence[Case], Any], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -21,15 +40,18 @@ class ProfileTask:
     """What is measured of the models of one task. A file in `profiles/tasks/` declares one as `TASK`.
 
     `does` is a verb for messages, as in "a model that draws". `options` are the options of `bench` and `score` that
-    apply to such models alone. Submodels are measured with the calls that `request` makes; `probes` are those of the
-    whole model. Both raise InvalidInput where the model refuses the settings.
+    apply to such models alone; those of `bench` are fields of `settings`. Submodels are measured with the calls that
+    `request` makes; `probes` are those of the whole model. Both raise InvalidInput where the model refuses the
+    settings. `exam` is None for a task without exams.
     """
 
     task: str
     does: str
     options: frozenset[str]
-    request: Callable[[ProbeSettings], Request]
-    probes: Callable[[LoadedModel, ProbeSettings], list[Probe]]
+    settings: type[Frozen]
+    request: Callable[[Any], Request]
+    probes: Callable[[LoadedModel, Any], list[Probe]]
+    exam: TaskExam | None = None
 
 
 @cache

@@ -1,16 +1,19 @@
 """The worker that measures one bundle on one target: `python -m profiles.worker JOB`, which `profiles.bench` starts.
 
-What it says is in `profiles.protocol`.
+Its messages are described in `profiles.protocol`.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from calibration.ground import machine
-from profiles.probes import Probe, ProbeSettings, probes
+from profiles.probes import Probe, probes
 from profiles.protocol import Channel, Hello, Metric
 from runtime.bundle.manifest import Frozen
 from runtime.engine import Options
@@ -18,16 +21,16 @@ from runtime.placing.loading import LoadedModel, load_model
 
 
 class Job(Frozen):
-    """Which bundle to load, on which target, with how many threads (0 = all), and what to ask of it."""
+    """Which bundle to load, on which target, with how many threads (0 = all), and the settings of what is measured."""
 
     bundle: Path
     target: str
     threads: int = 0
-    settings: ProbeSettings = ProbeSettings()
+    settings: Mapping[str, JsonValue] = {}
 
 
 def main() -> None:
-    """Load, then measure until told to end."""
+    """Load, then measure until the input ends."""
     channel = Channel()
     try:
         job = Job.model_validate_json(sys.argv[1])
@@ -43,7 +46,7 @@ def main() -> None:
 
 
 def hello(model: LoadedModel, job: Job, load: float, found: list[Probe]) -> Hello:
-    """What this worker is."""
+    """The first message: what this worker measures."""
     return Hello(
         program=machine.program(),
         target=model.target,

@@ -21,6 +21,8 @@ import runtime.targets
 from export.build.build import build
 from export.build.options import Options
 from export.family import families
+from export.report.page import report
+from export.report.quality import load_quality
 from runtime.bundle.tensors import FILE, open_tensors, read_tensor
 from runtime.engine import targets
 from runtime.errors import BundleError
@@ -51,6 +53,22 @@ def checkpoint(tmp_path: Path) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"architectures": ["ToyForDoubling"], "times": 3}))
     save_file({"factor": torch.tensor([2.0])}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def wide(tmp_path: Path) -> Path:
+    """A checkpoint whose matrices together double a number, about."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architectures": ["ToyForWidening"], "times": 3}))
+    rng = np.random.default_rng(0)
+    up, across = rng.standard_normal((64, 1)), rng.standard_normal((64, 64))
+    wide = across @ up
+    down = 2 * wide.T / (wide * wide).sum()
+    matrices = {"up.weight": up, "across.weight": across, "down.weight": down}
+    save_file({name: torch.tensor(one, dtype=torch.float32) for name, one in matrices.items()},
+              folder / "model.safetensors")  # fmt: skip
     return folder
 
 
@@ -108,6 +126,21 @@ def test_a_tensor_that_a_bundle_lacks_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="it has no float32 tensor offset, only other"):
         read_tensor(tmp_path, "offset")
     np.testing.assert_array_equal(read_tensor(tmp_path, "other"), [0, 0])
+
+
+def test_a_task_is_quantized_compared_and_reported(rooms: None, wide: Path, tmp_path: Path) -> None:
+    """By its own files alone: calibration requests, what is compared, and its part of the report's page."""
+    options = Options(str(wide), tmp_path / "bundle", ("onnxruntime",), quant="int8", quality="full")
+    bundle, _ = build(options)
+    quality = load_quality(bundle)
+    assert [len(one.numbers) for one in quality.results["numbers"]] == [8, 8]
+    verdict = bundle.manifest.quality
+    assert verdict is not None and verdict.figures["numbers_snr_db"] > 20
+    report(bundle, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for shown in ("<h2>Numbers</h2>", "8 numbers at int8:", "SNR of the scaled numbers", "What the model scales."):
+        assert shown in page
+    assert "<h2>Pictures</h2>" not in page and "Perplexity" not in page
 
 
 def test_they_are_gone_where_the_files_are_not() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,13 @@ import onnx
 import pytest
 from google.protobuf.message_factory import GetMessageClass
 
+import calibration.requests.task
+import export.task
 import profiles.probes
 import profiles.task
 import runtime.pipeline
 import runtime.task
+import serving.cli.task
 import serving.dialects.grpc.task
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel, sha256
 from runtime.bundle.signature import Dim, Signature, Tensor
@@ -35,12 +39,17 @@ from serving.host.models import ModelHost
 
 ROOT = Path(__file__).parent.parent
 TOY = Path(__file__).parent / "toy"
-ROOMS = ("runtime.tasks", "runtime.pipelines", "serving.dialects.grpc.tasks", "profiles.tasks")
+ROOMS = (
+    *("runtime.tasks", "runtime.pipelines", "serving.dialects.grpc.tasks", "profiles.tasks"),
+    *("calibration.requests.tasks", "export.tasks", "serving.cli.tasks"),
+)
 LISTED = (
     runtime.task.tasks,
     runtime.pipeline.pipelines,
     serving.dialects.grpc.task.grpc_tasks,
     profiles.task.profile_tasks,
+    calibration.requests.task.task_requests,
+    export.task.comparisons,
 )
 
 
@@ -136,9 +145,35 @@ def test_a_task_from_this_folder_alone_is_served_and_called(bundle: Bundle) -> N
 
 def test_a_task_from_this_folder_alone_is_measured(bundle: Bundle) -> None:
     model = load_model(bundle)
-    found = {probe.metric: probe.run() for probe in profiles.probes.probes(model, profiles.probes.ProbeSettings())}
+    found = {probe.metric: probe.run() for probe in profiles.probes.probes(model, {})}
     model.close()
     assert set(found) == {"doubler", "scaled"} and all(np.isfinite(list(found.values())))
+
+
+PROGRAM = f"""
+import importlib, sys
+for room in {ROOMS!r}:
+    package = importlib.import_module(room)
+    package.__path__ = [*package.__path__, {str(TOY)!r} + "/" + room.replace(".", "/")]
+from serving.cli.commands import main
+main()
+"""
+
+
+def test_a_task_from_this_folder_alone_has_its_command(bundle: Bundle) -> None:
+    def ran(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=120)
+
+    answered = ran("scale", "1", "2.5", "--bundle", str(bundle.root))
+    assert answered.stdout == "8.0 20.0\n", answered.stderr
+    assert "Scale numbers." in ran("--help").stdout
+    refused = ran("generate", "--prompt", "a", "--out", "a.png", "--bundle", str(bundle.root))
+    assert "has the task scale, expected image: use `scale`" in refused.stderr
+
+
+def test_commands_are_named_by_the_verbs_of_their_tasks() -> None:
+    verbs = [task.verb for _, task in sorted(runtime.task.tasks().items())]
+    assert [command.__name__ for command in serving.cli.task.task_commands()] == verbs
 
 
 def test_the_toy_leaves_no_trace() -> None:
@@ -149,9 +184,8 @@ NAMES = re.compile(r"\"(diffusion|chat)\"|(task|kind|pipeline)\w*\b.*\"image\"|(
 """The names of tasks and pipelines, and what imports a pipeline. "image" is also a field of messages."""
 KNOWING = (
     r"runtime/(tasks|pipelines)/\w+\.py",
-    r"(profiles|serving/dialects/grpc)/tasks/\w+\.py",
+    r"(profiles|serving/(cli|dialects/grpc))/tasks/\w+\.py",
     r"serving/enginecast_pb/.*",
-    r"profiles/(subjects|score)\.py",  # the exam of the samples
 )
 
 

@@ -41,7 +41,7 @@ class Header(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int = VERSION
-    kind: Kind = Field(pattern="^(diffusion|chat)$")
+    kind: Kind = Field(pattern="^[a-z0-9_]+$")
     fingerprint: str
     settings: dict[str, JsonValue]
     counts: dict[str, NonNegativeInt] = Field(default_factory=dict)

@@ -61,7 +61,7 @@ def measure(
             for submodel in quantized.bundle.manifest.submodels
         ),
         task=score,
-        **{task.stored: results},
+        results={task.stored: results},
     )
     return quality, pictures
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 
 from calibration.observe.metrics import Comparison
 from runtime.bundle.manifest import Frozen
@@ -19,6 +19,11 @@ class Measured(Frozen):
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+def faults_of(error: ValidationError) -> str:
+    """What is wrong with stored figures, with the place of each fault."""
+    return "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
 
 
 class Measure(Frozen):

@@ -1,14 +1,13 @@
 """The quality report of a bundle as one page: everything it shows is in the file, and it needs neither network nor
 scripts.
 
-The text is `report.html`, a jinja2 template that escapes everything from the bundle; the page's own policy forbids it
-to load anything.
+Its text is `report.html` and, of each task, the file beside that in `export/tasks/`: jinja2 templates, which escape
+everything that comes from the bundle. The page's own policy forbids it to load anything.
 """
 
 from __future__ import annotations
 
 import os
-from collections import ChainMap
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,14 +20,12 @@ import onnx_ir as ir
 
 from calibration.observe.metrics import CAP_DB
 from export.build.staging import check_writable
-from export.report.pictures import GAIN
 from export.report.quality import SNR, Quality, floors, load_quality
 from export.report.speed import WHOLE, Speed, Timed, Timing
-from export.task import comparisons
 from runtime.bundle.manifest import Bundle, Submodel
 from runtime.errors import BundleError, InvalidInput, ResourceExhausted
 
-TEMPLATE: Final = Path(__file__).with_name("report.html")
+PAGE: Final = "report.html"
 FLOAT32: Final = 4
 FLOAT16: Final = 2
 """Bytes of a parameter."""
@@ -98,14 +95,23 @@ def check_output(output: Path) -> None:
 
 def render(bundle: Bundle, quality: Quality) -> str:
     """The page as HTML."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
     found_sizes = sizes(bundle)
     parameters, nbytes = (sum(getattr(one, name) for one in found_sizes) for name in ("parameters", "nbytes"))
     found = {floor: quality.found(floor.measure) for floor in floors(quality.quant)}
-    shown = ChainMap(*(task.shown(bundle, getattr(quality, task.stored)) for task in comparisons().values()))
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    shared = {"quality": quality, "cap": CAP_DB}
+    sections = [
+        environment.from_string(task.page).make_module(shared | task.shown(bundle, results) | {"results": results})
+        for task, results in quality.compared()
+    ]
+    return environment.get_template(PAGE).render(
         manifest=bundle.manifest,
-        quality=quality,
+        sections=sections,
         sizes=found_sizes,
         all=Size("all", "", parameters, nbytes),
         parameters=parameters,
@@ -120,9 +126,7 @@ def render(bundle: Bundle, quality: Quality) -> str:
         shortfalls=quality.shortfalls(quality.quant),
         floors=[(floor, min(figures.values())) for floor, figures in found.items() if figures],
         least=next((floor for floor in found if floor.measure == SNR), None),
-        cap=CAP_DB,
-        gain=GAIN,
-        **shown,
+        **shared,
     )
 
 

@@ -9,17 +9,15 @@ in the bundle.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SerializeAsAny, TypeAdapter, ValidationError, field_validator, model_validator
 
-from export.report.measured import Floor, Measure, Measured
+from export.report.measured import Floor, Measure, Measured, faults_of
 from export.report.speed import Speed
-from export.task import FOLDER, Pictures, comparisons
-from export.tasks.chat import AnswerQuality
-from export.tasks.image import PictureQuality
+from export.task import FOLDER, Comparison, Pictures, comparisons
 from runtime.bundle.manifest import Bundle
 from runtime.errors import BundleError, NotFound
 from runtime.vision.images import encode_image
@@ -73,8 +71,18 @@ class TaskQuality(Measured):
     quantized_right: int
 
 
+def _read(task: Comparison, results: Any) -> Any:
+    """The results of a task. Raises ValueError naming every fault."""
+    try:
+        return TypeAdapter(tuple[task.result, ...]).validate_python(results)  # type: ignore[name-defined]
+    except ValidationError as error:
+        raise ValueError(f"{task.stored}: {faults_of(error)}") from None
+
+
 class Quality(Measured):
-    """Everything measured of one quantized bundle. `speed` is None when it was not timed."""
+    """Everything measured of one quantized bundle. `results` are those of compared requests, by the name that their
+    task stores them under. `speed` is None when it was not timed.
+    """
 
     quant: str
     reference_quant: str
@@ -82,20 +90,35 @@ class Quality(Measured):
     reference_target: str
     device: str
     submodels: tuple[SubmodelQuality, ...]
-    pictures: tuple[PictureQuality, ...] = ()
-    answers: tuple[AnswerQuality, ...] = ()
+    results: Mapping[str, tuple[SerializeAsAny[Measured], ...]] = {}
     task: TaskQuality | None = None
     speed: Speed | None = None
 
-    def results(self) -> list[tuple[Any, Sequence[Any]]]:
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, data: Any) -> Any:
+        """Earlier versions wrote the results of each task beside the other figures."""
+        names = {task.stored for task in comparisons().values()}
+        moved = {name: data[name] for name in names & data.keys()} if isinstance(data, dict) else {}
+        return {**data, "results": moved} if moved else data
+
+    @field_validator("results", mode="before")
+    @classmethod
+    def _of_tasks(cls, data: Any) -> Any:
+        """Results of tasks that this program does not know are left out."""
+        if not isinstance(data, Mapping):
+            return data
+        return {task.stored: _read(task, data[task.stored]) for task in comparisons().values() if task.stored in data}
+
+    def compared(self) -> list[tuple[Comparison, Sequence[Any]]]:
         """The tasks that there are results of, and these."""
-        every = ((task, getattr(self, task.stored)) for task in comparisons().values())
+        every = ((task, self.results.get(task.stored, ())) for task in comparisons().values())
         return [(task, results) for task, results in every if results]
 
     def summary(self) -> dict[str, float]:
         """The figures in short, for the manifest: the worst submodel, those of the task, and the exam's score."""
         found = {SNR.name: min(figures.values())} if (figures := self.found(SNR)) else {}
-        for task, results in self.results():
+        for task, results in self.compared():
             found |= {task.measure.name: task.figure(results)} | task.summary(results)
         if self.task:
             found |= {
@@ -113,7 +136,7 @@ class Quality(Measured):
                 for submodel in self.submodels
                 for output in submodel.outputs
             }
-        for task, results in self.results():
+        for task, results in self.compared():
             if task.measure == measure:
                 return {measure.of: task.figure(results)}
         return {}
@@ -170,8 +193,7 @@ def load_quality(bundle: Bundle) -> Quality:
     try:
         return Quality.model_validate_json(path.read_bytes())
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc'])) or 'file'}: {fault['msg']}" for fault in error.errors())
         raise BundleError(
-            f"{path} cannot be read ({faults}): it is damaged, or another version of this program wrote it. Build the "
-            "bundle again"
+            f"{path} cannot be read ({faults_of(error)}): it is damaged, or another version of this program wrote it. "
+            "Build the bundle again"
         ) from None

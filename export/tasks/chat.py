@@ -99,6 +99,7 @@ class ChatComparison(Comparison):
 
     name = "chat"
     stored = "answers"
+    result = AnswerQuality
     noun = "question"
     measure = AGREEMENT
     floors = (
@@ -181,7 +182,7 @@ class ChatComparison(Comparison):
             "tokens": tokens_of(results),
             "over_tokens": partial(mean, results),
             "over_text": partial(whole_text, results),
-            "perplexity_change": perplexity_change(results) if results else 1.0,
+            "perplexity_change": perplexity_change(results),
         }
 
     def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration.observe.metrics import PEAK, gmsd, psnr_db, snr_db, ssim
 from export.report.measured import ComparedByName, Floor, Measure, Measured
-from export.report.pictures import data_uri, difference, stored
+from export.report.pictures import GAIN, data_uri, difference, stored
 from export.report.running import run
 from export.task import FOLDER, SEED, Comparison, Effort, Pictures, SpeedEffort
 from runtime.bundle.manifest import Bundle, Inside
@@ -71,6 +71,7 @@ class ImageComparison(Comparison):
 
     name = "image"
     stored = "pictures"
+    result = PictureQuality
     noun = "picture"
     measure = SNR
     floors = (
@@ -130,7 +131,8 @@ class ImageComparison(Comparison):
         return {name: median(results, name) for name in names}
 
     def shown(self, bundle: Bundle, results: Sequence[PictureQuality]) -> dict[str, Any]:
-        return {"drawn": [(one, _three(bundle, one)) for one in results], "over_pictures": partial(median, results)}
+        drawn = [(one, _three(bundle, one)) for one in results]
+        return {"drawn": drawn, "over_pictures": partial(median, results), "gain": GAIN}
 
     def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:
         request = ImageRequest(TIMED, steps=effort.steps, seed=0)

@@ -1,4 +1,4 @@
-"""What is measured of models that answer.
+"""What is measured of models that answer. Exams score their answers.
 
 first_token  seconds until the first token about a picture
 prefill      prompt tokens a second
@@ -10,27 +10,44 @@ from __future__ import annotations
 import bisect
 import copy
 import time
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
 
 import numpy as np
+from pydantic import Field
 
-from profiles.probes import Probe, ProbeSettings, seconds
-from profiles.task import ProfileTask
+from calibration.ground import machine
+from calibration.requests.exams import Case
+from calibration.requests.tasks.chat import TASK as REQUESTS
+from profiles.exam import ExamSettings, Subject, batches
+from profiles.probes import Probe, seconds
+from profiles.task import ProfileTask, TaskExam
+from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
+from runtime.optional import require
 from runtime.pipeline import Engines, drive
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.chat import ChatRequest
+from runtime.vision.images import decoded
 
 QUESTION: Final = "what color is the background?"
 EDGE: Final = 128
-"""Edge in pixels of the picture that is asked about; every model resizes it to its own."""
+"""Edge in pixels of the picture of the question; every model resizes it to its own."""
 
 
-def picture_question(settings: ProbeSettings) -> ChatRequest:
+class AnswerSettings(Frozen):
+    """The measured answer: the lengths in tokens of a text prompt and of the answer to it."""
+
+    prompt_tokens: int = Field(default=512, ge=1)
+    new_tokens: int = Field(default=64, ge=2)
+
+
+def picture_question(settings: AnswerSettings) -> ChatRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
     return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
 
@@ -47,7 +64,7 @@ class Clock:
         return self._engines[submodel]
 
 
-def chat_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
+def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
     pipeline = _endless(model)
     text, prompt_tokens = _text(pipeline, settings.prompt_tokens)
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens}
@@ -55,8 +72,8 @@ def chat_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
     def request(max_tokens: int) -> ChatRequest:
         return ChatRequest((Message("user", (text,)),), max_tokens=max_tokens, temperature=0.0, beams=1)
 
-    def answer(asked: ChatRequest) -> None:
-        list(drive(pipeline(asked), model.engines))
+    def answer(request: ChatRequest) -> None:
+        list(drive(pipeline(request), model.engines))
 
     def decode() -> float:
         clock = Clock(model.engines)
@@ -77,9 +94,9 @@ def chat_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
         Probe("decode", "tokens/s", decode, sizes, _bytes_per_token(model, prompt_tokens)),
     ]
     if pipeline.config.has_vision:
-        asked = picture_question(settings)
-        length = {"prompt_tokens": len(pipeline.prompt(asked).ids)}
-        found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(asked)), length))
+        about_picture = picture_question(settings)
+        length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids)}
+        found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(about_picture)), length))
     return found
 
 
@@ -114,12 +131,60 @@ def _text(pipeline: ChatPipeline, tokens: int) -> tuple[str, int]:
 
 
 def _bytes_per_token(model: LoadedModel, past: int) -> float:
-    """What a decoding step must read: every weight of the decoder, and what its cache holds."""
+    """Bytes that a decoding step reads: all weights of the decoder, and its cache."""
     decoder = model.bundle.submodel("decoder")
     states = nbytes((state.past for state in decoder.signature.states), {"batch": 1, "past": past})
     return float(decoder.nbytes + states)
 
 
+def exam_settings(source: Path | None, bundles: Sequence[Path], count: int, options: Mapping[str, Any]) -> ExamSettings:
+    return ExamSettings(count=count)
+
+
+def answers(model: LoadedModel, cases: Sequence[Case], setting: ExamSettings) -> Iterator[Any]:
+    for case in cases:
+        yield REQUESTS.result(drive(model.pipeline(case.request), model.engines))
+
+
+def is_source(folder: Path) -> bool:
+    """Whether the folder holds a model of transformers, and no pipeline of diffusers."""
+    return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
+
+
+def source_subject(folder: Path) -> Subject:
+    """A model of transformers with its own processor."""
+    torch, transformers = require("torch", "export"), require("transformers", "export")
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = transformers.LlavaProcessor.from_pretrained(folder)
+    processor.tokenizer.padding_side = "left"  # answers begin at the same place
+
+    def prompt(request: ChatRequest) -> str:
+        parts = (part for message in request.messages for part in message.content)
+        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
+        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+
+    def answered(cases: Sequence[Case], setting: ExamSettings) -> Iterator[Any]:
+        for some in batches([case.request for case in cases], setting.batch):
+            inputs = processor(
+                images=[decoded(picture) for request in some for picture in request.images],
+                text=[prompt(request) for request in some],
+                padding=True,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                tokens = model.generate(**inputs, do_sample=False)
+            yield from processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    program = f"transformers {machine.version('transformers')}"
+    return Subject(program, folder.name, "none", "torch", "cpu", answered)
+
+
 TASK: Final = ProfileTask(
-    ChatRequest.task, "answers", frozenset({"prompt-tokens", "new-tokens"}), picture_question, chat_probes
+    ChatRequest.task,
+    "answers",
+    frozenset({"prompt-tokens", "new-tokens"}),
+    AnswerSettings,
+    picture_question,
+    chat_probes,
+    TaskExam(is_source, source_subject, exam_settings, answers),
 )

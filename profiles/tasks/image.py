@@ -1,38 +1,116 @@
-"""What is measured of models that draw: `picture`, the seconds that a whole one takes."""
+"""What is measured of models that draw: `picture`, the seconds that a whole one takes. Exams score their pictures."""
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
 
-from profiles.probes import Probe, ProbeSettings, seconds
-from profiles.task import ProfileTask
+import numpy as np
+from pydantic import Field
+
+from calibration.ground import machine
+from calibration.requests.exams import Case
+from calibration.requests.tasks.image import TASK as REQUESTS
+from profiles.exam import ExamSettings, Subject, batches
+from profiles.probes import Probe, seconds
+from profiles.task import ProfileTask, TaskExam
+from profiles.together import drive_together
+from runtime.bundle.manifest import Bundle, Frozen
+from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.latents import random_stream
+from runtime.optional import require
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
-from runtime.tasks.image import ImageRequest
+from runtime.tasks.image import ImageDefaults, ImageRequest
 
 PROMPT: Final = "a large red circle at the top left on a white background"
+INDEX: Final = "model_index.json"
 
 
-def image_request(settings: ProbeSettings) -> ImageRequest:
+class PictureSettings(Frozen):
+    """The measured picture: its size in pixels and its denoising steps. None is the model's default."""
+
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+
+
+def image_request(settings: PictureSettings) -> ImageRequest:
     return ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
 
 
-def image_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
-    asked = {name: value for name in ("width", "height", "steps") if (value := getattr(settings, name)) is not None}
-    return [
-        Probe(
-            "picture",
-            "s",
-            lambda: seconds(lambda: list(drive(model.pipeline(image_request(settings)), model.engines))),
-            asked,
-        )
-    ]
+def image_probes(model: LoadedModel, settings: PictureSettings) -> list[Probe]:
+    def picture() -> float:
+        return seconds(lambda: list(drive(model.pipeline(image_request(settings)), model.engines)))
+
+    return [Probe("picture", "s", picture, settings.model_dump(exclude_none=True))]
+
+
+class PictureExam(ExamSettings):
+    """How the pictures of an exam are drawn."""
+
+    steps: int = Field(ge=1)
+    guidance_scale: float = Field(ge=0)
+
+    def request(self, case: Case) -> ImageRequest:
+        request: ImageRequest = case.request
+        return replace(request, steps=self.steps, guidance_scale=self.guidance_scale)
+
+
+def exam_settings(source: Path | None, bundles: Sequence[Path], count: int, options: Mapping[str, Any]) -> PictureExam:
+    """The first model's own defaults for what is not given: all models draw alike."""
+    given = {name: value for name, value in options.items() if value is not None}
+    defaults = defaults_of(source, bundles)
+    return PictureExam(**{"steps": defaults.steps, "guidance_scale": defaults.guidance_scale, "count": count} | given)
+
+
+def defaults_of(source: Path | None, bundles: Sequence[Path]) -> ImageDefaults:
+    """How the first of them draws by its own settings. Raises BundleError or SourceError."""
+    if source is not None:
+        return ImageDefaults.read(source)
+    return DiffusionConfig.parse(Bundle(bundles[0]).manifest.config).defaults
+
+
+def pictures(model: LoadedModel, cases: Sequence[Case], setting: PictureExam) -> Iterator[Any]:
+    for some in batches([setting.request(case) for case in cases], setting.batch):
+        for events in drive_together([model.pipeline(request) for request in some], model.engines):
+            yield REQUESTS.result(events)
+
+
+def source_subject(folder: Path) -> Subject:
+    """A pipeline of diffusers, drawing from the noise that ours draws from."""
+    torch, diffusers = require("torch", "export"), require("diffusers", "export")
+    # of the class that model_index.json names
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.watermark = None  # Stable Diffusion XL has one where a package for it is installed
+    pipeline.set_progress_bar_config(disable=True)
+    config = pipeline.unet.config
+    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+
+    def drawn(cases: Sequence[Case], setting: PictureExam) -> Iterator[Any]:
+        for some in batches([setting.request(case) for case in cases], setting.batch):
+            noise = [random_stream(request.seed or 0).standard_normal(shape, np.float32) for request in some]
+            images = pipeline(
+                [request.prompt for request in some],
+                num_inference_steps=setting.steps,
+                guidance_scale=setting.guidance_scale,
+                latents=torch.from_numpy(np.concatenate(noise)),
+                output_type="np",
+            ).images
+            yield from np.round(images * 255).astype(np.uint8)
+
+    program = f"diffusers {machine.version('diffusers')}"
+    return Subject(program, folder.name, "none", "torch", "cpu", drawn)
 
 
 TASK: Final = ProfileTask(
     ImageRequest.task,
     "draws",
     frozenset({"width", "height", "steps", "guidance-scale", "batch"}),
+    PictureSettings,
     image_request,
     image_probes,
+    TaskExam(lambda folder: (folder / INDEX).is_file(), source_subject, exam_settings, pictures),
 )

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from calibration.ground import machine
 from profiles import bench, cli, probes, rows
 from profiles.bench import BenchPlan, Worker
-from profiles.probes import ProbeSettings
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
 from runtime.placing.loading import LoadedModel, load_model
@@ -85,7 +84,7 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> 
 
 
 def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:
-    found = {probe.metric: probe for probe in probes.probes(drawing, ProbeSettings(width=256, height=64, steps=2))}
+    found = {probe.metric: probe for probe in probes.probes(drawing, {"width": 256, "height": 64, "steps": 2})}
     assert list(found) == ["text_encoder", "unet", "vae_decoder", "vae_encoder", "picture"]
     assert found["unet"].settings == {
         "sample": "2x4x4x16",
@@ -100,12 +99,12 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
     assert all(probe.run() > 0 for probe in found.values())
     assert len(engines["unet"].calls) == 3 and len(engines["vae_decoder"].calls) == 2
     with pytest.raises(InvalidInput, match="width"):
-        probes.probes(drawing, ProbeSettings(width=100))
+        probes.probes(drawing, {"width": 100})
 
 
 def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, "onnxruntime")
-    found = {probe.metric: probe for probe in probes.probes(model, ProbeSettings(prompt_tokens=40, new_tokens=5))}
+    found = {probe.metric: probe for probe in probes.probes(model, {"prompt_tokens": 40, "new_tokens": 5})}
     assert list(found) == ["vision_encoder", "token_embedding", "first_token", "prefill", "decode"]
     assert found["decode"].settings["new_tokens"] == 5 and 30 < int(found["decode"].settings["prompt_tokens"]) <= 40
     decoder = model.bundle.submodel("decoder")
@@ -113,9 +112,9 @@ def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> No
     assert found["decode"].unit == found["prefill"].unit == "tokens/s"
     assert all(probe.run() > 0 for probe in found.values())
     with pytest.raises(InvalidInput, match="prompt_tokens: is 2, expected at least"):
-        probes.probes(model, ProbeSettings(prompt_tokens=2))
+        probes.probes(model, {"prompt_tokens": 2})
     with pytest.raises(InvalidInput, match="max_tokens"):
-        probes.probes(model, ProbeSettings(new_tokens=5000))
+        probes.probes(model, {"new_tokens": 5000})
     model.close()
 
 

@@ -14,7 +14,8 @@ from calibration.requests import exams
 from calibration.requests.exams import Case, Exam, Judged
 from calibration.requests.tasks.chat import question
 from profiles import cli, rows, score, subjects
-from profiles.subjects import Setting, Subject
+from profiles.exam import Subject
+from profiles.tasks.image import PictureExam, defaults_of
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
@@ -24,15 +25,15 @@ from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 from samples.exams import Pictures
 
 
-def setting_of(count: int) -> Setting:
-    return Setting(count=count, steps=2, guidance_scale=3.0, batch=2)
+def setting_of(count: int) -> PictureExam:
+    return PictureExam(count=count, steps=2, guidance_scale=3.0, batch=2)
 
 
 def subject(**changes: Any) -> Subject:
-    def nothing(cases: Sequence[Case], setting: Setting) -> list[Any]:
+    def nothing(cases: Sequence[Case], setting: PictureExam) -> list[Any]:
         raise AssertionError
 
-    return replace(Subject("enginecast", "b", "none", "openvino", "CPU", "chat", nothing), **changes)
+    return replace(Subject("enginecast", "b", "none", "openvino", "CPU", nothing), **changes)
 
 
 class Numbers(Exam):
@@ -58,7 +59,7 @@ class Numbers(Exam):
         return [Case(question(picture, f"what is {i}?"), partial(judge, i)) for i in range(count)]
 
 
-def said(cases: Sequence[Case], setting: Setting) -> list[str]:
+def said(cases: Sequence[Case], setting: PictureExam) -> list[str]:
     """Every number but 3."""
     return ["?" if i == 3 else str(i) for i in range(len(cases))]
 
@@ -161,10 +162,10 @@ def test_the_source_draws_from_the_same_noise(tiny_diffusion: Path) -> None:
 
 
 def test_models_are_drawn_as_they_ask_to_be(drawing: LoadedModel, tiny_diffusion: Path, tmp_path: Path) -> None:
-    assert subjects.defaults(tiny_diffusion, []) == ImageDefaults()
-    assert subjects.defaults(None, [drawing.bundle.root]).steps == 3
+    assert defaults_of(tiny_diffusion, []) == ImageDefaults()
+    assert defaults_of(None, [drawing.bundle.root]).steps == 3
     (tmp_path / "enginecast.json").write_text('{"guidance_scale": 2.5}')
-    assert subjects.defaults(tmp_path, [drawing.bundle.root]) == ImageDefaults(guidance_scale=2.5)
+    assert defaults_of(tmp_path, [drawing.bundle.root]) == ImageDefaults(guidance_scale=2.5)
 
 
 @pytest.mark.parametrize(

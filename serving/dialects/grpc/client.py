@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Final, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from runtime import limits
 from serving.dialects.grpc import status
-from serving.enginecast_pb import chat_pb2, chat_pb2_grpc, image_pb2, image_pb2_grpc, model_pb2, model_pb2_grpc
+from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2, model_pb2_grpc
 
 OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", limits.MESSAGE.most))
 
@@ -50,8 +53,6 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self._channel = grpc.insecure_channel(address, options=OPTIONS)
-        self._image = image_pb2_grpc.ImageServiceStub(self._channel)
-        self._chat = chat_pb2_grpc.ChatServiceStub(self._channel)
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -66,15 +67,24 @@ class Client:
         """Cancel running requests and disconnect."""
         self._channel.close()
 
+    def stream(self, method: MethodDescriptor, request: Message, timeout: float | None = None) -> Responses[Any]:
+        """The stream of responses to a request that `method`, the one method of a task's service, takes."""
+        call: Any = self._channel.unary_stream(  # its stubs leave out that a call is an iterator
+            f"/{method.containing_service.full_name}/{method.name}",
+            request_serializer=type(request).SerializeToString,
+            response_deserializer=GetMessageClass(method.output_type).FromString,
+        )
+        return Responses(call(request, timeout=timeout))
+
     def generate(
         self, request: image_pb2.GenerateRequest, timeout: float | None = None
     ) -> Responses[image_pb2.GenerateResponse]:
         """Draw pictures: the stream of ImageService.Generate."""
-        return Responses(self._image.Generate(request, timeout=timeout))
+        return self.stream(image_pb2.DESCRIPTOR.services_by_name["ImageService"].methods[0], request, timeout)
 
     def chat(self, request: chat_pb2.ChatRequest, timeout: float | None = None) -> Responses[chat_pb2.ChatResponse]:
         """Answer the last message: the stream of ChatService.Chat."""
-        return Responses(self._chat.Chat(request, timeout=timeout))
+        return self.stream(chat_pb2.DESCRIPTOR.services_by_name["ChatService"].methods[0], request, timeout)
 
     def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
         """Every model of the server, sorted by name."""

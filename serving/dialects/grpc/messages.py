@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from typing import Any, Final
 
 import numpy as np
@@ -56,20 +57,7 @@ def timings(done: Done) -> common_pb2.Timings:
 
 def engines(done: Done) -> list[common_pb2.EngineUse]:
     """The engines that ran the submodels."""
-    return [
-        common_pb2.EngineUse(
-            submodel=use.submodel,
-            target=use.target,
-            device=use.device,
-            calls=use.calls,
-            seconds=use.seconds,
-            precision=use.precision,
-            fallbacks=use.fallbacks,
-            reload_seconds=use.reload_seconds,
-            choices=use.choices,
-        )
-        for use in done.engines
-    ]
+    return [common_pb2.EngineUse(**asdict(use)) for use in done.engines]
 
 
 def done_event(message: Any) -> Done:
@@ -84,18 +72,11 @@ def done_event(message: Any) -> Done:
     )
 
 
-def _use(use: common_pb2.EngineUse) -> EngineUse:
-    return EngineUse(
-        use.submodel,
-        use.target,
-        use.device,
-        use.calls,
-        use.seconds,
-        use.precision,
-        tuple(use.fallbacks),
-        use.reload_seconds,
-        tuple(use.choices),
-    )
+def _use(message: common_pb2.EngineUse) -> EngineUse:
+    """The message has every field of the class, under its name."""
+    given: dict[str, Any] = {field.name: getattr(message, field.name) for field in fields(EngineUse)}
+    lists = {name: tuple(value) for name, value in given.items() if not isinstance(value, str | int | float)}
+    return EngineUse(**given | lists)
 
 
 def model(status: Status) -> model_pb2.Model:
@@ -110,16 +91,6 @@ def model(status: Status) -> model_pb2.Model:
         error=status.error,
         running=status.running,
         queued=status.queued,
-        placements=[
-            model_pb2.Placement(
-                submodel=one.submodel,
-                target=one.target,
-                device=one.device,
-                precision=one.precision,
-                fallbacks=one.fallbacks,
-                choices=one.choices,
-            )
-            for one in status.placements
-        ],
+        placements=[model_pb2.Placement(**asdict(one)) for one in status.placements],
         notes=status.notes,
     )

@@ -5,12 +5,12 @@ Each task is a file in `serving/dialects/grpc/tasks/`, found by listing the fold
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 import serving.dialects.grpc.tasks
@@ -31,16 +31,24 @@ class Responses(Protocol):
 class GrpcTask:
     """One task over gRPC. A file in `serving/dialects/grpc/tasks/` declares one as `TASK`.
 
-    `service` has one method: it takes a message with a field `model` and streams responses. `request` converts that
-    message to the core's request and raises InvalidInput; `responses` makes a converter for the responses to one
-    request. `kind` is the value of `Model.kind` for models of this task.
+    `service` has one method: it takes a message with a field `model` and streams responses. On a server, `request`
+    converts that message to the core's request and raises InvalidInput; `responses` makes a converter for the responses
+    to one request. On a client, `message` converts a model's name and a request to that message, and `events` the
+    responses to events. `kind` is the value of `Model.kind` for models of this task.
     """
 
     task: str
     service: ServiceDescriptor
     request: Callable[[Any], Request]
     responses: Callable[[], Responses]
+    message: Callable[[str, Any], Message]
+    events: Callable[[Iterator[Any]], Generator[Event, None, None]]
     kind: model_pb2.ModelKind = model_pb2.MODEL_KIND_UNSPECIFIED
+
+    @property
+    def method(self) -> MethodDescriptor:
+        """The service's method."""
+        return self.service.methods[0]
 
 
 @cache
@@ -52,4 +60,4 @@ def grpc_tasks() -> dict[str, GrpcTask]:
 
 def task_of(message: Message) -> GrpcTask:
     """The task whose service takes this message."""
-    return next(task for task in grpc_tasks().values() if task.service.methods[0].input_type is message.DESCRIPTOR)
+    return next(task for task in grpc_tasks().values() if task.method.input_type is message.DESCRIPTOR)

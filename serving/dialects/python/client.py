@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from runtime.pipeline import Event
-from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import ImageRequest
+from runtime.task import Request
 from serving.dialects.grpc import client as grpc
-from serving.dialects.grpc.tasks import chat, image
-from serving.dialects.python import results
-from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.grpc.task import grpc_tasks
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.enginecast_pb import model_pb2
 
-M = TypeVar("M")
 R = TypeVar("R")
 
 
@@ -62,20 +58,7 @@ class Client(Session):
         """Cancel running requests and disconnect."""
         self._client.close()
 
-    def draw(self, request: ImageRequest) -> Stream[Drawing]:
-        """The stream of a request for pictures."""
-        responses = self._client.generate(image.image_message(self.model, request), self.timeout)
-        return _stream(responses, image.image_events, results.drawing)
-
-    def answer(self, request: ChatRequest) -> Stream[Answer]:
-        """The stream of a request for an answer."""
-        responses = self._client.chat(chat.chat_message(self.model, request), self.timeout)
-        return _stream(responses, chat.chat_events, results.answer)
-
-
-def _stream(
-    responses: grpc.Responses[M],
-    events: Callable[[Iterator[M]], Generator[Event, None, None]],
-    collect: Callable[[Sequence[Event]], R],
-) -> Stream[R]:
-    return Stream(events(responses), responses.close, collect)
+    def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        task = grpc_tasks()[request.task]
+        responses = self._client.stream(task.method, task.message(self.model, request), self.timeout)
+        return Stream(task.events(responses), responses.close, collect)

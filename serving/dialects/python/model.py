@@ -16,10 +16,6 @@ from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PlacementOptions, parse_place
 from runtime.task import Request, task
-from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import ImageRequest
-from serving.dialects.python import results
-from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.host import job
@@ -72,15 +68,7 @@ class Model(Session):
                 self._closed = True
                 self._model.close()
 
-    def draw(self, request: ImageRequest) -> Stream[Drawing]:
-        """The stream of a request for pictures. Raises InvalidInput."""
-        return self._run(request, results.drawing)
-
-    def answer(self, request: ChatRequest) -> Stream[Answer]:
-        """The stream of a request for an answer. Raises InvalidInput."""
-        return self._run(request, results.answer)
-
-    def _run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+    def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
         check_task(self._model.task, request)
         with self._turn:
             work = Job(self._model, self._model.pipeline(request), drive)
@@ -143,9 +131,7 @@ def load(
     return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
 
 
-def open_for(
-    root: Path, request: ImageRequest | ChatRequest, target: str | None, options: Options, placing: PlacementOptions
-) -> Model:
+def open_for(root: Path, request: Request, target: str | None, options: Options, placing: PlacementOptions) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
     check_task(Bundle(root).manifest.task, request)
     return Model(load_model(root, target, options, placing, request=request))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Callable, Sequence
+from typing import TypeVar, Unpack
 
+from runtime.pipeline import Event
+from runtime.task import Request
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
+from serving.dialects.python import results
 from serving.dialects.python.requests import (
     ChatOptions,
     ImageOptions,
@@ -18,6 +21,8 @@ from serving.dialects.python.requests import (
 )
 from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.stream import Stream
+
+R = TypeVar("R")
 
 
 class Session(ABC):
@@ -77,13 +82,17 @@ class Session(ABC):
         """
         return self.answer(chat_request(conversation, images, options))
 
-    @abstractmethod
     def draw(self, request: ImageRequest) -> Stream[Drawing]:
-        """The stream of a request for pictures."""
+        """The stream of a request for pictures. Raises InvalidInput."""
+        return self.run(request, results.drawing)
+
+    def answer(self, request: ChatRequest) -> Stream[Answer]:
+        """The stream of a request for an answer. Raises InvalidInput."""
+        return self.run(request, results.answer)
 
     @abstractmethod
-    def answer(self, request: ChatRequest) -> Stream[Answer]:
-        """The stream of a request for an answer."""
+    def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        """The stream of a request of any task; `collect` makes the result of its events. Raises InvalidInput."""
 
     @abstractmethod
     def close(self) -> None:

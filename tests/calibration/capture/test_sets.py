@@ -145,7 +145,7 @@ HEADER: dict[str, Any] = {"version": 1, "kind": "chat", "fingerprint": "f", "set
         ([], [], InvalidInput, "has format version None"),
         ("{", [], SourceError, "damaged header"),
         ("[" * 100_000, [], SourceError, "damaged header"),
-        (HEADER | {"kind": "music"}, [], SourceError, "damaged header: .*kind"),
+        (HEADER | {"kind": "no kind"}, [], SourceError, "damaged header: .*kind"),
         (HEADER | {"counts": {"decoder": "many"}}, [], SourceError, "damaged header: .*counts"),
         (HEADER | {"counts": {"decoder": -1}}, ["decoder/0000/x"], SourceError, "damaged header: .*counts"),
         (

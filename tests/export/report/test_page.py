@@ -125,7 +125,8 @@ ANSWER = AnswerQuality(
 )  # fmt: skip
 QUALITY_OF = Quality(
     quant="int4", reference_quant="none", target="onnxruntime", reference_target="onnxruntime", device="CPU",
-    submodels=(submodel("decoder", 25.5), submodel("weak", 7.5)), pictures=(PICTURE,), answers=(ANSWER,),
+    submodels=(submodel("decoder", 25.5), submodel("weak", 7.5)),
+    results={"pictures": (PICTURE,), "answers": (ANSWER,)},
     task=TaskQuality(task="held-out questions answered right", cases=20, reference_right=19, quantized_right=17),
 )  # fmt: skip
 
@@ -285,7 +286,7 @@ def test_nothing_is_loaded_from_elsewhere(make: Make, tmp_path: Path) -> None:
 
 def test_pictures_are_those_of_the_bundle(make: Make, tmp_path: Path) -> None:
     page = written(make(), tmp_path)
-    assert [int(image.mean()) for image in page.images] == [100, 110, 10 * GAIN, 50]
+    assert [int(image.mean()) for image in page.images] == [50, 100, 110, 10 * GAIN]
 
 
 def test_difference_is_capped_and_has_no_sign() -> None:
@@ -308,10 +309,12 @@ def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -
     quality = QUALITY_OF.model_copy(
         update={
             "submodels": (submodel(HOSTILE, 3),),
-            "pictures": (PICTURE.model_copy(update={"prompt": HOSTILE}),),
-            "answers": (
-                ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),
-            ),
+            "results": {
+                "pictures": (PICTURE.model_copy(update={"prompt": HOSTILE}),),
+                "answers": (
+                    ANSWER.model_copy(update={"question": HOSTILE, "reference": HOSTILE, "quantized": f"{HOSTILE}!"}),
+                ),
+            },
             "device": HOSTILE,
             "speed": hostile_speed(),
         }
@@ -325,7 +328,7 @@ def test_hostile_names_are_text(make: Make, tmp_path: Path, tiny_bundle: Path) -
 
 
 def test_without_pictures_answers_or_floors(make: Make, tmp_path: Path) -> None:
-    plain = QUALITY_OF.model_copy(update={"quant": "none", "pictures": (), "answers": (), "task": None})
+    plain = QUALITY_OF.model_copy(update={"quant": "none", "results": {}, "task": None})
     page = written(make(plain), tmp_path)
     assert "no floors are set for none" in page.words and not page.images
     for absent in ("Pictures", "Answers", "Floors at", "LPIPS", "Perplexity"):
@@ -333,7 +336,7 @@ def test_without_pictures_answers_or_floors(make: Make, tmp_path: Path) -> None:
 
 
 def test_held_floors(make: Make, tmp_path: Path) -> None:
-    fine = QUALITY_OF.model_copy(update={"submodels": (submodel("decoder", 300),), "answers": ()})
+    fine = QUALITY_OF.model_copy(update={"submodels": (submodel("decoder", 300),), "results": {"pictures": (PICTURE,)}})
     page = written(make(fine), tmp_path)
     assert "every floor is held" in page.words and "below" not in page.words
     assert "decoder.out int4 3 equal equal 0.99900 held" in page.words
@@ -341,7 +344,9 @@ def test_held_floors(make: Make, tmp_path: Path) -> None:
 
 def test_what_was_not_measured(make: Make, tmp_path: Path) -> None:
     absent = submodel("vae_encoder", 0).model_copy(update={"calls": 0, "outputs": ()})
-    page = written(make(QUALITY_OF.model_copy(update={"submodels": (absent,), "answers": ()})), tmp_path)
+    page = written(
+        make(QUALITY_OF.model_copy(update={"submodels": (absent,), "results": {"pictures": (PICTURE,)}})), tmp_path
+    )
     assert "1 below its floor" in page.words
     assert "vae_encoder int4 0 not measured" in page.words
 
@@ -394,7 +399,7 @@ def test_damaged(make: Make, tmp_path: Path, path: str, data: bytes | None, mess
 def test_figures_that_are_none(make: Make, tmp_path: Path, figure: str, number: float) -> None:
     bundle = make()
     data = json.loads((bundle.root / QUALITY).read_bytes())
-    data["answers"][0][figure] = number
+    data["results"]["answers"][0][figure] = number
     (bundle.root / QUALITY).write_text(json.dumps(data))
     with pytest.raises(BundleError, match=figure):
         report(bundle, tmp_path / "report.html")
@@ -403,10 +408,10 @@ def test_figures_that_are_none(make: Make, tmp_path: Path, figure: str, number: 
 def test_pictures_of_different_sizes(make: Make, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="differ in size"):
         changed = PICTURE.model_copy(update={"quantized": f"{FOLDER}/d.png"})
-        bundle = make(QUALITY_OF.model_copy(update={"pictures": (changed,)}))
+        bundle = make(QUALITY_OF.model_copy(update={"results": {"pictures": (changed,)}}))
         save_quality(
             bundle.root,
-            QUALITY_OF.model_copy(update={"pictures": (changed,)}),
+            QUALITY_OF.model_copy(update={"results": {"pictures": (changed,)}}),
             {f"{FOLDER}/d.png": np.zeros((8, 8, 3), np.uint8)},
         )
         report(bundle, tmp_path / "report.html")

@@ -126,7 +126,7 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
         (output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs
     ]
     assert figures == [(CAP_DB, CAP_DB, 1)] * 3
-    assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.pictures] == [
+    assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.results["pictures"]] == [
         (CAP_DB, CAP_DB, 1, 0)
     ] * 2
     assert quality.summary() == {
@@ -138,7 +138,9 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
     }
     assert quality.shortfalls("int8") == [] and quality.shortfalls("none") == []
     assert quality.task is None, "what random weights draw is no task"
-    assert sorted(pictures) == sorted(path for one in quality.pictures for path in (one.reference, one.quantized))
+    assert sorted(pictures) == sorted(
+        path for one in quality.results["pictures"] for path in (one.reference, one.quantized)
+    )
 
 
 def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: LoadedModel, drawn: Samples) -> None:
@@ -149,15 +151,15 @@ def test_pictures_of_a_quantized_model(drawing_int8: LoadedModel, drawing: Loade
     assert 30 < unet.outputs[0].snr_db < unet.outputs[0].psnr_db < 100
     assert all(
         20 < one.latents_snr_db < 100 and 0.9 < one.ssim < 1 and one.gmsd and 0 < one.gmsd < 0.1
-        for one in quality.pictures
+        for one in quality.results["pictures"]
     )
     assert quality.shortfalls("int8") == []
-    first = quality.pictures[0]
+    first = quality.results["pictures"][0]
     assert not np.array_equal(pictures[first.reference], pictures[first.quantized])
     again, _ = measure(drawing_int8, drawing, drawn, EFFORT)
-    assert [one.latents_snr_db for one in again.pictures] == [one.latents_snr_db for one in quality.pictures], (
-        "equal seeds"
-    )
+    assert [one.latents_snr_db for one in again.results["pictures"]] == [
+        one.latents_snr_db for one in quality.results["pictures"]
+    ], "equal seeds"
 
 
 def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) -> None:
@@ -170,21 +172,23 @@ def test_answers_of_a_model_against_itself(talking: LoadedModel, said: Samples) 
         "perplexity_change": 1,
     }  # fmt: skip
     assert [output.snr_db for submodel in quality.submodels for output in submodel.outputs] == [CAP_DB] * 3
-    assert quality.submodels[2].calls == tokens_of(quality.answers), (
+    assert quality.submodels[2].calls == tokens_of(quality.results["answers"]), (
         "the decoder is compared on every token of every answer"
     )
-    for one in quality.answers:
+    for one in quality.results["answers"]:
         assert (one.token_agreement, one.next_token_agreement, one.kl_divergence) == (1, 1, 0)
         assert one.reference == one.quantized and one.reference_perplexity == one.quantized_perplexity > 1
     requests = list(islice(CHAT.general(), 4))
-    assert [one.question for one in quality.answers] == [request.messages[0].content[1] for request in requests]
-    assert np.array_equal(pictures[str(quality.answers[0].picture)], requests[0].images[0])
+    assert [one.question for one in quality.results["answers"]] == [
+        request.messages[0].content[1] for request in requests
+    ]
+    assert np.array_equal(pictures[str(quality.results["answers"][0].picture)], requests[0].images[0])
     assert quality.shortfalls("int8") == []
 
 
 def test_answers_of_a_quantized_model(talking_int8: LoadedModel, talking: LoadedModel, said: Samples) -> None:
     quality, _ = measure(talking_int8, talking, said, EFFORT)
-    for asked, one in zip(islice(CHAT.general(), 4), quality.answers, strict=True):
+    for asked, one in zip(islice(CHAT.general(), 4), quality.results["answers"], strict=True):
         assert 0 < one.kl_divergence < 0.01 and one.next_token_agreement >= one.token_agreement
         request = replace(asked, max_tokens=MAX_TOKENS)
         prompt = pipeline_of(talking).prompt(request)
@@ -192,11 +196,12 @@ def test_answers_of_a_quantized_model(talking_int8: LoadedModel, talking: Loaded
         for model, found in ((talking, one.reference_perplexity), (talking_int8, one.quantized_perplexity)):
             logits = np.stack([next_logits(model, prompt.ids + tokens[:i], request) for i in range(len(tokens))])
             assert found == pytest.approx(perplexity(logits, tokens), rel=1e-4), "as from each prefix computed alone"
-    assert any(one.token_agreement < 1 for one in quality.answers), "else nothing was forced"
+    assert any(one.token_agreement < 1 for one in quality.results["answers"]), "else nothing was forced"
     text = math.exp(
-        sum(one.tokens * math.log(one.quantized_perplexity) for one in quality.answers) / tokens_of(quality.answers)
+        sum(one.tokens * math.log(one.quantized_perplexity) for one in quality.results["answers"])
+        / tokens_of(quality.results["answers"])
     )
-    assert whole_text(quality.answers, "quantized_perplexity") == pytest.approx(text)
+    assert whole_text(quality.results["answers"], "quantized_perplexity") == pytest.approx(text)
 
 
 def pipeline_of(model: LoadedModel) -> ChatPipeline:
@@ -238,7 +243,7 @@ def test_a_spoilt_decoder_falls_short(talking: LoadedModel, said: Samples) -> No
     decoder, agreement = quality.shortfalls("int4")
     assert decoder.startswith("SNR of decoder.logits is ")
     assert agreement.startswith("agreement on the next token is 0")
-    assert mean(quality.answers, "kl_divergence") > 0.001, (
+    assert mean(quality.results["answers"], "kl_divergence") > 0.001, (
         "random weights give nearly even odds, so noise moves them little"
     )
 
@@ -296,13 +301,14 @@ def test_stored_and_read(drawing: LoadedModel, drawn: Samples, tmp_path: Path) -
     assert {f"{FOLDER}/{path.name}" for path in (root / FOLDER).iterdir()} == {QUALITY, *pictures}
     assert all(np.array_equal(decode_image((root / path).read_bytes()), picture) for path, picture in pictures.items())
     other = {**json.loads((root / QUALITY).read_bytes()), "what a later version adds": 1}
+    other |= other.pop("results")  # as earlier versions wrote it
     for one in other["pictures"]:
-        del one["gmsd"]  # as earlier versions wrote it
+        del one["gmsd"]
         one["reference_seconds"] = 1.5
     (root / QUALITY).write_text(json.dumps(other))
     earlier = load_quality(Bundle(root))
     assert (
-        [one.gmsd for one in earlier.pictures] == [None, None]
+        [one.gmsd for one in earlier.results["pictures"]] == [None, None]
         and "gmsd" not in earlier.summary()
         and earlier.speed is None
     )

@@ -20,6 +20,7 @@ from runtime.bundle.manifest import MANIFEST
 from runtime.engine import Availability, FakeEngine
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from serving.cli import commands as cli
+from serving.cli import options
 from serving.dialects.grpc.client import Client
 from serving.dialects.python import model as in_process
 from serving.enginecast_pb import model_pb2
@@ -326,8 +327,8 @@ class TestServe:
         assert advice.code == 2 and f"enginecast serve twin={root} twin-2={root}" in advice.err
         assert "both called 'a'" in run("serve", f"a={root}", f"a={root}").err
         assert run("serve", f"={root}").code == run("serve", "a=").code == 2
-        assert cli.named(f"int8={root}") == ("int8", Path(root))
-        assert cli.named("./a=b") == ("", Path("a=b")) and cli.named("/x/a=b") == ("", Path("/x/a=b"))
+        assert options.named(f"int8={root}") == ("int8", Path(root))
+        assert options.named("./a=b") == ("", Path("a=b")) and options.named("/x/a=b") == ("", Path("/x/a=b"))
 
     @pytest.mark.parametrize("grace", ["nan", "inf", "1e9", "-1"])
     def test_a_grace_period_out_of_range(self, run: Any, tmp_path: Path, grace: str) -> None:

@@ -129,5 +129,7 @@ TASK: Final = GrpcTask(
     chat_pb2.DESCRIPTOR.services_by_name["ChatService"],
     chat_request,
     ChatStream,
+    chat_message,
+    chat_events,
     model_pb2.MODEL_KIND_CHAT,
 )

@@ -82,5 +82,7 @@ TASK: Final = GrpcTask(
     image_pb2.DESCRIPTOR.services_by_name["ImageService"],
     image_request,
     ImageStream,
+    image_message,
+    image_events,
     model_pb2.MODEL_KIND_DIFFUSION,
 )

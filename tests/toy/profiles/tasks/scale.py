@@ -6,21 +6,22 @@ from typing import Final
 
 from runtime.tasks.scale import ScaleRequest
 
-from profiles.probes import Probe, ProbeSettings, seconds
+from profiles.probes import Probe, seconds
 from profiles.task import ProfileTask
+from runtime.bundle.manifest import Frozen
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 
 
-def scale_request(settings: ProbeSettings) -> ScaleRequest:
+def scale_request(settings: Frozen) -> ScaleRequest:
     return ScaleRequest((1.0, 2.0))
 
 
-def scale_probes(model: LoadedModel, settings: ProbeSettings) -> list[Probe]:
+def scale_probes(model: LoadedModel, settings: Frozen) -> list[Probe]:
     def run() -> None:
         list(drive(model.pipeline(scale_request(settings)), model.engines))
 
     return [Probe("scaled", "s", lambda: seconds(run))]
 
 
-TASK: Final = ProfileTask(ScaleRequest.task, "scales", frozenset(), scale_request, scale_probes)
+TASK: Final = ProfileTask(ScaleRequest.task, "scales", frozenset(), Frozen, scale_request, scale_probes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator, Iterator
 from typing import Any, Final
 
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
@@ -44,4 +45,20 @@ def scale_request(message: Any) -> ScaleRequest:
     return ScaleRequest(tuple(message.numbers))
 
 
-TASK: Final = GrpcTask(ScaleRequest.task, DESCRIPTOR.services_by_name["ScaleService"], scale_request, ScaleResponses)
+def scale_message(model: str, request: ScaleRequest) -> Message:
+    return ScaleMessage(model=model, numbers=request.numbers)
+
+
+def scale_events(responses: Iterator[Any]) -> Generator[Event, None, None]:
+    for response in responses:
+        yield Scaled(tuple(response.numbers))
+
+
+TASK: Final = GrpcTask(
+    ScaleRequest.task,
+    DESCRIPTOR.services_by_name["ScaleService"],
+    scale_request,
+    ScaleResponses,
+    scale_message,
+    scale_events,
+)

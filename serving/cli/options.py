@@ -1,0 +1,154 @@
+"""Options of several commands, each declared once. Every command imports this file, so it imports nothing heavy."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
+
+import typer
+
+from runtime.errors import InvalidInput
+
+if TYPE_CHECKING:
+    from runtime.engine import Options
+    from runtime.placing.placement import PlacementOptions
+    from runtime.task import Request
+    from serving.dialects.python.session import Session
+
+ADDRESS: Final = "127.0.0.1:50051"
+UINT32: Final = 2**32 - 1
+
+Target = Annotated[str | None, typer.Option(help="Engine to run on, such as openvino. Default: the best usable one.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
+DeviceName = Annotated[
+    str, typer.Option("--device", help="Device to run on, such as cpu, cuda:1, GPU.0 or HETERO:GPU,CPU.")
+]
+PlaceText = Annotated[
+    str | None,
+    typer.Option(
+        "--place",
+        help="Where submodels run, by name or role: SUBMODEL=TARGET[:DEVICE] or SUBMODEL=DEVICE, such as "
+        "text_encoder=cpu,unet=cuda:0.",
+    ),
+]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."
+    ),
+]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")
+]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Options of every command that sends requests to a model: which model, where it runs, what is printed."""
+
+    model: Annotated[
+        str, typer.Option("--model", help="Name of the model, as the server lists it. Not needed with --bundle.")
+    ] = ""
+    address: Annotated[str | None, typer.Option(help=f"Server to ask, HOST:PORT. Without --bundle: {ADDRESS}.")] = None
+    bundle: Annotated[
+        str | None,
+        typer.Option(
+            "--bundle",
+            metavar="[NAME=]DIR",
+            help="Run this bundle in process, without a server, under a name of your own.",
+        ),
+    ] = None
+    target: Target = None
+    device: DeviceName = ""
+    place: PlaceText = None
+    memory_limit: MemoryLimit = None
+    strict: Strict = False
+    threads: Threads = 0
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")
+    ] = False
+
+    @contextmanager
+    def session(self, request: Request) -> Iterator[Session]:
+        """Where requests go: a server, or a bundle in this process. `request` is the first one, or one like it, which
+        is checked before a bundle is loaded. Raises InvalidInput where options exclude each other.
+        """
+        with closing(self._open(request)) as opened:
+            yield opened
+
+    def _open(self, request: Request) -> Session:
+        options = engine_options(self.device, self.threads)
+        placing = placement(self.place, self.memory_limit, self.strict)
+        if self.bundle is None:
+            self._check_server()
+            from serving.dialects.python.client import Client
+
+            return Client(self.address or ADDRESS, self.model)
+        name, root = named(self.bundle)
+        if self.model not in ("", name):
+            raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
+        if self.address is not None:
+            raise InvalidInput(
+                "address", "and --bundle exclude each other: send requests to a server, or run the bundle in process"
+            )
+        from serving.dialects.python.model import open_for
+
+        return open_for(root, request, self.target, options, placing)
+
+    def _check_server(self) -> None:
+        """Raises InvalidInput for an option on how a bundle runs, which only the server itself can be given."""
+        for name in ("target", "device", "place", "memory_limit", "strict", "threads"):
+            if getattr(self, name):
+                option = name.replace("_", "-")
+                raise InvalidInput(
+                    name, f"belongs to --bundle: what runs on a server is chosen by `enginecast serve --{option}`"
+                )
+
+
+def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose last parameter, `where`, is a `ModelOptions`: on the command line, its fields are options."""
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        shared = {field.name: given.pop(field.name) for field in fields(ModelOptions)}
+        command(**given, where=ModelOptions(**shared))
+
+    hints = get_type_hints(command, include_extras=True) | get_type_hints(ModelOptions, include_extras=True)
+    own = [one for one in inspect.signature(command).parameters.values() if one.name != "where"]
+    parameters = [
+        one.replace(annotation=hints[one.name], kind=one.KEYWORD_ONLY)
+        for one in (*own, *inspect.signature(ModelOptions).parameters.values())
+    ]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return run
+
+
+def named(text: str) -> tuple[str, Path]:
+    """The name and the folder of `NAME=DIR`; no name for a folder alone. A folder with "=" in its name is written as
+    ./a=b.
+    """
+    name, equals, folder = text.partition("=")
+    if not equals or "/" in name or os.sep in name:
+        return "", Path(text)
+    if not name or not folder:
+        raise InvalidInput("bundle", f"is '{text}', expected DIR or NAME=DIR")
+    return name, Path(folder)
+
+
+def engine_options(device: str, threads: int) -> Options:
+    from runtime.engine import Options
+
+    return Options(device=device, threads=threads)
+
+
+def placement(place: str | None, memory_limit: str | None, strict: bool) -> PlacementOptions:
+    from serving.dialects.python.model import placement
+
+    return placement(place, memory_limit, strict)
