@@ -1,4 +1,4 @@
-"""What a build compares, times and requires of models of one task.
+"""How a build compares and times models of one task, and the floors that they must reach.
 
 One file per task in `export/tasks/`, found by listing it.
 """
@@ -25,16 +25,15 @@ Pictures = dict[str, Picture]
 """Pictures by their path in the bundle."""
 
 FOLDER: Final = "quality"
-"""Where a bundle keeps what was compared."""
+"""Folder of a bundle with the results of its comparison."""
 SEED: Final = 1000
-"""Compared requests are drawn from this seed and those after it. Calibration begins at 0 and stays far below."""
+"""Seed of the first compared request; each further one adds 1. Calibration uses much smaller seeds, from 0."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is compared: `pictures` and `questions` that the report shows, and `cases` of the checkpoint's exam.
-
-    `steps` of each picture; None is as many as the model's users get.
+    """How much is compared: the numbers of `pictures` and `questions` of the report and of `cases` of the checkpoint's
+    exam. `steps` are those of each picture; None is the model's default.
     """
 
     pictures: int = 4
@@ -45,9 +44,9 @@ class Effort:
 
 @dataclass(frozen=True)
 class SpeedEffort:
-    """How much is timed: `turns` that count, fewer once `seconds` have passed, and the request.
+    """How much is timed: `turns` after the warm-up, fewer once `seconds` have passed.
 
-    That has `steps` of a picture (None is as many as the model's users get) or new `tokens` of an answer.
+    The request is a picture of `steps` steps (None is the model's default) or an answer of `tokens` new tokens.
     """
 
     turns: int = 9
@@ -85,11 +84,11 @@ class Comparison(ABC):
 
     @abstractmethod
     def general(self) -> Iterator[Any]:
-        """Requests for any model; none of them is calibrated with."""
+        """Requests for any model of the task. Calibration uses none of them."""
 
     @abstractmethod
     def comparing(self, request: Any, number: int, effort: Effort) -> Any:
-        """Request `number` (from 0) as both models get it: the same seed, a bounded length."""
+        """Request `number` (from 0) as both models run it: with a fixed seed and a limited length."""
 
     @abstractmethod
     def compare(
@@ -101,7 +100,9 @@ class Comparison(ABC):
         pictures: Pictures,
         compared: ComparedByName,
     ) -> Measured:
-        """Run a request on both models. Adds the pictures of the report, and calls of submodels that keep states."""
+        """Run a request on both models. Adds pictures for the report to `pictures`, and calls of submodels with states
+        to `compared`.
+        """
 
     @abstractmethod
     def figure(self, results: Sequence[Any]) -> float:
@@ -117,7 +118,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:
-        """A pipeline that is about to carry out the request that is timed, and a description of the request."""
+        """The pipeline of the timed request, not yet started, and a description of the request."""
 
 
 @cache

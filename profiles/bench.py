@@ -1,6 +1,6 @@
 """Measure models side by side: each in a process of its own, in turns (A B A B), after one run that does not count.
 
-Turns matter because a machine's speed drifts with its load and its heat: what is measured in turns drifts alike.
+Turns matter because a machine's speed drifts with its load and temperature: all models then see the same drift.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from runtime.placing.devices import processor
 from runtime.timing import Spread, turns
 
 PATIENCE: Final = 10.0
-"""Seconds that a worker gets to end when its input has."""
+"""Seconds that a worker gets to end after its input has ended."""
 Say = Callable[[str], None]
 
 
 class Worker:
-    """A process that measures one model, from `with` to its end. Raises EngineError with what the worker says when it
+    """A process that measures one model, from `with` to its end. Raises EngineError with the worker's message when it
     fails.
     """
 
@@ -43,7 +43,7 @@ class Worker:
 
     def __enter__(self) -> Worker:
         try:
-            # A session of its own, so that its memory can be told from others'.
+            # A session of its own, so that its memory is measured apart from others'.
             self._process = subprocess.Popen(
                 self._command,
                 stdin=subprocess.PIPE,
@@ -61,7 +61,7 @@ class Worker:
             message: Any = self._read()
             if "metrics" not in message:
                 raise EngineError(
-                    f"{self._name} does not begin with its metrics: see profiles/protocol.py for what a worker says"
+                    f"{self._name} does not begin with its metrics: see profiles/protocol.py for a worker's messages"
                 )
         except BaseException:
             self._stop(0)
@@ -99,7 +99,7 @@ class Worker:
         return float(message["value"])
 
     def peak_memory(self) -> int | None:
-        """Peak bytes of anonymous memory since it was asked last; None where that cannot be measured."""
+        """Peak bytes of anonymous memory since the last call; None where that cannot be measured."""
         return self._sampler.cut().anonymous if self._sampler is not None else None
 
     def _read(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ def bundle_worker(job: Job) -> Worker:
 
 @dataclass(frozen=True)
 class BenchPlan:
-    """What to measure, and how often. No metrics means all that the workers have."""
+    """Which metrics to measure, and how often. No metrics means all of the workers'."""
 
     repeat: int = 5
     metrics: tuple[str, ...] = ()
@@ -161,12 +161,12 @@ def _measurement(worker: Worker, metric: str) -> Callable[[], float]:
     return lambda: worker.measure(metric)
 
 
-def _wanted(asked: Sequence[str], workers: Sequence[Worker]) -> list[str]:
+def _wanted(requested: Sequence[str], workers: Sequence[Worker]) -> list[str]:
     known = dict.fromkeys(name for worker in workers for name in worker.hello["metrics"])
-    for name in asked:
+    for name in requested:
         if name not in known:
             raise InvalidInput("metric", f"'{name}' is not measured of this bundle: {did_you_mean(name, known)}")
-    return list(asked or known)
+    return list(requested or known)
 
 
 def _row(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
@@ -176,7 +176,7 @@ def _row(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], ban
 
 
 def _whole(bundle: Bundle, worker: Worker) -> list[Row]:
-    """What is not repeated: loading, and the most memory it took all along."""
+    """Figures without repetitions: loading, and the peak of memory over the whole run."""
     rows = [_labelled(bundle, worker.hello, "load", "s", [worker.hello["load"]])]
     peak = worker.peak_memory()
     return rows if peak is None else [*rows, _labelled(bundle, worker.hello, "memory", "GB", [peak / GB])]

@@ -26,7 +26,7 @@ import typer
 from runtime.errors import EnginecastError, InvalidInput, NotFound, Unavailable
 
 INTERVAL: Final = 0.05
-"""Seconds between two looks."""
+"""Seconds between two samples."""
 GB: Final = 1e9
 _FIELDS: Final = re.compile(r"^(RssAnon|VmRSS):\s+(\d+) kB$", re.MULTILINE)
 _SESSION: Final = 3
@@ -35,8 +35,8 @@ _SESSION: Final = 3
 
 @dataclass(frozen=True)
 class Usage:
-    """Wall seconds, and peaks in bytes: memory of its own, and all resident pages. Both are sums over processes at one
-    moment.
+    """Wall seconds, and peaks in bytes of anonymous memory and of all resident pages, each summed over the processes at
+    one moment.
     """
 
     seconds: float = 0.0
@@ -51,7 +51,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Stretch:
-    """What was used between a line of output and the one before it; `line` is the later one, "" behind the last."""
+    """The use between two lines of output; `line` is the later one, "" after the last."""
 
     line: str
     usage: Usage
@@ -69,14 +69,14 @@ class Measured:
         return total(stretch.usage for stretch in self.stretches)
 
     def before(self, pattern: re.Pattern[str]) -> Usage | None:
-        """What was used before the stretch whose line is the first to match; None if none does."""
+        """The use before the stretch whose line is the first to match; None if none does."""
         for number, stretch in enumerate(self.stretches):
             if pattern.search(stretch.line):
                 return total(earlier.usage for earlier in self.stretches[:number])
         return None
 
     def matching(self, pattern: re.Pattern[str]) -> Usage:
-        """What was used in the stretches whose lines match: lines are printed when a step is done."""
+        """The use in the stretches whose lines match: a line is printed when its step is done."""
         return total(stretch.usage for stretch in self.stretches if pattern.search(stretch.line))
 
 
@@ -113,7 +113,7 @@ def _read(path: Path) -> str:
 
 
 class Sampler:
-    """Looks every `INTERVAL` at what `look` sees, in a thread, from `with` to its end. Raises Unavailable where there
+    """Calls `look` every `INTERVAL` seconds, in a thread, from `with` to its end. Raises Unavailable where there
     is no /proc.
     """
 
@@ -138,7 +138,7 @@ class Sampler:
         self._thread.join()
 
     def cut(self) -> Usage:
-        """What was used since the last cut, or since the beginning."""
+        """The use since the last cut, or since the beginning."""
         self._sample()
         with self._lock:
             now = time.perf_counter()
@@ -157,12 +157,12 @@ class Sampler:
 
 
 def supported() -> bool:
-    """Whether this system tells what memory processes use."""
+    """Whether this system reports the memory of processes."""
     return Path("/proc/self/status").is_file()
 
 
 def measure(command: Sequence[str], echo: Callable[[Stretch], None] = lambda stretch: None) -> Measured:
-    """Run a command in a session of its own; `echo` is told of each line of its output. Raises NotFound if it cannot be
+    """Run a command in a session of its own; `echo` gets each line of its output. Raises NotFound if it cannot be
     started.
     """
     environment = os.environ | {
@@ -202,7 +202,7 @@ def main(
     """Print wall seconds, peak anonymous and peak resident memory of a command and its children; exit with its exit
     code.
 
-    In front of each line of the command's output stands the peak of anonymous memory since the line before.
+    Each line of the command's output is preceded by the peak of anonymous memory since the line before.
     """
     try:
         pattern = re.compile(until) if until is not None else None

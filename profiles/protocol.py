@@ -1,9 +1,9 @@
-"""How a measuring driver and its workers talk: lines of JSON over the worker's standard input and output.
+"""The protocol between a measuring driver and its workers: lines of JSON on the worker's standard input and output.
 
-A worker is a program that loads one model and measures it when told to. Its first line says what it is and what it can
-measure (`Hello`); then it answers each line, the name of a metric, with {"value": number} or {"error": text}, and ends
-when its input ends. So models that cannot live in one process, ours and a peer's, are measured in turns on the same
-machine within one run.
+A worker is a program that loads one model and measures it on request. Its first line describes it and its metrics
+(`Hello`). Then it answers each input line, the name of a metric, with {"value": number} or {"error": text}, and ends
+when its input ends. So models that cannot share a process, such as ours and a peer's, are measured in turns on the
+same machine within one run.
 
 This file needs nothing but Python, so that a worker can run in a peer's own environment with this repository on
 PYTHONPATH.
@@ -19,9 +19,7 @@ from typing import NotRequired, TypedDict
 
 
 class Metric(TypedDict):
-    """What a value of this metric means. `bytes` is how much must be read from memory for one unit of it, where that
-    bounds a rate.
-    """
+    """A metric. `bytes` are the bytes read from memory for one unit of it, where they limit a rate."""
 
     unit: str
     settings: NotRequired[dict[str, int | float | str]]
@@ -43,8 +41,8 @@ class Hello(TypedDict):
 
 
 class Channel:
-    """The worker's end. Make it first: from then on whatever libraries print goes to standard error, and lines to the
-    driver stay clean.
+    """The worker's side. Create it first: from then on, output of libraries goes to standard error, so that only
+    messages reach the driver.
     """
 
     def __init__(self) -> None:
@@ -52,16 +50,16 @@ class Channel:
         os.dup2(2, 1)
 
     def serve(self, hello: Hello, probes: Mapping[str, Callable[[], float]]) -> None:
-        """Say hello, then measure what is asked for until there are no more questions."""
+        """Send the first message, then measure each requested metric until the input ends."""
         self._send(hello)
         for line in sys.stdin:
             try:
                 self._send({"value": probes[line.strip()]()})
-            except Exception as error:  # whatever it is, the driver must hear of it
+            except Exception as error:  # the driver reports every failure
                 self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Tell the driver what went wrong."""
+        """Report an error to the driver."""
         self._send({"error": f"{type(error).__name__}: {error}"})
 
     def _send(self, message: Mapping[str, object]) -> None:

@@ -2,8 +2,7 @@
 
 Those in `profiles/rows/` are package data; a user's own are in `runtime.placing.measured.user_folder`.
 
-A row is meant to be read alone, years later: it says what was measured, of what, on what, with which versions and how
-often.
+A row can be read alone, years later: it names the metric, the model, the machine, the versions and the repetitions.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ from runtime.timing import Spread
 
 
 class Row(Frozen):
-    """One figure. `metric` is a submodel's name (its latency), or what `profiles.probes` and
-    `profiles.score` call it.
+    """One figure. `metric` is the name of a submodel (its latency), or a name of `profiles.probes` or
+    `profiles.score`.
     """
 
     metric: str
     unit: str
     spread: Spread
     bound: float | None = None
-    """What the machine's memory speed allows at best, in the same unit; None where nothing simple bounds it."""
+    """The limit that the machine's memory speed sets, in the same unit; None where memory is not the limit."""
     program: str
     """Name and version of what was measured, such as "enginecast 0.1.0"."""
     bundle: str
@@ -38,11 +37,11 @@ class Row(Frozen):
     quant: str
     target: str
     device: str
-    """As the engine names it: what really ran."""
+    """The device that really ran, as the engine names it."""
     cpu: str
     threads: int = Field(ge=1)
     settings: Mapping[str, int | float | str] = Field(default_factory=dict)
-    """What was asked of it: width and height in pixels, steps, tokens, number of cases."""
+    """Settings of the measurement: width and height in pixels, steps, tokens, number of cases."""
     versions: Mapping[str, str]
     date: AwareDatetime
     notes: str = ""
@@ -73,7 +72,7 @@ def append(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """Every row of a file, in order. Raises NotFound, or BundleError naming the line that is no row."""
+    """Every row of a file, in order. Raises NotFound, or BundleError naming the line that cannot be read."""
     try:
         lines = read_regular(path, LARGEST).decode().splitlines()
     except OSError as error:

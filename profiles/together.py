@@ -1,4 +1,4 @@
-"""A driver for many pipelines at once: they go in step, and their calls to the same submodel run as one."""
+"""A driver for many pipelines in lockstep: their calls to the same submodel run as one batch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
 
 
 def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list[Event]]:
-    """Run pipelines in step, stacking their calls to the same submodel where shapes fit; the events of each. No call
-    may have a slot.
+    """The events of each of several pipelines, run in lockstep. Calls to the same submodel are stacked where their
+    shapes are equal. No call may have a slot.
     """
     events: list[list[Event]] = [[] for _ in pipelines]
     waiting: dict[int, Call] = {}

@@ -1,6 +1,4 @@
-"""What a bundle's speed is compared with: the library's own modules in PyTorch, and the float model on the bundle's
-targets.
-"""
+"""Baselines of a bundle's speed: the library's own modules in PyTorch, and the float model on the bundle's targets."""
 
 from __future__ import annotations
 
@@ -29,9 +27,9 @@ from runtime.errors import EngineError, EngineUnavailable, UnsupportedModel
 from runtime.placing.loading import LoadedModel, choose_target, load_model
 
 ATTENTION: Final = "sdpa"
-"""What transformers takes by itself where it can."""
+"""The attention that transformers chooses where it can."""
 TRIAL: Final = SpeedEffort(steps=2, tokens=2)
-"""A request that shows whether PyTorch can run the model as its pipeline calls it."""
+"""A short request that shows whether PyTorch can run the model as its pipeline calls it."""
 Weights = Callable[[Part], Mapping[str, TensorRef]]
 """The tensors of a part's components by their names in its graph."""
 

@@ -101,15 +101,17 @@ def _submodel(quantized: Submodel, reference: Submodel, compared: Compared) -> S
 
 
 def _requests(model: LoadedModel, task: Comparison, exam: Exam | None, effort: Effort) -> list[Any]:
-    """As many requests as wanted that the model can read. Raises what it raised when there is none."""
+    """The first requests that the model accepts, as many as the task compares. Raises the model's error when it accepts
+    none.
+    """
     wanted = task.wanted(effort)
     every = exam.comparison(wanted, SEED) if exam else task.general()
     prepared = (Asked("", task.comparing(request, i, effort)) for i, request in enumerate(every))
 
-    def ready(asked: Asked) -> None:
-        model.pipeline(asked.request).close()
+    def ready(one: Asked) -> None:
+        model.pipeline(one.request).close()
 
-    return [asked.request for asked, _ in accepted(ready, Requests(model.task, BUILT_IN, prepared), wanted)]
+    return [one.request for one, _ in accepted(ready, Requests(model.task, BUILT_IN, prepared), wanted)]
 
 
 def _score(quantized: LoadedModel, reference: LoadedModel, exam: Exam, cases: int) -> TaskQuality:
@@ -124,8 +126,8 @@ def _score(quantized: LoadedModel, reference: LoadedModel, exam: Exam, cases: in
 def right(
     model: LoadedModel, exam: Exam, count: int, held: bool = True, seed: int = 0, first: int = 0
 ) -> Iterator[bool]:
-    """Whether the model does each of `count` cases right, from number `first` on: those that `enginecast score` has, or
-    with `held` False some that it never has.
+    """Whether the model does each of `count` cases right, from number `first` on: cases of `enginecast score`, or with
+    `held` False cases that are never scored.
     """
     task = task_requests()[model.task]
     for case in exam.cases(count, seed, held)[first:]:

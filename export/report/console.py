@@ -1,4 +1,4 @@
-"""What the build side's commands share: where they print, how they show progress, how they read a target's settings."""
+"""Shared by the build side's commands: output, progress, and settings of targets."""
 
 from __future__ import annotations
 
@@ -72,22 +72,20 @@ def duration(seconds: float) -> str:
 
 
 def show_notes(manifest: Manifest) -> None:
-    """What of the checkpoint is served otherwise than published."""
+    """How the served model differs from the published checkpoint."""
     for text in manifest.notes:
         out.print(f"note: {text}", markup=False)
 
 
 def show_table(*rows: Sequence[str]) -> None:
-    """Rows of as many texts each, in columns. The first are the headings; nothing is cut or wrapped but by the
-    terminal.
-    """
+    """Rows of texts, in columns. The first row holds the headings. Only the terminal cuts or wraps."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         out.print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip(), markup=False)
 
 
 def settings_of(targets: tuple[str, ...], capability: str, settings: list[str]) -> dict[str, dict[str, str]]:
-    """Settings by target. Raises InvalidInput for what is no TARGET.NAME=VALUE."""
+    """Settings by target. Raises InvalidInput for a text that is not TARGET.NAME=VALUE."""
     found: dict[str, dict[str, str]] = {}
     for text in settings:
         name, equals, value = text.partition("=")

@@ -1,4 +1,4 @@
-"""Figures of a report: what is stored, the least that a bundle must reach, and submodels compared call by call."""
+"""Figures of a report: stored results, floors that a bundle must reach, and submodels compared call by call."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from runtime.pipeline import Outputs
 
 
 class Measured(Frozen):
-    """Figures that are numbers. What a bundle from anywhere holds instead is refused; what other versions add is left
-    out.
-    """
+    """Stored figures, all finite: a bundle may come from anywhere. Fields that other versions add are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
@@ -27,8 +25,8 @@ def faults_of(error: ValidationError) -> str:
 
 
 class Measure(Frozen):
-    """Something that floors are set for: its `name` in manifests, its `title` on the page, and what the figure is
-    `of` in messages.
+    """A figure that floors are set for: its `name` in manifests, its `title` on the page, and in messages the words
+    `of`, as in "SNR of".
     """
 
     name: str
@@ -40,8 +38,8 @@ class Measure(Frozen):
 class Floor(Frozen):
     """The least that a bundle of this `quant` must reach in one measure, and why it is set there.
 
-    The reason is what noise of known size did to a model's work, or another floor: nothing that changes with the next
-    build. Noise: Gaussian, the same in every call, on the one output, so that its SNR is the figure given.
+    The reason is the damage that noise of known size did to a model's results, or another floor, so it does not change
+    with the next build. The noise is Gaussian, the same in every call, on one output; its SNR is the stated figure.
     """
 
     quant: str

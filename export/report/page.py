@@ -30,7 +30,7 @@ FLOAT32: Final = 4
 FLOAT16: Final = 2
 """Bytes of a parameter."""
 BUSY: Final = 0.15
-"""Share of the processors' time beyond which other programs are said to have disturbed what was timed."""
+"""Above this share of the processors' time, other programs disturbed the timing."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +50,9 @@ class Size:
 
 @dataclass(frozen=True)
 class Bar:
-    """One of those whose times are compared. `share` is its time as a share of the slowest one's, 0 to 1.
+    """One of the compared times. `share` is its share of the slowest one, 0 to 1.
 
-    `against_torch` and `against_float` say how many times as fast as these it is; None where there is no such time to
-    compare with.
+    `against_torch` and `against_float` are its speedups over these; None where these were not timed.
     """
 
     timed: Timed
@@ -65,7 +64,7 @@ class Bar:
 def report(bundle: Bundle, output: Path, speed: Speed | None = None) -> None:
     """Write the page of a bundle's quality to the file `output`; it appears whole or not at all.
 
-    `speed` is shown in place of what the bundle holds. Raises NotFound when the bundle holds no quality report,
+    `speed` is shown in place of that in the bundle. Raises NotFound when the bundle holds no quality report,
     BundleError when that or a graph is damaged, InvalidInput when `output` is a folder, ResourceExhausted when it
     cannot be written.
     """
@@ -136,7 +135,7 @@ def sizes(bundle: Bundle) -> list[Size]:
 
 
 def _parameters(bundle: Bundle, submodel: Submodel) -> int:
-    """Parameters of the submodel's graph: the numbers it holds, but for scales of quantization, indices and shapes."""
+    """Parameters of the submodel's graph: its numbers without quantization scales, indices and shapes."""
     path = bundle.root / submodel.graph
     try:
         graph = ir.load(path).graph
@@ -156,8 +155,8 @@ def _is_parameter(value: ir.Value) -> bool:
 
 
 def _is_scale(value: ir.Value) -> bool:
-    """Whether it only says how numbers are quantized: the second or third input of their nodes, at most cast or
-    reshaped before.
+    """Whether it is a scale or zero point: the second or third input of quantization nodes, perhaps cast or reshaped
+    before.
     """
     uses = list(value.uses())
     return bool(uses) and all(
@@ -168,7 +167,7 @@ def _is_scale(value: ir.Value) -> bool:
 
 
 def bars(timing: Timing) -> Iterator[Bar]:
-    """What was timed of one kind of call, in the order of the run."""
+    """The times of one kind of call, in the order of the run."""
     slowest = max(timed.spread.median for timed in timing.times)
     for timed in timing.times:
         torch, floating = timing.of("torch", "none"), timing.of(timed.target, "none")
@@ -185,7 +184,7 @@ def _times_as_fast(timed: Timed, other: Timed | None) -> float | None:
 
 
 def _fastest(quality: Quality) -> tuple[Timing, Bar] | None:
-    """The fastest of the quantized engines at what tells most, if anything was timed."""
+    """The fastest quantized engine in the calls that take most of a request, if anything was timed."""
     if quality.speed is None or not quality.speed.timings:
         return None
     main = quality.speed.main

@@ -21,7 +21,7 @@ def difference(one: Picture, other: Picture) -> Picture:
 
 
 def stored(bundle: Bundle, path: str) -> Picture:
-    """A picture of the bundle, decoded: what is shown is what was decoded, whatever else the file holds."""
+    """A picture of the bundle, decoded, so that nothing else of its file reaches the page."""
     file = bundle.root / path
     if not file.is_file():
         raise BundleError(f"{file} is missing, which the quality report shows. Build the bundle again")

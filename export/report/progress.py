@@ -1,4 +1,4 @@
-"""What a build is doing: the steps it will take, which one runs and how far it is, how long the rest will take."""
+"""The progress of a build: its planned steps, the running one, and the time that the rest will take."""
 
 from __future__ import annotations
 
@@ -13,14 +13,12 @@ from typing import Final
 from calibration.ground.progress import Position, listening
 
 BEAT: Final = 1.0
-"""Seconds between two reports of a step that says nothing by itself."""
+"""Seconds between two reports of a step that reports no progress of its own."""
 TRUSTED: Final = 0.25
-"""Share of a step behind which its own pace alone tells how long it will take; before, the guess counts too."""
+"""Share of a step after which its own pace alone gives its duration; before, the guess counts as well."""
 START: Final = Position(0.0, 0.0, "")
 OVERDUE: Final = 0.5
-"""What a step that does not say how far it is, and takes longer than guessed, is taken to need still: this share of its
-time so far.
-"""
+"""Remaining time of a step that reports no progress and takes longer than guessed, as a share of its time so far."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +35,8 @@ class Report:
     """A step begins or is under way (`seconds` None), or has ended. `eta` is the seconds that the rest of all steps
     will take.
 
-    `detail` says how far a step is, and of one that has ended such as a size or an error. `elapsed` is the seconds
-    since a step began.
+    `detail` is how far a running step is, or a result of an ended one, such as a size or an error. `elapsed` is the
+    seconds since the step began.
     """
 
     number: int
@@ -58,8 +56,8 @@ class Progress:
     """Runs through planned steps in order, and reports each at its begin, its end, wherever its loops are, and once
     every `BEAT` seconds.
 
-    The ETA is what the running step has shown to need still, and the guess of every later one, scaled by how guesses of
-    its stage did.
+    The ETA is the remaining time of the running step, by its pace, and the guesses of all later ones, scaled by how
+    well earlier guesses of their stages did.
     """
 
     steps: list[ProgressStep]
@@ -75,7 +73,7 @@ class Progress:
 
     @contextmanager
     def step(self, submodel: str, stage: str) -> Iterator[list[str]]:
-        """Do one step; append to the list what there is to say about it."""
+        """Do one step. Texts appended to the list become its detail."""
         step = next(s for s in self.steps if (s.submodel, s.stage) == (submodel, stage))
         notes, ended = list[str](), threading.Event()
         self._running, self._start = step, time.perf_counter()
@@ -96,7 +94,7 @@ class Progress:
         self.listen(Report(self._done, len(self.steps), step, self._eta(), seconds, ", ".join(notes), seconds))
 
     def compiling(self, share: float, text: str) -> None:
-        """What an engine says while it compiles, on whatever thread (`runtime.engine.CompileOptions.progress`)."""
+        """Takes an engine's reports while it compiles, on any thread (`runtime.engine.CompileOptions.progress`)."""
         self._at(Position(share, 0.0, f"{text} {100 * share:.0f} %"))
 
     def _at(self, position: Position) -> None:

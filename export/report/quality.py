@@ -1,5 +1,5 @@
-"""How near a quantized bundle comes to the same model without quantization: measured once, when it is built, and kept
-in the bundle.
+"""The quality of a quantized bundle beside the same model without quantization: measured when it is built, and kept in
+the bundle.
 
     quality/quality.json      this file's `Quality`
     quality/*.png             the pictures it names: drawn by both models, or shown to both
@@ -42,8 +42,8 @@ FLOORS: Final = (
 
 
 class OutputQuality(Measured):
-    """One output of a submodel over all its calls: what `calibration.observe.metrics` says of it. The peak of the PSNR
-    is its largest magnitude.
+    """One output of a submodel over all its calls, measured by `calibration.observe.metrics`. The peak of the PSNR is
+    its largest magnitude.
     """
 
     name: str
@@ -53,7 +53,7 @@ class OutputQuality(Measured):
 
 
 class SubmodelQuality(Measured):
-    """A submodel alone: both given the same inputs, those that the reference model's pipeline gave its own."""
+    """A submodel alone: both models get the inputs that it got in the reference's pipeline."""
 
     name: str
     precision: str
@@ -63,7 +63,7 @@ class SubmodelQuality(Measured):
 
 
 class TaskQuality(Measured):
-    """Held-out cases of the task that a sample was trained for, and how many of them each model does right."""
+    """An exam: the held-out cases of the checkpoint's task, and how many of them each model does right."""
 
     task: str
     cases: int = Field(ge=1)
@@ -127,9 +127,7 @@ class Quality(Measured):
         return found
 
     def found(self, measure: Measure) -> dict[str, float]:
-        """The figures that a floor of this measure is about, by what they are of. Empty where the measure does not
-        apply.
-        """
+        """The figures that a floor of this measure applies to, by name. Empty where the measure does not apply."""
         if measure == SNR:
             return {
                 f"{SNR.of} {submodel.name}.{output.name}": output.snr_db
@@ -142,8 +140,8 @@ class Quality(Measured):
         return {}
 
     def shortfalls(self, quant: str) -> list[str]:
-        """What is below its floor at this quantization, or was not measured though there is a floor for it; empty where
-        all is well.
+        """Figures below their floors at this quantization, and submodels without a figure that a floor needs. Empty
+        where all floors are held.
         """
         faults = [
             f"{name} is {figure:.3g}{floor.measure.unit}, expected at least {floor} at {quant}"
@@ -161,10 +159,9 @@ class Quality(Measured):
 
 
 def floors(quant: str) -> list[Floor]:
-    """The floors of a quantization; none for "none" and for "int8-naive", which is there to be compared with.
+    """The floors of a quantization; none for "none" and for "int8-naive", a baseline for comparisons.
 
-    A search has those of int4, the lowest form that it gives to layers; what it may cost beside is asked for with
-    --max-drop.
+    A search ("auto") has the floors of int4, the lowest format that it gives to layers; --max-drop limits it further.
     """
     quant = "int4" if quant == "auto" else quant
     every = (*FLOORS, *(floor for task in comparisons().values() for floor in task.floors))
@@ -172,7 +169,7 @@ def floors(quant: str) -> list[Floor]:
 
 
 def save_quality(root: Path, quality: Quality, pictures: Pictures) -> None:
-    """Write what `export.report.compare.measure` gave into the folder of a bundle that is being built."""
+    """Write the results of `export.report.compare.measure` into the folder of a bundle that is being built."""
     (root / FOLDER).mkdir(exist_ok=True)
     for path, picture in pictures.items():
         (root / path).write_bytes(encode_image(picture))
@@ -180,7 +177,7 @@ def save_quality(root: Path, quality: Quality, pictures: Pictures) -> None:
 
 
 def load_quality(bundle: Bundle) -> Quality:
-    """What was measured of a bundle. Raises NotFound when nothing was, BundleError when it cannot be read."""
+    """The stored quality of a bundle. Raises NotFound when there is none, BundleError when it cannot be read."""
     path = bundle.root / QUALITY
     if not path.is_file():
         if bundle.manifest.quant == "none":

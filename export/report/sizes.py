@@ -1,4 +1,4 @@
-"""What the parts of a bundle weigh: weights lie there once, however many targets read them."""
+"""The sizes of a bundle's parts. Weights are stored once, however many targets read them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from runtime.errors import BundleError
 class Sizes:
     """Bytes of a bundle: canonical graphs and weights, what each target stores, everything else.
 
-    `apart` is what bundles of one target each would be together, whose graphs and weights each would have if it reads
-    them.
+    `apart` is the size of as many bundles of one target each, in which every target that reads the graphs and weights
+    has its own.
     """
 
     graphs: int
@@ -58,8 +58,8 @@ def megabytes(nbytes: int) -> str:
 
 
 def forms(submodels: Sequence[Submodel], quant: str) -> str:
-    """What the weights of these submodels are stored as, by share of all numbers, and why not all as `quant` says;
-    empty where unknown.
+    """The formats that the weights of these submodels are stored in, by share of all numbers, and why some are not in
+    that of `quant`; empty where unknown.
     """
     counts, nbytes, reasons = Counter[str](), Counter[str](), Counter[str]()
     for weights in (one for submodel in submodels for one in submodel.weights):

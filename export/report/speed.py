@@ -1,8 +1,7 @@
-"""How fast a quantized model is beside the same model without quantization: on the same targets, and in PyTorch.
+"""The speed of a quantized model beside the same model without quantization, on the same targets and in PyTorch.
 
-All of them carry out one request in turns (A B C A B C) in one run, after one turn that does not count, and every call
-of an engine is timed. So a submodel is timed at the sizes that a request gives it; what is done between the calls
-counts for the whole request alone.
+All of them run one request in turns (A B C A B C) in one process, after a warm-up turn, and every engine call is timed.
+So a submodel is timed at the sizes of a real request. Time between the calls counts for the whole request only.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from runtime.placing.loading import LoadedModel
 from runtime.timing import Spread, seconds, turns
 
 REST: Final = 0.02
-"""Seconds before each turn: threads of the engine before it wait busily for more work for some milliseconds."""
+"""Seconds of pause before each turn: threads of the previous engine busy-wait for some milliseconds."""
 WHOLE: Final = "request"
 M_TRIM_THRESHOLD: Final = -1
 M_MMAP_THRESHOLD: Final = -3
@@ -36,7 +35,7 @@ HEAP: Final = 32 << 20
 
 
 class CallKind(NamedTuple):
-    """Calls alike: a submodel and what is asked of it. `tokens` is how many of them a language model reads or makes in
+    """Calls of one kind: a submodel and the size of its inputs. `tokens` is how many a language model reads or makes in
     such a call.
     """
 
@@ -46,7 +45,7 @@ class CallKind(NamedTuple):
 
 
 class Timed(Measured):
-    """How long one of those compared takes, in seconds. `quant` is "none" before quantization."""
+    """The seconds that one of the compared programs takes. `quant` is "none" without quantization."""
 
     target: str
     quant: str
@@ -66,15 +65,15 @@ class Timing(Measured):
     times: tuple[Timed, ...] = Field(min_length=1)
 
     def of(self, target: str, quant: str) -> Timed | None:
-        """The time of one of those compared, if it is among them."""
+        """The time of one of the compared programs, if it was timed."""
         return next((timed for timed in self.times if (timed.target, timed.quant) == (target, quant)), None)
 
 
 class Speed(Measured):
-    """Everything timed in one run. `others` is the share of the processors' time that other programs had meanwhile,
+    """Everything timed in one run. `others` is the share of the processors' time that other programs used meanwhile,
     None where unknown.
 
-    `left_out` says what could not be timed, and why.
+    `left_out` lists what could not be timed, with the reasons.
     """
 
     cpu: str
@@ -86,7 +85,7 @@ class Speed(Measured):
 
     @property
     def main(self) -> Timing:
-        """What tells most: the kind of call that takes the largest part of a request."""
+        """The kind of call that takes the largest part of a request."""
         calls = [timing for timing in self.timings if timing.submodel != WHOLE and timing.calls] or list(self.timings)
         return max(calls, key=lambda timing: timing.calls * timing.times[0].spread.median)
 
@@ -148,10 +147,10 @@ def measure_speed(
 
 
 def _keep_freed_memory() -> None:
-    """From now on, let glibc keep what is freed as it does by itself in any process that runs for long (mallopt(3)).
+    """Restore glibc's default of keeping freed memory (mallopt(3)).
 
-    A build has large blocks returned at once, to stay small. Every array would then be made of new pages, which no
-    server does.
+    A build returns large blocks to the system at once, to stay small. Every array would then need new pages, unlike in
+    a server.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

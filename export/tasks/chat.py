@@ -1,4 +1,4 @@
-"""Answering: both models answer the same questions greedily, and tokens and their probabilities are compared."""
+"""Comparison of models that answer: the same questions greedily, then tokens and their probabilities."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ QUESTIONS: Final = (
 """Questions for any model, written for this package."""
 TIMED: Final = "describe the picture."
 EDGE: Final = 128
-"""Edge in pixels of the picture that is asked about while timing; every model resizes it to its own."""
+"""Edge in pixels of the picture of the timed question; every model resizes it to its own."""
 AGREEMENT: Final = Measure(
     name="next_token_agreement", title="Agreement on the next token", of="agreement on the next token"
 )
@@ -55,11 +55,10 @@ AGREEMENT: Final = Measure(
 class AnswerQuality(Measured):
     """One question answered greedily by both models.
 
-    `token_agreement` compares the two answers place by place. The other figures come from giving the quantized model
-    the reference's answer token by token (teacher forcing), so that each of its `tokens` is judged alone:
-    `next_token_agreement` is the share of them that the quantized model would have chosen too, `kl_divergence` the mean
-    distance of the two distributions in nats, and the perplexities tell how unexpected the reference's answer is to
-    either model.
+    `token_agreement` compares the two answers position by position. For the other figures the quantized model gets the
+    reference's answer token by token (teacher forcing), so that each of its `tokens` is judged alone:
+    `next_token_agreement` is the share of tokens that the quantized model would have chosen too, `kl_divergence` the
+    mean Kullback-Leibler divergence in nats, and the perplexities are those of the reference's answer to either model.
     """
 
     question: str
@@ -75,7 +74,7 @@ class AnswerQuality(Measured):
 
 
 def mean(answers: Sequence[AnswerQuality], name: str) -> float:
-    """The mean of a figure of `AnswerQuality`, every token counted alike."""
+    """The mean of a figure of `AnswerQuality` over all tokens."""
     return sum(answer.tokens * float(getattr(answer, name)) for answer in answers) / tokens_of(answers)
 
 
@@ -85,7 +84,7 @@ def whole_text(answers: Sequence[AnswerQuality], name: str) -> float:
 
 
 def perplexity_change(answers: Sequence[AnswerQuality]) -> float:
-    """How many times as unexpected the reference's answers, as one text, are to the quantized model; 1 is no change."""
+    """The quantized model's perplexity of the reference's answers, as one text, over the reference's own."""
     return whole_text(answers, "quantized_perplexity") / whole_text(answers, "reference_perplexity")
 
 
@@ -121,7 +120,7 @@ class ChatComparison(Comparison):
         return effort.questions
 
     def general(self) -> Iterator[ChatRequest]:
-        """A question about a photograph that is never calibrated with, the next about a drawn picture, and so on."""
+        """Questions about photographs that calibration never uses and about drawn pictures, in turn."""
         for i in count():
             turn = i // 2
             drawn = DRAWN[turn % len(DRAWN)](np.random.default_rng(SEED + i)) if i % 2 else None
@@ -140,7 +139,9 @@ class ChatComparison(Comparison):
         pictures: Pictures,
         compared: ComparedByName,
     ) -> AnswerQuality:
-        """Ask both models one question, and the quantized one again on the reference's tokens where it chose others."""
+        """Run one question on both models, and again on the quantized one with the reference's tokens where it chose
+        others.
+        """
         wanted, free = _Decoding(), _Decoding()
         first, second = run(reference, request, wanted), run(quantized, request, free)
         prompt = first.one(Finished).prompt_tokens
@@ -198,9 +199,10 @@ class ChatComparison(Comparison):
 
 @dataclass
 class _Decoding:
-    """The decoder calls of one answer. With `forced`, the pipeline is told that each of these tokens was the likeliest.
+    """Records the decoder calls of one answer. With `forced`, it changes the logits so that the pipeline chooses these
+    tokens.
 
-    `prompt` is the prompt's length in tokens where it is known beforehand.
+    `prompt` is the prompt's length in tokens, needed with `forced`.
     """
 
     forced: Sequence[int] = ()
@@ -241,7 +243,7 @@ def _length(call: Call) -> int:
 
 
 def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compared: ComparedByName) -> None:
-    """Give the quantized submodels that keep states the calls the reference's got, in the same order, in slots of their
+    """Repeat the reference's calls of submodels with states on the quantized ones, in the same order, in slots of their
     own.
     """
     slots: dict[int, Slot] = {}

@@ -1,4 +1,4 @@
-"""Drawing: both models draw the same prompts from the same noise, and latents and pictures are compared."""
+"""Comparison of models that draw: the same prompts from the same noise, then latents and pictures."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ SNR: Final = Measure(
 
 
 class PictureQuality(Measured):
-    """One prompt drawn by both models from the same noise. Latents are those that the VAE decoder is given.
+    """One prompt drawn by both models from the same noise. Latents are the inputs of the VAE decoder.
 
-    `gmsd` is None in what versions wrote that did not measure it.
+    `gmsd` is None in files of versions that did not measure it.
     """
 
     prompt: str
@@ -62,7 +62,7 @@ class PictureQuality(Measured):
 
 
 def median(pictures: Sequence[PictureQuality], name: str) -> float:
-    """The median of a figure of `PictureQuality`: one picture that turns out otherwise does not decide it."""
+    """The median of a figure of `PictureQuality`, which a single outlier does not change much."""
     return statistics.median(getattr(picture, name) for picture in pictures)
 
 

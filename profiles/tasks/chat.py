@@ -53,7 +53,7 @@ def picture_question(settings: AnswerSettings) -> ChatRequest:
 
 
 class Clock:
-    """Engines that note when each call begins."""
+    """Engines that record when each call begins."""
 
     def __init__(self, engines: Engines) -> None:
         self._engines = engines
@@ -83,7 +83,7 @@ def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
         ]  # the first embeds the prompt
         return len(chosen) / (time.perf_counter() - chosen[0])
 
-    pipeline(request(settings.new_tokens)).close()  # the model says now whether it has room
+    pipeline(request(settings.new_tokens)).close()  # refused now where the context is too short
     found = [
         Probe(
             "prefill",
@@ -106,9 +106,8 @@ def _endless(model: LoadedModel) -> ChatPipeline:
     """
     if not isinstance(model.pipeline, ChatPipeline):
         raise BundleError(
-            f"bundle {model.bundle.name} holds a {model.bundle.manifest.pipeline} model that is no chat "
-            "pipeline: it cannot be measured as "
-            "one"
+            f"bundle {model.bundle.name} has the pipeline {model.bundle.manifest.pipeline}, which cannot be measured: "
+            "its answers cannot be made to a fixed length"
         )
     pipeline = copy.copy(model.pipeline)
     pipeline.config = pipeline.config.model_copy(update={"eos_token_ids": ()})
@@ -116,7 +115,7 @@ def _endless(model: LoadedModel) -> ChatPipeline:
 
 
 def _text(pipeline: ChatPipeline, tokens: int) -> tuple[str, int]:
-    """Words that make the longest prompt of at most so many tokens, template included, and its length."""
+    """A text whose prompt, template included, is the longest of at most so many tokens, and that length."""
 
     def length(words: int) -> int:
         return len(pipeline.prompt(ChatRequest((Message("user", (" ".join(["a"] * words),)),))).ids)

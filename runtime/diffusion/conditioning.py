@@ -32,9 +32,7 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each text encoder, int64 [rows, sequence]. `zeros` counts the rows before these that are not
-    encoded but zeros.
-    """
+    """Token ids of each text encoder, int64 [rows, sequence]. `zeros` rows of zeros precede the encoded ones."""
 
     ids: tuple[NDArray[np.int64], ...]
     zeros: int = 0
@@ -69,7 +67,7 @@ class Conditioning:
 
     @property
     def origins(self) -> Mapping[str, str]:
-        """What makes the token ids and each pooled prompt."""
+        """The source of the token ids and of each pooled prompt."""
         pooled = {encoder.pooled: encoder.submodel for encoder in self.encoders if encoder.pooled}
         return {"input_ids": " or ".join(str(tokenizer.folder) for tokenizer in self.tokenizers), **pooled}
 

@@ -29,7 +29,7 @@ class Sizes(Frozen):
     multiple: int = Field(ge=1, le=limits.EDGE.most)
 
     def check(self, field: str, length: int) -> int:
-        """The same length. Raises InvalidInput for `field` when no picture may have it."""
+        """The same length. Raises InvalidInput naming `field` where pictures cannot have it."""
         if not self.min <= length <= self.max or length % self.multiple:
             raise InvalidInput(
                 field, f"is {length} pixels, expected {self.min} to {self.max}, a multiple of {self.multiple}"
@@ -41,7 +41,7 @@ class DiffusionConfig(Frozen):
     """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
 
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
-    sets steps_offset 1 and clip_sample false on whatever file it loads. `added` is None where the UNet has one text
+    sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
     encoder and no sizes.
     """
 
@@ -102,7 +102,5 @@ class DiffusionConfig(Frozen):
             raise BundleError(f"the diffusion settings cannot be read: {error}") from None
 
     def dump(self) -> dict[str, Any]:
-        """What `parse` reads: only the fields that were given, since samplers differ in what they take for an absent
-        one.
-        """
+        """The input of `parse`: only the given fields, since samplers have different defaults for absent ones."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)

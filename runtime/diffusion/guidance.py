@@ -13,9 +13,7 @@ from runtime.diffusion.schedule import Latents
 
 @dataclass(frozen=True)
 class Guidance:
-    """How far predictions are pushed. Up to a `scale` of 1 there is no guidance, and no negative prompt in the
-    batch.
-    """
+    """The guidance scale. Up to a `scale` of 1 there is no guidance, and no negative prompt in the batch."""
 
     scale: float
 

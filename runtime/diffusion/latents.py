@@ -1,4 +1,4 @@
-"""Latents: the noise that they start from, their scale, and the picture that they become."""
+"""Latents: their initial noise, their scale, and the pictures decoded from them."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ class Vae(Frozen):
 
 @dataclass(frozen=True)
 class Noise:
-    """The noise of one picture: `start`, then what `fresh` draws, both float32 [1, channels, height, width].
+    """The noise of one picture, float32 [1, channels, height, width]: `start` first, then one of `fresh` for each
+    further draw.
 
-    It is drawn when it is needed: a request that waits holds none. `given` takes the place of the first.
+    It is drawn when needed, so that a waiting request holds none. `given` replaces the first.
     """
 
     seed: int
@@ -66,7 +67,7 @@ def random_stream(seed: int) -> np.random.Generator:
 
 def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents | None = None) -> tuple[Noise, ...]:
     """The noise of each of `images` pictures, whose latents have that shape: picture i has the seed `seed` + i, chosen
-    at random where there is none. `given` float32 [images, channels, height, width] is what they start from.
+    at random where there is none. `given` float32 [images, channels, height, width] replaces the initial noise.
 
     Raises InvalidInput naming `latents`.
     """

@@ -1,5 +1,5 @@
-"""A picture decoded in tiles that overlap, where the whole would not fit into memory: from latents to tiles, from tiles
-to the picture.
+"""Decoding in overlapping tiles, where a whole picture does not fit into memory: from latents to tiles, from tiles to
+the picture.
 
 Neighbouring tiles share a quarter of their edge, over which one fades linearly into the other (as in diffusers' tiled
 decoding). A decoder that normalizes over the whole picture (GroupNorm; Wu and He 2018, arXiv 1803.08494) sees only a
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 OVERLAP: Final = 4
-"""Neighbours share one part in so many of a tile's edge."""
+"""Neighbouring tiles overlap by this fraction (one over it) of a tile's edge."""
 LEAST: Final = 16
 """Edge of the smallest tile, in latents: smaller ones see too little of the picture to be alike (decision 15 has the
 figures).
@@ -58,7 +58,7 @@ def places(height: int, width: int, tile: tuple[int, int]) -> Iterator[tuple[sli
 
 
 class Mosaic:
-    """A picture [channels, height, width] in the making. `scale` is how many pixels an edge of a latent is."""
+    """A picture [channels, height, width] made of tiles. `scale` is the edge of a latent in pixels."""
 
     def __init__(self, height: int, width: int, scale: int) -> None:
         self._size = height, width
@@ -67,7 +67,7 @@ class Mosaic:
         self._weights = np.zeros((height * scale, width * scale), np.float32)
 
     def add(self, rows: slice, columns: slice, pixels: Pixels) -> None:
-        """Lay the pixels [channels, height, width] of a tile where its latents were."""
+        """Add the pixels [channels, height, width] of the tile with these rows and columns of latents."""
         if self._sum is None:
             self._sum = np.zeros((len(pixels), *self._weights.shape), np.float32)
         weights = np.outer(
@@ -78,7 +78,7 @@ class Mosaic:
         self._weights[down, across] += weights
 
     def picture(self) -> Pixels:
-        """The whole, each pixel the mean of the tiles that have it, weighted by how far it is from their borders."""
+        """The whole picture: each pixel is the mean over its tiles, weighted by its distance from their borders."""
         assert self._sum is not None and self._weights.all(), "every latent is in a tile"
         return np.asarray(self._sum / self._weights, np.float32)
 

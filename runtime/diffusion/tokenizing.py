@@ -60,14 +60,14 @@ class ClipTokenizer:
 
     @property
     def last(self) -> str:
-        """The text of the token with the largest id, which a text encoder must have an embedding for."""
+        """The text of the token with the largest id. The text encoder needs an embedding for it."""
         text: str = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])[0]
         return text.removesuffix("</w>")
 
     def __call__(self, text: str, field: str = "prompt") -> NDArray[np.int64]:
         """Token ids of a prompt: start, text, end, padding; int64 [limit]. An empty text is valid.
 
-        Raises InvalidInput for `field` when the text is longer than the model can read: nothing is cut off silently.
+        Raises InvalidInput for `field` when the text is longer than the model can read: nothing is cut off.
         """
         try:
             encoding = self._encode(text)
@@ -103,7 +103,7 @@ class ClipTokenizer:
         return text
 
     def _beyond(self, encoding: Encoding, room: int) -> int:
-        """Where in its text the first token begins that no room is left for."""
+        """The position in the text of the first token that does not fit."""
         lengths = accumulate(len(self._written_out.get(token, (token,))) for token in encoding.tokens)
         starts = (start for (start, _), length in zip(encoding.offsets, lengths, strict=True) if length > room)
         return int(next(starts, encoding.offsets[-1][0]))

@@ -1,4 +1,4 @@
-"""A conversation at the terminal: questions go to the model, lines that begin with / are commands of this program."""
+"""A conversation at the terminal: questions go to the model, lines that begin with / are commands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from serving.dialects.python.requests import Message
 
 COMMANDS: Final = {
     "/image PATH": "show a picture with the next question",
-    "/clear": "forget what was said and shown",
+    "/clear": "forget all messages and pictures",
     "/help": "list these commands",
     "/quit": "end, as Ctrl-D does",
 }
@@ -26,7 +26,7 @@ Chat = Callable[[Sequence[Message]], str]
 
 
 class Conversation:
-    """What was said so far, and the pictures that go with the next question."""
+    """The messages so far, and the pictures of the next question."""
 
     def __init__(self, pictures: list[bytes], chat: Chat) -> None:
         self.messages: list[Message] = []
@@ -43,7 +43,7 @@ class Conversation:
         self.pictures = []
 
     def run(self, lines: Iterator[str], patient: bool) -> None:
-        """Take lines until they end or one says so. A `patient` conversation reports errors and goes on; another one
+        """Take lines until they end or one quits. A `patient` conversation reports errors and continues; another one
         raises them.
         """
         for line in lines:
@@ -85,7 +85,7 @@ def help_text() -> str:
 
 
 def typed() -> Iterator[str]:
-    """Lines from the keyboard, behind a prompt, or of whatever standard input is."""
+    """Lines typed after a prompt, or the lines of standard input where it is no terminal."""
     if not sys.stdin.isatty():
         yield from sys.stdin
         return

@@ -1,5 +1,5 @@
-"""What `enginecast devices` shows: this machine, its targets, where a bundle would be placed, what a server's models
-really run on.
+"""The tables of `enginecast devices`: this machine, its targets, the placement of a bundle, the devices of a server's
+models.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ SIZES: Final = ("memory", "free", "needs")
 def collect(
     bundle: Path | None, target: str | None, device: str, placing: PlacementOptions, address: str | None
 ) -> dict[str, Any]:
-    """Rows of each table by its name, as JSON has them: sizes in bytes, null where they are not known.
+    """The rows of each table by its name, for JSON: sizes in bytes, null where they are not known.
 
-    Raises what placing the bundle raises, or what the server answers.
+    Raises the errors of placing the bundle and of the server.
     """
     machine = detect()
     found: dict[str, Any] = {
@@ -56,8 +56,8 @@ def collect(
 
 
 def _running(one: model_pb2.Placement) -> dict[str, Any]:
-    told = ("submodel", "target", "device", "precision")
-    return {name: getattr(one, name) for name in told} | {
+    names = ("submodel", "target", "device", "precision")
+    return {name: getattr(one, name) for name in names} | {
         "fallbacks": list(one.fallbacks),
         "choices": list(one.choices),
     }
@@ -65,14 +65,14 @@ def _running(one: model_pb2.Placement) -> dict[str, Any]:
 
 def _target(name: str) -> dict[str, Any]:
     available = targets()[name].available()
-    told = asdict(available)
+    found = asdict(available)
     return {"target": name, "usable": available.usable, "compiles": available.usable or available.compiles} | {
-        key: told[key] for key in ("devices", "version", "reason")
+        key: found[key] for key in ("devices", "version", "reason")
     }
 
 
 def _choices(name: str) -> list[dict[str, Any]]:
-    """What was measured on this device to choose between, of one target."""
+    """Choices that were measured on this device for one target."""
     if not targets()[name].choices:
         return []
     rows = measured(name, targets()[name].available().version)
@@ -110,7 +110,7 @@ def _placed(
 
 
 def show(found: Mapping[str, Any], as_json: bool) -> None:
-    """Print what was collected: as tables, or as JSON."""
+    """Print the rows as tables, or as JSON."""
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return

@@ -1,4 +1,4 @@
-"""What the commands show: a progress bar while a picture is drawn, text as it is decoded, the table of devices.
+"""Output of the commands: a progress bar while a picture is drawn, text as it is decoded, notes.
 
 Results go to standard output, everything else to standard error, so that output can be piped.
 """
@@ -29,7 +29,7 @@ errors: Final = Console(stderr=True, highlight=False)
 
 def draw(stream: Stream[Drawing], out: Path, verbose: bool = False) -> list[Path]:
     """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all
-    are there.
+    are finished.
 
     `verbose` adds what each submodel ran on.
     """
@@ -54,7 +54,7 @@ def draw(stream: Stream[Drawing], out: Path, verbose: bool = False) -> list[Path
 
 
 def speak(stream: Stream[Answer], verbose: bool = False) -> str:
-    """Print an answer as it is decoded, without the blanks that it begins with; returns all of it.
+    """Print an answer as it is decoded, without its leading blanks; returns all of it.
 
     `verbose` adds what each submodel ran on.
     """
@@ -84,7 +84,7 @@ def read_image(path: Path) -> bytes:
 
 
 def unicode(field: str, text: str) -> str:
-    """The text, if it can be sent: what is no UTF-8 reaches a program as half surrogates. Raises InvalidInput."""
+    """The same text. Raises InvalidInput where it is not valid UTF-8, which arguments hold as lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -93,9 +93,9 @@ def unicode(field: str, text: str) -> str:
 
 
 def check_output(path: Path) -> None:
-    """Raise, before any work is done, when no picture can be written there: NotFound, InvalidInput."""
+    """Raise NotFound or InvalidInput where no picture can be written, before any work."""
     if path.suffix.lower() != ".png":
-        raise InvalidInput("out", f"'{path}' has no .png ending, which is what is written")
+        raise InvalidInput("out", f"'{path}' has no .png ending: pictures are written as PNG files")
     if not path.parent.is_dir():
         raise NotFound(f"folder {path.parent} does not exist: make it, or write elsewhere with --out")
     if path.is_dir():
@@ -110,7 +110,7 @@ def _summary(done: Done, what: str, verbose: bool) -> None:
     again = sum(use.reload_seconds for use in engines)
     loading = f", {again:.1f} s of it loading again" if again else ""
     partly = [use.submodel for use in engines if use.fallbacks]
-    elsewhere = f", parts of {', '.join(partly)} elsewhere (-v tells which)" if partly and not verbose else ""
+    elsewhere = f", parts of {', '.join(partly)} elsewhere (-v lists them)" if partly and not verbose else ""
     where = " and ".join(dict.fromkeys(use.target for use in engines))
     _say(f"{what}, {done.run_seconds:.1f} s on {where}{loading}{elsewhere}")
     for use in engines if verbose else ():
