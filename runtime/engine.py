@@ -134,7 +134,7 @@ class Engine(ABC):
         """What it computes in where nothing is quantized: what the bundle asks for where the target has kernels for
         that, else float32.
         """
-        return self.submodel.compute if self.submodel.compute in self.precisions else "float32"
+        return self.submodel.precision.compute if self.submodel.precision.compute in self.precisions else "float32"
 
     @classmethod
     @abstractmethod

@@ -65,12 +65,12 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "name": "part",
         "signature": {"inputs": [], "outputs": []},
         "graph": "onnx/part/model.onnx",
-        "precision": "float32",
+        "precision": {"weights": ["float32"]},
         "nbytes": 0,
     }
     manifest = {
-        "schema_version": SCHEMA, "name": "bundle", "key": "k", "pipeline": "chat", "quant": "none", "config": {},
-        "versions": {},
+        "schema_version": SCHEMA, "name": "bundle", "key": "k", "pipeline": "chat", "task": "chat", "quant": "none",
+        "config": {}, "versions": {},
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [part],
         "artifacts": [{"target": "onnxruntime", "submodel": "part"}], "files": {"onnx/part/model.onnx": sha256(graph)},
     }  # fmt: skip

@@ -29,6 +29,7 @@ import runtime.task
 import serving.cli.task
 import serving.dialects.grpc.task
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel, sha256
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Dim, Signature, Tensor
 from runtime.placing.loading import load_model
 from serving.dialects.grpc import health
@@ -106,7 +107,9 @@ def bundle(toy: None, tmp_path: Path) -> Bundle:
         task="scale",
         quant="none",
         source=Source(name="toy", family="toy", architecture="Toy", fingerprint=""),
-        submodels=(Submodel(name="doubler", signature=signature, graph=graph, precision="float32", nbytes=0),),
+        submodels=(
+            Submodel(name="doubler", signature=signature, graph=graph, precision=Precision.parse("float32"), nbytes=0),
+        ),
         artifacts=(Artifact(target="onnxruntime", submodel="doubler"),),
         config={"times": 3},
         versions={},

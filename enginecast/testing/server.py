@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 import numpy as np
 
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
@@ -65,7 +66,7 @@ class FakeModel:
             name="denoiser",
             signature=Signature(inputs=(), outputs=()),
             graph="onnx/denoiser/model.onnx",
-            precision="int8 W8A8",
+            precision=Precision.parse("int8 W8A8"),
             nbytes=0,
         )
         self.engines: Mapping[str, FakeEngine] = {"denoiser": self.engine}

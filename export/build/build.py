@@ -137,14 +137,14 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 model = store(model, chosen.half)
             submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested(part))
             notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
-            if "int4" in submodel.precision and not tunings.get(part.name, Tuning()).codes and not searched:
+            if "int4" in submodel.precision.weights and not tunings.get(part.name, Tuning()).codes and not searched:
                 notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
             half = state.half(part)
             if half is not None:
                 found = Precision.measure(
                     folder / submodel.graph, half, captured(state, folder).samples[part.name], part_graph(state, part)
                 )
-                submodel = submodel.model_copy(update={"compute": found.compute, "keep": tuple(found.keep)})
+                submodel = submodel.computing(found.compute, tuple(found.keep))
                 notes.append(
                     found.reason
                     or f"computes in {found.compute} at {found.snr_db:.1f} dB, {len(found.keep)} nodes in float32"

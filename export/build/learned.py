@@ -24,6 +24,7 @@ from export.build.staging import cached, key_of
 from export.build.state import Build, finish, part_graph, place
 from export.family import Part
 from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array
 from runtime.engine import Engine
 from runtime.placing.loading import LoadedModel, open_pipeline
@@ -92,7 +93,11 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
     parts = {part.name: part for part in state.parts}
     submodels = {
         name: Submodel(
-            name=name, signature=part.signature, graph=place(name), precision="float32", nbytes=state.size(part)
+            name=name,
+            signature=part.signature,
+            graph=place(name),
+            precision=Precision(weights=("float32",)),
+            nbytes=state.size(part),
         )
         for name, part in parts.items()
     }

@@ -66,8 +66,8 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
         return artifact.model_copy(update={"unchecked": str(error)})
     with closing(emulated):
         found = _compare(emulated, reference)
-    quantized = submodel.dynamic or any(word in submodel.precision for word in ("int", "W8A8"))
-    least = FLOORS["quantized" if quantized else "float32" if submodel.compute == "float32" else "half"]
+    quantized = submodel.dynamic or submodel.precision.quantized or submodel.precision.activations != "float"
+    least = FLOORS["quantized" if quantized else "float32" if submodel.precision.compute == "float32" else "half"]
     if not found.snr_db >= least:
         raise EngineError(
             f"the {engine.target} engine of {submodel.name} does not compute what its graph says: {found.tensor} has "

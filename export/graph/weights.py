@@ -20,6 +20,7 @@ from calibration.quantize.layers import LayerPlan, code_name, scale_name
 from export.checkpoint.source import TensorRef
 from export.graph.products import divide_products
 from runtime.bundle.manifest import Weights
+from runtime.bundle.precision import Precision
 from runtime.errors import ResourceExhausted
 from runtime.targets.lowering import nested
 
@@ -55,12 +56,8 @@ def save_traced(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
 
 
-def precision(model: ir.Model) -> str:
-    """What the large weights are stored as, most bytes first, and "W8A8" where activations are quantized too: "int8 +
-    float16 W8A8".
-
-    It is "W4A8" where int4 weights are nested in int8 (`runtime.targets.lowering.nested`).
-    """
+def precision(model: ir.Model) -> Precision:
+    """The formats of the large weights, and of the inputs of layers that are rounded."""
     sizes: Counter[str] = Counter()
     for name, value in model.graph.initializers.items():
         if (
@@ -73,9 +70,12 @@ def precision(model: ir.Model) -> str:
             )
     total = sum(sizes.values()) or 1
     names = [name for name, size in sizes.most_common() if size / total > 0.02]
-    suffix = " W8A8" if any(node.op_type == "QuantizeLinear" for node in model.graph) else ""
-    suffix = " W4A8" if any(name.endswith(nested.CODES) for name in model.graph.initializers) else suffix
-    return " + ".join(names) + suffix
+    rounded = {node.outputs[0].dtype for node in model.graph if node.op_type == "QuantizeLinear"}
+    return Precision(
+        weights=tuple(names),
+        activations="float" if not rounded else "fp8" if rounded == {ir.DataType.FLOAT8E4M3FN} else "int8",
+        nested=any(name.endswith(nested.CODES) for name in model.graph.initializers),
+    )
 
 
 def weights_of(

@@ -90,8 +90,8 @@ def _compare_calls(quantized: LoadedModel, reference: LoadedModel, samples: Samp
 def _submodel(quantized: Submodel, reference: Submodel, compared: Compared) -> SubmodelQuality:
     return SubmodelQuality(
         name=quantized.name,
-        precision=quantized.precision,
-        reference_precision=reference.precision,
+        precision=str(quantized.precision),
+        reference_precision=str(reference.precision),
         calls=compared.calls,
         outputs=tuple(
             OutputQuality(name=name, snr_db=one.snr_db, psnr_db=one.psnr_db(), cosine=one.cosine)

@@ -131,7 +131,9 @@ def render(bundle: Bundle, quality: Quality) -> str:
 
 def sizes(bundle: Bundle) -> list[Size]:
     """The size of every submodel. Raises BundleError when a graph cannot be read."""
-    return [Size(one.name, one.precision, _parameters(bundle, one), one.nbytes) for one in bundle.manifest.submodels]
+    return [
+        Size(one.name, str(one.precision), _parameters(bundle, one), one.nbytes) for one in bundle.manifest.submodels
+    ]
 
 
 def _parameters(bundle: Bundle, submodel: Submodel) -> int:

@@ -14,20 +14,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, BinaryIO, Final, Literal
+from typing import Annotated, Any, BinaryIO, Final
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from runtime.bundle import older
 from runtime.bundle.external import locations
+from runtime.bundle.precision import Compute, Precision
 from runtime.bundle.signature import Signature
 from runtime.errors import BundleError, InvalidInput, NotFound, did_you_mean, quoted
 from runtime.files import open_regular, read_regular, strict_json
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
+OLDEST_SCHEMA: Final = 1
+"""Bundles of this schema and later ones are read. See decision 24."""
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 CHUNK: Final = 1 << 22
@@ -169,31 +174,35 @@ class Weights(Frozen):
 
 
 class Submodel(Frozen):
-    """One network of the model: its signature, where its graph lies, what precision its weights have.
+    """One network of the model: its signature, where its graph lies, in which number formats it is stored and
+    computed.
 
-    The graph computes in float32. `compute` is the type that targets with kernels for it compute in instead, except in
-    the nodes named in `keep`. `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits
+    The graph computes in float32, and so do the nodes named in `keep` on targets that compute in another type
+    (`Precision.compute`). `dynamic` allows a target to round the inputs of layers with quantized weights to 8 bits
     while it runs. `bfloat16` names nodes that may compute in bfloat16: measured to add nothing to the error of
     quantization. `activation_ranges` are the lowest and highest value of inputs, by the name of the QuantizeLinear
     node, for targets whose 8-bit inputs have zero points (`runtime.targets.lowering.activation_ranges`); others use the
-    symmetric ranges of the graph. Older bundles name them `spans`. `weights` says what the weights of a quantized
+    symmetric ranges of the graph. `weights` says what the weights of a quantized
     submodel became.
     """
 
     name: FileName
     signature: Signature
     graph: Inside
-    precision: Line
+    precision: Precision
     nbytes: int = Field(ge=0)
     parity: Parity | None = None
-    compute: Literal["float32", "float16", "bfloat16"] = "float32"
     keep: tuple[str, ...] = ()
     dynamic: bool = False
     bfloat16: tuple[str, ...] = ()
-    activation_ranges: Mapping[str, tuple[float, float]] = Field(
-        default_factory=dict, validation_alias=AliasChoices("activation_ranges", "spans")
-    )
+    activation_ranges: Mapping[str, tuple[float, float]] = Field(default_factory=dict)
     weights: tuple[Weights, ...] = ()
+
+    def computing(self, compute: Compute, keep: tuple[str, ...] = ()) -> Submodel:
+        """The same submodel, computed in another type but for the nodes named in `keep`."""
+        return self.model_copy(
+            update={"precision": self.precision.model_copy(update={"compute": compute}), "keep": keep}
+        )
 
 
 class Verdict(Frozen):
@@ -223,9 +232,6 @@ class Manifest(Frozen):
     `task` names what it does (`runtime.task`) and `pipeline` the algorithm that does it (`runtime.pipeline`); `config`
     is the algorithm's settings.
 
-    Bundles that were built before tasks had names get that of their pipeline; it is empty where this program lacks the
-    pipeline, so that the bundle cannot be loaded.
-
     `key` identifies source, settings and versions: a build with the same key would write the same bundle. `notes` are
     sentences on what of the checkpoint is served otherwise than published, such as a replaced noise schedule: every
     answer carries them.
@@ -235,7 +241,7 @@ class Manifest(Frozen):
     name: Name
     key: Line
     pipeline: Line
-    task: Line = Field(default_factory=lambda found: _task_of(found["pipeline"]))
+    task: Line
     quant: Line
     source: Source
     submodels: tuple[Submodel, ...]
@@ -259,12 +265,6 @@ class Manifest(Frozen):
         if reserved := {MANIFEST, SIGNATURE} & set(self.files):
             raise ValueError(f"{min(reserved)} cannot be among the files that it lists itself")
         return self
-
-
-def _task_of(name: str) -> str:
-    from runtime.pipeline import pipelines  # it stands above this module, and only older bundles need it
-
-    return pipelines()[name].task if name in pipelines() else ""
 
 
 Identity = tuple[int, int, int, int, int]
@@ -457,11 +457,13 @@ def _parse(path: Path, content: bytes) -> Manifest:
     try:
         data = strict_json(content)
         version = data.get("schema_version") if isinstance(data, dict) else None
-        if type(version) is not int or version != SCHEMA:
+        if type(version) is not int or not OLDEST_SCHEMA <= version <= SCHEMA:
             raise BundleError(
-                f"{path} has schema version {quoted(str(version))[1:-1]}, this program reads {SCHEMA}: "
-                f"{_other_schema(data)}"
+                f"{path} has schema version {quoted(str(version))[1:-1]}, this program reads {OLDEST_SCHEMA} to "
+                f"{SCHEMA}: {_other_schema(data)}"
             )
+        if version < SCHEMA:
+            content = json.dumps(older.present(data)).encode()
         return Manifest.model_validate_json(content, strict=True)
     except ValidationError as error:
         raise BundleError(f"{path} cannot be read: {_faults(error)}. Build the bundle again") from None
@@ -471,8 +473,7 @@ def _parse(path: Path, content: bytes) -> Manifest:
 
 def _faults(error: ValidationError) -> str:
     """What is wrong with a manifest, in one line: where, and why."""
-    every = error.errors(include_url=False, include_context=False, include_input=False)
-    found = [one for one in every if one["type"] != "default_factory_not_called"]  # another field is at fault
+    found = error.errors(include_url=False, include_context=False, include_input=False)
     shown = [
         f"{'.'.join(quoted(str(part))[1:-1] for part in one['loc'])}: {one['msg'].removeprefix('Value error, ')}"
         for one in found[:3]
@@ -487,8 +488,10 @@ def _other_schema(data: Any) -> str:
         return "build the bundle again"
     versions = data.get("versions")
     writer = versions.get("enginecast") if isinstance(versions, dict) else None
-    wanted = f"enginecast {writer} or later" if isinstance(writer, str) else "a later enginecast"
-    return f"install {wanted}, or build the bundle again with this one"
+    wanted = f"the enginecast that built it, {quoted(writer)[1:-1]}," if isinstance(writer, str) else "its enginecast"
+    return (
+        f"it was built by a newer enginecast. Install {wanted} or a later one, or build the bundle again with this one"
+    )
 
 
 def sha256(path: Path) -> str:

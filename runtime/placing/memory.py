@@ -30,7 +30,6 @@ from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array, Dim, Signature, nbytes
 from runtime.engine import Engine
 from runtime.errors import InvalidInput
-from runtime.targets.lowering.nested import is_nested
 
 OVERHEAD: Final = 32 << 20
 MARGIN: Final = 1.1
@@ -64,14 +63,11 @@ def estimate(submodel: Submodel, half: bool, host: bool) -> int:
     """Estimated bytes of a loaded submodel. `half`: the target can compute in the submodel's half-precision type;
     `host`: it uses the host's memory.
     """
-    words = set(re.findall(r"\w+", submodel.precision))
-    stored_half, quantized = (
-        bool(words & {"float16", "bfloat16"}),
-        any(re.fullmatch(r"int\d|fp8|float8\w*", word) for word in words),
-    )
-    widened = stored_half and not (half and submodel.compute != "float32")
+    precision = submodel.precision
+    stored_half, quantized = not {"float16", "bfloat16"}.isdisjoint(precision.weights), precision.quantized
+    widened = stored_half and not (half and precision.compute != "float32")
     factor = (3 if quantized else 4) if widened and host else 2 if host or (widened and not quantized) else 1
-    factor *= 2 if is_nested(submodel.precision) else 1  # int4 codes run as int8 ones
+    factor *= 2 if precision.nested else 1  # int4 codes run as int8 ones
     usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
     usual |= {name: usual.get("total", length) for name, length in usual.items() if name == "past"}
     return factor * submodel.nbytes + OVERHEAD + nbytes((state.past for state in submodel.signature.states), usual)

@@ -286,4 +286,4 @@ def _room(device: Device, limit: int | None) -> int | None:
 
 def _estimate(submodel: Submodel, where: Place) -> int:
     engine: type[Engine] = target(where.target)
-    return memory.estimate(submodel, submodel.compute in engine.precisions, where.memory == "cpu")
+    return memory.estimate(submodel, submodel.precision.compute in engine.precisions, where.memory == "cpu")

@@ -136,7 +136,7 @@ def test_any_precision_with_old_names(tiny_vlm: Path, tmp_path: Path, dtype: str
     }
     bundles = {name: tmp_path / f"{name}-bundle" for name in twins}
     bundle, _ = build(Options(str(twins["new"]), bundles["new"], targets=("onnxruntime", "openvino")))
-    assert {submodel.precision for submodel in bundle.manifest.submodels} == {dtype}
+    assert {str(submodel.precision) for submodel in bundle.manifest.submodels} == {dtype}
     assert cast(twins["old"], bundles["old"]) == graphs(bundles["new"])
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.diffusion.config import DiffusionConfig
 from runtime.engine import FakeEngine
@@ -39,7 +40,7 @@ def submodel(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...])
         name=name,
         signature=Signature(inputs=inputs, outputs=outputs),
         graph=f"onnx/{name}/model.onnx",
-        precision="float32",
+        precision=Precision.parse("float32"),
         nbytes=100,
     )
 
@@ -67,7 +68,8 @@ def write_bundle(root: Path) -> Bundle:
     """A manifest and nothing else."""
     root.mkdir()
     manifest = Manifest(
-        name="fake", key="", pipeline="diffusion", quant="none", submodels=SUBMODELS, artifacts=(), config=CONFIG,
+        name="fake", key="", pipeline="diffusion", task="image",
+        quant="none", submodels=SUBMODELS, artifacts=(), config=CONFIG,
         versions={}, files={},
         source=Source(name="fake-source", family="fake", architecture="Fake", fingerprint=""),
     )  # fmt: skip

@@ -87,6 +87,7 @@ def toy_bundle(root: Path, kind: str) -> Path:
         name=root.name,
         key="",
         pipeline=kind,
+        task="image" if kind == "diffusion" else kind,
         quant="none",
         source=source,
         submodels=(),
@@ -101,6 +102,7 @@ def toy_bundle(root: Path, kind: str) -> Path:
 
 def toy_engines(kind: str) -> dict[str, Any]:
     from runtime.bundle.manifest import Submodel
+    from runtime.bundle.precision import Precision
     from runtime.bundle.signature import Signature
     from runtime.engine import FakeEngine
 
@@ -122,7 +124,9 @@ def toy_engines(kind: str) -> dict[str, Any]:
     for name, function in functions.items():
         engines[name] = FakeEngine(function)
         signature = Signature(inputs=(), outputs=())
-        engines[name].submodel = Submodel(name=name, signature=signature, graph="g", precision="none", nbytes=0)
+        engines[name].submodel = Submodel(
+            name=name, signature=signature, graph="g", precision=Precision.parse("none"), nbytes=0
+        )
         engines[name].calls = type("Nothing", (list,), {"append": lambda *_: None})()
     return engines
 

@@ -325,7 +325,7 @@ def _lowered(submodel: Submodel, graph: Path, settings: CoreMLSettings) -> Any:
     except Exception as error:  # protobuf's and onnx_ir's own
         raise EngineError(f"could not compile {graph}: it cannot be read ({error}). Build the bundle again") from None
     widen(model)
-    asked = submodel.compute if submodel.compute in CoreML.precisions else "float32"
+    asked = submodel.precision.compute if submodel.precision.compute in CoreML.precisions else "float32"
     if (settings.precision or asked) == "float16":
         model = to_half(model, "float16", submodel.keep)
     if submodel.signature.states:

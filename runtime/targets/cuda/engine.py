@@ -94,9 +94,9 @@ class CUDAEngine(SessionEngine):
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         settings = CUDASettings.parse(options.settings)
-        plan = SessionPlan(graph=f"{submodel.name}.onnx", compute=submodel.compute)
+        plan = SessionPlan(graph=f"{submodel.name}.onnx", compute=submodel.precision.compute)
         if submodel.signature.states:
-            form = "fixed" if submodel.compute == "float32" else "grouped"
+            form = "fixed" if submodel.precision.compute == "float32" else "grouped"
             plan = plan.model_copy(update={"cache": form, "capacity": capacity(submodel.signature, settings.context)})
         model, nested = cls._lowered(submodel, graph, plan)
         plan = plan.model_copy(update={"nested": nested})
@@ -116,14 +116,14 @@ class CUDAEngine(SessionEngine):
         """
         canonical = load_graph(graph)
         nested = widen(canonical)
-        if submodel.compute == "float32":
+        if submodel.precision.compute == "float32":
             model = canonical
         else:
-            trial = to_half(canonical, submodel.compute, submodel.keep)
+            trial = to_half(canonical, submodel.precision.compute, submodel.keep)
             _to_provider(trial, submodel, plan)
             names = {node.name for node in canonical.graph}
             lacking = {node.name for node, _ in outside(trial, CUDA)} & names
-            model = to_half(canonical, submodel.compute, {*submodel.keep, *lacking})
+            model = to_half(canonical, submodel.precision.compute, {*submodel.keep, *lacking})
         model = _to_provider(model, submodel, plan)
         check(model, CUDA, submodel.name)
         return model, nested
@@ -153,7 +153,7 @@ class CUDAEngine(SessionEngine):
     @classmethod
     def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         """The lowered graph on the CPU provider, which has no kernels for bfloat16."""
-        if submodel.compute == "bfloat16":
+        if submodel.precision.compute == "bfloat16":
             raise EngineUnavailable(
                 f"what {cls.target} compiles cannot be computed here: ONNX Runtime has no kernels for bfloat16 on the "
                 "CPU"

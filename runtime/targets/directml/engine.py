@@ -99,7 +99,9 @@ class DirectML(SessionEngine):
         signature = submodel.signature
         positions = capacity(signature, settings.context) if signature.states else 0
         shapes = shapes_of(settings.shapes, signature)
-        plan = SessionPlan(graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.compute)
+        plan = SessionPlan(
+            graph=f"{submodel.name}.onnx", capacity=positions, shapes=shapes, compute=submodel.precision.compute
+        )
         model, nested = cls._lowered(submodel, graph, positions, steps=False)
         plan, models = plan.model_copy(update={"nested": nested}), {plan.graph: model}
         if signature.states:
@@ -125,13 +127,13 @@ class DirectML(SessionEngine):
         """
         model = load_graph(graph)
         nested = widen(model)
-        if submodel.compute == "bfloat16":
+        if submodel.precision.compute == "bfloat16":
             raise EngineError(
                 f"could not compile {submodel.name}: DirectML computes in float32 and float16, not in bfloat16: choose "
                 "another --quant"
             )
-        if submodel.compute != "float32":
-            model = to_half(model, submodel.compute, submodel.keep)
+        if submodel.precision.compute != "float32":
+            model = to_half(model, submodel.precision.compute, submodel.keep)
         if submodel.signature.states:
             model = with_static_cache(model, submodel.signature, positions)
         to_opset21(model, DIRECTML, positions if steps else 0)

@@ -39,11 +39,6 @@ WEIGHT: Final = ".weight"
 """The value that the layer reads."""
 
 
-def is_nested(precision: str) -> bool:
-    """Whether a submodel of this precision (`runtime.bundle.manifest.Submodel`) has such weights."""
-    return "W4A8" in precision
-
-
 def int8_codes(codes: NDArray[np.uint8], factors: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.int8]:
     """int8 codes of a weight of this shape: [K, N] of a product, [O, ...] of a convolution.
 

@@ -27,7 +27,7 @@ from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.files import key_of, written
 from runtime.placing.choices import Choice, Decision, Subject, Values, decide
 from runtime.targets.lowering.attention import CONTRIB, with_grouped_cache
-from runtime.targets.lowering.nested import WEIGHTS, is_nested, widen, widened
+from runtime.targets.lowering.nested import WEIGHTS, widen, widened
 from runtime.targets.onnxruntime.integers import cut_behind, first_behind, with_integer_products
 from runtime.targets.sessions.base import SessionEngine, folder_of
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, nested_values, open_session, sdk
@@ -117,7 +117,7 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
         model = load_graph(graph)
         with_grouped_cache(model, submodel.signature)
         return {name: model}
-    if "A8" not in submodel.precision:
+    if submodel.precision.activations == "float":
         return {}
     whole, part, plain = (load_graph(graph) for _ in range(3))
     for model in (whole, part):
@@ -148,7 +148,7 @@ def _write(output: Path, name: str, model: Any) -> list[str]:
 
 def _made(submodel: Submodel, folder: Path, name: str, canonical: Path) -> dict[str, Any]:
     """The weights of a stored graph that are made of the bundle's."""
-    return nested_values(read_plan(folder, name), canonical.parent / WEIGHTS) if is_nested(submodel.precision) else {}
+    return nested_values(read_plan(folder, name), canonical.parent / WEIGHTS) if submodel.precision.nested else {}
 
 
 def _decide(

@@ -36,7 +36,7 @@ from runtime.optional import require
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from runtime.placing.containers import allowance
 from runtime.placing.devices import cores
-from runtime.targets.lowering.nested import WEIGHTS, is_nested
+from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.openvino.devices import Where
 from runtime.targets.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, widen
 from runtime.targets.openvino.pages import Pages, Table, fits, has_pages, use_pages
@@ -299,7 +299,7 @@ def _varies(submodel: Submodel) -> bool:
 
 def _needs_shape(submodel: Submodel, where: Where) -> bool:
     """Whether each shape has to be compiled for: on an NPU, and on the CPU where activations are quantized."""
-    wrong = where.cpu and "A8" in submodel.precision
+    wrong = where.cpu and submodel.precision.activations != "float"
     return (wrong or where.npu) and not submodel.signature.states and _varies(submodel)
 
 
@@ -379,7 +379,7 @@ def _read(
 ) -> Any:
     """The graph as it is compiled, but for its states."""
     model = core.read_model(graph)
-    if is_nested(submodel.precision):
+    if submodel.precision.nested:
         widen(model, graph.parent / WEIGHTS)
     if values.get("zero_points") != "off":
         use_zero_points(model, submodel.activation_ranges)
@@ -442,7 +442,7 @@ def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> 
     if not where.plain or _half(core, submodel):
         return {}
     open_ones = {
-        "attention": bool(submodel.bfloat16) and submodel.compute == "float32" and _has_bfloat16(core),
+        "attention": bool(submodel.bfloat16) and submodel.precision.compute == "float32" and _has_bfloat16(core),
         "zero_points": bool(submodel.activation_ranges),
         SHAPES_CHOICE: _varies(submodel) and not submodel.signature.states and not _needs_shape(submodel, where),
         "activation_group": submodel.dynamic
@@ -511,7 +511,7 @@ def _half(core: Any, submodel: Submodel) -> bool:
     """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of
     their pages.
     """
-    return submodel.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
+    return submodel.precision.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
 
 
 def _has_bfloat16(core: Any) -> bool:

@@ -51,8 +51,8 @@ def lower(submodel: Submodel, graph: Path, settings: TensorRTSettings) -> Lowere
             "Name the libraries that may be loaded in the setting plugins"
         )
     widen(model)
-    if submodel.compute != "float32":
-        model = to_half(model, submodel.compute, submodel.keep)
+    if submodel.precision.compute != "float32":
+        model = to_half(model, submodel.precision.compute, submodel.keep)
     if submodel.signature.states:
         model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings.context))
     converted = {}

@@ -21,6 +21,7 @@ from calibration.requests.files import read_images, read_prompts
 from calibration.requests.requests import built_in
 from calibration.requests.tasks.image import STEPS
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
@@ -73,12 +74,19 @@ def drawing(tmp_path: Path) -> LoadedModel:
     root = tmp_path / "drawing"
     shutil.copytree(SAMPLE / "tokenizer", root / "tokenizer")
     submodels = tuple(
-        Submodel(name=name, signature=Signature(inputs=inputs, outputs=()), graph=name, precision="float32", nbytes=0)
+        Submodel(
+            name=name,
+            signature=Signature(inputs=inputs, outputs=()),
+            graph=name,
+            precision=Precision.parse("float32"),
+            nbytes=0,
+        )
         for name, inputs in INPUTS.items()
     )
     source = Source(name="drawing", family="fake", architecture="Fake", fingerprint="f" * 64)
     manifest = Manifest(
-        name="drawing", key="k", pipeline="diffusion", quant="none", source=source, submodels=submodels, artifacts=(),
+        name="drawing", key="k", pipeline="diffusion", task="image",
+        quant="none", source=source, submodels=submodels, artifacts=(),
         config=CONFIG,
         versions={}, files={},
     )  # fmt: skip

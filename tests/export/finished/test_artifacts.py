@@ -89,11 +89,18 @@ def root(tmp_path: Path) -> Path:
         (root / name).write_bytes(name.encode() * 10)
         files[name] = sha256(root / name)
     parts = [
-        {"name": name, "signature": TENSOR, "graph": f"onnx/{name}/model.onnx", "precision": "float16", "nbytes": 3}
+        {
+            "name": name,
+            "signature": TENSOR,
+            "graph": f"onnx/{name}/model.onnx",
+            "precision": {"weights": ["float16"]},
+            "nbytes": 3,
+        }
         for name in ("unet", "vae")
     ]
     manifest = {
-        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "none",
+        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "task": "image",
+        "quant": "none",
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": parts,
         "artifacts": [{"target": "openvino", "submodel": name} for name in ("unet", "vae")], "config": {},
         "versions": {}, "files": files,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from export.report.sizes import forms, megabytes
 from runtime.bundle.manifest import Submodel, Weights
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Signature
 
 CODES = Weights(form="int4", elements=750, nbytes=400)
@@ -13,7 +14,12 @@ LAST = Weights(form="int8", elements=200, nbytes=20_000_000, reason="makes the o
 
 def submodel(*weights: Weights) -> Submodel:
     return Submodel(
-        name="unet", signature=Signature(inputs=(), outputs=()), graph="g", precision="int4", nbytes=0, weights=weights
+        name="unet",
+        signature=Signature(inputs=(), outputs=()),
+        graph="g",
+        precision=Precision.parse("int4"),
+        nbytes=0,
+        weights=weights,
     )
 
 

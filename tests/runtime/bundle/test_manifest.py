@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 
 import runtime.bundle.manifest
-from runtime.bundle.manifest import MANIFEST, SCHEMA, Bundle, sha256
+from runtime.bundle.manifest import MANIFEST, OLDEST_SCHEMA, SCHEMA, Bundle, sha256
 from runtime.errors import BundleError, NotFound
 from runtime.files import open_regular
 
 SIGNATURE = {"inputs": [{"name": "x", "dtype": "float32", "dims": [1]}], "outputs": []}
-PART = {"name": "unet", "signature": SIGNATURE, "graph": "onnx/unet/model.onnx", "precision": "float16", "nbytes": 3}
+PART = {
+    "name": "unet",
+    "signature": SIGNATURE,
+    "graph": "onnx/unet/model.onnx",
+    "precision": {"weights": ["float16"]},
+    "nbytes": 3,
+}
 
 
 @pytest.fixture
@@ -31,6 +37,7 @@ def manifest(tmp_path: Path) -> dict[str, Any]:
         "name": "shapes",
         "key": "k",
         "pipeline": "diffusion",
+        "task": "image",
         "quant": "none",
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"},
         "submodels": [PART],
@@ -55,21 +62,6 @@ def test_open(tmp_path: Path, manifest: dict[str, Any]) -> None:
         bundle.submodel("unett")
 
 
-def test_the_task_of_older_bundles_is_that_of_their_pipeline(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    assert opened(tmp_path, manifest).manifest.task == "image"
-    assert opened(tmp_path, manifest | {"task": "chat"}).manifest.task == "chat"
-    assert opened(tmp_path, manifest | {"pipeline": "unheard"}).manifest.task == ""
-    with pytest.raises(BundleError, match=r"manifest.json cannot be read: pipeline: [^;]*$"):
-        opened(tmp_path, manifest | {"pipeline": 3})
-
-
-def test_activation_ranges_have_another_name_in_older_bundles(tmp_path: Path, manifest: dict[str, Any]) -> None:
-    for name in ("activation_ranges", "spans"):
-        part = PART | {name: {"silu/QuantizeLinear": [-0.25, 4.0]}}
-        found = opened(tmp_path, manifest | {"submodels": [part]}).submodel("unet")
-        assert found.activation_ranges == {"silu/QuantizeLinear": (-0.25, 4.0)}
-
-
 def test_no_bundle(tmp_path: Path) -> None:
     with pytest.raises(NotFound, match="does not exist"):
         Bundle(tmp_path / "nowhere")
@@ -80,7 +72,7 @@ def test_no_bundle(tmp_path: Path) -> None:
 @pytest.mark.parametrize("version", [0, None, "1", 0.5, True, 1.0])
 def test_another_schema_version(tmp_path: Path, manifest: dict[str, Any], version: object) -> None:
     with pytest.raises(
-        BundleError, match=f"has schema version {version}, this program reads {SCHEMA}: build the bundle again"
+        BundleError, match=f"has schema version {version}, this program reads {OLDEST_SCHEMA} to {SCHEMA}: build"
     ):
         opened(tmp_path, manifest | {"schema_version": version, "something": "new"})
 
@@ -88,15 +80,21 @@ def test_another_schema_version(tmp_path: Path, manifest: dict[str, Any], versio
 @pytest.mark.parametrize(
     ("versions", "wanted"),
     [
-        ({"enginecast": "0.3.0"}, "install enginecast 0.3.0 or later, or build the bundle again with this one"),
-        ({"enginecast": [1]}, "install a later enginecast, or"),
-        ("none", "install a later enginecast, or"),
+        (
+            {"enginecast": "0.3.0"},
+            "Install the enginecast that built it, 0.3.0, or a later one, or build the bundle again",
+        ),
+        ({"enginecast": [1]}, "Install its enginecast or a later one, or"),
+        ("none", "Install its enginecast or a later one, or"),
     ],
 )
 def test_a_newer_schema_says_what_reads_it(
     tmp_path: Path, manifest: dict[str, Any], versions: object, wanted: str
 ) -> None:
-    with pytest.raises(BundleError, match=f"has schema version {SCHEMA + 1}, this program reads {SCHEMA}: {wanted}"):
+    expected = (
+        f"has schema version {SCHEMA + 1}, this program reads {OLDEST_SCHEMA} to {SCHEMA}: it was built by a newer"
+    )
+    with pytest.raises(BundleError, match=f"{expected} enginecast. {wanted}"):
         opened(tmp_path, manifest | {"schema_version": SCHEMA + 1, "versions": versions})
 
 

@@ -35,7 +35,8 @@ def make(root: Path) -> Bundle:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(content)
     manifest = {
-        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "none",
+        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "task": "image",
+        "quant": "none",
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [],
         "artifacts": [],
         "config": {}, "versions": {}, "files": {name: sha256(root / name) for name in FILES},

@@ -166,6 +166,7 @@ def write_bundle(root: Path, processor: LlavaProcessor, config: Mapping[str, Any
         name="tiny",
         key="none",
         pipeline="chat",
+        task="chat",
         quant="none",
         source=source,
         submodels=(),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel, sha256
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import Availability, Engine, FakeEngine, Options, targets
 from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound, ResourceExhausted
@@ -280,7 +281,11 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
     latents = Tensor(name="latents", dtype="float32", dims=(BATCH, 8, Dim(name="height", min=2, opt=8, max=64), 8))
     submodels = tuple(
         Submodel(
-            name=name, signature=Signature(inputs=(latents,), outputs=()), graph="g", precision="int8", nbytes=size
+            name=name,
+            signature=Signature(inputs=(latents,), outputs=()),
+            graph="g",
+            precision=Precision.parse("int8"),
+            nbytes=size,
         )
         for name, size in (("text_encoder", 10), ("unet", 30), ("vae_decoder", 20))
     )
@@ -288,7 +293,8 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
     shutil.copytree(SAMPLES / "shapes-diffusion" / "tokenizer", root / "tokenizer")
     files = {f"tokenizer/{path.name}": sha256(path) for path in (root / "tokenizer").iterdir()}
     manifest = Manifest(
-        name="made-up", key="", pipeline="diffusion", quant="none", submodels=submodels, config=config, versions={},
+        name="made-up", key="", pipeline="diffusion", task="image",
+        quant="none", submodels=submodels, config=config, versions={},
         files=files,
         artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in submodels),
         source=Source(name="made-up", family="f", architecture="A", fingerprint=""),

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.engine import FakeEngine, Options, targets
 from runtime.errors import InvalidInput
@@ -23,7 +24,7 @@ LATENTS = Tensor(name="latents", dtype="float32", dims=(BATCH, 4, EDGE, EDGE.mod
 def submodel(precision: str, compute: Any = "float32", nbytes: int = 1000) -> Submodel:
     signature = Signature(inputs=(LATENTS,), outputs=())
     return Submodel(
-        name="vae_decoder", signature=signature, graph="g", precision=precision, nbytes=nbytes, compute=compute
+        name="vae_decoder", signature=signature, graph="g", precision=Precision.parse(precision, compute), nbytes=nbytes
     )
 
 
@@ -118,7 +119,7 @@ def test_estimates_beside_what_real_engines_take(
         memory.give_back()
         before = memory.of_process() or 0
         engine = targets()[target].load(one, root, Options(threads=1))
-        wanted = estimate(one, one.compute in engine.precisions, True)
+        wanted = estimate(one, one.precision.compute in engine.precisions, True)
         found = memory.measure(engine, before, memory.of_process, wanted)
         taken = (memory.of_process() or 0) - before
         engine.close()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.bundle.manifest import Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import Engine, FakeEngine, Slot
 from runtime.errors import EngineError, ResourceExhausted
@@ -39,7 +40,11 @@ class Loads:
         where: str = "cpu",
     ) -> OffloadedEngine:
         submodel = Submodel(
-            name=name, signature=Signature(inputs=(), outputs=()), graph="g", precision="int8", nbytes=size
+            name=name,
+            signature=Signature(inputs=(), outputs=()),
+            graph="g",
+            precision=Precision.parse("int8"),
+            nbytes=size,
         )
         loads = self
 

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Signature
 from runtime.engine import Availability, Engine, FakeEngine
 from runtime.errors import EngineUnavailable, InvalidInput, NotFound, ResourceExhausted
@@ -84,13 +85,14 @@ def bundle(
             name=name,
             signature=Signature(inputs=(), outputs=()),
             graph=f"onnx/{name}/model.onnx",
-            precision="int8",
+            precision=Precision.parse("int8"),
             nbytes=size,
         )
         for name, size in sizes.items()
     )
     manifest = Manifest(
-        name="b", key="", pipeline="diffusion", quant="int8", submodels=submodels, config={}, versions={}, files={},
+        name="b", key="", pipeline="diffusion", task="image",
+        quant="int8", submodels=submodels, config={}, versions={}, files={},
         artifacts=tuple(Artifact(target=name, submodel=one) for name in targets for one in sizes),
         source=Source(name="s", family="f", architecture="A", fingerprint=""),
     )  # fmt: skip

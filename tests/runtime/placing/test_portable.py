@@ -44,9 +44,10 @@ def make(root: Path, *artifacts: Artifact, content: bytes = b"graph", graph: boo
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(data)
         files[name] = sha256(root / name)
-    part = {"name": "unet", "signature": SIGNATURE, "graph": GRAPH, "precision": "float16", "nbytes": 3}
+    part = {"name": "unet", "signature": SIGNATURE, "graph": GRAPH, "precision": {"weights": ["float16"]}, "nbytes": 3}
     manifest = {
-        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "none",
+        "schema_version": SCHEMA, "name": "shapes", "key": "k", "pipeline": "diffusion", "task": "image",
+        "quant": "none",
         "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [part],
         "artifacts": [artifact.model_dump() for artifact in artifacts], "config": {}, "versions": {}, "files": files,
     }  # fmt: skip
@@ -81,7 +82,7 @@ def text(fitted: Fitted, engine: type[Bound] = Bound) -> str:
     return bytes(loaded.run({})["text"]).decode()
 
 
-PART = {"name": "unet", "signature": SIGNATURE, "graph": GRAPH, "precision": "float16", "nbytes": 3}
+PART = {"name": "unet", "signature": SIGNATURE, "graph": GRAPH, "precision": {"weights": ["float16"]}, "nbytes": 3}
 
 
 def entries(cache: Path) -> list[str]:

@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Options, Slot, targets
 from runtime.targets.onnxruntime import engine as ort
@@ -62,7 +63,9 @@ def layer(folder: Path, bits: int, block: int = BLOCK) -> tuple[Submodel, Array]
     )
     x, y = (Tensor(name=name, dtype="float32", dims=(ROWS, size)) for name, size in (("x", INPUTS), ("y", OUTPUTS)))
     signature = Signature(inputs=(x,), outputs=(y,))
-    submodel = Submodel(name="layer", signature=signature, graph="model.onnx", precision=f"int{bits}", nbytes=0)
+    submodel = Submodel(
+        name="layer", signature=signature, graph="model.onnx", precision=Precision.parse(f"int{bits}"), nbytes=0
+    )
     return submodel, np.repeat(scales, INPUTS // rows, axis=0) * codes
 
 
@@ -147,7 +150,9 @@ def test_quantized_activations_run_at_fixed_shapes(tmp_path: Path) -> None:
         pytest.skip(targets()["openvino"].available().reason)
     submodel, _ = layer(tmp_path, 8)
     engines = {
-        precision: OpenVINO.load(submodel.model_copy(update={"precision": precision}), tmp_path, Options())
+        precision: OpenVINO.load(
+            submodel.model_copy(update={"precision": Precision.parse(precision)}), tmp_path, Options()
+        )
         for precision in ("int8", "int8 W8A8")
     }
     fixed = engines["int8 W8A8"]

@@ -46,7 +46,7 @@ def decoder(
     if case == "openvino, states":
         monkeypatch.setattr(openvino, "fits", lambda signature: False)
     if case == "cuda, float16":
-        submodel = submodel.model_copy(update={"compute": "float16"})
+        submodel = submodel.computing("float16")
     if name == "lean":
         yield LeanEngine(submodel, ir.load(graph))
     elif issubclass(targets()[name], TensorRT):

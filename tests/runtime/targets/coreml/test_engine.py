@@ -259,7 +259,7 @@ def test_half_precision_halves_the_rest_and_is_computed(diffusion_bundle: Path, 
     bundle = Bundle(diffusion_bundle)
     submodel = bundle.submodel(name)
     engine: Any = emulated(submodel, bundle.root, tmp_path, precision="float16")
-    by_bundle: Any = emulated(submodel.model_copy(update={"compute": "float16"}), bundle.root, tmp_path / "2")
+    by_bundle: Any = emulated(submodel.computing("float16"), bundle.root, tmp_path / "2")
     inputs = submodel.signature.sample(submodel.signature.sample_lengths())
     (wanted,), (got,), (same,) = (
         one.run(inputs).values() for one in (reference(submodel, bundle.root), engine, by_bundle)

@@ -37,9 +37,7 @@ def test_caches_by_what_the_kernel_takes(
     decoder: tuple[Submodel, Path], tmp_path: Path, compute: Any, cache: str
 ) -> None:
     submodel, graph = decoder
-    CUDAEngine.compile_with(
-        CompileOptions({"context": "32"}), submodel.model_copy(update={"compute": compute}), graph, tmp_path
-    )
+    CUDAEngine.compile_with(CompileOptions({"context": "32"}), submodel.computing(compute), graph, tmp_path)
     assert json.loads((tmp_path / "decoder.json").read_text())["cache"] == cache
     model = ir.load(tmp_path / "decoder.onnx")
     operators = [node.op_type for node in model.graph]
@@ -49,7 +47,7 @@ def test_caches_by_what_the_kernel_takes(
 
 def test_what_the_provider_lacks_in_bfloat16_stays_float32(decoder: tuple[Submodel, Path], tmp_path: Path) -> None:
     """Reciprocal and ReduceMean have no kernel for it; products and attention have."""
-    submodel = decoder[0].model_copy(update={"compute": "bfloat16"})
+    submodel = decoder[0].computing("bfloat16")
     CUDAEngine.compile_with(CompileOptions(), submodel, decoder[1], tmp_path)
     types: dict[str, set[str]] = {}
     for node in ir.load(tmp_path / "decoder.onnx").graph:
@@ -62,7 +60,7 @@ def test_what_the_provider_lacks_in_bfloat16_stays_float32(decoder: tuple[Submod
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("compute", ["float32", "float16"])
 def test_several_rows(decoder: tuple[Submodel, Path], emulated: Make, compute: Any, batch: int) -> None:
-    submodel = decoder[0].model_copy(update={"compute": compute})
+    submodel = decoder[0].computing(compute)
     engine, slot = emulated("cuda", submodel, decoder[1], {"context": "300"}), Slot()
     reference = Reference(*decoder, batch)
     for call in tokens(submodel, batch, (5, 1, 3, 250, 1)):
@@ -182,7 +180,7 @@ def test_on_a_gpu(vlm_bundle: Path, tmp_path: Path, graphs: str) -> None:
         pytest.skip(f"cuda: {found.reason}")
     bundle = Bundle(vlm_bundle)
     for original in bundle.manifest.submodels:
-        submodel = original.model_copy(update={"compute": "float16"})
+        submodel = original.computing("float16")
         graph = bundle.root / submodel.graph
         (tmp_path / "onnx").mkdir(exist_ok=True)
         (tmp_path / "onnx" / submodel.name).symlink_to(graph.parent)

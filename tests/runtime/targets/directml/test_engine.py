@@ -142,7 +142,7 @@ def test_a_planted_node_fails_the_build(vlm_bundle: Path, tmp_path: Path) -> Non
 
 def test_bfloat16_is_refused(vlm_bundle: Path, tmp_path: Path) -> None:
     bundle = Bundle(vlm_bundle)
-    submodel = bundle.submodel("vision_encoder").model_copy(update={"compute": "bfloat16"})
+    submodel = bundle.submodel("vision_encoder").computing("bfloat16")
     with pytest.raises(EngineError, match="DirectML computes in float32 and float16, not in bfloat16"):
         DirectML.compile_with(CompileOptions(), submodel, bundle.root / submodel.graph, tmp_path)
 

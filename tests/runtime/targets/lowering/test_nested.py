@@ -117,7 +117,7 @@ def optimized(
 
 def test_four_bits_are_stored(bundle: tuple[Path, Submodel, NDArray[np.float32]]) -> None:
     root, submodel, wanted = bundle
-    assert submodel.precision == "int4 + int8 W4A8", "what makes the output is int8"
+    assert str(submodel.precision) == "int4 + int8 W4A8", "what makes the output is int8"
     model = ir.load(root / "toy" / "model.onnx")
     nested = {name: value for name, value in model.graph.initializers.items() if name.endswith(".int4.nested")}
     assert sorted(nested) == [f"{name}.weight.int4.nested" for name in ("first", "product", "second", "third")]

@@ -15,6 +15,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.bundle.manifest import Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Compiled, Options
 from runtime.errors import InvalidInput
@@ -223,7 +224,9 @@ def test_the_engine_takes_what_is_faster_here(tmp_path: Path) -> None:
     rows = Dim(name="rows", min=1, opt=8, max=64)
     x, *ends = (Tensor(name=name, dtype="float32", dims=(rows, CHANNELS)) for name in ("x", "aside", "r29"))
     signature = Signature(inputs=(x,), outputs=tuple(ends))
-    submodel = Submodel(name="chain", signature=signature, graph="model.onnx", precision="int8 W8A8", nbytes=0)
+    submodel = Submodel(
+        name="chain", signature=signature, graph="model.onnx", precision=Precision.parse("int8 W8A8"), nbytes=0
+    )
     compiled = Compiled(ONNXRuntime.compile(submodel, tmp_path / "model.onnx", tmp_path / "out"), tmp_path / "out")
     assert compiled.artifact.files == ("chain.onnx", "chain.integers.onnx", "chain.floats.onnx")
     feed = {"x": np.random.default_rng(1).standard_normal((3, CHANNELS)).astype(np.float32)}
@@ -250,7 +253,11 @@ def test_the_engine_measures_its_parts(tmp_path: Path, monkeypatch: pytest.Monke
     onnx.save(chain(30), tmp_path / "model.onnx")
     x = Tensor(name="x", dtype="float32", dims=(Dim(name="rows", min=1, opt=8, max=64), CHANNELS))
     submodel = Submodel(
-        name="chain", signature=Signature(inputs=(x,), outputs=()), graph="model.onnx", precision="int8 W8A8", nbytes=0
+        name="chain",
+        signature=Signature(inputs=(x,), outputs=()),
+        graph="model.onnx",
+        precision=Precision.parse("int8 W8A8"),
+        nbytes=0,
     )
     compiled = Compiled(ONNXRuntime.compile(submodel, tmp_path / "model.onnx", tmp_path / "out"), tmp_path / "out")
     engine = ONNXRuntime.load(submodel, tmp_path, Options(threads=1, compiled=compiled))

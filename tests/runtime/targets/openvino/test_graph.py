@@ -14,6 +14,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.bundle.manifest import Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Dim, Signature, Tensor
 from runtime.engine import Engine, Options
 from runtime.errors import EngineError
@@ -65,7 +66,9 @@ def convolution(folder: Path) -> tuple[Submodel, Array]:
     saved(folder, nodes, tensors, {"x": dims}, dims)
     x, y = (Tensor(name=name, dtype="float32", dims=(BATCH, CHANNELS, SIDE, SIDE)) for name in "xy")
     signature = Signature(inputs=(x,), outputs=(y,))
-    submodel = Submodel(name="conv", signature=signature, graph="model.onnx", precision="int8 W8A8", nbytes=0)
+    submodel = Submodel(
+        name="conv", signature=signature, graph="model.onnx", precision=Precision.parse("int8 W8A8"), nbytes=0
+    )
     return submodel, codes * np.float32(0.001)
 
 
@@ -115,7 +118,9 @@ def attention(folder: Path) -> Submodel:
     saved(folder, nodes, [], dict.fromkeys(("q", "k", "v"), dims), dims)
     tensors = [Tensor(name=name, dtype="float32", dims=(BATCH, HEADS, LENGTH, SIZE)) for name in "qkvy"]
     signature = Signature(inputs=tuple(tensors[:3]), outputs=tuple(tensors[3:]))
-    return Submodel(name="attn", signature=signature, graph="model.onnx", precision="float32", nbytes=0)
+    return Submodel(
+        name="attn", signature=signature, graph="model.onnx", precision=Precision.parse("float32"), nbytes=0
+    )
 
 
 def test_only_the_named_attention_computes_in_bfloat16(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_every_submodel_agrees(
     for original in bundle.manifest.submodels:
         if recipe == "int4" and original.name.startswith("vae"):
             continue  # families keep it at int8
-        submodel = original.model_copy(update={"compute": compute})
+        submodel = original.computing(compute)
         graph = quantized(bundle, submodel, recipe, tmp_path)
         engine = emulated(name, submodel, graph)
         if submodel.signature.states:

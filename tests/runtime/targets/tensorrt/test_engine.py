@@ -80,7 +80,7 @@ def test_every_recipe_of_a_decoder_is_compiled(
     rtx: type[TensorRTForRTX], tiny_bundle: Path, tmp_path: Path, recipe: str, compute: str
 ) -> None:
     bundle = Bundle(tiny_bundle)
-    submodel = bundle.submodel("decoder").model_copy(update={"compute": compute})
+    submodel = bundle.submodel("decoder").computing(compute)
     graph = quantized(bundle, submodel, recipe, tmp_path)
     artifact = rtx.compile_with(CompileOptions(SMALL), submodel, graph, tmp_path / "engines")
     assert artifact.files == ("decoder.engine",) and artifact.seconds > 0
