@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from enum import Enum, auto
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -25,17 +24,11 @@ from onnx_ir.passes import common
 
 from calibration.ground.progress import each
 from calibration.observe.ranges import ChannelStats, Histogram
-from calibration.quantize.layers import (
-    LEAST_SNR,
-    Layer,
-    LayerPlan,
-    add_initializer,
-    layer_of,
-    name_of,
-    tensor_of,
-    weight_layers,
-)
-from calibration.quantize.weights import INT8_PEAK, Floats, check, chunks, int4_blocks, int8_columns, release
+from calibration.quantize.forms import input_step, restored
+from calibration.quantize.layers import Layer, add_initializer, name_of, tensor_of, weight_layers
+from calibration.quantize.plan import LEAST_SNR, LayerPlan
+from calibration.quantize.sites import Blocked, Site, sites_of
+from calibration.quantize.weights import INT8_PEAK, Floats, check, chunks, release
 from runtime.errors import InvalidInput
 
 ScalingMethod = Literal["smoothquant", "awq"]
@@ -96,11 +89,11 @@ def find_folds(model: ir.Model, layers: Sequence[LayerPlan], stats: Mapping[str,
             continue
         fold = Fold(name_of(tensor), kind, tuple(name_of(layer.weight) for layer in group))
         try:
-            sites = _sites_of(tensor, group)
-        except _Blocked as blocked:
+            sites = sites_of(tensor, group)
+        except Blocked as blocked:
             folds.append(replace(fold, reason=str(blocked)))
             continue
-        fold = replace(fold, into=tuple(dict.fromkeys(name_of(_source(site)) for site in sites)))
+        fold = replace(fold, into=tuple(dict.fromkeys(name_of(site.source) for site in sites)))
         folds.append(_search(fold, group, planned, stats[name_of(tensor)]))
     return folds
 
@@ -122,7 +115,7 @@ def equalize(model: ir.Model, folds: Iterable[Fold]) -> ir.Model:
             raise InvalidInput(
                 "folds", f"scale '{fold.tensor}' for {', '.join(fold.weights)}, which this graph lacks: search it again"
             )
-        for site in _sites_of(tensor, group):
+        for site in sites_of(tensor, group):
             _divide(copy, site, fold.scales)
         for layer in group:
             _scale_matrix(copy, layer, fold.scales, rows=True)
@@ -155,215 +148,6 @@ def _kind(planned: Sequence[LayerPlan]) -> ScalingMethod | None:
     if any(one.activation for one in planned):
         return "smoothquant"
     return "awq" if any(one.weight_type == "int4" for one in planned) else None
-
-
-# Where 1 / s can go.
-
-
-class _Blocked(Exception):
-    """Why nothing can absorb the division."""
-
-
-class _Layout(Enum):
-    """Where a value's channels are: its last axis, split [..., H, D], or as heads [..., H, S, D]."""
-
-    LAST = auto()
-    SPLIT = auto()
-    HEADS = auto()
-
-
-@dataclass(frozen=True)
-class _Site:
-    """An operand to divide: a vector, or with `layer` the columns of a matrix; from `offset` of its `width` channels
-    on.
-    """
-
-    node: ir.Node
-    index: int
-    offset: int
-    width: int
-    layer: Layer | None = None
-
-
-def _source(site: _Site) -> ir.Value:
-    if site.layer is not None:
-        return site.layer.weight
-    vector = _vector(site.node.inputs[site.index])
-    assert vector is not None
-    return vector
-
-
-def _sites_of(tensor: ir.Value, group: Sequence[Layer]) -> list[_Site]:
-    """What absorbs the division of a tensor that these layers read. Raises _Blocked."""
-    for layer in group:
-        _require_own(layer)
-    return _trace(tensor, {layer.node for layer in group}, _Layout.LAST, 0, group[0].matrix[0])
-
-
-def _trace(value: ir.Value | None, readers: set[ir.Node], layout: _Layout, offset: int, width: int) -> list[_Site]:
-    """Follow a value back to what can absorb the division of its channels, through what commutes with scaling them."""
-    node = _own_producer(value, readers)
-    assert value is not None
-    if node.op_type in ("Relu", "Identity"):
-        return _trace(node.inputs[0], {node}, layout, offset, width)
-    if node.op_type == "Reshape":
-        return _trace(node.inputs[0], {node}, _before_reshape(node, layout, width), offset, width)
-    if node.op_type == "Transpose" and layout in (_Layout.SPLIT, _Layout.HEADS):
-        if list(node.attributes.get_ints("perm", ())) != [0, 2, 1, 3]:
-            raise _Blocked(f"{node.name} moves channels")
-        return _trace(
-            node.inputs[0], {node}, _Layout.HEADS if layout is _Layout.SPLIT else _Layout.SPLIT, offset, width
-        )
-    if node.op_type == "Attention":
-        return _trace(_attention_values(node, layout), {node}, layout, offset, width)
-    if layout is not _Layout.LAST:
-        raise _Blocked(f"{node.name} ({node.op_type}) does not commute with the scaling of channels")
-    if node.op_type in ("LayerNormalization", "RMSNormalization"):
-        return _norm(node, offset, width)
-    if node.op_type in ("Add", "Mul"):
-        return _elementwise(node, offset, width)
-    if node.op_type == "Split":
-        return _split(node, value, offset, width)
-    if node.op_type == "MatMul" and (layer := layer_of(node)) is not None:
-        _require_own(layer)
-        return [_Site(node, 1, offset, width, layer)]
-    raise _Blocked(f"{node.name} ({node.op_type}) does not commute with the scaling of channels")
-
-
-def _own_producer(value: ir.Value | None, readers: set[ir.Node]) -> ir.Node:
-    """What makes a value that nothing else reads."""
-    if value is None or (node := value.producer()) is None:
-        raise _Blocked("it is an input of the graph" if value is not None else "its producer is not known")
-    others = [user for user, _ in value.uses() if user not in readers]
-    if others:
-        raise _Blocked(f"{name_of(others[0])} ({others[0].op_type}) reads {name_of(value)} too")
-    if value.is_graph_output():
-        raise _Blocked(f"{name_of(value)} is an output of the graph")
-    return node
-
-
-def _require_own(layer: Layer) -> None:
-    """A weight that something else reads too, such as a tied embedding, cannot be changed."""
-    value = layer.weight
-    while True:
-        users = [user for user, _ in value.uses()]
-        if len(users) != 1 or value.is_graph_output():
-            raise _Blocked(f"weight {name_of(layer.weight)} is used elsewhere too")
-        if users[0] is layer.node:
-            return
-        value = users[0].outputs[0]
-
-
-def _norm(node: ir.Node, offset: int, width: int) -> list[_Site]:
-    """Scale, and bias where there is one, of a norm over the last axis."""
-    rank = len(node.inputs[0].shape) if node.inputs[0] is not None and node.inputs[0].shape is not None else None
-    if node.attributes.get_int("axis", -1) not in (-1, None if rank is None else rank - 1):
-        raise _Blocked(f"{node.name} normalises more than the last axis")
-    present = [index for index, value in enumerate(node.inputs) if index and value is not None]
-    if any(not _is_vector(node.inputs[index], width) for index in present):
-        raise _Blocked(f"{node.name} has a scale that is no constant vector")
-    return [_Site(node, index, offset, width) for index in present]
-
-
-def _elementwise(node: ir.Node, offset: int, width: int) -> list[_Site]:
-    """A product has one factor divided, a constant one if there is any; a sum with a constant vector has both."""
-    for index, value in enumerate(node.inputs):
-        if _is_vector(value, width):
-            site = _Site(node, index, offset, width)
-            return (
-                [site]
-                if node.op_type == "Mul"
-                else [site, *_trace(node.inputs[1 - index], {node}, _Layout.LAST, offset, width)]
-            )
-    if node.op_type == "Add":
-        raise _Blocked(f"{node.name} adds what is no constant vector")
-    reasons = []
-    for value in node.inputs:
-        if _last(value) == width:
-            try:
-                return _trace(value, {node}, _Layout.LAST, offset, width)
-            except _Blocked as blocked:
-                reasons.append(str(blocked))
-    raise _Blocked(" and ".join(reasons) or f"{node.name} repeats its channels")
-
-
-def _split(node: ir.Node, value: ir.Value, offset: int, width: int) -> list[_Site]:
-    """One part of a tensor that is split along its channels, as gate and value of one projection are."""
-    parts = [_last(output) for output in node.outputs]
-    whole, shape = _last(node.inputs[0]), value.shape
-    if (
-        whole is None
-        or None in parts
-        or shape is None
-        or node.attributes.get_int("axis", 0) not in (-1, len(shape) - 1)
-    ):
-        raise _Blocked(f"{node.name} splits another axis, or one whose length is not known")
-    before = sum(part or 0 for part in parts[: node.outputs.index(value)])
-    return _trace(node.inputs[0], {node}, _Layout.LAST, before + offset, whole)
-
-
-def _before_reshape(node: ir.Node, layout: _Layout, width: int) -> _Layout:
-    """Where the channels were before a Reshape that merges, splits or leaves them."""
-    before, after = (
-        [*value.shape] if value is not None and value.shape is not None else []
-        for value in (node.inputs[0], node.outputs[0])
-    )
-    if layout is _Layout.HEADS:
-        if [str(dim) for dim in before] == [str(dim) for dim in after]:
-            return layout
-    elif before and before[-1] == width:
-        return _Layout.LAST
-    elif (
-        len(before) == 4
-        and all(isinstance(dim, int) for dim in before[-2:])
-        and math.prod(map(int, before[-2:])) == width
-    ):
-        return _Layout.SPLIT
-    raise _Blocked(f"{node.name} moves channels")
-
-
-def _attention_values(node: ir.Node, layout: _Layout) -> ir.Value | None:
-    """The values that attention averages, each head of them used by one head of queries, none of them kept
-    for later.
-    """
-    if any(value is not None for value in node.inputs[4:6]) or any(
-        output.uses() or output.is_graph_output() for output in node.outputs[1:]
-    ):
-        raise _Blocked(f"{node.name} keeps its values for later")
-    queries, values = node.inputs[0], node.inputs[2]
-    if layout is _Layout.HEADS:
-        heads = [
-            value.shape[1] if value is not None and value.shape is not None and len(value.shape) == 4 else None
-            for value in (queries, values)
-        ]
-    else:
-        heads = [node.attributes.get_int(name, 0) or None for name in ("q_num_heads", "kv_num_heads")]
-    if layout is _Layout.SPLIT or not isinstance(heads[0], int) or heads[0] != heads[1]:
-        raise _Blocked(f"{node.name} shares each head of values among several heads, or their number is not known")
-    return values
-
-
-def _vector(value: ir.Value | None) -> ir.Value | None:
-    """The initializer that a value is, seen through Cast."""
-    while value is not None and (producer := value.producer()) is not None:
-        value = producer.inputs[0] if producer.op_type == "Cast" else None
-    return value if value is not None and value.is_initializer() and value.const_value is not None else None
-
-
-def _is_vector(value: ir.Value | None, width: int) -> bool:
-    found = _vector(value)
-    return (
-        found is not None
-        and found.shape is not None
-        and found.shape.is_static()
-        and _last(found) == math.prod(found.shape.numpy()) == width
-    )
-
-
-def _last(value: ir.Value | None) -> int | None:
-    """The length of the last axis, where it is fixed."""
-    last = value.shape[-1] if value is not None and value.shape is not None and len(value.shape) else None
-    return last if isinstance(last, int) else None
 
 
 # Which s is best.
@@ -440,24 +224,13 @@ def _noise(
     return float(np.mean(ratios))
 
 
-def restored(weights: Floats, planned: LayerPlan, importance: Floats | None) -> Floats:
-    """What quantization leaves of columns [K, C]."""
-    if planned.weight_type == "int4":
-        codes, halves = int4_blocks(weights, planned.block, importance)
-        return np.multiply(codes, np.repeat(halves.astype(np.float32), planned.block, axis=0), dtype=np.float32)
-    if planned.weight_type == "int8":
-        codes, scales = int8_columns(weights)
-        return np.multiply(codes, scales, dtype=np.float32)
-    return weights
-
-
 def _quantized(rows: Floats, known: ChannelStats, scales: Floats) -> Floats:
     """Divided rows as int8 with the one scale gives them back that a tensor calibrated with what is known
     would have.
     """
     histogram = Histogram()
     histogram.add(np.vstack([known.rows, known.largest]), scales**2)
-    step = np.float32(max(histogram.range().peak / INT8_PEAK, float(np.finfo(np.float32).tiny)))
+    step = input_step(histogram.range().peak)
     return np.clip(np.rint(rows / step), -INT8_PEAK, INT8_PEAK) * step
 
 
@@ -471,9 +244,8 @@ def columns(layer: Layer) -> Floats:
     tensor = tensor_of(layer.weight)
     values, count = tensor.numpy(), layer.matrix[1]
     chosen = np.linspace(0, count - 1, min(COLUMNS, count)).astype(int)
-    by_output = layer.transposed or layer.node.op_type == "Conv"
     part = np.array(
-        (values[chosen].reshape(len(chosen), -1).T if by_output else values[:, chosen]), np.float32, order="C"
+        (values[chosen].reshape(len(chosen), -1).T if layer.by_output else values[:, chosen]), np.float32, order="C"
     )
     del values  # what is still seen cannot be released
     release(tensor)
@@ -502,14 +274,14 @@ def _row_peaks(group: Sequence[Layer]) -> Floats:
 # Carrying it out.
 
 
-def _divide(model: ir.Model, site: _Site, scales: Floats) -> None:
+def _divide(model: ir.Model, site: Site, scales: Floats) -> None:
     """Divide an operand by the scales, which stand at the site's offset."""
     factors = np.ones(site.width, np.float32)
     factors[site.offset : site.offset + len(scales)] = 1 / scales
     if site.layer is not None:
         _scale_matrix(model, site.layer, factors, rows=False)
         return
-    source = _source(site)
+    source = site.source
     name = next(
         name
         for i in range(len(model.graph.initializers) + 1)

@@ -28,7 +28,8 @@ from calibration.observe.hessians import Hessian, hessians
 from calibration.observe.windows import add_windows
 from calibration.quantize.codes import CodeWriter, Place
 from calibration.quantize.equalize import Fold, equalize, folded_scales
-from calibration.quantize.layers import Layer, LayerPlan, name_of, tensor_of, weight_layers
+from calibration.quantize.layers import Layer, name_of, tensor_of, weight_layers
+from calibration.quantize.plan import LayerPlan
 from calibration.quantize.weights import (
     INT4_LARGEST,
     INT4_PEAK,
@@ -293,10 +294,9 @@ def _readers(model: ir.Model, watched: ir.Model, layers: Sequence[LayerPlan]) ->
     known = set[tuple[str, int, bool]]()
     for layer, same in zip(weight_layers(model), weight_layers(watched), strict=True):
         planned = plans[name_of(layer.node)]
-        key = planned.weight, planned.block, planned.nested
-        if planned.weight_type != "int4" or key in known:
+        if planned.weight_type != "int4" or planned.key in known:
             continue
-        known.add(key)
+        known.add(planned.key)
         read = [(name_of(layer.node.inputs[0]), slice(0, layer.matrix[0]))]
         for tensor, rows in add_windows(watched, same, planned.block) if planned.op == "Conv" else read:
             found.setdefault(tensor, []).append(_Reader(layer, planned, rows))
@@ -314,7 +314,7 @@ def _weight(
     compensated, of how many.
     """
     tensor, columns = tensor_of(one.layer.weight), one.layer.matrix[1]
-    fill = partial(_fill, one, hessian.matrix, found, writer.tensors(_place(one).key), tensor.numpy())
+    fill = partial(_fill, one, hessian.matrix, found, writer.tensors(one.planned.key), tensor.numpy())
     # A thread's products are of one block: too small to be shared among the threads of a BLAS, which would wait for one
     # another.
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(WORKERS) as pool:
@@ -329,8 +329,8 @@ def _fill(
     one: _Reader, hessian: Floats, found: Factor | str, into: Int4, values: NDArray[Any], chunk: slice
 ) -> tuple[float, float, float, int, int]:
     """Codes and scales of some columns into place."""
-    planned, transposed = one.planned, one.layer.transposed or one.planned.op == "Conv"
-    whole = matrix_columns(values, transposed, one.layer.matrix[0], chunk)
+    planned = one.planned
+    whole = matrix_columns(values, one.layer.by_output, one.layer.matrix[0], chunk)
     check(planned.weight, whole, INT4_LARGEST)
     base = nested_base(whole, planned.block) if planned.nested else None
     part, blocks = whole[one.rows], slice(one.rows.start // planned.block, one.rows.stop // planned.block)

@@ -15,18 +15,10 @@ from calibration.ground.progress import phase
 from calibration.observe.attention import attention_in_half
 from calibration.observe.ranges import Range, collect_ranges, observe
 from calibration.quantize.equalize import Fold, decibel, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize.layers import (
-    LEAST_SNR,
-    LayerPlan,
-    Recipe,
-    activation_ranges,
-    activation_tensors,
-    measured_tensors,
-    plan,
-    quantize,
-    spare,
-    sums,
-)
+from calibration.quantize.layers import sums
+from calibration.quantize.plan import LEAST_SNR, LayerPlan, activation_tensors, measured_tensors, plan, spare
+from calibration.quantize.qdq import activation_ranges, quantize
+from calibration.quantize.recipes import Recipe
 from calibration.quantize.weights import Floats, Known
 from runtime.bundle.signature import Array
 

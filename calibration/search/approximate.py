@@ -26,8 +26,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.ground.progress import reached
-from calibration.quantize.equalize import columns, restored
-from calibration.quantize.layers import Layer, LayerPlan, name_of, weight_layers
+from calibration.quantize.equalize import columns
+from calibration.quantize.forms import restored
+from calibration.quantize.layers import Layer, name_of, weight_layers
+from calibration.quantize.plan import LayerPlan
 from calibration.quantize.tuning import Tuning
 from calibration.search.sensitivity import Alternative, Board, Errors, Kept, WeightKind, kind_of, measured
 

@@ -16,7 +16,7 @@ from typing import Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from calibration.quantize.layers import LayerPlan
+from calibration.quantize.plan import LayerPlan
 from calibration.search.sensitivity import Alternative, Board, Choice, Kept, measured, snr_db
 
 Goal = Literal["size", "speed"]

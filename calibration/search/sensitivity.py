@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 from calibration.ground.progress import each
 from calibration.observe.lean import lean_session
 from calibration.observe.ranges import Range
-from calibration.quantize.layers import Layer, LayerPlan, add_initializer, name_of, tensor_of, weight_layers
+from calibration.quantize.forms import input_step, quantized_weight
+from calibration.quantize.layers import Layer, add_initializer, name_of, weight_layers
+from calibration.quantize.plan import LayerPlan
 from calibration.quantize.tuning import Tuning
-from calibration.quantize.weights import INT8_PEAK, Floats, QuantizedWeight
+from calibration.quantize.weights import Floats
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput
 
@@ -236,23 +238,23 @@ Rounding = tuple[list[ir.Value], dict[str, Any], dict[str, Any]]
 
 
 def _weight_rounding(model: ir.Model, layer: Layer, planned: LayerPlan, tuning: Tuning) -> Rounding:
-    """Rounds to the numbers that `calibration.quantize.layers` stores."""
-    conv = planned.op == "Conv"
+    """Rounds to the numbers that `calibration.quantize.qdq` stores."""
     name = f"{SWITCH}.{planned.weight}.{planned.weight_type}.{planned.block}"
     scale = model.graph.initializers.get(name)
     if scale is None:
         importance = tuning.importance.get(name_of(layer.node.inputs[0]))
-        weight = QuantizedWeight(tensor_of(layer.weight), layer.transposed or conv, planned.block, importance)
-        scale = add_initializer(model, name, ir.tensor(weight.scales().numpy().astype(np.float32), name=name))
-    attributes = {"axis": 0, "block_size": planned.block} if planned.block else {"axis": 0 if conv else 1}
+        scales = quantized_weight(layer, planned, importance).scales().numpy()
+        scale = add_initializer(model, name, ir.tensor(scales.astype(np.float32), name=name))
+    attributes = (
+        {"axis": 0, "block_size": planned.block} if planned.block else {"axis": 0 if planned.op == "Conv" else 1}
+    )
     dtype = ir.DataType.INT4 if planned.weight_type == "int4" else ir.DataType.INT8
     return [scale], {**attributes, "output_dtype": int(dtype)}, attributes
 
 
 def _activation_rounding(model: ir.Model, name: str, seen: Range) -> Rounding:
-    step = max(seen.peak / INT8_PEAK, float(np.finfo(np.float32).tiny))
     scale = model.graph.initializers.get(f"{SWITCH}.{name}") or add_initializer(
-        model, f"{SWITCH}.{name}", ir.tensor(np.float32(step))
+        model, f"{SWITCH}.{name}", ir.tensor(input_step(seen.peak))
     )
     return [scale], {"output_dtype": int(ir.DataType.INT8)}, {}
 

@@ -23,7 +23,8 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from pydantic import Field
 
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES, LayerPlan, plan
+from calibration.quantize.plan import LayerPlan, plan
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
 from calibration.quantize.tuning import Tuning
 from calibration.search.approximate import approximate
 from calibration.search.paired import Paired
@@ -180,7 +181,7 @@ def _explore(
     int8: Sequence[LayerPlan] = weights
     if activations:
         int8 = tuning.plan(graph, RECIPES["int8"])
-        forms.insert(0, [replace(form, activation=_may_be_w8a8(form), reason="") for form in weights])
+        forms.insert(0, [replace(form, reason="") for form in plan(graph, RECIPES["int8"])])
     calls = np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int)
     board = Board(graph, forms, tuning, [samples[index] for index in calls])
     floats = [replace(form, weight_type="float", block=0, reason="costs more than it saves") for form in weights]
@@ -210,10 +211,6 @@ def _explore(
         snr_db(float(noise)),
         Explored(method="measured" if small else "approximated", runs=int(took)),
     )
-
-
-def _may_be_w8a8(form: LayerPlan) -> bool:
-    return form.weight_type == "int8" and form.op != "Gemm"
 
 
 class Exam:

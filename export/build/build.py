@@ -19,7 +19,7 @@ import onnx_ir as ir
 import export.graph.trace
 from calibration.ground.progress import each, phase
 from calibration.observe.precision import Precision, store
-from calibration.quantize.layers import LayerPlan, plan
+from calibration.quantize.plan import LayerPlan, plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.exams import Exam, exam_of
 from export.architecture.twin import twin_weights
@@ -381,9 +381,7 @@ def _write(
         graph=place(part.name),
         precision=graph.precision(model),
         nbytes=nbytes,
-        dynamic=any(
-            one.op == "MatMul" and one.weight_type in ("int8", "int4") and not one.activation for one in plans or ()
-        ),
+        dynamic=any(planned.dynamic for planned in plans or ()),
         bfloat16=tuning.bfloat16(plans or ()),
         activation_ranges=tuning.activation_ranges(folded, plans or ()),
         weights=weights,

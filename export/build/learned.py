@@ -16,7 +16,7 @@ from calibration.capture.sets import CalibrationSet
 from calibration.observe.lean import LeanEngine
 from calibration.quantize.codes import read_codes, read_records
 from calibration.quantize.gptq import compensate
-from calibration.quantize.layers import plan
+from calibration.quantize.plan import plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.requests import briefly, built_in
 from export.build.keys import code

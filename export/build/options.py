@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Final
 
 from calibration.capture.sets import CalibrationSet
-from calibration.quantize.layers import BLOCKS, RECIPES
+from calibration.quantize.plan import BLOCKS
+from calibration.quantize.recipes import RECIPES
 from calibration.requests.files import read_images, read_prompts, read_questions
 from calibration.requests.requests import Requests, built_in
 from calibration.search.search import GOALS, Goal

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import export.graph.trace
 from calibration.capture.sets import CalibrationSet
 from calibration.ground import machine
-from calibration.quantize.layers import RECIPES, Recipe, recipe
+from calibration.quantize.recipes import RECIPES, Recipe, recipe
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
 from calibration.requests.task import task_requests
 from export.build.keys import code

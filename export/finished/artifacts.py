@@ -18,7 +18,7 @@ from typing import Final
 
 from filelock import FileLock, Timeout
 
-from calibration.quantize.layers import RECIPES
+from calibration.quantize.recipes import RECIPES
 from export.finished.agreement import Reference, agree, summary
 from export.report.progress import Listener, Progress, ProgressStep
 from runtime.bundle.manifest import MANIFEST, SIGNATURE, Artifact, Bundle, Manifest, Submodel, sha256

@@ -16,7 +16,8 @@ from typing import BinaryIO, Final
 import onnx_ir as ir
 
 from calibration.ground.progress import each
-from calibration.quantize.layers import LayerPlan, code_name, scale_name
+from calibration.quantize.plan import LayerPlan
+from calibration.quantize.qdq import code_name, scale_name
 from export.checkpoint.source import TensorRef
 from export.graph.products import divide_products
 from runtime.bundle.manifest import Weights

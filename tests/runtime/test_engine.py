@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from calibration.quantize.layers import RECIPES
+from calibration.quantize.recipes import RECIPES
 from runtime.engine import check_precisions, targets
 from runtime.errors import InvalidInput, NotFound
 

@@ -30,7 +30,9 @@ from calibration.observe.precision import (
     store,
 )
 from calibration.observe.ranges import Range
-from calibration.quantize.layers import RECIPES, plan, quantize
+from calibration.quantize.plan import plan
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import RECIPES
 from export.graph.weights import precision, write
 from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput

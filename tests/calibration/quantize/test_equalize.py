@@ -25,16 +25,9 @@ from torch.nn import functional as F
 
 from calibration.observe.ranges import Channels, ChannelStats, collect_ranges, observe
 from calibration.quantize.equalize import Fold, equalize, find_folds, folded_scales, folded_stats
-from calibration.quantize.layers import (
-    INT4_EVERYWHERE,
-    RECIPES,
-    LayerPlan,
-    Recipe,
-    activation_tensors,
-    measured_tensors,
-    plan,
-    quantize,
-)
+from calibration.quantize.plan import LayerPlan, activation_tensors, measured_tensors, plan
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES, Recipe
 from export.checkpoint.tensors import read_header
 from export.graph.trace import trace
 from export.graph.weights import attach, write

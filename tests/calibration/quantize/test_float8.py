@@ -22,7 +22,9 @@ from calibration.observe.lean import lean_session
 from calibration.observe.ranges import Range
 from calibration.quantize.equalize import Fold, equalize
 from calibration.quantize.float8 import FP8, FP8_PEAK, Float8Weight, fp8_columns
-from calibration.quantize.layers import RECIPES, activation_tensors, plan, quantize, recipe
+from calibration.quantize.plan import activation_tensors, plan
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import RECIPES, recipe
 from export.graph.weights import precision, write
 from runtime.errors import SourceError
 from runtime.targets.lowering.half import to_half

@@ -20,7 +20,8 @@ from calibration.observe.hessians import Hessian
 from calibration.quantize.codes import read_codes, read_records
 from calibration.quantize.equalize import Fold
 from calibration.quantize.gptq import DAMPING, Factor, compensate, compensated, factor
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES, plan
+from calibration.quantize.plan import plan
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
 from calibration.quantize.weights import Floats, int4_blocks, nested_blocks, unpack_int4
 from runtime.errors import InvalidInput, SourceError
 

@@ -19,18 +19,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from calibration.observe.ranges import Range, collect_ranges
-from calibration.quantize.layers import (
-    INT4_EVERYWHERE,
-    MOST_SPARED,
-    RECIPES,
-    LayerPlan,
-    activation_tensors,
-    plan,
-    quantize,
-    recipe,
-    spare,
-    sums,
-)
+from calibration.quantize.layers import sums
+from calibration.quantize.plan import MOST_SPARED, LayerPlan, activation_tensors, plan, spare
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES, recipe
 from calibration.quantize.weights import QuantizedWeight, int4_blocks, int8_columns, pack_int4
 from export.graph.trace import trace
 from export.graph.weights import write
@@ -181,7 +173,7 @@ def test_all_layers_of_a_tiny_model_may_be_small(name: str) -> None:
 
 
 def test_int4_is_for_weights_worth_it(floating: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibration.quantize.layers.SMALL_SHARE_INT4", 1)  # as if there were much more than these
+    monkeypatch.setattr("calibration.quantize.plan.SMALL_SHARE_INT4", 1)  # as if there were much more than these
     layers = {layer.weight: layer for layer in plan(ir.load(floating), RECIPES["int4"])}
     assert layers["first.weight"].weight_type == "int8"
     assert (

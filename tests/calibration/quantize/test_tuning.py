@@ -11,7 +11,9 @@ import onnx_ir as ir
 import pytest
 
 from calibration.observe.lean import lean_session
-from calibration.quantize.layers import LEAST_SNR, RECIPES, plan, sums
+from calibration.quantize.layers import sums
+from calibration.quantize.plan import LEAST_SNR, plan
+from calibration.quantize.recipes import RECIPES
 from calibration.quantize.tuning import Tuning
 from runtime.bundle.manifest import Bundle
 

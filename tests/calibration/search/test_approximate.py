@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from calibration.observe.ranges import Range
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES, activation_tensors, plan
+from calibration.quantize.plan import activation_tensors, plan
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
 from calibration.quantize.tuning import Tuning
 from calibration.search.approximate import FAINTEST, LEAST, SOURCES_PER_PROBE, approximate, fitted
 from calibration.search.sensitivity import Board, Measure

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibration.quantize.layers import LayerPlan
+from calibration.quantize.plan import LayerPlan
 from calibration.search.search import W8A8_PACE, Assignment, cheapest, frontier, weight_bytes
 from calibration.search.sensitivity import Alternative, snr_db
 

@@ -10,7 +10,9 @@ from torch import nn
 
 from calibration.observe.lean import lean_session
 from calibration.observe.ranges import Range
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES, plan, quantize
+from calibration.quantize.plan import plan
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
 from calibration.quantize.tuning import Tuning
 from calibration.search.sensitivity import FLOAT, Board, snr_db
 from export.graph.trace import trace
@@ -55,7 +57,7 @@ def samples(count: int = 3) -> list[dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="module")
 def ranges(toy: ir.Model) -> dict[str, Range]:
-    from calibration.quantize.layers import activation_tensors
+    from calibration.quantize.plan import activation_tensors
 
     return {name: Range(4.0, 40.0) for name in activation_tensors(toy, RECIPES["int8"])}
 

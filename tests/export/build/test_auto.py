@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import nn
 
-from calibration.quantize.layers import LayerPlan
+from calibration.quantize.plan import LayerPlan
 from calibration.quantize.tuning import Tuning
 from calibration.search.approximate import LEAST
 from calibration.search.search import Assignment

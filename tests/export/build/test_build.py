@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import export.build.build
 import export.build.state
 import export.graph.trace
-from calibration.quantize.layers import INT4_EVERYWHERE, RECIPES
+from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
 from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
@@ -158,8 +158,8 @@ def test_what_the_weights_became_is_in_the_manifest(
 def test_a_recipe_that_changes_nothing_is_refused(
     tiny_diffusion: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("calibration.quantize.layers.SMALL_SHARE", 1)
-    monkeypatch.setattr("calibration.quantize.layers.SMALL", 1 << 30)
+    monkeypatch.setattr("calibration.quantize.plan.SMALL_SHARE", 1)
+    monkeypatch.setattr("calibration.quantize.plan.SMALL", 1 << 30)
     for quant in ("int8", "int4"):
         with pytest.raises(
             InvalidInput, match=r"no weight of tiny-diffusion can be quantized \(\d+ layers: too few elements\)"

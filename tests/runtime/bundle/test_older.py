@@ -17,7 +17,7 @@ PART = {
     "precision": "int8 + float16 W8A8", "compute": "bfloat16", "keep": ["softmax"],
 }  # fmt: skip
 OLD: dict[str, Any] = {
-    "schema_version": 1, "name": "shapes", "key": "k", "pipeline": "diffusion", "task": "image", "quant": "int8",
+    "schema_version": 1, "name": "shapes", "key": "k", "pipeline": "diffusion", "quant": "int8",
     "source": {"name": "s", "family": "f", "architecture": "a", "fingerprint": "0"}, "submodels": [PART],
     "artifacts": [], "config": {}, "versions": {}, "files": {},
 }  # fmt: skip

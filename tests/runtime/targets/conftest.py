@@ -37,7 +37,9 @@ def snr_db(values: NDArray[Any], reference: NDArray[Any]) -> float:
 def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
     """The submodel's graph as the recipe makes it, with ranges wide enough for anything."""
     from calibration.observe.ranges import Range
-    from calibration.quantize.layers import RECIPES, activation_tensors, plan, quantize
+    from calibration.quantize.plan import activation_tensors, plan
+    from calibration.quantize.qdq import quantize
+    from calibration.quantize.recipes import RECIPES
     from export.graph.weights import write
 
     graph = bundle.root / submodel.graph

@@ -19,11 +19,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from calibration.observe.ranges import collect_ranges
-from calibration.quantize.layers import RECIPES, activation_tensors, plan, quantize
+from calibration.quantize.plan import activation_tensors, plan
+from calibration.quantize.qdq import quantize
+from calibration.quantize.recipes import RECIPES
 from calibration.quantize.weights import pack_int4
 from export.graph.trace import trace
 from export.graph.weights import precision, write
 from runtime.bundle.manifest import Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.engine import Compiled, Options, target
 from runtime.errors import EngineError, EngineUnavailable
@@ -131,7 +134,10 @@ def test_engines_run_int8_kernels(bundle: tuple[Path, Submodel, NDArray[np.float
     for products in ("integers", "floats"):
         engine = ONNXRuntime.load(submodel, root, Options(settings={"products": products}))
         assert snr_db(engine.run(inputs())["out"], canonical(root)) > 35, products
-    engines, int8 = root / "engines" / "onnxruntime", submodel.model_copy(update={"precision": "int8 W8A8"})
+    engines, int8 = (
+        root / "engines" / "onnxruntime",
+        submodel.model_copy(update={"precision": Precision.parse("int8 W8A8")}),
+    )
     ONNXRuntime.compile(int8, root / "int8" / "model.onnx", tmp_path)
     made = nested_values(read_plan(engines, "toy"), root / "toy" / "weights.safetensors")
     operators = optimized(engines / "toy.onnx", root / "toy", tmp_path, made)

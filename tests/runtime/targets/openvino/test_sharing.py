@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array
 from runtime.engine import Options
 from runtime.targets.openvino.engine import OpenVINO, _core
@@ -20,7 +21,7 @@ def denoiser(bundle: Path) -> Submodel:
     """A float UNet that says it were W8A8, so that it is compiled for each shape: float results can be compared to the
     last digits.
     """
-    return Bundle(bundle).submodel("unet").model_copy(update={"precision": "W8A8"})
+    return Bundle(bundle).submodel("unet").model_copy(update={"precision": Precision.parse("int8 W8A8")})
 
 
 def call(submodel: Submodel, alike: bool) -> dict[str, Array]:

@@ -41,7 +41,9 @@ def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> 
     import onnx_ir as ir
 
     from calibration.observe.ranges import Range
-    from calibration.quantize.layers import RECIPES, activation_tensors, plan, quantize
+    from calibration.quantize.plan import activation_tensors, plan
+    from calibration.quantize.qdq import quantize
+    from calibration.quantize.recipes import RECIPES
     from export.graph.weights import write
 
     graph = bundle.root / submodel.graph
