@@ -19,7 +19,7 @@ class Recipe:
     int8 instead, and, with `spare_last`, that of the layer which makes a submodel's output. `activations` quantizes the
     inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the largest
     magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are
-    quantized. `half` quantizes nothing: all weights are stored in it (`calibration.observe.precision`), and targets
+    quantized. `half` quantizes nothing: all weights are stored in it (`calibration.observe.half`), and targets
     that can compute in it.
     """
 

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 import export.graph.trace
 from calibration.ground.progress import each, phase
-from calibration.observe.precision import Precision, store
+from calibration.observe.half import HalfCompute, store
 from calibration.quantize.plan import LayerPlan, plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.exams import Exam, exam_of
@@ -141,7 +141,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
                 notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
             half = state.half(part)
             if half is not None:
-                found = Precision.measure(
+                found = HalfCompute.measure(
                     folder / submodel.graph, half, captured(state, folder).samples[part.name], part_graph(state, part)
                 )
                 submodel = submodel.computing(found.compute, tuple(found.keep))

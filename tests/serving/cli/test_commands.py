@@ -450,11 +450,9 @@ class TestDevices:
     def test_of_a_bundle(self, run: Any, tmp_path: Path) -> None:
         root = bundle(tmp_path, "placed").root
         manifest = json.loads((root / MANIFEST).read_bytes())
-        signature = {"inputs": [], "outputs": []}
+        parts = {"signature": {"inputs": [], "outputs": []}, "graph": "g", "precision": {"weights": ["int8"]}}
         names = ("vision_encoder", "decoder")
-        manifest["submodels"] = [
-            {"name": n, "signature": signature, "graph": "g", "precision": "int8", "nbytes": 1000} for n in names
-        ]
+        manifest["submodels"] = [parts | {"name": name, "nbytes": 1000} for name in names]
         manifest["artifacts"] = [{"target": "onnxruntime", "submodel": name} for name in names]
         (root / MANIFEST).write_text(json.dumps(manifest))
         found = json.loads(run("devices", "--json", "--bundle", str(root), "--place", "decoder=cpu").out)

@@ -133,7 +133,7 @@ def test_samples_are_typed_throughout(fixture: str, half: Half, request: pytest.
 
 @pytest.mark.parametrize("fixture", ["diffusion_bundle", "vlm_bundle"])
 def test_samples_compute_the_same_in_float16(fixture: str, request: pytest.FixtureRequest) -> None:
-    """On the CPU provider, which rounds less often than a device: `calibration.observe.precision` emulates one."""
+    """On the CPU provider, which rounds less often than a device: `calibration.observe.half` emulates one."""
     root: Path = request.getfixturevalue(fixture)
     for submodel in Bundle(root).manifest.submodels:
         path = root / submodel.graph

@@ -17,18 +17,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from calibration.observe.lean import lean_session
-from calibration.observe.precision import (
+from calibration.observe.half import (
     HEADROOM,
     LEAST_SNR,
     WORTH,
-    Precision,
+    HalfCompute,
     angles,
     emulate,
     peaks,
     statistics,
     store,
 )
+from calibration.observe.lean import lean_session
 from calibration.observe.ranges import Range
 from calibration.quantize.plan import plan
 from calibration.quantize.qdq import quantize
@@ -145,7 +145,7 @@ def test_what_overflows_is_kept_and_only_that(tmp_path: Path) -> None:
     with np.errstate(invalid="ignore"):
         broken = outputs(emulate(to_half(ir.load(graph), "float16")))
     assert not np.isfinite(broken).all(), "the stream was expected to overflow"
-    found = Precision.measure(graph, "float16", samples())
+    found = HalfCompute.measure(graph, "float16", samples())
     assert found.compute == "float16"
     assert sorted(found.keep) == ["back", "first", "norm", "shaped", "stream"]
     assert "first.out reaches" in found.keep["first"]
@@ -153,7 +153,7 @@ def test_what_overflows_is_kept_and_only_that(tmp_path: Path) -> None:
     print(f"kept {len(found.keep)} of 6 nodes: {mended:.1f} dB")
     assert mended == pytest.approx(found.snr_db, abs=0.1)
     assert mended > 55
-    assert not Precision.measure(graph, "bfloat16", samples()).keep
+    assert not HalfCompute.measure(graph, "bfloat16", samples()).keep
 
 
 def test_peaks_are_those_of_every_tensor() -> None:
@@ -172,7 +172,7 @@ def test_statistics_in_single_steps_are_found() -> None:
 @pytest.mark.parametrize(("draw", "gains"), [(rms_norm, False), (variance, True)])
 def test_statistics_are_kept_where_they_gain(draw: Callable[[], ir.Model], gains: bool, tmp_path: Path) -> None:
     graph, reference = saved(draw(), tmp_path), outputs(draw())
-    found = Precision.measure(graph, "float16", samples())
+    found = HalfCompute.measure(graph, "float16", samples())
     alone, kept = (
         snr_db(outputs(emulate(to_half(ir.load(graph), "float16", keep))), reference)
         for keep in ([], statistics(ir.load(graph)))
@@ -188,7 +188,7 @@ def test_statistics_are_kept_where_they_gain(draw: Callable[[], ir.Model], gains
 def test_angles_stay_exact(half: Half, tmp_path: Path) -> None:
     model = rotary()
     assert angles(model) == ["position", "angle", "cosine"]
-    found = Precision.measure(saved(model, tmp_path), half, samples())
+    found = HalfCompute.measure(saved(model, tmp_path), half, samples())
     assert sorted(found.keep) == ["angle", "cosine", "position"]
     lost = snr_db(outputs(emulate(to_half(rotary(), half))), outputs(rotary()))
     print(f"{half}: {lost:.1f} dB, angles kept {found.snr_db:.1f} dB")
@@ -200,7 +200,7 @@ def test_half_that_is_too_noisy_is_not_chosen(tmp_path: Path) -> None:
     draw = Drawing()
     near = draw("Mul", draw.x, draw.constant("near", 1.002), name="near")
     model = draw.done(draw("Sub", near, draw.x, name="difference"))
-    found = Precision.measure(saved(model, tmp_path), "bfloat16", samples())
+    found = HalfCompute.measure(saved(model, tmp_path), "bfloat16", samples())
     assert found.compute == "float32" and not found.keep
     assert found.reason.startswith("bfloat16 leaves its outputs") and found.snr_db < 30
 
@@ -213,8 +213,8 @@ def test_quantized_graphs_are_compared_with_their_float_graph(tmp_path: Path) ->
     model = draw.done(draw("MatMul", draw("Tanh", draw.x, name="bent"), draw.constant("w", weights()), name="product"))
     quantized = quantize(model, plan(model, RECIPES["int8"]), {"bent.out": Range(1.0, 40.0)})
     graph = saved(quantized, tmp_path)
-    found = Precision.measure(graph, "bfloat16", samples(), model)
-    itself = Precision.measure(graph, "bfloat16", samples())
+    found = HalfCompute.measure(graph, "bfloat16", samples(), model)
+    itself = HalfCompute.measure(graph, "bfloat16", samples())
     exact = snr_db(outputs(ir.load(graph)), outputs(model))
     print(f"int8 {exact:.1f} dB, in bfloat16 {found.snr_db:.1f} dB, against itself {itself.snr_db:.1f} dB")
     assert found.compute == "bfloat16"
@@ -223,12 +223,12 @@ def test_quantized_graphs_are_compared_with_their_float_graph(tmp_path: Path) ->
 
 def test_measuring_needs_samples(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="calibrate with more"):
-        Precision.measure(saved(huge(), tmp_path), "float16", [])
+        HalfCompute.measure(saved(huge(), tmp_path), "float16", [])
 
 
 def test_damage_is_told(tmp_path: Path) -> None:
     with pytest.raises(InvalidInput, match="'x' NaN or infinite"):
-        Precision.measure(saved(huge(), tmp_path), "float16", [{"x": np.full((1, WIDTH), np.nan, np.float32)}])
+        HalfCompute.measure(saved(huge(), tmp_path), "float16", [{"x": np.full((1, WIDTH), np.nan, np.float32)}])
 
 
 @pytest.mark.parametrize("half", HALVES)
@@ -318,7 +318,7 @@ def test_samples_in_half(fixture: str, half: Half, request: pytest.FixtureReques
     root: Path = request.getfixturevalue(fixture)
     for submodel in Bundle(root).manifest.submodels:
         inputs = [submodel.signature.sample(submodel.signature.sample_lengths(), seed) for seed in range(2)]
-        found = Precision.measure(root / submodel.graph, half, inputs)
+        found = HalfCompute.measure(root / submodel.graph, half, inputs)
         print(f"{submodel.name}: {found.snr_db:.1f} dB in {half}, {len(found.keep)} nodes kept")
         assert found.compute == half
         assert found.snr_db > (45 if half == "float16" else LEAST_SNR)

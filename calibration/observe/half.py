@@ -56,7 +56,7 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
 
 
 @dataclass(frozen=True)
-class Precision:
+class HalfCompute:
     """What a target that can shall compute a submodel in, and the nodes that stay in float32 then, each with the
     reason.
 
@@ -71,7 +71,7 @@ class Precision:
     @classmethod
     def measure(
         cls, graph: Path, half: Half, samples: Sequence[Mapping[str, Array]], reference: ir.Model | None = None
-    ) -> Precision:
+    ) -> HalfCompute:
         """Try a written canonical graph, of whatever recipe, in half.
 
         `reference` is what its outputs are compared with: the float graph of a quantized one, for where activations are
