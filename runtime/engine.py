@@ -7,12 +7,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -119,6 +119,8 @@ class Engine(ABC):
     """
     decisions: Mapping[str, Decision] = MappingProxyType({})
     """What was decided of those choices that this submodel has, and why."""
+    _slots: MutableMapping[Slot, Any]
+    """What each slot holds, of an engine that keeps states."""
     reload_seconds: float = 0.0
     """Time spent on loading it again after it made room for others; see `runtime.placing.offload`."""
 
@@ -142,15 +144,17 @@ class Engine(ABC):
         """Probe this machine. Imports the vendor SDK lazily and never raises."""
 
     @classmethod
-    @abstractmethod
     def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        """Lower the canonical ONNX at `graph` for this target into the folder `output`. Raises EngineError."""
+        """`compile_with` the default options."""
+        return cls.compile_with(CompileOptions(), submodel, graph, output)
 
     @classmethod
+    @abstractmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        """`compile` with settings of the target's own. Raises InvalidInput for one that the target lacks."""
-        cls.check_settings(options.settings)
-        return cls.compile(submodel, graph, output)
+        """Lower the canonical ONNX at `graph` for this target and write the result into the folder `output`.
+
+        Raises InvalidInput for a setting that the target lacks, EngineError for a graph that it cannot compile.
+        """
 
     @classmethod
     def check_settings(cls, settings: Mapping[str, str]) -> None:
@@ -199,24 +203,26 @@ class Engine(ABC):
         """
 
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
-        """Run once; the outputs of the last `count` of its new positions, in order: [batch, count, ...] where `run`
-        gives those of the last one, [batch, 1, ...].
+        """A decoder's outputs of the last `count` new positions, in order: [batch, count, ...], where `run` gives those
+        of the last one, [batch, 1, ...].
 
-        This is for decoders. Targets that compute them in one run override it, others run the last positions one by
-        one. Raises EngineError when the call has fewer new positions.
+        Targets that compute them in one run override this; the default runs the last positions one by one. Raises
+        EngineError when the call has fewer new positions.
         """
+        signature, sequence = self.submodel.signature, self.require_positions(inputs, count)
+        first = sequence - count + 1
+        pieces = [(0, first), *((position, position + 1) for position in range(first, sequence))]
+        return signature.joined([self.run(signature.cut(inputs, *piece), slot) for piece in pieces])
+
+    def require_positions(self, inputs: Mapping[str, Array], count: int) -> int:
+        """The number of new positions of a call. Raises EngineError when there are fewer than `count`."""
         signature = self.submodel.signature
-        sequence = signature.lengths(inputs)["sequence"]
+        sequence = signature.lengths(inputs)[signature.decoder.sequence]
         if not 0 < count <= sequence:
             raise EngineError(
                 f"outputs of {count} positions were requested of {self.submodel.name}, the call has {sequence}"
             )
-        first = sequence - count + 1
-        pieces = [(0, first), *((position, position + 1) for position in range(first, sequence))]
-        found = [self.run(signature.cut(inputs, *piece), slot) for piece in pieces]
-        return {
-            tensor.name: np.concatenate([outputs[tensor.name] for outputs in found], 1) for tensor in signature.outputs
-        }
+        return sequence
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         """The outputs of several calls, in order: each equals what `run` gives of it alone, within rounding.
@@ -238,8 +244,13 @@ class Engine(ABC):
         raise NotImplementedError(f"{self.target} keeps no states")
 
     def trim(self, slot: Slot, length: int) -> None:
-        """Forget what a slot's states hold beyond `length` positions. Engines with states override this."""
-        raise NotImplementedError(f"{self.target} keeps no states")
+        """Forget what a slot's states hold beyond `length` positions.
+
+        The mask of the next call says how many positions of a slot are valid, so only a slot that begins anew has to be
+        dropped. Engines whose states are as long as what they hold override this.
+        """
+        if length == 0:
+            self._slots.pop(slot, None)
 
     def close(self) -> None:
         """Free what the SDK holds. The engine cannot be used afterwards."""
@@ -262,7 +273,7 @@ class FakeEngine(Engine):
         return Availability(True, ("none",))
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         raise NotImplementedError
 
     @classmethod

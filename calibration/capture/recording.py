@@ -88,9 +88,8 @@ class Recorder:
 class Continued:
     """Consecutive calls of one slot, as the one call from an empty cache that computes the same.
 
-    Which axes grow is read from the signature: a state's `present` is as long as its `past` and the new positions
-    together. Inputs with an axis of new positions are joined along it; of those with an axis of all positions the last
-    covers everything.
+    The signature's port says which axes grow. Inputs with an axis of new positions are joined along it; of those with
+    an axis of all positions the last one covers everything.
     """
 
     signature: Signature
@@ -105,11 +104,11 @@ class Continued:
         `Signature.bind` does.
         """
         if keep is not None and keep < self.length:
-            self.pieces = [self._cut(self._join(), keep)] if keep else []
+            self.pieces = [self.signature.cut(self._join(), 0, keep)] if keep else []
             self.length = keep
-        lengths = self.signature.bind(inputs)
-        self.length += lengths[self._new]
-        self.whole &= lengths.get(self._all, self.length) == self.length
+        lengths, port = self.signature.bind(inputs), self.signature.decoder
+        self.length += lengths[port.sequence]
+        self.whole &= lengths[port.total] == self.length
         self.pieces.append(inputs)
 
     def joined(self) -> Inputs | None:
@@ -117,55 +116,23 @@ class Continued:
         if not self.whole or not self.pieces:
             return None
         inputs = self._join()
-        lengths = self.signature.bind(inputs)
-        return inputs | {state.past.name: _empty(state.past, state.axis, lengths) for state in self.signature.states}
-
-    @property
-    def _all(self) -> str:
-        """The dim of all positions."""
-        state = self.signature.states[0]
-        return _dim(state.present, state.axis).name
-
-    @property
-    def _new(self) -> str:
-        """The dim of new positions."""
-        state = self.signature.states[0]
-        past, present = _dim(state.past, state.axis), _dim(state.present, state.axis)
-        return next(name for name in present.sum_of if name != past.name)
+        lengths = self.signature.bind(inputs) | {self.signature.decoder.past: 0}
+        return inputs | {
+            state.past.name: np.zeros(state.past.shape(lengths), state.past.dtype) for state in self.signature.states
+        }
 
     def _join(self) -> Inputs:
         joined = dict(self.pieces[-1])
         for tensor in self.signature.inputs:
-            axis = _axis(tensor, self._new)
+            axis = _axis(tensor, self.signature.decoder.sequence)
             if axis is not None:
                 joined[tensor.name] = np.concatenate([piece[tensor.name] for piece in self.pieces], axis)
         return joined
-
-    def _cut(self, inputs: Inputs, length: int) -> Inputs:
-        """The first `length` positions."""
-        cut = dict(inputs)
-        for tensor in self.signature.inputs:
-            for name in (self._new, self._all):
-                axis = _axis(tensor, name)
-                if axis is not None:
-                    cut[tensor.name] = inputs[tensor.name][(slice(None),) * axis + (slice(length),)]
-        return cut
-
-
-def _dim(tensor: Tensor, axis: int) -> Dim:
-    dim = tensor.dims[axis]
-    assert isinstance(dim, Dim), f"{tensor.name} is a state, so its axis {axis} varies"
-    return dim
 
 
 def _axis(tensor: Tensor, name: str) -> int | None:
     """The axis of the dim of that name."""
     return next((axis for axis, dim in enumerate(tensor.dims) if isinstance(dim, Dim) and dim.name == name), None)
-
-
-def _empty(tensor: Tensor, axis: int, lengths: Mapping[str, int]) -> Array:
-    shape = tensor.shape({**lengths, _dim(tensor, axis).name: 0})
-    return np.zeros(shape, tensor.dtype)
 
 
 def count_positions(kept: Sequence[int], calls: int) -> list[int]:

@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Availability, Engine, Options, Slot
+from runtime.engine import Availability, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError
 
 BATCH: Final = "batch"
@@ -102,7 +102,7 @@ class LeanEngine(Engine):
         return Availability(True, (cls.device,), version=ort.__version__)
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         raise EngineError("the lean engine compiles nothing: it is made from a graph in memory")
 
     @classmethod
@@ -115,9 +115,8 @@ class LeanEngine(Engine):
         past = self._slots.get(slot or Slot(), {}) if signature.states else {}
         if signature.states and not past:
             batch = len(next(iter(inputs.values())))
-            past = {
-                s.past.name: np.zeros(s.past.shape({"batch": batch, "past": 0}), s.past.dtype) for s in signature.states
-            }
+            empty = signature.decoder.lengths(past=0, sequence=0, batch=batch)
+            past = {s.past.name: np.zeros(s.past.shape(empty), s.past.dtype) for s in signature.states}
         try:
             if signature.states:
                 results = dict(zip(names, self._session.run(names, {**inputs, **past}), strict=True))

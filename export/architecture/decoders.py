@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from export.family import Reference
-from runtime.bundle.signature import Dim, State, Tensor
+from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor
 from runtime.errors import SourceError, UnsupportedModel
 
 ATTENTION: Final = "enginecast_kv"
@@ -167,12 +167,30 @@ def library_decoder(model: Any) -> Reference:
     return reference
 
 
-def states(text: Any, batch: Dim, past: Dim, total: Dim) -> tuple[State, ...]:
+def decoder_signature(text: Any) -> Signature:
+    """Inputs, outputs and states of a `Decoder` of that config, under the names of transformers."""
+    port, context = Port(), text.max_position_embeddings
+    sequence = Dim(name=port.sequence, min=1, opt=1, max=context)
+    past = Dim(name=port.past, min=0, opt=1023, max=context)
+    total = Dim(name=port.total, min=1, opt=1024, max=context, sum_of=(port.past, port.sequence))
+    return Signature(
+        inputs=(
+            Tensor(name=port.embeddings, dtype="float32", dims=(BATCH, sequence, text.hidden_size)),
+            Tensor(name=port.mask, dtype="int64", dims=(BATCH, total), values="ones"),
+            Tensor(name=port.positions, dtype="int64", dims=(BATCH, sequence), values="positions"),
+        ),
+        outputs=(Tensor(name=port.logits, dtype="float32", dims=(BATCH, 1, text.vocab_size)),),
+        states=_states(text, past, total),
+        port=port,
+    )
+
+
+def _states(text: Any, past: Dim, total: Dim) -> tuple[State, ...]:
     """Keys and values of every layer."""
     heads, size = text.num_key_value_heads, head_size(text)
 
     def cache(name: str, length: Dim) -> Tensor:
-        return Tensor(name=name, dtype="float32", dims=(batch, heads, length, size))
+        return Tensor(name=name, dtype="float32", dims=(BATCH, heads, length, size))
 
     return tuple(
         State(

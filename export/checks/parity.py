@@ -79,7 +79,7 @@ def samples(signature: Signature) -> Iterator[dict[str, Array]]:
     if not signature.states:
         yield signature.sample(lengths, SEED)
         return
-    past, context = 0, signature.dims["total"].max
+    past, context = 0, signature.longest
     ends = [window + 1 for window in signature.windows if 0 < window < REACH]
     steps = [3, 2, 1, *(2 for _ in ends), 1]
     for number, count in enumerate(steps):
@@ -88,7 +88,8 @@ def samples(signature: Signature) -> Iterator[dict[str, Array]]:
         count = min(count, context - past)
         if count < 1:
             return
-        found = signature.sample(lengths | {"sequence": count, "past": past, "total": past + count}, SEED + number)
+        call = signature.decoder.lengths(past, count, lengths[signature.decoder.batch])
+        found = signature.sample(lengths | call, SEED + number)
         if number == len(steps) - 1:  # rotary embeddings at the end of the context
             shift = context - past - count
             found |= {t.name: found[t.name] + shift for t in signature.inputs if t.values == "positions"}

@@ -18,13 +18,20 @@ from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.activations import ACT2FN
 
-from export.architecture.decoders import Decoder, activation, library_decoder, reduced_decoder, require_known, states
+from export.architecture.decoders import (
+    Decoder,
+    activation,
+    decoder_signature,
+    library_decoder,
+    reduced_decoder,
+    require_known,
+)
 from export.architecture.generation import Generation, read_generation
 from export.checkpoint.source import Source, read_json
 from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
-from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
+from runtime.bundle.signature import Dim, Signature, Tensor
 from runtime.errors import SourceError, UnsupportedModel, did_you_mean
 from runtime.language import templates
 from runtime.language.config import ChatConfig
@@ -150,16 +157,13 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     with without_weights():
         model = LlavaForConditionalGeneration(_config(source, reduced)).eval()
     text, vision = model.config.text_config, model.config.vision_config
-    context = text.max_position_embeddings
+    decoder = decoder_signature(text)
+    embeds, *_ = decoder.inputs
     images = Dim(name="images", min=1, opt=1, max=TILES)
-    sequence = Dim(name="sequence", min=1, opt=1, max=context)
-    past = Dim(name="past", min=0, opt=1023, max=context)
-    total = Dim(name="total", min=1, opt=1024, max=context, sum_of=("past", "sequence"))
     pixels = Tensor(
         name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size)
     )
-    embeds = Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, sequence, text.hidden_size))
-    ids = Tensor(name="input_ids", dtype="int64", dims=(BATCH, sequence), values="below", limit=text.vocab_size)
+    ids = Tensor(name="input_ids", dtype="int64", dims=embeds.dims[:2], values="below", limit=text.vocab_size)
     features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
     components = (Component("", model),)
     return [
@@ -169,14 +173,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             outputs=(embeds,)),
              activations=False),
         Part("decoder", components, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
-            Signature(
-            inputs=(
-                embeds,
-                Tensor(name="attention_mask", dtype="int64", dims=(BATCH, total), values="ones"),
-                Tensor(name="position_ids", dtype="int64", dims=(BATCH, sequence), values="positions"),
-            ),
-            outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, text.vocab_size)),),
-            states=states(text, BATCH, past, total)), activations=False),
+            decoder, activations=False),
     ]  # fmt: skip
 
 

@@ -109,9 +109,8 @@ def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Ite
     past = 0
     beyond = [count for window in signature.windows if 0 < window < REACH for count in (window, 1)]
     for count in (*POSITIONS, *beyond) if signature.states else (0,):
-        lengths = usual | ({"sequence": count, "past": past} if signature.states else {})
-        lengths |= {name: sum(lengths[one] for one in dim.sum_of) for name, dim in signature.dims.items() if dim.sum_of}
-        yield {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}
+        lengths = usual | (signature.port.lengths(past, count) if signature.port else {})
+        yield signature.sample_call(lengths, rng)
         past += count
 
 

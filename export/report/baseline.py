@@ -22,7 +22,7 @@ from export.report.speed import Speed, carry_out, measure_speed
 from export.task import SpeedEffort
 from runtime.bundle.manifest import Artifact, Bundle, Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Availability, Engine, Options, Slot
+from runtime.engine import Availability, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, UnsupportedModel
 from runtime.placing.loading import LoadedModel, choose_target, load_model
 
@@ -54,7 +54,7 @@ class TorchEngine(Engine):
         return Availability(True, (cls.device,), version=torch.__version__)
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         raise EngineError("PyTorch compiles nothing here: its engine is made from a part of a checkpoint")
 
     @classmethod

@@ -24,6 +24,7 @@ from export.report.pictures import stored as picture_of
 from export.report.running import MAX_TOKENS, run
 from export.task import FOLDER, SEED, Comparison, Effort, Pictures, SpeedEffort
 from runtime.bundle.manifest import Bundle, Inside
+from runtime.bundle.signature import Port
 from runtime.engine import Slot
 from runtime.errors import EngineError
 from runtime.language.text import Message
@@ -142,13 +143,13 @@ class ChatComparison(Comparison):
         """Run one question on both models, and again on the quantized one with the reference's tokens where it chose
         others.
         """
-        wanted, free = _Decoding(), _Decoding()
+        wanted, free = _Decoding(reference), _Decoding(quantized)
         first, second = run(reference, request, wanted), run(quantized, request, free)
         prompt = first.one(Finished).prompt_tokens
         logits, others = wanted.logits(prompt), free.logits(prompt)
         tokens, chosen = ([int(token) for token in one.argmax(axis=1)] for one in (logits, others))
         if chosen != tokens:
-            forced = _Decoding(tokens, prompt)
+            forced = _Decoding(quantized, tokens, prompt)
             run(quantized, request, forced)
             others = forced.logits(prompt)
         _replay(wanted.calls, quantized, compared)
@@ -205,6 +206,7 @@ class _Decoding:
     `prompt` is the prompt's length in tokens, needed with `forced`.
     """
 
+    model: LoadedModel
     forced: Sequence[int] = ()
     prompt: int = 0
     calls: list[tuple[Call, Outputs]] = field(default_factory=list)
@@ -212,34 +214,37 @@ class _Decoding:
     def __call__(self, call: Call, outputs: Outputs) -> Outputs:
         if call.slot is None:
             return outputs
-        if not np.isfinite(outputs["logits"]).all():
+        name = self._port(call).logits
+        if not np.isfinite(outputs[name]).all():
             raise EngineError(
                 f"{call.submodel} gave NaN or infinite logits, expected finite ones: verify the bundle, or build with "
                 "a higher precision"
             )
         copied = replace(call, inputs={name: np.array(array) for name, array in call.inputs.items()})
         self.calls.append((copied, dict(outputs)))
-        place = _length(call) - self.prompt
+        place = self._length(call) - self.prompt
         if not self.forced or place < 0:
             return outputs
-        certain = np.full_like(outputs["logits"], -1)
+        certain = np.full_like(outputs[name], -1)
         certain[..., self.forced[place]] = 1
-        return {**outputs, "logits": certain}
+        return {**outputs, name: certain}
 
     def logits(self, prompt: int) -> NDArray[np.float32]:
         """The logits [tokens, vocab] that each token of the answer was chosen from."""
         return np.stack(
             [
-                np.asarray(outputs["logits"][0, -1], np.float32)
+                np.asarray(outputs[self._port(call).logits][0, -1], np.float32)
                 for call, outputs in self.calls
-                if _length(call) >= prompt
+                if self._length(call) >= prompt
             ]
         )
 
+    def _length(self, call: Call) -> int:
+        """Positions that the decoder holds after a call."""
+        return int(call.inputs[self._port(call).mask].shape[1])
 
-def _length(call: Call) -> int:
-    """Positions that the decoder holds after a call."""
-    return int(call.inputs["attention_mask"].shape[1])
+    def _port(self, call: Call) -> Port:
+        return self.model.engines[call.submodel].submodel.signature.decoder
 
 
 def _replay(calls: Iterable[tuple[Call, Outputs]], quantized: LoadedModel, compared: ComparedByName) -> None:

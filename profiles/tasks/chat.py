@@ -132,7 +132,8 @@ def _text(pipeline: ChatPipeline, tokens: int) -> tuple[str, int]:
 def _bytes_per_token(model: LoadedModel, past: int) -> float:
     """Bytes that a decoding step reads: all weights of the decoder, and its cache."""
     decoder = model.bundle.submodel("decoder")
-    states = nbytes((state.past for state in decoder.signature.states), {"batch": 1, "past": past})
+    lengths = decoder.signature.decoder.lengths(past, 0)
+    states = nbytes((state.past for state in decoder.signature.states), lengths)
     return float(decoder.nbytes + states)
 
 

@@ -1,16 +1,17 @@
-"""What goes into a submodel and what comes out: stated once, everything else is derived from it.
+"""The inputs and outputs of a submodel, stated once.
 
-ONNX axes, sample inputs, engine shapes, calibration capture and request validation all read the same `Signature`.
+ONNX axes, sample inputs, engine shapes, calibration capture and request validation are all derived from the same
+`Signature`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Final, Literal
+from collections.abc import Collection, Iterable, Mapping
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtime.errors import InvalidInput
 
@@ -23,13 +24,16 @@ LONGEST: Final = 1 << 31
 """Elements along one dimension."""
 
 
-class Dim(BaseModel):
+class _Stated(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Dim(_Stated):
     """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements.
 
     `sum_of` names the dims whose lengths add up to this one, as a cache's total is its past and the new sequence.
     """
 
-    model_config = ConfigDict(frozen=True)
     name: str
     min: int = Field(ge=0, le=LONGEST)
     opt: int = Field(ge=0, le=LONGEST)
@@ -41,15 +45,14 @@ class Dim(BaseModel):
 Values = Literal["normal", "positions", "ones", "below"]
 
 
-class Tensor(BaseModel):
+class Tensor(_Stated):
     """A named array: its dtype and its dims, each a fixed length or a `Dim`.
 
-    `values` says what real ones look like, for samples: standard normal noise, consecutive positions along the last
-    axis that end with the longest length, ones, or whole numbers from 0 up to and without `limit`. A `condition` is
-    what the rows of a classifier-free guidance batch differ in; in inputs that are none they are the same.
+    `values` describes real values, for samples: standard normal noise, consecutive positions along the last axis that
+    continue behind the past, ones, or whole numbers from 0 to `limit` - 1. The rows of a classifier-free guidance batch
+    differ only in inputs that are a `condition`.
     """
 
-    model_config = ConfigDict(frozen=True)
     name: str
     dtype: DType
     dims: tuple[Annotated[int, Field(ge=0, le=LONGEST)] | Dim, ...]
@@ -61,13 +64,13 @@ class Tensor(BaseModel):
         """The shape where each varying dim has the length given under its name."""
         return tuple(lengths[dim.name] if isinstance(dim, Dim) else dim for dim in self.dims)
 
-    def sample(self, lengths: Mapping[str, int], rng: np.random.Generator) -> Array:
-        """A likely value of this tensor at the given lengths."""
+    def sample(self, lengths: Mapping[str, int], rng: np.random.Generator, past: int = 0) -> Array:
+        """A likely value of this tensor at the given lengths, behind so many positions of a decoder."""
         shape = self.shape(lengths)
         if self.values == "normal":
             array: Array = rng.standard_normal(shape)
         elif self.values == "positions":
-            array = np.broadcast_to(np.arange(shape[-1]) + lengths.get("past", 0), shape)
+            array = np.broadcast_to(past + np.arange(shape[-1]), shape)
         elif self.values == "ones":
             array = np.ones(shape)
         else:
@@ -75,30 +78,73 @@ class Tensor(BaseModel):
         return array.astype(self.dtype)
 
 
-class State(BaseModel):
+class State(_Stated):
     """An array that an engine keeps between calls of one slot, such as a layer's keys: read as `past`, written as
     `present`.
 
     `axis` is the one that grows, from length 0 at the start of a slot. `window` is how many positions the attention
-    that reads it sees, the newest included; 0 is all there are.
+    that reads it sees, the newest included; 0 means all of them.
     """
 
-    model_config = ConfigDict(frozen=True)
     past: Tensor
     present: Tensor
     axis: int
     window: int = Field(default=0, ge=0)
 
 
-class Signature(BaseModel):
-    """Inputs, outputs and states of one submodel. `inputs` and `outputs` are what a caller sees; states belong to the
-    engine.
+class Port(_Stated):
+    """How a decoder is called: the names of its inputs, of its output, and of the dims in which they vary.
+
+    `embeddings` [batch, sequence, hidden] are the new positions, `mask` [batch, total] is 0 at padding and 1 elsewhere,
+    `positions` [batch, sequence] counts from 0; `logits` [batch, 1, vocabulary] are those of the last new position. A
+    slot holds `past` positions before a call and `total` = `past` + `sequence` after it. The defaults are the names of
+    transformers.
     """
 
-    model_config = ConfigDict(frozen=True)
+    embeddings: str = "inputs_embeds"
+    mask: str = "attention_mask"
+    positions: str = "position_ids"
+    logits: str = "logits"
+    batch: str = "batch"
+    sequence: str = "sequence"
+    past: str = "past"
+    total: str = "total"
+
+    def lengths(self, past: int, sequence: int, batch: int = 1) -> dict[str, int]:
+        """The length of each dim in a call with so many positions before it and so many new ones."""
+        return {self.batch: batch, self.sequence: sequence, self.past: past, self.total: past + sequence}
+
+
+class Signature(_Stated):
+    """Inputs, outputs and states of one submodel. `inputs` and `outputs` are what a caller sees; states belong to the
+    engine. `port` says how a submodel with states is called.
+    """
+
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     states: tuple[State, ...] = ()
+    port: Port | None = Field(default_factory=lambda found: Port() if found["states"] else None)
+    """Bundles that were built before ports were stated use the names of transformers."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.port is not None:
+            port, dims = self.port, self.dims
+            known = {tensor.name for tensor in (*self.inputs, *self.outputs)} | dims.keys()
+            if unknown := sorted(set(port.model_dump().values()) - known):
+                raise ValueError(f"its port names {', '.join(unknown)}, which it has no tensor or dim of")
+        return self
+
+    @property
+    def decoder(self) -> Port:
+        """The port of a submodel with states."""
+        assert self.port is not None, "submodels with states have a port"
+        return self.port
+
+    @property
+    def longest(self) -> int:
+        """Positions that a decoder has at most: its context."""
+        return self.dims[self.decoder.total].max
 
     @property
     def graph_inputs(self) -> tuple[Tensor, ...]:
@@ -112,7 +158,7 @@ class Signature(BaseModel):
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """The limits of attention that occur, each once, in rising order; 0 where some layer has none."""
+        """Every window of its attentions once, in rising order; 0 where some layer has none."""
         return tuple(sorted({state.window for state in self.states}))
 
     @property
@@ -130,12 +176,10 @@ class Signature(BaseModel):
         }
 
     def cut(self, inputs: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
-        """The part of a decoder's call that is about its new positions from `start` to `stop`: views of the arrays.
-
-        Dims named "sequence" are the new positions, those named "total" all positions there are.
-        """
-        lengths = self.lengths(inputs)
-        parts = {"sequence": slice(start, stop), "total": slice(lengths["total"] - lengths["sequence"] + stop)}
+        """The part of a decoder's call for its new positions from `start` to `stop`, as views of the arrays."""
+        port, lengths = self.decoder, self.lengths(inputs)
+        past = lengths[port.total] - lengths[port.sequence]
+        parts = {port.sequence: slice(start, stop), port.total: slice(past + stop)}
         return {
             tensor.name: inputs[tensor.name][
                 tuple(parts.get(dim.name, ALL) if isinstance(dim, Dim) else ALL for dim in tensor.dims)
@@ -143,13 +187,26 @@ class Signature(BaseModel):
             for tensor in self.inputs
         }
 
+    def joined(self, outputs: Collection[Mapping[str, Array]]) -> dict[str, Array]:
+        """A decoder's outputs [batch, positions, ...] of consecutive calls as those of one."""
+        return {tensor.name: np.concatenate([output[tensor.name] for output in outputs], 1) for tensor in self.outputs}
+
     def sample(self, lengths: Mapping[str, int], seed: int = 0) -> dict[str, Array]:
         """Likely values of every graph input at the given lengths: the same for the same seed."""
-        rng = np.random.default_rng(seed)
-        return {tensor.name: tensor.sample(lengths, rng) for tensor in self.graph_inputs}
+        return self._sampled(self.graph_inputs, lengths, np.random.default_rng(seed))
+
+    def sample_call(self, lengths: Mapping[str, int], rng: np.random.Generator) -> dict[str, Array]:
+        """Likely values of the inputs that a caller gives."""
+        return self._sampled(self.inputs, lengths, rng)
+
+    def _sampled(
+        self, tensors: Iterable[Tensor], lengths: Mapping[str, int], rng: np.random.Generator
+    ) -> dict[str, Array]:
+        past = lengths[self.port.past] if self.port is not None else 0
+        return {tensor.name: tensor.sample(lengths, rng, past) for tensor in tensors}
 
     def sample_lengths(self) -> dict[str, int]:
-        """Small lengths, all distinct, so that neither a tracer nor a reader takes two dims for the same one."""
+        """Small lengths, all distinct, so that neither a tracer nor a reader confuses two dims."""
         lengths: dict[str, int] = {}
         for dim in sorted(self.dims.values(), key=lambda dim: len(dim.sum_of)):
             length = max(dim.min, 2 * dim.multiple)

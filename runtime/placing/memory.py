@@ -68,9 +68,15 @@ def estimate(submodel: Submodel, half: bool, host: bool) -> int:
     widened = stored_half and not (half and precision.compute != "float32")
     factor = (3 if quantized else 4) if widened and host else 2 if host or (widened and not quantized) else 1
     factor *= 2 if precision.nested else 1  # int4 codes run as int8 ones
-    usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
-    usual |= {name: usual.get("total", length) for name, length in usual.items() if name == "past"}
-    return factor * submodel.nbytes + OVERHEAD + nbytes((state.past for state in submodel.signature.states), usual)
+    return factor * submodel.nbytes + OVERHEAD + _caches(submodel.signature)
+
+
+def _caches(signature: Signature) -> int:
+    """Bytes of a decoder's caches, for one row of the usual length."""
+    if signature.port is None:
+        return 0
+    usual = signature.port.lengths(past=signature.dims[signature.port.total].opt, sequence=0)
+    return nbytes((state.past for state in signature.states), usual)
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,7 @@ def sample(signature: Signature, share: int = 4) -> dict[str, Array]:
     for dim in sorted(signature.dims.values(), key=lambda dim: len(dim.sum_of)):
         own = 1 if dim.name == "batch" else min(dim.max, max(8 // share * dim.min, dim.opt // share))
         lengths[dim.name] = sum(lengths[name] for name in dim.sum_of) if dim.sum_of else _aligned(own, dim)
-    rng = np.random.default_rng(0)
-    return {tensor.name: tensor.sample(lengths, rng) for tensor in signature.inputs}
+    return signature.sample_call(lengths, np.random.default_rng(0))
 
 
 def _aligned(length: int, dim: Dim) -> int:

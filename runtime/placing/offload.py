@@ -19,7 +19,7 @@ from weakref import WeakSet
 
 from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Availability, Engine, Options, Slot, SlotCall
+from runtime.engine import Availability, CompileOptions, Engine, Options, Slot, SlotCall
 from runtime.errors import ResourceExhausted
 from runtime.placing import memory
 from runtime.placing.memory import Need, show_size
@@ -132,7 +132,7 @@ class OffloadedEngine(Engine):
         self._engine: Engine | None = None
         self._computes = "float32"
         self._before = 0
-        self._slots: WeakSet[Slot] = WeakSet()
+        self._holding: WeakSet[Slot] = WeakSet()
         budget.add(self)
 
     @property
@@ -146,43 +146,43 @@ class OffloadedEngine(Engine):
     @property
     def idle(self) -> bool:
         """Whether it can be closed: no call runs and no slot has caches in it."""
-        return not self.uses and not self._slots
+        return not self.uses and not self._holding
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         with self._budget.lend(self, memory.size_of(inputs)) as engine:
             if slot is not None:
-                self._slots.add(slot)
+                self._holding.add(slot)
             return engine.run(inputs, slot)
 
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
         with self._budget.lend(self, memory.size_of(inputs)) as engine:
-            self._slots.add(slot)
+            self._holding.add(slot)
             return engine.run_last(inputs, slot, count)
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         with self._budget.lend(self, sum(memory.size_of(inputs) for inputs, _ in calls)) as engine:
-            self._slots.update(slot for _, slot in calls if slot is not None)
+            self._holding.update(slot for _, slot in calls if slot is not None)
             return engine.run_many(calls)
 
     def fork(self, slot: Slot, n: int) -> list[Slot]:
-        if slot not in self._slots:
+        if slot not in self._holding:
             return [Slot() for _ in range(n)]
         with self._budget.lend(self, 0) as engine:
             forks = engine.fork(slot, n)
-            self._slots.update(forks)
+            self._holding.update(forks)
             return forks
 
     def copy(self, slot: Slot, to: Slot) -> None:
-        if slot in self._slots:
+        if slot in self._holding:
             with self._budget.lend(self, 0) as engine:
                 engine.copy(slot, to)
-                self._slots.add(to)
+                self._holding.add(to)
 
     def trim(self, slot: Slot, length: int) -> None:
-        if slot in self._slots and self._engine is not None:
+        if slot in self._holding and self._engine is not None:
             self._engine.trim(slot, length)
         if length == 0:
-            self._slots.discard(slot)
+            self._holding.discard(slot)
 
     def measure(self, visible: bool) -> None:
         """Load it, and measure its memory if that is `visible`, as part of this process."""
@@ -215,7 +215,7 @@ class OffloadedEngine(Engine):
             memory.give_back()
 
     def close(self) -> None:
-        self._slots.clear()
+        self._holding.clear()
         self._budget.remove(self)
 
     @classmethod
@@ -223,7 +223,7 @@ class OffloadedEngine(Engine):
         return Availability(False, reason="it stands for an engine of another target")
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         raise NotImplementedError("it stands for an engine of another target")
 
     @classmethod

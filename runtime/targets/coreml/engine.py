@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.bundle.manifest import Artifact, Bundle, Submodel
-from runtime.bundle.signature import Array, Dim
+from runtime.bundle.signature import Array
 from runtime.engine import Availability, Compiled, CompileOptions, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency, ResourceExhausted
 from runtime.files import FULL
@@ -32,7 +32,6 @@ from runtime.targets.coreml.sdk import coremltools
 from runtime.targets.coreml.shapes import CoreMLSettings, Taken, input_types, lengths_of, symbols
 from runtime.targets.coreml.translate import identifier, translate
 from runtime.targets.lowering.half import to_half
-from runtime.targets.lowering.masks import MASK
 from runtime.targets.lowering.nested import widen
 from runtime.targets.lowering.static_cache import INDICES, capacity, with_static_cache
 
@@ -80,10 +79,6 @@ class CoreML(Engine):
         version = importlib.metadata.version("coremltools")
         reason = _reason()
         return Availability(not reason, () if reason else UNITS, reason, version, compiles=True)
-
-    @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        return cls.compile_with(CompileOptions(), submodel, graph, output)
 
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
@@ -200,8 +195,9 @@ class CoreML(Engine):
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
         """Each row on its own states; new positions in as many calls as the package's lengths make necessary."""
-        (batch, sequence), total = inputs["position_ids"].shape, inputs[MASK].shape[1]
-        longest = self._taken[MASK].longest(1, 1 << 31)
+        port = self.submodel.signature.decoder
+        (batch, sequence), total = inputs[port.positions].shape, inputs[port.mask].shape[1]
+        longest = self._taken[identifier(port.mask)].longest(1, 1 << 31)
         if total > longest:
             raise EngineError(
                 f"{total} positions do not fit its cache of {longest}: build it with a larger context, or say less"
@@ -215,32 +211,22 @@ class CoreML(Engine):
         return {name: np.concatenate([found[name] for found in rows]) for name in rows[0]}
 
     def _run_row(self, inputs: Mapping[str, Array], row: int, past: int, longest: int, state: Any) -> dict[str, Array]:
-        outputs: list[dict[str, Array]] = []
-        for start, end in self._parts(inputs["position_ids"].shape[1]):
+        signature, outputs = self.submodel.signature, dict[str, Array]()
+        own = {name: array[row : row + 1] for name, array in inputs.items()}
+        for start, end in self._parts(own[signature.decoder.positions].shape[1]):
+            now = signature.cut(own, start, end) | {INDICES: np.array([past + start])}
             mask = np.zeros((1, longest), np.int64)
-            mask[:, : past + end] = inputs[MASK][row, : past + end]
-            now = {
-                tensor.name: _cut(tensor.dims, inputs[tensor.name][row : row + 1], slice(start, end))
-                for tensor in self.submodel.signature.inputs
-                if tensor.name != MASK
-            }
-            outputs.append(self._predict(now | {MASK: mask, INDICES: np.array([past + start])}, state))
-        found = {}
-        for tensor in self.submodel.signature.outputs:
-            along = [axis for axis, dim in enumerate(tensor.dims) if isinstance(dim, Dim) and dim.name == "sequence"]
-            parts = [output[tensor.name] for output in outputs]
-            found[tensor.name] = np.concatenate(parts, along[0]) if along else parts[-1]
-        return found
+            mask[:, : past + end] = now[signature.decoder.mask]
+            outputs = self._predict(now | {signature.decoder.mask: mask}, state)
+        return outputs
 
     def _parts(self, sequence: int) -> Iterator[tuple[int, int]]:
         """New positions cut into lengths that the package takes, the longest first."""
-        start = 0
+        start, taken = 0, self._taken[identifier(self.submodel.signature.decoder.positions)]
         while start < sequence:
-            count = self._taken["position_ids"].longest(1, sequence - start)
+            count = taken.longest(1, sequence - start)
             if not count:
-                raise EngineError(
-                    f"{sequence - start} positions are fewer than it takes: {self._taken['position_ids']}"
-                )
+                raise EngineError(f"{sequence - start} positions are fewer than it takes: {taken}")
             yield start, start + count
             start += count
 
@@ -269,13 +255,6 @@ class CoreML(Engine):
         for name in self._states:
             copy.write_state(name, state.read_state(name))
         return copy
-
-    def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to
-        forget.
-        """
-        if length == 0:
-            self._slots.pop(slot, None)
 
     def close(self) -> None:
         self._slots.clear()
@@ -337,8 +316,3 @@ def _shape(value: Any) -> tuple[tuple[int | str, ...], str]:
     """The dims of a graph's input, each a number or a name, and its dtype."""
     dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     return dims, "float32" if value.dtype.name == "FLOAT" else "int32"
-
-
-def _cut(dims: tuple[int | Dim, ...], array: Array, part: slice) -> Array:
-    """The part of the new positions."""
-    return array[tuple(part if isinstance(dim, Dim) and dim.name == "sequence" else slice(None) for dim in dims)]

@@ -71,10 +71,10 @@ def lengths_of(signature: Signature, settings: CoreMLSettings) -> dict[str, tupl
         name: settings.lengths.get(name, (max(dim.min, dim.multiple), max(dim.opt, 1), dim.max))
         for name, dim in dims.items()
     }
-    if signature.states:
-        found["batch"] = (1, 1, 1)
-        if "sequence" in found and "sequence" not in settings.lengths:
-            found["sequence"] = (1, *_steps(capacity(signature, settings.context)))
+    if signature.port is not None:
+        found[signature.port.batch] = (1, 1, 1)
+        if signature.port.sequence not in settings.lengths:
+            found[signature.port.sequence] = (1, *_steps(capacity(signature, settings.context)))
     return {
         name: (usual, usual, usual) if settings.shapes == "fixed" else (low, usual, high)
         for name, (low, usual, high) in found.items()

@@ -25,6 +25,7 @@ from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.settings import Texts
 from runtime.targets.lowering.attention import with_grouped_cache
 from runtime.targets.lowering.half import to_half
+from runtime.targets.lowering.logits import with_logits_start
 from runtime.targets.lowering.nested import widen
 from runtime.targets.lowering.opset21 import to_opset21
 from runtime.targets.lowering.static_cache import capacity, with_static_cache
@@ -85,10 +86,6 @@ class CUDAEngine(SessionEngine):
         found, reason = cuda.devices(EXTRA)
         names = tuple(f"cuda:{device.index} ({device.name})" for device in found)
         return Availability(bool(names), names, reason, version, compiles=True)
-
-    @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        return cls.compile_with(CompileOptions(), submodel, graph, output)
 
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
@@ -170,6 +167,8 @@ class CUDAEngine(SessionEngine):
 
 def _to_provider(model: Any, submodel: Submodel, plan: SessionPlan) -> Any:
     """The graph in the provider's operators; changed in place but for caches of fixed length."""
+    if submodel.signature.states:
+        with_logits_start(model, submodel.signature)
     if plan.cache == "grouped":
         with_grouped_cache(model, submodel.signature)
     elif plan.cache == "fixed":

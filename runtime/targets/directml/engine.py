@@ -89,10 +89,6 @@ class DirectML(SessionEngine):
         return Availability(True, ("dml:0",), version=package.__version__, compiles=True)
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        return cls.compile_with(CompileOptions(), submodel, graph, output)
-
-    @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         settings = DirectMLSettings.parse(options.settings)
@@ -105,9 +101,10 @@ class DirectML(SessionEngine):
         model, nested = cls._lowered(submodel, graph, positions, steps=False)
         plan, models = plan.model_copy(update={"nested": nested}), {plan.graph: model}
         if signature.states:
-            sizes = shapes or tuple({"sequence": size} for size in PIECES if size <= positions)
+            sequence = signature.decoder.sequence
+            sizes = shapes or tuple({sequence: size} for size in PIECES if size <= positions)
             plan = plan.model_copy(update={"cache": "fixed", "shapes": sizes})
-            if settings.grouped and _steps_fit(signature) and any(shape.get("sequence") == 1 for shape in sizes):
+            if settings.grouped and _steps_fit(signature) and any(shape.get(sequence) == 1 for shape in sizes):
                 plan = plan.model_copy(update={"step": f"{submodel.name}.step.onnx"})
                 models[plan.step], _ = cls._lowered(submodel, graph, positions, steps=True)
         options.progress(0.5, "Lowered")

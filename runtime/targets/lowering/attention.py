@@ -18,7 +18,7 @@ import numpy as np
 from runtime.bundle.signature import Signature
 from runtime.errors import EngineError
 from runtime.optional import require
-from runtime.targets.lowering.masks import MASK, require_windows, window_of
+from runtime.targets.lowering.masks import require_windows, window_of
 
 CONTRIB: Final = "com.microsoft"
 HEAD_STEP: Final = 8
@@ -238,7 +238,7 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
             f"GroupQueryAttention takes multiples of {HEAD_STEP}: build for another target, such as openvino"
         )
     graph = Graph(model)
-    lengths = _valid_lengths(graph)
+    lengths = _valid_lengths(graph, signature.decoder.mask)
     for node in [node for node in model.graph if is_attention(node) and has_past(node)]:
         count, groups, _ = heads(node)
         packed = [pack(graph, node, tensor) for tensor in node.inputs[:3]]
@@ -288,10 +288,10 @@ def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
     raise EngineError(f"node '{node.name}' keeps no present that the graph gives: build the bundle again")
 
 
-def _valid_lengths(graph: Graph) -> tuple[Any, Any]:
-    """seqlens_k [batch] (the last valid position) and the total length, both int32, from the attention mask."""
+def _valid_lengths(graph: Graph, name: str) -> tuple[Any, Any]:
+    """seqlens_k [batch] (the last valid position) and the total length, both int32, from the mask of that name."""
     ir, first = graph.ir, graph.graph[0]
-    mask = next(value for value in graph.graph.inputs if value.name == MASK)
+    mask = next(value for value in graph.graph.inputs if value.name == name)
     one = graph.constant("seqlens.one", [1])
     count = graph.before(first, "seqlens", "ReduceSum", mask, one, keepdims=0)
     last = graph.before(first, "seqlens", "Sub", count, one)

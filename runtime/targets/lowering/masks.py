@@ -7,16 +7,14 @@ A position sees itself and those before it that `attention_mask` allows, in laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from runtime.bundle.signature import Array, Signature
 from runtime.errors import EngineError
 from runtime.optional import require
-
-MASK: Final = "attention_mask"
 
 
 def attentions(model: Any) -> list[Any]:
@@ -49,16 +47,15 @@ def require_windows(model: Any, signature: Signature) -> None:
     }
     for name, window in sorted(found):
         compute = _computed(model, signature, name)
-        for lengths, allowed in _lengths(window, signature.dims["total"].max):
-            mask = compute(lengths, allowed) if compute else None
-            expected = seen(lengths["past"], lengths["sequence"], allowed, window)
+        for past, sequence, allowed in _calls(window, signature.longest):
+            mask = compute(past, sequence, allowed) if compute else None
+            expected = seen(past, sequence, allowed, window)
             if mask is None or not np.array_equal(np.broadcast_to(mask, expected.shape), expected):
                 limit = f", the latest {window} of them" if window else ""
                 raise EngineError(
-                    f"the decoder's attention mask '{name}' is not causal over the positions that {MASK} "
-                    f"allows{limit}, expected that: "
-                    "this target builds the mask itself. Use one that keeps the graph's own mask, or build the bundle "
-                    "again"
+                    f"the decoder's attention mask '{name}' is not causal over the positions that "
+                    f"{signature.decoder.mask} allows{limit}, expected that: this target builds the mask itself. Use "
+                    "one that keeps the graph's own mask, or build the bundle again"
                 )
 
 
@@ -71,21 +68,21 @@ def seen(past: int, sequence: int, allowed: Array, window: int) -> Array:
     return np.asarray(causal[None, None] & (allowed != 0)[:, None, None])
 
 
-def _lengths(window: int, longest: int) -> Iterator[tuple[dict[str, int], Array]]:
-    """Lengths of calls and their attention masks: short ones, and those that cross the window."""
+def _calls(window: int, longest: int) -> Iterator[tuple[int, int, Array]]:
+    """Past and new positions of calls and their attention masks: short ones, and those that cross the window."""
     crossing = ((1, window - 2, 5), (1, window + 3, 1)) if window > 2 else ()
     for batch, past, sequence in ((1, 0, 5), (2, 7, 1), (2, 4, 3), *crossing):
         if past + sequence <= longest:
             allowed = np.ones((batch, past + sequence), np.int64)
             allowed[-1, : past // 2] = 0
-            yield {"batch": batch, "past": past, "sequence": sequence, "total": past + sequence}, allowed
+            yield past, sequence, allowed
 
 
-def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[str, int], Array], Array | None] | None:
-    """Computes the value of that name by ONNX Runtime, for lengths and an attention mask. None where it depends on
-    anything else.
+def _computed(model: Any, signature: Signature, name: str) -> Callable[[int, int, Array], Array | None] | None:
+    """Computes the value of that name by ONNX Runtime, for past and new positions and an attention mask. None where it
+    depends on anything else.
     """
-    ir = require("onnx_ir", "export")
+    port, ir = signature.decoder, require("onnx_ir", "export")
     part = model.clone()
     value = next((output for node in part.graph for output in node.outputs if output.name == name), None)
     if value is None:
@@ -104,14 +101,15 @@ def _computed(model: Any, signature: Signature, name: str) -> Callable[[Mapping[
         ir.to_proto(part).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
 
-    def compute(lengths: Mapping[str, int], allowed: Array) -> Array | None:
+    def compute(past: int, sequence: int, allowed: Array) -> Array | None:
+        lengths = port.lengths(past, sequence, len(allowed))
         feed = {
             tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype)
             for tensor in signature.inputs
             if tensor.name in used
         }
-        if MASK in feed:
-            feed[MASK] = allowed
+        if port.mask in feed:
+            feed[port.mask] = allowed
         found: Array = session.run([name], feed)[0]
         return found if found.dtype == np.bool_ else None
 

@@ -19,7 +19,7 @@ import numpy as np
 from runtime.bundle.signature import Signature
 from runtime.errors import EngineError, InvalidInput
 from runtime.optional import require
-from runtime.targets.lowering.masks import MASK, attentions, require_windows, window_of
+from runtime.targets.lowering.masks import attentions, require_windows, window_of
 
 OPSET: Final = 24
 INDICES: Final = "write_indices"
@@ -31,7 +31,7 @@ def capacity(signature: Signature, context: int) -> int:
 
     Raises InvalidInput when it is more than that.
     """
-    longest = signature.dims["total"].max
+    longest = signature.longest
     if context > longest:
         raise InvalidInput("context", f"is {context}, and the model has {longest} positions")
     return context or longest
@@ -41,7 +41,7 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     """A copy of a canonical decoder (onnx_ir.Model) with caches of `capacity` positions; they have the type that
     attention computes in.
 
-    Differences to the signature: `attention_mask` is int64 [batch, capacity], zero beyond the positions there are;
+    Differences to the signature: the mask is int64 [batch, capacity], zero beyond the positions there are;
     `write_indices` is a new input; each present output is its past input, updated. Rows may be padded on the left.
     Raises EngineError when the graph's attention sees other positions than the signature's windows say
     (`runtime.targets.lowering.masks`).
@@ -52,22 +52,21 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     graph = copy.graph
     nodes = attentions(copy)
     inputs = {value.name: value for value in graph.inputs}
-    indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([inputs[MASK].shape[0]]))
+    allowed = inputs[signature.decoder.mask]
+    indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([allowed.shape[0]]))
     graph.inputs.append(indices)
-    inputs[MASK].shape = ir.Shape([inputs[MASK].shape[0], capacity])
-    sequence = next(
-        tensor.name for tensor in signature.inputs if any(getattr(dim, "name", "") == "sequence" for dim in tensor.dims)
-    )
+    allowed.shape = ir.Shape([allowed.shape[0], capacity])
+    tokens = inputs[signature.decoder.embeddings]
     windows = [window_of(node, signature) for node in nodes]
-    masks = _masks(ir, copy, nodes[0], inputs[sequence], inputs[MASK], indices, capacity, windows)
+    masks = _masks(ir, copy, nodes[0], tokens, allowed, indices, capacity, windows)
     for node, window in zip(nodes, windows, strict=True):
         _share(ir, graph, node, masks[window], indices, capacity)
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
-    others = {node.name for node, _ in inputs[MASK].uses()} - {"cache.mask/Equal"}
+    others = {node.name for node, _ in allowed.uses()} - {"cache.mask/Equal"}
     if others:
         raise EngineError(
-            f"the decoder reads {MASK} outside of attention, in {', '.join(sorted(others)[:3])}: its length cannot "
-            "be fixed"
+            f"the decoder reads {allowed.name} outside of attention, in {', '.join(sorted(others)[:3])}: its length "
+            "cannot be fixed"
         )
     copy.graph.opset_imports[""] = max(OPSET, copy.graph.opset_imports[""])
     return copy

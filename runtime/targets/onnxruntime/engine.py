@@ -22,11 +22,12 @@ import numpy as np
 
 from runtime.bundle.manifest import Artifact, Submodel, sha256
 from runtime.bundle.signature import BATCH
-from runtime.engine import Availability, Engine, Options
+from runtime.engine import Availability, CompileOptions, Engine, Options
 from runtime.errors import EngineUnavailable, MissingDependency
 from runtime.files import key_of, written
 from runtime.placing.choices import Choice, Decision, Subject, Values, decide
 from runtime.targets.lowering.attention import CONTRIB, with_grouped_cache
+from runtime.targets.lowering.logits import with_logits_start
 from runtime.targets.lowering.nested import WEIGHTS, widen, widened
 from runtime.targets.onnxruntime.integers import cut_behind, first_behind, with_integer_products
 from runtime.targets.sessions.base import SessionEngine, folder_of
@@ -65,8 +66,9 @@ class ONNXRuntime(SessionEngine):
             return Availability(False, reason=str(error))
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
+        cls.check_settings(options.settings)
         lowered, made, files = graph, dict[str, Any](), list[str]()
         for name, model in _lowered(submodel, graph).items():
             files += _write(output, name, model)
@@ -116,6 +118,7 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
     if submodel.signature.states:
         model = load_graph(graph)
         with_grouped_cache(model, submodel.signature)
+        with_logits_start(model, submodel.signature)
         return {name: model}
     if submodel.precision.activations == "float":
         return {}

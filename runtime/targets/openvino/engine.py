@@ -28,8 +28,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from runtime.bundle.manifest import Artifact, Submodel, sha256
-from runtime.bundle.signature import Array, Signature
-from runtime.engine import Availability, Engine, Options, Slot, SlotCall, require_distinct
+from runtime.bundle.signature import BATCH, Array, Signature
+from runtime.engine import Availability, CompileOptions, Engine, Options, Slot, SlotCall, require_distinct
 from runtime.errors import EngineError, MissingDependency
 from runtime.files import cache_folder, key_of
 from runtime.optional import require
@@ -125,7 +125,7 @@ class OpenVINO(Engine):
         self._fixed: dict[Fixed, Any] = {}
         if every:
             self._fixed[_usual(submodel)] = self._request
-        self._pages = Pages(made.compiled) if has_pages(made.compiled) else None
+        self._pages = Pages(made.compiled, submodel.signature.decoder) if has_pages(made.compiled) else None
         self._slots: WeakKeyDictionary[Slot, _Held | Table] = WeakKeyDictionary()
 
     @classmethod
@@ -143,8 +143,9 @@ class OpenVINO(Engine):
         )
 
     @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
+    def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
+        cls.check_settings(options.settings)
         _compile(submodel, graph, Options())
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
@@ -191,12 +192,14 @@ class OpenVINO(Engine):
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
         if self._pages is None:
             return super().run_last(inputs, slot, count)
+        self.require_positions(inputs, count)
         return self._run_paged([(inputs, slot)], count)[0]
 
     def _run_paged(self, calls: Sequence[SlotCall], last: int = 1) -> list[dict[str, Array]]:
         assert self._pages is not None
         require_distinct(calls)
-        paged = [(inputs, self._table(slot or Slot(), len(inputs["position_ids"]))) for inputs, slot in calls]
+        positions = self.submodel.signature.decoder.positions
+        paged = [(inputs, self._table(slot or Slot(), len(inputs[positions]))) for inputs, slot in calls]
         try:
             return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs], last)
         except (RuntimeError, ValueError) as error:
@@ -211,10 +214,9 @@ class OpenVINO(Engine):
             self._slots[to] = held.copied(self._compiled)
 
     def trim(self, slot: Slot, length: int) -> None:
-        if length == 0:
-            self._slots.pop(slot, None)
+        super().trim(slot, length)
         held = self._slots.get(slot)
-        if held is None or isinstance(held, Table):  # each call says how much of the pages is valid
+        if not isinstance(held, _Held):
             return
         sdk = require("openvino", "openvino")
         for state in held.request.query_state():
@@ -311,7 +313,10 @@ def _least(signature: Signature, shapes: Shapes) -> bool:
     UNet had 2x2 latents, whose smallest feature map is one value, or one token of text.
     """
     return any(
-        not isinstance(dim, int) and dim.name != "batch" and dim.min < dim.max and shapes[tensor.name][axis] == dim.min
+        not isinstance(dim, int)
+        and dim.name != BATCH.name
+        and dim.min < dim.max
+        and shapes[tensor.name][axis] == dim.min
         for tensor in signature.inputs
         for axis, dim in enumerate(tensor.dims)
     )
@@ -496,11 +501,11 @@ def _calls(signature: Signature) -> list[tuple[dict[str, int], int]]:
     A decoder reads a prompt of half its context and at most 512 tokens, then writes an answer.
     """
     usual = {name: dim.opt for name, dim in signature.dims.items()}
-    if not signature.states:
+    if signature.port is None:
         return [(usual, 1)]
-    prompt = min(512, max(1, signature.dims["total"].max // 2))
-    first = usual | {"batch": 1, "sequence": prompt, "past": 0, "total": prompt}
-    return [(first, 1), (usual | {"batch": 1, "sequence": 1, "past": prompt, "total": prompt + 1}, ANSWER)]
+    prompt = min(512, max(1, signature.longest // 2))
+    first, step = signature.port.lengths(0, prompt), signature.port.lengths(prompt, 1)
+    return [(usual | first, 1), (usual | step, ANSWER)]
 
 
 def _shapes(signature: Signature, lengths: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -18,11 +18,10 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from runtime.bundle.signature import Array, Signature
+from runtime.bundle.signature import Array, Port, Signature
 from runtime.engine import divided
 from runtime.optional import require
 
-INPUTS: Final = {"inputs_embeds", "attention_mask", "position_ids"}
 LAST: Final = "last_positions"
 """The last token of each row: only these are worth logits."""
 KEYS: Final = 3
@@ -34,7 +33,12 @@ FIRST_CAPACITY: Final = 256
 
 def fits(signature: Signature) -> bool:
     """Whether the submodel is a decoder whose calls can be put this way."""
-    return bool(signature.states) and {tensor.name for tensor in signature.inputs} == INPUTS
+    port = signature.port
+    return port is not None and {tensor.name for tensor in signature.inputs} == {
+        port.embeddings,
+        port.mask,
+        port.positions,
+    }
 
 
 def use_pages(model: Any, signature: Signature) -> None:
@@ -44,7 +48,7 @@ def use_pages(model: Any, signature: Signature) -> None:
     ops = require("openvino.opset15", "openvino")
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
     _limit(model, ops, [state.window for state in signature.states[::2]])
-    product = model.output("logits").get_node().input_value(0).get_node()
+    product = model.output(signature.decoder.logits).get_node().input_value(0).get_node()
     last = ops.parameter([-1], np.int32, name=LAST)
     last.output(0).get_tensor().set_names({LAST})
     model.add_parameters([last])
@@ -98,8 +102,8 @@ class Pages:
     is halved and more when three quarters of it are not used.
     """
 
-    def __init__(self, compiled: Any) -> None:
-        self.request = compiled.create_infer_request()
+    def __init__(self, compiled: Any, port: Port) -> None:
+        self.request, self.port = compiled.create_infer_request(), port
         caches = [port for port in compiled.inputs if port.any_name.startswith(("key_cache.", "value_cache."))]
         self._ports = {
             port.any_name: (port.element_type, [dim.get_length() for dim in list(port.partial_shape)[1:]])
@@ -149,14 +153,12 @@ class Pages:
                 self._lock.release()
 
     def _feed(self, calls: Sequence[tuple[Mapping[str, Array], Table]], last: int) -> dict[str, Array]:
-        """What the request takes for calls of the signature: inputs_embeds [batch, sequence, hidden], attention_mask
-        [batch, total], position_ids [batch, sequence]. Padding is left out wherever it is.
-        """
-        masks = [_divided(inputs) for inputs, _ in calls]
+        """The inputs of the request for calls of the signature, without padding, wherever it is."""
+        masks = [self._divided(inputs) for inputs, _ in calls]
         lengths = np.concatenate([past.sum(1, dtype=np.int32) for past, _ in masks])
         counts = np.concatenate([new.sum(1, dtype=np.int32) for _, new in masks])
         if not counts.all():
-            raise ValueError("attention_mask has a row without any position of this call")
+            raise ValueError(f"{self.port.mask} has a row without any position of this call")
         if counts.min() < last:
             raise ValueError(f"outputs of {last} positions were requested, a row has {counts.min()}")
         rows = [row for _, table in calls for row in table.rows]
@@ -164,7 +166,7 @@ class Pages:
         ends = counts.cumsum(dtype=np.int32)
         tokens = {
             name: np.concatenate([inputs[name][new] for (inputs, _), (_, new) in zip(calls, masks, strict=True)])
-            for name in ("inputs_embeds", "position_ids")
+            for name in (self.port.embeddings, self.port.positions)
         }
         return tokens | {
             "past_lens": lengths,
@@ -180,7 +182,7 @@ class Pages:
         for row, past, _ in writes:
             if past > len(row) * self.positions:
                 raise ValueError(
-                    f"attention_mask has {past} positions before this call, its slot holds "
+                    f"{self.port.mask} has {past} positions before this call, its slot holds "
                     f"{len(row) * self.positions} at most"
                 )
         self._reserve(sum(self._missing(write) for write in writes))
@@ -252,16 +254,15 @@ class Pages:
         for row in itertools.chain(*self._tables.values()):
             row[:] = [place[page] for page in row]
 
+    def _divided(self, inputs: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Where there is no padding: bool [batch, past] before a call, and [batch, sequence] of it."""
+        mask, sequence = inputs[self.port.mask] != 0, inputs[self.port.positions].shape[1]
+        start = mask.shape[1] - sequence
+        return mask[:, :start], mask[:, start:]
+
     def _table(self, rows: list[list[int]]) -> Table:
         self._tables[id(rows)] = rows
         return Table(self, rows)
-
-
-def _divided(inputs: Mapping[str, Array]) -> tuple[Array, Array]:
-    """What is not padding: bool [batch, past] before a call, and [batch, sequence] of it."""
-    mask, sequence = inputs["attention_mask"] != 0, inputs["position_ids"].shape[1]
-    start = mask.shape[1] - sequence
-    return mask[:, :start], mask[:, start:]
 
 
 def _begins(ends: Array) -> Array:

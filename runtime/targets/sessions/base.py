@@ -4,7 +4,7 @@ buffers.
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array
 from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, divided, require_distinct
 from runtime.errors import EngineError
-from runtime.targets.lowering.masks import MASK
+from runtime.targets.lowering.logits import START
 from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.sessions.caches import Cache, Rows, bind, covered, joined
@@ -71,10 +71,13 @@ class SessionEngine(Engine):
         self._outputs = [tensor.name for tensor in submodel.signature.outputs]
         self._sessions: OrderedDict[Key, Any] = OrderedDict()
         self._calls: OrderedDict[Any, _Call] = OrderedDict()
+        self._inputs: WeakKeyDictionary[Any, Mapping[str, str]] = WeakKeyDictionary()
         self._slots: WeakKeyDictionary[Slot, Rows] = WeakKeyDictionary()
         self._spare: dict[int, dict[str, Any]] = {}
         self._closed = False
-        dims = {name for name in submodel.signature.dims if not (plan.cache == "fixed" and name in ("past", "total"))}
+        port = submodel.signature.port
+        grown = {port.past, port.total} if port is not None and plan.cache == "fixed" else set()
+        dims = submodel.signature.dims.keys() - grown
         self._planned = [_key(shape) for shape in ([{}] if vary else plan.shapes) if vary or set(shape) == dims]
         for key in self._planned:
             self._session(dict(key))
@@ -106,6 +109,19 @@ class SessionEngine(Engine):
         found = dict(zip(steps, together, strict=True))
         return [found[index] if index in found else self.run(*call) for index, call in enumerate(calls)]
 
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        """One run where the lowered graph has an input for it. Graphs of fixed shapes (DirectML) and those of older
+        bundles have none.
+        """
+        self._require_open()
+        if not self._vary or START not in self._types(self._session({})):
+            return super().run_last(inputs, slot, count)
+        self.require_positions(inputs, count)
+        try:
+            return self._run_slots([(inputs, slot)], count)[0]
+        except Exception as error:  # the SDK raises a dozen unrelated classes
+            raise self._failed(error) from None
+
     def fork(self, slot: Slot, n: int) -> list[Slot]:
         """New slots that hold the rows of one buffer, so that they can be run together as they are."""
         rows = self._slots.get(slot)
@@ -128,8 +144,8 @@ class SessionEngine(Engine):
 
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
         """Whether it is a single step that can be computed with those of other slots."""
-        rows, lengths = self._slots.get(slot), self.submodel.signature.lengths(inputs)
-        return rows is not None and (lengths["batch"], lengths["sequence"]) == (rows.batch, 1)
+        rows, shape = self._slots.get(slot), inputs[self.submodel.signature.decoder.positions].shape
+        return rows is not None and shape == (rows.batch, 1)
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
         """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
@@ -170,17 +186,32 @@ class SessionEngine(Engine):
 
     def _steps(self, lengths: Mapping[str, int]) -> bool:
         """Whether calls of these lengths are single steps, and those have a graph of their own."""
-        return bool(self.plan.step) and lengths.get("sequence") == 1
+        return bool(self.plan.step) and lengths[self.submodel.signature.decoder.sequence] == 1
+
+    def _types(self, session: Any) -> Mapping[str, str]:
+        """ONNX Runtime's type of each input of a session."""
+        if session not in self._inputs:
+            self._inputs[session] = {value.name: value.type for value in session.get_inputs()}
+        return self._inputs[session]
 
     def _run(
-        self, session: Any, inputs: Mapping[str, Array], past: Mapping[str, Any], present: Mapping[str, Any]
+        self,
+        session: Any,
+        inputs: Mapping[str, Array],
+        past: Mapping[str, Any],
+        present: Mapping[str, Any],
+        last: int = 1,
     ) -> dict[str, Array]:
-        """Run once, reading states from `past` and writing them to `present`, by the name of the past."""
+        """Run once, reading states from `past` and writing them to `present`, by the name of the past. A decoder gives
+        the logits of its `last` positions.
+        """
         if self._replay and not past:
             return self._call(session, inputs).run(inputs)
         binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        if START in self._types(session):
+            binding.bind_cpu_input(START, np.array([-last], np.int64))
         for name in self._outputs:
             binding.bind_output(name)
         for state in self.submodel.signature.states:
@@ -201,27 +232,29 @@ class SessionEngine(Engine):
         self._calls.move_to_end(key)
         return self._calls[key]
 
-    def _run_slots(self, calls: Sequence[tuple[Mapping[str, Array], Slot]]) -> list[dict[str, Array]]:
-        """Run calls of the same number of new positions together."""
-        counts = [len(inputs[MASK]) for inputs, _ in calls]
+    def _run_slots(self, calls: Sequence[tuple[Mapping[str, Array], Slot]], last: int = 1) -> list[dict[str, Array]]:
+        """Run calls of the same number of new positions together; the logits are those of the `last` of them."""
+        mask = self.submodel.signature.decoder.mask
+        counts = [len(inputs[mask]) for inputs, _ in calls]
         for (_, slot), count in zip(calls, counts, strict=True):
             held = self._slots.get(slot)
             if held is not None and held.batch != count:
                 raise EngineError(f"the slot holds {held.batch} rows, this call has {count}")
-        if self.plan.cache == "grouped" and not all(inputs[MASK].all() for inputs, _ in calls):
-            raise EngineError("attention_mask has zeros, expected rows without padding")
+        if self.plan.cache == "grouped" and not all(inputs[mask].all() for inputs, _ in calls):
+            raise EngineError(f"{mask} has zeros, expected rows without padding")
         inputs = self._stacked([inputs for inputs, _ in calls])
         run = self._run_grouped if self.plan.cache == "grouped" else self._run_fixed
-        outputs = run(inputs, self.submodel.signature.lengths(inputs), [slot for _, slot in calls])
+        outputs = run(inputs, [slot for _, slot in calls], last)
         return divided(outputs, counts)
 
     def _stacked(self, calls: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
         """The rows of several calls as those of one. Masks get zeros behind the positions that there are."""
         if len(calls) == 1:
             return dict(calls[0])
-        total = max(inputs[MASK].shape[1] for inputs in calls)
+        mask = self.submodel.signature.decoder.mask
+        total = max(inputs[mask].shape[1] for inputs in calls)
         padded = [
-            {**inputs, MASK: np.pad(inputs[MASK], ((0, 0), (0, total - inputs[MASK].shape[1])))} for inputs in calls
+            {**inputs, mask: np.pad(inputs[mask], ((0, 0), (0, total - inputs[mask].shape[1])))} for inputs in calls
         ]
         return {
             tensor.name: np.concatenate([inputs[tensor.name] for inputs in padded])
@@ -234,9 +267,9 @@ class SessionEngine(Engine):
         """
         held = [self._slots[slot] for slot in slots if slot in self._slots]
         if not held:
-            types = {value.name: value.type for value in session.get_inputs()}
-            longest = self.plan.capacity or self.submodel.signature.dims["total"].max
-            made = Cache(self.submodel.signature.states, batch, self._device, types, longest)
+            types = self._types(session)
+            longest = self.plan.capacity or self.submodel.signature.longest
+            made = Cache(self.submodel.signature, batch, self._device, types, longest)
             self._slots[slots[0]] = Rows(made, 0, batch)
             return made
         return covered(held) or self._give(slots, held)
@@ -255,29 +288,28 @@ class SessionEngine(Engine):
                 self._give(list(left), list(left.values()))
         return cache
 
-    def _run_grouped(
-        self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slots: Sequence[Slot]
-    ) -> dict[str, Array]:
+    def _run_grouped(self, inputs: Mapping[str, Array], slots: Sequence[Slot], last: int) -> dict[str, Array]:
         """Past and present are one buffer. The kernel continues several rows only one position at a time, each behind
         its own number of positions, and reads no padding.
         """
-        batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
+        signature = self.submodel.signature
+        lengths, port = signature.lengths(inputs), signature.decoder
+        batch, sequence, total = lengths[port.batch], lengths[port.sequence], lengths[port.total]
         session = self._session(lengths)
         buffers = self._cache(slots, batch, session).reserve(total)
-        whole = batch == 1 or sequence in (1, total)
-        outputs: dict[str, Array] = {}
-        for start, stop in [(0, sequence)] if whole else [(position, position + 1) for position in range(sequence)]:
-            piece = inputs if whole else self.submodel.signature.cut(inputs, start, stop)
-            outputs = self._run(session, piece, buffers, buffers)
-        return outputs
+        if batch == 1 or sequence in (1, total):
+            return self._run(session, inputs, buffers, buffers, last)
+        steps = deque[dict[str, Array]](maxlen=last)
+        for position in range(sequence):
+            steps.append(self._run(session, signature.cut(inputs, position, position + 1), buffers, buffers))
+        return signature.joined(steps)
 
-    def _run_fixed(
-        self, inputs: Mapping[str, Array], lengths: Mapping[str, int], slots: Sequence[Slot]
-    ) -> dict[str, Array]:
-        """Past and present are two buffers of the whole length, which change places; the one not in use is shared by
-        all slots of as many rows.
+    def _run_fixed(self, inputs: Mapping[str, Array], slots: Sequence[Slot], last: int) -> dict[str, Array]:
+        """Past and present are two buffers of the whole length, which are swapped after each run; the one not in use is
+        shared by all slots of as many rows.
         """
-        batch, sequence, total = lengths["batch"], lengths["sequence"], lengths["total"]
+        lengths, port = self.submodel.signature.lengths(inputs), self.submodel.signature.decoder
+        batch, sequence, total = lengths[port.batch], lengths[port.sequence], lengths[port.total]
         if total > self.plan.capacity:
             raise EngineError(
                 f"{total} positions do not fit its cache of {self.plan.capacity}: say less, or build it with a larger "
@@ -285,27 +317,26 @@ class SessionEngine(Engine):
             )
         outputs: dict[str, Array] = {}
         for start, stop in cuts(sequence, self._sizes(lengths)):
-            piece, end = {"batch": batch, "sequence": stop - start}, total - sequence + stop
+            piece, end = {port.batch: batch, port.sequence: stop - start}, total - sequence + stop
             session = self._session(piece)
             cache = self._cache(slots, batch, session)
             past = cache.whole()
             given = self.submodel.signature.cut(inputs, start, stop) | {
                 INDICES: np.full(batch, end - (stop - start), np.int64)
             }
-            given[MASK] = np.zeros((batch, self.plan.capacity), np.int64)
-            given[MASK][:, :end] = inputs[MASK][:, :end]
-            read = {value.name for value in session.get_inputs()}
-            given = {name: array for name, array in given.items() if name in read}
+            given[port.mask] = np.zeros((batch, self.plan.capacity), np.int64)
+            given[port.mask][:, :end] = inputs[port.mask][:, :end]
+            given = {name: array for name, array in given.items() if name in self._types(session)}
             if self._steps(piece):
-                if not inputs[MASK].all():
+                if not inputs[port.mask].all():
                     raise EngineError(
-                        "attention_mask has zeros, expected rows without padding: or build it with the setting "
+                        f"{port.mask} has zeros, expected rows without padding: or build it with the setting "
                         "grouped=false"
                     )
                 outputs = self._run(session, given, past, past)
             else:
                 spare = self._spare.pop(batch, None) or cache.like()
-                outputs = self._run(session, given, past, spare)
+                outputs = self._run(session, given, past, spare, last)
                 self._spare, cache.values = {batch: past}, spare
         return outputs
 
@@ -313,19 +344,13 @@ class SessionEngine(Engine):
         """How many new positions there are sessions for, at the other lengths of a call; any number where none is
         fixed.
         """
+        sequence = self.submodel.signature.decoder.sequence
         fits = [
             shape
             for shape in self.plan.shapes
-            if all(name == "sequence" or lengths[name] == shape[name] for name in shape)
+            if all(name == sequence or lengths[name] == shape[name] for name in shape)
         ]
-        return sorted({shape["sequence"] for shape in fits if "sequence" in shape}) or [lengths["sequence"]]
-
-    def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the buffers is valid, so a slot that begins anew is all there is to
-        forget.
-        """
-        if length == 0:
-            self._slots.pop(slot, None)
+        return sorted({shape[sequence] for shape in fits if sequence in shape}) or [lengths[sequence]]
 
     def close(self) -> None:
         self._slots.clear()

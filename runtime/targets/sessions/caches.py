@@ -10,7 +10,7 @@ from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from runtime.bundle.signature import State
+from runtime.bundle.signature import Signature, State
 from runtime.errors import EngineError
 from runtime.targets.sessions.sessions import Device, sdk
 
@@ -31,9 +31,9 @@ class Cache:
     """Buffers by the name of the past. `types` are those of the session's inputs; `longest` bounds the growth."""
 
     def __init__(
-        self, states: tuple[State, ...], batch: int, device: Device, types: Mapping[str, str], longest: int
+        self, signature: Signature, batch: int, device: Device, types: Mapping[str, str], longest: int
     ) -> None:
-        self.states, self.batch, self.device, self.types, self.longest = states, batch, device, types, longest
+        self.signature, self.batch, self.device, self.types, self.longest = signature, batch, device, types, longest
         self.capacity = 0
         self.values: dict[str, Any] = {}
 
@@ -46,7 +46,7 @@ class Cache:
             )
         if length > self.capacity:
             self.capacity = min(self.longest, max(FIRST_CAPACITY, 1 << (length - 1).bit_length()))
-            self.values = {state.past.name: self._grown(state) for state in self.states}
+            self.values = {state.past.name: self._grown(state) for state in self.signature.states}
         return self.values
 
     def whole(self) -> dict[str, Any]:
@@ -58,14 +58,17 @@ class Cache:
 
     def like(self) -> dict[str, Any]:
         """Other buffers like these."""
-        other = Cache(self.states, self.batch, self.device, self.types, self.longest)
+        other = Cache(self.signature, self.batch, self.device, self.types, self.longest)
         other.capacity = self.longest
-        return {state.past.name: other._grown(state) for state in self.states}
+        return {state.past.name: other._grown(state) for state in self.signature.states}
+
+    def zeros(self, state: State) -> Any:
+        """An array of the shape and type of a buffer."""
+        lengths = self.signature.decoder.lengths(past=self.capacity, sequence=0, batch=self.batch)
+        return np.zeros(state.past.shape(lengths), TYPES[self.types[state.past.name]])
 
     def _grown(self, state: State) -> Any:
-        grown = np.zeros(
-            state.past.shape({"batch": self.batch, "past": self.capacity}), TYPES[self.types[state.past.name]]
-        )
+        grown = self.zeros(state)
         if state.past.name in self.values:
             held = self.values[state.past.name].numpy()
             grown[:, :, : held.shape[2]] = held
@@ -102,11 +105,11 @@ def covered(parts: Sequence[Rows]) -> Cache | None:
 def joined(parts: Sequence[Rows]) -> Cache:
     """A new cache that holds copies of these rows, one behind the other."""
     first = parts[0].cache
-    made = Cache(first.states, sum(part.batch for part in parts), first.device, first.types, first.longest)
+    made = Cache(first.signature, sum(part.batch for part in parts), first.device, first.types, first.longest)
     made.capacity = max(part.cache.capacity for part in parts)
-    for state in made.states:
+    for state in made.signature.states:
         name = state.past.name
-        values = np.zeros(state.past.shape({"batch": made.batch, "past": made.capacity}), TYPES[first.types[name]])
+        values = made.zeros(state)
         row = 0
         for part in parts:
             held = part.cache.values[name].numpy()[part.first : part.first + part.batch]

@@ -158,13 +158,18 @@ def _engine_inputs(signature: Signature, capacity: int) -> tuple[Tensor, ...]:
     """The inputs that the lowered graph has: those of the canonical one, a decoder's with caches of fixed length."""
     if not capacity:
         return signature.graph_inputs
-    batch = next(dim for dim in signature.inputs[0].dims if isinstance(dim, Dim) and dim.name == "batch")
+    port = signature.decoder
 
     def fixed(tensor: Tensor) -> Tensor:
-        dims = tuple(capacity if isinstance(dim, Dim) and dim.name in ("past", "total") else dim for dim in tensor.dims)
+        dims = tuple(
+            capacity if isinstance(dim, Dim) and dim.name in (port.past, port.total) else dim for dim in tensor.dims
+        )
         return tensor.model_copy(update={"dims": dims})
 
-    return (*map(fixed, signature.graph_inputs), Tensor(name=INDICES, dtype="int64", dims=(batch,)))
+    return (
+        *map(fixed, signature.graph_inputs),
+        Tensor(name=INDICES, dtype="int64", dims=(signature.dims[port.batch],)),
+    )
 
 
 def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str, tuple[int, int, int]]]:
@@ -183,10 +188,11 @@ def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str
                 "shapes", f"has {name}={':'.join(map(str, wanted))}, outside of the model's {low} to {high}"
             )
         lengths[name] = wanted
-    if not signature.states:
+    if signature.port is None:
         return [lengths]
-    longest = min(lengths["sequence"][2], capacity(signature, settings.context))
-    return [lengths | {"sequence": (1, 1, 1)}, lengths | {"sequence": (1, min(PREFILL, longest), longest)}]
+    sequence = signature.port.sequence
+    longest = min(lengths[sequence][2], capacity(signature, settings.context))
+    return [lengths | {sequence: (1, 1, 1)}, lengths | {sequence: (1, min(PREFILL, longest), longest)}]
 
 
 def _writer(trt: Any, file: BinaryIO) -> Any:

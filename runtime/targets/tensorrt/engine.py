@@ -23,7 +23,6 @@ from runtime.engine import Availability, Compiled, CompileOptions, Engine, Optio
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, MissingDependency
 from runtime.files import written
 from runtime.optional import require
-from runtime.targets.lowering.masks import MASK
 from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.nvidia import cuda
 from runtime.targets.tensorrt.compile import Compiler
@@ -61,10 +60,6 @@ class TensorRT(Engine):
         found, reason = cuda.devices(cls.sdk.extra)
         names = tuple(f"cuda:{device.index} ({device.name}, {dotted(device.capability)})" for device in found)
         return Availability(bool(names), names, reason, trt.__version__, compiles=bool(names) or cls.sdk.ahead)
-
-    @classmethod
-    def compile(cls, submodel: Submodel, graph: Path, output: Path) -> Artifact:
-        return cls.compile_with(CompileOptions(), submodel, graph, output)
 
     @classmethod
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
@@ -238,7 +233,8 @@ class TensorRT(Engine):
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
         """Run on a slot's caches: new keys and values are written behind those that the mask says are there."""
-        (batch, sequence), total, capacity = inputs["position_ids"].shape, inputs[MASK].shape[1], self._loaded.capacity
+        port, capacity = self.submodel.signature.decoder, self._loaded.capacity
+        (batch, sequence), total = inputs[port.positions].shape, inputs[port.mask].shape[1]
         if total > capacity:
             raise EngineError(
                 f"{total} positions do not fit its cache of {capacity}: build it with a larger context, or say less"
@@ -249,21 +245,14 @@ class TensorRT(Engine):
         if cache.batch != batch:
             raise EngineError(f"the slot holds {cache.batch} rows, this call has {batch}")
         mask = np.zeros((batch, capacity), np.int64)
-        mask[:, :total] = inputs[MASK]
-        fixed = dict(inputs) | {MASK: mask, INDICES: np.full(batch, total - sequence, np.int64)}
+        mask[:, :total] = inputs[port.mask]
+        fixed = dict(inputs) | {port.mask: mask, INDICES: np.full(batch, total - sequence, np.int64)}
         return self._loaded.run(0 if sequence == 1 else 1, fixed, cache.buffers)
 
     def copy(self, slot: Slot, to: Slot) -> None:
         held = self._slots.get(slot)
         if held is not None:
             self._slots[to] = held.copied()
-
-    def trim(self, slot: Slot, length: int) -> None:
-        """The next call's mask says how much of the caches is valid, so a slot that begins anew is all there is to
-        forget.
-        """
-        if length == 0:
-            self._slots.pop(slot, None)
 
     def close(self) -> None:
         self._slots.clear()

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calibration.capture.recording import Quota, Recorder, count_positions
-from runtime.bundle.signature import BATCH, Array, Dim, Signature, State, Tensor
+from runtime.bundle.signature import BATCH, Array, Dim, Port, Signature, State, Tensor
 from runtime.engine import FakeEngine, Slot
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Pipeline, Progress, drive
@@ -24,7 +24,8 @@ DECODER = Signature(
         Tensor(name="mask", dtype="int64", dims=(BATCH, ALL)),
         Tensor(name="positions", dtype="int64", dims=(BATCH, NEW)),
     ),
-    outputs=(),
+    outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, 5)),),
+    port=Port(embeddings="embeds", mask="mask", positions="positions"),
     states=(
         State(
             past=Tensor(name="past.key", dtype="float16", dims=(BATCH, 2, PAST, 4)),

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from runtime.bundle.signature import BATCH, Dim, Signature, State, Tensor, nbytes
+from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor, nbytes
 from runtime.errors import InvalidInput
 
 SEQUENCE = Dim(name="sequence", min=1, opt=4, max=64)
@@ -30,6 +32,7 @@ DECODER = Signature(
     ),
     outputs=(Tensor(name="logits", dtype="float32", dims=(BATCH, 1, 10)),),
     states=(State(past=cache("past", PAST), present=cache("present", TOTAL), axis=2),),
+    port=Port(embeddings="ids", mask="mask", positions="positions"),
 )
 IMAGE = Signature(
     inputs=(
@@ -129,16 +132,44 @@ def test_nbytes() -> None:
 
 
 def test_a_call_is_cut_at_its_new_positions() -> None:
-    sequence, total = Dim(name="sequence", min=1, opt=1, max=9), Dim(name="total", min=1, opt=9, max=9)
-    signature = Signature(
-        inputs=(
-            Tensor(name="embeds", dtype="float32", dims=(1, sequence, 2)),
-            Tensor(name="mask", dtype="int64", dims=(1, total)),
-        ),
-        outputs=(),
-    )
-    inputs = {"embeds": np.arange(8, dtype=np.float32).reshape(1, 4, 2), "mask": np.arange(6)[None]}
-    found = signature.cut(inputs, 1, 3)
-    assert found["embeds"].tolist() == [[[2, 3], [4, 5]]]
+    inputs = {"ids": np.arange(4)[None], "mask": np.arange(6)[None], "positions": np.arange(2, 6)[None]}
+    found = DECODER.cut(inputs, 1, 3)
+    assert found["ids"].tolist() == [[1, 2]] and found["positions"].tolist() == [[3, 4]]
     assert found["mask"].tolist() == [[0, 1, 2, 3, 4]], "two before the call, and three of it"
-    assert signature.lengths(found) == {"sequence": 2, "total": 5}
+    assert DECODER.lengths(found) == {"batch": 1, "sequence": 2, "total": 5}
+
+
+def test_outputs_of_consecutive_calls_are_joined() -> None:
+    steps = [{"logits": np.full((2, count, 10), count, np.float32)} for count in (1, 3)]
+    assert DECODER.joined(steps)["logits"][0, :, 0].tolist() == [1, 3, 3, 3]
+
+
+def renamed(signature: Signature, **names: str) -> dict[str, Any]:
+    """The signature as data, without its port and with other names."""
+    text = signature.model_dump_json(exclude={"port"})
+    for old, new in names.items():
+        text = text.replace(f'"name":"{old}"', f'"name":"{new}"')
+    return dict(json.loads(text))
+
+
+def test_signatures_of_older_bundles_have_the_names_of_transformers() -> None:
+    data = renamed(DECODER, ids="inputs_embeds", mask="attention_mask", positions="position_ids")
+    found = Signature.model_validate_json(json.dumps(data))
+    assert found.port == found.decoder == Port()
+    assert Signature.model_validate_json(found.model_dump_json()) == found
+    assert IMAGE.port is None
+
+
+def test_a_port_names_what_is_there() -> None:
+    with pytest.raises(ValidationError, match="its port names position_ids, which it has no tensor or dim of"):
+        Signature.model_validate(renamed(DECODER, ids="inputs_embeds", mask="attention_mask"))
+
+
+def test_lengths_of_a_call() -> None:
+    assert DECODER.decoder.lengths(5, 2) == {"batch": 1, "sequence": 2, "past": 5, "total": 7}
+    assert DECODER.longest == 64
+
+
+def test_unknown_fields_are_refused() -> None:
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        Signature.model_validate(IMAGE.model_dump() | {"new": 1})

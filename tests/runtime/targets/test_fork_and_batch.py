@@ -18,16 +18,24 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot, targets
 from runtime.errors import EngineError
+from runtime.targets.onnxruntime import engine as onnxruntime
 from runtime.targets.openvino import engine as openvino
 from runtime.targets.tensorrt.engine import TensorRT
 from tests.runtime.targets.conftest import Make, emulated, tokens
 from tests.runtime.targets.tensorrt.conftest import Loader, fake_tensorrt, load_fake
 
 __all__ = ["emulated", "fake_tensorrt", "load_fake"]
-VARIANTS = {"openvino, states": "openvino", "cuda, float16": "cuda", "lean": "lean"}
-"""Other forms that a target's states take, and the engine of calibration."""
-TOGETHER = {"openvino", "onnxruntime", "cuda, float16"}
+VARIANTS = {
+    "openvino, states": "openvino",
+    "onnxruntime, older": "onnxruntime",
+    "cuda, float16": "cuda",
+    "lean": "lean",
+}
+"""Other forms that a target's states take, graphs of bundles built before, and the engine of calibration."""
+TOGETHER = {"openvino", "onnxruntime", "onnxruntime, older", "cuda, float16"}
 """What computes several slots in one run."""
+AT_ONCE = {"openvino", "onnxruntime", "cuda", "cuda, float16"}
+"""What computes logits of several positions in one run."""
 
 
 @pytest.fixture(params=[*targets(), *VARIANTS])
@@ -45,6 +53,8 @@ def decoder(
     graph = bundle.root / submodel.graph
     if case == "openvino, states":
         monkeypatch.setattr(openvino, "fits", lambda signature: False)
+    if case == "onnxruntime, older":
+        monkeypatch.setattr(onnxruntime, "with_logits_start", lambda model, signature: None)
     if case == "cuda, float16":
         submodel = submodel.computing("float16")
     if name == "lean":
@@ -163,12 +173,15 @@ def test_slots_that_are_gone_hold_nothing(decoder: Any) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_outputs_of_several_positions(case: str, decoder: Engine, batch: int) -> None:
-    """As a guess is verified: the logits behind each of its tokens, in one call."""
+def test_outputs_of_several_positions(case: str, decoder: Engine, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verification of guessed tokens needs the logits behind each of them, in one call."""
     text, same = Text(decoder, 0, batch), Text(decoder, 0, batch)
     text.feed(3)
     same.feed(3)
-    got = decoder.run_last(*text.call(5), 4)["logits"]
+    with monkeypatch.context() as patch:
+        if case in AT_ONCE:
+            patch.setattr(type(decoder), "run", None)  # what the default calls for each position
+        got = decoder.run_last(*text.call(5), 4)["logits"]
     wanted = np.concatenate([same.feed(count) for count in (2, 1, 1, 1)], 1)
     assert alike(case, got, wanted)
     assert alike(case, text.feed(1), same.feed(1))

@@ -22,6 +22,7 @@ TOTAL = Dim(name="total", min=1, opt=17, max=512, sum_of=("past", "sequence"))
 CACHE = Tensor(name="past_key", dtype="float32", dims=(BATCH, 2, PAST, 4))
 DECODER = Signature(
     inputs=(
+        Tensor(name="inputs_embeds", dtype="float32", dims=(BATCH, SEQUENCE, 8)),
         Tensor(name="position_ids", dtype="int64", dims=(BATCH, SEQUENCE)),
         Tensor(name="attention_mask", dtype="int64", dims=(BATCH, TOTAL)),
     ),

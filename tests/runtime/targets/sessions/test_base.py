@@ -129,8 +129,8 @@ def test_a_provider_that_did_not_start_is_no_provider(embedding: tuple[Submodel,
 
 
 def cache(bundle: Path, types: str = "tensor(float)", longest: int = 1000) -> Cache:
-    states = Bundle(bundle).submodel("decoder").signature.states
-    return Cache(states, 2, Device(CPU), {state.past.name: types for state in states}, longest)
+    signature = Bundle(bundle).submodel("decoder").signature
+    return Cache(signature, 2, Device(CPU), {state.past.name: types for state in signature.states}, longest)
 
 
 def test_caches_double_and_keep_what_they_held(tiny_bundle: Path) -> None:
