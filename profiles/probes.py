@@ -63,7 +63,7 @@ def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict
 def _zeros(signature: Signature, inputs: Mapping[str, Array]) -> Outputs:
     lengths = {
         dim.name: dim.opt for tensor in signature.outputs for dim in tensor.dims if not isinstance(dim, int)
-    } | signature.bind(inputs)
+    } | signature.complete(signature.bind(inputs))
     return {tensor.name: np.zeros(tensor.shape(lengths), tensor.dtype) for tensor in signature.outputs}
 
 

@@ -126,13 +126,11 @@ class DryEngine:
             raise SourceError(self._misfit(error)) from None
         if signature.states:
             assert slot is not None, "a part with states is called with a slot"
-            state = signature.states[0]
-            past, total = state.past.dims[state.axis], state.present.dims[state.axis]
-            assert isinstance(past, Dim) and isinstance(total, Dim)
-            lengths[past.name] = self._past.get(slot, 0)
-            assert lengths[total.name] == sum(lengths[name] for name in total.sum_of), "positions add up"
-            self._past[slot] = lengths[total.name]
-        shapes = self._outputs(lengths)
+            port, total = signature.decoder, lengths[signature.decoder.total]
+            lengths[port.past] = self._past.get(slot, 0)
+            assert signature.complete(lengths)[port.total] == total, "positions add up"
+            self._past[slot] = total
+        shapes = self._outputs(signature.complete(lengths))
         return {
             tensor.name: np.zeros(shape, tensor.dtype) for tensor, shape in zip(signature.outputs, shapes, strict=False)
         }

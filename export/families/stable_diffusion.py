@@ -353,7 +353,8 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
         dims=(BATCH, model.config.in_channels, grid.pixel("image_height"), grid.pixel("image_width")),
     )
     latents = grid.latents("latents", model.config.latent_channels)
-    decode, encode = Signature(inputs=(latents,), outputs=(image,)), Signature(inputs=(image,), outputs=(latents,))
+    decode = Signature(inputs=(latents,), outputs=(image.following(latents, times=grid.scale),))
+    encode = Signature(inputs=(image,), outputs=(latents.following(image, over=grid.scale),))
     return [
         Part(
             "vae_decoder",

@@ -31,7 +31,9 @@ class _Stated(BaseModel):
 class Dim(_Stated):
     """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements.
 
-    `sum_of` names the dims whose lengths add up to this one, as a cache's total is its past and the new sequence.
+    `sum_of` names the dims that this one follows from: its length is the sum of theirs, `times` a factor and divided
+    by `over`. A cache's total is its past and the new sequence. The edge of a VAE's picture is 8 times that of the
+    latents it decodes, and the edge of latents an eighth of that of the picture it encodes.
     """
 
     name: str
@@ -40,6 +42,12 @@ class Dim(_Stated):
     max: int = Field(ge=0, le=LONGEST)
     multiple: int = Field(default=1, ge=1, le=LONGEST)
     sum_of: tuple[str, ...] = ()
+    times: int = Field(default=1, ge=1, le=LONGEST)
+    over: int = Field(default=1, ge=1, le=LONGEST)
+
+    def follows(self, lengths: Mapping[str, int]) -> int:
+        """The length that follows from those of `sum_of`."""
+        return sum(lengths[name] for name in self.sum_of) * self.times // self.over
 
 
 Values = Literal["normal", "positions", "ones", "below"]
@@ -63,6 +71,16 @@ class Tensor(_Stated):
     def shape(self, lengths: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each varying dim has the length given under its name."""
         return tuple(lengths[dim.name] if isinstance(dim, Dim) else dim for dim in self.dims)
+
+    def following(self, source: Tensor, times: int = 1, over: int = 1) -> Tensor:
+        """This tensor with dims that follow from those at the same place of another; dims of the same name stay."""
+        dims = tuple(
+            dim.model_copy(update={"sum_of": (other.name,), "times": times, "over": over})
+            if isinstance(dim, Dim) and isinstance(other, Dim) and dim.name != other.name
+            else dim
+            for dim, other in zip(self.dims, source.dims, strict=True)
+        )
+        return self.model_copy(update={"dims": dims})
 
     def sample(self, lengths: Mapping[str, int], rng: np.random.Generator, past: int = 0) -> Array:
         """A likely value of this tensor at the given lengths, behind so many positions of a decoder."""
@@ -133,7 +151,21 @@ class Signature(_Stated):
             known = {tensor.name for tensor in (*self.inputs, *self.outputs)} | dims.keys()
             if unknown := sorted(set(port.model_dump().values()) - known):
                 raise ValueError(f"its port names {', '.join(unknown)}, which it has no tensor or dim of")
+        for dim in self._following.values():
+            for name in dim.sum_of:
+                source = self.dims.get(name)
+                if source is None or source.sum_of or source.multiple * dim.times % dim.over:
+                    raise ValueError(
+                        f"its dim {dim.name} follows from {name}, expected a dim of its inputs that follows from no "
+                        f"other, with lengths that {dim.over} divides"
+                    )
         return self
+
+    @property
+    def _following(self) -> dict[str, Dim]:
+        """Every dim of inputs, outputs and states that follows from others, by name."""
+        tensors = (*self.graph_inputs, *self.graph_outputs)
+        return {dim.name: dim for tensor in tensors for dim in tensor.dims if isinstance(dim, Dim) and dim.sum_of}
 
     @property
     def decoder(self) -> Port:
@@ -175,6 +207,11 @@ class Signature(_Stated):
             if isinstance(dim, Dim)
         }
 
+    def complete(self, lengths: Mapping[str, int]) -> dict[str, int]:
+        """These lengths, and those of inputs, outputs and states that follow from them."""
+        following = self._following.values()
+        return {**lengths} | {dim.name: dim.follows(lengths) for dim in following if lengths.keys() >= {*dim.sum_of}}
+
     def cut(self, inputs: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
         """The part of a decoder's call for its new positions from `start` to `stop`, as views of the arrays."""
         port, lengths = self.decoder, self.lengths(inputs)
@@ -208,12 +245,13 @@ class Signature(_Stated):
     def sample_lengths(self) -> dict[str, int]:
         """Small lengths, all distinct, so that neither a tracer nor a reader confuses two dims."""
         lengths: dict[str, int] = {}
-        for dim in sorted(self.dims.values(), key=lambda dim: len(dim.sum_of)):
+        for dim in self.dims.values():
             length = max(dim.min, 2 * dim.multiple)
             while length in lengths.values() and length + dim.multiple <= dim.max:
                 length += dim.multiple
-            lengths[dim.name] = sum(lengths[name] for name in dim.sum_of) if dim.sum_of else length
-        return lengths
+            if not dim.sum_of:
+                lengths[dim.name] = length
+        return self.complete(lengths)
 
     def bind(self, inputs: Mapping[str, Array]) -> dict[str, int]:
         """Check arrays against the signature; return the length of each varying dim.

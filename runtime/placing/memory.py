@@ -27,7 +27,7 @@ from typing import Final
 import numpy as np
 
 from runtime.bundle.manifest import Submodel
-from runtime.bundle.signature import Array, Dim, Signature, nbytes
+from runtime.bundle.signature import BATCH, Array, Dim, Signature, nbytes
 from runtime.engine import Engine
 from runtime.errors import InvalidInput
 
@@ -126,10 +126,11 @@ def sample(signature: Signature, share: int = 4) -> dict[str, Array]:
     wrongly.
     """
     lengths: dict[str, int] = {}
-    for dim in sorted(signature.dims.values(), key=lambda dim: len(dim.sum_of)):
-        own = 1 if dim.name == "batch" else min(dim.max, max(8 // share * dim.min, dim.opt // share))
-        lengths[dim.name] = sum(lengths[name] for name in dim.sum_of) if dim.sum_of else _aligned(own, dim)
-    return signature.sample_call(lengths, np.random.default_rng(0))
+    for dim in signature.dims.values():
+        own = 1 if dim.name == BATCH.name else min(dim.max, max(8 // share * dim.min, dim.opt // share))
+        if not dim.sum_of:
+            lengths[dim.name] = _aligned(own, dim)
+    return signature.sample_call(signature.complete(lengths), np.random.default_rng(0))
 
 
 def _aligned(length: int, dim: Dim) -> int:

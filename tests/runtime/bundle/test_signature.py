@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,61 @@ def test_a_port_names_what_is_there() -> None:
 def test_lengths_of_a_call() -> None:
     assert DECODER.decoder.lengths(5, 2) == {"batch": 1, "sequence": 2, "past": 5, "total": 7}
     assert DECODER.longest == 64
+
+
+@given(
+    step=st.sampled_from([1, 2, 8]),
+    scale=st.sampled_from([1, 2, 4, 8]),
+    ends=st.tuples(st.integers(1, 5), st.integers(0, 30)),
+    places=st.tuples(st.integers(0, 30), st.integers(0, 30)),
+)
+def test_lengths_that_follow_from_others(step: int, scale: int, ends: tuple[int, int], places: tuple[int, int]) -> None:
+    """A VAE's picture and latents, in both directions: each length of the one fits the other's dim, and back again."""
+    least, most = step * ends[0], step * sum(ends)
+
+    def tensor(name: str, scale: int) -> Tensor:
+        def edge(axis: str) -> Dim:
+            low, high = least * scale, most * scale
+            return Dim(name=f"{name}.{axis}", min=low, opt=low, max=high, multiple=step * scale)
+
+        return Tensor(name=name, dtype="float32", dims=(BATCH, 3, edge("height"), edge("width")))
+
+    latents, image = tensor("latents", 1), tensor("image", scale)
+    decode = Signature(inputs=(latents,), outputs=(image.following(latents, times=scale),))
+    encode = Signature(inputs=(image,), outputs=(latents.following(image, over=scale),))
+    chosen = [min(least + step * place, most) for place in places]
+    given = {"batch": 1, "latents.height": chosen[0], "latents.width": chosen[1]}
+    found = decode.complete(given)
+    assert image.shape(found) == (1, 3, chosen[0] * scale, chosen[1] * scale)
+    decode.bind({"latents": np.empty(latents.shape(found), np.float32)})
+    encode.bind({"image": np.empty(image.shape(found), np.float32)})
+    back = encode.complete({name: length for name, length in found.items() if name not in latents_of(given)})
+    assert back == found
+    for signature in (decode, encode):
+        assert Signature.model_validate_json(signature.model_dump_json()) == signature
+        assert signature.complete({}) == {}, "what is not known leaves nothing to follow from it"
+
+
+def latents_of(lengths: Mapping[str, int]) -> list[str]:
+    return [name for name in lengths if name.startswith("latents.")]
+
+
+@pytest.mark.parametrize(
+    ("change", "source"),
+    [
+        ({"sum_of": ("depth",)}, "depth"),
+        ({"sum_of": ("height",), "over": 16}, "height"),
+        ({"sum_of": ("half",)}, "half"),
+    ],
+)
+def test_dims_follow_from_free_dims_that_fit(change: dict[str, Any], source: str) -> None:
+    half = HEIGHT.model_copy(update={"name": "half", "sum_of": ("height",), "over": 2})
+    other = HEIGHT.model_copy(update={"name": "other"} | change)
+    with pytest.raises(ValidationError, match=f"its dim other follows from {source}, expected a dim of its inputs"):
+        Signature(
+            inputs=(Tensor(name="image", dtype="float32", dims=(HEIGHT,)),),
+            outputs=(Tensor(name="y", dtype="float32", dims=(half, other)),),
+        )
 
 
 def test_unknown_fields_are_refused() -> None:
