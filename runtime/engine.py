@@ -1,5 +1,5 @@
-"""What an engine is: named arrays in, named arrays out. One file per target in `runtime/engines/`, found by listing the
-folder.
+"""The interface of engines: named arrays in, named arrays out. Each target has a room `runtime/targets/<target>/`,
+found by listing the folder.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ SlotCall = tuple[Mapping[str, Array], Slot | None]
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a target can run on this machine. `reason` says why not, `devices` which devices it can use, best first.
+    """Whether a target can run on this machine. `reason` says why not, `devices` lists the devices it can use, best
+    first.
 
-    `compiles` is True where it cannot run and compiles all the same, ahead of time, for devices of other machines.
+    `compiles` is True where the target cannot run here but compiles ahead of time for devices of other machines.
     """
 
     usable: bool
@@ -51,8 +52,8 @@ class Availability:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a target made of a submodel, and the folder that the artifact's files lie in: the bundle's, or one of the
-    user's cache.
+    """The artifact that a target compiled of a submodel, and the folder that holds its files: the bundle's, or one in
+    the user's cache.
     """
 
     artifact: Artifact
@@ -66,11 +67,11 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Options:
-    """How an engine is to be loaded. `threads` 0 means all cores.
+    """How to load an engine. `threads` 0 means all cores.
 
-    `compiled` is what to load, as `runtime.placing.portable.fitting` found it; without one, it is what the bundle
-    holds. `verify` is called before files are read again after the engine was loaded: it raises BundleError where they
-    are no longer those that were verified.
+    `compiled` is the artifact to load, as `runtime.placing.portable.fitting` found it; by default the one in the
+    bundle. `verify` is called before files are read again after loading; it raises BundleError where they have changed
+    since they were verified.
     """
 
     device: str = ""
@@ -82,10 +83,10 @@ class Options:
 
 @dataclass(frozen=True)
 class CompileOptions:
-    """How a target shall compile. `settings` are the target's own, by name; `progress` hears of the share done, from 0
-    to 1, and of what.
+    """How to compile. `settings` are the target's own, by name; `progress` is called with the share done, from 0 to 1,
+    and the name of the phase.
 
-    What `progress` raises stops the compilation and is raised again.
+    An exception that `progress` raises stops the compilation and is raised again.
     """
 
     settings: Mapping[str, str] = field(default_factory=dict)
@@ -99,42 +100,41 @@ class Engine(ABC):
     rank: ClassVar[int]
     """Order of preference among usable targets: lower is tried first."""
     precisions: ClassVar[frozenset[str]] = frozenset({"float32", "int8", "int4"})
-    """What it has kernels for: also "float16", "bfloat16", "fp8". What it would emulate is not among them: that is
-    slower than float32.
+    """The precisions it has kernels for: also "float16", "bfloat16", "fp8". Those it would only emulate are left out,
+    since that is slower than float32.
     """
     compile_settings: ClassVar[type[Texts] | None] = None
     """The settings that `compile_with` takes, where the target has any."""
     device: str
     submodel: Submodel
     fallbacks: tuple[str, ...] = ()
-    """What of the graph runs elsewhere than on `device`, such as "3 of 120 nodes on the CPU: Loop, Where"; `--strict`
-    refuses that.
+    """The parts of the graph that run on another device than `device`, such as "3 of 120 nodes on the CPU: Loop,
+    Where"; `--strict` refuses them.
     """
     packages: ClassVar[tuple[str, ...]]
-    """Distributions whose versions decide what it compiles: a build records them, and compiles again where one changed.
+    """Distributions whose versions affect what is compiled: a build records them, and compiles again where one has
+    changed.
     """
     choices: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    """What it can do in several ways that differ in speed by the processor, by name, and every value; see
-    `runtime.placing.choices`.
-    """
+    """Choices whose best value depends on the processor, by name, with every value; see `runtime.placing.choices`."""
     decisions: Mapping[str, Decision] = MappingProxyType({})
-    """What was decided of those choices that this submodel has, and why."""
+    """The decisions on the choices that this submodel has, with reasons."""
     _slots: MutableMapping[Slot, Any]
     """What each slot holds, of an engine that keeps states."""
     reload_seconds: float = 0.0
-    """Time spent on loading it again after it made room for others; see `runtime.placing.offload`."""
+    """Seconds spent on loading the engine again after it made room for others; see `runtime.placing.offload`."""
 
     @property
     def chosen(self) -> tuple[str, ...]:
-        """What was decided for this device, and why, for reading: "attention=float32: measured on this
+        """The decisions for this device with their reasons, for display: "attention=float32: measured on this
         processor: ...".
         """
         return tuple(f"{name}={decision.value}: {decision.reason}" for name, decision in self.decisions.items())
 
     @property
     def computes(self) -> str:
-        """What it computes in where nothing is quantized: what the bundle asks for where the target has kernels for
-        that, else float32.
+        """The type it computes in where nothing is quantized: the bundle's `compute` where the target has kernels for
+        it, else float32.
         """
         return self.submodel.precision.compute if self.submodel.precision.compute in self.precisions else "float32"
 
@@ -171,11 +171,11 @@ class Engine(ABC):
 
     @classmethod
     def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        """An engine that computes on this machine what was compiled for another, to be compared with the canonical
+        """An engine that computes on this machine what was compiled for another, for comparison with the canonical
         graph.
 
-        Where the target runs here, that is `load`. Raises EngineUnavailable, saying what is missing, where neither can
-        be done.
+        Where the target runs here, this is `load`. Raises EngineUnavailable, naming what is missing, where neither is
+        possible.
         """
         found = cls.available()
         if not found.usable:
@@ -184,22 +184,20 @@ class Engine(ABC):
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:
-        """Why `load` would refuse what was compiled, on this machine (another GPU, another version); empty where it
-        fits.
-        """
+        """Why `load` would refuse the artifact on this machine (another GPU, another version); empty where it fits."""
         return ""
 
     @classmethod
     def reads_graph(cls, artifact: Artifact) -> bool:
-        """Whether `load` needs the canonical graph, or its weights, beside what was compiled. If not, a bundle may
-        leave them out.
+        """Whether `load` needs the canonical graph or its weights beside the artifact. If not, a bundle may leave them
+        out.
         """
         return True
 
     @abstractmethod
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
-        """Run once. `inputs` match the signature; states, if any, live in `slot`. Outputs are copies the caller may
-        keep.
+        """Run once. `inputs` match the signature; states, if any, live in `slot`. The outputs are copies that the
+        caller may keep.
         """
 
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
@@ -225,22 +223,22 @@ class Engine(ABC):
         return sequence
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
-        """The outputs of several calls, in order: each equals what `run` gives of it alone, within rounding.
+        """The outputs of several calls, in order: each equals those of `run` on that call alone, within rounding.
 
         Slots are distinct. Targets that compute several slots together override this. Where one call is refused, none
-        has outputs (EngineError); those that were run have written their states.
+        returns outputs (EngineError), but those that ran have written their states.
         """
         return [self.run(inputs, slot) for inputs, slot in calls]
 
     def fork(self, slot: Slot, n: int) -> list[Slot]:
-        """`n` new slots that continue from what `slot` holds. What is run on one changes no other."""
+        """`n` new slots that continue from the states of `slot`. A run on one changes no other."""
         forks = [Slot() for _ in range(n)]
         for fork in forks:
             self.copy(slot, fork)
         return forks
 
     def copy(self, slot: Slot, to: Slot) -> None:
-        """Let the new slot `to` hold what `slot` holds. Engines with states override this."""
+        """Copy the states of `slot` to the new slot `to`. Engines with states override this."""
         raise NotImplementedError(f"{self.target} keeps no states")
 
     def trim(self, slot: Slot, length: int) -> None:
@@ -253,7 +251,7 @@ class Engine(ABC):
             self._slots.pop(slot, None)
 
     def close(self) -> None:
-        """Free what the SDK holds. The engine cannot be used afterwards."""
+        """Free the SDK's resources. The engine cannot be used afterwards."""
 
 
 class FakeEngine(Engine):
@@ -292,7 +290,7 @@ class FakeEngine(Engine):
 
 
 def divided(outputs: Mapping[str, Array], rows: Sequence[int]) -> list[dict[str, Array]]:
-    """Outputs of calls that were run together, as those of each: the calls have so many rows, one behind the other."""
+    """Split the outputs of calls that were run together. `rows` is the number of rows of each call, in order."""
     if len(rows) == 1:
         return [dict(outputs)]
     ends = np.cumsum(rows)
@@ -303,7 +301,7 @@ def divided(outputs: Mapping[str, Array], rows: Sequence[int]) -> list[dict[str,
 
 
 def require_distinct(calls: Sequence[SlotCall]) -> None:
-    """Raise EngineError where a slot occurs in more than one of the calls: they would continue one another."""
+    """Raise EngineError where a slot occurs in more than one of the calls, which would then depend on one another."""
     slots = [slot for _, slot in calls if slot is not None]
     if len(set(slots)) < len(slots):
         raise EngineError("a slot occurs twice in one batch of calls, expected one call for each: run them in turn")
@@ -326,7 +324,7 @@ def targets() -> dict[str, type[Engine]]:
 
 
 def check_precisions(names: Iterable[str], needed: Collection[str]) -> None:
-    """Raise InvalidInput when one of these targets has no kernels for what a recipe makes of layers, naming those that
+    """Raise InvalidInput when one of these targets has no kernels for a precision of a recipe, naming targets that
     have.
     """
     able = [engine.target for engine in targets().values() if engine.precisions.issuperset(needed)]

@@ -1,3 +1,3 @@
-"""Core ML's Model Intermediate Language: canonical graphs as MIL programs, packages on disk, and programs interpreted
-with numpy.
+"""Core ML's Model Intermediate Language (MIL): canonical graphs as MIL programs, packages on disk, and programs
+interpreted with numpy.
 """

@@ -1,5 +1,5 @@
-"""Constants of a canonical graph on their way into a package: read from the bundle's file one at a time, when they are
-written.
+"""Constants of a canonical graph that is translated to a package. They are read from the bundle's file one at a time,
+when the package is written.
 """
 
 from __future__ import annotations
@@ -14,16 +14,17 @@ from runtime.bundle.signature import Array
 from runtime.errors import EngineError
 
 COMPRESSED: Final = 4096
-"""Float constants of this many elements keep the 16 bits that they are stored in where the graph computes in 32."""
+"""Float constants of at least this many elements keep the 16 bits that they are stored in where the graph computes in
+32.
+"""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """An initializer, and what the graph makes of it before anything reads it: (codes - offset) * scale, cast to
-    `dtype`.
+    """An initializer after dequantization and casts: (codes - offset) * scale, cast to `dtype`.
 
-    `stored` is "int4" or a numpy dtype's name. `scale` and `offset` have the rank of the codes; each is for a block of
-    them.
+    `stored` is "int4" or a numpy dtype's name. `scale` and `offset` have the rank of the codes; each of their elements
+    belongs to a block of codes.
     """
 
     shape: tuple[int, ...]
@@ -48,7 +49,7 @@ class Constant:
         return replace(self, dtype=dtype, scale=scale)
 
     def transposed(self, order: tuple[int, ...]) -> Constant:
-        """With its axes in another order, still unread."""
+        """The constant with its axes in another order, still unread."""
 
         def moved(array: Array | None) -> Array | None:
             return None if array is None else array.transpose(order)
@@ -84,8 +85,8 @@ def dequantize(codes: Array, scale: Array, offset: Array | None) -> Array:
 
 
 def of_tensor(tensor: Any) -> Constant:
-    """A tensor of onnx_ir, which is mapped for as long as it is being read. Raises EngineError for types that Core ML
-    has no form of.
+    """The constant of an onnx_ir tensor, which is mapped only while it is read. Raises EngineError for types that Core
+    ML does not have.
     """
     stored = tensor.dtype.name.lower()
     stored = {"float": "float32", "double": "float64"}.get(stored, stored)
@@ -104,11 +105,10 @@ def of_tensor(tensor: Any) -> Constant:
 
 
 class Deferred(np.ndarray[Any, Any]):
-    """Stands for a large constant in a MIL program: shape and dtype at no cost, and the values when coremltools
-    flattens it to write it.
+    """A placeholder for a large constant in a MIL program. It has a shape and a dtype; the values are read when
+    coremltools flattens it to write it.
 
-    Whatever else is done with it raises NotImplementedError, from which coremltools' folding of constants takes that it
-    cannot know.
+    Every other operation raises NotImplementedError, so that coremltools' constant folding treats the value as unknown.
     """
 
     read: Callable[[], Array]

@@ -1,5 +1,5 @@
-"""Core ML: an ML program for each submodel (.mlpackage, macOS 15 and iOS 18), made anywhere, computed by Apple's
-machines.
+"""Core ML: an ML program for each submodel (.mlpackage, macOS 15 and iOS 18). It is compiled on any machine and runs on
+Apple's.
 
 Where there is no Core ML, `emulate` interprets the package with numpy. Decoders keep their caches as states of a fixed
 length, in float16, and compute rows one by one.
@@ -36,25 +36,25 @@ from runtime.targets.lowering.nested import widen
 from runtime.targets.lowering.static_cache import INDICES, capacity, with_static_cache
 
 UNITS: Final = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
-"""What may compute: coremltools' ComputeUnit."""
+"""The devices: names of coremltools' ComputeUnit."""
 OLDEST: Final = 15
 """The first macOS that has states and int4 weights by blocks."""
 TRANSLATED: Final = 0.1
-"""Share of the work that is done when the program is there: the rest is its weights."""
+"""Share of the work that is done once the program is translated; the rest is writing weights."""
 
 
 class CoreMLLoadSettings(Texts):
-    """What `Options.settings` of `load` may hold: Core ML's hints for optimization (coremltools' `optimization_hints`).
+    """Settings of `Options.settings` when loading: Core ML's optimization hints (coremltools' `optimization_hints`).
 
-    `reshapes`: "infrequent" prepares a shape for long when it first comes, "frequent" starts sooner with each new one.
-    `specialization`: "fast" prefers quick predictions to quick loading.
+    `reshapes`: "infrequent" optimizes for a new shape for a long time when it first occurs, "frequent" starts sooner
+    with each new one. `specialization`: "fast" prefers fast predictions to fast loading.
     """
 
     reshapes: Literal["", "frequent", "infrequent"] = ""
     specialization: Literal["", "fast"] = ""
 
     def hints(self, ct: Any) -> dict[str, Any]:
-        """As MLModel takes them."""
+        """The hints in the form that MLModel expects."""
         found = {}
         if self.reshapes:
             found["reshapeFrequency"] = getattr(ct.ReshapeFrequency, self.reshapes.capitalize())
@@ -64,7 +64,9 @@ class CoreMLLoadSettings(Texts):
 
 
 class CoreML(Engine):
-    """A package, what predicts with it (coremltools' MLModel, or the interpreter), and the states of each slot."""
+    """A package, a model that predicts with it (coremltools' MLModel, or the interpreter), and the states of each
+    slot.
+    """
 
     target = "coreml"
     packages = ("coremltools", "onnx-ir")
@@ -153,7 +155,7 @@ class CoreML(Engine):
 
     @classmethod
     def _held(cls, bundle: Bundle, submodel: str) -> Compiled:
-        """What the bundle holds. Raises EngineError when that is nothing."""
+        """The artifact in the bundle. Raises EngineError when there is none."""
         artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
         if not artifacts:
             raise EngineError(
@@ -163,7 +165,7 @@ class CoreML(Engine):
 
     @classmethod
     def misfit(cls, artifact: Artifact) -> str:
-        """A package runs on every machine that its deployment target covers: which is what `available` says."""
+        """A package runs on every machine that its deployment target covers, so `available` decides."""
         found = cls.available()
         return "" if found.usable else f"cannot run here: {found.reason}"
 
@@ -194,7 +196,9 @@ class CoreML(Engine):
             raise EngineError(f"Core ML could not run {self.submodel.name}: {error}") from None
 
     def _run_slot(self, inputs: Mapping[str, Array], slot: Slot) -> dict[str, Array]:
-        """Each row on its own states; new positions in as many calls as the package's lengths make necessary."""
+        """Run each row on its own states. New positions are split into as many calls as the package's lengths
+        require.
+        """
         port = self.submodel.signature.decoder
         (batch, sequence), total = inputs[port.positions].shape, inputs[port.mask].shape[1]
         longest = self._taken[identifier(port.mask)].longest(1, 1 << 31)
@@ -221,7 +225,7 @@ class CoreML(Engine):
         return outputs
 
     def _parts(self, sequence: int) -> Iterator[tuple[int, int]]:
-        """New positions cut into lengths that the package takes, the longest first."""
+        """The new positions split into lengths that the package accepts, the longest first."""
         start, taken = 0, self._taken[identifier(self.submodel.signature.decoder.positions)]
         while start < sequence:
             count = taken.longest(1, sequence - start)
@@ -250,7 +254,7 @@ class CoreML(Engine):
             self._slots[to] = [self._copied(state) for state in self._slots[slot]]
 
     def _copied(self, state: Any) -> Any:
-        """Another state (MLState) that holds the same."""
+        """A copy of a state (MLState)."""
         copy = self._model.make_state()
         for name in self._states:
             copy.write_state(name, state.read_state(name))
@@ -262,7 +266,7 @@ class CoreML(Engine):
 
 
 class _Progress:
-    """Tells the share of weights that were read, which is what takes long."""
+    """Reports the share of the weights that were read, which takes most of the time."""
 
     def __init__(self, options: CompileOptions, submodel: Submodel) -> None:
         self.options, self.whole, self.done = options, max(submodel.nbytes, 1), 0
@@ -271,7 +275,7 @@ class _Progress:
         self.options.progress(TRANSLATED, "Program translated")
 
     def read(self, nbytes: int) -> None:
-        """More bytes of weights were read."""
+        """Count bytes of weights that were read."""
         self.done += nbytes
         self.options.progress(TRANSLATED + (0.99 - TRANSLATED) * min(1.0, self.done / self.whole), "Weights written")
 
@@ -287,7 +291,7 @@ def _reason() -> str:
 
 
 def _package(compiled: Compiled, submodel: str) -> Path:
-    """The folder that is the package, found by what the artifact lists."""
+    """The package's folder, found through the files that the artifact lists."""
     part = next((Path(name) for name in compiled.artifact.files if Path(name).name == "Manifest.json"), None)
     if part is None:
         raise EngineError(
@@ -297,7 +301,7 @@ def _package(compiled: Compiled, submodel: str) -> Path:
 
 
 def _lowered(submodel: Submodel, graph: Path, settings: CoreMLSettings) -> Any:
-    """The canonical graph in the precision to compute in, a decoder with caches of fixed length."""
+    """The canonical graph in the precision to compute in; a decoder with caches of fixed length."""
     ir = require("onnx_ir", "coreml")
     try:
         model = ir.load(graph)

@@ -1,4 +1,5 @@
-"""A package interpreted with numpy: what Core ML would compute, on machines without it, from nothing but the package.
+"""A package interpreted with numpy: it computes what Core ML would, on machines without Core ML, from the package
+alone.
 
 Each operation is computed in 32 bits and rounded to the type that the program declares for it; shapes and types are
 compared with the declared ones. The interface is that of coremltools' MLModel: `predict`, `make_state`.
@@ -44,7 +45,7 @@ class StateArrays(dict[str, Array]):
 
 
 class Output(NamedTuple):
-    """A variable as its operation declares it; None is a length that varies."""
+    """The declared type and shape of a variable; None is a length that varies."""
 
     name: str
     dtype: str
@@ -52,8 +53,8 @@ class Output(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """An operation: what it computes, from variables by name and from what was written into the program, and what is
-    not read after it.
+    """An operation: its function, its inputs (variables by name, and constants in the program), and the variables that
+    are not read after it.
     """
 
     kind: str
@@ -64,7 +65,7 @@ class Instruction(NamedTuple):
 
 
 class Interpreter:
-    """A program that was read from its package. Weights stay in their file, and are decompressed for each use."""
+    """A program that was read from its package. Weights stay in their file and are decompressed for each use."""
 
     def __init__(self, package: Package) -> None:
         """Raises EngineError naming the first operation that is not known."""
@@ -143,7 +144,7 @@ class Interpreter:
         return Instruction(operation.type, variables, values, [_declared(value) for value in operation.outputs], [])
 
     def _value(self, value: Any) -> Callable[[], Any]:
-        """What reads a value: from the file of weights each time, or once from the program itself."""
+        """A function that reads a value: weights from their file each time, other constants once from the program."""
         declared = value.type.tensorType
         dtype = DTYPES[declared.dataType]
         shape = tuple(int(dim.constant.size) for dim in declared.dimensions)
@@ -154,7 +155,7 @@ class Interpreter:
         return lambda: held
 
     def _mark_last(self) -> None:
-        """Note with each step the variables that nothing after it reads."""
+        """Record for each step the variables that no later step reads."""
         seen = set(self.package.outputs)
         for step in reversed(self.steps):
             read = {
@@ -175,7 +176,7 @@ def _length(dim: Any) -> int | None:
 
 
 def _fits(declared: Output, array: Array, what: str) -> Array:
-    """The array, if it is what the program declares. Raises EngineError."""
+    """The array, if it has the declared type and shape. Raises EngineError."""
     lengths = all(length in (None, found) for length, found in zip(declared.shape, array.shape, strict=False))
     if array.dtype != declared.dtype or array.ndim != len(declared.shape) or not lengths:
         raise EngineError(f"{what} is {array.dtype} {array.shape}, expected {declared.dtype} {declared.shape}")
@@ -195,7 +196,7 @@ def _rounded(value: Any) -> Any:
 
 
 def _immediate(tensor: Any, dtype: str, shape: tuple[int, ...]) -> Any:
-    """A value written into the program: a text, or an array."""
+    """A constant in the program: a text or an array."""
     kind = tensor.WhichOneof("value")
     if dtype == "str":
         return str(tensor.strings.values[0])

@@ -30,7 +30,9 @@ PASSES: Final = (
     "common::const_elimination",
     "common::dead_code_elimination",
 )
-"""What is tidied: shapes that turn out fixed. The default passes would read all weights, some several times."""
+"""Passes that are run: those that make shapes fixed where possible. The default passes would read all weights, some
+several times.
+"""
 MAGIC: Final = 0xDEADBEEF
 METADATA: Final = struct.Struct("<IIQQ")
 MODEL: Final = Path("Data/com.apple.CoreML/model.mlmodel")
@@ -38,9 +40,9 @@ WEIGHTS: Final = Path("Data/com.apple.CoreML/weights/weight.bin")
 
 
 def save(program: Any, inputs: list[Any], path: Path) -> None:
-    """Write a program as the package `path`, which must not be there yet. `inputs` are coremltools' input types.
+    """Write a program as the package `path`, which must not exist yet. `inputs` are coremltools' input types.
 
-    Raises EngineError with what coremltools says.
+    Raises EngineError with coremltools' message.
     """
     ct = coremltools()
     part = path.with_name(f".{path.stem}.part.mlpackage")
@@ -123,7 +125,7 @@ class Package:
 
 
 def unpacked(data: NDArray[np.uint8], count: int) -> Array:
-    """Signed 4-bit numbers, two in a byte, the first in its lower half, as int8."""
+    """Unpack signed 4-bit numbers, two in a byte with the first in the lower half, to int8."""
     codes = np.empty(2 * data.size, np.int8)
     codes[0::2] = (data << 4).view(np.int8) >> 4
     codes[1::2] = data.view(np.int8) >> 4

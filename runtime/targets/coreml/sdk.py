@@ -1,5 +1,5 @@
-"""coremltools without what it is able to convert from: torch, TensorFlow and scikit-learn are not loaded with it, nor
-spoken of.
+"""coremltools without the frameworks it can convert from: torch, TensorFlow and scikit-learn are not imported with it,
+and it prints no warnings about them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FRAMEWORKS: Final = (
         "transformers",
     ),
 )
-"""What coremltools 9.0 imports when it finds it, and warns of when its version is not one it knows."""
+"""The packages that coremltools 9.0 imports when it finds them, and warns about when it does not know their version."""
 _lock: Final = Lock()
 
 
@@ -41,8 +41,8 @@ _lock: Final = Lock()
 def coremltools() -> Any:
     """The package. Raises MissingDependency naming the extra.
 
-    Another thread that imports one of the frameworks for the first time during these seconds is told that it is not
-    installed.
+    If another thread imports one of the frameworks for the first time during these seconds, the import fails as if the
+    framework were not installed.
     """
     with _lock:
         logging.getLogger("coremltools").setLevel(logging.ERROR)  # off macOS it lists eight times what it cannot load
@@ -60,11 +60,11 @@ def coremltools() -> Any:
 
 @contextlib.contextmanager
 def converting(folder: Path) -> Iterator[None]:
-    """Around a conversion: its temporary files lie in `folder`, they are gone at the end, and nothing is drawn on
-    stderr.
+    """Used around a conversion: its temporary files lie in `folder` and are removed at the end, and no progress bar is
+    drawn on stderr.
 
-    coremltools leaves its folder of weights to the garbage collector, of which Python warns, and which an error's
-    frames would keep.
+    coremltools leaves its folder of weights to the garbage collector; Python warns about that, and the frames of an
+    error would keep the folder.
     """
     before = tempfile.tempdir
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):

@@ -1,5 +1,5 @@
-"""The lengths that a package is made for: what `compile_with` takes as settings, input types made from it, what a
-package says it takes.
+"""The lengths that a package accepts: the settings of `compile_with`, input types made from them, and the shapes that a
+package declares.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Lengths = Mapping[str, tuple[int, int, int]]
 
 
 class CoreMLSettings(Texts):
-    """What `compile_with` takes. Texts, as a command line gives them.
+    """Settings of `compile_with`, as texts from a command line.
 
-    `precision`: "float16" or "float32", whatever the bundle asks for; by default what it asks for. Caches are float16
-    always. `shapes`: "range" takes all lengths between the least and the greatest, "fixed" the usual ones alone, which
-    lets the Neural Engine take part, "enumerated" three sets: all the least, all the usual, all the greatest.
-    `lengths`: other lengths than the signature's, "batch=2,height=32:64:96" (one, or min:opt:max). `context`: positions
-    that a decoder's cache holds; by default all that the model has.
+    `precision`: "float16" or "float32"; by default the bundle's `compute`. Caches are always float16. `shapes`: "range"
+    accepts all lengths between the least and the greatest, "fixed" the usual ones alone, which lets the Neural Engine
+    take part, "enumerated" three sets: all the least, all the usual, all the greatest. `lengths`: other lengths than
+    the signature's, "batch=2,height=32:64:96" (one, or min:opt:max). `context`: positions that a decoder's cache holds;
+    by default the model's whole context.
     """
 
     precision: Literal["", "float32", "float16"] = ""
@@ -86,7 +86,7 @@ def _steps(context: int) -> tuple[int, int]:
 
 
 def symbols(lengths: Lengths) -> dict[str, Any]:
-    """For the translator: a number for each dim of one length, a RangeDim for those that vary."""
+    """Input dims for the translator: a number for each dim of one length, a RangeDim for those that vary."""
     ct = coremltools()
     return {
         name: low if low == high else ct.RangeDim(low, high, default=usual)
@@ -117,7 +117,7 @@ def input_types(
 
 
 class Taken:
-    """The shapes that one input of a package takes, as its description says."""
+    """The shapes that an input of a package accepts, read from its description."""
 
     def __init__(self, feature: Any) -> None:
         array = feature.type.multiArrayType
@@ -145,7 +145,7 @@ class Taken:
         return f"({', '.join(f'{low}' if low == high else f'{low} to {high}' for low, high in self.ranges)})"
 
     def longest(self, axis: int, length: int) -> int:
-        """The greatest length of an axis that is not beyond the given one; 0 when all are."""
+        """The greatest accepted length of an axis up to the given one; 0 when all are greater."""
         if self.sets:
             return max((shape[axis] for shape in self.sets if shape[axis] <= length), default=0)
         low, high = self.ranges[axis]

@@ -1,7 +1,7 @@
-"""A canonical ONNX graph as a MIL program of iOS 18 (macOS 15), operator by operator as in `operators/`.
+"""A canonical ONNX graph as a MIL program of iOS 18 (macOS 15), translated operator by operator with `operators/`.
 
-Values of the graph become variables of the program, or stay `Constant`s until something reads them: dequantized and
-cast weights never are arrays, but `constexpr` operations over what is stored
+Values of the graph become variables of the program, or stay `Constant`s until something reads them. Dequantized and
+cast weights never become arrays: they are `constexpr` operations over the stored codes
 (https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html).
 """
 
@@ -29,20 +29,18 @@ def translate(
     states: Iterable[str] = (),
     progress: Callable[[int], None] = lambda nbytes: None,
 ) -> Any:
-    """The program (coremltools' Program) of a graph (onnx_ir.Model).
+    """The program (coremltools' Program) of a graph.
 
     `dims` gives each varying dim of the inputs a length or a RangeDim. Inputs named in `states` become states, which
-    are float16; outputs that are states, updated, are none of the program's. int64 becomes int32, the widest that Core
-    ML has. `progress` hears of bytes of weights as they are read, when the program is written. Raises EngineError
-    naming the node and operator that has no translation.
+    are float16; the outputs that update them are not outputs of the program. int64 becomes int32, the widest integer of
+    Core ML. `progress` is called with the number of bytes of weights as they are read, when the program is written.
+    Raises EngineError naming the node and operator that has no translation.
     """
     return _Translator(model, dims, frozenset(states), progress).run()
 
 
 class _Translator:
-    """One pass over the nodes. What the operators of `operators/` see of it is `mb`, `var`, `weight`, `constant` and
-    `numbers`.
-    """
+    """One pass over the nodes. The operators in `operators/` use `mb`, `var`, `weight`, `constant` and `numbers`."""
 
     def __init__(
         self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]
@@ -93,7 +91,7 @@ class _Translator:
             raise EngineError(
                 f"node '{node.name}' is a {node.domain or 'standard'} {node.op_type}, which has no translation to Core "
                 "ML: "
-                "choose another target, or add it to runtime/mil/operators/"
+                "choose another target, or add it to runtime/targets/coreml/operators/"
             )
         self.mb.prefix = identifier(node.name or node.outputs[0].name)
         try:
@@ -112,9 +110,7 @@ class _Translator:
                 self.values[self.follows[output]] = result
 
     def follow(self, value: Any, by: Any) -> None:
-        """Let the result for one value of the graph, which is being made, also stand for another, whose node is then
-        passed over.
-        """
+        """Let the result for one value of the graph also stand for another, whose node is then skipped."""
         self.follows[value] = by
 
     def _outputs(self) -> list[Any]:
@@ -130,16 +126,14 @@ class _Translator:
         return found
 
     def constant(self, value: Any) -> Constant | None:
-        """The constant that a value is, if it is one."""
+        """The constant of a value; None where it is computed from inputs."""
         if value not in self.values:
             self._early(value)
         found = self.values.get(value)
         return found if isinstance(found, Constant) else None
 
     def _early(self, value: Any) -> None:
-        """Make constants known before their turn: initializers, and casts of them, which stand next to
-        their readers.
-        """
+        """Read constants before their turn: initializers, and casts of them, which stand next to their readers."""
         producer = value.producer()
         if value.is_initializer():
             self.values[value] = of_tensor(value.const_value)
@@ -147,12 +141,12 @@ class _Translator:
             self._node(producer)
 
     def numbers(self, value: Any) -> Array | None:
-        """The values of a small constant; None of what is computed."""
+        """The values of a small constant; None where the value is computed from inputs."""
         found = None if value is None else self.constant(value)
         return None if found is None else found.array()
 
     def var(self, value: Any) -> Any:
-        """The variable that a value is, in the type that the graph says. Constants become one once."""
+        """The variable of a value, in the type that the graph declares. A constant becomes a variable once."""
         found = self.constant(value)
         if found is None:
             return self.values[value]
@@ -169,8 +163,8 @@ class _Translator:
         return values.clip(-(2**31), 2**31 - 1).astype(dtype) if dtype == np.int32 else values.astype(dtype)  # type: ignore[no-any-return]
 
     def weight(self, value: Any, order: tuple[int, ...] = ()) -> Any:
-        """A constant that a product, a convolution or a table reads: compressed as it is stored, its axes in the order
-        given.
+        """A constant that is read by a product, a convolution or a table: in its compressed form, with its axes in the
+        given order.
         """
         constant = self.constant(value)
         if constant is None or (constant.size < COMPRESSED and not order and constant.scale is None):
@@ -185,7 +179,7 @@ class _Translator:
         dtype = types.np_int4_dtype if constant.stored == "int4" else np.dtype(constant.stored)
         if constant.scale is None and constant.size < COMPRESSED:
             return self.mb.const(val=self._plain(constant))
-        codes = self.mb.const(val=Deferred.of(constant.shape, dtype, lambda: self._heard(constant.read())))
+        codes = self.mb.const(val=Deferred.of(constant.shape, dtype, lambda: self._counted(constant.read())))
         if constant.scale is None and constant.dtype == constant.stored:
             return codes
         if constant.scale is None:
@@ -199,13 +193,13 @@ class _Translator:
             data=codes, scale=scale, offset=np.ascontiguousarray(constant.offset).astype(dtype)
         )
 
-    def _heard(self, values: Array) -> Array:
+    def _counted(self, values: Array) -> Array:
         self.progress(values.nbytes)
         return values
 
 
 class _Named:
-    """coremltools' Builder, whose operations get the name of the node they are made for, and a number from the second
+    """coremltools' Builder. Operations are named after the node they are made for, with a number from the second one
     on.
     """
 
@@ -234,6 +228,6 @@ class _Named:
 
 
 def identifier(name: str) -> str:
-    """A name as Core ML takes it: letters, digits and underscores, none of the digits first."""
+    """The name in the form that Core ML accepts: letters, digits and underscores, not beginning with a digit."""
     plain = re.sub(r"\W", "_", name, flags=re.ASCII)
     return f"_{plain}" if plain[:1].isdigit() else plain

@@ -1,8 +1,8 @@
-"""NVIDIA GPUs through ONNX Runtime's CUDA provider. It is compiled anywhere, and can be computed on the CPU elsewhere.
+"""NVIDIA GPUs through ONNX Runtime's CUDA provider. It compiles on any machine, and can be emulated on the CPU.
 
-Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`) and checked against its
-table (`runtime/targets/sessions/kernels.py`). Decoders that compute in half use GroupQueryAttention over buffers that
-grow; it takes no float32, where caches have a fixed length.
+Graphs are lowered to operators that the provider has kernels for (`runtime/targets/lowering/opset21.py`) and checked
+against its table (`runtime/targets/sessions/kernels.py`). Decoders that compute in half use GroupQueryAttention over
+buffers that grow; it does not support float32, where caches have a fixed length.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ PACKAGE: Final = "pip install 'enginecast[cuda]', in place of onnxruntime"
 
 
 class CUDASettings(Texts):
-    """What `compile_with` takes. Texts, as a command line gives them.
+    """Settings of `compile_with`, as texts from a command line.
 
-    `context`: positions that a decoder's cache holds at most; by default all that the model has.
+    `context`: positions that a decoder's cache holds at most; by default the model's whole context.
     """
 
     context: int = Field(default=0, ge=0)
 
 
 class CUDALoadSettings(Texts):
-    """What `Options.settings` of `load` may hold.
+    """Settings of `Options.settings` when loading.
 
     `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
     many; "none"; "any". `graphs`: record the work of a shape and replay it (CUDA graphs), for submodels without states;
-    there is a session for each shape then. `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of
-    mantissa.
+    there is a session for each shape then. `tf32`: allows float32 products to be computed in TensorFloat-32, with 10
+    bits of mantissa.
     """
 
     fallback: str = Field(default="shapes", pattern="^(shapes|none|any)$")
@@ -166,7 +166,7 @@ class CUDAEngine(SessionEngine):
 
 
 def _to_provider(model: Any, submodel: Submodel, plan: SessionPlan) -> Any:
-    """The graph in the provider's operators; changed in place but for caches of fixed length."""
+    """The graph in the provider's operators, changed in place; with caches of fixed length it is a copy."""
     if submodel.signature.states:
         with_logits_start(model, submodel.signature)
     if plan.cache == "grouped":

@@ -1,8 +1,8 @@
-"""DirectML through ONNX Runtime: any GPU with DirectX 12, on Windows. It is compiled anywhere, and can be computed on
-the CPU elsewhere.
+"""DirectML through ONNX Runtime: any GPU with DirectX 12, on Windows. It compiles on any machine, and can be emulated
+on the CPU.
 
-Graphs are lowered to what the provider has kernels for (`runtime/targets/lowering/opset21.py`), checked against its
-table (`runtime/targets/sessions/kernels.py`) and opened with all lengths fixed.
+Graphs are lowered to operators that the provider has kernels for (`runtime/targets/lowering/opset21.py`), checked
+against its table (`runtime/targets/sessions/kernels.py`) and opened with all lengths fixed.
 """
 
 from __future__ import annotations
@@ -33,19 +33,18 @@ from runtime.targets.sessions.stored import SessionPlan, load_graph, store
 PROVIDER: Final = "DmlExecutionProvider"
 PACKAGE: Final = "pip install 'enginecast[directml]', on Windows and in place of onnxruntime"
 PIECES: Final = (1, 32)
-"""New positions of a decoder that there are sessions for by default: one, and a piece of a prompt."""
+"""Numbers of new positions that a decoder has sessions for by default: one, and a piece of a prompt."""
 
 
 class DirectMLSettings(Texts):
-    """What `compile_with` takes. Texts, as a command line gives them.
+    """Settings of `compile_with`, as texts from a command line.
 
-    `shapes`: the lengths that it runs at, "height=64,width=64;height=96,width=64": a call of others is refused. By
-    default a session is made for each shape that is met. Dims of other submodels are left to those. A decoder's are of
-    `sequence`, by default 1 and 32: calls are cut into such pieces, so that one of them should be 1. `context`:
-    positions that a decoder's cache holds; by default all that the model has. `grouped`: whether single steps use
-    GroupQueryAttention, which updates the cache in place and reads no padding. Decoders whose attention is limited to a
-    window never do, as DirectML's kernel takes no window, nor do those whose heads have a size that it has no kernel
-    for.
+    `shapes`: the lengths to compile for, "height=64,width=64;height=96,width=64"; calls with others are refused. By
+    default a session is made for each new shape. Dims of other submodels are ignored. A decoder's shapes are lengths of
+    `sequence`, by default 1 and 32: calls are split into such pieces, so one of them should be 1. `context`: positions
+    that a decoder's cache holds; by default the model's whole context. `grouped`: whether single steps use
+    GroupQueryAttention, which updates the cache in place and supports no padding. It is never used for decoders with
+    windowed attention, which DirectML's kernel does not have, nor for heads of a size that it has no kernel for.
     """
 
     shapes: tuple[Mapping[str, int], ...] = ()
@@ -59,7 +58,7 @@ class DirectMLSettings(Texts):
 
 
 class DirectMLLoadSettings(Texts):
-    """What `Options.settings` of `load` may hold.
+    """Settings of `Options.settings` when loading.
 
     `fallback`: which nodes may run on the CPU. "shapes": those that compute lengths, the engine's `device` says how
     many; "none"; "any".

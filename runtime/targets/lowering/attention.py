@@ -2,10 +2,10 @@
 size].
 
     Attention without a past          MultiHeadAttention
-    Attention with past and present   GroupQueryAttention over buffers that past and present share, lengths in place of
-                                      the mask
+    Attention with past and present   GroupQueryAttention over buffers that past and present share, with lengths in
+                                      place of the mask
 
-https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's, and are changed in
+https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md. Graphs are onnx_ir's and are changed in
 place.
 """
 
@@ -34,7 +34,7 @@ class Graph:
         self.model, self.graph = model, model.graph
 
     def constant(self, name: str, values: Any, dtype: Any = np.int64) -> Any:
-        """The constant of that name, made when it is first asked for."""
+        """The constant of that name, made on first use."""
         if name not in self.graph.initializers:
             tensor = self.ir.tensor(np.array(values, dtype), name=name)
             value = self.ir.Value(
@@ -46,7 +46,9 @@ class Graph:
     def before(
         self, place: Any, name: str, op: str, *inputs: Any, like: Any = None, domain: str = "", **attributes: Any
     ) -> Any:
-        """The output of a new node, put before another; of the type of the value `like`, else of its first input."""
+        """The output of a new node, inserted before another; its type is that of the value `like`, else of the first
+        input.
+        """
         node = self.ir.node(op, list(inputs), attributes, domain=domain, name=f"{name}/{op}")
         output = node.outputs[0]
         output.name = f"{name}.{op.lower()}"
@@ -56,23 +58,22 @@ class Graph:
         return output
 
     def drop(self, node: Any) -> None:
-        """Take a node out that nothing depends on any more, so that what only it read is unused too."""
+        """Remove a node that nothing depends on any more, and its uses of other values."""
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
         self.graph.remove([node], safe=False)
 
     def instead(self, old: Any, new: Any) -> None:
-        """Let one value stand for another, under its name."""
+        """Replace one value by another, which takes its name."""
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.before"
         self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
 def with_multihead(model: Any, spread: bool = False) -> None:
-    """Let `MultiHeadAttention` do what `Attention` without a past does, where queries have as many heads as keys.
+    """Replace `Attention` without a past by `MultiHeadAttention`, where queries have as many heads as keys.
 
-    `spread` repeats what stands for the mask for every row and head, for kernels that do not by themselves
-    (DirectML's).
+    `spread` repeats the mask for every row and head, for kernels that do not broadcast it (DirectML's).
     """
     graph = Graph(model)
     for node in [
@@ -106,9 +107,7 @@ def heads(node: Any) -> tuple[int, int, int]:
 
 
 def scale(node: Any) -> float:
-    """What products of queries and keys are multiplied with. Raises EngineError for what only `Attention` itself can
-    do.
-    """
+    """The factor of the products of queries and keys. Raises EngineError for attributes that only `Attention` has."""
     for name, plain in (("is_causal", 0), ("softcap", 0.0), ("qk_matmul_output_mode", 0)):
         if name in node.attributes and node.attributes[name].value != plain:
             raise EngineError(
@@ -146,9 +145,7 @@ def _multihead(graph: Graph, node: Any, spread: bool) -> None:
 
 
 def bias(graph: Graph, mask: Any, like: Any) -> Any:
-    """What is added to the products instead of a boolean mask: the lowest number where it is false. One for each mask
-    and type.
-    """
+    """The additive form of a boolean mask: the lowest number where it is false. There is one for each mask and type."""
     if mask.dtype != graph.ir.DataType.BOOL:
         return mask
     name = f"{mask.name}.bias.{like.dtype.name.lower()}"
@@ -163,7 +160,9 @@ def bias(graph: Graph, mask: Any, like: Any) -> Any:
 
 
 def pack(graph: Graph, node: Any, tensor: Any) -> Any:
-    """[batch, heads, length, size] as [batch, length, heads * size]: what it was split from, where that can be seen."""
+    """[batch, heads, length, size] packed as [batch, length, heads * size]: the value it was split from, where there is
+    one.
+    """
     count, size = tensor.shape[1], tensor.shape[3]
     transpose = tensor.producer()
     if (
@@ -186,7 +185,7 @@ def pack(graph: Graph, node: Any, tensor: Any) -> Any:
 
 
 def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
-    """Let the readers of the attention's output [batch, heads, length, size] read the packed one."""
+    """Replace the attention's output [batch, heads, length, size] by the packed one for all its readers."""
     output = node.outputs[0]
     joined = _joined(output, count)
     if joined is not None:
@@ -199,8 +198,8 @@ def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
 
 
 def _joined(output: Any, count: int) -> Any:
-    """The value [batch, length, heads * size] that is all that is made of an attention's output; None where there is
-    another reader.
+    """The value [batch, length, heads * size] that is the only use of an attention's output; None where there is
+    another.
     """
     value = output
     for op in ("Transpose", "Reshape"):
@@ -219,12 +218,12 @@ def _joined(output: Any, count: int) -> Any:
 
 
 def with_grouped_cache(model: Any, signature: Signature) -> None:
-    """Let `GroupQueryAttention` do what `Attention` with a past does, so that past and present of each state may be the
-    same buffer.
+    """Replace `Attention` with a past by `GroupQueryAttention`, so that past and present of each state may share a
+    buffer.
 
     It takes the number of valid positions instead of a mask, is causal by itself, and limits itself to the window of a
     layer. States have the type that attention computes in. Raises EngineError when the graph's own masks allow other
-    positions, or for heads whose size its kernels do not have.
+    positions, or for heads of a size that its kernels do not have.
     """
     require_windows(model, signature)
     odd = next(
@@ -268,13 +267,13 @@ def grouped_fits(size: int) -> bool:
 
 
 def local(window: int) -> dict[str, int]:
-    """What limits a GroupQueryAttention to the latest `window` positions, its own included."""
+    """The attributes that limit a GroupQueryAttention to the latest `window` positions, the newest included."""
     return {"local_window_size": window} if window else {}
 
 
 def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
-    """The graph's input that holds the past of the attention's keys (1) or values (2), and the place of the output that
-    it becomes.
+    """The graph's input with the past of the attention's keys (1) or values (2), and the index of the output that it
+    becomes.
 
     Both lie behind Casts where the graph was lowered to half; then the input gets the type that is computed in.
     """

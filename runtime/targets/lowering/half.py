@@ -26,7 +26,7 @@ TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
 """Attributes that name the type of an output."""
 CHUNK: Final = 1 << 20
 TOLERANCE: Final = 2.0**-8
-"""Norm of what rounding a constant may take from it, as a share of its own: the step of bfloat16. More, and its reader
+"""Norm of the rounding error of a constant, as a share of its own: the step of bfloat16. With a larger one, its reader
 stays float32.
 """
 
@@ -52,8 +52,8 @@ def to_half(model: Any, compute: Half, keep: Collection[str] = ()) -> Any:
 
 
 class _Lowering:
-    """One pass from inputs to outputs. `now` is the value that stands for one of the canonical graph, in the type it
-    was made in.
+    """One pass from inputs to outputs. `now` maps a value of the canonical graph to the one that replaces it, in the
+    type it was made in.
     """
 
     def __init__(self, ir: Any, model: Any, half: Any, keep: frozenset[str]) -> None:
@@ -86,8 +86,8 @@ class _Lowering:
         return self.now.get(value, value)
 
     def _is_between_floats(self, node: Any) -> bool:
-        """Casts of stored weights and of earlier results: readers cast as they need. Those from and to integers do
-        work.
+        """Whether the node casts stored weights or earlier results between floats: readers cast as they need. Casts
+        from and to integers stay.
         """
         return bool(
             (node.domain, node.op_type) == ("", "Cast")
@@ -122,7 +122,7 @@ class _Lowering:
                 output.type = self.ir.TensorType(dtype)
 
     def _schema(self, node: Any) -> Any:
-        """The operator's schema; None for one outside of the standard, which is left as it is."""
+        """The operator's schema; None for one outside of the standard, which is left unchanged."""
         version = self.model.opset_imports.get(node.domain, 1)
         return (
             self.schemas.get_schema(node.op_type, version, node.domain)
@@ -164,7 +164,7 @@ class _Lowering:
         return rounding(value.const_value.numpy(), self.half.numpy()) <= TOLERANCE
 
     def _as(self, value: Any, dtype: Any, before: Any) -> Any:
-        """The value in another type of float: a constant converted, else a Cast that all readers of that type share."""
+        """The value in another type of float: a converted constant, else a Cast that all readers of that type share."""
         key = value, dtype
         if key not in self.made:
             name = f"{value.name}.{dtype.name.lower()}"
@@ -199,7 +199,7 @@ class _Lowering:
         return cast
 
     def _output(self, value: Any, name: str, dtype: Any) -> Any:
-        """What the graph gives under this name: in the declared type, and made by a node of its own."""
+        """The graph's output of this name: in the declared type, and made by a node of its own."""
         if value.dtype == dtype and value.name == name:
             return value
         if value.dtype == dtype and value.producer() is not None and not value.is_graph_output():
@@ -227,8 +227,8 @@ def _rounded(values: Array, dtype: Any) -> Array:
 
 
 def rounding(values: Array, dtype: Any) -> float:
-    """The norm of what rounding to a type of float takes from values, as a share of their norm; infinite where they
-    exceed its range.
+    """The norm of the rounding error of values in a type of float, as a share of their norm; infinite where they exceed
+    its range.
     """
     flat, lost, norm = values.reshape(-1), 0.0, 0.0
     for start in range(0, flat.size, CHUNK):

@@ -1,8 +1,8 @@
-"""Which positions a decoder's attention sees: what targets assume whose kernels build the mask themselves, checked
-against the graph's.
+"""Which positions a decoder's attention sees. Targets whose kernels build the mask themselves assume this; it is
+checked against the graph.
 
-A position sees itself and those before it that `attention_mask` allows, in layers with a window only the latest
-`window` of them, its own included. Everything else has to stay a mask that the graph computes.
+A position sees itself and those before it that the attention mask allows, in layers with a window only the latest
+`window` of them, itself included. Any other pattern needs a mask that the graph computes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def attentions(model: Any) -> list[Any]:
 
 
 def window_of(node: Any, signature: Signature) -> int:
-    """The window of the layer whose keys an attention with past reads; 0 is none."""
+    """The window of an attention with past, found by the name of its keys; 0 is none."""
     past = node.inputs[4]
     name = (
         past.producer().inputs[0] if past.producer() is not None else past
@@ -36,8 +36,8 @@ def window_of(node: Any, signature: Signature) -> int:
 
 
 def require_windows(model: Any, signature: Signature) -> None:
-    """Compute the graph's own masks for a few lengths and compare them with what the signature's windows mean, padded
-    rows among them.
+    """Compute the graph's own masks for a few lengths, padded rows among them, and compare them with the signature's
+    windows.
 
     Raises EngineError when an attention sees other positions: its kernel would have to read the graph's mask.
     """
@@ -79,8 +79,8 @@ def _calls(window: int, longest: int) -> Iterator[tuple[int, int, Array]]:
 
 
 def _computed(model: Any, signature: Signature, name: str) -> Callable[[int, int, Array], Array | None] | None:
-    """Computes the value of that name by ONNX Runtime, for past and new positions and an attention mask. None where it
-    depends on anything else.
+    """A function that computes the value of that name by ONNX Runtime, for past and new positions and an attention
+    mask. None where the value depends on anything else.
     """
     port, ir = signature.decoder, require("onnx_ir", "export")
     part = model.clone()

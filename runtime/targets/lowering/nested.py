@@ -32,7 +32,9 @@ from runtime.optional import require
 WEIGHTS: Final = "weights.safetensors"
 """The file of a canonical graph's weights, beside it."""
 CODES: Final = ".int4.nested"
-"""Ends the name of the initializer that holds the codes; the names of what belongs to it begin with that name."""
+"""The end of the name of the initializer that holds the codes; the names of its factors and scales begin with that
+name.
+"""
 FACTORS: Final = ".factors"
 SCALES: Final = ".scale"
 WEIGHT: Final = ".weight"
@@ -60,7 +62,7 @@ def int8_codes(codes: NDArray[np.uint8], factors: NDArray[np.uint8], shape: tupl
 
 
 def widen(model: Any) -> dict[str, tuple[int, ...]]:
-    """Put int8 weights, computed when they are read, in the place of the nested ones of a graph (onnx_ir.Model).
+    """Replace the nested weights of a graph by int8 weights, which are computed when they are read.
 
     Returns their shapes by the names of the codes that they are made of; their own names are `int8_name` of these.
     """
@@ -102,7 +104,7 @@ def widen(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def widened(model: Any) -> dict[str, tuple[int, ...]]:
-    """What `widen` returned for a graph, of which parts may have been cut since."""
+    """The result of `widen` for a graph that may have been cut since."""
     ends = int8_name(CODES)
     values = {name: value for name, value in model.graph.initializers.items() if name.endswith(ends)}
     return {name.removesuffix(int8_name("")): tuple(value.shape) for name, value in values.items()}
@@ -114,7 +116,7 @@ def int8_name(codes: str) -> str:
 
 
 def _int8_tensor(codes: Any, factors: Any, shape: tuple[int, ...]) -> Any:
-    """A tensor of onnx_ir, made of two others, which are mapped for as long as they are read."""
+    """An onnx_ir tensor made of two others, which are mapped while they are read."""
     wide = int8_codes(np.frombuffer(codes.tobytes(), np.uint8), factors.numpy(), shape)
     for tensor in (codes, factors):
         if hasattr(tensor, "release"):
@@ -133,7 +135,7 @@ class Stored:
             raise EngineError(f"could not load {path}: {error}. Build the bundle again") from None
 
     def int8(self, codes: str, shape: tuple[int, ...]) -> NDArray[np.int8]:
-        """The int8 codes that a nested weight stands for."""
+        """The int8 codes of a nested weight."""
         factors = self._array(f"{codes}{FACTORS}")
         return int8_codes(self._array(codes), factors, shape)
 

@@ -1,5 +1,5 @@
-"""A graph as a provider has kernels for it: opset 21, and what that lacks, from operators that are in the table of
-`kernels`.
+"""A graph in operators that a provider has kernels for: opset 21, and newer operators expressed by those in the table
+of `kernels`.
 
 Attention            MultiHeadAttention; over a cache of fixed length: products, Softmax and the mask added
 Equal                neither less nor greater
@@ -7,7 +7,7 @@ Gelu                 Gelu and FastGelu of ONNX Runtime
 GroupNormalization   InstanceNormalization of the groups, then the channels' scale and bias
 RMSNormalization     its formula
 TensorScatter        Gather and Where
-others               the body that the standard itself gives the operator, such as RotaryEmbedding
+others               the function body in the standard's schema, such as that of RotaryEmbedding
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.sessions.kernels import OPSET, Provider, covers, kernels
 
 BODIES: Final = "enginecast.bodies"
-"""Domain that operators are in for a moment, while the bodies that the standard gives them take their place."""
+"""Domain of operators while they are replaced by the function bodies of the standard."""
 NEWEST: Final = 24
 
 
 def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
-    """Lower a graph (onnx_ir.Model) in place.
+    """Lower a graph in place.
 
-    `steps` makes one with a cache of fixed length (`static_cache`), which has so many positions, the graph for one new
-    position a call: its attention is GroupQueryAttention and updates the cache in place. With more positions DirectML's
-    kernel takes no notice of what the cache holds (DmlOperatorGroupQueryAttention.cpp), nor of masks.
+    `steps` makes a graph with a cache of fixed length (`static_cache`), which has so many positions, the graph for one
+    new position a call: its attention is GroupQueryAttention and updates the cache in place. With more positions
+    DirectML's kernel ignores the content of the cache (DmlOperatorGroupQueryAttention.cpp), and masks.
     """
     graph = Graph(model)
     if steps:
@@ -63,7 +63,7 @@ def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
 
 
 def _attention(graph: Graph, node: Any) -> None:
-    """Softmax of products. The heads that share keys are laid beside each other, so that keys are not repeated."""
+    """Softmax of products. Heads that share keys are placed beside each other, so that keys are not repeated."""
     query, key, value = node.inputs[:3]
     count, groups, size = heads(node)
     length = key.shape[2]
@@ -164,11 +164,10 @@ def _equal(graph: Graph, node: Any) -> None:
 
 
 def _scatter(graph: Graph, node: Any) -> None:
-    """Write new keys or values [batch, heads, sequence, size] into the cache, where they begin. The table lacks the
-    latest Scatters.
+    """Write new keys or values [batch, heads, sequence, size] into the cache at their start. The table has no kernels
+    for the latest Scatter operators.
 
-    Each position of the cache takes the new one that belongs there, or keeps what it holds. All rows begin at the same
-    position.
+    Each position of the cache takes the new value at its place, or keeps its own. All rows begin at the same position.
     """
     cache, new, starts = node.inputs
     source, inside = _places(graph, starts, new, cache.shape[2])
@@ -208,10 +207,10 @@ def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, An
 
 
 def _with_grouped_steps(graph: Graph, capacity: int) -> None:
-    """Let GroupQueryAttention do what attention over TensorScatter does, of one new position a row.
+    """Replace attention over TensorScatter by GroupQueryAttention, for one new position a row.
 
-    The total length is that of the buffers, a constant: a kernel is made anew when it changes. Valid positions follow
-    from the indices.
+    The total length is that of the buffers, a constant: a kernel is compiled again when it changes. Valid positions
+    follow from the indices.
     """
     ir = graph.ir
     indices = next(value for value in graph.graph.inputs if value.name == INDICES)
@@ -248,7 +247,7 @@ RULES: Final[Mapping[str, Callable[[Graph, Any], None]]] = {
 
 
 def _inline_bodies(model: Any, provider: Provider) -> None:
-    """Put the standard's own body in the place of operators that the table lacks and that have no rule."""
+    """Replace operators that the table lacks and that have no rule by the function bodies of the standard."""
     defs, ir = require("onnx.defs", "export"), require("onnx_ir", "export")
     known = {operator for domain, operator in kernels(provider.table) if not domain} | set(RULES)
     found = [node for node in model.graph if not node.domain and node.op_type not in known]
@@ -275,9 +274,7 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
 
 
 def _body(schema: Any, node: Any) -> Any:
-    """The function that the standard defines an operator by, for this node's types and attributes; None where it has
-    none.
-    """
+    """The standard's function for an operator, for this node's types and attributes; None where it has none."""
     onnx = require("onnx", "export")
     if not schema.has_context_dependent_function:
         return schema.function_body if schema.has_function else None

@@ -1,5 +1,5 @@
-"""A decoder whose keys and values lie in buffers of a fixed length and are written where they stay, for targets that
-compile shapes.
+"""A decoder with keys and values in buffers of a fixed length that are updated in place, for targets that compile fixed
+shapes.
 
     canonical   past [batch, heads, past, size] ─┐
                 key  [batch, heads, sequence, size] ─ Attention ─ present [batch, heads, past + sequence, size]
@@ -27,7 +27,7 @@ INDICES: Final = "write_indices"
 
 
 def capacity(signature: Signature, context: int) -> int:
-    """Positions that a decoder's caches hold: the `context` that is asked for, 0 being all that the model has.
+    """Positions that a decoder's caches hold: the requested `context`, where 0 means the model's whole context.
 
     Raises InvalidInput when it is more than that.
     """
@@ -38,8 +38,7 @@ def capacity(signature: Signature, context: int) -> int:
 
 
 def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
-    """A copy of a canonical decoder (onnx_ir.Model) with caches of `capacity` positions; they have the type that
-    attention computes in.
+    """A copy of a canonical decoder with caches of `capacity` positions; they have the type that attention computes in.
 
     Differences to the signature: the mask is int64 [batch, capacity], zero beyond the positions there are;
     `write_indices` is a new input; each present output is its past input, updated. Rows may be padded on the left.
@@ -73,7 +72,7 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
 
 
 def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: int) -> None:
-    """Let one attention write its keys and values into the caches and read them from there."""
+    """Make one attention write its keys and values into the caches and read them from there."""
     for index in (1, 2):
         new, past, present = node.inputs[index], node.inputs[index + 3], node.outputs[index]
         cache = past.producer().inputs[0] if past.producer() is not None else past  # behind the Cast of a lowered graph
@@ -108,8 +107,8 @@ def _casts(output: Any, value: Any) -> bool:
 def _masks(
     ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int, windows: Iterable[int]
 ) -> dict[int, Any]:
-    """bool [batch, 1, sequence, capacity] for each window: which positions a row sees, and always its own, so that
-    padding is no 0 / 0.
+    """bool [batch, 1, sequence, capacity] for each window: the positions that a row sees, always including its own, so
+    that padding does not become 0 / 0.
     """
     made: list[Any] = []
 

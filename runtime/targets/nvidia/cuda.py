@@ -1,4 +1,4 @@
-"""NVIDIA GPUs through cuda-bindings: which there are, memory on them, streams of work and recorded graphs of it.
+"""NVIDIA GPUs through cuda-bindings: devices, memory, streams and recorded graphs.
 
 Everything is asynchronous until `Stream.wait`: arrays copied to or from the device must live until then.
 """
@@ -33,7 +33,7 @@ class Device:
 
 
 def devices(extra: str) -> tuple[tuple[Device, ...], str]:
-    """The GPUs that can be used, in CUDA's order, and why there are none. `extra` installs what finds them. Never
+    """The usable GPUs in CUDA's order, and the reason where there are none. `extra` installs the bindings. Never
     raises.
     """
     try:
@@ -71,11 +71,11 @@ class Stream:
 
     @property
     def handle(self) -> int:
-        """The address that SDKs know the stream by."""
+        """The stream's address, for SDKs."""
         return int(self._stream)
 
     def select(self) -> None:
-        """Make the device the current one of this thread, as CUDA wants it before anything else."""
+        """Make the device the current one of this thread, as CUDA requires first."""
         self._do("select its device", "cudaSetDevice", self.device.index)
 
     def to_device(self, address: int, array: Array) -> None:
@@ -99,11 +99,11 @@ class Stream:
         self._do("clear memory", "cudaMemsetAsync", address, 0, nbytes, self._stream)
 
     def wait(self) -> None:
-        """Return when all that was asked for is done."""
+        """Wait until all work is done."""
         self._do("finish its work", "cudaStreamSynchronize", self._stream)
 
     def record(self, work: Callable[[], None]) -> Recorded:
-        """What `work` puts into the stream, recorded instead of done (CUDA Graphs). Shapes and addresses are part of
+        """Record what `work` puts into the stream instead of doing it (CUDA Graphs). Shapes and addresses are part of
         the record.
         """
         mode = self._cuda.cudaStreamCaptureMode(THREAD_LOCAL)
@@ -125,7 +125,7 @@ class Stream:
         self._finalizer()
 
     def _do(self, doing: str, function: str, *arguments: Any) -> Any:
-        """Call a function of CUDA; return what it gives behind its error code."""
+        """Call a function of CUDA; return its result without the error code."""
         code, *values = getattr(self._cuda, function)(*arguments)
         if int(code) == OUT_OF_MEMORY:
             raise ResourceExhausted(
@@ -162,8 +162,8 @@ class Buffer:
         self._finalizer: weakref.finalize[Any, Buffer] | None = None
 
     def reserve(self, nbytes: int) -> int:
-        """The address of at least so many bytes: the same as before where they suffice. What it held is lost when it
-        grows.
+        """The address of at least so many bytes: the same as before where they suffice. The content is lost when the
+        buffer grows.
 
         Raises ResourceExhausted when the device has too little memory.
         """

@@ -1,11 +1,11 @@
-"""ONNX Runtime on the CPU. KV caches are buffers shared by past and present of GroupQueryAttention, grown by doubling.
+"""ONNX Runtime on the CPU. KV caches are buffers that past and present of GroupQueryAttention share; they grow by
+doubling.
 
-What is compiled are small graphs without weights, which they read from the canonical file. Decoders get one with caches
-in place. A stateless submodel with quantized activations gets one whose products are computed in integers, and two
-parts for timing, with and without:
+Compiling writes small graphs without weights, which are read from the canonical file. A decoder gets one with caches in
+place. A stateless submodel with quantized activations gets one with integer products, and two parts for timing, with
+and without them:
 
-engines/onnxruntime/<submodel>.onnx            what is loaded, where the products in integers are exact and the faster
-                                               ones on the processor
+engines/onnxruntime/<submodel>.onnx            loaded where products in integers are exact and faster on the processor
 engines/onnxruntime/<submodel>.integers.onnx   its first layers
 engines/onnxruntime/<submodel>.floats.onnx     those of the canonical graph, which is loaded otherwise
 """
@@ -36,14 +36,14 @@ from runtime.targets.sessions.stored import SessionPlan, load_graph, read_plan, 
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
-"""What proves that a graph is accepted without copying its weights, together with the level below and weights left
-unfolded.
+"""Settings for a trial load: the graph is checked without copying its weights, together with the level below and
+without constant folding.
 """
 
 
 CHOICES: Final[Mapping[str, tuple[str, ...]]] = {"products": ("integers", "floats")}
-"""What depends on the processor (`runtime.placing.choices`): how 8-bit inputs are multiplied with 8-bit weights, where
-ONNX Runtime by itself restores both to float32. In floats the graph is the canonical one.
+"""Choices that depend on the processor (`runtime.placing.choices`): how 8-bit inputs are multiplied with 8-bit weights,
+where ONNX Runtime by itself restores both to float32. "floats" loads the canonical graph.
 """
 PART: Final = 12
 """Products of the part of a submodel that is timed."""
@@ -113,7 +113,7 @@ class ONNXRuntime(SessionEngine):
 
 
 def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
-    """The graphs that are stored beside the canonical one, by name: none where that is loaded as it is."""
+    """The graphs that are stored, by name; none where the canonical one is loaded."""
     name = submodel.name
     if submodel.signature.states:
         model = load_graph(graph)
@@ -135,9 +135,7 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
 
 
 def _write(output: Path, name: str, model: Any) -> list[str]:
-    """Store a graph without weights, and a plan beside it where it has weights that are made when it is loaded; the
-    files' names.
-    """
+    """Store a graph without weights, with a plan where weights are made when it is loaded. Returns the files' names."""
     output.mkdir(parents=True, exist_ok=True)
     plan = SessionPlan(graph=f"{name}.onnx", nested=widened(model))
     with written(output / plan.graph) as file:
@@ -150,14 +148,14 @@ def _write(output: Path, name: str, model: Any) -> list[str]:
 
 
 def _made(submodel: Submodel, folder: Path, name: str, canonical: Path) -> dict[str, Any]:
-    """The weights of a stored graph that are made of the bundle's."""
+    """The weights of a stored graph that are computed from the bundle's."""
     return nested_values(read_plan(folder, name), canonical.parent / WEIGHTS) if submodel.precision.nested else {}
 
 
 def _decide(
     submodel: Submodel, canonical: Path, folder: Path, options: Options, entries: Mapping[str, str]
 ) -> dict[str, Decision]:
-    """What this submodel can do in several ways, decided for this processor."""
+    """The decisions on this submodel's choices for this processor."""
     parts = {value: folder / f"{submodel.name}.{value}.onnx" for value in CHOICES["products"]}
     if submodel.signature.states or not all(part.is_file() for part in parts.values()):
         return {}
@@ -188,7 +186,7 @@ def _decide(
 
 @cache
 def _exact_in_integers() -> bool:
-    """Try one product that is wrong where sums of two products are kept in 16 bits, as on x86 without VNNI."""
+    """Try a product that is wrong where sums of two products are kept in 16 bits, as on x86 without VNNI."""
     session = sdk().InferenceSession(_product_of_integers(), providers=[PROVIDER])
     return float(session.run(None, {"x": np.full((1, DEPTH), 255, np.uint8)})[0][0, 0]) == 255 * 127 * DEPTH
 
@@ -208,7 +206,7 @@ def _product_of_integers() -> bytes:
 
 @cache
 def _processor_rounds() -> bool:
-    """Try one product of either number of bits, whose result tells: next to 127, an input of 0.25 is lost in 8 bits."""
+    """Try a product of 4 and of 8 bits whose result shows it: beside 127, an input of 0.25 is lost in 8 bits."""
     values = np.array([[127] + [0.25] * 31], np.float32)
     sessions = [sdk().InferenceSession(_product_of_ones(bits), providers=[PROVIDER]) for bits in (4, 8)]
     return all(float(session.run(None, {"x": values})[0][0, 0]) != float(values.sum()) for session in sessions)
@@ -237,7 +235,9 @@ def _product_of_ones(bits: int) -> bytes:
 
 
 def _model(graph: bytes, taken: bytes) -> bytes:
-    """A model of a graph that takes x of that type and gives y [1, 1], of opset 21 and ONNX Runtime's own operators."""
+    """A model of a graph with input x of that type and output y [1, 1], with opset 21 and ONNX Runtime's own
+    operators.
+    """
     graph += _field(11, _field(1, "x") + _field(2, taken)) + _field(12, _field(1, "y") + _field(2, _tensor_type(1, 1)))
     opsets = _field(8, _field(1, "") + _field(2, 21)) + _field(8, _field(1, CONTRIB) + _field(2, 1))
     return _field(1, 10) + _field(7, graph) + opsets

@@ -32,8 +32,8 @@ END: Final = (1 << 63) - 1
 
 
 class Product(NamedTuple):
-    """A node that multiplies quantized inputs with quantized weights: both nodes that restore them, and what is added,
-    if anything.
+    """A product of quantized inputs and quantized weights: the node, both nodes that dequantize, and the bias, if
+    any.
     """
 
     node: Any
@@ -43,9 +43,7 @@ class Product(NamedTuple):
 
 
 def with_integer_products(model: Any, ranges: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Let every product of 8-bit inputs and weights be computed in integers. Returns the names of their results, which
-    stay.
-    """
+    """Compute every product of 8-bit inputs and weights in integers. Returns the names of their results, which stay."""
     graph, codes = Graph(model), _Codes(ranges)
     found = [product for node in model.graph if (product := _product(node)) is not None]
     names = [str(product.node.outputs[0].name) for product in found]
@@ -60,7 +58,7 @@ def with_integer_products(model: Any, ranges: Mapping[str, tuple[float, float]])
 
 
 def first_behind(model: Any, names: Collection[str], count: int) -> str:
-    """Of these values, the first that needs `count` of them, itself included; the last one where none does."""
+    """The first of these values that depends on `count` of them, itself included; the last one where none does."""
     behind: dict[Any, int] = {}
     bits = {name: 1 << place for place, name in enumerate(names)}
     for node in model.graph:
@@ -75,7 +73,7 @@ def first_behind(model: Any, names: Collection[str], count: int) -> str:
 
 
 def cut_behind(model: Any, name: str) -> None:
-    """Leave only what the value of that name needs, which becomes the only output."""
+    """Keep only the nodes that the value of that name depends on; it becomes the only output."""
     values = (value for node in model.graph for value in node.outputs)
     model.graph.outputs[:] = [next(value for value in values if value.name == name)]
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
@@ -84,7 +82,7 @@ def cut_behind(model: Any, name: str) -> None:
 
 
 class _Codes:
-    """The uint8 codes of quantized values, made once each: as they lie, or with channels last."""
+    """The uint8 codes of quantized values, made once each: in their layout, or with channels last."""
 
     def __init__(self, ranges: Mapping[str, tuple[float, float]]) -> None:
         self.ranges = ranges
@@ -112,7 +110,7 @@ class _Codes:
 
 
 def _product(node: Any) -> Product | None:
-    """The node as a product of 8-bit inputs and weights; None where it is none, or one that cannot be put this way."""
+    """The node as a product of 8-bit inputs and weights; None where it is none, or one that has no such form."""
     if node.domain or node.op_type not in ("Conv", "Gemm", "MatMul"):
         return None
     inputs, weights = (value.producer() if value is not None else None for value in node.inputs[:2])
@@ -128,8 +126,8 @@ def _product(node: Any) -> Product | None:
 
 
 def _restores(node: Any, axis: int | None) -> bool:
-    """Whether a node restores int8 codes with one scale, or with one for each index of an axis, and without a zero
-    point but 0.
+    """Whether a node dequantizes int8 codes with one scale, or with one for each index of an axis, and no zero point
+    but 0.
     """
     if (
         node is None
@@ -146,7 +144,7 @@ def _restores(node: Any, axis: int | None) -> bool:
 
 
 def _plain(node: Any) -> bool:
-    """Whether it is nothing more than a product, or a convolution without groups and gaps."""
+    """Whether the node is a plain product, or a convolution without groups and dilation."""
     if node.op_type == "Conv":
         gaps = set(_attribute(node, "dilations", (1, 1)))
         return _attribute(node, "group", 1) == 1 and gaps == {1} and _attribute(node, "auto_pad", "NOTSET") == "NOTSET"
@@ -205,7 +203,7 @@ def _convolution(graph: Graph, codes: _Codes, product: Product) -> Any:
 
 
 def _every(graph: Graph, node: Any, name: str, value: Any, axis: int, place: int, size: int, stride: int) -> Any:
-    """Along an axis, what lies at `place` of each window of that size."""
+    """The elements at `place` of each window of that size, along an axis."""
     if size == 1 and stride == 1:
         return value
     end = END if place == size - 1 else place - size + 1

@@ -1,1 +1,1 @@
-"""What the target openvino needs besides its file: changes to graphs, and caches in pages."""
+"""The target openvino: its engine, changes to graphs, and KV caches in pages."""

@@ -1,4 +1,4 @@
-"""OpenVINO's devices as they are asked for: CPU, GPU.1, NPU, or made of others, such as AUTO or HETERO:GPU,CPU."""
+"""OpenVINO devices by name: CPU, GPU.1, NPU, or one composed of others, such as AUTO or HETERO:GPU,CPU."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ from typing import Any, Final
 from runtime.errors import EngineUnavailable
 
 MADE_OF_OTHERS: Final = ("AUTO", "BATCH", "HETERO", "MULTI")
-"""Each takes a list of devices behind a colon; AUTO alone chooses among all."""
+"""Each is followed by a colon and a list of devices; AUTO alone chooses among all."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """A device by the SDK's name, and the devices that it may come down to."""
+    """A device by the SDK's name, and the devices that it may use."""
 
     name: str
     parts: tuple[str, ...]
 
     @classmethod
-    def of(cls, core: Any, asked: str) -> Where:
-        """What was asked for, the CPU by default. Raises EngineUnavailable where a part of it is not here."""
-        name, here = asked or "CPU", tuple(core.available_devices)
+    def of(cls, core: Any, requested: str) -> Where:
+        """The requested device, the CPU by default. Raises EngineUnavailable where one of its devices is not on this
+        machine.
+        """
+        name, here = requested or "CPU", tuple(core.available_devices)
         kind, _, listed = name.partition(":")
         if kind not in MADE_OF_OTHERS:
             parts: tuple[str, ...] = (name,)
@@ -39,26 +41,26 @@ class Where:
 
     @property
     def cpu(self) -> bool:
-        """Whether it is the CPU alone, by whatever name."""
+        """Whether only the CPU is used, under any name."""
         return all(part == "CPU" for part in self.parts)
 
     @property
     def plain(self) -> bool:
-        """Whether it is the CPU by its own name: what is made of others does not tell everything that the CPU does."""
+        """Whether it is named CPU. Composed devices do not report everything that the CPU does."""
         return self.name == "CPU"
 
     @property
     def npu(self) -> bool:
         return any(_kind(part) == "NPU" for part in self.parts)
 
-    def told(self, core: Any, compiled: Any) -> str:
-        """The device in words: by its full name, or which of its parts really run the model."""
+    def described(self, core: Any, compiled: Any) -> str:
+        """The device for display: its full name, or the devices that really run the model."""
         if self.name.partition(":")[0] in MADE_OF_OTHERS:
             return f"{self.name} (on {', '.join(compiled.get_property('EXECUTION_DEVICES'))})"
         return f"{self.name} ({core.get_property(self.name, 'FULL_DEVICE_NAME')})"
 
     def fallbacks(self, core: Any, model: Any) -> tuple[str, ...]:
-        """Of HETERO, what is not computed by the first of its devices."""
+        """The nodes that HETERO does not run on the first of its devices."""
         if not self.name.startswith("HETERO:"):
             return ()
         places = list(core.query_model(model, self.name).values())

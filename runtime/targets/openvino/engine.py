@@ -1,18 +1,18 @@
-"""OpenVINO: reads the canonical graph as it is; KV caches become pages (on the CPU) or states of the model, updated in
+"""OpenVINO reads the canonical graph directly. KV caches become pages (on the CPU) or states of the model, updated in
 place.
 
-Nothing is stored at build time: OpenVINO maps the graph and its weights in a second or so and compiles for the
+Nothing is stored at build time: OpenVINO maps the graph and its weights in about a second and compiles for the
 processor it finds, so a bundle never carries an engine that does not fit. Compiling at build time proves that the graph
 is accepted, and measures it.
 
-Numbers are what the bundle says, not what the plugin likes on this processor: bfloat16, a cache of 8 bits, inputs
-rounded to 8 bits. Who loads an engine may decide otherwise by `Options.settings`: `KV_CACHE_PRECISION` "u8" makes the
-cache a quarter as large.
+Numbers have the precision that the bundle states, not the plugin's default on this processor (bfloat16, a cache of 8
+bits, inputs rounded to 8 bits). `Options.settings` may override that: `KV_CACHE_PRECISION` "u8" makes the cache a
+quarter as large.
 
 On the CPU, graphs with quantized activations are compiled for each shape they are called with: at dynamic shapes the
 plugin of 2026.4 computes int8 convolutions of Stable Diffusion wrongly (3 dB). See
-docs/decisions/0011-int8-at-fixed-shapes.md. Such a model of a denoiser is made for guided calls, too, whose rows begin
-alike (`runtime.targets.openvino.sharing`).
+docs/decisions/0011-int8-at-fixed-shapes.md. A denoiser is also compiled for classifier-free guidance batches, whose
+rows share their first layers (`runtime.targets.openvino.sharing`).
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Of each input, by name."""
+"""The shape of each input, by name."""
 
 
 class Fixed(NamedTuple):
-    """What a model is compiled for where that is not any call: shapes of inputs, by name, and whether rows are those of
-    a guided call.
+    """The fixed calls that a model is compiled for: shapes of inputs by name, and whether the rows are a
+    classifier-free guidance batch.
     """
 
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
@@ -61,7 +61,7 @@ class Fixed(NamedTuple):
 
 
 GROUP: Final = 64
-"""Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are no multiple of
+"""Inputs of a layer that share a scale where they are rounded to 8 bits. Layers whose int4 blocks are not a multiple of
 it, or whose int8 weights have fewer inputs, are computed in float. See docs/decisions/0009-dynamic-activations.md.
 """
 
@@ -74,21 +74,21 @@ CHOICES: Final[Mapping[str, tuple[str, ...]]] = {
     "activation_group": (str(GROUP), "32", "0"),
     "threads": ("cores", "all"),
 }
-"""What depends on the processor, the default first (`runtime.placing.choices`). A bundle that allows inputs of 8 bits
-in groups of 64 allows smaller groups too, and none (0): both are nearer to float. There is a thread for each core, or
-for all that the cores can run at once.
+"""Choices that depend on the processor, the default first (`runtime.placing.choices`). A bundle that allows inputs of 8
+bits in groups of 64 also allows smaller groups and none (0): both are nearer to float. There is a thread for each core,
+or for each hardware thread.
 """
 MARGIN: Final = 0.02
 MARGINS: Final = {"zero_points": 0.05, SHAPES_CHOICE: 0.1}
-"""Zero points bring the output 1 dB and more, and each fixed shape takes seconds to compile: giving up either must be
-worth it.
+"""Zero points improve the output by 1 dB or more, and each fixed shape takes seconds to compile: giving up either must
+pay.
 """
 PART: Final = 10**11
-"""Multiplications of the part of a submodel that is timed for its choices: some 0.3 s on two cores."""
+"""Multiplications of the part of a submodel that is timed for its choices: about 0.3 s on two cores."""
 UNWORTHY: Final = 2 * 10**9
 """Submodels with fewer multiplications in a call take milliseconds: nothing is measured for them."""
 ANSWER: Final = 64
-"""Steps of one token that a decoder is timed with behind one prompt."""
+"""Steps of one token that a decoder is timed with after one prompt."""
 
 
 @cache
@@ -98,11 +98,12 @@ def _core() -> Any:
 
 
 SHAPES: Final = 2
-"""Shapes that a submodel is kept compiled for where each needs its own; the one not used for longest goes first."""
+"""Shapes that a submodel is kept compiled for where each needs its own; the least recently used one is dropped first.
+"""
 
 
 class OpenVINO(Engine):
-    """A compiled model. Stateless calls have one infer request, or one for each shape. Slots share pages and one
+    """A compiled model. Stateless calls use one infer request, or one for each shape. Slots share pages and one
     request, or have one each.
     """
 
@@ -229,7 +230,7 @@ class OpenVINO(Engine):
         self._request = self._compiled = self._pages = None
 
     def _for(self, fix: Callable[[Fixed], Any], fixed: Fixed) -> Any:
-        """The request of the model compiled for this, compiled now where it is not."""
+        """The request of the model that is compiled for this; compiled now if there is none."""
         request = self._fixed.pop(fixed, None)
         if request is None:
             while len(self._fixed) >= SHAPES:
@@ -256,7 +257,9 @@ class OpenVINO(Engine):
         return held
 
     def _require_rows(self, held: int, batch: int) -> None:
-        """The plugin would read beyond a slot's states for rows that they do not have."""
+        """Raise EngineError for a call with other rows than its slot: the plugin would read beyond the slot's
+        states.
+        """
         if held != batch:
             raise self._failed(f"the slot holds {held} rows, this call has {batch}")
 
@@ -265,7 +268,7 @@ class OpenVINO(Engine):
 
 
 class _Held(NamedTuple):
-    """What a slot has where there are no pages: an infer request with its states, and their number of rows."""
+    """The states of a slot without pages: an infer request, and the number of its rows."""
 
     request: Any
     batch: int
@@ -279,7 +282,7 @@ class _Held(NamedTuple):
 
 
 class _Made(NamedTuple):
-    """A compiled model, the device in words, what it computes in, what of it runs elsewhere, what was decided on this
+    """A compiled model, its device for display, the type it computes in, what runs elsewhere, the decisions for this
     processor, and whether it is compiled for fixed shapes.
     """
 
@@ -300,14 +303,13 @@ def _varies(submodel: Submodel) -> bool:
 
 
 def _needs_shape(submodel: Submodel, where: Where) -> bool:
-    """Whether each shape has to be compiled for: on an NPU, and on the CPU where activations are quantized."""
+    """Whether each shape is compiled by itself: on an NPU, and on the CPU where activations are quantized."""
     wrong = where.cpu and submodel.precision.activations != "float"
     return (wrong or where.npu) and not submodel.signature.states and _varies(submodel)
 
 
 def _least(signature: Signature, shapes: Shapes) -> bool:
-    """Whether a length that varies, of something else than rows, is the least possible: such calls get a model of their
-    own.
+    """Whether a varying length other than the batch has its least value: such calls get a model of their own.
 
     At dynamic shapes, the CPU plugin of 2026.4 computes all later calls of other shapes wrongly (-2 dB) once the sample
     UNet had 2x2 latents, whose smallest feature map is one value, or one token of text.
@@ -323,7 +325,7 @@ def _least(signature: Signature, shapes: Shapes) -> bool:
 
 
 def _usual(submodel: Submodel) -> Fixed:
-    """What is expected most: guided calls where there are conditions."""
+    """The most frequent call: a classifier-free guidance batch where there are conditions."""
     signature = submodel.signature
     lengths = {name: dim.opt for name, dim in signature.dims.items()}
     return Fixed.of({tensor.name: tensor.shape(lengths) for tensor in signature.inputs}, has_conditions(signature))
@@ -336,8 +338,8 @@ def _compile(
     fixed: Fixed | None = None,
     decisions: Mapping[str, Decision] | None = None,
 ) -> _Made:
-    """Compile for the device, for these calls, or the usual ones, where it needs fixed ones. What is not decided yet is
-    decided now.
+    """Compile for the device: for these calls, or for the usual ones where it needs fixed shapes. Choices that are
+    still open are decided now.
     """
     core, where = _core(), _where(options)
     if decisions is None:
@@ -349,7 +351,7 @@ def _compile(
         model, compiled = _compiled(
             core, submodel, graph, where, _config(core, submodel, where, options, values), values, fixed
         )
-        name, fallbacks = f"openvino:{where.told(core, compiled)}", where.fallbacks(core, model)
+        name, fallbacks = f"openvino:{where.described(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
     half = where.cpu and _half(core, submodel)
@@ -365,7 +367,7 @@ def _compile(
 
 
 def _config(core: Any, submodel: Submodel, where: Where, options: Options, values: Mapping[str, str]) -> dict[str, Any]:
-    """The plugin's settings. What the caller sets counts most."""
+    """The plugin's settings. Those of the caller take precedence."""
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if where.cpu:
         group = int(values.get("activation_group", GROUP if submodel.dynamic and where.plain else 0))
@@ -382,7 +384,7 @@ def _config(core: Any, submodel: Submodel, where: Where, options: Options, value
 def _read(
     core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None
 ) -> Any:
-    """The graph as it is compiled, but for its states."""
+    """The graph in the form that is compiled, without its states."""
     model = core.read_model(graph)
     if submodel.precision.nested:
         widen(model, graph.parent / WEIGHTS)
@@ -408,7 +410,7 @@ def _compiled(
 ) -> tuple[Any, Any]:
     """The model that was read, and compiled.
 
-    A decoder's cache is kept in pages where the plugin has an attention for the processor and the numbers asked for,
+    A decoder's cache is kept in pages where the plugin has an attention for the processor and the requested precision,
     else in states.
     """
 
@@ -428,7 +430,7 @@ def _compiled(
 
 
 def _decide(core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> dict[str, Decision]:
-    """What this submodel can do in several ways on this device, decided for this processor."""
+    """The decisions on this submodel's choices for this device and processor."""
     choices = [
         Choice(name, values, MARGINS.get(name, MARGIN))
         for name, values in _possible(core, submodel, where, options).items()
@@ -461,16 +463,14 @@ def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> 
 
 
 class _Parts:
-    """Makes the first layers of a submodel in several ways, to be timed."""
+    """Compiles the first layers of a submodel with different choices, to time them."""
 
     def __init__(self, core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> None:
         self.core, self.submodel, self.graph, self.where, self.options = core, submodel, graph, where, options
         self.end: str | None = None
 
     def __call__(self, values: Mapping[str, str]) -> Callable[[], object]:
-        """What runs the part once, for the calls that a submodel gets in a picture's step, or in an answer. Raises
-        EngineError.
-        """
+        """A function that runs the part once, for the calls of a denoising step or of an answer. Raises EngineError."""
         signature, calls = self.submodel.signature, _calls(self.submodel.signature)
         try:
             if self.end is None:
@@ -496,7 +496,7 @@ class _Parts:
 
 
 def _calls(signature: Signature) -> list[tuple[dict[str, int], int]]:
-    """Lengths of typical calls, and how many of each there are together; the first has most work.
+    """Lengths of typical calls with the number of such calls; the first has most work.
 
     A decoder reads a prompt of half its context and at most 512 tokens, then writes an answer.
     """
@@ -513,8 +513,8 @@ def _shapes(signature: Signature, lengths: Mapping[str, int]) -> dict[str, tuple
 
 
 def _half(core: Any, submodel: Submodel) -> bool:
-    """Whether the bundle asks for bfloat16 throughout and the processor has it. States would fall out of
-    their pages.
+    """Whether the bundle computes in bfloat16 throughout and the processor has it. Decoders do not: their states could
+    not be kept in pages.
     """
     return submodel.precision.compute == "bfloat16" and not submodel.signature.states and _has_bfloat16(core)
 
@@ -524,8 +524,8 @@ def _has_bfloat16(core: Any) -> bool:
 
 
 def _numbers(group: int, half: bool = False) -> dict[str, Any]:
-    """What the CPU plugin computes in, with inputs of quantized layers rounded in groups of so many, 0 for
-    not at all.
+    """Precision settings of the CPU plugin. Inputs of quantized layers are rounded in groups of this size, 0 for not at
+    all.
     """
     return {
         "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
@@ -535,9 +535,7 @@ def _numbers(group: int, half: bool = False) -> dict[str, Any]:
 
 
 def _rounds(compiled: Any) -> bool:
-    """Whether inputs of layers are rounded to 8 bits: asked for, by a model that has such layers, on a processor that
-    can.
-    """
+    """Whether inputs of layers are rounded to 8 bits: allowed, in a model with such layers, on a processor that can."""
     return (
         int(compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE")) > 0
         and _has_quantized_weights(compiled)
@@ -546,7 +544,7 @@ def _rounds(compiled: Any) -> bool:
 
 
 def _has_quantized_weights(compiled: Any) -> bool:
-    """Whether there are layers with quantized weights and float inputs. The others' primitives are those of int8."""
+    """Whether there are layers with quantized weights and float inputs. Other layers have int8 primitives."""
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     layers = [node for node in nodes if node["layerType"].astype(str) == "FullyConnected"]
     return any(
@@ -557,7 +555,7 @@ def _has_quantized_weights(compiled: Any) -> bool:
 
 @cache
 def _processor_rounds() -> bool:
-    """Try one product whose result tells: next to 127, an input of 0.25 is lost in 8 bits."""
+    """Try a product whose result shows it: beside 127, an input of 0.25 is lost in 8 bits."""
     ops = require("openvino.opset15", "openvino")
     inputs = ops.parameter([1, 2 * GROUP], np.float32)
     weights = ops.multiply(

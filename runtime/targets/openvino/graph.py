@@ -1,11 +1,11 @@
-"""What OpenVINO needs of a graph besides: changes to a model it has read, before it is compiled.
+"""Changes to a model that OpenVINO has read, before it is compiled.
 
 nested int4    becomes int8 weights
 zero points    8 bits cover the bundle's activation ranges, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
 states         past and present of a decoder as variables of the model, updated in place
 
-What the rows of a classifier-free guidance batch share is in `sharing`.
+`sharing` computes what the rows of a classifier-free guidance batch have in common.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from runtime.targets.lowering import nested
 from runtime.targets.lowering.activation_ranges import CODES, affine
 
 BEAMS = "beam_idx"
-"""Which row of the cache each row of the batch continues: OpenVINO's in-place cache update is recognised only behind
+"""Which row of the cache each row of the batch continues. OpenVINO recognises its in-place cache update only behind
 this gather.
 """
 
 
 def widen(model: Any, weights: Path) -> None:
-    """Put int8 weights in the place of int4 ones that are nested in int8 (`runtime.targets.lowering.nested`), whose
-    codes lie in this file.
+    """Replace int4 weights that are nested in int8 (`runtime.targets.lowering.nested`), with codes in this file, by
+    int8 weights.
 
     Raises EngineError where the file cannot be read.
     """
@@ -87,7 +87,7 @@ def use_zero_points(model: Any, ranges: Mapping[str, tuple[float, float]]) -> No
 
 
 def _followers(node: Any, *types: str) -> list[Any]:
-    """The chain of nodes of these types that begins with the only reader of a node; nothing where there is no such
+    """The chain of nodes of these types that begins with the only reader of a node; empty where there is no such
     chain.
     """
     chain = []
@@ -149,10 +149,10 @@ def keep_states(model: Any, signature: Signature) -> None:
 
 
 def _expand_heads(model: Any, ops: Any) -> None:
-    """Repeat grouped keys and values for every query head in the form that the CPU plugin folds back into its
+    """Repeat grouped keys and values for every query head, in the form that the CPU plugin folds back into its
     attention.
 
-    OpenVINO's attention has no grouped heads; its ONNX reader repeats them by Tile, which the plugin does not
+    OpenVINO's attention has no grouped heads. Its ONNX reader repeats them with Tile, which the plugin does not
     recognise.
     """
     for node in model.get_ops():
@@ -175,7 +175,7 @@ def _expand_heads(model: Any, ops: Any) -> None:
 
 
 def _before_expansion(output: Any) -> Any:
-    """The grown keys or values themselves, behind whatever repeats them."""
+    """The grown keys or values, before they are repeated for every query head."""
     while output.get_node().get_type_name() in ("Reshape", "Tile", "Unsqueeze"):
         output = output.get_node().input_value(0)
     return output

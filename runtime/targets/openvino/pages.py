@@ -1,10 +1,10 @@
-"""KV caches in pages (Kwon et al. 2023, PagedAttention) for OpenVINO's CPU plugin, whose attention over pages is its
+"""KV caches in pages (Kwon et al. 2023, PagedAttention), for the paged attention of OpenVINO's CPU plugin, which is its
 fastest.
 
-The plugin takes a decoder's tokens [tokens, ...] without padding, row behind row, and where each row begins. Keys and
-values are tensors [pages, heads, positions of a page, size] that the caller owns, and a list says which pages hold
-which row. So rows of any slots and lengths are computed together, and slots share the pages of a common past. Attention
-is causal by itself, and each layer's is limited to the window that it is given.
+The plugin takes a decoder's tokens [tokens, ...] without padding, one row after the other, and the place where each row
+begins. Keys and values are tensors [pages, heads, positions of a page, size] that the caller owns, with a list of the
+pages of each row. So rows of any slots and lengths are computed together, and slots share the pages of a common past.
+Attention is causal by itself, and each layer's is limited to the given window.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from runtime.engine import divided
 from runtime.optional import require
 
 LAST: Final = "last_positions"
-"""The last token of each row: only these are worth logits."""
+"""Indices of the last tokens of each row: logits are computed only for these."""
 KEYS: Final = 3
 WINDOW: Final = 10
-"""Inputs of an attention over pages, by place: the cache of keys, and how many positions are seen (0 is all)."""
+"""Indices of inputs of a paged attention: the cache of keys, and how many positions are seen (0 means all)."""
 FIRST_CAPACITY: Final = 256
-"""Positions that there are pages for at least."""
+"""The least number of positions that pages are allocated for."""
 
 
 def fits(signature: Signature) -> bool:
-    """Whether the submodel is a decoder whose calls can be put this way."""
+    """Whether the submodel is a decoder with the inputs that paged attention knows."""
     port = signature.port
     return port is not None and {tensor.name for tensor in signature.inputs} == {
         port.embeddings,
@@ -42,9 +42,7 @@ def fits(signature: Signature) -> bool:
 
 
 def use_pages(model: Any, signature: Signature) -> None:
-    """Change a model that keeps states into one that keeps pages. Raises RuntimeError when the SDK finds no attention
-    it knows.
-    """
+    """Change a model with states into one with pages. Raises RuntimeError when the SDK finds no attention it knows."""
     ops = require("openvino.opset15", "openvino")
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
     _limit(model, ops, [state.window for state in signature.states[::2]])
@@ -57,9 +55,7 @@ def use_pages(model: Any, signature: Signature) -> None:
 
 
 def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:
-    """Give the attention of each layer its window. The transformation replaces masks by none, and numbers caches by
-    layer.
-    """
+    """Set the window of each layer's attention. The transformation removes masks, and numbers caches by layer."""
     nodes = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
     if len(nodes) != len(windows):
         raise RuntimeError(f"{len(nodes)} attentions over pages, expected {len(windows)}")
@@ -69,12 +65,12 @@ def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:
 
 
 def has_pages(compiled: Any) -> bool:
-    """Whether a compiled model keeps pages."""
+    """Whether a compiled model has pages."""
     return any(LAST in port.names for port in compiled.inputs)
 
 
 class Table:
-    """The pages of one slot: for each row those that hold its positions, in order. They are returned when it is
+    """The pages of one slot: for each row those that hold its positions, in order. They are returned when the table is
     dropped.
     """
 
@@ -88,7 +84,7 @@ class Table:
 
 
 class Write(NamedTuple):
-    """What a call adds to one row: its pages, the positions before, and how many are new."""
+    """A call's writes to one row: its pages, the number of positions before the call, and the number of new ones."""
 
     row: list[int]
     past: int
@@ -98,8 +94,8 @@ class Write(NamedTuple):
 class Pages:
     """An infer request, and the memory of the pages that all slots of an engine share.
 
-    A page is held by any number of tables and copied when one of them writes into it. The memory grows by doubling, and
-    is halved and more when three quarters of it are not used.
+    Any number of tables may hold a page; it is copied when one of them writes into it. The memory grows by doubling and
+    shrinks when three quarters of it are unused.
     """
 
     def __init__(self, compiled: Any, port: Port) -> None:
@@ -134,7 +130,8 @@ class Pages:
     ) -> list[dict[str, Array]]:
         """Run calls of the signature together; outputs [batch, last, ...] are those of the last positions of each row.
 
-        Raises ValueError for a row with fewer positions than that, and for one that holds fewer than its mask says.
+        Raises ValueError for a row with fewer positions than that, and for one that holds fewer positions than its mask
+        says.
         """
         with self._lock:
             results = self.request.infer(self._feed(calls, last), share_inputs=True)
@@ -144,7 +141,7 @@ class Pages:
         return divided(rows, [table.batch for _, table in calls])
 
     def give_back(self, rows: list[list[int]]) -> None:
-        """Take the pages of a table that is gone: now, or when the present run has ended. Called from any thread."""
+        """Return the pages of a dropped table: now, or at the end of the present run. May be called from any thread."""
         self._returned.append(rows)
         if self._lock.acquire(blocking=False):
             try:
@@ -191,7 +188,7 @@ class Pages:
             self._extend(write, free)
 
     def _missing(self, write: Write) -> int:
-        """How many pages the row has to be given at most."""
+        """The greatest number of pages that the row may need."""
         first, needed = write.past // self.positions, self._needed(write)
         return needed - first - sum(self.users[page] == 1 for page in write.row[first:needed])
 
@@ -199,7 +196,7 @@ class Pages:
         return -(-(write.past + write.new) // self.positions)
 
     def _extend(self, write: Write, free: Iterator[int]) -> None:
-        """Let the row have pages of its own from where it writes, and none behind that."""
+        """Give the row pages of its own from where it writes, and drop those beyond its new length."""
         row, (first, within), needed = write.row, divmod(write.past, self.positions), self._needed(write)
         self._drop(row, needed)
         for index in range(first, needed):
@@ -215,19 +212,19 @@ class Pages:
             row[index : index + 1] = [page]
 
     def _drop(self, row: list[int], start: int) -> None:
-        """Take the pages of a row from the `start`th on."""
+        """Drop the pages of a row from the `start`th on."""
         for page in row[start:]:
             self.users[page] -= 1
         del row[start:]
 
     def _reserve(self, more: int) -> None:
-        """Have so many pages free."""
+        """Make sure that this many pages are free."""
         used = len(self.users) - self.users.count(0)
         if used + more > len(self.users):
             self._resize(max(FIRST_CAPACITY // self.positions, 1 << (used + more - 1).bit_length()))
 
     def _collect(self) -> None:
-        """Free the pages of tables that are gone, and memory where most of it is not used. The lock must be held."""
+        """Free the pages of dropped tables, and memory where most of it is unused. The lock must be held."""
         while self._returned:
             rows = self._returned.popleft()
             del self._tables[id(rows)]
@@ -240,7 +237,7 @@ class Pages:
             self._resize(max(FIRST_CAPACITY // self.positions, 1 << (used * 2 - 1).bit_length()))
 
     def _resize(self, count: int) -> None:
-        """Have memory for so many pages, those in use at its beginning."""
+        """Allocate memory for this many pages, with those in use at its beginning."""
         sdk = require("openvino", "openvino")
         used = [page for page, users in enumerate(self.users) if users]
         for name, (kind, page) in self._ports.items():

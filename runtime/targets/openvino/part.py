@@ -1,6 +1,4 @@
-"""A part of a model that stands for the whole where candidates are timed: its first layers, as many as hold a given
-amount of work.
-"""
+"""The first layers of a model, up to a given amount of work: they are timed in place of the whole model."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ PRODUCTS: Final = ("Convolution", "GroupConvolution", "MatMul")
 
 
 def work(node: Any) -> int:
-    """Multiplications of a node whose shapes are known; only products and attention count."""
+    """Multiplications of a node whose shapes are known; only products and attention are counted."""
     kind = node.get_type_name()
     if kind == "ScaledDotProductAttention":
         query, key = (_shape(node.input_value(index)) for index in (0, 1))
@@ -27,10 +25,10 @@ def work(node: Any) -> int:
 
 
 def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int) -> tuple[str, int]:
-    """The first product that needs `budget` multiplications, its own included, "" where there is none; and how many the
-    whole model has.
+    """The first product that needs `budget` multiplications including its own, "" where there is none, and the
+    multiplications of the whole model.
 
-    The model's inputs get these shapes.
+    Sets the model's input shapes.
     """
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     works, behind = list[int](), dict[str, int]()
@@ -48,8 +46,8 @@ def where_to_cut(model: Any, shapes: Mapping[str, tuple[int, ...]], budget: int)
 
 
 def cut(model: Any, end: str) -> Any:
-    """What the product of this name needs, as a model whose only output is its result; without a name, the model as it
-    is.
+    """The part of a model that ends with the product of this name, which is its only output; without a name, the model
+    itself.
     """
     if not end:
         return model

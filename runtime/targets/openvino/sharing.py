@@ -1,7 +1,7 @@
-"""What the rows of a classifier-free guidance batch have in common is computed once.
+"""Compute once what the rows of a classifier-free guidance batch have in common.
 
-Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) asks a denoiser for the same latents twice, with two
-prompts. Up to where a prompt first comes in, both rows are the same: in Stable Diffusion 1.5 that is one of the five
+Classifier-free guidance (Ho and Salimans 2022, arXiv 2207.12598) runs the denoiser on the same latents with two
+prompts. Until a layer reads the prompt, both rows are the same: in Stable Diffusion 1.5 that includes one of the five
 attentions over all positions.
 """
 
@@ -15,7 +15,7 @@ from runtime.optional import require
 
 
 def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
-    """Whether these are several rows that differ in nothing but conditions."""
+    """Whether the rows of these inputs differ only in conditions."""
     shared = [inputs[tensor.name] for tensor in signature.inputs if not tensor.condition]
     return has_conditions(signature) and all(
         len(array) > 1 and bool((array[1:] == array[:1]).all()) for array in shared
@@ -23,13 +23,15 @@ def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
 
 
 def has_conditions(signature: Signature) -> bool:
-    """Whether there are inputs by which the rows of a classifier-free guidance batch differ, and others."""
+    """Whether some of the inputs are conditions, in which the rows of a classifier-free guidance batch differ, and some
+    are not.
+    """
     return len({tensor.condition for tensor in signature.inputs}) == 2
 
 
 def share_rows(model: Any, signature: Signature) -> None:
-    """Let a model of fixed shapes compute what no condition takes part in for the first row, and repeat it where one
-    comes in.
+    """Let a model of fixed shapes compute values that depend on no condition for the first row only, and repeat them
+    where a condition is read.
     """
     ops = require("openvino.opset15", "openvino")
     alike, different = _split(model, signature)
@@ -59,8 +61,8 @@ def share_rows(model: Any, signature: Signature) -> None:
 
 
 def _split(model: Any, signature: Signature) -> tuple[set[str], set[str]]:
-    """The names of nodes whose rows are alike, and of those whose rows differ. What is made of shapes or constants is
-    neither.
+    """The names of nodes whose rows are alike, and of those whose rows differ. Values made of shapes or constants are
+    in neither set.
     """
     conditions = {
         model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in signature.inputs

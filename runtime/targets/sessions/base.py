@@ -1,5 +1,5 @@
-"""What the targets of ONNX Runtime share: sessions for the lengths of a call, tensors bound where they are, caches in
-buffers.
+"""The base of ONNX Runtime's targets: a session for the lengths of a call, inputs and outputs bound to memory, and
+caches in buffers.
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ from runtime.targets.sessions.shapes import Shape, cuts, fitting
 from runtime.targets.sessions.stored import SessionPlan, read_plan
 
 KEPT: Final = 2
-"""Sessions that are kept of shapes which nobody asked for in advance: each may hold weights of its own on the device.
-"""
+"""Sessions that are kept for shapes outside of the plan: each may hold weights of its own on the device."""
 Key = tuple[tuple[str, int], ...]
 Open = Callable[[Shape, bool], Any]
 """Opens a session with these lengths fixed; of the graph for single steps, or of the other."""
@@ -48,8 +47,8 @@ class SessionEngine(Engine):
     """A submodel in sessions of one device. `plan` says how it was lowered, `open_session` opens a session of it.
 
     There is one session for each shape that it is called with: those of the plan that fix all lengths are opened at
-    once, others when they are first met. `vary` has one session for all instead. `replay` records calls of a shape and
-    repeats them (CUDA graphs). `fallback` says which nodes may run on the CPU instead: "any", or "shapes" for those
+    once, others when they first occur. With `vary` there is one session for all shapes. `replay` records calls of a
+    shape and repeats them (CUDA graphs). `fallback` says which nodes may run on the CPU: "any", or "shapes" for those
     that compute lengths; the engine's `device` says which do.
     """
 
@@ -92,8 +91,8 @@ class SessionEngine(Engine):
             raise self._failed(error) from None
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
-        """Single steps of several slots in one call on the rows of one buffer, where GroupQueryAttention continues
-        each row behind its own length and a session takes any number of rows; the others one after another.
+        """Run single steps of several slots in one call on the rows of one buffer, where GroupQueryAttention continues
+        each row at its own length and a session takes any number of rows; run the others one after another.
         """
         self._require_open()
         if not self._vary or self.plan.cache != "grouped":
@@ -123,7 +122,7 @@ class SessionEngine(Engine):
             raise self._failed(error) from None
 
     def fork(self, slot: Slot, n: int) -> list[Slot]:
-        """New slots that hold the rows of one buffer, so that they can be run together as they are."""
+        """New slots that hold rows of one buffer, so that they can be run together without copies."""
         rows = self._slots.get(slot)
         forks = [Slot() for _ in range(n)]
         if rows is not None and forks:
@@ -143,13 +142,13 @@ class SessionEngine(Engine):
         return EngineError(f"ONNX Runtime could not run {self.submodel.name}: {reason}")
 
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
-        """Whether it is a single step that can be computed with those of other slots."""
+        """Whether the call is a single step that can be computed with those of other slots."""
         rows, shape = self._slots.get(slot), inputs[self.submodel.signature.decoder.positions].shape
         return rows is not None and shape == (rows.batch, 1)
 
     def _session(self, lengths: Mapping[str, int]) -> Any:
-        """The session for a call of these lengths, opened when there is none yet. Raises EngineError when it was
-        compiled for others.
+        """The session for a call of these lengths, opened if there is none yet. Raises EngineError when the submodel
+        was compiled for others.
         """
         if not self._vary and self.plan.shapes:
             fitting(self.plan.shapes, lengths)
@@ -164,8 +163,8 @@ class SessionEngine(Engine):
         return self._sessions[key]
 
     def _inspected(self, session: Any) -> Any:
-        """The session, if its provider does all that it must. Raises EngineError naming what else would run
-        on the CPU.
+        """The session, if its provider runs all nodes that it must. Raises EngineError naming those that would run on
+        the CPU.
         """
         if self._device.provider == CPU:
             return session
@@ -223,7 +222,7 @@ class SessionEngine(Engine):
         return {name: np.array(value.numpy()) for name, value in zip(self._outputs, results, strict=False)}
 
     def _call(self, session: Any, inputs: Mapping[str, Array]) -> _Call:
-        """What was recorded of a call of these shapes. Two are kept."""
+        """The recorded call of these shapes. Two are kept."""
         key = (id(session), tuple((name, array.shape) for name, array in inputs.items()))
         if key not in self._calls:
             if len(self._calls) >= KEPT:
@@ -248,7 +247,7 @@ class SessionEngine(Engine):
         return divided(outputs, counts)
 
     def _stacked(self, calls: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-        """The rows of several calls as those of one. Masks get zeros behind the positions that there are."""
+        """The rows of several calls stacked into one call. Masks are padded with zeros at the end."""
         if len(calls) == 1:
             return dict(calls[0])
         mask = self.submodel.signature.decoder.mask
@@ -262,8 +261,8 @@ class SessionEngine(Engine):
         }
 
     def _cache(self, slots: Sequence[Slot], batch: int, session: Any) -> Cache:
-        """The cache whose rows are those of the slots, in order; made of copies where there is none. New buffers are in
-        the types that the session reads.
+        """The cache whose rows are those of the slots, in order; made of copies where there is none. New buffers have
+        the types of the session's inputs.
         """
         held = [self._slots[slot] for slot in slots if slot in self._slots]
         if not held:
@@ -275,8 +274,8 @@ class SessionEngine(Engine):
         return covered(held) or self._give(slots, held)
 
     def _give(self, slots: Sequence[Slot], rows: Sequence[Rows]) -> Cache:
-        """Let each slot hold a copy of these rows, in one new cache. Where rows of an old one are left without a slot,
-        the slots that stay get a smaller one.
+        """Give each slot a copy of these rows, in one new cache. Where rows of an old cache are left without a slot,
+        its other slots move to a smaller one.
         """
         cache, first = joined(rows), 0
         for slot, part in zip(slots, rows, strict=True):
@@ -341,8 +340,8 @@ class SessionEngine(Engine):
         return outputs
 
     def _sizes(self, lengths: Mapping[str, int]) -> list[int]:
-        """How many new positions there are sessions for, at the other lengths of a call; any number where none is
-        fixed.
+        """The numbers of new positions that there are sessions for, at the other lengths of a call; the call's own
+        where any is possible.
         """
         sequence = self.submodel.signature.decoder.sequence
         fits = [
@@ -361,7 +360,7 @@ class SessionEngine(Engine):
 
 
 class _Call:
-    """Inputs and outputs of one shape that stay where they are, so that the work between them can be recorded and
+    """Inputs and outputs of one shape at fixed addresses, so that the work between them can be recorded and
     replayed.
     """
 
@@ -387,7 +386,7 @@ class _Call:
         return {name: np.array(value.numpy()) for name, value in zip(self.names, self.results, strict=True)}
 
     def _bind(self, inputs: Mapping[str, Array]) -> None:
-        """Put inputs on the device, and outputs by a first run that is not recorded, which tells their shapes."""
+        """Put inputs on the device. Outputs get their shapes from a first run that is not recorded."""
         make = sdk().OrtValue.ortvalue_from_numpy
         for name, array in inputs.items():
             self.inputs[name] = make(np.array(array, order="C"), self.device.memory, self.device.index)
@@ -416,9 +415,10 @@ def stored(
     entries: Mapping[str, str],
     fallback: str,
 ) -> tuple[SessionPlan, Open]:
-    """How a target stored a submodel of the bundle at `root`, and what opens sessions of it. Raises EngineError.
+    """The stored plan of a submodel of the bundle at `root`, and a function that opens sessions of it. Raises
+    EngineError.
 
-    On the CPU nothing is fused beyond what the graph says: that would round as no other device does.
+    On the CPU nothing is fused that the graph does not fuse: it would round differently from other devices.
     """
     folder, canonical = folder_of(root, target, options.compiled), (root / submodel.graph).parent
     plan = read_plan(folder, submodel.name)
@@ -444,5 +444,5 @@ def stored(
 
 
 def folder_of(root: Path, target: str, compiled: Compiled | None) -> Path:
-    """Where what a target stored lies: as `runtime.placing.portable` found it, else in the bundle."""
+    """The folder of the stored files: the one that `runtime.placing.portable` found, else the bundle's."""
     return compiled.folder if compiled else root / "engines" / target

@@ -28,7 +28,7 @@ TYPES: Final[Mapping[str, Any]] = {
 
 
 class Cache:
-    """Buffers by the name of the past. `types` are those of the session's inputs; `longest` bounds the growth."""
+    """Buffers by the name of the past. `types` are those of the session's inputs; `longest` limits the growth."""
 
     def __init__(
         self, signature: Signature, batch: int, device: Device, types: Mapping[str, str], longest: int
@@ -50,14 +50,14 @@ class Cache:
         return self.values
 
     def whole(self) -> dict[str, Any]:
-        """Buffers of the whole length, zero at first: what a mask leaves out is multiplied by 0 all the same."""
+        """Buffers of the whole length, zero at first, since masked positions are still multiplied by 0."""
         self.capacity = self.longest
         if not self.values:
             self.values = self.like()
         return self.values
 
     def like(self) -> dict[str, Any]:
-        """Other buffers like these."""
+        """New buffers like these."""
         other = Cache(self.signature, self.batch, self.device, self.types, self.longest)
         other.capacity = self.longest
         return {state.past.name: other._grown(state) for state in self.signature.states}
@@ -76,7 +76,7 @@ class Cache:
 
 
 def bind(binding: Any, place: str, name: str, value: Any, device: Device) -> None:
-    """Bind a buffer to an "input" or "output" of a session, in the type that it stands for."""
+    """Bind a buffer to an "input" or "output" of a session, in the type that it represents."""
     if value.element_type() == UINT16:
         bound = getattr(binding, f"bind_{place}")
         bound(name, device.memory, device.index, BFLOAT16, value.shape(), value.data_ptr())
@@ -85,7 +85,7 @@ def bind(binding: Any, place: str, name: str, value: Any, device: Device) -> Non
 
 
 class Rows(NamedTuple):
-    """The rows of a cache that a slot holds: so many from `first` on."""
+    """The rows of a cache that a slot holds: `batch` rows from `first` on."""
 
     cache: Cache
     first: int
@@ -93,7 +93,7 @@ class Rows(NamedTuple):
 
 
 def covered(parts: Sequence[Rows]) -> Cache | None:
-    """The cache whose rows these are, all of them and in order; None where there is none."""
+    """The cache whose rows are exactly these, in order; None where there is none."""
     cache, first = parts[0].cache, 0
     for part in parts:
         if part.cache is not cache or part.first != first:
@@ -103,7 +103,7 @@ def covered(parts: Sequence[Rows]) -> Cache | None:
 
 
 def joined(parts: Sequence[Rows]) -> Cache:
-    """A new cache that holds copies of these rows, one behind the other."""
+    """A new cache with copies of these rows, in order."""
     first = parts[0].cache
     made = Cache(first.signature, sum(part.batch for part in parts), first.device, first.types, first.longest)
     made.capacity = max(part.cache.capacity for part in parts)

@@ -1,5 +1,5 @@
-"""Which kernels a provider of ONNX Runtime has, from the tables beside this file, and which nodes of a graph it has
-none for.
+"""The kernels of ONNX Runtime's providers, from the tables beside this file, and the nodes of a graph that have
+none.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from runtime.errors import EngineError
 from runtime.optional import require
 
 OPSET: Final = 21
-"""The latest opset whose operators have kernels. 22 changed Conv, Cos and Sin, which DirectML, and the last two CUDA,
-have not followed.
+"""The latest opset with kernels for all its operators. 22 changed Conv, Cos and Sin: DirectML has not followed, and
+CUDA not for Cos and Sin.
 """
 TYPE_ATTRIBUTES: Final = ("to", "dtype", "output_dtype")
 """Attributes that name the type of an output."""
 
 
 class Provider(NamedTuple):
-    """A provider's name and its table. `spread`: its MultiHeadAttention wants what stands for a mask for every row and
-    head.
-    """
+    """A provider's name and its table. `spread`: its MultiHeadAttention needs a mask for every row and head."""
 
     name: str
     table: Path
@@ -35,9 +33,9 @@ CUDA: Final = Provider("CUDA", Path(__file__).with_name("cuda_kernels.txt"), spr
 
 
 class Kernel(NamedTuple):
-    """One entry: the operator's versions it is for and the types of each type variable.
+    """One entry: the operator's versions and the types of each type variable.
 
-    `inputs` and `outputs` are the variables of operators outside of the standard, whose schemas are not at hand.
+    `inputs` and `outputs` are the variables of operators outside of the standard, which have no schema.
     """
 
     versions: frozenset[int]
@@ -66,7 +64,7 @@ def kernels(table: Path) -> Mapping[tuple[str, str], tuple[Kernel, ...]]:
 
 
 def _kernel(words: Sequence[str], sets: Mapping[str, tuple[str, ...]]) -> Kernel:
-    """An entry from its line: operator, versions, types, and what follows a colon."""
+    """An entry from its line: operator, versions, types, and variables after a colon."""
     colon = words.index(":") if ":" in words else len(words)
     types = {}
     for word in words[2:colon]:
@@ -80,9 +78,7 @@ def _kernel(words: Sequence[str], sets: Mapping[str, tuple[str, ...]]) -> Kernel
 
 
 def covers(provider: Provider, operator: str) -> bool:
-    """Whether it has a kernel of a standard operator, in the version that it has in the opset of lowered graphs, for
-    some types.
-    """
+    """Whether the provider has a kernel of a standard operator, in its version in opset 21, for some types."""
     schemas = require("onnx.defs", "export")
     if not schemas.has(operator, OPSET, ""):
         return False
@@ -91,9 +87,7 @@ def covers(provider: Provider, operator: str) -> bool:
 
 
 def check(model: Any, provider: Provider, name: str) -> None:
-    """Raise EngineError naming nodes of a graph (onnx_ir.Model) that a provider has no kernel for. `name` is the
-    submodel's.
-    """
+    """Raise EngineError naming nodes of a graph that a provider has no kernel for. `name` is the submodel's."""
     unsupported = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
     if unsupported:
         more = f", and {len(unsupported) - 5} more" if len(unsupported) > 5 else ""
@@ -106,8 +100,8 @@ def check(model: Any, provider: Provider, name: str) -> None:
 
 
 def outside(model: Any, provider: Provider) -> Iterator[tuple[Any, str]]:
-    """Each node that a provider has no kernel for, and why. Fills in the types of values that have none, which follow
-    from their nodes.
+    """Each node that a provider has no kernel for, with the reason. Sets the types of values that have none, which
+    follow from their nodes.
     """
     for node in model.graph:
         reason = _Reader(model, node, kernels(provider.table)).reason()
@@ -120,7 +114,7 @@ def _operator(node: Any) -> str:
 
 
 class _Reader:
-    """One node beside the table."""
+    """Compares one node with the table."""
 
     def __init__(self, model: Any, node: Any, table: Mapping[tuple[str, str], tuple[Kernel, ...]]) -> None:
         self.ir, self.node = require("onnx_ir", "export"), node
@@ -165,7 +159,7 @@ class _Reader:
         return ""
 
     def _bind(self, inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, str]:
-        """The type that stands for each type variable, inputs first; what an output has no type yet gets it."""
+        """The type of each type variable, inputs first. Outputs without a type get one."""
         bound: dict[str, str] = {}
         for value, variable in _paired(self.node.inputs, inputs):
             if value is not None:
@@ -177,7 +171,7 @@ class _Reader:
         return {variable: dtype for variable, dtype in bound.items() if not variable.startswith("tensor(")}
 
     def _made(self, bound: Mapping[str, str], variable: str) -> Any:
-        """The type of an output that the graph does not tell."""
+        """The type of an output that the graph does not state."""
         for name in TYPE_ATTRIBUTES:
             if name in self.node.attributes:
                 return self.ir.DataType(self.node.attributes[name].as_int())
@@ -191,12 +185,12 @@ class _Reader:
 
 
 def _paired(values: Sequence[Any], variables: Sequence[str]) -> Iterator[tuple[Any, str]]:
-    """Each operand with its type variable: the last one may stand for any number."""
+    """Each operand with its type variable; the last variable may cover any number of operands."""
     for index, value in enumerate(values):
         if variables:
             yield value, variables[min(index, len(variables) - 1)]
 
 
 def _name(dtype: Any) -> str:
-    """A type as the table writes it."""
+    """The name of a type in the table."""
     return "none" if dtype is None else str(dtype.name).lower()

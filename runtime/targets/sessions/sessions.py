@@ -1,6 +1,4 @@
-"""Sessions of ONNX Runtime: on which provider, with which lengths fixed, and whether that provider does all
-the work.
-"""
+"""Sessions of ONNX Runtime: their provider, fixed lengths, and a check that the provider runs all nodes."""
 
 from __future__ import annotations
 
@@ -23,8 +21,8 @@ CPU: Final = "CPUExecutionProvider"
 DISABLED: Final = ["QDQPropagationTransformer"]
 """It inserts uint8 zero points into symmetric int8 graphs, which ONNX Runtime then refuses (seen in 1.31)."""
 ACCURACY: Final = "session.qdq_matmulnbits_accuracy_level"
-"""What layers with quantized weights compute in: "4" rounds their inputs to 8 bits, a block of theirs to a scale; "0"
-is float32.
+"""The precision of layers with quantized weights: "4" rounds their inputs to 8 bits with a scale for each block; "0" is
+float32.
 """
 FOLDER: Final = "session.model_external_initializers_file_folder_path"
 RECORD: Final = "session.record_ep_graph_assignment_info"
@@ -34,12 +32,14 @@ SHAPE_OPERATORS: Final = frozenset(
     "Min Mod Mul Not "
     "Range ReduceProd ReduceSum Reshape Shape Size Slice Squeeze Sub Unsqueeze Where".split()
 )
-"""What lengths are computed with. ONNX Runtime keeps such nodes on the CPU on purpose: their results are read there."""
+"""Operators that compute lengths. ONNX Runtime keeps such nodes on the CPU on purpose, since their results are read
+there.
+"""
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where sessions run: the provider, its settings, and what ONNX Runtime calls the memory that it computes in."""
+    """The device of sessions: the provider, its settings, and ONNX Runtime's name of its memory."""
 
     provider: str
     memory: str = "cpu"
@@ -64,11 +64,11 @@ def open_session(
     level: str = "ORT_ENABLE_ALL",
     skipped: Sequence[str] = (),
 ) -> Any:
-    """A session over `graph`, whose weights lie in the folder `weights` but for those in `converted`, which must
+    """A session of `graph`. Its weights lie in the folder `weights`, except for those in `converted`, which must
     outlive the session.
 
-    `entries` are ONNX Runtime's own settings of a session, `fixed` lengths by the name of their dim, `level` and
-    `skipped` what of its optimization is done and left out. Raises EngineError.
+    `entries` are ONNX Runtime's own session settings, `fixed` lengths by the name of their dim, `level` its
+    optimization level and `skipped` optimizers to leave out. Raises EngineError.
     """
     package = sdk()
     settings = package.SessionOptions()
@@ -94,7 +94,7 @@ def open_session(
 
 
 def values_of(path: Path) -> dict[str, Any]:
-    """The tensors of a weights file (`stored`) as ONNX Runtime holds them, mapped. Raises EngineError."""
+    """The tensors of a weights file (`stored`) as ONNX Runtime's values, mapped. Raises EngineError."""
     make = sdk().OrtValue.ortvalue_from_numpy_with_onnx_type
     found = {}
     for name, weight in read_weights(path).items():
@@ -104,8 +104,8 @@ def values_of(path: Path) -> dict[str, Any]:
 
 
 def nested_values(plan: SessionPlan, weights: Path) -> dict[str, Any]:
-    """The int8 weights of a plan that are made of nested ones, which lie in this file, as ONNX Runtime holds them.
-    Raises EngineError.
+    """The int8 weights of a plan that are made from nested ones in this file, as ONNX Runtime's values. Raises
+    EngineError.
     """
     if not plan.nested:
         return {}
@@ -114,9 +114,7 @@ def nested_values(plan: SessionPlan, weights: Path) -> dict[str, Any]:
 
 
 def elsewhere(session: Any, provider: str) -> Counter[str]:
-    """How many nodes of each operator run on another provider than that one. The session must be opened with RECORD
-    "1".
-    """
+    """The number of nodes of each operator that run on another provider. The session must be opened with RECORD "1"."""
     found: Counter[str] = Counter()
     for part in session.get_provider_graph_assignment_info():
         if part.ep_name != provider:
@@ -125,7 +123,7 @@ def elsewhere(session: Any, provider: str) -> Counter[str]:
 
 
 def listed(nodes: Counter[str]) -> str:
-    """Operators and how many nodes each has, most first."""
+    """Operators with their number of nodes, the most frequent first."""
     return ", ".join(f"{count} {name}" for name, count in nodes.most_common(5)) + (
         " and others" if len(nodes) > 5 else ""
     )

@@ -1,6 +1,4 @@
-"""Lengths that are fixed when a session is made: which of them a call fits, and how a call of another length is cut to
-fit.
-"""
+"""Fixed lengths of sessions: which shape a call fits, and how a call of another length is split to fit."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from runtime.errors import EngineError, InvalidInput
 Shape = Mapping[str, int]
 """Lengths by the name of their dim. Dims that it does not name may vary."""
 NEAR = 0.8
-"""How alike a name must be to one of the submodel's dims to be taken for a slip of the hand."""
+"""How similar a name must be to a dim of the submodel to be treated as a typing error."""
 
 
 def parse_shapes(text: str) -> tuple[dict[str, int], ...]:
@@ -36,10 +34,9 @@ def parse_shapes(text: str) -> tuple[dict[str, int], ...]:
 
 
 def shapes_of(shapes: Iterable[Shape], signature: Signature) -> tuple[Shape, ...]:
-    """The part of each shape that is about this submodel, without repetitions; dims of other submodels are left to
-    those.
+    """The part of each shape that concerns this submodel, without repetitions. Dims of other submodels are ignored.
 
-    Raises InvalidInput for a length that the model does not take, and for a name that is nearly one of the submodel's
+    Raises InvalidInput for a length that the model does not accept, and for a name that is nearly one of the submodel's
     dims.
     """
     dims, found = signature.dims, []
@@ -61,30 +58,30 @@ def shapes_of(shapes: Iterable[Shape], signature: Signature) -> tuple[Shape, ...
 
 
 def fitting(shapes: Sequence[Shape], lengths: Mapping[str, int]) -> Shape:
-    """The shape that these lengths have, the one that fixes most where several do. Raises EngineError naming those
+    """The shape that these lengths fit, the most specific one where several do. Raises EngineError naming the shapes
     there are.
     """
     fits = [shape for shape in shapes if all(lengths.get(name) == length for name, length in shape.items())]
     if not fits:
         names = sorted({name for shape in shapes for name in shape})
-        asked = written({name: lengths[name] for name in names if name in lengths})
+        requested = written({name: lengths[name] for name in names if name in lengths})
         raise EngineError(
-            f"{asked} is no shape that it was compiled for, expected {' or '.join(map(written, shapes))}: build it "
+            f"{requested} is no shape that it was compiled for, expected {' or '.join(map(written, shapes))}: build it "
             "with more shapes"
         )
     return max(fits, key=len)
 
 
 def written(shape: Shape) -> str:
-    """A shape as a setting has it."""
+    """A shape in the form of a setting."""
     return ",".join(f"{name}={length}" for name, length in sorted(shape.items()))
 
 
 def cuts(length: int, sizes: Collection[int]) -> list[tuple[int, int]]:
-    """The pieces (start, stop) that new positions are handled in, each of a length that there is, in order.
+    """The pieces (start, stop) that new positions are split into, in order, each of an available size.
 
-    The last may begin among positions that are done already: what it computes of them is the same again. So the fewest
-    pieces are the largest ones, as long as there are that many positions. Raises EngineError when no size fits.
+    The last one may begin among positions that are already done; they are computed again with the same result. So the
+    fewest pieces are the largest ones, as long as there are that many positions. Raises EngineError when no size fits.
     """
     found: list[tuple[int, int]] = []
     done = 0

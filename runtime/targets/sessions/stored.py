@@ -1,10 +1,10 @@
-"""What a target of ONNX Runtime stores of a submodel: the lowered graph, the weights that changed their type, and how
-to open them.
+"""The files that a target of ONNX Runtime stores of a submodel: the lowered graph, weights in another type, and a plan
+for opening them.
 
 engines/<target>/<submodel>.onnx          the graph; weights lie in the canonical file, as they are
 engines/<target>/<submodel>.step.onnx     of a decoder, where one new position has a graph of its own
 engines/<target>/<submodel>.safetensors   weights in another type than the canonical ones, where there are such
-engines/<target>/<submodel>.json          this file's `Plan`
+engines/<target>/<submodel>.json          the plan
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Weight(NamedTuple):
 
 
 def read_plan(folder: Path, name: str) -> SessionPlan:
-    """That of a submodel, by its name. Raises EngineError when there is none, or a damaged one."""
+    """The plan of a submodel, by its name. Raises EngineError when it is missing or damaged."""
     path = folder / f"{name}.json"
     try:
         return SessionPlan.model_validate_json(read_regular(path, LARGEST_PLAN))
@@ -72,7 +72,7 @@ def read_plan(folder: Path, name: str) -> SessionPlan:
 
 
 def load_graph(graph: Path) -> Any:
-    """A canonical graph (onnx_ir.Model). Raises EngineError."""
+    """A canonical graph. Raises EngineError."""
     try:
         return require("onnx_ir", "export").load(graph)
     except Exception as error:  # protobuf's and onnx_ir's own
@@ -80,9 +80,7 @@ def load_graph(graph: Path) -> Any:
 
 
 def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[str, Any]) -> tuple[str, ...]:
-    """Write graphs (onnx_ir.Model) by file name, what they made of weights, and the plan; return the names. Graphs must
-    share weights.
-    """
+    """Write graphs by file name, converted weights and the plan; return the files' names. Graphs must share weights."""
     output.mkdir(parents=True, exist_ok=True)
     weights = f"{submodel.name}.safetensors"
     converted = {name: tensor for model in models.values() for name, tensor in _converted(model)}
@@ -98,14 +96,14 @@ def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[s
 
 
 def _converted(model: Any) -> Iterator[tuple[str, Any]]:
-    """The weights whose type was changed (`runtime.targets.lowering.half`), but for small ones."""
+    """The weights whose type was changed (`runtime.targets.lowering.half`), without small ones."""
     for name, tensor in _computed(model):
         if tensor.dtype.name != "INT8":
             yield name, tensor
 
 
 def _computed(model: Any) -> Iterator[tuple[str, Any]]:
-    """Those, and int8 weights that are made of nested ones when the graph is opened."""
+    """The same, and int8 weights that are made from nested ones when the graph is opened."""
     ir = require("onnx_ir", "export")
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.LazyTensor) and (
@@ -115,7 +113,7 @@ def _computed(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def without_weights(model: Any, weights: str) -> Any:
-    """The graph as a message that refers to the weights file for what was computed of weights."""
+    """The graph as a protobuf message that refers to the weights file for converted weights."""
     ir = require("onnx_ir", "export")
     kept = dict(_computed(model))
     for name, tensor in kept.items():

@@ -18,11 +18,11 @@ from runtime.targets.tensorrt.sdk import SDK, logger, reasons
 from runtime.targets.tensorrt.settings import TensorRTSettings
 
 PREFILL: Final = 256
-"""Usual number of new positions in the profile for many: about one picture and a question."""
+"""Usual number of new positions in the profile for prompts: about one picture and a question."""
 
 
 class Compiler:
-    """One network on its way to a plan. Everything the SDK reports is collected, for the error that may follow."""
+    """Compiles one network to a plan. Everything the SDK reports is collected for error messages."""
 
     def __init__(
         self, sdk: SDK, submodel: Submodel, settings: TensorRTSettings, progress: Callable[[float, str], None]
@@ -52,15 +52,15 @@ class Compiler:
         self.config = self.network = self.builder = self.parser = None  # in this order: each holds on to the next
 
     def error(self, step: str) -> EngineError:
-        """What failed, with the SDK's own words."""
+        """An error with the failed step and the SDK's own message."""
         reason = reasons(self.messages) or "it gives no reason"
         return EngineError(
             f"{self.sdk.name} {self.trt.__version__} could not compile {self.submodel.name} ({step}): {reason}"
         )
 
     def parse(self, lowered: Lowered, graph: Path) -> None:
-        """Read the graph, mapping its weights from the folder of `graph`. Attention without a kernel of its own is
-        taken apart.
+        """Read the graph and map its weights from the folder of `graph`. Attention without a kernel of its own is
+        decomposed.
         """
         trt = self.trt
         self.parser = trt.OnnxParser(self.network, self.logger)
@@ -81,7 +81,14 @@ class Compiler:
                 layer.attention.decomposable = True
 
     def configure(self, capabilities: tuple[int, ...]) -> None:
-        """Flags, limits and profiles."""
+        """Set flags, limits, the GPUs to compile for and optimization profiles."""
+        self._set_options()
+        self._set_gpus(capabilities)
+        self.config.progress_monitor = self.monitor
+        for lengths in _profiles(self.submodel.signature, self.settings):
+            self._add_profile(lengths)
+
+    def _set_options(self) -> None:
         trt, config, settings = self.trt, self.config, self.settings
         if not settings.tf32:
             config.clear_flag(trt.BuilderFlag.TF32)
@@ -91,26 +98,29 @@ class Compiler:
             config.builder_optimization_level = settings.optimization_level
         for flag in _flags(settings):
             config.set_flag(getattr(trt.BuilderFlag, flag))
-        if settings.hardware:
+        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+
+    def _set_gpus(self, capabilities: tuple[int, ...]) -> None:
+        trt, config = self.trt, self.config
+        if self.settings.hardware:
             levels = {
                 "ampere+": trt.HardwareCompatibilityLevel.AMPERE_PLUS,
                 "same": trt.HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY,
             }
-            config.hardware_compatibility_level = levels[settings.hardware]
-        config.set_preview_feature(trt.PreviewFeature.RUNTIME_ACTIVATION_RESIZE_10_10, True)
+            config.hardware_compatibility_level = levels[self.settings.hardware]
         if self.sdk.ahead:
             config.num_compute_capabilities = len(capabilities)
             for index, capability in enumerate(capabilities):
                 config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{capability}"), index)
-        config.progress_monitor = self.monitor
-        for lengths in _profiles(self.submodel.signature, settings):
-            profile = self.builder.create_optimization_profile()
-            for tensor in _engine_inputs(self.submodel.signature, _capacity_or_none(self.submodel.signature, settings)):
-                profile.set_shape(
-                    tensor.name, *(tensor.shape({name: found[i] for name, found in lengths.items()}) for i in range(3))
-                )
-            if config.add_optimization_profile(profile) < 0:
-                raise self.error("set its profile")
+
+    def _add_profile(self, lengths: Mapping[str, tuple[int, int, int]]) -> None:
+        """Add a profile with the shortest, usual and longest length of each dim. Raises EngineError."""
+        signature, profile = self.submodel.signature, self.builder.create_optimization_profile()
+        for tensor in _engine_inputs(signature, _capacity_or_none(signature, self.settings)):
+            shapes = [tensor.shape({name: found[i] for name, found in lengths.items()}) for i in range(3)]
+            profile.set_shape(tensor.name, *shapes)
+        if self.config.add_optimization_profile(profile) < 0:
+            raise self.error("set its profile")
 
     def build(self, path: Path) -> None:
         """Write the plan as it is made, some 64 MiB at a time: it need not fit into memory beside the weights."""
@@ -155,7 +165,7 @@ def _capacity_or_none(signature: Signature, settings: TensorRTSettings) -> int:
 
 
 def _engine_inputs(signature: Signature, capacity: int) -> tuple[Tensor, ...]:
-    """The inputs that the lowered graph has: those of the canonical one, a decoder's with caches of fixed length."""
+    """The inputs of the lowered graph: those of the canonical one; a decoder's caches have a fixed length."""
     if not capacity:
         return signature.graph_inputs
     port = signature.decoder
@@ -196,7 +206,9 @@ def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str
 
 
 def _writer(trt: Any, file: BinaryIO) -> Any:
-    """A stream that the SDK writes a plan to. Exceptions may not pass through its code: `failed` holds the first."""
+    """A stream that the SDK writes a plan to. Exceptions may not pass through its code, so `failed` holds the first
+    one.
+    """
 
     class Writer(trt.IStreamWriter):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -214,7 +226,7 @@ def _writer(trt: Any, file: BinaryIO) -> Any:
 
 
 def _monitor(trt: Any, progress: Callable[[float, str], None]) -> Any:
-    """A monitor that turns phases within phases into one share done. What `progress` raises ends the build; `stopped`
+    """A progress monitor that turns nested phases into one share done. What `progress` raises ends the build; `stopped`
     holds it.
     """
 

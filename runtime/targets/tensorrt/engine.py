@@ -33,7 +33,7 @@ from runtime.targets.tensorrt.settings import TensorRTLoadSettings, TensorRTSett
 
 AMPERE: Final = 80
 OF_THE_MACHINE: Final = ("compute_capability", "timing_cache", "plugins")
-"""Settings that mean nothing, or another thing, on another machine."""
+"""Settings that mean nothing, or something else, on another machine."""
 
 
 class TensorRT(Engine):
@@ -69,7 +69,7 @@ class TensorRT(Engine):
             if cls.sdk.ahead and getattr(settings, name):
                 raise InvalidInput(
                     name,
-                    f"is of no use to {cls.sdk.name}: it times nothing, and is told its GPUs by compute_capability",
+                    f"is of no use to {cls.sdk.name}: it measures no kernels, and compute_capability names its GPUs",
                 )
         found = cls.available()
         if not (found.usable or found.compiles):
@@ -103,16 +103,16 @@ class TensorRT(Engine):
 
     @classmethod
     def _system(cls) -> dict[str, str]:
-        """System and driver that engines of TensorRT are bound to (its support matrix); those of TensorRT for RTX are
-        not.
+        """The system and driver that engines of TensorRT are bound to (its support matrix). Engines of TensorRT for RTX
+        are not.
         """
         return {} if cls.sdk.ahead else {"os": platform.system().lower(), "driver": str(driver(cls.sdk))}
 
     @classmethod
     def _capabilities(cls, settings: TensorRTSettings, oldest: int) -> tuple[int, ...]:
-        """What to compile for. `oldest` has the types of the graph.
+        """The compute capabilities to compile for. `oldest` is the first that has the types of the graph.
 
-        Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, of TensorRT, that is not in
+        Raises InvalidInput for a GPU that the SDK does not know, that lacks a type, or, for TensorRT, that is not in
         this machine.
         """
         here = sorted({device.capability for device in cuda.devices(cls.sdk.extra)[0]})
@@ -157,9 +157,7 @@ class TensorRT(Engine):
 
     @classmethod
     def _held(cls, bundle: Bundle, submodel: str) -> Compiled:
-        """What the bundle holds for this machine, else what it holds at all. Raises EngineError when that
-        is nothing.
-        """
+        """The artifact in the bundle for this machine, else any. Raises EngineError when there is none."""
         artifacts = [artifact for artifact in bundle.artifacts(cls.target, submodel) if artifact.files]
         if not artifacts:
             raise EngineError(
@@ -175,7 +173,7 @@ class TensorRT(Engine):
 
     @classmethod
     def _misfit(cls, artifact: Artifact, device: cuda.Device) -> str:
-        """What differs between where an engine was compiled, or what for, and this machine."""
+        """The differences between this machine and the one that an engine was compiled on or for."""
         key, version, system = (
             artifact.key,
             require(cls.sdk.module, cls.sdk.extra).__version__,
@@ -260,9 +258,7 @@ class TensorRT(Engine):
 
 
 class TensorRTForRTX(TensorRT):
-    """The same, compiled for GeForce RTX and RTX PRO GPUs: its kernels are made on the device, when the engine is
-    loaded.
-    """
+    """TensorRT for GeForce RTX and RTX PRO GPUs: kernels are compiled on the device, when the engine is loaded."""
 
     target = "tensorrt-rtx"
     packages = ("tensorrt-rtx", "onnx-ir")

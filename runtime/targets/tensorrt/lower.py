@@ -1,4 +1,4 @@
-"""The canonical graph as TensorRT takes it: in the type that it computes in, decoders with caches of fixed length."""
+"""The canonical graph lowered for TensorRT: in the type that it computes in, decoders with caches of fixed length."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ INLINE_BYTES: Final = 1024
 
 
 class Lowered(NamedTuple):
-    """A graph as this target takes it, serialized. Weights lie in the canonical files; those that changed their type,
-    in `converted`.
+    """A lowered graph, serialized. Weights lie in the canonical files; those that changed their type, in
+    `converted`.
     """
 
     content: bytes

@@ -1,4 +1,4 @@
-"""A plan on its device: execution contexts, buffers, the caches of slots, recorded calls."""
+"""A plan on its device: execution contexts, buffers, the caches of slots, and recorded calls."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from runtime.targets.tensorrt.settings import TensorRTLoadSettings
 class LoadedEngine:
     """An engine on its device: its execution contexts, one for each profile, and the buffers of its inputs and outputs.
 
-    Buffers stay from call to call and grow as needed. Contexts share the memory for what lies between inputs and
-    outputs, which is as large as the shapes of a call want, not as those of the profile would. A call that is like the
-    one before is recorded, and replayed from then on, where shapes and addresses stay (decoding steps of one slot, the
-    steps of one picture).
+    Buffers are kept from call to call and grow as needed. Contexts share the memory for intermediate values, which is
+    sized for the shapes of a call, not for those of the profile. When a call repeats the one before, with the same
+    shapes and addresses (decoding steps of one slot, the steps of one picture), it is recorded and replayed from then
+    on.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class LoadedEngine:
         return runtime, engine
 
     def _refit(self, lowered: Path, graph: Path) -> None:
-        """Give a stripped engine the weights that lie beside the canonical graph."""
+        """Load the weights of a stripped engine from the canonical graph's files."""
         refitter = self.trt.Refitter(self.engine, self.logger)
         parser = self.trt.OnnxParserRefitter(refitter, self.logger)
         if not (
@@ -95,7 +95,7 @@ class LoadedEngine:
             raise self._error(f"{self.sdk.name} could not give {self.submodel.name} its weights from {graph.parent}")
 
     def _capacity(self) -> int:
-        """Positions that a decoder's caches hold; 0 of other submodels."""
+        """Positions that a decoder's caches hold; 0 for other submodels."""
         states = self.submodel.signature.states
         for state in states:
             if self.engine.get_aliased_input_tensor(state.present.name) != state.past.name:
@@ -123,7 +123,7 @@ class LoadedEngine:
         return context
 
     def _runtime_cache(self, config: Any) -> Any:
-        """Kernels made in earlier runs on this device, where the file is of this version and device."""
+        """The file of kernels that were compiled in earlier runs, if it is of this version and device."""
         if self.cache is None:
             self.cache = config.create_runtime_cache()
             path = self.settings.runtime_cache
@@ -154,8 +154,8 @@ class LoadedEngine:
         return outputs
 
     def _prepare(self, profile: int, arrays: Mapping[str, Array], states: Mapping[str, cuda.Buffer]) -> Call:
-        """Shapes and addresses of a call: those of the last one where nothing changed, recorded when it comes a second
-        time.
+        """Set shapes and addresses of a call; those of the last call are kept where nothing changed, and it is recorded
+        when it comes a second time.
         """
         context = self.contexts[profile]
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -185,8 +185,8 @@ class LoadedEngine:
         return call
 
     def _record(self, profile: int, call: Call) -> None:
-        """Record the call, where the engine does nothing that cannot be recorded, such as holding more memory as it
-        goes.
+        """Record the call. Engines whose work cannot be recorded, for instance because they allocate memory while they
+        run, are not.
         """
         try:
             call.graph = self.stream.record(lambda: self._enqueue(profile))
@@ -194,7 +194,9 @@ class LoadedEngine:
             self.recording = False
 
     def _places(self, states: Mapping[str, cuda.Buffer]) -> dict[str, int]:
-        """The address of everything that a call reads and writes, that of the memory between under the name ""."""
+        """The address of everything that a call reads and writes; that of the memory for intermediate values has the
+        name "".
+        """
         return {name: buffer.address for name, buffer in {**self.buffers, **states, "": self.memory}.items()}
 
     def _set_shapes(
@@ -223,7 +225,7 @@ class LoadedEngine:
         return int(np.prod(self.cache_shape(name, batch))) * int(self.engine.get_tensor_dtype(name).itemsize)
 
     def close(self) -> None:
-        """Free everything; keep the kernels that were made where there is a file for them. May be called twice."""
+        """Free everything, and save the compiled kernels where there is a file for them. May be called twice."""
         if self.cache is not None and self.settings.runtime_cache is not None:
             with written(self.settings.runtime_cache) as file:
                 file.write(self.cache.serialize())
@@ -241,7 +243,7 @@ class LoadedEngine:
 
 @dataclass
 class Call:
-    """What a context is set to: shapes of the inputs, addresses of everything, shapes and dtypes of the outputs."""
+    """The state of a context: shapes of the inputs, addresses of everything, shapes and dtypes of the outputs."""
 
     shapes: Mapping[str, tuple[int, ...]]
     places: Mapping[str, int]
@@ -265,7 +267,7 @@ class Cache:
             loaded.stream.zero(self.buffers[name].reserve(nbytes), nbytes)
 
     def copied(self) -> Cache:
-        """Another cache that holds the same."""
+        """A copy of the cache."""
         other = Cache(self.batch, self.loaded)
         for name, buffer in self.buffers.items():
             self.loaded.stream.copy(other.buffers[name].address, buffer.address, buffer.nbytes)

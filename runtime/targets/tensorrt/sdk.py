@@ -1,4 +1,4 @@
-"""The two packages that share TensorRT's Python API, and what they say while they work."""
+"""The two packages that share TensorRT's Python API, and their log messages."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from runtime.targets.nvidia import cuda
 
 
 class SDK(NamedTuple):
-    """One of the two packages. `ahead`: it compiles on machines without a GPU, for the compute capabilities that it is
-    told.
+    """One of the two packages. `ahead`: it compiles on machines without a GPU, for the compute capabilities in the
+    settings.
     """
 
     module: str
@@ -20,7 +20,7 @@ class SDK(NamedTuple):
 
 
 def driver(sdk: SDK) -> int:
-    """The major version of the newest CUDA that this machine's driver runs, 0 where it cannot be asked."""
+    """The major version of the newest CUDA that this machine's driver supports, 0 where it cannot be found out."""
     code, version = require(cuda.MODULE, sdk.extra).cudaDriverGetVersion()
     return 0 if int(code) else int(version) // 1000
 
@@ -30,7 +30,7 @@ def dotted(capability: int) -> str:
 
 
 def reasons(messages: list[str]) -> str:
-    """What the SDK reported first: the rest follows from it."""
+    """The SDK's first error: the others follow from it."""
     return "; ".join([text for text in dict.fromkeys(messages) if "catchCudaError" not in text][:2] or messages[:1])
 
 

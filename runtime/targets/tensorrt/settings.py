@@ -1,4 +1,4 @@
-"""What TensorRT's compilation and loading may be told, given as texts."""
+"""Settings of TensorRT's compilation and loading, given as texts."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ Paths = Annotated[tuple[Path, ...], BeforeValidator(_paths)]
 
 
 class TensorRTSettings(Texts):
-    """What `compile_with` takes. Texts, as a command line gives them.
+    """Settings of `compile_with`, as texts from a command line.
 
     `compute_capability`: the GPUs to compile for, "8.9,12.0"; by default this machine's, or all that the SDK knows
     where it has none. `shapes`: narrower lengths than the signature's, "batch=1:2:8,height=64:64:128" (min:opt:max):
-    less memory, faster kernels. `context`: positions that a decoder's cache holds; by default all that the model has.
-    `workspace`: memory that a layer may use while it runs, "4GiB"; by default all. `weights`: "engine" stores them in
-    the engine; "refit" lets them be exchanged later; "stripped" leaves them in the bundle's own files, from where they
-    are read when the engine is loaded; "streamed" lets loading keep a part of them in the memory of the host.
+    less memory, faster kernels. `context`: positions that a decoder's cache holds; by default the model's whole
+    context. `workspace`: memory that a layer may use while it runs, "4GiB"; by default all. `weights`: "engine" stores
+    them in the engine; "refit" allows them to be exchanged later; "stripped" leaves them in the bundle's own files,
+    from which they are read when the engine is loaded; "streamed" allows a part of them to stay in the host's memory.
     `compatible`: "version" makes an engine that later versions of the SDK load. `hardware` (TensorRT): "ampere+" makes
     one for all GPUs from Ampere on, "same" for those of the same compute capability. `timing_cache` (TensorRT): a file
-    in which the times of kernels are kept between compilations. `optimization_level`: 0 (quick to compile) to 5 (quick
-    to run). `plugins`: libraries that operators outside of the standard may be taken from. They run as native code:
-    name only those you trust. `tf32`: lets float32 products be computed in TensorFloat-32, of 10 bits of mantissa.
+    in which the times of kernels are kept between compilations. `optimization_level`: 0 (fast to compile) to 5 (fast to
+    run). `plugins`: libraries with operators outside of the standard. They run as native code: name only those you
+    trust. `tf32`: allows float32 products to be computed in TensorFloat-32, with 10 bits of mantissa.
     """
 
     compute_capability: tuple[int, ...] = ()
@@ -83,20 +83,20 @@ class TensorRTSettings(Texts):
         return found
 
     def key(self) -> dict[str, str]:
-        """What of the settings decides where an engine can be loaded, and how."""
+        """The settings that decide where and how an engine can be loaded."""
         return {"weights": self.weights} | {
             name: value for name, value in (("compatible", self.compatible), ("hardware", self.hardware)) if value
         }
 
 
 class TensorRTLoadSettings(Texts):
-    """What `Options.settings` of `load` may hold.
+    """Settings of `Options.settings` when loading.
 
-    `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default what the SDK finds right for
-    the memory there is. `plugins`: libraries that the engine's plugins are in. They run as native code: name only those
-    you trust. `lean_runtime`: the library of the version that compiled the engine, for one made with
-    compatible=version. `runtime_cache`: a file that kernels made on this device are kept in for the next start
-    (TensorRT for RTX). `graphs`: whether repeated work is recorded and replayed (CUDA Graphs).
+    `weight_budget`: bytes of streamed weights that stay on the device, "2GiB"; by default the SDK's choice for the
+    available memory. `plugins`: libraries of the engine's plugins. They run as native code: name only those you trust.
+    `lean_runtime`: the library of the version that compiled the engine, for one made with compatible=version.
+    `runtime_cache`: a file in which kernels compiled on this device are kept for the next start (TensorRT for RTX).
+    `graphs`: whether repeated work is recorded and replayed (CUDA Graphs).
     """
 
     weight_budget: Bytes = 0

@@ -1,7 +1,7 @@
-"""What MIL's operations compute, in numpy: each takes its inputs by name, floats in 32 bits, and returns what it gives.
+"""MIL's operations in numpy: each function takes its inputs by name, computes floats in 32 bits, and returns its
+outputs.
 
-Written from the operations' documentation (coremltools 9.0, iOS 15 to 18), not from the code that folds constants in
-coremltools.
+Written from the operations' documentation (coremltools 9.0, iOS 15 to 18), not from coremltools' constant folding.
 """
 
 from __future__ import annotations

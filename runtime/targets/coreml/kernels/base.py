@@ -1,4 +1,4 @@
-"""The registry of what operations compute."""
+"""The registry of operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TYPES: Final[Mapping[str, str]] = {"fp16": "float16", "fp32": "float32"}
 
 
 def kernel(name: str) -> Callable[[Kernel], Kernel]:
-    """Register what an operation computes."""
+    """Register the function of an operation."""
 
     def add(function: Kernel) -> Kernel:
         KERNELS[name] = function

@@ -11,7 +11,7 @@ from runtime.targets.coreml.kernels.base import kernel
 from runtime.targets.coreml.kernels.elementwise import softmax
 
 PATCHES: Final = 1 << 25
-"""Elements of the patches that a convolution lays out at once (128 MB)."""
+"""Elements of the patches that a convolution builds at once (128 MB)."""
 
 
 @kernel("matmul")
@@ -47,7 +47,7 @@ def _conv(
     dilations: Array | None = None,
     groups: int = 1,
 ) -> Any:
-    """In two dimensions, as a product of weights with patches."""
+    """A convolution in two dimensions, as a product of weights and patches."""
     assert x.ndim == 4 and pad_type in ("valid", "custom")
     top, bottom, left, right = (0, 0, 0, 0) if pad is None or pad_type == "valid" else map(int, pad)
     (down, across), (dy, dx) = (
@@ -77,9 +77,7 @@ def _conv(
 
 
 def _windows(x: Array, height: int, width: int) -> Array:
-    """[channels, rows, columns, height, width]: what lies behind a window of that size at each place of x [channels,
-    ...], as a view.
-    """
+    """[channels, rows, columns, height, width]: the window at each place of x [channels, ...], as a view."""
     view: Any = np.lib.stride_tricks.sliding_window_view
     windows: Array = view(x, (height, width), (1, 2))
     return windows

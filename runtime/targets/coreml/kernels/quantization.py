@@ -1,4 +1,4 @@
-"""Weights restored from what is stored; activations rounded and restored."""
+"""Dequantization of stored weights; quantization and dequantization of activations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _constexpr_cast(source_val: Array, output_dtype: str) -> Any:
 
 
 def _along(parameter: Any, input: Any, axis: Any) -> Any:
-    """A number for all, or one for each along the axis."""
+    """One number for all elements, or one for each index along the axis."""
     return (
         parameter
         if np.ndim(parameter) == 0

@@ -1,4 +1,4 @@
-"""Operations that move elements, and compute with shapes."""
+"""Operations that move elements or compute with shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOVES: Final = frozenset(
         "slice_by_index",
     )
 ) | frozenset(("slice_update", "split", "squeeze", "tile", "transpose", "upsample_nearest_neighbor"))
-"""Operations that compute nothing: 16-bit floats go through them as they are."""
+"""Operations without arithmetic: they pass 16-bit floats on unchanged."""
 
 
 @kernel("shape")
@@ -35,7 +35,7 @@ def _shape(x: Array) -> Any:
 
 @kernel("reshape")
 def _reshape(x: Array, shape: Array) -> Any:
-    """0 stands for the length of that axis, counted from the last (iOS 17)."""
+    """0 means the length of that axis, counted from the last (iOS 17)."""
     lengths = [int(length) for length in shape]
     from_end = len(x.shape) - len(lengths)
     kept = [

@@ -1,4 +1,4 @@
-"""How each operator of the canonical graph is said in MIL: one function for each."""
+"""The translation of each operator of the canonical graph to MIL, one function for each."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from runtime.targets.coreml.operators.base import attribute, given, kept, like, 
 
 @operator("Attention")
 def _attention(t: Any, node: Any) -> Any:
-    """Heads that share keys and values are moved into the sequence, so that neither is repeated."""
+    """Heads that share keys and values are moved into the sequence axis, so that keys and values are not repeated."""
     if given(node, 4) is not None or any(output.uses() for output in node.outputs[1:]):
         raise refuse(node, "keeps its past itself")
     if attribute(node, "is_causal", 0) or attribute(node, "softcap", 0.0):
@@ -36,7 +36,7 @@ def _attention(t: Any, node: Any) -> Any:
 
 @operator("TensorScatter")
 def _tensor_scatter(t: Any, node: Any) -> Any:
-    """Write new keys or values into a state where they stay, and read it."""
+    """Write new keys or values into a state in place, and read it."""
     state = t.states.get(node.inputs[0])
     if state is None:
         raise refuse(node, "writes into what is no state")

@@ -1,4 +1,4 @@
-"""What translations of operators share: their registry, reading a node, and arithmetic on shapes."""
+"""Shared by the translations of operators: their registry, reading a node, and arithmetic on shapes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from runtime.errors import EngineError
 
 Operator = Callable[[Any, Any], Any]
-"""Takes the translator and the node of onnx_ir; gives the node's outputs, in order."""
+"""Takes the translator and an onnx_ir node; returns the node's outputs, in order."""
 OPERATORS: Final[dict[str, Operator]] = {}
 
 
@@ -30,12 +30,12 @@ def attribute(node: Any, name: str, default: Any) -> Any:
 
 
 def refuse(node: Any, what: str) -> EngineError:
-    """The error for a form of an operator that is not translated."""
+    """The error for a variant of an operator that is not translated."""
     return EngineError(f"node '{node.name}' ({node.op_type}) {what}, which is not translated to Core ML")
 
 
 def given(node: Any, index: int) -> Any:
-    """An input that may be left out: None where it is."""
+    """An optional input; None where it is absent."""
     return node.inputs[index] if index < len(node.inputs) else None
 
 
@@ -44,7 +44,7 @@ def like(t: Any, x: Any, number: float) -> Any:
 
 
 def reshaped(t: Any, x: Any, shape: list[Any]) -> Any:
-    """Reshape to lengths, each a number or a vector of one."""
+    """Reshape to lengths, each a number or a vector with one element."""
     if all(isinstance(length, int) for length in shape):
         return t.mb.reshape(x=x, shape=shape)
     parts = [np.array([length], np.int32) if isinstance(length, int) else length for length in shape]
@@ -52,7 +52,7 @@ def reshaped(t: Any, x: Any, shape: list[Any]) -> Any:
 
 
 def kept(t: Any, x: Any, axis: int) -> Any:
-    """The length of an axis: a number where it is fixed, else a vector of one."""
+    """The length of an axis: a number where it is fixed, else a vector with one element."""
     length = x.shape[axis]
     return (
         int(length)
@@ -62,7 +62,7 @@ def kept(t: Any, x: Any, axis: int) -> Any:
 
 
 def placed(t: Any, node: Any, rest: list[int], axes: Any, computed: Any) -> Any:
-    """A vector with a number for every axis, one of them computed."""
+    """A vector with a number for every axis, one of which is computed."""
     if len(axes) != 1:
         raise refuse(node, "has computed bounds for several axes")
     axis = int(axes[0]) % len(rest)

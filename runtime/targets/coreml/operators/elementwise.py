@@ -1,4 +1,4 @@
-"""Operators that compute each element by itself, and those that reduce axes."""
+"""Elementwise operators, and those that reduce axes."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _binary(t: Any, node: Any) -> Any:
 
 @operator("Div")
 def _div(t: Any, node: Any) -> Any:
-    """Of integers, whole: they are lengths, so that truncation and floor are the same."""
+    """Integer division: the numbers are lengths, so truncation and floor are the same."""
     x, y = map(t.var, node.inputs)
     whole = t.mb.types.is_int(x.dtype)
     return t.mb.floor_div(x=x, y=y) if whole else t.mb.real_div(x=x, y=y)

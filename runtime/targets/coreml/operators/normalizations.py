@@ -8,7 +8,7 @@ from typing import Any, Final
 from runtime.targets.coreml.operators.base import attribute, given, like, operator, refuse
 
 LEAST: Final = 2.0**-10
-"""What a group is divided by at least, in half: beside epsilon, smaller values are nothing."""
+"""The least divisor of a group in half precision: smaller values vanish beside epsilon."""
 
 
 @operator("LayerNormalization")
@@ -41,7 +41,7 @@ def _group_norm(t: Any, node: Any) -> Any:
 
 
 def _normal_in_half(t: Any, centred: Any, groups: int, epsilon: float) -> Any:
-    """Divided by the group's greatest value first: from 256 on, a square is beyond what 16 bits hold.
+    """Divide by the group's greatest value first, since squares from 256 on exceed the range of 16 bits.
 
     With z = centred / greatest, centred / sqrt(mean(centred ** 2) + epsilon) is z / sqrt(mean(z ** 2) + epsilon /
     greatest ** 2).
@@ -58,7 +58,7 @@ def _group_means(t: Any, x: Any, groups: int) -> Any:
 
 
 def _of_groups(t: Any, x: Any, groups: int, reduce: Any) -> Any:
-    """[batch, channels, 1, ...]: for each channel what its group is reduced to."""
+    """[batch, channels, 1, ...]: the reduction of each channel's group."""
     channels = int(x.shape[1])
     found = reduce(x=x, axes=list(range(2, x.rank)), keep_dims=True)
     found = reduce(x=t.mb.reshape(x=found, shape=[-1, groups, channels // groups]), axes=[2], keep_dims=True)

@@ -1,4 +1,4 @@
-"""Products and convolutions, whose weights stay as they are stored."""
+"""Products and convolutions. Their weights stay in their stored form."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _linear(t: Any, x: Any, weight: Any, bias: Any) -> Any:
 
 
 def _following_bias(t: Any, node: Any, length: int) -> Any:
-    """The vector that the only reader of a product adds to it, which is then part of the product."""
+    """The bias that the only reader of a product adds, which becomes part of the product."""
     product = node.outputs[0]
     uses = list(product.uses())
     if len(uses) != 1 or product.is_graph_output() or uses[0][0].op_type != "Add":

@@ -1,4 +1,4 @@
-"""QuantizeLinear and DequantizeLinear: of weights, and of what is computed."""
+"""QuantizeLinear and DequantizeLinear, of weights and of activations."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _dequantize(t: Any, node: Any) -> Any:
 
 
 def _affine(node: Any, scale: Any, offset: Any) -> dict[str, Any]:
-    """Scale, offset where it is not zero, and axis, as MIL takes them: single numbers, or vectors along an axis."""
+    """Scale, offset where it is not zero, and axis, in MIL's form: single numbers, or vectors along an axis."""
     if scale.ndim > 1:
         raise refuse(node, "quantizes what is computed by blocks")
     one = scale.size == 1
@@ -51,8 +51,8 @@ def _affine(node: Any, scale: Any, offset: Any) -> dict[str, Any]:
 
 
 def _blocks(shape: tuple[int, ...], axis: int, scales: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of scales with the rank of their codes: one for all, one for each along an axis, or one for
-    each block.
+    """The shape of scales with the rank of their codes: one for all, one for each index along an axis, or one for each
+    block.
     """
     if len(scales) == len(shape) and len(shape) > 1:
         return scales

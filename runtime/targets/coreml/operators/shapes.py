@@ -1,4 +1,4 @@
-"""Operators that move elements, and that compute with shapes."""
+"""Operators that move elements or compute with shapes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _split(t: Any, node: Any) -> Any:
 
 @operator("Expand")
 def _expand(t: Any, node: Any) -> Any:
-    """Added to nothing of the wanted shape: MIL has no operator of its own for it."""
+    """Added to zeros of the wanted shape, since MIL has no such operator."""
     x, shape = t.var(node.inputs[0]), t.var(node.inputs[1])
     if x.dtype == t.mb.types.bool:
         return t.mb.logical_or(x=x, y=t.mb.fill(shape=shape, value=False))
