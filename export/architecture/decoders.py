@@ -1,8 +1,7 @@
-"""Language decoders of transformers as graphs: the logits of the last position, and every layer's grown keys and
-values.
+"""Language decoders of transformers as graphs: the logits of the last position, and the keys and values of every layer.
 
-Past, grouped heads and the mask stay inside one ONNX `Attention` node a layer. Masks are those that the library makes
-itself, so that layers whose attention is limited to a window see what they see there.
+Past, grouped heads and the mask stay inside one ONNX `Attention` node a layer. The library itself makes the masks, so
+that layers with windowed attention see the same positions as there.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor
 from runtime.errors import SourceError, UnsupportedModel
 
 ATTENTION: Final = "enginecast_kv"
-"""Name of the attention and of the mask that decoders compute with while they are traced."""
+"""Name of the attention and the mask function of decoders while they are traced."""
 
 DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma3_text", "granite", "olmo", "olmo2",
     "olmo3",
@@ -30,19 +29,19 @@ DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
 
 CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
-"""What an attention may get besides that changes its result and is not built."""
+"""Arguments of an attention that change its result and are not supported."""
 
 STATIC: Final = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary types whose frequencies are the same for every length."""
 
 LENGTHS: Final = ("dynamic", "longrope")
-"""Rotary types whose frequencies depend on the longest position of a call: keys that a cache holds would have others
+"""Rotary types whose frequencies depend on the longest position of a call: cached keys would have other frequencies
 than new ones.
 """
 
 
 class Decoder(nn.Module):
-    """A language model and its head, which transformers' own forward connects in the same way.
+    """A language model and its head, connected as in transformers' own forward.
 
     Takes inputs_embeds [batch, sequence, hidden], attention_mask [batch, total], position_ids [batch, sequence] and,
     for each layer, keys and values [batch, heads, past, size]; gives logits [batch, 1, vocab] and keys and values
@@ -71,7 +70,7 @@ class Decoder(nn.Module):
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of one layer before a call; after it, with those of the call."""
+    """Keys and values of one layer: those before a call, and after the call with its new ones."""
 
     def __init__(self, keys: TorchTensor, values: TorchTensor) -> None:
         super().__init__()
@@ -81,17 +80,17 @@ class _Layer(DynamicLayer):
     def update(
         self, key_states: TorchTensor, value_states: TorchTensor, *_: Any, **__: Any
     ) -> tuple[TorchTensor, TorchTensor]:
-        """The attention appends them."""
+        """Nothing to do: the attention appends them."""
         return key_states, value_states
 
     def get_seq_length(self) -> Any:
-        """Positions before the call. The library's own method looks at values, which a tracer does not have."""
+        """Positions before the call. The library's own method reads values, which a tracer does not have."""
         return self.past
 
 
 @contextmanager
 def _attending(config: Any) -> Iterator[None]:
-    """While active, the model of that config computes attention and masks by the functions below."""
+    """While active, the model of that config computes attention and masks with the functions below."""
     usual = config._attn_implementation
     config._attn_implementation = ATTENTION
     try:
@@ -126,8 +125,8 @@ def _attention(
 def _mask(
     attention_mask: TorchTensor, q_length: int, mask_function: Callable[..., TorchTensor], batch_size: int, **_: Any
 ) -> TorchTensor:
-    """Which positions each new one sees, bool [batch, 1, length, total]: those of the library's `mask_function` that
-    are no padding.
+    """The positions that each new one sees, bool [batch, 1, length, total]: those of the library's `mask_function`
+    without padding.
     """
     total = attention_mask.shape[1]
     position = torch.arange(total, device=attention_mask.device)
@@ -141,8 +140,8 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def library_decoder(model: Any) -> Reference:
-    """What a `Decoder` is compared with: the library's own forward over its own cache and attention, with the same
-    inputs and outputs.
+    """The reference of a `Decoder`: the library's own forward with its own cache and attention, with the same inputs
+    and outputs.
 
     `model` is a model of transformers with a head.
     """
@@ -214,9 +213,9 @@ def head_size(text: Any) -> int:
 
 
 def windows(text: Any) -> list[int]:
-    """How many positions the attention of each layer sees, its own included; 0 is all that the context has.
+    """The number of positions that the attention of each layer sees, its own included; 0 means all.
 
-    Decoders with `layer_types` say it for each layer, others have one window for all.
+    Configs with `layer_types` state it for each layer, others have one window for all.
     """
     window = getattr(text, "sliding_window", None) or 0
     types = getattr(text, "layer_types", None) or ["sliding_attention"] * text.num_hidden_layers
@@ -239,8 +238,8 @@ def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dic
 
 
 def require_known(file: Any, text: Any) -> None:
-    """Raises UnsupportedModel or SourceError naming what in the config of a decoder is not built here. `file` is the
-    config's.
+    """Raises UnsupportedModel or SourceError naming the setting of a decoder's config that is not supported. `file` is
+    the config's.
     """
     if text.model_type not in DECODERS:
         raise UnsupportedModel(

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -34,6 +34,10 @@ from runtime.targets.coreml.translate import identifier, translate
 from runtime.targets.lowering.half import to_half
 from runtime.targets.lowering.nested import widen
 from runtime.targets.lowering.static_cache import INDICES, capacity, with_static_cache
+from runtime.targets.lowering.values import dtype_of, shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 UNITS: Final = ("ALL", "CPU_AND_NE", "CPU_AND_GPU", "CPU_ONLY")
 """The devices: names of coremltools' ComputeUnit."""
@@ -308,15 +312,15 @@ def _lowered(submodel: Submodel, graph: Path, settings: CoreMLSettings) -> Any:
     except Exception as error:  # protobuf's and onnx_ir's own
         raise EngineError(f"could not compile {graph}: it cannot be read ({error}). Build the bundle again") from None
     widen(model)
-    asked = submodel.precision.compute if submodel.precision.compute in CoreML.precisions else "float32"
-    if (settings.precision or asked) == "float16":
+    usual = submodel.precision.compute if submodel.precision.compute in CoreML.precisions else "float32"
+    if (settings.precision or usual) == "float16":
         model = to_half(model, "float16", submodel.keep)
     if submodel.signature.states:
         model = with_static_cache(model, submodel.signature, capacity(submodel.signature, settings.context))
     return model
 
 
-def _shape(value: Any) -> tuple[tuple[int | str, ...], str]:
+def _shape(value: ir.Value) -> tuple[tuple[int | str, ...], str]:
     """The dims of a graph's input, each a number or a name, and its dtype."""
-    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
-    return dims, "float32" if value.dtype.name == "FLOAT" else "int32"
+    dims = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in shape_of(value))
+    return dims, "float32" if dtype_of(value).name == "FLOAT" else "int32"

@@ -24,7 +24,7 @@ class CoreMLSettings(Texts):
     """Settings of `compile_with`, as texts from a command line.
 
     `precision`: "float16" or "float32"; by default the bundle's `compute`. Caches are always float16. `shapes`: "range"
-    accepts all lengths between the least and the greatest, "fixed" the usual ones alone, which lets the Neural Engine
+    accepts all lengths between the least and the greatest, "fixed" the usual ones alone, which allows the Neural Engine
     take part, "enumerated" three sets: all the least, all the usual, all the greatest. `lengths`: other lengths than
     the signature's, "batch=2,height=32:64:96" (one, or min:opt:max). `context`: positions that a decoder's cache holds;
     by default the model's whole context.

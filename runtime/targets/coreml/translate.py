@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -19,12 +19,16 @@ from runtime.optional import require
 from runtime.targets.coreml.constants import COMPRESSED, Constant, Deferred, of_tensor
 from runtime.targets.coreml.operators import OPERATORS
 from runtime.targets.coreml.sdk import coremltools
+from runtime.targets.lowering.values import dtype_of, operand, shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 STANDARD_DOMAINS: Final = ("", "ai.onnx")
 
 
 def translate(
-    model: Any,
+    model: ir.Model,
     dims: Mapping[str, Any],
     states: Iterable[str] = (),
     progress: Callable[[int], None] = lambda nbytes: None,
@@ -43,7 +47,7 @@ class _Translator:
     """One pass over the nodes. The operators in `operators/` use `mb`, `var`, `weight`, `constant` and `numbers`."""
 
     def __init__(
-        self, model: Any, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]
+        self, model: ir.Model, dims: Mapping[str, Any], states: frozenset[str], progress: Callable[[int], None]
     ) -> None:
         self.ct = coremltools()
         self.ir = require("onnx_ir", "export")
@@ -72,13 +76,13 @@ class _Translator:
         program.add_function("main", function)
         return program
 
-    def _spec(self, value: Any) -> Any:
+    def _spec(self, value: ir.Value) -> Any:
         types = self.mb.types
-        shape = [self._length(dim) for dim in value.shape]
+        shape = [self._length(dim) for dim in shape_of(value)]
         if value.name in self.state_names:
             return self.mb.builder.StateTensorSpec(shape, types.fp16)
         floats = {"FLOAT": types.fp32, "FLOAT16": types.fp16}
-        return self.mb.builder.TensorSpec(shape, floats.get(value.dtype.name, types.int32))
+        return self.mb.builder.TensorSpec(shape, floats.get(dtype_of(value).name, types.int32))
 
     def _length(self, dim: Any) -> Any:
         if isinstance(dim, int):
@@ -86,7 +90,7 @@ class _Translator:
         found = self.dims[dim.value]
         return found if isinstance(found, int) else found.symbol
 
-    def _node(self, node: Any) -> None:
+    def _node(self, node: ir.Node) -> None:
         if node.domain not in STANDARD_DOMAINS or node.op_type not in OPERATORS:
             raise EngineError(
                 f"node '{node.name}' is a {node.domain or 'standard'} {node.op_type}, which has no translation to Core "
@@ -109,7 +113,7 @@ class _Translator:
             if output in self.follows:
                 self.values[self.follows[output]] = result
 
-    def follow(self, value: Any, by: Any) -> None:
+    def follow(self, value: ir.Value, by: Any) -> None:
         """Let the result for one value of the graph also stand for another, whose node is then skipped."""
         self.follows[value] = by
 
@@ -125,27 +129,27 @@ class _Translator:
             found.append(var)
         return found
 
-    def constant(self, value: Any) -> Constant | None:
+    def constant(self, value: ir.Value) -> Constant | None:
         """The constant of a value; None where it is computed from inputs."""
         if value not in self.values:
             self._early(value)
         found = self.values.get(value)
         return found if isinstance(found, Constant) else None
 
-    def _early(self, value: Any) -> None:
+    def _early(self, value: ir.Value) -> None:
         """Read constants before their turn: initializers, and casts of them, which stand next to their readers."""
         producer = value.producer()
         if value.is_initializer():
             self.values[value] = of_tensor(value.const_value)
-        elif producer is not None and producer.op_type == "Cast" and producer.inputs[0].is_initializer():
+        elif producer is not None and producer.op_type == "Cast" and operand(producer, 0).is_initializer():
             self._node(producer)
 
-    def numbers(self, value: Any) -> Array | None:
+    def numbers(self, value: ir.Value) -> Array | None:
         """The values of a small constant; None where the value is computed from inputs."""
         found = None if value is None else self.constant(value)
         return None if found is None else found.array()
 
-    def var(self, value: Any) -> Any:
+    def var(self, value: ir.Value) -> Any:
         """The variable of a value, in the type that the graph declares. A constant becomes a variable once."""
         found = self.constant(value)
         if found is None:
@@ -162,7 +166,7 @@ class _Translator:
         values: Any = constant.array()
         return values.clip(-(2**31), 2**31 - 1).astype(dtype) if dtype == np.int32 else values.astype(dtype)  # type: ignore[no-any-return]
 
-    def weight(self, value: Any, order: tuple[int, ...] = ()) -> Any:
+    def weight(self, value: ir.Value, order: tuple[int, ...] = ()) -> Any:
         """A constant that is read by a product, a convolution or a table: in its compressed form, with its axes in the
         given order.
         """
@@ -227,7 +231,7 @@ class _Named:
         return name
 
 
-def identifier(name: str) -> str:
+def identifier(name: str | None) -> str:
     """The name in the form that Core ML accepts: letters, digits and underscores, not beginning with a digit."""
-    plain = re.sub(r"\W", "_", name, flags=re.ASCII)
+    plain = re.sub(r"\W", "_", name or "", flags=re.ASCII)
     return f"_{plain}" if plain[:1].isdigit() else plain

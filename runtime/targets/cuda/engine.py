@@ -15,7 +15,7 @@ import re
 import time
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import Field
 
@@ -34,6 +34,9 @@ from runtime.targets.sessions.base import SessionEngine, stored
 from runtime.targets.sessions.kernels import CUDA, OPSET, check, outside
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, sdk
 from runtime.targets.sessions.stored import SessionPlan, load_graph, store
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PROVIDER: Final = "CUDAExecutionProvider"
 EXTRA: Final = "cuda"
@@ -106,7 +109,9 @@ class CUDAEngine(SessionEngine):
         )
 
     @classmethod
-    def _lowered(cls, submodel: Submodel, graph: Path, plan: SessionPlan) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    def _lowered(
+        cls, submodel: Submodel, graph: Path, plan: SessionPlan
+    ) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
         """The graph as the provider has kernels for it, and `Plan.nested`: what it cannot do in half stays float32.
 
         Raises EngineError naming the rest.
@@ -119,7 +124,7 @@ class CUDAEngine(SessionEngine):
             trial = to_half(canonical, submodel.precision.compute, submodel.keep)
             _to_provider(trial, submodel, plan)
             names = {node.name for node in canonical.graph}
-            lacking = {node.name for node, _ in outside(trial, CUDA)} & names
+            lacking = {str(node.name) for node, _ in outside(trial, CUDA)} & names
             model = to_half(canonical, submodel.precision.compute, {*submodel.keep, *lacking})
         model = _to_provider(model, submodel, plan)
         check(model, CUDA, submodel.name)
@@ -165,7 +170,7 @@ class CUDAEngine(SessionEngine):
         return cls(submodel, name, device, plan, opened, vary=not replay, replay=replay, fallback=fallback)
 
 
-def _to_provider(model: Any, submodel: Submodel, plan: SessionPlan) -> Any:
+def _to_provider(model: ir.Model, submodel: Submodel, plan: SessionPlan) -> ir.Model:
     """The graph in the provider's operators, changed in place; with caches of fixed length it is a copy."""
     if submodel.signature.states:
         with_logits_start(model, submodel.signature)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Final
 
 from pydantic import Field, field_validator
 
@@ -29,6 +29,9 @@ from runtime.targets.sessions.kernels import DIRECTML, OPSET, check
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, sdk
 from runtime.targets.sessions.shapes import parse_shapes, shapes_of
 from runtime.targets.sessions.stored import SessionPlan, load_graph, store
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PROVIDER: Final = "DmlExecutionProvider"
 PACKAGE: Final = "pip install 'enginecast[directml]', on Windows and in place of onnxruntime"
@@ -117,7 +120,7 @@ class DirectML(SessionEngine):
     @classmethod
     def _lowered(
         cls, submodel: Submodel, graph: Path, positions: int, steps: bool
-    ) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    ) -> tuple[ir.Model, dict[str, tuple[int, ...]]]:
         """The graph as the provider has kernels for it, and `Plan.nested`. Raises EngineError naming nodes that it has
         none for.
         """

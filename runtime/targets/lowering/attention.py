@@ -11,7 +11,7 @@ place.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -19,6 +19,10 @@ from runtime.bundle.signature import Signature
 from runtime.errors import EngineError
 from runtime.optional import require
 from runtime.targets.lowering.masks import require_windows, window_of
+from runtime.targets.lowering.values import dtype_of, operand, optional, shape_of, uncast
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 CONTRIB: Final = "com.microsoft"
 HEAD_STEP: Final = 8
@@ -29,11 +33,11 @@ HEADS_AND_LENGTH: Final = (0, 2, 1, 3)
 class Graph:
     """Adds nodes and constants to a model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: ir.Model) -> None:
         self.ir = require("onnx_ir", "export")
         self.model, self.graph = model, model.graph
 
-    def constant(self, name: str, values: Any, dtype: Any = np.int64) -> Any:
+    def constant(self, name: str, values: Any, dtype: Any = np.int64) -> ir.Value:
         """The constant of that name, made on first use."""
         if name not in self.graph.initializers:
             tensor = self.ir.tensor(np.array(values, dtype), name=name)
@@ -41,36 +45,45 @@ class Graph:
                 name=name, type=self.ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
             )
             self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        found: ir.Value = self.graph.initializers[name]
+        return found
 
     def before(
-        self, place: Any, name: str, op: str, *inputs: Any, like: Any = None, domain: str = "", **attributes: Any
-    ) -> Any:
+        self,
+        place: ir.Node,
+        name: str | None,
+        op: str,
+        *inputs: ir.Value | None,
+        like: ir.Value | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> ir.Value:
         """The output of a new node, inserted before another; its type is that of the value `like`, else of the first
         input.
         """
         node = self.ir.node(op, list(inputs), attributes, domain=domain, name=f"{name}/{op}")
-        output = node.outputs[0]
+        output: ir.Value = node.outputs[0]
         output.name = f"{name}.{op.lower()}"
-        typed = inputs[0] if like is None else like
+        typed = like or inputs[0]
+        assert typed is not None, "a node has the type of one of its inputs"
         output.type = None if typed.dtype is None else self.ir.TensorType(typed.dtype)
         self.graph.insert_before(place, node)
         return output
 
-    def drop(self, node: Any) -> None:
+    def drop(self, node: ir.Node) -> None:
         """Remove a node that nothing depends on any more, and its uses of other values."""
         for index in range(len(node.inputs)):
             node.replace_input_with(index, None)
         self.graph.remove([node], safe=False)
 
-    def instead(self, old: Any, new: Any) -> None:
+    def instead(self, old: ir.Value, new: ir.Value) -> None:
         """Replace one value by another, which takes its name."""
         new.name, new.type, new.shape = old.name, old.type, old.shape
         old.name = f"{old.name}.before"
         self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def with_multihead(model: Any, spread: bool = False) -> None:
+def with_multihead(model: ir.Model, spread: bool = False) -> None:
     """Replace `Attention` without a past by `MultiHeadAttention`, where queries have as many heads as keys.
 
     `spread` repeats the mask for every row and head, for kernels that do not broadcast it (DirectML's).
@@ -82,31 +95,28 @@ def with_multihead(model: Any, spread: bool = False) -> None:
         _multihead(graph, node, spread)
 
 
-def is_attention(node: Any) -> bool:
+def is_attention(node: ir.Node) -> bool:
     return (node.domain, node.op_type) == ("", "Attention")
 
 
-def has_past(node: Any) -> bool:
+def has_past(node: ir.Node) -> bool:
     return len(node.inputs) > 4 and node.inputs[4] is not None
 
 
-def heads(node: Any) -> tuple[int, int, int]:
+def heads(node: ir.Node) -> tuple[int, int, int]:
     """Heads of the queries, heads of keys and values, and the size of one, all fixed lengths."""
-    query, key = node.inputs[0].shape, node.inputs[1].shape
-    if (
-        query is None
-        or key is None
-        or len(query) != 4
-        or not all(isinstance(length, int) for length in (query[1], key[1], query[3]))
-    ):
-        raise EngineError(
-            f"node '{node.name}' is no Attention over [batch, heads, length, size] of known heads and size: build the "
-            "bundle again"
-        )
-    return query[1], key[1], query[3]
+    query, key = operand(node, 0).shape, operand(node, 1).shape
+    if query is not None and key is not None and len(query) == len(key) == 4:
+        count, groups, size = query[1], key[1], query[3]
+        if isinstance(count, int) and isinstance(groups, int) and isinstance(size, int):
+            return count, groups, size
+    raise EngineError(
+        f"node '{node.name}' is no Attention over [batch, heads, length, size] of known heads and size: build the "
+        "bundle again"
+    )
 
 
-def scale(node: Any) -> float:
+def scale(node: ir.Node) -> float:
     """The factor of the products of queries and keys. Raises EngineError for attributes that only `Attention` has."""
     for name, plain in (("is_causal", 0), ("softcap", 0.0), ("qk_matmul_output_mode", 0)):
         if name in node.attributes and node.attributes[name].value != plain:
@@ -119,13 +129,13 @@ def scale(node: Any) -> float:
     return float(heads(node)[2] ** -0.5)
 
 
-def _multihead(graph: Graph, node: Any, spread: bool) -> None:
+def _multihead(graph: Graph, node: ir.Node, spread: bool) -> None:
     """One `Attention` as `MultiHeadAttention`."""
-    query, key, value = node.inputs[:3]
+    query, key, value = (operand(node, index) for index in range(3))
     count, _, _ = heads(node)
     packed = [pack(graph, node, tensor) for tensor in (query, key, value)]
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
-    given = packed
+    mask = optional(node, 3)
+    given: list[ir.Value | None] = [*packed]
     if mask is not None:
         added = bias(graph, mask, query)
         if spread:
@@ -144,33 +154,34 @@ def _multihead(graph: Graph, node: Any, spread: bool) -> None:
     replace(graph, node, made, count)
 
 
-def bias(graph: Graph, mask: Any, like: Any) -> Any:
+def bias(graph: Graph, mask: ir.Value, like: ir.Value) -> ir.Value:
     """The additive form of a boolean mask: the lowest number where it is false. There is one for each mask and type."""
     if mask.dtype != graph.ir.DataType.BOOL:
         return mask
-    name = f"{mask.name}.bias.{like.dtype.name.lower()}"
+    number, kind = dtype_of(like).numpy(), dtype_of(like).name.lower()
+    name = f"{mask.name}.bias.{kind}"
     made = next((user.outputs[0] for user, _ in mask.uses() if user.name == f"{name}/Where"), None)
     if made is not None:
         return made
-    number = like.dtype.numpy()
-    zero = graph.constant(f"attention.zero.{like.dtype.name.lower()}", 0, number)
-    lowest = graph.constant(f"attention.lowest.{like.dtype.name.lower()}", np.finfo(number).min, number)
+    zero = graph.constant(f"attention.zero.{kind}", 0, number)
+    lowest = graph.constant(f"attention.lowest.{kind}", np.finfo(number).min, number)
     first = next(node for node in graph.graph if any(node is user for user, _ in mask.uses()))
     return graph.before(first, name, "Where", mask, zero, lowest, like=like)
 
 
-def pack(graph: Graph, node: Any, tensor: Any) -> Any:
+def pack(graph: Graph, node: ir.Node, tensor: ir.Value) -> ir.Value:
     """[batch, heads, length, size] packed as [batch, length, heads * size]: the value it was split from, where there is
     one.
     """
-    count, size = tensor.shape[1], tensor.shape[3]
+    _, count, _, size = shape_of(tensor)
+    assert isinstance(count, int) and isinstance(size, int), "heads have a fixed number and size"
     transpose = tensor.producer()
     if (
         transpose is not None
         and transpose.op_type == "Transpose"
         and tuple(transpose.attributes["perm"].as_ints()) == HEADS_AND_LENGTH
     ):
-        reshape = transpose.inputs[0].producer()
+        reshape = operand(transpose, 0).producer()
         source = reshape.inputs[0] if reshape is not None and reshape.op_type == "Reshape" else None
         if (
             source is not None
@@ -184,7 +195,7 @@ def pack(graph: Graph, node: Any, tensor: Any) -> Any:
     return graph.before(node, name, "Reshape", moved, graph.constant("attention.packed", [0, 0, -1]))
 
 
-def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
+def replace(graph: Graph, node: ir.Node, packed: ir.Value, count: int) -> None:
     """Replace the attention's output [batch, heads, length, size] by the packed one for all its readers."""
     output = node.outputs[0]
     joined = _joined(output, count)
@@ -197,7 +208,7 @@ def replace(graph: Graph, node: Any, packed: Any, count: int) -> None:
     graph.drop(node)
 
 
-def _joined(output: Any, count: int) -> Any:
+def _joined(output: ir.Value, count: int) -> ir.Value | None:
     """The value [batch, length, heads * size] that is the only use of an attention's output; None where there is
     another.
     """
@@ -217,7 +228,7 @@ def _joined(output: Any, count: int) -> Any:
     return value if fits else None
 
 
-def with_grouped_cache(model: Any, signature: Signature) -> None:
+def with_grouped_cache(model: ir.Model, signature: Signature) -> None:
     """Replace `Attention` with a past by `GroupQueryAttention`, so that past and present of each state may share a
     buffer.
 
@@ -240,7 +251,7 @@ def with_grouped_cache(model: Any, signature: Signature) -> None:
     lengths = _valid_lengths(graph, signature.decoder.mask)
     for node in [node for node in model.graph if is_attention(node) and has_past(node)]:
         count, groups, _ = heads(node)
-        packed = [pack(graph, node, tensor) for tensor in node.inputs[:3]]
+        packed = [pack(graph, node, operand(node, index)) for index in range(3)]
         caches = [cache_of(graph, node, index) for index in (1, 2)]
         attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(
             window_of(node, signature)
@@ -271,15 +282,14 @@ def local(window: int) -> dict[str, int]:
     return {"local_window_size": window} if window else {}
 
 
-def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
+def cache_of(graph: Graph, node: ir.Node, index: int) -> tuple[ir.Value, int]:
     """The graph's input with the past of the attention's keys (1) or values (2), and the index of the output that it
     becomes.
 
     Both lie behind Casts where the graph was lowered to half; then the input gets the type that is computed in.
     """
-    past, present = node.inputs[index + 2 + 1], node.outputs[index]
-    cache = past.producer().inputs[0] if past.producer() is not None else past
-    cache.type = graph.ir.TensorType(node.inputs[index].dtype)
+    cache, present = uncast(operand(node, index + 3)), node.outputs[index]
+    cache.type = graph.ir.TensorType(operand(node, index).dtype)
     for place, output in enumerate(graph.graph.outputs):
         producer = output.producer()
         if output is present or (producer is not None and producer.op_type == "Cast" and producer.inputs[0] is present):
@@ -287,7 +297,7 @@ def cache_of(graph: Graph, node: Any, index: int) -> tuple[Any, int]:
     raise EngineError(f"node '{node.name}' keeps no present that the graph gives: build the bundle again")
 
 
-def _valid_lengths(graph: Graph, name: str) -> tuple[Any, Any]:
+def _valid_lengths(graph: Graph, name: str) -> tuple[ir.Value, ir.Value]:
     """seqlens_k [batch] (the last valid position) and the total length, both int32, from the mask of that name."""
     ir, first = graph.ir, graph.graph[0]
     mask = next(value for value in graph.graph.inputs if value.name == name)

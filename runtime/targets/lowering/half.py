@@ -1,24 +1,27 @@
-"""A canonical graph as one that computes in half, for targets that take every type as written (strongly typed
-networks).
+"""Lowers a canonical graph to half precision, for targets that compute each node in the type that the graph states
+(strongly typed networks).
 
     x float32 ─ Cast ─ [half] ─ [half] ─ Cast ─ [node of `keep`, float32] ─ Cast ─ [half] ─ Cast ─ y float32
 
-Which operators may compute in half, and which of their inputs are of one type, is read from the standard's own operator
-schemas. Weights stored in half are read as they are, other constants are converted once, so that no Cast follows a
-constant.
+The standard's operator schemas say which operators may compute in half, and which of their inputs share a type. Weights
+stored in half are read as they are; other constants are converted once, so that no Cast follows a constant.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
 from runtime.bundle.signature import Array
 from runtime.errors import EngineError, InvalidInput
 from runtime.optional import require
+from runtime.targets.lowering.values import dtype_of, name_of, operand
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Half = Literal["float16", "bfloat16"]
 
@@ -31,22 +34,21 @@ stays float32.
 """
 
 
-def to_half(model: Any, compute: Half, keep: Collection[str] = ()) -> Any:
-    """A copy of a canonical graph (onnx_ir.Model) that computes in `compute`, but for the nodes named in `keep`.
+def to_half(model: ir.Model, compute: Half, keep: Collection[str] = ()) -> ir.Model:
+    """A copy of a canonical graph that computes in `compute`, except for the nodes named in `keep`.
 
-    The types of the graph's inputs and outputs and the names of nodes stay. Float32 remain also nodes whose operator
-    the standard has no half form of, and those that read a constant which half cannot express: beyond its range, or so
-    small that it loses its digits. A graph that computes in half already comes back as it is. Raises InvalidInput when
-    `keep` names a node that the graph lacks; EngineError for graphs with control flow.
+    The types of the graph's inputs and outputs and the names of nodes stay. Nodes also stay float32 whose operator has
+    no half form in the standard, or which read a constant that half cannot express: beyond its range, or so small that
+    it loses its digits. A graph that already computes in half is returned unchanged. Raises InvalidInput when `keep`
+    names a node that the graph lacks; EngineError for graphs with control flow.
     """
-    ir = require("onnx_ir", "export")
     copy = model.clone()
     unknown = set(keep) - {node.name for node in copy.graph}
     if unknown:
         raise InvalidInput(
             "keep", f"names {', '.join(sorted(unknown)[:3])}, which this graph lacks: build the bundle again"
         )
-    _Lowering(ir, copy, ir.DataType[compute.upper()], frozenset(keep)).run()
+    _Lowering(copy, compute, frozenset(keep)).run()
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
     return copy
 
@@ -56,16 +58,17 @@ class _Lowering:
     type it was made in.
     """
 
-    def __init__(self, ir: Any, model: Any, half: Any, keep: frozenset[str]) -> None:
-        self.ir, self.model, self.graph, self.half, self.keep = ir, model, model.graph, half, keep
-        self.single = ir.DataType.FLOAT
-        self.floats = {self.single, ir.DataType.FLOAT16, ir.DataType.BFLOAT16}
+    def __init__(self, model: ir.Model, compute: Half, keep: frozenset[str]) -> None:
+        self.ir, self.model, self.graph, self.keep = require("onnx_ir", "export"), model, model.graph, keep
+        types = self.ir.DataType
+        self.half, self.single = types[compute.upper()], types.FLOAT
+        self.floats = {types.FLOAT, types.FLOAT16, types.BFLOAT16}
         self.schemas = require("onnx.defs", "export")
-        self.now: dict[Any, Any] = {}
-        self.made: dict[tuple[Any, Any], Any] = {}
+        self.now: dict[ir.Value, ir.Value] = {}
+        self.made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
     def run(self) -> None:
-        declared = [(value, value.name, value.dtype) for value in self.graph.outputs]
+        declared = [(value, name_of(value), dtype_of(value)) for value in self.graph.outputs]
         for node in list(self.graph):
             if any(
                 attribute.type in (self.ir.AttributeType.GRAPH, self.ir.AttributeType.GRAPHS)
@@ -76,26 +79,26 @@ class _Lowering:
                     f"{self.half.name}"
                 )
             if self._is_between_floats(node):
-                self.now[node.outputs[0]] = self._current(node.inputs[0])
+                self.now[node.outputs[0]] = self._current(operand(node, 0))
             else:
                 self._node(node)
         for index, (value, name, dtype) in enumerate(declared):
             self.graph.outputs[index] = self._output(self._current(value), name, dtype)
 
-    def _current(self, value: Any) -> Any:
+    def _current(self, value: ir.Value) -> ir.Value:
         return self.now.get(value, value)
 
-    def _is_between_floats(self, node: Any) -> bool:
+    def _is_between_floats(self, node: ir.Node) -> bool:
         """Whether the node casts stored weights or earlier results between floats: readers cast as they need. Casts
         from and to integers stay.
         """
         return bool(
             (node.domain, node.op_type) == ("", "Cast")
             and node.attributes["to"].as_int() in self.floats
-            and self._current(node.inputs[0]).dtype in self.floats
+            and self._current(operand(node, 0)).dtype in self.floats
         )
 
-    def _node(self, node: Any) -> None:
+    def _node(self, node: ir.Node) -> None:
         """Give each input the type that the node computes in, and its outputs the types that follow."""
         inputs = [None if value is None else self._current(value) for value in node.inputs]
         schema = self._schema(node)
@@ -110,9 +113,9 @@ class _Lowering:
                 dtype = self._computed(schema, _formal(schema.inputs, index).type_str, wide)
             if schema is not None and dtype is not None:
                 types[_formal(schema.inputs, index).type_str] = dtype
-            node.replace_input_with(
-                index, value if value is None or value.dtype == dtype else self._as(value, dtype, node)
-            )
+            if value is not None and dtype is not None and value.dtype != dtype:
+                value = self._as(value, dtype, node)
+            node.replace_input_with(index, value)
         for name in TYPE_ATTRIBUTES:
             if name in node.attributes and node.attributes[name].as_int() in self.floats:
                 node.attributes[name] = self.ir.AttrInt64(name, int(self.single if wide else self.half))
@@ -121,7 +124,7 @@ class _Lowering:
             if dtype is not None:
                 output.type = self.ir.TensorType(dtype)
 
-    def _schema(self, node: Any) -> Any:
+    def _schema(self, node: ir.Node) -> Any:
         """The operator's schema; None for one outside of the standard, which is left unchanged."""
         version = self.model.opset_imports.get(node.domain, 1)
         return (
@@ -138,7 +141,7 @@ class _Lowering:
         )
         return self.half if not wide and f"tensor({self.half.name.lower()})" in allowed else self.single
 
-    def _made(self, node: Any, schema: Any, types: dict[str, Any], index: int) -> Any:
+    def _made(self, node: ir.Node, schema: Any, types: dict[str, Any], index: int) -> Any:
         """The type of an output; None where it does not depend on the inputs."""
         for name in TYPE_ATTRIBUTES:
             if name in node.attributes and node.attributes[name].as_int():
@@ -153,17 +156,14 @@ class _Lowering:
         fixed = variable.removeprefix("tensor(").removesuffix(")").upper()
         return self.ir.DataType[fixed] if fixed in self.ir.DataType.__members__ else None
 
-    def _expressible(self, value: Any) -> bool:
+    def _expressible(self, value: ir.Value | None) -> bool:
         """Whether half can hold the values of a constant."""
-        if (
-            value is None
-            or not value.is_initializer()
-            or value.dtype not in self.floats - {self.half, self.ir.DataType.FLOAT16}
-        ):
+        tensor = None if value is None else value.const_value
+        if value is None or tensor is None or value.dtype not in self.floats - {self.half, self.ir.DataType.FLOAT16}:
             return True
-        return rounding(value.const_value.numpy(), self.half.numpy()) <= TOLERANCE
+        return rounding(tensor.numpy(), self.half.numpy()) <= TOLERANCE
 
-    def _as(self, value: Any, dtype: Any, before: Any) -> Any:
+    def _as(self, value: ir.Value, dtype: ir.DataType, before: ir.Node | None) -> ir.Value:
         """The value in another type of float: a converted constant, else a Cast that all readers of that type share."""
         key = value, dtype
         if key not in self.made:
@@ -173,13 +173,14 @@ class _Lowering:
             )
         return self.made[key]
 
-    def _constant(self, value: Any, dtype: Any, name: str) -> Any:
+    def _constant(self, value: ir.Value, dtype: ir.DataType, name: str) -> ir.Value:
         tensor = value.const_value
+        assert tensor is not None, "an initializer has a value"
 
         def convert() -> Any:
             return self.ir.tensor(_rounded(tensor.numpy(), dtype.numpy()), dtype=dtype, name=name)
 
-        converted = self.ir.Value(
+        converted: ir.Value = self.ir.Value(
             name=name,
             type=self.ir.TensorType(dtype),
             shape=value.shape,
@@ -188,9 +189,9 @@ class _Lowering:
         self.graph.register_initializer(converted)
         return converted
 
-    def _cast(self, value: Any, dtype: Any, name: str, before: Any) -> Any:
+    def _cast(self, value: ir.Value, dtype: ir.DataType, name: str, before: ir.Node | None) -> ir.Value:
         node = self.ir.node("Cast", [value], {"to": dtype}, name=f"{name}/Cast")
-        cast = node.outputs[0]
+        cast: ir.Value = node.outputs[0]
         cast.name, cast.type, cast.shape = name, self.ir.TensorType(dtype), value.shape
         if before is None:
             self.graph.append(node)
@@ -198,7 +199,7 @@ class _Lowering:
             self.graph.insert_before(before, node)
         return cast
 
-    def _output(self, value: Any, name: str, dtype: Any) -> Any:
+    def _output(self, value: ir.Value, name: str, dtype: ir.DataType) -> ir.Value:
         """The graph's output of this name: in the declared type, and made by a node of its own."""
         if value.dtype == dtype and value.name == name:
             return value
@@ -206,18 +207,18 @@ class _Lowering:
             value.name = name
             return value
         if value.name == name:
-            value.name = f"{name}.{value.dtype.name.lower()}"
+            value.name = f"{name}.{dtype_of(value).name.lower()}"
         if value.dtype != dtype:
             return self._cast(value, dtype, name, None)
         node = self.ir.node("Identity", [value], name=f"{name}/Identity")
-        same = node.outputs[0]
+        same: ir.Value = node.outputs[0]
         same.name, same.type, same.shape = name, value.type, value.shape
         self.graph.append(node)
         return same
 
 
 def _formal(parameters: Any, index: int) -> Any:
-    """The schema's entry for the operand at that place: the last one may stand for any number."""
+    """The schema's entry for the operand at that place; the last entry may cover any number of operands."""
     return parameters[min(index, len(parameters) - 1)]
 
 

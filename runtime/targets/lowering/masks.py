@@ -8,16 +8,20 @@ A position sees itself and those before it that the attention mask allows, in la
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from runtime.bundle.signature import Array, Signature
 from runtime.errors import EngineError
 from runtime.optional import require
+from runtime.targets.lowering.values import operand, optional, uncast
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
-def attentions(model: Any) -> list[Any]:
+def attentions(model: ir.Model) -> list[ir.Node]:
     """The nodes of a canonical decoder (onnx_ir.Model) that keep past and present."""
     return [
         node
@@ -26,23 +30,20 @@ def attentions(model: Any) -> list[Any]:
     ]
 
 
-def window_of(node: Any, signature: Signature) -> int:
+def window_of(node: ir.Node, signature: Signature) -> int:
     """The window of an attention with past, found by the name of its keys; 0 is none."""
-    past = node.inputs[4]
-    name = (
-        past.producer().inputs[0] if past.producer() is not None else past
-    ).name  # behind the Cast of a lowered graph
+    name = uncast(operand(node, 4)).name
     return next((state.window for state in signature.states if state.past.name == name), 0)
 
 
-def require_windows(model: Any, signature: Signature) -> None:
+def require_windows(model: ir.Model, signature: Signature) -> None:
     """Compute the graph's own masks for a few lengths, padded rows among them, and compare them with the signature's
     windows.
 
     Raises EngineError when an attention sees other positions: its kernel would have to read the graph's mask.
     """
     found = {
-        (node.inputs[3].name if node.inputs[3] is not None else "", window_of(node, signature))
+        (str(own.name) if (own := optional(node, 3)) is not None else "", window_of(node, signature))
         for node in attentions(model)
     }
     for name, window in sorted(found):
@@ -78,7 +79,7 @@ def _calls(window: int, longest: int) -> Iterator[tuple[int, int, Array]]:
             yield past, sequence, allowed
 
 
-def _computed(model: Any, signature: Signature, name: str) -> Callable[[int, int, Array], Array | None] | None:
+def _computed(model: ir.Model, signature: Signature, name: str) -> Callable[[int, int, Array], Array | None] | None:
     """A function that computes the value of that name by ONNX Runtime, for past and new positions and an attention
     mask. None where the value depends on anything else.
     """

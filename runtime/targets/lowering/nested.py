@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,10 @@ from numpy.typing import NDArray
 from runtime.bundle.tensors import open_tensors
 from runtime.errors import EngineError
 from runtime.optional import require
+from runtime.targets.lowering.values import shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 WEIGHTS: Final = "weights.safetensors"
 """The file of a canonical graph's weights, beside it."""
@@ -61,7 +65,7 @@ def int8_codes(codes: NDArray[np.uint8], factors: NDArray[np.uint8], shape: tupl
     return wide.reshape(shape)
 
 
-def widen(model: Any) -> dict[str, tuple[int, ...]]:
+def widen(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """Replace the nested weights of a graph by int8 weights, which are computed when they are read.
 
     Returns their shapes by the names of the codes that they are made of; their own names are `int8_name` of these.
@@ -75,7 +79,7 @@ def widen(model: Any) -> dict[str, tuple[int, ...]]:
         read = restored.outputs[0]
         if read.name != f"{name}{WEIGHT}":
             read = read.consumers()[0].outputs[0]
-        shape = tuple(int(length) for length in read.shape)
+        shape = shape_of(read).numpy()
         tensor = ir.LazyTensor(
             partial(_int8_tensor, codes.const_value, initializers[f"{name}{FACTORS}"].const_value, shape),
             ir.DataType.INT8,
@@ -103,11 +107,11 @@ def widen(model: Any) -> dict[str, tuple[int, ...]]:
     return made
 
 
-def widened(model: Any) -> dict[str, tuple[int, ...]]:
+def widened(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """The result of `widen` for a graph that may have been cut since."""
     ends = int8_name(CODES)
     values = {name: value for name, value in model.graph.initializers.items() if name.endswith(ends)}
-    return {name.removesuffix(int8_name("")): tuple(value.shape) for name, value in values.items()}
+    return {name.removesuffix(int8_name("")): shape_of(value).numpy() for name, value in values.items()}
 
 
 def int8_name(codes: str) -> str:

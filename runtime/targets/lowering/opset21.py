@@ -13,7 +13,7 @@ others               the function body in the standard's schema, such as that of
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -31,14 +31,18 @@ from runtime.targets.lowering.attention import (
     with_multihead,
 )
 from runtime.targets.lowering.static_cache import INDICES
+from runtime.targets.lowering.values import dtype_of, maker, operand, optional, shape_of
 from runtime.targets.sessions.kernels import OPSET, Provider, covers, kernels
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 BODIES: Final = "enginecast.bodies"
 """Domain of operators while they are replaced by the function bodies of the standard."""
 NEWEST: Final = 24
 
 
-def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
+def to_opset21(model: ir.Model, provider: Provider, steps: int = 0) -> None:
     """Lower a graph in place.
 
     `steps` makes a graph with a cache of fixed length (`static_cache`), which has so many positions, the graph for one
@@ -62,11 +66,11 @@ def to_opset21(model: Any, provider: Provider, steps: int = 0) -> None:
     model.opset_imports[CONTRIB] = 1
 
 
-def _attention(graph: Graph, node: Any) -> None:
+def _attention(graph: Graph, node: ir.Node) -> None:
     """Softmax of products. Heads that share keys are placed beside each other, so that keys are not repeated."""
-    query, key, value = node.inputs[:3]
+    query, key, value = (operand(node, index) for index in range(3))
     count, groups, size = heads(node)
-    length = key.shape[2]
+    length = shape_of(key)[2]
     scaled = graph.before(node, node.name, "Mul", query, _number(graph, scale(node), query))
     if count != groups:
         if not isinstance(length, int):
@@ -82,7 +86,7 @@ def _attention(graph: Graph, node: Any) -> None:
         products = graph.before(
             node, f"{node.name}/heads", "Reshape", products, graph.constant(f"heads.{count}", [0, count, -1, length])
         )
-    mask = node.inputs[3] if len(node.inputs) > 3 else None
+    mask = optional(node, 3)
     if mask is not None:
         products = graph.before(node, f"{node.name}/masked", "Add", products, bias(graph, mask, query))
     shares = graph.before(node, f"{node.name}/shares", "Softmax", products, axis=-1)
@@ -99,13 +103,13 @@ def _attention(graph: Graph, node: Any) -> None:
     graph.drop(node)
 
 
-def _group_normalization(graph: Graph, node: Any) -> None:
-    values, weight, offset = node.inputs
-    groups, number = node.attributes["num_groups"].as_int(), values.dtype.numpy()
+def _group_normalization(graph: Graph, node: ir.Node) -> None:
+    values, weight, offset = (operand(node, index) for index in range(3))
+    groups, dtype = node.attributes["num_groups"].as_int(), dtype_of(values)
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    rank = len(values.shape)
-    ones = graph.constant(f"ones.{groups}.{values.dtype.name.lower()}", np.ones(groups), number)
-    zeros = graph.constant(f"zeros.{groups}.{values.dtype.name.lower()}", np.zeros(groups), number)
+    rank = len(shape_of(values))
+    ones = graph.constant(f"ones.{groups}.{dtype.name.lower()}", np.ones(groups), dtype.numpy())
+    zeros = graph.constant(f"zeros.{groups}.{dtype.name.lower()}", np.zeros(groups), dtype.numpy())
     shape = graph.before(node, node.name, "Shape", values, like=graph.constant("groups.axes", [0]))
     split = graph.before(
         node, f"{node.name}/groups", "Reshape", values, graph.constant(f"split.{groups}", [0, groups, -1])
@@ -120,22 +124,22 @@ def _group_normalization(graph: Graph, node: Any) -> None:
     graph.drop(node)
 
 
-def _gelu(graph: Graph, node: Any) -> None:
+def _gelu(graph: Graph, node: ir.Node) -> None:
     near = "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh"
     made = graph.before(node, node.name, "FastGelu" if near else "Gelu", node.inputs[0], domain=CONTRIB)
     graph.instead(node.outputs[0], made)
     graph.drop(node)
 
 
-def _rms_normalization(graph: Graph, node: Any) -> None:
+def _rms_normalization(graph: Graph, node: ir.Node) -> None:
     """x / sqrt(mean(x^2) + epsilon) * scale, in float32 where the type is another one, as the standard's stash_type
     says.
     """
-    values, weight = node.inputs
+    values, weight = operand(node, 0), operand(node, 1)
     single = graph.ir.DataType.FLOAT
     axis = node.attributes["axis"].as_int() if "axis" in node.attributes else -1
     epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
-    rank = len(values.shape)
+    rank = len(shape_of(values))
     axes = graph.constant(f"rms.axes.{axis % rank}.{rank}", list(range(axis % rank, rank)))
     wide = values
     if values.dtype != single:
@@ -154,7 +158,7 @@ def _rms_normalization(graph: Graph, node: Any) -> None:
     graph.drop(node)
 
 
-def _equal(graph: Graph, node: Any) -> None:
+def _equal(graph: Graph, node: ir.Node) -> None:
     truth = graph.ir.Value(type=graph.ir.TensorType(graph.ir.DataType.BOOL))
     less, greater = (
         graph.before(node, node.name, op, *node.inputs, like=truth) for op in ("LessOrEqual", "GreaterOrEqual")
@@ -163,20 +167,22 @@ def _equal(graph: Graph, node: Any) -> None:
     graph.drop(node)
 
 
-def _scatter(graph: Graph, node: Any) -> None:
+def _scatter(graph: Graph, node: ir.Node) -> None:
     """Write new keys or values [batch, heads, sequence, size] into the cache at their start. The table has no kernels
     for the latest Scatter operators.
 
     Each position of the cache takes the new value at its place, or keeps its own. All rows begin at the same position.
     """
-    cache, new, starts = node.inputs
-    source, inside = _places(graph, starts, new, cache.shape[2])
+    cache, new, starts = (operand(node, index) for index in range(3))
+    capacity = shape_of(cache)[2]
+    assert isinstance(capacity, int), "the cache has a fixed length"
+    source, inside = _places(graph, starts, new, capacity)
     taken = graph.before(node, f"{node.name}/taken", "Gather", new, source, axis=2)
     graph.instead(node.outputs[0], graph.before(node, node.name, "Where", inside, taken, cache, like=cache))
     graph.drop(node)
 
 
-def _places(graph: Graph, starts: Any, new: Any, capacity: int) -> tuple[Any, Any]:
+def _places(graph: Graph, starts: ir.Value, new: ir.Value, capacity: int) -> tuple[ir.Value, ir.Value]:
     """For each position of a cache, which of the new ones it takes, int64 [capacity], and whether it takes any, bool
     [1, 1, capacity, 1].
 
@@ -219,13 +225,12 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
     last.type = ir.TensorType(ir.DataType.INT32)
     total = graph.constant("steps.total", capacity, np.int32)
     for node in [
-        node for node in graph.graph if is_attention(node) and node.inputs[1].producer().op_type == "TensorScatter"
+        node for node in graph.graph if is_attention(node) and maker(operand(node, 1)).op_type == "TensorScatter"
     ]:
-        scatters = [node.inputs[index].producer() for index in (1, 2)]
+        scatters = [maker(operand(node, index)) for index in (1, 2)]
         count, groups, _ = heads(node)
-        packed = [
-            pack(graph, node, tensor) for tensor in (node.inputs[0], *(scatter.inputs[1] for scatter in scatters))
-        ]
+        new = [operand(node, 0), *(operand(scatter, 1) for scatter in scatters)]
+        packed = [pack(graph, node, tensor) for tensor in new]
         inputs = [*packed, *(scatter.inputs[0] for scatter in scatters), last, total]
         attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)}
         fused = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
@@ -236,7 +241,7 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
             graph.instead(scatter.outputs[0], present)
 
 
-RULES: Final[Mapping[str, Callable[[Graph, Any], None]]] = {
+RULES: Final[Mapping[str, Callable[[Graph, ir.Node], None]]] = {
     "Attention": _attention,
     "Equal": _equal,
     "Gelu": _gelu,
@@ -246,7 +251,7 @@ RULES: Final[Mapping[str, Callable[[Graph, Any], None]]] = {
 }
 
 
-def _inline_bodies(model: Any, provider: Provider) -> None:
+def _inline_bodies(model: ir.Model, provider: Provider) -> None:
     """Replace operators that the table lacks and that have no rule by the function bodies of the standard."""
     defs, ir = require("onnx.defs", "export"), require("onnx_ir", "export")
     known = {operator for domain, operator in kernels(provider.table) if not domain} | set(RULES)
@@ -273,7 +278,7 @@ def _inline_bodies(model: Any, provider: Provider) -> None:
         del model.opset_imports[BODIES]
 
 
-def _body(schema: Any, node: Any) -> Any:
+def _body(schema: Any, node: ir.Node) -> Any:
     """The standard's function for an operator, for this node's types and attributes; None where it has none."""
     onnx = require("onnx", "export")
     if not schema.has_context_dependent_function:
@@ -294,5 +299,5 @@ def _body(schema: Any, node: Any) -> Any:
     return body
 
 
-def _number(graph: Graph, number: float, like: Any) -> Any:
-    return graph.constant(f"attention.scale.{number}.{like.dtype.name.lower()}", number, like.dtype.numpy())
+def _number(graph: Graph, number: float, like: ir.Value) -> ir.Value:
+    return graph.constant(f"attention.scale.{number}.{dtype_of(like).name.lower()}", number, dtype_of(like).numpy())

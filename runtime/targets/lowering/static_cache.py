@@ -12,7 +12,7 @@ are then fixed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -20,6 +20,10 @@ from runtime.bundle.signature import Signature
 from runtime.errors import EngineError, InvalidInput
 from runtime.optional import require
 from runtime.targets.lowering.masks import attentions, require_windows, window_of
+from runtime.targets.lowering.values import dtype_of, operand, shape_of, uncast
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET: Final = 24
 INDICES: Final = "write_indices"
@@ -37,7 +41,7 @@ def capacity(signature: Signature, context: int) -> int:
     return context or longest
 
 
-def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
+def with_static_cache(model: ir.Model, signature: Signature, capacity: int) -> ir.Model:
     """A copy of a canonical decoder with caches of `capacity` positions; they have the type that attention computes in.
 
     Differences to the signature: the mask is int64 [batch, capacity], zero beyond the positions there are;
@@ -52,16 +56,16 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     nodes = attentions(copy)
     inputs = {value.name: value for value in graph.inputs}
     allowed = inputs[signature.decoder.mask]
-    indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([allowed.shape[0]]))
+    indices = ir.Value(name=INDICES, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([shape_of(allowed)[0]]))
     graph.inputs.append(indices)
-    allowed.shape = ir.Shape([allowed.shape[0], capacity])
+    allowed.shape = ir.Shape([shape_of(allowed)[0], capacity])
     tokens = inputs[signature.decoder.embeddings]
     windows = [window_of(node, signature) for node in nodes]
     masks = _masks(ir, copy, nodes[0], tokens, allowed, indices, capacity, windows)
     for node, window in zip(nodes, windows, strict=True):
         _share(ir, graph, node, masks[window], indices, capacity)
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
-    others = {node.name for node, _ in allowed.uses()} - {"cache.mask/Equal"}
+    others = {str(node.name) for node, _ in allowed.uses()} - {"cache.mask/Equal"}
     if others:
         raise EngineError(
             f"the decoder reads {allowed.name} outside of attention, in {', '.join(sorted(others)[:3])}: its length "
@@ -71,13 +75,14 @@ def with_static_cache(model: Any, signature: Signature, capacity: int) -> Any:
     return copy
 
 
-def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: int) -> None:
+def _share(ir: Any, graph: ir.Graph, node: ir.Node, mask: ir.Value, indices: ir.Value, capacity: int) -> None:
     """Make one attention write its keys and values into the caches and read them from there."""
     for index in (1, 2):
-        new, past, present = node.inputs[index], node.inputs[index + 3], node.outputs[index]
-        cache = past.producer().inputs[0] if past.producer() is not None else past  # behind the Cast of a lowered graph
-        cache.type = ir.TensorType(new.dtype)
-        cache.shape = ir.Shape([cache.shape[0], cache.shape[1], capacity, cache.shape[3]])
+        new, present = operand(node, index), node.outputs[index]
+        cache = uncast(operand(node, index + 3))
+        cache.type = ir.TensorType(dtype_of(new))
+        batch, heads, _, size = shape_of(cache)
+        cache.shape = ir.Shape([batch, heads, capacity, size])
         name = next(output.name for output in graph.outputs if output is present or _casts(output, present))
         scatter = ir.node(
             "TensorScatter", [cache, new, indices], {"axis": -2}, name=f"{node.name}/TensorScatter.{index}"
@@ -99,14 +104,21 @@ def _share(ir: Any, graph: Any, node: Any, mask: Any, indices: Any, capacity: in
     node.outputs[0].name = f"{output.name}.grown"
 
 
-def _casts(output: Any, value: Any) -> bool:
+def _casts(output: ir.Value, value: ir.Value) -> bool:
     producer = output.producer()
     return producer is not None and producer.op_type == "Cast" and producer.inputs[0] is value
 
 
 def _masks(
-    ir: Any, model: Any, before: Any, tokens: Any, allowed: Any, indices: Any, capacity: int, windows: Iterable[int]
-) -> dict[int, Any]:
+    ir: Any,
+    model: ir.Model,
+    before: ir.Node,
+    tokens: ir.Value,
+    allowed: ir.Value,
+    indices: ir.Value,
+    capacity: int,
+    windows: Iterable[int],
+) -> dict[int, ir.Value]:
     """bool [batch, 1, sequence, capacity] for each window: the positions that a row sees, always including its own, so
     that padding does not become 0 / 0.
     """

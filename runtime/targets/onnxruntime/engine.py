@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -33,6 +33,9 @@ from runtime.targets.onnxruntime.integers import cut_behind, first_behind, with_
 from runtime.targets.sessions.base import SessionEngine, folder_of
 from runtime.targets.sessions.sessions import ACCURACY, CPU, Device, nested_values, open_session, sdk
 from runtime.targets.sessions.stored import SessionPlan, load_graph, read_plan, without_weights
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 PROVIDER: Final = CPU
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
@@ -112,7 +115,7 @@ class ONNXRuntime(SessionEngine):
         return engine
 
 
-def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
+def _lowered(submodel: Submodel, graph: Path) -> dict[str, ir.Model]:
     """The graphs that are stored, by name; none where the canonical one is loaded."""
     name = submodel.name
     if submodel.signature.states:
@@ -134,7 +137,7 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, Any]:
     return {name: whole, f"{name}.integers": part, f"{name}.floats": plain}
 
 
-def _write(output: Path, name: str, model: Any) -> list[str]:
+def _write(output: Path, name: str, model: ir.Model) -> list[str]:
     """Store a graph without weights, with a plan where weights are made when it is loaded. Returns the files' names."""
     output.mkdir(parents=True, exist_ok=True)
     plan = SessionPlan(graph=f"{name}.onnx", nested=widened(model))

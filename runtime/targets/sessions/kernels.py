@@ -7,10 +7,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from runtime.errors import EngineError
 from runtime.optional import require
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET: Final = 21
 """The latest opset with kernels for all its operators. 22 changed Conv, Cos and Sin: DirectML has not followed, and
@@ -86,7 +89,7 @@ def covers(provider: Provider, operator: str) -> bool:
     return any(version in entry.versions for entry in kernels(provider.table).get(("", operator), ()))
 
 
-def check(model: Any, provider: Provider, name: str) -> None:
+def check(model: ir.Model, provider: Provider, name: str) -> None:
     """Raise EngineError naming nodes of a graph that a provider has no kernel for. `name` is the submodel's."""
     unsupported = [f"node '{node.name}' ({_operator(node)}: {reason})" for node, reason in outside(model, provider)]
     if unsupported:
@@ -99,7 +102,7 @@ def check(model: Any, provider: Provider, name: str) -> None:
         )
 
 
-def outside(model: Any, provider: Provider) -> Iterator[tuple[Any, str]]:
+def outside(model: ir.Model, provider: Provider) -> Iterator[tuple[ir.Node, str]]:
     """Each node that a provider has no kernel for, with the reason. Sets the types of values that have none, which
     follow from their nodes.
     """
@@ -109,14 +112,14 @@ def outside(model: Any, provider: Provider) -> Iterator[tuple[Any, str]]:
             yield node, reason
 
 
-def _operator(node: Any) -> str:
+def _operator(node: ir.Node) -> str:
     return f"{node.domain + '.' if node.domain else ''}{node.op_type}"
 
 
 class _Reader:
     """Compares one node with the table."""
 
-    def __init__(self, model: Any, node: Any, table: Mapping[tuple[str, str], tuple[Kernel, ...]]) -> None:
+    def __init__(self, model: ir.Model, node: ir.Node, table: Mapping[tuple[str, str], tuple[Kernel, ...]]) -> None:
         self.ir, self.node = require("onnx_ir", "export"), node
         self.declared = model.opset_imports.get(node.domain, 1)
         self.entries = table.get((node.domain, node.op_type), ())

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 
 from pydantic import Field, ValidationError
 
@@ -22,6 +22,10 @@ from runtime.errors import EngineError
 from runtime.files import read_regular, written
 from runtime.optional import require
 from runtime.targets.lowering.nested import WEIGHTS
+from runtime.targets.lowering.values import dtype_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 INLINE_BYTES: Final = 1024
 """Weights of another type are stored beside the graph from this size on: a graph holds 2 GB at most."""
@@ -71,15 +75,16 @@ def read_plan(folder: Path, name: str) -> SessionPlan:
         raise EngineError(f"could not compile {path}: it cannot be read ({error}). Build the bundle again") from None
 
 
-def load_graph(graph: Path) -> Any:
+def load_graph(graph: Path) -> ir.Model:
     """A canonical graph. Raises EngineError."""
     try:
-        return require("onnx_ir", "export").load(graph)
+        model: ir.Model = require("onnx_ir", "export").load(graph)
+        return model
     except Exception as error:  # protobuf's and onnx_ir's own
         raise EngineError(f"could not compile {graph}: it cannot be read ({error}). Build the bundle again") from None
 
 
-def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[str, Any]) -> tuple[str, ...]:
+def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[str, ir.Model]) -> tuple[str, ...]:
     """Write graphs by file name, converted weights and the plan; return the files' names. Graphs must share weights."""
     output.mkdir(parents=True, exist_ok=True)
     weights = f"{submodel.name}.safetensors"
@@ -95,24 +100,24 @@ def store(output: Path, submodel: Submodel, plan: SessionPlan, models: Mapping[s
     return (*models, *([weights] if converted else ()), f"{submodel.name}.json")
 
 
-def _converted(model: Any) -> Iterator[tuple[str, Any]]:
+def _converted(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """The weights whose type was changed (`runtime.targets.lowering.half`), without small ones."""
     for name, tensor in _computed(model):
         if tensor.dtype.name != "INT8":
             yield name, tensor
 
 
-def _computed(model: Any) -> Iterator[tuple[str, Any]]:
+def _computed(model: ir.Model) -> Iterator[tuple[str, ir.TensorProtocol]]:
     """The same, and int8 weights that are made from nested ones when the graph is opened."""
     ir = require("onnx_ir", "export")
     for name, value in model.graph.initializers.items():
         if isinstance(value.const_value, ir.LazyTensor) and (
-            value.const_value.nbytes >= INLINE_BYTES or value.dtype.name == "INT8"
+            value.const_value.nbytes >= INLINE_BYTES or dtype_of(value).name == "INT8"
         ):
             yield name, value.const_value
 
 
-def without_weights(model: Any, weights: str) -> Any:
+def without_weights(model: ir.Model, weights: str) -> Any:
     """The graph as a protobuf message that refers to the weights file for converted weights."""
     ir = require("onnx_ir", "export")
     kept = dict(_computed(model))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.targets.coreml.operators.base import attribute, given, kept, like, operator, placed, refuse, reshaped
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 @operator("Attention")
-def _attention(t: Any, node: Any) -> Any:
+def _attention(t: Any, node: ir.Node) -> Any:
     """Heads that share keys and values are moved into the sequence axis, so that keys and values are not repeated."""
     if given(node, 4) is not None or any(output.uses() for output in node.outputs[1:]):
         raise refuse(node, "keeps its past itself")
@@ -35,7 +38,7 @@ def _attention(t: Any, node: Any) -> Any:
 
 
 @operator("TensorScatter")
-def _tensor_scatter(t: Any, node: Any) -> Any:
+def _tensor_scatter(t: Any, node: ir.Node) -> Any:
     """Write new keys or values into a state in place, and read it."""
     state = t.states.get(node.inputs[0])
     if state is None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from runtime.errors import EngineError
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Operator = Callable[[Any, Any], Any]
 """Takes the translator and an onnx_ir node; returns the node's outputs, in order."""
@@ -24,17 +27,17 @@ def operator(*names: str) -> Callable[[Operator], Operator]:
     return add
 
 
-def attribute(node: Any, name: str, default: Any) -> Any:
+def attribute(node: ir.Node, name: str, default: Any) -> Any:
     """The value of an attribute of the node."""
     return node.attributes[name].value if name in node.attributes else default
 
 
-def refuse(node: Any, what: str) -> EngineError:
+def refuse(node: ir.Node, what: str) -> EngineError:
     """The error for a variant of an operator that is not translated."""
     return EngineError(f"node '{node.name}' ({node.op_type}) {what}, which is not translated to Core ML")
 
 
-def given(node: Any, index: int) -> Any:
+def given(node: ir.Node, index: int) -> Any:
     """An optional input; None where it is absent."""
     return node.inputs[index] if index < len(node.inputs) else None
 
@@ -61,7 +64,7 @@ def kept(t: Any, x: Any, axis: int) -> Any:
     )
 
 
-def placed(t: Any, node: Any, rest: list[int], axes: Any, computed: Any) -> Any:
+def placed(t: Any, node: ir.Node, rest: list[int], axes: Any, computed: Any) -> Any:
     """A vector with a number for every axis, one of which is computed."""
     if len(axes) != 1:
         raise refuse(node, "has computed bounds for several axes")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runtime.targets.coreml.constants import Constant
 from runtime.targets.coreml.operators.base import attribute, given, like, operator, refuse
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 UNARY: Final[Mapping[str, str]] = {
     **{
@@ -56,12 +59,12 @@ TYPES: Final[Mapping[str, str]] = {
 
 
 @operator(*UNARY)
-def _unary(t: Any, node: Any) -> Any:
+def _unary(t: Any, node: ir.Node) -> Any:
     return getattr(t.mb, UNARY[node.op_type])(x=t.var(node.inputs[0]))
 
 
 @operator(*BINARY)
-def _binary(t: Any, node: Any) -> Any:
+def _binary(t: Any, node: ir.Node) -> Any:
     if len(node.inputs) != 2:
         raise refuse(node, f"has {len(node.inputs)} inputs")
     x, y = map(t.var, node.inputs)
@@ -69,7 +72,7 @@ def _binary(t: Any, node: Any) -> Any:
 
 
 @operator("Div")
-def _div(t: Any, node: Any) -> Any:
+def _div(t: Any, node: ir.Node) -> Any:
     """Integer division: the numbers are lengths, so truncation and floor are the same."""
     x, y = map(t.var, node.inputs)
     whole = t.mb.types.is_int(x.dtype)
@@ -77,41 +80,41 @@ def _div(t: Any, node: Any) -> Any:
 
 
 @operator("Neg")
-def _neg(t: Any, node: Any) -> Any:
+def _neg(t: Any, node: ir.Node) -> Any:
     x = t.var(node.inputs[0])
     return t.mb.mul(x=x, y=like(t, x, -1))
 
 
 @operator("Reciprocal")
-def _reciprocal(t: Any, node: Any) -> Any:
+def _reciprocal(t: Any, node: ir.Node) -> Any:
     x = t.var(node.inputs[0])
     return t.mb.real_div(x=like(t, x, 1), y=x)
 
 
 @operator("Gelu")
-def _gelu(t: Any, node: Any) -> Any:
+def _gelu(t: Any, node: ir.Node) -> Any:
     mode = "EXACT" if attribute(node, "approximate", "none") == "none" else "TANH_APPROXIMATION"
     return t.mb.gelu(x=t.var(node.inputs[0]), mode=mode)
 
 
 @operator("Softmax")
-def _softmax(t: Any, node: Any) -> Any:
+def _softmax(t: Any, node: ir.Node) -> Any:
     return t.mb.softmax(x=t.var(node.inputs[0]), axis=attribute(node, "axis", -1))
 
 
 @operator("Where")
-def _where(t: Any, node: Any) -> Any:
+def _where(t: Any, node: ir.Node) -> Any:
     condition, x, y = map(t.var, node.inputs)
     return t.mb.select(cond=condition, a=x, b=y)
 
 
 @operator("Identity")
-def _identity(t: Any, node: Any) -> Any:
+def _identity(t: Any, node: ir.Node) -> Any:
     return t.constant(node.inputs[0]) or t.var(node.inputs[0])
 
 
 @operator("Constant")
-def _constant(t: Any, node: Any) -> Any:
+def _constant(t: Any, node: ir.Node) -> Any:
     tensor = attribute(node, "value", None)
     if tensor is None:
         raise refuse(node, "holds no tensor")
@@ -119,7 +122,7 @@ def _constant(t: Any, node: Any) -> Any:
 
 
 @operator("Cast")
-def _cast(t: Any, node: Any) -> Any:
+def _cast(t: Any, node: ir.Node) -> Any:
     name = t.ir.DataType(attribute(node, "to", 1)).name
     if name not in TYPES:
         raise refuse(node, f"casts to {name.lower()}")
@@ -131,7 +134,7 @@ def _cast(t: Any, node: Any) -> Any:
 
 
 @operator(*REDUCTIONS)
-def _reduce(t: Any, node: Any) -> Any:
+def _reduce(t: Any, node: ir.Node) -> Any:
     axes = t.numbers(given(node, 1))
     x = t.var(node.inputs[0])
     axes = list(range(x.rank)) if axes is None else [int(axis) for axis in axes]
@@ -139,7 +142,7 @@ def _reduce(t: Any, node: Any) -> Any:
 
 
 @operator("ArgMax")
-def _argmax(t: Any, node: Any) -> Any:
+def _argmax(t: Any, node: ir.Node) -> Any:
     if attribute(node, "select_last_index", 0):
         raise refuse(node, "takes the last of equals")
     x = t.var(node.inputs[0])

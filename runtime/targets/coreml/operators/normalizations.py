@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from runtime.targets.coreml.operators.base import attribute, given, like, operator, refuse
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 LEAST: Final = 2.0**-10
 """The least divisor of a group in half precision: smaller values vanish beside epsilon."""
 
 
 @operator("LayerNormalization")
-def _layer_norm(t: Any, node: Any) -> Any:
+def _layer_norm(t: Any, node: ir.Node) -> Any:
     x, bias = t.var(node.inputs[0]), given(node, 2)
     axis = attribute(node, "axis", -1) % x.rank
     found = {"gamma": t.var(node.inputs[1])} | ({} if bias is None else {"beta": t.var(bias)})
@@ -21,7 +24,7 @@ def _layer_norm(t: Any, node: Any) -> Any:
 
 
 @operator("GroupNormalization")
-def _group_norm(t: Any, node: Any) -> Any:
+def _group_norm(t: Any, node: ir.Node) -> Any:
     """Means over the positions of each channel, then over the channels of each group: no shape depends on how many
     positions there are.
     """

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runtime.targets.coreml.operators.base import attribute, given, operator, refuse
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 @operator("MatMul")
-def _matmul(t: Any, node: Any) -> Any:
+def _matmul(t: Any, node: ir.Node) -> Any:
     x, weight = t.var(node.inputs[0]), t.constant(node.inputs[1])
     if weight is None or len(weight.shape) != 2 or x.rank > 3:
         return t.mb.matmul(x=x, y=t.weight(node.inputs[1]))
@@ -17,7 +20,7 @@ def _matmul(t: Any, node: Any) -> Any:
 
 
 @operator("Gemm")
-def _gemm(t: Any, node: Any) -> Any:
+def _gemm(t: Any, node: ir.Node) -> Any:
     if attribute(node, "alpha", 1.0) != 1 or attribute(node, "beta", 1.0) != 1 or attribute(node, "transA", 0):
         raise refuse(node, "scales or transposes")
     x, bias = t.var(node.inputs[0]), given(node, 2)
@@ -31,7 +34,7 @@ def _linear(t: Any, x: Any, weight: Any, bias: Any) -> Any:
     return t.mb.linear(x=x, weight=weight) if bias is None else t.mb.linear(x=x, weight=weight, bias=bias)
 
 
-def _following_bias(t: Any, node: Any, length: int) -> Any:
+def _following_bias(t: Any, node: ir.Node, length: int) -> Any:
     """The bias that the only reader of a product adds, which becomes part of the product."""
     product = node.outputs[0]
     uses = list(product.uses())
@@ -47,7 +50,7 @@ def _following_bias(t: Any, node: Any, length: int) -> Any:
 
 
 @operator("Conv")
-def _conv(t: Any, node: Any) -> Any:
+def _conv(t: Any, node: ir.Node) -> Any:
     if attribute(node, "auto_pad", "NOTSET") != "NOTSET":
         raise refuse(node, "pads by itself")
     bias = given(node, 2)

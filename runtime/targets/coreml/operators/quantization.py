@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from runtime.targets.coreml.constants import Constant
 from runtime.targets.coreml.operators.base import attribute, given, operator, refuse
 
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
 
 @operator("QuantizeLinear")
-def _quantize(t: Any, node: Any) -> Any:
+def _quantize(t: Any, node: ir.Node) -> Any:
     scale, offset = t.numbers(node.inputs[1]), t.numbers(given(node, 2))
     if scale is None or (given(node, 2) is not None and offset is None):
         raise refuse(node, "has a computed scale")
@@ -27,7 +30,7 @@ def _quantize(t: Any, node: Any) -> Any:
 
 
 @operator("DequantizeLinear")
-def _dequantize(t: Any, node: Any) -> Any:
+def _dequantize(t: Any, node: ir.Node) -> Any:
     constant = t.constant(node.inputs[0])
     scale, offset = t.numbers(node.inputs[1]), t.numbers(given(node, 2))
     if scale is None:
@@ -39,7 +42,7 @@ def _dequantize(t: Any, node: Any) -> Any:
     return Constant(constant.shape, constant.stored, scale.dtype.name, constant.read, scale.reshape(blocks), shift)
 
 
-def _affine(node: Any, scale: Any, offset: Any) -> dict[str, Any]:
+def _affine(node: ir.Node, scale: Any, offset: Any) -> dict[str, Any]:
     """Scale, offset where it is not zero, and axis, in MIL's form: single numbers, or vectors along an axis."""
     if scale.ndim > 1:
         raise refuse(node, "quantizes what is computed by blocks")

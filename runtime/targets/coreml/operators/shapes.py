@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from runtime.targets.coreml.operators.base import attribute, given, kept, like, operator, placed, refuse, reshaped
+from runtime.targets.lowering.values import operand, shape_of
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 LAST: Final = 2**31 - 1
 
 
 @operator("Shape")
-def _shape(t: Any, node: Any) -> Any:
+def _shape(t: Any, node: ir.Node) -> Any:
     x = t.var(node.inputs[0])
     start, end = attribute(node, "start", 0), attribute(node, "end", x.rank)
     whole = t.mb.shape(x=x)
@@ -24,7 +28,7 @@ def _shape(t: Any, node: Any) -> Any:
 
 
 @operator("Reshape")
-def _reshape(t: Any, node: Any) -> Any:
+def _reshape(t: Any, node: ir.Node) -> Any:
     x, lengths = t.var(node.inputs[0]), t.numbers(node.inputs[1])
     if lengths is None:
         return t.mb.reshape(x=x, shape=t.var(node.inputs[1]))
@@ -37,7 +41,7 @@ def _reshape(t: Any, node: Any) -> Any:
 
 
 @operator("Transpose")
-def _transpose(t: Any, node: Any) -> Any:
+def _transpose(t: Any, node: ir.Node) -> Any:
     constant = t.constant(node.inputs[0])
     if constant is not None:
         return constant.transposed(tuple(attribute(node, "perm", range(len(constant.shape) - 1, -1, -1))))
@@ -46,12 +50,12 @@ def _transpose(t: Any, node: Any) -> Any:
 
 
 @operator("Unsqueeze")
-def _unsqueeze(t: Any, node: Any) -> Any:
+def _unsqueeze(t: Any, node: ir.Node) -> Any:
     return t.mb.expand_dims(x=t.var(node.inputs[0]), axes=[int(axis) for axis in t.numbers(node.inputs[1])])
 
 
 @operator("Squeeze")
-def _squeeze(t: Any, node: Any) -> Any:
+def _squeeze(t: Any, node: ir.Node) -> Any:
     axes = t.numbers(given(node, 1))
     x = t.var(node.inputs[0])
     return t.mb.squeeze(
@@ -63,12 +67,12 @@ def _squeeze(t: Any, node: Any) -> Any:
 
 
 @operator("Concat")
-def _concat(t: Any, node: Any) -> Any:
+def _concat(t: Any, node: ir.Node) -> Any:
     return t.mb.concat(values=[t.var(value) for value in node.inputs], axis=attribute(node, "axis", 0))
 
 
 @operator("Split")
-def _split(t: Any, node: Any) -> Any:
+def _split(t: Any, node: ir.Node) -> Any:
     x, sizes = t.var(node.inputs[0]), t.numbers(given(node, 1))
     axis = attribute(node, "axis", 0)
     if sizes is None:
@@ -77,7 +81,7 @@ def _split(t: Any, node: Any) -> Any:
 
 
 @operator("Expand")
-def _expand(t: Any, node: Any) -> Any:
+def _expand(t: Any, node: ir.Node) -> Any:
     """Added to zeros of the wanted shape, since MIL has no such operator."""
     x, shape = t.var(node.inputs[0]), t.var(node.inputs[1])
     if x.dtype == t.mb.types.bool:
@@ -86,18 +90,18 @@ def _expand(t: Any, node: Any) -> Any:
 
 
 @operator("Range")
-def _range(t: Any, node: Any) -> Any:
+def _range(t: Any, node: ir.Node) -> Any:
     start, end, step = map(t.var, node.inputs)
     return t.mb.range_1d(start=start, end=end, step=step)
 
 
 @operator("Slice")
-def _slice(t: Any, node: Any) -> Any:
+def _slice(t: Any, node: ir.Node) -> Any:
     x = t.var(node.inputs[0])
     axes, steps = t.numbers(given(node, 3)), t.numbers(given(node, 4))
     starts, ends = t.numbers(node.inputs[1]), t.numbers(node.inputs[2])
     if axes is None:
-        axes = np.arange(node.inputs[1].shape[0])
+        axes = np.arange(shape_of(operand(node, 1))[0])
     if steps is not None and (steps < 1).any():
         raise refuse(node, "goes backwards")
     begin, end, stride = [0] * x.rank, [0] * x.rank, [1] * x.rank
@@ -122,7 +126,7 @@ def _clamped(start: int, length: Any) -> int:
 
 
 @operator("Gather")
-def _gather(t: Any, node: Any) -> Any:
+def _gather(t: Any, node: ir.Node) -> Any:
     return t.mb.gather(
         x=t.weight(node.inputs[0]),
         indices=t.var(node.inputs[1]),
@@ -132,13 +136,13 @@ def _gather(t: Any, node: Any) -> Any:
 
 
 @operator("GatherND")
-def _gather_nd(t: Any, node: Any) -> Any:
+def _gather_nd(t: Any, node: ir.Node) -> Any:
     x, indices = map(t.var, node.inputs)
     return t.mb.gather_nd(x=x, indices=indices, batch_dims=attribute(node, "batch_dims", 0), validate_indices=False)
 
 
 @operator("Resize")
-def _resize(t: Any, node: Any) -> Any:
+def _resize(t: Any, node: ir.Node) -> Any:
     scales = t.numbers(given(node, 2))
     nearest = attribute(node, "mode", "nearest") == "nearest" and attribute(node, "nearest_mode", "") == "floor"
     if not nearest or attribute(node, "coordinate_transformation_mode", "") != "asymmetric":

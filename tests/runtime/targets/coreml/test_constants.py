@@ -82,7 +82,7 @@ def test_types_without_a_form_are_refused() -> None:
 
 
 def test_weights_are_read_one_after_another_when_the_package_is_written(tmp_path: Path) -> None:
-    """None while the program is made; then each is heard of, and at most one is held."""
+    """None while the program is made; then each is reported, and at most one is in memory."""
     from onnx_ir import ExternalTensor
 
     rows, columns, layers = 256, 256, 8
@@ -110,16 +110,16 @@ def test_weights_are_read_one_after_another_when_the_package_is_written(tmp_path
         value = nodes[-1].outputs[0]
     value.name = "y"
     model = ir.Model(ir.Graph([x], [value], nodes=nodes, initializers=held, opset_imports={"": 23}), ir_version=10)
-    heard: list[int] = []
+    reported: list[int] = []
 
-    def hear(nbytes: int) -> None:
-        heard.append(nbytes)
+    def report(nbytes: int) -> None:
+        reported.append(nbytes)
         assert sum(weight.const_value.raw is not None for weight in held) == 0, "each is let go of when it was copied"
 
-    program = translate(model, {}, (), hear)
-    assert not heard
+    program = translate(model, {}, (), report)
+    assert not reported
     save(program, [], tmp_path / "m.mlpackage")
-    assert heard == [data[0].nbytes] * layers
+    assert reported == [data[0].nbytes] * layers
     package = Package(tmp_path / "m.mlpackage")
     blobs = [
         operation.inputs["source_val"].arguments[0].value

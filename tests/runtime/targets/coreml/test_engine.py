@@ -289,8 +289,8 @@ def test_settings_that_do_not_fit_are_named(tiny_bundle: Path, tmp_path: Path) -
 
 def test_an_artifact_says_what_it_is(tiny_bundle: Path, tmp_path: Path) -> None:
     submodel = Bundle(tiny_bundle).submodel("decoder")
-    heard: list[tuple[float, str]] = []
-    options = CompileOptions({"context": "32"}, lambda share, phase: heard.append((share, phase)))
+    reported: list[tuple[float, str]] = []
+    options = CompileOptions({"context": "32"}, lambda share, phase: reported.append((share, phase)))
     artifact = CoreML.compile_with(options, submodel, tiny_bundle / submodel.graph, tmp_path)
     folder = "decoder.mlpackage"
     data = f"{folder}/Data/com.apple.CoreML"
@@ -298,11 +298,11 @@ def test_an_artifact_says_what_it_is(tiny_bundle: Path, tmp_path: Path) -> None:
     assert artifact.key == {"minimum_deployment_target": "macOS15", "coremltools": CoreML.available().version}
     assert artifact.settings == {"context": "32"} and artifact.seconds > 0 and not CoreML.reads_graph(artifact)
     assert [path.name for path in tmp_path.iterdir()] == [folder]
-    shares = [share for share, _ in heard]
+    shares = [share for share, _ in reported]
     assert (
         shares == sorted(shares)
         and shares[-1] == 1
-        and {"Program translated", "Weights written"} <= {phase for _, phase in heard}
+        and {"Program translated", "Weights written"} <= {phase for _, phase in reported}
     )
     spec = Package(tmp_path / folder).spec
     states = {feature.name: list(feature.type.stateType.arrayType.shape) for feature in spec.description.state}
@@ -329,7 +329,7 @@ def test_a_package_holds_what_its_weights_take(vlm_bundle: Path, tmp_path: Path)
     assert sizes["int4"] < 1.05 * sizes["int8-weight"] < 0.7 * sizes["none"]
 
 
-def test_who_stops_it_is_heard_and_nothing_is_left(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_who_stops_it_is_reported_and_nothing_is_left(tiny_bundle: Path, tmp_path: Path) -> None:
     submodel = Bundle(tiny_bundle).submodel("vision_encoder")
 
     def stop(share: float, phase: str) -> None:
@@ -387,7 +387,7 @@ def test_without_coremltools(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Path,
         CoreML.emulate(submodel, tiny_bundle, Options())
 
 
-def test_an_old_mac_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_mac_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(platform, "mac_ver", lambda: ("14.7", ("", "", ""), "arm64"))
     assert CoreML.available().reason == "macOS 14.7 is too old for what is compiled, which needs 15 or later"

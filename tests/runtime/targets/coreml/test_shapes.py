@@ -31,7 +31,7 @@ DECODER = Signature(
 )
 
 
-def test_lengths_are_the_signatures_unless_told_otherwise() -> None:
+def test_lengths_are_the_signatures_by_default() -> None:
     assert lengths_of(PICTURE, CoreMLSettings()) == {"batch": (1, 2, 64), "height": (8, 64, 128)}
     assert lengths_of(PICTURE, CoreMLSettings(shapes="fixed")) == {"batch": (2, 2, 2), "height": (64, 64, 64)}
     chosen = CoreMLSettings.parse({"lengths": "batch=1,height=16:32:64"})

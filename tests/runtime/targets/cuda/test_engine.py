@@ -88,7 +88,7 @@ def probe(
     fails: str = "",
     devices: Any = ((), "there is no NVIDIA GPU"),
 ) -> Any:
-    """What is available with an ONNX Runtime of these providers, whose library fails to load as told."""
+    """What is available with an ONNX Runtime of these providers, whose library fails to load in this way."""
 
     def load(path: str) -> None:
         assert "onnxruntime_providers_cuda" in path

@@ -1,4 +1,4 @@
-"""Attention as ONNX Runtime's own operators: nothing is moved twice, caches lie where the kernel wants them."""
+"""Attention as ONNX Runtime's own operators: nothing is moved twice, caches lie where the kernel reads them."""
 
 from __future__ import annotations
 

@@ -232,7 +232,7 @@ def test_a_huge_activation_overflows_unless_kept() -> None:
 
 
 def test_constants_that_half_cannot_express_keep_their_reader() -> None:
-    """1e-6 has four digits less in float16, so its reader computes in float32 without being told; bfloat16 has it."""
+    """1e-6 has four digits less in float16, so its reader computes in float32 by itself; bfloat16 has them."""
     kept = {found.name: found for found in to_half(overflowing(), "float16").graph}
     assert kept["back"].outputs[0].dtype == FLOAT
     assert kept["second"].outputs[0].dtype == FLOAT16

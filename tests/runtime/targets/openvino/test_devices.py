@@ -18,12 +18,12 @@ from runtime.targets.openvino.engine import OpenVINO, _least
 
 
 def core(*devices: str, places: dict[str, str] | None = None) -> Any:
-    """An SDK that has these devices; asked where nodes go, it answers `places`."""
+    """An SDK that has these devices; `places` is where its nodes run."""
     return SimpleNamespace(available_devices=list(devices), query_model=lambda model, name: places)
 
 
 @pytest.mark.parametrize(
-    ("asked", "parts", "cpu"),
+    ("name", "parts", "cpu"),
     [
         ("", ("CPU",), True),
         ("CPU", ("CPU",), True),
@@ -36,15 +36,15 @@ def core(*devices: str, places: dict[str, str] | None = None) -> Any:
         ("BATCH:GPU.0(4)", ("GPU.0",), False),
     ],
 )
-def test_what_a_device_comes_down_to(asked: str, parts: tuple[str, ...], cpu: bool) -> None:
-    where = Where.of(core("CPU", "GPU.0", "GPU.1"), asked)
+def test_what_a_device_uses(name: str, parts: tuple[str, ...], cpu: bool) -> None:
+    where = Where.of(core("CPU", "GPU.0", "GPU.1"), name)
     assert (where.parts, where.cpu) == (parts, cpu)
 
 
-@pytest.mark.parametrize("asked", ["NPU", "cpu", "HETERO:NPU,CPU", "AUTO:GPU", "TPU:1", "MULTI:CPU,"])
-def test_a_part_that_is_not_here_is_named(asked: str) -> None:
+@pytest.mark.parametrize("name", ["NPU", "cpu", "HETERO:NPU,CPU", "AUTO:GPU", "TPU:1", "MULTI:CPU,"])
+def test_a_part_that_is_not_here_is_named(name: str) -> None:
     with pytest.raises(EngineUnavailable, match=r"has no device '.*' here: it found CPU"):
-        Where.of(core("CPU"), asked)
+        Where.of(core("CPU"), name)
 
 
 def test_what_hetero_computes_elsewhere() -> None:

@@ -104,7 +104,7 @@ def inspected(embedding: tuple[Submodel, Path], session: Any, fallback: str) -> 
     return engine
 
 
-def test_what_runs_on_the_cpu_is_told(embedding: tuple[Submodel, Path]) -> None:
+def test_what_runs_on_the_cpu_is_reported(embedding: tuple[Submodel, Path]) -> None:
     engine = inspected(embedding, fake(None, ["Shape", "Gather", "Shape"]), "shapes")
     assert engine.device == "plain with 2 Shape, 1 Gather on the CPU"
     assert inspected(embedding, fake(None, []), "none").device == "plain"
