@@ -1,4 +1,4 @@
-"""`enginecast scale`: numbers come back scaled."""
+"""The command of the toy task: numbers come back scaled."""
 
 from __future__ import annotations
 
