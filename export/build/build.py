@@ -9,41 +9,40 @@ import ctypes
 import os
 import shutil
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
 
 import export.graph.trace
-from calibration.ground.progress import each, phase
-from calibration.observe.half import HalfCompute, store
-from calibration.quantize.plan import LayerPlan, plan
+from calibration.ground.progress import each
+from calibration.quantize.plan import plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.exams import Exam, exam_of
 from export.architecture.twin import twin_weights
 from export.build import auto
 from export.build.auto import Plans
+from export.build.bundle import draft, finish
+from export.build.judging import agreed, judged
 from export.build.keys import code
 from export.build.learned import captured, compensated, floating_model, tuned
 from export.build.options import Options
 from export.build.staging import cached, key_of, staging
-from export.build.state import Build, finish, part_graph, place
+from export.build.state import Build, part_graph
+from export.build.steps import steps
+from export.build.writing import compile_all, compiled, write, written
 from export.checkpoint.source import check_finite
 from export.checks import parity
 from export.family import Part
-from export.finished.agreement import Reference, agree, summary
 from export.finished.artifacts import remove_graphs
 from export.graph import weights as graph
-from export.report.baseline import compare_speed
-from export.report.compare import measure, right
+from export.report.compare import right
 from export.report.progress import Listener, Progress
-from export.report.quality import Quality, save_quality
-from export.task import Pictures
-from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Parity, Submodel, Verdict
-from runtime.engine import CompileOptions, Engine, target
-from runtime.errors import BundleError, InvalidInput, NotFound, QualityError, ResourceExhausted
+from runtime.bundle.manifest import Bundle, Parity
+from runtime.engine import target
+from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
 from runtime.placing.loading import load_model
 
 M_MMAP_THRESHOLD: Final = -3
@@ -67,7 +66,7 @@ def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bun
                 raise
     _check_room(options.output, state.least_bytes())
     _return_freed_memory()
-    progress = Progress(state.steps(), listen)
+    progress = Progress(steps(state), listen)
     with staging(options.output, options.force) as folder:
         _fill(state, folder, progress)
     return Bundle(options.output), progress.timings
@@ -96,10 +95,39 @@ def _return_freed_memory() -> None:
 
 
 def _fill(state: Build, folder: Path, progress: Progress) -> None:
+    """Make everything of the bundle in a new folder."""
+    _check_weights(state, progress)
+    graphs, parities = _trace(state, progress)
+    _check_quantized(state, graphs)
+    tunings = _tune(state, folder, progress)
+    graphs |= {name: tuning.folded(graphs[name]) for name, tuning in tunings.items()}
+    searched = state.options.quant == "auto"
+    plans = _search(state, graphs, tunings, folder, progress) if searched else _plans(state, graphs, tunings)
+    submodels = [
+        written(state, part, graphs.pop(part.name), plans.get(part.name), tunings.get(part.name), folder, progress)
+        for part in state.parts
+    ]
+    submodels = [one.model_copy(update={"parity": parities[one.name]}) for one in submodels]
+    artifacts = compile_all(state, folder, submodels, progress)
+    if state.checked:
+        artifacts = agreed(state, folder, submodels, artifacts, progress)
+    verdict = judged(state, folder, submodels, artifacts, progress) if state.measured else None
+    if state.options.strip_canonical:
+        remove_graphs(folder, submodels, artifacts)
+    with progress.step("bundle", "hash"):
+        finish(state, folder, submodels, artifacts, verdict)
+
+
+def _check_weights(state: Build, progress: Progress) -> None:
+    """Raises SourceError where a tensor holds NaN or infinity."""
     with progress.step("weights", "check") as notes:
         for checkpoint in each("component", state.checkpoints.values()):
             check_finite(checkpoint.tensors)
         notes += [f"{state.nbytes / 1e9:.2f} GB", *state.refused]
+
+
+def _trace(state: Build, progress: Progress) -> tuple[dict[str, ir.Model], dict[str, Parity]]:
+    """The graph of each part, and how near it is to the library's own model. Raises ParityError."""
     graphs, parities = {}, {}
     for part in state.parts:
         with progress.step(part.name, "trace") as notes:
@@ -108,61 +136,29 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
         with progress.step(part.name, "parity") as notes:
             parities[part.name] = _parity(state, part)
             notes.append(f"{parities[part.name].method}, error {parities[part.name].error:.1e}")
-    _check_quantized(state, graphs)
-    tunings: dict[str, Tuning] = {}
-    if any(map(state.calibrated, state.parts)):
-        with progress.step("pipeline", "calibrate") as notes:
-            samples = captured(state, folder)
-            notes += [
-                ", ".join(f"{len(calls)} of {name}" for name, calls in samples.samples.items()),
-                *samples.warnings(),
-            ]
-        for part in filter(state.calibrated, state.parts):
-            with progress.step(part.name, "tune") as notes:
-                tuning = tuned(state, part, samples)
-                notes.append(f"{len(tuning.ranges)} ranges, {len(tuning.folds)} folds")
-            if state.compensated(part):
-                with progress.step(part.name, "compensate") as notes:
-                    tuning = compensated(state, part, tuning, samples.samples[part.name])
-                    notes.append(f"{len(tuning.compensated)} weights")
-            tunings[part.name] = tuning
-            graphs[part.name] = tuning.folded(graphs[part.name])
-    searched = state.options.quant == "auto"
-    plans = _search(state, graphs, tunings, folder, progress) if searched else _plans(state, graphs, tunings)
-    submodels = []
-    for part in state.parts:
-        with progress.step(part.name, "write") as notes:
-            chosen, model = state.recipe(part), graphs.pop(part.name)
-            if chosen is not None and chosen.half:
-                model = store(model, chosen.half)
-            submodel = _write(part, model, plans.get(part.name), tunings.get(part.name), folder, state.requested(part))
-            notes.append(f"{submodel.nbytes / 1e6:.1f} MB {submodel.precision}")
-            if "int4" in submodel.precision.weights and not tunings.get(part.name, Tuning()).codes and not searched:
-                notes.append("rounded without data: a set of `enginecast calibrate` makes it better")
-            half = state.half(part)
-            if half is not None:
-                found = HalfCompute.measure(
-                    folder / submodel.graph, half, captured(state, folder).samples[part.name], part_graph(state, part)
-                )
-                submodel = submodel.computing(found.compute, tuple(found.keep))
-                notes.append(
-                    found.reason
-                    or f"computes in {found.compute} at {found.snr_db:.1f} dB, {len(found.keep)} nodes in float32"
-                )
-            submodels.append(submodel.model_copy(update={"parity": parities[part.name]}))
-    artifacts = []
-    for name in state.options.targets:
-        for submodel in submodels:
-            with progress.step(submodel.name, f"compile {name}"):
-                options = CompileOptions(state.options.settings.get(name, {}), progress.compiling)
-                artifacts.append(_compile(target(name), submodel, folder, options))
-    if state.checked:
-        artifacts = _agreed(state, folder, submodels, artifacts, progress)
-    verdict = _judged(state, folder, submodels, artifacts, progress) if state.measured else None
-    if state.options.strip_canonical:
-        remove_graphs(folder, submodels, artifacts)
-    with progress.step("bundle", "hash"):
-        finish(state, folder, submodels, artifacts, verdict=verdict)
+    return graphs, parities
+
+
+def _tune(state: Build, folder: Path, progress: Progress) -> dict[str, Tuning]:
+    """What calibration finds for the parts that take part in it."""
+    calibrated = [part for part in state.parts if state.calibrated(part)]
+    if not calibrated:
+        return {}
+    with progress.step("pipeline", "calibrate") as notes:
+        samples = captured(state, folder)
+        counts = ", ".join(f"{len(calls)} of {name}" for name, calls in samples.samples.items())
+        notes += [counts, *samples.warnings()]
+    tunings = {}
+    for part in calibrated:
+        with progress.step(part.name, "tune") as notes:
+            tuning = tuned(state, part, samples)
+            notes.append(f"{len(tuning.ranges)} ranges, {len(tuning.folds)} folds")
+        if state.compensated(part):
+            with progress.step(part.name, "compensate") as notes:
+                tuning = compensated(state, part, tuning, samples.samples[part.name])
+                notes.append(f"{len(tuning.compensated)} weights")
+        tunings[part.name] = tuning
+    return tunings
 
 
 def _check_quantized(state: Build, graphs: Mapping[str, ir.Model]) -> None:
@@ -201,89 +197,6 @@ def _twin_parity(state: Build, part: Part) -> Parity:
         model = export.graph.trace.trace(twin.module, twin.signature)
         graph.attach(model, twin.parameters(), weights)
         return parity.check(twin, model, weights, "twin")
-
-
-def _agreed(
-    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress
-) -> list[Artifact]:
-    """The artifacts, each compared with its canonical graph where that can be done here."""
-    calls = captured(state, folder).samples if any(map(state.calibrated, state.parts)) else {}
-    finish(state, folder, submodels, artifacts)  # a manifest for now, as engines may read it
-    references = {one.name: Reference(one, folder, calls.get(one.name, ())) for one in submodels}
-    found = []
-    for artifact in artifacts:
-        with progress.step(artifact.submodel, f"check {artifact.target}") as notes:
-            found.append(agree(target(artifact.target), references[artifact.submodel], artifact))
-            notes.append(summary(found[-1]))
-    (folder / MANIFEST).unlink()
-    return found
-
-
-def _judged(
-    state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress
-) -> Verdict:
-    """Measure quality, and speed where that is asked for, and store both in the bundle."""
-    assert state.judge is not None
-    judges = (
-        []
-        if state.judge in state.options.targets
-        else [_compile(target(state.judge), one, folder) for one in submodels]
-    )
-    finish(state, folder, submodels, [*artifacts, *judges])  # a manifest for now, so that the model can be loaded
-    with progress.step("pipeline", "quality") as notes:
-        quality, pictures = _quality(state, folder, progress)
-        verdict = Verdict(figures=quality.summary(), shortfalls=tuple(quality.shortfalls(state.options.quant)))
-        notes.append("; ".join(verdict.shortfalls) or "every floor held")
-    if state.timed:
-        with progress.step("pipeline", "speed"), ExitStack() as stack:
-            with phase(0.0, 0.5):
-                floating = stack.enter_context(floating_bundle(state, folder))
-            with phase(0.5, 1.0):
-                speed = compare_speed(folder, floating, state.new_parts(), state.weights)
-            quality = quality.model_copy(update={"speed": speed})
-    if judges:
-        shutil.rmtree(folder / "engines" / state.judge, ignore_errors=True)
-    (folder / MANIFEST).unlink()
-    save_quality(folder, quality, pictures)
-    return verdict
-
-
-def _quality(state: Build, folder: Path, progress: Progress) -> tuple[Quality, Pictures]:
-    """Compare the quantized model with the float one. Raises QualityError when it falls below a floor and that is not
-    allowed.
-    """
-    samples = captured(state, folder)
-    with closing(load_model(folder, state.judge)) as quantized, floating_model(state, folder) as reference:
-        quality, pictures = measure(quantized, reference, samples.samples)
-    faults = quality.shortfalls(state.options.quant)
-    if faults and not state.options.allow_low_quality:
-        raise QualityError(
-            f"{state.name} at {state.options.quant} falls below what is worth shipping: {'; '.join(faults)}. No bundle "
-            "was written. "
-            "Calibrate with more requests like yours (`enginecast calibrate`), choose another --quant, or insist with "
-            "--allow-low-quality"
-        )
-    return quality, pictures
-
-
-@contextmanager
-def floating_bundle(state: Build, folder: Path) -> Iterator[Path]:
-    """The float model as a bundle for the same targets, in a folder of its own inside `folder` meanwhile: what speed is
-    compared with.
-    """
-    root = folder / "float"
-    root.mkdir()
-    try:
-        submodels = [_write(part, part_graph(state, part), None, None, root) for part in state.parts]
-        artifacts = [
-            _compile(target(name), submodel, root)
-            for name in state.options.targets
-            for submodel in each("compiling", submodels)
-        ]
-        finish(state, root, submodels, artifacts, quant="none")
-        yield root
-    finally:
-        shutil.rmtree(root)
 
 
 def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning]) -> Plans:
@@ -343,55 +256,16 @@ def _examiner(
                 yield from right(model, exam, auto.CASES, held=False, seed=1, first=first)
             return
         submodels = [
-            _write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts
+            write(part, graphs[part.name], plans[part.name], tunings.get(part.name), trial) for part in state.parts
         ]
         try:
-            finish(
-                state, trial, submodels, [_compile(target("onnxruntime"), submodel, trial) for submodel in submodels]
-            )
-            with closing(load_model(trial, "onnxruntime")) as model:
+            artifacts = [compiled(target("onnxruntime"), submodel, trial) for submodel in submodels]
+            with closing(load_model(draft(state, trial, submodels, artifacts), "onnxruntime")) as model:
                 yield from right(model, exam, auto.CASES, held=False, seed=1, first=first)
         finally:
             shutil.rmtree(trial)
 
     return judge
-
-
-def _write(
-    part: Part,
-    model: ir.Model,
-    plans: Sequence[LayerPlan] | None,
-    tuning: Tuning | None,
-    folder: Path,
-    requested: tuple[str, str] | None = None,
-) -> Submodel:
-    """Quantize as planned, if at all, and write one graph with its weights.
-
-    `requested` is the form that weights should take, and why those do not whose plans give no reason: the manifest then
-    says what they did.
-    """
-    tuning, folded = tuning or Tuning(), model
-    if plans is not None:
-        model = tuning.quantize(folded, plans)
-    weights = graph.weights_of(model, folded, plans or (), *requested) if requested else ()
-    nbytes = graph.write(model, folder / "onnx" / part.name)
-    return Submodel(
-        name=part.name,
-        signature=part.signature,
-        graph=place(part.name),
-        precision=graph.precision(model),
-        nbytes=nbytes,
-        dynamic=any(planned.dynamic for planned in plans or ()),
-        bfloat16=tuning.bfloat16(plans or ()),
-        activation_ranges=tuning.activation_ranges(folded, plans or ()),
-        weights=weights,
-    )
-
-
-def _compile(engine: type[Engine], submodel: Submodel, folder: Path, options: CompileOptions | None = None) -> Artifact:
-    return engine.compile_with(
-        options or CompileOptions(), submodel, folder / submodel.graph, folder / "engines" / engine.target
-    )
 
 
 def _existing(output: Path) -> Bundle | None:

@@ -20,6 +20,7 @@ from export.build.learned import floating_model
 from export.build.options import CaptureOptions as Options
 from export.build.staging import cache_folder, key_of
 from export.build.state import Build, part_graph
+from export.build.steps import reading
 from export.checkpoint.source import check_finite
 from export.report.progress import Listener, Progress, ProgressStep
 from runtime.errors import ResourceExhausted
@@ -40,7 +41,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
         cache_folder()
         / f"calibrate-{key_of(state.fingerprint, requests.origin, requests.file, options.count, options.seed)}"
     )
-    steps = [step for step in state.steps() if step.stage in ("check", "trace")]
+    steps = [step for step in reading(state) if step.stage != "parity"]
     progress = Progress(
         [*steps, ProgressStep("pipeline", "capture", state.capturing(requests.wanted(options.count)))], listen
     )

@@ -5,9 +5,8 @@ of each part.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,11 +18,12 @@ from calibration.quantize.gptq import compensate
 from calibration.quantize.plan import plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.requests import briefly, built_in
+from export.build.bundle import draft, place
 from export.build.keys import code
 from export.build.staging import cached, key_of
-from export.build.state import Build, finish, part_graph, place
+from export.build.state import Build, part_graph
 from export.family import Part
-from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.manifest import Submodel
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array
 from runtime.engine import Engine
@@ -85,11 +85,9 @@ def compensated(state: Build, part: Part, tuning: Tuning, calls: Sequence[Mappin
 
 @contextmanager
 def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
-    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes.
-
-    Its manifest and assets lie in a folder of its own inside `folder` meanwhile.
+    """The float model on weights mapped from the checkpoint, each submodel loaded when its first call comes. Its own
+    files are laid into `folder`.
     """
-    root = folder / "float"
     parts = {part.name: part for part in state.parts}
     submodels = {
         name: Submodel(
@@ -101,20 +99,13 @@ def floating_model(state: Build, folder: Path) -> Iterator[LoadedModel]:
         )
         for name, part in parts.items()
     }
-    root.mkdir()
-    finish(state, root, list(submodels.values()), [], quant="none")
-    bundle = Bundle(root)
+    bundle = draft(state, folder, list(submodels.values()), quant="none")
 
     class Engines(dict[str, Engine]):
         def __missing__(self, name: str) -> Engine:
             self[name] = LeanEngine(submodels[name], part_graph(state, parts[name]))
             return self[name]
 
-    model = LoadedModel(
-        bundle, bundle.manifest.task, LeanEngine.target, LeanEngine.device, Engines(), open_pipeline(bundle)
-    )
-    try:
+    pipeline = open_pipeline(bundle)
+    with closing(LoadedModel(bundle, state.task, LeanEngine.target, LeanEngine.device, Engines(), pipeline)) as model:
         yield model
-    finally:
-        model.close()
-        shutil.rmtree(root)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Final
 
 import onnx_ir as ir
@@ -21,13 +20,11 @@ from calibration.requests.task import task_requests
 from export.build.keys import code
 from export.build.options import Options
 from export.build.staging import cached, key_of
-from export.checkpoint.preflight import lay_assets, rehearse
+from export.checkpoint.preflight import rehearse
 from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
-from export.report.progress import ProgressStep
-from runtime.bundle.manifest import MANIFEST, Artifact, Manifest, Submodel, Verdict, sha256
-from runtime.bundle.manifest import Source as BundleSource
+from runtime.bundle.manifest import sha256
 from runtime.engine import target
 from runtime.errors import EnginecastError, SourceError
 from runtime.pipeline import pipelines
@@ -318,44 +315,6 @@ class Build:
         names = set(part.parameters().values())
         return [ref for name, ref in self.weights(part).items() if name in names]
 
-    def steps(self) -> list[ProgressStep]:
-        """Everything that will be done, with a guess of its seconds."""
-        sizes = {part.name: self.size(part) / 1e9 for part in self.parts}
-        steps = [ProgressStep("weights", "check", sum(sizes.values()) / 2)]
-        for part in self.parts:
-            modules, gigabytes = sum(1 for _ in part.module.modules()), sizes[part.name]
-            steps += [
-                ProgressStep(part.name, "trace", 2 + modules * 0.04),
-                ProgressStep(part.name, "parity", 1 + 6 * gigabytes),
-            ]
-        if any(map(self.calibrated, self.parts)):
-            steps.append(ProgressStep("pipeline", "calibrate", self.capturing()))
-            for part in filter(self.calibrated, self.parts):
-                steps.append(ProgressStep(part.name, "tune", 1 + sizes[part.name] * 100))
-                if self.compensated(part):
-                    steps.append(ProgressStep(part.name, "compensate", 1 + sizes[part.name] * 300))
-        if self.options.quant == "auto":
-            steps += [ProgressStep(part.name, "explore", 30) for part in self.parts] + [
-                ProgressStep("pipeline", "search", 200)
-            ]
-        for part in self.parts:
-            steps.append(
-                ProgressStep(part.name, "write", 0.2 + sizes[part.name] * (3 if self.options.quant == "none" else 15))
-            )
-        for name in self.options.targets:
-            steps += [ProgressStep(part.name, f"compile {name}", 0.5 + 5 * sizes[part.name]) for part in self.parts]
-        if self.checked:
-            steps += [
-                ProgressStep(part.name, f"check {name}", 1 + 20 * sizes[part.name])
-                for name in self.options.targets
-                for part in self.parts
-            ]
-        if self.measured:
-            steps.append(ProgressStep("pipeline", "quality", 20))
-        if self.timed:
-            steps.append(ProgressStep("pipeline", "speed", 10))
-        return [*steps, ProgressStep("bundle", "hash", 0.2)]
-
 
 def _form(recipe: Recipe) -> str:
     """What most weights become, in the manifest's words."""
@@ -382,48 +341,6 @@ def _config_of(model: Any) -> dict[str, Any]:
     """The settings that a library's model was made from; a module of ours has none."""
     found = getattr(model, "config", {})
     return found.to_dict() if hasattr(found, "to_dict") else dict(found)
-
-
-def place(submodel: str) -> str:
-    """Where a submodel's graph lies in a bundle."""
-    return f"onnx/{submodel}/{graph.MODEL}"
-
-
-def finish(
-    state: Build,
-    folder: Path,
-    submodels: list[Submodel],
-    artifacts: list[Artifact],
-    quant: str = "",
-    verdict: Verdict | None = None,
-) -> None:
-    """Add the model's own files and the manifest."""
-    lay_assets(state.family.assets(state.source), state.tensors, folder)
-    manifest = Manifest(
-        name=state.name,
-        key=state.key,
-        pipeline=state.family.pipeline,
-        task=state.task,
-        quant=quant or state.options.quant,
-        source=BundleSource(
-            name=state.source.name,
-            family=state.family.name,
-            architecture=state.source.architecture,
-            fingerprint=state.fingerprint,
-        ),
-        submodels=tuple(submodels),
-        artifacts=tuple(artifacts),
-        config=state.family.config(state.source),
-        versions=state.versions,
-        quality=verdict,
-        notes=tuple(state.family.notes(state.source)),
-        files={str(file.relative_to(folder)): sha256(file) for file in _files(folder)},
-    )
-    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file())
 
 
 def _versions(packages: Iterable[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from calibration.observe.lean import LeanEngine
 from calibration.observe.metrics import snr_db
 from runtime.bundle.manifest import Agreement, Artifact, Submodel
 from runtime.bundle.signature import Array, Signature, Tensor
-from runtime.engine import Engine, Options, Slot
+from runtime.engine import Compiled, Engine, Options, Slot
 from runtime.errors import EngineError, EngineUnavailable
 
 FLOORS: Final = {"float32": 60.0, "half": 25.0, "quantized": 15.0}
@@ -61,7 +61,7 @@ def agree(engine: type[Engine], reference: Reference, artifact: Artifact) -> Art
     """
     submodel = reference.submodel
     try:
-        emulated = engine.emulate(submodel, reference.root, Options())
+        emulated = engine.emulate(submodel, reference.root, Options(compiled=Compiled.of(reference.root, artifact)))
     except EngineUnavailable as error:
         return artifact.model_copy(update={"unchecked": str(error)})
     with closing(emulated):

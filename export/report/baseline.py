@@ -134,32 +134,31 @@ def torch_model(model: LoadedModel, parts: Sequence[Part], weights: Weights) -> 
 
 
 def compare_speed(
-    quantized: Path,
-    floating: Path,
+    quantized: Bundle,
+    floating: Bundle,
     parts: Sequence[Part],
     weights: Weights,
     effort: SpeedEffort | None = None,
 ) -> Speed:
-    """Time the bundle at `quantized` beside that at `floating`, built from the same checkpoint without quantization,
-    and PyTorch.
+    """Time a bundle beside that of the same checkpoint without quantization, and PyTorch.
 
     `parts` and `weights` are the checkpoint's, the parts new ones without weights. Each target of the bundle that can
     be used here takes part, with all threads; what PyTorch cannot run is left out. Raises EngineUnavailable when there
     is no target, EngineError when an engine cannot run.
     """
     threads, left_out, usable = machine.threads(), list[str](), list[str]()
-    for name in Bundle(quantized).targets:
+    for name in quantized.targets:
         try:
-            usable.append(choose_target(Bundle(quantized), name).target)
+            usable.append(choose_target(quantized, name).target)
         except EngineUnavailable as error:
             left_out.append(f"{name}: {error}")
     if not usable:
-        raise EngineUnavailable(f"no target of bundle {quantized} can be timed here. {'; '.join(left_out)}")
+        raise EngineUnavailable(f"no target of bundle {quantized.root} can be timed here. {'; '.join(left_out)}")
     with ExitStack() as stack:
         pairs = [
             tuple(
-                stack.enter_context(closing(load_model(root, name, Options(threads=threads))))
-                for root in (floating, quantized)
+                stack.enter_context(closing(load_model(bundle, name, Options(threads=threads))))
+                for bundle in (floating, quantized)
             )
             for name in usable
         ]

@@ -38,4 +38,4 @@ def time_bundle(
             )
         floating, _ = build(options, listen)
         with Progress([ProgressStep("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):
-            return compare_speed(bundle.root, floating.root, state.new_parts(), state.weights, effort)
+            return compare_speed(bundle, floating, state.new_parts(), state.weights, effort)

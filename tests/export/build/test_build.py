@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import export.build.build
+import export.build.bundle
 import export.build.state
 import export.graph.trace
 from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
@@ -28,7 +29,7 @@ from export.build.options import Options
 from export.build.state import Build
 from export.cli.bundles import inspect
 from export.report.progress import Report
-from runtime.bundle.manifest import MANIFEST, Bundle
+from runtime.bundle.manifest import MANIFEST, Bundle, sha256
 from runtime.errors import (
     BundleError,
     EnginecastError,
@@ -115,7 +116,12 @@ def test_no_path_of_this_machine_is_in_a_bundle(tiny_bundle: Path, tiny_vlm: Pat
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 def test_quantized_bundles_answer(tiny_vlm: Path, tmp_path: Path, quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECIPES, "int4", INT4_EVERYWHERE)  # the model is tiny
-    bundle, timings = build(Options(str(tiny_vlm), tmp_path / "b", quant=quant))
+    hashed = collections.Counter[str]()
+    monkeypatch.setattr(export.build.bundle, "sha256", lambda file: hashed.update([file.name]) or sha256(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "verify", lambda *_, **__: pytest.fail("a build loads drafts, which are not verified"))
+        bundle, timings = build(Options(str(tiny_vlm), tmp_path / "b", quant=quant))
+    assert hashed.total() == len(bundle.manifest.files), "each file is hashed once"
     bundle.verify()
     assert "calibrate" in timings
     assert bundle.manifest.quant == quant and quant in bundle.submodel("decoder").precision.weights

@@ -111,7 +111,7 @@ def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> 
     threads = torch.get_num_threads()
     parts = talking_state.family.parts(talking_state.source, False)
     with listening(lambda position: heard.append(str(position))):
-        speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT)
+        speed = compare_speed(Bundle(tiny_bundle), Bundle(tiny_bundle), parts, talking_state.weights, EFFORT)
     assert heard and speed.left_out == () and torch.get_num_threads() == threads
     kinds = [(timing.submodel, timing.what, timing.tokens, timing.calls) for timing in speed.timings]
     assert [kind[0] for kind in kinds] == [
@@ -143,7 +143,7 @@ def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> 
 def test_what_torch_cannot_run_is_left_out(tiny_bundle: Path, talking_state: Build) -> None:
     parts = talking_state.family.parts(talking_state.source, False)
     parts[0] = replace(parts[0], module=Broken(parts[0].module))
-    speed = compare_speed(tiny_bundle, tiny_bundle, parts, talking_state.weights, EFFORT)
+    speed = compare_speed(Bundle(tiny_bundle), Bundle(tiny_bundle), parts, talking_state.weights, EFFORT)
     assert speed.left_out == ("torch: PyTorch could not run vision_encoder: TypeError: not made for this",)
     assert {timed.target for timing in speed.timings for timed in timing.times} == set(Bundle(tiny_bundle).targets)
 
@@ -165,7 +165,7 @@ def test_no_target_can_be_used(tiny_bundle: Path, talking_state: Build, monkeypa
 
     monkeypatch.setattr("export.report.baseline.choose_target", refuse)
     with pytest.raises(EngineUnavailable, match="onnxruntime needs another machine"):
-        compare_speed(tiny_bundle, tiny_bundle, [], talking_state.weights)
+        compare_speed(Bundle(tiny_bundle), Bundle(tiny_bundle), [], talking_state.weights)
 
 
 def test_a_bundle_is_timed_anew(tiny_diffusion: Path, tiny_bundle: Path, tmp_path: Path) -> None:
