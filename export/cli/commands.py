@@ -28,131 +28,150 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 app.add_typer(bundles.app)
 
 
+Source = Annotated[
+    str | None,
+    typer.Argument(
+        help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples."
+    ),
+]
+Targets = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime and "
+        "openvino."
+    ),
+]
+Quant = Annotated[
+    str | None,
+    typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows."),
+]
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT."
+    ),
+]
+Parity = Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")]
+Name = Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")
+]
+Quality = Annotated[
+    str,
+    typer.Option(help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none."),
+]
+Speed = Annotated[
+    str,
+    typer.Option(
+        help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or none."
+    ),
+]
+AllowLowQuality = Annotated[
+    bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")
+]
+Agreement = Annotated[
+    str,
+    typer.Option(
+        help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none."
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."
+    ),
+]
+Optimize = Annotated[str | None, typer.Option(help="Of --quant auto: size (the default) or speed.")]
+Compute = Annotated[
+    str,
+    typer.Option(
+        help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; auto."
+    ),
+]
+Block = Annotated[
+    int,
+    typer.Option(
+        help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64."
+    ),
+]
+ComputeCapability = Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")]
+TargetSettings = Annotated[
+    list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")
+]
+StripCanonical = Annotated[
+    bool,
+    typer.Option(
+        "--strip-canonical", help="Leave out graphs and weights; for targets alone whose engines hold all they need."
+    ),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")]
+
+
 @app.command()
 @stoppable("nothing was written")
 def build(
-    source: Annotated[
-        str | None,
-        typer.Argument(
-            help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples."
-        ),
-    ] = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Engine to compile for, or auto: all that this machine can; repeat for several. Default: onnxruntime "
-            "and openvino."
-        ),
-    ] = None,
-    quant: Annotated[
-        str | None,
-        typer.Option(
-            help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows."
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the bundle; with several sources, the folder they go into. Default: bundles/NAME-QUANT."
-        ),
-    ] = None,
-    parity: Annotated[str, typer.Option(help="auto, full (all weights) or twin (fewer layers).")] = "auto",
-    name: Annotated[str, typer.Option(help="What clients call the model. Default: the source's name.")] = "",
-    calibration: Annotated[
-        Path | None, typer.Option(help="Set to calibrate with (see `calibrate`). Default: captured now.")
-    ] = None,
-    quality: Annotated[
-        str,
-        typer.Option(
-            help="Compare the quantized model with the float one: auto (up to 1 GB of weights), full or none."
-        ),
-    ] = "auto",
-    speed: Annotated[
-        str,
-        typer.Option(
-            help="Time the quantized model beside the float one and PyTorch: auto (up to 256 MB of weights), full or "
-            "none."
-        ),
-    ] = "auto",
-    allow_low_quality: Annotated[
-        bool, typer.Option("--allow-low-quality", help="Keep a bundle that falls below the floors.")
-    ] = False,
-    agreement: Annotated[
-        str,
-        typer.Option(
-            help="Compare what each target compiled with the model's graph: auto (up to 1 GB of weights), full or none."
-        ),
-    ] = "auto",
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Of --quant auto: points of the score, or dB below int8 where there is no score. Default: 1."
-        ),
-    ] = None,
-    optimize: Annotated[str | None, typer.Option(help="Of --quant auto: size (the default) or speed.")] = None,
-    compute: Annotated[
-        str,
-        typer.Option(
-            help="What targets that have it may compute in where that is measured to do no harm: float16, bfloat16; "
-            "auto."
-        ),
-    ] = "auto",
-    block: Annotated[
-        int,
-        typer.Option(
-            help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64."
-        ),
-    ] = 0,
-    compute_capability: Annotated[
-        str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")
-    ] = "",
-    setting: Annotated[
-        list[str] | None, typer.Option(help="A target's own setting, TARGET.NAME=VALUE; repeat for several.")
-    ] = None,
-    strip_canonical: Annotated[
-        bool,
-        typer.Option(
-            "--strip-canonical",
-            help="Leave out graphs and weights; for targets alone whose engines hold all they need.",
-        ),
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")] = False,
+    source: Source = None,
+    target: Targets = None,
+    quant: Quant = None,
+    output: Output = None,
+    parity: Parity = "auto",
+    name: Name = "",
+    calibration: Calibration = None,
+    quality: Quality = "auto",
+    speed: Speed = "auto",
+    allow_low_quality: AllowLowQuality = False,
+    agreement: Agreement = "auto",
+    max_drop: MaxDrop = None,
+    optimize: Optimize = None,
+    compute: Compute = "auto",
+    block: Block = 0,
+    compute_capability: ComputeCapability = "",
+    setting: TargetSettings = None,
+    strip_canonical: StripCanonical = False,
+    force: Force = False,
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
+    common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration}
+    common |= {"quality": quality, "speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
+    common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
+    searched = {key: value for key, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
+    _require_source(source, name, calibration)
+    jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
+    for options in [_options(job, common, searched, compute_capability, setting or []) for job in jobs]:
+        _build(options)
+
+
+def _require_source(source: str | None, name: str, calibration: Path | None) -> None:
+    """Raise InvalidInput for options of one model where no SOURCE names it, MissingDependency without the build side's
+    packages.
+    """
     try:
-        from export.build.options import Options
-        from export.finished.artifacts import resolve_targets
+        import export.build.options  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
     if name and not source:
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
     if calibration and not source:
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
-    common: dict[str, Any] = {
-        "parity": parity,
-        "force": force,
-        "name": name,
-        "calibration": calibration,
-        "quality": quality,
-    }
-    common |= {"speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
-    of_auto: dict[str, Any] = {
-        name: value for name, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None
-    }
-    jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
-    common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
-    every = []
-    for job in jobs:
-        if of_auto and job["quant"] != "auto":
-            raise InvalidInput(
-                "max-drop" if "max_drop" in of_auto else "optimize", f"belongs to --quant auto, not to {job['quant']}"
-            )
-        job["targets"] = resolve_targets(job["targets"], job["quant"])
-        common["settings"] = settings_of(job["targets"], compute_capability, setting or [])
-        every.append(Options(**common, **of_auto, **job))
-        every[-1].check()
-    for options in every:
-        _build(options)
+
+
+def _options(
+    job: dict[str, Any], common: dict[str, Any], searched: dict[str, Any], capability: str, settings: list[str]
+) -> Any:
+    """The checked options of one build; `searched` are those of --quant auto. Raises InvalidInput, or what
+    `Options.check` raises.
+    """
+    from export.build.options import Options
+    from export.finished.artifacts import resolve_targets
+
+    if searched and job["quant"] != "auto":
+        name = "max-drop" if "max_drop" in searched else "optimize"
+        raise InvalidInput(name, f"belongs to --quant auto, not to {job['quant']}")
+    targets = resolve_targets(job["targets"], job["quant"])
+    own = settings_of(targets, capability, settings)
+    options = Options(**common, **searched, **(job | {"targets": targets, "settings": own}))
+    options.check()
+    return options
 
 
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
