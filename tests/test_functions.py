@@ -11,8 +11,7 @@ ROOT: Final = Path(__file__).parent.parent
 LONGEST: Final = 60
 LAYERS: Final = ("enginecast", "export", "runtime", "serving", "calibration", "profiles", "samples")
 TO_SPLIT: Final = {
-    "inspect in export/cli/bundles.py",
-    "chat in serving/cli/commands.py",
+    "chat in serving/cli/tasks/chat.py",
     "train in samples/recipes/train_vlm.py",
 }
 
