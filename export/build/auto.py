@@ -16,6 +16,7 @@ import json
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -44,7 +45,7 @@ MEASURED_BYTES: Final = 128 << 20
 approximated.
 """
 CASES: Final = 500
-"""Most cases that an assignment is tried on; none of them is held out: those tell how good the choice was."""
+"""Most cases that an assignment is tried on; none of them is held out: held-out cases show how good the choice was."""
 BATCH: Final = 100
 """Cases after which is looked whether more are needed."""
 SURE: Final = 0.98
@@ -65,7 +66,7 @@ Judge = Callable[[Plans | None, int], Generator[bool, None, None]]
 
 class Point(Frozen):
     """A whole model that was tried. `cost` is a share of the float model's; `snr_db` the least of its submodels';
-    `drop` as asked for.
+    `drop` is in the unit of the search.
 
     Of a drop in points: the `cases` both models did, how many points more or less the drop may be with 5 % each
     (`resolution`), and how sure it is that the drop is within what was allowed (0 to 1).
@@ -138,7 +139,7 @@ class Submodel:
         InvalidInput without samples.
         """
 
-        def measure(path: Any) -> None:
+        def measure(path: Path) -> None:
             found = _explore(
                 graph, activations, tuning, samples, goal, nbytes, f"explore-{key_of(key, nbytes > MEASURED_BYTES)}"
             )
@@ -239,7 +240,7 @@ class Exam:
             self._stop(name)
 
     def _batch(self, plans: Plans | None, first: int) -> list[bool]:
-        def measure(path: Any) -> None:
+        def measure(path: Path) -> None:
             running = self._running.get(_name(plans)) or self._running.setdefault(
                 _name(plans), self._judge(plans, first)
             )

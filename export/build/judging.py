@@ -43,7 +43,7 @@ def agreed(
 def judged(
     state: Build, folder: Path, submodels: list[Submodel], artifacts: list[Artifact], progress: Progress
 ) -> Verdict:
-    """Measure quality, and speed where that is asked for, and store both in the bundle."""
+    """Measure quality, and speed where that is requested, and store both in the bundle."""
     assert state.judge is not None
     judges = (
         []

@@ -57,8 +57,8 @@ def tuned(state: Build, part: Part, samples: CalibrationSet) -> Tuning:
             json.dumps(Tuning.measure(part_graph(state, part), chosen, samples.samples[part.name]).record())
         )
 
-    asked = state.options.quant, state.options.block, state.calibration_key
-    key = key_of("tuning", state.fingerprint, part.name, asked, state.tools, code())
+    requested = state.options.quant, state.options.block, state.calibration_key
+    key = key_of("tuning", state.fingerprint, part.name, requested, state.tools, code())
     return Tuning.of_record(json.loads(cached(key, ".json", measure).read_bytes()))
 
 

@@ -1,4 +1,4 @@
-"""What a build or a capture shall do, checked before any work."""
+"""The options of a build and of a capture, checked before any work."""
 
 from __future__ import annotations
 
@@ -115,8 +115,7 @@ class Options:
             raise InvalidInput("speed", f"cannot be full: {', '.join(idle)} does not run here, so it cannot be timed")
 
     def check(self) -> None:
-        """What small files tell of whether this can be built, before the libraries that models are made with are even
-        imported.
+        """Check what small files show, before the libraries that make models are even imported: can this be built?
 
         Raises what resolving the source raises (a hub id is not looked up), NotFound, InvalidInput or
         ResourceExhausted.
@@ -191,7 +190,7 @@ class CaptureOptions:
             raise InvalidInput("output", f"{self.output} exists and is no calibration set: choose another file")
 
     def check(self) -> None:
-        """What small files tell of whether this can be captured, as `Options.check` does of a build."""
+        """Check what small files show, as `Options.check` does of a build: can this be captured?"""
         check_writable(self.output)
         if not is_hub_id(self.source):
             self.requests(task_of(resolve(self.source)))

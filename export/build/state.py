@@ -46,7 +46,7 @@ TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onn
 
 @dataclass
 class Build:
-    """One build under way: what was read, and what follows from what was asked for: recipes, what is measured, the
+    """One build under way: what was read, and what follows from its options: recipes, what is measured, the
     steps to come.
     """
 
@@ -144,7 +144,7 @@ class Build:
     def key(self) -> str:
         options = self.options
         files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
-        asked: list[object] = [
+        requested: list[object] = [
             self.name,
             options.quant,
             sorted(options.targets),
@@ -159,9 +159,9 @@ class Build:
             {name: dict(settings) for name, settings in options.settings.items()},
         ]
         if options.quant == "auto":
-            asked += [options.max_drop, options.goal]
+            requested += [options.max_drop, options.goal]
         published = self.family.config(self.source), self.family.notes(self.source)
-        return key_of(self.fingerprint, files, published, asked, self.versions, code())
+        return key_of(self.fingerprint, files, published, requested, self.versions, code())
 
     def recipe(self, part: Part) -> Recipe | None:
         """The recipe of a part; of a search, the one whose ranges it needs."""
@@ -268,12 +268,12 @@ class Build:
         return next((name for name in [*usable, "onnxruntime"] if needed <= target(name).precisions), None)
 
     def half(self, part: Part) -> Half | None:
-        """What targets that have it shall compute a part in, if not float32 alone."""
+        """The half precision that targets compute a part in where they have it; None for float32 alone."""
         chosen = self.recipe(part)
-        asked = self.options.compute if self.options.compute != "auto" else chosen.half if chosen else None
-        if asked == "bfloat16":
+        wanted = self.options.compute if self.options.compute != "auto" else chosen.half if chosen else None
+        if wanted == "bfloat16":
             return "bfloat16"
-        return "float16" if asked == "float16" and part.float16 else None
+        return "float16" if wanted == "float16" and part.float16 else None
 
     @property
     def timed(self) -> bool:

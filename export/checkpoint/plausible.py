@@ -1,4 +1,4 @@
-"""Sizes that a config.json cannot mean: told from the numbers, before a library is imported or anything is allocated.
+"""Implausible sizes in a config.json are refused before a library is imported or anything is allocated.
 
 A width is compared with the largest dimension that a tensor of the weight files has, a number of layers with the number
 of tensors, what both imply with the number of weights. Lengths that no tensor has are bounded. What is within the

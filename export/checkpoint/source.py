@@ -113,8 +113,8 @@ class Checkpoint:
         """Hex sha256 over config.json and, for every weight file, its header, its size and 3 x 1024 bytes of each
         tensor.
 
-        Cheap (no file is read through) yet it tells trainings of one architecture apart, whose headers are equal. It is
-        no proof of integrity: single changed weights may go unseen.
+        Cheap (no file is read through), yet it differs between trainings of one architecture, whose headers are equal.
+        It is no proof of integrity: single changed weights may go unseen.
         """
         digest = hashlib.sha256((self.root / CONFIG).read_bytes())
         for file, header in sorted(self.headers.items()):

@@ -3,7 +3,7 @@ NaN.
 
 Format: https://github.com/huggingface/safetensors#format. A file is eight bytes (little-endian length of the header),
 the header (JSON: tensor name -> dtype, shape, data_offsets), then the bytes of all tensors, back to back. The
-safetensors library does not tell offsets, which weightless export needs: the ONNX initializers point at these ranges.
+safetensors library does not report offsets, which weightless export needs: the ONNX initializers point at these ranges.
 """
 
 from __future__ import annotations

@@ -458,10 +458,10 @@ def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
         found |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
     lengths = {name: _length(source, name, encoder) for name, encoder in encoders.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise SourceError(
-            f"{source.root}: its tokenizers make prompts of different lengths ({told} tokens). Download the checkpoint "
-            "again"
+            f"{source.root}: its tokenizers make prompts of different lengths ({listed} tokens). Download the "
+            "checkpoint again"
         )
     return found
 

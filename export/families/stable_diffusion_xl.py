@@ -1,5 +1,5 @@
-"""Stable Diffusion XL: two CLIP text encoders, a UNet that is told pooled text and sizes as well (Podell et al. 2023,
-arXiv:2307.01952).
+"""Stable Diffusion XL: two CLIP text encoders, a UNet with pooled text and sizes as added conditions (Podell et al.
+2023, arXiv:2307.01952).
 """
 
 from __future__ import annotations

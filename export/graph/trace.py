@@ -79,7 +79,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
 
 
 def _simplify(model: ir.Model) -> None:
-    """Inline the exporter's functions, fold what is constant, drop what is unused or said twice.
+    """Inline the exporter's functions, fold what is constant, drop what is unused or doubled.
 
     onnxscript's own `optimize` tries some fifty rewrites on every node, which takes a third of a trace; four of them
     apply to our models.

@@ -47,9 +47,7 @@ SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
 
 
 def save_traced(model: ir.Model, path: Path) -> None:
-    """Keep a traced graph without its weights: they are written as external data that is nowhere, until `attach` tells
-    where.
-    """
+    """Write a traced graph without its weights: each becomes external data without a place, which `attach` fills in."""
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.dtype is not None and value.shape is not None
