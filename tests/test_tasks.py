@@ -28,6 +28,9 @@ import runtime.pipeline
 import runtime.task
 import serving.cli.task
 import serving.dialects.grpc.task
+from calibration.capture.data import record
+from calibration.capture.sets import CalibrationSet
+from calibration.requests.requests import built_in
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, Manifest, Source, Submodel, sha256
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Dim, Signature, Tensor
@@ -174,6 +177,16 @@ def test_a_task_from_this_folder_alone_has_its_command(bundle: Bundle) -> None:
     assert "has the task scale, expected image: use `scale`" in refused.stderr
 
 
+def test_a_task_from_this_folder_alone_is_calibrated(bundle: Bundle, tmp_path: Path) -> None:
+    model = load_model(bundle)
+    found = record(model, built_in("scale"), count=8)
+    model.close()
+    found.save(tmp_path / "set")
+    loaded = CalibrationSet.load(tmp_path / "set")
+    assert (loaded.kind, loaded.settings["requests"], loaded.warnings()) == ("doubling", 8, [])
+    assert {call["x"].shape for call in loaded.samples["doubler"]} == {(16,)} and len(loaded.samples["doubler"]) >= 8
+
+
 def test_commands_are_named_by_the_verbs_of_their_tasks() -> None:
     verbs = [task.verb for _, task in sorted(runtime.task.tasks().items())]
     assert [command.__name__ for command in serving.cli.task.task_commands()] == verbs
@@ -187,12 +200,14 @@ NAMES = re.compile(r"\"(diffusion|chat)\"|(task|kind|pipeline)\w*\b.*\"image\"|(
 """The names of tasks and pipelines, and what imports a pipeline. "image" is also a field of messages."""
 KNOWING = (
     r"runtime/(tasks|pipelines)/\w+\.py",
-    r"(profiles|serving/(cli|dialects/grpc))/tasks/\w+\.py",
+    r"(profiles|serving/(cli|dialects/grpc)|calibration/requests)/tasks/\w+\.py",
     r"serving/enginecast_pb/.*",
 )
 
 
 def test_no_other_source_knows_a_task_or_a_pipeline_by_name() -> None:
-    sources = [path for layer in ("runtime", "serving", "profiles") for path in (ROOT / layer).rglob("*.py")]
+    sources = [
+        path for layer in ("calibration", "runtime", "serving", "profiles") for path in (ROOT / layer).rglob("*.py")
+    ]
     knowing = [str(path.relative_to(ROOT)) for path in sources if NAMES.search(path.read_text())]
     assert [path for path in knowing if not any(re.fullmatch(known, path) for known in KNOWING)] == []

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,15 +18,11 @@ from calibration.capture.sets import CalibrationSet
 from calibration.ground.progress import each, followed
 from calibration.ground.progress import reused as mark_reused
 from calibration.requests.requests import Asked, Requests, accepted
-from runtime.bundle.signature import Array
-from runtime.diffusion.config import DiffusionConfig
+from calibration.requests.task import Beside, task_requests
 from runtime.errors import InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, Pipeline, drive
 from runtime.placing.loading import LoadedModel
-from runtime.tasks.image import ImageReady
-from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
-VAE_ENCODER: Final = "vae_encoder"
 SAMPLES: Final = 24
 """Calls kept of each submodel, at least where so many are seen."""
 PER_REQUEST: Final = 3
@@ -58,10 +54,9 @@ def record(
     """Run a float model on `count` requests; the inputs that its submodels got, at most `limit` calls of each (None: by
     the requests).
 
-    Equal arguments give equal sets. No pipeline encodes pictures into latents, so a model that draws has its request's
-    picture, else the one it drew, offered to its VAE encoder. In `folder` each finished request is kept; a later call
-    with the same model, requests and arguments goes on from there. Raises InvalidInput when no request can be used;
-    EngineError.
+    Equal arguments give equal sets. Calls that no pipeline makes are the task's (`TaskRequests.beside`). In `folder`
+    each finished request is kept; a later call with the same model, requests and arguments goes on from there. Raises
+    InvalidInput when no request can be used; EngineError.
     """
     manifest = model.bundle.manifest
     wanted = requests.wanted(count)
@@ -103,55 +98,36 @@ def record(
 
 @dataclass(frozen=True)
 class _Work:
-    """What the model does for a request. `pixels` float32 [1, 3, height, width] in -1..1 are for the VAE encoder."""
+    """What the model does for a request, and the calls that are recorded beside those that it makes."""
 
     pipeline: Pipeline
-    pixels: Array | None
+    calls: Sequence[Call]
+    beside: Beside
 
 
 def _prepared(model: LoadedModel, asked: Asked) -> _Work:
     """Raises InvalidInput when the model cannot read the request."""
-    pixels = None
-    if asked.picture is not None:
-        edge = DiffusionConfig.parse(model.bundle.manifest.config).sizes.default
-        pixels = _fitted(edge)([asked.picture], asked.name)
-    return _Work(model.pipeline(asked.request), pixels)
-
-
-def _fitted(edge: int) -> ImagePreprocessor:
-    """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
-    half = (0.5, 0.5, 0.5)
-    return ImagePreprocessor.model_validate(
-        {
-            "size": Edge(shortest_edge=edge),
-            "crop_size": Size(height=edge, width=edge),
-            "image_mean": half,
-            "image_std": half,
-        }
-    )
+    task = task_requests()[model.task]
+    calls, beside = task.beside(model.bundle.manifest.config, asked.picture, asked.name)
+    return _Work(model.pipeline(asked.request), calls, beside)
 
 
 def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: int, key: str) -> CalibrationSet:
     """Run one request; what is kept of it. `number` counts from 0."""
     recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
-    if work.pixels is not None:
-        recorder.offer(Call(VAE_ENCODER, {"image": work.pixels}))
+    for call in work.calls:
+        recorder.offer(call)
     for event in followed(
         drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0
     ):
-        if isinstance(event, ImageReady) and work.pixels is None:
-            recorder.offer(Call(VAE_ENCODER, {"image": _pixels(event.image)}))
+        for call in work.beside(event):
+            recorder.offer(call)
     samples, positions = {}, {}
     for submodel, calls in recorder.calls().items():
         kept = quota.positions(submodel, number, len(calls))
         samples[submodel] = [calls[place] for place in kept]
         positions[submodel] = count_positions(kept, len(calls))
     return CalibrationSet(model.bundle.manifest.pipeline, key, {"name": asked.name, "positions": positions}, samples)
-
-
-def _pixels(image: Array) -> Array:
-    """uint8 RGB [height, width, 3] as the VAE takes it: float32 [1, 3, height, width] in -1..1."""
-    return np.ascontiguousarray((image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None])
 
 
 def _kept(file: Path, key: str) -> CalibrationSet | None:

@@ -21,8 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, NonNegativeInt, Va
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from calibration.requests.task import task_requests
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, NotFound, ResourceExhausted, SourceError
+from runtime.pipeline import pipelines
 
 Kind = str
 """The pipeline of a model, as `Manifest.pipeline` names it."""
@@ -124,7 +126,7 @@ class CalibrationSet:
             )
 
     def warnings(self) -> list[str]:
-        """What the set lacks to stand for all that the model will be asked, each in one sentence."""
+        """What the set lacks to represent later requests, each in one sentence."""
         found = []
         requests, skipped = self.settings.get("requests", 0), self.settings.get("skipped", ())
         if requests < ENOUGH:
@@ -135,14 +137,9 @@ class CalibrationSet:
         for submodel, calls in self.samples.items():
             if not calls:
                 found.append(f"{submodel} was never called: its activations cannot be calibrated with this set")
-        if self.kind == "diffusion":
-            for submodel, counts in self.settings.get("positions", {}).items():
-                missing = [str(step) for step, count in enumerate(counts, start=1) if not count]
-                if missing:
-                    found.append(
-                        f"noise levels are not covered: no input of {submodel} at step {', '.join(missing)} of "
-                        f"{len(counts)}"
-                    )
+        algorithm = pipelines().get(self.kind)
+        if algorithm is not None:
+            found += task_requests()[algorithm.task].uncovered(self.settings.get("positions", {}))
         return found
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar
 
 import calibration.requests.tasks
 from runtime.listing import modules
-from runtime.pipeline import Event
+from runtime.pipeline import Call, Event
 from runtime.vision.images import Picture
+
+Beside = Callable[[Event], Iterable[Call]]
+"""The calls that follow from an event of a request, beside those of its pipeline."""
 
 
 class TaskRequests(ABC):
@@ -53,6 +56,19 @@ class TaskRequests(ABC):
 
     def check_questions(self) -> None:
         """Raise InvalidInput where questions do not apply to this task."""
+
+    def beside(self, config: Mapping[str, Any], picture: Picture | None, name: str) -> tuple[Sequence[Call], Beside]:
+        """Calls that no pipeline of the task makes, to calibrate their submodels with: at once, and after each event.
+
+        `config` is the pipeline's; `picture` came with the request called `name`. Raises InvalidInput.
+        """
+        return (), lambda event: ()
+
+    def uncovered(self, positions: Mapping[str, Sequence[int]]) -> list[str]:
+        """What a calibration set lacks, each in one sentence. `positions` says for each submodel how many of its calls
+        are the first, second, ... of their request.
+        """
+        return []
 
     @abstractmethod
     def result(self, events: Iterable[Event]) -> Any:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from calibration.requests.task import TaskRequests
+from calibration.requests.task import Beside, TaskRequests
+from runtime.bundle.signature import Array
+from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput
-from runtime.pipeline import Event
+from runtime.pipeline import Call, Event
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
+from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
+VAE_ENCODER: Final = "vae_encoder"
 STEPS: Final = 12
 BRIEF_STEPS: Final = (3, 4, 5)
 """Steps of brief requests, in turn: of three requests, twelve calls, each at a noise level of its own."""
@@ -99,10 +103,52 @@ class ImageRequests(TaskRequests):
             "questions", "are for models that chat, and this one draws: give it --prompts, or --images with captions"
         )
 
+    def beside(self, config: Mapping[str, Any], picture: Picture | None, name: str) -> tuple[Sequence[Call], Beside]:
+        """The VAE encoder gets the request's picture, else the one that was drawn: no request encodes it by itself."""
+        if picture is None:
+            return (), _drawn
+        edge = DiffusionConfig.parse(config).sizes.default
+        return (_encoding(_fitted(edge)([picture], name)),), lambda event: ()
+
+    def uncovered(self, positions: Mapping[str, Sequence[int]]) -> list[str]:
+        found = []
+        for submodel, counts in positions.items():
+            missing = [str(step) for step, count in enumerate(counts, start=1) if not count]
+            if missing:
+                where = f"no input of {submodel} at step {', '.join(missing)} of {len(counts)}"
+                found.append(f"noise levels are not covered: {where}")
+        return found
+
     def result(self, events: Iterable[Event]) -> Picture:
         """The one picture, uint8 RGB [height, width, 3]."""
         (ready,) = (event for event in events if isinstance(event, ImageReady))
         return ready.image.astype(np.uint8, copy=False)
+
+
+def _drawn(event: Event) -> list[Call]:
+    """A picture that was drawn, uint8 RGB [height, width, 3], for the VAE encoder."""
+    if not isinstance(event, ImageReady):
+        return []
+    pixels = (event.image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None]
+    return [_encoding(np.ascontiguousarray(pixels))]
+
+
+def _encoding(pixels: Array) -> Call:
+    """`pixels` float32 [1, 3, height, width] in -1..1."""
+    return Call(VAE_ENCODER, {"image": pixels})
+
+
+def _fitted(edge: int) -> ImagePreprocessor:
+    """Pictures as a VAE takes them: resized and cut to a square, in -1..1."""
+    half = (0.5, 0.5, 0.5)
+    return ImagePreprocessor.model_validate(
+        {
+            "size": Edge(shortest_edge=edge),
+            "crop_size": Size(height=edge, width=edge),
+            "image_mean": half,
+            "image_std": half,
+        }
+    )
 
 
 TASK: Final = ImageRequests()

@@ -15,11 +15,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from calibration.capture.data import PER_REQUEST, SAMPLES, VAE_ENCODER, Done, record
+from calibration.capture.data import PER_REQUEST, SAMPLES, Done, record
 from calibration.capture.sets import CalibrationSet
 from calibration.requests.files import read_images, read_prompts
 from calibration.requests.requests import built_in
-from calibration.requests.tasks.image import STEPS
+from calibration.requests.tasks.image import STEPS, VAE_ENCODER
 from runtime.bundle.manifest import MANIFEST, Bundle, Manifest, Source, Submodel
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
