@@ -170,8 +170,8 @@ def decoder_signature(text: Any) -> Signature:
     """Inputs, outputs and states of a `Decoder` of that config, under the names of transformers."""
     port, context = Port(), text.max_position_embeddings
     sequence = Dim(name=port.sequence, min=1, opt=1, max=context)
-    past = Dim(name=port.past, min=0, opt=1023, max=context)
-    total = Dim(name=port.total, min=1, opt=1024, max=context, sum_of=(port.past, port.sequence))
+    past = Dim(name=port.past, min=0, opt=min(1024, context) - 1, max=context)
+    total = Dim(name=port.total, min=1, opt=min(1024, context), max=context, sum_of=(port.past, port.sequence))
     return Signature(
         inputs=(
             Tensor(name=port.embeddings, dtype="float32", dims=(BATCH, sequence, text.hidden_size)),

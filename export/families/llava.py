@@ -6,8 +6,9 @@ The tower is CLIP's or SigLIP's, the language model one of `export.architecture.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -49,7 +50,7 @@ class VisionEncoder(nn.Module):
     patches, hidden].
     """
 
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.tower, self.projector = model.model.vision_tower, model.model.multi_modal_projector
         self.layers = model.config.vision_feature_layer
@@ -76,7 +77,7 @@ def _without_pooling(tower: Any) -> Iterator[None]:
 
 
 class TokenEmbedding(nn.Module):
-    def __init__(self, model: LlavaForConditionalGeneration) -> None:
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self.embed_tokens = model.model.language_model.embed_tokens
 
@@ -84,38 +85,140 @@ class TokenEmbedding(nn.Module):
         return (self.embed_tokens(input_ids),)
 
 
-def _config(source: Source, reduced: bool) -> LlavaConfig:
-    """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
-    file = source.root / "config.json"
-    data = read_json(file)
-    for part in ("text_config", "vision_config"):  # graphs compute in float32
-        data[part] = {
-            key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")
-        }
-    try:
-        found = LlavaConfig.from_dict(data)
-    except Exception as error:  # configs are checked with exceptions of every kind
-        raise SourceError(
-            f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it"
-        ) from None
-    require_known(file, found.text_config)
-    _require_tower(file, found)
-    if not 0 <= found.image_token_index < found.text_config.vocab_size:
-        raise SourceError(
-            f"{file}: image_token_index is {found.image_token_index}, expected the id of a token below "
-            f"{found.text_config.vocab_size} "
-            "(text_config.vocab_size). Correct it"
+@dataclass(frozen=True)
+class VisionLanguage:
+    """A family of models with a vision tower, a projector and a language model; what they differ in.
+
+    `name` is the family's, `model` and `config` are the library's classes. `see(model)` is the library's own encoder:
+    pixel_values [images, 3, height, width] to image_features [images, patches, hidden]. `layout(source, config)` are
+    the fields of ChatConfig that say how a picture becomes tiles and positions. `tensors` are those that the layout
+    reads, see `Component.tensors`.
+    """
+
+    name: str
+    model: type[Any]
+    config: type[Any]
+    see: Callable[[Any], Reference]
+    layout: Callable[[Source, Any], Mapping[str, Any]] = lambda source, config: {}
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        architectures = (self.model.__name__,)
+        return Family(self.name, "chat", architectures, self.parts, self.settings, self.assets, self.notes)
+
+    def parts(self, source: Source, reduced: bool) -> list[Part]:
+        with without_weights():
+            model = self.model(self.read_config(source, reduced)).eval()
+        text, vision = model.config.text_config, model.config.vision_config
+        decoder = decoder_signature(text)
+        embeds, *_ = decoder.inputs
+        images = Dim(name="images", min=1, opt=1, max=TILES)
+        pixels = Tensor(
+            name="pixel_values",
+            dtype="float32",
+            dims=(images, vision.num_channels, vision.image_size, vision.image_size),
         )
-    if not reduced:
-        return found
-    layers = found.vision_feature_layer
-    data["vision_feature_layer"] = -2 if isinstance(layers, int) else [-1 - i % 3 for i in range(len(layers))]
-    data["vision_config"] = data["vision_config"] | {"num_hidden_layers": 2}
-    data["text_config"] = reduced_decoder(found.text_config, TWIN_WINDOW)
-    return LlavaConfig.from_dict(data)
+        ids = Tensor(name="input_ids", dtype="int64", dims=embeds.dims[:2], values="below", limit=text.vocab_size)
+        features = Tensor(
+            name="image_features", dtype="float32", dims=(images, patches(model.config), text.hidden_size)
+        )
+        components = (Component("", model, tensors=self.tensors),)
+        return [
+            Part("vision_encoder", components, VisionEncoder(model), self.see(model), Signature(inputs=(pixels,),
+                outputs=(features,))),
+            Part("token_embedding", components, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
+                outputs=(embeds,)),
+                 activations=False),
+            Part("decoder", components, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
+                decoder, activations=False),
+        ]  # fmt: skip
+
+    def settings(self, source: Source) -> dict[str, Any]:
+        model = self.read_config(source, reduced=False)
+        text, generation = model.text_config, self._generation(source)
+        return ChatConfig(
+            context_length=text.max_position_embeddings,
+            vocab_size=text.vocab_size,
+            hidden_size=text.hidden_size,
+            bos_token_id=_leading_token(tokenizer_file(source)),
+            eos_token_ids=generation.ends,
+            image_token_id=model.image_token_index,
+            tokens_per_image=patches(model),
+            **self.layout(source, model),
+            defaults=generation.defaults,
+        ).model_dump(mode="json")
+
+    def notes(self, source: Source) -> tuple[str, ...]:
+        return (*self._generation(source).notes, *self._miscounts(source))
+
+    def assets(self, source: Source) -> Mapping[str, Path]:
+        self.read_config(
+            source, reduced=False
+        )  # transformers reads it for the tokenizer, too, and its fault would be the tokenizer's
+        text = ("special_tokens_map.json", *templates.FILES)
+        vision = ("preprocessor_config.json", "processor_config.json")
+        wanted = {f"tokenizer/{name}": source.root / name for name in text} | {
+            f"preprocessor/{name}": source.root / name for name in vision
+        }
+        return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {
+            path: file for path, file in wanted.items() if file.is_file()
+        }
+
+    def read_config(self, source: Source, reduced: bool) -> Any:
+        """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
+        file = source.root / "config.json"
+        data = read_json(file)
+        for part in ("text_config", "vision_config"):  # graphs compute in float32
+            data[part] = {
+                key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")
+            }
+        try:
+            found = self.config.from_dict(data)
+        except Exception as error:  # configs are checked with exceptions of every kind
+            raise SourceError(
+                f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it"
+            ) from None
+        require_known(file, found.text_config)
+        _require_tower(file, found)
+        if not 0 <= found.image_token_index < found.text_config.vocab_size:
+            raise SourceError(
+                f"{file}: image_token_index is {found.image_token_index}, expected the id of a token below "
+                f"{found.text_config.vocab_size} "
+                "(text_config.vocab_size). Correct it"
+            )
+        if not reduced:
+            return found
+        layers = found.vision_feature_layer
+        data["vision_feature_layer"] = -2 if isinstance(layers, int) else [-1 - i % 3 for i in range(len(layers))]
+        data["vision_config"] = data["vision_config"] | {"num_hidden_layers": 2}
+        data["text_config"] = reduced_decoder(found.text_config, TWIN_WINDOW)
+        return self.config.from_dict(data)
+
+    def _miscounts(self, source: Source) -> Iterator[str]:
+        """A note where the processor's own file counts other positions for a picture than the tower gives: transformers
+        would fail there.
+        """
+        file = source.root / "processor_config.json"
+        found = read_json(file) if file.is_file() else {}
+        config, size = self.read_config(source, reduced=False), found.get("patch_size")
+        if not isinstance(size, int) or size < 1:
+            return
+        counted = (config.vision_config.image_size // size) ** 2 + (found.get("num_additional_image_tokens") or 0)
+        counted -= found.get("vision_feature_select_strategy") == "default"
+        if counted != patches(config):
+            yield (
+                f"{file.name} counts {counted} positions for a picture (patch_size, num_additional_image_tokens and "
+                f"vision_feature_select_strategy), the vision tower gives {patches(config)}: prompts have as many as "
+                "the tower gives"
+            )
+
+    def _generation(self, source: Source) -> Generation:
+        data = read_json(source.root / "config.json")
+        return read_generation(source.root, data, self.read_config(source, reduced=False).text_config.vocab_size)
 
 
-def _require_tower(file: Path, config: LlavaConfig) -> None:
+def _require_tower(file: Path, config: Any) -> None:
     """Raises UnsupportedModel or SourceError naming what of a vision tower, or of the features taken from it, is not
     built.
     """
@@ -153,75 +256,8 @@ def _embed(model: Any) -> Reference:
     return lambda input_ids: (model.get_input_embeddings()(input_ids),)
 
 
-def parts(source: Source, reduced: bool) -> list[Part]:
-    with without_weights():
-        model = LlavaForConditionalGeneration(_config(source, reduced)).eval()
-    text, vision = model.config.text_config, model.config.vision_config
-    decoder = decoder_signature(text)
-    embeds, *_ = decoder.inputs
-    images = Dim(name="images", min=1, opt=1, max=TILES)
-    pixels = Tensor(
-        name="pixel_values", dtype="float32", dims=(images, vision.num_channels, vision.image_size, vision.image_size)
-    )
-    ids = Tensor(name="input_ids", dtype="int64", dims=embeds.dims[:2], values="below", limit=text.vocab_size)
-    features = Tensor(name="image_features", dtype="float32", dims=(images, _patches(model.config), text.hidden_size))
-    components = (Component("", model),)
-    return [
-        Part("vision_encoder", components, VisionEncoder(model), _see(model), Signature(inputs=(pixels,),
-            outputs=(features,))),
-        Part("token_embedding", components, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
-            outputs=(embeds,)),
-             activations=False),
-        Part("decoder", components, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
-            decoder, activations=False),
-    ]  # fmt: skip
-
-
-def config(source: Source) -> dict[str, Any]:
-    model = _config(source, reduced=False)
-    text, generation = model.text_config, _generation(source)
-    return ChatConfig(
-        context_length=text.max_position_embeddings,
-        vocab_size=text.vocab_size,
-        hidden_size=text.hidden_size,
-        bos_token_id=_leading_token(tokenizer_file(source)),
-        eos_token_ids=generation.ends,
-        image_token_id=model.image_token_index,
-        tokens_per_image=_patches(model),
-        defaults=generation.defaults,
-    ).model_dump(mode="json")
-
-
-def notes(source: Source) -> tuple[str, ...]:
-    return (*_generation(source).notes, *_miscounts(source))
-
-
-def _miscounts(source: Source) -> Iterator[str]:
-    """A note where the processor's own file counts other positions for a picture than the tower gives: transformers
-    would fail there.
-    """
-    file = source.root / "processor_config.json"
-    found = read_json(file) if file.is_file() else {}
-    config, size = _config(source, reduced=False), found.get("patch_size")
-    if not isinstance(size, int) or size < 1:
-        return
-    counted = (config.vision_config.image_size // size) ** 2 + (found.get("num_additional_image_tokens") or 0)
-    counted -= found.get("vision_feature_select_strategy") == "default"
-    if counted != _patches(config):
-        yield (
-            f"{file.name} counts {counted} positions for a picture (patch_size, num_additional_image_tokens and "
-            f"vision_feature_select_strategy), the vision tower gives {_patches(config)}: prompts have as many as the "
-            "tower gives"
-        )
-
-
-def _generation(source: Source) -> Generation:
-    data = read_json(source.root / "config.json")
-    return read_generation(source.root, data, _config(source, reduced=False).text_config.vocab_size)
-
-
-def _patches(model: LlavaConfig) -> int:
-    """Positions that a picture takes in the prompt: those of the tower, without the first one where the model leaves it
+def patches(model: Any) -> int:
+    """Features that the encoder gives for a tile: those of the tower, without the first one where the model leaves it
     out.
     """
     side = model.vision_config.image_size // model.vision_config.patch_size
@@ -238,18 +274,4 @@ def _leading_token(tokenizer: Path) -> int | None:
     return int(ids[0]) if ids else None
 
 
-def assets(source: Source) -> Mapping[str, Path]:
-    _config(
-        source, reduced=False
-    )  # transformers reads it for the tokenizer, too, and its fault would be the tokenizer's
-    text = ("special_tokens_map.json", *templates.FILES)
-    vision = ("preprocessor_config.json", "processor_config.json")
-    wanted = {f"tokenizer/{name}": source.root / name for name in text} | {
-        f"preprocessor/{name}": source.root / name for name in vision
-    }
-    return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {
-        path: file for path, file in wanted.items() if file.is_file()
-    }
-
-
-FAMILY = Family("llava", "chat", ("LlavaForConditionalGeneration",), parts, config, assets, notes)
+FAMILY = VisionLanguage("llava", LlavaForConditionalGeneration, LlavaConfig, _see).family

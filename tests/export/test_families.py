@@ -19,6 +19,7 @@ from export.build.options import Options
 from export.checkpoint.source import open_component, resolve
 from export.family import Family, families, family_of
 from runtime.errors import NotFound, SourceError, UnsupportedModel
+from tests.export.families.conftest import save_next
 
 Rename = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
@@ -169,14 +170,19 @@ def test_tied_weights_are_written_once(tiny_vlm: Path, tmp_path: Path) -> None:
 # What a family declares
 
 
-@pytest.fixture(params=["tiny_diffusion", "tiny_vlm", "tiny_xl"])
+@pytest.fixture(scope="module")
+def tiny_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_next(tmp_path_factory.mktemp("sources") / "tiny-next")
+
+
+@pytest.fixture(params=["tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next"])
 def checkpoint(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
-def test_every_family_is_found_and_tested(tiny_diffusion: Path, tiny_vlm: Path, tiny_xl: Path) -> None:
-    tested = {family_of(resolve(str(path))).name for path in (tiny_diffusion, tiny_vlm, tiny_xl)}
+def test_every_family_is_found_and_tested(tiny_diffusion: Path, tiny_vlm: Path, tiny_xl: Path, tiny_next: Path) -> None:
+    tested = {family_of(resolve(str(path))).name for path in (tiny_diffusion, tiny_vlm, tiny_xl, tiny_next)}
     assert tested == {family.name for family in families().values()}
     assert all(
         isinstance(family, Family) and architecture in family.architectures

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+)
 
 import runtime.pipelines.chat
 from runtime.language.text import Message
@@ -26,6 +32,8 @@ SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-vlm"
 EDGE, PATCH = 24, 8
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTION = "what color is the circle? how many shapes are there? "
+GRIDS = [[24, 48], [48, 24], [48, 48], [72, 24]]
+"""Heights and widths in pixels that a LLaVA-NeXT may resize a picture to."""
 PICTURE: Picture = np.random.default_rng(0).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
 Fields = Mapping[str, Any]
 Make = Callable[..., Path]
@@ -62,6 +70,31 @@ def save(folder: Path, text: Fields, vision: Fields, top: Fields, processor: Fie
     (folder / "processor_config.json").write_text(json.dumps(file | {"patch_size": PATCH} | dict(processor)))
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def save_next(folder: Path, top: dict[str, Any] | None = None, grids: Sequence[Sequence[int]] = GRIDS) -> Path:
+    """A LLaVA-NeXT of two layers and random float16 weights, large enough that answers vary."""
+    config = json.loads((SAMPLE / "config.json").read_bytes())
+    config.pop("model_type", None)
+    tokens = {key: config["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
+    config["text_config"] = {"model_type": "llama", **tokens, **SMALL, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 512}  # fmt: skip
+    config["vision_config"] = {"model_type": "clip_vision_model", **SMALL, "image_size": EDGE, "patch_size": PATCH}
+    torch.manual_seed(0)
+    model: Any = LlavaNextForConditionalGeneration(
+        LlavaNextConfig.from_dict(config | {"image_grid_pinpoints": GRIDS} | (top or {}))
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.half().save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(SAMPLE / name, folder)
+    file = {"image_processor_type": "LlavaNextImageProcessor", "size": {"shortest_edge": EDGE},
+        "crop_size": {"height": EDGE, "width": EDGE}, "do_pad": True, "image_grid_pinpoints": grids}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(file))
     return folder
 
 
