@@ -44,6 +44,7 @@ class Spoilt:
 
     def __init__(self, engine: Engine, change: Any) -> None:
         self.engine, self.change, self.calls = engine, change, list[Mapping[str, Array]]()
+        self.submodel = engine.submodel
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         self.calls.append(dict(inputs))
