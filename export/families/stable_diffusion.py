@@ -377,9 +377,11 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
     ]
 
 
-def settings(source: Source, grid: Grid, scheduler: SchedulerConfig, **more: Any) -> dict[str, Any]:
-    """The pipeline's settings; `grid` and `scheduler` are what the library's pipeline makes of the model's own, `more`
-    what a family adds.
+def settings(
+    source: Source, grid: Grid, scheduler: SchedulerConfig, defaults: ImageDefaults, **more: Any
+) -> dict[str, Any]:
+    """The pipeline's settings; `grid` and `scheduler` are what the library's pipeline makes of the model's own,
+    `defaults` what a request leaves open, `more` what a family adds.
 
     Raises SourceError naming every value that no model can have.
     """
@@ -390,7 +392,10 @@ def settings(source: Source, grid: Grid, scheduler: SchedulerConfig, **more: Any
         "scale_factor": grid.scale,
         "latent_channels": vae["latent_channels"],
     }
-    found: Any = {"scheduler": scheduler, "vae": scaling, "sizes": grid.sizes, **more}
+    sampler = defaults.sampler or scheduler.sampler
+    found: Any = {
+        "scheduler": scheduler, "sampler": sampler, "vae": scaling, "sizes": grid.sizes, "defaults": defaults, **more
+    }  # fmt: skip
     try:
         return DiffusionConfig(**found).dump()
     except ValidationError as error:
@@ -530,7 +535,7 @@ def _schedule(source: Source) -> SchedulerConfig:
 
 def config(source: Source) -> dict[str, Any]:
     grid = _grid(source, *configs(source, "unet", "vae"))
-    return settings(source, grid, _schedule(source), defaults=ImageDefaults.read(source.root))
+    return settings(source, grid, _schedule(source), ImageDefaults.read(source.root))
 
 
 def assets(source: Source) -> Mapping[str, Path]:

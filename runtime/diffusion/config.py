@@ -12,7 +12,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.diffusion.added import AddedConditions
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
-from runtime.diffusion.published import SchedulerConfig
+from runtime.diffusion.published import SchedulerConfig, as_drawn_before
 from runtime.diffusion.solver import Sampler, make_sampler
 from runtime.errors import BundleError, InvalidInput
 from runtime.tasks.image import ImageDefaults, ImageRequest
@@ -42,10 +42,11 @@ class DiffusionConfig(Frozen):
 
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
     sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
-    encoder and no sizes.
+    encoder and no sizes. `sampler` draws where a request names none.
     """
 
     scheduler: SchedulerConfig
+    sampler: str
     vae: Vae
     sizes: Sizes
     defaults: ImageDefaults = ImageDefaults()
@@ -61,11 +62,6 @@ class DiffusionConfig(Frozen):
         self.scheduler.check()
         make_sampler(self.sampler, self.scheduler, self.defaults.steps)
         return self
-
-    @property
-    def sampler(self) -> str:
-        """The sampler used where a request names none."""
-        return self.defaults.sampler or self.scheduler.sampler
 
     @property
     def zeros_for_empty(self) -> bool:
@@ -97,10 +93,21 @@ class DiffusionConfig(Frozen):
     def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:
         """Read `Manifest.config`. Raises BundleError naming every field that is wrong."""
         try:
-            return cls.model_validate(dict(config))
+            return cls.model_validate(dict(config) if "sampler" in config else _with_sampler(config))
         except (ValidationError, InvalidInput) as error:
             raise BundleError(f"the diffusion settings cannot be read: {error}") from None
 
     def dump(self) -> dict[str, Any]:
         """The input of `parse`: only the given fields, since samplers have different defaults for absent ones."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+
+def _with_sampler(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a bundle that was built before bundles named their sampler, which draws as it did then. What is
+    no mapping stays, for validation to name.
+    """
+    scheduler, defaults = config.get("scheduler"), config.get("defaults", {})
+    if not isinstance(scheduler, Mapping) or not isinstance(defaults, Mapping):
+        return config
+    kept, sampler = as_drawn_before(scheduler)
+    return {**config, "scheduler": kept, "sampler": defaults.get("sampler") or sampler}

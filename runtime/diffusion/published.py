@@ -29,8 +29,8 @@ class SchedulerFields(BaseModel):
     """The fields that samplers compute with. Betas are variances of one training step; timesteps count training steps
     from 0.
 
-    A field that is absent takes the default of the diffusers class whose algorithm is chosen; those that differ between
-    the classes are None here.
+    A field that is absent takes the default of the diffusers class that reads it: where that differs from the one here,
+    it stands in `CLASSES`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,22 +42,35 @@ class SchedulerFields(BaseModel):
     trained_betas: tuple[Beta, ...] | None = None
     """One for each training timestep, in place of the schedule that the fields above describe."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    timestep_spacing: Spacing | None = None
-    """None: leading for DDIM, linspace for the others."""
+    timestep_spacing: Spacing = "linspace"
     steps_offset: int = Field(default=0, ge=0)
     rescale_betas_zero_snr: bool = False
     set_alpha_to_one: bool = True
-    clip_sample: bool = True
-    """DDIM only. True as in diffusers, although its Stable Diffusion pipeline always turns it off."""
+    clip_sample: bool = False
+    """True by default in DDIM and DDPM, although diffusers' Stable Diffusion pipeline always turns it off."""
     clip_sample_range: float = Field(default=1.0, gt=0)
     interpolation_type: Literal["linear", "log_linear"] = "linear"
     """Euler only."""
+    skip_prk_steps: bool = False
+    """PNDM only: begin without Runge and Kutta's method."""
+    variance_type: str | None = None
+    """DDPM only, of fresh noise. A variance that the model predicts is refused."""
+    solver_order: int = Field(default=2, ge=1, le=3)
+    """UniPC and DEIS; of DPM++ the sampler's name says it."""
+    solver_type: Literal["midpoint", "heun", "bh1", "bh2", "logrho"] = "midpoint"
+    """Heun for DPM++, bh1 for UniPC; every other value stands for the solver's own usual one, as in diffusers."""
     lower_order_final: bool = True
+    """DPM++, UniPC and DEIS."""
+    euler_at_final: bool = False
     """DPM++ only."""
     lambda_min_clipped: Annotated[float, BeforeValidator(_none_is_unbounded)] = -math.inf
     """DPM++ only: the least log of signal over noise that the walk begins at."""
     final_sigmas_type: Literal["zero", "sigma_min"] = "zero"
-    """Euler and DPM++."""
+    """Euler, DPM++ and UniPC."""
+    original_inference_steps: int = Field(default=50, ge=1)
+    """LCM and TCD: how many timesteps the model was distilled on."""
+    timestep_scaling: float = Field(default=10.0, ge=0)
+    """LCM only."""
 
     @model_validator(mode="after")
     def _one_beta_a_timestep(self) -> SchedulerFields:
@@ -79,19 +92,24 @@ would be wrong.
 """
 
 WALKED: Final[Mapping[str, tuple[object, ...]]] = {
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
     "sigma_min": (None,),
     "sigma_max": (None,),
     "solver_order": (2,),
-    "algorithm_type": ("dpmsolver++", "deis"),  # DPMSolverMultistepScheduler takes the second as the first
-    "solver_type": ("midpoint", "logrho", "bh1", "bh2"),  # likewise
-    "euler_at_final": (False, None),
+    "algorithm_type": ("dpmsolver++", "deis"),  # the classes of DPM++ take the second as the first
+    "predict_x0": (True,),
+    "disable_corrector": ([], None),
 }
 """Fields that say how the same path is walked, and the values implemented here: with another value a sampler of ours
 takes its place.
 """
+
+SPACED_BY: Final = {
+    "use_karras_sigmas": "karras",
+    "use_lu_lambdas": "lu",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+}
+"""The fields that choose a spacing of noise levels, and how it ends a sampler's name."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +117,17 @@ class Treatment:
     """What is done with a scheduler class of diffusers.
 
     `sampler` draws: the class itself where `exact`, else in its place, which is reported. There is none where `refused`
-    says why. `reads` are the fields of the class that count here; `defaults` its own for those that a file leaves out.
+    says why. `variants` are other samplers of the class, each with the fields that choose it. `reads` are the fields of
+    the class that count here; `defaults` its own for those that a file leaves out; `walks` the values of fields in
+    `WALKED` that this class has besides.
     """
 
     sampler: str = ""
     exact: bool = True
     reads: frozenset[str] = frozenset()
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    walks: Mapping[str, tuple[object, ...]] = field(default_factory=dict)
     refused: str = ""
 
 
@@ -122,10 +144,12 @@ SOLVER: Final = (
 )
 CLIPPED: Final = ("clip_sample", "clip_sample_range")
 LATE: Final = {"beta_start": 0.00085, "beta_end": 0.012}
+LEADING: Final = {"timestep_spacing": "leading"}
+DISTILLED: Final = {**LATE, "beta_schedule": "scaled_linear"}
 
-DISTILLED: Final = (
-    "is for models that were distilled to be drawn in a few steps of its own: build the model that they were distilled "
-    "from"
+CONSISTENCY: Final = (
+    "is for models that were distilled without classifier-free guidance on another noise schedule: such models are not "
+    "served"
 )
 FLOW: Final = "is for models that predict a flow, which is another noise schedule: such models are not served"
 PRECONDITIONED: Final = (
@@ -136,53 +160,77 @@ NO_DRAWING: Final = "does not draw from noise: save the pipeline with one that d
 OTHER_MODELS: Final = "is for another kind of model: such models are not served"
 
 
-def _exact(sampler: str, *reads: str) -> Treatment:
-    return Treatment(sampler, reads=frozenset(reads))
+def _exact(sampler: str, *reads: str, **defaults: object) -> Treatment:
+    return Treatment(sampler, reads=frozenset(reads), defaults=defaults)
 
 
-def _replaced(*reads: str, **defaults: float) -> Treatment:
-    return Treatment("dpmpp_2m", exact=False, reads=frozenset(reads), defaults=defaults)
-
-
-_DDIM: Final = _exact("ddim", *SPACED, *CLIPPED, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr")
-_DDPM: Final = _replaced(*SPACED, *CLIPPED, "variance_type", "thresholding", "rescale_betas_zero_snr")
+_DDIM: Final = _exact(
+    "ddim", *SPACED, *CLIPPED, "set_alpha_to_one", "thresholding", "rescale_betas_zero_snr", clip_sample=True, **LEADING
+)
+_DDPM: Final = _exact(
+    "ddpm", *SPACED, *CLIPPED, "variance_type", "thresholding", "rescale_betas_zero_snr",
+    variance_type="fixed_small", clip_sample=True, **LEADING,
+)  # fmt: skip
+_LCM: Final = (
+    *SPACED, *CLIPPED, "original_inference_steps", "timestep_scaling", "set_alpha_to_one", "thresholding",
+    "rescale_betas_zero_snr",
+)  # fmt: skip
 
 CLASSES: Final[Mapping[str, Treatment]] = {
     "DDIMScheduler": _DDIM,
     "DDIMParallelScheduler": _DDIM,
-    "EulerDiscreteScheduler": _exact(
-        "euler", *SPACED, *SIGMAS, "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
-        "rescale_betas_zero_snr",
-        "final_sigmas_type",
-    ),
-    "EulerAncestralDiscreteScheduler": _exact("euler_ancestral", *SPACED, "rescale_betas_zero_snr"),
-    "DPMSolverMultistepScheduler": _exact(
-        "dpmpp_2m", *SPACED, *SIGMAS, *SOLVER, "euler_at_final", "use_lu_lambdas", "final_sigmas_type",
-        "lambda_min_clipped",
-        "variance_type", "rescale_betas_zero_snr",
-    ),
-    "PNDMScheduler": _replaced(*SPACED, "set_alpha_to_one"),
-    "LMSDiscreteScheduler": _replaced(*SPACED, *SIGMAS),
-    "HeunDiscreteScheduler": _replaced(*SPACED, *SIGMAS, *CLIPPED, **LATE),
-    "KDPM2DiscreteScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
-    "KDPM2AncestralDiscreteScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
     "DDPMScheduler": _DDPM,
     "DDPMParallelScheduler": _DDPM,
-    "DPMSolverSinglestepScheduler": _replaced(
-        *NOISE, *SIGMAS, *SOLVER, "final_sigmas_type", "lambda_min_clipped", "variance_type",
+    "PNDMScheduler": _exact("pndm", *SPACED, "set_alpha_to_one", "skip_prk_steps", set_alpha_to_one=False, **LEADING),
+    "EulerDiscreteScheduler": _exact(
+        "euler", *SPACED, *SIGMAS, "interpolation_type", "sigma_min", "sigma_max", "timestep_type",
+        "rescale_betas_zero_snr", "final_sigmas_type",
     ),
-    "DPMSolverSDEScheduler": _replaced(*SPACED, *SIGMAS, **LATE),
-    "UniPCMultistepScheduler": _replaced(
-        *SPACED, *SIGMAS, "thresholding", "solver_order", "solver_type", "lower_order_final", "use_flow_sigmas",
-        "final_sigmas_type",
-        "rescale_betas_zero_snr", "sigma_min", "sigma_max",
+    "EulerAncestralDiscreteScheduler": _exact("euler_ancestral", *SPACED, "rescale_betas_zero_snr"),
+    "LMSDiscreteScheduler": _exact("lms", *SPACED, *SIGMAS),
+    "HeunDiscreteScheduler": _exact("heun", *SPACED, *SIGMAS, *CLIPPED, **LATE),
+    "KDPM2DiscreteScheduler": _exact("kdpm2", *SPACED, *SIGMAS, **LATE),
+    "KDPM2AncestralDiscreteScheduler": _exact("kdpm2_ancestral", *SPACED, *SIGMAS, **LATE),
+    "DPMSolverSDEScheduler": _exact("dpmpp_sde", *SPACED, *SIGMAS, **LATE),
+    "DPMSolverMultistepScheduler": Treatment(
+        "dpmpp_2m",
+        reads=frozenset(
+            (*SPACED, *SIGMAS, *SOLVER, "euler_at_final", "use_lu_lambdas", "final_sigmas_type", "lambda_min_clipped",
+                "variance_type", "rescale_betas_zero_snr")
+        ),
+        variants={"dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_3m": {"solver_order": 3}},
     ),
-    "DEISMultistepScheduler": _replaced(*SPACED, *SIGMAS, *SOLVER),
-    "SASolverScheduler": _replaced(
-        *SPACED, *SIGMAS, "thresholding", "algorithm_type", "lower_order_final", "use_flow_sigmas",
-        "lambda_min_clipped", "variance_type",
+    "DPMSolverSinglestepScheduler": _exact(
+        "dpmpp_2s", *NOISE, *SIGMAS, *SOLVER, "final_sigmas_type", "lambda_min_clipped", "variance_type",
+        lower_order_final=False,
     ),
-    **dict.fromkeys(("LCMScheduler", "TCDScheduler", "CMStochasticIterativeScheduler"), Treatment(refused=DISTILLED)),
+    "UniPCMultistepScheduler": Treatment(
+        "unipc",
+        reads=frozenset(
+            (*SPACED, *SIGMAS, "thresholding", "solver_order", "solver_type", "lower_order_final", "use_flow_sigmas",
+                "final_sigmas_type", "rescale_betas_zero_snr", "sigma_min", "sigma_max", "predict_x0",
+                "disable_corrector")
+        ),
+        defaults={"solver_type": "bh2"},
+        walks={"solver_order": (1, 3)},
+    ),
+    "DEISMultistepScheduler": Treatment(
+        "deis",
+        reads=frozenset((*SPACED, *SIGMAS, *SOLVER)),
+        defaults={"solver_type": "logrho", "final_sigmas_type": "sigma_min"},
+        walks={"solver_order": (1, 3), "algorithm_type": ("dpmsolver",)},
+    ),
+    "LCMScheduler": _exact("lcm", *_LCM, **DISTILLED, **LEADING),
+    "TCDScheduler": _exact("tcd", *_LCM, **DISTILLED, **LEADING),
+    "SASolverScheduler": Treatment(
+        "dpmpp_2m",
+        exact=False,
+        reads=frozenset(
+            (*SPACED, *SIGMAS, "thresholding", "algorithm_type", "lower_order_final", "use_flow_sigmas",
+                "lambda_min_clipped", "variance_type")
+        ),
+    ),
+    "CMStochasticIterativeScheduler": Treatment(refused=CONSISTENCY),
     **dict.fromkeys(
         ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler",
             "FlowMapEulerDiscreteScheduler",
@@ -208,8 +256,8 @@ CLASSES: Final[Mapping[str, Treatment]] = {
 
 SERVED: Final = tuple(name for name, treatment in CLASSES.items() if not treatment.refused)
 CLASS: Final = "_class_name"
-KARRAS: Final = "_karras"
-"""Ends the names of samplers that space noise levels as Karras et al. 2022 do."""
+READ: Final = {*SchedulerFields.model_fields, *TAKEN, *WALKED, *SPACED_BY, CLASS, "timestep_type"}
+"""The fields of scheduler files that count in some class."""
 
 
 class SchedulerConfig(RootModel[Mapping[str, Any]]):
@@ -222,8 +270,7 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         """Read a scheduler_config.json. Raises InvalidInput naming the class, or each field, that is not served, and
         why.
         """
-        known = {*SchedulerFields.model_fields, *TAKEN, *WALKED, CLASS, "use_karras_sigmas", "timestep_type"}
-        found = cls({name: value for name, value in published.items() if name in known and value != -math.inf})
+        found = cls({name: value for name, value in published.items() if name in READ and value != -math.inf})
         found.check()
         return found
 
@@ -240,13 +287,17 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         faults = [f"{key} {own[key]!r}" for key, values in TAKEN.items() if key in own and own[key] not in values]
         if own.get("timestep_type") == "continuous" and own.get("prediction_type") == "v_prediction":
             faults.append("timestep_type 'continuous' with prediction_type 'v_prediction'")
+        if len(spacings := [key for key in SPACED_BY if own.get(key)]) > 1:
+            raise InvalidInput(
+                "scheduler", f"{name} has {' and '.join(spacings)}, expected one of them: set the others to false"
+            )
         if faults:
             raise InvalidInput(
                 "scheduler",
                 f"{name} with {', '.join(faults)} is not served: the model expects what no sampler here computes",
             )
         self.read(str(name))
-        self.read_for(self.treatment.sampler)
+        self.read_for(self._solver)
 
     @property
     def treatment(self) -> Treatment:
@@ -254,15 +305,28 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         return CLASSES[self.root[CLASS]]
 
     @property
+    def _solver(self) -> str:
+        """That of the first of its class's variants whose fields the file has, else its class's own."""
+        own = self._own
+        fitting = (name for name, chosen in self.treatment.variants.items() if chosen.items() <= own.items())
+        return next(fitting, self.treatment.sampler)
+
+    @property
     def sampler(self) -> str:
         """The sampler that draws where a request names none."""
-        return self.treatment.sampler + KARRAS * bool(self._own.get("use_karras_sigmas"))
+        own = self._own
+        return "_".join((self._solver, *(ending for key, ending in SPACED_BY.items() if own.get(key))))
 
     @property
     def note(self) -> str:
         """What is drawn otherwise than published, in a sentence; empty where nothing is."""
         own, name = self._own, self.root[CLASS]
-        other = [f"{key} {own[key]!r}" for key, values in WALKED.items() if key in own and own[key] not in values]
+        chosen, walks = self.treatment.variants.get(self._solver, {}), self.treatment.walks
+        other = [
+            f"{key} {own[key]!r}"
+            for key, values in WALKED.items()
+            if key in own and key not in chosen and own[key] not in (*values, *walks.get(key, ()))
+        ]
         if self.treatment.exact and not other:
             return ""
         what = f"{name} with {', '.join(other)}" if self.treatment.exact else name
@@ -275,8 +339,14 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
         """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not
         served.
         """
-        read = CLASSES[class_name].reads & SchedulerFields.model_fields.keys()
-        values = {**self.treatment.defaults, **{name: value for name, value in self.root.items() if name in read}}
+        reader = CLASSES[class_name]
+        values = {name: value for name, value in reader.defaults.items() if name not in NOISE}
+        values |= {name: value for name, value in self.treatment.defaults.items() if name in NOISE}
+        values |= {
+            name: value
+            for name, value in self.root.items()
+            if name in reader.reads and name in SchedulerFields.model_fields
+        }
         try:
             return SchedulerFields.model_validate(values)
         except ValidationError as error:
@@ -300,8 +370,30 @@ def _where(fault: Mapping[str, Any]) -> str:
 
 
 SOURCES: Final = {
-    treatment.sampler: name
+    sampler: name
     for name, treatment in reversed(list(CLASSES.items()))
     if treatment.sampler and treatment.exact
+    for sampler in (treatment.sampler, *treatment.variants)
 }
 """The diffusers class that each solver equals."""
+
+
+def as_drawn_before(published: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+    """What a bundle draws with that names no sampler: its scheduler file, and the sampler.
+
+    Such bundles are older than most solvers: dpmpp_2m took the place of those that were not there, and fields that say
+    how the path is walked, but for Karras spacing, were ignored. PNDM's `skip_prk_steps` was not kept, which every
+    Stable Diffusion model sets.
+    """
+    name = published.get(CLASS)
+    solver = {
+        "DDIMScheduler": "ddim",
+        "DDIMParallelScheduler": "ddim",
+        "EulerDiscreteScheduler": "euler",
+        "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    }.get(str(name), "dpmpp_2m")
+    ignored = {*WALKED, "solver_type", "euler_at_final", *SPACED_BY} - {"use_karras_sigmas"}
+    kept = {key: value for key, value in published.items() if key not in ignored}
+    karras = kept.get("use_karras_sigmas") and "use_karras_sigmas" in CLASSES.get(str(name), Treatment()).reads
+    kept = {"skip_prk_steps": True, **kept} if name == "PNDMScheduler" else kept
+    return kept, f"{solver}_karras" if karras else solver

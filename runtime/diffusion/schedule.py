@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Latents = NDArray[np.float32]
+
+GAUSS: Final = np.polynomial.legendre.leggauss(16)
+"""Positions and weights of the rule of 16 points on -1 to 1."""
 
 
 class Point(NamedTuple):
@@ -35,6 +38,18 @@ class Point(NamedTuple):
     time: float
     step: int
 
+    @property
+    def level(self) -> float:
+        """Noise over signal."""
+        return self.sigma / self.alpha
+
+    @property
+    def log_snr(self) -> float:
+        """The logarithm of signal over noise, "lambda" in the papers on DPM-Solver."""
+        if not self.sigma:
+            return math.inf
+        return math.log(self.alpha / self.sigma) if self.alpha else -math.inf
+
 
 class Estimate(NamedTuple):
     """What a model's output says of latents x = alpha x₀ + sigma ε: both parts, float32, of the shape of x."""
@@ -48,11 +63,13 @@ class Prediction:
     """A quantity that models are trained to predict.
 
     `scale` is the factor between the latents of a point (alpha, sigma) and those that such a model was trained on.
-    `estimate` takes the model's input, its output, and alpha and sigma of the input.
+    `estimate` takes the model's input, its output, and alpha and sigma of the input. `output` takes an estimate, alpha
+    and sigma, and gives the output that such a model would have for it.
     """
 
     scale: Callable[[float, float], float]
     estimate: Callable[[Latents, Latents, float, float], Estimate]
+    output: Callable[[Estimate, float, float], Latents]
 
 
 def _epsilon(x: Latents, output: Latents, alpha: float, sigma: float) -> Estimate:
@@ -74,10 +91,12 @@ def _flow(x: Latents, output: Latents, alpha: float, sigma: float) -> Estimate:
 
 
 PREDICTIONS: Final = {
-    "epsilon": Prediction(math.hypot, _epsilon),
-    "v_prediction": Prediction(math.hypot, _velocity),
-    "sample": Prediction(math.hypot, _sample),
-    "flow_prediction": Prediction(operator.add, _flow),
+    "epsilon": Prediction(math.hypot, _epsilon, lambda found, alpha, sigma: found.noise),
+    "v_prediction": Prediction(
+        math.hypot, _velocity, lambda found, alpha, sigma: alpha * found.noise - sigma * found.clean
+    ),
+    "sample": Prediction(math.hypot, _sample, lambda found, alpha, sigma: found.clean),
+    "flow_prediction": Prediction(operator.add, _flow, lambda found, alpha, sigma: found.noise - found.clean),
 }
 """Every kind of prediction, by the name that scheduler files have for it."""
 
@@ -134,6 +153,46 @@ class Schedule:
         scale = prediction.scale(point.alpha, point.sigma)
         clean, noise = prediction.estimate(x / scale, output, point.alpha / scale, point.sigma / scale)
         return Estimate(clean if math.isinf(self.clip) else clean.clip(-self.clip, self.clip), noise)
+
+    def output(self, estimate: Estimate, point: Point) -> Latents:
+        """The model's output that implies this estimate at the point: the reverse of `estimate`."""
+        prediction = PREDICTIONS[self.prediction]
+        scale = prediction.scale(point.alpha, point.sigma)
+        return prediction.output(estimate, point.alpha / scale, point.sigma / scale)
+
+
+def along(x: Latents, clean: Latents, now: Point, alpha: float, sigma: float) -> Latents:
+    """Latents at (alpha, sigma) with these clean latents and the noise that x, of the point `now`, has beside them."""
+    noise: Latents = x - now.alpha * clean
+    return alpha * clean + sigma / now.sigma * noise
+
+
+def weighted(weights: Iterable[float], arrays: Iterable[Latents]) -> Latents:
+    """The sum of the arrays, each times its weight, float32. There are as many of both."""
+    terms = [float(weight) * array for weight, array in zip(weights, arrays, strict=True)]
+    return sum(terms[1:], start=terms[0])
+
+
+def ancestral(now: Point, after: Point) -> tuple[float, float]:
+    """How an ancestral step to `after` is split: the sigma to go down to, then that of the noise to add. The sum of
+    their squares is the square of the point's own.
+    """
+    kept = after.sigma * now.alpha / (now.sigma * after.alpha)
+    return after.sigma * kept, after.sigma * math.sqrt(1 - kept**2)
+
+
+def lagrange_integrals(
+    nodes: Sequence[float], start: float, stop: float, weight: Callable[[Floats], Floats] = np.ones_like
+) -> Floats:
+    """The integral of weight(t) from `start` to `stop` times each Lagrange polynomial over the nodes, float64.
+
+    Gauss and Legendre's rule: exact to rounding for polynomials, and for an exponential weight over the ranges here.
+    """
+    positions, weights = GAUSS
+    t = start + (stop - start) * (positions + 1) / 2
+    weights = weights * weight(t) * (stop - start) / 2
+    basis = [[(t - other) / (node - other) for other in nodes if other != node] for node in nodes]
+    return np.array([(weights * np.prod([np.ones_like(t), *factors], axis=0)).sum() for factors in basis])
 
 
 def variance_preserving(levels: Floats) -> tuple[Floats, Floats]:

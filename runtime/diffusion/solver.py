@@ -15,15 +15,16 @@ SOLVER and is found by listing the folder; its name is the sampler's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 
 import runtime.diffusion.solvers
-from runtime.diffusion.published import KARRAS, SchedulerConfig, SchedulerFields
+from runtime.diffusion.published import SchedulerConfig, SchedulerFields
 from runtime.diffusion.schedule import Estimate, Latents, Point, Schedule
+from runtime.diffusion.spacing import SPACINGS
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.listing import modules
 
@@ -34,11 +35,11 @@ Steps = Generator[tuple[Latents, Point], Estimate, Latents]
 
 @dataclass(frozen=True)
 class Options:
-    """How a request varies a solver: noise levels spaced as in Karras et al. 2022, and how much fresh noise (0 to 1) is
-    added.
+    """How a request varies a solver: how noise levels are spaced (one of `SPACINGS`, or "" for those of the timesteps)
+    and how much fresh noise (0 to 1) is added.
     """
 
-    karras: bool = False
+    spacing: str = ""
     eta: float = 0.0
 
 
@@ -71,11 +72,11 @@ class Sampler:
 class Solver:
     """How a solver's samplers are made from a published scheduler file, a number of steps and options.
 
-    `karras` and `eta` say which options it has. `prepare` raises InvalidInput where file and steps do not fit.
+    `spacings` and `eta` say which options it has. `prepare` raises InvalidInput where file and steps do not fit.
     """
 
     prepare: Callable[[SchedulerFields, int, Options], Sampler]
-    karras: bool = False
+    spacings: Sequence[str] = ()
     eta: bool = False
 
 
@@ -86,24 +87,24 @@ def solvers() -> dict[str, Solver]:
 
 
 def samplers() -> tuple[str, ...]:
-    """The name of every sampler: a solver's, and with "_karras" where it has that spacing."""
+    """The name of every sampler: a solver's, and with each spacing that it has, such as "euler_karras"."""
     return tuple(
-        name + ending for name, solver in solvers().items() for ending in (("", KARRAS) if solver.karras else ("",))
+        name + ending
+        for name, solver in solvers().items()
+        for ending in ("", *(f"_{spacing}" for spacing in solver.spacings))
     )
 
 
 def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
-    """The sampler of that name (one of `samplers()`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM
-    adds.
+    """The sampler of that name (one of `samplers()`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM and
+    TCD add.
 
     Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit
     the model's schedule, eta is given to a sampler that has none, or the schedule has a value that this sampler cannot
     take.
     """
-    if name not in samplers():
-        raise InvalidInput("sampler", f"'{name}' is not known: {did_you_mean(name, samplers())}")
-    solver = solvers()[name.removesuffix(KARRAS)]
-    fields = config.read_for(name.removesuffix(KARRAS))
+    known, spacing = _named(name)
+    solver, fields = solvers()[known], config.read_for(known)
     if not 1 <= steps <= fields.num_train_timesteps:
         raise InvalidInput(
             "steps", f"is {steps}, expected 1 to {fields.num_train_timesteps}, the timesteps the model was trained on"
@@ -111,9 +112,25 @@ def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.
     if not 0 <= eta <= 1:
         raise InvalidInput("eta", f"is {eta}, expected 0 to 1")
     if eta and not solver.eta:
-        able = ", ".join(other for other, found in solvers().items() if found.eta)
-        raise InvalidInput("eta", f"is {eta}, but only the sampler {able} has it: leave it 0 for {name}")
-    return solver.prepare(fields, steps, Options(name.endswith(KARRAS), eta))
+        able = " and ".join(other for other, found in solvers().items() if found.eta)
+        raise InvalidInput("eta", f"is {eta}, but only {able} have it: leave it 0 for {name}")
+    return solver.prepare(fields, steps, Options(spacing, eta))
+
+
+def _named(name: str) -> tuple[str, str]:
+    """The names of a sampler's solver and spacing. Raises InvalidInput naming `sampler`."""
+    solver, _, spacing = name.rpartition("_")
+    if name in solvers():
+        return name, ""
+    if name in samplers():
+        return solver, spacing
+    if spacing in SPACINGS and solver in solvers():
+        able = ", ".join(f"_{ending}" for ending in solvers()[solver].spacings)
+        raise InvalidInput(
+            "sampler", f"{solver} has no spacing '{spacing}': use {solver} {f'with {able}' if able else 'as it is'}"
+        )
+    endings = ", ".join(f"_{ending}" for ending in SPACINGS)
+    raise InvalidInput("sampler", f"'{name}' is not known: {did_you_mean(name, solvers())}, some also with {endings}")
 
 
 class Walk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Final, cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from runtime.diffusion.training import Table
 from runtime.errors import InvalidInput
 
 KARRAS_RHO: Final = 7.0
+BETA: Final = 0.6
 ROUNDING: Final = 1e-6
 """Noise levels nearer than this, relative to themselves, are one: they come from float32 tables."""
 
@@ -59,6 +61,58 @@ def karras(first: float, last: float, steps: int) -> Floats:
     ramp = np.linspace(0, 1, steps)
     high, low = float(first) ** (1 / KARRAS_RHO), float(last) ** (1 / KARRAS_RHO)  # a float32 would stay one
     return cast(Floats, (high + ramp * (low - high)) ** KARRAS_RHO)
+
+
+def exponential(first: float, last: float, steps: int) -> Floats:
+    """Noise levels evenly spaced in their logarithm, float64 [steps] (Crowson's k-diffusion,
+    get_sigmas_exponential).
+    """
+    return cast(Floats, np.exp(np.linspace(math.log(first), math.log(last), steps)))
+
+
+def lu(first: float, last: float, steps: int) -> Floats:
+    """Likewise, in the float32 logarithms of training, float64 [steps] (Lu et al. 2022, section 4.1; arXiv
+    2206.00927).
+    """
+    ends = [float(np.log(np.float32(level))) for level in (first, last)]
+    return cast(Floats, np.exp(np.linspace(ends[0], ends[1], steps)))
+
+
+def beta(first: float, last: float, steps: int) -> Floats:
+    """Noise levels at evenly spaced quantiles of the Beta(0.6, 0.6) distribution between both ends, so that they are
+    denser there, float64 [steps] (Lee et al. 2024, arXiv 2407.12173).
+    """
+    first, last = float(first), float(last)
+    return last + _beta_quantiles(1 - np.linspace(0, 1, steps)) * (first - last)
+
+
+def _beta_quantiles(shares: Floats) -> Floats:
+    """Where the distribution function of Beta(0.6, 0.6) has these values, float64: bisection on its power series, which
+    converges fast below one half; above, by symmetry.
+    """
+    powers = np.arange(1, 60)
+    series = np.cumprod([1, *((powers - BETA) / powers)]) / (BETA + np.arange(60))
+
+    def mass(x: Floats) -> Floats:
+        return cast(Floats, x**BETA * np.polynomial.polynomial.polyval(x, series))
+
+    wanted = np.minimum(shares, 1 - shares) * 2 * mass(np.array(0.5))
+    low, high = np.zeros_like(shares), np.full_like(shares, 0.5)
+    for _ in range(60):
+        middle = (low + high) / 2
+        below = mass(middle) < wanted
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return np.where(shares <= 0.5, low, 1 - low)
+
+
+SPACINGS: Final[Mapping[str, Callable[[float, float, int], Floats]]] = {
+    "karras": karras,
+    "exponential": exponential,
+    "beta": beta,
+    "lu": lu,
+}
+"""Spacings of noise levels by name."""
+USUAL: Final = ("karras", "exponential", "beta")
 
 
 def timesteps_of(levels: Floats, table: Table) -> Floats:

@@ -52,7 +52,7 @@ class ImageRequest(Request):
     accept it.
 
     `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
-    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that the sampler ddim adds. Picture i of
+    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that ddim and tcd add. Picture i of
     `images` is drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0
     adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
     [images, channels, height, width] replace the standard normal starting noise.

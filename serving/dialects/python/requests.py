@@ -38,9 +38,9 @@ class ImageOptions(TypedDict, total=False):
     guidance_scale: float | None
     """Classifier-free guidance, 0 to 50; 1 switches it off."""
     sampler: str | None
-    """Name of the sampler, such as "euler" or "ddim"."""
+    """Name of the sampler, such as "euler" or "dpmpp_2m_karras"."""
     eta: float | None
-    """Noise that the sampler "ddim" adds, 0 to 1."""
+    """Noise that the samplers "ddim" and "tcd" add, 0 to 1."""
     seed: int | None
     """Seed of the first picture; each further one uses 1 more. The same seed gives the same picture on the same
     engine. Without one, a random seed is chosen and reported.

@@ -92,8 +92,8 @@ def opened(folder: Path) -> Build:
         (INDEX, {"tokenizer": ["transformers", "T5Tokenizer"]}, "tokenizer is of the class T5Tokenizer"),
         (INDEX, {"unet": ...}, "names no unet"),
         (INDEX, {"scheduler": [None, None]}, "names no scheduler"),
-        (INDEX, {"scheduler": ["diffusers", "LCMScheduler"]}, "LCMScheduler is for models that were distilled"),
-        (SCHEDULER, {"_class_name": "TCDScheduler"}, "TCDScheduler is for models that were distilled"),
+        (INDEX, {"scheduler": ["diffusers", "EDMEulerScheduler"]}, "EDMEulerScheduler is for models with EDM"),
+        (SCHEDULER, {"_class_name": "IPNDMScheduler"}, "IPNDMScheduler is for models with a continuous"),
         (SCHEDULER, {"beta_schedule": "sigmoid"}, "beta_schedule 'sigmoid'"),
         (SCHEDULER, {"thresholding": True}, "thresholding True"),
     ],
@@ -161,8 +161,8 @@ def test_a_scheduler_file_of_another_class_is_reported(copy: Path) -> None:
 
 
 def test_a_sampler_of_its_own_is_no_replacement(copy: Path) -> None:
-    set_scheduler(copy, "PNDMScheduler")
-    assert "PNDMScheduler is replaced: dpmpp_2m" in family_of(resolve(str(copy))).notes(resolve(str(copy)))[0]
+    set_scheduler(copy, "SASolverScheduler")
+    assert "SASolverScheduler is replaced: dpmpp_2m" in family_of(resolve(str(copy))).notes(resolve(str(copy)))[0]
     (copy / "enginecast.json").write_text('{"sampler": "euler"}')
     assert family_of(resolve(str(copy))).notes(resolve(str(copy))) == ()
 
@@ -201,9 +201,9 @@ LEARNED = ("<cat-toy>", "<cat-toy>_1", "<cat-toy>_2")
 
 @pytest.fixture(scope="module")
 def old(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint as older programs wrote it: PNDM, learned tokens in added_tokens.json, a safety checker."""
+    """A checkpoint as older programs wrote it: learned tokens in added_tokens.json, a safety checker, SASolver."""
     folder = Path(shutil.copytree(tiny_diffusion, tmp_path_factory.mktemp("old") / "old"))
-    set_scheduler(folder, "PNDMScheduler", tensor_format="pt", skip_prk_steps=True)
+    set_scheduler(folder, "SASolverScheduler", tensor_format="pt", skip_prk_steps=True)
     edit(folder, INDEX, safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"])
     saved = json.loads((folder / "tokenizer" / "tokenizer.json").read_bytes())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in saved["model"]["merges"]]
@@ -244,7 +244,8 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
 ) -> None:
     root, printed = old_bundle
     replaced = (
-        "PNDMScheduler is replaced: dpmpp_2m draws on the same noise schedule, unless a request names another sampler"
+        "SASolverScheduler is replaced: dpmpp_2m draws on the same noise schedule, "
+        "unless a request names another sampler"
     )
     checker = "the safety checker (StableDiffusionSafetyChecker) is left out: pictures are not checked"
     assert f"note: {replaced}\nnote: {checker}" in printed

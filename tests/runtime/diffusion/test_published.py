@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from runtime.diffusion.published import CLASSES, SERVED, TAKEN, WALKED, SchedulerConfig, SchedulerFields
+from runtime.diffusion.published import CLASSES, READ, SERVED, SchedulerConfig, SchedulerFields, as_drawn_before
 from runtime.diffusion.solver import samplers
 from runtime.errors import InvalidInput
 
@@ -19,7 +19,6 @@ diffusers = pytest.importorskip("diffusers")
 pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")  # torch tensors inside diffusers
 
 PAGE = Path(__file__).parents[3] / "docs" / "compatibility.md"
-KNOWN = {*SchedulerFields.model_fields, *TAKEN, *WALKED, "use_karras_sigmas", "timestep_type"}
 ELSEWHERE = {"DPMSolverSDEScheduler"}
 """Classes that diffusers makes only where further packages are installed."""
 
@@ -37,8 +36,8 @@ def parsed(class_name: str, **given: Any) -> SchedulerConfig:
 @pytest.mark.parametrize("class_name", sorted(set(SERVED) - ELSEWHERE))
 def test_a_class_reads_the_fields_that_diffusers_gives_it(class_name: str) -> None:
     theirs, treatment = fields(class_name), CLASSES[class_name]
-    assert treatment.reads == theirs.keys() & KNOWN
-    for name in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type"):
+    assert treatment.reads == theirs.keys() & READ
+    for name in theirs.keys() & SchedulerFields.model_fields:
         assert getattr(parsed(class_name).read(class_name), name) == theirs[name], name
 
 
@@ -77,13 +76,30 @@ def test_compatible_classes_are_all_in_the_table() -> None:
         (
             "PNDMScheduler",
             {"use_karras_sigmas": True, "thresholding": True, "algorithm_type": "sde-dpmsolver++"},
-            "dpmpp_2m",
+            "pndm",
         ),
         ("EulerDiscreteScheduler", {"use_karras_sigmas": True, "algorithm_type": "dpmsolver"}, "euler_karras"),
-        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "dpmpp_2m_karras"),
-        ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "tensor_format": "pt"}, "dpmpp_2m_karras"),
+        ("UniPCMultistepScheduler", {"use_karras_sigmas": True}, "unipc_karras"),
+        ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "tensor_format": "pt"}, "lms_karras"),
         ("DDIMScheduler", {"tensor_format": "np", "timestep_values": None, "predict_epsilon": True}, "ddim"),
         ("DPMSolverMultistepScheduler", {"solver_type": "bh2", "algorithm_type": "deis", "shift": 3.0}, "dpmpp_2m"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "euler_at_final": True}, "dpmpp_3m"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_lu_lambdas": True}, "dpmpp_3m_lu"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
+            "dpmpp_2m_sde_karras",
+        ),
+        (
+            "DPMSolverSinglestepScheduler",
+            {"solver_type": "heun", "use_exponential_sigmas": True},
+            "dpmpp_2s_exponential",
+        ),
+        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "euler_beta"),
+        ("DEISMultistepScheduler", {"algorithm_type": "dpmsolver", "solver_order": 3}, "deis"),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1", "solver_order": 1, "disable_corrector": []}, "unipc"),
+        ("SASolverScheduler", {"use_beta_sigmas": True}, "dpmpp_2m_beta"),
+        ("LCMScheduler", {"original_inference_steps": 100}, "lcm"),
     ],
 )
 def test_the_class_decides_which_fields_count(class_name: str, given: dict[str, Any], sampler: str) -> None:
@@ -95,17 +111,11 @@ def test_the_class_decides_which_fields_count(class_name: str, given: dict[str, 
 @pytest.mark.parametrize(
     ("class_name", "given", "named"),
     [
-        (
-            "DPMSolverMultistepScheduler",
-            {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-            "algorithm_type 'sde-dpmsolver++'",
-        ),
-        (
-            "DPMSolverMultistepScheduler",
-            {"solver_order": 3, "euler_at_final": True},
-            "solver_order 3, euler_at_final True",
-        ),
-        ("EulerDiscreteScheduler", {"use_beta_sigmas": True}, "use_beta_sigmas True"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 3}, "solver_order 3"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver"}, "algorithm_type 'dpmsolver'"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, "solver_order 1"),
+        ("DPMSolverSinglestepScheduler", {"solver_order": 3}, "solver_order 3"),
+        ("UniPCMultistepScheduler", {"predict_x0": False, "disable_corrector": [0]}, "predict_x0 False, disable_corr"),
         ("EulerDiscreteScheduler", {"sigma_max": 80.0}, "sigma_max 80.0"),
     ],
 )
@@ -117,8 +127,9 @@ def test_another_walk_of_a_served_class_is_replaced(class_name: str, given: dict
 @pytest.mark.parametrize(
     ("class_name", "given", "named"),
     [
-        ("LCMScheduler", {}, "LCMScheduler is for models that were distilled"),
-        ("TCDScheduler", {}, "TCDScheduler is for models that were distilled"),
+        ("CMStochasticIterativeScheduler", {}, "is for models that were distilled without"),
+        ("LMSDiscreteScheduler", {"use_karras_sigmas": True, "use_beta_sigmas": True}, "set the others to false"),
+        ("UniPCMultistepScheduler", {"solver_order": 4}, "solver_order '4'"),
         ("FlowMatchEulerDiscreteScheduler", {}, "predict a flow"),
         ("EDMEulerScheduler", {}, "EDM preconditioning"),
         ("DDIMInverseScheduler", {}, "does not draw from noise"),
@@ -145,6 +156,26 @@ def test_what_would_draw_wrong_pictures_is_refused_by_name(class_name: str, give
     with pytest.raises(InvalidInput) as caught:
         parsed(class_name, **given)
     assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "sampler"),
+    [
+        ({"_class_name": "PNDMScheduler", "steps_offset": 1}, "dpmpp_2m"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_karras_sigmas": True, "solver_order": 3}, "dpmpp_2m_karras"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True}, "euler_karras"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "euler"),
+        ({"_class_name": "DDPMScheduler", "use_karras_sigmas": True}, "dpmpp_2m"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "euler_at_final": True, "solver_type": "heun"}, "dpmpp_2m"),
+        ({"_class_name": "DDIMScheduler", "clip_sample": False}, "ddim"),
+    ],
+)
+def test_a_bundle_that_names_no_sampler_draws_as_it_did(file: dict[str, Any], sampler: str) -> None:
+    kept, name = as_drawn_before(file)
+    assert name == sampler
+    ignored = ("euler_at_final", "solver_type", "solver_order", "use_beta_sigmas")
+    added = {"skip_prk_steps": True} if file["_class_name"] == "PNDMScheduler" else {}
+    assert kept == added | {key: value for key, value in file.items() if key not in ignored}
 
 
 def test_the_page_shows_the_table() -> None:

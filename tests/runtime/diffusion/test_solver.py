@@ -38,8 +38,18 @@ def test_a_file_is_all_a_solver_needs(heun: str) -> None:
     assert heun in samplers() and f"{heun}_karras" not in samplers()
     with pytest.raises(InvalidInput, match=f"did you mean '{heun}'"):
         make_sampler("toy_hein", CONFIG, 5)
-    with pytest.raises(InvalidInput, match="only the sampler ddim has it"):
+    with pytest.raises(InvalidInput, match="only ddim and tcd have it"):
         make_sampler(heun, CONFIG, 5, eta=0.5)
+
+
+def test_a_spacing_that_a_solver_has_not_is_refused(heun: str) -> None:
+    for name, advice in (
+        (f"{heun}_karras", f"use {heun} as it is"),
+        ("euler_lu", "use euler with _karras, _exponential, _beta"),
+        ("euler_karas", "did you mean 'euler"),
+    ):
+        with pytest.raises(InvalidInput, match=advice):
+            make_sampler(name, CONFIG, 5)
 
 
 def test_several_evaluations_make_one_step(heun: str) -> None:

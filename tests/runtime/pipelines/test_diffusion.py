@@ -17,16 +17,15 @@ import pytest
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
 from runtime.diffusion.latents import random_stream
-from runtime.diffusion.solver import samplers
+from runtime.diffusion.solver import solvers
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, Progress, drive
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageReady, ImageRequest
+from tests.runtime.diffusion.reference import WITH_ETA, feed, reference
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array__ implementation:DeprecationWarning"
-)  # torch tensors inside diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array_.*:DeprecationWarning")  # torch tensors inside diffusers
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-diffusion"
 LIMIT = 16
 HIDDEN = 8
@@ -118,10 +117,10 @@ def test_guidance_runs_the_negative_prompt_only_above_one(
     assert len(engines["text_encoder"].calls[0]["input_ids"]) == batch
 
 
-@pytest.mark.parametrize("sampler", samplers())
+@pytest.mark.parametrize("sampler", [*solvers(), "euler_karras", "dpmpp_2m_karras"])
 def test_a_seed_means_a_picture(pipeline: DiffusionPipeline, sampler: str) -> None:
     """Each picture of a request is the one that its own seed draws alone, with fresh noise on the way or without."""
-    request = ImageRequest("ab", sampler=sampler, seed=5, images=3, eta=0.5 if sampler == "ddim" else 0.0)
+    request = ImageRequest("ab", sampler=sampler, seed=5, images=3, eta=0.5 if sampler in WITH_ETA else 0.0)
     several = pictures(pipeline, request)
     assert [(ready.index, ready.seed) for ready in several] == [(0, 5), (1, 6), (2, 7)]
     alone = pictures(pipeline, replace(request, seed=6, images=1))
@@ -321,9 +320,17 @@ def test_an_empty_prompt_is_valid(pipeline: DiffusionPipeline) -> None:
 
 def test_config_survives_the_manifest() -> None:
     config = DiffusionConfig.parse(CONFIG)
-    assert config.dump() == CONFIG
+    assert config.dump() == CONFIG | {"sampler": "ddim"}
     assert DiffusionConfig.parse(json.loads(json.dumps(config.dump()))) == config
     assert config.sampler == "ddim"
+
+
+def test_a_bundle_names_its_sampler_or_draws_as_before() -> None:
+    scheduler = CONFIG["scheduler"] | {"_class_name": "PNDMScheduler"}
+    older = {**CONFIG, "scheduler": scheduler}
+    assert DiffusionConfig.parse(older).sampler == "dpmpp_2m"
+    assert DiffusionConfig.parse({**older, "sampler": "pndm"}).sampler == "pndm"
+    assert DiffusionConfig.parse({**older, "defaults": {"sampler": "euler"}}).sampler == "euler"
 
 
 @pytest.mark.parametrize(
@@ -397,23 +404,14 @@ def modules_as_engines(pipe: Any) -> dict[str, FakeEngine]:
 
 def diffusers_picture(pipe: Any, request: ImageRequest, patch: pytest.MonkeyPatch) -> Array:
     """The picture that diffusers draws from the same starting latents, its fresh noise taken from our stream."""
-    import diffusers
     import torch
 
     name = str(request.sampler)
-    class_name, module = {
-        "ddim": ("DDIMScheduler", "ddim"),
-        "euler": ("EulerDiscreteScheduler", "euler_discrete"),
-        "euler_ancestral": ("EulerAncestralDiscreteScheduler", "euler_ancestral_discrete"),
-        "dpmpp_2m": ("DPMSolverMultistepScheduler", "dpmsolver_multistep"),
-    }[name.removesuffix("_karras")]
-    extra = {"use_karras_sigmas": True} if name.endswith("_karras") else {}
-    pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **extra)
+    pipe.scheduler = reference(name, pipe.scheduler.config)
     assert request.latents is not None and request.seed is not None
     stream = random_stream(request.seed)
     stream.standard_normal(request.latents.shape, np.float32)  # the starting noise, which the request replaces
-    drawn = f"diffusers.schedulers.scheduling_{module}.randn_tensor"
-    patch.setattr(drawn, lambda shape, **kwargs: torch.from_numpy(stream.standard_normal(tuple(shape), np.float32)))
+    feed(name, lambda: torch.from_numpy(stream.standard_normal(request.latents.shape, np.float32)), patch)
     pipe.set_progress_bar_config(disable=True)
     drawing = pipe(
         request.prompt, negative_prompt=request.negative_prompt, num_inference_steps=request.steps,
@@ -444,19 +442,19 @@ def assert_same_picture(label: str, pipe: Any, ours: DiffusionPipeline, request:
     assert figure >= NEAREST_DB
 
 
-@pytest.mark.parametrize("sampler", samplers())
+@pytest.mark.parametrize("sampler", [*solvers(), "euler_karras", "dpmpp_2m_karras"])
 def test_same_picture_as_diffusers(tokenizer: Path, pipeline: DiffusionPipeline, sampler: str) -> None:
     latents = random_stream(3).standard_normal((1, 4, 12, 8), np.float32)
     request = ImageRequest(
         "a red ab", "blue", 16, 24, steps=11, guidance_scale=4.0, sampler=sampler, seed=3, latents=latents
     )
-    if sampler == "ddim":
+    if sampler in WITH_ETA:
         request = replace(request, eta=0.6)
     assert_same_picture("tiny random model", tiny(tokenizer), pipeline, request)
 
 
 @pytest.mark.skipif(not (SAMPLE / "model_index.json").is_file(), reason="the sample model is not in this tree")
-@pytest.mark.parametrize("sampler", samplers())
+@pytest.mark.parametrize("sampler", [*solvers(), "euler_karras", "dpmpp_2m_karras"])
 def test_same_picture_as_diffusers_from_the_sample(sampler: str) -> None:
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(SAMPLE, dtype=torch.float32)
