@@ -21,7 +21,7 @@ NAMES = """
 """.split()
 ERRORS = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)]
 METHODS = {
-    "Session": {"generate", "generate_stream", "chat", "chat_stream", "draw", "answer", "close"},
+    "Session": {"generate", "generate_stream", "chat", "chat_stream", "draw", "answer", "run", "close"},
     "Model": {"task", "target", "device", "notes"},
     "Client": {"models", "load", "unload"},
     "Stream": {"result", "cancel", "close", "aclose"},

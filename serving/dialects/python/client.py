@@ -59,6 +59,7 @@ class Client(Session):
         self._client.close()
 
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        """The stream of a request of any task, sent to the server; `collect` makes the result of its events."""
         task = grpc_tasks()[request.task]
         responses = self._client.stream(task.method, task.message(self.model, request), self.timeout)
         return Stream(task.events(responses), responses.close, collect)

@@ -108,13 +108,13 @@ def test_mistakes(run: Run, tiny_vlm: Path, arguments: tuple[str, ...], code: in
 def test_sources_that_cannot_be(run: Run, tmp_path: Path, tiny_vlm: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    (other / "config.json").write_text('{"architectures": ["LlavaNextForConditionalGeneration"]}')
+    (other / "config.json").write_text('{"architectures": ["LlavaNextVideoForConditionalGeneration"]}')
     torn = shutil.copytree(tiny_vlm, tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:50_000])
     for source, code, message in (
         (tmp_path / "nowhere", 3, "does not exist: expected a folder"),
         ("sample:shapes-vlmm", 3, "there is no sample 'shapes-vlmm': did you mean 'shapes-vlm'?"),
-        (other, 4, "no family handles: did you mean 'LlavaForConditionalGeneration'? (known:"),
+        (other, 4, "no family handles: did you mean 'LlavaNextForConditionalGeneration'? (known:"),
         (torn, 4, "model.safetensors is truncated"),
     ):
         ended = run("build", source, "--output", "out")

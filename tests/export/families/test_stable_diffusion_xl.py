@@ -22,8 +22,9 @@ from export.build.state import Build
 from export.checkpoint.source import Source, resolve
 from export.families.stable_diffusion import Grid
 from export.family import family_of
-from profiles.probes import ProbeSettings, probes
-from profiles.subjects import Setting, source_subject
+from profiles.probes import probes
+from profiles.subjects import source_subject
+from profiles.tasks.image import PictureExam
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig, Sizes
@@ -200,7 +201,7 @@ def test_a_build_from_the_command_line(
 
 
 def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
-    found = {probe.metric: probe for probe in probes(ours, ProbeSettings(width=EDGE, height=EDGE, steps=1))}
+    found = {probe.metric: probe for probe in probes(ours, {"width": EDGE, "height": EDGE, "steps": 1})}
     assert set(found) == {*PARTS, "picture"}
     assert found["unet"].settings["time_ids"] == "2x6" and all(probe.run() > 0 for probe in found.values())
     samples = captured(ours, limit=2)
@@ -210,7 +211,7 @@ def test_a_bundle_is_measured_and_captured(ours: LoadedModel) -> None:
 
 def test_the_checkpoint_itself_can_be_scored(tiny_xl: Path, theirs: Any) -> None:
     cases = Pictures().cases(2)
-    (first, _) = source_subject(tiny_xl).results(cases, Setting(count=2, steps=2, guidance_scale=3.0, batch=2))
+    (first, _) = source_subject(tiny_xl).results(cases, PictureExam(count=2, steps=2, guidance_scale=3.0, batch=2))
     prompt = cases[0].request.prompt
     wanted = expected(theirs, ImageRequest(prompt, "", EDGE, EDGE, steps=2, guidance_scale=3.0, seed=0))
     assert np.abs(first.astype(int) - wanted.astype(int)).max() <= 1

@@ -115,8 +115,8 @@ def test_bundles_are_timed_in_turns(tiny_bundle: Path, talking_state: Build) -> 
     assert heard and speed.left_out == () and torch.get_num_threads() == threads
     kinds = [(timing.submodel, timing.what, timing.tokens, timing.calls) for timing in speed.timings]
     assert [kind[0] for kind in kinds] == [
-        "vision_encoder",
         "token_embedding",
+        "vision_encoder",
         "decoder",
         "token_embedding",
         "decoder",

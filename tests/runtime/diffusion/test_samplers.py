@@ -176,7 +176,7 @@ def comparable(name: str, config: dict[str, Any], steps: int) -> bool:
         # for some counts, such as 61 of 1000, diffusers takes a step too many
         or (config.get("timestep_spacing") == "trailing" and len(np.arange(total, 0, -total / steps)) != steps)
         # the middle of a step is a difference of float32 numbers close to each other
-        or (solver == "kdpm2_ancestral" and 1 < steps < 5)
+        or (solver == "kdpm2_ancestral" and (1 < steps < 5 or spacing == "beta"))
         # weights of third order are differences of float32 numbers: see the test in double precision below
         or (solver == "deis" and config.get("solver_order") == 3)
         # diffusers' last noise level is that of the first step there: nothing is denoised
@@ -185,7 +185,7 @@ def comparable(name: str, config: dict[str, Any], steps: int) -> bool:
 
 
 @pytest.mark.parametrize("solver", solvers())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     data=st.data(),
     config=configs,

@@ -358,7 +358,7 @@ def test_the_real_sdk_has_what_the_fake_one_has(rtx: type[TensorRTForRTX], load_
     """The fake may not promise methods that the SDK lacks."""
     import tensorrt_rtx
 
-    plan = load_fake(Bundle(vlm_bundle), "token_embedding")._plan
+    plan = load_fake(Bundle(vlm_bundle), "token_embedding")._loaded
     own = {
         "known",
         "session",
@@ -520,7 +520,7 @@ def test_inputs_that_do_not_fit(load_fake: Any, vlm_bundle: Path, inputs: dict[s
 
 def test_lengths_outside_of_the_profile(load_fake: Any, vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = load_fake(Bundle(vlm_bundle), "token_embedding")
-    context = engine._plan.contexts[0]
+    context = engine._loaded.contexts[0]
     allowed = context.set_input_shape
     monkeypatch.setattr(context, "set_input_shape", lambda name, shape: allowed(name, shape) and shape[0] <= 2)
     with pytest.raises(
@@ -531,7 +531,7 @@ def test_lengths_outside_of_the_profile(load_fake: Any, vlm_bundle: Path, monkey
 
 
 def test_more_positions_than_the_cache_has(pair: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch) -> None:
-    text, plan = Text(*pair), pair[0]._plan  # type: ignore[attr-defined]
+    text, plan = Text(*pair), pair[0]._loaded  # type: ignore[attr-defined]
     text.feed(4)
     monkeypatch.setattr(plan, "capacity", 4)
     with pytest.raises(
