@@ -69,7 +69,7 @@ class Model(Session):
                 self._model.close()
 
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
-        """The stream of a request of the model's task; `collect` makes the result of its events. Raises InvalidInput."""
+        """Stream a request of the model's task; `collect` makes the result of its events. Raises InvalidInput."""
         check_task(self._model.task, request)
         with self._turn:
             work = Job(self._model, self._model.pipeline(request), drive)
