@@ -95,16 +95,20 @@ class Family:
     fewer layers. `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
     model's own files, such as those of its tokenizer. `notes(source)` are sentences on what of the checkpoint is served
     otherwise than published (`Manifest.notes`): what cannot be served is refused, what is replaced or left out is
-    reported.
+    reported. `pipeline` names the algorithm, or says it of a source where models of the family differ in it.
     """
 
     name: str
-    pipeline: str
+    pipeline: str | Callable[[Source], str]
     architectures: tuple[str, ...]
     parts: Callable[[Source, bool], list[Part]]
     config: Callable[[Source], dict[str, Any]]
     assets: Callable[[Source], Mapping[str, Path]]
     notes: Callable[[Source], Sequence[str]] = lambda source: ()
+
+    def pipeline_of(self, source: Source) -> str:
+        """The name of the pipeline of this model."""
+        return self.pipeline if isinstance(self.pipeline, str) else self.pipeline(source)
 
 
 @cache

@@ -182,6 +182,22 @@ def tiny_bundle(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return cast(str(tiny_vlm), tmp_path_factory.mktemp("bundles") / "tiny-vlm")
 
 
+@pytest.fixture(scope="session")
+def tiny_blip2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BLIP-2 with an OPT decoder, float16."""
+    from tests.export.families.blip import OPT, save
+
+    return save(tmp_path_factory.mktemp("sources") / "tiny-blip2", OPT)
+
+
+@pytest.fixture(scope="session")
+def tiny_blip2_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BLIP-2 with a T5, float16."""
+    from tests.export.families.blip import T5, save
+
+    return save(tmp_path_factory.mktemp("sources") / "tiny-blip2-t5", T5)
+
+
 @pytest.fixture(params=sorted(targets()))
 def target(request: pytest.FixtureRequest) -> str:
     """Each target there is; skips with the reason where it cannot be used."""

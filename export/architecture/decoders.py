@@ -6,7 +6,7 @@ that layers with windowed attention see the same positions as there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -27,6 +27,9 @@ DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "gemma
     "olmo3",
     "starcoder2", "phi", "cohere", "cohere2", "smollm3", "ministral", "exaone4", "glm", "glm4", "helium")  # fmt: skip
 """`model_type` of every decoder that was compared with transformers, answer by answer."""
+
+LEARNED: Final = ("opt",)
+"""Those with learned positions, compared alike. transformers has no LLaVA with one of them."""
 
 CHANGING: Final = ("softcap", "s_aux", "position_bias", "sinks")
 """Arguments of an attention that change its result and are not supported."""
@@ -55,9 +58,9 @@ class Decoder(nn.Module):
     def forward(
         self, inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
     ) -> tuple[TorchTensor, ...]:
-        layers = [_Layer(*pair) for pair in zip(past[0::2], past[1::2], strict=True)]
+        layers = [GrownLayer(*pair) for pair in zip(past[0::2], past[1::2], strict=True)]
         held = Cache(layers=layers)
-        with _attending(self.decoder.config):
+        with attending(self.decoder.config, ATTENTION):
             hidden = self.decoder(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         return (self.head(hidden[:, -1:]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
-class _Layer(DynamicLayer):
+class GrownLayer(DynamicLayer):
     """Keys and values of one layer: those before a call, and after the call with its new ones."""
 
     def __init__(self, keys: TorchTensor, values: TorchTensor) -> None:
@@ -89,10 +92,10 @@ class _Layer(DynamicLayer):
 
 
 @contextmanager
-def _attending(config: Any) -> Iterator[None]:
-    """While active, the model of that config computes attention and masks with the functions below."""
+def attending(config: Any, name: str) -> Iterator[None]:
+    """While active, the model of that config computes attention, and masks, with the functions registered as that."""
     usual = config._attn_implementation
-    config._attn_implementation = ATTENTION
+    config._attn_implementation = name
     try:
         yield
     finally:
@@ -133,6 +136,11 @@ def _mask(
     row = torch.arange(batch_size, device=attention_mask.device)[:, None, None, None]
     seen = mask_function(row, 0, position[None, None, total - q_length :, None], position[None, None, None, :])
     return seen & attention_mask[:, None, None, :]
+
+
+def causal(attention_mask: TorchTensor, q_length: int) -> TorchTensor:
+    """The mask of a decoder whose positions see all before them: bool [batch, 1, length, total]."""
+    return _mask(attention_mask.bool(), q_length, lambda row, head, query, key: key <= query, attention_mask.shape[0])
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -186,7 +194,7 @@ def decoder_signature(text: Any) -> Signature:
 
 def _states(text: Any, past: Dim, total: Dim) -> tuple[State, ...]:
     """Keys and values of every layer."""
-    heads, size = text.num_key_value_heads, head_size(text)
+    heads, size = getattr(text, "num_key_value_heads", text.num_attention_heads), head_size(text)
 
     def cache(name: str, length: Dim) -> Tensor:
         return Tensor(name=name, dtype="float32", dims=(BATCH, heads, length, size))
@@ -205,7 +213,8 @@ def _states(text: Any, past: Dim, total: Dim) -> tuple[State, ...]:
 
 def activation(text: Any) -> str:
     """The name of the function between the layers of the feed-forward network."""
-    return str(getattr(text, "hidden_activation", None) or text.hidden_act)
+    names = ("hidden_activation", "hidden_act", "activation_function")
+    return str(next(filter(None, (getattr(text, name, None) for name in names))))
 
 
 def head_size(text: Any) -> int:
@@ -237,14 +246,14 @@ def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dic
     return data
 
 
-def require_known(file: Any, text: Any) -> None:
+def require_known(file: Any, text: Any, known: Collection[str] = DECODERS) -> None:
     """Raises UnsupportedModel or SourceError naming the setting of a decoder's config that is not supported. `file` is
-    the config's.
+    the config's, `known` are the decoders that the family can have.
     """
-    if text.model_type not in DECODERS:
+    if text.model_type not in known:
         raise UnsupportedModel(
             f"{file}: its language model (text_config.model_type) is a {text.model_type}, expected one of "
-            f"{', '.join(sorted(DECODERS))}: "
+            f"{', '.join(sorted(known))}: "
             "take a checkpoint with such a decoder"
         )
     parameters = getattr(text, "rope_parameters", None) or {}

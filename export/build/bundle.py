@@ -69,7 +69,7 @@ def _manifest(
     return Manifest(
         name=state.name,
         key=state.key,
-        pipeline=state.family.pipeline,
+        pipeline=state.family.pipeline_of(state.source),
         task=state.task,
         quant=quant,
         source=BundleSource(

@@ -121,7 +121,7 @@ class Build:
     @property
     def task(self) -> str:
         """The task that the model's pipeline does."""
-        return pipelines()[self.family.pipeline].task
+        return pipelines()[self.family.pipeline_of(self.source)].task
 
     @cached_property
     def fingerprint(self) -> str:

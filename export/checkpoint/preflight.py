@@ -62,7 +62,7 @@ def rehearse(source: Source, family: Family, parts: Iterable[Part], tensors: Map
         folder = Path(name)
         lay_assets(assets, tensors, folder)
         try:
-            pipeline = pipelines()[family.pipeline].open(folder, _config(source, family))
+            pipeline = pipelines()[family.pipeline_of(source)].open(folder, _config(source, family))
             engines = {part.name: DryEngine(source, part, pipeline.origins) for part in parts}
             refused = [note for example in pipeline.examples() if (note := _try(pipeline, example, engines))]
             return Rehearsal(refused, [engine.part for engine in engines.values() if engine.called])

@@ -14,7 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from export.build.staging import cached, key_of
@@ -35,9 +35,11 @@ FILES: Final = (
 )
 
 
-def tokenizer_file(source: Source) -> Path:
+def tokenizer_file(source: Source, placeholder: str = "") -> Path:
     """The file of the model's tokenizer: the published tokenizer.json, or one in the cache. Raises SourceError naming
     what is wrong.
+
+    `placeholder` is a special token that the model's processor adds where the tokenizer does not have it.
     """
     found = [source.root / name for name in FILES if (source.root / name).is_file()]
     if not any(file.name in VOCABULARIES for file in found):
@@ -45,15 +47,17 @@ def tokenizer_file(source: Source) -> Path:
             f"{source.root} has no tokenizer, none of {', '.join(VOCABULARIES)}: take the files from where the model "
             "was published"
         )
-    return _made(source.root, key_of("tokenizer", version("transformers"), {file.name: sha256(file) for file in found}))
+    files = {file.name: sha256(file) for file in found}
+    return _made(source.root, placeholder, key_of("tokenizer", version("transformers"), placeholder, files))
 
 
 @cache
-def _made(root: Path, key: str) -> Path:
+def _made(root: Path, placeholder: str, key: str) -> Path:
     try:
-        made = AutoTokenizer.from_pretrained(
-            root, local_files_only=True, trust_remote_code=False
-        ).backend_tokenizer.to_str()
+        tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
+        if placeholder:
+            tokenizer.add_tokens([AddedToken(placeholder, normalized=False, special=True)], special_tokens=True)
+        made = tokenizer.backend_tokenizer.to_str()
         published = Tokenizer.from_file(str(root / FILE)).to_str() if (root / FILE).is_file() else "{}"
     except Exception as error:  # the libraries raise exceptions of every kind
         reason = " ".join(str(error).split())[:300]

@@ -125,26 +125,35 @@ def mapped(part: Part, weights: Mapping[str, TensorRef]) -> Iterator[None]:
     while its module runs.
     """
     handles, names = [], part.names()
-    for module in dict.fromkeys(module for component in part.components for module in component.model.modules()):
+    models = [component.model for component in part.components]
+
+    def stored(own: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+        return {key: _view(weights[names[id(parameter)]]) for key, parameter in own.items()}
+
+    for module in dict.fromkeys(module for model in models for module in model.modules()):
         owners = [module]
         if isinstance(module, nn.MultiheadAttention):  # reads the weights of its layer itself
             owners += module.children()
         for owner in owners:
-            stored = {
-                key: _view(weights[names[id(parameter)]])
-                for key, parameter in owner._parameters.items()
-                if parameter is not None
-            }
-            if stored:
+            if own := _own(owner):
                 handles += [
-                    module.register_forward_pre_hook(_load(owner, stored)),
-                    module.register_forward_hook(_drop(owner, stored)),
+                    module.register_forward_pre_hook(_load(owner, stored(own))),
+                    module.register_forward_hook(_drop(owner, own)),
                 ]
+    roots = [(model, _own(model)) for model in models]
+    for model, own in roots:  # at once: references call the parts of a model, not the model
+        _load(model, stored(own))(model, None)
     try:
         yield
     finally:
+        for model, own in roots:
+            model._parameters.update(own)
         for handle in handles:
             handle.remove()
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
 
 
 def _load(owner: nn.Module, stored: Mapping[str, torch.Tensor]) -> Any:
@@ -155,10 +164,9 @@ def _load(owner: nn.Module, stored: Mapping[str, torch.Tensor]) -> Any:
     return hook
 
 
-def _drop(owner: nn.Module, stored: Mapping[str, torch.Tensor]) -> Any:
+def _drop(owner: nn.Module, own: Mapping[str, nn.Parameter]) -> Any:
     def hook(_module: nn.Module, _inputs: Any, _outputs: Any) -> None:
-        for key, tensor in stored.items():
-            owner._parameters[key] = nn.Parameter(tensor.to("meta"), requires_grad=False)
+        owner._parameters.update(own)
 
     return hook
 

@@ -8,6 +8,7 @@ the same for a 1 B and a 30 B model. Parameters become initializers that have a 
 from __future__ import annotations
 
 import ast
+import inspect
 import logging
 import re
 import warnings
@@ -56,7 +57,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
         program = torch.onnx.export(
             module,
             inputs,
-            dynamic_shapes=_dynamic_shapes(signature),
+            dynamic_shapes=_dynamic_shapes(module, signature),
             input_names=[t.name for t in signature.graph_inputs],
             output_names=[t.name for t in signature.graph_outputs],
             opset_version=OPSET,
@@ -101,16 +102,15 @@ def _simplify(model: ir.Model) -> None:
     common.NameFixPass()(model)
 
 
-def _dynamic_shapes(signature: Signature) -> tuple[Any, ...]:
-    """Varying axes as torch.export wants them; states arrive as the module's variable arguments, hence the nested
-    tuple.
-    """
+def _dynamic_shapes(module: nn.Module, signature: Signature) -> tuple[Any, ...]:
+    """Varying axes as torch.export wants them: those of the module's variable arguments are a tuple of their own."""
     axes = [
         {axis: torch.export.Dim.AUTO for axis, dim in enumerate(t.dims) if isinstance(dim, Dim)}
         for t in signature.graph_inputs
     ]
-    count = len(signature.inputs)
-    return (*axes[:count], tuple(axes[count:])) if signature.states else tuple(axes)
+    parameters = inspect.signature(module.forward).parameters.values()
+    variable = [index for index, each in enumerate(parameters) if each.kind is inspect.Parameter.VAR_POSITIONAL]
+    return (*axes[: variable[0]], tuple(axes[variable[0] :])) if variable else tuple(axes)
 
 
 def _name_dims(model: ir.Model, signature: Signature) -> None:

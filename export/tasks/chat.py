@@ -145,7 +145,7 @@ class ChatComparison(Comparison):
         """
         wanted, free = _Decoding(reference), _Decoding(quantized)
         first, second = run(reference, request, wanted), run(quantized, request, free)
-        prompt = first.one(Finished).prompt_tokens
+        prompt = wanted.start(first.one(Finished).completion_tokens)
         logits, others = wanted.logits(prompt), free.logits(prompt)
         tokens, chosen = ([int(token) for token in one.argmax(axis=1)] for one in (logits, others))
         if chosen != tokens:
@@ -203,7 +203,7 @@ class _Decoding:
     """Records the decoder calls of one answer. With `forced`, it changes the logits so that the pipeline chooses these
     tokens.
 
-    `prompt` is the prompt's length in tokens, needed with `forced`.
+    `prompt` is the number of positions before the answer, needed with `forced`.
     """
 
     model: LoadedModel
@@ -228,6 +228,10 @@ class _Decoding:
         certain = np.full_like(outputs[name], -1)
         certain[..., self.forced[place]] = 1
         return {**outputs, name: certain}
+
+    def start(self, tokens: int) -> int:
+        """Positions before an answer of so many tokens, the last of which the decoder does not get."""
+        return self._length(self.calls[-1][0]) - tokens + 1
 
     def logits(self, prompt: int) -> NDArray[np.float32]:
         """The logits [tokens, vocab] that each token of the answer was chosen from."""

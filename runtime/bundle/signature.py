@@ -50,15 +50,15 @@ class Dim(_Stated):
         return sum(lengths[name] for name in self.sum_of) * self.times // self.over
 
 
-Values = Literal["normal", "positions", "ones", "below"]
+Values = Literal["normal", "positions", "places", "ones", "below"]
 
 
 class Tensor(_Stated):
     """A named array: its dtype and its dims, each a fixed length or a `Dim`.
 
     `values` describes real values, for samples: standard normal noise, consecutive positions along the last axis that
-    continue behind the past, ones, or whole numbers from 0 to `limit` - 1. The rows of a classifier-free guidance batch
-    differ only in inputs that are a `condition`.
+    continue behind the past, places in the cache (the same, but counted from its beginning), ones, or whole numbers
+    from 0 to `limit` - 1. The rows of a classifier-free guidance batch differ only in inputs that are a `condition`.
     """
 
     name: str
@@ -87,7 +87,7 @@ class Tensor(_Stated):
         shape = self.shape(lengths)
         if self.values == "normal":
             array: Array = rng.standard_normal(shape)
-        elif self.values == "positions":
+        elif self.values in ("positions", "places"):
             array = np.broadcast_to(past + np.arange(shape[-1]), shape)
         elif self.values == "ones":
             array = np.ones(shape)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from pydantic import Field, model_validator
 
@@ -20,7 +20,9 @@ class ChatConfig(Frozen):
     vision encoder gives for one tile of a picture). `layout` names how a picture becomes tiles and positions of the
     prompt, a file of `runtime/language/layouts/`, and `layout_options` are that layout's own settings. `bos_token_id`
     is put before every prompt whose template did not write it; null when the model's tokenizer puts none.
-    `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0 is one call.
+    `prompt` "template" is written by the model's chat template, "plain" is the pictures, then the texts (see
+    `PlainText`). `encoders` turn pixels into features, each taking the outputs of the one before. `prefill_chunk` cuts
+    long prompts into decoder calls of at most that many tokens; 0 is one call.
     """
 
     context_length: int = Field(ge=1, le=LONGEST)
@@ -32,6 +34,8 @@ class ChatConfig(Frozen):
     tokens_per_image: int = Field(default=0, ge=0, le=LONGEST)
     layout: str = "fixed"
     layout_options: dict[str, Any] = Field(default_factory=dict)
+    prompt: Literal["template", "plain"] = "template"
+    encoders: tuple[str, ...] = ("vision_encoder",)
     prefill_chunk: int = Field(default=0, ge=0, le=LONGEST)
     defaults: ChatDefaults = ChatDefaults()
 

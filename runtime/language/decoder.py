@@ -4,7 +4,7 @@ of the token embedding.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import TypeVar
@@ -28,11 +28,12 @@ class Conversation:
 
     `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content
     (see `runtime.language.vision`). A turn that shares no beginning with the one before simply starts anew. One request
-    at a time may use it.
+    at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder.
     """
 
     slot: Slot = field(default_factory=Slot)
     held: list[int] = field(default_factory=list)
+    given: Mapping[str, Array] = field(default_factory=dict)
 
     def shared(self, keys: Sequence[int]) -> int:
         """How many positions at the beginning are the same."""
@@ -40,7 +41,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A copy to be continued from the next call on, whose `origin` is this conversation's slot."""
-        return Conversation(Slot(), list(self.held))
+        return Conversation(Slot(), list(self.held), self.given)
 
 
 def run(call: Call) -> Step[Outputs]:
@@ -69,6 +70,7 @@ def decode(
         "inputs_embeds": embeds,
         "attention_mask": np.ones((1, total), np.int64),
         "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        **conversation.given,
     }
     outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, origin))
     # Only now: if the call was abandoned, the next turn trims the slot to what is known.

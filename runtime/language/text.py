@@ -1,5 +1,5 @@
-"""Text to tokens and back: the chat template and the tokenizer that a model was published with, and what a stream of
-tokens spells.
+"""Text to tokens and back: the tokenizer that a model was published with, its chat template if it has one, and what a
+stream of tokens spells.
 
 No text of a conversation can write a special token, such as the placeholder of an image or the end of a turn: text that
 contains one is refused, and so is a conversation whose parts join up to one in the rendered prompt. Refusing was chosen
@@ -10,7 +10,7 @@ tokenizer does.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,9 +26,9 @@ REPLACEMENT: Final = "\ufffd"
 """What a decoder writes for bytes that are no whole character, or not yet."""
 
 
-class ChatText:
-    """The tokenizer and chat template of one model, read from its tokenizer folder (tokenizer.json and what lies beside
-    it).
+class PlainText:
+    """The tokenizer of a model without chat template, read from its tokenizer folder: a prompt is the placeholder of
+    every picture, then the texts with a space between them, as transformers' processor of BLIP-2 writes it.
 
     `image_token_id` is the placeholder that stands for a picture, of models that see.
     Raises BundleError when a file is missing or cannot be used.
@@ -50,7 +50,6 @@ class ChatText:
             )
         self.image_token_id = image_token_id
         self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
-        self.template = ChatTemplate(folder, None if image_token_id is None else added[image_token_id].content)
 
     @property
     def last(self) -> tuple[str, int]:
@@ -69,12 +68,8 @@ class ChatText:
                 f"{vocabulary} (vocab_size in its config.json): take both from the same checkpoint"
             )
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
-        return self.template.render(messages)
-
     def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the rendered prompt, with one placeholder per image and no tokens added around.
+        """Token ids of the prompt, with one placeholder per image.
 
         Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to
         one or the template does not place every picture.
@@ -101,8 +96,13 @@ class ChatText:
         return -1 if self.image_token_id is None else self.image_token_id
 
     def _ids(self, messages: Sequence[Message]) -> list[int]:
+        parts = [part for message in messages for part in message.content]
+        texts = [part for part in parts if isinstance(part, str)]
+        return [self._placeholder] * (len(parts) - len(texts)) + self._encoded(" ".join(filter(None, texts)), True)
+
+    def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` holds the interpreter lock, `encode_batch` does not.
-        return list(self.tokenizer.encode_batch([self.render(messages)], add_special_tokens=False)[0].ids)
+        return list(self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def _specials(self, ids: Sequence[int]) -> Counter[int]:
         known = set(self.special.values())
@@ -114,6 +114,29 @@ class ChatText:
             raise InvalidInput(
                 field, f"contains {found[0]}, a special token of the model that text may not hold: write it another way"
             )
+
+
+class ChatText(PlainText):
+    """The tokenizer and chat template of one model. The template writes the whole prompt: nothing is added around it.
+
+    Raises BundleError also when there is no chat template that can be used.
+    """
+
+    def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
+        super().__init__(folder, image_token_id)
+        token = None if image_token_id is None else self.tokenizer.id_to_token(image_token_id)
+        self.template = ChatTemplate(folder, token)
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
+        return self.template.render(messages)
+
+    def _ids(self, messages: Sequence[Message]) -> list[int]:
+        return self._encoded(self.render(messages), False)
+
+
+PROMPTS: Final[Mapping[str, type[PlainText]]] = {"template": ChatText, "plain": PlainText}
+"""How a prompt is made of messages, by its name in a bundle."""
 
 
 def _harmless(part: Part) -> Part:

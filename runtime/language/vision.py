@@ -16,7 +16,7 @@ from runtime.errors import BundleError
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Step, run
 from runtime.language.layout import Layout, Size, layout_named
-from runtime.pipeline import Call
+from runtime.pipeline import Call, Outputs
 from runtime.vision.images import Picture, PictureFile
 
 TILES: Final = 16
@@ -40,10 +40,12 @@ class Prompt:
 
 
 class Vision:
-    """How one model sees. `layout` turns pictures into tiles and positions; `token` is the id of the placeholder."""
+    """How one model sees. `layout` turns pictures into tiles and positions; `token` is the id of the placeholder;
+    `encoders` are the submodels that make features of tiles, in order.
+    """
 
-    def __init__(self, layout: Layout, token: int, patches: int) -> None:
-        self.layout, self.token, self.patches = layout, token, patches
+    def __init__(self, layout: Layout, token: int, patches: int, encoders: Sequence[str]) -> None:
+        self.layout, self.token, self.patches, self.encoders = layout, token, patches, encoders
 
     @classmethod
     def open(cls, root: Path, config: ChatConfig) -> Vision | None:
@@ -51,7 +53,7 @@ class Vision:
         if config.image_token_id is None:
             return None
         layout = layout_named(config.layout).open(root, config.tokens_per_image, config.layout_options)
-        return cls(layout, config.image_token_id, config.tokens_per_image)
+        return cls(layout, config.image_token_id, config.tokens_per_image, config.encoders)
 
     def check(self, images: Sequence[Picture | PictureFile]) -> None:
         """Raise InvalidInput naming the picture whose size the model cannot be shown."""
@@ -88,8 +90,10 @@ class Vision:
         tiles = [self.layout.tiles(image, "messages") for image in images]
         pixels, found = np.concatenate(tiles), []
         for start in range(0, len(pixels), TILES):
-            call = Call("vision_encoder", {"pixel_values": pixels[start : start + TILES]})
-            found.append((yield from run(call))["image_features"])
+            outputs: Outputs = {"pixel_values": pixels[start : start + TILES]}
+            for encoder in self.encoders:
+                outputs = yield from run(Call(encoder, outputs))
+            found.append(outputs["image_features"])
         features = np.concatenate(found)
         if features.shape[1] != self.patches:
             raise BundleError(

@@ -4,6 +4,7 @@ alone.
 The submodels that a chat bundle has, and what this pipeline calls them with:
 
     vision_encoder   pixel_values float32 [tiles, 3, height, width] -> image_features float32 [tiles, patches, hidden]
+                     (or the input of a further submodel that gives the features, such as BLIP-2's qformer)
     token_embedding  input_ids int64 [1, sequence] -> inputs_embeds float32 [1, sequence, hidden]
     decoder          inputs_embeds, attention_mask int64 [1, total], position_ids int64 [1, sequence] -> logits float32
                      [1, 1, vocab]
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import ValidationError
@@ -29,7 +30,7 @@ from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, prefill
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
-from runtime.language.text import Answer, ChatText, Message
+from runtime.language.text import PROMPTS, Answer, Message
 from runtime.language.vision import Prompt, Vision
 from runtime.pipeline import Example, ModelPipeline, Pipeline
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
@@ -45,18 +46,19 @@ class ChatPipeline(ModelPipeline):
 
     name: ClassVar[str] = "chat"
     task: ClassVar[str] = ChatRequest.task
+    settings: ClassVar[type[ChatConfig]] = ChatConfig
 
     @classmethod
-    def open(cls, root: Path, config: Mapping[str, Any]) -> ChatPipeline:
+    def open(cls, root: Path, config: Mapping[str, Any]) -> Self:
         """The same as making one."""
         return cls(root, config)
 
     def __init__(self, root: Path, config: Mapping[str, Any]) -> None:
         try:
-            self.config = ChatConfig.model_validate(dict(config))
+            self.config = self.settings.model_validate(dict(config))
         except ValidationError as error:
             raise BundleError(f"the chat settings cannot be read: {error}") from None
-        self.text = ChatText(root / "tokenizer", self.config.image_token_id)
+        self.text = PROMPTS[self.config.prompt](root / "tokenizer", self.config.image_token_id)
         self.text.require_below(self.config.vocab_size)
         self.vision = Vision.open(root, self.config)
 
@@ -92,12 +94,15 @@ class ChatPipeline(ModelPipeline):
         """
         sampling, beams = request.sampling(self.config.defaults), request.search(self.config.defaults)
         prompt = self.prompt(request)
-        bounds = Bounds(len(prompt.ids), len(prompt.ids) + self._room(prompt, request), self.config.eos_token_ids)
+        start = len(self.begin(prompt))
+        bounds = Bounds(start, start + self._room(prompt, request), self.config.eos_token_ids)
         conversation = conversation or Conversation()
         answer = Answer(self.text.tokenizer, (*request.stop, *self.config.defaults.stop))
         if beams.count == 1:
             return self._answer(prompt, bounds, sampling, request.seed, answer, conversation)
-        return self._search(prompt, BeamSearch(prompt.ids, bounds, sampling, beams, answer.stops), answer, conversation)
+        return self._search(
+            prompt, BeamSearch(self.begin(prompt), bounds, sampling, beams, answer.stops), answer, conversation
+        )
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
@@ -109,6 +114,10 @@ class ChatPipeline(ModelPipeline):
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return self.vision.prompt(ids, request.images) if self.vision else Prompt(ids, ids, [])
+
+    def begin(self, prompt: Prompt) -> list[int]:
+        """The tokens of the decoder that the answer follows."""
+        return list(prompt.ids)
 
     def _room(self, prompt: Prompt, request: ChatRequest) -> int:
         """The most tokens of the answer. Raises ContextLengthExceeded."""
@@ -129,7 +138,7 @@ class ChatPipeline(ModelPipeline):
         conversation: Conversation,
     ) -> Pipeline:  # fmt: skip
         """Choose a token, pass on what it spells, feed it."""
-        rng, tokens = np.random.default_rng(seed), list(prompt.ids)
+        rng, tokens = np.random.default_rng(seed), self.begin(prompt)
         logits = yield from self._prefill(prompt, conversation)
         while True:
             token = choose(logits, tokens, sampling, rng, bounds)
@@ -143,7 +152,7 @@ class ChatPipeline(ModelPipeline):
             logits = yield from decode_token(token, conversation)
         if text := answer.flush():
             yield TextDelta(text)
-        yield _finished(prompt, tokens[len(prompt.ids) :], bounds, answer)
+        yield _finished(prompt, tokens[bounds.prompt :], bounds, answer)
 
     def _search(self, prompt: Prompt, state: BeamSearch, answer: Answer, conversation: Conversation) -> Pipeline:
         """Find the likeliest answer of several beams, then spell it."""

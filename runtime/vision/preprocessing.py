@@ -67,10 +67,14 @@ CLASSES: Final[Classes] = {
     "CLIPImageProcessor": CLIP,
     "SiglipImageProcessor": {**SQUARE, "resample": Image.Resampling.BICUBIC},
     "ViTImageProcessor": {**SQUARE, "resample": Image.Resampling.BILINEAR},
-}
+    "BlipImageProcessor": {
+        "size": Size(height=384, width=384), "crop_size": None, "do_center_crop": False,
+        "resample": Image.Resampling.BICUBIC, "image_mean": CLIP_MEAN, "image_std": CLIP_STD,
+    },
+}  # fmt: skip
 """Those of models whose pictures are one tile. Files without a class are LLaVA's, as transformers has it."""
-SQUARES: Final = "ViTImageProcessor"
-"""The class to which a size of one number is both height and width; to the others, it is the shortest edge."""
+SQUARES: Final = ("ViTImageProcessor", "BlipImageProcessor")
+"""The classes to which a size of one number is both height and width; to the others, it is the shortest edge."""
 PADS: Final = "LlavaImageProcessor"
 """The class that pads pictures to squares before it resizes them. The others pad to one size for all, which they have
 already.
@@ -155,7 +159,7 @@ class ImagePreprocessor(BaseModel):
             )
         settings = {**classes[kind], **data, "image_processor_type": kind}
         try:
-            settings["size"] = _size(settings["size"], square=kind == SQUARES)
+            settings["size"] = _size(settings["size"], square=kind in SQUARES)
         except ValueError as error:
             raise ValueError(f"size {_reason(error)}") from None
         return settings

@@ -18,7 +18,7 @@ import numpy as np
 from runtime.bundle.signature import Signature
 from runtime.errors import EngineError
 from runtime.optional import require
-from runtime.targets.lowering.masks import require_windows, window_of
+from runtime.targets.lowering.masks import parts_of_mask, require_windows, window_of
 from runtime.targets.lowering.values import dtype_of, operand, optional, shape_of, uncast
 
 if TYPE_CHECKING:
@@ -256,7 +256,9 @@ def with_grouped_cache(model: ir.Model, signature: Signature) -> None:
         attributes = {"num_heads": count, "kv_num_heads": groups, "scale": scale(node)} | local(
             window_of(node, signature)
         )
-        inputs = [*packed, *(past for past, _ in caches), *lengths]
+        bias = parts_of_mask(node)[1]
+        added = [] if bias is None else [None, None, None, bias]  # behind rotary tables and positions
+        inputs = [*packed, *(past for past, _ in caches), *lengths, *added]
         fused = graph.ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
         graph.graph.insert_before(node, fused)
         for (past, place), present in zip(caches, fused.outputs[1:], strict=True):

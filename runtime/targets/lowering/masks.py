@@ -36,16 +36,23 @@ def window_of(node: ir.Node, signature: Signature) -> int:
     return next((state.window for state in signature.states if state.past.name == name), 0)
 
 
+def parts_of_mask(node: ir.Node) -> tuple[ir.Value | None, ir.Value | None]:
+    """The boolean mask of an attention, and what is added to the products where it is true; None where it has none."""
+    mask = optional(node, 3)
+    chosen = mask.producer() if mask is not None else None
+    if chosen is None or chosen.op_type != "Where":
+        return mask, None
+    return operand(chosen, 0), operand(chosen, 1)
+
+
 def require_windows(model: ir.Model, signature: Signature) -> None:
     """Compute the graph's own masks for a few lengths, padded rows among them, and compare them with the signature's
     windows.
 
     Raises EngineError when an attention sees other positions: its kernel would have to read the graph's mask.
     """
-    found = {
-        (str(own.name) if (own := optional(node, 3)) is not None else "", window_of(node, signature))
-        for node in attentions(model)
-    }
+    masks = [(parts_of_mask(node)[0], window_of(node, signature)) for node in attentions(model)]
+    found = {(str(mask.name) if mask is not None else "", window) for mask, window in masks}
     for name, window in sorted(found):
         compute = _computed(model, signature, name)
         for past, sequence, allowed in _calls(window, signature.longest):

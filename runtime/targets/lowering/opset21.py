@@ -30,6 +30,7 @@ from runtime.targets.lowering.attention import (
     scale,
     with_multihead,
 )
+from runtime.targets.lowering.masks import parts_of_mask
 from runtime.targets.lowering.static_cache import INDICES
 from runtime.targets.lowering.values import dtype_of, maker, operand, optional, shape_of
 from runtime.targets.sessions.kernels import OPSET, Provider, covers, kernels
@@ -224,9 +225,7 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
     last = graph.before(first, "steps.last", "Cast", indices, to=ir.DataType.INT32)
     last.type = ir.TensorType(ir.DataType.INT32)
     total = graph.constant("steps.total", capacity, np.int32)
-    for node in [
-        node for node in graph.graph if is_attention(node) and maker(operand(node, 1)).op_type == "TensorScatter"
-    ]:
+    for node in [node for node in graph.graph if is_attention(node) and _steps_grouped(node)]:
         scatters = [maker(operand(node, index)) for index in (1, 2)]
         count, groups, _ = heads(node)
         new = [operand(node, 0), *(operand(scatter, 1) for scatter in scatters)]
@@ -239,6 +238,12 @@ def _with_grouped_steps(graph: Graph, capacity: int) -> None:
         replace(graph, node, fused.outputs[0], count)
         for scatter, present in zip(scatters, fused.outputs[1:], strict=True):
             graph.instead(scatter.outputs[0], present)
+
+
+def _steps_grouped(node: ir.Node) -> bool:
+    """Whether an attention reads a cache, and nothing is added to its products, which the kernel takes no input for."""
+    keys = operand(node, 1).producer()
+    return keys is not None and keys.op_type == "TensorScatter" and parts_of_mask(node)[1] is None
 
 
 RULES: Final[Mapping[str, Callable[[Graph, ir.Node], None]]] = {

@@ -19,8 +19,8 @@ import numpy as np
 from runtime.bundle.signature import Signature
 from runtime.errors import EngineError, InvalidInput
 from runtime.optional import require
-from runtime.targets.lowering.masks import attentions, require_windows, window_of
-from runtime.targets.lowering.values import dtype_of, operand, shape_of, uncast
+from runtime.targets.lowering.masks import attentions, parts_of_mask, require_windows, window_of
+from runtime.targets.lowering.values import dtype_of, maker, operand, shape_of, uncast
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -65,7 +65,7 @@ def with_static_cache(model: ir.Model, signature: Signature, capacity: int) -> i
     for node, window in zip(nodes, windows, strict=True):
         _share(ir, graph, node, masks[window], indices, capacity)
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(copy)
-    others = {str(node.name) for node, _ in allowed.uses()} - {"cache.mask/Equal"}
+    others = {str(node.name) for node, _ in allowed.uses() if node.op_type != "Shape"} - {"cache.mask/Equal"}
     if others:
         raise EngineError(
             f"the decoder reads {allowed.name} outside of attention, in {', '.join(sorted(others)[:3])}: its length "
@@ -95,6 +95,13 @@ def _share(ir: Any, graph: ir.Graph, node: ir.Node, mask: ir.Value, indices: ir.
         graph.outputs[place] = updated
         updated.name = name
         node.replace_input_with(index, updated)
+    bias = parts_of_mask(node)[1]
+    if bias is not None:
+        lowest = operand(maker(operand(node, 3)), 2)
+        both = ir.node("Where", [mask, bias, lowest], name=f"{node.name}/Where")
+        both.outputs[0].type = bias.type
+        graph.insert_before(node, both)
+        mask = both.outputs[0]
     keep = {key: value for key, value in node.attributes.items() if key != "is_causal"}
     fused = ir.node("Attention", [*node.inputs[:3], mask], keep, name=node.name)
     output = fused.outputs[0]

@@ -38,7 +38,7 @@ from runtime.placing.containers import allowance
 from runtime.placing.devices import cores
 from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.openvino.devices import Where
-from runtime.targets.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, widen
+from runtime.targets.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, vary_attention, widen
 from runtime.targets.openvino.pages import Pages, Table, fits, has_pages, use_pages
 from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
@@ -394,6 +394,7 @@ def _read(
         halve_attention(model, submodel.bfloat16)
     if fixed is not None:
         model.reshape({name: list(shape) for name, shape in fixed.shapes})
+        vary_attention(model)
         if fixed.guided:
             share_rows(model, submodel.signature)
     return model

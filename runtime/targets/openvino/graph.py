@@ -3,6 +3,7 @@
 nested int4    becomes int8 weights
 zero points    8 bits cover the bundle's activation ranges, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
+queries        attention whose inputs are all constant gets one that is not
 states         past and present of a decoder as variables of the model, updated in place
 
 `sharing` computes what the rows of a classifier-free guidance batch have in common.
@@ -113,6 +114,29 @@ def halve_attention(model: Any, names: Collection[str]) -> None:
         widened = ops.convert(node.output(0), "f32")
         for reader in readers:
             reader.replace_source_output(widened.output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def vary_attention(model: Any) -> None:
+    """Add 0 times an input to the queries of attentions that depend on no input, as the learned queries of a Q-Former.
+
+    The CPU plugin of OpenVINO 2026.4 computes such a node once, when a request runs first, and lets other tensors use
+    the memory of its result: later runs give other outputs.
+    """
+    ops = require("openvino.opset15", "openvino")
+    varying = set[str]()
+    for node in model.get_ordered_ops():
+        kind, name = node.get_type_name(), node.get_friendly_name()
+        sources = [] if kind == "ShapeOf" else node.input_values()
+        if kind == "Parameter" or any(source.get_node().get_friendly_name() in varying for source in sources):
+            varying.add(name)
+        elif kind == "ScaledDotProductAttention":
+            given, query = model.input(0), node.input_value(0)
+            axes = ops.constant(list(range(len(given.get_partial_shape()))))
+            least = ops.convert_like(ops.reduce_min(given, axes), query)
+            nothing = ops.multiply(least, ops.convert_like(ops.constant(np.float32(0)), query))
+            node.input(0).replace_source_output(ops.add(query, nothing).output(0))
+            varying.add(name)
     model.validate_nodes_and_infer_types()
 
 

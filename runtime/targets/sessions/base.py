@@ -99,7 +99,7 @@ class SessionEngine(Engine):
             return super().run_many(calls)
         require_distinct(calls)
         steps = [index for index, (inputs, slot) in enumerate(calls) if slot is not None and self._joins(inputs, slot)]
-        if len(steps) < 2:
+        if len(steps) < 2 or not self._alike([calls[index][0] for index in steps]):
             return super().run_many(calls)
         try:
             together = self._run_slots([(inputs, slot) for inputs, slot in (calls[i] for i in steps) if slot])
@@ -140,6 +140,13 @@ class SessionEngine(Engine):
 
     def _failed(self, reason: object) -> EngineError:
         return EngineError(f"ONNX Runtime could not run {self.submodel.name}: {reason}")
+
+    def _alike(self, calls: Sequence[Mapping[str, Array]]) -> bool:
+        """Whether calls differ in nothing but rows and positions: the keys of an encoder may be of other lengths."""
+        signature = self.submodel.signature
+        varying = dict.fromkeys((signature.decoder.batch, signature.decoder.total), 0)
+        lengths = [signature.lengths(inputs) | varying for inputs in calls]
+        return all(one == lengths[0] for one in lengths)
 
     def _joins(self, inputs: Mapping[str, Array], slot: Slot) -> bool:
         """Whether the call is a single step that can be computed with those of other slots."""

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaConfig, LlavaForConditionalGeneration, OPTConfig, OPTForCausalLM
 
 from export.architecture.decoders import (
     DECODERS,
+    LEARNED,
     STATIC,
     Decoder,
     library_decoder,
@@ -78,13 +79,16 @@ def distance(text: dict[str, Any]) -> float:
     """The largest relative difference of any output of calls that leave the window, with a padded row."""
     torch.manual_seed(0)
     model: Any = LlavaForConditionalGeneration(config_of(text)).eval()
+    return compared(model, model.model.language_model, model.config.text_config)
+
+
+def compared(model: Any, decoder: Any, config: Any) -> float:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.mul_(4)
-    config = model.config.text_config
-    ours, library = Decoder(model.model.language_model, model.lm_head), library_decoder(model)
+    ours, library = Decoder(decoder, model.lm_head), library_decoder(model)
     heads, size = (
-        config.num_key_value_heads,
+        getattr(config, "num_key_value_heads", config.num_attention_heads),
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
     )
     got = wanted = [torch.zeros(2, heads, 0, size)] * (2 * config.num_hidden_layers)
@@ -107,6 +111,17 @@ def test_every_decoder_computes_what_the_library_computes(kind: str) -> None:
     assert distance(text) < 1e-5
     limited = any(windows(config_of(text).text_config))
     assert limited == ("sliding_window" in text), "the window counts in some layer"
+
+
+@pytest.mark.parametrize("before", [True, False])
+@torch.inference_mode()
+def test_learned_positions(before: bool) -> None:
+    """OPT, with layer norms in front of the layers and behind them."""
+    torch.manual_seed(0)
+    small = {key: value for key, value in SMALL.items() if key not in ("num_key_value_heads", "head_dim")}
+    config = OPTConfig(**small, vocab_size=64, ffn_dim=48, max_position_embeddings=CONTEXT, do_layer_norm_before=before)
+    model: Any = OPTForCausalLM(config).eval()
+    assert LEARNED == ("opt",) and compared(model, model.model, config) < 1e-5
 
 
 @pytest.mark.parametrize("kind", STATIC)

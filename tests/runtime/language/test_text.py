@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from runtime.errors import BundleError, InvalidInput
-from runtime.language.text import ChatText, Detokenizer, Message, StopStrings
+from runtime.language.text import ChatText, Detokenizer, Message, PlainText, StopStrings
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 IMAGE = SPECIALS.index("<image>")
@@ -299,3 +299,14 @@ def test_messages_of_the_wrong_kind_are_named(message: Message, field: str) -> N
     with pytest.raises(InvalidInput) as caught:
         message.check("m")
     assert caught.value.field == field
+
+
+def test_without_a_template_pictures_are_in_front(tmp_path: Path) -> None:
+    """Texts follow one another, with what the tokenizer itself puts around a text, and none may write a placeholder."""
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    chat = PlainText(tmp_path, IMAGE)
+    messages = [Message("user", ("a", PICTURE)), Message("assistant", ("b",)), Message("user", (PICTURE, "", "c"))]
+    assert chat.encode(messages) == [IMAGE, IMAGE, *chat.tokenizer.encode("a b c").ids]
+    assert chat.encode([Message("user", (PICTURE,))]) == [IMAGE, *chat.tokenizer.encode("").ids]
+    with pytest.raises(InvalidInput, match="<image>"):
+        chat.encode([Message("user", ("<image>",))])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
+    BlipImageProcessorPil,
     CLIPImageProcessorPil,
     LlavaImageProcessorPil,
     SiglipImageProcessorPil,
@@ -29,6 +30,7 @@ LIBRARY: dict[str, Any] = {
     "LlavaImageProcessor": LlavaImageProcessorPil,
     "SiglipImageProcessor": SiglipImageProcessorPil,
     "ViTImageProcessor": ViTImageProcessorPil,
+    "BlipImageProcessor": BlipImageProcessorPil,
 }
 NESTED, OWN = "processor_config.json", "preprocessor_config.json"
 
