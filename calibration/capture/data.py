@@ -17,7 +17,7 @@ from calibration.capture.recording import Inputs, Quota, Recorder, count_positio
 from calibration.capture.sets import CalibrationSet
 from calibration.ground.progress import each, followed
 from calibration.ground.progress import reused as mark_reused
-from calibration.requests.requests import Asked, Requests, accepted
+from calibration.requests.requests import NamedRequest, Requests, accepted
 from calibration.requests.task import Beside, task_requests
 from runtime.errors import InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, Pipeline, drive
@@ -64,18 +64,18 @@ def record(
     samples: dict[str, list[Inputs]] = {submodel.name: [] for submodel in manifest.submodels}
     positions: dict[str, list[int]] = {submodel: [] for submodel in samples}
     used = 0
-    for asked, work in each("request", accepted(lambda asked: _prepared(model, asked), requests, wanted), wanted):
-        done = Done(used + 1, wanted, asked.name)
+    for entry, work in each("request", accepted(lambda entry: _prepared(model, entry), requests, wanted), wanted):
+        done = Done(used + 1, wanted, entry.name)
         listen(done)
         start = time.perf_counter()
         file = folder / f"{used:04d}.safetensors" if folder else None
-        key = _key(manifest.key, quota, used, asked)
+        key = _key(manifest.key, quota, used, entry)
         part = _kept(file, key) if file else None
         reused = part is not None
         if reused:
             mark_reused()
         if part is None:
-            part = _run(model, work, asked, quota, used, key)
+            part = _run(model, work, entry, quota, used, key)
             if file:
                 part.save(file)
         for submodel, calls in part.samples.items():
@@ -105,20 +105,20 @@ class _Work:
     beside: Beside
 
 
-def _prepared(model: LoadedModel, asked: Asked) -> _Work:
+def _prepared(model: LoadedModel, entry: NamedRequest) -> _Work:
     """Raises InvalidInput when the model cannot read the request."""
     task = task_requests()[model.task]
-    calls, beside = task.beside(model.bundle.manifest.config, asked.picture, asked.name)
-    return _Work(model.pipeline(asked.request), calls, beside)
+    calls, beside = task.beside(model.bundle.manifest.config, entry.picture, entry.name)
+    return _Work(model.pipeline(entry.request), calls, beside)
 
 
-def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: int, key: str) -> CalibrationSet:
+def _run(model: LoadedModel, work: _Work, entry: NamedRequest, quota: Quota, number: int, key: str) -> CalibrationSet:
     """Run one request; what is kept of it. `number` counts from 0."""
     recorder = Recorder({submodel.name: submodel.signature for submodel in model.bundle.manifest.submodels})
     for call in work.calls:
         recorder.offer(call)
     for event in followed(
-        drive(recorder.watch(work.pipeline), model.engines), getattr(asked.request, "max_tokens", None) or 0
+        drive(recorder.watch(work.pipeline), model.engines), getattr(entry.request, "max_tokens", None) or 0
     ):
         for call in work.beside(event):
             recorder.offer(call)
@@ -127,7 +127,7 @@ def _run(model: LoadedModel, work: _Work, asked: Asked, quota: Quota, number: in
         kept = quota.positions(submodel, number, len(calls))
         samples[submodel] = [calls[place] for place in kept]
         positions[submodel] = count_positions(kept, len(calls))
-    return CalibrationSet(model.bundle.manifest.pipeline, key, {"name": asked.name, "positions": positions}, samples)
+    return CalibrationSet(model.bundle.manifest.pipeline, key, {"name": entry.name, "positions": positions}, samples)
 
 
 def _kept(file: Path, key: str) -> CalibrationSet | None:
@@ -139,9 +139,9 @@ def _kept(file: Path, key: str) -> CalibrationSet | None:
     return found if found.fingerprint == key else None
 
 
-def _key(model: str, quota: Quota, number: int, asked: Asked) -> str:
+def _key(model: str, quota: Quota, number: int, entry: NamedRequest) -> str:
     """Identifies everything that what is kept of a request depends on."""
-    facts = (model, dataclasses.astuple(quota), number, _facts(asked))
+    facts = (model, dataclasses.astuple(quota), number, _facts(entry))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

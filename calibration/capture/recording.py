@@ -41,7 +41,7 @@ class Quota:
 
 
 class Recorder:
-    """The inputs of one request's calls by submodel, copied as they go by. Submodels it was not told of are left out.
+    """The inputs of one request's calls by submodel, copied as they go by. Other submodels are left out.
 
     Calls that continue a slot become one call from an empty cache: see `Continued`. Memory is that of one request's
     inputs.
@@ -97,7 +97,7 @@ class Continued:
     length: int = 0
     """Positions held so far."""
     whole: bool = True
-    """False once a call continued what was computed before the recording began: that cannot be told from its inputs."""
+    """False once a call continued what was computed before the recording began: its inputs do not show that."""
 
     def add(self, inputs: Inputs, keep: int | None = None) -> None:
         """Continue with these inputs, `keep` positions of what is held kept first. Raises InvalidInput as

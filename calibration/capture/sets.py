@@ -54,7 +54,7 @@ class CalibrationSet:
     """Inputs that the submodels of one model got while it worked.
 
     `fingerprint` is that of the checkpoint, as bundles have it. `settings` say how the set was made and can be written
-    as JSON: `origin`, `count` and `seed` (what was asked for), `requests` (how many were run), `skipped` (what was not,
+    as JSON: `origin`, `count` and `seed` (what was requested), `requests` (how many were run), `skipped` (what was not,
     and why) and `positions` (for each submodel, how many of its calls are the first, second, ... of their request).
     """
 

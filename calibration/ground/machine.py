@@ -54,7 +54,7 @@ class Others:
         self._start = self._now()
 
     def share(self) -> float | None:
-        """Share of the processors' time that other programs had, 0 to 1; None where it cannot be told."""
+        """Share of the processors' time that other programs had, 0 to 1; None where it is not known."""
         now = self._now()
         if self._start is None or now is None:
             return None

@@ -40,17 +40,17 @@ def attention_in_half(model: ir.Model, samples: Sequence[Mapping[str, Array]]) -
     if not nodes or not samples:
         return {}
     copy.graph.outputs.clear()
-    asked = {name_of(node): [str(value.name) for value in _noise_and_power(copy, node)] for node in nodes}
+    outputs = {name_of(node): [str(value.name) for value in _noise_and_power(copy, node)] for node in nodes}
     session: Any = lean_session(copy)
-    wanted = [name for names in asked.values() for name in names]
-    found = dict.fromkeys(asked, np.inf)
+    wanted = [name for names in outputs.values() for name in names]
+    found = dict.fromkeys(outputs, np.inf)
     for index in each(
         "attention, call", np.linspace(0, len(samples) - 1, min(CALLS, len(samples))).astype(int).tolist()
     ):
         totals = np.zeros(len(wanted))
         for row in rows_of(samples[index], session):
             totals += np.array(session.run(wanted, row), np.float64)
-        for name, (noise, power) in zip(asked, totals.reshape(-1, 2), strict=True):
+        for name, (noise, power) in zip(outputs, totals.reshape(-1, 2), strict=True):
             ratio = decibel(float(noise / power)) if power > 0 else np.inf
             found[name] = min(found[name], ratio if np.isfinite(noise + power) else -np.inf)
     return found

@@ -57,8 +57,8 @@ KINDS: Final[Mapping[str, frozenset[str]]] = {
 
 @dataclass(frozen=True)
 class HalfCompute:
-    """What a target that can shall compute a submodel in, and the nodes that stay in float32 then, each with the
-    reason.
+    """The number format that a target with kernels for it computes a submodel in, and the nodes that stay in float32,
+    each with the reason.
 
     `snr_db` is the signal to noise ratio of the outputs against the reference, of the mean noise of all outputs.
     """

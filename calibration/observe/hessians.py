@@ -64,7 +64,7 @@ def hessians(
     if missing:
         raise InvalidInput(
             "tensors",
-            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: those asked for are of another graph",
+            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the requested ones are of another graph",
         )
     flow = _Flow.of(model)
     sources = {name: _unsliced(values[name]) for name in dict.fromkeys(tensors)}
@@ -162,7 +162,7 @@ def _gather(
 ) -> tuple[dict[str, Hessian], Calls]:
     """Run a stretch: the Hessians of its tensors, and the calls to start the next one from."""
     names, kept = [name_of(value) for value in group], [name_of(value) for value in crossing]
-    asked = [f"{name}{SUFFIX}" for name in names] + [f"{name}{SUFFIX}/count" for name in names]
+    requested = [f"{name}{SUFFIX}" for name in names] + [f"{name}{SUFFIX}/count" for name in names]
     passed = [name for name in kept if name in calls[0]]
     made = [name for name in kept if name not in calls[0]]
     session = lean_session(_stretch(model, calls[0], names, made))
@@ -172,7 +172,9 @@ def _gather(
     left: Calls | None = []
     for call in each("call", calls):
         carried = made if left is not None else []
-        results = iter(session.run([*asked, *carried], {name: array for name, array in call.items() if name in inputs}))
+        results = iter(
+            session.run([*requested, *carried], {name: array for name, array in call.items() if name in inputs})
+        )
         for name in names:
             matrix = next(results)
             if name in sums:

@@ -58,7 +58,7 @@ def _gather(model: ir.Model) -> str:
 
 def rows_of(inputs: Mapping[str, Array], session: ort.InferenceSession) -> list[dict[str, Array]]:
     """The inputs of each row of a batch: attention over a large picture holds gigabytes for every row that runs."""
-    batched = {asked.name for asked in session.get_inputs() if asked.shape and asked.shape[0] == BATCH}
+    batched = {each.name for each in session.get_inputs() if each.shape and each.shape[0] == BATCH}
     count = max((len(array) for name, array in inputs.items() if name in batched), default=1)
     return [
         {name: array[row : row + 1] if name in batched else array for name, array in inputs.items()}

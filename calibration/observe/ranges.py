@@ -367,10 +367,10 @@ def observe(
     wanted = {name: _Wanted(name in {*tensors, *channels}, name in channels, name in powers) for name in names}
     watched, outputs = _watched(model, wanted, len(samples))
     session = lean_session(watched)
-    asked = [output for every in outputs.values() for output in every.values()]
+    requested = [output for every in outputs.values() for output in every.values()]
     for call, sample in enumerate(each("call", samples)):
         for row in rows_of(sample, session):
-            values = iter(session.run(asked, row))
+            values = iter(session.run(requested, row))
             for name, every in outputs.items():
                 try:
                     found.add(name, call, {key: next(values) for key in every})
@@ -414,20 +414,20 @@ def _watched(model: ir.Model, wanted: Mapping[str, _Wanted], calls: int) -> tupl
     if missing:
         raise InvalidInput(
             "tensors",
-            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the ranges asked for are those of another "
+            f"{model.graph.name} has no tensor {', '.join(missing[:3])}: the requested ranges are those of another "
             "graph",
         )
     place = {node: number for number, node in enumerate(copy.graph)}
     ordered = sorted(wanted, key=lambda name: place.get(values[name].producer(), -1))  # type: ignore[arg-type]
     constants = _Constants(copy)
     copy.graph.outputs.clear()
-    asked = {}
+    requested = {}
     for name in reversed(ordered):
         nodes, outputs = _reduced(values[name], constants, wanted[name], calls)
         copy.graph.extend(nodes)
         copy.graph.outputs.extend(outputs.values())
-        asked[name] = {key: str(value.name) for key, value in outputs.items()}
-    return copy, asked
+        requested[name] = {key: str(value.name) for key, value in outputs.items()}
+    return copy, requested
 
 
 class _Constants:
@@ -449,7 +449,7 @@ class _Constants:
 
 
 def _reduced(
-    value: ir.Value, constant: _Constants, asked: _Wanted, calls: int
+    value: ir.Value, constant: _Constants, requested: _Wanted, calls: int
 ) -> tuple[list[ir.Node], dict[str, ir.Value]]:
     """Nodes that reduce a tensor, and what they give.
 
@@ -458,7 +458,7 @@ def _reduced(
     the number of rows. power: the sum of all squares.
     """
     nodes: list[ir.Node] = []
-    by_channel = asked.by_channel
+    by_channel = requested.by_channel
 
     def add(
         op: str, *inputs: ir.Value, dtype: ir.DataType = ir.DataType.FLOAT, rank: int = 1, **attributes: int
@@ -470,9 +470,9 @@ def _reduced(
         return found
 
     outputs: dict[str, ir.Value] = {}
-    if asked.power:
+    if requested.power:
         outputs["power"] = add("ReduceSumSquare", value, keepdims=0, rank=0)
-    if not asked.values:
+    if not requested.values:
         return nodes, outputs
     width = int(value.shape[-1]) if by_channel and value.shape is not None else 1  # type: ignore[arg-type]
     flat = add("Reshape", value, constant(-1, width) if by_channel else constant(-1), rank=2 if by_channel else 1)

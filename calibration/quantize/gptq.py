@@ -56,7 +56,7 @@ ENOUGH_ROWS: Final = 4
 """Rows for each channel below which the damping grows, in proportion, up to MOST_DAMPING times."""
 MOST_DAMPING: Final = 10
 MOST_SNR: Final = 200.0
-"""In dB: what is told where there is no error, or nothing to have one."""
+"""In dB: the reported ratio where there is no error, or no signal."""
 COLUMNS: Final = 512
 """Columns of a weight compensated in one step."""
 MEASURED: Final = 64
@@ -102,7 +102,7 @@ class Factor(NamedTuple):
 
 
 def factor(hessian: Hessian) -> Factor:
-    """H / mean(diag H), damped, as L D L^T. Raises LinAlgError, saying why, where that cannot be told from H."""
+    """H / mean(diag H), damped, as L D L^T. Raises LinAlgError with the reason where H has no such form."""
     mean = float(np.diagonal(hessian.matrix).mean(dtype=np.float64))
     if not mean >= float(np.finfo(np.float32).tiny):
         raise np.linalg.LinAlgError("its inputs were always zero")
@@ -112,7 +112,7 @@ def factor(hessian: Hessian) -> Factor:
     try:
         lower = linalg.cholesky(damped, lower=True, overwrite_a=True, check_finite=False)
     except np.linalg.LinAlgError:
-        raise np.linalg.LinAlgError("its inputs are too nearly dependent to be told apart") from None
+        raise np.linalg.LinAlgError("its inputs are too nearly linearly dependent") from None
     roots = np.diagonal(lower).copy()
     lower /= roots
     return Factor(lower, np.square(roots))
@@ -241,9 +241,9 @@ def compensate(
                 made.setdefault(one.planned.weight, _Made()).add(
                     _weight(one, hessian, found, writer), hessian.rows, found
                 )
-        told = [one.told(weight) for weight, one in made.items()]
-        writer.finish([asdict(one) for one in told])
-    return told
+        results = [one.compensation(weight) for weight, one in made.items()]
+        writer.finish([asdict(one) for one in results])
+    return results
 
 
 class _Reader(NamedTuple):
@@ -274,7 +274,7 @@ class _Made:
             self.signal, self.rounded, self.error = self.signal + signal, self.rounded + rounded, self.error + error
             self.chosen, self.columns = self.chosen + chosen, self.columns + columns
 
-    def told(self, weight: str) -> Compensation:
+    def compensation(self, weight: str) -> Compensation:
         snr, before = (
             10 * math.log10(self.signal / noise) if self.signal > 0 and noise > 0 else MOST_SNR
             for noise in (self.error, self.rounded)

@@ -194,7 +194,7 @@ def pack_int4(codes: Codes) -> NDArray[np.uint8]:
 
 
 class QuantizedWeight:
-    """A weight seen as a matrix [K, N], and its quantized tensors, each computed when asked for.
+    """A weight seen as a matrix [K, N], and its quantized tensors, each computed when it is first read.
 
     `source` is stored as [N, K, ...] when `transposed`, else as [K, N]. `block` is that of int4, 0 for int8;
     `importance` is that of int4_blocks. With `known`, int4 is what that gives, and the source is not read. Asking for

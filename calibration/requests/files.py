@@ -10,7 +10,7 @@ from typing import Final
 
 import numpy as np
 
-from calibration.requests.requests import Asked, Requests, skip
+from calibration.requests.requests import NamedRequest, Requests, skip
 from calibration.requests.task import task_requests
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
@@ -33,17 +33,17 @@ def read_prompts(path: Path, task: str, seed: int = 0) -> Requests:
             "prompts", f"{path} holds no prompts, expected one a line (lines that begin with # do not count)"
         )
 
-    def asked() -> Iterator[Asked]:
+    def entries() -> Iterator[NamedRequest]:
         maker = task_requests()[task]
         for i, place in enumerate(np.random.default_rng(seed).permutation(len(prompts))):
             number, text = prompts[place]
-            yield Asked(f"line {number}", maker.calibrating(maker.of_prompt(text, i), i, seed))
+            yield NamedRequest(f"line {number}", maker.calibrating(maker.of_prompt(text, i), i, seed))
 
-    return Requests(task, "prompts", asked(), len(prompts), path.name)
+    return Requests(task, "prompts", entries(), len(prompts), path.name)
 
 
 def read_images(folder: Path, task: str, seed: int = 0) -> Requests:
-    """A folder of pictures. For a model that draws each needs a caption, x.txt (UTF-8) for x.png; others are asked
+    """A folder of pictures. For a model that draws each needs a caption, x.txt (UTF-8) for x.png; a chat model gets
     general questions in turn.
 
     The order is drawn from the seed. Pictures are read one at a time; one that cannot be used is skipped. Raises
@@ -60,12 +60,12 @@ def read_images(folder: Path, task: str, seed: int = 0) -> Requests:
 
     maker = task_requests()[task]
 
-    def ask(i: int, file: Path) -> Asked:
+    def ask(i: int, file: Path) -> NamedRequest:
         request, picture = maker.of_picture(read_picture(file), partial(_caption, file.with_suffix(".txt")), i)
-        return Asked(file.name, maker.calibrating(request, i, seed), picture)
+        return NamedRequest(file.name, maker.calibrating(request, i, seed), picture)
 
     order = np.random.default_rng(seed).permutation(len(files))
-    requests.asked = _usable(
+    requests.entries = _usable(
         ((files[place].name, partial(ask, i, files[place])) for i, place in enumerate(order)), requests
     )
     return requests
@@ -89,11 +89,11 @@ def read_questions(path: Path, task: str, seed: int = 0) -> Requests:
     requests = Requests(task, "questions", iter(()), len(lines), path.name)
     order = np.random.default_rng(seed).permutation(len(lines))
 
-    def ask(image: str, question: str) -> Asked:
+    def ask(image: str, question: str) -> NamedRequest:
         request = maker.of_question(read_picture(path.parent / image, image), question)
-        return Asked(image, maker.calibrating(request, 0, seed))
+        return NamedRequest(image, maker.calibrating(request, 0, seed))
 
-    requests.asked = _usable(((lines[place][0], partial(ask, *lines[place])) for place in order), requests)
+    requests.entries = _usable(((lines[place][0], partial(ask, *lines[place])) for place in order), requests)
     return requests
 
 
@@ -149,9 +149,9 @@ def _caption(path: Path) -> str:
     return caption
 
 
-def _usable(asked: Iterable[tuple[str, Callable[[], Asked]]], requests: Requests) -> Iterator[Asked]:
-    """Those that can be made. What cannot is told to the requests."""
-    for name, make in asked:
+def _usable(entries: Iterable[tuple[str, Callable[[], NamedRequest]]], requests: Requests) -> Iterator[NamedRequest]:
+    """Those that can be made. The others are listed as skipped."""
+    for name, make in entries:
         try:
             yield make()
         except InvalidInput as error:

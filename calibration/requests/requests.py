@@ -16,7 +16,7 @@ REQUESTS: Final = 8
 BRIEF_REQUESTS: Final = 3
 """Requests of a brief capture."""
 MOST: Final = 128
-"""Requests of the user's own that are run where no count is asked for."""
+"""Requests of the user's own that are run without a given count."""
 TRIES: Final = 4
 """Built-in requests tried for each one wanted, but at least `LEAST_TRIES`: each general prompt twice."""
 LEAST_TRIES: Final = 64
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
+class NamedRequest:
     """A request and what the user knows it by. `picture`, uint8 RGB [height, width, 3], goes to the VAE encoder of a
     model that draws.
     """
@@ -39,20 +39,20 @@ class Asked:
 @dataclass
 class Requests:
     """Where requests come from; to be read once. `origin` is built-in, prompts, images or questions, `size` how many
-    there may be (None: without end), `file` the file's or folder's name, `usual` how many are run where no count is
-    asked for. `skipped` grows while the requests are read: what could not be used, and why.
+    there may be (None: without end), `file` the file's or folder's name, `usual` how many are run without a
+    given count. `skipped` grows while the requests are read: what could not be used, and why.
     """
 
     task: str
     origin: str
-    asked: Iterator[Asked]
+    entries: Iterator[NamedRequest]
     size: int | None = None
     file: str = ""
     usual: int = MOST
     skipped: list[str] = field(default_factory=list)
 
     def wanted(self, count: int | None) -> int:
-        """How many requests to run where `count` is asked for, None being what is usual."""
+        """How many requests to run for a requested `count`; None is the usual number."""
         most = self.usual if count is None else count
         return most if self.size is None else min(most, self.size)
 
@@ -61,7 +61,7 @@ def built_in(task: str, seed: int = 0, fingerprint: str = "") -> Requests:
     """The requests that need no files: those of the exam of the checkpoint with this fingerprint, else general ones."""
     maker, exam = task_requests()[task], exam_of(fingerprint)
     every = enumerate(exam.calibration(seed) if exam else maker.general(seed))
-    requests = (Asked(f"{BUILT_IN} {i + 1}", maker.calibrating(request, i, seed)) for i, request in every)
+    requests = (NamedRequest(f"{BUILT_IN} {i + 1}", maker.calibrating(request, i, seed)) for i, request in every)
     return Requests(task, BUILT_IN, requests, usual=REQUESTS)
 
 
@@ -76,8 +76,8 @@ def briefly(requests: Requests) -> Requests:
     many seconds each.
     """
     maker = task_requests()[requests.task]
-    asked = (replace(one, request=maker.brief(one.request, i)) for i, one in enumerate(requests.asked))
-    return replace(requests, asked=asked, usual=BRIEF_REQUESTS)
+    entries = (replace(one, request=maker.brief(one.request, i)) for i, one in enumerate(requests.entries))
+    return replace(requests, entries=entries, usual=BRIEF_REQUESTS)
 
 
 def skip(requests: Requests, name: str, error: InvalidInput) -> None:
@@ -86,7 +86,7 @@ def skip(requests: Requests, name: str, error: InvalidInput) -> None:
     requests.skipped.append(reason if reason.startswith(f"{name}: ") else f"{name}: {reason}")
 
 
-def accepted(ready: Callable[[Asked], T], requests: Requests, wanted: int) -> Iterator[tuple[Asked, T]]:
+def accepted(ready: Callable[[NamedRequest], T], requests: Requests, wanted: int) -> Iterator[tuple[NamedRequest, T]]:
     """The first `wanted` requests that a model can read, and what `ready` made of each.
 
     A prompt may be too long for a small model's tokenizer, or a picture too many for its context. Raises InvalidInput
@@ -94,17 +94,17 @@ def accepted(ready: Callable[[Asked], T], requests: Requests, wanted: int) -> It
     """
     found = 0
     refusal: InvalidInput | None = None
-    for asked in (
-        requests.asked if requests.size is not None else islice(requests.asked, max(TRIES * wanted, LEAST_TRIES))
+    for entry in (
+        requests.entries if requests.size is not None else islice(requests.entries, max(TRIES * wanted, LEAST_TRIES))
     ):
         try:
-            made = ready(asked)
+            made = ready(entry)
         except InvalidInput as error:
             refusal = error
             if requests.size is not None:
-                skip(requests, asked.name, error)
+                skip(requests, entry.name, error)
             continue
-        yield asked, made
+        yield entry, made
         found += 1
         if found == wanted:
             return

@@ -5,8 +5,8 @@ different layers are nearly orthogonal at the output, so the covariance of what 
 with the known signs S, and n probes tell about n^2 / 2 noises g apart: sources are located with fewer sensors in the
 same way. g is found as in covariance fitting and sparse Bayesian learning, by the multiplicative update of Gerstoft et
 al. 2016 (IEEE SPL 23, "Multisnapshot sparse Bayesian learning for DOA"), stopped early. After each round the shares are
-chosen anew so that every error is about as loud as the others: a weak one beside a strong one is not heard. No gradient
-is needed, and nothing is held but scales and a sample of each probe's output.
+chosen anew so that every error is about as large as the others: a weak one beside a strong one is lost in its noise. No
+gradient is needed, and nothing is held but scales and a sample of each probe's output.
 
 A probe adds the error of each layer's coarsest weight and that of its int8 input. Errors of its finer weights have the
 same gain, so their noise follows from the ratio of the errors themselves, on a few columns, weighted by the mean square
@@ -47,8 +47,8 @@ LOCAL: Final = 1e-7
 UPDATES: Final = 50
 """Of the fit. More would drive faint noises to zero."""
 FAINTEST: Final = 0.03
-"""Of the mean noise in the probes, what a source has at least: one that is not heard still costs something in a search.
-"""
+"""The least noise of a source, as a share of the mean noise in the probes: one that is not measurable still costs
+something in a search."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class Board:
         self.work = [size * layer.matrix[0] for size, layer in zip(sizes, layers, strict=True)]
         self._outputs = [name_of(value) for value in model.graph.outputs][
             :1
-        ]  # states follow: the first output is what is asked for
+        ]  # states follow: the first output is the submodel's own
         self._session: Any = lean_session(_switched(model, self.forms, self.kinds, tuning))
         self._calls = _together(model, samples, TOGETHER_BYTES // (4 * max(sizes, default=1)))
         self._reference = [self._run(self.none(), call) for call in self._calls]

@@ -257,8 +257,8 @@ def _show_forms(bundle: Bundle) -> None:
     """What the weights of each submodel, and of all, became, and why the rest did not become it."""
     submodels, quant = bundle.manifest.submodels, bundle.manifest.quant
     for name, some in [*((one.name, [one]) for one in submodels), ("all weights", submodels)]:
-        if told := forms(some, quant):
-            out.print(f"{name}: {told}", markup=False)
+        if shares := forms(some, quant):
+            out.print(f"{name}: {shares}", markup=False)
 
 
 def _show_search(root: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from calibration.ground.progress import each, phase
 from calibration.requests.exams import Exam, exam_of
-from calibration.requests.requests import BUILT_IN, Asked, Requests, accepted
+from calibration.requests.requests import BUILT_IN, NamedRequest, Requests, accepted
 from calibration.requests.task import task_requests
 from export.report.measured import Compared
 from export.report.quality import OutputQuality, Quality, SubmodelQuality, TaskQuality
@@ -106,9 +106,9 @@ def _requests(model: LoadedModel, task: Comparison, exam: Exam | None, effort: E
     """
     wanted = task.wanted(effort)
     every = exam.comparison(wanted, SEED) if exam else task.general()
-    prepared = (Asked("", task.comparing(request, i, effort)) for i, request in enumerate(every))
+    prepared = (NamedRequest("", task.comparing(request, i, effort)) for i, request in enumerate(every))
 
-    def ready(one: Asked) -> None:
+    def ready(one: NamedRequest) -> None:
         model.pipeline(one.request).close()
 
     return [one.request for one, _ in accepted(ready, Requests(model.task, BUILT_IN, prepared), wanted)]

@@ -297,7 +297,7 @@ class Bundle:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The targets the bundle was built for, in the order it was asked for them."""
+        """The targets the bundle was built for, in the order in which they were requested."""
         return tuple(dict.fromkeys(artifact.target for artifact in self.manifest.artifacts))
 
     def artifacts(self, target: str, submodel: str) -> tuple[Artifact, ...]:

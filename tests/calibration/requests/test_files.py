@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import calibration.requests.files
 from calibration.requests.files import read_images, read_prompts, read_questions
-from calibration.requests.requests import MOST, Asked, Requests, accepted
+from calibration.requests.requests import MOST, NamedRequest, Requests, accepted
 from calibration.requests.tasks.chat import QUESTIONS
 from runtime.errors import EnginecastError, InvalidInput, NotFound
 from runtime.tasks.chat import ChatRequest
@@ -30,22 +30,22 @@ def draw(path: Path, shade: int = 0, text: str | None = None) -> None:
         path.with_suffix(".txt").write_text(text)
 
 
-def prompts(asked: list[Asked]) -> list[str]:
-    return [one.request.prompt for one in asked if isinstance(one.request, ImageRequest)]
+def prompts(entries: list[NamedRequest]) -> list[str]:
+    return [one.request.prompt for one in entries if isinstance(one.request, ImageRequest)]
 
 
-def questions(asked: list[Asked]) -> list[str]:
-    return [str(one.request.messages[0].content[1]) for one in asked if isinstance(one.request, ChatRequest)]
+def questions(entries: list[NamedRequest]) -> list[str]:
+    return [str(one.request.messages[0].content[1]) for one in entries if isinstance(one.request, ChatRequest)]
 
 
-def fussy(asked: Asked) -> str:
-    (prompt,) = prompts([asked])
+def fussy(entry: NamedRequest) -> str:
+    (prompt,) = prompts([entry])
     if "long" in prompt:
         raise InvalidInput("prompt", "is too long")
     return prompt
 
 
-def deaf(_asked: Asked) -> str:
+def deaf(_entry: NamedRequest) -> str:
     raise InvalidInput("prompt", "is too long")
 
 
@@ -69,20 +69,20 @@ def test_prompts_are_lines(tmp_path: Path) -> None:
     requests = read_prompts(file, "image")
     assert (requests.origin, requests.file, requests.size) == ("prompts", "prompts.txt", 3)
     assert requests.wanted(None) == 3 and requests.wanted(2) == 2 and requests.wanted(9) == 3
-    asked = list(requests.asked)
-    assert sorted(prompts(asked)) == ["a cat", "a döner", "what #1 is"]
-    assert {one.name: prompts([one])[0] for one in asked} == {
+    entries = list(requests.entries)
+    assert sorted(prompts(entries)) == ["a cat", "a döner", "what #1 is"]
+    assert {one.name: prompts([one])[0] for one in entries} == {
         "line 3": "a cat",
         "line 5": "a döner",
         "line 7": "what #1 is",
     }
-    assert [one.request.seed for one in asked] == [0, 1, 2]
+    assert [one.request.seed for one in entries] == [0, 1, 2]
 
 
 def test_a_few_prompts_stand_for_the_whole_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("\n".join(f"number {i}" for i in range(1000)))
-    one, again, other = (prompts(list(islice(read_prompts(file, "image", seed).asked, 20))) for seed in (0, 0, 1))
+    one, again, other = (prompts(list(islice(read_prompts(file, "image", seed).entries, 20))) for seed in (0, 0, 1))
     assert one == again != other
     assert 300 < np.mean([int(prompt.split()[1]) for prompt in one]) < 700
     assert read_prompts(file, "image").wanted(None) == MOST
@@ -90,10 +90,10 @@ def test_a_few_prompts_stand_for_the_whole_file(tmp_path: Path) -> None:
 
 def test_prompts_are_asked_about_general_pictures(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("what is it?\nwho is it?\n")
-    one, again = (list(read_prompts(tmp_path / "prompts.txt", "chat").asked) for _ in range(2))
+    one, again = (list(read_prompts(tmp_path / "prompts.txt", "chat").entries) for _ in range(2))
     assert sorted(questions(one)) == ["what is it?", "who is it?"]
     pictures = [
-        [asked.request.images[0] for asked in each if isinstance(asked.request, ChatRequest)] for each in (one, again)
+        [entry.request.images[0] for entry in each if isinstance(entry.request, ChatRequest)] for each in (one, again)
     ]
     assert all(map(np.array_equal, *pictures)) and not np.array_equal(*pictures[0])
 
@@ -125,9 +125,9 @@ def test_captions_become_prompts_and_pictures_come_along(tmp_path: Path) -> None
     (tmp_path / "notes.md").write_text("not a picture")
     requests = read_images(tmp_path, "image")
     assert (requests.origin, requests.file, requests.size) == ("images", tmp_path.name, 2)
-    asked = {one.name: one for one in requests.asked}
-    assert {name: prompts([one]) for name, one in asked.items()} == {"a.png": ["a cat"], "b.JPG": ["a dog"]}
-    assert all(one.picture is not None and one.picture.shape == (6, 9, 3) for one in asked.values())
+    entries = {one.name: one for one in requests.entries}
+    assert {name: prompts([one]) for name, one in entries.items()} == {"a.png": ["a cat"], "b.JPG": ["a dog"]}
+    assert all(one.picture is not None and one.picture.shape == (6, 9, 3) for one in entries.values())
     assert requests.skipped == []
 
 
@@ -141,7 +141,7 @@ def test_pictures_that_cannot_be_used_are_named_and_skipped(tmp_path: Path) -> N
     whole = encode_image(np.zeros((50, 50, 3), np.uint8))
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     requests = read_images(tmp_path, "image")
-    assert [one.name for one in requests.asked] == ["good.png"]
+    assert [one.name for one in requests.entries] == ["good.png"]
     reasons = {reason.split(":")[0]: reason for reason in requests.skipped}
     assert reasons.keys() == {"silent.png", "blank.png", "strange.png", "text.png", "cut.png"}
     assert reasons["silent.png"] == "silent.png: silent.txt: cannot be read: No such file or directory"
@@ -159,7 +159,7 @@ def test_bombs_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         file.truncate(calibration.requests.files.LONGEST + 1)
     monkeypatch.setattr("runtime.vision.images.decode_image.__defaults__", ("image", 50))
     requests = read_images(tmp_path, "chat")
-    assert list(requests.asked) == []
+    assert list(requests.entries) == []
     assert sorted(reason.split(",")[0] for reason in requests.skipped) == [
         "big.png: holds more than 5e-05 megapixels",
         "vast.png: has 268435457 bytes",
@@ -169,11 +169,11 @@ def test_bombs_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_questions_are_asked_about_pictures_in_turn(tmp_path: Path) -> None:
     for i in range(len(QUESTIONS) + 1):
         draw(tmp_path / f"{i}.png", i)
-    asked = list(read_images(tmp_path, "chat").asked)
-    assert questions(asked) == [*QUESTIONS, QUESTIONS[0]]
-    numbers = [int(Path(one.name).stem) for one in asked]
+    entries = list(read_images(tmp_path, "chat").entries)
+    assert questions(entries) == [*QUESTIONS, QUESTIONS[0]]
+    numbers = [int(Path(one.name).stem) for one in entries]
     assert sorted(numbers) == list(range(len(QUESTIONS) + 1))
-    assert [one.request.images[0][0, 0, 0] for one in asked] == numbers
+    assert [one.request.images[0][0, 0, 0] for one in entries] == numbers
 
 
 def test_folders_without_pictures(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_questions_come_from_json_lines(tmp_path: Path) -> None:
     )
     requests = read_questions(file, "chat")
     assert (requests.origin, requests.file, requests.size) == ("questions", "q.jsonl", 3)
-    assert sorted(questions(list(requests.asked))) == ["what is it?", "whose is it?"]
+    assert sorted(questions(list(requests.entries))) == ["what is it?", "whose is it?"]
     assert requests.skipped == ["pictures/none.png: cannot be read: No such file or directory"]
 
 
@@ -262,4 +262,4 @@ def test_any_file_gives_requests_or_a_reason(
     except EnginecastError as error:
         assert str(error)
     else:
-        assert len(list(requests.asked)) + len(requests.skipped) == requests.size
+        assert len(list(requests.entries)) + len(requests.skipped) == requests.size
