@@ -210,7 +210,8 @@ class ModelHost:
                 )
             return
         self._settled(served)
-        await self._change(served, self._load(served, target))
+        before = served.state, served.error
+        await self._change(served, ModelState.LOADING, self._load(served, target, before))
 
     async def unload(self, name: str, grace: float | None = None) -> None:
         """Let the requests of a model finish, stop the rest after `grace` seconds, then free its engines. Raises
@@ -219,7 +220,8 @@ class ModelHost:
         served = self._find(name)
         self._settled(served)
         if served.state is ModelState.READY:
-            await self._change(served, self._unload(served, self.limits.grace_seconds if grace is None else grace))
+            grace = self.limits.grace_seconds if grace is None else grace
+            await self._change(served, ModelState.UNLOADING, self._unload(served, grace))
 
     async def close(self, grace: float | None = None) -> bool:
         """Refuse new requests, let the others finish, stop the rest after `grace` seconds and free all engines.
@@ -267,9 +269,10 @@ class ModelHost:
         if served.change is not None:
             raise Unavailable(f"model {served.name} is {served.state.value}: try again when it is done")
 
-    async def _change(self, served: Served, work: Coroutine[Any, Any, None]) -> None:
-        """Run a change of state to its end, also if the caller leaves: engines of a half loaded model would have no
-        owner.
+    async def _change(self, served: Served, state: ModelState, work: Coroutine[Any, Any, None]) -> None:
+        """Run a change to its end, also if the caller leaves: engines of a half loaded model would have no owner.
+
+        The model has `state` from the call on, not only when the work begins: a caller that comes between reads it.
         """
 
         def ended(task: asyncio.Task[None]) -> None:
@@ -284,6 +287,7 @@ class ModelHost:
                     exc_info=None if expected else error,
                 )
 
+        self._become(served, state)
         served.change = asyncio.create_task(work)
         served.change.add_done_callback(ended)
         try:
@@ -315,12 +319,11 @@ class ModelHost:
             if broken and served.state is ModelState.READY and served.model is model and served.change is None:
                 log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
                 with suppress(Exception):  # the error is in the model's status and in the log
-                    await self._change(served, self._reload(served, broken, error))
+                    await self._change(served, ModelState.LOADING, self._reload(served, broken, error))
         finally:
             served.check = None
 
     async def _reload(self, served: Served, broken: Sequence[str], error: EngineError) -> None:
-        self._become(served, ModelState.LOADING)
         why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
         await self._drain(
             served, 0, Unavailable(f"{why}: the model is being loaded again, send the request again when it is ready")
@@ -343,9 +346,8 @@ class ModelHost:
         self.changed.set()
         self.changed = asyncio.Event()
 
-    async def _load(self, served: Served, target: str | None) -> None:
-        before = served.state, served.error
-        self._become(served, ModelState.LOADING)
+    async def _load(self, served: Served, target: str | None, before: tuple[ModelState, str | None]) -> None:
+        """Load a model. If a requested `target` fails, the state and error `before` return."""
         try:
             served.model = await asyncio.wrap_future(
                 served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target)
@@ -360,7 +362,6 @@ class ModelHost:
         self._become(served, ModelState.READY)
 
     async def _unload(self, served: Served, grace: float) -> None:
-        self._become(served, ModelState.UNLOADING)
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
         idle = await self._drain(
             served, grace, Unavailable(f"{why} and the request did not finish within {grace:g} s: send it again later")
