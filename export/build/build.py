@@ -16,12 +16,10 @@ from typing import Final
 
 import onnx_ir as ir
 
-import export.graph.trace
 from calibration.ground.progress import each
 from calibration.quantize.plan import plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.exams import Exam, exam_of
-from export.architecture.twin import twin_weights
 from export.build import auto
 from export.build.auto import Plans
 from export.build.bundle import draft, finish
@@ -29,6 +27,7 @@ from export.build.judging import agreed, judged
 from export.build.keys import code
 from export.build.learned import captured, compensated, floating_model, tuned
 from export.build.options import Options
+from export.build.parts import twin_parity
 from export.build.staging import cached, key_of, staging
 from export.build.state import Build, part_graph
 from export.build.steps import steps
@@ -37,7 +36,6 @@ from export.checkpoint.source import check_finite
 from export.checks import parity
 from export.family import Part
 from export.finished.artifacts import remove_graphs
-from export.graph import weights as graph
 from export.report.compare import right
 from export.report.progress import Listener, Progress
 from runtime.bundle.manifest import Bundle, Parity
@@ -184,19 +182,11 @@ def _parity(state: Build, part: Part) -> Parity:
         if state.method == "full":
             found.append(parity.check(part, part_graph(state, part), state.weights(part), "full"))
         if state.method == "twin" or parity.beyond_reach(part.signature):
-            found.append(_twin_parity(state, part))
+            found.append(twin_parity(state.family, state.source, part.name))
         path.write_text(parity.worst(found).model_copy(update={"method": state.method}).model_dump_json())
 
     key = key_of("parity", state.fingerprint, part.name, part.floor, state.method, state.tools, code())
     return Parity.model_validate_json(cached(key, ".json", compare).read_bytes())
-
-
-def _twin_parity(state: Build, part: Part) -> Parity:
-    twin = next(other for other in state.family.parts(state.source, True) if other.name == part.name)
-    with twin_weights(twin) as weights:
-        model = export.graph.trace.trace(twin.module, twin.signature)
-        graph.attach(model, twin.parameters(), weights)
-        return parity.check(twin, model, weights, "twin")
 
 
 def _plans(state: Build, graphs: Mapping[str, ir.Model], tunings: Mapping[str, Tuning]) -> Plans:

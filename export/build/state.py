@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-import platform
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Final
+from typing import Final
 
 import onnx_ir as ir
 
-import export.graph.trace
 from calibration.capture.sets import CalibrationSet
-from calibration.ground import machine
 from calibration.quantize.recipes import RECIPES, Recipe, recipe
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
 from calibration.requests.task import task_requests
 from export.build.keys import code
 from export.build.options import Options
-from export.build.staging import cached, key_of
+from export.build.parts import TOOLS, library_parts, traced, versions_of
+from export.build.staging import key_of
 from export.checkpoint.preflight import rehearse
 from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
 from runtime.bundle.manifest import sha256
 from runtime.engine import target
-from runtime.errors import EnginecastError, SourceError
 from runtime.pipeline import pipelines
 from runtime.targets.lowering.half import Half
 
@@ -40,8 +36,6 @@ for one.
 """
 FULL_PARITY_BYTES: Final = 4 << 30
 """`auto` compares the whole model up to this size of weights, and its reduced twin beyond."""
-TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
-"""Packages that make graphs and run the float model. What targets and recipes need besides, they declare themselves."""
 
 
 @dataclass
@@ -67,18 +61,7 @@ class Build:
         """
         source = resolve(options.source)
         family = family_of(source)
-        try:
-            for look in (family.assets, family.notes):
-                look(source)  # what the small files say is refused before anything is made of it
-            parts = family.parts(source, False)
-        except (EnginecastError, AssertionError):
-            raise
-        except Exception as error:  # the libraries check configs with exceptions of every kind
-            reason = " ".join(str(error).split())
-            raise SourceError(
-                f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
-                f"({type(error).__name__}: {reason}). Correct them, or take them as they were published"
-            ) from error
+        parts = library_parts(source, family)
         build = cls(options, source, family, parts)
         for part in parts:
             for component in part.components:
@@ -131,12 +114,12 @@ class Build:
     def tools(self) -> dict[str, str]:
         """Versions of Python and of what makes and calibrates graphs, whatever they are compiled for."""
         recipes = (recipe for part in self.parts if (recipe := self.recipe(part)) is not None)
-        return _versions([*TOOLS, *(name for recipe in recipes for name in recipe.packages)])
+        return versions_of([*TOOLS, *(name for recipe in recipes for name in recipe.packages)])
 
     @cached_property
     def versions(self) -> dict[str, str]:
         """Versions of everything that a bundle depends on."""
-        return self.tools | _versions(
+        return self.tools | versions_of(
             [name for target_name in self.options.targets for name in target(target_name).packages]
         )
 
@@ -322,28 +305,7 @@ def _form(recipe: Recipe) -> str:
 
 
 def part_graph(state: Build, part: Part) -> ir.Model:
-    """The part's graph on the checkpoint's own bytes. Tracing is what takes long, so its result is kept for the next
-    build.
-    """
-    weights = state.weights(part)
-    configs = [_config_of(component.model) for component in part.components]
-    shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
-    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), state.tools, code())
-    path = cached(
-        key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
-    )
-    model = ir.load(path)
-    graph.attach(model, part.parameters(), weights)
+    """The part's graph on the checkpoint's own bytes."""
+    model = ir.load(traced(part, state.tools))
+    graph.attach(model, part.parameters(), state.weights(part))
     return model
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    """The settings that a library's model was made from; a module of ours has none."""
-    found = getattr(model, "config", {})
-    return found.to_dict() if hasattr(found, "to_dict") else dict(found)
-
-
-def _versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of those packages that are installed."""
-    found = {name: machine.version(name) for name in dict.fromkeys(packages)}
-    return {"python": platform.python_version()} | {name: version for name, version in found.items() if version}

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import export.build.build
 import export.build.bundle
+import export.build.parts
 import export.build.state
 import export.graph.trace
 from calibration.quantize.recipes import INT4_EVERYWHERE, RECIPES
@@ -289,7 +290,7 @@ def swapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             first, second = (values[name] for name in names)
             first.const_value, second.const_value = second.const_value, first.const_value
 
-    monkeypatch.setattr(export.build.build.graph, "attach", confused)
+    monkeypatch.setattr(export.build.parts.graph, "attach", confused)
     cached = export.build.build.cached
     monkeypatch.setattr(
         export.build.build,
