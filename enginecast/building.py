@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal, TypedDict, Unpack
 
 from runtime.bundle.manifest import Bundle
@@ -51,6 +52,7 @@ def build(
     targets: Sequence[str] = ("onnxruntime", "openvino"),
     quant: str = "none",
     optimize: Literal["size", "speed"] = "size",
+    additions: Mapping[str, Sequence[str]] = MappingProxyType({}),
     progress: Callable[[Report], None] = lambda report: None,
     **options: Unpack[BuildOptions],
 ) -> Bundle:
@@ -67,6 +69,8 @@ def build(
         targets: Engines to compile for; "auto" stands for all that can be compiled here.
         quant: "none", "int8", "int8-weight", "int4", "fp8", "fp16", "bf16", or "auto" (limited by `max_drop`).
         optimize: For quant "auto": find the smallest model within `max_drop`, or the one with the least computation.
+        additions: What is added to the source, by kind: each as its option takes it, `[NAME=]PATH[:SCALE]`.
+            Kinds that the model's family does not take are refused.
         progress: Called when a step begins, about once a second while it runs, and when it ends (`seconds` is then a
             number). `eta` is the estimated seconds that all remaining steps take.
         options: See `BuildOptions`.
@@ -83,9 +87,11 @@ def build(
     try:
         from export.build.build import build as run
         from export.build.options import Options
+        from export.checkpoint.additions import parse_all
         from export.finished.artifacts import resolve_targets
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
     chosen = resolve_targets([targets] if isinstance(targets, str) else targets, quant)
-    wanted = Options(str(source), Path(output), targets=chosen, quant=quant, goal=optimize, **options)
+    added = parse_all({kind: [one] if isinstance(one, str) else one for kind, one in additions.items()})
+    wanted = Options(str(source), Path(output), targets=chosen, quant=quant, goal=optimize, additions=added, **options)
     return run(wanted, progress)[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import export.families
 from export.checkpoint.source import Source
 from runtime.bundle.signature import Signature
-from runtime.errors import UnsupportedModel, did_you_mean
+from runtime.errors import InvalidInput, UnsupportedModel, did_you_mean
 from runtime.listing import modules
 
 Reference = Callable[..., tuple[Tensor, ...]]
@@ -95,7 +95,8 @@ class Family:
     fewer layers. `config(source)` is what the device side's pipeline needs; `assets(source)` maps bundle paths to the
     model's own files, such as those of its tokenizer. `notes(source)` are sentences on what of the checkpoint is served
     otherwise than published (`Manifest.notes`): what cannot be served is refused, what is replaced or left out is
-    reported. `pipeline` names the algorithm, or says it of a source where models of the family differ in it.
+    reported. `additions` are the kinds of additions that it takes (`export.checkpoint.additions`). `pipeline` names the
+    algorithm, or says it of a source where models of the family differ in it.
     """
 
     name: str
@@ -105,10 +106,18 @@ class Family:
     config: Callable[[Source], dict[str, Any]]
     assets: Callable[[Source], Mapping[str, Path]]
     notes: Callable[[Source], Sequence[str]] = lambda source: ()
+    additions: tuple[str, ...] = ()
 
     def pipeline_of(self, source: Source) -> str:
         """The name of the pipeline of this model."""
         return self.pipeline if isinstance(self.pipeline, str) else self.pipeline(source)
+
+    def check_additions(self, source: Source) -> None:
+        """Raises InvalidInput naming the first addition of a kind that the family does not take."""
+        for one in source.additions:
+            if one.kind not in self.additions:
+                taken = f"it takes {', '.join(self.additions)}" if self.additions else "it takes no additions"
+                raise InvalidInput(one.kind, f"does not apply to a {source.architecture}, {taken}: leave it out")
 
 
 @cache

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Final, NoReturn
+from functools import wraps
+from typing import Any, Final, NoReturn, TypeVar, get_type_hints
 
 from runtime.errors import EnginecastError, ResourceExhausted
 from runtime.files import file_error
+
+T = TypeVar("T")
 
 INTERRUPTED: Final = 130
 BROKEN_PIPE: Final = 141
@@ -55,6 +59,29 @@ def expected(error: Exception) -> EnginecastError | None:
     if isinstance(error, MemoryError):
         return ResourceExhausted(f"there is not enough memory ({error}): free some, or request less at once")
     return None
+
+
+def spread(
+    command: Callable[..., T], name: str, options: Mapping[str, tuple[object, object]], gather: Callable[..., object]
+) -> Callable[..., T]:
+    """The command with `options` in the place of its parameter `name`: annotation and default of each, by its name. It
+    gets what `gather` makes of their values.
+    """
+
+    @wraps(command)
+    def run(**given: Any) -> T:
+        gathered = gather(**{option: given.pop(option) for option in options})
+        return command(**given, **{name: gathered})
+
+    hints = get_type_hints(command, include_extras=True)
+    own = [one.replace(annotation=hints[one.name]) for one in inspect.signature(command).parameters.values()]
+    parameters = [one for one in own if one.name != name] + [
+        inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+        for option, (annotation, default) in options.items()
+    ]
+    run.__annotations__ = {one.name: one.annotation for one in parameters}
+    run.__signature__ = inspect.Signature([one.replace(kind=one.KEYWORD_ONLY) for one in parameters])  # type: ignore[attr-defined]
+    return run
 
 
 def _prepare_streams() -> None:

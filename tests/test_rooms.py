@@ -5,7 +5,8 @@ built of the family for the target, loaded and called.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -13,19 +14,24 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from safetensors.numpy import save_file as numpy_file
 from safetensors.torch import save_file
 
+import export.cli.commands
 import export.families
 import runtime.targets
 from export.build.build import build
 from export.build.options import Options
+from export.build.state import Build
+from export.checkpoint.additions import KINDS, Addition, Kind
+from export.cli.additions import with_additions
 from export.family import families
 from export.report.page import report
 from export.report.quality import load_quality
 from runtime.bundle.tensors import FILE, open_tensors, read_tensor
 from runtime.engine import targets
-from runtime.errors import BundleError
+from runtime.errors import BundleError, InvalidInput, NotFound
 from runtime.pipeline import drive
 from runtime.placing.loading import load_model
 from runtime.task import tasks
@@ -83,32 +89,41 @@ def test_a_family_and_a_target_are_one_file_each(rooms: None, checkpoint: Path, 
     assert model.target == "toy" and scaled.numbers == (8.0, 20.0)
 
 
-def test_a_submodel_of_several_checkpoints_and_a_tensor_for_the_pipeline(rooms: None, tmp_path: Path) -> None:
-    """The bundle has the weights of three folders, and gives what the library's modules give with them."""
-    from export.families.joined import Base, Scale
+STORED = {
+    "base": {"factor": torch.tensor([2.0]), "offset": torch.tensor([0.25], dtype=torch.bfloat16)},
+    "base/adapter": {"factor": torch.tensor([0.5], dtype=torch.float16)},
+    "control": {"factor": torch.tensor([-3.0])},
+}
 
-    stored = {
-        "base": {"factor": torch.tensor([2.0]), "offset": torch.tensor([0.25], dtype=torch.bfloat16)},
-        "base/adapter": {"factor": torch.tensor([0.5], dtype=torch.float16)},
-        "control": {"factor": torch.tensor([-3.0])},
-    }
-    for folder, tensors in stored.items():
+
+@pytest.fixture
+def joined(rooms: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A base with its adapter, and beside it a control, which is of a kind that a build adds."""
+    monkeypatch.setitem(KINDS, "control", Kind("Folder of a control.", scaled=True))  # type: ignore[arg-type]
+    for folder, tensors in STORED.items():
         (tmp_path / folder).mkdir()
         config = {"architectures": ["ToyForJoining"], "times": 2}
         (tmp_path / folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, tmp_path / folder / "model.safetensors")
-    bundle, _ = build(Options(str(tmp_path / "base"), tmp_path / "bundle", ("onnxruntime",)))
+    return tmp_path / "base"
+
+
+def test_a_submodel_of_several_checkpoints_and_a_tensor_for_the_pipeline(joined: Path, tmp_path: Path) -> None:
+    """The bundle has the weights of three folders, and gives what the library's modules give with them."""
+    from export.families.joined import Base
+
+    added = Addition("control", tmp_path / "control", scale=0.5)
+    bundle, _ = build(Options(str(joined), tmp_path / "bundle", additions=(added,)))
     assert set(open_tensors(bundle.root / FILE)) == {"offset"} and FILE in bundle.manifest.files
     graph = onnx.load(bundle.root / bundle.manifest.submodels[0].graph, load_external_data=False).graph
-    assert {one.name for one in graph.initializer} >= {"factor", "adapter.factor", "control.factor"}
+    assert {one.name for one in graph.initializer} >= {"factor", "adapter.factor", "control.control.factor"}
 
-    base, control = Base(), Scale()
-    base.load_state_dict({**stored["base"], "adapter.factor": stored["base/adapter"]["factor"]})
-    control.load_state_dict(stored["control"])
+    base = Base()
+    base.load_state_dict({**STORED["base"], "adapter.factor": STORED["base/adapter"]["factor"]})
     with torch.no_grad():
-        wanted = torch.tensor([1.0, 2.5]) + stored["base"]["offset"]
+        wanted = torch.tensor([1.0, 2.5]) + STORED["base"]["offset"]
         for _ in range(2):
-            wanted = base(wanted) + control(wanted)
+            wanted = base(wanted) + 0.5 * wanted * STORED["control"]["factor"]
     with closing(load_model(bundle)) as model:
         (scaled,) = drive(model.pipeline(tasks()["scale"].request((1.0, 2.5))), model.engines)
     np.testing.assert_allclose(scaled.numbers, wanted, rtol=1e-6)
@@ -116,6 +131,54 @@ def test_a_submodel_of_several_checkpoints_and_a_tensor_for_the_pipeline(rooms: 
     (bundle.root / FILE).write_bytes(b"")
     with pytest.raises(BundleError, match=r"tensors/model.safetensors was altered"):
         load_model(bundle)
+
+
+def test_what_is_added_is_part_of_what_a_bundle_was_built_from(joined: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """Of the manifest, of the fingerprint and of the key: another scale, name or weight makes another build."""
+    control = tmp_path / "control"
+    makes = [(), (Addition("control", control),), (Addition("control", control, "c", 0.5),)]
+    made = [Build.open(Options(str(joined), tmp_path / "bundle", additions=additions)) for additions in makes]
+    keys = {one.key for one in made}
+    save_file({"factor": torch.tensor([-4.0])}, control / "model.safetensors")
+    made.append(Build.open(Options(str(joined), tmp_path / "bundle", additions=makes[1])))
+    keys.add(made[3].key)
+    assert len({one.fingerprint for one in made}) == len(keys) == len(made)
+    assert [(one.kind, one.name, one.scale) for one in made[2].additions] == [("control", "c", 0.5)]
+
+    bundle, _ = build(made[3].options)
+    assert bundle.manifest.source.additions == made[3].additions
+    with pytest.raises(InvalidInput, match=r"output: .* of another set of additions"):
+        build(made[2].options)
+    with pytest.raises(InvalidInput, match="control: does not apply to a ToyForDoubling, it takes no additions"):
+        build(Options(str(checkpoint), tmp_path / "other", additions=(Addition("control", control),)))
+    with pytest.raises(NotFound, match=r"control .*gone does not exist: expected \[NAME=\]PATH\[:SCALE\]"):
+        build(Options(str(joined), tmp_path / "other", additions=(Addition("control", tmp_path / "gone"),)))
+    with pytest.raises(InvalidInput, match="control: two are named 'control': give one of them another name"):
+        Options(str(joined), tmp_path / "other", additions=[Addition("control", control)] * 2)
+
+
+def test_additions_on_the_command_line_and_in_the_build_file(
+    joined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    app = typer.Typer()
+
+    @app.command()
+    @with_additions
+    def command(source: str, additions: Sequence[Addition] = ()) -> None:
+        seen.append((source, *additions))
+
+    app(["x", "--control", "a=control:0.5", "--control", "control"], standalone_mode=False)
+    assert seen == [("x", Addition("control", Path("control"), "a", 0.5), Addition("control", Path("control")))]
+
+    built: list[Options] = []
+    monkeypatch.setattr("export.cli.commands._build", built.append)
+    Path("enginecast.toml").write_text('[[build]]\nsource = "base"\noutput = "out"\ncontrol = ["a=control:0.5"]\n')
+    monkeypatch.setattr(sys, "argv", ["enginecast", "build", "--target", "onnxruntime"])
+    with pytest.raises(SystemExit):
+        export.cli.commands.main()
+    assert built[0].additions == (Addition("control", Path("control"), "a", 0.5),), capfd.readouterr().err
 
 
 def test_a_tensor_that_a_bundle_lacks_is_named(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def _manifest(
             family=state.family.name,
             architecture=state.source.architecture,
             fingerprint=state.fingerprint,
+            additions=state.additions,
         ),
         submodels=tuple(submodels),
         artifacts=tuple(artifacts),

@@ -33,7 +33,7 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     Raises InvalidInput, NotFound, SourceError, EngineError or ResourceExhausted.
     """
     options.check()
-    state = Build.open(export.build.options.Options(options.source, options.output))
+    state = Build.open(export.build.options.Options(options.source, options.output, additions=options.additions))
     requests = options.requests(state.task, state.fingerprint)
     if state.brief:
         requests = briefly(requests)

@@ -14,6 +14,7 @@ from calibration.requests.files import read_images, read_prompts, read_questions
 from calibration.requests.requests import Requests, built_in
 from calibration.search.search import GOALS, Goal
 from export.build.staging import check_place, check_writable
+from export.checkpoint.additions import Addition, check_additions
 from export.checkpoint.source import Source, is_hub_id, resolve
 from export.finished.artifacts import check_strippable
 from runtime.bundle.manifest import MANIFEST, Artifact, Bundle, check_name
@@ -38,7 +39,7 @@ class Options:
     that falls below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it
     may compute in where that is measured to be harmless; auto is the recipe's own. `block` is the number of consecutive
     inputs that share an int4 scale, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no
-    target reads. `settings` are those of each target, by its name.
+    target reads. `settings` are those of each target, by its name. `additions` are added to the source.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Options:
     block: int = 0
     strip_canonical: bool = False
     settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    additions: Sequence[Addition] = ()
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -94,6 +96,7 @@ class Options:
             )
         self._check_measures()
         check_settings(self.targets, self.settings)
+        check_additions(self.additions)
 
     def _check_measures(self) -> None:
         """Raise InvalidInput for a comparison that is requested and cannot be made."""
@@ -124,6 +127,8 @@ class Options:
         if self.calibration is not None and not self.calibration.is_file():
             raise NotFound(f"calibration set {self.calibration} does not exist: make one with `enginecast calibrate`")
         source = None if is_hub_id(self.source) else resolve(self.source)
+        for addition in self.additions:
+            addition.check()
         if not (self.output / MANIFEST).is_file() or self.force:
             return
         try:
@@ -134,6 +139,8 @@ class Options:
         differs = {
             "quantization": found.manifest.quant != self.quant,
             "source": source is not None and (source.architecture, source.name) != (of.architecture, of.name),
+            "set of additions": {(one.kind, one.name, one.scale) for one in self.additions}
+            != {(one.kind, one.name, one.scale) for one in of.additions},
             "name": bool(self.name) and found.manifest.name != self.name,
             "set of targets": not set(self.targets) <= set(found.targets),
         }
@@ -163,7 +170,8 @@ class CaptureOptions:
     """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else
     requests are built-in.
 
-    `count` is the most requests to run, None what is usual for where they come from. Raises InvalidInput.
+    `count` is the most requests to run, None what is usual for where they come from; `additions` are as in a build.
+    Raises InvalidInput.
     """
 
     source: str
@@ -173,6 +181,7 @@ class CaptureOptions:
     questions: Path | None = None
     count: int | None = None
     seed: int = 0
+    additions: Sequence[Addition] = ()
 
     def __post_init__(self) -> None:
         given = [name for name in ("prompts", "images", "questions") if getattr(self, name) is not None]
@@ -188,10 +197,13 @@ class CaptureOptions:
             )
         if self.output.exists() and not _is_set(self.output):
             raise InvalidInput("output", f"{self.output} exists and is no calibration set: choose another file")
+        check_additions(self.additions)
 
     def check(self) -> None:
         """Check what small files show, as `Options.check` does of a build: can this be captured?"""
         check_writable(self.output)
+        for addition in self.additions:
+            addition.check()
         if not is_hub_id(self.source):
             self.requests(task_of(resolve(self.source)))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -25,8 +25,9 @@ TOOLS: Final = ("enginecast", "torch", "diffusers", "transformers", "onnx", "onn
 
 def library_parts(source: Source, family: Family) -> list[Part]:
     """The parts as the libraries make them from the config files, without weights. Raises SourceError where those
-    describe no such model.
+    describe no such model, InvalidInput for an addition that the family does not take.
     """
+    family.check_additions(source)
     try:
         for look in (family.assets, family.notes):
             look(source)  # what the small files say is refused before anything is made of it
@@ -41,13 +42,13 @@ def library_parts(source: Source, family: Family) -> list[Part]:
         ) from error
 
 
-def traced(part: Part, tools: Mapping[str, str]) -> Path:
-    """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build with
-    the same `tools`.
+def traced(part: Part, *depends: object) -> Path:
+    """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build that
+    `depends` on the same: versions of packages, constants of the part's module.
     """
     configs = [_config_of(component.model) for component in part.components]
     shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
-    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, code())
+    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), *depends, code())
     return cached(
         key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
     )

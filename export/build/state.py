@@ -18,9 +18,10 @@ from export.build.options import Options
 from export.build.parts import TOOLS, library_parts, traced, versions_of
 from export.build.staging import key_of
 from export.checkpoint.preflight import rehearse
-from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component, resolve
+from export.checkpoint.source import Checkpoint, Source, TensorRef, fingerprint_of, open_component, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
+from runtime.bundle.manifest import Addition as BundleAddition
 from runtime.bundle.manifest import sha256
 from runtime.engine import target
 from runtime.pipeline import pipelines
@@ -59,7 +60,7 @@ class Build:
         """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises
         SourceError.
         """
-        source = resolve(options.source)
+        source = replace(resolve(options.source), additions=tuple(options.additions))
         family = family_of(source)
         parts = library_parts(source, family)
         build = cls(options, source, family, parts)
@@ -108,7 +109,17 @@ class Build:
 
     @cached_property
     def fingerprint(self) -> str:
-        return key_of({folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()})
+        """Of the weights and of what is added to them."""
+        components = {folder: checkpoint.fingerprint for folder, checkpoint in self.checkpoints.items()}
+        return key_of(components, *(one.model_dump() for one in self.additions))
+
+    @cached_property
+    def additions(self) -> tuple[BundleAddition, ...]:
+        """What is added, as the manifest states it."""
+        return tuple(
+            BundleAddition(kind=one.kind, name=one.name, scale=one.scale, fingerprint=fingerprint_of(one))
+            for one in self.source.additions
+        )
 
     @cached_property
     def tools(self) -> dict[str, str]:
@@ -306,6 +317,7 @@ def _form(recipe: Recipe) -> str:
 
 def part_graph(state: Build, part: Part) -> ir.Model:
     """The part's graph on the checkpoint's own bytes."""
-    model = ir.load(traced(part, state.tools))
+    scales = [(one.kind, one.name, one.scale) for one in state.source.additions]
+    model = ir.load(traced(part, state.tools, scales))
     graph.attach(model, part.parameters(), state.weights(part))
     return model

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NoReturn
 
+from export.checkpoint.additions import Addition
 from export.checkpoint.plausible import check_sizes
 from export.checkpoint.tensors import TensorRef, check_finite, read_header, release
 from runtime.bundle.manifest import check_name, is_file_name
@@ -74,13 +75,18 @@ Layout = Literal["diffusers", "transformers"]
 @dataclass(frozen=True)
 class Source:
     """A model's folder. `architecture` is the class that made it: `StableDiffusionPipeline`,
-    `LlavaForConditionalGeneration`, ...
+    `LlavaForConditionalGeneration`, ... `additions` are what the build adds to it.
     """
 
     root: Path
     name: str
     layout: Layout
     architecture: str
+    additions: tuple[Addition, ...] = ()
+
+    def added(self, kind: str) -> tuple[Addition, ...]:
+        """The additions of a kind, in their order."""
+        return tuple(one for one in self.additions if one.kind == kind)
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,28 @@ class Checkpoint:
         Cheap (no file is read through), yet it differs between trainings of one architecture, whose headers are equal.
         It is no proof of integrity: single changed weights may go unseen.
         """
-        digest = hashlib.sha256((self.root / CONFIG).read_bytes())
-        for file, header in sorted(self.headers.items()):
-            digest.update(f"{len(header)} {file.stat().st_size}\n".encode())
-            digest.update(header)
-        for _, ref in sorted(self.tensors.items()):
-            for piece in _samples(ref):
-                digest.update(piece)
-        return digest.hexdigest()
+        return _fingerprint((self.root / CONFIG).read_bytes(), self.headers, self.tensors)
+
+
+def fingerprint_of(addition: Addition) -> str:
+    """The same of an addition, whose path is a component's folder or a file of weights. Raises SourceError."""
+    if addition.path.is_dir():
+        return open_component(addition.path).fingerprint
+    if addition.path.suffix in PICKLES:
+        _refuse_pickle(addition.path)
+    header, tensors = read_header(addition.path)
+    return _fingerprint(b"", {addition.path: header}, tensors)
+
+
+def _fingerprint(config: bytes, headers: Mapping[Path, bytes], tensors: Mapping[str, TensorRef]) -> str:
+    digest = hashlib.sha256(config)
+    for file, header in sorted(headers.items()):
+        digest.update(f"{len(header)} {file.stat().st_size}\n".encode())
+        digest.update(header)
+    for _, ref in sorted(tensors.items()):
+        for piece in _samples(ref):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def _samples(ref: TensorRef) -> Iterable[bytes]:

@@ -25,6 +25,8 @@ def inspect(bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder o
     opened = Bundle(bundle)
     manifest = opened.manifest
     of = f"{manifest.source.architecture} ({manifest.source.family})"
+    if manifest.source.additions:
+        of += " with " + ", ".join(f"{one.kind} {one.name}:{one.scale:g}" for one in manifest.source.additions)
     _say(f"{manifest.name}: {of}, quant {manifest.quant}, pipeline {manifest.pipeline}")
     _say("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     show_notes(manifest)

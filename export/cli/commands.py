@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import time
 import tomllib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.table import Table
 
+from export.checkpoint.additions import KINDS, Addition, parse_all
 from export.cli import bundles
+from export.cli.additions import with_additions
 from export.report.console import errors, out, settings_of, show, show_notes
 from export.report.sizes import forms
 from runtime import command
@@ -109,6 +112,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace another bundle tha
 
 @app.command()
 @stoppable("nothing was written")
+@with_additions
 def build(
     source: Source = None,
     target: Targets = None,
@@ -129,19 +133,23 @@ def build(
     setting: TargetSettings = None,
     strip_canonical: StripCanonical = False,
     force: Force = False,
+    additions: Sequence[Addition] = (),
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration}
     common |= {"quality": quality, "speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     searched = {key: value for key, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
-    _require_source(source, name, calibration)
-    jobs = [_job(source, target, quant or "none", output)] if source is not None else _listed(target, quant, output)
+    _require_source(source, name, calibration, additions)
+    if source is not None:
+        jobs = [_job(source, target, quant or "none", output) | {"additions": additions}]
+    else:
+        jobs = _listed(target, quant, output)
     for options in [_options(job, common, searched, compute_capability, setting or []) for job in jobs]:
         _build(options)
 
 
-def _require_source(source: str | None, name: str, calibration: Path | None) -> None:
+def _require_source(source: str | None, name: str, calibration: Path | None, additions: Sequence[Addition]) -> None:
     """Raise InvalidInput for options of one model where no SOURCE names it, MissingDependency without the build side's
     packages.
     """
@@ -153,6 +161,8 @@ def _require_source(source: str | None, name: str, calibration: Path | None) -> 
         raise InvalidInput("name", "names one model, so it needs a SOURCE")
     if calibration and not source:
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
+    if additions and not source:
+        raise InvalidInput(additions[0].kind, "is added to one model, so it needs a SOURCE")
 
 
 def _options(
@@ -188,14 +198,32 @@ def _job(source: str, target: list[str] | None, quant: str, output: Path | None)
     }
 
 
+def listed(given: list[str] | str | None) -> list[str]:
+    """Several, one or none, as a list."""
+    return [given] if isinstance(given, str) else given or []
+
+
 class Entry(BaseModel):
-    """One [[build]] table of enginecast.toml: the options of `build` under the same names."""
+    """One [[build]] table of enginecast.toml: the options of `build` under the same names, those of additions too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     source: str
     target: list[str] | str | None = None
     quant: str = "none"
     output: Path | None = None
+    additions: dict[str, list[str] | str] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "additions" in given:
+            return given
+        added = {kind: given[kind] for kind in KINDS if kind in given}
+        return {key: value for key, value in given.items() if key not in added} | {"additions": added}
+
+    def added(self) -> tuple[Addition, ...]:
+        """What is added to the source."""
+        return parse_all({kind: listed(texts) for kind, texts in self.additions.items()})
 
 
 class BuildFile(BaseModel):
@@ -209,8 +237,8 @@ def _listed(target: list[str] | None, quant: str | None, output: Path | None) ->
     """What enginecast.toml lists, else the samples. Options of the command line win."""
     path, jobs = Path(SETTINGS), []
     for entry in _settings(path).build if path.is_file() else [Entry(source=sample) for sample in SAMPLES]:
-        listed = [entry.target] if isinstance(entry.target, str) else entry.target
-        job = _job(entry.source, target or listed, quant or entry.quant, entry.output)
+        job = _job(entry.source, target or listed(entry.target), quant or entry.quant, entry.output)
+        job["additions"] = entry.added()
         if output is not None:
             job["output"] = output / job["output"].name
         jobs.append(job)
@@ -225,7 +253,7 @@ def _settings(path: Path) -> BuildFile:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        expected = "expected [[build]] tables with a source and, if wanted, target, quant and output"
+        expected = "expected [[build]] tables with a source and, if wanted, target, quant, output and additions"
         raise InvalidInput(SETTINGS, f"'{where}' is wrong ({fault['msg']}), {expected}") from None
 
 
@@ -293,6 +321,7 @@ def _show_search(root: Path) -> None:
 
 @app.command()
 @stoppable("what was captured is kept, and the same command goes on from there")
+@with_additions
 def calibrate(
     source: Annotated[str, typer.Argument(help="Checkpoint folder, sample:NAME or hub id.")],
     output: Annotated[Path, typer.Option(help="File to write, such as set.safetensors.")],
@@ -307,12 +336,13 @@ def calibrate(
         int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
+    additions: Sequence[Addition] = (),
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
     try:
         from export.build.options import CaptureOptions
 
-        options = CaptureOptions(source, output, prompts, images, questions, count, seed)
+        options = CaptureOptions(source, output, prompts, images, questions, count, seed, additions)
         options.check()
         out.print(f"{source} -> {output} (calibration set)")
         from export.build.calibrate import calibrate as run
@@ -327,6 +357,7 @@ def calibrate(
 
 @app.command()
 @stoppable("no report was written")
+@with_additions
 def report(
     bundle: Annotated[Path, typer.Argument(metavar="DIR", help="Folder of the bundle.")],
     output: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
@@ -336,6 +367,7 @@ def report(
             metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from."
         ),
     ] = "",
+    additions: Sequence[Addition] = (),
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
     try:
@@ -347,11 +379,13 @@ def report(
             from export.report.timed import time_bundle
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "jinja2", "export") from None
+    if additions and not speed:
+        raise InvalidInput(additions[0].kind, "belongs to --speed: name the checkpoint that it is added to")
     opened = Bundle(bundle)
     load_quality(opened)
     check_output(output)
     opened.verify(unknown=False)  # what is shown is what was measured
-    write(opened, output, time_bundle(opened, speed, show) if speed else None)
+    write(opened, output, time_bundle(opened, speed, show, additions) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 
 from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
+from export.checkpoint.additions import Addition
 from export.report.baseline import compare_speed
 from export.report.progress import Listener, Progress, ProgressStep
 from export.report.speed import Speed
@@ -21,20 +23,23 @@ def time_bundle(
     bundle: Bundle,
     source: str,
     listen: Listener = lambda report: None,
+    additions: Sequence[Addition] = (),
     effort: SpeedEffort = THOROUGH,
 ) -> Speed:
     """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside
     PyTorch.
 
-    `source` is what `enginecast build` takes. Raises InvalidInput when it is not what the bundle was built from, and
-    whatever a build raises.
+    `source` and `additions` are what `enginecast build` takes. Raises InvalidInput when the bundle was built from
+    something else, and whatever a build raises.
     """
     with vanishing(Path(gettempdir()), "enginecast-") as folder:
-        options = Options(source, folder / "float", targets=bundle.targets)
+        options = Options(source, folder / "float", targets=bundle.targets, additions=additions)
         state = Build.open(options)
         if state.fingerprint != bundle.manifest.source.fingerprint:
             raise InvalidInput(
-                "speed", f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one"
+                "speed",
+                f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one, with all "
+                "that was added to it",
             )
         floating, _ = build(options, listen)
         with Progress([ProgressStep("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):

@@ -30,7 +30,7 @@ from runtime.bundle.signature import Signature
 from runtime.errors import BundleError, InvalidInput, NotFound, did_you_mean, quoted
 from runtime.files import open_regular, read_regular, strict_json
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 OLDEST_SCHEMA: Final = 1
 """Bundles of this schema and later ones are read. See decision 24."""
 MANIFEST: Final = "manifest.json"
@@ -215,15 +215,27 @@ class Verdict(Frozen):
     shortfalls: tuple[str, ...] = ()
 
 
+class Addition(Frozen):
+    """What a build added to the weights: its kind, such as "controlnet", its name and, where one was given, its scale.
+    `fingerprint` is as in `Source`.
+    """
+
+    kind: Line
+    name: Line
+    scale: float
+    fingerprint: Line
+
+
 class Source(Frozen):
     """Where the weights came from. `fingerprint` is a sha256 over the configs, weight headers and samples of every
-    tensor.
+    tensor, and over the additions.
     """
 
     name: Line
     family: Line
     architecture: Line
     fingerprint: Line
+    additions: tuple[Addition, ...] = ()
 
 
 class Manifest(Frozen):

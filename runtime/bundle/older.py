@@ -1,7 +1,7 @@
 """Manifests of older schemas, restated in the present one.
 
 Schema 1 had one label for a submodel's precision and `compute` beside it; its first bundles named activation ranges
-`spans` and no task. See decision 24.
+`spans` and no task. Schema 2 knew no additions to a source, of which its bundles have none. See decision 24.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def present(manifest: Mapping[str, Any]) -> Mapping[str, Any]:
     """
     submodels = manifest.get("submodels")
     restated = list(map(_submodel, submodels)) if isinstance(submodels, list) else submodels
-    task = {"task": _task_of(manifest.get("pipeline"))}
-    return {**task, **manifest, "schema_version": 2, "submodels": restated}
+    task = {} if "task" in manifest else {"task": _task_of(manifest.get("pipeline"))}
+    return {**task, **manifest, "schema_version": 3, "submodels": restated}
 
 
 def _submodel(old: Any) -> Any:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
-from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Final, get_type_hints
 
 import typer
 
+from runtime.command import spread
 from runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
@@ -114,20 +113,10 @@ class ModelOptions:
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """A command whose last parameter, `where`, is a `ModelOptions`: on the command line, its fields are options."""
 
-    @wraps(command)
-    def run(**given: Any) -> None:
-        shared = {field.name: given.pop(field.name) for field in fields(ModelOptions)}
-        command(**given, where=ModelOptions(**shared))
-
-    hints = get_type_hints(command, include_extras=True) | get_type_hints(ModelOptions, include_extras=True)
-    own = [one for one in inspect.signature(command).parameters.values() if one.name != "where"]
-    parameters = [
-        one.replace(annotation=hints[one.name], kind=one.KEYWORD_ONLY)
-        for one in (*own, *inspect.signature(ModelOptions).parameters.values())
-    ]
-    run.__annotations__ = {one.name: one.annotation for one in parameters}
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return run
+    hints = get_type_hints(ModelOptions, include_extras=True)
+    return spread(
+        command, "where", {one.name: (hints[one.name], one.default) for one in fields(ModelOptions)}, ModelOptions
+    )
 
 
 def named(text: str) -> tuple[str, Path]:

@@ -68,7 +68,7 @@ def test_build_says_which_extra_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_
 def test_build_options_are_those_of_a_build() -> None:
     from export.build.options import Options
 
-    named = {"source", "output", "targets", "quant", "goal"}
+    named = {"source", "output", "targets", "quant", "goal", "additions"}
     assert set(enginecast.BuildOptions.__annotations__) == {field.name for field in fields(Options)} - named
 
 

@@ -254,4 +254,4 @@ def test_folders_that_are_no_bundles(run: Run, tmp_path: Path, command: str) -> 
     assert run(command, tmp_path).code == 6
     (tmp_path / MANIFEST).write_text(json.dumps({"schema_version": 99}))
     ended = run(command, tmp_path)
-    assert ended.code == 6 and "has schema version 99, this program reads 1 to 2" in ended.err
+    assert ended.code == 6 and "has schema version 99, this program reads 1 to 3" in ended.err

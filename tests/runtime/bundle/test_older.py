@@ -39,6 +39,13 @@ def test_the_label_becomes_fields(tmp_path: Path) -> None:
     assert Bundle(tmp_path).manifest == bundle.manifest, "as the present schema it is read again"
 
 
+def test_a_source_without_additions(tmp_path: Path) -> None:
+    part = PART | {"precision": Precision(weights=("int8",)).model_dump(mode="json")}
+    part.pop("compute", None)
+    bundle = opened(tmp_path, schema_version=2, task="image", submodels=[part])
+    assert (bundle.manifest.schema_version, bundle.manifest.source.additions) == (SCHEMA, ())
+
+
 @pytest.mark.parametrize(
     ("precision", "expected"),
     [

@@ -1,5 +1,5 @@
-"""A toy family of one submodel from three folders: a base whose adapter was published elsewhere, as the projections of
-an image adapter are, and a control that is added to what the base gives. Its pipeline reads an offset of the base.
+"""A toy family of one submodel from several folders: a base whose adapter was published elsewhere, as the projections
+of an image adapter are, and the controls that a build adds. Its pipeline reads an offset of the base.
 """
 
 from __future__ import annotations
@@ -44,17 +44,23 @@ class Base(Scale):
 
 
 class Joined(nn.Module):
-    def __init__(self, base: Base, control: Scale) -> None:
+    """The base, and each control times its scale."""
+
+    def __init__(self, base: Base, controls: list[Scale], scales: list[float]) -> None:
         super().__init__()
-        self.base, self.control = base, control
+        self.base, self.controls, self.scales = base, nn.ModuleList(controls), scales
 
     def forward(self, x: Tensor) -> tuple[Tensor]:
-        return (self.base(x) + self.control(x),)
+        total = self.base(x)
+        for control, scale in zip(self.controls, self.scales, strict=True):
+            total = total + scale * control(x)
+        return (total,)
 
 
 def parts(source: Source, reduced: bool) -> list[Part]:
+    added = source.added("control")
     with torch.device("meta"):
-        base, control = Base(), Scale()
+        base, controls = Base(), [Scale() for _ in added]
     taken = signature.Signature(
         inputs=(signature.Tensor(name="x", dtype="float32", dims=NUMBERS),),
         outputs=(signature.Tensor(name="y", dtype="float32", dims=NUMBERS),),
@@ -62,9 +68,10 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     components = (
         Component("", base, tensors={"offset": "offset"}),
         Component("adapter", base.adapter),
-        Component("control", control, root=source.root.parent / "control"),
+        *(Component(f"control.{one.name}", model, one.path) for one, model in zip(added, controls, strict=True)),
     )
-    return [Part("doubler", components, Joined(base, control), lambda x: (base(x) + control(x),), taken)]
+    joined = Joined(base, controls, [one.scale for one in added])
+    return [Part("doubler", components, joined, joined, taken)]
 
 
 def config(source: Source) -> dict[str, Any]:
@@ -75,4 +82,4 @@ def assets(source: Source) -> dict[str, Path]:
     return {}
 
 
-FAMILY: Final = Family("joined", "shifting", ("ToyForJoining",), parts, config, assets)
+FAMILY: Final = Family("joined", "shifting", ("ToyForJoining",), parts, config, assets, additions=("control",))
