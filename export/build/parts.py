@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -42,13 +42,14 @@ def library_parts(source: Source, family: Family) -> list[Part]:
         ) from error
 
 
-def traced(part: Part, *depends: object) -> Path:
-    """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build that
-    `depends` on the same: versions of packages, constants of the part's module.
+def traced(source: Source, part: Part, tools: Mapping[str, str]) -> Path:
+    """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build with
+    the same `tools` and scales of additions, which are constants of a part's module.
     """
+    scales = [(one.kind, one.name, one.scale) for one in source.additions]
     configs = [_config_of(component.model) for component in part.components]
     shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
-    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), *depends, code())
+    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, scales, code())
     return cached(
         key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
     )

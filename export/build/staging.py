@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Final, NamedTuple
 
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import InvalidInput, ResourceExhausted
@@ -19,17 +20,28 @@ from runtime.files import cache_folder as cache_folder  # for the modules beside
 from runtime.files import key_of as key_of
 
 
+class Result(NamedTuple):
+    """A kind of folder that is written: the file that each has, and its name in messages."""
+
+    mark: str
+    name: str
+
+
+BUNDLE: Final = Result(MANIFEST, "bundle")
+GRAPHS: Final = Result("graphs.json", "folder of graphs")
+
+
 @contextmanager
-def staging(output: Path, force: bool) -> Iterator[Path]:
+def staging(output: Path, force: bool, kind: Result = BUNDLE) -> Iterator[Path]:
     """A new folder beside `output`, which takes its place when the block ends well and is removed otherwise, even after
-    SIGKILL.
+    SIGKILL. A folder of another `kind` is never replaced.
 
     Raises InvalidInput when `output` exists and is not ours to replace, ResourceExhausted when the disk is full.
     """
-    check_place(output)
+    check_place(output, kind)
     if output.exists() and any(output.iterdir()) and not force:
         raise InvalidInput(
-            "output", f"{output} holds another bundle: choose another folder, or replace it with --force"
+            "output", f"{output} holds another {kind.name}: choose another folder, or replace it with --force"
         )
     with ExitStack() as stack:
         try:
@@ -53,12 +65,12 @@ def staging(output: Path, force: bool) -> Iterator[Path]:
             ) from None
 
 
-def check_place(output: Path) -> None:
-    """Raise InvalidInput when something lies at `output` that is no bundle, ResourceExhausted when nothing can be
-    written there.
+def check_place(output: Path, kind: Result = BUNDLE) -> None:
+    """Raise InvalidInput when something lies at `output` that is no result of this `kind`, ResourceExhausted when
+    nothing can be written there.
     """
-    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / MANIFEST).is_file())):
-        raise InvalidInput("output", f"{output} exists and is no bundle: choose another folder")
+    if output.exists() and (not output.is_dir() or (any(output.iterdir()) and not (output / kind.mark).is_file())):
+        raise InvalidInput("output", f"{output} exists and is no {kind.name}: choose another folder")
     check_writable(output)
 
 

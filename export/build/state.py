@@ -317,7 +317,6 @@ def _form(recipe: Recipe) -> str:
 
 def part_graph(state: Build, part: Part) -> ir.Model:
     """The part's graph on the checkpoint's own bytes."""
-    scales = [(one.kind, one.name, one.scale) for one in state.source.additions]
-    model = ir.load(traced(part, state.tools, scales))
+    model = ir.load(traced(state.source, part, state.tools))
     graph.attach(model, part.parameters(), state.weights(part))
     return model

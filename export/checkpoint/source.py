@@ -264,9 +264,9 @@ def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
     )
 
 
-def resolve(source: str) -> Source:
+def resolve(source: str, weights: bool = True) -> Source:
     """The folder that `source` names: a path, `sample:NAME` (in a source checkout) or a hub id `org/name`, downloaded
-    unless it is in the cache.
+    unless it is in the cache; without `weights`, its small files alone.
 
     Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, and
     UnsupportedModel for a single-file checkpoint.
@@ -281,7 +281,7 @@ def resolve(source: str) -> Source:
     if path.is_file():
         _refuse_file(path)
     if HUB_ID.fullmatch(source):
-        return _inspect(_download(source), source.partition("/")[2])
+        return _inspect(_download(source, weights), source.partition("/")[2])
     raise NotFound(
         f"{source} does not exist: expected a folder in diffusers or transformers layout, {SAMPLE}NAME or a hub id "
         "org/name"
@@ -377,7 +377,7 @@ def _refuse_adapter(path: Path) -> NoReturn:
     raise UnsupportedModel(f"{path} holds an adapter (LoRA) without the model that it changes: {MERGE}, and build that")
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, weights: bool) -> Path:
     """A hub repository's folder in the local cache, fetched where it is not complete: configs, tokenizers and
     safetensors only.
     """
@@ -392,10 +392,8 @@ def _download(hub_id: str) -> Path:
         # A pipeline's own folder often holds single-file twins of the whole model beside the components: several GB not
         # wanted.
         inside = "*/" if (root / PIPELINE).is_file() else ""
-        wanted = [
-            PIPELINE,
-            *(f"{inside}{pattern}" for pattern in ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")),
-        ]
+        patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.safetensors"] if weights else [])]
+        wanted = [PIPELINE, *(f"{inside}{pattern}" for pattern in patterns)]
         return Path(
             snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=["*.non_ema.*", "safety_checker/*"])
         )

@@ -26,6 +26,8 @@ from runtime.stopping import stoppable
 SETTINGS: Final = "enginecast.toml"
 SAMPLES: Final = ("sample:shapes-diffusion", "sample:shapes-vlm")
 TARGETS: Final = ("onnxruntime", "openvino")
+GRAPH_FORMS: Final = {"in float16": 16, "in int8": 8, "in int4": 4}
+"""Bits of a weight in each form."""
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(bundles.app)
@@ -107,6 +109,14 @@ StripCanonical = Annotated[
         "--strip-canonical", help="Leave out graphs and weights; for targets alone whose engines hold all they need."
     ),
 ]
+GraphOnly = Annotated[
+    bool,
+    typer.Option(
+        "--graph-only",
+        help="Write the graphs alone, from the config files: no weights are read or needed. Default folder: "
+        "graphs/NAME.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")]
 
 
@@ -114,6 +124,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace another bundle tha
 @stoppable("nothing was written")
 @with_additions
 def build(
+    context: typer.Context,
     source: Source = None,
     target: Targets = None,
     quant: Quant = None,
@@ -132,10 +143,13 @@ def build(
     compute_capability: ComputeCapability = "",
     setting: TargetSettings = None,
     strip_canonical: StripCanonical = False,
+    graph_only: GraphOnly = False,
     force: Force = False,
     additions: Sequence[Addition] = (),
 ) -> None:
     """Convert, quantize and compile a model into a bundle."""
+    if graph_only:
+        return _build_graphs(source, output, force, additions, context)
     common: dict[str, Any] = {"parity": parity, "force": force, "name": name, "calibration": calibration}
     common |= {"quality": quality, "speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
@@ -147,6 +161,31 @@ def build(
         jobs = _listed(target, quant, output)
     for options in [_options(job, common, searched, compute_capability, setting or []) for job in jobs]:
         _build(options)
+
+
+def _build_graphs(
+    source: str | None, output: Path | None, force: bool, additions: Sequence[Addition], context: typer.Context
+) -> None:
+    """Write a model's graphs, and print how large its weights would be."""
+    takes = {"source", "output", "force", "graph_only", *(kind.replace("-", "_") for kind in KINDS)}
+    for name in context.params.keys() - takes:
+        given = context.get_parameter_source(name)
+        if given is not None and given.name == "COMMANDLINE":
+            raise InvalidInput(name.replace("_", "-"), "does not apply to --graph-only, which makes no bundle")
+    _require_source(source, "", None, additions)
+    if source is None:
+        raise InvalidInput("graph-only", "needs a SOURCE: a folder with the config files of a model")
+    from export.build.graphs import build_graphs
+
+    place = output or Path("graphs") / _name_of(source)
+    out.print(f"{source} -> {place} (graphs without weights)")
+    graphs, timings = build_graphs(source, place, additions, force, show)
+    table = Table("submodel", "nodes", "weights", *GRAPH_FORMS, "parity of the twin")
+    for graph in graphs:
+        sizes = (f"{graph.weights * bits / 8e6:,.1f} MB" for bits in GRAPH_FORMS.values())
+        table.add_row(graph.submodel, str(graph.nodes), f"{graph.weights:,}", *sizes, f"{graph.parity.error:.1e}")
+    out.print(table)
+    out.print(f"{place}: {len(graphs)} graphs in {sum(timings.values()):.1f} s")
 
 
 def _require_source(source: str | None, name: str, calibration: Path | None, additions: Sequence[Addition]) -> None:
@@ -184,17 +223,19 @@ def _options(
     return options
 
 
+def _name_of(source: str) -> str:
+    """What the folder of a source's bundle is called."""
+    if Path(source).is_dir():
+        return Path(source).resolve().name
+    return source.removeprefix("sample:").rstrip("/").split("/")[-1]
+
+
 def _job(source: str, target: list[str] | None, quant: str, output: Path | None) -> dict[str, Any]:
-    name = (
-        Path(source).resolve().name
-        if Path(source).is_dir()
-        else source.removeprefix("sample:").rstrip("/").split("/")[-1]
-    )
     return {
         "source": source,
         "targets": tuple(target or TARGETS),
         "quant": quant,
-        "output": output or Path("bundles") / f"{name}-{quant}",
+        "output": output or Path("bundles") / f"{_name_of(source)}-{quant}",
     }
 
 

@@ -55,6 +55,12 @@ def save_traced(model: ir.Model, path: Path) -> None:
     ir.save(model, path)
 
 
+def absent_weights(model: ir.Model) -> list[ir.ExternalTensor]:
+    """The weights of a traced graph, which have no place yet."""
+    values = [value.const_value for value in model.graph.initializers.values()]
+    return [value for value in values if isinstance(value, ir.ExternalTensor)]
+
+
 def precision(model: ir.Model) -> Precision:
     """The formats of the large weights, and of the inputs of layers that are rounded."""
     sizes: Counter[str] = Counter()

@@ -280,7 +280,7 @@ def test_what_is_no_bundle_is_refused_before_any_work(tiny_vlm: Path, tmp_path: 
 @pytest.fixture
 def swapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A converter that confuses two weights of the same shape."""
-    attach = export.build.build.graph.attach
+    attach = export.build.parts.graph.attach
 
     def confused(model: ir.Model, *arguments: Any) -> None:
         attach(model, *arguments)

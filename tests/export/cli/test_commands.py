@@ -83,6 +83,16 @@ def test_build(run: Run, tiny_vlm: Path) -> None:
     assert other.code == 2 and "holds another bundle" in other.err and "Traceback" not in other.err
 
 
+def test_graphs_alone(run: Run, tiny_vlm: Path) -> None:
+    ended = run("build", tiny_vlm, "--graph-only")
+    assert ended.code == 0, ended.err
+    assert f"graphs/{tiny_vlm.name}: 3 graphs in" in ended.out and (Path("graphs") / tiny_vlm.name).is_dir()
+    other = run("build", tiny_vlm, "--graph-only", "--quant", "int8")
+    assert other.code == 2 and "quant: does not apply to --graph-only" in other.err
+    without = run("build", "--graph-only")
+    assert without.code == 2 and "needs a SOURCE" in without.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

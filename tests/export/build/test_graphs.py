@@ -1,0 +1,55 @@
+"""Graphs from config files alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from export.build.build import build
+from export.build.graphs import build_graphs
+from export.build.options import Options
+from runtime.errors import InvalidInput, SourceError
+
+
+@pytest.fixture
+def configs(tiny_vlm: Path, tmp_path: Path) -> Path:
+    """A checkpoint's folder without its weights."""
+    return shutil.copytree(tiny_vlm, tmp_path / "configs", ignore=shutil.ignore_patterns("*.safetensors*"))
+
+
+def test_graphs_need_no_weights_and_equal_those_of_a_build(configs: Path, tiny_vlm: Path, tmp_path: Path) -> None:
+    graphs, _ = build_graphs(str(configs), tmp_path / "graphs")
+    bundle = build(Options(str(tiny_vlm), tmp_path / "bundle", ("onnxruntime",), parity="twin"))[0]
+    listed = json.loads((tmp_path / "graphs" / "graphs.json").read_bytes())
+    assert listed == [one.model_dump(mode="json") for one in graphs]
+    by_name = {one.submodel: one for one in graphs}
+    for submodel in bundle.manifest.submodels:
+        found = by_name[submodel.name]
+        assert found.signature == submodel.signature and found.parity.method == "twin"
+        graph = onnx.load(tmp_path / "graphs" / f"{submodel.name}.onnx", load_external_data=False).graph
+        assert [one.name for one in graph.input] == [one.name for one in submodel.signature.graph_inputs]
+        absent = [one for one in graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
+        assert found.nodes == len(graph.node) and absent
+        assert sum(math.prod(one.dims) for one in absent) == found.weights
+
+
+def test_a_folder_of_graphs_is_replaced_by_force_alone_and_nothing_else_ever(configs: Path, tmp_path: Path) -> None:
+    (tmp_path / "graphs").mkdir()
+    (tmp_path / "graphs" / "graphs.json").write_text("[]")
+    with pytest.raises(InvalidInput, match=r"holds another folder of graphs: .*--force"):
+        build_graphs(str(configs), tmp_path / "graphs")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"meow")
+    with pytest.raises(InvalidInput, match="exists and is no folder of graphs"):
+        build_graphs(str(configs), tmp_path / "photos", force=True)
+    config = json.loads((configs / "config.json").read_bytes())
+    config["vision_config"]["hidden_act"] = "unheard-of"
+    (configs / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceError):
+        build_graphs(str(configs), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
