@@ -41,6 +41,8 @@ class BuildOptions(TypedDict, total=False):
     """Leave out graphs and weights. Only for targets whose engines hold all they need."""
     settings: Mapping[str, Mapping[str, str]]
     """Settings of targets, by target and name."""
+    variant: str
+    """The form of the weights that is read where the source has several, such as "fp16". Default: the plain one."""
     force: bool
     """Replace another bundle in the output folder."""
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import export.families
-from export.checkpoint.source import Source
+from export.checkpoint.source import Checkpoint, Source, open_component
 from runtime.bundle.signature import Signature
 from runtime.errors import InvalidInput, UnsupportedModel, did_you_mean
 from runtime.listing import modules
@@ -39,6 +39,10 @@ class Component:
     def place(self, source: Source) -> Path:
         """The folder of its files."""
         return self.root or source.root / self.folder
+
+    def open(self, source: Source) -> Checkpoint:
+        """Its published weights. Raises what `open_component` raises."""
+        return open_component(self.root) if self.root else source.open(self.folder)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def _manifest(
         config=state.family.config(state.source),
         versions=state.versions,
         quality=verdict,
-        notes=tuple(state.family.notes(state.source)),
+        notes=state.notes,
         files=files,
     )
 

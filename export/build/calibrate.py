@@ -33,7 +33,10 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     Raises InvalidInput, NotFound, SourceError, EngineError or ResourceExhausted.
     """
     options.check()
-    state = Build.open(export.build.options.Options(options.source, options.output, additions=options.additions))
+    chosen = export.build.options.Options(
+        options.source, options.output, variant=options.variant, additions=options.additions
+    )
+    state = Build.open(chosen)
     requests = options.requests(state.task, state.fingerprint)
     if state.brief:
         requests = briefly(requests)

@@ -17,8 +17,9 @@ from export.build.keys import code
 from export.build.options import Options
 from export.build.parts import TOOLS, library_parts, traced, versions_of
 from export.build.staging import key_of
+from export.checkpoint.component import fingerprint_of
 from export.checkpoint.preflight import rehearse
-from export.checkpoint.source import Checkpoint, Source, TensorRef, fingerprint_of, open_component, resolve
+from export.checkpoint.source import Checkpoint, Source, TensorRef, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
 from runtime.bundle.manifest import Addition as BundleAddition
@@ -60,14 +61,14 @@ class Build:
         """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises
         SourceError.
         """
-        source = replace(resolve(options.source), additions=tuple(options.additions))
+        source = replace(resolve(options.source, options.variant), additions=tuple(options.additions))
         family = family_of(source)
         parts = library_parts(source, family)
         build = cls(options, source, family, parts)
         for part in parts:
             for component in part.components:
                 if component.folder not in build.checkpoints:
-                    build.checkpoints[component.folder] = open_component(component.place(source))
+                    build.checkpoints[component.folder] = component.open(source)
         _ = build.calibration  # a wrong set is refused before any work
         build.refused, build.parts = rehearse(source, family, parts, build.tensors)
         return build
@@ -97,6 +98,18 @@ class Build:
             for component in part.components
             for name, own in component.tensors.items()
         }
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What of the source is served otherwise than published, and which variants nobody chose are read."""
+        chosen = {name: one.variant for name, one in self.checkpoints.items() if one.variant != self.options.variant}
+        said = (
+            f"{name or 'the model'} has no weights but those of the variant {variant}, which are read"
+            if variant
+            else f"{name or 'the model'} has no variant {self.options.variant}: its plain weights are read"
+            for name, variant in chosen.items()
+        )
+        return (*self.family.notes(self.source), *said)
 
     @property
     def name(self) -> str:
@@ -154,7 +167,7 @@ class Build:
         ]
         if options.quant == "auto":
             requested += [options.max_drop, options.goal]
-        published = self.family.config(self.source), self.family.notes(self.source)
+        published = self.family.config(self.source), self.notes
         return key_of(self.fingerprint, files, published, requested, self.versions, code())
 
     def recipe(self, part: Part) -> Recipe | None:

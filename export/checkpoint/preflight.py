@@ -20,7 +20,8 @@ import torch
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
-from export.checkpoint.source import CONFIG, Source, TensorRef
+from export.checkpoint.component import CONFIG
+from export.checkpoint.source import Source, TensorRef
 from export.family import Family, Part
 from runtime.bundle.signature import Array, Dim, Tensor
 from runtime.bundle.tensors import FILE

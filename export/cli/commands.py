@@ -117,6 +117,10 @@ GraphOnly = Annotated[
         "graphs/NAME.",
     ),
 ]
+Variant = Annotated[
+    str,
+    typer.Option(help="Form of the weights to read where a folder has several, such as fp16. Default: the plain one."),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")]
 
 
@@ -144,6 +148,7 @@ def build(
     setting: TargetSettings = None,
     strip_canonical: StripCanonical = False,
     graph_only: GraphOnly = False,
+    variant: Variant = "",
     force: Force = False,
     additions: Sequence[Addition] = (),
 ) -> None:
@@ -154,9 +159,9 @@ def build(
     common |= {"quality": quality, "speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     searched = {key: value for key, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
-    _require_source(source, name, calibration, additions)
+    _require_source(source, name, calibration, variant, additions)
     if source is not None:
-        jobs = [_job(source, target, quant or "none", output) | {"additions": additions}]
+        jobs = [_job(source, target, quant or "none", output) | {"variant": variant, "additions": additions}]
     else:
         jobs = _listed(target, quant, output)
     for options in [_options(job, common, searched, compute_capability, setting or []) for job in jobs]:
@@ -172,7 +177,7 @@ def _build_graphs(
         given = context.get_parameter_source(name)
         if given is not None and given.name == "COMMANDLINE":
             raise InvalidInput(name.replace("_", "-"), "does not apply to --graph-only, which makes no bundle")
-    _require_source(source, "", None, additions)
+    _require_source(source, "", None, "", additions)
     if source is None:
         raise InvalidInput("graph-only", "needs a SOURCE: a folder with the config files of a model")
     from export.build.graphs import build_graphs
@@ -188,7 +193,9 @@ def _build_graphs(
     out.print(f"{place}: {len(graphs)} graphs in {sum(timings.values()):.1f} s")
 
 
-def _require_source(source: str | None, name: str, calibration: Path | None, additions: Sequence[Addition]) -> None:
+def _require_source(
+    source: str | None, name: str, calibration: Path | None, variant: str, additions: Sequence[Addition]
+) -> None:
     """Raise InvalidInput for options of one model where no SOURCE names it, MissingDependency without the build side's
     packages.
     """
@@ -202,6 +209,8 @@ def _require_source(source: str | None, name: str, calibration: Path | None, add
         raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
     if additions and not source:
         raise InvalidInput(additions[0].kind, "is added to one model, so it needs a SOURCE")
+    if variant and not source:
+        raise InvalidInput("variant", f"is of one model, so it needs a SOURCE, or a line of its own in {SETTINGS}")
 
 
 def _options(
@@ -252,6 +261,7 @@ class Entry(BaseModel):
     target: list[str] | str | None = None
     quant: str = "none"
     output: Path | None = None
+    variant: str = ""
     additions: dict[str, list[str] | str] = {}
 
     @model_validator(mode="before")
@@ -279,7 +289,7 @@ def _listed(target: list[str] | None, quant: str | None, output: Path | None) ->
     path, jobs = Path(SETTINGS), []
     for entry in _settings(path).build if path.is_file() else [Entry(source=sample) for sample in SAMPLES]:
         job = _job(entry.source, target or listed(entry.target), quant or entry.quant, entry.output)
-        job["additions"] = entry.added()
+        job |= {"variant": entry.variant, "additions": entry.added()}
         if output is not None:
             job["output"] = output / job["output"].name
         jobs.append(job)
@@ -294,7 +304,9 @@ def _settings(path: Path) -> BuildFile:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        expected = "expected [[build]] tables with a source and, if wanted, target, quant, output and additions"
+        expected = (
+            "expected [[build]] tables with a source and, if wanted, target, quant, output, variant and additions"
+        )
         raise InvalidInput(SETTINGS, f"'{where}' is wrong ({fault['msg']}), {expected}") from None
 
 
@@ -377,13 +389,14 @@ def calibrate(
         int | None, typer.Option(help="Most requests to run. Default: 8 built-in ones, or 128 of your own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
+    variant: Variant = "",
     additions: Sequence[Addition] = (),
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
     try:
         from export.build.options import CaptureOptions
 
-        options = CaptureOptions(source, output, prompts, images, questions, count, seed, additions)
+        options = CaptureOptions(source, output, prompts, images, questions, count, seed, variant, additions)
         options.check()
         out.print(f"{source} -> {output} (calibration set)")
         from export.build.calibrate import calibrate as run
@@ -408,6 +421,7 @@ def report(
             metavar="SOURCE", help="Time the bundle here and now, beside the checkpoint that it was built from."
         ),
     ] = "",
+    variant: Variant = "",
     additions: Sequence[Addition] = (),
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
@@ -422,11 +436,13 @@ def report(
         raise MissingDependency(error.name or "jinja2", "export") from None
     if additions and not speed:
         raise InvalidInput(additions[0].kind, "belongs to --speed: name the checkpoint that it is added to")
+    if variant and not speed:
+        raise InvalidInput("variant", "belongs to --speed: name the checkpoint that has it")
     opened = Bundle(bundle)
     load_quality(opened)
     check_output(output)
     opened.verify(unknown=False)  # what is shown is what was measured
-    write(opened, output, time_bundle(opened, speed, show, additions) if speed else None)
+    write(opened, output, time_bundle(opened, speed, show, variant, additions) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 
 

@@ -28,7 +28,7 @@ from export.architecture.decoders import (
     require_known,
 )
 from export.architecture.generation import Generation, read_generation
-from export.checkpoint.source import Source, open_component, read_json
+from export.checkpoint.source import Source, read_json
 from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
@@ -157,7 +157,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     with without_weights():
         model = Blip2ForConditionalGeneration(_config(source, reduced)).eval()
         if model.config.is_encoder_decoder:
-            seq2seq.untie(model, open_component(source.root).tensors)
+            seq2seq.untie(model, source.open().tensors)
     component = Component("", model)
     return [*vision_parts(component), embedding_part(component), *language_parts(component)]
 

@@ -23,23 +23,24 @@ def time_bundle(
     bundle: Bundle,
     source: str,
     listen: Listener = lambda report: None,
+    variant: str = "",
     additions: Sequence[Addition] = (),
     effort: SpeedEffort = THOROUGH,
 ) -> Speed:
     """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside
     PyTorch.
 
-    `source` and `additions` are what `enginecast build` takes. Raises InvalidInput when the bundle was built from
-    something else, and whatever a build raises.
+    `source`, `variant` and `additions` are what `enginecast build` takes. Raises InvalidInput when the bundle was built
+    from something else, and whatever a build raises.
     """
     with vanishing(Path(gettempdir()), "enginecast-") as folder:
-        options = Options(source, folder / "float", targets=bundle.targets, additions=additions)
+        options = Options(source, folder / "float", bundle.targets, variant=variant, additions=additions)
         state = Build.open(options)
         if state.fingerprint != bundle.manifest.source.fingerprint:
             raise InvalidInput(
                 "speed",
-                f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one, with all "
-                "that was added to it",
+                f"'{source}' is not the checkpoint that bundle {bundle.root} was built from: name that one, with its "
+                "variant and all that was added to it",
             )
         floating, _ = build(options, listen)
         with Progress([ProgressStep("pipeline", "speed", effort.seconds)], listen).step("pipeline", "speed"):

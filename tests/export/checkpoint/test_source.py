@@ -264,9 +264,24 @@ def test_of_several_variants_fp16_is_taken(component: Path) -> None:
     assert open_component(component).tensors.keys() == WEIGHTS.keys()
     (component / "model.fp16.safetensors").rename(component / "model.bf16.safetensors")
     with pytest.raises(
-        SourceError, match=r"only variants of the weights, model\.bf16\.safetensors, model\.non_ema\.safetensors"
+        SourceError,
+        match=r"only variants of the weights, model\.bf16\.safetensors, model\.non_ema\.safetensors: .* --variant bf16",
     ):
         open_component(component)
+
+
+def test_the_variant_that_is_chosen_is_read_where_there_is_one(component: Path) -> None:
+    save_file({"half": torch.ones(1)}, component / "model.fp16.safetensors")
+    assert open_component(component, "fp16").tensors.keys() == {"half"}
+    assert open_component(component, "fp16").variant == "fp16"
+    for plain in (open_component(component), open_component(component, "non_ema")):
+        assert plain.tensors.keys() == WEIGHTS.keys() and plain.variant == ""
+    (component / "model.safetensors").unlink()
+    assert open_component(component).variant == "fp16"
+    with pytest.raises(
+        SourceError, match=r"only variants of the weights, model\.fp16\.safetensors: choose one of them"
+    ):
+        open_component(component, "non_ema")
 
 
 INDEXES = ["model.safetensors.index.json", "model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"]

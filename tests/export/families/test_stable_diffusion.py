@@ -24,7 +24,7 @@ from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.bundle.manifest import Bundle
 from runtime.diffusion.config import DiffusionConfig
-from runtime.errors import SourceError
+from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import Call
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageRequest
@@ -112,6 +112,40 @@ def test_what_the_pipeline_does_not_serve_is_refused_from_the_small_files(
 def test_entries_without_a_class_are_no_fault(copy: Path) -> None:
     edit(copy, INDEX, safety_checker=[None, None], feature_extractor=[None, None], image_encoder=...)
     assert opened(copy).family.notes(resolve(str(copy))) == ()
+
+
+def with_variant(folder: Path, name: str) -> None:
+    """Save the UNet and the VAE in a variant as well, with other values."""
+    for component in ("unet", "vae"):
+        file = folder / component / "diffusion_pytorch_model.safetensors"
+        state = {key: value + 1 for key, value in load_file(file).items()}
+        save_file(state, file.with_suffix(f".{name}.safetensors"), metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("variant", ["", "fp16"])
+def test_the_variant_is_that_of_diffusers(copy: Path, variant: str) -> None:
+    """Networks that lack it are read plain, with a note."""
+    diffusers = pytest.importorskip("diffusers")
+    with_variant(copy, "fp16")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy, variant=variant or None)
+    build = Build.open(Options(str(copy), copy.parent / "bundle", variant=variant))
+    for part in build.parts:
+        (component,) = part.components
+        wanted = getattr(theirs, component.folder).state_dict()
+        for name, ref in build.weights(part).items():
+            np.testing.assert_array_equal(ref.array(), wanted[name].half().numpy())
+    assert build.notes == (("text_encoder has no variant fp16: its plain weights are read",) if variant else ())
+
+
+def test_a_folder_with_variants_only_says_so(copy: Path) -> None:
+    for component in ("unet", "vae"):
+        file = copy / component / "diffusion_pytorch_model.safetensors"
+        file.rename(file.with_suffix(".non_ema.safetensors"))
+    assert opened(copy).notes == tuple(
+        f"{name} has no weights but those of the variant non_ema, which are read" for name in ("unet", "vae")
+    )
+    with pytest.raises(InvalidInput, match="no weights of the variant 'fp16', there are non_ema"):
+        Build.open(Options(str(copy), copy.parent / "bundle", variant="fp16"))
 
 
 @pytest.mark.parametrize(("version", "edge"), [("0.8.1", 64), ("0.9.0.dev0", 8), ("0.10.0", 8), (..., 8)])
