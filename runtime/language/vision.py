@@ -37,6 +37,8 @@ class Prompt:
     images: list[Picture | PictureFile]
     seen: int = 0
     """Positions of pictures."""
+    left_out: int = 0
+    """Messages of the conversation that are not in it."""
 
 
 class Vision:

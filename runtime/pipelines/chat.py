@@ -17,6 +17,7 @@ features take the place of those tokens' embeddings (`runtime.language.layout`).
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -28,6 +29,7 @@ from runtime.language.beams import BeamSearch, search
 from runtime.language.choice import choose
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, prefill
+from runtime.language.overflow import slid
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
 from runtime.language.text import PROMPTS, Answer, Message
@@ -93,9 +95,10 @@ class ChatPipeline(ModelPipeline):
         with the counts.
         """
         sampling, beams = request.sampling(self.config.defaults), request.search(self.config.defaults)
-        prompt = self.prompt(request)
+        asked = self.fitted(request)
+        prompt = replace(self.prompt(asked), left_out=len(request.messages) - len(asked.messages))
         start = len(self.begin(prompt))
-        bounds = Bounds(start, start + self._room(prompt, request), self.config.eos_token_ids)
+        bounds = Bounds(start, start + self._room(prompt, asked), self.config.eos_token_ids)
         conversation = conversation or Conversation()
         answer = Answer(self.text.tokenizer, (*request.stop, *self.config.defaults.stop))
         if beams.count == 1:
@@ -103,6 +106,19 @@ class ChatPipeline(ModelPipeline):
         return self._search(
             prompt, BeamSearch(self.begin(prompt), bounds, sampling, beams, answer.stops), answer, conversation
         )
+
+    def fitted(self, request: ChatRequest) -> ChatRequest:
+        """The request, without its oldest turns where it lets them go and the context has no room for them and the
+        answer.
+        """
+        if request.context_overflow != "slide":
+            return request
+
+        def fits(messages: Sequence[Message]) -> bool:
+            prompt = self.prompt(replace(request, messages=tuple(messages)))
+            return len(prompt.ids) + self._wanted(prompt, request) <= self.config.context_length
+
+        return replace(request, messages=tuple(slid(request.messages, fits)))
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
@@ -119,11 +135,16 @@ class ChatPipeline(ModelPipeline):
         """The tokens of the decoder that the answer follows."""
         return list(prompt.ids)
 
+    def _wanted(self, prompt: Prompt, request: ChatRequest) -> int:
+        """Positions of the context that the answer to a prompt should have."""
+        return self.config.defaults.longest(len(prompt.ids)) if request.max_tokens is None else request.max_tokens
+
     def _room(self, prompt: Prompt, request: ChatRequest) -> int:
         """The most tokens of the answer. Raises ContextLengthExceeded."""
         length, room = len(prompt.ids), self.config.context_length - len(prompt.ids)
-        usual = min(self.config.defaults.longest(length), max(room, 1))
-        max_tokens = usual if request.max_tokens is None else request.max_tokens
+        max_tokens = self._wanted(prompt, request)
+        if request.max_tokens is None:
+            max_tokens = min(max_tokens, max(room, 1))
         if max_tokens > room:
             raise ContextLengthExceeded(
                 "messages" if room < 1 else "max_tokens",
@@ -176,4 +197,4 @@ class ChatPipeline(ModelPipeline):
 
 def _finished(prompt: Prompt, tokens: Sequence[int], bounds: Bounds, answer: Answer) -> Finished:
     ended = answer.stopped or tokens[-1] in bounds.ends
-    return Finished("stop" if ended else "length", len(prompt.ids), len(tokens))
+    return Finished("stop" if ended else "length", len(prompt.ids), len(tokens), prompt.left_out)

@@ -45,6 +45,9 @@ class Seq2SeqPipeline(ChatPipeline):
     def begin(self, prompt: Prompt) -> list[int]:
         return [self.config.decoder_start_token_id]
 
+    def _wanted(self, prompt: Prompt, request: ChatRequest) -> int:
+        return 0  # prompt and answer have a context each
+
     def _room(self, prompt: Prompt, request: ChatRequest) -> int:
         context = self.config.context_length
         if len(prompt.ids) > context:

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from runtime import limits
 from runtime.bundle.manifest import Frozen
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, did_you_mean
+from runtime.language.overflow import OVERFLOWS, Overflow
 from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
 from runtime.language.text import Message
 from runtime.pipeline import Event
@@ -51,7 +52,9 @@ class ChatRequest(Request):
     `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
     ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
     1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
-    default it is the model's, and 1 where a temperature is given. Raises InvalidInput naming the field.
+    default it is the model's, and 1 where a temperature is given. With `context_overflow` "slide", a conversation that
+    does not fit the context is answered without its oldest turns: system messages, turns with pictures and the last
+    question stay. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -65,6 +68,7 @@ class ChatRequest(Request):
     stop: tuple[str, ...] = ()
     beams: int | None = None
     length_penalty: float | None = None
+    context_overflow: Overflow = "refuse"
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -88,6 +92,11 @@ class ChatRequest(Request):
             limits.SEED.number("seed", self.seed)
         if self.beams is not None:
             limits.BEAMS.number("beams", self.beams)
+        if self.context_overflow not in OVERFLOWS:
+            raise InvalidInput(
+                "context_overflow",
+                f"'{self.context_overflow}' is not known: {did_you_mean(self.context_overflow, OVERFLOWS)}",
+            )
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         if self.messages[-1].role != "user":
@@ -141,11 +150,14 @@ class TextDelta(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The answer is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens)."""
+    """The answer is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens). `left_out` is how
+    many messages the conversation lost to fit the context.
+    """
 
     reason: str
     prompt_tokens: int
     completion_tokens: int
+    left_out: int = 0
 
 
 TASK: Final = Task(ChatRequest, verb="chat")

@@ -69,7 +69,8 @@ def speak(stream: Stream[Answer], verbose: bool = False) -> str:
     sys.stdout.write("\n")
     sys.stdout.flush()
     cut = ", cut at max tokens" if answer.reason == "length" else ""
-    _summary(answer.done, f"{answer.completion_tokens} tokens{cut}", verbose)
+    gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
+    _summary(answer.done, f"{answer.completion_tokens} tokens{cut}{gone}", verbose)
     return answer.text
 
 

@@ -45,6 +45,13 @@ def chat(
     length_penalty: Annotated[
         float | None, typer.Option(help="With several beams: the larger, the longer the answers.")
     ] = None,
+    context_overflow: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the context is full: refuse (the default), or slide, which leaves out the oldest turns without "
+            "pictures."
+        ),
+    ] = None,
 ) -> None:
     """Ask about pictures, once or in a conversation."""
     from serving.cli import terminal
@@ -62,6 +69,7 @@ def chat(
         stop=stop,
         beams=beams,
         length_penalty=length_penalty,
+        context_overflow=context_overflow,
     )
     first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, given)
     with where.session(first) as session:

@@ -72,6 +72,10 @@ class ChatOptions(TypedDict, total=False):
     """1 to 8. Above 1, the likeliest of that many answers continued side by side, as one text; needs temperature 0."""
     length_penalty: float | None
     """With several beams, the larger the longer the answers, -5 to 5; 1 compares means of tokens."""
+    context_overflow: str | None
+    """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest
+    turns. System messages, turns with pictures and the last question stay; `Answer.left_out` counts the rest.
+    """
 
 
 @dataclass(frozen=True, eq=False)

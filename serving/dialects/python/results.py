@@ -47,7 +47,8 @@ class Answer:
     """A finished answer.
 
     `reason` is "stop" (the model ended it, or a stop string) or "length" (`max_tokens` was reached). `prompt_tokens`
-    and `completion_tokens` are counts of tokens; `done` holds the times in seconds and the engines that ran.
+    and `completion_tokens` are counts of tokens; `done` holds the times in seconds and the engines that ran. `left_out`
+    is how many messages the conversation lost to fit the context.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Answer:
     prompt_tokens: int
     completion_tokens: int
     done: Done
+    left_out: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -70,7 +72,8 @@ def answer(events: Sequence[Event]) -> Answer:
     done = _done(events)
     finished = next(event for event in events if isinstance(event, Finished))
     text = "".join(event.text for event in events if isinstance(event, TextDelta))
-    return Answer(text, finished.reason, finished.prompt_tokens, finished.completion_tokens, done)
+    counts = finished.prompt_tokens, finished.completion_tokens
+    return Answer(text, finished.reason, *counts, done, finished.left_out)
 
 
 def _done(events: Sequence[Event]) -> Done:

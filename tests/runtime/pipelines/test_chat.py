@@ -444,6 +444,7 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"beams": 1000}, "beams"),
         ({"beams": 2, "temperature": 0.5}, "beams"),
         ({"length_penalty": float("nan")}, "length_penalty"),
+        ({"context_overflow": "crop"}, "context_overflow"),
     ],
 )
 def test_bad_requests_are_named_before_any_call(chat: ChatPipeline, change: dict[str, Any], field: str) -> None:
@@ -465,6 +466,28 @@ def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dic
     room = CONTEXT - len(chat.prompt(long).ids)
     assert 0 < room < CONFIG.defaults.max_tokens
     assert answer(drive(chat(long), engines))[1].completion_tokens <= room  # the default yields to the context
+
+
+def test_a_sliding_context_loses_the_oldest_turns(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
+    """The answer is that to the conversation without them, also behind a conversation that was held whole."""
+    seen, spare = (
+        (user(picture(1), "see"), Message("assistant", ("yes",))),
+        (user("x" * 60), Message("assistant", ("y" * 60,))),
+    )
+    last = user("and now?")
+    long = ChatRequest((*seen, *spare, *spare, last), max_tokens=12)
+    with pytest.raises(ContextLengthExceeded):
+        chat(long)
+    for room, messages in ((12, (*seen, *spare, last)), (150, (*seen, last))):
+        expected = answer(drive(chat(replace(long, messages=messages, max_tokens=room)), engines))
+        sliding = replace(long, max_tokens=room, context_overflow="slide")
+        text, finished = answer(drive(chat(sliding, Conversation()), engines))
+        assert (text, finished.prompt_tokens) == (expected[0], expected[1].prompt_tokens)
+        assert finished.left_out == len(long.messages) - len(messages) and expected[1].left_out == 0
+    with pytest.raises(ContextLengthExceeded, match="the answer may have 250"):
+        chat(replace(long, max_tokens=250, context_overflow="slide"))
+    whole = ChatRequest((*seen, *spare, last), max_tokens=12)
+    assert answer(drive(chat(replace(whole, context_overflow="slide")), engines))[1].left_out == 0
 
 
 def test_a_model_without_vision_refuses_pictures(

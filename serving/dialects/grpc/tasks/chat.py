@@ -8,6 +8,7 @@ from typing import Final
 from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.language import text
+from runtime.language.overflow import Overflow
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.vision import images
@@ -23,6 +24,15 @@ ROLES: Final[dict[int, text.Role]] = {
 }
 REASONS: Final = {"stop": chat_pb2.FINISH_REASON_STOP, "length": chat_pb2.FINISH_REASON_LENGTH}
 ROLE_NUMBERS: Final = {role: number for number, role in ROLES.items()}
+OVERFLOW_NUMBERS: Final = {
+    "refuse": chat_pb2.CONTEXT_OVERFLOW_REFUSE,
+    "slide": chat_pb2.CONTEXT_OVERFLOW_SLIDE,
+}
+OVERFLOW_NAMES: Final[dict[int, Overflow]] = {
+    chat_pb2.CONTEXT_OVERFLOW_UNSPECIFIED: "refuse",
+    chat_pb2.CONTEXT_OVERFLOW_REFUSE: "refuse",
+    chat_pb2.CONTEXT_OVERFLOW_SLIDE: "slide",
+}
 REASON_NAMES: Final = {number: reason for reason, number in REASONS.items()}
 OPTIONS: Final = (
     "max_tokens",
@@ -43,7 +53,13 @@ def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
     limits.PICTURES.count("messages", sum(part.HasField("image") for turn in message.messages for part in turn.parts))
     limits.STOPS.length("stop", message.stop)
     turns = tuple(_turn(turn, f"messages[{i}]") for i, turn in enumerate(message.messages))
-    return ChatRequest(messages=turns, stop=tuple(message.stop), **given(message, OPTIONS))
+    if message.context_overflow not in OVERFLOW_NAMES:
+        raise InvalidInput(
+            "context_overflow",
+            f"is {message.context_overflow}, expected CONTEXT_OVERFLOW_REFUSE or CONTEXT_OVERFLOW_SLIDE",
+        )
+    overflow = OVERFLOW_NAMES[message.context_overflow]
+    return ChatRequest(turns, stop=tuple(message.stop), context_overflow=overflow, **given(message, OPTIONS))
 
 
 def _turn(turn: chat_pb2.Message, field: str) -> text.Message:
@@ -91,6 +107,7 @@ class ChatStream:
             timings=timings(event),
             engines=engines(event),
             notes=event.notes,
+            left_out_messages=self._finished.left_out,
         )
 
 
@@ -101,7 +118,8 @@ def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
         chat_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.content))  # type: ignore[arg-type]
         for turn in request.messages
     ]
-    return chat_pb2.ChatRequest(model=model, messages=turns, stop=request.stop, **options)
+    overflow = OVERFLOW_NUMBERS[request.context_overflow]
+    return chat_pb2.ChatRequest(model=model, messages=turns, stop=request.stop, context_overflow=overflow, **options)
 
 
 def _part_message(part: text.Part) -> chat_pb2.Part:
@@ -120,7 +138,8 @@ def chat_events(responses: Iterator[chat_pb2.ChatResponse]) -> Generator[Event, 
                 yield TextDelta(response.delta.text)
             case "done":
                 done = response.done
-                yield Finished(REASON_NAMES[done.reason], done.prompt_tokens, done.completion_tokens)
+                reason = REASON_NAMES[done.reason]
+                yield Finished(reason, done.prompt_tokens, done.completion_tokens, done.left_out_messages)
                 yield done_event(done)
 
 

@@ -1,0 +1,46 @@
+"""Conversations and answers as messages, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runtime.errors import InvalidInput
+from runtime.language.text import Message
+from runtime.tasks.chat import ChatRequest, Finished
+from serving.dialects.grpc.tasks.chat import ChatStream, chat_events, chat_message, chat_request
+from serving.enginecast_pb import chat_pb2
+from serving.host.job import Done
+
+QUESTION = (Message("user", ("what is it?",)),)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"context_overflow": "slide"},
+        {"beams": 3, "length_penalty": -0.5, "temperature": 0.0},
+        {"max_tokens": 5, "top_k": 4, "top_p": 0.5, "repetition_penalty": 1.25, "seed": 7, "stop": ("a", "b")},
+    ],
+)
+def test_requests_come_back_as_they_were(options: dict[str, Any]) -> None:
+    request = ChatRequest(QUESTION, **options)
+    again = chat_request(chat_pb2.ChatRequest.FromString(chat_message("talk", request).SerializeToString()))
+    assert vars(again) == vars(request)
+
+
+def test_an_unknown_overflow_is_refused() -> None:
+    message = chat_message("talk", ChatRequest(QUESTION))
+    message.context_overflow = 7  # type: ignore[assignment]
+    with pytest.raises(InvalidInput, match="context_overflow: is 7"):
+        chat_request(message)
+
+
+def test_how_many_messages_were_left_out_arrives() -> None:
+    stream, finished = ChatStream(), Finished("length", 9, 3, left_out=4)
+    assert stream.response(finished) is None
+    done = stream.response(Done(0.0, 1.0, 0.5, ()))
+    assert done is not None
+    assert next(chat_events(iter([done]))) == finished
