@@ -16,7 +16,6 @@ from typing import Final
 
 import onnx_ir as ir
 
-from calibration.ground.progress import each
 from calibration.quantize.plan import plan
 from calibration.quantize.tuning import Tuning
 from calibration.requests.exams import Exam, exam_of
@@ -32,7 +31,6 @@ from export.build.staging import cached, key_of, staging
 from export.build.state import Build, part_graph
 from export.build.steps import steps
 from export.build.writing import compile_all, compiled, write, written
-from export.checkpoint.source import check_finite
 from export.checks import parity
 from export.family import Part
 from export.finished.artifacts import remove_graphs
@@ -119,8 +117,7 @@ def _fill(state: Build, folder: Path, progress: Progress) -> None:
 def _check_weights(state: Build, progress: Progress) -> None:
     """Raises SourceError where a tensor holds NaN or infinity."""
     with progress.step("weights", "check") as notes:
-        for checkpoint in each("component", state.checkpoints.values()):
-            check_finite(checkpoint.tensors)
+        state.check_weights()
         notes += [f"{state.nbytes / 1e9:.2f} GB", *state.refused]
 
 

@@ -14,14 +14,12 @@ from pathlib import Path
 import export.build.options
 from calibration.capture.data import Done, record
 from calibration.capture.sets import CalibrationSet
-from calibration.ground.progress import each
 from calibration.requests.requests import briefly
 from export.build.learned import floating_model
 from export.build.options import CaptureOptions as Options
 from export.build.staging import cache_folder, key_of
 from export.build.state import Build, part_graph
 from export.build.steps import reading
-from export.checkpoint.source import check_finite
 from export.report.progress import Listener, Progress, ProgressStep
 from runtime.errors import ResourceExhausted
 from runtime.files import vanishing
@@ -80,8 +78,7 @@ def _scratch(work: Path, output: Path) -> Iterator[Path]:
 def _prepare(state: Build, progress: Progress) -> None:
     """Check the weights and trace what was not traced before, as a build does."""
     with progress.step("weights", "check"):
-        for checkpoint in each("component", state.checkpoints.values()):
-            check_finite(checkpoint.tensors)
+        state.check_weights()
     for part in state.parts:
         with progress.step(part.name, "trace"):
             part_graph(state, part)

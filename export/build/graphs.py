@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from export.build.parts import TOOLS, library_parts, traced, twin_parity, versions_of
 from export.build.staging import GRAPHS, check_place, staging
 from export.checkpoint.additions import Addition
+from export.checkpoint.changes import products, read_loras
 from export.checkpoint.source import resolve
 from export.family import Part, family_of
 from export.graph.weights import absent_weights
@@ -53,6 +54,8 @@ def build_graphs(
     found = replace(resolve(source, weights=False), additions=tuple(additions))
     family = family_of(found)
     parts = library_parts(found, family)
+    models = {component.folder: component.model for part in parts for component in part.components}
+    products(read_loras(found), models, found.architecture)  # they change weights alone, and are refused all the same
     progress, graphs = Progress(list(_steps(parts)), listen), []
     with staging(output, force, GRAPHS) as folder:
         for part in parts:

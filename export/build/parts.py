@@ -12,6 +12,7 @@ from calibration.ground import machine
 from export.architecture.twin import twin_weights
 from export.build.keys import code
 from export.build.staging import cached, key_of
+from export.checkpoint.additions import KINDS
 from export.checkpoint.source import Source
 from export.checks import parity
 from export.family import Family, Part
@@ -46,7 +47,7 @@ def traced(source: Source, part: Part, tools: Mapping[str, str]) -> Path:
     """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build with
     the same `tools` and scales of additions, which are constants of a part's module.
     """
-    scales = [(one.kind, one.name, one.scale) for one in source.additions]
+    scales = [(one.kind, one.name, one.scale) for one in source.additions if KINDS[one.kind].traced]
     configs = [_config_of(component.model) for component in part.components]
     shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
     key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, scales, code())

@@ -10,6 +10,7 @@ from typing import Final
 import onnx_ir as ir
 
 from calibration.capture.sets import CalibrationSet
+from calibration.ground.progress import each
 from calibration.quantize.recipes import RECIPES, Recipe, recipe
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
 from calibration.requests.task import task_requests
@@ -17,9 +18,10 @@ from export.build.keys import code
 from export.build.options import Options
 from export.build.parts import TOOLS, library_parts, traced, versions_of
 from export.build.staging import key_of
+from export.checkpoint.changes import Changes, changes_of
 from export.checkpoint.component import fingerprint_of
 from export.checkpoint.preflight import rehearse
-from export.checkpoint.source import Checkpoint, Source, TensorRef, resolve
+from export.checkpoint.source import Checkpoint, Source, TensorRef, check_finite, resolve
 from export.family import Family, Part, family_of
 from export.graph import weights as graph
 from runtime.bundle.manifest import Addition as BundleAddition
@@ -69,7 +71,7 @@ class Build:
             for component in part.components:
                 if component.folder not in build.checkpoints:
                     build.checkpoints[component.folder] = component.open(source)
-        _ = build.calibration  # a wrong set is refused before any work
+        _ = build.calibration, build.changes  # what does not fit is refused before any work
         build.refused, build.parts = rehearse(source, family, parts, build.tensors)
         return build
 
@@ -84,10 +86,23 @@ class Build:
         for component in reversed(part.components):
             own = dict(component.model.named_parameters(remove_duplicate=False))
             elsewhere = {name for name, parameter in own.items() if id(parameter) in later}
-            mapped = self.checkpoints[component.folder].mapped(component.model, elsewhere)
-            found |= {part.tensor(component, name): ref for name, ref in mapped.items()}
+            changed = self.changes.refs(component.folder)
+            mapped = self.checkpoints[component.folder].mapped(component.model, elsewhere | changed.keys()) | changed
+            found |= {part.tensor(component, name): ref for name, ref in mapped.items() if name not in elsewhere}
             later |= set(map(id, own.values()))
         return found
+
+    @cached_property
+    def changes(self) -> Changes:
+        """The weights that are computed of the checkpoint's and of what is added. Raises SourceError."""
+        models = {component.folder: component.model for part in self.parts for component in part.components}
+        return changes_of(self.source, models, self.checkpoints)
+
+    def check_weights(self) -> None:
+        """Read every weight once, and compute those that are changed. Raises SourceError where one is not finite."""
+        for checkpoint in each("component", self.checkpoints.values()):
+            check_finite(checkpoint.tensors)
+        self.changes.write()
 
     @property
     def tensors(self) -> dict[str, TensorRef]:

@@ -20,10 +20,13 @@ LARGEST: Final = 100.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of addition: the help of its option, and whether a build scales it."""
+    """A kind of addition: the help of its option, whether a build scales it, and whether its name and scale decide what
+    is traced, rather than weights alone.
+    """
 
     help: str
     scaled: bool = False
+    traced: bool = True
 
     @property
     def metavar(self) -> str:
@@ -31,7 +34,9 @@ class Kind:
         return METAVAR + ("[:SCALE]" if self.scaled else "")
 
 
-KINDS: Final[Mapping[str, Kind]] = {}
+KINDS: Final[Mapping[str, Kind]] = {
+    "lora": Kind("A LoRA (.safetensors) whose products are added to the weights.", scaled=True, traced=False),
+}
 """Every kind that a family takes, by the name of its option."""
 
 

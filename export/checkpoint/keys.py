@@ -69,7 +69,7 @@ def map_names(
     _tie(root, found, getattr(model, "all_tied_weights_keys", None) or {})
     _check(root, found, expected)
     if unused := sorted(name for name in renamed if name not in expected and not _ignored(name, model)):
-        log.info("%s: %s has no use for %s", root, type(model).__name__, _listing(unused))
+        log.info("%s: %s has no use for %s", root, type(model).__name__, listing(unused))
     return {name: found[name] for name in expected}
 
 
@@ -79,7 +79,7 @@ def _refuse_wrapped(root: Path, unused: Iterable[str]) -> None:
     """
     for pattern, what in WRAPPED:
         if names := [name for name in unused if pattern.search(name)]:
-            raise UnsupportedModel(f"{root}: the weights {_listing(names)} {what}")
+            raise UnsupportedModel(f"{root}: the weights {listing(names)} {what}")
 
 
 def _renamed(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
@@ -156,10 +156,10 @@ def _same(a: TensorRef, b: TensorRef) -> bool:
 def _check(root: Path, found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]]) -> None:
     faults = []
     if missing := [name for name in expected if name not in found]:
-        faults.append(f"missing {_listing(missing)}")
+        faults.append(f"missing {listing(missing)}")
     if other := [name for name in expected if name in found and found[name].shape != expected[name]]:
         shapes = [f"{name} (expected {list(expected[name])}, found {list(found[name].shape)})" for name in other]
-        faults.append(f"of another shape {_listing(shapes)}")
+        faults.append(f"of another shape {listing(shapes)}")
     if faults:
         raise SourceError(
             f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Take both from the same checkpoint"
@@ -178,7 +178,7 @@ def _ignored(name: str, model: torch.nn.Module) -> bool:
     return any(re.search(pattern, name) for pattern in patterns)
 
 
-def _listing(names: Iterable[str]) -> str:
+def listing(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"{len(names)} ({', '.join(names[:LISTED])}{more})"

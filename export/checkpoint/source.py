@@ -216,7 +216,10 @@ def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
 
 
 def _refuse_adapter(path: Path) -> NoReturn:
-    raise UnsupportedModel(f"{path} holds an adapter (LoRA) without the model that it changes: {MERGE}, and build that")
+    raise UnsupportedModel(
+        f"{path} holds an adapter (LoRA) without the model that it changes: build that model, and add a diffusion "
+        f"model's adapter with --lora FILE.safetensors. Otherwise {MERGE}, and build that"
+    )
 
 
 def _download(hub_id: str, variant: str, weights: bool) -> Path:

@@ -32,6 +32,9 @@ from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.tasks.image import ImageDefaults
 
+ADDITIONS: Final = ("lora",)
+"""The kinds of additions that the family and those descended from it take."""
+
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "text_encoder": ("CLIPTextModel",),
     "text_encoder_2": ("CLIPTextModelWithProjection",),
@@ -550,4 +553,5 @@ FAMILY = Family(
     config,
     assets,
     lambda source: notes(source, _schedule(source)),
+    ADDITIONS,
 )

@@ -142,4 +142,13 @@ def notes(source: Source) -> tuple[str, ...]:
     return base.notes(source, base.schedule(source))
 
 
-FAMILY = Family("stable-diffusion-xl", "diffusion", ("StableDiffusionXLPipeline",), parts, config, assets, notes)
+FAMILY = Family(
+    "stable-diffusion-xl",
+    "diffusion",
+    ("StableDiffusionXLPipeline",),
+    parts,
+    config,
+    assets,
+    notes,
+    base.ADDITIONS,
+)
