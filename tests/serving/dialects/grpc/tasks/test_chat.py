@@ -28,7 +28,8 @@ QUESTION = (Message("user", ("what is it?",)),)
 def test_requests_come_back_as_they_were(options: dict[str, Any]) -> None:
     request = ChatRequest(QUESTION, **options)
     again = chat_request(chat_pb2.ChatRequest.FromString(chat_message("talk", request).SerializeToString()))
-    assert vars(again) == vars(request)
+    assert [(one.role, one.content) for one in again.messages] == [(one.role, one.content) for one in QUESTION]
+    assert vars(again) | {"messages": QUESTION} == vars(request)
 
 
 def test_an_unknown_overflow_is_refused() -> None:
