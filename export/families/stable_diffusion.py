@@ -143,7 +143,7 @@ class Grid:
     """How long the edges of latents and pictures may be. `edge` is the latents' in training, `scale` pixels lie along
     one latent.
 
-    The UNet halves an edge again and again: it must be a multiple of `step` latents.
+    The UNet halves an edge until `step` latents have become one: no edge is shorter.
     """
 
     edge: int
@@ -173,11 +173,11 @@ class Grid:
     @property
     def sizes(self) -> Sizes:
         """Of pictures, in pixels."""
-        least = self.step * self.scale
-        return Sizes(min=least, max=self.longest * self.scale, default=self.edge * self.scale, multiple=least)
+        least, most = self.step * self.scale, self.longest * self.scale
+        return Sizes(min=least, max=most, default=self.edge * self.scale, multiple=self.scale)
 
     def latent(self, name: str) -> Dim:
-        return Dim(name=name, min=self.step, opt=self.edge, max=self.longest, multiple=self.step)
+        return Dim(name=name, min=self.step, opt=self.edge, max=self.longest)
 
     def pixel(self, name: str) -> Dim:
         sizes = self.sizes

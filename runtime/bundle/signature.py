@@ -32,8 +32,9 @@ class Dim(_Stated):
     """A dimension that varies between calls. Dims of the same name are equal within one call. Lengths are in elements.
 
     `sum_of` names the dims that this one follows from: its length is the sum of theirs, `times` a factor and divided
-    by `over`. A cache's total is its past and the new sequence. The edge of a VAE's picture is 8 times that of the
-    latents it decodes, and the edge of latents an eighth of that of the picture it encodes.
+    by `over`, rounded up as a strided convolution does. A cache's total is its past and the new sequence. The edge of a
+    VAE's picture is 8 times that of the latents it decodes, and the edge of latents an eighth of that of the picture it
+    encodes.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Dim(_Stated):
 
     def follows(self, lengths: Mapping[str, int]) -> int:
         """The length that follows from those of `sum_of`."""
-        return sum(lengths[name] for name in self.sum_of) * self.times // self.over
+        return -(-sum(lengths[name] for name in self.sum_of) * self.times // self.over)
 
 
 Values = Literal["normal", "positions", "places", "ones", "below"]
@@ -154,10 +155,10 @@ class Signature(_Stated):
         for dim in self._following.values():
             for name in dim.sum_of:
                 source = self.dims.get(name)
-                if source is None or source.sum_of or source.multiple * dim.times % dim.over:
+                if source is None or source.sum_of:
                     raise ValueError(
                         f"its dim {dim.name} follows from {name}, expected a dim of its inputs that follows from no "
-                        f"other, with lengths that {dim.over} divides"
+                        "other"
                     )
         return self
 
@@ -243,10 +244,13 @@ class Signature(_Stated):
         return {tensor.name: tensor.sample(lengths, rng, past) for tensor in tensors}
 
     def sample_lengths(self) -> dict[str, int]:
-        """Small lengths, all distinct, so that neither a tracer nor a reader confuses two dims."""
+        """Small lengths, all distinct, so that neither a tracer nor a reader confuses two dims.
+
+        They are above the least, which often is a special case: there a UNet's edge is a multiple of its step.
+        """
         lengths: dict[str, int] = {}
         for dim in self.dims.values():
-            length = max(dim.min, 2 * dim.multiple)
+            length = min(max(dim.min, dim.multiple) + dim.multiple, dim.max)
             while length in lengths.values() and length + dim.multiple <= dim.max:
                 length += dim.multiple
             if not dim.sum_of:

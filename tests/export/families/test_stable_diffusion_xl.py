@@ -48,7 +48,8 @@ REQUESTS = {
     "a negative prompt": replace(REQUEST, negative_prompt="blue square"),
     "no guidance": replace(REQUEST, guidance_scale=1.0),
     "an empty prompt": replace(REQUEST, prompt=""),
-    "told sizes": replace(REQUEST, original_size=(512, 768), crop_top_left=(100, 7), target_size=(1024, 900)),
+    "a size that the UNet does not divide evenly": replace(REQUEST, width=22, height=18),
+    "stated sizes": replace(REQUEST, original_size=(512, 768), crop_top_left=(100, 7), target_size=(1024, 900)),
 }
 
 
@@ -58,6 +59,7 @@ def theirs(tiny_xl: Path) -> Any:
     diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(tiny_xl, dtype=torch.float32, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
+    pipe.check_inputs = lambda *_, **__: None  # it demands multiples of 8 pixels whatever the VAE's factor
     return pipe
 
 
@@ -86,7 +88,7 @@ def expected(pipe: Any, request: ImageRequest) -> Array:
     """What diffusers draws from the same noise; to it, no negative prompt is None."""
     assert request.width is not None and request.height is not None and request.seed is not None
     noise = random_stream(request.seed).standard_normal((1, 4, request.height // 2, request.width // 2), np.float32)
-    told = {
+    stated = {
         "original_size": request.original_size,
         "crops_coords_top_left": request.crop_top_left,
         "target_size": request.target_size,
@@ -95,7 +97,7 @@ def expected(pipe: Any, request: ImageRequest) -> Array:
         request.prompt, negative_prompt=request.negative_prompt or None, num_inference_steps=request.steps,
         guidance_scale=request.guidance_scale, width=request.width, height=request.height,
         latents=torch.from_numpy(noise),
-        output_type="np", **{name: pair for name, pair in told.items() if pair},
+        output_type="np", **{name: pair for name, pair in stated.items() if pair},
     ).images  # fmt: skip
     return np.asarray(np.round(images[0] * 255), np.uint8)
 
@@ -107,7 +109,8 @@ def test_the_same_picture_as_diffusers(theirs: Any, ours: LoadedModel, case: str
     print(f"{ours.target}, {case}: {(differ > 0).sum()} of {differ.size} values differ, at most by {differ.max()}")
     assert wanted.std() > 20 and differ.max() <= 1 and (differ > 0).mean() < 0.02
     if REQUESTS[case] is not REQUEST:
-        assert (wanted != expected(theirs, REQUEST)).mean() > 0.02  # the model heeds what is compared
+        usual = expected(theirs, REQUEST)
+        assert usual.shape != wanted.shape or (wanted != usual).mean() > 0.02  # the model heeds what is compared
 
 
 def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle: Path) -> None:
@@ -124,7 +127,7 @@ def test_the_published_shape_draws_1024_pixels(tmp_path: Path) -> None:
         {"sample_size": 128, "block_out_channels": (320, 640, 1280)},
         {"block_out_channels": (128, 256, 512, 512)},
     )
-    assert grid.sizes == Sizes(min=32, max=4096, default=1024, multiple=32)
+    assert grid.sizes == Sizes(min=32, max=4096, default=1024, multiple=8)
 
 
 def test_a_bundle_of_faithful_parts(xl_bundle: Path) -> None:

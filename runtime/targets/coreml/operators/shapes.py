@@ -143,11 +143,32 @@ def _gather_nd(t: Any, node: ir.Node) -> Any:
 
 @operator("Resize")
 def _resize(t: Any, node: ir.Node) -> Any:
-    scales = t.numbers(given(node, 2))
     nearest = attribute(node, "mode", "nearest") == "nearest" and attribute(node, "nearest_mode", "") == "floor"
     if not nearest or attribute(node, "coordinate_transformation_mode", "") != "asymmetric":
         raise refuse(node, "is not nearest, asymmetric and floor")
+    x, sizes = t.var(node.inputs[0]), given(node, 3)
+    return _repeated(t, node, x, t.numbers(given(node, 2))) if sizes is None else _resized(t, x, t.var(sizes))
+
+
+def _repeated(t: Any, node: ir.Node, x: Any, scales: Any) -> Any:
     if scales is None or len(scales) != 4 or any(scales[:2] != 1) or any(scales != np.floor(scales)):
         raise refuse(node, "does not repeat height and width a whole number of times")
     height, width = map(float, scales[2:])
-    return t.mb.upsample_nearest_neighbor(x=t.var(node.inputs[0]), scale_factor_height=height, scale_factor_width=width)
+    return t.mb.upsample_nearest_neighbor(x=x, scale_factor_height=height, scale_factor_width=width)
+
+
+def _resized(t: Any, x: Any, sizes: Any) -> Any:
+    """Height and width as in `sizes`: position i of an edge is a copy of position floor(i * old length / new length).
+
+    It is a repetition where that is known when compiling, which the Neural Engine computes.
+    """
+    before, after = x.shape[2:], sizes.val[2:] if sizes.val is not None else ()
+    if len(after) and all(isinstance(old, int) and new % old == 0 for old, new in zip(before, after, strict=True)):
+        height, width = (float(new // old) for old, new in zip(before, after, strict=True))
+        return t.mb.upsample_nearest_neighbor(x=x, scale_factor_height=height, scale_factor_width=width)
+    lengths = t.mb.shape(x=x)
+    for axis in (2, 3):
+        old, new = (t.mb.gather(x=vector, indices=axis, axis=0) for vector in (lengths, sizes))
+        places = t.mb.floor_div(x=t.mb.mul(x=t.mb.range_1d(start=0, end=new, step=1), y=old), y=new)
+        x = t.mb.gather(x=x, indices=places, axis=axis, validate_indices=False)
+    return x

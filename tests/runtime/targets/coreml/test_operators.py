@@ -199,6 +199,9 @@ def test_gathering(compute: Any, seed: int, count: int, varying: bool, large: bo
     same(both)
 
 
+NEAREST: Any = {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+
+
 @few
 @given(seeds, st.integers(3, 7), st.integers(3, 7), st.data(), booleans)
 def test_convolutions(compute: Any, seed: int, height: int, width: int, data: Any, varying: bool) -> None:
@@ -215,18 +218,18 @@ def test_convolutions(compute: Any, seed: int, height: int, width: int, data: An
         "w": normal(seed, 6, 4 // groups, 3, 3),
         "b": normal(seed + 1, 6),
         "scales": np.array([1, 1, 2, 3], np.float32),
+        "sizes": np.array([2, 4, 2 * height - 1, 2 * width]),
+        "whole": np.array([2, 4, 2 * height, 3 * width]),
     }
     nodes: list[Any] = [
         ("Conv", "x w b", "y", attributes),
         ("Conv", "x w", "z", {"group": groups, "pads": [1, 1, 1, 1]}),
-        (
-            "Resize",
-            "x - scales",
-            "larger",
-            {"mode": "nearest", "nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"},
-        ),
+        ("Resize", "x - scales", "larger", NEAREST),
+        ("Resize", "x - - sizes", "of_size", NEAREST),
+        ("Resize", "x - - whole", "of_whole", NEAREST),
     ]
-    same(compute(nodes, {"x": normal(seed + 2, 2, 4, height, width)}, constants, "y z larger", varying), 1e-5)
+    outputs = "y z larger of_size of_whole"
+    same(compute(nodes, {"x": normal(seed + 2, 2, 4, height, width)}, constants, outputs, varying), 1e-5)
 
 
 @few
