@@ -43,6 +43,9 @@ class BuildOptions(TypedDict, total=False):
     """Settings of targets, by target and name."""
     variant: str
     """The form of the weights that is read where the source has several, such as "fp16". Default: the plain one."""
+    config: Path | None
+    """Folder with the small files of a source that is a single file: model_index.json, scheduler, tokenizers, and the
+    config.json of each network."""
     force: bool
     """Replace another bundle in the output folder."""
 
@@ -65,8 +68,8 @@ def build(
     Needs the extra "export". A build that was made before with the same options is verified and returned.
 
     Args:
-        source: Checkpoint folder in diffusers or transformers layout, a hub id, or "sample:shapes-diffusion" and
-            "sample:shapes-vlm".
+        source: Checkpoint folder in diffusers or transformers layout, a hub id, a single .safetensors file of Stable
+            Diffusion (with `config`), or "sample:shapes-diffusion" and "sample:shapes-vlm".
         output: Folder of the bundle.
         targets: Engines to compile for; "auto" stands for all that can be compiled here.
         quant: "none", "int8", "int8-weight", "int4", "fp8", "fp16", "bf16", or "auto" (limited by `max_drop`).

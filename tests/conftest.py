@@ -97,6 +97,42 @@ def tiny_diffusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_v2(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion 2.x as published for 768 pixels: OpenCLIP's text encoder, which pads with another
+    token, linear projections, heads of one width, and v-prediction.
+    """
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder = tmp_path_factory.mktemp("sources") / "tiny-v2"
+    torch.manual_seed(0)
+    tokens = json.loads((tiny_diffusion / "text_encoder" / "config.json").read_bytes())
+    ids = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, hidden_act="gelu",
+            projection_dim=12, **{key: tokens[key] for key in ids},
+        )
+    )  # fmt: skip
+    unet: Any = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, cross_attention_dim=24,
+        attention_head_dim=[2, 4], use_linear_projection=True, upcast_attention=True,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    base = StableDiffusionPipeline.from_pretrained(tiny_diffusion, torch_dtype=torch.float16)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+        set_alpha_to_one=False, prediction_type="v_prediction",
+    )  # fmt: skip
+    tokenizer = CLIPTokenizer.from_pretrained(tiny_diffusion / "tokenizer", pad_token="!")
+    StableDiffusionPipeline(
+        base.vae, text.half(), tokenizer, unet.half(), scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Stable Diffusion XL of some ten thousand float16 parameters, in the diffusers layout, with every part of
     the published one.

@@ -32,7 +32,11 @@ def calibrate(options: Options, listen: Listener = lambda report: None) -> Calib
     """
     options.check()
     chosen = export.build.options.Options(
-        options.source, options.output, variant=options.variant, additions=options.additions
+        options.source,
+        options.output,
+        variant=options.variant,
+        config=options.config,
+        additions=options.additions,
     )
     state = Build.open(chosen)
     requests = options.requests(state.task, state.fingerprint)

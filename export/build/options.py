@@ -40,7 +40,8 @@ class Options:
     may compute in where that is measured to be harmless; auto is the recipe's own. `block` is the number of consecutive
     inputs that share an int4 scale, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no
     target reads. `settings` are those of each target, by its name. `variant` is the form of the weights that is read
-    where a source has several, such as fp16; empty, the plain one. `additions` are added to the source.
+    where a source has several, such as fp16; empty, the plain one. `config` is the folder with the small files of a
+    source that is a single file. `additions` are added to the source.
     """
 
     source: str
@@ -62,6 +63,7 @@ class Options:
     strip_canonical: bool = False
     settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     variant: str = ""
+    config: Path | None = None
     additions: Sequence[Addition] = ()
 
     def __post_init__(self) -> None:
@@ -128,7 +130,7 @@ class Options:
         check_place(self.output)
         if self.calibration is not None and not self.calibration.is_file():
             raise NotFound(f"calibration set {self.calibration} does not exist: make one with `enginecast calibrate`")
-        source = None if is_hub_id(self.source) else resolve(self.source, self.variant)
+        source = None if is_hub_id(self.source) else resolve(self.source, self.variant, self.config)
         for addition in self.additions:
             addition.check()
         if not (self.output / MANIFEST).is_file() or self.force:
@@ -172,8 +174,8 @@ class CaptureOptions:
     """What to capture. `source` is as in a build; at most one of `prompts`, `images`, `questions` is given, else
     requests are built-in.
 
-    `count` is the most requests to run, None what is usual for where they come from; `variant` and `additions` are as
-    in a build. Raises InvalidInput.
+    `count` is the most requests to run, None what is usual for where they come from; `variant`, `config` and
+    `additions` are as in a build. Raises InvalidInput.
     """
 
     source: str
@@ -184,6 +186,7 @@ class CaptureOptions:
     count: int | None = None
     seed: int = 0
     variant: str = ""
+    config: Path | None = None
     additions: Sequence[Addition] = ()
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ class CaptureOptions:
         for addition in self.additions:
             addition.check()
         if not is_hub_id(self.source):
-            self.requests(task_of(resolve(self.source, self.variant)))
+            self.requests(task_of(resolve(self.source, self.variant, self.config)))
 
     def requests(self, task: str, fingerprint: str = "") -> Requests:
         """Where requests come from for this task, and the checkpoint with this fingerprint. Raises NotFound or

@@ -63,7 +63,7 @@ class Build:
         """Read configs and headers, and try the model's files together; nothing of the weights yet. Raises
         SourceError.
         """
-        source = replace(resolve(options.source, options.variant), additions=tuple(options.additions))
+        source = replace(resolve(options.source, options.variant, options.config), additions=tuple(options.additions))
         family = family_of(source)
         parts = library_parts(source, family)
         build = cls(options, source, family, parts)

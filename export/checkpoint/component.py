@@ -70,7 +70,13 @@ class Checkpoint:
             map_names,
         )  # the libraries behind it are slow to import, and reading needs none of them
 
-        return map_names(self.root, self.tensors, model, elsewhere)
+        return map_names(self.where, self.tensors, model, elsewhere)
+
+    @property
+    def where(self) -> str:
+        """Where the weights lie, for messages."""
+        apart = [file for file in self.headers if file.parent != self.root]
+        return f"{apart[0]}, read as {self.root}," if apart else str(self.root)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -13,7 +13,6 @@ import logging
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -50,11 +49,11 @@ LISTED: Final = 8
 
 
 def map_names(
-    root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module, elsewhere: Collection[str] = ()
+    where: str, tensors: Mapping[str, TensorRef], model: torch.nn.Module, elsewhere: Collection[str] = ()
 ) -> dict[str, TensorRef]:
     """The tensor of every parameter and persistent buffer of `model`, by its name in `model.state_dict()`.
 
-    `tensors` are those of the checkpoint in `root`, by published name; `model` may be on the meta device or hold fake
+    `tensors` are those of the checkpoint at `where`, by published name; `model` may be on the meta device or hold fake
     tensors. Names `elsewhere` are of tensors that other files hold. Tied names share one TensorRef. Names that the
     model has no use for are left out, as on load in either library, and logged unless the library knows them as
     harmless (`position_ids`, rotary `inv_freq`).
@@ -63,30 +62,30 @@ def map_names(
     tensor.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in elsewhere}
-    renamed = _renamed(root, tensors, model)
+    renamed = _renamed(where, tensors, model)
     found = {name: ref for name, ref in renamed.items() if name in expected}
-    _refuse_wrapped(root, [name for name in renamed if name not in expected])
-    _tie(root, found, getattr(model, "all_tied_weights_keys", None) or {})
-    _check(root, found, expected)
+    _refuse_wrapped(where, [name for name in renamed if name not in expected])
+    _tie(where, found, getattr(model, "all_tied_weights_keys", None) or {})
+    _check(where, found, expected)
     if unused := sorted(name for name in renamed if name not in expected and not _ignored(name, model)):
-        log.info("%s: %s has no use for %s", root, type(model).__name__, listing(unused))
+        log.info("%s: %s has no use for %s", where, type(model).__name__, listing(unused))
     return {name: found[name] for name in expected}
 
 
-def _refuse_wrapped(root: Path, unused: Iterable[str]) -> None:
+def _refuse_wrapped(where: str, unused: Iterable[str]) -> None:
     """Raises UnsupportedModel where names say that the weights are not those of the model alone: what they add would be
     left out.
     """
     for pattern, what in WRAPPED:
         if names := [name for name in unused if pattern.search(name)]:
-            raise UnsupportedModel(f"{root}: the weights {listing(names)} {what}")
+            raise UnsupportedModel(f"{where}: the weights {listing(names)} {what}")
 
 
-def _renamed(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
+def _renamed(where: str, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
-        return _renamed_by_transformers(root, tensors, model)
+        return _renamed_by_transformers(where, tensors, model)
     from diffusers.models.modeling_utils import ModelMixin
 
     renamed = OrderedDict(tensors)
@@ -96,7 +95,7 @@ def _renamed(root: Path, tensors: Mapping[str, TensorRef], model: torch.nn.Modul
     return renamed
 
 
-def _renamed_by_transformers(root: Path, tensors: Mapping[str, TensorRef], model: Any) -> dict[str, TensorRef]:
+def _renamed_by_transformers(where: str, tensors: Mapping[str, TensorRef], model: Any) -> dict[str, TensorRef]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -113,21 +112,21 @@ def _renamed_by_transformers(root: Path, tensors: Mapping[str, TensorRef], model
             name, converted = rename_source_key(key, [], [], prefix, expected)
         if converted is not None and name in expected:
             raise UnsupportedModel(
-                f"{root}: '{key}' becomes '{name}' of {type(model).__name__} only by computing it (transformers' "
+                f"{where}: '{key}' becomes '{name}' of {type(model).__name__} only by computing it (transformers' "
                 f"{converted}), which "
                 "weightless export cannot: load the model with transformers and save it with save_pretrained(..., "
                 "save_original_format=False)"
             )
         if name in published:
             raise SourceError(
-                f"{root}: '{published[name]}' and '{key}' are both '{name}' of {type(model).__name__}: remove one of "
+                f"{where}: '{published[name]}' and '{key}' are both '{name}' of {type(model).__name__}: remove one of "
                 "them"
             )
         published[name] = key
     return {name: tensors[key] for name, key in published.items()}
 
 
-def _tie(root: Path, found: dict[str, TensorRef], tied: Mapping[str, str]) -> None:
+def _tie(where: str, found: dict[str, TensorRef], tied: Mapping[str, str]) -> None:
     """Give tied names one tensor. `tied` is target -> source; as in transformers' tie_weights, whichever of a group
     exists serves all.
     """
@@ -140,7 +139,7 @@ def _tie(root: Path, found: dict[str, TensorRef], tied: Mapping[str, str]) -> No
         for other in present[1:]:
             if not _same(shared, found[other]):
                 raise SourceError(
-                    f"{root}: '{present[0]}' and '{other}' are tied by config.json but hold other values: "
+                    f"{where}: '{present[0]}' and '{other}' are tied by config.json but hold other values: "
                     "set tie_word_embeddings to false in config.json if both are wanted"
                 )
         found.update(dict.fromkeys(group, shared))
@@ -153,7 +152,7 @@ def _same(a: TensorRef, b: TensorRef) -> bool:
     return all(np.array_equal(left[i : i + CHUNK], right[i : i + CHUNK]) for i in range(0, a.nbytes, CHUNK))
 
 
-def _check(root: Path, found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check(where: str, found: Mapping[str, TensorRef], expected: Mapping[str, tuple[int, ...]]) -> None:
     faults = []
     if missing := [name for name in expected if name not in found]:
         faults.append(f"missing {listing(missing)}")
@@ -162,7 +161,8 @@ def _check(root: Path, found: Mapping[str, TensorRef], expected: Mapping[str, tu
         faults.append(f"of another shape {listing(shapes)}")
     if faults:
         raise SourceError(
-            f"the weights in {root} do not fit its config.json: {'; '.join(faults)}. Take both from the same checkpoint"
+            f"the weights in {where} do not fit its config.json: {'; '.join(faults)}. Take both from the same "
+            "checkpoint"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the weights come from: a folder, a sample or a hub id, and the components in it, as byte ranges
+"""Where the weights come from: a folder, a single file, a sample or a hub id, and the components in it, as byte ranges
 of their files.
 
 `resolve` finds the folder and says what it holds; `open_component` opens one network of it. Nothing here reads weights
@@ -8,16 +8,16 @@ into memory.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Literal, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
+from export.checkpoint import single_file
 from export.checkpoint.additions import Addition
 from export.checkpoint.component import (
     CONFIG,
-    LDM,
     PICKLES,
     Checkpoint,
     open_component,
@@ -54,17 +54,14 @@ MERGE: Final = (
     "save the result with save_pretrained()"
 )
 HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-LDM_XL: Final = "conditioner.embedders."
-"""Prefix of the text encoders of SDXL's."""
-
 Layout = Literal["diffusers", "transformers"]
 
 
 @dataclass(frozen=True)
 class Source:
     """A model's folder. `architecture` is the class that made it: `StableDiffusionPipeline`,
-    `LlavaForConditionalGeneration`, ... `variant` says which of several saved forms of its weights is read; `additions`
-    are what the build adds to it.
+    `LlavaForConditionalGeneration`, ... `variant` says which of several saved forms of its weights is read, where
+    they are not in `file`, one for the whole model; `additions` are what the build adds to it.
     """
 
     root: Path
@@ -72,10 +69,13 @@ class Source:
     layout: Layout
     architecture: str
     variant: str = ""
+    file: Path | None = None
     additions: tuple[Addition, ...] = ()
 
     def open(self, folder: str = "") -> Checkpoint:
         """The component in this folder of the source. Raises what `open_component` raises."""
+        if self.file is not None:
+            return single_file.open_single_file(self.file, self.root / folder)
         return open_component(self.root / folder, self.variant)
 
     def added(self, kind: str) -> tuple[Addition, ...]:
@@ -83,22 +83,27 @@ class Source:
         return tuple(one for one in self.additions if one.kind == kind)
 
 
-def resolve(source: str, variant: str = "", weights: bool = True) -> Source:
-    """The folder that `source` names: a path, `sample:NAME` (in a source checkout) or a hub id `org/name`, downloaded
-    unless it is in the cache; without `weights`, its small files alone. `variant` is one that a component of it has.
+def resolve(source: str, variant: str = "", config: Path | None = None, weights: bool = True) -> Source:
+    """The model that `source` names: a folder, `sample:NAME` (in a source checkout), a hub id `org/name`, downloaded
+    unless it is in the cache, or a single file whose small files lie in the folder `config`.
+
+    `variant` is one that a component of a folder has. Without `weights`, only the small files of a hub id are needed.
 
     Raises NotFound when there is none (or the hub cannot be reached), SourceError when it holds no model, InvalidInput
-    for a variant that no component has, and UnsupportedModel for a single-file checkpoint.
+    for a variant that no component has or a `config` that is missing or of no use, and UnsupportedModel for another
+    single file.
     """
     if not source:
         raise InvalidInput("SOURCE", f"is empty: expected a folder, {SAMPLE}NAME or a hub id org/name")
+    path = _path(source)
+    if path.is_file() and not source.startswith(SAMPLE):
+        return _single_file(path, variant, config)
+    if config is not None:
+        raise InvalidInput("config", f"belongs to a single file, which {source} is not: leave it out")
     if source.startswith(SAMPLE):
         return _inspect(_sample(source.removeprefix(SAMPLE)), source.removeprefix(SAMPLE), variant)
-    path = _path(source)
     if path.is_dir():
         return _inspect(path, check_name("SOURCE", path.resolve().name), variant)
-    if path.is_file():
-        _refuse_file(path)
     if HUB_ID.fullmatch(source):
         return _inspect(_download(source, variant, weights), source.partition("/")[2], variant)
     raise NotFound(
@@ -137,12 +142,7 @@ def _inspect(root: Path, name: str, variant: str) -> Source:
     """Tell the layout and the architecture of a folder. Sizes that its configs cannot mean are refused."""
     if (root / PIPELINE).is_file():
         index = read_json(root / PIPELINE)
-        folders = [
-            root / component
-            for component, made_by in index.items()
-            if isinstance(made_by, list) and is_file_name(component) and (root / component / CONFIG).is_file()
-        ]
-        _check_folders(root, folders, variant)
+        _check_folders(root, _components(root, index), variant)
         return Source(root, name, "diffusers", _class_name(root / PIPELINE, index.get("_class_name")), variant)
     if (root / CONFIG).is_file():
         _check_folders(root, [root], variant)
@@ -154,10 +154,19 @@ def _inspect(root: Path, name: str, variant: str) -> Source:
         _refuse_adapter(root)
     files = sorted(path for path in root.iterdir() if path.is_file() and path.suffix in (".safetensors", *PICKLES))
     if files:
-        _refuse_file(files[0])
+        _single_file(files[0], "", None)  # which says what it needs
     raise SourceError(
         f"{root} holds no model: expected {PIPELINE} (diffusers layout) or {CONFIG} (transformers layout)"
     )
+
+
+def _components(root: Path, index: Mapping[str, Any]) -> list[Path]:
+    """The folders of a pipeline's components that have a config.json."""
+    return [
+        root / name
+        for name, made_by in index.items()
+        if isinstance(made_by, list) and is_file_name(name) and (root / name / CONFIG).is_file()
+    ]
 
 
 def _check_folders(root: Path, folders: Sequence[Path], variant: str) -> None:
@@ -189,30 +198,26 @@ def _class_name(file: Path, declared: object) -> str:
     return declared
 
 
-def _refuse_file(path: Path) -> NoReturn:
-    """A single file is never a model; say what to do with this kind."""
+def _single_file(path: Path, variant: str, config: Path | None) -> Source:
+    """A file with the networks of a whole model; the small files lie in the folder `config`."""
     if path.suffix in PICKLES:
         refuse_pickle(path)
-    names = read_header(path)[1] if path.suffix == ".safetensors" else {}
-    if any(name.startswith(LDM) for name in names):
-        _refuse_ldm(path, names)
-    if any(LORA.search(name) for name in names):
+    tensors = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    if any(LORA.search(name) for name in tensors):
         _refuse_adapter(path)
-    raise UnsupportedModel(
-        f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}"
-    )
-
-
-def _refuse_ldm(path: Path, names: Iterable[str]) -> NoReturn:
-    pipeline = (
-        "StableDiffusionXLPipeline" if any(name.startswith(LDM_XL) for name in names) else "StableDiffusionPipeline"
-    )
-    raise UnsupportedModel(
-        f"{path} is a single-file checkpoint in the original Stable Diffusion layout, expected a diffusers folder. "
-        "Make one: "
-        f'python -c "from diffusers import {pipeline}; '
-        f"{pipeline}.from_single_file('{path}').save_pretrained('{path.with_suffix('')}-diffusers')\""
-    )
+    if not single_file.is_whole_model(tensors):
+        raise UnsupportedModel(
+            f"{path} is a single file, expected a folder in diffusers or transformers layout, with its {CONFIG}, or a "
+            "file in the original layout of Stable Diffusion"
+        )
+    if variant:
+        raise InvalidInput("variant", f"belongs to a folder, and {path} is a file: leave it out")
+    folder = single_file.check(path, tensors, config)
+    index = read_json(folder / PIPELINE)
+    for component in _components(folder, index):
+        check_sizes(component / CONFIG, read_json(component / CONFIG), tensors)
+    architecture = _class_name(folder / PIPELINE, index.get("_class_name"))
+    return Source(folder, check_name("SOURCE", path.stem), "diffusers", architecture, file=path)
 
 
 def _refuse_adapter(path: Path) -> NoReturn:

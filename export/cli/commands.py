@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -36,7 +36,8 @@ app.add_typer(bundles.app)
 Source = Annotated[
     str | None,
     typer.Argument(
-        help="Checkpoint folder, sample:NAME or hub id. Default: what enginecast.toml lists, else both samples."
+        help="Checkpoint folder or single file, sample:NAME or hub id. Default: what enginecast.toml lists, else both "
+        "samples."
     ),
 ]
 Targets = Annotated[
@@ -121,6 +122,13 @@ Variant = Annotated[
     str,
     typer.Option(help="Form of the weights to read where a folder has several, such as fp16. Default: the plain one."),
 ]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        help="Of a SOURCE that is a single file: folder with its small files, such as model_index.json, scheduler and "
+        "tokenizer."
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Replace another bundle that lies at the output.")]
 
 
@@ -149,6 +157,7 @@ def build(
     strip_canonical: StripCanonical = False,
     graph_only: GraphOnly = False,
     variant: Variant = "",
+    config: Config = None,
     force: Force = False,
     additions: Sequence[Addition] = (),
 ) -> None:
@@ -159,9 +168,10 @@ def build(
     common |= {"quality": quality, "speed": speed, "agreement": agreement, "allow_low_quality": allow_low_quality}
     common |= {"compute": compute, "block": block, "strip_canonical": strip_canonical}
     searched = {key: value for key, value in (("max_drop", max_drop), ("goal", optimize)) if value is not None}
-    _require_source(source, name, calibration, variant, additions)
+    _require_source(source, {"name": name, "calibration": calibration, "variant": variant, "config": config}, additions)
     if source is not None:
-        jobs = [_job(source, target, quant or "none", output) | {"variant": variant, "additions": additions}]
+        read = {"variant": variant, "config": config, "additions": additions}
+        jobs = [_job(source, target, quant or "none", output) | read]
     else:
         jobs = _listed(target, quant, output)
     for options in [_options(job, common, searched, compute_capability, setting or []) for job in jobs]:
@@ -177,7 +187,7 @@ def _build_graphs(
         given = context.get_parameter_source(name)
         if given is not None and given.name == "COMMANDLINE":
             raise InvalidInput(name.replace("_", "-"), "does not apply to --graph-only, which makes no bundle")
-    _require_source(source, "", None, "", additions)
+    _require_source(source, {}, additions)
     if source is None:
         raise InvalidInput("graph-only", "needs a SOURCE: a folder with the config files of a model")
     from export.build.graphs import build_graphs
@@ -193,9 +203,7 @@ def _build_graphs(
     out.print(f"{place}: {len(graphs)} graphs in {sum(timings.values()):.1f} s")
 
 
-def _require_source(
-    source: str | None, name: str, calibration: Path | None, variant: str, additions: Sequence[Addition]
-) -> None:
+def _require_source(source: str | None, own: Mapping[str, object], additions: Sequence[Addition]) -> None:
     """Raise InvalidInput for options of one model where no SOURCE names it, MissingDependency without the build side's
     packages.
     """
@@ -203,14 +211,10 @@ def _require_source(
         import export.build.options  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependency(error.name or "torch", "export") from None
-    if name and not source:
-        raise InvalidInput("name", "names one model, so it needs a SOURCE")
-    if calibration and not source:
-        raise InvalidInput("calibration", "is a set of one model, so it needs a SOURCE")
+    for option in (name for name, value in own.items() if value and not source):
+        raise InvalidInput(option, "is of one model, so it needs a SOURCE")
     if additions and not source:
         raise InvalidInput(additions[0].kind, "is added to one model, so it needs a SOURCE")
-    if variant and not source:
-        raise InvalidInput("variant", f"is of one model, so it needs a SOURCE, or a line of its own in {SETTINGS}")
 
 
 def _options(
@@ -234,8 +238,8 @@ def _options(
 
 def _name_of(source: str) -> str:
     """What the folder of a source's bundle is called."""
-    if Path(source).is_dir():
-        return Path(source).resolve().name
+    if Path(source).exists():
+        return Path(source).resolve().stem if Path(source).is_file() else Path(source).resolve().name
     return source.removeprefix("sample:").rstrip("/").split("/")[-1]
 
 
@@ -262,6 +266,7 @@ class Entry(BaseModel):
     quant: str = "none"
     output: Path | None = None
     variant: str = ""
+    config: Path | None = None
     additions: dict[str, list[str] | str] = {}
 
     @model_validator(mode="before")
@@ -289,7 +294,7 @@ def _listed(target: list[str] | None, quant: str | None, output: Path | None) ->
     path, jobs = Path(SETTINGS), []
     for entry in _settings(path).build if path.is_file() else [Entry(source=sample) for sample in SAMPLES]:
         job = _job(entry.source, target or listed(entry.target), quant or entry.quant, entry.output)
-        job |= {"variant": entry.variant, "additions": entry.added()}
+        job |= {"variant": entry.variant, "config": entry.config, "additions": entry.added()}
         if output is not None:
             job["output"] = output / job["output"].name
         jobs.append(job)
@@ -304,9 +309,8 @@ def _settings(path: Path) -> BuildFile:
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"]))
-        expected = (
-            "expected [[build]] tables with a source and, if wanted, target, quant, output, variant and additions"
-        )
+        options = "target, quant, output, variant, config and additions"
+        expected = f"expected [[build]] tables with a source and, if wanted, {options}"
         raise InvalidInput(SETTINGS, f"'{where}' is wrong ({fault['msg']}), {expected}") from None
 
 
@@ -390,13 +394,14 @@ def calibrate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws order, noise and choice.")] = 0,
     variant: Variant = "",
+    config: Config = None,
     additions: Sequence[Addition] = (),
 ) -> None:
     """Capture a calibration set: what a model's submodels get while it works. Stopped, the same command goes on."""
     try:
         from export.build.options import CaptureOptions
 
-        options = CaptureOptions(source, output, prompts, images, questions, count, seed, variant, additions)
+        options = CaptureOptions(source, output, prompts, images, questions, count, seed, variant, config, additions)
         options.check()
         out.print(f"{source} -> {output} (calibration set)")
         from export.build.calibrate import calibrate as run
@@ -422,6 +427,7 @@ def report(
         ),
     ] = "",
     variant: Variant = "",
+    config: Config = None,
     additions: Sequence[Addition] = (),
 ) -> None:
     """Write the quality report of a quantized bundle as one page."""
@@ -436,13 +442,13 @@ def report(
         raise MissingDependency(error.name or "jinja2", "export") from None
     if additions and not speed:
         raise InvalidInput(additions[0].kind, "belongs to --speed: name the checkpoint that it is added to")
-    if variant and not speed:
-        raise InvalidInput("variant", "belongs to --speed: name the checkpoint that has it")
+    for option in (name for name, value in (("variant", variant), ("config", config)) if value and not speed):
+        raise InvalidInput(option, "belongs to --speed: name the checkpoint that it is of")
     opened = Bundle(bundle)
     load_quality(opened)
     check_output(output)
     opened.verify(unknown=False)  # what is shown is what was measured
-    write(opened, output, time_bundle(opened, speed, show, variant, additions) if speed else None)
+    write(opened, output, time_bundle(opened, speed, show, variant, config, additions) if speed else None)
     out.print(f"{output}: quality of {bundle}")
 
 

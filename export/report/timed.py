@@ -24,17 +24,18 @@ def time_bundle(
     source: str,
     listen: Listener = lambda report: None,
     variant: str = "",
+    config: Path | None = None,
     additions: Sequence[Addition] = (),
     effort: SpeedEffort = THOROUGH,
 ) -> Speed:
     """Build `source` without quantization for the targets of the bundle, in a temporary folder, and time both beside
     PyTorch.
 
-    `source`, `variant` and `additions` are what `enginecast build` takes. Raises InvalidInput when the bundle was built
-    from something else, and whatever a build raises.
+    `source`, `variant`, `config` and `additions` are what `enginecast build` takes. Raises InvalidInput when the
+    bundle was built from something else, and whatever a build raises.
     """
     with vanishing(Path(gettempdir()), "enginecast-") as folder:
-        options = Options(source, folder / "float", bundle.targets, variant=variant, additions=additions)
+        options = Options(source, folder / "float", bundle.targets, variant=variant, config=config, additions=additions)
         state = Build.open(options)
         if state.fingerprint != bundle.manifest.source.fingerprint:
             raise InvalidInput(
