@@ -44,7 +44,7 @@ from runtime.tasks.chat import Finished, TextDelta
 from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import Model, load
-from serving.dialects.python.requests import ChatOptions, ImageOptions, Message, PictureLike
+from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike
 from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -59,6 +59,7 @@ __all__ = [
     "ChatOptions",
     "Client",
     "ContextLengthExceeded",
+    "Control",
     "DeadlineExceeded",
     "Done",
     "Drawing",

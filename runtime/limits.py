@@ -68,7 +68,11 @@ MODEL_NAME: Final = Limit(
         "HealthCheckRequest.service"),
 )  # fmt: skip
 NAME: Final = Limit(
-    "target, sampler", 64, "characters", "long enough for every name", ("LoadModelRequest.target", f"{IMAGE}.sampler")
+    "target, sampler, control",
+    64,
+    "characters",
+    "long enough for every name",
+    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name"),
 )
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
@@ -94,6 +98,20 @@ GUIDANCE: Final = Limit(
     "guidance_scale", 50, "(a factor)", "larger values saturate pictures", (f"{IMAGE}.guidance_scale",), least=0
 )
 ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
+CONTROLS: Final = Limit(
+    "controls", 8, "control networks", "each is run in every step of the denoiser", (f"{IMAGE}.controls",)
+)
+CONTROL_SCALE: Final = Limit(
+    "scale of a control", 10, "(a factor)", "larger values destroy pictures", ("Control.scale",), least=0
+)
+CONTROL_SHARE: Final = Limit(
+    "start, end of a control",
+    1,
+    "(a share of the steps)",
+    "1 is all of them",
+    ("Control.start", "Control.end"),
+    least=0,
+)
 EDGE: Final = Limit(
     "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
     (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,
@@ -125,19 +143,21 @@ PICTURES: Final = Limit(
     "they are encoded together, and each needs tokens of the context",
     ("Part.image",),
 )
-PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", ("Part.image",))
+PICTURE_FILES: Final = ("Part.image", "Control.image")
+"""The fields that hold a picture file."""
+PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", PICTURE_FILES)
 PICTURE_PIXELS: Final = Limit(
     "pixels of a picture",
     64_000_000,
     "pixels",
     "read from the header; the server decodes one picture at a time",
-    ("Part.image",),
+    PICTURE_FILES,
 )
 DECODED: Final = Limit(
     "a decoded picture", 192 << 20, "bytes of memory to decode it in",
     "a pixel needs 4 bytes in RGB files, 5 in grey ones, 8 with transparency or EXIF rotation, 8 in HEIC, 12 in WebP "
     "and AVIF",
-    ("Part.image",),
+    PICTURE_FILES,
 )  # fmt: skip
 RESIZED_PIXELS: Final = Limit(
     "pixels of a resized picture",

@@ -109,7 +109,8 @@ def _prepared(model: LoadedModel, entry: NamedRequest) -> _Work:
     """Raises InvalidInput when the model cannot read the request."""
     task = task_requests()[model.task]
     calls, beside = task.beside(model.bundle.manifest.config, entry.picture, entry.name)
-    return _Work(model.pipeline(entry.request), calls, beside)
+    request = task.fitted(model.bundle.manifest.config, entry.request)
+    return _Work(model.pipeline(request), calls, beside)
 
 
 def _run(model: LoadedModel, work: _Work, entry: NamedRequest, quota: Quota, number: int, key: str) -> CalibrationSet:

@@ -54,6 +54,12 @@ class TaskRequests(ABC):
     def of_question(self, picture: Picture, question: str) -> Any:
         """A request for a question about a picture."""
 
+    def fitted(self, config: Mapping[str, Any], request: Any) -> Any:
+        """The request with what a model with this config takes besides, so that calls of all its submodels are seen.
+        `config` is the pipeline's.
+        """
+        return request
+
     def check_questions(self) -> None:
         """Raise InvalidInput where questions do not apply to this task."""
 

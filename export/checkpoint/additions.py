@@ -36,6 +36,7 @@ class Kind:
 
 KINDS: Final[Mapping[str, Kind]] = {
     "lora": Kind("A LoRA (.safetensors) whose products are added to the weights.", scaled=True, traced=False),
+    "controlnet": Kind("A control network (folder of a ControlNetModel), which requests name.", traced=False),
 }
 """Every kind that a family takes, by the name of its option."""
 

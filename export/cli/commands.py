@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.table import Table
 
 from export.checkpoint.additions import KINDS, Addition, parse_all
-from export.cli import bundles
+from export.cli import bundles, preprocess
 from export.cli.additions import with_additions
 from export.report.console import errors, out, settings_of, show, show_notes
 from export.report.sizes import forms
@@ -31,6 +31,7 @@ GRAPH_FORMS: Final = {"in float16": 16, "in int8": 8, "in int4": 4}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 app.add_typer(bundles.app)
+app.add_typer(preprocess.app, name="preprocess")
 
 
 Source = Annotated[

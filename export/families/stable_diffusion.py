@@ -21,18 +21,21 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from export.architecture import controlnet
+from export.architecture.unet import ADDED, UNet, library
 from export.checkpoint.source import PIPELINE, Source, read_json
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.diffusion.config import DiffusionConfig, Sizes
+from runtime.diffusion.controls import PICTURE, Controls
 from runtime.diffusion.published import CLASS, SchedulerConfig
 from runtime.diffusion.published import CLASSES as SCHEDULERS
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.tasks.image import ImageDefaults
 
-ADDITIONS: Final = ("lora",)
+ADDITIONS: Final = ("lora", "controlnet")
 """The kinds of additions that the family and those descended from it take."""
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -107,17 +110,6 @@ class TextEncoder(nn.Module):
         return (self.model(input_ids=input_ids).last_hidden_state,)
 
 
-class UNet(nn.Module):
-    def __init__(self, model: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, sample: TorchTensor, timestep: TorchTensor, encoder_hidden_states: TorchTensor
-    ) -> tuple[TorchTensor, ...]:
-        return (self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
-
-
 class VaeDecoder(nn.Module):
     def __init__(self, model: AutoencoderKL) -> None:
         super().__init__()
@@ -186,6 +178,11 @@ class Grid:
     def latents(self, name: str, channels: int) -> Tensor:
         """[batch, channels, height, width]"""
         return Tensor(name=name, dtype="float32", dims=(BATCH, channels, self.latent("height"), self.latent("width")))
+
+    def picture(self, name: str, channels: int) -> Tensor:
+        """[batch, channels, image_height, image_width]"""
+        dims = (BATCH, channels, self.pixel("image_height"), self.pixel("image_width"))
+        return Tensor(name=name, dtype="float32", dims=dims)
 
 
 def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str, Any]]:
@@ -318,43 +315,53 @@ def tokens(model: Any) -> Dim:
     return Dim(name="sequence", min=1, opt=length, max=length)
 
 
-def unet_part(
-    model: UNet2DConditionModel, module: nn.Module, reference: Reference, grid: Grid, length: int, *added: Tensor
-) -> Part:
-    """The UNet on prompts of usually `length` tokens. `added` are the inputs of `module` behind those that every one
-    has.
+def denoising_parts(
+    source: Source, model: UNet2DConditionModel, grid: Grid, length: int, *added: Tensor, reduced: bool
+) -> list[Part]:
+    """The UNet on prompts of usually `length` tokens, and the control networks that are added to it. `added` are its
+    inputs behind sample, timestep and hidden states.
     """
-    config = model.config
+    inputs = (*_unet_inputs(model, grid, length), *added)
+    latents = grid.latents("sample", model.config.out_channels)
+    picture = grid.picture(PICTURE, 3).following(latents, times=grid.scale)
+    conditions = tuple(tensor for tensor in added if tensor.name in ADDED)
+    base = controlnet.Base(model.config, (latents, *inputs[1:3], *conditions), picture, grid.scale)
+    controls = [base.part(addition, reduced) for addition in source.added("controlnet")]
+    # rows of a guided batch differ in them: a network reads the prompt
+    residuals = [one.model_copy(update={"condition": inputs[2].condition}) for one in base.residuals if controls]
+    more = (*added, *residuals)
+    names = [tensor.name for tensor in more]
+    return [
+        Part(
+            "unet",
+            (Component("unet", model),),
+            UNet(model, *names),
+            library(model, *names),
+            Signature(inputs=(*inputs[:3], *more), outputs=(grid.latents("noise_pred", model.config.out_channels),)),
+            convolutional=True,
+        ),
+        *controls,
+    ]
+
+
+def _unet_inputs(model: UNet2DConditionModel, grid: Grid, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Sample, timestep and hidden states."""
     context = Dim(name="sequence", min=1, opt=length, max=16 * length)
     timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
     states = Tensor(
         name="encoder_hidden_states",
         dtype="float32",
-        dims=(BATCH, context, widths_of(config)[0]),
+        dims=(BATCH, context, widths_of(model.config)[0]),
         # what is added to the time embedding is of the prompt, too: then rows differ from the first block on
-        condition=config.addition_embed_type is None,
+        condition=model.config.addition_embed_type is None,
     )
-    return Part(
-        "unet",
-        (Component("unet", model),),
-        module,
-        reference,
-        Signature(
-            inputs=(grid.latents("sample", config.in_channels), timestep, states, *added),
-            outputs=(grid.latents("noise_pred", config.out_channels),),
-        ),
-        convolutional=True,
-    )
+    return grid.latents("sample", model.config.in_channels), timestep, states
 
 
 def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Part]:
     """Decoder and encoder. `float16` as in `Part`."""
     components = (Component("vae", model),)
-    image = Tensor(
-        name="image",
-        dtype="float32",
-        dims=(BATCH, model.config.in_channels, grid.pixel("image_height"), grid.pixel("image_width")),
-    )
+    image = grid.picture("image", model.config.in_channels)
     latents = grid.latents("latents", model.config.latent_channels)
     decode = Signature(inputs=(latents,), outputs=(image.following(latents, times=grid.scale),))
     encode = Signature(inputs=(image,), outputs=(latents.following(image, over=grid.scale),))
@@ -396,6 +403,9 @@ def settings(
         "latent_channels": vae["latent_channels"],
     }
     sampler = defaults.sampler or scheduler.sampler
+    if names := tuple(addition.name for addition in source.added("controlnet")):
+        (unet,) = configs(source, "unet")
+        more["controls"] = Controls(names=names, residuals=tuple(controlnet.residual_shapes(unet)))
     found: Any = {
         "scheduler": scheduler, "sampler": sampler, "vae": scaling, "sizes": grid.sizes, "defaults": defaults, **more
     }  # fmt: skip
@@ -510,7 +520,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             lambda ids: (text(ids).last_hidden_state,),
             {"last_hidden_state": (length, text.config.hidden_size)},
         ),
-        unet_part(unet, UNet(unet), lambda x, t, states: (unet(x, t, states).sample,), grid, length.opt),
+        *denoising_parts(source, unet, grid, length.opt, reduced=reduced),
         *vae_parts(vae, grid),
     ]
 

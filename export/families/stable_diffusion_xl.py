@@ -49,23 +49,6 @@ class ProjectedTextEncoder(nn.Module):
         return (output.hidden_states[-2], output.text_embeds)
 
 
-class UNet(nn.Module):
-    def __init__(self, model: UNet2DConditionModel) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self,
-        sample: TorchTensor,
-        timestep: TorchTensor,
-        encoder_hidden_states: TorchTensor,
-        text_embeds: TorchTensor,
-        time_ids: TorchTensor,
-    ) -> tuple[TorchTensor, ...]:
-        added = {"text_embeds": text_embeds, "time_ids": time_ids}
-        return (self.model(sample, timestep, encoder_hidden_states, added_cond_kwargs=added, return_dict=False)[0],)
-
-
 def parts(source: Source, reduced: bool) -> list[Part]:
     names = ("text_encoder", "text_encoder_2", "unet", "vae")
     text_config, text_2_config, unet_config, vae_config = base.configs(source, *names, reduced=reduced)
@@ -94,11 +77,6 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         found = text_2(ids, output_hidden_states=True)
         return (found.hidden_states[-2], found.text_embeds)
 
-    def denoise(
-        x: TorchTensor, t: TorchTensor, states: TorchTensor, pooled: TorchTensor, sizes: TorchTensor
-    ) -> tuple[TorchTensor, ...]:
-        return (unet(x, t, states, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}).sample,)
-
     return [
         base.text_part("text_encoder", text, TextEncoder(text), read, {"penultimate_hidden_state": (length, hidden)}),
         base.text_part(
@@ -108,14 +86,14 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             read_2,
             {"penultimate_hidden_state": (base.tokens(text_2), hidden_2), "text_embeds": (projection,)},
         ),
-        base.unet_part(
+        *base.denoising_parts(
+            source,
             unet,
-            UNet(unet),
-            denoise,
             grid,
             length.opt,
             Tensor(name="text_embeds", dtype="float32", dims=(BATCH, projection)),
             Tensor(name="time_ids", dtype="float32", dims=(BATCH, TIME_IDS), values="below", limit=grid.sizes.default),
+            reduced=reduced,
         ),
         # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its
         # config.

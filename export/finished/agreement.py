@@ -98,7 +98,8 @@ def _compare(emulated: Engine, reference: Reference) -> Agreement:
 def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
     """Inputs of usual lengths with batch 1; for a decoder, a prompt and further calls."""
     rng = np.random.default_rng(0)
-    usual = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of} | {"batch": 1}
+    free = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of}
+    usual = signature.complete(free | {"batch": 1})
     for call in captured if not signature.states else ():
         row = {
             tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs

@@ -110,7 +110,9 @@ def _dynamic_shapes(module: nn.Module, signature: Signature) -> tuple[Any, ...]:
     ]
     parameters = inspect.signature(module.forward).parameters.values()
     variable = [index for index, each in enumerate(parameters) if each.kind is inspect.Parameter.VAR_POSITIONAL]
-    return (*axes[: variable[0]], tuple(axes[variable[0] :])) if variable else tuple(axes)
+    if not variable or len(axes) <= variable[0]:
+        return tuple(axes)
+    return (*axes[: variable[0]], tuple(axes[variable[0] :]))
 
 
 def _name_dims(model: ir.Model, signature: Signature) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Final
 import numpy as np
 
 from calibration.observe.metrics import PEAK, gmsd, psnr_db, snr_db, ssim
+from calibration.requests.task import task_requests
 from export.report.measured import ComparedByName, Floor, Measure, Measured
 from export.report.pictures import GAIN, data_uri, difference, stored
 from export.report.running import run
@@ -140,7 +141,7 @@ class ImageComparison(Comparison):
 
 
 def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture]:
-    """The final latents and the picture."""
+    """The final latents and the picture, with controls where the model has control networks and the seed is even."""
     latents: list[Array] = []
 
     def seen(call: Call, outputs: Outputs) -> Outputs:
@@ -148,7 +149,8 @@ def _draw(model: LoadedModel, request: ImageRequest) -> tuple[Array, Picture]:
             latents.append(np.array(call.inputs["latents"]))
         return outputs
 
-    picture = run(model, request, seen).one(ImageReady).image
+    fitted = task_requests()[request.task].fitted(model.bundle.manifest.config, request)
+    picture = run(model, fitted, seen).one(ImageReady).image
     return latents[-1], picture
 
 

@@ -213,6 +213,11 @@ class Signature(_Stated):
         following = self._following.values()
         return {**lengths} | {dim.name: dim.follows(lengths) for dim in following if lengths.keys() >= {*dim.sum_of}}
 
+    def ranges(self, lengths: Mapping[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        """Least, usual and most lengths of the inputs' dims, given those of the dims that follow from no other."""
+        low, usual, high = (self.complete({name: three[i] for name, three in lengths.items()}) for i in range(3))
+        return {name: (low[name], usual[name], high[name]) for name in self.dims if name in low}
+
     def cut(self, inputs: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
         """The part of a decoder's call for its new positions from `start` to `stop`, as views of the arrays."""
         port, lengths = self.decoder, self.lengths(inputs)

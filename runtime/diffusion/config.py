@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.added import AddedConditions
+from runtime.diffusion.controls import Controls
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig, as_drawn_before
@@ -42,7 +43,7 @@ class DiffusionConfig(Frozen):
 
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
     sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
-    encoder and no sizes. `sampler` draws where a request names none.
+    encoder and no sizes, `controls` where there are no control networks. `sampler` draws where a request names none.
     """
 
     scheduler: SchedulerConfig
@@ -51,6 +52,7 @@ class DiffusionConfig(Frozen):
     sizes: Sizes
     defaults: ImageDefaults = ImageDefaults()
     added: AddedConditions | None = None
+    controls: Controls | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:

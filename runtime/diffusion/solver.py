@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -51,6 +51,15 @@ class Sampler:
 
     schedule: Schedule
     solve: Callable[[Schedule, Latents, Noise], Steps]
+
+    @cached_property
+    def calls(self) -> int:
+        """How often a walk evaluates the model: once or twice in a step."""
+        zeros = np.zeros((1, 1, 1, 1), np.float32)
+        walk = Walk(self, zeros, lambda: zeros)
+        while walk.latents is None:
+            walk.advance(zeros)
+        return walk.calls
 
     def strengthened(self, strength: float) -> Sampler:
         """The last steps alone, as many as the share `strength`, 0 to 1, of all, rounded down: those that image to
@@ -138,12 +147,13 @@ class Walk:
     `clean` of that shape, to which the noise of the first step is added.
 
     The model is to be evaluated on `x` at `time`, and its output given to `advance`, until `latents` holds the result:
-    at once where the schedule has no step to take. `step` counts the steps done: a step is done when the solver goes
-    on to a later point of its schedule.
+    at once where the schedule has no step to take. `calls` counts the evaluations done, `step` the steps: a step is
+    done when the solver goes on to a later point of its schedule.
     """
 
     def __init__(self, sampler: Sampler, noise: Latents, fresh: Noise, clean: Latents | None = None) -> None:
         self.latents: Latents | None = None
+        self.calls = 0
         self._schedule = schedule = sampler.schedule
         start = noise * np.float32(schedule.start) if clean is None else schedule.noised(clean, noise)
         self._solver = sampler.solve(schedule, start, fresh)
@@ -166,6 +176,7 @@ class Walk:
     def advance(self, output: Latents) -> Latents:
         """Go on to the next evaluation. The result is the estimate of the clean latents, which a preview shows."""
         estimate = self._schedule.estimate(self._x, output, self._point)
+        self.calls += 1
         self._send(estimate)
         return estimate.clean
 

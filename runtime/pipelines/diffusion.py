@@ -7,12 +7,18 @@ The submodels of a bundle; all their inputs and outputs but input_ids (int64) ar
                     hidden] -> noise_pred, shaped as sample
     vae_decoder     latents [batch, channels, height, width], unscaled -> image [batch, 3, height, width], -1 to 1
 
+Each control network that a build adds is a submodel, and its outputs are inputs of the unet:
+
+    controlnet.NAME sample, timestep, encoder_hidden_states, control_picture [batch, 3, image_height, image_width], 0 to
+                    1 -> down_block_residual_0 and so on, mid_block_residual
+
 A model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 2307.01952) differs in these:
 
     text_encoder    input_ids -> penultimate_hidden_state [batch, sequence, hidden]
     text_encoder_2  input_ids -> penultimate_hidden_state [batch, sequence, hidden_2], text_embeds [batch, projection]
     unet            encoder_hidden_states [batch, sequence, hidden + hidden_2], text_embeds, and time_ids [batch, 6]:
-                    original height and width, top and left of the crop, intended height and width, in pixels
+                    original height and width, top and left of the crop, intended height and width, in pixels; control
+                    networks have these inputs, too
 """
 
 from __future__ import annotations
@@ -28,12 +34,13 @@ from runtime.diffusion.added import time_ids
 from runtime.diffusion.calls import Arrays, Part, run
 from runtime.diffusion.conditioning import Conditioning, Prompts, TextEncoder
 from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.controls import Controlling, controlling
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Decoder, Noise, noises
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler, Walk
 from runtime.pipeline import Example, ModelPipeline, Pipeline, Progress
-from runtime.tasks.image import ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest
 
 ENCODERS: Final = {
     False: (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),),
@@ -51,6 +58,7 @@ class _Job:
 
     prompts: Prompts
     added: Arrays
+    controls: Controlling
     guidance: Guidance
     sampler: Sampler
     noises: tuple[Noise, ...]
@@ -85,6 +93,10 @@ class DiffusionPipeline(ModelPipeline):
         for text in dict.fromkeys(tokenizer.last for tokenizer in self.conditioning.tokenizers):
             alone = ImageRequest(text, steps=2, width=edge, height=edge, guidance_scale=1.0, seed=0)
             yield Example(f"the prompt '{text}'", alone)
+        if self.config.controls is not None:
+            blank = np.zeros((edge, edge, 3), np.uint8)
+            controls = tuple(Control(name, blank) for name in self.config.controls.names)
+            yield Example("controls", ImageRequest("a", steps=2, width=edge, height=edge, seed=0, controls=controls))
 
     def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
         return self.decoder.keep_within(room)
@@ -96,8 +108,10 @@ class DiffusionPipeline(ModelPipeline):
         config, size, guidance = self.config, self.config.size_of(request), self.config.guidance_of(request)
         prompts = self.conditioning.tokenize(request.prompt, request.negative_prompt, guidance.guided)
         added = time_ids(config.added, request.stated_sizes, size, guidance.rows)
+        sampler = config.sampler_of(request)
+        controls = controlling(config.controls, request.controls, size, sampler)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
-        return self._draw(_Job(prompts, added, guidance, config.sampler_of(request), starts, request.preview_every))
+        return self._draw(_Job(prompts, added, controls, guidance, sampler, starts, request.preview_every))
 
     def _draw(self, job: _Job) -> Pipeline:
         text = yield from self.conditioning.encode(job.prompts)
@@ -111,7 +125,9 @@ class DiffusionPipeline(ModelPipeline):
         steps, walk = len(job.sampler.schedule.steps), Walk(job.sampler, noise.start(), noise.fresh)
         while walk.latents is None:
             done, time = walk.step, np.full(job.guidance.rows, walk.time, np.float32)
-            outputs = yield from run("unet", sample=job.guidance.batch(walk.x), timestep=time, **conditions)
+            inputs = {"sample": job.guidance.batch(walk.x), "timestep": time, **conditions}
+            residuals = yield from job.controls(walk.calls, inputs)
+            outputs = yield from run("unet", **inputs, **residuals)
             clean = walk.advance(job.guidance.combine(outputs["noise_pred"]))
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0

@@ -16,6 +16,7 @@ from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import Event
 from runtime.task import Request, Task
+from runtime.vision.images import Picture, PictureFile, check_picture
 
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
@@ -47,6 +48,39 @@ class ImageDefaults(Frozen):
 
 
 @dataclass(frozen=True, eq=False)
+class Control:
+    """A picture that a control network of the bundle follows, by the network's name: what the network was trained on,
+    such as white edges on black. It is a file, or uint8 RGB [height, width, 3], and is resized to what is drawn.
+
+    `scale` is how much of it counts. It counts in the steps between `start` and `end`, shares of all steps, 0 to 1.
+    """
+
+    name: str
+    image: Picture | PictureFile
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits.NAME.length("controls", self.name)
+        limits.CONTROL_SCALE.number("controls", self.scale)
+        for share in (self.start, self.end):
+            limits.CONTROL_SHARE.number("controls", share)
+        if self.start >= self.end:
+            raise InvalidInput(
+                "controls",
+                f"'{self.name}' is from {self.start:g} to {self.end:g}, expected a start below the end",
+            )
+        if isinstance(self.image, np.ndarray):
+            check_picture(self.image, "controls")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its file."""
+        return len(self.image.data) if isinstance(self.image, PictureFile) else 0
+
+
+@dataclass(frozen=True, eq=False)
 class ImageRequest(Request):
     """Pictures to draw. None is the model's default. Raises InvalidInput naming the field where no model could
     accept it.
@@ -60,6 +94,8 @@ class ImageRequest(Request):
     `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
     is to look like. None is the size of the drawn picture, without a crop.
+
+    `controls` are for control networks that the bundle was built with, each at most once; their effects add up.
     """
 
     task: ClassVar[str] = "image"
@@ -78,6 +114,7 @@ class ImageRequest(Request):
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    controls: tuple[Control, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ("prompt", "negative_prompt"):
@@ -85,6 +122,7 @@ class ImageRequest(Request):
         limits.NAME.length("sampler", self.sampler or "")
         limits.IMAGES.number("images", self.images)
         limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
+        limits.CONTROLS.length("controls", self.controls)
         limits.ETA.number("eta", self.eta)
         for field, limit in (
             ("steps", limits.STEPS),
@@ -99,6 +137,10 @@ class ImageRequest(Request):
         for field, pair in self.stated_sizes.items():
             if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
                 raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
+
+    @property
+    def nbytes(self) -> int:
+        return sum(control.nbytes for control in self.controls)
 
     @property
     def stated_sizes(self) -> dict[str, tuple[int, int]]:

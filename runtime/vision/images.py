@@ -232,6 +232,13 @@ def decoded(picture: Picture | PictureFile) -> Picture:
     return picture.decode() if isinstance(picture, PictureFile) else picture
 
 
+def resized(picture: Picture | PictureFile, size: tuple[int, int], resample: Image.Resampling) -> Picture:
+    """The pixels of a picture or of a file, resized to (width, height). Raises InvalidInput if they are damaged."""
+    if isinstance(picture, PictureFile):
+        return picture.resized(size, resample)
+    return np.array(Image.fromarray(picture).resize(size, resample), np.uint8)
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """A picture or a strip of it as RGB, with transparency composited over white."""
     if image.mode in SIXTEEN:

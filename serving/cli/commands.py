@@ -41,6 +41,7 @@ FORWARDS: Final = {
         "export.cli.commands",
         "Capture the inputs of a model's submodels while it works, to calibrate builds with.",
     ),
+    "preprocess": ("export.cli.commands", "Make the picture of a control, such as the edges of a photograph."),
     "report": ("export.cli.commands", "Write the quality report of a quantized bundle as one page."),
     "inspect": ("export.cli.commands", "Show what a bundle holds."),
     "verify": ("export.cli.commands", "Compare a bundle's files with their hashes."),

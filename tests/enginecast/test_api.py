@@ -16,8 +16,8 @@ from runtime import errors
 
 ROOT = Path(__file__).parents[2]
 NAMES = """
-    Answer BuildOptions Bundle ChatOptions Client Done Drawing EngineUse Event Finished ImageOptions ImageReady Message
-    Model PictureLike Progress Queued Session Started Stream TextDelta build load
+    Answer BuildOptions Bundle ChatOptions Client Control Done Drawing EngineUse Event Finished ImageOptions ImageReady
+    Message Model PictureLike Progress Queued Session Started Stream TextDelta build load
 """.split()
 ERRORS = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)]
 METHODS = {

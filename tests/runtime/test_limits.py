@@ -6,6 +6,7 @@ import math
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 from google.protobuf.descriptor import Descriptor
 
@@ -13,9 +14,10 @@ from runtime import limits
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import ImageRequest
+from runtime.tasks.image import Control, ImageRequest
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
 
+PIXELS = np.zeros((2, 2, 3), np.uint8)
 DOC = Path(__file__).parents[2] / "docs" / "limits.md"
 
 
@@ -66,6 +68,7 @@ def test_every_field_of_every_request_has_a_limit() -> None:
         ({"eta": -0.1}, "eta"),
         ({"width": 2**32 - 1}, "width"),
         ({"seed": 2**63 - 1, "images": 2}, "seed"),
+        ({"controls": (Control("x", PIXELS),) * 9}, "controls"),
     ],
 )
 def test_a_picture_request_beyond_a_limit_names_the_field(change: dict[str, object], field: str) -> None:

@@ -8,13 +8,14 @@ from itertools import count
 from typing import Any, Final
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from calibration.requests.task import Beside, TaskRequests
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event
-from runtime.tasks.image import ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest
 from runtime.vision.images import Picture
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
@@ -89,6 +90,14 @@ class ImageRequests(TaskRequests):
     def brief(self, request: ImageRequest, number: int) -> ImageRequest:
         return replace(request, steps=BRIEF_STEPS[number % len(BRIEF_STEPS)])
 
+    def fitted(self, config: Mapping[str, Any], request: ImageRequest) -> ImageRequest:
+        """Every other request has a control for each control network: a model with them is used with and without."""
+        parsed, seed = DiffusionConfig.parse(config), request.seed or 0
+        if parsed.controls is None or seed % 2 or request.controls:
+            return request
+        edge = parsed.sizes.default
+        return replace(request, controls=tuple(Control(name, edges(edge, seed)) for name in parsed.controls.names))
+
     def of_prompt(self, text: str, number: int) -> ImageRequest:
         return ImageRequest(text)
 
@@ -123,6 +132,16 @@ class ImageRequests(TaskRequests):
         """The one picture, uint8 RGB [height, width, 3]."""
         (ready,) = (event for event in events if isinstance(event, ImageReady))
         return ready.image.astype(np.uint8, copy=False)
+
+
+def edges(edge: int, seed: int) -> Picture:
+    """White outlines on black, uint8 RGB [edge, edge, 3]: what many control networks are shown."""
+    rng, picture = np.random.default_rng(seed), Image.new("RGB", (edge, edge))
+    draw = ImageDraw.Draw(picture)
+    for shape in (draw.ellipse, draw.rectangle) * 4:
+        (left, right), (top, bottom) = np.sort(rng.integers(0, edge, (2, 2)), axis=1).tolist()
+        shape((left, top, right, bottom), outline="white")
+    return np.asarray(picture)
 
 
 def _drawn(event: Event) -> list[Call]:

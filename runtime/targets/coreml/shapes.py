@@ -75,10 +75,9 @@ def lengths_of(signature: Signature, settings: CoreMLSettings) -> dict[str, tupl
         found[signature.port.batch] = (1, 1, 1)
         if signature.port.sequence not in settings.lengths:
             found[signature.port.sequence] = (1, *_steps(capacity(signature, settings.context)))
-    return {
-        name: (usual, usual, usual) if settings.shapes == "fixed" else (low, usual, high)
-        for name, (low, usual, high) in found.items()
-    }
+    if settings.shapes == "fixed":
+        found = {name: (usual, usual, usual) for name, (_, usual, _) in found.items()}
+    return found if signature.port is not None else signature.ranges(found)
 
 
 def _steps(context: int) -> tuple[int, int]:

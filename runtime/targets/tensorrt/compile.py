@@ -186,7 +186,11 @@ def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str
     """Shortest, usual and longest length of each dim, for each profile. Raises InvalidInput when a setting exceeds the
     signature.
     """
-    lengths = {name: (dim.min, dim.opt, dim.max) for name, dim in signature.dims.items()}
+    lengths = {
+        name: (dim.min, dim.opt, dim.max)
+        for name, dim in signature.dims.items()
+        if signature.port is not None or not dim.sum_of
+    }
     for name, wanted in settings.shapes.items():
         if name not in lengths:
             raise InvalidInput(
@@ -199,7 +203,7 @@ def _profiles(signature: Signature, settings: TensorRTSettings) -> list[dict[str
             )
         lengths[name] = wanted
     if signature.port is None:
-        return [lengths]
+        return [signature.ranges(lengths)]
     sequence = signature.port.sequence
     longest = min(lengths[sequence][2], capacity(signature, settings.context))
     return [lengths | {sequence: (1, 1, 1)}, lengths | {sequence: (1, min(PREFILL, longest), longest)}]

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from runtime.errors import InvalidInput, quoted
 from runtime.limits import IMAGE_SEED
 from serving.cli.options import UINT32, ModelOptions, with_model_options
+
+if TYPE_CHECKING:
+    from serving.dialects.python.requests import Control
+
+CONTROL: Final = re.compile(
+    r"(?P<name>[^=]+)=(?P<image>.+?)(:(?P<scale>\d*\.?\d+))?(@(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?"
+)
+
+
+def parse_control(text: str) -> Control:
+    """From NAME=PICTURE[:SCALE][@START-END]. Raises InvalidInput, NotFound."""
+    from serving.dialects.python.requests import Control
+
+    found = CONTROL.fullmatch(text)
+    if found is None:
+        raise InvalidInput("control", f"is {quoted(text)}, expected NAME=PICTURE[:SCALE][@START-END]")
+    numbers = {name: float(found[name]) for name in ("scale", "start", "end") if found[name] is not None}
+    return Control(found["name"], Path(found["image"]), **numbers)
 
 
 @with_model_options
@@ -35,6 +55,14 @@ def generate(
     width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None,
     images: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Number of pictures.")] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PICTURE[:SCALE][@START-END]",
+            help="Picture file for a control network of the bundle, how much it counts (1), and in which shares of the "
+            "steps (0-1). Repeat for several.",
+        ),
+    ] = None,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
@@ -51,6 +79,7 @@ def generate(
         eta=eta,
         seed=seed,
         images=images,
+        controls=[parse_control(text) for text in control or ()],
     )
     request = image_request(terminal.unicode("prompt", prompt), given)
     with where.session(request) as session:

@@ -43,6 +43,11 @@ def png(picture: Any) -> bytes:
     return images.encode_image(np.asarray(picture, np.uint8))
 
 
+def file_of(picture: images.Picture | images.PictureFile) -> bytes:
+    """The bytes of a picture file; of pixels, a PNG file."""
+    return picture.data if isinstance(picture, images.PictureFile) else png(picture)
+
+
 def queued(event: Queued) -> common_pb2.Queued:
     """A request's place in the queue."""
     return common_pb2.Queued(position=event.position)

@@ -16,12 +16,29 @@ from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language import text
 from runtime.limits import PICTURE_BYTES
+from runtime.tasks import image
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from runtime.vision.images import PictureFile
+from runtime.vision.images import Picture, PictureFile
 
 PictureLike = NDArray[np.uint8] | bytes | Path | Image.Image
 """A picture: uint8 RGB [height, width, 3], the bytes or the path of a picture file, or a Pillow image."""
+
+
+@dataclass(frozen=True, eq=False)
+class Control:
+    """A picture that a control network of the bundle follows, by the network's name: what the network was trained on,
+    such as white edges on black. It is resized to what is drawn.
+
+    `scale` is how much it counts, 0 to 10. It counts in the steps between `start` and `end`, shares of all steps, 0 to
+    1.
+    """
+
+    name: str
+    image: PictureLike
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
 
 
 class ImageOptions(TypedDict, total=False):
@@ -49,6 +66,8 @@ class ImageOptions(TypedDict, total=False):
     """Number of pictures, 1 to 64."""
     preview_every: int | None
     """Number of steps between previews (`Progress.preview`). 0 is never."""
+    controls: Sequence[Control] | None
+    """Pictures for the control networks that the bundle was built with, each network at most once."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -91,8 +110,14 @@ class Message:
 
 
 def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
-    """The request for pictures. Raises InvalidInput naming the option."""
-    return ImageRequest(prompt=prompt, **_given(options, ImageOptions.__annotations__))
+    """The request for pictures. Raises InvalidInput naming the option, NotFound for a missing file."""
+    given = _given(options, ImageOptions.__annotations__)
+    return ImageRequest(prompt=prompt, **given | {"controls": tuple(map(_control, given.get("controls", ())))})
+
+
+def _control(control: Control) -> image.Control:
+    shown = picture(control.image, "controls")
+    return image.Control(control.name, shown, control.scale, control.start, control.end)
 
 
 def chat_request(
@@ -110,7 +135,7 @@ def chat_request(
     return ChatRequest(messages=tuple(messages), **given | {"stop": tuple(given.get("stop", ()))})
 
 
-def picture(image: PictureLike, field: str) -> text.Part:
+def picture(image: PictureLike, field: str) -> Picture | PictureFile:
     """Convert a picture for a pipeline. Only the header of a file is read; decoding comes later. Raises InvalidInput
     that names `field` or the file, and NotFound if the file cannot be read.
     """

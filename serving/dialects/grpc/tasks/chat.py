@@ -12,7 +12,7 @@ from runtime.language.overflow import Overflow
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.vision import images
-from serving.dialects.grpc.messages import done_event, engines, given, png, queued, timings
+from serving.dialects.grpc.messages import done_event, engines, file_of, given, queued, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import chat_pb2, model_pb2
 from serving.host.job import Done, Queued
@@ -125,7 +125,7 @@ def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
 def _part_message(part: text.Part) -> chat_pb2.Part:
     if isinstance(part, str):
         return chat_pb2.Part(text=part)
-    return chat_pb2.Part(image=part.data if isinstance(part, images.PictureFile) else png(part))
+    return chat_pb2.Part(image=file_of(part))
 
 
 def chat_events(responses: Iterator[chat_pb2.ChatResponse]) -> Generator[Event, None, None]:

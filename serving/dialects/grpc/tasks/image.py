@@ -6,10 +6,11 @@ from collections.abc import Generator, Iterator
 from time import perf_counter
 from typing import Final
 
+from runtime import limits
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import ImageReady, ImageRequest
-from runtime.vision.images import decode_image
-from serving.dialects.grpc.messages import done_event, engines, given, png, queued, timings
+from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.vision.images import PictureFile, decode_image
+from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import image_pb2, model_pb2
 from serving.host.job import Done, Queued, Started
@@ -19,10 +20,18 @@ OPTIONS: Final = (
     *("sampler", "eta", "seed", "images", "preview_every"),
 )
 
+CONTROL_OPTIONS: Final = ("scale", "start", "end")
+
 
 def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
     """Convert a request. Unset fields keep the model's defaults. Raises InvalidInput."""
-    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS))
+    limits.CONTROLS.length("controls", message.controls)
+    controls = tuple(map(_control, message.controls))
+    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), controls=controls)
+
+
+def _control(message: image_pb2.Control) -> Control:
+    return Control(message.name, PictureFile.open(message.image, "controls"), **given(message, CONTROL_OPTIONS))
 
 
 class ImageStream:
@@ -57,7 +66,13 @@ class ImageStream:
 def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateRequest:
     """Convert a request to its message."""
     options = {name: getattr(request, name) for name in OPTIONS}
-    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **options)
+    controls = map(_control_message, request.controls)
+    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **options, controls=controls)
+
+
+def _control_message(control: Control) -> image_pb2.Control:
+    options = {name: getattr(control, name) for name in CONTROL_OPTIONS}
+    return image_pb2.Control(name=control.name, image=file_of(control.image), **options)
 
 
 def image_events(responses: Iterator[image_pb2.GenerateResponse]) -> Generator[Event, None, None]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from itertools import islice
 
+import numpy as np
+
 from calibration.requests.requests import REQUESTS
 from calibration.requests.tasks.image import PROMPTS, TASK
 from export.tasks.image import PROMPTS as COMPARED
+from runtime.tasks.image import ImageRequest
 
 
 def test_prompts_are_seeded_and_mixed() -> None:
@@ -25,3 +28,19 @@ def test_each_eight_hold_many_kinds() -> None:
 
 def test_what_is_compared_was_not_calibrated_with() -> None:
     assert not {prompt for prompt, _ in PROMPTS} & set(COMPARED)
+
+
+def test_every_other_request_of_a_model_with_control_networks_has_controls() -> None:
+    scheduler = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False}
+    sizes = {"min": 8, "max": 64, "default": 32, "multiple": 8}
+    vae = {"scaling_factor": 1.0, "scale_factor": 8, "latent_channels": 4}
+    config = {"scheduler": scheduler, "sampler": "ddim", "vae": vae, "sizes": sizes}
+    controls = {"names": ["edges", "depth"], "residuals": [[8, 1], [8, 1]]}
+    request = ImageRequest("x", seed=2)
+    assert TASK.fitted(config, request) is request
+    fitted = TASK.fitted(config | {"controls": controls}, request)
+    assert [control.name for control in fitted.controls] == ["edges", "depth"]
+    picture = fitted.controls[0].image
+    assert isinstance(picture, np.ndarray) and picture.shape == (32, 32, 3) and set(np.unique(picture)) == {0, 255}
+    odd = ImageRequest("x", seed=3)
+    assert TASK.fitted(config | {"controls": controls}, odd) is odd

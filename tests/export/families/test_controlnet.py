@@ -1,0 +1,231 @@
+"""Control networks beside Stable Diffusion, from their checkpoints to the picture, on every engine, against diffusers'
+own pipelines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calibration.observe.metrics import PEAK, psnr_db
+from export.build.build import build
+from export.build.options import Options
+from export.build.state import Build
+from export.checkpoint.additions import Addition
+from runtime.bundle.manifest import Bundle
+from runtime.bundle.signature import Array
+from runtime.diffusion.latents import random_stream
+from runtime.diffusion.published import SchedulerConfig
+from runtime.diffusion.solver import make_sampler
+from runtime.errors import InvalidInput, UnsupportedModel
+from runtime.pipeline import drive
+from runtime.placing.loading import LoadedModel, load_model, open_pipeline
+from runtime.tasks.image import Control, ImageReady, ImageRequest
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch tensors inside diffusers
+NAMES = ("edges", "depth")
+TARGETS = ("onnxruntime", "openvino")
+KINDS = ("tiny_diffusion", "tiny_xl")
+PIPELINES = {"tiny_diffusion": "StableDiffusionControlNetPipeline", "tiny_xl": "StableDiffusionXLControlNetPipeline"}
+PICTURES = [np.random.default_rng(i).integers(0, 255, (16, 24, 3), dtype=np.uint8) for i in range(2)]
+REQUEST = ImageRequest("a large red circle", "blue", 24, 16, steps=5, guidance_scale=4.0, seed=3)
+ONE = (Control("edges", PICTURES[0]),)
+TWO = (Control("depth", PICTURES[1], 0.5, 0.2, 0.7), Control("edges", PICTURES[0], 0.8, 0.0, 0.5))
+REQUESTS = {
+    "one": replace(REQUEST, controls=ONE),
+    "two, from start to end": replace(REQUEST, controls=TWO),
+    "no guidance": replace(REQUEST, controls=ONE, guidance_scale=1.0),
+    "a size of odd latents": replace(REQUEST, controls=TWO, width=22, height=18),
+    "a control that is resized": replace(REQUEST, controls=(Control("depth", PICTURES[1][:10, :10]),)),
+}
+
+
+def networks(source: Path, folder: Path) -> tuple[Addition, ...]:
+    """Two control networks for a checkpoint, of random float16 weights, large enough to be seen."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
+    for number, name in enumerate(NAMES):
+        torch.manual_seed(number)
+        network: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+        with torch.no_grad():
+            for own, parameter in network.named_parameters():
+                if own.startswith("controlnet_"):
+                    parameter.normal_(0, 0.3)
+        network.half().save_pretrained(folder / name)
+    return tuple(Addition("controlnet", folder / name) for name in NAMES)
+
+
+@pytest.fixture(scope="module", params=[KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.full)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(kind: str, request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue(kind))
+
+
+@pytest.fixture(scope="module")
+def additions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Addition, ...]:
+    return networks(source, tmp_path_factory.mktemp("networks"))
+
+
+@pytest.fixture(scope="module")
+def bundle(source: Path, additions: tuple[Addition, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bundles") / source.name
+    build(Options(str(source), output, TARGETS, agreement="none", additions=additions))
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle: Path) -> Iterator[dict[str, LoadedModel]]:
+    """The bundle by target, each loaded once."""
+    models: dict[str, LoadedModel] = {}
+    yield models
+    for model in models.values():
+        model.close()
+
+
+@pytest.fixture(params=TARGETS)
+def ours(bundle: Path, loaded: dict[str, LoadedModel], request: pytest.FixtureRequest) -> LoadedModel:
+    target = str(request.param)
+    if target not in loaded:
+        loaded[target] = load_model(bundle, target)
+    return loaded[target]
+
+
+def drawn(model: LoadedModel, request: ImageRequest) -> Array:
+    (ready,) = (event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady))
+    return ready.image
+
+
+@pytest.fixture(scope="module")
+def theirs(kind: str, source: Path, additions: tuple[Addition, ...]) -> Callable[[ImageRequest], Array]:
+    """What diffusers' pipeline draws from the same noise."""
+    import diffusers
+
+    models = {one.name: diffusers.ControlNetModel.from_pretrained(one.path) for one in additions}
+    more = {"add_watermarker": False} if kind == "tiny_xl" else {"safety_checker": None}
+    pipeline: Any = getattr(diffusers, PIPELINES[kind])
+    pipe = pipeline.from_pretrained(source, controlnet=list(models.values()), dtype=torch.float32, **more)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw(request: ImageRequest) -> Array:
+        pipe.controlnet.nets = torch.nn.ModuleList(models[control.name] for control in request.controls)
+        assert request.width is not None and request.height is not None
+        noise = random_stream(3).standard_normal((1, 4, request.height // 2, request.width // 2), np.float32)
+        (image,) = pipe(
+            request.prompt,
+            image=[Image.fromarray(control.image) for control in request.controls],
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            width=request.width,
+            height=request.height,
+            latents=torch.from_numpy(noise),
+            controlnet_conditioning_scale=[control.scale for control in request.controls],
+            control_guidance_start=[control.start for control in request.controls],
+            control_guidance_end=[control.end for control in request.controls],
+            output_type="np",
+        ).images
+        return np.asarray(np.round(image * 255), np.uint8)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    ("controls", "message"),
+    [
+        ((Control("edge", PICTURES[0]),), "there is no control 'edge': did you mean 'edges'"),
+        (ONE * 2, "'edges' is given twice"),
+    ],
+)
+def test_controls_that_do_not_fit_the_bundle(bundle: Path, controls: tuple[Control, ...], message: str) -> None:
+    with pytest.raises(InvalidInput, match=f"controls: {message}"):
+        open_pipeline(Bundle(bundle))(replace(REQUEST, controls=controls))
+
+
+def test_a_picture_for_a_bundle_without_networks(xl_bundle: Path) -> None:
+    with pytest.raises(InvalidInput, match=r"controls: .* this bundle has none: build it with --controlnet"):
+        open_pipeline(Bundle(xl_bundle))(replace(REQUEST, controls=ONE))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"start": 0.5, "end": 0.5}, "'edges' is from 0.5 to 0.5, expected a start below the end"),
+        ({"end": 1.5}, "is 1.5, expected 0 to 1"),
+        ({"start": float("nan")}, "is nan, expected 0 to 1"),
+        ({"scale": -1}, "is -1, expected 0 to 10"),
+        ({"image": PICTURES[0].astype(float)}, "controls: "),
+    ],
+)
+def test_controls_that_no_bundle_has(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        Control(**{"name": "edges", "image": PICTURES[0], **options})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"cross_attention_dim": 48},
+            r"cross_attention_dim 48 \(expected 16\): this control network was made for another",
+        ),
+        ({"in_channels": 9}, r"in_channels 9 \(expected 4\)"),
+        ({"layers_per_block": 2}, r"layers_per_block 2 \(expected 1\)"),
+        ({"conditioning_embedding_out_channels": [8, 16, 32]}, "make 2 pixels one latent"),
+        ({"global_pool_conditions": True}, "global_pool_conditions True, expected False"),
+        ({"_class_name": "ControlNetUnionModel"}, "is of the class ControlNetUnionModel, expected ControlNetModel"),
+    ],
+)
+def test_networks_that_cannot_be_added(
+    tiny_diffusion: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    """From their config files alone."""
+    (one, _) = networks(tiny_diffusion, tmp_path)
+    for weights in one.path.glob("*.safetensors"):
+        weights.unlink()
+    file = one.path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | change))
+    with pytest.raises(UnsupportedModel, match=message):
+        Build.open(Options(str(tiny_diffusion), tmp_path / "bundle", additions=(one,)))
+
+
+def test_a_single_file_is_no_network(tiny_diffusion: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").touch()
+    with pytest.raises(UnsupportedModel, match=r"is a single file, .*from_single_file\('.*x.safetensors'\)"):
+        Build.open(
+            Options(
+                str(tiny_diffusion), tmp_path / "b", additions=(Addition("controlnet", tmp_path / "x.safetensors"),)
+            )
+        )
+
+
+def test_how_often_samplers_call_the_model_is_diffusers() -> None:
+    """Shares of the steps are shares of the scheduler's timesteps there."""
+    import diffusers
+
+    config = SchedulerConfig.parse({"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False})
+    for name, scheduler in (("heun", "Heun"), ("kdpm2", "KDPM2"), ("euler", "Euler")):
+        theirs = getattr(diffusers, f"{scheduler}DiscreteScheduler")()
+        theirs.set_timesteps(6)
+        assert make_sampler(name, config, 6).calls == len(theirs.timesteps)
+
+
+@pytest.mark.parametrize("case", REQUESTS)
+def test_the_same_picture_as_diffusers(theirs: Callable[[ImageRequest], Array], ours: LoadedModel, case: str) -> None:
+    wanted, got = theirs(REQUESTS[case]), drawn(ours, REQUESTS[case])
+    print(f"{ours.target}, {case}: {psnr_db(wanted, got, PEAK):.1f} dB")
+    assert psnr_db(wanted, got, PEAK) > 40 and wanted.std() > 20
+    without = replace(REQUESTS[case], controls=())
+    assert psnr_db(wanted, drawn(ours, without), PEAK) < 30, "the controls are seen"

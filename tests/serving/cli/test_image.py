@@ -1,0 +1,32 @@
+"""How a control is written on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from runtime.errors import InvalidInput
+from serving.cli.tasks.image import parse_control
+
+
+@pytest.mark.parametrize(
+    ("text", "image", "numbers"),
+    [
+        ("edges=a.png", "a.png", (1, 0, 1)),
+        ("edges=a.png:0.8", "a.png", (0.8, 0, 1)),
+        ("edges=a.png:.5@0.2-0.7", "a.png", (0.5, 0.2, 0.7)),
+        ("edges=a.png@0-0.5", "a.png", (1, 0, 0.5)),
+        ("edges=C:/b=c/a@2x.png", "C:/b=c/a@2x.png", (1, 0, 1)),
+    ],
+)
+def test_a_control(text: str, image: str, numbers: tuple[float, ...]) -> None:
+    control = parse_control(text)
+    assert (control.name, control.image) == ("edges", Path(image))
+    assert (control.scale, control.start, control.end) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a.png", "=a.png", "edges="])
+def test_no_control(text: str) -> None:
+    with pytest.raises(InvalidInput, match=r"control: is .*, expected NAME=PICTURE"):
+        parse_control(text)
