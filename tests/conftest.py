@@ -234,6 +234,22 @@ def tiny_blip2_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("sources") / "tiny-blip2-t5", T5)
 
 
+@pytest.fixture(scope="session")
+def tiny_instructblip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random InstructBLIP with a Llama, float16."""
+    from tests.export.families.blip import LLAMA, save_instruct
+
+    return save_instruct(tmp_path_factory.mktemp("sources") / "tiny-instructblip", LLAMA)
+
+
+@pytest.fixture(scope="session")
+def tiny_instructblip_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random InstructBLIP with a T5, float16."""
+    from tests.export.families.blip import T5, save_instruct
+
+    return save_instruct(tmp_path_factory.mktemp("sources") / "tiny-instructblip-t5", T5)
+
+
 @pytest.fixture(params=sorted(targets()))
 def target(request: pytest.FixtureRequest) -> str:
     """Each target there is; skips with the reason where it cannot be used."""

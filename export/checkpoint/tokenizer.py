@@ -18,12 +18,11 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer
 
 from export.build.staging import cached, key_of
-from export.checkpoint.source import Source
 from runtime.bundle.manifest import sha256
 from runtime.errors import SourceError
 
 FILE: Final = "tokenizer.json"
-VOCABULARIES: Final = (FILE, "tokenizer.model", "vocab.json")
+VOCABULARIES: Final = (FILE, "tokenizer.model", "vocab.json", "vocab.txt")
 """One of them holds the words; without any, the library makes a tokenizer of three."""
 FILES: Final = (
     *VOCABULARIES,
@@ -35,20 +34,20 @@ FILES: Final = (
 )
 
 
-def tokenizer_file(source: Source, placeholder: str = "") -> Path:
-    """The file of the model's tokenizer: the published tokenizer.json, or one in the cache. Raises SourceError naming
-    what is wrong.
+def tokenizer_file(folder: Path, placeholder: str = "") -> Path:
+    """The file of the tokenizer whose files lie in a folder: the published tokenizer.json, or one in the cache. Raises
+    SourceError naming what is wrong.
 
     `placeholder` is a special token that the model's processor adds where the tokenizer does not have it.
     """
-    found = [source.root / name for name in FILES if (source.root / name).is_file()]
+    found = [folder / name for name in FILES if (folder / name).is_file()]
     if not any(file.name in VOCABULARIES for file in found):
         raise SourceError(
-            f"{source.root} has no tokenizer, none of {', '.join(VOCABULARIES)}: take the files from where the model "
+            f"{folder} has no tokenizer, none of {', '.join(VOCABULARIES)}: take the files from where the model "
             "was published"
         )
     files = {file.name: sha256(file) for file in found}
-    return _made(source.root, placeholder, key_of("tokenizer", version("transformers"), placeholder, files))
+    return _made(folder, placeholder, key_of("tokenizer", version("transformers"), placeholder, files))
 
 
 @cache

@@ -141,7 +141,7 @@ class VisionLanguage:
             context_length=text.max_position_embeddings,
             vocab_size=text.vocab_size,
             hidden_size=text.hidden_size,
-            bos_token_id=_leading_token(tokenizer_file(source)),
+            bos_token_id=_leading_token(tokenizer_file(source.root)),
             eos_token_ids=generation.ends,
             image_token_id=model.image_token_index,
             tokens_per_image=patches(model),
@@ -161,7 +161,7 @@ class VisionLanguage:
         wanted = {f"tokenizer/{name}": source.root / name for name in text} | {
             f"preprocessor/{name}": source.root / name for name in vision
         }
-        return {"tokenizer/tokenizer.json": tokenizer_file(source)} | {
+        return {"tokenizer/tokenizer.json": tokenizer_file(source.root)} | {
             path: file for path, file in wanted.items() if file.is_file()
         }
 

@@ -7,6 +7,7 @@ from typing import Any, Final, Literal
 from pydantic import Field, model_validator
 
 from runtime.bundle.manifest import Frozen
+from runtime.language.instruction import InstructionConfig
 from runtime.tasks.chat import ChatDefaults
 
 LONGEST: Final = 1 << 24
@@ -21,8 +22,10 @@ class ChatConfig(Frozen):
     prompt, a file of `runtime/language/layouts/`, and `layout_options` are that layout's own settings. `bos_token_id`
     is put before every prompt whose template did not write it; null when the model's tokenizer puts none.
     `prompt` "template" is written by the model's chat template, "plain" is the pictures, then the texts (see
-    `PlainText`). `encoders` turn pixels into features, each taking the outputs of the one before. `prefill_chunk` cuts
-    long prompts into decoder calls of at most that many tokens; 0 is one call.
+    `PlainText`). `encoders` turn pixels into features, each taking the outputs of the one before. `instruction` says
+    how the last of them reads the texts of the conversation, where it does. A prompt takes `most_pictures`; 0 is any
+    number that its context holds. `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0
+    is one call.
     """
 
     context_length: int = Field(ge=1, le=LONGEST)
@@ -36,6 +39,8 @@ class ChatConfig(Frozen):
     layout_options: dict[str, Any] = Field(default_factory=dict)
     prompt: Literal["template", "plain"] = "template"
     encoders: tuple[str, ...] = ("vision_encoder",)
+    instruction: InstructionConfig | None = None
+    most_pictures: int = Field(default=0, ge=0)
     prefill_chunk: int = Field(default=0, ge=0, le=LONGEST)
     defaults: ChatDefaults = ChatDefaults()
 

@@ -24,6 +24,8 @@ from runtime.language.templates import Role as Role
 
 REPLACEMENT: Final = "\ufffd"
 """What a decoder writes for bytes that are no whole character, or not yet."""
+RARE: Final = "\U00010380"
+"""A letter, of Ugaritic, that vocabularies do not have."""
 
 
 class PlainText:
@@ -50,6 +52,8 @@ class PlainText:
             )
         self.image_token_id = image_token_id
         self.special = {token.content: id for id, token in added.items() if token.special or id == image_token_id}
+        unknown = self._encoded(RARE, False)  # a special token that any text may become, in vocabularies without bytes
+        self._reserved = set(self.special.values()) - set(unknown)
 
     @property
     def last(self) -> tuple[str, int]:
@@ -91,6 +95,13 @@ class PlainText:
             )
         return ids
 
+    def tokens(self, text: str, field: str) -> list[int]:
+        """Token ids of one text, with what the tokenizer puts around it. Raises InvalidInput naming `field` for a text
+        that contains a special token.
+        """
+        self._check_plain(text, field)
+        return self._encoded(text, True)
+
     @property
     def _placeholder(self) -> int:
         return -1 if self.image_token_id is None else self.image_token_id
@@ -105,8 +116,7 @@ class PlainText:
         return list(self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def _specials(self, ids: Sequence[int]) -> Counter[int]:
-        known = set(self.special.values())
-        return Counter(id for id in ids if id in known)
+        return Counter(id for id in ids if id in self._reserved)
 
     def _check_plain(self, part: Part, field: str) -> None:
         found = [token for token in self.special if isinstance(part, str) and token in part]

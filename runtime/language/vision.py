@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -12,10 +12,12 @@ from typing import Final
 import numpy as np
 
 from runtime.bundle.signature import Array
-from runtime.errors import BundleError
+from runtime.errors import BundleError, InvalidInput
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Step, run
+from runtime.language.instruction import INPUT, Instructions
 from runtime.language.layout import Layout, Size, layout_named
+from runtime.language.text import Message
 from runtime.pipeline import Call, Outputs
 from runtime.vision.images import Picture, PictureFile
 
@@ -29,7 +31,7 @@ class Prompt:
     order.
 
     `keys` are the ids with each placeholder replaced by a negative number that tells its picture from others, so that
-    equal keys mean equal positions.
+    equal keys mean equal positions. `instruction` are the tokens that the encoder reads beside the pictures.
     """
 
     ids: list[int]
@@ -39,15 +41,17 @@ class Prompt:
     """Positions of pictures."""
     left_out: int = 0
     """Messages of the conversation that are not in it."""
+    instruction: Sequence[int] = ()
 
 
 class Vision:
     """How one model sees. `layout` turns pictures into tiles and positions; `token` is the id of the placeholder;
-    `encoders` are the submodels that make features of tiles, in order.
+    `config.encoders` are the submodels that make features of tiles, in order. `instructions` is None where none of them
+    reads the texts of the conversation.
     """
 
-    def __init__(self, layout: Layout, token: int, patches: int, encoders: Sequence[str]) -> None:
-        self.layout, self.token, self.patches, self.encoders = layout, token, patches, encoders
+    def __init__(self, layout: Layout, token: int, config: ChatConfig, instructions: Instructions | None) -> None:
+        self.layout, self.token, self.config, self.instructions = layout, token, config, instructions
 
     @classmethod
     def open(cls, root: Path, config: ChatConfig) -> Vision | None:
@@ -55,23 +59,40 @@ class Vision:
         if config.image_token_id is None:
             return None
         layout = layout_named(config.layout).open(root, config.tokens_per_image, config.layout_options)
-        return cls(layout, config.image_token_id, config.tokens_per_image, config.encoders)
+        instructions = Instructions(root, config.instruction) if config.instruction else None
+        return cls(layout, config.image_token_id, config, instructions)
+
+    @property
+    def origins(self) -> Mapping[str, str]:
+        """What makes each input of the encoders."""
+        read = {INPUT: str(self.instructions.text.file)} if self.instructions else {}
+        return {"pixel_values": self.layout.origin} | read
 
     def check(self, images: Sequence[Picture | PictureFile]) -> None:
-        """Raise InvalidInput naming the picture whose size the model cannot be shown."""
+        """Raise InvalidInput for more pictures than a prompt takes, and naming the one whose size the model cannot be
+        shown.
+        """
+        if 0 < self.config.most_pictures < len(images):
+            raise InvalidInput(
+                "messages",
+                f"show {len(images)} pictures, a prompt of this model takes {self.config.most_pictures}: ask about the "
+                "others in further requests",
+            )
         for image in images:
             self.layout.check(Size.of(image), image.field if isinstance(image, PictureFile) else "messages")
 
-    def prompt(self, ids: Sequence[int], images: Sequence[Picture | PictureFile]) -> Prompt:
-        """The prompt of tokens with one placeholder per picture."""
+    def prompt(self, ids: Sequence[int], messages: Sequence[Message]) -> Prompt:
+        """The prompt of the tokens of messages, with one placeholder per picture. Raises InvalidInput."""
+        images = [image for message in messages for image in message.images]
+        instruction = self.instructions(messages) if self.instructions and images else []
         pictures = iter(images)
         repeated, keys = list[int](), list[int]()
         for id in ids:
             found = next(pictures) if id == self.token else None
             count = 1 if found is None else self.layout.positions(Size.of(found))
             repeated += [id] * count
-            keys += [id if found is None else _name(found)] * count
-        return Prompt(repeated, keys, list(images), len(repeated) - len(ids) + len(images))
+            keys += [id if found is None else _name(found, instruction)] * count
+        return Prompt(repeated, keys, images, len(repeated) - len(ids) + len(images), instruction)
 
     def insert(self, prompt: Prompt, start: int, embeds: Array) -> Step[None]:
         """Write the pictures' embeddings into those of the prompt from position `start` on, [1, sequence, hidden].
@@ -84,29 +105,40 @@ class Vision:
         first = sum(end <= passed for end in ends)
         if first == len(ends):
             return
-        features = yield from self._see(prompt.images[first:])
+        features = yield from self._see(prompt.images[first:], prompt.instruction)
         embeds[0, places[passed:] - start] = features[len(features) - (len(places) - passed) :]
 
-    def _see(self, images: Sequence[Picture | PictureFile]) -> Step[Array]:
+    def _see(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[Array]:
         """The embeddings [positions, hidden] of pictures, one picture behind the other."""
         tiles = [self.layout.tiles(image, "messages") for image in images]
         pixels, found = np.concatenate(tiles), []
         for start in range(0, len(pixels), TILES):
-            outputs: Outputs = {"pixel_values": pixels[start : start + TILES]}
-            for encoder in self.encoders:
-                outputs = yield from run(Call(encoder, outputs))
-            found.append(outputs["image_features"])
+            piece = pixels[start : start + TILES]
+            beside = {INPUT: np.tile(np.array(instruction, np.int64), (len(piece), 1))} if instruction else {}
+            found.append((yield from encode(piece, self.config.encoders, beside))["image_features"])
         features = np.concatenate(found)
-        if features.shape[1] != self.patches:
+        if features.shape[1] != self.config.tokens_per_image:
             raise BundleError(
-                f"the vision encoder gives {features.shape[1]} patches, the bundle says {self.patches}: build it again"
+                f"the vision encoder gives {features.shape[1]} patches, the bundle says "
+                f"{self.config.tokens_per_image}: build it again"
             )
         pieces = np.split(features, list(accumulate(map(len, tiles)))[:-1])
         return np.concatenate([self.layout.pack(*pair) for pair in zip(pieces, map(Size.of, images), strict=True)])
 
 
-def _name(picture: Picture | PictureFile) -> int:
-    """A negative number made from a picture's size and content, or from its file."""
+def encode(pixels: Array, encoders: Sequence[str], beside: Mapping[str, Array] | None = None) -> Step[Outputs]:
+    """What submodels make of pixels [tiles, 3, height, width], each from the outputs of the one before: the outputs of
+    the last one, which also gets the inputs `beside`.
+    """
+    outputs: Outputs = {"pixel_values": pixels}
+    for encoder in encoders:
+        given = beside if encoder == encoders[-1] else None
+        outputs = yield from run(Call(encoder, {**outputs, **(given or {})}))
+    return outputs
+
+
+def _name(picture: Picture | PictureFile, instruction: Sequence[int]) -> int:
+    """A negative number made from a picture's size and content, or from its file, and from what is read beside it."""
     content = picture.data if isinstance(picture, PictureFile) else repr(picture.shape).encode() + picture.tobytes()
-    digest = hashlib.sha256(content).digest()
+    digest = hashlib.sha256(content + repr(instruction).encode() * bool(instruction)).digest()
     return -1 - int.from_bytes(digest[:8])

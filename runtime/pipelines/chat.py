@@ -67,8 +67,8 @@ class ChatPipeline(ModelPipeline):
     @property
     def origins(self) -> Mapping[str, str]:
         """What makes each input of the submodels."""
-        pixels = {"pixel_values": self.vision.layout.origin} if self.vision else {}
-        return pixels | {"input_ids": str(self.text.file), "inputs_embeds": "token_embedding"}
+        seen = self.vision.origins if self.vision else {}
+        return {**seen, "input_ids": str(self.text.file), "inputs_embeds": "token_embedding"}
 
     def examples(self) -> Iterator[Example]:
         """Requests that try the model's files."""
@@ -129,7 +129,7 @@ class ChatPipeline(ModelPipeline):
         ids, bos = self.text.encode(request.messages), self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return self.vision.prompt(ids, request.images) if self.vision else Prompt(ids, ids, [])
+        return self.vision.prompt(ids, request.messages) if self.vision else Prompt(ids, ids, [])
 
     def begin(self, prompt: Prompt) -> list[int]:
         """The tokens of the decoder that the answer follows."""

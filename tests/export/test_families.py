@@ -175,7 +175,7 @@ def tiny_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_next(tmp_path_factory.mktemp("sources") / "tiny-next")
 
 
-CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5")
+CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5", "tiny_instructblip")
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -244,7 +244,9 @@ def test_assets_are_the_model_s_own_files(checkpoint: Path) -> None:
         assert (
             file.is_file()
             and file.is_relative_to(checkpoint)
-            and re.fullmatch(r"(tokenizer(_2)?|scheduler|preprocessor)/(additional_chat_templates/)?[^/]+", path)
+            and re.fullmatch(
+                r"(tokenizer(_2)?|qformer_tokenizer|scheduler|preprocessor)/(additional_chat_templates/)?[^/]+", path
+            )
         )
 
 

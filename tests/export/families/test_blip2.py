@@ -5,28 +5,23 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import closing
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from transformers import AutoTokenizer, Blip2ForConditionalGeneration, Blip2Processor, BlipImageProcessor
 
 from export.build.build import _parity, build
 from export.build.options import Options
 from export.build.state import Build
-from export.checkpoint.source import resolve
-from export.family import family_of
 from runtime.engine import Slot, targets
-from runtime.errors import SourceError, UnsupportedModel
+from runtime.errors import InvalidInput, SourceError, UnsupportedModel
 from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import load_model
 from runtime.tasks.chat import ChatRequest
-from tests.export.families.blip import QUERIES, save
+from tests.export.families.blip import QUERIES, ask, library, library_answer, opened, save
 from tests.export.families.conftest import PICTURE, answer
 
 TARGETS = ("onnxruntime", "openvino")
@@ -42,31 +37,6 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     output = tmp_path_factory.mktemp("blip2") / "bundle"
     build(Options(str(source), output, targets=(*TARGETS, *EMULATED), quality="none"))
     return source, output
-
-
-@cache
-def library(source: Path) -> tuple[Any, Any]:
-    """The library's own model in float32, and its processor."""
-    tokenizer, pictures = AutoTokenizer.from_pretrained(source), BlipImageProcessor.from_pretrained(source)
-    processor = Blip2Processor(pictures, tokenizer, num_query_tokens=QUERIES)
-    return Blip2ForConditionalGeneration.from_pretrained(source, dtype="float32").eval(), processor
-
-
-def library_answer(source: Path, text: str, **settings: Any) -> tuple[list[int], list[int]]:
-    """The prompt and the tokens of transformers' own generate."""
-    model, processor = library(source)
-    given = processor(images=Image.fromarray(PICTURE), text=text, return_tensors="pt")
-    model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
-    with torch.inference_mode():
-        found = model.generate(**given, do_sample=False, **settings)
-    prompt = given["input_ids"][0].tolist()
-    start = 1 if model.config.is_encoder_decoder else len(prompt)
-    return prompt, found[0, start:].tolist()
-
-
-def ask(text: str, **settings: Any) -> ChatRequest:
-    content = (PICTURE, text) if text else (PICTURE,)
-    return ChatRequest((Message("user", content),), temperature=0.0, **settings)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -118,16 +88,6 @@ def test_quantized_bundles_compile_for_every_target(model: tuple[Path, Path], tm
     assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
 
 
-def opened(source: Path, root: Path) -> ChatPipeline:
-    """The pipeline of a checkpoint that is not built."""
-    found = resolve(str(source))
-    family = family_of(found)
-    for path, file in family.assets(found).items():
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(file, root / path)
-    return ChatPipeline(root, family.config(found))
-
-
 def test_an_older_checkpoint_has_its_queries_in_front(tmp_path: Path) -> None:
     """Their placeholder is the token that the library's processor adds."""
     source = save(tmp_path / "older", image_token=None)
@@ -136,12 +96,14 @@ def test_an_older_checkpoint_has_its_queries_in_front(tmp_path: Path) -> None:
     assert opened(source, tmp_path / "root").prompt(ask(QUESTION)).ids == ids and ids[:7] == [406] * QUERIES + [1]
 
 
-def test_two_pictures_and_two_turns(tiny_blip2: Path, tmp_path: Path) -> None:
-    """All pictures are in front, texts follow one another."""
+def test_texts_follow_one_another_and_one_picture_is_shown(tiny_blip2: Path, tmp_path: Path) -> None:
     pipeline = opened(tiny_blip2, tmp_path)
-    messages = Message("user", (PICTURE, "a")), Message("assistant", ("b",)), Message("user", (PICTURE, "c"))
+    messages = Message("user", (PICTURE, "a")), Message("assistant", ("b",)), Message("user", ("c",))
     ids = pipeline.prompt(ChatRequest(messages)).ids
-    assert ids == [4] * 2 * QUERIES + pipeline.text.tokenizer.encode("a b c").ids
+    assert ids == [4] * QUERIES + pipeline.text.tokenizer.encode("a b c").ids
+    two = Message("user", (PICTURE, "a", PICTURE))
+    with pytest.raises(InvalidInput, match="messages: show 2 pictures, a prompt of this model takes 1: ask about"):
+        pipeline(ChatRequest((two,)))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +115,13 @@ def test_two_pictures_and_two_turns(tiny_blip2: Path, tmp_path: Path) -> None:
         ({"text_config": {"activation_function": "swish2"}}, "text_config.hidden_act is 'swish2'"),
         ({"qformer_config": {"hidden_act": "swish2"}}, "qformer_config.hidden_act is 'swish2'"),
         ({"vision_config": {"image_size": [24, 24]}}, "vision_config.image_size is [24, 24], expected a whole number"),
+        (
+            {"vision_config": {"num_attention_heads": 5}},
+            "vision_config.num_attention_heads is 5, expected a divisor of 64",
+        ),
+        ({"qformer_config": {"num_attention_heads": 5}}, "qformer_config.num_attention_heads is 5, expected a divisor"),
+        ({"qformer_config": {"position_embedding_type": "relative_key"}}, "position_embedding_type is 'relative_key'"),
+        ({"qformer_config": {"cross_attention_frequency": 0}}, "cross_attention_frequency is 0, expected 1 or more"),
         ({"": {"num_query_tokens": 0}}, "num_query_tokens is 0, expected 1 or more"),
         ({"": {"image_token_index": 7}}, "image_token_index is 7, the tokenizer has <image> as 4"),
     ],
