@@ -41,11 +41,12 @@ from runtime.errors import (
 )
 from runtime.pipeline import Event, Progress
 from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
 from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import Model, load
 from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike
-from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.results import Answer, Drawing, Matching, Vectors
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.host.job import Done, EngineUse, Queued, Started
@@ -63,6 +64,8 @@ __all__ = [
     "DeadlineExceeded",
     "Done",
     "Drawing",
+    "EmbedRequest",
+    "Embeddings",
     "EngineError",
     "EngineUnavailable",
     "EngineUse",
@@ -72,6 +75,7 @@ __all__ = [
     "ImageOptions",
     "ImageReady",
     "InvalidInput",
+    "Matching",
     "Message",
     "MissingDependency",
     "Model",
@@ -82,6 +86,7 @@ __all__ = [
     "QualityError",
     "Queued",
     "ResourceExhausted",
+    "Scores",
     "Session",
     "SourceError",
     "Started",
@@ -89,6 +94,7 @@ __all__ = [
     "TextDelta",
     "Unavailable",
     "UnsupportedModel",
+    "Vectors",
     "build",
     "load",
 ]

@@ -46,7 +46,8 @@ class Limit:
             raise InvalidInput(field, f"is {value}, expected {least} to {self.most}")
 
 
-IMAGE, CHAT = "GenerateRequest", "ChatRequest"
+IMAGE, CHAT, EMBED = "GenerateRequest", "ChatRequest", "EmbedRequest"
+SHOWN: Final = ("Part.image", f"{EMBED}.images")
 
 # Messages, before they are parsed.
 MESSAGE: Final = Limit("message", 20 << 20, "bytes", "room for one picture of the largest size, or several photographs")
@@ -64,8 +65,8 @@ METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default;
 # Fields.
 MODEL_NAME: Final = Limit(
     "model name", 200, "characters", "long enough for every name",
-    (f"{IMAGE}.model", f"{CHAT}.model", *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")),
-        "HealthCheckRequest.service"),
+    (*(f"{request}.model" for request in (IMAGE, CHAT, EMBED)),
+        *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service"),
 )  # fmt: skip
 NAME: Final = Limit(
     "target, sampler, control",
@@ -126,24 +127,34 @@ IMAGE_SEED: Final = Limit(
 )
 SEED: Final = Limit("seed of an answer", 2**64 - 1, "(a number)", "the range of the field", (f"{CHAT}.seed",), least=0)
 MESSAGES: Final = Limit(
-    "messages", 1000, "messages", "a chat template renders all of them", (f"{CHAT}.messages", "Message.role")
+    "messages",
+    1000,
+    "messages",
+    "a chat template renders all of them",
+    (f"{CHAT}.messages", "Message.role", f"{CHAT}.context_overflow"),
 )
 PARTS: Final = Limit("parts", 2000, "parts of all messages", "a chat template renders all of them", ("Message.parts",))
 TEXT: Final = Limit(
     "text",
     100_000,
-    "characters of all parts",
+    "characters of all texts of a request",
     "about 25,000 tokens; tokenizing needs 200 bytes and a microsecond for each byte",
-    ("Part.text",),
+    ("Part.text", f"{EMBED}.texts"),
+)
+TEXTS: Final = Limit(
+    "texts", 1000, "texts", "a text takes a row of the encoder, and its embedding some kilobytes", (f"{EMBED}.texts",)
+)
+PAIRS: Final = Limit(
+    "pairs", 1000, "pairs of a picture and a text", "each is read by the matching network", (f"{EMBED}.match",)
 )
 PICTURES: Final = Limit(
     "pictures",
     32,
     "pictures of all messages",
     "they are encoded together, and each needs tokens of the context",
-    ("Part.image",),
+    SHOWN,
 )
-PICTURE_FILES: Final = ("Part.image", "Control.image")
+PICTURE_FILES: Final = (*SHOWN, "Control.image")
 """The fields that hold a picture file."""
 PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", PICTURE_FILES)
 PICTURE_PIXELS: Final = Limit(
@@ -164,14 +175,14 @@ RESIZED_PIXELS: Final = Limit(
     8_000_000,
     "pixels",
     "a narrow picture becomes very long when its short edge is resized to the model's size",
-    ("Part.image",),
+    SHOWN,
 )
 REQUEST_PIXELS: Final = Limit(
     "pixels of all pictures",
     256_000_000,
     "pixels",
     "read from the headers; decoding 64 million takes a second",
-    ("Part.image",),
+    SHOWN,
 )
 STOPS: Final = Limit("stop strings", 16, "strings", "each is searched in every piece of the answer", (f"{CHAT}.stop",))
 STOP: Final = Limit(

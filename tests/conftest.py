@@ -250,6 +250,22 @@ def tiny_instructblip_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_instruct(tmp_path_factory.mktemp("sources") / "tiny-instructblip-t5", T5)
 
 
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP of three layers, float16, with the tokenizer of the sample that draws."""
+    from tests.export.families.embedding import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("sources") / "tiny-clip")
+
+
+@pytest.fixture(scope="session")
+def tiny_blip2_retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random BLIP-2 that embeds and matches, float16."""
+    from tests.export.families.embedding import save_retrieval
+
+    return save_retrieval(tmp_path_factory.mktemp("sources") / "tiny-blip2-retrieval")
+
+
 @pytest.fixture(params=sorted(targets()))
 def target(request: pytest.FixtureRequest) -> str:
     """Each target there is; skips with the reason where it cannot be used."""

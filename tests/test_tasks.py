@@ -189,14 +189,16 @@ def test_a_task_from_this_folder_alone_is_calibrated(bundle: Bundle, tmp_path: P
 
 def test_commands_are_named_by_the_verbs_of_their_tasks() -> None:
     verbs = [task.verb for _, task in sorted(runtime.task.tasks().items())]
-    assert [command.__name__ for command in serving.cli.task.task_commands()] == verbs
+    assert {command.__name__ for command in serving.cli.task.task_commands()} == {*verbs, "caption"}
 
 
 def test_the_toy_leaves_no_trace() -> None:
-    assert set(runtime.task.tasks()) == {"image", "chat"} and not toys()
+    assert set(runtime.task.tasks()) == {"image", "chat", "embed"} and not toys()
 
 
-NAMES = re.compile(r"\"(diffusion|chat)\"|(task|kind|pipeline)\w*\b.*\"image\"|(from|import) runtime\.pipelines\.")
+NAMES = re.compile(
+    r"\"(diffusion|chat|embed)\"|(task|kind|pipeline)\w*\b.*\"image\"|(from|import) runtime\.pipelines\."
+)
 """The names of tasks and pipelines, and what imports a pipeline. "image" is also a field of messages."""
 KNOWING = (
     r"runtime/(tasks|pipelines)/\w+\.py",

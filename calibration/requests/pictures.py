@@ -135,6 +135,14 @@ def sketch(rng: np.random.Generator) -> Picture:
 DRAWN: Final[tuple[Drawing, ...]] = (document, bars, sketch, receipt, curves, diagram)
 
 
+def shown(i: int) -> Picture:
+    """Photographs and drawn pictures alternate. The number of each differs, so that pictures meet other texts."""
+    turn = i // 2
+    if i % 2 == 0:
+        return photograph(PHOTOGRAPHS[turn % len(PHOTOGRAPHS)])
+    return DRAWN[turn % len(DRAWN)](np.random.default_rng(i))
+
+
 def _canvas(rng: np.random.Generator) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     image = Image.new("RGB", SIZE, PAPERS[rng.integers(len(PAPERS))])
     return image, ImageDraw.Draw(image)

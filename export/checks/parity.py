@@ -132,7 +132,7 @@ def mapped(part: Part, weights: Mapping[str, TensorRef]) -> Iterator[None]:
 
     for module in dict.fromkeys(module for model in models for module in model.modules()):
         owners = [module]
-        if isinstance(module, nn.MultiheadAttention):  # reads the weights of its layer itself
+        if _reads_children(module):
             owners += module.children()
         for owner in owners:
             if own := _own(owner):
@@ -150,6 +150,16 @@ def mapped(part: Part, weights: Mapping[str, TensorRef]) -> Iterator[None]:
             model._parameters.update(own)
         for handle in handles:
             handle.remove()
+
+
+def _reads_children(module: nn.Module) -> bool:
+    """Whether a module itself reads the weights of the layers in it: MultiheadAttention those of its projection, and
+    modules of embeddings alone, as BLIP-2's, those of an embedding, to find its device.
+    """
+    children = list(module.children())
+    return isinstance(module, nn.MultiheadAttention) or (
+        bool(children) and all(isinstance(child, nn.Embedding) for child in children)
+    )
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:

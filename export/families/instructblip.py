@@ -24,6 +24,8 @@ from runtime.language.instruction import FOLDER, INPUT, InstructionConfig
 from runtime.language.vision import TILES
 
 DECODERS: Final = ("llama",)
+CAPTION: Final = "A short image description."
+"""What a picture alone stands for: one of the instructions for captions that the model was trained with."""
 USUAL: Final = 16
 """Tokens of an instruction that targets with fixed lengths prepare for first."""
 
@@ -78,7 +80,10 @@ def _query(model: Any) -> Reference:
 
 def settings(config: Any) -> Mapping[str, Any]:
     qformer = config.qformer_config
-    return {"instruction": InstructionConfig(length=qformer.max_position_embeddings, vocab_size=qformer.vocab_size)}
+    return {
+        "caption": CAPTION,
+        "instruction": InstructionConfig(length=qformer.max_position_embeddings, vocab_size=qformer.vocab_size),
+    }
 
 
 def files(source: Source) -> Mapping[str, Path]:

@@ -41,6 +41,8 @@ from runtime.language.vision import TILES
 TWIN_WINDOW: Final = 8
 """Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample.
 """
+CAPTION: Final = "Describe the picture in one sentence."
+"""What a picture alone stands for."""
 CLASS_TOKENS: Final[Mapping[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """Positions that a tower puts before those of the patches, by its `model_type`."""
 
@@ -145,6 +147,7 @@ class VisionLanguage:
             eos_token_ids=generation.ends,
             image_token_id=model.image_token_index,
             tokens_per_image=patches(model),
+            caption=CAPTION,
             **self.layout(source, model),
             defaults=generation.defaults,
         ).model_dump(mode="json")

@@ -21,6 +21,7 @@ class ChatConfig(Frozen):
     vision encoder gives for one tile of a picture). `layout` names how a picture becomes tiles and positions of the
     prompt, a file of `runtime/language/layouts/`, and `layout_options` are that layout's own settings. `bos_token_id`
     is put before every prompt whose template did not write it; null when the model's tokenizer puts none.
+    `caption` is the text of a last message that has pictures alone: what the model writes captions for.
     `prompt` "template" is written by the model's chat template, "plain" is the pictures, then the texts (see
     `PlainText`). `encoders` turn pixels into features, each taking the outputs of the one before. `instruction` says
     how the last of them reads the texts of the conversation, where it does. A prompt takes `most_pictures`; 0 is any
@@ -38,6 +39,7 @@ class ChatConfig(Frozen):
     layout: str = "fixed"
     layout_options: dict[str, Any] = Field(default_factory=dict)
     prompt: Literal["template", "plain"] = "template"
+    caption: str = ""
     encoders: tuple[str, ...] = ("vision_encoder",)
     instruction: InstructionConfig | None = None
     most_pictures: int = Field(default=0, ge=0)

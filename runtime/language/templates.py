@@ -70,11 +70,11 @@ class Message:
                 continue
             if not isinstance(part, str):
                 check_picture(part, f"{field}.parts[{i}]")
-            elif not _is_unicode(part):
+            elif not is_unicode(part):
                 raise InvalidInput(f"{field}.parts[{i}]", "holds half a surrogate pair, which is no Unicode text")
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:

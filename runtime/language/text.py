@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -147,6 +148,14 @@ class ChatText(PlainText):
 
 PROMPTS: Final[Mapping[str, type[PlainText]]] = {"template": ChatText, "plain": PlainText}
 """How a prompt is made of messages, by its name in a bundle."""
+
+
+def captioned(messages: Sequence[Message], instruction: str) -> Sequence[Message]:
+    """The messages, the last with an instruction behind its pictures where it has no text."""
+    *before, last = messages
+    if not instruction or any(isinstance(part, str) for part in last.content):
+        return messages
+    return [*before, replace(last, content=(*last.content, instruction))]
 
 
 def _harmless(part: Part) -> Part:

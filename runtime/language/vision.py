@@ -92,7 +92,7 @@ class Vision:
             count = 1 if found is None else self.layout.positions(Size.of(found))
             repeated += [id] * count
             keys += [id if found is None else _name(found, instruction)] * count
-        return Prompt(repeated, keys, images, len(repeated) - len(ids) + len(images), instruction)
+        return Prompt(repeated, keys, images, len(repeated) - len(ids) + len(images), instruction=instruction)
 
     def insert(self, prompt: Prompt, start: int, embeds: Array) -> Step[None]:
         """Write the pictures' embeddings into those of the prompt from position `start` on, [1, sequence, hidden].

@@ -32,7 +32,7 @@ from runtime.language.decoder import Conversation, Step, decode_token, embed, pr
 from runtime.language.overflow import slid
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
-from runtime.language.text import PROMPTS, Answer, Message
+from runtime.language.text import PROMPTS, Answer, Message, captioned
 from runtime.language.vision import Prompt, Vision
 from runtime.pipeline import Example, ModelPipeline, Pipeline
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
@@ -126,10 +126,11 @@ class ChatPipeline(ModelPipeline):
             raise InvalidInput("messages", "show pictures, but the model has no vision: send text only")
         if self.vision:
             self.vision.check(request.images)
-        ids, bos = self.text.encode(request.messages), self.config.bos_token_id
+        messages = captioned(request.messages, self.config.caption)
+        ids, bos = self.text.encode(messages), self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return self.vision.prompt(ids, request.messages) if self.vision else Prompt(ids, ids, [])
+        return self.vision.prompt(ids, messages) if self.vision else Prompt(ids, ids, [])
 
     def begin(self, prompt: Prompt) -> list[int]:
         """The tokens of the decoder that the answer follows."""

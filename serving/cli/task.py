@@ -1,6 +1,8 @@
-"""The command of each task. One file per task in `serving/cli/tasks/`, found by listing the folder.
+"""The commands that send requests to a model. One file per command in `serving/cli/tasks/`, found by listing the
+folder.
 
-Such a file declares its command as COMMAND: a function for typer, named by the task's verb.
+Such a file declares its command as COMMAND: a function for typer. Every task has one, named by its verb; others send
+requests of one of the tasks, such as `caption`.
 """
 
 from __future__ import annotations

@@ -5,8 +5,10 @@ Results go to standard output, everything else to standard error, so that output
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +22,7 @@ from runtime.limits import PICTURE_BYTES
 from runtime.pipeline import Progress
 from runtime.tasks.chat import TextDelta
 from runtime.vision.images import decode_image
-from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.results import Answer, Drawing, Matching, Vectors
 from serving.dialects.python.stream import Stream
 from serving.host.job import Done, Queued
 
@@ -72,6 +74,29 @@ def speak(stream: Stream[Answer], verbose: bool = False) -> str:
     gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
     _summary(answer.done, f"{answer.completion_tokens} tokens{cut}{gone}", verbose)
     return answer.text
+
+
+def caption(path: Path, answer: Answer, verbose: bool = False) -> None:
+    """Print the line of a picture: its path, a tab and its caption."""
+    print(f"{path}\t{' '.join(answer.text.split())}", flush=True)
+    if verbose:
+        _summary(answer.done, f"{answer.completion_tokens} tokens", verbose)
+
+
+def vectors(found: Vectors, images: Sequence[str], texts: Sequence[str], verbose: bool = False) -> None:
+    """Print embeddings, a line of JSON each: first those of the texts."""
+    for field, names, arrays in (("text", texts, found.texts), ("image", images, found.images)):
+        for name, array in zip(names, arrays, strict=True):
+            print(json.dumps({field: name, "embedding": array.tolist()}, ensure_ascii=False))
+    _summary(found.done, f"{len(texts)} texts, {len(images)} pictures", verbose)
+
+
+def scores(found: Matching, images: Sequence[str], texts: Sequence[str], verbose: bool = False) -> None:
+    """Print a line for every picture with every text: score, picture and text, with tabs between."""
+    for image, row in zip(images, found.scores, strict=True):
+        for text, score in zip(texts, row, strict=True):
+            print(f"{score:.6g}\t{image}\t{' '.join(text.split())}")
+    _summary(found.done, f"{found.scores.size} pairs", verbose)
 
 
 def read_image(path: Path) -> bytes:

@@ -21,6 +21,7 @@ class ModelKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MODEL_KIND_UNSPECIFIED: _ClassVar[ModelKind]
     MODEL_KIND_DIFFUSION: _ClassVar[ModelKind]
     MODEL_KIND_CHAT: _ClassVar[ModelKind]
+    MODEL_KIND_EMBED: _ClassVar[ModelKind]
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_UNLOADED: ModelState
 MODEL_STATE_LOADING: ModelState
@@ -30,6 +31,7 @@ MODEL_STATE_FAILED: ModelState
 MODEL_KIND_UNSPECIFIED: ModelKind
 MODEL_KIND_DIFFUSION: ModelKind
 MODEL_KIND_CHAT: ModelKind
+MODEL_KIND_EMBED: ModelKind
 
 class Model(_message.Message):
     __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes")

@@ -175,7 +175,8 @@ def tiny_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_next(tmp_path_factory.mktemp("sources") / "tiny-next")
 
 
-CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5", "tiny_instructblip")
+CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5", "tiny_instructblip",
+    "tiny_clip", "tiny_blip2_retrieval")  # fmt: skip
 
 
 @pytest.fixture(params=CHECKPOINTS)

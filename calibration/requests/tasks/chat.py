@@ -7,9 +7,7 @@ from dataclasses import replace
 from itertools import count
 from typing import Final
 
-import numpy as np
-
-from calibration.requests.pictures import DRAWN, PHOTOGRAPHS, photograph
+from calibration.requests.pictures import shown
 from calibration.requests.task import TaskRequests
 from runtime.language.text import Message
 from runtime.pipeline import Event
@@ -56,7 +54,7 @@ class ChatRequests(TaskRequests):
     def general(self, seed: int) -> Iterator[ChatRequest]:
         """A question about a photograph, the next one about a drawn page, plot or figure, and so on."""
         for i in count(8 * seed):
-            yield question(_picture(i), QUESTIONS[(i + i // len(QUESTIONS)) % len(QUESTIONS)])
+            yield question(shown(i), QUESTIONS[(i + i // len(QUESTIONS)) % len(QUESTIONS)])
 
     def calibrating(self, request: ChatRequest, number: int, seed: int) -> ChatRequest:
         return replace(request, max_tokens=MAX_TOKENS, seed=seed)
@@ -65,7 +63,7 @@ class ChatRequests(TaskRequests):
         return replace(request, max_tokens=BRIEF_TOKENS)
 
     def of_prompt(self, text: str, number: int) -> ChatRequest:
-        return question(_picture(number), text)
+        return question(shown(number), text)
 
     def of_picture(self, picture: Picture, caption: Callable[[], str], number: int) -> tuple[ChatRequest, None]:
         return question(picture, QUESTIONS[number % len(QUESTIONS)]), None
@@ -76,14 +74,6 @@ class ChatRequests(TaskRequests):
     def result(self, events: Iterable[Event]) -> str:
         """The whole answer."""
         return "".join(event.text for event in events if isinstance(event, TextDelta))
-
-
-def _picture(i: int) -> Picture:
-    """Photographs and drawn pictures alternate. The number of each differs, so that pictures meet other questions."""
-    turn = i // 2
-    if i % 2 == 0:
-        return photograph(PHOTOGRAPHS[turn % len(PHOTOGRAPHS)])
-    return DRAWN[turn % len(DRAWN)](np.random.default_rng(i))
 
 
 TASK: Final = ChatRequests()

@@ -43,7 +43,7 @@ class Model(Session):
 
     @property
     def task(self) -> str:
-        """The task that the model does: image (it has `generate`) or chat."""
+        """The task that the model does: image (`generate`), chat (`chat`) or embed (`embed`, `match`)."""
         return self._model.task
 
     @property

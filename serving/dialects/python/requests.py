@@ -18,6 +18,7 @@ from runtime.language import text
 from runtime.limits import PICTURE_BYTES
 from runtime.tasks import image
 from runtime.tasks.chat import ChatRequest
+from runtime.tasks.embed import EmbedRequest, Match
 from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture, PictureFile
 
@@ -133,6 +134,23 @@ def chat_request(
         messages = [_message(message, f"messages[{i}]") for i, message in enumerate(conversation)]
     given = _given(options, ChatOptions.__annotations__)
     return ChatRequest(messages=tuple(messages), **given | {"stop": tuple(given.get("stop", ()))})
+
+
+def caption_request(image: PictureLike, prompt: str | None, options: Mapping[str, Any]) -> ChatRequest:
+    """The request for a caption: a question about one picture, or the picture alone. Raises as `chat_request` does."""
+    content: list[str | PictureLike] = [image] if prompt is None else [image, prompt]
+    return chat_request([Message("user", content)], (), options)
+
+
+def embed_request(texts: Sequence[str], images: Sequence[PictureLike], match: Match | None = None) -> EmbedRequest:
+    """The request for embeddings, or with `match` for scores. Raises InvalidInput naming the text or the picture,
+    NotFound for a missing file.
+    """
+    shown = tuple(picture(image, f"images[{i}]") for i, image in enumerate(images))
+    for i, one in enumerate(texts):
+        if not isinstance(one, str):
+            raise InvalidInput(f"texts[{i}]", f"is a {type(one).__name__}, expected a str")
+    return EmbedRequest(tuple(texts), shown, match)
 
 
 def picture(image: PictureLike, field: str) -> Picture | PictureFile:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.errors import Cancelled
 from runtime.files import written
 from runtime.pipeline import Event
 from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.embed import Embeddings, Scores
 from runtime.tasks.image import ImageReady
 from runtime.vision.images import Picture, encode_image
 from serving.host.job import Done
@@ -60,6 +62,42 @@ class Answer:
 
     def __str__(self) -> str:
         return self.text
+
+
+@dataclass(frozen=True, eq=False)
+class Vectors:
+    """Embeddings in the order of the request, as the model's own forward gives them.
+
+    `texts` are float32 [texts, width]; `images` float32 [images, width], or [images, vectors, width] of a model with
+    several vectors of a picture, such as BLIP-2. `done` holds the times and the engines that ran.
+    """
+
+    texts: NDArray[np.float32]
+    images: NDArray[np.float32]
+    done: Done
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """`scores` float32 [images, texts] of every picture with every text, larger is closer; see `Session.match`. `done`
+    holds the times and the engines that ran.
+    """
+
+    scores: NDArray[np.float32]
+    done: Done
+
+
+def vectors(events: Sequence[Event]) -> Vectors:
+    """The embeddings of a stream that has ended. Raises Cancelled if it was closed early."""
+    done = _done(events)
+    found = next(event for event in events if isinstance(event, Embeddings))
+    return Vectors(found.texts, found.images, done)
+
+
+def matching(events: Sequence[Event]) -> Matching:
+    """The scores of a stream that has ended. Raises Cancelled if it was closed early."""
+    done = _done(events)
+    return Matching(next(event for event in events if isinstance(event, Scores)).scores, done)
 
 
 def drawing(events: Sequence[Event]) -> Drawing:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import TypeVar, Unpack
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Final, TypeVar, Unpack
 
 from runtime.pipeline import Event
 from runtime.task import Request
 from runtime.tasks.chat import ChatRequest
+from runtime.tasks.embed import EmbedRequest, Match
 from runtime.tasks.image import ImageRequest
 from serving.dialects.python import results
 from serving.dialects.python.requests import (
@@ -16,13 +19,18 @@ from serving.dialects.python.requests import (
     ImageOptions,
     Message,
     PictureLike,
+    caption_request,
     chat_request,
+    embed_request,
     image_request,
 )
-from serving.dialects.python.results import Answer, Drawing
+from serving.dialects.python.results import Answer, Drawing, Matching, Vectors
 from serving.dialects.python.stream import Stream
 
 R = TypeVar("R")
+
+TOGETHER: Final = 4
+"""Pictures whose captions are under way at once: a server lets few requests wait."""
 
 
 class Session(ABC):
@@ -81,6 +89,60 @@ class Session(ABC):
         Under asyncio, `await model.chat_stream(...)` gives the Answer. Raises as `chat` does.
         """
         return self.answer(chat_request(conversation, images, options))
+
+    def captions(
+        self, images: Sequence[PictureLike], prompt: str | None = None, **options: Unpack[ChatOptions]
+    ) -> Iterator[Answer]:
+        """Describe every picture, in order: each `Answer` as soon as it is there.
+
+            for path, answer in zip(paths, model.captions(paths, beams=4)):
+                print(path, answer.text)
+
+        Without a `prompt` the model gets what it was trained to write captions for: BLIP-2 nothing but the picture,
+        others an instruction. A few pictures are sent at once. Raises as `chat` does.
+        """
+        requests = [caption_request(image, prompt, options) for image in images]
+        return self._answers(requests)
+
+    def _answers(self, requests: Sequence[ChatRequest]) -> Iterator[Answer]:
+        """The answers to requests, of which at most TOGETHER are under way."""
+        with ExitStack() as stack:
+            waiting = deque[Stream[Answer]]()
+            for request in requests:
+                waiting.append(stack.enter_context(self.answer(request)))
+                if len(waiting) == TOGETHER:
+                    yield waiting.popleft().result()
+            yield from (stream.result() for stream in waiting)
+
+    def embed(self, texts: Sequence[str] = (), images: Sequence[PictureLike] = ()) -> Vectors:
+        """Embed texts and pictures, and wait for the vectors.
+
+            found = model.embed(["a red fox"], [Path("fox.png")])
+            found.texts @ found.images.T  # cosines
+
+        Raises InvalidInput, NotFound for a missing picture file, EngineError, ResourceExhausted; a Client also
+        Unavailable and DeadlineExceeded. `await session.vectors(...)` is the same under asyncio.
+        """
+        return self.vectors(embed_request(texts, images)).result()
+
+    def match(self, images: Sequence[PictureLike], texts: Sequence[str], method: Match = "itc") -> Matching:
+        """Compare every picture with every text: scores [images, texts], larger is closer.
+
+            model.match([Path("fox.png")], ["a fox", "a dog"]).scores.argmax(axis=1)
+
+        "itc" compares embeddings: the model's own scores, of CLIP the cosine times its scale, of BLIP-2 the largest
+        cosine of a picture's vectors. "itm" lets a network read both, of models that have one: the probability that
+        they belong together. Raises as `embed` does.
+        """
+        return self.score(embed_request(texts, images, method)).result()
+
+    def vectors(self, request: EmbedRequest) -> Stream[Vectors]:
+        """The stream of a request for embeddings. Raises InvalidInput."""
+        return self.run(request, results.vectors)
+
+    def score(self, request: EmbedRequest) -> Stream[Matching]:
+        """The stream of a request for scores. Raises InvalidInput."""
+        return self.run(request, results.matching)
 
     def draw(self, request: ImageRequest) -> Stream[Drawing]:
         """The stream of a request for pictures. Raises InvalidInput."""

@@ -27,7 +27,8 @@ class Stream(Generic[R]):
     | asyncio | `async for event in stream` | `await stream` |
 
     Events are `Queued` (Client only), `Started` (a loaded bundle only), `Progress` and `ImageReady` of pictures,
-    `TextDelta` and `Finished` of answers, and last `Done`. Iterating raises the errors of the request.
+    `TextDelta` and `Finished` of answers, `Embeddings` or `Scores` of embedding models, and last `Done`. Iterating
+    raises the errors of the request.
 
     Leaving a `with` or `async with` block, `close()`, and cancelling a task that waits for an event stop the work
     before the next denoising step or token. `cancel()` does the same from any thread: a thread that waits for the next

@@ -124,8 +124,7 @@ def library_answer(source: Path, text: str, **settings: Any) -> tuple[list[int],
 
 
 def ask(text: str, **settings: Any) -> ChatRequest:
-    content = (PICTURE, text) if text else (PICTURE,)
-    return ChatRequest((Message("user", content),), temperature=0.0, **settings)
+    return ChatRequest((Message("user", (PICTURE, text)),), temperature=0.0, **settings)
 
 
 def opened(source: Path, root: Path) -> ChatPipeline:

@@ -62,10 +62,13 @@ def test_every_submodel_computes_what_the_library_computes(model: tuple[Path, Pa
 
 @pytest.mark.full
 @pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantized_bundles_compile_for_every_target(model: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
-    """Random weights have no quality to keep; what targets compile is compared with the graph."""
+def test_quantized_bundles_compile_for_every_target(tiny_instructblip: Path, tmp_path: Path, quant: str) -> None:
+    """Random weights have no quality to keep; what targets compile is compared with the graph. BLIP-2's tests have the
+    same with Flan-T5.
+    """
     names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
-    options = Options(str(model[0]), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
+    source = str(tiny_instructblip)
+    options = Options(source, tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
     bundle, _ = build(options)
     assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
 
@@ -84,6 +87,8 @@ def test_the_instruction_is_in_tokens_of_its_own(tiny_instructblip: Path, tmp_pa
     other = pipeline.prompt(ask("b"))
     assert found.keys[:QUERIES] != other.keys[:QUERIES] and found.ids[:QUERIES] == other.ids[:QUERIES]
     assert not pipeline.prompt(ChatRequest((Message("user", ("a",)),))).instruction
+    alone = pipeline.prompt(ChatRequest((Message("user", (PICTURE,)),)))
+    assert alone.keys == pipeline.prompt(ask("A short image description.")).keys
 
 
 def test_an_instruction_that_the_encoder_cannot_read_is_refused(tiny_instructblip: Path, tmp_path: Path) -> None:

@@ -218,6 +218,30 @@ class TestChat:
         assert (ended.code, ended.out) == (0, "a red círcle\n")
         assert "3 tokens" in ended.err
 
+    def test_captions_are_a_line_for_each_picture(
+        self, run: Any, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        seen = []
+        chat = FakeAnswers.pipeline
+
+        def pipeline(self: FakeAnswers, request: Any) -> Any:
+            seen.append([isinstance(part, str) for part in request.messages[0].content])
+            return chat(self, request)
+
+        monkeypatch.setattr(FakeAnswers, "pipeline", pipeline)
+        paths = [str(tmp_path / f"{i}.png") for i in range(6)]
+        for path in paths:
+            Image.new("RGB", (8, 8)).save(path)
+        where = "--address", warm.address, "--model", "talk"
+        ended = run("caption", *paths, *where)
+        assert (ended.code, ended.out) == (0, "".join(f"{path}\ta red círcle\n" for path in paths))
+        assert run("caption", paths[0], *where, "--prompt", "what?", "--max-tokens", "1").out == f"{paths[0]}\ta\n"
+        assert seen == [[False]] * 6 + [[False, True]]
+        refused = run("caption", paths[0], "/nowhere.png", *where)
+        assert refused.code == 3 and "picture /nowhere.png cannot be read" in refused.err and not refused.out
+        refused = run("caption", paths[0], *where, "--beams", "1000")
+        assert refused.code == 2 and "beams: is 1000, expected 1 to 8" in refused.err and not refused.out
+
     def test_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []
         chat = FakeAnswers.pipeline
@@ -495,5 +519,5 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60, check=True
     )
     assert ended.stderr == "[]\n"
-    commands = ("serve", "generate", "chat", "devices", "build", "inspect", "verify", "bench")
+    commands = ("serve", "generate", "chat", "caption", "embed", "devices", "build", "inspect", "verify", "bench")
     assert all(f"  {command} " in ended.stdout for command in commands)

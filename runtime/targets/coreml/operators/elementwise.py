@@ -44,6 +44,7 @@ BINARY: Final[Mapping[str, str]] = {
     },
 }
 REDUCTIONS: Final[Mapping[str, str]] = {
+    "ReduceL2": "reduce_l2_norm",
     "ReduceMax": "reduce_max",
     "ReduceMean": "reduce_mean",
     "ReduceMin": "reduce_min",

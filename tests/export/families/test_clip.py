@@ -1,0 +1,99 @@
+"""CLIP embeds and scores like transformers' own CLIPModel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+import enginecast
+from export.build.build import _parity, build
+from export.build.options import Options
+from export.build.state import Build
+from export.report.page import report
+from export.report.quality import load_quality
+from runtime.engine import targets
+from runtime.errors import InvalidInput, SourceError, UnsupportedModel
+from tests.export.families.conftest import PICTURE
+from tests.export.families.embedding import WIDTH
+
+TARGETS = ("onnxruntime", "openvino")
+PICTURES = [PICTURE, PICTURE[::-1].copy(), 255 - PICTURE]
+TEXTS = ["a red circle", "a blue square at the top left", "a red square", "x", ""]
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("clip") / "bundle"
+    build(Options(str(tiny_clip), output, targets=TARGETS, quality="none"))
+    return output
+
+
+def library(source: Path) -> Any:
+    """The outputs of the library's own forward for all pictures and texts."""
+    tokens = AutoTokenizer.from_pretrained(source)(TEXTS, padding=True, return_tensors="pt")
+    pixels = CLIPImageProcessor.from_pretrained(source)(PICTURES, return_tensors="pt")
+    with torch.inference_mode():
+        return CLIPModel.from_pretrained(source, dtype="float32").eval()(**tokens, **pixels)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_embeddings_and_scores_are_the_library_s(tiny_clip: Path, bundle: Path, target: str) -> None:
+    wanted = library(tiny_clip)
+    with enginecast.load(bundle, target=target) as model:
+        found, matched = model.embed(TEXTS, PICTURES), model.match(PICTURES, TEXTS)
+        with pytest.raises(InvalidInput, match="match: is 'itm', which needs a network that this model does not have"):
+            model.match(PICTURES, TEXTS, "itm")
+    assert found.texts.shape == (len(TEXTS), WIDTH) and found.images.shape == (len(PICTURES), WIDTH)
+    np.testing.assert_allclose(found.texts, wanted.text_embeds, atol=1e-5)
+    np.testing.assert_allclose(found.images, wanted.image_embeds, atol=1e-5)
+    np.testing.assert_allclose(matched.scores, wanted.logits_per_image, atol=1e-4)
+    assert np.ptp(matched.scores) > 1
+
+
+def test_every_submodel_computes_what_the_library_computes(tiny_clip: Path, tmp_path: Path) -> None:
+    state = Build.open(Options(str(tiny_clip), tmp_path / "other", targets=("onnxruntime",)))
+    assert [part.name for part in state.parts] == ["vision_encoder", "text_encoder"]
+    assert all(_parity(state, part).error < 1e-4 for part in state.parts)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantized_bundles_compile_and_are_compared(tiny_clip: Path, tmp_path: Path, quant: str) -> None:
+    names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
+    options = Options(str(tiny_clip), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
+    bundle, _ = build(options)
+    assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
+    assert all(0.5 < one.image_cosine <= 1.0001 for one in load_quality(bundle).results["embeddings"])
+    report(bundle, tmp_path / "report.html")
+    assert "<h2>Embeddings</h2>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"text_config": {"hidden_act": "swish2"}}, "text_config.hidden_act is 'swish2'"),
+        ({"vision_config": {"hidden_act": "quick_gelus"}}, "did you mean 'quick_gelu'?"),
+        ({"vision_config": {"num_attention_heads": 5}}, "is no config that transformers can read"),
+        ({"vision_config": {"num_channels": 1}}, "num_channels is 1, expected 3"),
+        ({"vision_config": {"image_size": 32}}, "position_embedding.weight (expected [17, 64], found [10, 64])"),
+        ({"text_config": {"vocab_size": 100}}, "token_embedding.weight (expected [100, 64], found [603, 64])"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(
+    tiny_clip: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], words: str
+) -> None:
+    source = Path(shutil.copytree(tiny_clip, tmp_path / "source"))
+    config = json.loads((source / "config.json").read_bytes())
+    for part, values in changes.items():
+        config[part].update(values)
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises((SourceError, UnsupportedModel)) as caught:
+        build(Options(str(source), tmp_path / "bundle", targets=("onnxruntime",)))
+    assert words in str(caught.value) and str(source) in str(caught.value)
