@@ -85,6 +85,17 @@ PROMPT: Final = Limit(
     "text encoders read 77 tokens",
     (f"{IMAGE}.prompt", f"{IMAGE}.negative_prompt"),
 )
+PROMPT_CHUNKS: Final = Limit(
+    "chunks of a prompt",
+    16,
+    "chunks of as many tokens as the text encoder reads",
+    "attention to the prompt costs memory and time for each",
+    (f"{IMAGE}.prompt_weights",),
+)
+PROMPT_WEIGHT: Final = Limit(
+    "weight of a word", 100, "(a factor, of either sign)", "larger ones leave nothing of the rest",
+    (f"{IMAGE}.prompt_weights",),
+)  # fmt: skip
 STEPS: Final = Limit("steps", 1000, "steps", "the training timesteps of diffusion models", (f"{IMAGE}.steps",), least=1)
 IMAGES: Final = Limit("images", 64, "pictures", "of one request", (f"{IMAGE}.images",), least=1)
 ALL_STEPS: Final = Limit(

@@ -33,6 +33,7 @@ from runtime.diffusion.published import CLASS, SchedulerConfig
 from runtime.diffusion.published import CLASSES as SCHEDULERS
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
+from runtime.limits import PROMPT_CHUNKS
 from runtime.tasks.image import ImageDefaults
 
 ADDITIONS: Final = ("lora", "controlnet")
@@ -346,7 +347,7 @@ def denoising_parts(
 
 def _unet_inputs(model: UNet2DConditionModel, grid: Grid, length: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sample, timestep and hidden states."""
-    context = Dim(name="sequence", min=1, opt=length, max=16 * length)
+    context = Dim(name="sequence", min=1, opt=length, max=PROMPT_CHUNKS.most * length)
     timestep = Tensor(name="timestep", dtype="float32", dims=(BATCH,), values="below", limit=1000)
     states = Tensor(
         name="encoder_hidden_states",

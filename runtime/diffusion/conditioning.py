@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.diffusion import emphasis
 from runtime.diffusion.calls import Arrays, Part, run
+from runtime.diffusion.emphasis import Chunks
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError
 
@@ -32,16 +34,19 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids of each text encoder, int64 [rows, sequence]. `zeros` rows of zeros precede the encoded ones."""
+    """The prompts of a batch for each text encoder, one prompt's chunks after another's: every prompt has `chunks`.
+    `zeros` rows of zeros precede the encoded ones.
+    """
 
-    ids: tuple[NDArray[np.int64], ...]
+    encoded: tuple[Chunks, ...]
+    chunks: int = 1
     zeros: int = 0
 
 
 @dataclass(frozen=True)
 class TextStates:
-    """Hidden states float32 [rows, sequence, hidden of all encoders], and pooled prompts float32 [rows, projection] by
-    the name of their output.
+    """Hidden states float32 [rows, sequence of all chunks, hidden of all encoders], and pooled prompts float32 [rows,
+    projection], those of the first chunk, by the name of their output.
     """
 
     states: Floats
@@ -71,24 +76,34 @@ class Conditioning:
         pooled = {encoder.pooled: encoder.submodel for encoder in self.encoders if encoder.pooled}
         return {"input_ids": " or ".join(str(tokenizer.folder) for tokenizer in self.tokenizers), **pooled}
 
-    def tokenize(self, prompt: str, negative: str, guided: bool) -> Prompts:
-        """The negative prompt's row, where there is guidance, then the prompt's. Raises InvalidInput naming `prompt` or
-        `negative_prompt` when one is too long.
+    def tokenize(self, prompt: str, negative: str, guided: bool, weighted: bool = False) -> Prompts:
+        """The negative prompt's row, where there is guidance, then the prompt's; `weighted` ones as in `emphasis`. The
+        shorter is followed by empty chunks.
+
+        Raises InvalidInput naming `prompt` or `negative_prompt` when one is too long.
         """
-        prompts = [tokenizer(prompt) for tokenizer in self.tokenizers]
-        negatives = [tokenizer(negative, "negative_prompt") for tokenizer in self.tokenizers]
-        if guided and (negative or not self.zeros_for_empty):
-            return Prompts(tuple(map(np.stack, zip(negatives, prompts, strict=True))))
-        return Prompts(tuple(ids[np.newaxis] for ids in prompts), zeros=int(guided))
+        read = emphasis.read if weighted else emphasis.plain
+        prompts = [read(tokenizer, prompt, "prompt") for tokenizer in self.tokenizers]
+        negatives = [read(tokenizer, negative, "negative_prompt") for tokenizer in self.tokenizers]
+        encoded = guided and bool(negative or not self.zeros_for_empty)
+        rows = [negatives, prompts] if encoded else [prompts]
+        count = max(len(chunks.ids) for row in rows for chunks in row)
+        joined = (
+            emphasis.join(chunks.padded(count, tokenizer.row([])) for chunks in column)
+            for tokenizer, *column in zip(self.tokenizers, *rows, strict=True)
+        )
+        return Prompts(tuple(joined), count, zeros=int(guided and not encoded))
 
     def encode(self, prompts: Prompts) -> Part[TextStates]:
         """Run each text encoder once."""
         states, pooled = [], {}
-        for encoder, ids in zip(self.encoders, prompts.ids, strict=True):
-            outputs = yield from run(encoder.submodel, input_ids=ids)
-            states.append(_after_zeros(outputs[encoder.states], prompts.zeros))
+        for encoder, chunks in zip(self.encoders, prompts.encoded, strict=True):
+            outputs = yield from run(encoder.submodel, input_ids=chunks.ids)
+            weighted = emphasis.weigh(outputs[encoder.states], chunks.weights)
+            rows = weighted.reshape(-1, prompts.chunks * weighted.shape[1], weighted.shape[2])
+            states.append(_after_zeros(rows, prompts.zeros))
             if encoder.pooled:
-                pooled[encoder.pooled] = _after_zeros(outputs[encoder.pooled], prompts.zeros)
+                pooled[encoder.pooled] = _after_zeros(outputs[encoder.pooled][:: prompts.chunks], prompts.zeros)
         return TextStates(np.concatenate(states, axis=-1), pooled)
 
 

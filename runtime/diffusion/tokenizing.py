@@ -69,23 +69,41 @@ class ClipTokenizer:
 
         Raises InvalidInput for `field` when the text is longer than the model can read: nothing is cut off.
         """
+        found = self.tokens(text, field)
+        if len(found) > self.room:
+            lost = text[self._beyond(self._encode(text), self.room) :]
+            quoted = lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}..."
+            raise InvalidInput(
+                field,
+                f"has {len(found)} tokens, the model reads {self.room} (and start and end): shorten it by what comes "
+                f"from '{quoted}' on, or request prompt_weights, which reads longer ones",
+            )
+        return self.row(found)
+
+    def tokens(self, text: str, field: str = "prompt") -> list[int]:
+        """Token ids of a text of any length, without start and end. Raises InvalidInput for `field`."""
         try:
             encoding = self._encode(text)
         except (UnicodeEncodeError, TypeError):
             raise InvalidInput(field, "is not valid Unicode text") from None
         whole = self._all_vectors(text, encoding.tokens) if self._written_out else text
-        found = encoding.ids if whole == text else self._encode(whole).ids
-        room = self.limit - 2
-        if len(found) > room:
-            lost = text[self._beyond(encoding, room) :]
-            quoted = lost if len(lost) <= SHOWN else f"{lost[:SHOWN]}..."
-            raise InvalidInput(
-                field,
-                f"has {len(found)} tokens, the model reads {room} (and start and end): shorten it by what comes from "
-                f"'{quoted}' on",
-            )
-        ids = [self.start, *found, self.end]
+        return list(encoding.ids if whole == text else self._encode(whole).ids)
+
+    def row(self, tokens: Sequence[int]) -> NDArray[np.int64]:
+        """At most `room` token ids between start and end, padded: int64 [limit]."""
+        ids = [self.start, *tokens, self.end]
         return np.array(ids + [self.pad] * (self.limit - len(ids)), np.int64)
+
+    @property
+    def room(self) -> int:
+        """The tokens of a text that the encoder reads, without start and end."""
+        return self.limit - 2
+
+    @property
+    def comma(self) -> int | None:
+        """The token of a comma at the end of a word; None where the vocabulary has none."""
+        found: int | None = self._tokenizer.token_to_id(",</w>")
+        return found
 
     def _encode(self, text: str) -> Encoding:
         (encoding,) = self._tokenizer.encode_batch(

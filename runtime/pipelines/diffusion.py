@@ -106,7 +106,8 @@ class DiffusionPipeline(ModelPipeline):
         Raises InvalidInput before any work; the generator raises EngineError for numbers that are not finite.
         """
         config, size, guidance = self.config, self.config.size_of(request), self.config.guidance_of(request)
-        prompts = self.conditioning.tokenize(request.prompt, request.negative_prompt, guidance.guided)
+        texts = request.prompt, request.negative_prompt
+        prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
         added = time_ids(config.added, request.stated_sizes, size, guidance.rows)
         sampler = config.sampler_of(request)
         controls = controlling(config.controls, request.controls, size, sampler)

@@ -96,6 +96,9 @@ class ImageRequest(Request):
     is to look like. None is the size of the drawn picture, without a crop.
 
     `controls` are for control networks that the bundle was built with, each at most once; their effects add up.
+
+    `prompt_weights` reads both prompts as Automatic1111's web UI does: "(word:1.3)" is a weight, and a prompt may be
+    longer than the text encoder reads at once (`runtime.diffusion.emphasis`).
     """
 
     task: ClassVar[str] = "image"
@@ -115,6 +118,7 @@ class ImageRequest(Request):
     crop_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     controls: tuple[Control, ...] = ()
+    prompt_weights: bool = False
 
     def __post_init__(self) -> None:
         for field in ("prompt", "negative_prompt"):

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "controls")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "controls", "prompt_weights")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GenerateRequest(_message.Message):
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     PREVIEW_EVERY_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -35,7 +36,8 @@ class GenerateRequest(_message.Message):
     images: int
     preview_every: int
     controls: _containers.RepeatedCompositeFieldContainer[Control]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ...) -> None: ...
+    prompt_weights: bool
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., prompt_weights: _Optional[bool] = ...) -> None: ...
 
 class Control(_message.Message):
     __slots__ = ("name", "image", "scale", "start", "end")

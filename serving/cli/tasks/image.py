@@ -63,6 +63,14 @@ def generate(
             "steps (0-1). Repeat for several.",
         ),
     ] = None,
+    prompt_weights: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-weights",
+            help="Read (word:1.3) in prompts as a weight, and prompts longer than the text encoder reads at once, as "
+            "Automatic1111's web UI does.",
+        ),
+    ] = False,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
@@ -80,6 +88,7 @@ def generate(
         seed=seed,
         images=images,
         controls=[parse_control(text) for text in control or ()],
+        prompt_weights=prompt_weights or None,
     )
     request = image_request(terminal.unicode("prompt", prompt), given)
     with where.session(request) as session:

@@ -69,6 +69,10 @@ class ImageOptions(TypedDict, total=False):
     """Number of steps between previews (`Progress.preview`). 0 is never."""
     controls: Sequence[Control] | None
     """Pictures for the control networks that the bundle was built with, each network at most once."""
+    prompt_weights: bool | None
+    """Read prompts as Automatic1111's web UI does: "(word:1.3)" weighs a word, and prompts may be longer than the text
+    encoder reads at once.
+    """
 
 
 class ChatOptions(TypedDict, total=False):

@@ -113,6 +113,56 @@ def test_the_same_picture_as_diffusers(theirs: Any, ours: LoadedModel, case: str
         assert usual.shape != wanted.shape or (wanted != usual).mean() > 0.02  # the model heeds what is compared
 
 
+LONG = "a large (red:9) circle under " + "the [small] blue square " * 9
+PIECES = [
+    ("a large ", 1.0), ("red", 9.0), (" circle under the ", 1.0),
+    *[piece for _ in range(8) for piece in (("small", 1 / 1.1), (" blue square the ", 1.0))],
+    ("small", 1 / 1.1), (" blue square ", 1.0),
+]  # fmt: skip
+"""The prompt, and its texts with their weights, written by hand."""
+
+
+def weighted(pipe: Any, pieces: list[tuple[str, float]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Text states and pooled text of `count` chunks by diffusers' own encoders, weighted as A1111's web UI documents:
+    each chunk is encoded alone, its states are multiplied, and its mean is restored.
+    """
+    found, pooled = [], torch.empty(0)
+    for tokenizer, encoder in ((pipe.tokenizer, pipe.text_encoder), (pipe.tokenizer_2, pipe.text_encoder_2)):
+        room = tokenizer.model_max_length - 2
+        flat = [(i, weight) for text, weight in pieces for i in tokenizer(text, add_special_tokens=False).input_ids]
+        rows = [flat[start : start + room] for start in range(0, count * room, room)]
+        states = []
+        for row in rows:
+            ids = [tokenizer.bos_token_id, *(i for i, _ in row), tokenizer.eos_token_id]
+            ids += [tokenizer.pad_token_id] * (room + 2 - len(ids))
+            weights = torch.tensor([1.0, *(weight for _, weight in row)] + [1.0] * (room + 1 - len(row)))
+            with torch.inference_mode():
+                outputs = encoder(torch.tensor([ids]), output_hidden_states=True)
+            before = outputs.hidden_states[-2]
+            after = before * weights[None, :, None]
+            states.append(after * (before.mean() / after.mean()))
+            pooled = outputs[0] if len(states) == 1 else pooled
+        found.append(torch.cat(states, 1))
+    return torch.cat(found, 2), pooled
+
+
+@pytest.mark.parametrize("negative", [[], [("blue", 1.0)]])
+def test_weighted_prompts_of_several_chunks(theirs: Any, ours: LoadedModel, negative: list[tuple[str, float]]) -> None:
+    """The negative prompt is shorter: empty chunks follow it."""
+    request = replace(REQUEST, prompt=LONG, negative_prompt="".join(text for text, _ in negative), prompt_weights=True)
+    states, pooled = weighted(theirs, PIECES, 2)
+    others, other = weighted(theirs, negative, 2) if negative else (torch.zeros_like(states), torch.zeros_like(pooled))
+    noise = random_stream(3).standard_normal((1, 4, 12, 8), np.float32)
+    images = theirs(
+        prompt_embeds=states, pooled_prompt_embeds=pooled, negative_prompt_embeds=others,
+        negative_pooled_prompt_embeds=other, num_inference_steps=4, guidance_scale=4.0, width=EDGE, height=24,
+        latents=torch.from_numpy(noise), output_type="np",
+    ).images  # fmt: skip
+    wanted, got = np.round(images[0] * 255).astype(int), drawn(ours, request).astype(int)
+    assert wanted.std() > 20 and np.abs(wanted - got).max() <= 1 and (wanted != got).mean() < 0.02
+    assert (wanted != drawn(ours, replace(request, prompt=LONG.replace(":9", ":1")))).mean() > 0.02
+
+
 def test_the_model_s_own_size_and_guidance_are_diffusers(theirs: Any, xl_bundle: Path) -> None:
     config = DiffusionConfig.parse(Bundle(xl_bundle).manifest.config)
     assert config.sizes.default == theirs.default_sample_size * theirs.vae_scale_factor

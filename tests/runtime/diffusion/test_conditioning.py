@@ -37,7 +37,7 @@ def test_one_encoder() -> None:
     conditioning = Conditioning([FIRST], [SAMPLE])
     prompts = conditioning.tokenize("a red circle", "blue", guided=True)
     found, called = encoded(conditioning, prompts)
-    (ids,) = prompts.ids
+    ids = prompts.encoded[0].ids
     assert called == ["first"] and not found.pooled
     np.testing.assert_array_equal(found.states, np.repeat(1 + ids[..., None], 4, axis=2))
     np.testing.assert_array_equal(ids[0], conditioning.tokenizers[0]("blue"))
@@ -76,3 +76,22 @@ def test_tokenizers_must_read_the_same_number_of_tokens(tmp_path: Path) -> None:
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 12}))
     with pytest.raises(BundleError, match=r"tokenizer 12.*expected the same"):
         Conditioning([FIRST, SECOND], [SAMPLE, other])
+
+
+def test_the_shorter_of_two_weighted_prompts_is_followed_by_empty_chunks() -> None:
+    conditioning = Conditioning([FIRST, SECOND], [SAMPLE, SAMPLE])
+    tokenizer = conditioning.tokenizers[0]
+    prompts = conditioning.tokenize("red " * 70, "blue", guided=True, weighted=True)
+    found, called = encoded(conditioning, prompts)
+    assert prompts.chunks == 3 and called == ["first", "second"]
+    assert found.states.shape == (2, 3 * tokenizer.limit, 6) and found.pooled["summary"].shape == (2, 2)
+    negative = prompts.encoded[0].ids[:3]
+    np.testing.assert_array_equal(negative, [tokenizer("blue"), tokenizer(""), tokenizer("")])
+    np.testing.assert_array_equal(found.pooled["summary"], np.full((2, 2), 1 + tokenizer.start))
+
+
+def test_an_empty_negative_prompt_is_as_many_zeros_as_the_prompt_has_tokens() -> None:
+    conditioning = Conditioning([FIRST, SECOND], [SAMPLE, SAMPLE], zeros_for_empty=True)
+    found, _ = encoded(conditioning, conditioning.tokenize("red " * 70, "", guided=True, weighted=True))
+    assert found.states.shape[:2] == (2, 3 * conditioning.tokenizers[0].limit)
+    assert not found.states[0].any() and found.states[1].all()

@@ -17,7 +17,7 @@ from serving.host.job import Done, Queued, Started
 
 OPTIONS: Final = (
     *("negative_prompt", "width", "height", "steps", "guidance_scale"),
-    *("sampler", "eta", "seed", "images", "preview_every"),
+    *("sampler", "eta", "seed", "images", "preview_every", "prompt_weights"),
 )
 
 CONTROL_OPTIONS: Final = ("scale", "start", "end")
