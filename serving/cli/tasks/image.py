@@ -19,6 +19,15 @@ CONTROL: Final = re.compile(
     r"(?P<name>[^=]+)=(?P<image>.+?)(:(?P<scale>\d*\.?\d+))?(@(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?"
 )
 
+PromptWeights = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-weights",
+        help="Read (word:1.3) in prompts as a weight, and prompts longer than the text encoder reads at once, as "
+        "Automatic1111's web UI does.",
+    ),
+]
+
 
 def parse_control(text: str) -> Control:
     """From NAME=PICTURE[:SCALE][@START-END]. Raises InvalidInput, NotFound."""
@@ -63,14 +72,7 @@ def generate(
             "steps (0-1). Repeat for several.",
         ),
     ] = None,
-    prompt_weights: Annotated[
-        bool,
-        typer.Option(
-            "--prompt-weights",
-            help="Read (word:1.3) in prompts as a weight, and prompts longer than the text encoder reads at once, as "
-            "Automatic1111's web UI does.",
-        ),
-    ] = False,
+    prompt_weights: PromptWeights = False,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
