@@ -112,6 +112,11 @@ class ModelPipeline(ABC):
         """
         return ()
 
+    def remember(self, nbytes: int) -> None:
+        """Hold at most so many bytes of what further requests may use again, such as features of pictures, if the
+        algorithm has something of the kind. Nothing is held otherwise.
+        """
+
     @abstractmethod
     def __call__(self, request: Any, /) -> Pipeline:
         """Check a request and return the generator that runs it. Raises InvalidInput."""

@@ -15,6 +15,7 @@ from runtime.bundle.signature import Array
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Step, run
+from runtime.language.features import FeatureCache
 from runtime.language.instruction import INPUT, Instructions
 from runtime.language.layout import Layout, Size, layout_named
 from runtime.language.text import Message
@@ -52,6 +53,7 @@ class Vision:
 
     def __init__(self, layout: Layout, token: int, config: ChatConfig, instructions: Instructions | None) -> None:
         self.layout, self.token, self.config, self.instructions = layout, token, config, instructions
+        self.seen = FeatureCache()
 
     @classmethod
     def open(cls, root: Path, config: ChatConfig) -> Vision | None:
@@ -105,11 +107,25 @@ class Vision:
         first = sum(end <= passed for end in ends)
         if first == len(ends):
             return
-        features = yield from self._see(prompt.images[first:], prompt.instruction)
+        features = yield from self._features(prompt.images[first:], prompt.instruction)
         embeds[0, places[passed:] - start] = features[len(features) - (len(places) - passed) :]
 
-    def _see(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[Array]:
-        """The embeddings [positions, hidden] of pictures, one picture behind the other."""
+    def _features(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[Array]:
+        """The embeddings [positions, hidden] of pictures, one picture behind the other. Each picture is encoded once,
+        and not at all if its features are held.
+        """
+        keys = [_digest(image, instruction) for image in images]
+        found = {key: features for key in keys if (features := self.seen.get(key)) is not None}
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        if new:
+            encoded = yield from self._see(list(new.values()), instruction)
+            for key, features in zip(new, encoded, strict=True):
+                self.seen.put(key, features)
+                found[key] = features
+        return np.concatenate([found[key] for key in keys])
+
+    def _see(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[list[Array]]:
+        """The embeddings [positions, hidden] of each picture."""
         tiles = [self.layout.tiles(image, "messages") for image in images]
         pixels, found = np.concatenate(tiles), []
         for start in range(0, len(pixels), TILES):
@@ -123,7 +139,7 @@ class Vision:
                 f"{self.config.tokens_per_image}: build it again"
             )
         pieces = np.split(features, list(accumulate(map(len, tiles)))[:-1])
-        return np.concatenate([self.layout.pack(*pair) for pair in zip(pieces, map(Size.of, images), strict=True)])
+        return [self.layout.pack(*pair) for pair in zip(pieces, map(Size.of, images), strict=True)]
 
 
 def encode(pixels: Array, encoders: Sequence[str], beside: Mapping[str, Array] | None = None) -> Step[Outputs]:
@@ -138,7 +154,11 @@ def encode(pixels: Array, encoders: Sequence[str], beside: Mapping[str, Array] |
 
 
 def _name(picture: Picture | PictureFile, instruction: Sequence[int]) -> int:
-    """A negative number made from a picture's size and content, or from its file, and from what is read beside it."""
+    """A negative number that identifies a picture and what is read beside it."""
+    return -1 - int.from_bytes(_digest(picture, instruction)[:8])
+
+
+def _digest(picture: Picture | PictureFile, instruction: Sequence[int]) -> bytes:
+    """A hash of a picture's size and content, or of its file, and of what is read beside it."""
     content = picture.data if isinstance(picture, PictureFile) else repr(picture.shape).encode() + picture.tobytes()
-    digest = hashlib.sha256(content + repr(instruction).encode() * bool(instruction)).digest()
-    return -1 - int.from_bytes(digest[:8])
+    return hashlib.sha256(content + repr(instruction).encode() * bool(instruction)).digest()

@@ -29,6 +29,7 @@ from runtime.language.beams import BeamSearch, search
 from runtime.language.choice import choose
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, prefill
+from runtime.language.features import FeatureCache
 from runtime.language.overflow import slid
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
@@ -86,6 +87,10 @@ class ChatPipeline(ModelPipeline):
             yield example("two pictures", Message("user", (picture, *shown)), optional=True)
         yield example("two turns", Message("user", shown), answer, question, optional=True)
         yield example("a system message", Message("system", ("x",)), question, optional=True)
+
+    def remember(self, nbytes: int) -> None:
+        if self.vision:
+            self.vision.seen = FeatureCache(nbytes)
 
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
         """The generator that answers: TextDelta events, then Finished, whose completion tokens count the end token.

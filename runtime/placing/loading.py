@@ -139,6 +139,7 @@ def _load(
     _verify(bundle, public)
     options = replace(options, verify=bundle.verify_again)
     pipeline = open_pipeline(bundle)
+    pipeline.remember(placing.picture_cache)
     if request is not None:
         pipeline(request).close()
     machine = detect()

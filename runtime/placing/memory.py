@@ -41,12 +41,12 @@ UNITS: Final = {"": 1, "B": 1} | {
 }
 
 
-def parse_size(field: str, text: str) -> int:
-    """Bytes of a size such as 4GiB, 512MB or 1000000. Raises InvalidInput for `field`."""
+def parse_size(field: str, text: str, least: int = 1) -> int:
+    """Bytes of a size such as 4GiB, 512MB or 1000000, `least` or more. Raises InvalidInput for `field`."""
     found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
     unit = {name.casefold(): size for name, size in UNITS.items()}.get(found[2].casefold()) if found else None
-    if found is None or unit is None or not float(found[1]) * unit >= 1:
-        raise InvalidInput(field, f"is '{text}', expected a size above 0 such as 4GiB or 512MB")
+    if found is None or unit is None or not float(found[1]) * unit >= least:
+        raise InvalidInput(field, f"is '{text}', expected a size {'above 0 ' if least else ''}such as 4GiB or 512MB")
     return int(float(found[1]) * unit)
 
 

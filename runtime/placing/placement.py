@@ -30,18 +30,24 @@ arXiv 2112.10752).
 """
 
 
+PICTURE_CACHE: Final = "128MiB"
+"""The usual memory for features of pictures: 13 pictures of LLaVA 1.5 7B."""
+
+
 @dataclass(frozen=True)
 class PlacementOptions:
     """The requested placement. An option that cannot be followed raises an error.
 
     `place` maps submodels, by name or role, to a target ("openvino"), a target and its device ("openvino:GPU.1") or a
     device ("cuda:0"). `memory_limit` is the number of bytes that the model may use in each memory. `strict` refuses
-    engines that run some nodes on another device. `rows` lists files of benchmark rows; None means the default files.
+    engines that run some nodes on another device. At most `picture_cache` bytes of pictures' features are held for
+    further requests. `rows` lists files of benchmark rows; None means the default files.
     """
 
     place: Mapping[str, str] = field(default_factory=dict)
     memory_limit: int | None = None
     strict: bool = False
+    picture_cache: int = 0
     rows: tuple[Path, ...] | None = None
 
 

@@ -16,12 +16,16 @@ from runtime import errors
 
 ROOT = Path(__file__).parents[2]
 NAMES = """
-    Answer BuildOptions Bundle ChatOptions Client Control Done Drawing EngineUse Event Finished ImageOptions ImageReady
-    Message Model PictureLike Progress Queued Session Started Stream TextDelta build load
+    Answer BuildOptions Bundle ChatOptions Client Control Done Drawing EmbedRequest Embeddings EngineUse Event Finished
+    ImageOptions ImageReady Matching Message Model PictureLike Progress Queued Scores Session Started Stream TextDelta
+    Vectors build load
 """.split()
 ERRORS = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)]
+DRAWING = {"generate", "generate_stream", "draw"}
+CHATTING = {"chat", "chat_stream", "answer", "captions"}
+EMBEDDING = {"embed", "match", "vectors", "score"}
 METHODS = {
-    "Session": {"generate", "generate_stream", "chat", "chat_stream", "draw", "answer", "run", "close"},
+    "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close"},
     "Model": {"task", "target", "device", "notes"},
     "Client": {"models", "load", "unload"},
     "Stream": {"result", "cancel", "close", "aclose"},
@@ -87,3 +91,5 @@ def test_build_load_and_draw(tiny_diffusion: Path, tmp_path: Path) -> None:
         enginecast.load(tmp_path / "b", target="openvino")
     with pytest.raises(enginecast.InvalidInput, match="memory_limit"):
         enginecast.load(tmp_path / "b", memory_limit=0)
+    with pytest.raises(enginecast.InvalidInput, match="picture_cache: is 'much', expected a size such as 4GiB"):
+        enginecast.load(tmp_path / "b", picture_cache="much")

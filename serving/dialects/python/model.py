@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +15,7 @@ from runtime.errors import Cancelled, InvalidInput, Unavailable
 from runtime.pipeline import Event, drive
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
-from runtime.placing.placement import PlacementOptions, parse_place
+from runtime.placing.placement import PICTURE_CACHE, PlacementOptions, parse_place
 from runtime.task import Request, task
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -101,6 +102,7 @@ def load(
     place: str | Mapping[str, str] | None = None,
     memory_limit: str | int | None = None,
     strict: bool = False,
+    picture_cache: str | int = PICTURE_CACHE,
     threads: int = 0,
     public_key: str | Path | None = None,
 ) -> Model:
@@ -117,6 +119,8 @@ def load(
             "text_encoder=cpu,denoiser=cuda:0".
         memory_limit: Memory that the model may take on each device, in bytes or as "4GiB".
         strict: Refuse engines that run a part of a submodel on another device.
+        picture_cache: Memory for the features of pictures seen before, in bytes or as "128MiB": a picture that is shown
+            to a chat model again is not encoded again. 0 holds none.
         threads: CPU threads per engine; 0 is all cores.
         public_key: PEM file of a public key. The bundle must be signed with its private key.
 
@@ -129,6 +133,7 @@ def load(
         ResourceExhausted: There is not enough memory.
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
+    placing = replace(placing, picture_cache=parse_size("picture_cache", str(picture_cache), 0))
     return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
 
 

@@ -468,6 +468,27 @@ def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dic
     assert answer(drive(chat(long), engines))[1].completion_tokens <= room  # the default yields to the context
 
 
+def test_a_picture_is_encoded_once(bundle: Bundle, engines: dict[str, FakeEngine]) -> None:
+    """In a prompt always; in later prompts as long as its features are held."""
+    chat = ChatPipeline(bundle.root, bundle.manifest.config)
+    first, second = picture(1), picture(2)
+
+    def tiles(*pictures: Picture) -> int:
+        engines["vision_encoder"].calls.clear()
+        request = ChatRequest((user(*pictures, "see"),), max_tokens=8)
+        texts.append(answer(drive(chat(request), engines)))
+        return sum(len(call["pixel_values"]) for call in engines["vision_encoder"].calls)
+
+    texts: list[tuple[str, Finished]] = []
+    assert [tiles(first), tiles(first), tiles(first, second, first)] == [1, 1, 2]
+    chat.remember(TOKENS * 32 * 4)  # one picture
+    assert [tiles(first), tiles(first), tiles(first, second, first), tiles(second), tiles(first)] == [1, 0, 1, 0, 1]
+    chat.remember(1 << 20)
+    assert [tiles(second, first), tiles(first, second, first), tiles(first.copy())] == [2, 0, 0]
+    assert texts[0] == texts[1] == texts[3] == texts[4] == texts[7] == texts[10]
+    assert texts[2] == texts[5] == texts[9]
+
+
 def test_a_sliding_context_loses_the_oldest_turns(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
     """The answer is that to the conversation without them, also behind a conversation that was held whole."""
     seen, spare = (
