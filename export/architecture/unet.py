@@ -43,6 +43,8 @@ def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     if added := {name: inputs[name] for name in ADDED if name in inputs}:
         named["added_cond_kwargs"] = added
+    if "timestep_cond" in inputs:
+        named["timestep_cond"] = inputs["timestep_cond"]
     if MID in inputs:
         named["down_block_additional_residuals"] = [value for name, value in inputs.items() if is_down(name)]
         named["mid_block_additional_residual"] = inputs[MID]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Final
@@ -116,15 +117,25 @@ class Build:
 
     @cached_property
     def notes(self) -> tuple[str, ...]:
-        """What of the source is served otherwise than published, and which variants nobody chose are read."""
-        chosen = {name: one.variant for name, one in self.checkpoints.items() if one.variant != self.options.variant}
-        said = (
-            f"{name or 'the model'} has no weights but those of the variant {variant}, which are read"
-            if variant
-            else f"{name or 'the model'} has no variant {self.options.variant}: its plain weights are read"
-            for name, variant in chosen.items()
-        )
-        return (*self.family.notes(self.source), *said)
+        """What of the source is served otherwise than published, and which weights are read that nobody chose."""
+        return (*self.family.notes(self.source), *self._variants(), *self._borrowed())
+
+    def _variants(self) -> Iterator[str]:
+        """A sentence for each component that is read in another variant than chosen."""
+        own = {name: one for name, one in self.checkpoints.items() if one.root.is_relative_to(self.source.root)}
+        for name, one in own.items():
+            what = name or "the model"
+            if one.variant and one.variant != self.options.variant:
+                yield f"{what} has no weights but those of the variant {one.variant}, which are read"
+            elif one.variant != self.options.variant and self.source.file is None:
+                yield f"{what} has no variant {self.options.variant}: its plain weights are read"
+
+    def _borrowed(self) -> Iterator[str]:
+        """A sentence on the components that a single file lacks."""
+        file, root = self.source.file, self.source.root
+        apart = [name for name, one in self.checkpoints.items() if file not in one.headers and one.root.parent == root]
+        if file is not None and apart:
+            yield f"{', '.join(apart)} are those of the folder of small files: {file.name} has no weights of them"
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
 """Single-file checkpoints in the layout of the original Stable Diffusion code, as the networks of a diffusers pipeline.
 
 The functions behind diffusers' `from_single_file` rename the tensors (diffusers.loaders.single_file_utils), so what it
-loads is what is exported. They get stand-ins for tensors: a slice of one is a byte range of the same file, and a
-transposed one, of which a text encoder has at most one, is computed once and kept in the user's cache.
+loads is what is exported; GGUF files have the same names. They get stand-ins for tensors: a slice of one is a byte
+range of the same file, and a transposed one, of which a text encoder has at most one, is computed once and kept in the
+user's cache.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from export.build.staging import cached, key_of
-from export.checkpoint.component import CONFIG, LDM, Checkpoint, component_config, read_json
+from export.checkpoint.component import CONFIG, LDM, Checkpoint, component_config, open_component, read_json
+from export.checkpoint.gguf_file import SUFFIX, read_gguf
 from export.checkpoint.tensors import DTYPES, TensorRef, read_header
 from runtime.errors import InvalidInput, NotFound, SourceError, UnsupportedModel
 
@@ -44,6 +46,11 @@ CLIP: Final = ("cond_stage_model.transformer.", "conditioner.embedders.0.transfo
 OPEN_CLIP: Final = ("cond_stage_model.model.", "conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
 """Prefixes of text encoders: those of OpenAI's CLIP, under transformers' names, and those of OpenCLIP."""
 SMALL: Final = "model_index.json, scheduler, tokenizers, and the config.json of each network"
+
+
+def read(file: Path, values: bool = True) -> tuple[bytes, dict[str, TensorRef]]:
+    """The header's bytes and every tensor by name. Without `values`, those that are quantized have a shape alone."""
+    return read_gguf(file, values) if file.suffix == SUFFIX else read_header(file)
 
 
 def is_whole_model(names: Iterable[str]) -> bool:
@@ -88,18 +95,22 @@ def _kind(tensors: Mapping[str, TensorRef]) -> tuple[int, int] | None:
 
 
 def open_single_file(file: Path, folder: Path) -> Checkpoint:
-    """The network whose config.json is in `folder`, which is named as in a diffusers pipeline, of a single file.
+    """The network whose config.json is in `folder`, which is named as in a diffusers pipeline, of a single file; the
+    folder's own weights where the file has none of it.
 
     Raises NotFound, SourceError, or UnsupportedModel for a network that is not in such files.
     """
-    header, tensors = read_header(file)
+    header, tensors = read(file)
     config = component_config(folder)
     convert = CONVERSIONS.get(folder.name)
     if convert is None:
         raise UnsupportedModel(f"{folder} is of no network of a single-file checkpoint: {', '.join(CONVERSIONS)}")
     found = convert({name: Stored(ref) for name, ref in tensors.items()}, config)
     if not found:
-        raise SourceError(f"{file} has no weights of {folder.name}, which {folder / CONFIG} describes")
+        try:
+            return open_component(folder)
+        except NotFound as error:
+            raise SourceError(f"{file} has no weights of {folder.name}, and neither has --config: {error}") from None
     return Checkpoint(folder, config, {name: one.ref for name, one in found.items()}, {file: header})
 
 

@@ -26,6 +26,7 @@ from export.checkpoint.component import (
     variants,
     weight_files,
 )
+from export.checkpoint.gguf_file import SUFFIX
 from export.checkpoint.plausible import check_sizes
 from export.checkpoint.tensors import TensorRef, check_finite, read_header, release
 from runtime.bundle.manifest import check_name, is_file_name
@@ -152,7 +153,9 @@ def _inspect(root: Path, name: str, variant: str) -> Source:
         return Source(root, name, "transformers", architecture, variant)
     if (root / ADAPTER).is_file():
         _refuse_adapter(root)
-    files = sorted(path for path in root.iterdir() if path.is_file() and path.suffix in (".safetensors", *PICKLES))
+    files = sorted(
+        path for path in root.iterdir() if path.is_file() and path.suffix in (".safetensors", SUFFIX, *PICKLES)
+    )
     if files:
         _single_file(files[0], "", None)  # which says what it needs
     raise SourceError(
@@ -202,7 +205,7 @@ def _single_file(path: Path, variant: str, config: Path | None) -> Source:
     """A file with the networks of a whole model; the small files lie in the folder `config`."""
     if path.suffix in PICKLES:
         refuse_pickle(path)
-    tensors = read_header(path)[1] if path.suffix == ".safetensors" else {}
+    tensors = single_file.read(path, values=False)[1] if path.suffix in (".safetensors", SUFFIX) else {}
     if any(LORA.search(name) for name in tensors):
         _refuse_adapter(path)
     if not single_file.is_whole_model(tensors):

@@ -12,9 +12,9 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from torch import Tensor as TorchTensor
@@ -36,7 +36,7 @@ from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, Uns
 from runtime.limits import PROMPT_CHUNKS
 from runtime.tasks.image import ImageDefaults
 
-ADDITIONS: Final = ("lora", "controlnet")
+ADDITIONS: Final = ("lora", "controlnet", "vae")
 """The kinds of additions that the family and those descended from it take."""
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -45,7 +45,7 @@ COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
     "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "tokenizer_2": ("CLIPTokenizer", "CLIPTokenizerFast"),
     "unet": ("UNet2DConditionModel",),
-    "vae": ("AutoencoderKL",),
+    "vae": ("AutoencoderKL", "AutoencoderTiny"),
 }
 """The classes that model_index.json may name for each component."""
 
@@ -53,9 +53,15 @@ CLASSES: Final[Mapping[str, Any]] = {
     "text_encoder": CLIPTextConfig,
     "text_encoder_2": CLIPTextConfig,
     "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
 }
-"""What reads the config.json of a component."""
+"""What reads the config.json of a component, an autoencoder apart."""
+
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
+AUTOENCODERS: Final[Mapping[str, type[Autoencoder]]] = {
+    "AutoencoderKL": AutoencoderKL,
+    "AutoencoderTiny": AutoencoderTiny,
+}
+"""Those that a pipeline or an addition may have, by the name of their class."""
 
 CLIP: Final = "clip"
 CLIP_TEXT: Final = "clip_text_model"
@@ -72,10 +78,6 @@ ACCEPTED: Final[Mapping[str, Mapping[str, tuple[tuple[object, ...], str]]]] = {
         )
     },
     "unet": {
-        "time_cond_proj_dim": (
-            (None,),
-            "it takes the guidance scale as an input. Build the model that it was distilled from",
-        ),
         "class_embed_type": ((None,), LABELS),
         "num_class_embeds": ((None,), LABELS),
         "encoder_hid_dim_type": ((None, "text_proj"), PICTURES),
@@ -101,6 +103,9 @@ FEWER: Final[Mapping[str, Mapping[str, Any]]] = {
 }
 """The twin has one layer where the model repeats several."""
 
+NO_STATISTICS: Final = {"latents_mean": None, "latents_std": None}
+"""Of an autoencoder without these fields."""
+
 
 class TextEncoder(nn.Module):
     def __init__(self, model: CLIPTextModel) -> None:
@@ -112,7 +117,7 @@ class TextEncoder(nn.Module):
 
 
 class VaeDecoder(nn.Module):
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
@@ -121,14 +126,23 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """The mean of the latent distribution: deterministic, so that a picture always encodes alike."""
+    """The mean of the latent distribution: deterministic, so that a picture always encodes alike. The tiny autoencoder
+    has no distribution.
+    """
 
-    def __init__(self, model: AutoencoderKL) -> None:
+    def __init__(self, model: Autoencoder) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, image: TorchTensor) -> tuple[TorchTensor, ...]:
-        return (self.model.encode(image).latent_dist.mode(),)
+        return (_latents(self.model, image),)
+
+
+def _latents(model: Autoencoder, image: TorchTensor) -> TorchTensor:
+    """What the library's pipelines draw on, of a picture [batch, 3, height, width], -1 to 1."""
+    encoded: Any = model.encode(image)
+    latents: TorchTensor = encoded.latents if isinstance(model, AutoencoderTiny) else encoded.latent_dist.mode()
+    return latents
 
 
 @dataclass(frozen=True)
@@ -195,10 +209,12 @@ def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str
     """
     found = []
     for name in names:
-        check_class(source, name)
-        parameters = inspect.signature(CLASSES[name]).parameters.values()
-        usual = {p.name: p.default for p in parameters if p.default is not p.empty}
-        config = {**usual, **_published(source, name), **(FEWER[name] if reduced else {})}
+        reader = _reader(source, name)
+        parameters = inspect.signature(reader).parameters.values()
+        config = {p.name: p.default for p in parameters if p.default is not p.empty} | _published(source, name)
+        if reader is AutoencoderTiny:
+            config |= {"block_out_channels": config["decoder_block_out_channels"], **NO_STATISTICS}
+        config |= {key: value for key, value in FEWER[name].items() if reduced and key in config}
         for key, (values, why) in ACCEPTED.get(name, {}).items():
             if config.get(key) not in values:
                 raise UnsupportedModel(
@@ -206,6 +222,26 @@ def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str
                 )
         found.append({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")})
     return found
+
+
+def _reader(source: Source, component: str) -> Any:
+    """The class that reads a component's config.json. Raises what `check_class` raises, InvalidInput for several
+    autoencoders, and UnsupportedModel for an added one of no class here.
+    """
+    added = source.added(component)
+    if len(added) > 1:
+        raise InvalidInput(component, f"is given {len(added)} times, and a model has one: leave the others out")
+    if not added:
+        check_class(source, component)
+    if component in CLASSES:
+        return CLASSES[component]
+    name = read_json(_config(source, component)).get("_class_name") if added else class_of(source, component)
+    if name not in AUTOENCODERS:
+        raise UnsupportedModel(
+            f"{_config(source, component)} is of the class {name}, expected {' or '.join(AUTOENCODERS)}: take the "
+            "folder of an autoencoder of Stable Diffusion"
+        )
+    return AUTOENCODERS[str(name)]
 
 
 def check_class(source: Source, component: str) -> None:
@@ -233,8 +269,8 @@ def class_of(source: Source, component: str) -> str | None:
 def _published(source: Source, component: str) -> dict[str, Any]:
     """The config.json of a component, as its library finds it. Raises UnsupportedModel where another class wrote it."""
     config = _without_defaults(read_json(_config(source, component)))
-    written, expected = config.get("_class_name"), COMPONENTS[component][0]
-    if CLASSES[component] is CLIPTextConfig:
+    written, expected = config.get("_class_name"), _reader(source, component).__name__
+    if CLASSES.get(component) is CLIPTextConfig:
         written, expected = config.get("model_type"), CLIP_TEXT
         if written == CLIP and isinstance(config.get("text_config"), dict):
             return dict(config["text_config"])
@@ -256,7 +292,12 @@ def _without_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _config(source: Source, component: str) -> Path:
-    return source.root / component / "config.json"
+    return (_place(source, component) or source.root / component) / "config.json"
+
+
+def _place(source: Source, component: str) -> Path | None:
+    """The folder of a component that is added in place of the source's."""
+    return next((one.path for one in source.added(component)), None)
 
 
 def require(source: Source, component: str, config: Mapping[str, Any], **expected: object) -> None:
@@ -320,8 +361,11 @@ def denoising_parts(
     source: Source, model: UNet2DConditionModel, grid: Grid, length: int, *added: Tensor, reduced: bool
 ) -> list[Part]:
     """The UNet on prompts of usually `length` tokens, and the control networks that are added to it. `added` are its
-    inputs behind sample, timestep and hidden states.
+    inputs behind sample, timestep and hidden states. A model that was distilled from guided predictions has one more,
+    an embedding of the guidance scale.
     """
+    if width := model.config.time_cond_proj_dim:
+        added = (*added, Tensor(name="timestep_cond", dtype="float32", dims=(BATCH, width)))
     inputs = (*_unet_inputs(model, grid, length), *added)
     latents = grid.latents("sample", model.config.out_channels)
     picture = grid.picture(PICTURE, 3).following(latents, times=grid.scale)
@@ -359,9 +403,16 @@ def _unet_inputs(model: UNet2DConditionModel, grid: Grid, length: int) -> tuple[
     return grid.latents("sample", model.config.in_channels), timestep, states
 
 
-def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Part]:
+def autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
+    """The source's autoencoder, or the one that is added, of its config."""
+    model = _reader(source, "vae")
+    known = inspect.signature(model).parameters
+    return model.from_config({key: value for key, value in config.items() if key in known}).eval()
+
+
+def vae_parts(source: Source, model: Autoencoder, grid: Grid, float16: bool = True) -> list[Part]:
     """Decoder and encoder. `float16` as in `Part`."""
-    components = (Component("vae", model),)
+    components = (Component("vae", model, _place(source, "vae")),)
     image = grid.picture("image", model.config.in_channels)
     latents = grid.latents("latents", model.config.latent_channels)
     decode = Signature(inputs=(latents,), outputs=(image.following(latents, times=grid.scale),))
@@ -380,7 +431,7 @@ def vae_parts(model: AutoencoderKL, grid: Grid, float16: bool = True) -> list[Pa
             "vae_encoder",
             components,
             VaeEncoder(model),
-            lambda x: (model.encode(x).latent_dist.mean,),
+            lambda x: (_latents(model, x),),
             encode,
             least_bits=8,
             float16=float16,
@@ -396,7 +447,9 @@ def settings(
 
     Raises SourceError naming every value that no model can have.
     """
-    (vae,) = configs(source, "vae")
+    unet, vae = configs(source, "unet", "vae")
+    if width := unet["time_cond_proj_dim"]:
+        more["guidance_embedding"] = width
     # No shift_factor: diffusers' pipelines of these families do not read it.
     scaling = {
         "scaling_factor": vae["scaling_factor"],
@@ -511,7 +564,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
     with without_weights():
         text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
         unet = UNet2DConditionModel.from_config(unet_config).eval()
-        vae = AutoencoderKL.from_config(vae_config).eval()
+        vae = autoencoder(source, vae_config)
     grid, length = _grid(source, unet_config, vae_config), tokens(text)
     return [
         text_part(
@@ -522,7 +575,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
             {"last_hidden_state": (length, text.config.hidden_size)},
         ),
         *denoising_parts(source, unet, grid, length.opt, reduced=reduced),
-        *vae_parts(vae, grid),
+        *vae_parts(source, vae, grid),
     ]
 
 

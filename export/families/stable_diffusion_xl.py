@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -67,7 +67,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
         text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_2_config)).eval()
         unet = UNet2DConditionModel.from_config(unet_config).eval()
-        vae = AutoencoderKL.from_config(vae_config).eval()
+        vae = base.autoencoder(source, vae_config)
     grid, length = base.Grid.of(source, unet_config, vae_config), base.tokens(text)
 
     def read(ids: TorchTensor) -> tuple[TorchTensor, ...]:
@@ -97,7 +97,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
         ),
         # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its
         # config.
-        *base.vae_parts(vae, grid, float16=not vae_config["force_upcast"]),
+        *base.vae_parts(source, vae, grid, float16=not vae_config["force_upcast"]),
     ]
 
 

@@ -44,6 +44,7 @@ class DiffusionConfig(Frozen):
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
     sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
     encoder and no sizes, `controls` where there are no control networks. `sampler` draws where a request names none.
+    `guidance_embedding` is the width of the embedding in which a distilled model receives the guidance scale.
     """
 
     scheduler: SchedulerConfig
@@ -53,6 +54,7 @@ class DiffusionConfig(Frozen):
     defaults: ImageDefaults = ImageDefaults()
     added: AddedConditions | None = None
     controls: Controls | None = None
+    guidance_embedding: int | None = Field(default=None, ge=4)
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:
@@ -78,7 +80,7 @@ class DiffusionConfig(Frozen):
 
     def guidance_of(self, request: ImageRequest) -> Guidance:
         scale = self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        return Guidance(scale)
+        return Guidance(scale, self.guidance_embedding or 0)
 
     def sampler_of(self, request: ImageRequest) -> Sampler:
         """Raises InvalidInput naming `images`, `sampler`, `steps` or `eta`."""

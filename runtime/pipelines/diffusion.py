@@ -19,6 +19,9 @@ A model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 23
     unet            encoder_hidden_states [batch, sequence, hidden + hidden_2], text_embeds, and time_ids [batch, 6]:
                     original height and width, top and left of the crop, intended height and width, in pixels; control
                     networks have these inputs, too
+
+The unet of a model that was distilled from guided predictions takes one input more: timestep_cond [batch, width], an
+embedding of the guidance scale.
 """
 
 from __future__ import annotations
@@ -128,7 +131,7 @@ class DiffusionPipeline(ModelPipeline):
             done, time = walk.step, np.full(job.guidance.rows, walk.time, np.float32)
             inputs = {"sample": job.guidance.batch(walk.x), "timestep": time, **conditions}
             residuals = yield from job.controls(walk.calls, inputs)
-            outputs = yield from run("unet", **inputs, **residuals)
+            outputs = yield from run("unet", **inputs, **residuals, **job.guidance.conditions)
             clean = walk.advance(job.guidance.combine(outputs["noise_pred"]))
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0

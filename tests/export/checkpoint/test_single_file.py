@@ -20,6 +20,7 @@ from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.checkpoint.source import resolve
+from export.checkpoint.tensors import read_header
 from runtime.errors import InvalidInput, NotFound, SourceError, UnsupportedModel
 from tests.export.checkpoint.original import small_files, write_original
 
@@ -89,7 +90,7 @@ def test_what_is_missing_or_wrong_is_named(published: tuple[Path, Path], tiny_vl
     without = {name: one for name, one in tensors.items() if not name.startswith("first_stage_model.")}
     save_file(without, tmp_path / "without.safetensors")
     with pytest.raises(
-        SourceError, match=r"without\.safetensors has no weights of vae, which .*small.vae.config\.json"
+        SourceError, match=r"without\.safetensors has no weights of vae, and neither has --config: .*small.vae"
     ):
         opened(tmp_path / "without.safetensors", small)
     del tensors["model.diffusion_model.out.2.bias"]
@@ -143,3 +144,62 @@ def test_the_shapes_of_a_file_say_whose_small_files_it_needs(
     (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=f"those of {of}"):
         resolve(str(tmp_path / "model.safetensors"), config=tmp_path)
+
+
+def write_gguf(tensors: dict[str, torch.Tensor], file: Path, kind: str) -> dict[str, np.ndarray[Any, Any]]:
+    """Write tensors in this quantization where their rows divide into blocks; return what the library reads of them."""
+    gguf = pytest.importorskip("gguf")
+    quantized = gguf.GGMLQuantizationType[kind]
+    writer, read = gguf.GGUFWriter(file, "sd"), {}
+    for name, tensor in tensors.items():
+        values = tensor.float().numpy()
+        if values.ndim == 2 and values.shape[1] % 32 == 0:
+            data = gguf.quantize(values, quantized)
+            writer.add_tensor(name, data, raw_dtype=quantized)
+            read[name] = gguf.dequantize(data, quantized)
+        else:
+            writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return read
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q5_1"])
+@pytest.mark.parametrize("published", ["tiny_diffusion"], indirect=True)
+def test_gguf_files_are_dequantized_as_their_library_does(
+    published: tuple[Path, Path], tiny_diffusion: Path, tmp_path: Path, kind: str
+) -> None:
+    """A whole model, and a UNet alone, whose other networks are those of the folder."""
+    file, small = published
+    tensors = load_file(file)
+    read = write_gguf(tensors, tmp_path / "model.gguf", kind)
+    assert len(read) > 3
+    plain, state = opened(file, small), opened(tmp_path / "model.gguf", small)
+    unet = {name.removeprefix("model.diffusion_model."): one for name, one in tensors.items() if "diffusion" in name}
+    write_gguf(unet, tmp_path / "unet.gguf", kind)
+    alone = opened(tmp_path / "unet.gguf", tiny_diffusion)
+    assert state.notes == ()
+    lacking = "text_encoder, vae are those of the folder of small files: unet.gguf has no weights of them"
+    assert alone.notes == (lacking,)
+    changed = 0
+    for part, other, third in zip(plain.parts, state.parts, alone.parts, strict=True):
+        wanted, got, last = plain.weights(part), state.weights(other), alone.weights(third)
+        originals = {ref.offset: name for name, ref in read_header(file)[1].items()}
+        for name, ref in wanted.items():
+            values = read.get(originals[ref.offset], ref.array())
+            np.testing.assert_array_equal(got[name].array(), values, name)
+            changed += originals[ref.offset] in read
+            np.testing.assert_array_equal(last[name].array(), values if part.name == "unet" else ref.array(), name)
+    assert changed > 3
+
+
+@pytest.mark.parametrize("published", ["tiny_diffusion"], indirect=True)
+def test_a_damaged_gguf_file_is_named(published: tuple[Path, Path], tmp_path: Path) -> None:
+    write_gguf({"input_blocks.0.0.weight": torch.ones(4, 4, 3, 3)}, tmp_path / "a.gguf", "Q8_0")
+    content = (tmp_path / "a.gguf").read_bytes()
+    for number, damaged in enumerate((b"", content[:40], content[:-200], b"GGUF" + b"\xff" * 60)):
+        (tmp_path / f"{number}.gguf").write_bytes(damaged)
+        with pytest.raises(SourceError, match=rf"{number}\.gguf is no GGUF file that can be read"):
+            opened(tmp_path / f"{number}.gguf", published[1])

@@ -337,7 +337,6 @@ def test_what_is_missing_is_named(
         ("unet/config.json", {"addition_embed_type": None}, UnsupportedModel,
             r"addition_embed_type None \(expected 'text_time'\).* Take"),
         ("unet/config.json", {"in_channels": 9}, UnsupportedModel, r"in_channels 9 \(expected 4\)"),
-        ("unet/config.json", {"time_cond_proj_dim": 256}, UnsupportedModel, r"time_cond_proj_dim 256, expected None"),
         ("text_encoder_2/config.json", {"hidden_size": 32}, UnsupportedModel, r"width 40 .* the text encoders give 48"),
         ("text_encoder_2/config.json", {"projection_dim": 24}, UnsupportedModel,
             r"embeddings_input_dim 60 \(expected 72\)"),

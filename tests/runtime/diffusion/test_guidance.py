@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from runtime.diffusion.guidance import Guidance
+from runtime.diffusion.guidance import Guidance, embedding
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
@@ -22,3 +22,21 @@ def test_above_one_the_prediction_is_pushed_away_from_the_negative_prompts() -> 
     output = np.array([[1.0], [2.0]], np.float32)
     combined = guidance.combine(output)
     assert combined.tolist() == [[4.0]] and combined.dtype == np.float32
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 8.5])
+def test_a_distilled_model_receives_the_scale_and_is_not_guided(scale: float) -> None:
+    guidance = Guidance(scale, width=8)
+    assert (guidance.guided, guidance.rows) == (False, 1)
+    (condition,) = guidance.conditions.values()
+    assert condition.shape == (1, 8) and condition.dtype == np.float32 and Guidance(scale).conditions == {}
+
+
+@pytest.mark.parametrize("width", [4, 9, 256])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 7.5])
+def test_the_embedding_is_that_of_diffusers(width: int, scale: float) -> None:
+    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    made = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
+        None, torch.tensor(scale - 1).repeat(1), embedding_dim=width
+    )
+    np.testing.assert_allclose(embedding(scale - 1, width), made.numpy(), atol=1e-3)  # of angles up to 7500
