@@ -211,6 +211,22 @@ def test_a_vae_that_overflows_float16_says_so(tiny_xl: Path, tmp_path: Path, upc
     assert allowed == dict.fromkeys(PARTS[:3], True) | dict.fromkeys(("vae_decoder", "vae_encoder"), not upcast)
 
 
+@pytest.mark.full
+def test_what_of_a_vae_overflows_is_measured_whatever_its_config_says(tiny_xl: Path, tmp_path: Path) -> None:
+    """A residual stream of 1e5 and more between norms, as in the published VAE, and force_upcast false."""
+    source = edited(tiny_xl, tmp_path, "vae/config.json", {"force_upcast": False})
+    file = source / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    state["decoder.conv_in.bias"] += 60_000 * torch.linspace(-1, 1, len(state["decoder.conv_in.bias"]))
+    save_file(state, file, metadata={"format": "pt"})
+    options = Options(str(source), tmp_path / "b", targets=("onnxruntime",), quant="fp16", quality="none")
+    bundle, _ = build(options)
+    decoder = bundle.submodel("vae_decoder")
+    assert decoder.precision.compute == "float16"
+    assert {"decoder.conv_in/Conv", "decoder.mid_block.resnets.0/Add"} <= set(decoder.keep)
+    assert not any("mid_block" in node for node in bundle.submodel("unet").keep)
+
+
 def test_old_names_are_the_same_byte_for_byte(tiny_xl: Path, xl_bundle: Path, tmp_path: Path) -> None:
     """As the published text encoders have them."""
     source = Path(shutil.copytree(tiny_xl, tmp_path / "old"))
