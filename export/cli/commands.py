@@ -191,6 +191,8 @@ def _build_graphs(
     _require_source(source, {}, additions)
     if source is None:
         raise InvalidInput("graph-only", "needs a SOURCE: a folder with the config files of a model")
+    if Path(source).is_file():
+        raise InvalidInput("graph-only", f"reads config files, and {source} has none: name the folder that has them")
     from export.build.graphs import build_graphs
 
     place = output or Path("graphs") / _name_of(source)

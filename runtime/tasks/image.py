@@ -86,10 +86,11 @@ class ImageRequest(Request):
     accept it.
 
     `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
-    (Ho and Salimans 2022, arXiv 2207.12598). `eta` 0 to 1 is the noise that ddim and tcd add. Picture i of
-    `images` is drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0
-    adds a preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32
-    [images, channels, height, width] replace the standard normal starting noise.
+    (Ho and Salimans 2022, arXiv 2207.12598) of a model that does not receive the scale itself, as one distilled does.
+    `eta` 0 to 1 is the noise that ddim and tcd add. Picture i of `images` is drawn from `seed` + i; without a seed one
+    is chosen, and `ImageReady` says which. `preview_every` n > 0 adds a preview to every nth step's `Progress`, at the
+    cost of one run of the VAE decoder each. `latents` float32 [images, channels, height, width] replace the standard
+    normal starting noise.
 
     `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
