@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import importlib
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -21,10 +20,12 @@ from serving.cli.options import (
     ADDRESS,
     DeviceName,
     MemoryLimit,
+    PictureCache,
     PlaceText,
     Strict,
     Target,
     Threads,
+    caching,
     engine_options,
     named,
     placement,
@@ -82,14 +83,7 @@ def serve(
     place: PlaceText = None,
     memory_limit: MemoryLimit = None,
     strict: Strict = False,
-    picture_cache: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Memory for the features of pictures seen before, per chat model: a picture that is shown again is "
-            "not encoded again. 0 holds none. Default: 128MiB.",
-        ),
-    ] = None,
+    picture_cache: PictureCache = None,
     require_signature: Annotated[
         Path | None,
         typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
@@ -106,15 +100,12 @@ def serve(
     from runtime import limits
     from runtime.bundle import signing
     from runtime.placing.loading import load_model
-    from runtime.placing.memory import parse_size
-    from runtime.placing.placement import PICTURE_CACHE
     from serving.dialects.grpc import server
     from serving.host.models import ModelHost
     from serving.host.offers import Limits, Offer
 
-    options = engine_options(device, threads)
-    cache = parse_size("picture-cache", PICTURE_CACHE if picture_cache is None else picture_cache, 0)
-    placing = replace(placement(place, memory_limit, strict), picture_cache=cache)
+    options, placing = engine_options(device, threads), placement(place, memory_limit, strict)
+    placing = caching(placing, picture_cache)
 
     limits.GRACE.number("grace", grace)  # typer lets NaN pass
     if require_signature is not None:

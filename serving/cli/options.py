@@ -42,6 +42,14 @@ MemoryLimit = Annotated[
         help="Memory that a model may take on each device, such as 4GiB: submodels take turns, pictures come in tiles."
     ),
 ]
+PictureCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for the features of pictures seen before, per chat model: a picture that is shown again is not "
+        "encoded again. 0 holds none. Default: 128MiB.",
+    ),
+]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")
 ]
@@ -141,3 +149,9 @@ def placement(place: str | None, memory_limit: str | None, strict: bool) -> Plac
     from serving.dialects.python.model import placement
 
     return placement(place, memory_limit, strict)
+
+
+def caching(placing: PlacementOptions, picture_cache: str | None) -> PlacementOptions:
+    from serving.dialects.python.model import with_cache
+
+    return with_cache(placing, picture_cache)

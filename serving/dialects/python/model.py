@@ -102,7 +102,7 @@ def load(
     place: str | Mapping[str, str] | None = None,
     memory_limit: str | int | None = None,
     strict: bool = False,
-    picture_cache: str | int = PICTURE_CACHE,
+    picture_cache: str | int | None = None,
     threads: int = 0,
     public_key: str | Path | None = None,
 ) -> Model:
@@ -120,7 +120,7 @@ def load(
         memory_limit: Memory that the model may take on each device, in bytes or as "4GiB".
         strict: Refuse engines that run a part of a submodel on another device.
         picture_cache: Memory for the features of pictures seen before, in bytes or as "128MiB": a picture that is shown
-            to a chat model again is not encoded again. 0 holds none.
+            to a chat model again is not encoded again. 0 holds none. None is 128MiB.
         threads: CPU threads per engine; 0 is all cores.
         public_key: PEM file of a public key. The bundle must be signed with its private key.
 
@@ -133,7 +133,7 @@ def load(
         ResourceExhausted: There is not enough memory.
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
-    placing = replace(placing, picture_cache=parse_size("picture_cache", str(picture_cache), 0))
+    placing = with_cache(placing, picture_cache)
     return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
 
 
@@ -148,6 +148,12 @@ def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | N
     limit = None if memory_limit is None else parse_size("memory_limit", str(memory_limit))
     given = place if isinstance(place, str | None) else ",".join(f"{name}={where}" for name, where in place.items())
     return PlacementOptions(parse_place(given) if given else {}, limit, strict)
+
+
+def with_cache(placing: PlacementOptions, size: str | int | None) -> PlacementOptions:
+    """With memory for features of pictures, None being the usual size. Raises InvalidInput."""
+    size = PICTURE_CACHE if size is None else size
+    return replace(placing, picture_cache=parse_size("picture_cache", str(size), 0))
 
 
 def check_task(found: str, request: Request) -> None:
