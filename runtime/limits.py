@@ -110,6 +110,21 @@ GUIDANCE: Final = Limit(
     "guidance_scale", 50, "(a factor)", "larger values saturate pictures", (f"{IMAGE}.guidance_scale",), least=0
 )
 ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
+STRENGTH: Final = Limit("strength", 1, "(a share of the steps)", "1 takes all of them", (f"{IMAGE}.strength",), least=0)
+DENOISING: Final = Limit(
+    "denoising_start, denoising_end", 1, "(a share of the training's timesteps, between both)",
+    "0 and 1 are all of them", (f"{IMAGE}.denoising_start", f"{IMAGE}.denoising_end"), least=0,
+)  # fmt: skip
+LATENTS: Final = Limit("latents", 64, "latents", "one of each picture of a request", (f"{IMAGE}.latents",), least=1)
+LATENT_EDGE: Final = Limit(
+    "channels, height and width of latents", 65_536, "values", "models have fewer; the error states how many",
+    ("Latents.channels", "Latents.height", "Latents.width", "Latents.values"), least=1,
+)  # fmt: skip
+MASK_BLUR: Final = Limit("mask_blur", 256, "pixels", "softer borders are no borders", (f"{IMAGE}.mask_blur",), least=0)
+EXTEND: Final = Limit(
+    "extend", 65_536, "pixels of each edge", "models draw smaller pictures; the error states their range",
+    (f"{IMAGE}.extend", *(f"Edges.{side}" for side in ("left", "top", "right", "bottom"))), least=0,
+)  # fmt: skip
 CONTROLS: Final = Limit(
     "controls", 8, "control networks", "each is run in every step of the denoiser", (f"{IMAGE}.controls",)
 )
@@ -165,7 +180,7 @@ PICTURES: Final = Limit(
     "they are encoded together, and each needs tokens of the context",
     SHOWN,
 )
-PICTURE_FILES: Final = (*SHOWN, "Control.image")
+PICTURE_FILES: Final = (*SHOWN, "Control.image", f"{IMAGE}.image", f"{IMAGE}.mask")
 """The fields that hold a picture file."""
 PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", PICTURE_FILES)
 PICTURE_PIXELS: Final = Limit(

@@ -313,7 +313,9 @@ def require(source: Source, component: str, config: Mapping[str, Any], **expecte
 
 def require_unet(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any], width: int) -> None:
     """Raises UnsupportedModel where a UNet does not fit its autoencoder, or hidden states of this `width`."""
-    require(source, "unet", unet, in_channels=vae["latent_channels"], out_channels=vae["latent_channels"])
+    channels = vae["latent_channels"]
+    inputs = inpainting_channels(vae) if unet["in_channels"] == inpainting_channels(vae) else channels
+    require(source, "unet", unet, in_channels=inputs, out_channels=channels)
     widths = set(widths_of(unet))
     if widths != {width}:
         raise UnsupportedModel(
@@ -321,6 +323,11 @@ def require_unet(source: Source, unet: Mapping[str, Any], vae: Mapping[str, Any]
             "(encoder_hid_dim or "
             f"cross_attention_dim), the text encoders give {width}: take them all from the same checkpoint"
         )
+
+
+def inpainting_channels(vae: Mapping[str, Any]) -> int:
+    """The input channels of a UNet for inpainting: latents, the mask, and the masked picture's latents."""
+    return 2 * int(vae["latent_channels"]) + 1
 
 
 def widths_of(unet: Mapping[str, Any]) -> list[int]:
@@ -455,11 +462,12 @@ def settings(
         "scaling_factor": vae["scaling_factor"],
         "scale_factor": grid.scale,
         "latent_channels": vae["latent_channels"],
+        "encoder": True,
     }
     sampler = defaults.sampler or scheduler.sampler
     if names := tuple(addition.name for addition in source.added("controlnet")):
-        (unet,) = configs(source, "unet")
         more["controls"] = Controls(names=names, residuals=tuple(controlnet.residual_shapes(unet)))
+    more |= {"inpainting": True} if unet["in_channels"] == inpainting_channels(vae) else {}
     found: Any = {
         "scheduler": scheduler, "sampler": sampler, "vae": scaling, "sizes": grid.sizes, "defaults": defaults, **more
     }  # fmt: skip
@@ -612,7 +620,7 @@ def assets(source: Source) -> Mapping[str, Path]:
 FAMILY = Family(
     "stable-diffusion",
     "diffusion",
-    ("StableDiffusionPipeline",),
+    ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"),
     parts,
     config,
     assets,

@@ -1,5 +1,5 @@
 """Stable Diffusion XL: two CLIP text encoders, a UNet with pooled text and sizes as added conditions (Podell et al.
-2023, arXiv:2307.01952).
+2023, arXiv:2307.01952). Its refiner has the second text encoder alone, and takes a score for the size aimed at.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from export.checkpoint.source import PIPELINE, Source, read_json
 from export.families import stable_diffusion as base
 from export.family import Family, Part
 from export.graph.trace import without_weights
-from runtime.bundle.signature import BATCH, Tensor
+from runtime.bundle.signature import BATCH, Dim, Tensor
 from runtime.tasks.image import ImageDefaults
 
-TIME_IDS: Final = 6
-"""Height and width of the original, top and left of the crop, height and width aimed at."""
-USUAL: Final = ImageDefaults(guidance_scale=5.0)
-"""As diffusers' StableDiffusionXLPipeline has it."""
+PIPELINES: Final = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
+ENCODERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+"""The text encoders, with their tokenizers. The refiner has the second alone."""
+USUAL: Final = ImageDefaults(guidance_scale=5.0, strength=0.3)
+"""As diffusers' StableDiffusionXLPipeline and StableDiffusionXLImg2ImgPipeline have it."""
 
 
 class TextEncoder(nn.Module):
@@ -49,50 +50,59 @@ class ProjectedTextEncoder(nn.Module):
         return (output.hidden_states[-2], output.text_embeds)
 
 
-def parts(source: Source, reduced: bool) -> list[Part]:
-    names = ("text_encoder", "text_encoder_2", "unet", "vae")
-    text_config, text_2_config, unet_config, vae_config = base.configs(source, *names, reduced=reduced)
-    hidden, hidden_2, projection = (
-        text_config["hidden_size"],
-        text_2_config["hidden_size"],
-        text_2_config["projection_dim"],
-    )
-    base.require(source, "vae", vae_config, latents_mean=None, latents_std=None)
-    base.require_unet(source, unet_config, vae_config, hidden + hidden_2)
-    base.require(
-        source, "unet", unet_config, addition_embed_type="text_time",
-        projection_class_embeddings_input_dim=TIME_IDS * (unet_config["addition_time_embed_dim"] or 0) + projection,
-    )  # fmt: skip
+def encoders(source: Source) -> list[str]:
+    """The text encoders that a checkpoint has."""
+    return [name for name in ENCODERS if name == "text_encoder_2" or base.class_of(source, name)]
+
+
+def scored(source: Source) -> bool:
+    """Whether the UNet takes a score of the picture's beauty in place of the size aimed at."""
+    return read_json(source.root / PIPELINE).get("requires_aesthetics_score") is True
+
+
+def text_part(name: str, config: Mapping[str, Any]) -> Part:
+    """A text encoder: the first gives hidden states, the second the projected end token, too."""
+    pooled = name == "text_encoder_2"
     with without_weights():
-        text = CLIPTextModel(CLIPTextConfig(**text_config)).eval()
-        text_2 = CLIPTextModelWithProjection(CLIPTextConfig(**text_2_config)).eval()
-        unet = UNet2DConditionModel.from_config(unet_config).eval()
-        vae = base.autoencoder(source, vae_config)
-    grid, length = base.Grid.of(source, unet_config, vae_config), base.tokens(text)
+        kind = CLIPTextModelWithProjection if pooled else CLIPTextModel
+        model: Any = kind(CLIPTextConfig(**config)).eval()
+    shapes: dict[str, tuple[int | Dim, ...]] = {"penultimate_hidden_state": (base.tokens(model), config["hidden_size"])}
+    if pooled:
+        shapes["text_embeds"] = (config["projection_dim"],)
 
     def read(ids: TorchTensor) -> tuple[TorchTensor, ...]:
-        return (text(ids, output_hidden_states=True).hidden_states[-2],)
+        found = model(ids, output_hidden_states=True)
+        return (found.hidden_states[-2], *((found.text_embeds,) if pooled else ()))
 
-    def read_2(ids: TorchTensor) -> tuple[TorchTensor, ...]:
-        found = text_2(ids, output_hidden_states=True)
-        return (found.hidden_states[-2], found.text_embeds)
+    return base.text_part(name, model, (ProjectedTextEncoder if pooled else TextEncoder)(model), read, shapes)
+
+
+def parts(source: Source, reduced: bool) -> list[Part]:
+    texts = dict(zip(encoders(source), base.configs(source, *encoders(source), reduced=reduced), strict=True))
+    unet_config, vae_config = base.configs(source, "unet", "vae", reduced=reduced)
+    projection, conditions = texts["text_encoder_2"]["projection_dim"], 5 if scored(source) else 6
+    base.require(source, "vae", vae_config, latents_mean=None, latents_std=None)
+    base.require_unet(source, unet_config, vae_config, sum(config["hidden_size"] for config in texts.values()))
+    base.require(
+        source, "unet", unet_config, addition_embed_type="text_time",
+        projection_class_embeddings_input_dim=conditions * (unet_config["addition_time_embed_dim"] or 0) + projection,
+    )  # fmt: skip
+    with without_weights():
+        unet = UNet2DConditionModel.from_config(unet_config).eval()
+        vae = base.autoencoder(source, vae_config)
+    grid = base.Grid.of(source, unet_config, vae_config)
 
     return [
-        base.text_part("text_encoder", text, TextEncoder(text), read, {"penultimate_hidden_state": (length, hidden)}),
-        base.text_part(
-            "text_encoder_2",
-            text_2,
-            ProjectedTextEncoder(text_2),
-            read_2,
-            {"penultimate_hidden_state": (base.tokens(text_2), hidden_2), "text_embeds": (projection,)},
-        ),
+        *(text_part(name, config) for name, config in texts.items()),
         *base.denoising_parts(
             source,
             unet,
             grid,
-            length.opt,
+            texts["text_encoder_2"]["max_position_embeddings"],
             Tensor(name="text_embeds", dtype="float32", dims=(BATCH, projection)),
-            Tensor(name="time_ids", dtype="float32", dims=(BATCH, TIME_IDS), values="below", limit=grid.sizes.default),
+            Tensor(
+                name="time_ids", dtype="float32", dims=(BATCH, conditions), values="below", limit=grid.sizes.default
+            ),
             reduced=reduced,
         ),
         # The published VAE's values leave float16: what diffusers calls force_upcast. A retrained one says so in its
@@ -103,17 +113,22 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 def config(source: Source) -> dict[str, Any]:
     zeros = read_json(source.root / PIPELINE).get("force_zeros_for_empty_prompt", True)
+    present = encoders(source)
     return base.settings(
         source,
         base.Grid.of(source, *base.configs(source, "unet", "vae")),
         base.schedule(source),
         defaults=ImageDefaults.read(source.root, USUAL),
-        added={"force_zeros_for_empty_prompt": zeros},
+        added={
+            "force_zeros_for_empty_prompt": zeros,
+            **({} if len(present) == len(ENCODERS) else {"text_encoders": present}),
+            **({"aesthetic": True} if scored(source) else {}),
+        },
     )
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    return base.files(source, {"tokenizer": "text_encoder", "tokenizer_2": "text_encoder_2"})
+    return base.files(source, {ENCODERS[name]: name for name in encoders(source)})
 
 
 def notes(source: Source) -> tuple[str, ...]:
@@ -123,7 +138,7 @@ def notes(source: Source) -> tuple[str, ...]:
 FAMILY = Family(
     "stable-diffusion-xl",
     "diffusion",
-    ("StableDiffusionXLPipeline",),
+    PIPELINES,
     parts,
     config,
     assets,

@@ -10,6 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.added import AddedConditions
+from runtime.diffusion.canvas import Original
 from runtime.diffusion.controls import Controls
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
@@ -37,6 +38,18 @@ class Sizes(Frozen):
             )
         return length
 
+    def of_picture(self, length: int) -> int:
+        """The length to draw at on a picture with an edge of this length: rounded down to a multiple. Raises
+        InvalidInput naming `image` where pictures cannot have it.
+        """
+        drawn = length - length % self.multiple
+        if not self.min <= drawn <= self.max:
+            raise InvalidInput(
+                "image", f"has an edge of {length} pixels, expected {self.min} to {self.max}: give width and height, "
+                "to which it is resized"
+            )  # fmt: skip
+        return drawn
+
 
 class DiffusionConfig(Frozen):
     """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
@@ -45,6 +58,7 @@ class DiffusionConfig(Frozen):
     sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
     encoder and no sizes, `controls` where there are no control networks. `sampler` draws where a request names none.
     `guidance_embedding` is the width of the embedding in which a distilled model receives the guidance scale.
+    `inpainting` is whether the UNet takes the mask and the masked picture's latents as further channels.
     """
 
     scheduler: SchedulerConfig
@@ -55,6 +69,7 @@ class DiffusionConfig(Frozen):
     added: AddedConditions | None = None
     controls: Controls | None = None
     guidance_embedding: int | None = Field(default=None, ge=4)
+    inpainting: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:
@@ -73,17 +88,45 @@ class DiffusionConfig(Frozen):
         return self.added is not None and self.added.force_zeros_for_empty_prompt
 
     def size_of(self, request: ImageRequest) -> tuple[int, int]:
-        """Height and width of the request's pictures, in pixels. Raises InvalidInput naming `width` or `height`."""
-        width = self.sizes.check("width", self.sizes.default if request.width is None else request.width)
-        height = self.sizes.check("height", self.sizes.default if request.height is None else request.height)
+        """Height and width of the request's pictures, in pixels: by default those of the picture that it begins with.
+        Raises InvalidInput naming `width`, `height` or `image`.
+        """
+        stated = {"height": request.height, "width": request.width}
+        own = request.lengths or (None, None)
+        height, width = (self._length(*one, length) for one, length in zip(stated.items(), own, strict=True))
         return height, width
+
+    def _length(self, field: str, stated: int | None, own: int | None) -> int:
+        if stated is not None:
+            return self.sizes.check(field, stated)
+        return self.sizes.default if own is None else self.sizes.of_picture(own)
+
+    def original_of(self, request: ImageRequest) -> Original | None:
+        """The picture that the request begins with. Raises InvalidInput where this model cannot begin with one, or
+        needs one with a mask.
+        """
+        if self.inpainting and not request.masked:
+            raise InvalidInput(
+                "mask", "is missing: this model draws the masked part of a picture, so give image and mask, or extend"
+            )
+        if request.image is None:
+            return None
+        if not self.vae.encoder:
+            raise InvalidInput(
+                "image", "needs the encoder of the VAE, which this bundle was built without: build it again with this "
+                "version"
+            )  # fmt: skip
+        return Original.of(request, self.size_of(request))
 
     def guidance_of(self, request: ImageRequest) -> Guidance:
         scale = self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         return Guidance(scale, self.guidance_embedding or 0)
 
     def sampler_of(self, request: ImageRequest) -> Sampler:
-        """Raises InvalidInput naming `images`, `sampler`, `steps` or `eta`."""
+        """The sampler of the request, from the middle of its schedule on where the request begins with a picture.
+        Raises InvalidInput naming `images`, `sampler`, `steps`, `eta`, `strength`,
+        `denoising_start` or `denoising_end`.
+        """
         steps = self.defaults.steps if request.steps is None else request.steps
         if steps * request.images > limits.ALL_STEPS.most:
             raise InvalidInput(
@@ -91,7 +134,14 @@ class DiffusionConfig(Frozen):
                 f"of {steps} steps each make {steps * request.images:,} steps, expected at most "
                 f"{limits.ALL_STEPS.most:,}",
             )
-        return make_sampler(request.sampler or self.sampler, self.scheduler, steps, request.eta)
+        sampler = make_sampler(request.sampler or self.sampler, self.scheduler, steps, request.eta)
+        if request.partial:
+            start, end = request.denoising_start or 0.0, request.denoising_end or 1.0
+            return sampler.between(start, end, self.scheduler.trained)
+        if request.image is None:
+            return sampler
+        usual = 1.0 if request.masked else self.defaults.strength
+        return sampler.strengthened(usual if request.strength is None else request.strength)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:

@@ -1,4 +1,4 @@
-"""Latents: their initial noise, their scale, and the pictures decoded from them."""
+"""Latents: their initial noise, their scale, the pictures decoded from them and encoded to them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,16 @@ from runtime.errors import InvalidInput
 class Vae(Frozen):
     """How latents relate to pictures: latents = (vae's latents - shift_factor) * scaling_factor, one per `scale_factor`
     pixels.
+
+    `encoder` says whether the bundle holds the VAE's encoder: those built before pictures could be drawn from pictures
+    do not.
     """
 
     scaling_factor: float = Field(gt=0)
     shift_factor: float = 0.0
     scale_factor: int = Field(ge=1, le=1024)
     latent_channels: int = Field(ge=1, le=1024)
+    encoder: bool = False
 
     def shape(self, height: int, width: int) -> tuple[int, int, int, int]:
         """The shape of the latents of one picture of that size in pixels."""
@@ -35,6 +39,10 @@ class Vae(Frozen):
     def unscaled(self, latents: Latents) -> Latents:
         """Latents as the VAE has them."""
         return np.asarray(latents / self.scaling_factor + self.shift_factor, np.float32)
+
+    def scaled(self, latents: Latents) -> Latents:
+        """The reverse of `unscaled`."""
+        return np.asarray((latents - self.shift_factor) * self.scaling_factor, np.float32)
 
 
 @dataclass(frozen=True)
@@ -111,6 +119,43 @@ class Decoder:
         self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * self._vae.latent_channels)
         edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
         return (f"pictures of more than about {edge}x{edge} pixels are decoded in tiles",) if edge else ()
+
+
+class Encoder:
+    """Makes latents [1, channels, height, width] of the pixels [3, height, width] of a picture, -1 to 1, with the
+    submodel of that name: the mean of the autoencoder's distribution. Larger pictures are encoded in tiles, as
+    `Decoder` has them.
+    """
+
+    def __init__(self, submodel: str, vae: Vae, multiple: int) -> None:
+        self.most = math.inf
+        self._submodel = submodel
+        self._vae = vae
+        self._multiple = multiple // vae.scale_factor
+
+    def __call__(self, pixels: Pixels) -> Part[Latents]:
+        scale = self._vae.scale_factor
+        height, width = (length // scale for length in pixels.shape[1:])
+        tile = tile_shape(height, width, self.most, self._multiple)
+        mosaic = Mosaic(height, width, 1)
+        for rows, columns in places(height, width, tile):
+            down, across = (slice(part.start * scale, part.stop * scale) for part in (rows, columns))
+            outputs = yield from run(self._submodel, image=np.ascontiguousarray(pixels[None, :, down, across]))
+            mosaic.add(rows, columns, outputs["latents"][0])
+        return self._vae.scaled(mosaic.picture())[None]
+
+    def reduced(self, mask: NDArray[np.float32]) -> Latents:
+        """A mask [height, width] of pixels as one of latents [1, 1, height, width]: each takes its first pixel's."""
+        scale = self._vae.scale_factor
+        return np.ascontiguousarray(mask[None, None, ::scale, ::scale])
+
+    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
+        """Encode in tiles whatever the submodel has no room for, as in `ModelPipeline.keep_within`."""
+        if self._submodel not in room:
+            return ()
+        self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * 3 * self._vae.scale_factor**2)
+        edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
+        return (f"pictures of more than about {edge}x{edge} pixels are encoded in tiles",) if edge else ()
 
 
 def decode(

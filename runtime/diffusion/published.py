@@ -335,6 +335,11 @@ class SchedulerConfig(RootModel[Mapping[str, Any]]):
             "unless a request names another sampler"
         )
 
+    @property
+    def trained(self) -> int:
+        """The timesteps that the model was trained on."""
+        return int(self.root.get("num_train_timesteps", SchedulerFields.model_fields["num_train_timesteps"].default))
+
     def read(self, class_name: str) -> SchedulerFields:
         """What the class of that name reads of the file. Raises InvalidInput naming each field whose value is not
         served.

@@ -50,6 +50,10 @@ class Point(NamedTuple):
             return math.inf
         return math.log(self.alpha / self.sigma) if self.alpha else -math.inf
 
+    def noised(self, clean: Latents, noise: Latents) -> Latents:
+        """Clean latents with standard normal noise, as they are at this point: `add_noise` of diffusers' schedulers."""
+        return np.asarray(np.float32(self.alpha) * clean + np.float32(self.sigma) * noise)
+
 
 class Estimate(NamedTuple):
     """What a model's output says of latents x = alpha x₀ + sigma ε: both parts, float32, of the shape of x."""
@@ -108,7 +112,7 @@ class Schedule:
 
     `start` is the standard deviation of the noise that the first step starts from. `clip` bounds the absolute values
     of estimated clean latents. `first` is the step to begin with, n for no step at all: a picture is changed by the
-    later steps alone.
+    later steps alone. `end` is the step to stop before, None for after the last: another model may go on from there.
     """
 
     alpha: Floats
@@ -118,6 +122,7 @@ class Schedule:
     start: float = 1.0
     clip: float = math.inf
     first: int = 0
+    end: int | None = None
 
     def __len__(self) -> int:
         return len(self.time)
@@ -125,16 +130,17 @@ class Schedule:
     @property
     def steps(self) -> range:
         """The indices of the steps to take."""
-        return range(self.first, len(self))
+        return range(self.first, len(self) if self.end is None else self.end)
+
+    def scale(self, point: Point) -> float:
+        """The factor between latents of a point and those that the model was trained on."""
+        return PREDICTIONS[self.prediction].scale(point.alpha, point.sigma)
 
     def noised(self, clean: Latents, noise: Latents) -> Latents:
         """Clean latents with standard normal noise, as they are before step `first`; without noise where no step is
-        taken. Equals `add_noise` of diffusers' schedulers.
+        taken.
         """
-        if not self.steps:
-            return clean
-        point = self.point(self.first)
-        return np.asarray(np.float32(point.alpha) * clean + np.float32(point.sigma) * noise)
+        return self.point(self.first).noised(clean, noise) if self.steps else clean
 
     def point(self, index: int) -> Point:
         """The point before step `index`, 0 to n. The last, after all steps, has time 0."""
@@ -143,21 +149,19 @@ class Schedule:
 
     def model_input(self, x: Latents, point: Point) -> Latents:
         """Latents x of that point as the model was trained on them."""
-        return x / PREDICTIONS[self.prediction].scale(point.alpha, point.sigma)
+        return x / self.scale(point)
 
     def estimate(self, x: Latents, output: Latents, point: Point) -> Estimate:
         """The clean latents and the noise that the model's output implies. `output` is the model's for `model_input` of
         x at the point.
         """
-        prediction = PREDICTIONS[self.prediction]
-        scale = prediction.scale(point.alpha, point.sigma)
+        prediction, scale = PREDICTIONS[self.prediction], self.scale(point)
         clean, noise = prediction.estimate(x / scale, output, point.alpha / scale, point.sigma / scale)
         return Estimate(clean if math.isinf(self.clip) else clean.clip(-self.clip, self.clip), noise)
 
     def output(self, estimate: Estimate, point: Point) -> Latents:
         """The model's output that implies this estimate at the point: the reverse of `estimate`."""
-        prediction = PREDICTIONS[self.prediction]
-        scale = prediction.scale(point.alpha, point.sigma)
+        prediction, scale = PREDICTIONS[self.prediction], self.scale(point)
         return prediction.output(estimate, point.alpha / scale, point.sigma / scale)
 
 

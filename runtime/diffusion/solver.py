@@ -7,10 +7,11 @@
             x = ...
         return x
 
-It yields latents and their point of the schedule, and is sent the model's `Estimate` of them. It may evaluate the model
-several times in a step, and keep earlier estimates. It never calls a model: `Walk` does, for a pipeline. It takes the
-steps of `schedule.steps`, which may begin in the middle of the schedule. A file declares one `Solver` under the name
-SOLVER and is found by listing the folder; its name is the sampler's.
+It yields latents and their point of the schedule, and is sent the model's `Estimate` of them. The latents that it
+yields are arrays of its own: where a part of a picture is kept, their values are changed before the model is evaluated.
+It may evaluate the model several times in a step, and keep earlier estimates. It never calls a model: `Walk` does, for
+a pipeline. It takes the steps of `schedule.steps`, which may begin in the middle of the schedule. A file declares one
+`Solver` under the name SOLVER and is found by listing the folder; its name is the sampler's.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from runtime.listing import modules
 
 Noise = Callable[[], Latents]
 """Draws fresh standard normal noise of the latents' shape."""
+Keep = Callable[[Latents, Point | None], Latents]
+"""Puts what is kept of a picture into latents of a point; None is behind the last step."""
 Steps = Generator[tuple[Latents, Point], Estimate, Latents]
 
 
@@ -75,6 +78,30 @@ class Sampler:
                 f"{1 / steps:.2g}; 0 keeps the picture"
             )  # fmt: skip
         return replace(self, schedule=replace(self.schedule, first=steps - taken))
+
+    def between(self, start: float, end: float, trained: int) -> Sampler:
+        """The steps of a part of the training's timesteps, `trained` in number, from the share `start` to the share
+        `end`, 0 to 1: those that diffusers' pipelines of Stable Diffusion XL take with denoising_start and
+        denoising_end.
+
+        It begins with the latents that `handed_over` gives at the end of the part before. Raises InvalidInput naming
+        `denoising_end` or `denoising_start` where there is no such step.
+        """
+        schedule = self.schedule
+        first, last = (int((schedule.time >= round(trained - share * trained)).sum()) for share in (start, end))
+        if first >= last:
+            raise InvalidInput(
+                "denoising_start" if start else "denoising_end", f"leaves none of {len(schedule)} steps: take more"
+            )
+        begin = schedule.scale(schedule.point(first)) if start else schedule.start
+        return replace(self, schedule=replace(schedule, first=first, end=last, start=begin))
+
+    def handed_over(self, latents: Latents) -> Latents:
+        """The result of a walk as another model begins with it, whatever its schedule is: as models are trained on."""
+        schedule = self.schedule
+        if schedule.steps.stop == len(schedule):
+            return latents
+        return schedule.model_input(latents, schedule.point(schedule.steps.stop))
 
 
 @dataclass(frozen=True)
@@ -144,16 +171,20 @@ def _named(name: str) -> tuple[str, str]:
 
 class Walk:
     """A sampler at work, from standard normal `noise`, float32 [batch, channels, height, width], or from latents
-    `clean` of that shape, to which the noise of the first step is added.
+    `clean` of that shape, to which the noise of the first step is added. `keep` is called with the latents that the
+    model is evaluated on after the first time, and with the result.
 
     The model is to be evaluated on `x` at `time`, and its output given to `advance`, until `latents` holds the result:
     at once where the schedule has no step to take. `calls` counts the evaluations done, `step` the steps: a step is
     done when the solver goes on to a later point of its schedule.
     """
 
-    def __init__(self, sampler: Sampler, noise: Latents, fresh: Noise, clean: Latents | None = None) -> None:
+    def __init__(
+        self, sampler: Sampler, noise: Latents, fresh: Noise, clean: Latents | None = None, keep: Keep | None = None
+    ) -> None:
         self.latents: Latents | None = None
         self.calls = 0
+        self._keep = keep
         self._schedule = schedule = sampler.schedule
         start = noise * np.float32(schedule.start) if clean is None else schedule.noised(clean, noise)
         self._solver = sampler.solve(schedule, start, fresh)
@@ -171,7 +202,7 @@ class Walk:
 
     @property
     def step(self) -> int:
-        return (len(self._schedule) if self.latents is not None else self._point.step) - self._schedule.first
+        return (self._schedule.steps.stop if self.latents is not None else self._point.step) - self._schedule.first
 
     def advance(self, output: Latents) -> Latents:
         """Go on to the next evaluation. The result is the estimate of the clean latents, which a preview shows."""
@@ -185,4 +216,10 @@ class Walk:
         try:
             self._x, self._point = self._solver.send(estimate)  # type: ignore[arg-type]
         except StopIteration as end:
-            self.latents = end.value
+            self.latents = self._kept(end.value, None) if estimate else end.value
+        else:
+            if estimate:
+                self._x[...] = self._kept(self._x, self._point)
+
+    def _kept(self, x: Latents, point: Point | None) -> Latents:
+        return x if self._keep is None else self._keep(x, point)

@@ -6,6 +6,10 @@ The submodels of a bundle; all their inputs and outputs but input_ids (int64) ar
     unet            sample [batch, channels, height, width], timestep [batch], encoder_hidden_states [batch, sequence,
                     hidden] -> noise_pred, shaped as sample
     vae_decoder     latents [batch, channels, height, width], unscaled -> image [batch, 3, height, width], -1 to 1
+    vae_encoder     image -> latents, for requests that begin with a picture
+
+The sample of a model for inpainting has one channel more, the mask, and as many again as latents have, the masked
+picture's.
 
 Each control network that a build adds is a submodel, and its outputs are inputs of the unet:
 
@@ -19,6 +23,8 @@ A model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 23
     unet            encoder_hidden_states [batch, sequence, hidden + hidden_2], text_embeds, and time_ids [batch, 6]:
                     original height and width, top and left of the crop, intended height and width, in pixels; control
                     networks have these inputs, too
+
+Its refiner has text_encoder_2 alone, and the last of 5 time_ids is a score of the picture's beauty.
 
 The unet of a model that was distilled from guided predictions takes one input more: timestep_cond [batch, width], an
 embedding of the guidance scale.
@@ -35,37 +41,44 @@ import numpy as np
 
 from runtime.diffusion.added import time_ids
 from runtime.diffusion.calls import Arrays, Part, run
+from runtime.diffusion.canvas import Canvas, Original, prepare
 from runtime.diffusion.conditioning import Conditioning, Prompts, TextEncoder
 from runtime.diffusion.config import DiffusionConfig
 from runtime.diffusion.controls import Controlling, controlling
 from runtime.diffusion.guidance import Guidance
-from runtime.diffusion.latents import Decoder, Noise, noises
+from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
-from runtime.diffusion.solver import Sampler, Walk
+from runtime.diffusion.solver import Sampler
 from runtime.pipeline import Example, ModelPipeline, Pipeline, Progress
 from runtime.tasks.image import Control, ImageReady, ImageRequest
 
-ENCODERS: Final = {
-    False: (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),),
-    True: (
-        TextEncoder("text_encoder", "tokenizer", "penultimate_hidden_state"),
-        TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_hidden_state", pooled="text_embeds"),
-    ),
+PLAIN: Final = (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),)
+"""The text encoder of models without added conditions."""
+ADDED: Final = {
+    "text_encoder": TextEncoder("text_encoder", "tokenizer", "penultimate_hidden_state"),
+    "text_encoder_2": TextEncoder("text_encoder_2", "tokenizer_2", "penultimate_hidden_state", pooled="text_embeds"),
 }
-"""The text encoders of models without and with added conditions."""
+"""Those that models with added conditions may have."""
+
+
+def encoders_of(config: DiffusionConfig) -> tuple[TextEncoder, ...]:
+    """The text encoders of a model."""
+    return PLAIN if config.added is None else tuple(ADDED[name] for name in config.added.text_encoders)
 
 
 @dataclass(frozen=True)
 class _Job:
-    """A valid request. `added` holds the added conditions that are not text."""
+    """A valid request. `original` is the picture that it begins with, `added` the added conditions but text."""
 
     prompts: Prompts
+    original: Original | None
     added: Arrays
     controls: Controlling
     guidance: Guidance
     sampler: Sampler
     noises: tuple[Noise, ...]
     preview_every: int
+    hands_over: bool
 
 
 class DiffusionPipeline(ModelPipeline):
@@ -76,13 +89,14 @@ class DiffusionPipeline(ModelPipeline):
 
     def __init__(self, config: DiffusionConfig, *tokenizers: Path) -> None:
         self.config = config
-        self.conditioning = Conditioning(ENCODERS[config.added is not None], tokenizers, config.zeros_for_empty)
+        self.conditioning = Conditioning(encoders_of(config), tokenizers, config.zeros_for_empty)
         self.decoder = Decoder("vae_decoder", config.vae, config.sizes.multiple)
+        self.encoder = Encoder("vae_encoder", config.vae, config.sizes.multiple)
 
     @classmethod
     def open(cls, root: Path, config: Mapping[str, Any]) -> DiffusionPipeline:
         parsed = DiffusionConfig.parse(config)
-        return cls(parsed, *(root / encoder.tokenizer for encoder in ENCODERS[parsed.added is not None]))
+        return cls(parsed, *(root / encoder.tokenizer for encoder in encoders_of(parsed)))
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -91,18 +105,24 @@ class DiffusionPipeline(ModelPipeline):
         return {**self.conditioning.origins, **made}
 
     def examples(self) -> Iterator[Example]:
-        yield Example("guidance", ImageRequest("a", negative_prompt="b", steps=2, guidance_scale=2.0, seed=0))
         edge = self.config.sizes.min
+        picture = np.zeros((edge, edge, 3), np.uint8)
+        masked: dict[str, Any] = {"image": picture, "mask": picture} if self.config.inpainting else {}
+        yield Example("guidance", ImageRequest("a", negative_prompt="b", steps=2, guidance_scale=2.0, seed=0, **masked))
         for text in dict.fromkeys(tokenizer.last for tokenizer in self.conditioning.tokenizers):
-            alone = ImageRequest(text, steps=2, width=edge, height=edge, guidance_scale=1.0, seed=0)
+            alone = ImageRequest(text, steps=2, width=edge, height=edge, guidance_scale=1.0, seed=0, **masked)
             yield Example(f"the prompt '{text}'", alone)
         if self.config.controls is not None:
-            blank = np.zeros((edge, edge, 3), np.uint8)
-            controls = tuple(Control(name, blank) for name in self.config.controls.names)
-            yield Example("controls", ImageRequest("a", steps=2, width=edge, height=edge, seed=0, controls=controls))
+            controls = tuple(Control(name, picture) for name in self.config.controls.names)
+            yield Example(
+                "controls", ImageRequest("a", steps=2, width=edge, height=edge, seed=0, controls=controls, **masked)
+            )
+        if self.config.vae.encoder:
+            drawn_on = ImageRequest("a", steps=2, strength=0.5, seed=0, **{"image": picture, **masked})
+            yield Example("a picture to begin with", drawn_on)
 
     def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
-        return self.decoder.keep_within(room)
+        return [*self.decoder.keep_within(room), *self.encoder.keep_within(room)]
 
     def __call__(self, request: ImageRequest) -> Pipeline:
         """The generator that draws: `Progress` after every step of all pictures, `ImageReady` after every picture.
@@ -115,26 +135,32 @@ class DiffusionPipeline(ModelPipeline):
         sampler = config.sampler_of(request)
         controls = controlling(config.controls, request.controls, size, sampler)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
-        return self._draw(_Job(prompts, added, controls, guidance, sampler, starts, request.preview_every))
+        original, hands_over = config.original_of(request), request.denoising_end is not None
+        return self._draw(
+            _Job(prompts, original, added, controls, guidance, sampler, starts, request.preview_every, hands_over)
+        )
 
     def _draw(self, job: _Job) -> Pipeline:
         text = yield from self.conditioning.encode(job.prompts)
         conditions = {"encoder_hidden_states": text.states, **text.pooled, **job.added}
+        canvas = yield from prepare(job.original, self.encoder, job.sampler, self.config.inpainting)
         for index, noise in enumerate(job.noises):
-            latents = yield from self._denoise(job, index, noise, conditions)
-            yield ImageReady((yield from self.decoder(latents)), index, noise.seed)
+            latents = yield from self._denoise(job, index, canvas, conditions)
+            handed = job.sampler.handed_over(latents)[0] if job.hands_over else None
+            yield ImageReady(canvas.finished((yield from self.decoder(latents))), index, noise.seed, handed)
 
-    def _denoise(self, job: _Job, index: int, noise: Noise, conditions: Arrays) -> Part[Latents]:
+    def _denoise(self, job: _Job, index: int, canvas: Canvas, conditions: Arrays) -> Part[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
-        steps, walk = len(job.sampler.schedule.steps), Walk(job.sampler, noise.start(), noise.fresh)
+        steps, walk = len(job.sampler.schedule.steps), canvas.walk(job.sampler, job.noises[index])
         while walk.latents is None:
             done, time = walk.step, np.full(job.guidance.rows, walk.time, np.float32)
             inputs = {"sample": job.guidance.batch(walk.x), "timestep": time, **conditions}
             residuals = yield from job.controls(walk.calls, inputs)
+            inputs["sample"] = canvas.input(inputs["sample"])
             outputs = yield from run("unet", **inputs, **residuals, **job.guidance.conditions)
             clean = walk.advance(job.guidance.combine(outputs["noise_pred"]))
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0
-                preview = (yield from self.decoder(clean)) if shown else None
+                preview = canvas.finished((yield from self.decoder(clean))) if shown else None
                 yield Progress(index * steps + walk.step, len(job.noises) * steps, preview)
         return walk.latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -16,18 +17,25 @@ from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import Event
 from runtime.task import Request, Task
-from runtime.vision.images import Picture, PictureFile, check_picture
+from runtime.vision.images import Picture, PictureFile, check_picture, lengths
 
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
 
+Edges = tuple[int, int, int, int]
+"""What is added to a picture on the left, top, right and bottom, in pixels."""
+
+
 class ImageDefaults(Frozen):
-    """Defaults of a request. `sampler` None is the one that the model was published with."""
+    """Defaults of a request. `sampler` None is the one that the model was published with; `strength` is for requests
+    that begin with a picture.
+    """
 
     steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
     guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
     sampler: str | None = None
+    strength: float = Field(default=0.8, ge=0, le=limits.STRENGTH.most)
 
     @classmethod
     def read(cls, folder: Path, usual: ImageDefaults | None = None) -> ImageDefaults:
@@ -100,6 +108,21 @@ class ImageRequest(Request):
 
     `prompt_weights` reads both prompts as Automatic1111's web UI does: "(word:1.3)" is a weight, and a prompt may be
     longer than the text encoder reads at once (`runtime.diffusion.emphasis`).
+
+    `denoising_end` stops before the end of the schedule, a share of the training's timesteps above 0, below 1; the
+    latents are in `ImageReady.latents`. Another model goes on from there: with these `latents` and the same value as
+    `denoising_start` (a refiner; Podell et al. 2023, section 2.5).
+
+    `image` is a picture to begin with (image to image): a file, or uint8 RGB [height, width, 3]. It is resized to
+    `width` and `height`, by default its own, rounded down to what the model can draw. Of the `steps`, the last are
+    taken, as many as the share `strength`, 0 to 1: at 0 the picture comes back as the autoencoder renders it, at 1
+    hardly anything of it is left.
+
+    With a `mask`, a picture of the same size, only its white part is drawn anew (inpainting); `extend` adds edges to
+    the picture, left, top, right and bottom in pixels, which are drawn as well (outpainting). What is not drawn comes
+    back bit for bit as it is in the resized picture, unless `keep_unmasked` is False: then all is as the autoencoder
+    renders it. `mask_blur` softens the border between both: the standard deviation of a Gaussian filter of the mask, in
+    pixels of the drawn picture.
     """
 
     task: ClassVar[str] = "image"
@@ -120,6 +143,14 @@ class ImageRequest(Request):
     target_size: tuple[int, int] | None = None
     controls: tuple[Control, ...] = ()
     prompt_weights: bool = False
+    image: Picture | PictureFile | None = None
+    strength: float | None = None
+    mask: Picture | PictureFile | None = None
+    mask_blur: float | None = None
+    keep_unmasked: bool | None = None
+    extend: Edges | None = None
+    denoising_end: float | None = None
+    denoising_start: float | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "negative_prompt"):
@@ -134,6 +165,10 @@ class ImageRequest(Request):
             ("guidance_scale", limits.GUIDANCE),
             ("width", limits.EDGE),
             ("height", limits.EDGE),
+            ("strength", limits.STRENGTH),
+            ("mask_blur", limits.MASK_BLUR),
+            ("denoising_end", limits.DENOISING),
+            ("denoising_start", limits.DENOISING),
         ):
             if (value := getattr(self, field)) is not None:
                 limit.number(field, value)
@@ -142,10 +177,62 @@ class ImageRequest(Request):
         for field, pair in self.stated_sizes.items():
             if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
                 raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
+        self._check_pictures()
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        for field in ("denoising_start", "denoising_end"):
+            if getattr(self, field) in (0, 1):
+                raise InvalidInput(field, f"is {getattr(self, field):g}, expected a number between 0 and 1")
+        if self.denoising_start is not None and self.latents is None:
+            raise InvalidInput("denoising_start", "needs latents: those that a request with denoising_end gave")
+        if self.partial and self.image is not None:
+            raise InvalidInput(
+                "image", "and denoising_start or denoising_end exclude each other: use strength with a picture"
+            )
+
+    @property
+    def partial(self) -> bool:
+        """Whether only a part of the schedule is taken, and another model takes the rest."""
+        return self.denoising_start is not None or self.denoising_end is not None
+
+    def _check_pictures(self) -> None:
+        for field in ("image", "mask"):
+            if isinstance(picture := getattr(self, field), np.ndarray):
+                check_picture(picture, field)
+        for field in ("strength", "mask", "extend"):
+            if self.image is None and getattr(self, field) is not None:
+                raise InvalidInput(field, "is of a picture to begin with: give image, or leave it out")
+        for field in ("mask_blur", "keep_unmasked"):
+            if not self.masked and getattr(self, field) is not None:
+                raise InvalidInput(field, "is of a part of a picture: give mask or extend, or leave it out")
+        if self.extend is not None:
+            _check_edges(self.extend)
+        if self.image is not None and self.mask is not None and lengths(self.mask) != lengths(self.image):
+            (height, width), (own_height, own_width) = lengths(self.mask), lengths(self.image)
+            raise InvalidInput(
+                "mask", f"is {width}x{height} pixels, expected {own_width}x{own_height}, the size of image"
+            )
+        if self.lengths is not None:
+            limits.PICTURE_PIXELS.count("image" if self.extend is None else "extend", math.prod(self.lengths))
+
+    @property
+    def masked(self) -> bool:
+        """Whether only a part of the picture is drawn anew."""
+        return self.mask is not None or self.extend is not None
+
+    @property
+    def lengths(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the picture that the request begins with, extended, before it is resized."""
+        if self.image is None:
+            return None
+        (height, width), (left, top, right, bottom) = lengths(self.image), self.extend or (0, 0, 0, 0)
+        return top + height + bottom, left + width + right
 
     @property
     def nbytes(self) -> int:
-        return sum(control.nbytes for control in self.controls)
+        files = sum(len(file.data) for file in (self.image, self.mask) if isinstance(file, PictureFile))
+        return files + (0 if self.latents is None else self.latents.nbytes) + sum(one.nbytes for one in self.controls)
 
     @property
     def stated_sizes(self) -> dict[str, tuple[int, int]]:
@@ -158,18 +245,32 @@ class ImageRequest(Request):
         return {name: pair for name, pair in named.items() if pair is not None}
 
 
+def _check_edges(edges: Edges) -> None:
+    if len(edges) != 4 or not any(edges):
+        raise InvalidInput(
+            "extend", f"is {edges}, expected pixels to add on the left, top, right and bottom, not all 0"
+        )
+    for length in edges:
+        limits.EXTEND.number("extend", length)
+
+
 @dataclass(frozen=True)
 class ImageReady(Event):
-    """A finished picture: uint8 RGB [height, width, 3], number `index` of the request, drawn with `seed`."""
+    """A finished picture: uint8 RGB [height, width, 3], number `index` of the request, drawn with `seed`.
+
+    Where the request has `denoising_end`, `latents` float32 [channels, height, width] is what another model begins
+    with.
+    """
 
     output: ClassVar[bool] = True
     image: Array
     index: int
     seed: int
+    latents: Array | None = None
 
     @property
     def nbytes(self) -> int:
-        return int(self.image.nbytes)
+        return int(self.image.nbytes) + (0 if self.latents is None else int(self.latents.nbytes))
 
 
 TASK: Final = Task(ImageRequest, verb="generate")

@@ -239,6 +239,18 @@ def resized(picture: Picture | PictureFile, size: tuple[int, int], resample: Ima
     return np.array(Image.fromarray(picture).resize(size, resample), np.uint8)
 
 
+def grey(picture: Picture | PictureFile) -> Picture:
+    """The brightness of the pixels of a picture or of a file, uint8 [height, width]. Raises InvalidInput if they are
+    damaged.
+    """
+    return np.array(Image.fromarray(decoded(picture)).convert("L"), np.uint8)
+
+
+def lengths(picture: Picture | PictureFile) -> tuple[int, int]:
+    """Height and width of a picture or of a file, in pixels."""
+    return picture.size[::-1] if isinstance(picture, PictureFile) else picture.shape[:2]
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """A picture or a strip of it as RGB, with transparency composited over white."""
     if image.mode in SIXTEEN:

@@ -28,7 +28,7 @@ from pydantic import (
 
 from runtime import limits
 from runtime.errors import BundleError, InvalidInput
-from runtime.vision.images import Picture, PictureFile, check_picture, decoded
+from runtime.vision.images import Picture, PictureFile, check_picture, decoded, resized
 
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
@@ -303,9 +303,7 @@ class ImagePreprocessor(BaseModel):
     def resized(self, image: Picture | PictureFile, size: tuple[int, int]) -> Picture:
         """A picture resized to (width, height) with the model's filter. Raises InvalidInput for a damaged file."""
         assert self.resample is not None
-        if isinstance(image, PictureFile):
-            return image.resized(size, self.resample)
-        return np.array(Image.fromarray(image).resize(size, self.resample), np.uint8)
+        return resized(image, size, self.resample)
 
 
 def center_crop(image: Picture, size: Size) -> Picture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, get_type_hints
 
@@ -88,6 +88,18 @@ class ModelOptions:
         """
         with closing(self._open(request)) as opened:
             yield opened
+
+    def of(self, name: str) -> ModelOptions:
+        """The same for another model: a bundle, or one of the server."""
+        return replace(self, model=name) if self.bundle is None else replace(self, model="", bundle=name)
+
+    def check(self, request: Request) -> None:
+        """Raise NotFound, BundleError or InvalidInput where the bundle has another task than the request."""
+        if self.bundle is not None:
+            from runtime.bundle.manifest import Bundle
+            from serving.dialects.python.model import check_task
+
+            check_task(Bundle(named(self.bundle)[1]).manifest.task, request)
 
     def _open(self, request: Request) -> Session:
         options = engine_options(self.device, self.threads)

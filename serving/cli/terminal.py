@@ -29,12 +29,8 @@ from serving.host.job import Done, Queued
 errors: Final = Console(stderr=True, highlight=False)
 
 
-def draw(stream: Stream[Drawing], out: Path, verbose: bool = False) -> list[Path]:
-    """Show the progress of a picture request and write its pictures; returns their paths. Nothing is written before all
-    are finished.
-
-    `verbose` adds what each submodel ran on.
-    """
+def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
+    """Show the progress of a picture request; returns its pictures. `verbose` adds what each submodel ran on."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -52,7 +48,7 @@ def draw(stream: Stream[Drawing], out: Path, verbose: bool = False) -> list[Path
                     bar.update(task, description="drawing", completed=step, total=total)
         drawing = stream.result()
     _summary(drawing.done, f"seed {', '.join(str(image.seed) for image in drawing.images)}", verbose)
-    return drawing.save(out)
+    return drawing
 
 
 def speak(stream: Stream[Answer], verbose: bool = False) -> str:

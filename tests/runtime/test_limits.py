@@ -35,12 +35,12 @@ def test_the_page_has_every_limit_with_its_value() -> None:
 
 
 def fields(message: Descriptor) -> set[str]:
-    """What a request holds itself, by message and field."""
+    """What a request holds itself, by message and field, without what has few values."""
     found = set()
     for field in message.fields:
         if field.message_type is not None:
             found |= fields(field.message_type) | {f"{message.name}.{field.name}"}
-        else:
+        elif field.type not in (field.TYPE_BOOL, field.TYPE_ENUM):
             found.add(f"{message.name}.{field.name}")
     return found
 

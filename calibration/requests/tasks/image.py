@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 
 from calibration.requests.task import Beside, TaskRequests
 from runtime.bundle.signature import Array
+from runtime.diffusion.canvas import normalized
 from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event
@@ -148,8 +149,7 @@ def _drawn(event: Event) -> list[Call]:
     """A picture that was drawn, uint8 RGB [height, width, 3], for the VAE encoder."""
     if not isinstance(event, ImageReady):
         return []
-    pixels = (event.image.astype(np.float32) / np.float32(127.5) - 1).transpose(2, 0, 1)[None]
-    return [_encoding(np.ascontiguousarray(pixels))]
+    return [_encoding(normalized(event.image.astype(np.uint8, copy=False))[None])]
 
 
 def _encoding(pixels: Array) -> Call:

@@ -73,10 +73,48 @@ def generate(
         ),
     ] = None,
     prompt_weights: PromptWeights = False,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="Picture file to begin with (image to image), at its own size or resized to --width and --height."
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How much of --image is drawn anew, 0 to 1: the share of the steps.")
+    ] = None,
+    mask: Annotated[
+        Path | None,
+        typer.Option(help="Picture file of the size of --image: only its white part is drawn anew (inpainting)."),
+    ] = None,
+    mask_blur: Annotated[
+        float | None, typer.Option(help="Softens the mask's border: standard deviation in pixels.")
+    ] = None,
+    keep_unmasked: Annotated[
+        bool | None,
+        typer.Option(
+            help="What is not drawn is copied from the picture, bit for bit, or as the autoencoder renders it."
+        ),
+    ] = None,
+    extend: Annotated[
+        str | None,
+        typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Pixels to add to --image and to draw (outpainting)."),
+    ] = None,
+    refiner: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAME=]DIR|NAME",
+            help="Bundle that draws the rest, such as the refiner of Stable Diffusion XL; without --bundle, a model of "
+            "the server.",
+        ),
+    ] = None,
+    refine_from: Annotated[
+        float | None,
+        typer.Option(help="Share of the schedule at which --refiner goes on, between 0 and 1. Default: 0.8."),
+    ] = None,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
-    from serving.dialects.python.requests import ImageOptions, image_request
+    from serving.dialects.python.requests import ImageOptions, going_on, image_request
 
     terminal.check_output(out)
     given = ImageOptions(
@@ -91,11 +129,44 @@ def generate(
         images=images,
         controls=[parse_control(text) for text in control or ()],
         prompt_weights=prompt_weights or None,
+        image=image,
+        strength=strength,
+        mask=mask,
+        mask_blur=mask_blur,
+        keep_unmasked=keep_unmasked,
+        extend=None if extend is None else _edges(extend),
+        denoising_end=_handover(refiner, refine_from),
     )
     request = image_request(terminal.unicode("prompt", prompt), given)
-    with where.session(request) as session:
-        for path in terminal.draw(session.draw(request), out, where.verbose):
-            print(path)
+    stages = [where] if refiner is None else [where, where.of(refiner)]
+    for later in stages[1:]:
+        later.check(request)
+    drawing = None
+    for stage in stages:
+        request = request if drawing is None else going_on(request, drawing)
+        with stage.session(request) as session:
+            drawing = terminal.draw(session.draw(request), where.verbose)
+    assert drawing is not None, "there is a stage"
+    for path in drawing.save(out):
+        print(path)
 
 
+def _handover(refiner: str | None, share: float | None) -> float | None:
+    if refiner is None and share is not None:
+        raise InvalidInput("refine_from", "says where --refiner goes on: give --refiner, or leave it out")
+    return None if refiner is None else REFINED_FROM if share is None else share
+
+
+def _edges(text: str) -> tuple[int, int, int, int]:
+    try:
+        left, top, right, bottom = map(int, text.split(","))
+    except ValueError:
+        raise InvalidInput(
+            "extend", f"is '{text}', expected LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,128,0"
+        ) from None
+    return left, top, right, bottom
+
+
+REFINED_FROM: Final = 0.8
+"""Where a refiner goes on, as in the paper (Podell et al. 2023, section 2.5): the last fifth of the noise levels."""
 COMMAND: Final = generate

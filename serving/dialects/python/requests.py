@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Final, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,16 @@ from runtime.tasks.chat import ChatRequest
 from runtime.tasks.embed import EmbedRequest, Match
 from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture, PictureFile
+from serving.dialects.python.results import Drawing
 
 PictureLike = NDArray[np.uint8] | bytes | Path | Image.Image
-"""A picture: uint8 RGB [height, width, 3], the bytes or the path of a picture file, or a Pillow image."""
+"""A picture: uint8 RGB [height, width, 3] or grey [height, width], the bytes or the path of a picture file, or a Pillow
+image.
+"""
+
+
+PICTURES: Final = ("image", "mask")
+"""The options of a picture request that are pictures."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +80,28 @@ class ImageOptions(TypedDict, total=False):
     """Read prompts as Automatic1111's web UI does: "(word:1.3)" weighs a word, and prompts may be longer than the text
     encoder reads at once.
     """
+    image: PictureLike | None
+    """A picture to begin with (image to image). It is resized to `width` and `height`; by default these are its own,
+    rounded down to a multiple that the model can draw.
+    """
+    strength: float | None
+    """How much of that picture is drawn anew, as a share of the steps, 0 to 1."""
+    mask: PictureLike | None
+    """A picture of the same size: only where it is white the picture is drawn anew (inpainting). May also be a uint8
+    array [height, width].
+    """
+    mask_blur: float | None
+    """Softens the border of the mask: standard deviation in pixels, 0 to 256."""
+    keep_unmasked: bool | None
+    """False takes what is not drawn from the autoencoder, too, instead of the picture."""
+    extend: tuple[int, int, int, int] | None
+    """Pixels to add to the picture on the left, top, right and bottom, which are drawn (outpainting)."""
+    denoising_end: float | None
+    """Stop here, a share of the training's timesteps between 0 and 1: another model goes on with `Drawing.latents`."""
+    denoising_start: float | None
+    """Go on from here, with `latents` of a drawing whose `denoising_end` was the same."""
+    latents: NDArray[np.float32] | None
+    """Latents [images, channels, height, width] to begin with, in place of the noise of the seed."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -117,7 +146,17 @@ class Message:
 def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
     """The request for pictures. Raises InvalidInput naming the option, NotFound for a missing file."""
     given = _given(options, ImageOptions.__annotations__)
-    return ImageRequest(prompt=prompt, **given | {"controls": tuple(map(_control, given.get("controls", ())))})
+    given |= {name: picture(given[name], name) for name in PICTURES if name in given}
+    given["controls"] = tuple(map(_control, given.get("controls", ())))
+    return ImageRequest(prompt=prompt, **given)
+
+
+def going_on(request: ImageRequest, drawing: Drawing) -> ImageRequest:
+    """The request to another model that goes on where this one ended, with what it has drawn."""
+    return replace(
+        request, denoising_start=request.denoising_end, denoising_end=None, latents=drawing.latents,
+        seed=drawing.images[0].seed,
+    )  # fmt: skip
 
 
 def _control(control: Control) -> image.Control:
@@ -163,7 +202,7 @@ def picture(image: PictureLike, field: str) -> Picture | PictureFile:
     """
     match image:
         case np.ndarray():
-            return image
+            return np.repeat(image[..., np.newaxis], 3, axis=2) if image.ndim == 2 else image
         case bytes():
             return PictureFile.open(image, field)
         case Path():

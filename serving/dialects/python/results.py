@@ -31,6 +31,14 @@ class Drawing:
         """The first picture: uint8 RGB [height, width, 3]."""
         return np.asarray(self.images[0].image, np.uint8)
 
+    @property
+    def latents(self) -> NDArray[np.float32] | None:
+        """Latents of all pictures, [images, channels, height, width], for another model to go on with; None where the
+        request had no `denoising_end`.
+        """
+        found = [one.latents for one in self.images if one.latents is not None]
+        return np.stack(found).astype(np.float32, copy=False) if found else None
+
     def save(self, path: str | Path) -> list[Path]:
         """Write PNG files and return their paths: `path`, or for several pictures NAME-0.png, NAME-1.png and so on.
 

@@ -14,10 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import enginecast
 import export.cli.commands
+from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.checkpoint.source import resolve
@@ -27,7 +29,10 @@ from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import Call
 from runtime.pipelines.diffusion import DiffusionPipeline
+from runtime.placing.loading import load_model
 from runtime.tasks.image import ImageRequest
+from tests.runtime.pipelines.test_canvas import HEIGHT, MASK, TARGETS, WIDTH, drawn, library, request_of
+from tests.runtime.pipelines.test_diffusion import psnr
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning"),  # torch tensors inside diffusers
@@ -305,3 +310,51 @@ def test_learned_tokens_reach_the_text_encoder_as_in_diffusers(
     call = next(DiffusionPipeline.open(bundle.root, bundle.manifest.config)(ImageRequest(prompt, guidance_scale=1.0)))
     assert isinstance(call, Call) and call.submodel == "text_encoder"
     np.testing.assert_array_equal(call.inputs["input_ids"], seen[0].numpy())
+
+
+@pytest.mark.parametrize("source", ["tiny_diffusion", "tiny_xl"])
+def test_a_unet_for_inpainting_is_one_by_its_channels(
+    source: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = Path(shutil.copytree(request.getfixturevalue(source), tmp_path / "model"))
+    edit(folder, UNET, in_channels=9)
+    edit(
+        folder,
+        INDEX,
+        _class_name=json.loads((folder / INDEX).read_bytes())["_class_name"].replace("Pipe", "InpaintPipe"),
+    )
+    build = opened(folder)
+    unet = next(part for part in build.parts if part.name == "unet")
+    assert (unet.signature.inputs[0].dims[1], unet.signature.outputs[0].dims[1]) == (9, 4)
+    assert build.refused == [] and build.family.config(build.source)["inpainting"]
+
+
+def test_other_pipelines_of_the_same_models_are_the_same(copy: Path) -> None:
+    plain = opened(copy)
+    edit(copy, INDEX, _class_name="StableDiffusionImg2ImgPipeline")
+    other = opened(copy)
+    assert other.family is plain.family and other.family.config(other.source) == plain.family.config(plain.source)
+    assert "inpainting" not in other.family.config(other.source)
+
+
+@pytest.mark.full
+def test_a_unet_for_inpainting_draws_as_in_diffusers(tiny_diffusion: Path, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_diffusion, dtype=torch.float32)
+    torch.manual_seed(1)
+    config = {key: value for key, value in pipe.unet.config.items() if key[0] != "_"}
+    unet = diffusers.UNet2DConditionModel(**config | {"in_channels": 9})
+    theirs = diffusers.StableDiffusionInpaintPipeline(
+        **{**pipe.components, "unet": unet}, requires_safety_checker=False
+    )
+    theirs.save_pretrained(tmp_path / "model")
+    request = request_of("euler", strength=1.0, mask=MASK, keep_unmasked=False)
+    with pytest.MonkeyPatch.context() as patch:
+        expected = library(
+            theirs, request, patch, mask_image=Image.fromarray(MASK).convert("L"), height=HEIGHT, width=WIDTH
+        )
+    for target in TARGETS:
+        build(Options(str(tmp_path / "model"), tmp_path / target, targets=(target,)))
+        model = load_model(tmp_path / target)
+        assert psnr(drawn(model.pipeline, model.engines, request), expected) >= 40
+        model.close()

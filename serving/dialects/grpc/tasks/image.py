@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Iterator
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from runtime import limits
+from runtime.bundle.signature import Array
+from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import Control, ImageReady, ImageRequest
 from runtime.vision.images import PictureFile, decode_image
@@ -17,21 +23,60 @@ from serving.host.job import Done, Queued, Started
 
 OPTIONS: Final = (
     *("negative_prompt", "width", "height", "steps", "guidance_scale"),
-    *("sampler", "eta", "seed", "images", "preview_every", "prompt_weights"),
+    *("sampler", "eta", "seed", "images", "preview_every", "strength", "mask_blur", "keep_unmasked"),
+    *("denoising_end", "denoising_start", "prompt_weights"),
 )
+PICTURES: Final = ("image", "mask")
+FLOAT: Final = np.dtype("<f4")
+EDGES: Final = ("left", "top", "right", "bottom")
 
 CONTROL_OPTIONS: Final = ("scale", "start", "end")
 
 
 def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
-    """Convert a request. Unset fields keep the model's defaults. Raises InvalidInput."""
+    """Convert a request. Unset fields keep the model's defaults; picture files are not decoded yet. Raises
+    InvalidInput.
+    """
+    files: dict[str, Any] = {name: PictureFile.open(data, name) for name, data in given(message, PICTURES).items()}
+    if message.HasField("extend"):
+        files["extend"] = tuple(getattr(message.extend, side) for side in EDGES)
+    if message.latents:
+        limits.LATENTS.length("latents", message.latents)
+        files["latents"] = _stacked([_array(one, f"latents[{i}]") for i, one in enumerate(message.latents)])
     limits.CONTROLS.length("controls", message.controls)
-    controls = tuple(map(_control, message.controls))
-    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), controls=controls)
+    files["controls"] = tuple(map(_control, message.controls))
+    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), **files)
 
 
 def _control(message: image_pb2.Control) -> Control:
     return Control(message.name, PictureFile.open(message.image, "controls"), **given(message, CONTROL_OPTIONS))
+
+
+def _latents(array: Array) -> image_pb2.Latents:
+    """The message of latents [channels, height, width]."""
+    channels, height, width = array.shape
+    return image_pb2.Latents(
+        channels=channels, height=height, width=width, values=np.ascontiguousarray(array, FLOAT).tobytes()
+    )
+
+
+def _array(message: image_pb2.Latents, field: str) -> NDArray[np.float32]:
+    """Latents [channels, height, width] of a message. Raises InvalidInput naming `field`."""
+    shape = message.channels, message.height, message.width
+    for length in shape:
+        limits.LATENT_EDGE.number(field, length)
+    if len(message.values) != FLOAT.itemsize * math.prod(shape):
+        raise InvalidInput(
+            field, f"has {len(message.values):,} bytes of values, expected {FLOAT.itemsize * math.prod(shape):,} for "
+            f"{' x '.join(map(str, shape))} floats"
+        )  # fmt: skip
+    return np.frombuffer(message.values, FLOAT).reshape(shape).astype(np.float32)
+
+
+def _stacked(arrays: list[NDArray[np.float32]]) -> NDArray[np.float32]:
+    if len({array.shape for array in arrays}) > 1:
+        raise InvalidInput("latents", "have different shapes, expected the same of each picture")
+    return np.stack(arrays)
 
 
 class ImageStream:
@@ -53,9 +98,12 @@ class ImageStream:
                 shown = None if preview is None else png(preview)
                 progress = image_pb2.ImageProgress(step=step, total=total, eta_seconds=eta, preview_png=shown)
                 return image_pb2.GenerateResponse(progress=progress)
-            case ImageReady(picture, index, seed):
+            case ImageReady(picture, index, seed, latents):
                 height, width = picture.shape[:2]
-                image = image_pb2.Image(png=png(picture), width=width, height=height, seed=seed, index=index)
+                handed = None if latents is None else _latents(latents)
+                image = image_pb2.Image(
+                    png=png(picture), width=width, height=height, seed=seed, index=index, latents=handed
+                )
                 return image_pb2.GenerateResponse(image=image)
             case Done():
                 done = image_pb2.ImageDone(timings=timings(event), engines=engines(event), notes=event.notes)
@@ -64,10 +112,15 @@ class ImageStream:
 
 
 def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateRequest:
-    """Convert a request to its message."""
-    options = {name: getattr(request, name) for name in OPTIONS}
-    controls = map(_control_message, request.controls)
-    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **options, controls=controls)
+    """Convert a request to its message. Arrays become PNG files."""
+    fields: dict[str, Any] = {name: getattr(request, name) for name in OPTIONS}
+    fields |= {name: file_of(picture) for name in PICTURES if (picture := getattr(request, name)) is not None}
+    if request.extend is not None:
+        fields["extend"] = image_pb2.Edges(**dict(zip(EDGES, request.extend, strict=True)))
+    if request.latents is not None:
+        fields["latents"] = map(_latents, request.latents)
+    fields["controls"] = map(_control_message, request.controls)
+    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **fields)
 
 
 def _control_message(control: Control) -> image_pb2.Control:
@@ -87,7 +140,8 @@ def image_events(responses: Iterator[image_pb2.GenerateResponse]) -> Generator[E
                 yield Progress(progress.step, progress.total, preview)
             case "image":
                 image = response.image
-                yield ImageReady(decode_image(image.png), image.index, image.seed)
+                latents = _array(image.latents, "latents") if image.HasField("latents") else None
+                yield ImageReady(decode_image(image.png), image.index, image.seed, latents)
             case "done":
                 yield done_event(response.done)
 
