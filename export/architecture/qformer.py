@@ -270,6 +270,11 @@ def processors(source: Source) -> dict[str, Path]:
     return {f"preprocessor/{file.name}": file for file in files if file.is_file()}
 
 
+def unit(vectors: TorchTensor) -> TorchTensor:
+    """Vectors of length 1 along the last axis, by operators that every target has."""
+    return vectors / (vectors * vectors).sum(dim=-1, keepdim=True).sqrt()
+
+
 def _see(model: Any) -> Reference:
     return lambda pixel_values: (model.vision_model(pixel_values).last_hidden_state,)
 

@@ -22,6 +22,7 @@ from export.architecture.qformer import (
     parsed,
     processors,
     require_vision,
+    unit,
     vision_part,
 )
 from export.checkpoint.source import Source
@@ -47,7 +48,7 @@ class QFormer(nn.Module):
     def forward(self, image_embeds: TorchTensor) -> tuple[TorchTensor, ...]:
         queries = self.qformer.layernorm(self.query_tokens).expand(image_embeds.shape[0], -1, -1)
         found = self.qformer.encoder(queries, encoder_hidden_states=image_embeds, query_length=queries.shape[1])
-        return (nn.functional.normalize(self.projection(found.last_hidden_state), dim=-1),)
+        return (unit(self.projection(found.last_hidden_state)),)
 
 
 class TextEncoder(nn.Module):
@@ -59,7 +60,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
         found = self.qformer.encoder(self.qformer.layernorm(self.embeddings(input_ids)), query_length=0)
-        return (nn.functional.normalize(self.projection(found.last_hidden_state[:, 0]), dim=-1),)
+        return (unit(self.projection(found.last_hidden_state[:, 0])),)
 
 
 class Matcher(nn.Module):

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from export.architecture.qformer import parsed, processors, require_activation
+from export.architecture.qformer import parsed, processors, require_activation, unit
 from export.checkpoint.source import Source
 from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
@@ -22,6 +23,7 @@ from runtime.language.vision import TILES
 from runtime.pipelines.embed import SCALE, EmbedConfig
 
 CONFIGS: Final = ("text_config", "vision_config")
+LEGACY_END: Final = 2
 USUAL: Final = 16
 """Tokens of a text that targets with fixed lengths prepare for first."""
 
@@ -35,19 +37,21 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: TorchTensor) -> tuple[TorchTensor, ...]:
         found = self.projection(self.vision_model(pixel_values).pooler_output)
-        return (nn.functional.normalize(found, dim=-1),)
+        return (unit(found),)
 
 
 class TextEncoder(nn.Module):
-    """input_ids [batch, sequence] to normalized text_embeds [batch, width]."""
+    """input_ids [batch, sequence] to normalized text_embeds [batch, width].
+
+    The library reads a text where its end token is. Rows have no padding here, so that is the last position.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.text_model, self.projection = model.text_model, model.text_projection
 
     def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
-        found = self.projection(self.text_model(input_ids).pooler_output)
-        return (nn.functional.normalize(found, dim=-1),)
+        return (unit(self.projection(self.text_model(input_ids).last_hidden_state[:, -1])),)
 
 
 def _see(model: Any) -> Reference:
@@ -56,9 +60,13 @@ def _see(model: Any) -> Reference:
 
 
 def _read(model: Any) -> Reference:
-    size = model.config.vision_config.image_size
-    pixels = torch.zeros(1, model.config.vision_config.num_channels, size, size)
-    return lambda input_ids: (model(input_ids=input_ids, pixel_values=pixels).text_embeds,)
+    """The library's text model, projection and norm. Random tokens of a sample do not end in the end token."""
+
+    def reference(input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
+        found = model.text_projection(model.text_model(input_ids).last_hidden_state[:, -1])
+        return (nn.functional.normalize(found, dim=-1),)
+
+    return reference
 
 
 def _config(source: Source, reduced: bool = False) -> Any:
@@ -97,12 +105,29 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 def config(source: Source) -> dict[str, Any]:
     model = _config(source)
+    _require_end(source, model.text_config)
     return EmbedConfig(
         width=model.projection_dim,
         text_length=model.text_config.max_position_embeddings,
         vocab_size=model.text_config.vocab_size,
         scaled=True,
     ).model_dump(mode="json")
+
+
+def _require_end(source: Source, text: Any) -> None:
+    """Raises SourceError where the tokenizer does not end texts in the token at which the model reads them: in configs
+    of before transformers 4.31, whose end token is 2, the one with the largest id.
+    """
+    file = tokenizer_file(source.root)
+    tokenizer: Tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_padding()
+    ids = tokenizer.encode("x").ids
+    end = max(ids, default=-1) if text.eos_token_id == LEGACY_END else text.eos_token_id
+    if ids.count(end) != 1 or ids[-1] != end:
+        raise SourceError(
+            f"{file} does not end texts in token {end}, at which the model reads them (text_config.eos_token_id is "
+            f"{text.eos_token_id}): take both from the same checkpoint"
+        )
 
 
 def assets(source: Source) -> Mapping[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from typer.testing import CliRunner
 
 import enginecast
 from export.build.build import _parity, build
@@ -18,8 +21,13 @@ from export.build.options import Options
 from export.build.state import Build
 from export.report.page import report
 from export.report.quality import load_quality
+from runtime.bundle.manifest import Bundle
 from runtime.engine import targets
 from runtime.errors import InvalidInput, SourceError, UnsupportedModel
+from runtime.placing.loading import load_model
+from serving.cli.commands import app
+from serving.dialects.grpc.server import Server
+from serving.host.models import ModelHost
 from tests.export.families.conftest import PICTURE
 from tests.export.families.embedding import WIDTH
 
@@ -57,6 +65,41 @@ def test_embeddings_and_scores_are_the_library_s(tiny_clip: Path, bundle: Path, 
     assert np.ptp(matched.scores) > 1
 
 
+def test_a_server_and_the_command_give_the_same(bundle: Path, tmp_path: Path) -> None:
+    with enginecast.load(bundle, target="onnxruntime") as model:
+        found, matched = model.embed(TEXTS, PICTURES), model.match(PICTURES, TEXTS)
+
+    def use(address: str) -> tuple[Any, Any]:
+        with enginecast.Client(address, "tiny-clip") as client:
+            with pytest.raises(InvalidInput, match="match: is 'itm', which needs a network"):
+                client.match(PICTURES, TEXTS, "itm")
+            return client.embed(TEXTS, PICTURES), client.match(PICTURES, TEXTS)
+
+    async def served() -> tuple[Any, Any]:
+        host = ModelHost([Bundle(bundle)], lambda opened, target: load_model(opened, "onnxruntime"))
+        server = Server(host, "127.0.0.1:0")
+        await server.start()
+        await host.load("tiny-clip")
+        results = await asyncio.to_thread(use, f"127.0.0.1:{server.port}")
+        await server.stop(0)
+        return results
+
+    vectors, scores = asyncio.run(served())
+    np.testing.assert_array_equal(vectors.texts, found.texts)
+    np.testing.assert_array_equal(vectors.images, found.images)
+    np.testing.assert_array_equal(scores.scores, matched.scores)
+
+    Image.fromarray(PICTURE).save(tmp_path / "p.png")
+    given = ["embed", "--bundle", str(bundle), "--target", "onnxruntime", "--image", str(tmp_path / "p.png")]
+    given += ["--text", TEXTS[0]]
+    (text, image) = map(json.loads, CliRunner().invoke(app, given).stdout.splitlines())
+    np.testing.assert_allclose(text["embedding"], found.texts[0], rtol=1e-5)
+    np.testing.assert_allclose(image["embedding"], found.images[0], rtol=1e-5)
+    score, path, words = CliRunner().invoke(app, [*given, "--match", "itc"]).stdout.strip().split("\t")
+    assert (path, words) == (str(tmp_path / "p.png"), TEXTS[0])
+    assert abs(float(score) - matched.scores[0, 0]) < 1e-3
+
+
 def test_every_submodel_computes_what_the_library_computes(tiny_clip: Path, tmp_path: Path) -> None:
     state = Build.open(Options(str(tiny_clip), tmp_path / "other", targets=("onnxruntime",)))
     assert [part.name for part in state.parts] == ["vision_encoder", "text_encoder"]
@@ -80,6 +123,7 @@ def test_quantized_bundles_compile_and_are_compared(tiny_clip: Path, tmp_path: P
     [
         ({"text_config": {"hidden_act": "swish2"}}, "text_config.hidden_act is 'swish2'"),
         ({"vision_config": {"hidden_act": "quick_gelus"}}, "did you mean 'quick_gelu'?"),
+        ({"text_config": {"eos_token_id": 600}}, "does not end texts in token 600, at which the model reads them"),
         ({"vision_config": {"num_attention_heads": 5}}, "is no config that transformers can read"),
         ({"vision_config": {"num_channels": 1}}, "num_channels is 1, expected 3"),
         ({"vision_config": {"image_size": 32}}, "position_embedding.weight (expected [17, 64], found [10, 64])"),

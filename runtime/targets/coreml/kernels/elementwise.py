@@ -128,11 +128,6 @@ def _reduce_sum(x: Any, axes: Array, keep_dims: bool) -> Any:
     return x.sum(axis=tuple(axes), keepdims=bool(keep_dims))
 
 
-@kernel("reduce_l2_norm")
-def _reduce_l2_norm(x: Any, axes: Array, keep_dims: bool) -> Any:
-    return np.linalg.norm(x, axis=tuple(axes), keepdims=bool(keep_dims))
-
-
 @kernel("reduce_max")
 def _reduce_max(x: Any, axes: Array, keep_dims: bool) -> Any:
     return x.max(axis=tuple(axes), keepdims=bool(keep_dims))

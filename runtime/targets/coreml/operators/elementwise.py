@@ -44,7 +44,6 @@ BINARY: Final[Mapping[str, str]] = {
     },
 }
 REDUCTIONS: Final[Mapping[str, str]] = {
-    "ReduceL2": "reduce_l2_norm",
     "ReduceMax": "reduce_max",
     "ReduceMean": "reduce_mean",
     "ReduceMin": "reduce_min",
