@@ -120,7 +120,10 @@ class ChatPipeline(ModelPipeline):
             return request
 
         def fits(messages: Sequence[Message]) -> bool:
-            prompt = self.prompt(replace(request, messages=tuple(messages)))
+            try:
+                prompt = self.prompt(replace(request, messages=tuple(messages)))
+            except ContextLengthExceeded:  # of an encoder that reads the texts, too
+                return False
             return len(prompt.ids) + self._wanted(prompt, request) <= self.config.context_length
 
         return replace(request, messages=tuple(slid(request.messages, fits)))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import enginecast
 from export.build.build import _parity, build
 from export.build.options import Options
 from export.build.state import Build
@@ -50,6 +51,14 @@ def test_answers_are_the_library_s(model: tuple[Path, Path], target: str, monkey
                 request = ask(text, max_tokens=64, beams=beams)
                 assert loaded.pipeline.prompt(request).ids == prompt
                 assert answer(loaded, request, monkeypatch) == wanted and len(set(wanted)) > 3, (text, beams)
+
+
+def test_a_caption_is_the_answer_to_a_picture_alone(model: tuple[Path, Path]) -> None:
+    with enginecast.load(model[1], target="onnxruntime") as loaded:
+        first, second = loaded.captions([PICTURE, 255 - PICTURE], max_tokens=12, beams=4)
+    prompt, wanted = library_answer(model[0], "", max_new_tokens=12, num_beams=4)
+    assert first.text == library(model[0])[1].tokenizer.decode(wanted, skip_special_tokens=True)
+    assert first.prompt_tokens == second.prompt_tokens == len(prompt) and first.text
 
 
 def test_every_submodel_computes_what_the_library_computes(model: tuple[Path, Path]) -> None:

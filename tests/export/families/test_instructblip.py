@@ -101,6 +101,17 @@ def test_an_instruction_that_the_encoder_cannot_read_is_refused(tiny_instructbli
         pipeline(ask("what is a [SEP]?"))
 
 
+def test_turns_that_the_encoder_cannot_read_are_left_out_where_they_may(
+    tiny_instructblip: Path, tmp_path: Path
+) -> None:
+    pipeline = opened(tiny_instructblip, tmp_path)
+    turns = Message("user", ("a " * 60,)), Message("assistant", ("b",)), Message("user", (PICTURE, "c " * 60))
+    with pytest.raises(ContextLengthExceeded, match="for the encoder of pictures"):
+        pipeline(ChatRequest(turns, max_tokens=4))
+    fitted = pipeline.fitted(ChatRequest(turns, max_tokens=4, context_overflow="slide"))
+    assert fitted.messages == turns[2:]
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
