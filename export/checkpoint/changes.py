@@ -18,9 +18,13 @@ from numpy.typing import NDArray
 from calibration.ground.progress import each
 from export.build.keys import code
 from export.build.staging import cached, key_of
+from export.checkpoint.component import Checkpoint
+from export.checkpoint.embeddings import ENCODERS, Vocabulary
+from export.checkpoint.keys import renamed
 from export.checkpoint.lora import Lora, LowRank, read_lora
-from export.checkpoint.source import Checkpoint, Source
+from export.checkpoint.source import Source
 from export.checkpoint.tensors import TensorRef, check_finite
+from runtime.bundle.manifest import sha256
 from runtime.files import cache_folder
 
 if TYPE_CHECKING:
@@ -109,20 +113,36 @@ def changes_of(source: Source, models: Mapping[str, nn.Module], checkpoints: Map
     """What the additions of a source change in its components' weights. Raises SourceError, naming the file, where one
     does not fit.
     """
-    loras = read_loras(source)
-    if not loras:
+    loras, files = read_loras(source), [*source.added("lora"), *source.added("embedding")]
+    if not files:
         return Changes()
-    sums = products(loras, models, source.architecture)
-    weights = {}
-    for folder, terms in sums.items():
-        mapped = checkpoints[folder].mapped(models[folder])
-        weights[folder] = {
-            name: Change(mapped[name].shape, partial(_sum, mapped[name], several)) for name, several in terms.items()
+    weights = {
+        folder: _tables(source, folder, models[folder], checkpoints[folder]) for folder in ENCODERS if folder in models
+    }
+    for folder, terms in products(loras, models, source.architecture).items():
+        changed = weights.setdefault(folder, {})
+        published = checkpoints[folder].mapped(models[folder], list(changed))
+        changed |= {
+            name: Change(published[name].shape, partial(_sum, published[name], several))
+            for name, several in terms.items()
         }
     prints = {folder: checkpoints[folder].fingerprint for folder in weights}
-    key = key_of("changes", prints, [(lora.sha256, scale) for lora, scale in loras], code())
+    contents = [(one.kind, one.name, one.scale, sha256(one.path)) for one in files]
     read = {f"{lora.path.name}: {name}": ref for lora, _ in loras for name, ref in lora.tensors.items()}
-    return Changes(key, weights, read)
+    return Changes(key_of("changes", prints, contents, code()), weights, read)
+
+
+def _tables(source: Source, folder: str, model: Any, checkpoint: Checkpoint) -> dict[str, Change]:
+    """The embedding of a text encoder with learned tokens, by its name."""
+    vocabulary = Vocabulary.of(source, folder)
+    if not vocabulary.learned:
+        return {}
+    embedding = model.get_input_embeddings()
+    name = next(f"{path}.weight" for path, module in model.named_modules() if module is embedding)
+    published = renamed(checkpoint.where, checkpoint.tensors, model)[name]
+    vocabulary.check(published)
+    size = embedding.num_embeddings
+    return {name: Change((size, published.shape[1]), partial(vocabulary.table, published, size))}
 
 
 def read_loras(source: Source) -> list[tuple[Lora, float]]:

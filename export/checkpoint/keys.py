@@ -62,12 +62,12 @@ def map_names(
     tensor.
     """
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items() if name not in elsewhere}
-    renamed = _renamed(where, tensors, model)
-    found = {name: ref for name, ref in renamed.items() if name in expected}
-    _refuse_wrapped(where, [name for name in renamed if name not in expected])
+    named = renamed(where, tensors, model)
+    found = {name: ref for name, ref in named.items() if name in expected}
+    _refuse_wrapped(where, [name for name in named if name not in expected])
     _tie(where, found, getattr(model, "all_tied_weights_keys", None) or {})
     _check(where, found, expected)
-    if unused := sorted(name for name in renamed if name not in expected and not _ignored(name, model)):
+    if unused := sorted(name for name in named if name not in expected and not _ignored(name, model)):
         log.info("%s: %s has no use for %s", where, type(model).__name__, listing(unused))
     return {name: found[name] for name in expected}
 
@@ -81,7 +81,8 @@ def _refuse_wrapped(where: str, unused: Iterable[str]) -> None:
             raise UnsupportedModel(f"{where}: the weights {listing(names)} {what}")
 
 
-def _renamed(where: str, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
+def renamed(where: str, tensors: Mapping[str, TensorRef], model: torch.nn.Module) -> dict[str, TensorRef]:
+    """The tensors by their names in the model, unchecked. Raises UnsupportedModel where loading would compute one."""
     from transformers import PreTrainedModel
 
     if isinstance(model, PreTrainedModel):

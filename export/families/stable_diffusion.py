@@ -23,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.architecture import controlnet
 from export.architecture.unet import ADDED, UNet, library
+from export.checkpoint.embeddings import ENCODERS, Vocabulary
 from export.checkpoint.source import PIPELINE, Source, read_json
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
@@ -36,7 +37,7 @@ from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, Uns
 from runtime.limits import PROMPT_CHUNKS
 from runtime.tasks.image import ImageDefaults
 
-ADDITIONS: Final = ("lora", "controlnet", "vae")
+ADDITIONS: Final = ("lora", "embedding", "controlnet", "vae")
 """The kinds of additions that the family and those descended from it take."""
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -220,6 +221,8 @@ def configs(source: Source, *names: str, reduced: bool = False) -> list[dict[str
                 raise UnsupportedModel(
                     f"{_config(source, name)} says {key} {config[key]!r}, expected {values[0]!r}: {why}"
                 )
+        if name in ENCODERS:
+            config["vocab_size"] = Vocabulary.of(source, name).size(config["vocab_size"])
         found.append({key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")})
     return found
 
@@ -535,7 +538,9 @@ def files(source: Source, encoders: Mapping[str, str]) -> dict[str, Path]:
                 f"{folder} does not exist: a {source.architecture} needs it. Download the checkpoint again, with all "
                 "its folders"
             )
-        found |= {f"{name}/{file.name}": file for file in sorted(folder.iterdir()) if file.is_file()}
+        published = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
+        own = Vocabulary.of(source, encoders[name]).files(published) if name in encoders else published
+        found |= {f"{name}/{file}": path for file, path in own.items()}
     lengths = {name: _length(source, name, encoder) for name, encoder in encoders.items()}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())

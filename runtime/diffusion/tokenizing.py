@@ -59,9 +59,15 @@ class ClipTokenizer:
         )
 
     @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The id of every token, added ones included."""
+        found: Mapping[str, int] = self._tokenizer.get_vocab()
+        return found
+
+    @property
     def last(self) -> str:
         """The text of the token with the largest id. The text encoder needs an embedding for it."""
-        text: str = max(self._tokenizer.get_vocab().items(), key=lambda item: item[1])[0]
+        text: str = max(self.vocabulary.items(), key=lambda item: item[1])[0]
         return text.removesuffix("</w>")
 
     def __call__(self, text: str, field: str = "prompt") -> NDArray[np.int64]:
