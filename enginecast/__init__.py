@@ -45,7 +45,7 @@ from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
 from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import Model, load
-from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike
+from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike, Style
 from serving.dialects.python.results import Answer, Drawing, Matching, Vectors
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -91,6 +91,7 @@ __all__ = [
     "SourceError",
     "Started",
     "Stream",
+    "Style",
     "TextDelta",
     "Unavailable",
     "UnsupportedModel",

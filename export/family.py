@@ -13,6 +13,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 import export.families
+from export.checkpoint.component import open_file
 from export.checkpoint.source import Checkpoint, Source, open_component
 from runtime.bundle.signature import Signature
 from runtime.errors import InvalidInput, UnsupportedModel, did_you_mean
@@ -42,7 +43,9 @@ class Component:
 
     def open(self, source: Source) -> Checkpoint:
         """Its published weights. Raises what `open_component` raises."""
-        return open_component(self.root) if self.root else source.open(self.folder)
+        if self.root is None:
+            return source.open(self.folder)
+        return open_file(self.root) if self.root.is_file() else open_component(self.root)
 
 
 @dataclass(frozen=True)

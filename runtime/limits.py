@@ -69,11 +69,11 @@ MODEL_NAME: Final = Limit(
         *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service"),
 )  # fmt: skip
 NAME: Final = Limit(
-    "target, sampler, control",
+    "target, sampler, control, style",
     64,
     "characters",
     "long enough for every name",
-    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name"),
+    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name"),
 )
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
@@ -139,6 +139,12 @@ CONTROL_SHARE: Final = Limit(
     ("Control.start", "Control.end"),
     least=0,
 )
+STYLES: Final = Limit(
+    "styles", 8, "image adapters", "each is read by every cross-attention of the denoiser", (f"{IMAGE}.styles",)
+)
+STYLE_SCALE: Final = Limit(
+    "scale of a style", 10, "(a factor)", "larger values destroy pictures", ("Style.scale",), least=0
+)
 EDGE: Final = Limit(
     "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
     (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,
@@ -180,7 +186,7 @@ PICTURES: Final = Limit(
     "they are encoded together, and each needs tokens of the context",
     SHOWN,
 )
-PICTURE_FILES: Final = (*SHOWN, "Control.image", f"{IMAGE}.image", f"{IMAGE}.mask")
+PICTURE_FILES: Final = (*SHOWN, "Control.image", "Style.image", f"{IMAGE}.image", f"{IMAGE}.mask")
 """The fields that hold a picture file."""
 PICTURE_BYTES: Final = Limit("size of a picture file", 16 << 20, "bytes", "enough for photographs", PICTURE_FILES)
 PICTURE_PIXELS: Final = Limit(

@@ -8,8 +8,10 @@ from typing import Any, Final
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from export.architecture.pictures import Factor, adapted
 from export.family import Reference
 from runtime.diffusion.controls import MID, is_down
+from runtime.diffusion.styles import EMBEDS, SCALES
 
 ADDED: Final = ("text_embeds", "time_ids")
 """Inputs that diffusers takes in a mapping of added conditions."""
@@ -33,15 +35,27 @@ def library(model: UNet2DConditionModel, *names: str) -> Reference:
     """The library's own forward with the same inputs."""
 
     def denoise(sample: Tensor, timestep: Tensor, states: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        return (model(sample, timestep, states, **arguments(dict(zip(names, more, strict=True)))).sample,)
+        named = arguments(dict(zip(names, more, strict=True)))
+        if pictures := named.get("added_cond_kwargs", {}).get(EMBEDS):
+            named["added_cond_kwargs"][EMBEDS] = [embeds for embeds, _ in pictures]
+            for processor in adapted(model):
+                processor.scale = [Factor(scale) for _, scale in pictures]
+        return (model(sample, timestep, states, **named).sample,)
 
     return denoise
 
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The library's arguments for these inputs: some of them it takes in lists and mappings."""
+    """The library's arguments for these inputs: some of them it takes in lists and mappings. Pictures of image adapters
+    are pairs of features [batch, 1, width] and scale [batch, 1, 1] (`export.architecture.ip_adapter`).
+    """
     named: dict[str, Any] = {}
-    if added := {name: inputs[name] for name in ADDED if name in inputs}:
+    added: dict[str, Any] = {name: inputs[name] for name in ADDED if name in inputs}
+    if SCALES in inputs:
+        embeds = [value for name, value in inputs.items() if name.startswith(f"{EMBEDS}_")]
+        scales = inputs[SCALES]
+        added[EMBEDS] = [(one, scales[:, index, None, None]) for index, one in enumerate(embeds)]
+    if added:
         named["added_cond_kwargs"] = added
     if "timestep_cond" in inputs:
         named["timestep_cond"] = inputs["timestep_cond"]

@@ -37,6 +37,7 @@ class Kind:
 KINDS: Final[Mapping[str, Kind]] = {
     "lora": Kind("A LoRA (.safetensors) whose products are added to the weights.", scaled=True, traced=False),
     "embedding": Kind("A learned token (textual inversion, .safetensors), named as in prompts.", traced=False),
+    "ip_adapter": Kind("An image adapter (.safetensors beside its folder image_encoder), which requests name."),
     "controlnet": Kind("A control network (folder of a ControlNetModel), which requests name.", traced=False),
     "vae": Kind(
         "An autoencoder (folder of an AutoencoderTiny or AutoencoderKL) in place of the checkpoint's.", traced=False

@@ -75,6 +75,8 @@ class Checkpoint:
     @property
     def where(self) -> str:
         """Where the weights lie, for messages."""
+        if self.root in self.headers:
+            return str(self.root)
         apart = [file for file in self.headers if file.parent != self.root]
         return f"{apart[0]}, read as {self.root}," if apart else str(self.root)
 
@@ -86,17 +88,13 @@ class Checkpoint:
         Cheap (no file is read through), yet it differs between trainings of one architecture, whose headers are equal.
         It is no proof of integrity: single changed weights may go unseen.
         """
-        return _fingerprint((self.root / CONFIG).read_bytes(), self.headers, self.tensors)
+        config = b"" if self.root in self.headers else (self.root / CONFIG).read_bytes()
+        return _fingerprint(config, self.headers, self.tensors)
 
 
 def fingerprint_of(addition: Addition) -> str:
     """The same of an addition, whose path is a component's folder or a file of weights. Raises SourceError."""
-    if addition.path.is_dir():
-        return open_component(addition.path).fingerprint
-    if addition.path.suffix in PICKLES:
-        refuse_pickle(addition.path)
-    header, tensors = read_header(addition.path)
-    return _fingerprint(b"", {addition.path: header}, tensors)
+    return (open_component if addition.path.is_dir() else open_file)(addition.path).fingerprint
 
 
 def _fingerprint(config: bytes, headers: Mapping[Path, bytes], tensors: Mapping[str, TensorRef]) -> str:
@@ -115,6 +113,14 @@ def _samples(ref: TensorRef) -> Iterable[bytes]:
         data = ref.array().reshape(-1).view("u1")
         for start in (0, ref.nbytes // 2, max(0, ref.nbytes - SAMPLED)):
             yield data[start : start + SAMPLED].tobytes()
+
+
+def open_file(path: Path) -> Checkpoint:
+    """Open a single file of weights that has no config, such as an adapter's. Raises NotFound or SourceError."""
+    if path.suffix in PICKLES:
+        refuse_pickle(path)
+    header, tensors = read_header(path)
+    return Checkpoint(path, {}, tensors, {path: header})
 
 
 def open_component(folder: Path, variant: str = "") -> Checkpoint:

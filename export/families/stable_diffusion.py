@@ -21,7 +21,7 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from export.architecture import controlnet
+from export.architecture import controlnet, ip_adapter
 from export.architecture.unet import ADDED, UNet, library
 from export.checkpoint.embeddings import ENCODERS, Vocabulary
 from export.checkpoint.source import PIPELINE, Source, read_json
@@ -37,7 +37,7 @@ from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, Uns
 from runtime.limits import PROMPT_CHUNKS
 from runtime.tasks.image import ImageDefaults
 
-ADDITIONS: Final = ("lora", "embedding", "controlnet", "vae")
+ADDITIONS: Final = ("lora", "embedding", "controlnet", "ip_adapter", "vae")
 """The kinds of additions that the family and those descended from it take."""
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -370,9 +370,9 @@ def tokens(model: Any) -> Dim:
 def denoising_parts(
     source: Source, model: UNet2DConditionModel, grid: Grid, length: int, *added: Tensor, reduced: bool
 ) -> list[Part]:
-    """The UNet on prompts of usually `length` tokens, and the control networks that are added to it. `added` are its
-    inputs behind sample, timestep and hidden states. A model that was distilled from guided predictions has one more,
-    an embedding of the guidance scale.
+    """The UNet on prompts of usually `length` tokens, the control networks that are added to it, and the encoder of its
+    image adapters. `added` are its inputs behind sample, timestep and hidden states. A model that was distilled from
+    guided predictions has one more, an embedding of the guidance scale.
     """
     if width := model.config.time_cond_proj_dim:
         added = (*added, Tensor(name="timestep_cond", dtype="float32", dims=(BATCH, width)))
@@ -384,18 +384,20 @@ def denoising_parts(
     controls = [base.part(addition, reduced) for addition in source.added("controlnet")]
     # rows of a guided batch differ in them: a network reads the prompt
     residuals = [one.model_copy(update={"condition": inputs[2].condition}) for one in base.residuals if controls]
-    more = (*added, *residuals)
+    adapters = ip_adapter.adapt(source, model, inputs[2].condition, reduced)
+    more = (*added, *residuals, *adapters.inputs)
     names = [tensor.name for tensor in more]
     return [
         Part(
             "unet",
-            (Component("unet", model),),
+            (Component("unet", model), *adapters.components),
             UNet(model, *names),
             library(model, *names),
             Signature(inputs=(*inputs[:3], *more), outputs=(grid.latents("noise_pred", model.config.out_channels),)),
             convolutional=True,
         ),
         *controls,
+        *adapters.parts,
     ]
 
 
@@ -471,6 +473,8 @@ def settings(
     if names := tuple(addition.name for addition in source.added("controlnet")):
         more["controls"] = Controls(names=names, residuals=tuple(controlnet.residual_shapes(unet)))
     more |= {"inpainting": True} if unet["in_channels"] == inpainting_channels(vae) else {}
+    if (adapters := ip_adapter.styles(source)) is not None:
+        more["styles"] = adapters
     found: Any = {
         "scheduler": scheduler, "sampler": sampler, "vae": scaling, "sizes": grid.sizes, "defaults": defaults, **more
     }  # fmt: skip

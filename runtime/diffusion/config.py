@@ -16,6 +16,7 @@ from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig, as_drawn_before
 from runtime.diffusion.solver import Sampler, make_sampler
+from runtime.diffusion.styles import Styles
 from runtime.errors import BundleError, InvalidInput
 from runtime.tasks.image import ImageDefaults, ImageRequest
 
@@ -55,10 +56,11 @@ class DiffusionConfig(Frozen):
     """The settings of a diffusion bundle: `Manifest.config`, written when the bundle is built.
 
     `scheduler` is the model's scheduler_config.json, as its pipeline corrects it: diffusers' StableDiffusionPipeline
-    sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text
-    encoder and no sizes, `controls` where there are no control networks. `sampler` draws where a request names none.
-    `guidance_embedding` is the width of the embedding in which a distilled model receives the guidance scale.
-    `inpainting` is whether the UNet takes the mask and the masked picture's latents as further channels.
+    sets steps_offset 1 and clip_sample false in every file. `added` is None where the UNet has one text encoder and no
+    sizes, `controls` where there are no control networks, `styles` where there are no image adapters. `sampler` draws
+    where a request names none. `guidance_embedding` is the width of the embedding in which a distilled model receives
+    the guidance scale. `inpainting` is whether the UNet takes the mask and the masked picture's latents as further
+    channels.
     """
 
     scheduler: SchedulerConfig
@@ -70,6 +72,7 @@ class DiffusionConfig(Frozen):
     controls: Controls | None = None
     guidance_embedding: int | None = Field(default=None, ge=4)
     inpainting: bool = False
+    styles: Styles | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:

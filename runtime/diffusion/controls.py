@@ -24,6 +24,8 @@ from runtime.vision.images import resized
 
 PICTURE: Final = "control_picture"
 DOWN: Final = "down_block_residual_"
+SHARED: Final = ("sample", "timestep", "encoder_hidden_states", "text_embeds", "time_ids")
+"""The inputs that networks have in common with the denoiser."""
 MID: Final = "mid_block_residual"
 
 
@@ -96,7 +98,8 @@ class Network:
         """What it adds to the denoiser that is called with these inputs."""
         rows = len(inputs["sample"])
         shown = {PICTURE: np.repeat(self.pixels, rows, axis=0)}
-        outputs = yield from run(submodel(self.control.name), **inputs, **shown)
+        shared = {name: inputs[name] for name in SHARED if name in inputs}
+        outputs = yield from run(submodel(self.control.name), **shared, **shown)
         scale = np.float32(self.control.scale)
         return {name: output * scale for name, output in outputs.items()}
 

@@ -16,6 +16,11 @@ Each control network that a build adds is a submodel, and its outputs are inputs
     controlnet.NAME sample, timestep, encoder_hidden_states, control_picture [batch, 3, image_height, image_width], 0 to
                     1 -> down_block_residual_0 and so on, mid_block_residual
 
+Image adapters that a build adds are further inputs of the unet:
+
+    image_encoder   pixel_values [batch, 3, edge, edge], normalized as CLIP's -> image_embeds [batch, width]
+    unet            image_embeds_0 [batch, 1, width] and so on, image_scales [batch, adapters]
+
 A model with added conditions (Stable Diffusion XL; Podell et al. 2023, arXiv 2307.01952) differs in these:
 
     text_encoder    input_ids -> penultimate_hidden_state [batch, sequence, hidden]
@@ -49,8 +54,9 @@ from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler
+from runtime.diffusion.styles import Styling, styling
 from runtime.pipeline import Example, ModelPipeline, Pipeline, Progress
-from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 
 PLAIN: Final = (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),)
 """The text encoder of models without added conditions."""
@@ -74,6 +80,7 @@ class _Job:
     original: Original | None
     added: Arrays
     controls: Controlling
+    styles: Styling
     guidance: Guidance
     sampler: Sampler
     noises: tuple[Noise, ...]
@@ -117,6 +124,11 @@ class DiffusionPipeline(ModelPipeline):
             yield Example(
                 "controls", ImageRequest("a", steps=2, width=edge, height=edge, seed=0, controls=controls, **masked)
             )
+        if self.config.styles is not None:
+            styles = tuple(Style(name, picture) for name in self.config.styles.names)
+            yield Example(
+                "styles", ImageRequest("a", steps=2, width=edge, height=edge, seed=0, styles=styles, **masked)
+            )
         if self.config.vae.encoder:
             drawn_on = ImageRequest("a", steps=2, strength=0.5, seed=0, **{"image": picture, **masked})
             yield Example("a picture to begin with", drawn_on)
@@ -136,13 +148,17 @@ class DiffusionPipeline(ModelPipeline):
         controls = controlling(config.controls, request.controls, size, sampler)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
         original, hands_over = config.original_of(request), request.denoising_end is not None
+        styles = styling(config.styles, request.styles)
         return self._draw(
-            _Job(prompts, original, added, controls, guidance, sampler, starts, request.preview_every, hands_over)
+            _Job(
+                prompts, original, added, controls, styles, guidance, sampler, starts, request.preview_every, hands_over
+            )
         )
 
     def _draw(self, job: _Job) -> Pipeline:
         text = yield from self.conditioning.encode(job.prompts)
-        conditions = {"encoder_hidden_states": text.states, **text.pooled, **job.added}
+        styles = yield from job.styles.encode(job.guidance.rows)
+        conditions = {"encoder_hidden_states": text.states, **text.pooled, **job.added, **styles}
         canvas = yield from prepare(job.original, self.encoder, job.sampler, self.config.inpainting)
         for index, noise in enumerate(job.noises):
             latents = yield from self._denoise(job, index, canvas, conditions)

@@ -82,10 +82,22 @@ class Control:
         if isinstance(self.image, np.ndarray):
             check_picture(self.image, "controls")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its file."""
-        return len(self.image.data) if isinstance(self.image, PictureFile) else 0
+
+@dataclass(frozen=True, eq=False)
+class Style:
+    """A picture whose content or style an image adapter of the bundle follows, by the adapter's name: a file, or uint8
+    RGB [height, width, 3]. `scale` is how much of it counts.
+    """
+
+    name: str
+    image: Picture | PictureFile
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        limits.NAME.length("styles", self.name)
+        limits.STYLE_SCALE.number("styles", self.scale)
+        if isinstance(self.image, np.ndarray):
+            check_picture(self.image, "styles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,6 +117,7 @@ class ImageRequest(Request):
     is to look like. None is the size of the drawn picture, without a crop.
 
     `controls` are for control networks that the bundle was built with, each at most once; their effects add up.
+    `styles` are for image adapters that the bundle was built with, likewise.
 
     `prompt_weights` reads both prompts as Automatic1111's web UI does: "(word:1.3)" is a weight, and a prompt may be
     longer than the text encoder reads at once (`runtime.diffusion.emphasis`).
@@ -142,6 +155,7 @@ class ImageRequest(Request):
     crop_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
     controls: tuple[Control, ...] = ()
+    styles: tuple[Style, ...] = ()
     prompt_weights: bool = False
     image: Picture | PictureFile | None = None
     strength: float | None = None
@@ -159,6 +173,7 @@ class ImageRequest(Request):
         limits.IMAGES.number("images", self.images)
         limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
         limits.CONTROLS.length("controls", self.controls)
+        limits.STYLES.length("styles", self.styles)
         limits.ETA.number("eta", self.eta)
         for field, limit in (
             ("steps", limits.STEPS),
@@ -232,7 +247,8 @@ class ImageRequest(Request):
     @property
     def nbytes(self) -> int:
         files = sum(len(file.data) for file in (self.image, self.mask) if isinstance(file, PictureFile))
-        return files + (0 if self.latents is None else self.latents.nbytes) + sum(one.nbytes for one in self.controls)
+        files += sum(map(_file_bytes, self.controls)) + sum(map(_file_bytes, self.styles))
+        return files + (0 if self.latents is None else self.latents.nbytes)
 
     @property
     def stated_sizes(self) -> dict[str, tuple[int, int]]:
@@ -252,6 +268,10 @@ def _check_edges(edges: Edges) -> None:
         )
     for length in edges:
         limits.EXTEND.number("extend", length)
+
+
+def _file_bytes(shown: Control | Style) -> int:
+    return len(shown.image.data) if isinstance(shown.image, PictureFile) else 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from runtime import limits
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import Control, ImageRequest
+from runtime.tasks.image import Control, ImageRequest, Style
 from serving.enginecast_pb import chat_pb2, embed_pb2, image_pb2, model_pb2
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
@@ -71,6 +71,7 @@ def test_every_field_of_every_request_has_a_limit() -> None:
         ({"width": 2**32 - 1}, "width"),
         ({"seed": 2**63 - 1, "images": 2}, "seed"),
         ({"controls": (Control("x", PIXELS),) * 9}, "controls"),
+        ({"styles": (Style("x", PIXELS),) * 9}, "styles"),
     ],
 )
 def test_a_picture_request_beyond_a_limit_names_the_field(change: dict[str, object], field: str) -> None:

@@ -16,7 +16,7 @@ from runtime.diffusion.canvas import normalized
 from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event
-from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import Picture
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
@@ -92,12 +92,20 @@ class ImageRequests(TaskRequests):
         return replace(request, steps=BRIEF_STEPS[number % len(BRIEF_STEPS)])
 
     def fitted(self, config: Mapping[str, Any], request: ImageRequest) -> ImageRequest:
-        """Every other request has a control for each control network: a model with them is used with and without."""
+        """Every other request has a picture for each control network and image adapter: a model with them is used with
+        and without.
+        """
         parsed, seed = DiffusionConfig.parse(config), request.seed or 0
-        if parsed.controls is None or seed % 2 or request.controls:
+        if seed % 2:
             return request
-        edge = parsed.sizes.default
-        return replace(request, controls=tuple(Control(name, edges(edge, seed)) for name in parsed.controls.names))
+        edge, found = parsed.sizes.default, request
+        if parsed.controls is not None and not request.controls:
+            shown = edges(edge, seed)
+            found = replace(found, controls=tuple(Control(name, shown) for name in parsed.controls.names))
+        if parsed.styles is not None and not request.styles:
+            pictures = [colors(edge, seed + index) for index in range(len(parsed.styles.names))]
+            found = replace(found, styles=tuple(map(Style, parsed.styles.names, pictures)))
+        return found
 
     def of_prompt(self, text: str, number: int) -> ImageRequest:
         return ImageRequest(text)
@@ -143,6 +151,12 @@ def edges(edge: int, seed: int) -> Picture:
         (left, right), (top, bottom) = np.sort(rng.integers(0, edge, (2, 2)), axis=1).tolist()
         shape((left, top, right, bottom), outline="white")
     return np.asarray(picture)
+
+
+def colors(edge: int, seed: int) -> Picture:
+    """Areas of colors that run into each other, uint8 RGB [edge, edge, 3]."""
+    few = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(few).resize((edge, edge), Image.Resampling.BICUBIC))
 
 
 def _drawn(event: Event) -> list[Call]:

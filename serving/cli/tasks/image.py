@@ -13,7 +13,7 @@ from runtime.limits import IMAGE_SEED
 from serving.cli.options import UINT32, ModelOptions, with_model_options
 
 if TYPE_CHECKING:
-    from serving.dialects.python.requests import Control
+    from serving.dialects.python.requests import Control, Style
 
 CONTROL: Final = re.compile(
     r"(?P<name>[^=]+)=(?P<image>.+?)(:(?P<scale>\d*\.?\d+))?(@(?P<start>\d*\.?\d+)-(?P<end>\d*\.?\d+))?"
@@ -40,6 +40,36 @@ def parse_control(text: str) -> Control:
     return Control(found["name"], Path(found["image"]), **numbers)
 
 
+STYLE: Final = re.compile(r"(?P<name>[^=]+)=(?P<image>.+?)(:(?P<scale>\d*\.?\d+))?")
+
+
+def parse_style(text: str) -> Style:
+    """From NAME=PICTURE[:SCALE]. Raises InvalidInput."""
+    from serving.dialects.python.requests import Style
+
+    found = STYLE.fullmatch(text)
+    if found is None:
+        raise InvalidInput("style", f"is {quoted(text)}, expected NAME=PICTURE[:SCALE]")
+    return Style(found["name"], Path(found["image"]), float(found["scale"] or 1))
+
+
+Styles = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PICTURE[:SCALE]",
+        help="Picture file for an image adapter of the bundle, and how much it counts (1). Repeat for several.",
+    ),
+]
+Controls = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=PICTURE[:SCALE][@START-END]",
+        help="Picture file for a control network of the bundle, how much it counts (1), and in which shares of the "
+        "steps (0-1). Repeat for several.",
+    ),
+]
+
+
 @with_model_options
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw. May be empty.")],
@@ -64,14 +94,8 @@ def generate(
     width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None,
     height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None,
     images: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Number of pictures.")] = None,
-    control: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=PICTURE[:SCALE][@START-END]",
-            help="Picture file for a control network of the bundle, how much it counts (1), and in which shares of the "
-            "steps (0-1). Repeat for several.",
-        ),
-    ] = None,
+    style: Styles = None,
+    control: Controls = None,
     prompt_weights: PromptWeights = False,
     image: Annotated[
         Path | None,
@@ -127,6 +151,7 @@ def generate(
         eta=eta,
         seed=seed,
         images=images,
+        styles=[parse_style(text) for text in style or ()],
         controls=[parse_control(text) for text in control or ()],
         prompt_weights=prompt_weights or None,
         image=image,

@@ -49,6 +49,17 @@ class Control:
     end: float = 1.0
 
 
+@dataclass(frozen=True, eq=False)
+class Style:
+    """A picture whose content or style an image adapter of the bundle follows, by the adapter's name. `scale` is how
+    much it counts, 0 to 10.
+    """
+
+    name: str
+    image: PictureLike
+    scale: float = 1.0
+
+
 class ImageOptions(TypedDict, total=False):
     """Options of a picture. A missing option, or None, means the model's default."""
 
@@ -102,6 +113,8 @@ class ImageOptions(TypedDict, total=False):
     """Go on from here, with `latents` of a drawing whose `denoising_end` was the same."""
     latents: NDArray[np.float32] | None
     """Latents [images, channels, height, width] to begin with, in place of the noise of the seed."""
+    styles: Sequence[Style] | None
+    """Pictures for the image adapters that the bundle was built with, each adapter at most once."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -148,6 +161,7 @@ def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
     given = _given(options, ImageOptions.__annotations__)
     given |= {name: picture(given[name], name) for name in PICTURES if name in given}
     given["controls"] = tuple(map(_control, given.get("controls", ())))
+    given["styles"] = tuple(map(_style, given.get("styles", ())))
     return ImageRequest(prompt=prompt, **given)
 
 
@@ -157,6 +171,10 @@ def going_on(request: ImageRequest, drawing: Drawing) -> ImageRequest:
         request, denoising_start=request.denoising_end, denoising_end=None, latents=drawing.latents,
         seed=drawing.images[0].seed,
     )  # fmt: skip
+
+
+def _style(style: Style) -> image.Style:
+    return image.Style(style.name, picture(style.image, "styles"), style.scale)
 
 
 def _control(control: Control) -> image.Control:

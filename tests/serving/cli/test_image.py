@@ -1,4 +1,4 @@
-"""How a control is written on the command line."""
+"""How a control and a style are written on the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidInput
-from serving.cli.tasks.image import parse_control
+from serving.cli.tasks.image import parse_control, parse_style
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,10 @@ def test_a_control(text: str, image: str, numbers: tuple[float, ...]) -> None:
 def test_no_control(text: str) -> None:
     with pytest.raises(InvalidInput, match=r"control: is .*, expected NAME=PICTURE"):
         parse_control(text)
+
+
+def test_a_style() -> None:
+    style, bare = parse_style("style=a.png:0.5"), parse_style("style=a.png")
+    assert (style.name, style.image, style.scale, bare.scale) == ("style", Path("a.png"), 0.5, 1)
+    with pytest.raises(InvalidInput, match=r"style: is 'a.png', expected NAME=PICTURE\[:SCALE\]"):
+        parse_style("a.png")

@@ -14,7 +14,7 @@ from runtime import limits
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decode_image
 from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, timings
 from serving.dialects.grpc.task import GrpcTask
@@ -45,7 +45,13 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
         files["latents"] = _stacked([_array(one, f"latents[{i}]") for i, one in enumerate(message.latents)])
     limits.CONTROLS.length("controls", message.controls)
     files["controls"] = tuple(map(_control, message.controls))
+    limits.STYLES.length("styles", message.styles)
+    files["styles"] = tuple(map(_style, message.styles))
     return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), **files)
+
+
+def _style(message: image_pb2.Style) -> Style:
+    return Style(message.name, PictureFile.open(message.image, "styles"), **given(message, ("scale",)))
 
 
 def _control(message: image_pb2.Control) -> Control:
@@ -120,6 +126,7 @@ def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateReques
     if request.latents is not None:
         fields["latents"] = map(_latents, request.latents)
     fields["controls"] = map(_control_message, request.controls)
+    fields["styles"] = [image_pb2.Style(name=s.name, image=file_of(s.image), scale=s.scale) for s in request.styles]
     return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **fields)
 
 

@@ -30,7 +30,7 @@ def test_what_is_compared_was_not_calibrated_with() -> None:
     assert not {prompt for prompt, _ in PROMPTS} & set(COMPARED)
 
 
-def test_every_other_request_of_a_model_with_control_networks_has_controls() -> None:
+def test_every_other_request_has_pictures_for_networks_and_adapters() -> None:
     scheduler = {"_class_name": "DDIMScheduler", "steps_offset": 1, "clip_sample": False}
     sizes = {"min": 8, "max": 64, "default": 32, "multiple": 8}
     vae = {"scaling_factor": 1.0, "scale_factor": 8, "latent_channels": 4}
@@ -42,5 +42,8 @@ def test_every_other_request_of_a_model_with_control_networks_has_controls() -> 
     assert [control.name for control in fitted.controls] == ["edges", "depth"]
     picture = fitted.controls[0].image
     assert isinstance(picture, np.ndarray) and picture.shape == (32, 32, 3) and set(np.unique(picture)) == {0, 255}
+    styles = {"names": ["style"], "edge": 16, "width": 4}
+    (style,) = TASK.fitted(config | {"styles": styles}, request).styles
+    assert style.name == "style" and isinstance(style.image, np.ndarray) and style.image.std() > 20
     odd = ImageRequest("x", seed=3)
     assert TASK.fitted(config | {"controls": controls}, odd) is odd

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InvalidInput
-from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decoded
 from serving.dialects.grpc.tasks.image import ImageStream, image_events, image_message, image_request
 from serving.dialects.python import requests
@@ -116,3 +116,12 @@ def test_a_control_without_a_picture() -> None:
     message = image_pb2.GenerateRequest(prompt="x", controls=[image_pb2.Control(name="edges")])
     with pytest.raises(InvalidInput, match="controls: "):
         image_request(message)
+
+
+def test_styles_are_sent_as_files() -> None:
+    got = image_request(image_message("model", ImageRequest("x", styles=(Style("style", PICTURE, 0.5),))))
+    (style,) = got.styles
+    assert (style.name, style.scale) == ("style", 0.5) and (decoded(style.image) == PICTURE).all() and got.nbytes > 0
+    bare = image_pb2.Style(name="style", image=image_message("model", got).styles[0].image)
+    (again,) = image_request(image_pb2.GenerateRequest(prompt="x", styles=[bare])).styles
+    assert again.scale == 1
