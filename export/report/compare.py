@@ -109,7 +109,7 @@ def _requests(model: LoadedModel, task: Comparison, exam: Exam | None, effort: E
     prepared = (NamedRequest("", task.comparing(request, i, effort)) for i, request in enumerate(every))
 
     def ready(one: NamedRequest) -> None:
-        model.pipeline(one.request).close()
+        model.pipeline(task_requests()[model.task].fitted(model.bundle.manifest.config, one.request)).close()
 
     return [one.request for one, _ in accepted(ready, Requests(model.task, BUILT_IN, prepared), wanted)]
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from calibration.observe.metrics import PEAK, gmsd, psnr_db, snr_db, ssim
 from calibration.requests.task import task_requests
+from calibration.requests.tasks.image import masked
 from export.report.measured import ComparedByName, Floor, Measure, Measured
 from export.report.pictures import GAIN, data_uri, difference, stored
 from export.report.running import run
 from export.task import FOLDER, SEED, Comparison, Effort, Pictures, SpeedEffort
 from runtime.bundle.manifest import Bundle, Inside
 from runtime.bundle.signature import Array
+from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import BundleError
 from runtime.pipeline import Call, Outputs, Pipeline
 from runtime.placing.loading import LoadedModel
@@ -136,7 +138,8 @@ class ImageComparison(Comparison):
         return {"drawn": drawn, "over_pictures": partial(median, results), "gain": GAIN}
 
     def timed(self, model: LoadedModel, effort: SpeedEffort) -> tuple[Pipeline, str]:
-        request = ImageRequest(TIMED, steps=effort.steps, seed=0)
+        config = DiffusionConfig.parse(model.bundle.manifest.config)
+        request = masked(config, ImageRequest(TIMED, steps=effort.steps, seed=0))
         return model.pipeline(request), f"picture, {effort.steps or 'its usual'} steps"
 
 

@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image, ImageDraw
 
+from calibration.requests.pictures import shown
 from calibration.requests.task import Beside, TaskRequests
 from runtime.bundle.signature import Array
 from runtime.diffusion.canvas import normalized
@@ -17,7 +18,7 @@ from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event
 from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
-from runtime.vision.images import Picture
+from runtime.vision.images import Picture, resized
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 
 VAE_ENCODER: Final = "vae_encoder"
@@ -93,9 +94,10 @@ class ImageRequests(TaskRequests):
 
     def fitted(self, config: Mapping[str, Any], request: ImageRequest) -> ImageRequest:
         """Every other request has a picture for each control network and image adapter: a model with them is used with
-        and without.
+        and without. Every one has a picture and a mask where the model is for inpainting.
         """
         parsed, seed = DiffusionConfig.parse(config), request.seed or 0
+        request = masked(parsed, request)
         if seed % 2:
             return request
         edge, found = parsed.sizes.default, request
@@ -141,6 +143,17 @@ class ImageRequests(TaskRequests):
         """The one picture, uint8 RGB [height, width, 3]."""
         (ready,) = (event for event in events if isinstance(event, ImageReady))
         return ready.image.astype(np.uint8, copy=False)
+
+
+def masked(config: DiffusionConfig, request: ImageRequest) -> ImageRequest:
+    """The request as a model takes it: of one for inpainting with a picture, of which the right half is drawn."""
+    if not config.inpainting or request.masked:
+        return request
+    edge = config.sizes.default
+    picture = resized(shown((request.seed or 0) + 1), (edge, edge), Image.Resampling.LANCZOS)
+    mask = np.zeros_like(picture)
+    mask[:, edge // 2 :] = 255
+    return replace(request, image=picture, mask=mask)
 
 
 def edges(edge: int, seed: int) -> Picture:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -129,7 +130,6 @@ def with_variant(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("variant", ["", "fp16"])
 def test_the_variant_is_that_of_diffusers(copy: Path, variant: str) -> None:
     """Networks that lack it are read plain, with a note."""
-    diffusers = pytest.importorskip("diffusers")
     with_variant(copy, "fp16")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy, variant=variant or None)
     build = Build.open(Options(str(copy), copy.parent / "bundle", variant=variant))
@@ -154,7 +154,6 @@ def test_a_folder_with_variants_only_says_so(copy: Path) -> None:
 
 @pytest.mark.parametrize(("version", "edge"), [("0.8.1", 64), ("0.9.0.dev0", 8), ("0.10.0", 8), (..., 8)])
 def test_the_size_of_an_old_unet_is_that_of_diffusers(copy: Path, version: Any, edge: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
     edit(copy, UNET, _diffusers_version=version)
     build = opened(copy)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy)
@@ -165,7 +164,6 @@ def test_the_size_of_an_old_unet_is_that_of_diffusers(copy: Path, version: Any, 
 
 
 def test_values_that_only_defaults_wrote_are_left_to_the_class(copy: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
     edit(copy, SCHEDULER, beta_end=0.5, _use_default_values=["beta_end"])
     edit(copy, VAE, scaling_factor=9.0, _use_default_values=["scaling_factor"])
     config = DiffusionConfig.parse(opened(copy).family.config(resolve(str(copy))))
@@ -189,7 +187,6 @@ def test_a_text_encoder_may_be_published_as_a_whole_clip(copy: Path) -> None:
 
 def test_a_scheduler_file_of_another_class_is_reported(copy: Path) -> None:
     """As in diffusers, model_index.json decides."""
-    diffusers = pytest.importorskip("diffusers")
     edit(copy, SCHEDULER, _class_name="PNDMScheduler")
     build = opened(copy)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).scheduler
@@ -210,7 +207,6 @@ def test_a_sampler_of_its_own_is_no_replacement(copy: Path) -> None:
 )
 def test_a_scheduler_that_diffusers_saves_comes_through_the_manifest(copy: Path, class_name: str) -> None:
     """What it saves is no strict JSON: the default of lambda_min_clipped is -Infinity."""
-    diffusers = pytest.importorskip("diffusers")
     getattr(diffusers, class_name)(beta_end=0.012, timestep_spacing="trailing").save_pretrained(copy / "scheduler")
     edit(copy, INDEX, scheduler=["diffusers", class_name])
     config = opened(copy).family.config(resolve(str(copy)))
@@ -227,7 +223,6 @@ def test_a_scheduler_that_diffusers_saves_comes_through_the_manifest(copy: Path,
     "fields", [{"steps_offset": 0, "clip_sample": True}, {"steps_offset": ..., "clip_sample": ...}]
 )
 def test_old_scheduler_files_are_corrected_as_in_diffusers(copy: Path, fields: dict[str, Any]) -> None:
-    diffusers = pytest.importorskip("diffusers")
     edit(copy, SCHEDULER, **fields)
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(copy).scheduler.config
     ours = family_of(resolve(str(copy))).config(resolve(str(copy)))["scheduler"]
@@ -301,7 +296,6 @@ def test_a_replacement_is_reported_by_the_build_and_in_every_answer(
 def test_learned_tokens_reach_the_text_encoder_as_in_diffusers(
     old: Path, old_bundle: tuple[Path, str], prompt: str
 ) -> None:
-    diffusers = pytest.importorskip("diffusers")
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(old, safety_checker=None)
     seen: list[Any] = []
     pipe.text_encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -337,16 +331,28 @@ def test_other_pipelines_of_the_same_models_are_the_same(copy: Path) -> None:
     assert "inpainting" not in other.family.config(other.source)
 
 
-@pytest.mark.full
-def test_a_unet_for_inpainting_draws_as_in_diffusers(tiny_diffusion: Path, tmp_path: Path) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_diffusion, dtype=torch.float32)
+def with_nine_channels(pipe: Any) -> Any:
+    """A pipeline for inpainting, with a random UNet."""
     torch.manual_seed(1)
     config = {key: value for key, value in pipe.unet.config.items() if key[0] != "_"}
     unet = diffusers.UNet2DConditionModel(**config | {"in_channels": 9})
-    theirs = diffusers.StableDiffusionInpaintPipeline(
-        **{**pipe.components, "unet": unet}, requires_safety_checker=False
+    return diffusers.StableDiffusionInpaintPipeline(**{**pipe.components, "unet": unet}, requires_safety_checker=False)
+
+
+@pytest.mark.full
+def test_a_model_for_inpainting_is_calibrated_on_masked_pictures(tiny_diffusion: Path, tmp_path: Path) -> None:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_diffusion, dtype=torch.float32)
+    with_nine_channels(pipe).save_pretrained(tmp_path / "model")
+    options = Options(
+        str(tmp_path / "model"), tmp_path / "b", targets=TARGETS[:1], quant="int8", allow_low_quality=True
     )
+    bundle, timings = build(options)
+    assert "calibrate" in timings and "W8A8" in str(bundle.submodel("unet").precision)
+
+
+@pytest.mark.full
+def test_a_unet_for_inpainting_draws_as_in_diffusers(tiny_diffusion: Path, tmp_path: Path) -> None:
+    theirs = with_nine_channels(diffusers.StableDiffusionPipeline.from_pretrained(tiny_diffusion, dtype=torch.float32))
     theirs.save_pretrained(tmp_path / "model")
     request = request_of("euler", strength=1.0, mask=MASK, keep_unmasked=False)
     with pytest.MonkeyPatch.context() as patch:
