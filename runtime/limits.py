@@ -69,11 +69,11 @@ MODEL_NAME: Final = Limit(
         *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service"),
 )  # fmt: skip
 NAME: Final = Limit(
-    "target, sampler, control, style",
+    "target, sampler, control, style, LoRA",
     64,
     "characters",
     "long enough for every name",
-    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name"),
+    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name", "LorasEntry.key"),
 )
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
@@ -145,6 +145,11 @@ STYLES: Final = Limit(
 STYLE_SCALE: Final = Limit(
     "scale of a style", 10, "(a factor)", "larger values destroy pictures", ("Style.scale",), least=0
 )
+LORAS: Final = Limit("loras", 64, "LoRA files", "a bundle has a few", (f"{IMAGE}.loras",))
+LORA_SCALE: Final = Limit(
+    "scale of a LoRA", 100, "(a factor)", "1 is as it was trained; pictures fall apart long before",
+    ("LorasEntry.value",), least=-100,
+)  # fmt: skip
 EDGE: Final = Limit(
     "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
     (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,

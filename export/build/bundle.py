@@ -39,7 +39,7 @@ def draft(
     """What lies in the folder so far, ready to be loaded. The model's own files are added; `quant` is the build's, if
     empty.
     """
-    lay_assets(state.family.assets(state.source), state.tensors, folder)
+    lay_assets(state.assets, state.tensors, folder)
     files = {path: _unhashed(folder / path) for path in _files(folder)}
     return Draft(folder, _manifest(state, submodels, artifacts, quant or state.options.quant, files))
 
@@ -52,7 +52,7 @@ def finish(
     verdict: Verdict | None = None,
 ) -> None:
     """Add the model's own files and the manifest, which has a hash of every file."""
-    lay_assets(state.family.assets(state.source), state.tensors, folder)
+    lay_assets(state.assets, state.tensors, folder)
     files = {path: sha256(folder / path) for path in _files(folder)}
     manifest = _manifest(state, submodels, artifacts, state.options.quant, files, verdict)
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))

@@ -9,10 +9,12 @@ from typing import Any, Final
 
 import export.graph.trace
 from calibration.ground import machine
+from export.architecture.adapters import Adapters
 from export.architecture.twin import twin_weights
 from export.build.keys import code
 from export.build.staging import cached, key_of
 from export.checkpoint.additions import KINDS
+from export.checkpoint.component import fingerprint_of
 from export.checkpoint.source import Source
 from export.checks import parity
 from export.family import Family, Part
@@ -32,7 +34,7 @@ def library_parts(source: Source, family: Family) -> list[Part]:
     try:
         for look in (family.assets, family.notes):
             look(source)  # what the small files say is refused before anything is made of it
-        return family.parts(source, False)
+        return parts_of(source, family)
     except (EnginecastError, AssertionError):
         raise
     except Exception as error:  # the libraries check configs with exceptions of every kind
@@ -43,14 +45,23 @@ def library_parts(source: Source, family: Family) -> list[Part]:
         ) from error
 
 
+def parts_of(source: Source, family: Family, reduced: bool = False) -> list[Part]:
+    """The parts as the family makes them, with the branches of the LoRA files that requests choose from. `reduced` is
+    as in `Family.parts`.
+    """
+    whole = family.parts(source, False)
+    adapters = Adapters.of(source, whole)
+    return adapters.applied(family.parts(source, True) if reduced else whole)
+
+
 def traced(source: Source, part: Part, tools: Mapping[str, str]) -> Path:
     """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build with
-    the same `tools` and scales of additions, which are constants of a part's module.
+    the same `tools` and additions, whose scales and layers are constants of a part's module.
     """
-    scales = [(one.kind, one.name, one.scale) for one in source.additions if KINDS[one.kind].traced]
+    added = [(one.kind, one.name, one.scale, fingerprint_of(one)) for one in source.additions if KINDS[one.kind].traced]
     configs = [_config_of(component.model) for component in part.components]
     shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
-    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, scales, code())
+    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, added, code())
     return cached(
         key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
     )
@@ -60,7 +71,7 @@ def twin_parity(family: Family, source: Source, name: str) -> Parity:
     """How near the graph of a part with fewer layers and random weights is to the library's own model. Raises
     ParityError.
     """
-    twin = next(part for part in family.parts(source, True) if part.name == name)
+    twin = next(part for part in parts_of(source, family, reduced=True) if part.name == name)
     with twin_weights(twin) as weights:
         model = export.graph.trace.trace(twin.module, twin.signature)
         graph.attach(model, twin.parameters(), weights)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Final
 
 import onnx_ir as ir
@@ -15,9 +16,10 @@ from calibration.ground.progress import each
 from calibration.quantize.recipes import RECIPES, Recipe, recipe
 from calibration.requests.requests import BRIEF_REQUESTS, REQUESTS, built_in_key
 from calibration.requests.task import task_requests
+from export.architecture.adapters import Adapters
 from export.build.keys import code
 from export.build.options import Options
-from export.build.parts import TOOLS, library_parts, traced, versions_of
+from export.build.parts import TOOLS, library_parts, parts_of, traced, versions_of
 from export.build.staging import key_of
 from export.checkpoint.changes import Changes, changes_of
 from export.checkpoint.component import fingerprint_of
@@ -73,13 +75,13 @@ class Build:
                 if component.folder not in build.checkpoints:
                     build.checkpoints[component.folder] = component.open(source)
         _ = build.calibration, build.changes  # what does not fit is refused before any work
-        build.refused, build.parts = rehearse(source, family, parts, build.tensors)
+        build.refused, build.parts = rehearse(source, family, parts, build.tensors, build.assets)
         return build
 
     def new_parts(self) -> list[Part]:
         """The parts once more, without weights: for what gives them their own."""
         names = {part.name for part in self.parts}
-        return [part for part in self.family.parts(self.source, False) if part.name in names]
+        return [part for part in parts_of(self.source, self.family) if part.name in names]
 
     def weights(self, part: Part) -> dict[str, TensorRef]:
         """The tensors of the part's components by their names in its graph."""
@@ -104,6 +106,12 @@ class Build:
         for checkpoint in each("component", self.checkpoints.values()):
             check_finite(checkpoint.tensors)
         self.changes.write()
+
+    @cached_property
+    def assets(self) -> dict[str, Path]:
+        """The model's own files, and the LoRA files that requests choose from, by their path in the bundle."""
+        adapters = Adapters.of(self.source, self.parts)
+        return {**self.family.assets(self.source), **adapters.files(self.parts)}
 
     @property
     def tensors(self) -> dict[str, TensorRef]:
@@ -176,7 +184,7 @@ class Build:
     @cached_property
     def key(self) -> str:
         options = self.options
-        files = {path: sha256(file) for path, file in self.family.assets(self.source).items()}
+        files = {path: sha256(file) for path, file in self.assets.items()}
         requested: list[object] = [
             self.name,
             options.quant,

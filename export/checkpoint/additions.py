@@ -20,8 +20,8 @@ LARGEST: Final = 100.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of addition: the help of its option, whether a build scales it, and whether its name and scale decide what
-    is traced, rather than weights alone.
+    """A kind of addition: the help of its option, whether a build scales it, and whether it decides what is traced,
+    rather than weights alone.
     """
 
     help: str
@@ -36,6 +36,7 @@ class Kind:
 
 KINDS: Final[Mapping[str, Kind]] = {
     "lora": Kind("A LoRA (.safetensors) whose products are added to the weights.", scaled=True, traced=False),
+    "adapter": Kind("A LoRA (.safetensors) that requests choose by its name."),
     "embedding": Kind("A learned token (textual inversion, .safetensors), named as in prompts.", traced=False),
     "ip_adapter": Kind("An image adapter (.safetensors beside its folder image_encoder), which requests name."),
     "controlnet": Kind("A control network (folder of a ControlNetModel), which requests name.", traced=False),

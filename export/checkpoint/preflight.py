@@ -47,14 +47,19 @@ class Rehearsal(NamedTuple):
     called: list[Part]
 
 
-def rehearse(source: Source, family: Family, parts: Iterable[Part], tensors: Mapping[str, TensorRef]) -> Rehearsal:
+def rehearse(
+    source: Source,
+    family: Family,
+    parts: Iterable[Part],
+    tensors: Mapping[str, TensorRef],
+    assets: Mapping[str, Path],
+) -> Rehearsal:
     """Open the family's pipeline on the source's files and let it answer its own examples. `tensors` of the checkpoint
-    are those that the pipeline reads itself.
+    are those that the pipeline reads itself, `assets` its files.
 
     Raises SourceError when the files do not fit together, naming the file, and UnsupportedModel when a part cannot be
     computed.
     """
-    assets = family.assets(source)
     named = {
         path: file if file.is_relative_to(source.root) else source.root / Path(path).name
         for path, file in assets.items()

@@ -37,7 +37,7 @@ from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, Uns
 from runtime.limits import PROMPT_CHUNKS
 from runtime.tasks.image import ImageDefaults
 
-ADDITIONS: Final = ("lora", "embedding", "controlnet", "ip_adapter", "vae")
+ADDITIONS: Final = ("lora", "adapter", "embedding", "controlnet", "ip_adapter", "vae")
 """The kinds of additions that the family and those descended from it take."""
 
 COMPONENTS: Final[Mapping[str, tuple[str, ...]]] = {

@@ -8,6 +8,7 @@
   quality/                 of a quantized bundle: figures and pictures beside those of the float model
   search.json              of a searched one: the assignments tried
   tokenizer/ tokenizer_2/ scheduler/ preprocessor/   the model's own files, as published
+  adapters/                LoRA files that requests choose by name, see runtime/diffusion/adapters.py
   tensors/                 tensors of the checkpoint that the pipeline reads itself, see runtime/bundle/tensors.py
 """
 
@@ -44,7 +45,7 @@ LONGEST_NAME: Final = 200
 LONGEST_LINE: Final = 4096
 LONGEST_PART: Final = 255
 """Bytes of a file's name, as file systems have it."""
-MODEL_FILES: Final = ("tokenizer", "tokenizer_2", "scheduler", "preprocessor", "tensors")
+MODEL_FILES: Final = ("tokenizer", "tokenizer_2", "scheduler", "preprocessor", "tensors", "adapters")
 """Folders of the model's own files. Pipelines read whatever of a known name lies there."""
 
 

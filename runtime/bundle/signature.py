@@ -51,15 +51,16 @@ class Dim(_Stated):
         return -(-sum(lengths[name] for name in self.sum_of) * self.times // self.over)
 
 
-Values = Literal["normal", "positions", "places", "ones", "below"]
+Values = Literal["normal", "small", "positions", "places", "ones", "below"]
 
 
 class Tensor(_Stated):
     """A named array: its dtype and its dims, each a fixed length or a `Dim`.
 
-    `values` describes real values, for samples: standard normal noise, consecutive positions along the last axis that
-    continue behind the past, places in the cache (the same, but counted from its beginning), ones, or whole numbers
-    from 0 to `limit` - 1. The rows of a classifier-free guidance batch differ only in inputs that are a `condition`.
+    `values` describes real values, for samples: standard normal noise, a twentieth of it, consecutive positions along
+    the last axis that continue behind the past, places in the cache (the same, but counted from its beginning), ones,
+    or whole numbers from 0 to `limit` - 1. The rows of a classifier-free guidance batch differ only in inputs that are
+    a `condition`.
     """
 
     name: str
@@ -86,8 +87,8 @@ class Tensor(_Stated):
     def sample(self, lengths: Mapping[str, int], rng: np.random.Generator, past: int = 0) -> Array:
         """A likely value of this tensor at the given lengths, behind so many positions of a decoder."""
         shape = self.shape(lengths)
-        if self.values == "normal":
-            array: Array = rng.standard_normal(shape)
+        if self.values in ("normal", "small"):
+            array: Array = rng.standard_normal(shape) * (1 if self.values == "normal" else 0.05)
         elif self.values in ("positions", "places"):
             array = np.broadcast_to(past + np.arange(shape[-1]), shape)
         elif self.values == "ones":

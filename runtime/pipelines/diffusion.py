@@ -44,6 +44,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
+from runtime.diffusion.adapters import Adapters, adapted
 from runtime.diffusion.added import time_ids
 from runtime.diffusion.calls import Arrays, Part, run
 from runtime.diffusion.canvas import Canvas, Original, prepare
@@ -94,8 +95,8 @@ class DiffusionPipeline(ModelPipeline):
     name: ClassVar[str] = "diffusion"
     task: ClassVar[str] = ImageRequest.task
 
-    def __init__(self, config: DiffusionConfig, *tokenizers: Path) -> None:
-        self.config = config
+    def __init__(self, config: DiffusionConfig, *tokenizers: Path, adapters: Adapters | None = None) -> None:
+        self.config, self.adapters = config, adapters or Adapters()
         self.conditioning = Conditioning(encoders_of(config), tokenizers, config.zeros_for_empty)
         self.decoder = Decoder("vae_decoder", config.vae, config.sizes.multiple)
         self.encoder = Encoder("vae_encoder", config.vae, config.sizes.multiple)
@@ -103,7 +104,8 @@ class DiffusionPipeline(ModelPipeline):
     @classmethod
     def open(cls, root: Path, config: Mapping[str, Any]) -> DiffusionPipeline:
         parsed = DiffusionConfig.parse(config)
-        return cls(parsed, *(root / encoder.tokenizer for encoder in encoders_of(parsed)))
+        tokenizers = (root / encoder.tokenizer for encoder in encoders_of(parsed))
+        return cls(parsed, *tokenizers, adapters=Adapters.open(root))
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -148,12 +150,9 @@ class DiffusionPipeline(ModelPipeline):
         controls = controlling(config.controls, request.controls, size, sampler)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
         original, hands_over = config.original_of(request), request.denoising_end is not None
-        styles = styling(config.styles, request.styles)
-        return self._draw(
-            _Job(
-                prompts, original, added, controls, styles, guidance, sampler, starts, request.preview_every, hands_over
-            )
-        )
+        styles, preview = styling(config.styles, request.styles), request.preview_every
+        job = _Job(prompts, original, added, controls, styles, guidance, sampler, starts, preview, hands_over)
+        return adapted(self._draw(job), self.adapters.inputs(request.loras))
 
     def _draw(self, job: _Job) -> Pipeline:
         text = yield from self.conditioning.encode(job.prompts)

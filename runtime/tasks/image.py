@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Final
@@ -116,6 +118,8 @@ class ImageRequest(Request):
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
     is to look like. None is the size of the drawn picture, without a crop.
 
+    `loras` are LoRA files of the bundle by name, each with its scale: 1 is as it was trained.
+
     `controls` are for control networks that the bundle was built with, each at most once; their effects add up.
     `styles` are for image adapters that the bundle was built with, likewise.
 
@@ -154,6 +158,7 @@ class ImageRequest(Request):
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     controls: tuple[Control, ...] = ()
     styles: tuple[Style, ...] = ()
     prompt_weights: bool = False
@@ -187,6 +192,10 @@ class ImageRequest(Request):
         ):
             if (value := getattr(self, field)) is not None:
                 limit.number(field, value)
+        limits.LORAS.length("loras", self.loras)
+        for name, scale in self.loras.items():
+            limits.NAME.length("loras", name)
+            limits.LORA_SCALE.number("loras", scale)
         if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
         for field, pair in self.stated_sizes.items():

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from runtime.bundle.signature import Array, Signature
+from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.optional import require
 
 
 def guided(signature: Signature, inputs: Mapping[str, Array]) -> bool:
     """Whether the rows of these inputs differ only in conditions."""
-    shared = [inputs[tensor.name] for tensor in signature.inputs if not tensor.condition]
+    shared = [inputs[tensor.name] for tensor in _batched(signature) if not tensor.condition]
     return has_conditions(signature) and all(
         len(array) > 1 and bool((array[1:] == array[:1]).all()) for array in shared
     )
@@ -26,7 +26,13 @@ def has_conditions(signature: Signature) -> bool:
     """Whether some of the inputs are conditions, in which the rows of a classifier-free guidance batch differ, and some
     are not.
     """
-    return len({tensor.condition for tensor in signature.inputs}) == 2
+    return len({tensor.condition for tensor in _batched(signature)}) == 2
+
+
+def _batched(signature: Signature) -> list[Tensor]:
+    """The inputs that have rows: others, such as the matrices of adapters, are the same for all."""
+    first = ((tensor, tensor.dims[0]) for tensor in signature.inputs if tensor.dims)
+    return [tensor for tensor, dim in first if isinstance(dim, Dim) and dim.name == BATCH.name]
 
 
 def share_rows(model: Any, signature: Signature) -> None:
@@ -35,7 +41,7 @@ def share_rows(model: Any, signature: Signature) -> None:
     """
     ops = require("openvino.opset15", "openvino")
     alike, different = _split(model, signature)
-    inputs = [model.input(tensor.name) for tensor in signature.inputs if not tensor.condition]
+    inputs = [model.input(tensor.name) for tensor in _batched(signature) if not tensor.condition]
     (count,) = {int(port.get_shape()[0]) for port in inputs}
     repeated: dict[str, Any] = {}
     for node in model.get_ordered_ops():
@@ -65,7 +71,7 @@ def _split(model: Any, signature: Signature) -> tuple[set[str], set[str]]:
     in neither set.
     """
     conditions = {
-        model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in signature.inputs
+        model.input(tensor.name).get_node().get_friendly_name(): tensor.condition for tensor in _batched(signature)
     }
     alike, different = set[str](), set[str]()
     for node in model.get_ordered_ops():

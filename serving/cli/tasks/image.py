@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -67,6 +68,27 @@ Controls = Annotated[
         help="Picture file for a control network of the bundle, how much it counts (1), and in which shares of the "
         "steps (0-1). Repeat for several.",
     ),
+]
+
+
+def scales(loras: Iterable[str]) -> dict[str, float]:
+    """The scale of each LoRA by its name. Raises InvalidInput."""
+    found: dict[str, float] = {}
+    for text in loras:
+        name, colon, scale = text.partition(":")
+        try:
+            number = float(scale) if colon else 1.0
+        except ValueError:
+            raise InvalidInput("lora", f"is {quoted(text)}, expected NAME or NAME:SCALE such as {name}:0.8") from None
+        if name in found:
+            raise InvalidInput("lora", f"names {quoted(name)} twice: give it one scale")
+        found[name] = number
+    return found
+
+
+Loras = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME[:SCALE]", help="A LoRA of the bundle, and how much of it. Repeat for several."),
 ]
 
 
@@ -135,6 +157,7 @@ def generate(
         float | None,
         typer.Option(help="Share of the schedule at which --refiner goes on, between 0 and 1. Default: 0.8."),
     ] = None,
+    lora: Loras = None,
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
@@ -161,6 +184,7 @@ def generate(
         keep_unmasked=keep_unmasked,
         extend=None if extend is None else _edges(extend),
         denoising_end=_handover(refiner, refine_from),
+        loras=scales(lora or []),
     )
     request = image_request(terminal.unicode("prompt", prompt), given)
     stages = [where] if refiner is None else [where, where.of(refiner)]

@@ -85,6 +85,8 @@ class ImageOptions(TypedDict, total=False):
     """Number of pictures, 1 to 64."""
     preview_every: int | None
     """Number of steps between previews (`Progress.preview`). 0 is never."""
+    loras: Mapping[str, float] | None
+    """LoRA files of the bundle by name (`enginecast build --adapter`), each with its scale; 1 is as it was trained."""
     controls: Sequence[Control] | None
     """Pictures for the control networks that the bundle was built with, each network at most once."""
     prompt_weights: bool | None
@@ -166,10 +168,10 @@ def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
 
 
 def going_on(request: ImageRequest, drawing: Drawing) -> ImageRequest:
-    """The request to another model that goes on where this one ended, with what it has drawn."""
+    """The request to another model that goes on where this one ended, with what it has drawn, without LoRA files."""
     return replace(
         request, denoising_start=request.denoising_end, denoising_end=None, latents=drawing.latents,
-        seed=drawing.images[0].seed,
+        seed=drawing.images[0].seed, loras={},
     )  # fmt: skip
 
 

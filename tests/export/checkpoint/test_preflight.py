@@ -128,7 +128,7 @@ def test_a_wrong_number_of_patches(vlm: Path) -> None:
     with pytest.raises(
         SourceError, match=r"config\.json describes a vision_encoder whose image_features has shape .* expected \[1, 9,"
     ):
-        rehearse(source, family, parts, {})
+        rehearse(source, family, parts, {}, family.assets(source))
 
 
 def test_a_vocabulary_larger_than_the_embedding(vlm: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,55 @@ def test_other_families_refuse_a_lora(tiny_vlm: Path, tmp_path: Path) -> None:
     path.touch()
     with pytest.raises(InvalidInput, match="lora: does not apply to a LlavaForConditionalGeneration"):
         build(Options(str(tiny_vlm), tmp_path / "b", additions=(Addition("lora", path),)))
+
+
+# Chosen by each request
+
+
+@pytest.fixture(scope="module")
+def switched(source: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    additions = tuple(Addition("adapter", path) for path in files)
+    output = tmp_path_factory.mktemp("bundles") / "switched"
+    return build(Options(str(source), output, targets=USABLE, additions=additions))[0]
+
+
+@pytest.fixture(scope="module")
+def chosen(source: Path, files: tuple[Path, Path]) -> dict[str, tuple[dict[str, float], Array]]:
+    """diffusers' pictures: no LoRA, each of them, both."""
+    cases = ({}, {"first": 0.4}, {"second": -0.5}, {"first": 0.3, "second": 0.5})
+    found = {}
+    for scales in cases:
+        pipe = pipeline(source)
+        loras.fused(pipe, *((path, scales[path.stem]) for path in files if path.stem in scales))
+        found[" and ".join(scales) or "none"] = scales, expected(pipe)
+    return found
+
+
+def test_requests_choose_loras_as_diffusers_fuses_them(
+    switched: Bundle, chosen: dict[str, tuple[dict[str, float], Array]], target: str
+) -> None:
+    with closing(load_model(switched.root, target)) as model:
+        drew = {case: drawn(model, replace(REQUEST, loras=scales)) for case, (scales, _) in chosen.items()}
+        found = {case: decibels(wanted, drew[case]) for case, (_, wanted) in chosen.items()}
+        print(f"{switched.name} on {target}: {found}")
+        assert min(found.values()) >= 40
+        assert max(decibels(drew["none"], drew[case]) for case in list(drew)[1:]) < 36
+        again = drawn(model, replace(REQUEST, loras=chosen["first"][0]))
+        assert (again == drew["first"]).all()
+        with pytest.raises(InvalidInput, match=r"there is no LoRA 'third': .*first"):
+            model.pipeline(replace(REQUEST, loras={"third": 1.0}))
+
+
+@pytest.mark.full
+def test_int8_weights_keep_their_branches(source: Path, files: tuple[Path, Path], tmp_path: Path, target: str) -> None:
+    additions = tuple(Addition("adapter", path) for path in files)
+    options = Options(str(source), tmp_path / "b", (target,), "int8", additions=additions, allow_low_quality=True)
+    bundle, _ = build(options)
+    assert "int8" in str(bundle.submodel("unet").precision)
+    with closing(load_model(bundle.root, target)) as model:
+        none, first, second, again = (
+            drawn(model, replace(REQUEST, loras=scales))
+            for scales in ({}, {"first": 0.5}, {"second": 0.5}, {"first": 0.5})
+        )
+    assert (first == again).all()
+    assert max(decibels(none, first), decibels(none, second), decibels(first, second)) < 36

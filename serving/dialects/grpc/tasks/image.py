@@ -47,7 +47,7 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
     files["controls"] = tuple(map(_control, message.controls))
     limits.STYLES.length("styles", message.styles)
     files["styles"] = tuple(map(_style, message.styles))
-    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), **files)
+    return ImageRequest(prompt=message.prompt, **given(message, OPTIONS), **files, loras=dict(message.loras))
 
 
 def _style(message: image_pb2.Style) -> Style:
@@ -127,7 +127,7 @@ def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateReques
         fields["latents"] = map(_latents, request.latents)
     fields["controls"] = map(_control_message, request.controls)
     fields["styles"] = [image_pb2.Style(name=s.name, image=file_of(s.image), scale=s.scale) for s in request.styles]
-    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **fields)
+    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **fields, loras=request.loras)
 
 
 def _control_message(control: Control) -> image_pb2.Control:
