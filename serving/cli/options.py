@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 
 import typer
 
@@ -130,13 +130,17 @@ class ModelOptions:
                 )
 
 
-def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose last parameter, `where`, is a `ModelOptions`: on the command line, its fields are options."""
+def with_fields(name: str, options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorates a command whose parameter `name` is a dataclass of `options`: on the command line, its fields are
+    options.
+    """
+    hints = get_type_hints(options, include_extras=True)
+    spreading = {one.name: (hints[one.name], one.default) for one in fields(options)}
+    return lambda command: spread(command, name, spreading, options)
 
-    hints = get_type_hints(ModelOptions, include_extras=True)
-    return spread(
-        command, "where", {one.name: (hints[one.name], one.default) for one in fields(ModelOptions)}, ModelOptions
-    )
+
+with_model_options: Final = with_fields("where", ModelOptions)
+"""Decorates a command whose parameter `where` is a `ModelOptions`."""
 
 
 def named(text: str) -> tuple[str, Path]:

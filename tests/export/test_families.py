@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline
 from safetensors.torch import load_file, save_file
 
 from export.build.build import build
@@ -20,6 +21,7 @@ from export.checkpoint.source import open_component, resolve
 from export.family import Family, families, family_of
 from runtime.errors import NotFound, SourceError, UnsupportedModel
 from tests.export.families.conftest import save_next
+from tests.export.families.test_distilled import distilled
 
 Rename = Callable[[str], str]
 Tensors = dict[str, torch.Tensor]
@@ -176,7 +178,17 @@ def tiny_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5", "tiny_instructblip",
-    "tiny_clip", "tiny_blip2_retrieval")  # fmt: skip
+    "tiny_clip", "tiny_blip2_retrieval", "tiny_lcm")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny_lcm(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return distilled(
+        tiny_diffusion,
+        tmp_path_factory.mktemp("sources") / "tiny-lcm",
+        LatentConsistencyModelPipeline,
+        requires_safety_checker=False,
+    )
 
 
 @pytest.fixture(params=CHECKPOINTS)
@@ -259,11 +271,11 @@ def test_a_missing_asset_is_named(tiny_diffusion: Path, tmp_path: Path, folder: 
         family_of(resolve(str(copy))).assets(resolve(str(copy)))
 
 
-def test_an_inpainting_unet_is_refused(tiny_diffusion: Path, tmp_path: Path) -> None:
+def test_a_unet_of_other_channels_is_refused(tiny_diffusion: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_diffusion, tmp_path / "copy"))
     file = copy / "unet" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"in_channels": 9}))
-    with pytest.raises(UnsupportedModel, match=r"in_channels 9 \(expected 4\)"):
+    file.write_text(json.dumps(json.loads(file.read_bytes()) | {"in_channels": 8}))
+    with pytest.raises(UnsupportedModel, match=r"in_channels 8 \(expected 4"):
         family_of(resolve(str(copy))).parts(resolve(str(copy)), False)
 
 
