@@ -336,31 +336,33 @@ def mutations(address: str) -> None:
 
 def fill(message: Any, generator: random.Random) -> None:
     """Give a message random values, some of them plausible."""
-    texts = ["", DRAW, TALK, "x", "\0", "\x1b[31m", "a\u202eb", "𐏿" * 300, "ddim", "<image>", "</s>", "/etc/passwd"]
-    numbers = [0, 1, 2, 3, 64, 1000, 2**31 - 1, 2**32 - 1]
-    floats = [0.0, 1.0, -1.0, float("nan"), float("inf"), 1e308, 1e-320]
     for field in message.DESCRIPTOR.fields:
         if generator.random() < 0.4:
             continue
         for _ in range(generator.choice([1, 1, 2, 5]) if field.is_repeated else 1):
-            if field.message_type is not None:
-                value = getattr(message, field.name)
+            value = getattr(message, field.name)
+            if field.message_type is None:
+                drawn = scalar(field, generator)
+                value.append(drawn) if field.is_repeated else setattr(message, field.name, drawn)
+            elif field.message_type.GetOptions().map_entry:
+                name, number = (scalar(field.message_type.fields_by_name[one], generator) for one in ("key", "value"))
+                value[name] = number
+            else:
                 fill(value.add() if field.is_repeated else value, generator)
-                continue
-            if field.type == field.TYPE_STRING:
-                value = generator.choice(texts)
-            elif field.type == field.TYPE_BYTES:
-                value = generator.choice([b"", b"\x89PNG", bomb(64), bomb(64)[:60]])
-            elif field.type == field.TYPE_DOUBLE:
-                value = generator.choice(floats)
-            elif field.type == field.TYPE_ENUM:
-                value = generator.choice([0, 1, 2, 3, 99])
-            else:
-                value = generator.choice(numbers)
-            if field.is_repeated:
-                getattr(message, field.name).append(value)
-            else:
-                setattr(message, field.name, value)
+
+
+def scalar(field: Any, generator: random.Random) -> Any:
+    """A value of a field that is no message."""
+    if field.type == field.TYPE_STRING:
+        plausible = ["", DRAW, TALK, "ddim", "<image>", "</s>", "/etc/passwd"]
+        return generator.choice([*plausible, "x", "\0", "\x1b[31m", "a\u202eb", "\U000103ff" * 300])
+    if field.type == field.TYPE_BYTES:
+        return generator.choice([b"", b"\x89PNG", bomb(64), bomb(64)[:60]])
+    if field.type == field.TYPE_DOUBLE:
+        return generator.choice([0.0, 1.0, -1.0, float("nan"), float("inf"), 1e308, 1e-320])
+    if field.type == field.TYPE_ENUM:
+        return generator.choice([0, 1, 2, 3, 99])
+    return generator.choice([0, 1, 2, 3, 64, 1000, 2**31 - 1, 2**32 - 1])
 
 
 def _varint(number: int) -> bytes:

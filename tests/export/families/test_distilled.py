@@ -137,6 +137,7 @@ def test_one_of_xl(
         compare(theirs, model, ImageRequest("a red circle", steps=4, guidance_scale=8.0, seed=3), monkeypatch)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", SCHEDULES)
 def test_stable_diffusion_2(
     tiny_v2: Path, bundles: dict[Path, Path], case: str, tmp_path: Path, tmp_path_factory: Any, target: str,

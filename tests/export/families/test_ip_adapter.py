@@ -28,7 +28,10 @@ from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel, load_model, open_pipeline
 from runtime.tasks.image import ImageReady, ImageRequest, Style
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch tensors inside diffusers
+pytestmark = [
+    pytest.mark.full,  # three bundles
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch tensors inside diffusers
+]
 NAMES = ("content", "style")
 TARGETS = ("onnxruntime", "openvino")
 KINDS = ("tiny_diffusion", "tiny_xl")

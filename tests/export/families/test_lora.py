@@ -171,6 +171,7 @@ def chosen(source: Path, files: tuple[Path, Path]) -> dict[str, tuple[dict[str, 
     return found
 
 
+@pytest.mark.full
 def test_requests_choose_loras_as_diffusers_fuses_them(
     switched: Bundle, chosen: dict[str, tuple[dict[str, float], Array]], target: str
 ) -> None:

@@ -175,9 +175,10 @@ def test_a_bundle_is_timed_anew(tiny_diffusion: Path, tiny_bundle: Path, tmp_pat
         "text_encoder",
         "unet",
         "vae_decoder",
+        "vae_encoder",
         WHOLE,
     ]
-    assert [timing.calls for timing in speed.timings] == [1, 2, 1, 1]
+    assert [timing.calls for timing in speed.timings] == [1, 2, 1, 0, 1]
     assert [(timed.target, timed.quant) for timed in speed.timings[1].times] == [
         ("torch", "none"), ("onnxruntime", "none"), ("onnxruntime", "int4"),
     ]  # fmt: skip

@@ -355,7 +355,7 @@ def test_a_bundle_of_an_older_version(make: Make) -> None:
     bundle = make()
     manifest = json.loads((bundle.root / MANIFEST).read_bytes())
     (bundle.root / MANIFEST).write_text(json.dumps({**manifest, "schema_version": 0}))
-    with pytest.raises(BundleError, match="has schema version 0, this program reads 1 to 2: build the bundle again"):
+    with pytest.raises(BundleError, match="has schema version 0, this program reads 1 to 3: build the bundle again"):
         report(Bundle(bundle.root), bundle.root / "report.html")
 
 

@@ -120,13 +120,13 @@ def test_pictures_of_a_model_against_itself(drawing: LoadedModel, drawn: Samples
     heard: list[Position] = []
     with listening(heard.append):
         quality, pictures = measure(drawing, drawing, drawn, EFFORT)
-    assert outer(heard) == [f"submodel {n} of 3" for n in (1, 2, 3)] + [f"picture {n} of 2" for n in (1, 2)]
-    assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder"]
+    assert outer(heard) == [f"submodel {n} of 4" for n in (1, 2, 3, 4)] + [f"picture {n} of 2" for n in (1, 2)]
+    assert [submodel.name for submodel in quality.submodels] == ["text_encoder", "unet", "vae_decoder", "vae_encoder"]
     assert all(submodel.calls == 4 for submodel in quality.submodels)
     figures = [
         (output.snr_db, output.psnr_db, output.cosine) for submodel in quality.submodels for output in submodel.outputs
     ]
-    assert figures == [(CAP_DB, CAP_DB, 1)] * 3
+    assert figures == [(CAP_DB, CAP_DB, 1)] * 4
     assert [(one.latents_snr_db, one.psnr_db, one.ssim, one.gmsd) for one in quality.results["pictures"]] == [
         (CAP_DB, CAP_DB, 1, 0)
     ] * 2
@@ -285,9 +285,9 @@ def test_the_samples_are_scored(vlm_bundle: Path) -> None:
 
 def test_floors() -> None:
     every = floors("int8") + floors("int4")
-    assert len(every) == 6 and floors("none") == floors("int8-naive") == []
+    assert len(every) == 8 and floors("none") == floors("int8-naive") == []
     assert floors("auto") == floors("int4")
-    assert all(floor.reason.startswith(("Noise", "Lower than at int8")) for floor in every), (
+    assert all(floor.reason.startswith(("Noise", "Lower than at int8", "That is noise")) for floor in every), (
         "figures of builds go stale"
     )
     for int8, int4 in zip(floors("int8"), floors("int4"), strict=True):
