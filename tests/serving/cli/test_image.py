@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidInput
-from serving.cli.tasks.image import parse_control, parse_style
+from serving.cli.drawing import parse_control, parse_style
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from runtime.errors import InvalidInput
 from runtime.tasks.image import ImageRequest
-from serving.cli.tasks.image import scales
+from serving.cli.drawing import scales
 from serving.dialects.grpc.tasks.image import image_message, image_request
 from serving.dialects.python import requests
 
