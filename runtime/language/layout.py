@@ -22,7 +22,7 @@ import runtime.language.layouts
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError, did_you_mean
 from runtime.listing import modules
-from runtime.vision.images import Picture, PictureFile
+from runtime.vision.images import Picture, PictureFile, lengths
 
 
 class Size(NamedTuple):
@@ -33,9 +33,7 @@ class Size(NamedTuple):
 
     @classmethod
     def of(cls, picture: Picture | PictureFile) -> Size:
-        if isinstance(picture, PictureFile):
-            return cls(picture.size[1], picture.size[0])
-        return cls(*picture.shape[:2])
+        return cls(*lengths(picture))
 
 
 class Layout(ABC):

@@ -30,6 +30,7 @@ from runtime.language.text import PlainText
 from runtime.language.vision import TILES, encode
 from runtime.pipeline import Call, Example, ModelPipeline, Outputs, Pipeline
 from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
+from runtime.vision.images import lengths
 from runtime.vision.preprocessing import ImagePreprocessor
 
 SCALE: Final = "logit_scale"
@@ -94,8 +95,7 @@ class EmbedPipeline(ModelPipeline):
         if request.match == "itm" and not self.config.matcher:
             raise InvalidInput("match", "is 'itm', which needs a network that this model does not have: send 'itc'")
         for i, image in enumerate(request.images):
-            size = (image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size
-            self.preprocessor.check(size, f"images[{i}]")
+            self.preprocessor.check(lengths(image)[::-1], f"images[{i}]")
         return self._run(request, [self._tokens(text, f"texts[{i}]") for i, text in enumerate(request.texts)])
 
     def _tokens(self, text: str, field: str) -> list[int]:

@@ -15,7 +15,7 @@ from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
 from runtime.language.text import Message
 from runtime.pipeline import Event
 from runtime.task import Request, Task
-from runtime.vision.images import Picture, PictureFile
+from runtime.vision.images import Picture, PictureFile, file_bytes, file_pixels
 
 
 class ChatDefaults(Frozen):
@@ -76,8 +76,7 @@ class ChatRequest(Request):
         limits.MESSAGES.length("messages", self.messages)
         limits.PARTS.count("messages", sum(len(message.content) for message in self.messages))
         limits.PICTURES.length("messages", self.images)
-        files = [image for image in self.images if isinstance(image, PictureFile)]
-        limits.REQUEST_PIXELS.count("messages", sum(width * height for width, height in (file.size for file in files)))
+        limits.REQUEST_PIXELS.count("messages", file_pixels(self.images))
         limits.TEXT.count(
             "messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str))
         )
@@ -113,7 +112,7 @@ class ChatRequest(Request):
     @property
     def nbytes(self) -> int:
         """What its picture files hold while the request waits."""
-        return sum(len(image.data) for image in self.images if isinstance(image, PictureFile))
+        return file_bytes(self.images)
 
     def sampling(self, defaults: ChatDefaults) -> Sampling:
         """How to choose tokens: this request's values over the model's."""

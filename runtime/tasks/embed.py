@@ -13,7 +13,7 @@ from runtime.errors import InvalidInput
 from runtime.language.templates import is_unicode
 from runtime.pipeline import Event
 from runtime.task import Request, Task
-from runtime.vision.images import Picture, PictureFile, check_picture
+from runtime.vision.images import Picture, PictureFile, check_picture, file_bytes, file_pixels
 
 Match = Literal["itc", "itm"]
 """How a picture and a text are compared. "itc" (image-text contrast) compares their embeddings, "itm" (image-text
@@ -41,8 +41,7 @@ class EmbedRequest(Request):
             if not is_unicode(text):
                 raise InvalidInput(f"texts[{i}]", "holds half a surrogate pair, which is no Unicode text")
         limits.PICTURES.length("images", self.images)
-        files = [image for image in self.images if isinstance(image, PictureFile)]
-        limits.REQUEST_PIXELS.count("images", sum(width * height for width, height in (file.size for file in files)))
+        limits.REQUEST_PIXELS.count("images", file_pixels(self.images))
         for i, image in enumerate(self.images):
             if not isinstance(image, PictureFile):
                 check_picture(image, f"images[{i}]")
@@ -62,7 +61,7 @@ class EmbedRequest(Request):
 
     @property
     def nbytes(self) -> int:
-        return sum(len(image.data) for image in self.images if isinstance(image, PictureFile))
+        return file_bytes(self.images)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import Event
 from runtime.task import Request, Task
-from runtime.vision.images import Picture, PictureFile, check_picture, lengths
+from runtime.vision.images import Picture, PictureFile, check_picture, file_bytes, lengths
 
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
@@ -255,9 +255,9 @@ class ImageRequest(Request):
 
     @property
     def nbytes(self) -> int:
-        files = sum(len(file.data) for file in (self.image, self.mask) if isinstance(file, PictureFile))
-        files += sum(map(_file_bytes, self.controls)) + sum(map(_file_bytes, self.styles))
-        return files + (0 if self.latents is None else self.latents.nbytes)
+        shown = [*(one.image for one in self.controls), *(one.image for one in self.styles)]
+        held = file_bytes([*shown, *(one for one in (self.image, self.mask) if one is not None)])
+        return held + (0 if self.latents is None else self.latents.nbytes)
 
     @property
     def stated_sizes(self) -> dict[str, tuple[int, int]]:
@@ -277,10 +277,6 @@ def _check_edges(edges: Edges) -> None:
         )
     for length in edges:
         limits.EXTEND.number("extend", length)
-
-
-def _file_bytes(shown: Control | Style) -> int:
-    return len(shown.image.data) if isinstance(shown.image, PictureFile) else 0
 
 
 @dataclass(frozen=True)

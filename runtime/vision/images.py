@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -244,6 +244,21 @@ def grey(picture: Picture | PictureFile) -> Picture:
     damaged.
     """
     return np.array(Image.fromarray(decoded(picture)).convert("L"), np.uint8)
+
+
+def files(pictures: Iterable[Picture | PictureFile]) -> list[PictureFile]:
+    """Those of the pictures that are files."""
+    return [picture for picture in pictures if isinstance(picture, PictureFile)]
+
+
+def file_bytes(pictures: Iterable[Picture | PictureFile]) -> int:
+    """What the files among pictures hold."""
+    return sum(len(file.data) for file in files(pictures))
+
+
+def file_pixels(pictures: Iterable[Picture | PictureFile]) -> int:
+    """The pixels that the files among pictures have once they are decoded."""
+    return sum(width * height for width, height in (file.size for file in files(pictures)))
 
 
 def lengths(picture: Picture | PictureFile) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from pydantic import (
 
 from runtime import limits
 from runtime.errors import BundleError, InvalidInput
-from runtime.vision.images import Picture, PictureFile, check_picture, decoded, resized
+from runtime.vision.images import Picture, PictureFile, check_picture, decoded, lengths, resized
 
 CLIP_MEAN: Final = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD: Final = (0.26862954, 0.26130258, 0.27577711)
@@ -245,7 +245,7 @@ class ImagePreprocessor(BaseModel):
         if not isinstance(image, PictureFile):
             check_picture(image, field)
         if self.pads:
-            self.check((image.shape[1], image.shape[0]) if isinstance(image, np.ndarray) else image.size, field)
+            self.check(lengths(image)[::-1], field)
             image = self._padded(decoded(image))
         image = self._resize(image, field) if self.do_resize else decoded(image)
         if self.do_center_crop:

@@ -13,7 +13,7 @@ from runtime.errors import InvalidInput
 from runtime.pipeline import Event
 from runtime.tasks.embed import Embeddings, EmbedRequest, Match, Scores
 from runtime.vision.images import PictureFile
-from serving.dialects.grpc.messages import done_event, engines, png, queued, timings
+from serving.dialects.grpc.messages import done_event, engines, file_of, queued, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import embed_pb2, model_pb2
 from serving.host.job import Done, Queued
@@ -56,7 +56,7 @@ class EmbedStream:
 
 def embed_message(model: str, request: EmbedRequest) -> embed_pb2.EmbedRequest:
     """Convert a request to its message. Arrays become PNG files."""
-    images = [image.data if isinstance(image, PictureFile) else png(image) for image in request.images]
+    images = [file_of(image) for image in request.images]
     number: Any = MATCH_NUMBERS[request.match]
     return embed_pb2.EmbedRequest(model=model, texts=request.texts, images=images, match=number)
 
