@@ -20,13 +20,15 @@ def slid(messages: Sequence[Message], fits: Callable[[Sequence[Message]], bool])
     A turn is a question and what follows it up to the next. System messages, turns with pictures and the last turn
     stay.
     """
+    if fits(messages):  # as most do: one look at the whole, where a search would take several
+        return list(messages)
     spare = [turn for turn in _turns(messages)[:-1] if not any(messages[place].images for place in turn)]
 
     def without(count: int) -> list[Message]:
         gone = {place for turn in spare[:count] for place in turn}
         return [message for place, message in enumerate(messages) if place not in gone]
 
-    return without(bisect_left(range(len(spare)), True, key=lambda count: fits(without(count))))
+    return without(1 + bisect_left(range(1, len(spare)), True, key=lambda count: fits(without(count))))
 
 
 def _turns(messages: Sequence[Message]) -> list[list[int]]:

@@ -43,6 +43,8 @@ class Prompt:
     left_out: int = 0
     """Messages of the conversation that are not in it."""
     instruction: Sequence[int] = ()
+    digests: Sequence[bytes] = ()
+    """What identifies each picture and what is read beside it."""
 
 
 class Vision:
@@ -87,14 +89,18 @@ class Vision:
         """The prompt of the tokens of messages, with one placeholder per picture. Raises InvalidInput."""
         images = [image for message in messages for image in message.images]
         instruction = self.instructions(messages) if self.instructions and images else []
-        pictures = iter(images)
+        digests = [_digest(image, instruction) for image in images]
+        pictures = zip(images, digests, strict=True)
         repeated, keys = list[int](), list[int]()
         for id in ids:
-            found = next(pictures) if id == self.token else None
-            count = 1 if found is None else self.layout.positions(Size.of(found))
+            count, key = 1, id
+            if id == self.token:
+                image, digest = next(pictures)
+                count, key = self.layout.positions(Size.of(image)), _name(digest)
             repeated += [id] * count
-            keys += [id if found is None else _name(found, instruction)] * count
-        return Prompt(repeated, keys, images, len(repeated) - len(ids) + len(images), instruction=instruction)
+            keys += [key] * count
+        seen = len(repeated) - len(ids) + len(images)
+        return Prompt(repeated, keys, images, seen, instruction=instruction, digests=digests)
 
     def insert(self, prompt: Prompt, start: int, embeds: Array) -> Step[None]:
         """Write the pictures' embeddings into those of the prompt from position `start` on, [1, sequence, hidden].
@@ -107,18 +113,18 @@ class Vision:
         first = sum(end <= passed for end in ends)
         if first == len(ends):
             return
-        features = yield from self._features(prompt.images[first:], prompt.instruction)
+        features = yield from self._features(prompt, first)
         embeds[0, places[passed:] - start] = features[len(features) - (len(places) - passed) :]
 
-    def _features(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[Array]:
-        """The embeddings [positions, hidden] of pictures, one picture behind the other. Each picture is encoded once,
-        and not at all if its features are held.
+    def _features(self, prompt: Prompt, first: int) -> Step[Array]:
+        """The embeddings [positions, hidden] of the pictures from number `first` on, one picture behind the other. Each
+        picture is encoded once, and not at all if its features are held.
         """
-        keys = [_digest(image, instruction) for image in images]
+        images, keys = prompt.images[first:], prompt.digests[first:]
         found = {key: features for key in keys if (features := self.seen.get(key)) is not None}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
         if new:
-            encoded = yield from self._see(list(new.values()), instruction)
+            encoded = yield from self._see(list(new.values()), prompt.instruction)
             for key, features in zip(new, encoded, strict=True):
                 self.seen.put(key, features)
                 found[key] = features
@@ -153,9 +159,9 @@ def encode(pixels: Array, encoders: Sequence[str], beside: Mapping[str, Array] |
     return outputs
 
 
-def _name(picture: Picture | PictureFile, instruction: Sequence[int]) -> int:
+def _name(digest: bytes) -> int:
     """A negative number that identifies a picture and what is read beside it."""
-    return -1 - int.from_bytes(_digest(picture, instruction)[:8])
+    return -1 - int.from_bytes(digest[:8])
 
 
 def _digest(picture: Picture | PictureFile, instruction: Sequence[int]) -> bytes:
