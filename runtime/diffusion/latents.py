@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import secrets
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -89,19 +91,42 @@ def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents
     return tuple(Noise(first + i, shape, random_stream(first + i), start) for i, start in enumerate(starts))
 
 
-class Decoder:
-    """Makes pictures of latents [1, channels, height, width] with the submodel of that name: uint8 RGB [height, width,
-    3].
-
-    `most` is how many latents (height times width) the submodel may get in one call. Larger pictures are decoded in
-    tiles, whose edges are multiples of `multiple` pixels.
+class Coder(ABC):
+    """One side of an autoencoder: calls the submodel of that name. `most` is how many latents (height times width) it
+    may get or give in one call. Larger pictures are taken in tiles, whose edges are multiples of `multiple` pixels.
     """
+
+    verb: ClassVar[str]
+    """What it does to pictures, for notes."""
 
     def __init__(self, submodel: str, vae: Vae, multiple: int) -> None:
         self.most = math.inf
         self._submodel = submodel
         self._vae = vae
         self._multiple = multiple // vae.scale_factor
+
+    @property
+    @abstractmethod
+    def _values(self) -> int:
+        """The values of the submodel's input for each latent."""
+
+    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
+        """Work in tiles where the submodel has no room for more, as in `ModelPipeline.keep_within`."""
+        if self._submodel not in room:
+            return ()
+        self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * self._values)
+        edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
+        return (f"pictures of more than about {edge}x{edge} pixels are {self.verb} in tiles",) if edge else ()
+
+
+class Decoder(Coder):
+    """Makes pictures of latents [1, channels, height, width]: uint8 RGB [height, width, 3]."""
+
+    verb = "decoded"
+
+    @property
+    def _values(self) -> int:
+        return self._vae.latent_channels
 
     def __call__(self, latents: Latents) -> Part[NDArray[np.uint8]]:
         return decode(self._vae.unscaled(latents), self._pixels, self._vae.scale_factor, self.most, self._multiple)
@@ -112,26 +137,17 @@ class Decoder:
         (image,) = outputs["image"]
         return np.asarray(image)
 
-    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
-        """Decode in tiles whatever the submodel has no room for, as in `ModelPipeline.keep_within`."""
-        if self._submodel not in room:
-            return ()
-        self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * self._vae.latent_channels)
-        edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
-        return (f"pictures of more than about {edge}x{edge} pixels are decoded in tiles",) if edge else ()
 
-
-class Encoder:
-    """Makes latents [1, channels, height, width] of the pixels [3, height, width] of a picture, -1 to 1, with the
-    submodel of that name: the mean of the autoencoder's distribution. Larger pictures are encoded in tiles, as
-    `Decoder` has them.
+class Encoder(Coder):
+    """Makes latents [1, channels, height, width] of the pixels [3, height, width] of a picture, -1 to 1: the mean of
+    the autoencoder's distribution.
     """
 
-    def __init__(self, submodel: str, vae: Vae, multiple: int) -> None:
-        self.most = math.inf
-        self._submodel = submodel
-        self._vae = vae
-        self._multiple = multiple // vae.scale_factor
+    verb = "encoded"
+
+    @property
+    def _values(self) -> int:
+        return 3 * self._vae.scale_factor**2
 
     def __call__(self, pixels: Pixels) -> Part[Latents]:
         scale = self._vae.scale_factor
@@ -148,14 +164,6 @@ class Encoder:
         """A mask [height, width] of pixels as one of latents [1, 1, height, width]: each takes its first pixel's."""
         scale = self._vae.scale_factor
         return np.ascontiguousarray(mask[None, None, ::scale, ::scale])
-
-    def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
-        """Encode in tiles whatever the submodel has no room for, as in `ModelPipeline.keep_within`."""
-        if self._submodel not in room:
-            return ()
-        self.most = room[self._submodel] / (np.dtype(np.float32).itemsize * 3 * self._vae.scale_factor**2)
-        edge = int(self.most**0.5) * self._vae.scale_factor if math.isfinite(self.most) else 0
-        return (f"pictures of more than about {edge}x{edge} pixels are encoded in tiles",) if edge else ()
 
 
 def decode(
