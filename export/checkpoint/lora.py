@@ -279,22 +279,24 @@ def _original_blocks(unet: Any) -> Iterator[tuple[str, str]]:
     """
     number = 1
     for i, block in enumerate(unet.down_blocks):
-        for j in range(len(block.resnets)):
-            yield f"down_blocks.{i}.resnets.{j}", f"input_blocks.{number}.0"
-            yield f"down_blocks.{i}.attentions.{j}", f"input_blocks.{number}.1"
-            number += 1
+        yield from _layers_of(f"down_blocks.{i}", block, "input_blocks", number)
+        number += len(block.resnets)
         yield f"down_blocks.{i}.downsamplers.0.conv", f"input_blocks.{number}.0.op"
         number += bool(block.downsamplers)
     for name, place in (("resnets.0", 0), ("attentions.0", 1), ("resnets.1", 2)):
         yield f"mid_block.{name}", f"middle_block.{place}"
     number = 0
     for i, block in enumerate(unet.up_blocks):
-        for j in range(len(block.resnets)):
-            yield f"up_blocks.{i}.resnets.{j}", f"output_blocks.{number}.0"
-            yield f"up_blocks.{i}.attentions.{j}", f"output_blocks.{number}.1"
-            number += 1
+        yield from _layers_of(f"up_blocks.{i}", block, "output_blocks", number)
+        number += len(block.resnets)
         place = 2 if getattr(block, "attentions", None) else 1
         yield f"up_blocks.{i}.upsamplers.0.conv", f"output_blocks.{number - 1}.{place}.conv"
+
+
+def _layers_of(path: str, block: Any, original: str, first: int) -> Iterator[tuple[str, str]]:
+    for j in range(len(block.resnets)):
+        yield f"{path}.resnets.{j}", f"{original}.{first + j}.0"
+        yield f"{path}.attentions.{j}", f"{original}.{first + j}.1"
 
 
 def _original(path: str, blocks: Mapping[str, str]) -> str:

@@ -15,10 +15,11 @@ from PIL import Image
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
+from runtime.diffusion.named import check_names
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler
 from runtime.diffusion.tiling import Pixels
-from runtime.errors import InvalidInput, did_you_mean
+from runtime.errors import InvalidInput
 from runtime.tasks.image import Control
 from runtime.vision.images import resized
 
@@ -55,11 +56,7 @@ class Controls(Frozen):
     def check(self, controls: Sequence[Control]) -> None:
         """Raises InvalidInput naming `controls` for a name that the bundle does not have, or that is given twice."""
         names = [control.name for control in controls]
-        for name in names:
-            if name not in self.names:
-                raise InvalidInput("controls", f"there is no control '{name}': {did_you_mean(name, self.names)}")
-            if names.count(name) > 1:
-                raise InvalidInput("controls", f"'{name}' is given twice: give each control once")
+        check_names("controls", "control", names, self.names, "give each control once")
 
     def zeros(self, sample: Latents) -> Arrays:
         """The residuals of no network for a sample [rows, channels, height, width]."""

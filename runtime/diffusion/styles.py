@@ -12,7 +12,8 @@ import numpy as np
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
-from runtime.errors import InvalidInput, did_you_mean
+from runtime.diffusion.named import check_names
+from runtime.errors import InvalidInput
 from runtime.tasks.image import Style
 from runtime.vision.preprocessing import ImagePreprocessor
 
@@ -39,11 +40,7 @@ class Styles(Frozen):
     def check(self, styles: Sequence[Style]) -> None:
         """Raises InvalidInput naming `styles` for a name that the bundle does not have, or that is given twice."""
         names = [style.name for style in styles]
-        for name in names:
-            if name not in self.names:
-                raise InvalidInput("styles", f"there is no image adapter '{name}': {did_you_mean(name, self.names)}")
-            if names.count(name) > 1:
-                raise InvalidInput("styles", f"'{name}' is given twice: give each adapter one picture")
+        check_names("styles", "image adapter", names, self.names, "give each adapter one picture")
 
     @property
     def preprocessor(self) -> ImagePreprocessor:
