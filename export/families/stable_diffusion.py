@@ -12,9 +12,9 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderTiny, UNet2DConditionModel
 from packaging.version import InvalidVersion, Version
 from pydantic import ValidationError
 from torch import Tensor as TorchTensor
@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.architecture import controlnet, ip_adapter
+from export.architecture.autoencoder import AUTOENCODERS, Autoencoder, coder_parts
 from export.architecture.unet import ADDED, UNet, library
 from export.checkpoint.embeddings import ENCODERS, Vocabulary
 from export.checkpoint.source import PIPELINE, Source, read_json
@@ -56,13 +57,6 @@ CLASSES: Final[Mapping[str, Any]] = {
     "unet": UNet2DConditionModel,
 }
 """What reads the config.json of a component, an autoencoder apart."""
-
-Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
-AUTOENCODERS: Final[Mapping[str, type[Autoencoder]]] = {
-    "AutoencoderKL": AutoencoderKL,
-    "AutoencoderTiny": AutoencoderTiny,
-}
-"""Those that a pipeline or an addition may have, by the name of their class."""
 
 CLIP: Final = "clip"
 CLIP_TEXT: Final = "clip_text_model"
@@ -115,35 +109,6 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
         return (self.model(input_ids=input_ids).last_hidden_state,)
-
-
-class VaeDecoder(nn.Module):
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: TorchTensor) -> tuple[TorchTensor, ...]:
-        return (self.model.decode(latents, return_dict=False)[0],)
-
-
-class VaeEncoder(nn.Module):
-    """The mean of the latent distribution: deterministic, so that a picture always encodes alike. The tiny autoencoder
-    has no distribution.
-    """
-
-    def __init__(self, model: Autoencoder) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: TorchTensor) -> tuple[TorchTensor, ...]:
-        return (_latents(self.model, image),)
-
-
-def _latents(model: Autoencoder, image: TorchTensor) -> TorchTensor:
-    """What the library's pipelines draw on, of a picture [batch, 3, height, width], -1 to 1."""
-    encoded: Any = model.encode(image)
-    latents: TorchTensor = encoded.latents if isinstance(model, AutoencoderTiny) else encoded.latent_dist.mode()
-    return latents
 
 
 @dataclass(frozen=True)
@@ -424,31 +389,9 @@ def autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
 
 def vae_parts(source: Source, model: Autoencoder, grid: Grid, float16: bool = True) -> list[Part]:
     """Decoder and encoder. `float16` as in `Part`."""
-    components = (Component("vae", model, _place(source, "vae")),)
     image = grid.picture("image", model.config.in_channels)
     latents = grid.latents("latents", model.config.latent_channels)
-    decode = Signature(inputs=(latents,), outputs=(image.following(latents, times=grid.scale),))
-    encode = Signature(inputs=(image,), outputs=(latents.following(image, over=grid.scale),))
-    return [
-        Part(
-            "vae_decoder",
-            components,
-            VaeDecoder(model),
-            lambda z: (model.decode(z).sample,),
-            decode,
-            least_bits=8,
-            float16=float16,
-        ),
-        Part(
-            "vae_encoder",
-            components,
-            VaeEncoder(model),
-            lambda x: (_latents(model, x),),
-            encode,
-            least_bits=8,
-            float16=float16,
-        ),
-    ]
+    return coder_parts(model, _place(source, "vae"), image, latents, grid.scale, float16)
 
 
 def settings(

@@ -97,7 +97,7 @@ def test_one_of_the_checkpoint_s_own_is_the_same(tiny_diffusion: Path, taesd: Pa
 
 
 def test_the_encoder_gives_the_latents_of_diffusers(tiny_diffusion: Path, taesd: Path) -> None:
-    from export.families.stable_diffusion import VaeEncoder
+    from export.architecture.autoencoder import VaeEncoder
 
     model, picture = tiny(), torch.rand(1, 3, 8, 8) * 2 - 1
     with torch.no_grad():
