@@ -11,7 +11,6 @@ ROOT: Final = Path(__file__).parent.parent
 LONGEST: Final = 60
 LAYERS: Final = ("enginecast", "export", "runtime", "serving", "calibration", "profiles", "samples")
 TO_SPLIT: Final = {
-    "chat in serving/cli/tasks/chat.py",
     "train in samples/recipes/train_vlm.py",
 }
 
