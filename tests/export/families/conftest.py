@@ -1,10 +1,12 @@
-"""Tiny LLaVA checkpoints of any decoder and tower, saved by transformers, and what the library answers with them."""
+"""Tiny LLaVA checkpoints of any decoder and tower, saved by transformers, and what the library answers with them;
+bundles with additions; checkpoints that are refused.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,23 @@ from transformers import (
 )
 
 import runtime.pipelines.chat
+from export.build.build import build
+from export.build.options import Options
+from export.checkpoint.additions import Addition
+from runtime.bundle.signature import Array
+from runtime.errors import SourceError, UnsupportedModel
 from runtime.language.text import Message
 from runtime.pipeline import drive
 from runtime.pipelines.chat import ChatPipeline
-from runtime.placing.loading import LoadedModel
+from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-vlm"
 EDGE, PATCH = 24, 8
+TARGETS = ("onnxruntime", "openvino")
+KINDS = ("tiny_diffusion", "tiny_xl")
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTION = "what color is the circle? how many shapes are there? "
 GRIDS = [[24, 48], [48, 24], [48, 48], [72, 24]]
@@ -167,3 +177,60 @@ def library_answer(source: Path, pipeline: Any, request: ChatRequest, **settings
     with torch.inference_mode():
         found = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels, **settings)
     return found[0, len(prompt.ids) :].tolist(), len(prompt.ids)
+
+
+# Stable Diffusion with what a build adds: a module that uses these has a fixture `additions`
+
+
+@pytest.fixture(scope="module", params=[KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.full)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def source(kind: str, request: pytest.FixtureRequest) -> Path:
+    return Path(request.getfixturevalue(kind))
+
+
+@pytest.fixture(scope="module")
+def bundle(source: Path, additions: tuple[Addition, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("bundles") / source.name
+    build(Options(str(source), output, TARGETS, agreement="none", additions=additions))
+    return output
+
+
+@pytest.fixture(scope="module")
+def loaded(bundle: Path) -> Iterator[dict[str, LoadedModel]]:
+    """The bundle by target, each loaded once."""
+    models: dict[str, LoadedModel] = {}
+    yield models
+    for model in models.values():
+        model.close()
+
+
+@pytest.fixture(params=TARGETS)
+def ours(bundle: Path, loaded: dict[str, LoadedModel], request: pytest.FixtureRequest) -> LoadedModel:
+    target = str(request.param)
+    if target not in loaded:
+        loaded[target] = load_model(bundle, target)
+    return loaded[target]
+
+
+def drawn(model: LoadedModel, request: ImageRequest) -> Array:
+    (ready,) = (event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady))
+    return ready.image
+
+
+# What is refused
+
+
+def refused(checkpoint: Path, folder: Path, changes: Mapping[str, Fields]) -> tuple[Path, str]:
+    """The folder of a copy of a checkpoint whose config.json has these changes by part, and why it is not built."""
+    source = Path(shutil.copytree(checkpoint, folder / "source"))
+    config = json.loads((source / "config.json").read_bytes())
+    for part, values in changes.items():
+        config[part].update(values)
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises((SourceError, UnsupportedModel)) as caught:
+        build(Options(str(source), folder / "bundle", targets=("onnxruntime",)))
+    return source, str(caught.value)

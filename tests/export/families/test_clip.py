@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,12 @@ from export.report.page import report
 from export.report.quality import load_quality
 from runtime.bundle.manifest import Bundle
 from runtime.engine import targets
-from runtime.errors import InvalidInput, SourceError, UnsupportedModel
+from runtime.errors import InvalidInput
 from runtime.placing.loading import load_model
 from serving.cli.commands import app
 from serving.dialects.grpc.server import Server
 from serving.host.models import ModelHost
-from tests.export.families.conftest import PICTURE
+from tests.export.families.conftest import PICTURE, refused
 from tests.export.families.embedding import WIDTH
 
 TARGETS = ("onnxruntime", "openvino")
@@ -133,11 +132,5 @@ def test_quantized_bundles_compile_and_are_compared(tiny_clip: Path, tmp_path: P
 def test_what_is_not_built_is_refused_by_name(
     tiny_clip: Path, tmp_path: Path, changes: dict[str, dict[str, Any]], words: str
 ) -> None:
-    source = Path(shutil.copytree(tiny_clip, tmp_path / "source"))
-    config = json.loads((source / "config.json").read_bytes())
-    for part, values in changes.items():
-        config[part].update(values)
-    (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises((SourceError, UnsupportedModel)) as caught:
-        build(Options(str(source), tmp_path / "bundle", targets=("onnxruntime",)))
-    assert words in str(caught.value) and str(source) in str(caught.value)
+    source, message = refused(tiny_clip, tmp_path, changes)
+    assert words in message and str(source) in message

@@ -5,7 +5,7 @@ own pipelines.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 
 from calibration.observe.metrics import PEAK, psnr_db
-from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.checkpoint.additions import Addition
@@ -26,14 +25,12 @@ from runtime.diffusion.latents import random_stream
 from runtime.diffusion.published import SchedulerConfig
 from runtime.diffusion.solver import make_sampler
 from runtime.errors import InvalidInput, UnsupportedModel
-from runtime.pipeline import drive
-from runtime.placing.loading import LoadedModel, load_model, open_pipeline
-from runtime.tasks.image import Control, ImageReady, ImageRequest
+from runtime.placing.loading import LoadedModel, open_pipeline
+from runtime.tasks.image import Control, ImageRequest
+from tests.export.families.conftest import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch tensors inside diffusers
 NAMES = ("edges", "depth")
-TARGETS = ("onnxruntime", "openvino")
-KINDS = ("tiny_diffusion", "tiny_xl")
 PIPELINES = {"tiny_diffusion": "StableDiffusionControlNetPipeline", "tiny_xl": "StableDiffusionXLControlNetPipeline"}
 PICTURES = [np.random.default_rng(i).integers(0, 255, (16, 24, 3), dtype=np.uint8) for i in range(2)]
 REQUEST = ImageRequest("a large red circle", "blue", 24, 16, steps=5, guidance_scale=4.0, seed=3)
@@ -64,48 +61,9 @@ def networks(source: Path, folder: Path) -> tuple[Addition, ...]:
     return tuple(Addition("controlnet", folder / name) for name in NAMES)
 
 
-@pytest.fixture(scope="module", params=[KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.full)])
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def source(kind: str, request: pytest.FixtureRequest) -> Path:
-    return Path(request.getfixturevalue(kind))
-
-
 @pytest.fixture(scope="module")
 def additions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Addition, ...]:
     return networks(source, tmp_path_factory.mktemp("networks"))
-
-
-@pytest.fixture(scope="module")
-def bundle(source: Path, additions: tuple[Addition, ...], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    output = tmp_path_factory.mktemp("bundles") / source.name
-    build(Options(str(source), output, TARGETS, agreement="none", additions=additions))
-    return output
-
-
-@pytest.fixture(scope="module")
-def loaded(bundle: Path) -> Iterator[dict[str, LoadedModel]]:
-    """The bundle by target, each loaded once."""
-    models: dict[str, LoadedModel] = {}
-    yield models
-    for model in models.values():
-        model.close()
-
-
-@pytest.fixture(params=TARGETS)
-def ours(bundle: Path, loaded: dict[str, LoadedModel], request: pytest.FixtureRequest) -> LoadedModel:
-    target = str(request.param)
-    if target not in loaded:
-        loaded[target] = load_model(bundle, target)
-    return loaded[target]
-
-
-def drawn(model: LoadedModel, request: ImageRequest) -> Array:
-    (ready,) = (event for event in drive(model.pipeline(request), model.engines) if isinstance(event, ImageReady))
-    return ready.image
 
 
 @pytest.fixture(scope="module")
