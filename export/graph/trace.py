@@ -76,6 +76,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
         _simplify(model)
     _name_dims(model, signature)
     _settle_reshapes(model)
+    _drop_casts(model)
     _name_nodes(model)
     common.RemoveUnusedNodesPass()(model)
     common.ClearMetadataAndDocStringPass()(model)
@@ -143,6 +144,24 @@ def _name_dims(model: ir.Model, signature: Signature) -> None:
     ):
         for value, tensor in zip(values, tensors, strict=True):
             value.shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in tensor.dims])
+
+
+def _drop_casts(model: ir.Model) -> None:
+    """Leave out casts to the type that a value has, such as those of sizes."""
+    for node in model.graph:
+        source = node.inputs[0] if node.op_type == "Cast" else None
+        if source is None or node.outputs[0].is_graph_output():
+            continue
+        if _type_of(source) == node.attributes["to"].as_int():
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+
+
+def _type_of(value: ir.Value) -> ir.DataType | None:
+    """The type of a value; a Concat that was simplified has none of its own, but that of its inputs."""
+    maker = value.producer()
+    if value.dtype is None and maker is not None and maker.op_type == "Concat" and maker.inputs[0] is not None:
+        return maker.inputs[0].dtype
+    return value.dtype
 
 
 def _settle_reshapes(model: ir.Model) -> None:
