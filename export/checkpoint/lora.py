@@ -247,7 +247,7 @@ def _layers(folder: str, model: nn.Module) -> dict[str, tuple[str, str, tuple[in
     from torch import nn
 
     found = {}
-    original = dict(_original_blocks(model)) if hasattr(model, "down_blocks") else {}
+    original = dict(_original_blocks(model)) if hasattr(model, "up_blocks") else {}  # a control network has none
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             place = folder, f"{path}.weight", tuple(module.weight.shape)

@@ -19,7 +19,8 @@ USUAL: Final = ImageDefaults(steps=4, guidance_scale=8.5)
 
 def config(source: Source) -> dict[str, Any]:
     grid = base.Grid.of(source, *base.configs(source, "unet", "vae"))
-    return base.settings(source, grid, base.schedule(source), ImageDefaults.read(source.root, USUAL))
+    defaults = ImageDefaults.read(source.root, USUAL)
+    return base.settings(source, grid, base.schedule(source), defaults, steps_in_strength=True)
 
 
 FAMILY = Family(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
@@ -60,7 +61,8 @@ class DiffusionConfig(Frozen):
     sizes, `controls` where there are no control networks, `styles` where there are no image adapters. `sampler` draws
     where a request names none. `guidance_embedding` is the width of the embedding in which a distilled model receives
     the guidance scale. `inpainting` is whether the UNet takes the mask and the masked picture's latents as further
-    channels.
+    channels. `steps_in_strength` is whether image to image takes all steps in the share of the schedule that the
+    strength leaves, as latent consistency models do, not the last of them alone.
     """
 
     scheduler: SchedulerConfig
@@ -72,6 +74,7 @@ class DiffusionConfig(Frozen):
     controls: Controls | None = None
     guidance_embedding: int | None = Field(default=None, ge=4)
     inpainting: bool = False
+    steps_in_strength: bool = False
     styles: Styles | None = None
 
     @model_validator(mode="after")
@@ -137,14 +140,17 @@ class DiffusionConfig(Frozen):
                 f"of {steps} steps each make {steps * request.images:,} steps, expected at most "
                 f"{limits.ALL_STEPS.most:,}",
             )
-        sampler = make_sampler(request.sampler or self.sampler, self.scheduler, steps, request.eta)
+        make = partial(make_sampler, request.sampler or self.sampler, self.scheduler, steps, request.eta)
         if request.partial:
             start, end = request.denoising_start or 0.0, request.denoising_end or 1.0
-            return sampler.between(start, end, self.scheduler.trained)
+            return make().between(start, end, self.scheduler.trained)
         if request.image is None:
-            return sampler
+            return make()
         usual = 1.0 if request.masked else self.defaults.strength
-        return sampler.strengthened(usual if request.strength is None else request.strength)
+        strength = usual if request.strength is None else request.strength
+        if strength and self.steps_in_strength and not request.masked:
+            return make(strength)
+        return make().strengthened(strength)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:

@@ -38,12 +38,14 @@ Steps = Generator[tuple[Latents, Point], Estimate, Latents]
 
 @dataclass(frozen=True)
 class Options:
-    """How a request varies a solver: how noise levels are spaced (one of `SPACINGS`, or "" for those of the timesteps)
-    and how much fresh noise (0 to 1) is added.
+    """How a request varies a solver: how noise levels are spaced (one of `SPACINGS`, or "" for those of the timesteps),
+    how much fresh noise (0 to 1) is added, and the share of the training's timesteps that all steps lie in, from the
+    least noise on.
     """
 
     spacing: str = ""
     eta: float = 0.0
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,14 @@ class Sampler:
 class Solver:
     """How a solver's samplers are made from a published scheduler file, a number of steps and options.
 
-    `spacings` and `eta` say which options it has. `prepare` raises InvalidInput where file and steps do not fit.
+    `spacings`, `eta` and `share` say which options it has. `prepare` raises InvalidInput where file and steps do not
+    fit.
     """
 
     prepare: Callable[[SchedulerFields, int, Options], Sampler]
     spacings: Sequence[str] = ()
     eta: bool = False
+    share: bool = False
 
 
 @cache
@@ -131,9 +135,10 @@ def samplers() -> tuple[str, ...]:
     )
 
 
-def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0) -> Sampler:
+def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.0, share: float = 1.0) -> Sampler:
     """The sampler of that name (one of `samplers()`) over `steps` steps. `eta` 0 to 1 is how much fresh noise DDIM and
-    TCD add.
+    TCD add. `share` above 0 is of image to image with models that take all steps in it, as `Options.share`; solvers
+    without that option take the last steps alone.
 
     Raises InvalidInput naming `sampler`, `steps`, `eta` or `scheduler` when the name is unknown, the steps do not fit
     the model's schedule, eta is given to a sampler that has none, or the schedule has a value that this sampler cannot
@@ -150,7 +155,8 @@ def make_sampler(name: str, config: SchedulerConfig, steps: int, eta: float = 0.
     if eta and not solver.eta:
         able = " and ".join(other for other, found in solvers().items() if found.eta)
         raise InvalidInput("eta", f"is {eta}, but only {able} have it: leave it 0 for {name}")
-    return solver.prepare(fields, steps, Options(spacing, eta))
+    found = solver.prepare(fields, steps, Options(spacing, eta, share))
+    return found if solver.share else found.strengthened(share)
 
 
 def _named(name: str) -> tuple[str, str]:

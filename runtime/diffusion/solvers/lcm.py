@@ -28,8 +28,10 @@ def lcm(schedule: Schedule, x: Latents, fresh: Noise, timestep_scaling: float = 
     return x
 
 
-def distilled(fields: SchedulerFields, steps: int) -> Floats:
-    """Timesteps among those of the distillation, float64 [steps]. Raises InvalidInput naming `steps`."""
+def distilled(fields: SchedulerFields, steps: int, share: float = 1.0) -> Floats:
+    """Timesteps among those of the distillation, float64 [steps], of which only the `share` with the least noise is
+    taken. Raises InvalidInput naming `steps` or `strength`.
+    """
     taught, trained = fields.original_inference_steps, fields.num_train_timesteps
     if taught > trained:
         raise InvalidInput("scheduler", f"original_inference_steps is {taught}, expected at most {trained} timesteps")
@@ -37,13 +39,19 @@ def distilled(fields: SchedulerFields, steps: int) -> Floats:
         raise InvalidInput(
             "steps", f"is {steps}, expected 1 to {taught}, the timesteps that such a model is distilled on"
         )
-    timesteps = np.arange(taught, 0, -1) * (trained // taught) - 1
-    return timesteps[np.floor(np.linspace(0, taught, steps, endpoint=False)).astype(np.int64)].astype(np.float64)
+    count = int(taught * share)
+    if steps > count:
+        raise InvalidInput(
+            "strength", f"is {share:g}, which leaves {count} of the {taught} timesteps that such a model is distilled "
+            f"on: take at most {count} steps, or a strength of {steps / taught:.2g}; 0 keeps the picture"
+        )  # fmt: skip
+    timesteps = np.arange(count, 0, -1) * (trained // taught) - 1
+    return timesteps[np.floor(np.linspace(0, count, steps, endpoint=False)).astype(np.int64)].astype(np.float64)
 
 
 def prepare(fields: SchedulerFields, steps: int, options: Options) -> Sampler:
-    schedule = at_timesteps(fields, distilled(fields, steps))
+    schedule = at_timesteps(fields, distilled(fields, steps, options.share))
     return Sampler(schedule, partial(lcm, timestep_scaling=fields.timestep_scaling))
 
 
-SOLVER = Solver(prepare)
+SOLVER = Solver(prepare, share=True)
