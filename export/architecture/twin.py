@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from typing import Final
 
 import torch
-from safetensors.torch import save_file
 
 from export.build.staging import unfinished
-from export.checkpoint.tensors import TensorRef, read_header, release
+from export.checkpoint.tensors import TensorRef, release
 from export.family import Part
 
 STD: Final = 0.05
@@ -20,29 +19,32 @@ STD: Final = 0.05
 
 @contextmanager
 def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
-    """Seeded random float16 weights for the components of a reduced part, as a safetensors file that lives as long as
-    the block.
+    """Seeded random float16 weights for the components of a reduced part, in a file that lives as long as the block,
+    written one tensor at a time: a twin of a large model still has several hundred million of them.
 
-    Parameters that are tied get the same values.
+    Parameters that are tied are the same place in it.
     """
     generator = torch.Generator().manual_seed(0)
-    names = {
-        part.tensor(component, name): parameter
-        for component in part.components
-        for name, parameter in component.model.named_parameters(remove_duplicate=False)
-    }
-    tensors, made = dict[str, torch.Tensor](), dict[int, torch.Tensor]()
-    for name, parameter in names.items():
-        if id(parameter) in made:
-            tensors[name] = made[id(parameter)].clone()
-            continue
-        values = torch.randn(parameter.shape, generator=generator) * STD
-        is_scale = parameter.ndim == 1 and name.endswith("weight")  # of a normalisation
-        tensors[name] = made[id(parameter)] = (values + 1 if is_scale else values).half()
-    file = unfinished(f"{part.name}-twin.safetensors")
+    found, places = dict[str, TensorRef](), dict[int, int]()
+    file = unfinished(f"{part.name}-twin.weights")
     try:
-        save_file(tensors, file)
-        yield read_header(file)[1]
+        with file.open("wb") as output:
+            for component in part.components:
+                for name, parameter in component.model.named_parameters(remove_duplicate=False):
+                    if id(parameter) not in places:
+                        places[id(parameter)] = output.tell()
+                        output.write(_values(name, parameter.shape, generator).numpy().tobytes())
+                    tensor = part.tensor(component, name)
+                    found[tensor] = TensorRef(
+                        file, places[id(parameter)], 2 * parameter.numel(), "F16", tuple(parameter.shape)
+                    )
+        yield found
     finally:
         release()
         file.unlink(missing_ok=True)
+
+
+def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    values = torch.randn(shape, generator=generator) * STD
+    is_scale = len(shape) == 1 and name.endswith("weight")  # of a normalisation
+    return (values + 1 if is_scale else values).half()
