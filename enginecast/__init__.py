@@ -46,7 +46,7 @@ from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import Model, load
 from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike, Style
-from serving.dialects.python.results import Answer, Drawing, Matching, Vectors
+from serving.dialects.python.results import Answer, Choice, Drawing, Matching, Vectors
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.host.job import Done, EngineUse, Queued, Started
@@ -58,6 +58,7 @@ __all__ = [
     "BundleError",
     "Cancelled",
     "ChatOptions",
+    "Choice",
     "Client",
     "ContextLengthExceeded",
     "Control",

@@ -252,6 +252,9 @@ BEAMS: Final = Limit(
     "beams", 8, "beams", "each holds keys and values of its own, and takes a step of the decoder", (f"{CHAT}.beams",),
     least=1,
 )  # fmt: skip
+ANSWERS: Final = Limit(
+    "answers", 64, "answers of one request", "they are decoded one after the other", (f"{CHAT}.answers",), least=1
+)
 LENGTH_PENALTY: Final = Limit(
     "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
 )

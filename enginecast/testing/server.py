@@ -141,10 +141,11 @@ class FakeAnswers(FakeModel):
     def pipeline(self, request: Any) -> Pipeline:
         for picture in request.images:
             decoded(picture)
-        for word in WORDS[: request.max_tokens or 3]:
-            yield Call("denoiser", {})
-            yield TextDelta(word)
-        yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS))
+        for number in range(request.answers or 1):
+            for word in WORDS[: request.max_tokens or 3]:
+                yield Call("denoiser", {})
+                yield TextDelta(word, number)
+            yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS), answer=number)
 
 
 class FakeServer:

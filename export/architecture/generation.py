@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from export.checkpoint.source import read_json
 from runtime.errors import SourceError, UnsupportedModel
 from runtime.language.sampling import EarlyStopping, Rules
-from runtime.limits import BEAMS, LENGTH_PENALTY, STOP, STOPS
+from runtime.limits import ANSWERS, BEAMS, LENGTH_PENALTY, STOP, STOPS
 from runtime.tasks.chat import ChatDefaults
 
 FILE: Final = "generation_config.json"
@@ -49,9 +49,9 @@ SETTINGS: Final[Mapping[str, Use]] = {
     **dict.fromkeys(("max_new_tokens", "max_length", "eos_token_id", "stop_strings"), READ),
     **dict.fromkeys(Rules.model_fields, READ),
     **dict.fromkeys(("num_beams", "length_penalty", "early_stopping", "renormalize_logits"), READ),
+    "num_return_sequences": READ,
     "num_beam_groups": Use("reported", "beams are searched as one group", (None, 1)),
     "diversity_penalty": Use("reported", "beams are searched as one group", (None, 0)),
-    "num_return_sequences": Use("reported", "a request gets one answer", (None, 1)),
     "max_time": Use("reported", "answers end by their length or by the deadline of a request"),
     "cache_implementation": Use(
         "reported", "keys and values are kept as the engine keeps them",
@@ -105,6 +105,7 @@ class _Values(BaseModel):
     length_penalty: float = Field(default=1.0, ge=LENGTH_PENALTY.least, le=LENGTH_PENALTY.most)
     early_stopping: EarlyStopping = False
     renormalize_logits: bool = False
+    num_return_sequences: int = Field(default=1, ge=1, le=ANSWERS.most)
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,7 @@ def read_generation(root: Path, config: Mapping[str, Any], vocabulary: int) -> G
         length_penalty=values.length_penalty,
         early_stopping=values.early_stopping,
         renormalize=values.renormalize_logits,
+        answers=values.num_return_sequences,
     )
     return Generation(defaults, ends, tuple(notes))
 

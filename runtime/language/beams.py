@@ -128,10 +128,8 @@ def search(state: BeamSearch, conversation: Conversation, logits: Scores) -> Ste
         behind, forks = list[Scores](), list[Conversation]()
         for parent, token in branches:
             alone = held[parent] is not conversation and uses[parent] == 1
-            fork = held[parent] if alone else held[parent].fork()
-            origin = None if alone else held[parent].slot
-            behind.append((yield from decode_token(token, fork, origin)))
-            forks.append(fork)
+            forks.append(held[parent] if alone else held[parent].fork())
+            behind.append((yield from decode_token(token, forks[-1])))
         held = forks
         branches = state.advance(behind)
     return [answer.tokens for answer in state.answers if answer is not None]

@@ -28,20 +28,22 @@ class Conversation:
 
     `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content
     (see `runtime.language.vision`). A turn that shares no beginning with the one before simply starts anew. One request
-    at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder.
+    at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder. The
+    next call first copies the slot `origin`.
     """
 
     slot: Slot = field(default_factory=Slot)
     held: list[int] = field(default_factory=list)
     given: Mapping[str, Array] = field(default_factory=dict)
+    origin: Slot | None = None
 
     def shared(self, keys: Sequence[int]) -> int:
         """How many positions at the beginning are the same."""
         return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(self.held, keys, strict=False)))
 
     def fork(self) -> Conversation:
-        """A copy to be continued from the next call on, whose `origin` is this conversation's slot."""
-        return Conversation(Slot(), list(self.held), self.given)
+        """A copy. It is made by its first call, before which this conversation must not go on."""
+        return Conversation(Slot(), list(self.held), self.given, self.slot)
 
 
 def run(call: Call) -> Step[Outputs]:
@@ -56,13 +58,7 @@ def embed(ids: Sequence[int]) -> Step[Array]:
     return outputs["inputs_embeds"]
 
 
-def decode(
-    embeds: Array,
-    keys: Sequence[int],
-    conversation: Conversation,
-    keep: int | None = None,
-    origin: Slot | None = None,
-) -> Step[Scores]:
+def decode(embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None) -> Step[Scores]:
     """Feed embeddings [1, sequence, hidden] behind what the conversation holds; the logits [vocab] of the last."""
     past = len(conversation.held)
     total = past + len(keys)
@@ -72,16 +68,17 @@ def decode(
         "position_ids": np.arange(past, total, dtype=np.int64)[None],
         **conversation.given,
     }
-    outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, origin))
+    outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, conversation.origin))
     # Only now: if the call was abandoned, the next turn trims the slot to what is known.
     conversation.held.extend(keys)
+    conversation.origin = None
     return np.asarray(outputs["logits"][0, -1], np.float32)
 
 
-def decode_token(token: int, conversation: Conversation, origin: Slot | None = None) -> Step[Scores]:
+def decode_token(token: int, conversation: Conversation) -> Step[Scores]:
     """`decode` of one token."""
     embeds = yield from embed([token])
-    return (yield from decode(embeds, [token], conversation, origin=origin))
+    return (yield from decode(embeds, [token], conversation))
 
 
 def prefill(embeds: Array, keys: Sequence[int], conversation: Conversation, shared: int, chunk: int) -> Step[Scores]:

@@ -236,10 +236,12 @@ class StopStrings:
 
 
 class Answer:
-    """The text of an answer as its tokens come, up to the first stop string. `stopped` says that one was found."""
+    """The text of an answer as its tokens come, up to the first stop string. `stopped` says that one was found,
+    `number` which of a request's answers it is.
+    """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
-        self._tokenizer, self._strings = tokenizer, stops
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], number: int = 0) -> None:
+        self._tokenizer, self._strings, self.number = tokenizer, stops, number
         self._spelling, self._stops = Detokenizer(tokenizer), StopStrings(stops)
 
     @property

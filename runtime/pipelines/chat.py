@@ -16,8 +16,9 @@ features take the place of those tokens' embeddings (`runtime.language.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -93,40 +94,50 @@ class ChatPipeline(ModelPipeline):
             self.vision.seen = FeatureCache(nbytes)
 
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
-        """The generator that answers: TextDelta events, then Finished, whose completion tokens count the end token.
+        """The generator that answers: for each answer TextDelta events, then Finished, whose completion tokens count
+        the end token.
 
-        Answers of several beams come as one TextDelta, when the search is over. Everything that can be wrong with a
-        request raises here or before the generator's first call: InvalidInput naming the field, ContextLengthExceeded
+        Answers of several beams come as one TextDelta each, when the search is over. Everything that can be wrong with
+        a request raises here or before the generator's first call: InvalidInput naming the field, ContextLengthExceeded
         with the counts.
         """
         sampling, beams = request.sampling(self.config.defaults), request.search(self.config.defaults)
-        asked = self.fitted(request)
-        prompt = replace(self.prompt(asked), left_out=len(request.messages) - len(asked.messages))
+        stops = (*request.stop, *self.config.defaults.stop)
+        count = request.count(self.config.defaults)
+        answers = [Answer(self.text.tokenizer, stops, number) for number in range(count)]
+        prompt = self.fitted(request)
         start = len(self.begin(prompt))
-        bounds = Bounds(start, start + self._room(prompt, asked), self.config.eos_token_ids)
+        bounds = Bounds(start, start + self._room(prompt, request), self.config.eos_token_ids)
         conversation = conversation or Conversation()
-        answer = Answer(self.text.tokenizer, (*request.stop, *self.config.defaults.stop))
         if beams.count == 1:
-            return self._answer(prompt, bounds, sampling, request.seed, answer, conversation)
-        return self._search(
-            prompt, BeamSearch(self.begin(prompt), bounds, sampling, beams, answer.stops), answer, conversation
-        )
+            return self._draw(prompt, bounds, sampling, request.seed, answers, conversation)
+        state = BeamSearch(self.begin(prompt), bounds, sampling, beams, answers[0].stops)
+        return self._search(prompt, state, answers, conversation)
 
-    def fitted(self, request: ChatRequest) -> ChatRequest:
-        """The request, without its oldest turns where it lets them go and the context has no room for them and the
-        answer.
+    def fitted(self, request: ChatRequest) -> Prompt:
+        """The tokens of a conversation, without its oldest turns where the request lets them go and the context has no
+        room for them and the answer.
         """
         if request.context_overflow != "slide":
-            return request
+            return self.prompt(request)
+        prompts = dict[int, Prompt]()
+
+        def prompt(messages: Sequence[Message]) -> Prompt:
+            """Made once for each number of messages."""
+            count = len(messages)
+            if count not in prompts:
+                made = self.prompt(replace(request, messages=tuple(messages)))
+                prompts[count] = replace(made, left_out=len(request.messages) - count)
+            return prompts[count]
 
         def fits(messages: Sequence[Message]) -> bool:
             try:
-                prompt = self.prompt(replace(request, messages=tuple(messages)))
+                found = prompt(messages)
             except ContextLengthExceeded:  # of an encoder that reads the texts, too
                 return False
-            return len(prompt.ids) + self._wanted(prompt, request) <= self.config.context_length
+            return len(found.ids) + self._wanted(found, request) <= self.config.context_length
 
-        return replace(request, messages=tuple(slid(request.messages, fits)))
+        return prompt(slid(request.messages, fits))
 
     def prompt(self, request: ChatRequest) -> Prompt:
         """The tokens of a conversation. Raises InvalidInput naming the message at fault."""
@@ -163,35 +174,32 @@ class ChatPipeline(ModelPipeline):
             )
         return max_tokens
 
-    def _answer(
-        self, prompt: Prompt, bounds: Bounds, sampling: Sampling, seed: int | None, answer: Answer,
+    def _draw(
+        self, prompt: Prompt, bounds: Bounds, sampling: Sampling, seed: int | None, answers: Sequence[Answer],
         conversation: Conversation,
     ) -> Pipeline:  # fmt: skip
-        """Choose a token, pass on what it spells, feed it."""
-        rng, tokens = np.random.default_rng(seed), self.begin(prompt)
+        """Choose the tokens of one answer after the other: of answer n with the seed `seed` + n. Several go on in
+        copies of the conversation, which then keeps the prompt alone.
+        """
         logits = yield from self._prefill(prompt, conversation)
-        while True:
-            token = choose(logits, tokens, sampling, rng, bounds)
-            tokens.append(token)
-            if token in bounds.ends:
-                break
-            if text := answer.push(token):
-                yield TextDelta(text)
-            if answer.stopped or len(tokens) == bounds.longest:
-                break
-            logits = yield from decode_token(token, conversation)
-        if text := answer.flush():
-            yield TextDelta(text)
-        yield _finished(prompt, tokens[bounds.prompt :], bounds, answer)
+        for answer in answers:
+            rng = np.random.default_rng(None if seed is None else seed + answer.number)
+            choice = partial(choose, sampling=sampling, rng=rng, bounds=bounds)
+            held = conversation if len(answers) == 1 else conversation.fork()
+            tokens = yield from _continued(self.begin(prompt), logits, choice, bounds, answer, held)
+            yield _finished(prompt, tokens, bounds, answer)
 
-    def _search(self, prompt: Prompt, state: BeamSearch, answer: Answer, conversation: Conversation) -> Pipeline:
-        """Find the likeliest answer of several beams, then spell it."""
+    def _search(
+        self, prompt: Prompt, state: BeamSearch, answers: Sequence[Answer], conversation: Conversation
+    ) -> Pipeline:
+        """Find the likeliest answers of several beams, then spell them."""
         logits = yield from self._prefill(prompt, conversation)
-        best, *_ = yield from search(state, conversation, logits)
-        text = "".join([answer.push(token) for token in best if token not in state.bounds.ends])
-        if text := text + answer.flush():
-            yield TextDelta(text)
-        yield _finished(prompt, best, state.bounds, answer)
+        found = yield from search(state, conversation, logits)
+        for answer, tokens in zip(answers, found, strict=False):  # as many are found as there are beams
+            text = "".join([answer.push(token) for token in tokens if token not in state.bounds.ends])
+            if text := text + answer.flush():
+                yield TextDelta(text, answer.number)
+            yield _finished(prompt, tokens, state.bounds, answer)
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
         """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that
@@ -204,6 +212,26 @@ class ChatPipeline(ModelPipeline):
         return (yield from prefill(embeds, prompt.keys[shared:], conversation, shared, self.config.prefill_chunk))
 
 
+def _continued(
+    tokens: list[int], logits: Scores, choice: Callable[[Scores, Sequence[int]], int], bounds: Bounds, answer: Answer,
+    conversation: Conversation,
+) -> Step[Sequence[int]]:  # fmt: skip
+    """Choose a token, pass on what it spells, feed it. Returns the tokens behind those of the prompt."""
+    while True:
+        token = choice(logits, tokens)
+        tokens.append(token)
+        if token in bounds.ends:
+            break
+        if text := answer.push(token):
+            yield TextDelta(text, answer.number)
+        if answer.stopped or len(tokens) == bounds.longest:
+            break
+        logits = yield from decode_token(token, conversation)
+    if text := answer.flush():
+        yield TextDelta(text, answer.number)
+    return tokens[bounds.prompt :]
+
+
 def _finished(prompt: Prompt, tokens: Sequence[int], bounds: Bounds, answer: Answer) -> Finished:
-    ended = answer.stopped or tokens[-1] in bounds.ends
-    return Finished("stop" if ended else "length", len(prompt.ids), len(tokens), prompt.left_out)
+    reason = "stop" if answer.stopped or tokens[-1] in bounds.ends else "length"
+    return Finished(reason, len(prompt.ids), len(tokens), prompt.left_out, answer.number)

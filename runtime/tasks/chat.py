@@ -23,7 +23,7 @@ class ChatDefaults(Frozen):
 
     `max_length`, where it is not 0, bounds prompt and answer together, and stands for `max_tokens`. `stop` ends answers
     besides the strings of a request; `rules` hold for every answer. With several `beams`, answers are searched; see
-    `Beams` for how.
+    `Beams` for how. `answers` is how many a request gets.
     """
 
     max_tokens: int = Field(default=256, ge=1)
@@ -38,10 +38,20 @@ class ChatDefaults(Frozen):
     length_penalty: float = Field(default=1.0, ge=limits.LENGTH_PENALTY.least, le=limits.LENGTH_PENALTY.most)
     early_stopping: EarlyStopping = False
     renormalize: bool = False
+    answers: int = Field(default=1, ge=1, le=limits.ANSWERS.most)
 
     def longest(self, prompt: int) -> int:
         """The most tokens of an answer to a prompt of so many, where the request does not say."""
         return max(self.max_length - prompt, 1) if self.max_length else self.max_tokens
+
+
+NUMBERS: Final = {
+    "max_tokens": limits.MAX_TOKENS,
+    "seed": limits.SEED,
+    "beams": limits.BEAMS,
+    "answers": limits.ANSWERS,
+}
+"""The limits of a request's numbers that depend on nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +62,10 @@ class ChatRequest(Request):
     `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
     ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
     1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
-    default it is the model's, and 1 where a temperature is given. With `context_overflow` "slide", a conversation that
-    does not fit the context is answered without its oldest turns: system messages, turns with pictures and the last
-    question stay. Raises InvalidInput naming the field.
+    default it is the model's, and 1 where a temperature is given. Several `answers` are the likeliest of at least as
+    many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n. With `context_overflow`
+    "slide", a conversation that does not fit the context is answered without its oldest turns: system messages, turns
+    with pictures and the last question stay. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -68,6 +79,7 @@ class ChatRequest(Request):
     stop: tuple[str, ...] = ()
     beams: int | None = None
     length_penalty: float | None = None
+    answers: int | None = None
     context_overflow: Overflow = "refuse"
 
     def __post_init__(self) -> None:
@@ -85,12 +97,9 @@ class ChatRequest(Request):
             limits.STOP.length("stop", stop)
             if not stop:
                 raise InvalidInput("stop", "holds an empty string, expected one character or more")
-        if self.max_tokens is not None:
-            limits.MAX_TOKENS.number("max_tokens", self.max_tokens)
-        if self.seed is not None:
-            limits.SEED.number("seed", self.seed)
-        if self.beams is not None:
-            limits.BEAMS.number("beams", self.beams)
+        for name, limit in NUMBERS.items():
+            if (value := getattr(self, name)) is not None:
+                limit.number(name, value)
         if self.context_overflow not in OVERFLOWS:
             raise InvalidInput(
                 "context_overflow",
@@ -117,7 +126,7 @@ class ChatRequest(Request):
     def sampling(self, defaults: ChatDefaults) -> Sampling:
         """How to choose tokens: this request's values over the model's."""
         return Sampling(
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            temperature=self._temperature(defaults),
             top_k=defaults.top_k if self.top_k is None else self.top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             repetition_penalty=defaults.repetition_penalty
@@ -128,7 +137,7 @@ class ChatRequest(Request):
 
     def search(self, defaults: ChatDefaults) -> Beams:
         """How many answers to continue side by side, and how to rank them. Raises InvalidInput."""
-        temperature = defaults.temperature if self.temperature is None else self.temperature
+        temperature = self._temperature(defaults)
         usual = 1 if temperature else defaults.beams
         count = usual if self.beams is None else self.beams
         if count > 1 and temperature:
@@ -138,25 +147,43 @@ class ChatRequest(Request):
         penalty = defaults.length_penalty if self.length_penalty is None else self.length_penalty
         return Beams(count, penalty, defaults.early_stopping, defaults.renormalize)
 
+    def count(self, defaults: ChatDefaults) -> int:
+        """How many answers to give. Raises InvalidInput for more than there are beams, unless answers are drawn."""
+        drawn, beams = self._temperature(defaults) > 0, self.search(defaults).count
+        if self.answers is None:
+            return defaults.answers if drawn else min(defaults.answers, beams)
+        if self.answers > beams and not drawn:
+            raise InvalidInput(
+                "answers",
+                f"is {self.answers}, and temperature 0 gives as many answers as beams, here {beams}: send more beams "
+                f"({limits.BEAMS.most} at most), or a temperature",
+            )
+        return self.answers
+
+    def _temperature(self, defaults: ChatDefaults) -> float:
+        return defaults.temperature if self.temperature is None else self.temperature
+
 
 @dataclass(frozen=True)
 class TextDelta(Event):
-    """Newly decoded text: whole characters only."""
+    """Newly decoded text of answer number `answer`: whole characters only."""
 
     output: ClassVar[bool] = True
     text: str
+    answer: int = 0
 
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The answer is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens). `left_out` is how
-    many messages the conversation lost to fit the context.
+    """Answer number `answer` is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens).
+    `left_out` is how many messages the conversation lost to fit the context.
     """
 
     reason: str
     prompt_tokens: int
     completion_tokens: int
     left_out: int = 0
+    answer: int = 0
 
 
 TASK: Final = Task(ChatRequest, verb="chat")

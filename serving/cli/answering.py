@@ -1,4 +1,4 @@
-"""Options of `chat` that say how an answer is made."""
+"""Options of `chat` and `caption` that say how an answer is made."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class Answering:
     ] = None
     length_penalty: Annotated[
         float | None, typer.Option(help="With several beams: the larger, the longer the answers.")
+    ] = None
+    answers: Annotated[
+        int | None,
+        typer.Option(min=0, max=UINT32, help="Number of answers: the likeliest of the beams, or drawn ones."),
     ] = None
     context_overflow: Annotated[
         str | None,

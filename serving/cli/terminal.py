@@ -52,31 +52,29 @@ def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
 
 
 def speak(stream: Stream[Answer], verbose: bool = False) -> str:
-    """Print an answer as it is decoded, without its leading blanks; returns all of it.
-
-    `verbose` adds what each submodel ran on.
+    """Print an answer as it is decoded, without its leading blanks, several with an empty line between; returns the
+    first. `verbose` adds what each submodel ran on.
     """
-    begun = False
+    number, begun = 0, False
     with stream:
         for event in stream:
             if isinstance(event, TextDelta):
-                sys.stdout.write(event.text if begun else event.text.lstrip())
-                sys.stdout.flush()
-                begun = begun or bool(event.text.strip())
+                begun = begun and event.answer == number
+                _write("\n\n" * (event.answer - number) + (event.text if begun else event.text.lstrip()))
+                number, begun = event.answer, begun or bool(event.text.strip())
         answer = stream.result()
-    sys.stdout.write("\n")
-    sys.stdout.flush()
-    cut = ", cut at max tokens" if answer.reason == "length" else ""
+    _write("\n\n" * (len(answer.choices) - 1 - number) + "\n")
     gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
-    _summary(answer.done, f"{answer.completion_tokens} tokens{cut}{gone}", verbose)
+    _summary(answer.done, f"{_length(answer)}{gone}", verbose)
     return answer.text
 
 
 def caption(path: Path, answer: Answer, verbose: bool = False) -> None:
-    """Print the line of a picture: its path, a tab and its caption."""
-    print(f"{path}\t{' '.join(answer.text.split())}", flush=True)
+    """Print a line for each caption of a picture: the picture's path, a tab and the caption."""
+    for one in answer.choices:
+        print(f"{path}\t{' '.join(one.text.split())}", flush=True)
     if verbose:
-        _summary(answer.done, f"{answer.completion_tokens} tokens", verbose)
+        _summary(answer.done, _length(answer), verbose)
 
 
 def vectors(found: Vectors, images: Sequence[str], texts: Sequence[str], verbose: bool = False) -> None:
@@ -142,6 +140,18 @@ def _summary(done: Done, what: str, verbose: bool) -> None:
             _say(f"    {line}")
     for note in done.notes:
         _say(f"note: {note}")
+
+
+def _length(answer: Answer) -> str:
+    """How long an answer is, or several together."""
+    several = f"{len(answer.choices)} answers, " if len(answer.choices) > 1 else ""
+    cut = ", cut at max tokens" if any(one.reason == "length" for one in answer.choices) else ""
+    return f"{several}{sum(one.completion_tokens for one in answer.choices)} tokens{cut}"
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _say(text: str) -> None:

@@ -45,7 +45,8 @@ class ChatServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Chat(self, request, context):
-        """Answer the last message. The stream is: one Queued, a TextDelta as text is decoded, one Done.
+        """Answer the last message. The stream is: one Queued, a TextDelta as text is decoded, one Done. Of several answers,
+        each TextDelta says to which it belongs.
         Cancelling the call, or disconnecting, stops the work after the current token.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

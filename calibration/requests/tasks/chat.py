@@ -72,8 +72,8 @@ class ChatRequests(TaskRequests):
         return question(picture, text)
 
     def result(self, events: Iterable[Event]) -> str:
-        """The whole answer."""
-        return "".join(event.text for event in events if isinstance(event, TextDelta))
+        """The whole answer, of several the first."""
+        return "".join(event.text for event in events if isinstance(event, TextDelta) and not event.answer)
 
 
 TASK: Final = ChatRequests()

@@ -140,6 +140,10 @@ class ChatOptions(TypedDict, total=False):
     """1 to 8. Above 1, the likeliest of that many answers continued side by side, as one text; needs temperature 0."""
     length_penalty: float | None
     """With several beams, the larger the longer the answers, -5 to 5; 1 compares means of tokens."""
+    answers: int | None
+    """1 to 64 answers, all of them in `Answer.choices`: with several beams the likeliest, at most as many as beams;
+    with a temperature drawn one by one, answer n with the seed `seed` + n.
+    """
     context_overflow: str | None
     """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest
     turns. System messages, turns with pictures and the last question stay; `Answer.left_out` counts the rest.

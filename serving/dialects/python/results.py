@@ -53,20 +53,44 @@ class Drawing:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A finished answer.
-
-    `reason` is "stop" (the model ended it, or a stop string) or "length" (`max_tokens` was reached). `prompt_tokens`
-    and `completion_tokens` are counts of tokens; `done` holds the times in seconds and the engines that ran. `left_out`
-    is how many messages the conversation lost to fit the context.
+class Choice:
+    """One of the answers to a request. `reason` is "stop" (the model ended it, or a stop string) or "length"
+    (`max_tokens` was reached); `completion_tokens` is its length.
     """
 
     text: str
     reason: str
-    prompt_tokens: int
     completion_tokens: int
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished answer. `choices` are all of them, as many as the request's `answers`; `text`, `reason` and
+    `completion_tokens` are those of the first.
+
+    `prompt_tokens` is the length of the conversation; `done` holds the times in seconds and the engines that ran.
+    `left_out` is how many messages the conversation lost to fit the context.
+    """
+
+    choices: tuple[Choice, ...]
+    prompt_tokens: int
     done: Done
     left_out: int = 0
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def reason(self) -> str:
+        return self.choices[0].reason
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.choices[0].completion_tokens
 
     def __str__(self) -> str:
         return self.text
@@ -114,12 +138,16 @@ def drawing(events: Sequence[Event]) -> Drawing:
 
 
 def answer(events: Sequence[Event]) -> Answer:
-    """The answer of a stream that has ended. Raises Cancelled if it was closed early."""
+    """The answers of a stream that has ended. Raises Cancelled if it was closed early."""
     done = _done(events)
-    finished = next(event for event in events if isinstance(event, Finished))
-    text = "".join(event.text for event in events if isinstance(event, TextDelta))
-    counts = finished.prompt_tokens, finished.completion_tokens
-    return Answer(text, finished.reason, *counts, done, finished.left_out)
+    finished = [event for event in events if isinstance(event, Finished)]
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+
+    def choice(end: Finished) -> Choice:
+        text = "".join(delta.text for delta in deltas if delta.answer == end.answer)
+        return Choice(text, end.reason, end.completion_tokens)
+
+    return Answer(tuple(map(choice, finished)), finished[0].prompt_tokens, done, finished[0].left_out)
 
 
 def _done(events: Sequence[Event]) -> Done:

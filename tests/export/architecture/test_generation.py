@@ -51,9 +51,11 @@ def test_settings_are_read(tmp_path: Path) -> None:
         eos_token_id=[2, 7, 600],
         stop_strings="###", min_p=0.1, bad_words_ids=[[4], [5, 6]], sequence_bias=[[[8], 1.5]], forced_eos_token_id=2,
         suppress_tokens=[9], exponential_decay_length_penalty=[3, 1.2], no_repeat_ngram_size=3, min_new_tokens=2,
+        num_return_sequences=3,
     )  # fmt: skip
     defaults = found.defaults
     assert (defaults.temperature, defaults.top_k, defaults.top_p, defaults.repetition_penalty) == (0.7, 0, 0.9, 1.1)
+    assert defaults.answers == 3 and read(tmp_path, num_beams=4, num_return_sequences=2).defaults.answers == 2
     assert defaults.max_tokens == 33 and defaults.stop == ("###",) and found.ends == (2, 7)
     assert defaults.rules == Rules(
         min_p=0.1, bad_words_ids=((4,), (5, 6)), sequence_bias=(((8,), 1.5),), forced_eos_token_id=(2,),
@@ -88,15 +90,13 @@ def test_no_end_token_is_reported(tmp_path: Path) -> None:
     ("name", "value", "words"),
     [
         ("num_beam_groups", 2, "num_beam_groups 2: beams are searched as one group"),
-        ("num_return_sequences", 3, "one answer"),
         ("max_time", 2.5, "deadline"),
         ("cache_implementation", "quantized", "as the engine keeps them"),
         ("my_own_setting", 1, "my_own_setting, which is no setting"),
     ],
 )
 def test_what_is_not_followed_is_reported(tmp_path: Path, name: str, value: object, words: str) -> None:
-    settings = {name: value} | ({"do_sample": True} if name == "num_return_sequences" else {})
-    (note,) = read(tmp_path, **settings).notes
+    (note,) = read(tmp_path, **{name: value}).notes
     assert words in note and note.startswith(FILE)
 
 

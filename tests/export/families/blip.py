@@ -113,6 +113,12 @@ def library(source: Path) -> tuple[Any, Any]:
 
 def library_answer(source: Path, text: str, **settings: Any) -> tuple[list[int], list[int]]:
     """The prompt and the tokens of transformers' own generate."""
+    prompt, answers = library_answers(source, text, **settings)
+    return prompt, answers[0]
+
+
+def library_answers(source: Path, text: str, **settings: Any) -> tuple[list[int], list[list[int]]]:
+    """The prompt and the tokens of all answers, padded to one length."""
     model, processor = library(source)
     given = processor(images=Image.fromarray(PICTURE), text=text, return_tensors="pt")
     model.config.image_token_index = processor.tokenizer.convert_tokens_to_ids("<image>")
@@ -120,7 +126,7 @@ def library_answer(source: Path, text: str, **settings: Any) -> tuple[list[int],
         found = model.generate(**given, do_sample=False, **settings)
     prompt = given["input_ids"][0].tolist()
     start = 1 if model.config.text_config.is_encoder_decoder else len(prompt)
-    return prompt, found[0, start:].tolist()
+    return prompt, found[:, start:].tolist()
 
 
 def ask(text: str, **settings: Any) -> ChatRequest:

@@ -22,7 +22,7 @@ from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import load_model
 from runtime.tasks.chat import ChatRequest
-from tests.export.families.blip import QUERIES, ask, library, library_answer, opened, save
+from tests.export.families.blip import QUERIES, ask, library, library_answer, library_answers, opened, save
 from tests.export.families.conftest import PICTURE, answer
 
 TARGETS = ("onnxruntime", "openvino")
@@ -51,6 +51,19 @@ def test_answers_are_the_library_s(model: tuple[Path, Path], target: str, monkey
                 request = ask(text, max_tokens=64, beams=beams)
                 assert loaded.pipeline.prompt(request).ids == prompt
                 assert answer(loaded, request, monkeypatch) == wanted and len(set(wanted)) > 3, (text, beams)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_several_answers_are_the_library_s(model: tuple[Path, Path], target: str) -> None:
+    settings = {"max_new_tokens": 24, "num_beams": 4, "num_return_sequences": 3}
+    wanted = library_answers(model[0], QUESTION, **settings)[1]
+    decode = library(model[0])[1].tokenizer.decode
+    with enginecast.load(model[1], target=target) as loaded:
+        found = loaded.chat(QUESTION, [PICTURE], max_tokens=24, beams=4, answers=3)
+        drawn = loaded.chat(QUESTION, [PICTURE], max_tokens=24, temperature=2.0, seed=1, answers=2)
+        assert loaded.chat(QUESTION, [PICTURE], max_tokens=24, temperature=2.0, seed=2).choices == drawn.choices[1:]
+    assert [one.text for one in found.choices] == [decode(tokens, skip_special_tokens=True) for tokens in wanted]
+    assert found.text == found.choices[0].text and len({one.text for one in found.choices}) == 3
 
 
 def test_a_caption_is_the_answer_to_a_picture_alone(model: tuple[Path, Path]) -> None:

@@ -108,7 +108,7 @@ def test_turns_that_the_encoder_cannot_read_are_left_out_where_they_may(
     with pytest.raises(ContextLengthExceeded, match="for the encoder of pictures"):
         pipeline(ChatRequest(turns, max_tokens=4))
     fitted = pipeline.fitted(ChatRequest(turns, max_tokens=4, context_overflow="slide"))
-    assert fitted.messages == turns[2:]
+    assert fitted.left_out == 2 and fitted.ids == pipeline.prompt(ChatRequest(turns[2:])).ids
 
 
 @pytest.mark.parametrize(

@@ -227,6 +227,15 @@ CONVERSATIONS = {
 
 def expected(model: Any, processor: LlavaProcessor, request: ChatRequest, **options: Any) -> tuple[str, list[int], int]:
     """What transformers answers: text, tokens and the number of prompt tokens."""
+    tokens, length = transformers_tokens(model, processor, request, **options)
+    answer = tokens[0].tolist()
+    return processor.tokenizer.decode(answer, skip_special_tokens=True), answer, length
+
+
+def transformers_tokens(
+    model: Any, processor: LlavaProcessor, request: ChatRequest, **options: Any
+) -> tuple[torch.Tensor, int]:
+    """The tokens [answers, length] of transformers' generate, and the number of prompt tokens."""
     messages: list[Any] = [
         {
             "role": m.role,
@@ -243,8 +252,7 @@ def expected(model: Any, processor: LlavaProcessor, request: ChatRequest, **opti
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values") if name in inputs}
     tokens = model.generate(**inputs, do_sample=False, max_new_tokens=request.max_tokens, **options)
     length = inputs["input_ids"].shape[1]
-    answer = tokens[0, length:].tolist()
-    return processor.tokenizer.decode(answer, skip_special_tokens=True), answer, length
+    return tokens[:, length:], length
 
 
 def answer(events: Iterator[Event]) -> tuple[str, Finished]:
@@ -295,6 +303,50 @@ def test_answers_of_several_beams_equal_transformers(
     events = list(drive(chat(request), engines))
     assert answer(iter(events)) == (text, Finished("stop" if tokens[-1] == EOS else "length", length, len(tokens)))
     assert len(events) == 2 and tokens != greedy
+
+
+@pytest.mark.parametrize("name", ["text", "turns"])
+def test_several_answers_are_the_best_beams_of_transformers(
+    chat: ChatPipeline, engines: dict[str, FakeEngine], model: Any, processor: LlavaProcessor, name: str
+) -> None:
+    request = ChatRequest(CONVERSATIONS[name], max_tokens=12, beams=4, answers=3)
+    wanted = transformers_tokens(model, processor, request, num_beams=4, num_return_sequences=3)[0].tolist()
+    events = list(drive(chat(request), engines))
+    deltas = [event for event in events if isinstance(event, TextDelta)]
+    assert [(one.answer, one.text) for one in deltas] == [
+        (number, processor.tokenizer.decode(tokens, skip_special_tokens=True)) for number, tokens in enumerate(wanted)
+    ]
+    ends = [event for event in events if isinstance(event, Finished)]
+    counts = [tokens.index(EOS) + 1 if EOS in tokens else len(tokens) for tokens in wanted]
+    assert [(one.answer, one.completion_tokens) for one in ends] == list(enumerate(counts)) and len(ends) == 3
+    assert [one.reason for one in ends] == ["stop" if EOS in tokens else "length" for tokens in wanted]
+
+
+def test_several_answers_are_drawn_one_by_one(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
+    """The n-th is that of a request for one with the seed + n; the prompt is read once, and the conversation keeps it
+    alone.
+    """
+    one = ChatRequest(CONVERSATIONS["picture"], max_tokens=9, temperature=1.5, seed=3)
+    conversation = Conversation()
+    events = list(drive(chat(replace(one, answers=3), conversation), engines))
+    assert sum(call["inputs_embeds"].shape[1] > 1 for call in engines["decoder"].calls) == 1
+    ends = [event for event in events if isinstance(event, Finished)]
+    assert len(conversation.held) == ends[0].prompt_tokens and [end.answer for end in ends] == [0, 1, 2]
+    for number, end in enumerate(ends):
+        text, finished = answer(drive(chat(replace(one, seed=3 + number)), engines))
+        said = [event.text for event in events if isinstance(event, TextDelta) and event.answer == number]
+        assert ("".join(said), end) == (text, replace(finished, answer=number))
+    assert answer(drive(chat(one, conversation), engines)) == answer(drive(chat(one), engines))
+
+
+def test_the_model_s_number_of_answers_yields_to_what_a_request_says(chat: ChatPipeline) -> None:
+    defaults = ChatDefaults(temperature=0.7, answers=4)
+    request = ChatRequest(CONVERSATIONS["text"])
+    assert request.count(defaults) == 4 and replace(request, answers=2).count(defaults) == 2
+    assert replace(request, temperature=0.0).count(defaults) == 1
+    assert replace(request, temperature=0.0, beams=3).count(defaults) == 3
+    with pytest.raises(InvalidInput, match="answers: is 5, and temperature 0 gives as many answers as beams, here 3"):
+        replace(request, temperature=0.0, beams=3, answers=5).count(defaults)
 
 
 def test_a_conversation_goes_on_behind_an_answer_of_several_beams(
@@ -443,6 +495,10 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"beams": 0}, "beams"),
         ({"beams": 1000}, "beams"),
         ({"beams": 2, "temperature": 0.5}, "beams"),
+        ({"answers": 0}, "answers"),
+        ({"answers": 65, "temperature": 1.0}, "answers"),
+        ({"answers": 2}, "answers"),
+        ({"answers": 5, "beams": 4}, "answers"),
         ({"length_penalty": float("nan")}, "length_penalty"),
         ({"context_overflow": "crop"}, "context_overflow"),
     ],

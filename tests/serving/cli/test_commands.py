@@ -239,8 +239,18 @@ class TestChat:
         assert seen == [[False]] * 6 + [[False, True]]
         refused = run("caption", paths[0], "/nowhere.png", *where)
         assert refused.code == 3 and "picture /nowhere.png cannot be read" in refused.err and not refused.out
-        refused = run("caption", paths[0], *where, "--beams", "1000")
-        assert refused.code == 2 and "beams: is 1000, expected 1 to 8" in refused.err and not refused.out
+        for command in (("caption", paths[0]), ("chat", "--prompt", "what?")):
+            for beams in ("0", "1000"):
+                refused = run(*command, *where, "--beams", beams)
+                assert refused.code == 2 and f"beams: is {beams}, expected 1 to 8" in refused.err and not refused.out
+
+    def test_several_answers(self, run: Any, warm: FakeServer, tmp_path: Path) -> None:
+        Image.new("RGB", (8, 8)).save(tmp_path / "p.png")
+        where = "--address", warm.address, "--model", "talk", "--answers", "2", "--temperature", "1"
+        ended = run("caption", str(tmp_path / "p.png"), *where)
+        assert ended.out == f"{tmp_path}/p.png\ta red círcle\n" * 2
+        ended = run("chat", "--prompt", "what?", *where)
+        assert ended.out == "a red círcle\n\na red círcle\n" and "2 answers, 6 tokens" in ended.err
 
     def test_conversation(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
         seen = []

@@ -43,6 +43,7 @@ OPTIONS: Final = (
     "seed",
     "beams",
     "length_penalty",
+    "answers",
 )
 
 
@@ -84,30 +85,36 @@ class ChatStream:
     """Converts the events of one chat request to responses."""
 
     def __init__(self) -> None:
-        self._finished = Finished("stop", 0, 0)
+        self._finished: list[Finished] = []
 
     def response(self, event: Event) -> chat_pb2.ChatResponse | None:
         """The response for an event, None if it has none."""
         match event:
             case Queued():
                 return chat_pb2.ChatResponse(queued=queued(event))
-            case TextDelta(delta):
-                return chat_pb2.ChatResponse(delta=chat_pb2.TextDelta(text=delta))
+            case TextDelta(delta, answer):
+                return chat_pb2.ChatResponse(delta=chat_pb2.TextDelta(text=delta, answer=answer))
             case Finished():
-                self._finished = event
+                self._finished.append(event)
             case Done():
                 return chat_pb2.ChatResponse(done=self._done(event))
         return None
 
     def _done(self, event: Done) -> chat_pb2.ChatDone:
+        first = self._finished[0]
+        ends = [
+            chat_pb2.AnswerEnd(reason=REASONS[one.reason], completion_tokens=one.completion_tokens)
+            for one in self._finished
+        ]
         return chat_pb2.ChatDone(
-            reason=REASONS[self._finished.reason],
-            prompt_tokens=self._finished.prompt_tokens,
-            completion_tokens=self._finished.completion_tokens,
+            reason=REASONS[first.reason],
+            prompt_tokens=first.prompt_tokens,
+            completion_tokens=first.completion_tokens,
             timings=timings(event),
             engines=engines(event),
             notes=event.notes,
-            left_out_messages=self._finished.left_out,
+            left_out_messages=first.left_out,
+            answers=ends,
         )
 
 
@@ -135,12 +142,17 @@ def chat_events(responses: Iterator[chat_pb2.ChatResponse]) -> Generator[Event, 
             case "queued":
                 yield Queued(response.queued.position)
             case "delta":
-                yield TextDelta(response.delta.text)
+                yield TextDelta(response.delta.text, response.delta.answer)
             case "done":
-                done = response.done
-                reason = REASON_NAMES[done.reason]
-                yield Finished(reason, done.prompt_tokens, done.completion_tokens, done.left_out_messages)
-                yield done_event(done)
+                yield from _finished(response.done)
+                yield done_event(response.done)
+
+
+def _finished(done: chat_pb2.ChatDone) -> Iterator[Finished]:
+    """The end of each answer."""
+    for number, one in enumerate(done.answers):
+        reason = REASON_NAMES[one.reason]
+        yield Finished(reason, done.prompt_tokens, one.completion_tokens, done.left_out_messages, number)
 
 
 TASK: Final = GrpcTask(

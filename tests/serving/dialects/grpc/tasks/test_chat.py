@@ -8,7 +8,7 @@ import pytest
 
 from runtime.errors import InvalidInput
 from runtime.language.text import Message
-from runtime.tasks.chat import ChatRequest, Finished
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from serving.dialects.grpc.tasks.chat import ChatStream, chat_events, chat_message, chat_request
 from serving.enginecast_pb import chat_pb2
 from serving.host.job import Done
@@ -21,7 +21,7 @@ QUESTION = (Message("user", ("what is it?",)),)
     [
         {},
         {"context_overflow": "slide"},
-        {"beams": 3, "length_penalty": -0.5, "temperature": 0.0},
+        {"beams": 3, "length_penalty": -0.5, "temperature": 0.0, "answers": 2},
         {"max_tokens": 5, "top_k": 4, "top_p": 0.5, "repetition_penalty": 1.25, "seed": 7, "stop": ("a", "b")},
     ],
 )
@@ -45,3 +45,15 @@ def test_how_many_messages_were_left_out_arrives() -> None:
     done = stream.response(Done(0.0, 1.0, 0.5, ()))
     assert done is not None
     assert next(chat_events(iter([done]))) == finished
+
+
+def test_answers_arrive_one_by_one() -> None:
+    sent = [
+        TextDelta("a"), Finished("length", 9, 3), TextDelta("b", 1), TextDelta("c", 1), Finished("stop", 9, 4, answer=1)
+    ]  # fmt: skip
+    stream, done = ChatStream(), Done(0.0, 1.0, 0.5, ())
+    responses = [response for event in (*sent, done) if (response := stream.response(event)) is not None]
+    found = list(chat_events(iter(responses)))
+    assert found[:3] == [event for event in sent if isinstance(event, TextDelta)]
+    assert found[3:5] == [event for event in sent if isinstance(event, Finished)]
+    assert (responses[-1].done.reason, responses[-1].done.completion_tokens) == (chat_pb2.FINISH_REASON_LENGTH, 3)
