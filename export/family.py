@@ -5,7 +5,7 @@ other registry.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import export.families
 from export.checkpoint.component import open_file
-from export.checkpoint.source import Checkpoint, Source, open_component
+from export.checkpoint.source import Checkpoint, Source, TensorRef, open_component
 from runtime.bundle.signature import Signature
 from runtime.errors import InvalidInput, UnsupportedModel, did_you_mean
 from runtime.listing import modules
@@ -28,13 +28,15 @@ class Component:
     """A library model as a checkpoint stores it: built without weights from its config.
 
     `folder` is relative to the source; `root` says where the files lie that are no part of the source, such as those of
-    an adapter, and `folder` only names them then. `tensors` are those that the pipeline reads itself, of whatever part:
+    an adapter, and `folder` only names them then. `named` gives the tensors of such a file the library's names, where
+    its own are others. `tensors` are those that the pipeline reads itself, of whatever part:
     names in the library's model by those that `runtime.bundle.tensors.read_tensor` finds them under.
     """
 
     folder: str
     model: nn.Module
     root: Path | None = None
+    named: Callable[[Mapping[str, TensorRef]], Mapping[str, TensorRef]] | None = None
     tensors: Mapping[str, str] = field(default_factory=dict)
 
     def place(self, source: Source) -> Path:
@@ -45,7 +47,8 @@ class Component:
         """Its published weights. Raises what `open_component` raises."""
         if self.root is None:
             return source.open(self.folder)
-        return open_file(self.root) if self.root.is_file() else open_component(self.root)
+        found = open_file(self.root) if self.root.is_file() else open_component(self.root)
+        return found if self.named is None else replace(found, tensors=self.named(found.tensors))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
-from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,8 +16,9 @@ Picture = tuple[Tensor, Tensor]
 
 
 class Projections(MultiIPAdapterImageProjection):
-    """The library's projections of pictures. Pairs of features [batch, 1, width] and scale [batch, 1, 1] become pairs
-    of tokens [batch, tokens, hidden], plain for keys and scaled for values: the value of a token is linear in it.
+    """The library's projections of pictures. Pairs of features [batch, positions, width], of plain adapters [batch, 1,
+    width], and scale [batch, 1, 1] become pairs of tokens [batch, tokens, hidden], plain for keys and scaled for
+    values: the value of a token is linear in it.
     """
 
     def forward(self, image_embeds: Any) -> Any:
@@ -25,7 +26,7 @@ class Projections(MultiIPAdapterImageProjection):
             return super().forward(image_embeds)
         found = []
         for (embeds, scale), projection in zip(image_embeds, self.image_projection_layers, strict=True):
-            tokens = projection(embeds[:, 0])
+            tokens = projection(embeds[:, 0] if isinstance(projection, ImageProjection) else embeds)
             found.append((tokens, scale * tokens))
         return found
 

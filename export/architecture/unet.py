@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from diffusers import UNet2DConditionModel
+from diffusers.models.embeddings import ImageProjection
 from torch import Tensor, nn
 
 from export.architecture.pictures import Factor, adapted
@@ -37,7 +38,11 @@ def library(model: UNet2DConditionModel, *names: str) -> Reference:
     def denoise(sample: Tensor, timestep: Tensor, states: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
         named = arguments(dict(zip(names, more, strict=True)))
         if pictures := named.get("added_cond_kwargs", {}).get(EMBEDS):
-            named["added_cond_kwargs"][EMBEDS] = [embeds for embeds, _ in pictures]
+            projections = model.encoder_hid_proj.image_projection_layers
+            pooled = [isinstance(one, ImageProjection) for one in projections]
+            named["added_cond_kwargs"][EMBEDS] = [
+                embeds if flat else embeds[:, None] for flat, (embeds, _) in zip(pooled, pictures, strict=True)
+            ]
             for processor in adapted(model):
                 processor.scale = [Factor(scale) for _, scale in pictures]
         return (model(sample, timestep, states, **named).sample,)
@@ -47,7 +52,7 @@ def library(model: UNet2DConditionModel, *names: str) -> Reference:
 
 def arguments(inputs: Mapping[str, Tensor]) -> dict[str, Any]:
     """The library's arguments for these inputs: some of them it takes in lists and mappings. Pictures of image adapters
-    are pairs of features [batch, 1, width] and scale [batch, 1, 1] (`export.architecture.ip_adapter`).
+    are pairs of features [batch, positions, width] and scale [batch, 1, 1] (`export.architecture.ip_adapter`).
     """
     named: dict[str, Any] = {}
     added: dict[str, Any] = {name: inputs[name] for name in ADDED if name in inputs}

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal
 
 import numpy as np
+from pydantic import model_validator
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
@@ -20,6 +21,8 @@ from runtime.vision.preprocessing import ImagePreprocessor
 ENCODER: Final = "image_encoder"
 PIXELS: Final = "pixel_values"
 EMBEDS: Final = "image_embeds"
+HIDDEN: Final = "hidden_states"
+"""What the encoder gives: one vector for a picture, or the last layer's input at every position."""
 SCALES: Final = "image_scales"
 
 
@@ -28,14 +31,31 @@ def embeds_name(index: int) -> str:
     return f"{EMBEDS}_{index}"
 
 
+class Features(Frozen):
+    """What an adapter reads of a picture: an output of the encoder, float32 [positions, width]."""
+
+    output: Literal["image_embeds", "hidden_states"]
+    positions: int
+    width: int
+
+
 class Styles(Frozen):
-    """The image adapters of a bundle by name; the edge of the pictures that their encoder takes, in pixels, and the
-    width of the features that it gives.
+    """The image adapters of a bundle by name, what each reads, and the edge of the pictures that their encoder takes,
+    in pixels. Bundles of before have plain adapters alone, and state the `width` that they read.
     """
 
     names: tuple[str, ...]
     edge: int
-    width: int
+    features: tuple[Features, ...]
+    width: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_before(cls, data: Any) -> Any:
+        match data:
+            case {"width": int(width), "names": [*names]} if not data.get("features"):
+                return {**data, "features": [{"output": EMBEDS, "positions": 1, "width": width}] * len(names)}
+        return data
 
     def check(self, styles: Sequence[Style]) -> None:
         """Raises InvalidInput naming `styles` for a name that the bundle does not have, or that is given twice."""
@@ -58,19 +78,22 @@ class Styling:
 
     def encode(self, rows: int) -> Part[Arrays]:
         """The denoiser's inputs for batches of `rows`, of which the prompt's is the last: the features of each
-        adapter's picture, float32 [rows, 1, width], zeros for the negative prompt and without a picture, and the
-        scales, float32 [rows, adapters].
+        adapter's picture, float32 [rows, positions, width], and the scales, float32 [rows, adapters].
+
+        Without a picture they are zeros. So is the negative prompt's vector of a picture; its hidden states are those
+        of a picture of zeros, as in diffusers.
         """
         if self.settings is None:
             return {}
         chosen = {style.name: style for style in self.styles}
         found: Arrays = {}
-        for index, name in enumerate(self.settings.names):
-            embeds = np.zeros((rows, 1, self.settings.width), np.float32)
+        for index, (name, features) in enumerate(zip(self.settings.names, self.settings.features, strict=True)):
+            embeds = np.zeros((rows, features.positions, features.width), np.float32)
             if name in chosen:
                 pixels = self.settings.preprocessor([chosen[name].image], "styles")
-                outputs = yield from run(ENCODER, **{PIXELS: pixels})
-                embeds[-1, 0] = outputs[EMBEDS][0]
+                embeds[-1] = (yield from run(ENCODER, **{PIXELS: pixels}))[features.output][0]
+                if rows > 1 and features.output == HIDDEN:
+                    embeds[0] = (yield from run(ENCODER, **{PIXELS: np.zeros_like(pixels)}))[HIDDEN][0]
             found[embeds_name(index)] = embeds
         scales = [chosen[name].scale if name in chosen else 0.0 for name in self.settings.names]
         return {**found, SCALES: np.tile(np.array(scales, np.float32), (rows, 1))}

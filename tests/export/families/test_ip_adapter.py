@@ -5,6 +5,7 @@ pipelines with `load_ip_adapter`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from calibration.observe.metrics import PEAK, psnr_db
+from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.checkpoint.additions import Addition
@@ -23,16 +25,15 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.diffusion.latents import random_stream
 from runtime.errors import InvalidInput, NotFound, UnsupportedModel
-from runtime.placing.loading import LoadedModel, open_pipeline
+from runtime.placing.loading import LoadedModel, load_model, open_pipeline
 from runtime.tasks.image import ImageRequest, Style
-from tests.export.families.conftest import drawn
+from tests.export.families.conftest import TARGETS, drawn
+from tests.fakes.library import LibraryModel
 
-pytestmark = [
-    pytest.mark.full,  # three bundles
-    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # torch tensors inside diffusers
-]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch tensors inside diffusers
 NAMES = ("content", "style")
-WIDTH = 12
+WIDTH, HIDDEN = 12, 16
+"""Of the encoder: its vector of a picture, and its hidden states."""
 PICTURES = [np.random.default_rng(i).integers(0, 255, (40, 56, 3), dtype=np.uint8) for i in range(2)]
 REQUEST = ImageRequest("a large red circle", "blue", 24, 16, steps=4, guidance_scale=4.0, seed=3)
 BOTH = (Style("style", PICTURES[1], 0.7), Style("content", PICTURES[0], 0.4))
@@ -43,25 +44,53 @@ REQUESTS = {
 }
 
 
-def adapters(source: Path, folder: Path) -> tuple[Addition, ...]:
-    """Two adapters for a checkpoint and their encoder, of random float16 weights, large enough to be seen."""
+def plain(context: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a plain projection to tokens of this width."""
+    return {"proj.weight": (4 * context, WIDTH), "proj.bias": (4 * context,), "norm.weight": (context,),
+        "norm.bias": (context,)}  # fmt: skip
+
+
+def full_face(context: int) -> dict[str, tuple[int, ...]]:
+    return {"proj.0.weight": (HIDDEN, HIDDEN), "proj.0.bias": (HIDDEN,), "proj.2.weight": (context, HIDDEN),
+        "proj.2.bias": (context,), "proj.3.weight": (context,), "proj.3.bias": (context,)}  # fmt: skip
+
+
+def plus(context: int, inner: int = 128) -> dict[str, tuple[int, ...]]:
+    """Of a resampler with four layers of two heads, which makes three tokens."""
+    found: dict[str, tuple[int, ...]] = {
+        "latents": (1, 3, inner), "proj_in.weight": (inner, HIDDEN), "proj_in.bias": (inner,),
+        "proj_out.weight": (context, inner), "proj_out.bias": (context,), "norm_out.weight": (context,),
+        "norm_out.bias": (context,),
+    }  # fmt: skip
+    for layer in (f"layers.{i}" for i in range(4)):
+        found |= {
+            f"{layer}.{norm}.{one}": (inner,) for norm in ("0.norm1", "0.norm2", "1.0") for one in ("weight", "bias")
+        }
+        found |= {f"{layer}.0.to_q.weight": (inner, inner), f"{layer}.0.to_kv.weight": (2 * inner, inner),
+            f"{layer}.0.to_out.weight": (inner, inner), f"{layer}.1.1.weight": (4 * inner, inner),
+            f"{layer}.1.3.weight": (inner, 4 * inner)}  # fmt: skip
+    return found
+
+
+Kind = Callable[[int], dict[str, tuple[int, ...]]]
+
+
+def adapters(source: Path, folder: Path, *kinds: Kind) -> tuple[Addition, ...]:
+    """Two adapters for a checkpoint, plain or of these kinds, and their encoder, of random float16 weights, large
+    enough to be seen.
+    """
     from diffusers import UNet2DConditionModel
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
-    layers = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    layers = {"hidden_size": HIDDEN, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = CLIPVisionConfig(**layers, image_size=32, patch_size=8, projection_dim=WIDTH)
     CLIPVisionModelWithProjection(config).half().save_pretrained(folder / "image_encoder")
     unet: Any = UNet2DConditionModel.from_pretrained(source, subfolder="unet")
     context = unet.config.cross_attention_dim
     names = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
-    for name in NAMES:
-        tensors = {
-            "image_proj.proj.weight": torch.randn(4 * context, WIDTH),
-            "image_proj.proj.bias": torch.randn(4 * context),
-            "image_proj.norm.weight": torch.ones(context),
-            "image_proj.norm.bias": torch.zeros(context),
-        }
+    for name, kind in zip(NAMES, kinds or (plain, plain), strict=True):
+        tensors = {f"image_proj.{own}": torch.randn(shape) for own, shape in kind(context).items()}
         for number, layer in enumerate(names):
             for which in ("to_k_ip", "to_v_ip"):
                 shape = unet.get_submodule(layer).to_k.out_features, context
@@ -76,9 +105,15 @@ def additions(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[A
 
 
 @pytest.fixture(scope="module")
-def theirs(kind: str, source: Path, additions: tuple[Addition, ...]) -> Callable[[ImageRequest], Array]:
+def theirs(source: Path, additions: tuple[Addition, ...]) -> Callable[[ImageRequest], Array]:
+    return of_diffusers(source, additions)
+
+
+def of_diffusers(source: Path, additions: tuple[Addition, ...]) -> Callable[[ImageRequest], Array]:
     """What diffusers' pipeline draws from the same noise."""
     import diffusers
+
+    kind = "tiny_xl" if (source / "text_encoder_2").is_dir() else "tiny_diffusion"
 
     more = {"add_watermarker": False} if kind == "tiny_xl" else {"safety_checker": None}
     name = "StableDiffusionXLPipeline" if kind == "tiny_xl" else "StableDiffusionPipeline"
@@ -111,6 +146,7 @@ def theirs(kind: str, source: Path, additions: tuple[Addition, ...]) -> Callable
     return draw
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", REQUESTS)
 def test_the_same_picture_as_diffusers(theirs: Callable[[ImageRequest], Array], ours: LoadedModel, case: str) -> None:
     wanted, got = theirs(REQUESTS[case]), drawn(ours, REQUESTS[case])
@@ -119,6 +155,35 @@ def test_the_same_picture_as_diffusers(theirs: Callable[[ImageRequest], Array], 
     assert psnr_db(wanted, drawn(ours, replace(REQUESTS[case], styles=())), PEAK) < 35, "the pictures are seen"
 
 
+@pytest.mark.parametrize(
+    "kinds",
+    [(plus, full_face), pytest.param((plain, plus), marks=pytest.mark.full)],
+    ids=lambda kinds: " and ".join(kind.__name__ for kind in kinds),
+)
+def test_adapters_of_other_kinds(tiny_diffusion: Path, tmp_path: Path, kinds: tuple[Kind, ...]) -> None:
+    """The library's own networks, our pipeline."""
+    additions = adapters(tiny_diffusion, tmp_path, *kinds)
+    theirs, model = of_diffusers(tiny_diffusion, additions), LibraryModel.of(tiny_diffusion, tmp_path, *additions)
+    for request in (REQUESTS["content and style"], REQUESTS["no guidance"]):
+        wanted = theirs(request)
+        assert psnr_db(wanted, model.draw(request), PEAK) > 40 and wanted.std() > 20
+        for style in BOTH:
+            without = replace(request, styles=tuple(one for one in BOTH if one is not style))
+            assert psnr_db(wanted, model.draw(without), PEAK) < 35, f"{style.name} is seen"
+
+
+@pytest.mark.full
+def test_a_bundle_with_adapters_of_several_kinds(tiny_xl: Path, tmp_path: Path) -> None:
+    additions = adapters(tiny_xl, tmp_path, plain, plus)
+    request = REQUESTS["content and style"]
+    wanted = of_diffusers(tiny_xl, additions)(request)
+    build(Options(str(tiny_xl), tmp_path / "bundle", TARGETS, agreement="none", additions=additions))
+    for target in TARGETS:
+        with closing(load_model(tmp_path / "bundle", target)) as model:
+            assert psnr_db(wanted, drawn(model, request), PEAK) > 40 and wanted.std() > 20
+
+
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("styles", "message"),
     [
@@ -131,6 +196,7 @@ def test_styles_that_do_not_fit_the_bundle(bundle: Path, styles: tuple[Style, ..
         open_pipeline(Bundle(bundle))(replace(REQUEST, styles=styles))
 
 
+@pytest.mark.full
 def test_a_picture_for_a_bundle_without_adapters(xl_bundle: Path) -> None:
     with pytest.raises(InvalidInput, match=r"styles: .* this bundle has none: build it with --ip-adapter"):
         open_pipeline(Bundle(xl_bundle))(replace(REQUEST, styles=BOTH))
@@ -152,8 +218,20 @@ def without_a_layer(tensors: Tensors) -> Tensors:
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("ip_adapter.3.")}
 
 
-def plus(tensors: Tensors) -> Tensors:
+def face_id(tensors: Tensors) -> Tensors:
+    return {f"image_proj.{name}": torch.zeros(4) for name in ("proj.0.weight", "proj.2.weight", "norm.weight")}
+
+
+def unknown(tensors: Tensors) -> Tensors:
+    return {"image_proj.query": torch.zeros(4)}
+
+
+def half_a_resampler(tensors: Tensors) -> Tensors:
     return {"image_proj.latents": torch.zeros(1, 16, 8)}
+
+
+def of_another_width(tensors: Tensors) -> Tensors:
+    return tensors | {"image_proj.proj.weight": torch.zeros(4, 16, 2)}
 
 
 def of_another_encoder(tensors: Tensors) -> Tensors:
@@ -165,7 +243,10 @@ def of_another_encoder(tensors: Tensors) -> Tensors:
     [
         (narrow, "makes tokens of width 24, the UNet has cross_attention_dim 16: this adapter was made for another"),
         (without_a_layer, "ip_adapter.3.to_k_ip.weight is None, expected .*: this adapter was made for another"),
-        (plus, "has no image_proj.proj.weight: expected a plain IP-Adapter"),
+        (face_id, "of the kind FaceID, which reads the features of a face recognizer, expected an IP-Adapter of"),
+        (unknown, "has none of image_proj.proj.weight, .*: expected an IP-Adapter of the kind plain, plus"),
+        (half_a_resampler, "has image_proj.latents, but no whole projection beside it"),
+        (of_another_width, "has image_proj.proj.weight, but no whole projection"),
         (of_another_encoder, "reads features of width 20, image_encoder beside it gives 12"),
     ],
 )
