@@ -259,6 +259,14 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_siglip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SigLIP of three layers, random weights."""
+    from tests.export.families.embedding import save_siglip
+
+    return save_siglip(tmp_path_factory.mktemp("sources") / "tiny-siglip")
+
+
+@pytest.fixture(scope="session")
 def tiny_blip2_retrieval(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BLIP-2 that embeds and matches, float16."""
     from tests.export.families.embedding import save_retrieval

@@ -24,6 +24,8 @@ from runtime.errors import SourceError
 FILE: Final = "tokenizer.json"
 VOCABULARIES: Final = (FILE, "tokenizer.model", "vocab.json", "vocab.txt")
 """One of them holds the words; without any, the library makes a tokenizer of three."""
+SAMPLES: Final = ("a photo of 2 cats", "A  Red Fox, in the snow!", "it's (not) a dog-house.", "x", "")
+"""Texts that a tokenizer.json must read as the class of its model does, where the two cannot be compared themselves."""
 FILES: Final = (
     *VOCABULARIES,
     "merges.txt",
@@ -56,8 +58,11 @@ def _made(root: Path, placeholder: str, key: str) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(root, local_files_only=True, trust_remote_code=False)
         if placeholder:
             tokenizer.add_tokens([AddedToken(placeholder, normalized=False, special=True)], special_tokens=True)
-        made = tokenizer.backend_tokenizer.to_str()
         published = Tokenizer.from_file(str(root / FILE)).to_str() if (root / FILE).is_file() else "{}"
+        slow = not hasattr(tokenizer, "backend_tokenizer")
+        made = _like(root / FILE, tokenizer) if slow else tokenizer.backend_tokenizer.to_str()
+    except SourceError:
+        raise
     except Exception as error:  # the libraries raise exceptions of every kind
         reason = " ".join(str(error).split())[:300]
         raise SourceError(
@@ -68,6 +73,24 @@ def _made(root: Path, placeholder: str, key: str) -> Path:
     if _meaning(made) == _meaning(published):
         return root / FILE
     return cached(key, ".json", lambda path: path.write_text(made, encoding="utf-8"))
+
+
+def _like(file: Path, tokenizer: Any) -> str:
+    """A published tokenizer.json, for a class that makes none, such as SigLIP's. Raises SourceError where there is
+    none, or it reads texts as other tokens.
+    """
+    kind = type(tokenizer).__name__
+    if not file.is_file():
+        raise SourceError(f"{file} does not exist, and a {kind} makes none: take it from where the model was published")
+    found: Any = Tokenizer.from_file(str(file))
+    found.no_padding()
+    for text in SAMPLES:
+        if found.encode(text).ids != tokenizer(text)["input_ids"]:
+            raise SourceError(
+                f"{file} reads '{text}' as other tokens than the {kind} of the same folder: take both from where the "
+                "model was published"
+            )
+    return str(found.to_str())
 
 
 def _meaning(tokenizer: str) -> dict[str, Any]:

@@ -69,11 +69,13 @@ def _read(model: Any) -> Reference:
     return reference
 
 
-def _config(source: Source, reduced: bool = False) -> Any:
-    """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
+def read_config(source: Source, kind: type[Any], reduced: bool) -> Any:
+    """The config of a model with a text encoder and a vision encoder, of the library's class `kind`, checked. Raises
+    UnsupportedModel or SourceError naming what cannot be built.
+    """
     file = source.root / "config.json"
     changes = {part: {"num_hidden_layers": 2} for part in CONFIGS} if reduced else {}
-    found: Any = parsed(file, CLIPConfig, CONFIGS, changes)
+    found: Any = parsed(file, kind, CONFIGS, changes)
     for part in CONFIGS:
         require_activation(file, f"{part}.hidden_act", getattr(found, part).hidden_act)
     if found.vision_config.num_channels != 3:
@@ -86,7 +88,7 @@ def _config(source: Source, reduced: bool = False) -> Any:
 
 def parts(source: Source, reduced: bool) -> list[Part]:
     with without_weights():
-        model = CLIPModel(_config(source, reduced)).eval()
+        model = CLIPModel(read_config(source, CLIPConfig, reduced)).eval()
     vision, text, width = model.config.vision_config, model.config.text_config, model.config.projection_dim
     components = (Component("", model, tensors={SCALE: SCALE}),)
     images, size = Dim(name="images", min=1, opt=1, max=TILES), vision.image_size
@@ -104,7 +106,7 @@ def parts(source: Source, reduced: bool) -> list[Part]:
 
 
 def config(source: Source) -> dict[str, Any]:
-    model = _config(source)
+    model = read_config(source, CLIPConfig, False)
     _require_end(source, model.text_config)
     return EmbedConfig(
         width=model.projection_dim,
@@ -131,7 +133,7 @@ def _require_end(source: Source, text: Any) -> None:
 
 
 def assets(source: Source) -> Mapping[str, Path]:
-    _config(source)  # transformers reads it for the tokenizer, too
+    read_config(source, CLIPConfig, False)  # transformers reads it for the tokenizer, too
     return {"tokenizer/tokenizer.json": tokenizer_file(source.root), **processors(source)}
 
 

@@ -8,7 +8,7 @@ The submodels that such a bundle has, and what this pipeline calls them with:
     matcher          image_embeds of the vision encoder and input_ids int64 [images, sequence] -> match_logits float32
                      [images, 2], whether they belong together; where the model has one
 
-Texts of the same length run together, so that no row has padding.
+Texts of the same length run together, so that no row has padding but what the model was trained with.
 """
 
 from __future__ import annotations
@@ -35,20 +35,25 @@ from runtime.vision.preprocessing import ImagePreprocessor
 
 SCALE: Final = "logit_scale"
 """The tensor whose exponential cosines are multiplied by."""
+BIAS: Final = "logit_bias"
+"""The tensor that is then added."""
 
 
 class EmbedConfig(Frozen):
     """The settings of such a bundle. `width` is that of the embeddings, `text_length` the most tokens of a text.
 
-    `encoders` turn pixels into features, each taking the outputs of the one before. `scaled` says that scores are
-    cosines times a factor of the checkpoint, `matcher` that there is a network that reads both.
+    `encoders` turn pixels into features, each taking the outputs of the one before. `padding` is the token that fills
+    texts up to `text_length`, of models that read all of it. `scaled` and `biased` say that scores are cosines times a
+    factor of the checkpoint, and plus a number of it; `matcher` that there is a network that reads both.
     """
 
     width: int = Field(ge=1)
     text_length: int = Field(ge=1)
     vocab_size: int = Field(ge=1)
     encoders: tuple[str, ...] = ("vision_encoder",)
+    padding: int | None = Field(default=None, ge=0)
     scaled: bool = False
+    biased: bool = False
     matcher: bool = False
 
 
@@ -73,6 +78,7 @@ class EmbedPipeline(ModelPipeline):
         )
         self.text.require_below(self.config.vocab_size)
         self.scale = np.exp(read_tensor(root, SCALE).reshape(())) if self.config.scaled else np.float32(1)
+        self.bias = read_tensor(root, BIAS).reshape(()) if self.config.biased else np.float32(0)
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -102,7 +108,7 @@ class EmbedPipeline(ModelPipeline):
         ids, most = self.text.tokens(text, field), self.config.text_length
         if len(ids) > most:
             raise InvalidInput(field, f"has {len(ids)} tokens, the model reads {most}: shorten it")
-        return ids
+        return ids if self.config.padding is None else ids + [self.config.padding] * (most - len(ids))
 
     def _run(self, request: EmbedRequest, texts: Sequence[list[int]]) -> Pipeline:
         if request.match == "itm":
@@ -113,7 +119,7 @@ class EmbedPipeline(ModelPipeline):
             yield Embeddings(read, seen)
             return
         cosines = seen.reshape(len(seen), -1, self.config.width) @ read.T
-        yield Scores(np.asarray(cosines.max(axis=1) * self.scale, np.float32))
+        yield Scores(np.asarray(cosines.max(axis=1) * self.scale + self.bias, np.float32))
 
     def _see(self, request: EmbedRequest) -> Step[NDArray[np.float32]]:
         """The embeddings of the pictures."""

@@ -82,8 +82,8 @@ class Scores(Event):
     """The score of every picture with every text: float32 [images, texts], larger is closer.
 
     Of "itc" they are the model's own scores: of CLIP the cosine times its scale, of which a softmax over the texts
-    makes probabilities; of BLIP-2 the largest cosine of a picture's vectors. Of "itm" they are the probability that
-    both belong together.
+    makes probabilities; of SigLIP that plus its bias, of which a sigmoid makes the probability of each pair; of BLIP-2
+    the largest cosine of a picture's vectors. Of "itm" they are the probability that both belong together.
     """
 
     output: ClassVar[bool] = True

@@ -178,7 +178,7 @@ def tiny_next(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 CHECKPOINTS = ("tiny_diffusion", "tiny_vlm", "tiny_xl", "tiny_next", "tiny_blip2", "tiny_blip2_t5", "tiny_instructblip",
-    "tiny_clip", "tiny_blip2_retrieval", "tiny_lcm")  # fmt: skip
+    "tiny_clip", "tiny_siglip", "tiny_blip2_retrieval", "tiny_lcm")  # fmt: skip
 
 
 @pytest.fixture(scope="module")

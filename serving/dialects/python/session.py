@@ -130,9 +130,9 @@ class Session(ABC):
 
             model.match([Path("fox.png")], ["a fox", "a dog"]).scores.argmax(axis=1)
 
-        "itc" compares embeddings: the model's own scores, of CLIP the cosine times its scale, of BLIP-2 the largest
-        cosine of a picture's vectors. "itm" lets a network read both, of models that have one: the probability that
-        they belong together. Raises as `embed` does.
+        "itc" compares embeddings: the model's own scores, of CLIP the cosine times its scale, of SigLIP also plus its
+        bias, of BLIP-2 the largest cosine of a picture's vectors. "itm" lets a network read both, of models that have
+        one: the probability that they belong together. Raises as `embed` does.
         """
         return self.score(embed_request(texts, images, method)).result()
 
