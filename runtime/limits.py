@@ -187,7 +187,7 @@ PAIRS: Final = Limit(
 PICTURES: Final = Limit(
     "pictures",
     32,
-    "pictures of all messages",
+    "pictures of a request",
     "they are encoded together, and each needs tokens of the context",
     SHOWN,
 )

@@ -24,7 +24,7 @@ from pydantic import Field, ValidationError
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
 from runtime.bundle.tensors import read_tensor
-from runtime.errors import BundleError, InvalidInput
+from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.language.decoder import Step, run
 from runtime.language.text import PlainText
 from runtime.language.vision import TILES, encode
@@ -112,9 +112,9 @@ class EmbedPipeline(ModelPipeline):
 
     def _run(self, request: EmbedRequest, texts: Sequence[list[int]]) -> Pipeline:
         if request.match == "itm":
-            yield Scores((yield from self._matched(request, texts)))
+            yield Scores(_finite((yield from self._matched(request, texts))))
             return
-        seen, read = (yield from self._see(request)), (yield from self._read(texts))
+        seen, read = _finite((yield from self._see(request))), _finite((yield from self._read(texts)))
         if request.match is None:
             yield Embeddings(read, seen)
             return
@@ -153,6 +153,16 @@ class EmbedPipeline(ModelPipeline):
                     found[place, rows] = yield from _together(patches, ids)
             start += len(pixels)
         return found
+
+
+def _finite(numbers: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same numbers. Raises EngineError where one is none."""
+    if not np.isfinite(numbers).all():
+        raise EngineError(
+            "an encoder gave embeddings or scores that are not numbers: verify the bundle, or build it with a higher "
+            "precision"
+        )
+    return numbers
 
 
 def _together(patches: Array, ids: Array) -> Step[NDArray[np.float32]]:

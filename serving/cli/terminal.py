@@ -82,7 +82,7 @@ def vectors(found: Vectors, images: Sequence[str], texts: Sequence[str], verbose
     for field, names, arrays in (("text", texts, found.texts), ("image", images, found.images)):
         for name, array in zip(names, arrays, strict=True):
             print(json.dumps({field: name, "embedding": array.tolist()}, ensure_ascii=False))
-    _summary(found.done, f"{len(texts)} texts, {len(images)} pictures", verbose)
+    _summary(found.done, f"{_counted(len(texts), 'text')}, {_counted(len(images), 'picture')}", verbose)
 
 
 def scores(found: Matching, images: Sequence[str], texts: Sequence[str], verbose: bool = False) -> None:
@@ -90,7 +90,7 @@ def scores(found: Matching, images: Sequence[str], texts: Sequence[str], verbose
     for image, row in zip(images, found.scores, strict=True):
         for text, score in zip(texts, row, strict=True):
             print(f"{score:.6g}\t{image}\t{' '.join(text.split())}")
-    _summary(found.done, f"{found.scores.size} pairs", verbose)
+    _summary(found.done, _counted(found.scores.size, "pair"), verbose)
 
 
 def read_image(path: Path) -> bytes:
@@ -134,8 +134,8 @@ def _summary(done: Done, what: str, verbose: bool) -> None:
     where = " and ".join(dict.fromkeys(use.target for use in engines))
     _say(f"{what}, {done.run_seconds:.1f} s on {where}{loading}{elsewhere}")
     for use in engines if verbose else ():
-        calls = f"{use.calls} call{'s' * (use.calls != 1)}, {use.seconds:.2f} s"
-        _say(f"  {use.submodel}: {calls} on {use.device}, {use.precision}")
+        calls = _counted(use.calls, "call")
+        _say(f"  {use.submodel}: {calls}, {use.seconds:.2f} s on {use.device}, {use.precision}")
         for line in (*use.fallbacks, *use.choices):
             _say(f"    {line}")
     for note in done.notes:
@@ -147,6 +147,10 @@ def _length(answer: Answer) -> str:
     several = f"{len(answer.choices)} answers, " if len(answer.choices) > 1 else ""
     cut = ", cut at max tokens" if any(one.reason == "length" for one in answer.choices) else ""
     return f"{several}{sum(one.completion_tokens for one in answer.choices)} tokens{cut}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'s' * (count != 1)}"
 
 
 def _write(text: str) -> None:

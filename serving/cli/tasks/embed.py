@@ -22,7 +22,9 @@ def embed(
         ),
     ] = None,
 ) -> None:
-    """Print embeddings, a line of JSON each, or with --match the score of every picture with every text."""
+    """Print embeddings, a line of JSON each: {"text": TEXT, "embedding": [...]}, then {"image": PATH, "embedding":
+    [...]}. With --match print a line for every picture with every text: score, path and text, with tabs between.
+    """
     from serving.cli import terminal
     from serving.dialects.python.requests import embed_request
 

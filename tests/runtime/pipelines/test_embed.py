@@ -16,7 +16,7 @@ from transformers import CLIPImageProcessorPil
 
 from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine
-from runtime.errors import BundleError, InvalidInput
+from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import drive
 from runtime.pipelines.embed import EmbedPipeline
 from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
@@ -25,6 +25,7 @@ from runtime.vision.images import PictureFile, decode_image
 SAMPLE = Path(__file__).parents[3] / "samples" / "shapes-diffusion"
 CONFIG: dict[str, Any] = {"width": 2, "text_length": 9, "vocab_size": 603, "matcher": True}
 PICTURE = np.full((12, 18, 3), 255, np.uint8)
+OUTPUTS = "text_embeds", "match_logits"
 
 
 @pytest.fixture
@@ -156,3 +157,20 @@ def test_files_of_every_kind_are_seen_as_documented(pipeline: EmbedPipeline) -> 
     np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(one[0], one[1])  # the first frame is what the CMYK file shows
     assert shown[3].size == (12, 18) and len({picture.tobytes() for picture in one}) == len(data) - 1
+
+
+def test_texts_are_filled_up_where_the_model_reads_all_of_them(root: Path) -> None:
+    fakes, padded = engines(), EmbedPipeline.open(root, CONFIG | {"padding": 7})
+    list(drive(padded(EmbedRequest(("red", "a red circle"))), fakes))
+    (call,) = fakes["text_encoder"].calls
+    ids = padded.text.tokenizer.encode("red").ids
+    assert call["input_ids"][0].tolist() == ids + [7] * (9 - len(ids)) and call["input_ids"].shape == (2, 9)
+
+
+@pytest.mark.parametrize("match", [None, "itc", "itm"])
+def test_results_that_are_no_numbers_are_an_engine_error(pipeline: EmbedPipeline, match: Any) -> None:
+    fakes = engines()
+    for fake in ("text_encoder", "matcher"):
+        fakes[fake] = FakeEngine(lambda _: {name: np.full((1, 2), np.nan, np.float32) for name in OUTPUTS})
+    with pytest.raises(EngineError, match="not numbers: verify the bundle"):
+        list(drive(pipeline(EmbedRequest(("red",), (PICTURE,), match)), fakes))
