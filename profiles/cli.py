@@ -96,9 +96,11 @@ def score(
         Path | None, typer.Option(help="Checkpoint folder to score first, in plain diffusers or transformers.")
     ] = None,
     target: Targets = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="Held-out cases. Default: 500 prompts or 1000 questions.")
-    ] = None,
+    ability: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="What to score in place of the checkpoint's usual exam, such as inpainting."),
+    ] = "",
+    count: Annotated[int | None, typer.Option(min=1, help="Held-out cases. Default: what the exam has.")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Denoising steps of a picture. Default: the model's.")
     ] = None,
@@ -124,19 +126,21 @@ def score(
     task = subjects.task_of(source, bundles or ())
     options = _fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "batch": batch})
     _check_rows(store, rows_file)
-    exam = subjects.exam_of(source, bundles or ())
-    setting = subjects.task_exam(task).settings(source, bundles or (), count or exam.size, options)
+    exam = subjects.exam_of(source, bundles or (), ability)
+    scored = exam.abilities[ability] if ability else exam
+    setting = subjects.task_exam(task).settings(source, bundles or (), count or scored.size, options)
+    engines = Options(threads=threads)
     results = []
-    for subject in subjects.subjects(source, bundles or (), target or (), Options(threads=threads)):
+    for subject in subjects.subjects(source, bundles or (), target or (), engines, exam.additions):
         with Progress(console=notes, disable=not notes.is_terminal, transient=True) as bar:
             line = bar.add_task(f"{subject.name} {subject.quant} {subject.target}", total=setting.count)
-            scores = scoring.score(subject, exam, setting, partial(bar.advance, line))
+            scores = scoring.score(subject, scored, setting, partial(bar.advance, line))
         notes.print(
             f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
         )
         results.append((subject, scores))
         if store:
-            append(_store(rows_file), scoring.rows(subject, setting, scores, threads))
+            append(_store(rows_file), scoring.rows(subject, setting, scores, threads, ability))
     out.print(scoring.table(results))
 
 

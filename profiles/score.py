@@ -14,7 +14,7 @@ from typing import TypeVar
 from rich.table import Table
 
 from calibration.ground import machine
-from calibration.requests.exams import Exam
+from calibration.requests.exams import Ability, Exam
 from profiles.exam import ExamSettings, Subject
 from profiles.rows import Row
 from runtime.placing.devices import processor
@@ -35,9 +35,11 @@ class Scores:
     seconds: float
 
 
-def score(subject: Subject, exam: Exam, setting: ExamSettings, tick: Callable[[], None] = lambda: None) -> Scores:
+def score(
+    subject: Subject, exam: Exam | Ability, setting: ExamSettings, tick: Callable[[], None] = lambda: None
+) -> Scores:
     """Run all cases; `tick` is called after each. Raises what the subject raises."""
-    cases = exam.cases(setting.count)
+    cases = exam.cases(setting.count, 0, True)
     start = time.perf_counter()
     results = _ticking(zip(subject.results(cases, setting), cases, strict=True), tick)
     judged = [case.judge(result) for result, case in results]
@@ -57,10 +59,10 @@ def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
         tick()
 
 
-def rows(subject: Subject, setting: ExamSettings, scores: Scores, threads: int) -> list[Row]:
+def rows(subject: Subject, setting: ExamSettings, scores: Scores, threads: int, ability: str = "") -> list[Row]:
     """The scores for storing: `right` for all attributes or questions, `right.PART` for each part."""
     settings: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
-    settings |= setting.model_dump(exclude={"count", "batch"})
+    settings |= setting.model_dump(exclude={"count", "batch"}) | ({"ability": ability} if ability else {})
     return [
         Row(
             metric=metric,

@@ -4,9 +4,10 @@ float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 from calibration.ground import machine
 from calibration.requests.exams import Exam, find
@@ -17,10 +18,13 @@ from runtime.engine import Options
 from runtime.errors import BundleError, NotFound, SourceError
 from runtime.placing.loading import LoadedModel, load_model
 
+Additions = Mapping[str, Mapping[str, Path]]
+NONE: Final[Additions] = {}
 
-def exam_of(source: Path | None, bundles: Sequence[Path]) -> Exam:
-    """The exam of the checkpoint that all of them are of. Raises NotFound when there is none."""
-    return find([Bundle(root).manifest.source.fingerprint for root in bundles], source)
+
+def exam_of(source: Path | None, bundles: Sequence[Path], ability: str = "") -> Exam:
+    """The exam of the checkpoint that all of them are of, with this ability. Raises NotFound when there is none."""
+    return find([Bundle(root).manifest.source.fingerprint for root in bundles], source, ability)
 
 
 def task_of(source: Path | None, bundles: Sequence[Path]) -> str:
@@ -34,13 +38,13 @@ def task_of(source: Path | None, bundles: Sequence[Path]) -> str:
 
 
 def subjects(
-    source: Path | None, bundles: Sequence[Path], targets: Sequence[str], options: Options
+    source: Path | None, bundles: Sequence[Path], targets: Sequence[str], options: Options, additions: Additions = NONE
 ) -> Iterator[Subject]:
-    """The source, then each bundle on each target (all it was built for if none is named), each loaded only while it is
-    scored.
+    """The source with its additions, then each bundle on each target (all it was built for if none is named), each
+    loaded only while it is scored.
     """
     if source is not None:
-        yield source_subject(source)
+        yield source_subject(source, additions)
     for root in bundles:
         for target in targets or Bundle(root).targets:
             model = load_model(root, target, options)
@@ -62,9 +66,9 @@ def bundle_subject(model: LoadedModel) -> Subject:
     )
 
 
-def source_subject(folder: Path) -> Subject:
+def source_subject(folder: Path, additions: Additions = NONE) -> Subject:
     """The checkpoint itself, in float32 on the CPU with its own library. Raises NotFound or SourceError."""
-    return task_exam(_reader(folder).task).source(folder)
+    return task_exam(_reader(folder).task).source(folder, additions)
 
 
 def task_exam(task: str) -> TaskExam:

@@ -25,12 +25,13 @@ class TaskExam:
     """How models of a task take an exam.
 
     `reads` says whether a folder holds a checkpoint of the task, and `source` makes it a subject, run by its own
-    library. `settings` completes the options of `score`, which are None where they are not given: it takes the source,
-    the bundles, the number of cases and the options. `results` runs cases on a loaded bundle.
+    library, with what an exam adds to it (`Exam.additions`). `settings` completes the options of `score`, which are
+    None where they are not given: it takes the source, the bundles, the number of cases and the options. `results` runs
+    cases on a loaded bundle.
     """
 
     reads: Callable[[Path], bool]
-    source: Callable[[Path], Subject]
+    source: Callable[[Path, Mapping[str, Mapping[str, Path]]], Subject]
     settings: Callable[[Path | None, Sequence[Path], int, Mapping[str, Any]], ExamSettings]
     results: Callable[[LoadedModel, Sequence[Case], Any], Iterable[Any]]
 

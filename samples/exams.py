@@ -1,4 +1,4 @@
-"""The exams of the two sample checkpoints: held-out scenes and questions of the coloured-shapes world.
+"""The exams of the sample checkpoints: held-out scenes and questions of the coloured-shapes world.
 
 Declared as entry points `enginecast.exams`. Each exam belongs to the checkpoint that lies beside this file, whichever
 name a copy of it has.
@@ -6,30 +6,32 @@ name a copy of it has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import ClassVar, Final
 
 import numpy as np
 
-from calibration.requests.exams import Case, Exam, Judged
+from calibration.requests.exams import Ability, Case, Exam
 from calibration.requests.tasks.chat import question
+from export.checkpoint.additions import Addition
+from export.checkpoint.component import fingerprint_of as addition
 from export.checkpoint.source import open_component
+from runtime.bundle.manifest import Addition as BundleAddition
 from runtime.errors import NotFound, SourceError
 from runtime.files import key_of
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from runtime.vision.images import Picture
+from samples.abilities import NEGATIVE, conversed, inpainted, judge_answer, judge_picture, recoloured, styled
 from samples.world.questions import draw_scene, scene_questions, test_questions
-from samples.world.scenes import Scene, held_out, picture_scenes, render, test_prompts
-from samples.world.scoring import score_answer, score_picture
+from samples.world.scenes import held_out, picture_scenes, render, test_prompts
 
 __all__ = ["Pictures", "Questions"]  # the entry points
 
-ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
-"""In what a picture can be wrong, as `samples.world.scoring` names it."""
+SAMPLES: Final = Path(__file__).parent
 TRIES: Final = 4
 """Held-out questions offered for each one compared, since a model may be unable to read some."""
 OTHERS: Final = (
@@ -45,9 +47,13 @@ OTHERS: Final = (
 """Prompts from outside the world, which users also send."""
 
 
-def fingerprint_of(folder: Path, components: Sequence[str]) -> str:
-    """What a build calls the checkpoint in `folder`. Raises NotFound or SourceError where a component is missing."""
-    return key_of({name: open_component(folder / name).fingerprint for name in components})
+def fingerprint_of(folder: Path, components: Sequence[str], additions: Sequence[Addition] = ()) -> str:
+    """What a build calls the checkpoint in `folder` with these additions. Raises NotFound or SourceError where a
+    component is missing.
+    """
+    found = {name: open_component(folder / name).fingerprint for name in components}
+    added = [BundleAddition(kind=o.kind, name=o.name, scale=o.scale, fingerprint=addition(o)) for o in additions]
+    return key_of(found, *(one.model_dump() for one in added))
 
 
 class SampleExam(Exam):
@@ -58,19 +64,25 @@ class SampleExam(Exam):
 
     @cached_property
     def fingerprint(self) -> str:
-        return fingerprint_of(Path(__file__).parent / self.folder, self.components)
+        added = [Addition(kind, path, name) for kind, few in self.additions.items() for name, path in few.items()]
+        return fingerprint_of(SAMPLES / self.folder, self.components, added)
+
+    @cached_property
+    def checkpoint(self) -> str:
+        """The fingerprint without what is added."""
+        return fingerprint_of(SAMPLES / self.folder, self.components)
 
     def is_of(self, folder: Path) -> bool:
         try:
-            return fingerprint_of(folder, self.components) == self.fingerprint
+            return fingerprint_of(folder, self.components) == self.checkpoint
         except (NotFound, SourceError):
             return False
 
     @property
     def key(self) -> str:
-        """Of the world's files besides this one."""
-        world = sorted((Path(__file__).parent / "world").glob("*.py"))
-        return key_of(super().key, *(file.read_text() for file in world))
+        """Of the world's files, and of the abilities, besides this one."""
+        files = [SAMPLES / "abilities.py", *sorted((SAMPLES / "world").glob("*.py"))]
+        return key_of(super().key, *(file.read_text() for file in files))
 
 
 class Pictures(SampleExam):
@@ -80,6 +92,13 @@ class Pictures(SampleExam):
     size = 500
     folder = "shapes-diffusion"
     components = ("text_encoder", "unet", "vae")
+    abilities: ClassVar[Mapping[str, Ability]] = {
+        "image-to-image": Ability("pictures coloured anew", 300, recoloured),
+        "inpainting": Ability("pictures whose half was drawn anew", 300, inpainted),
+    }
+
+    def variants(self) -> Sequence[Exam]:
+        return (Styled(),)
 
     def calibration(self, seed: int) -> Iterator[ImageRequest]:
         """Captions that are not held out, and prompts from outside the world, in turn."""
@@ -99,6 +118,26 @@ class Pictures(SampleExam):
         ]
 
 
+class Styled(Pictures):
+    """The same of a build with the LoRA that was trained for it."""
+
+    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {
+        "adapter": {NEGATIVE: SAMPLES / "shapes-additions" / f"{NEGATIVE}.safetensors"}
+    }
+    abilities: ClassVar[Mapping[str, Ability]] = {
+        **Pictures.abilities,
+        "lora": Ability("pictures with a LoRA's style, or without it", 300, styled),
+    }
+
+    def variants(self) -> Sequence[Exam]:
+        return ()
+
+    def calibration(self, seed: int) -> Iterator[ImageRequest]:
+        """Every other request with the LoRA."""
+        for i, request in enumerate(super().calibration(seed)):
+            yield replace(request, loras={NEGATIVE: 1.0} if i // 2 % 2 else {})
+
+
 class Questions(SampleExam):
     """Questions about scenes and words, each with one right answer."""
 
@@ -106,6 +145,9 @@ class Questions(SampleExam):
     size = 1000
     folder = "shapes-vlm"
     components = ("",)
+    abilities: ClassVar[Mapping[str, Ability]] = {
+        "several-pictures": Ability("questions about a second picture answered right", 400, conversed)
+    }
 
     def calibration(self, seed: int) -> Iterator[ChatRequest]:
         rng = np.random.default_rng(seed)
@@ -124,19 +166,3 @@ class Questions(SampleExam):
             Case(question(case.picture, case.question), judge_answer(case.kind, case.answer))
             for case in test_questions(count, seed, held)
         ]
-
-
-def judge_picture(scene: Scene, picture: Picture) -> Judged:
-    """A picture, uint8 RGB [edge, edge, 3], of a scene; its parts are the attributes that it shows."""
-    score = score_picture(picture, scene)
-    return Judged(bool(score), {name: name not in score.wrong for name in ATTRIBUTES if score.tells(name)})
-
-
-def judge_answer(kind: str, expected: str) -> Callable[[Any], Judged]:
-    """A judge of answers to a question of this kind."""
-
-    def judge(answer: str) -> Judged:
-        right = score_answer(answer, expected)
-        return Judged(right, {kind: right})
-
-    return judge

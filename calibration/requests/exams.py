@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Final
 
-from runtime.errors import MissingDependency, NotFound
+from runtime.errors import MissingDependency, NotFound, did_you_mean
 from runtime.files import key_of
 
 GROUP: Final = "enginecast.exams"
@@ -38,11 +38,28 @@ class Case:
     judge: Callable[[Any], Judged]
 
 
+@dataclass(frozen=True)
+class Ability:
+    """Something else that a checkpoint can do: what is counted, how many held-out cases are scored, and the cases, as
+    of `Exam.cases`.
+    """
+
+    title: str
+    size: int
+    cases: Callable[[int, int, bool], Sequence[Case]]
+
+
 class Exam(ABC):
-    """The exam of one checkpoint. `title` says what is counted; `size` is how many held-out cases are scored."""
+    """The exam of one checkpoint. `title` says what is counted; `size` is how many held-out cases are scored.
+
+    `abilities` are scored on cases of their own, by name. `additions` are what the checkpoint has besides its own
+    files, paths by kind and name: the exam belongs to bundles that were built with just these.
+    """
 
     title: ClassVar[str]
     size: ClassVar[int]
+    abilities: ClassVar[Mapping[str, Ability]] = {}
+    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {}
 
     @property
     @abstractmethod
@@ -65,6 +82,10 @@ class Exam(ABC):
     def cases(self, count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
         """Cases to judge, held out or not; equal seeds give equal cases."""
 
+    def variants(self) -> Sequence[Exam]:
+        """Exams of the same checkpoint with additions."""
+        return ()
+
     @property
     def key(self) -> str:
         """Identifies the code that makes the requests: what was captured with other code is not reused."""
@@ -73,8 +94,9 @@ class Exam(ABC):
 
 @cache
 def exams() -> tuple[Exam, ...]:
-    """Every exam that is installed."""
-    return tuple(exam for entry in entry_points(group=GROUP) if (exam := _loaded(entry)) is not None)
+    """Every exam that is installed, and its variants."""
+    found = [exam for entry in entry_points(group=GROUP) if (exam := _loaded(entry)) is not None]
+    return tuple(one for exam in found for one in (exam, *exam.variants()))
 
 
 def _loaded(entry: EntryPoint) -> Exam | None:
@@ -92,15 +114,24 @@ def exam_of(fingerprint: str) -> Exam | None:
     return next((exam for exam in exams() if exam.fingerprint == fingerprint), None)
 
 
-def find(fingerprints: Sequence[str], source: Path | None) -> Exam:
-    """The one exam of these checkpoints, given by fingerprint and, if not None, by folder. Raises NotFound."""
-    found = {exam_of(fingerprint) for fingerprint in fingerprints}
-    if source is not None:
-        found.add(next((exam for exam in exams() if exam.is_of(source)), None))
-    if len(found) == 1 and (exam := found.pop()) is not None:
-        return exam
-    known = ", ".join(sorted(exam.title for exam in exams())) or "none; those of the samples are in a source checkout"
-    raise NotFound(
-        f"these models have no exam in common that a program can judge: expected models of one checkpoint with an exam "
-        f"(installed: {known})"
-    )
+def find(fingerprints: Sequence[str], source: Path | None, ability: str = "") -> Exam:
+    """The one exam of these checkpoints, given by fingerprint and, if not None, by folder, that has the ability, if one
+    is named; of several, the one with the fewest additions. Raises NotFound.
+    """
+    fitting = [
+        exam
+        for exam in exams()
+        if all(exam.fingerprint == one for one in fingerprints) and (source is None or exam.is_of(source))
+    ]
+    if not fitting:
+        known = ", ".join(sorted({exam.title for exam in exams()}))
+        raise NotFound(
+            "these models have no exam in common that a program can judge: expected models of one checkpoint with an "
+            f"exam (installed: {known or 'none; those of the samples are in a source checkout'})"
+        )
+    able = [exam for exam in fitting if not ability or ability in exam.abilities]
+    if not able:
+        names = {name for exam in fitting for name in exam.abilities}
+        others = did_you_mean(ability, names) if names else f"they are scored in {fitting[0].title} alone"
+        raise NotFound(f"these models have no exam of '{ability}': {others}")
+    return min(able, key=lambda exam: len(exam.additions))

@@ -151,17 +151,22 @@ def is_source(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "model_index.json").is_file()
 
 
-def source_subject(folder: Path) -> Subject:
-    """A model of transformers with its own processor."""
+def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) -> Subject:
+    """A model of transformers with its own processor. Nothing can be added to one."""
     torch, transformers = require("torch", "export"), require("transformers", "export")
-    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    processor = transformers.LlavaProcessor.from_pretrained(folder)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    processor = transformers.AutoProcessor.from_pretrained(folder)
     processor.tokenizer.padding_side = "left"  # answers begin at the same place
 
+    def turn(message: Message) -> dict[str, Any]:
+        content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in message.content]
+        return {"role": message.role, "content": content}
+
     def prompt(request: ChatRequest) -> str:
-        parts = (part for message in request.messages for part in message.content)
-        content = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
-        return str(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        if processor.chat_template is None:
+            return " ".join(part for message in request.messages for part in message.content if isinstance(part, str))
+        turns = [turn(message) for message in request.messages]
+        return str(processor.apply_chat_template(turns, add_generation_prompt=True))
 
     def answered(cases: Sequence[Case], setting: ExamSettings) -> Iterator[Any]:
         for some in batches([case.request for case in cases], setting.batch):

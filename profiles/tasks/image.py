@@ -7,20 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from pydantic import Field
 
 from calibration.ground import machine
 from calibration.requests.exams import Case
 from calibration.requests.tasks.image import TASK as REQUESTS
+from profiles.drawing import Library
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
 from profiles.task import ProfileTask, TaskExam
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.diffusion.config import DiffusionConfig
-from runtime.diffusion.latents import random_stream
-from runtime.optional import require
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.image import ImageDefaults, ImageRequest
@@ -79,27 +77,13 @@ def pictures(model: LoadedModel, cases: Sequence[Case], setting: PictureExam) ->
             yield REQUESTS.result(events)
 
 
-def source_subject(folder: Path) -> Subject:
-    """A pipeline of diffusers, drawing from the noise that ours draws from."""
-    torch, diffusers = require("torch", "export"), require("diffusers", "export")
-    # of the class that model_index.json names
-    pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-    pipeline.watermark = None  # Stable Diffusion XL has one where a package for it is installed
-    pipeline.set_progress_bar_config(disable=True)
-    config = pipeline.unet.config
-    shape = (1, config.in_channels, config.sample_size, config.sample_size)
+def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) -> Subject:
+    """A pipeline of diffusers, drawing from the noise that ours draws from where the library's pipelines take one."""
+    draw = Library(folder, additions)
 
     def drawn(cases: Sequence[Case], setting: PictureExam) -> Iterator[Any]:
         for some in batches([setting.request(case) for case in cases], setting.batch):
-            noise = [random_stream(request.seed or 0).standard_normal(shape, np.float32) for request in some]
-            images = pipeline(
-                [request.prompt for request in some],
-                num_inference_steps=setting.steps,
-                guidance_scale=setting.guidance_scale,
-                latents=torch.from_numpy(np.concatenate(noise)),
-                output_type="np",
-            ).images
-            yield from np.round(images * 255).astype(np.uint8)
+            yield from draw(some)
 
     program = f"diffusers {machine.version('diffusers')}"
     return Subject(program, folder.name, "none", "torch", "cpu", drawn)

@@ -17,9 +17,10 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -51,7 +52,7 @@ from samples.world.scenes import (
 )
 from samples.world.scoring import score_picture
 
-EXPORTED: Final = Path(__file__).parent / "shapes-diffusion"
+EXPORTED: Final = Path(__file__).parents[1] / "shapes-diffusion"
 EDGE: Final = 128
 LATENT_CHANNELS: Final = 8
 LATENT_STD: Final = 2.0
@@ -606,6 +607,36 @@ def unet_training(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeli
     return training
 
 
+def predict(unet: UNet2DConditionModel, text: Tensor, noisy: Tensor, t: Tensor) -> Tensor:
+    """What a UNet says of noisy latents at timesteps t, with text features."""
+    predicted: Tensor = unet(noisy, t, text).sample
+    return predicted
+
+
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    clean: Tensor,
+    weights: Tensor,
+    scheduler: DDIMScheduler,
+    plan: TrainingPlan,
+    rng: np.random.Generator,
+    generator: torch.Generator,
+) -> Tensor:
+    """The weighted error of what `predict` says of noisy latents at timesteps that are drawn here."""
+    noise = torch.randn(clean.shape, generator=generator)
+    last = scheduler.config.num_train_timesteps - 1
+    t = torch.from_numpy(
+        (last * rng.random(len(clean)) ** 0.4).astype(np.int64)
+    )  # layout and colour are decided in high noise
+    pure = torch.from_numpy(rng.random(len(clean)) < plan.pure_noise)
+    t = torch.where(pure, last, t)
+    noisy = torch.where(pure[:, None, None, None], noise, scheduler.add_noise(clean, noise, t))
+    with torch.autocast("cpu", torch.bfloat16):
+        predicted = predict(noisy, t)
+    error = (predicted.float() - scheduler.get_velocity(clean, noise, t)).square().mean(1)
+    return (weights * error).mean()
+
+
 def train_unet(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeline, training: Training) -> None:
     """Train the UNet on cached latents and text features; keep the weights that draw the validation prompts best in
     `run / "best"`.
@@ -631,18 +662,7 @@ def train_unet(plan: TrainingPlan, run: Path, pipeline: StableDiffusionPipeline,
         chosen = choose(rng, singles, plan.unet_batch, plan.singles)
         clean = latents[chosen, rng.integers(plan.renders, size=len(chosen))].float()
         text = features[np.where(rng.random(len(chosen)) < plan.caption_dropout, len(scenes), chosen)]
-        noise = torch.randn(clean.shape, generator=generator)
-        last = scheduler.config.num_train_timesteps - 1
-        t = torch.from_numpy(
-            (last * rng.random(len(chosen)) ** 0.4).astype(np.int64)
-        )  # layout and colour are decided in high noise
-        pure = torch.from_numpy(rng.random(len(chosen)) < plan.pure_noise)
-        t = torch.where(pure, last, t)
-        noisy = torch.where(pure[:, None, None, None], noise, scheduler.add_noise(clean, noise, t))
-        with torch.autocast("cpu", torch.bfloat16):
-            predicted = unet(noisy, t, text).sample
-        error = (predicted.float() - scheduler.get_velocity(clean, noise, t)).square().mean(1)
-        loss = (weights[chosen] * error).mean()
+        loss = denoising_loss(partial(predict, unet, text), clean, weights[chosen], scheduler, plan, rng, generator)
         training.update(loss)
         total += loss.item()
         if training.step % 100 == 0:

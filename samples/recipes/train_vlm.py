@@ -63,7 +63,7 @@ from samples.world.questions import (
 from samples.world.questions import test_questions as score_questions
 from samples.world.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scene, render
 
-SAMPLE: Final = Path(__file__).parent / "shapes-vlm"
+SAMPLE: Final = Path(__file__).parents[1] / "shapes-vlm"
 EDGE, PATCH = 128, 16
 GRID: Final = EDGE // PATCH
 SPECIALS: Final = ("<unk>", "<s>", "</s>", "<pad>", "<image>")

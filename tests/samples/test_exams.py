@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibration.requests.exams import exam_of, exams
+from calibration.requests.exams import exam_of, exams, find
 from export.build.options import Options
 from export.build.state import Build
-from samples.exams import ATTRIBUTES, OTHERS, Pictures, Questions, SampleExam
+from export.checkpoint.additions import Addition
+from runtime.errors import NotFound
+from samples.abilities import ATTRIBUTES
+from samples.exams import OTHERS, Pictures, Questions, SampleExam, Styled
 from samples.world.questions import KINDS
 from samples.world.questions import test_questions as draw_questions
 from samples.world.scenes import held_out, render
@@ -30,6 +33,31 @@ def test_an_exam_belongs_to_the_checkpoint_beside_it(exam: SampleExam, tmp_path:
     assert isinstance(found, type(exam))
     copy = shutil.copytree(SAMPLES / exam.folder, tmp_path / "another-name")
     assert exam.is_of(copy) and exam_of(Build.open(Options(str(copy), tmp_path / "bundle")).fingerprint) is found
+
+
+def test_a_build_with_the_lora_has_an_exam_of_its_own(tmp_path: Path) -> None:
+    ((name, path),) = Styled.additions["adapter"].items()
+    options = Options("sample:shapes-diffusion", tmp_path / "bundle", additions=(Addition("adapter", path, name),))
+    found = exam_of(Build.open(options).fingerprint)
+    assert isinstance(found, Styled) and found.is_of(SAMPLES / "shapes-diffusion")
+    requests = [request.loras for request in islice(found.calibration(0), 4)]
+    assert requests == [{}, {}, {name: 1.0}, {name: 1.0}]
+
+
+def test_an_exam_is_found_by_its_ability(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SAMPLES / "shapes-diffusion"
+    plain, with_lora = (find([], source, ability) for ability in ("inpainting", "lora"))
+    assert (type(plain), type(with_lora)) == (Pictures, Styled) and type(find([], source)) is Pictures
+    assert type(find([with_lora.fingerprint], source)) is Styled
+    with pytest.raises(NotFound, match="no exam of 'painting': did you mean 'inpainting'"):
+        find([], source, "painting")
+    with pytest.raises(NotFound, match=r"no exam of 'lora': .known: several-pictures"):
+        find([], SAMPLES / "shapes-vlm", "lora")
+    monkeypatch.setattr(Questions, "abilities", {})
+    with pytest.raises(NotFound, match="scored in questions answered right alone"):
+        find([], SAMPLES / "shapes-vlm", "lora")
+    with pytest.raises(NotFound, match="no exam in common"):
+        find([plain.fingerprint, with_lora.fingerprint], None)
 
 
 def test_a_folder_of_the_same_name_is_not_enough(tiny_vlm: Path, tmp_path: Path) -> None:
