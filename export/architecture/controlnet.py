@@ -4,8 +4,11 @@ submodel of its own. Their outputs, the residuals, are inputs of the UNet under 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,10 +16,12 @@ from diffusers import ControlNetModel
 from torch import Tensor as TorchTensor
 from torch import nn
 
+from export.architecture.matching import check_made_for
 from export.architecture.unet import arguments
 from export.checkpoint.additions import Addition
-from export.checkpoint.component import CONFIG
-from export.checkpoint.source import read_json
+from export.checkpoint.component import CONFIG, open_file
+from export.checkpoint.single_file import Stored
+from export.checkpoint.source import TensorRef, read_json
 from export.family import Component, Part, Reference
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
@@ -24,6 +29,11 @@ from runtime.diffusion.controls import residual_names, submodel
 from runtime.errors import UnsupportedModel
 
 CLASS: Final = "ControlNetModel"
+COND: Final = "controlnet_cond_embedding."
+FIRST: Final = f"{COND}conv_in.weight"
+LORA: Final = "lora_controlnet"
+"""Prefixes of the picture's embedding, and of what only a Control-LoRA has."""
+Naming = Callable[[Mapping[str, TensorRef]], Mapping[str, TensorRef]]
 EMBEDDING: Final = "conditioning_embedding_out_channels"
 """The field whose length says how small the picture becomes."""
 PLAIN: Final[Mapping[str, object]] = {
@@ -94,17 +104,41 @@ class Base:
         """The submodel of a network that a build adds. Raises NotFound, SourceError, or UnsupportedModel for another
         kind of network and for one of another UNet.
         """
-        model, name = _model(addition.path, reduced), submodel(addition.name)
-        self._check(addition.path / CONFIG, model.config)
-        more = [tensor.name for tensor in self.inputs[3:]]
+        name, more = submodel(addition.name), [tensor.name for tensor in self.inputs[3:]]
+        if addition.path.is_dir():
+            model, named = _model(addition.path, reduced), None
+            self._check(addition.path / CONFIG, model.config)
+        else:
+            model, named = self._of_file(addition.path, reduced)
         return Part(
             name,
-            (Component(name, model, addition.path),),
+            (Component(name, model, addition.path, named),),
             ControlNet(model, *more),
             library(model, *more),
             Signature(inputs=(*self.inputs[:3], self.picture, *self.inputs[3:]), outputs=self.residuals),
             convolutional=True,
         )
+
+    def _of_file(self, file: Path, reduced: bool) -> tuple[ControlNetModel, Naming]:
+        """The network of a single file, which says nothing of its config: that follows from the UNet, as in
+        `ControlNetModel.from_unet`.
+        """
+        known = inspect.signature(ControlNetModel).parameters
+        config = {key: value for key, value in self.unet.items() if key in known}
+        config |= {"in_channels": self.inputs[0].dims[1]}
+        named = partial(_named, file, config["layers_per_block"])
+        tensors = named(open_file(file).tensors)
+        config[EMBEDDING] = _embedding(tensors)
+        if 2 ** (len(config[EMBEDDING]) - 1) != self.scale:
+            raise UnsupportedModel(
+                f"{file} reads pictures in {len(config[EMBEDDING])} steps, expected as many as make {self.scale} "
+                "pixels one latent: this control network was made for another base model"
+            )
+        with without_weights():
+            model = ControlNetModel.from_config(config).eval()
+        if not reduced:
+            check_made_for(file, tensors, model, "control network")
+        return model, named
 
     def _check(self, file: Path, config: Mapping[str, Any]) -> None:
         """Raises UnsupportedModel where a network is of another UNet, or of a kind that is not supported."""
@@ -127,12 +161,6 @@ class Base:
 
 def _model(folder: Path, reduced: bool) -> ControlNetModel:
     """The network of a folder, without weights."""
-    if not folder.is_dir():
-        raise UnsupportedModel(
-            f"{folder} is a single file, expected the folder of a {CLASS}. Make one: "
-            f'python -c "from diffusers import {CLASS}; '
-            f"{CLASS}.from_single_file('{folder}').save_pretrained('{folder.with_suffix('')}')\""
-        )
     config = read_json(folder / CONFIG)
     if config.get("_class_name") != CLASS:
         raise UnsupportedModel(
@@ -141,6 +169,31 @@ def _model(folder: Path, reduced: bool) -> ControlNetModel:
         )
     with without_weights():
         return ControlNetModel.from_config({**config, **(FEWER if reduced else {})}).eval()
+
+
+def _named(file: Path, layers: int, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """The tensors of a single file under the library's names, by its own conversion (`from_single_file`). Raises
+    UnsupportedModel where they are of no control network.
+    """
+    from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+
+    if any(name.startswith(LORA) for name in tensors):
+        raise UnsupportedModel(f"{file} is a Control-LoRA, expected the whole control network that it was made of")
+    stored = {name: Stored(ref) for name, ref in tensors.items()}
+    found = convert_controlnet_checkpoint(stored, {"layers_per_block": layers})
+    named = {name: one.ref for name, one in found.items() if one is not None}
+    if FIRST not in named:
+        raise UnsupportedModel(
+            f"{file} is no control network: expected tensors such as control_model.input_hint_block.0.weight, or "
+            f"{FIRST} as diffusers names it"
+        )
+    return named
+
+
+def _embedding(tensors: Mapping[str, TensorRef]) -> list[int]:
+    """The channels through which a network's embedding of its picture goes."""
+    blocks = itertools.takewhile(tensors.__contains__, (f"{COND}blocks.{2 * i + 1}.weight" for i in itertools.count()))
+    return [tensors[name].shape[0] for name in (FIRST, *blocks)]
 
 
 def residual_shapes(unet: Mapping[str, Any]) -> list[tuple[int, int]]:

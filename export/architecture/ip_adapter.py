@@ -18,6 +18,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from export.architecture import projections
+from export.architecture.matching import check_made_for
 from export.architecture.pictures import Attention, adapted
 from export.architecture.pictures import Projections as Together
 from export.architecture.projections import Projection
@@ -88,7 +89,7 @@ def adapt(source: Source, unet: UNet2DConditionModel, condition: bool, reduced: 
     for index, one in enumerate(added):
         weights = Weights(unet, index)
         if not reduced:
-            _check(one.path, weights)
+            check_made_for(one.path, projections.named(one.path, _tensors(one.path)), weights, "adapter")
         components.append(
             Component(f"{KIND}.{one.name}", weights, one.path, named=partial(projections.named, one.path))
         )
@@ -158,18 +159,6 @@ def _processor(unet: UNet2DConditionModel, name: str, context: int, count: int) 
     """The number of tokens is of no account: those of each adapter are given apart."""
     attention: Any = unet.get_submodule(name.removesuffix(".processor"))
     return Attention(attention.to_k.out_features, context, [projections.TOKENS] * count)
-
-
-def _check(file: Path, weights: Weights) -> None:
-    """Raises UnsupportedModel where the file holds the weights of another UNet."""
-    found = {name: ref.shape for name, ref in projections.named(file, open_file(file).tensors).items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in weights.state_dict().items()}
-    other = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
-    if other:
-        raise UnsupportedModel(
-            f"{file} has {len(found)} tensors, expected {len(expected)}; {other[0]} is {found.get(other[0])}, expected "
-            f"{expected.get(other[0])}: this adapter was made for another base model"
-        )
 
 
 def _encoder_config(folder: Path) -> CLIPVisionConfig:

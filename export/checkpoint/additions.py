@@ -39,7 +39,9 @@ KINDS: Final[Mapping[str, Kind]] = {
     "adapter": Kind("A LoRA (.safetensors) that requests choose by its name."),
     "embedding": Kind("A learned token (textual inversion, .safetensors), named as in prompts.", traced=False),
     "ip_adapter": Kind("An image adapter (.safetensors beside its folder image_encoder), which requests name."),
-    "controlnet": Kind("A control network (folder of a ControlNetModel), which requests name.", traced=False),
+    "controlnet": Kind(
+        "A control network (folder of a ControlNetModel, or its .safetensors file), which requests name.", traced=False
+    ),
     "vae": Kind(
         "An autoencoder (folder of an AutoencoderTiny or AutoencoderKL) in place of the checkpoint's.", traced=False
     ),

@@ -70,20 +70,22 @@ class Controls(Frozen):
 @dataclass(frozen=True)
 class Network:
     """A control network at work on a request: its `control`, and the size (height, width) of what is drawn, to which
-    its picture is resized as diffusers does it. `calls` are those calls of the denoiser that it takes part in.
+    its picture is resized as diffusers does it. `calls` are those calls of the denoiser that it takes part in. `guess`
+    is as in `ImageRequest.guess_mode`.
     """
 
     control: Control
     size: tuple[int, int]
     calls: range
+    guess: bool = False
 
     @classmethod
-    def of(cls, control: Control, size: tuple[int, int], calls: int) -> Network:
+    def of(cls, control: Control, size: tuple[int, int], calls: int, guess: bool) -> Network:
         """Of a request whose denoiser is called so often. Equals diffusers: a call takes part if all of it lies between
         `start` and `end`.
         """
         inside = [i for i in range(calls) if control.start <= i / calls and (i + 1) / calls <= control.end]
-        return cls(control, size, range(inside[0], inside[-1] + 1) if inside else range(0))
+        return cls(control, size, range(inside[0], inside[-1] + 1) if inside else range(0), guess)
 
     @cached_property
     def pixels(self) -> Pixels:
@@ -92,13 +94,23 @@ class Network:
         return np.ascontiguousarray((picture.astype(np.float32) / np.float32(255)).transpose(2, 0, 1)[None])
 
     def residuals(self, inputs: Arrays) -> Part[Arrays]:
-        """What it adds to the denoiser that is called with these inputs."""
+        """What it adds to the denoiser that is called with these inputs. To guess, it sees the prompt's row alone."""
         rows = len(inputs["sample"])
-        shown = {PICTURE: np.repeat(self.pixels, rows, axis=0)}
-        shared = {name: inputs[name] for name in SHARED if name in inputs}
+        seen = 1 if self.guess else rows
+        shown = {PICTURE: np.repeat(self.pixels, seen, axis=0)}
+        shared = {name: inputs[name][-seen:] for name in SHARED if name in inputs}
         outputs = yield from run(submodel(self.control.name), **shared, **shown)
-        scale = np.float32(self.control.scale)
-        return {name: output * scale for name, output in outputs.items()}
+        finest, scale = -1 if self.guess else 0, np.float32(self.control.scale)
+        scales = np.logspace(finest, 0, len(outputs), dtype=np.float32) * scale
+        named = zip(residual_names(len(outputs)), scales, strict=True)
+        return {name: _padded(outputs[name] * scale, rows) for name, scale in named}
+
+
+def _padded(array: Latents, rows: int) -> Latents:
+    """So many rows, of which the first are zeros where the array has fewer."""
+    if len(array) == rows:
+        return array
+    return np.concatenate([np.zeros((rows - len(array), *array.shape[1:]), np.float32), array])
 
 
 @dataclass(frozen=True)
@@ -121,10 +133,10 @@ class Controlling:
 
 
 def controlling(
-    settings: Controls | None, controls: Sequence[Control], size: tuple[int, int], sampler: Sampler
+    settings: Controls | None, controls: Sequence[Control], size: tuple[int, int], sampler: Sampler, guess: bool
 ) -> Controlling:
-    """The networks of a request's controls, which draws pictures of that size (height, width). Raises InvalidInput
-    naming `controls`.
+    """The networks of a request's controls, which draws pictures of that size (height, width). `guess` is as in
+    `ImageRequest.guess_mode`. Raises InvalidInput naming `controls`.
     """
     if settings is None:
         if controls:
@@ -133,4 +145,4 @@ def controlling(
             )
         return Controlling(None)
     settings.check(controls)
-    return Controlling(settings, tuple(Network.of(control, size, sampler.calls) for control in controls))
+    return Controlling(settings, tuple(Network.of(control, size, sampler.calls, guess) for control in controls))

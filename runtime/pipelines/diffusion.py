@@ -147,7 +147,7 @@ class DiffusionPipeline(ModelPipeline):
         prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
         added = time_ids(config.added, request.stated_sizes, size, guidance.rows)
         sampler = config.sampler_of(request)
-        controls = controlling(config.controls, request.controls, size, sampler)
+        controls = controlling(config.controls, request.controls, size, sampler, request.guess_mode)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
         original, hands_over = config.original_of(request), request.denoising_end is not None
         styles, preview = styling(config.styles, request.styles), request.preview_every

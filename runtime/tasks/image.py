@@ -121,7 +121,9 @@ class ImageRequest(Request):
     `loras` are LoRA files of the bundle by name, each with its scale: 1 is as it was trained.
 
     `controls` are for control networks that the bundle was built with, each at most once; their effects add up.
-    `styles` are for image adapters that the bundle was built with, likewise.
+    `styles` are for image adapters that the bundle was built with, likewise. `guess_mode` is of controls: the networks
+    count the less, the finer what they add is, a tenth at the first block, and do not count for the negative prompt, so
+    that they are followed without a prompt as well (diffusers' option of that name).
 
     `prompt_weights` reads both prompts as Automatic1111's web UI does: "(word:1.3)" is a weight, and a prompt may be
     longer than the text encoder reads at once (`runtime.diffusion.emphasis`).
@@ -161,6 +163,7 @@ class ImageRequest(Request):
     loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     controls: tuple[Control, ...] = ()
     styles: tuple[Style, ...] = ()
+    guess_mode: bool = False
     prompt_weights: bool = False
     image: Picture | PictureFile | None = None
     strength: float | None = None
@@ -179,6 +182,8 @@ class ImageRequest(Request):
         limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
         limits.CONTROLS.length("controls", self.controls)
         limits.STYLES.length("styles", self.styles)
+        if self.guess_mode and not self.controls:
+            raise InvalidInput("guess_mode", "is of controls: give some, or leave it out")
         limits.ETA.number("eta", self.eta)
         for field, limit in (
             ("steps", limits.STEPS),

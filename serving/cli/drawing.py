@@ -42,6 +42,14 @@ class Added:
             "steps (0-1). Repeat for several.",
         ),
     ] = None
+    guess_mode: Annotated[
+        bool | None,
+        typer.Option(
+            "--guess-mode",
+            help="Controls count less where what they add is fine, and not for the negative prompt: they are followed "
+            "without a prompt, too.",
+        ),
+    ] = None
     lora: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME[:SCALE]", help="A LoRA of the bundle, and how much of it. Repeat for several."),
@@ -52,6 +60,7 @@ class Added:
         return {
             "styles": [parse_style(text) for text in self.style or ()],
             "controls": [parse_control(text) for text in self.control or ()],
+            "guess_mode": self.guess_mode,
             "loras": scales(self.lora or []),
         }
 

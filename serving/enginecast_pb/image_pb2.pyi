@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +36,7 @@ class GenerateRequest(_message.Message):
     EXTEND_FIELD_NUMBER: _ClassVar[int]
     CONTROLS_FIELD_NUMBER: _ClassVar[int]
     STYLES_FIELD_NUMBER: _ClassVar[int]
+    GUESS_MODE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
     PROMPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DENOISING_END_FIELD_NUMBER: _ClassVar[int]
@@ -61,12 +62,13 @@ class GenerateRequest(_message.Message):
     extend: Edges
     controls: _containers.RepeatedCompositeFieldContainer[Control]
     styles: _containers.RepeatedCompositeFieldContainer[Style]
+    guess_mode: bool
     loras: _containers.ScalarMap[str, float]
     prompt_weights: bool
     denoising_end: float
     denoising_start: float
     latents: _containers.RepeatedCompositeFieldContainer[Latents]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ...) -> None: ...
 
 class Style(_message.Message):
     __slots__ = ("name", "image", "scale")

@@ -89,6 +89,10 @@ class ImageOptions(TypedDict, total=False):
     """LoRA files of the bundle by name (`enginecast build --adapter`), each with its scale; 1 is as it was trained."""
     controls: Sequence[Control] | None
     """Pictures for the control networks that the bundle was built with, each network at most once."""
+    guess_mode: bool | None
+    """Control networks count less where what they add is fine, and not for the negative prompt, so that they are
+    followed without a prompt, too.
+    """
     prompt_weights: bool | None
     """Read prompts as Automatic1111's web UI does: "(word:1.3)" weighs a word, and prompts may be longer than the text
     encoder reads at once.

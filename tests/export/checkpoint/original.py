@@ -51,6 +51,25 @@ def write_original(pipeline: Any, file: Path) -> Path:
     return file
 
 
+def write_control(model: Any, file: Path, prefix: str) -> Path:
+    """A control network."""
+    tensors = {prefix + _hint(name): tensor for name, tensor in _unet(model)}
+    save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file)
+    return file
+
+
+def _hint(name: str) -> str:
+    """A layer that only control networks have. The embedding's last one has the number of the published network's."""
+    name = re.sub(r"controlnet_down_blocks\.(\d+)", r"zero_convs.\1.0", name)
+    name = name.replace("controlnet_mid_block", "middle_block_out.0")
+    name = re.sub(
+        r"controlnet_cond_embedding\.blocks\.(\d+)", lambda found: f"input_hint_block.{2 * int(found[1]) + 2}", name
+    )
+    return name.replace("controlnet_cond_embedding.input_blocks.0.0", "input_hint_block.0").replace(
+        "controlnet_cond_embedding.out.2", "input_hint_block.14"
+    )
+
+
 def _under(prefix: str, named: Iterator[tuple[str, torch.Tensor]]) -> State:
     return {prefix + name: tensor for name, tensor in named}
 

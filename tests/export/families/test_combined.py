@@ -52,6 +52,7 @@ def added_to(request: ImageRequest) -> dict[str, Any]:
         found["control_image"] = [picture(control.image) for control in request.controls]
         found["controlnet_conditioning_scale"] = [control.scale for control in request.controls]
         found["control_guidance_start"] = [control.start for control in request.controls]
+        found["guess_mode"] = request.guess_mode
         found["control_guidance_end"] = [control.end for control in request.controls]
     if request.styles:
         given = {style.name: style for style in request.styles}
@@ -125,6 +126,16 @@ CASES: dict[str, Case] = {
         "lcm", "LatentConsistencyModelImg2ImgPipeline",
         replace(DRAWN_ON, sampler="lcm", steps=7, strength=0.15, styles=STYLES),
     ),
+    "controls in guess mode, image to image": (
+        "tiny_diffusion", f"{BASE}ControlNetImg2ImgPipeline", replace(DRAWN_ON, controls=CONTROLS, guess_mode=True)
+    ),
+    "a control in guess mode without guidance, inpainting": (
+        "tiny_diffusion", f"{BASE}ControlNetInpaintPipeline",
+        replace(MASKED, controls=CONTROLS[:1], guess_mode=True, guidance_scale=1.0),
+    ),
+    "XL: a control in guess mode, image to image": (
+        "tiny_xl", f"{XL}ControlNetImg2ImgPipeline", replace(DRAWN_ON, controls=CONTROLS[:1], guess_mode=True)
+    ),
     "XL: control, image to image": (
         "tiny_xl", f"{XL}ControlNetImg2ImgPipeline", replace(DRAWN_ON, controls=CONTROLS)
     ),
@@ -138,7 +149,8 @@ CASES: dict[str, Case] = {
 
 FULL = {
     "control, image to image", "control, inpainting", "style, image to image", "style, inpainting",
-    "latent consistency, image to image", "XL: control, image to image",
+    "latent consistency, image to image", "a control in guess mode without guidance, inpainting",
+    "XL: a control in guess mode, image to image", "XL: control, image to image",
 }  # fmt: skip
 """Those whose parts are in another case, too."""
 
@@ -156,7 +168,7 @@ def test_the_same_picture_as_diffusers(
     expected = theirs(kind, source, wanted, additions, monkeypatch)
     model = LibraryModel.of(source, tmp_path, *additions)
     found = psnr(model.draw(wanted), expected)
-    without = psnr(model.draw(replace(wanted, controls=(), styles=(), loras={})), expected)
+    without = psnr(model.draw(replace(wanted, controls=(), guess_mode=False, styles=(), loras={})), expected)
     print(f"{case}: {found:.1f} dB, {without:.1f} dB without what is added")
     assert found >= LEAST_DB and expected.std() > 10
     assert without < 36 or not additions

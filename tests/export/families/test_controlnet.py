@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from calibration.observe.metrics import PEAK, psnr_db
 from export.build.options import Options
@@ -27,6 +28,7 @@ from runtime.diffusion.solver import make_sampler
 from runtime.errors import InvalidInput, UnsupportedModel
 from runtime.placing.loading import LoadedModel, open_pipeline
 from runtime.tasks.image import Control, ImageRequest
+from tests.export.checkpoint.original import write_control
 from tests.export.families.conftest import drawn
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch tensors inside diffusers
@@ -159,14 +161,55 @@ def test_networks_that_cannot_be_added(
         Build.open(Options(str(tiny_diffusion), tmp_path / "bundle", additions=(one,)))
 
 
-def test_a_single_file_is_no_network(tiny_diffusion: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.safetensors").touch()
-    with pytest.raises(UnsupportedModel, match=r"is a single file, .*from_single_file\('.*x.safetensors'\)"):
-        Build.open(
-            Options(
-                str(tiny_diffusion), tmp_path / "b", additions=(Addition("controlnet", tmp_path / "x.safetensors"),)
-            )
-        )
+def build_of(source: Path, folder: Path, file: Path) -> Build:
+    return Build.open(Options(str(source), folder / "bundle", additions=(Addition("controlnet", file, "edges"),)))
+
+
+def weights_of(build: Build) -> dict[str, Array]:
+    (part,) = (part for part in build.parts if part.name == "controlnet.edges")
+    return {name: ref.array() for name, ref in build.weights(part).items()}
+
+
+@pytest.mark.parametrize("layout", ["control_model.", "", "diffusers"])
+def test_a_single_file_is_the_network_of_its_folder(tiny_diffusion: Path, tmp_path: Path, layout: str) -> None:
+    """In the layout of the original code, with its prefix or without, or under diffusers' names."""
+    from diffusers import ControlNetModel
+
+    (one, _) = networks(tiny_diffusion, tmp_path)
+    network: Any = ControlNetModel.from_pretrained(one.path, dtype=torch.float16)
+    file = tmp_path / "edges.safetensors"
+    if layout == "diffusers":
+        save_file(network.state_dict(), file)
+    else:
+        write_control(network, file, layout)
+    theirs: Any = ControlNetModel.from_single_file(str(file), config=str(one.path), torch_dtype=torch.float16)
+    found = weights_of(build_of(tiny_diffusion, tmp_path, file))
+    assert found.keys() == theirs.state_dict().keys()
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(found[name], tensor.numpy(), name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_controlnet": torch.zeros(0)}, "is a Control-LoRA, expected the whole control network"),
+        ({"input_blocks.1.1.norm.weight": None}, "norm.weight is None, .*: this control network was made for"),
+        ({"input_hint_block.0.weight": None}, "is no control network: expected tensors such as control_model"),
+        ({"input_hint_block.4.weight": None}, "in 1 steps, expected as many as make 2 pixels one latent"),
+        ({"input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}, r"conv_in.weight is \(8, 9, 3, 3\), expected \(8, 4, 3"),
+    ],
+)
+def test_single_files_that_are_no_network_of_this_model(
+    tiny_diffusion: Path, tmp_path: Path, change: dict[str, torch.Tensor | None], message: str
+) -> None:
+    from diffusers import ControlNetModel
+
+    (one, _) = networks(tiny_diffusion, tmp_path)
+    file = write_control(ControlNetModel.from_pretrained(one.path), tmp_path / "edges.safetensors", "")
+    tensors = load_file(file) | change
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file)
+    with pytest.raises(UnsupportedModel, match=message):
+        build_of(tiny_diffusion, tmp_path, file)
 
 
 def test_how_often_samplers_call_the_model_is_diffusers() -> None:

@@ -24,7 +24,7 @@ from serving.host.job import Done, Queued, Started
 OPTIONS: Final = (
     *("negative_prompt", "width", "height", "steps", "guidance_scale"),
     *("sampler", "eta", "seed", "images", "preview_every", "strength", "mask_blur", "keep_unmasked"),
-    *("denoising_end", "denoising_start", "prompt_weights"),
+    *("denoising_end", "denoising_start", "prompt_weights", "guess_mode"),
 )
 PICTURES: Final = ("image", "mask")
 FLOAT: Final = np.dtype("<f4")
