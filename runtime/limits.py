@@ -152,7 +152,12 @@ LORA_SCALE: Final = Limit(
 )  # fmt: skip
 EDGE: Final = Limit(
     "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
-    (f"{IMAGE}.width", f"{IMAGE}.height"), least=0,
+    (f"{IMAGE}.width", f"{IMAGE}.height", *(f"{IMAGE}.{of}{name}" for of in ("", "negative_") for name in
+        ("original_size", "crop_top_left", "target_size")), "Pixels.down", "Pixels.across"), least=0,
+)  # fmt: skip
+AESTHETIC_SCORE: Final = Limit(
+    "aesthetic_score", 10, "(a score)", "models are trained on scores of 1 to 10",
+    (f"{IMAGE}.aesthetic_score", f"{IMAGE}.negative_aesthetic_score"), least=0,
 )  # fmt: skip
 IMAGE_SEED: Final = Limit(
     "seed of pictures",

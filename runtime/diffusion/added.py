@@ -9,10 +9,12 @@ import numpy as np
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays
+from runtime.diffusion.schedule import Latents
 from runtime.errors import InvalidInput
 
 Pair = tuple[int, int]
-SCORES: Final = [(2.5,), (6.0,)]
+Condition = Pair | float
+SCORES: Final = (2.5, 6.0)
 """Scores of the negative prompt and of the prompt, as diffusers' StableDiffusionXLImg2ImgPipeline has them."""
 
 
@@ -29,19 +31,35 @@ class AddedConditions(Frozen):
     aesthetic: bool = False
 
 
-def time_ids(added: AddedConditions | None, sizes: Mapping[str, Pair], drawn: Pair, rows: int) -> Arrays:
+def time_ids(added: AddedConditions | None, stated: Mapping[str, Condition], drawn: Pair, rows: int) -> Arrays:
     """The sizes for each of `rows` rows of a batch, the prompt's last: `time_ids` float32 [rows, 6], in pixels; of a
     model with scores [rows, 5]. Empty where the model has no added conditions.
 
-    `sizes` are those that the request states, by the names of its fields; `drawn` is the picture's (height, width).
-    Raises InvalidInput naming the first field where the model takes none.
+    `stated` are those of the request (`ImageRequest.conditions`); `drawn` is the picture's (height, width). What is not
+    stated of the negative prompt is as of the prompt, but for the score. Raises InvalidInput naming the first field
+    that the model does not take.
     """
-    if added is None:
-        for field in sizes:
+    for field in stated:
+        if added is None:
             raise InvalidInput(field, "does not apply to this model, which has no such condition: leave it out")
+        if field.endswith("target_size") and added.aesthetic:
+            raise InvalidInput(field, "does not apply to this model, which takes a score instead: leave it out")
+        if field.endswith("aesthetic_score") and not added.aesthetic:
+            raise InvalidInput(field, "does not apply to this model, which takes a target_size instead: leave it out")
+    if added is None:
         return {}
-    if added.aesthetic and "target_size" in sizes:
-        raise InvalidInput("target_size", "does not apply to this model, which takes a score instead: leave it out")
-    shown = [*sizes.get("original_size", drawn), *sizes.get("crop_top_left", (0, 0))]
-    ends = SCORES if added.aesthetic else [sizes.get("target_size", drawn)] * 2
-    return {"time_ids": np.array([[*shown, *end] for end in ends[-rows:]], np.float32)}
+    usual: dict[str, Condition] = {
+        "original_size": drawn,
+        "crop_top_left": (0, 0),
+        "target_size": drawn,
+        "aesthetic_score": SCORES[1],
+    }
+    positive = {**usual, **stated}
+    negative = {name: stated.get(f"negative_{name}", positive[name]) for name in usual}
+    negative["aesthetic_score"] = stated.get("negative_aesthetic_score", SCORES[0])
+    return {"time_ids": np.stack([_row(added, values) for values in (negative, positive)[-rows:]])}
+
+
+def _row(added: AddedConditions, values: Mapping[str, Condition]) -> Latents:
+    names = ("original_size", "crop_top_left", "aesthetic_score" if added.aesthetic else "target_size")
+    return np.concatenate([np.atleast_1d(np.array(values[name], np.float32)) for name in names])

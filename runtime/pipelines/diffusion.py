@@ -145,7 +145,7 @@ class DiffusionPipeline(ModelPipeline):
         config, size, guidance = self.config, self.config.size_of(request), self.config.guidance_of(request)
         texts = request.prompt, request.negative_prompt
         prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
-        added = time_ids(config.added, request.stated_sizes, size, guidance.rows)
+        added = time_ids(config.added, request.conditions, size, guidance.rows)
         sampler = config.sampler_of(request)
         controls = controlling(config.controls, request.controls, size, sampler, request.guess_mode)
         starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)

@@ -25,6 +25,10 @@ DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
 
+SIZES: Final = ("original_size", "crop_top_left", "target_size")
+CONDITIONS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in (*SIZES, "aesthetic_score"))
+"""The fields with conditions of a model of Stable Diffusion XL's kind."""
+
 Edges = tuple[int, int, int, int]
 """What is added to a picture on the left, top, right and bottom, in pixels."""
 
@@ -116,7 +120,10 @@ class ImageRequest(Request):
 
     `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
-    is to look like. None is the size of the drawn picture, without a crop.
+    is to look like. None is the size of the drawn picture, without a crop. `aesthetic_score` is a condition of a model
+    that takes one in place of `target_size`, as the refiner: how beautiful the picture is to be, 0 to 10, by default 6.
+    Those whose names begin with `negative_` are conditions of the negative prompt, by default those of the prompt; the
+    score is 2.5.
 
     `loras` are LoRA files of the bundle by name, each with its scale: 1 is as it was trained.
 
@@ -160,6 +167,11 @@ class ImageRequest(Request):
     original_size: tuple[int, int] | None = None
     crop_top_left: tuple[int, int] | None = None
     target_size: tuple[int, int] | None = None
+    aesthetic_score: float | None = None
+    negative_original_size: tuple[int, int] | None = None
+    negative_crop_top_left: tuple[int, int] | None = None
+    negative_target_size: tuple[int, int] | None = None
+    negative_aesthetic_score: float | None = None
     loras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     controls: tuple[Control, ...] = ()
     styles: tuple[Style, ...] = ()
@@ -203,8 +215,10 @@ class ImageRequest(Request):
             limits.LORA_SCALE.number("loras", scale)
         if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
             raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
-        for field, pair in self.stated_sizes.items():
-            if len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
+        for field, pair in self.conditions.items():
+            if isinstance(pair, int | float):
+                limits.AESTHETIC_SCORE.number(field, pair)
+            elif len(pair) != 2 or not all(0 <= length <= limits.EDGE.most for length in pair):
                 raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
         self._check_pictures()
         self._check_parts()
@@ -265,14 +279,9 @@ class ImageRequest(Request):
         return held + (0 if self.latents is None else self.latents.nbytes)
 
     @property
-    def stated_sizes(self) -> dict[str, tuple[int, int]]:
-        """The sizes that the request states, by their fields: only a model with added conditions takes them."""
-        named = {
-            "original_size": self.original_size,
-            "crop_top_left": self.crop_top_left,
-            "target_size": self.target_size,
-        }
-        return {name: pair for name, pair in named.items() if pair is not None}
+    def conditions(self) -> dict[str, tuple[int, int] | float]:
+        """The sizes and scores that the request states, by field: only a model with added conditions takes them."""
+        return {name: value for name in CONDITIONS if (value := getattr(self, name)) is not None}
 
 
 def _check_edges(edges: Edges) -> None:

@@ -101,6 +101,43 @@ class Canvas:
         return asdict(self) | {"extend": None if self.extend is None else parse_edges(self.extend)}
 
 
+SIZE: Final = "HEIGHT,WIDTH"
+PLACE: Final = "TOP,LEFT"
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What Stable Diffusion XL and its refiner take besides a prompt, in pixels."""
+
+    original_size: Annotated[
+        str | None,
+        typer.Option(metavar=SIZE, help="XL: the size that it looks as if it was scaled from. Default: its own."),
+    ] = None
+    crop_top_left: Annotated[
+        str | None, typer.Option(metavar=PLACE, help="XL: where it looks as if it was cropped. Default: 0,0.")
+    ] = None
+    target_size: Annotated[
+        str | None, typer.Option(metavar=SIZE, help="XL: the size that it is to look like. Default: its own.")
+    ] = None
+    aesthetic_score: Annotated[
+        float | None, typer.Option(help="Refiner: how beautiful it is to be, 0 to 10. Default: 6.")
+    ] = None
+    negative_original_size: Annotated[
+        str | None, typer.Option(metavar=SIZE, help="The same for the negative prompt. Default: that of the prompt.")
+    ] = None
+    negative_crop_top_left: Annotated[str | None, typer.Option(metavar=PLACE, help="See above.")] = None
+    negative_target_size: Annotated[str | None, typer.Option(metavar=SIZE, help="See above.")] = None
+    negative_aesthetic_score: Annotated[float | None, typer.Option(help="See above. Default: 2.5.")] = None
+
+    def sizes(self) -> dict[str, Any]:
+        """Those of every model of XL. Raises InvalidInput."""
+        return {name: parse_pair(name, text) for name, text in asdict(self).items() if isinstance(text, str)}
+
+    def scores(self) -> dict[str, Any]:
+        """Those of the refiner alone."""
+        return {name: number for name, number in asdict(self).items() if isinstance(number, float)}
+
+
 @dataclass(frozen=True)
 class Refining:
     """A second model that goes on with what the first one drew."""
@@ -146,6 +183,17 @@ def parse_style(text: str) -> Style:
     if found is None:
         raise InvalidInput("style", f"is {quoted(text)}, expected NAME=PICTURE[:SCALE]")
     return Style(found["name"], Path(found["image"]), float(found["scale"] or 1))
+
+
+def parse_pair(option: str, text: str) -> tuple[int, int]:
+    """Two lengths of an option, in pixels. Raises InvalidInput."""
+    try:
+        down, across = map(int, text.split(","))
+    except ValueError:
+        raise InvalidInput(
+            option, f"is {quoted(text)}, expected two lengths in pixels, {SIZE} or {PLACE}, such as 768,1024"
+        ) from None
+    return down, across
 
 
 def parse_edges(text: str) -> tuple[int, int, int, int]:

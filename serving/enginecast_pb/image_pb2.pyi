@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,14 @@ class GenerateRequest(_message.Message):
     DENOISING_END_FIELD_NUMBER: _ClassVar[int]
     DENOISING_START_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
+    ORIGINAL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    CROP_TOP_LEFT_FIELD_NUMBER: _ClassVar[int]
+    TARGET_SIZE_FIELD_NUMBER: _ClassVar[int]
+    AESTHETIC_SCORE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_ORIGINAL_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_CROP_TOP_LEFT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_TARGET_SIZE_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_AESTHETIC_SCORE_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
     negative_prompt: str
@@ -68,7 +76,23 @@ class GenerateRequest(_message.Message):
     denoising_end: float
     denoising_start: float
     latents: _containers.RepeatedCompositeFieldContainer[Latents]
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ...) -> None: ...
+    original_size: Pixels
+    crop_top_left: Pixels
+    target_size: Pixels
+    aesthetic_score: float
+    negative_original_size: Pixels
+    negative_crop_top_left: Pixels
+    negative_target_size: Pixels
+    negative_aesthetic_score: float
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ...) -> None: ...
+
+class Pixels(_message.Message):
+    __slots__ = ("down", "across")
+    DOWN_FIELD_NUMBER: _ClassVar[int]
+    ACROSS_FIELD_NUMBER: _ClassVar[int]
+    down: int
+    across: int
+    def __init__(self, down: _Optional[int] = ..., across: _Optional[int] = ...) -> None: ...
 
 class Style(_message.Message):
     __slots__ = ("name", "image", "scale")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from runtime.limits import IMAGE_SEED
-from serving.cli.drawing import Added, Canvas, Refining
+from serving.cli.drawing import Added, Canvas, Conditions, Refining
 from serving.cli.options import UINT32, ModelOptions, with_fields, with_model_options
+
+if TYPE_CHECKING:
+    from runtime.tasks.image import ImageRequest
+    from serving.dialects.python.results import Drawing
 
 PromptWeights = Annotated[
     bool,
@@ -22,6 +26,7 @@ PromptWeights = Annotated[
 
 
 @with_model_options
+@with_fields("conditions", Conditions)
 @with_fields("refining", Refining)
 @with_fields("canvas", Canvas)
 @with_fields("added", Added)
@@ -34,6 +39,7 @@ def generate(
     added: Added,
     canvas: Canvas,
     refining: Refining,
+    conditions: Conditions,
     negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None,
     steps: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Denoising steps.")] = None,
     seed: Annotated[
@@ -55,7 +61,7 @@ def generate(
 ) -> None:
     """Draw a picture from a prompt."""
     from serving.cli import terminal
-    from serving.dialects.python.requests import ImageOptions, going_on, image_request
+    from serving.dialects.python.requests import ImageOptions, image_request
 
     terminal.check_output(out)
     plain = ImageOptions(
@@ -71,19 +77,28 @@ def generate(
         prompt_weights=prompt_weights or None,
         denoising_end=refining.handover(),
     )
-    given = {**plain, **added.given(), **canvas.given()}
+    refined, scores = refining.refiner is not None, conditions.scores()
+    given = {**plain, **added.given(), **canvas.given(), **conditions.sizes(), **({} if refined else scores)}
     request = image_request(terminal.unicode("prompt", prompt), given)
+    for path in _drawn(request, where, refining, scores).save(out):
+        print(path)
+
+
+def _drawn(request: ImageRequest, where: ModelOptions, refining: Refining, scores: dict[str, Any]) -> Drawing:
+    """What the model draws, and the refiner from it, which takes these scores."""
+    from serving.cli import terminal
+    from serving.dialects.python.requests import going_on
+
     stages = [where] if refining.refiner is None else [where, where.of(refining.refiner)]
     for later in stages[1:]:
         later.check(request)
     drawing = None
     for stage in stages:
-        request = request if drawing is None else going_on(request, drawing)
+        request = request if drawing is None else going_on(request, drawing, **scores)
         with stage.session(request) as session:
             drawing = terminal.draw(session.draw(request), where.verbose)
     assert drawing is not None, "there is a stage"
-    for path in drawing.save(out):
-        print(path)
+    return drawing
 
 
 COMMAND: Final = generate

@@ -117,6 +117,24 @@ class ImageOptions(TypedDict, total=False):
     """Stop here, a share of the training's timesteps between 0 and 1: another model goes on with `Drawing.latents`."""
     denoising_start: float | None
     """Go on from here, with `latents` of a drawing whose `denoising_end` was the same."""
+    original_size: tuple[int, int] | None
+    """Of Stable Diffusion XL and its refiner: the size (height, width) that a picture is to look as if it was scaled
+    from. Without one, the size that is drawn.
+    """
+    crop_top_left: tuple[int, int] | None
+    """Where (top, left) it is to look as if it was cropped. Without one, (0, 0)."""
+    target_size: tuple[int, int] | None
+    """The size (height, width) that it is to look like. Without one, the size that is drawn."""
+    aesthetic_score: float | None
+    """Of the refiner, in place of `target_size`: how beautiful the picture is to be, 0 to 10. Without one, 6."""
+    negative_original_size: tuple[int, int] | None
+    """The same for the negative prompt. Without one, that of the prompt."""
+    negative_crop_top_left: tuple[int, int] | None
+    """See `negative_original_size`."""
+    negative_target_size: tuple[int, int] | None
+    """See `negative_original_size`."""
+    negative_aesthetic_score: float | None
+    """The score of the negative prompt. Without one, 2.5."""
     latents: NDArray[np.float32] | None
     """Latents [images, channels, height, width] to begin with, in place of the noise of the seed."""
     styles: Sequence[Style] | None
@@ -175,11 +193,14 @@ def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
     return ImageRequest(prompt=prompt, **given)
 
 
-def going_on(request: ImageRequest, drawing: Drawing) -> ImageRequest:
-    """The request to another model that goes on where this one ended, with what it has drawn, without LoRA files."""
+def going_on(request: ImageRequest, drawing: Drawing, **more: Any) -> ImageRequest:
+    """The request to another model that goes on where this one ended, with what it has drawn, and `more`; without what
+    is of this model: LoRA files, controls, styles, and the size aimed at.
+    """
     return replace(
         request, denoising_start=request.denoising_end, denoising_end=None, latents=drawing.latents,
-        seed=drawing.images[0].seed, loras={},
+        seed=drawing.images[0].seed, loras={}, controls=(), guess_mode=False, styles=(), target_size=None,
+        negative_target_size=None, **more,
     )  # fmt: skip
 
 

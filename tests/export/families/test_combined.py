@@ -17,7 +17,7 @@ from export.build.build import build
 from export.build.options import Options
 from export.checkpoint.additions import Addition
 from runtime.placing.loading import load_model
-from runtime.tasks.image import Control, ImageRequest, Style
+from runtime.tasks.image import CONDITIONS, Control, ImageRequest, Style
 from runtime.vision.images import Picture
 from tests.export.checkpoint import loras
 from tests.export.families.test_controlnet import networks
@@ -59,6 +59,9 @@ def added_to(request: ImageRequest) -> dict[str, Any]:
         found["ip_adapter_image"] = [picture(given[name].image) for name in ADAPTERS]
     if request.mask is not None:
         found |= {"mask_image": picture(request.mask).convert("L"), "height": HEIGHT, "width": WIDTH}
+    found |= request.conditions
+    if crop := found.pop("crop_top_left", None):
+        found["crops_coords_top_left"] = crop
     return found
 
 
@@ -104,6 +107,10 @@ def for_inpainting(tiny_diffusion: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
+SIZED: dict[str, Any] = {
+    "original_size": (700, 90), "crop_top_left": (50, 3), "target_size": (30, 900),
+    "negative_original_size": (80, 600), "negative_target_size": (800, 20),
+}  # fmt: skip
 Case = tuple[str, str, ImageRequest]
 CASES: dict[str, Case] = {
     "control, image to image": (
@@ -143,6 +150,11 @@ CASES: dict[str, Case] = {
         "tiny_xl", f"{XL}ControlNetInpaintPipeline", replace(MASKED, controls=CONTROLS, styles=STYLES)
     ),
     "XL: the refiner, inpainting": ("tiny_refiner", f"{XL}InpaintPipeline", MASKED),
+    "XL: the refiner with scores, image to image": (
+        "tiny_refiner", f"{XL}Img2ImgPipeline",
+        replace(DRAWN_ON, aesthetic_score=9.0, negative_aesthetic_score=0.5, original_size=(100, 700)),
+    ),
+    "XL: sizes of both prompts, image to image": ("tiny_xl", f"{XL}Img2ImgPipeline", replace(DRAWN_ON, **SIZED)),
 }  # fmt: skip
 """A checkpoint, diffusers' pipeline, and what both draw."""
 
@@ -168,10 +180,12 @@ def test_the_same_picture_as_diffusers(
     expected = theirs(kind, source, wanted, additions, monkeypatch)
     model = LibraryModel.of(source, tmp_path, *additions)
     found = psnr(model.draw(wanted), expected)
-    without = psnr(model.draw(replace(wanted, controls=(), guess_mode=False, styles=(), loras={})), expected)
+    bare: dict[str, Any] = {"controls": (), "guess_mode": False, "styles": (), "loras": {}, **dict.fromkeys(CONDITIONS)}
+    without = psnr(model.draw(replace(wanted, **bare)), expected)
     print(f"{case}: {found:.1f} dB, {without:.1f} dB without what is added")
     assert found >= LEAST_DB and expected.std() > 10
     assert without < 36 or not additions
+    assert without < 45 or not wanted.conditions
 
 
 @pytest.mark.full  # a bundle

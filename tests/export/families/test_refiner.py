@@ -173,6 +173,10 @@ def test_a_score_replaces_the_size_aimed_at(models: Models) -> None:
     pipeline = models["tiny-refiner"].pipeline
     with pytest.raises(InvalidInput, match=r"^target_size: .*takes a score instead"):
         pipeline(ImageRequest("ab", target_size=(8, 8)))
+    with pytest.raises(InvalidInput, match=r"^aesthetic_score: .*takes a target_size instead"):
+        models["tiny-xl"].pipeline(ImageRequest("ab", aesthetic_score=5.0))
+    with pytest.raises(InvalidInput, match=r"^negative_aesthetic_score: is 11.0, expected 0 to 10"):
+        ImageRequest("ab", negative_aesthetic_score=11.0)
 
 
 @pytest.mark.full

@@ -54,7 +54,11 @@ REQUESTS = {
     "an empty prompt": replace(REQUEST, prompt=""),
     "a size that the UNet does not divide evenly": replace(REQUEST, width=22, height=18),
     "stated sizes": replace(REQUEST, original_size=(512, 768), crop_top_left=(100, 7), target_size=(1024, 900)),
-}
+    "sizes of the negative prompt": replace(
+        REQUEST, original_size=(512, 768), crop_top_left=(100, 7), target_size=(1024, 900),
+        negative_original_size=(99, 700), negative_crop_top_left=(1, 300), negative_target_size=(30, 2000),
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +100,9 @@ def expected(pipe: Any, request: ImageRequest) -> Array:
         "original_size": request.original_size,
         "crops_coords_top_left": request.crop_top_left,
         "target_size": request.target_size,
+        "negative_original_size": request.negative_original_size,
+        "negative_crops_coords_top_left": request.negative_crop_top_left,
+        "negative_target_size": request.negative_target_size,
     }
     images = pipe(
         request.prompt, negative_prompt=request.negative_prompt or None, num_inference_steps=request.steps,

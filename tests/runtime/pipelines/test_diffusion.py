@@ -22,7 +22,7 @@ from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, Progress, drive
 from runtime.pipelines.diffusion import DiffusionPipeline
-from runtime.tasks.image import ImageReady, ImageRequest
+from runtime.tasks.image import CONDITIONS, ImageReady, ImageRequest
 from tests.runtime.diffusion.reference import WITH_ETA, feed, reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array_.*:DeprecationWarning")  # torch tensors inside diffusers
@@ -272,6 +272,10 @@ def test_added_conditions(added: DiffusionPipeline) -> None:
     )
     assert plain["time_ids"].tolist() == [[16, 24, 0, 0, 16, 24]] * 2 and plain["time_ids"].dtype == np.float32
     assert told["time_ids"].tolist() == [[100, 200, 3, 4, 50, 60]] * 2
+    negative: dict[str, Any] = {"negative_original_size": (7, 8), "negative_target_size": (9, 10)}
+    pictures(added, ImageRequest("ab", "c", width=24, height=16, seed=7, **sizes, **negative), engines)
+    other = engines["unet"].calls[-1]["time_ids"].tolist()
+    assert other == [[7, 8, 3, 4, 9, 10], [100, 200, 3, 4, 50, 60]]
 
 
 @pytest.mark.parametrize("added", [True, False], indirect=True)
@@ -306,9 +310,9 @@ def test_every_output_must_be_finite(added: DiffusionPipeline) -> None:
         pictures(added, ImageRequest("ab", seed=0), engines)
 
 
-@pytest.mark.parametrize("field", ["original_size", "crop_top_left", "target_size"])
-def test_a_model_without_added_conditions_is_told_no_sizes(pipeline: DiffusionPipeline, field: str) -> None:
-    sizes: dict[str, Any] = {field: (8, 8)}
+@pytest.mark.parametrize("field", CONDITIONS)
+def test_a_model_without_added_conditions_takes_none(pipeline: DiffusionPipeline, field: str) -> None:
+    sizes: dict[str, Any] = {field: 5.0 if field.endswith("score") else (8, 8)}
     with pytest.raises(InvalidInput, match="has no such condition: leave it out") as caught:
         pipeline(ImageRequest("ab", **sizes))
     assert caught.value.field == field

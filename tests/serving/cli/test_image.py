@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidInput
-from serving.cli.drawing import parse_control, parse_style
+from serving.cli.drawing import Conditions, parse_control, parse_style
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,14 @@ def test_a_control(text: str, image: str, numbers: tuple[float, ...]) -> None:
 def test_no_control(text: str) -> None:
     with pytest.raises(InvalidInput, match=r"control: is .*, expected NAME=PICTURE"):
         parse_control(text)
+
+
+def test_conditions() -> None:
+    given = Conditions(original_size="768,1024", negative_crop_top_left="3,4", aesthetic_score=7.0)
+    assert given.sizes() == {"original_size": (768, 1024), "negative_crop_top_left": (3, 4)}
+    assert given.scores() == {"aesthetic_score": 7.0}
+    with pytest.raises(InvalidInput, match="target_size: is '8', expected two lengths in pixels, HEIGHT,WIDTH or TOP"):
+        Conditions(target_size="8").sizes()
 
 
 def test_a_style() -> None:

@@ -14,7 +14,7 @@ from runtime import limits
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import SIZES, Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decode_image
 from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, timings
 from serving.dialects.grpc.task import GrpcTask
@@ -24,10 +24,18 @@ from serving.host.job import Done, Queued, Started
 OPTIONS: Final = (
     *("negative_prompt", "width", "height", "steps", "guidance_scale"),
     *("sampler", "eta", "seed", "images", "preview_every", "strength", "mask_blur", "keep_unmasked"),
-    *("denoising_end", "denoising_start", "prompt_weights", "guess_mode"),
+    *(
+        "denoising_end",
+        "denoising_start",
+        "prompt_weights",
+        "guess_mode",
+        "aesthetic_score",
+        "negative_aesthetic_score",
+    ),
 )
 PICTURES: Final = ("image", "mask")
 FLOAT: Final = np.dtype("<f4")
+PAIRS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in SIZES)
 EDGES: Final = ("left", "top", "right", "bottom")
 
 CONTROL_OPTIONS: Final = ("scale", "start", "end")
@@ -40,6 +48,7 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
     files: dict[str, Any] = {name: PictureFile.open(data, name) for name, data in given(message, PICTURES).items()}
     if message.HasField("extend"):
         files["extend"] = tuple(getattr(message.extend, side) for side in EDGES)
+    files |= {name: (pair.down, pair.across) for name, pair in given(message, PAIRS).items()}
     if message.latents:
         limits.LATENTS.length("latents", message.latents)
         files["latents"] = _stacked([_array(one, f"latents[{i}]") for i, one in enumerate(message.latents)])
@@ -123,6 +132,8 @@ def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateReques
     fields |= {name: file_of(picture) for name in PICTURES if (picture := getattr(request, name)) is not None}
     if request.extend is not None:
         fields["extend"] = image_pb2.Edges(**dict(zip(EDGES, request.extend, strict=True)))
+    pairs = {name: pair for name in PAIRS if (pair := getattr(request, name)) is not None}
+    fields |= {name: image_pb2.Pixels(down=down, across=across) for name, (down, across) in pairs.items()}
     if request.latents is not None:
         fields["latents"] = map(_latents, request.latents)
     fields["controls"] = map(_control_message, request.controls)

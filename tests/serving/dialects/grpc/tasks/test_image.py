@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from runtime.errors import InvalidInput
-from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import CONDITIONS, Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decoded
 from serving.dialects.grpc.tasks.image import ImageStream, image_events, image_message, image_request
 from serving.dialects.python import requests
@@ -57,6 +57,21 @@ def test_latents_come_through_both_ways() -> None:
     (again,) = image_events(iter([response]))
     assert isinstance(again, ImageReady) and again.latents is not None and (again.index, again.seed) == (1, 7)
     np.testing.assert_array_equal(again.latents, latents[1])
+
+
+def test_conditions_come_through() -> None:
+    pairs = {name: (2 * i, 2 * i + 1) for i, name in enumerate(CONDITIONS) if not name.endswith("score")}
+    stated = {**pairs, "aesthetic_score": 7.5, "negative_aesthetic_score": 0.0}
+    made = requests.image_request("a fox", stated)
+    received = image_request(image_pb2.GenerateRequest.FromString(image_message("m", made).SerializeToString()))
+    assert received.conditions == made.conditions == stated and len(stated) == 8
+
+
+def test_guess_mode_comes_through() -> None:
+    request = ImageRequest("x", controls=(Control("edges", PICTURE),), guess_mode=True)
+    assert image_request(image_message("model", request)).guess_mode
+    with pytest.raises(InvalidInput, match="guess_mode: is of controls: give some, or leave it out"):
+        image_request(image_pb2.GenerateRequest(prompt="x", guess_mode=True))
 
 
 def test_a_file_is_sent_as_it_is() -> None:
