@@ -45,6 +45,6 @@ def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
 
 
 def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator) * STD
+    values = torch.randn(shape, generator=generator).mul_(STD)
     is_scale = len(shape) == 1 and name.endswith("weight")  # of a normalisation
     return (values + 1 if is_scale else values).half()

@@ -5,14 +5,11 @@ check weights -> trace -> parity -> [calibrate -> search] -> quantize and write 
 
 from __future__ import annotations
 
-import ctypes
-import os
 import shutil
 from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Final
 
 import onnx_ir as ir
 
@@ -39,9 +36,8 @@ from export.report.progress import Listener, Progress
 from runtime.bundle.manifest import Bundle, Parity
 from runtime.engine import target
 from runtime.errors import BundleError, InvalidInput, NotFound, ResourceExhausted
+from runtime.placing.heap import return_freed_memory
 from runtime.placing.loading import load_model
-
-M_MMAP_THRESHOLD: Final = -3
 
 
 def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bundle, dict[str, float]]:
@@ -61,7 +57,7 @@ def build(options: Options, listen: Listener = lambda report: None) -> tuple[Bun
             if not options.force:
                 raise
     _check_room(options.output, state.least_bytes())
-    _return_freed_memory()
+    return_freed_memory()
     progress = Progress(steps(state), listen)
     with staging(options.output, options.force) as folder:
         _fill(state, folder, progress)
@@ -76,18 +72,6 @@ def _check_room(output: Path, need: int) -> None:
             f"{output} needs at least {need / 1e9:.2f} GB and {free / 1e9:.2f} GB are free: free some space or choose "
             "another --output"
         )
-
-
-def _return_freed_memory() -> None:
-    """From now on, blocks of a megabyte and more go back to the system once freed (mallopt(3), where the C library has
-    it).
-
-    glibc would raise that limit to 32 MB and keep freed layers: with Stable Diffusion's, half a gigabyte more at the
-    peak.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _fill(state: Build, folder: Path, progress: Progress) -> None:

@@ -23,6 +23,7 @@ from export.graph.weights import absent_weights
 from export.report.progress import Listener, Progress, ProgressStep
 from runtime.bundle.manifest import Frozen, Parity
 from runtime.bundle.signature import Signature
+from runtime.placing.heap import return_freed_memory
 
 
 class Graph(Frozen):
@@ -56,6 +57,7 @@ def build_graphs(
     parts = library_parts(found, family)
     models = {component.folder: component.model for part in parts for component in part.components}
     products(read_loras(found), models, found.architecture)  # they change weights alone, and are refused all the same
+    return_freed_memory()
     progress, graphs = Progress(list(_steps(parts)), listen), []
     with staging(output, force, GRAPHS) as folder:
         for part in parts:

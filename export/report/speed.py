@@ -6,8 +6,6 @@ So a submodel is timed at the sizes of a real request. Time between the calls co
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,15 +21,13 @@ from export.task import SpeedEffort, comparisons
 from runtime.bundle.signature import Array
 from runtime.pipeline import Call, Outputs, answer, run_call
 from runtime.placing.devices import processor
+from runtime.placing.heap import keep_freed_memory
 from runtime.placing.loading import LoadedModel
 from runtime.timing import Spread, seconds, turns
 
 REST: Final = 0.02
 """Seconds of pause before each turn: threads of the previous engine busy-wait for some milliseconds."""
 WHOLE: Final = "request"
-M_TRIM_THRESHOLD: Final = -1
-M_MMAP_THRESHOLD: Final = -3
-HEAP: Final = 32 << 20
 
 
 class CallKind(NamedTuple):
@@ -100,7 +96,7 @@ def measure_speed(
     them cannot run.
     """
     effort = effort or SpeedEffort()
-    _keep_freed_memory()
+    keep_freed_memory()
     counts: dict[CallKind, int] = {}
 
     def turn(model: LoadedModel) -> Callable[[], dict[CallKind, float]]:
@@ -144,18 +140,6 @@ def measure_speed(
         timings=tuple(sorted(timings, key=lambda timing: timing.submodel == WHOLE)),
         left_out=tuple(left_out),
     )
-
-
-def _keep_freed_memory() -> None:
-    """Restore glibc's default of keeping freed memory (mallopt(3)).
-
-    A build returns large blocks to the system at once, to stay small. Every array would then need new pages, unlike in
-    a server.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, HEAP)
-        mallopt(M_TRIM_THRESHOLD, 2 * HEAP)
 
 
 def carry_out(model: LoadedModel, effort: SpeedEffort) -> dict[CallKind, list[float]]:

@@ -146,12 +146,3 @@ def of_process() -> int | None:
     except OSError:
         return None
     return int(found[1]) * 1024 if found else None
-
-
-def give_back() -> None:
-    """Return freed memory to the system, if the C library can: malloc_trim(3) of glibc."""
-    import ctypes
-    import sys
-
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

@@ -21,7 +21,7 @@ from runtime.bundle.manifest import Artifact, Submodel
 from runtime.bundle.signature import Array
 from runtime.engine import Availability, CompileOptions, Engine, Options, Slot, SlotCall
 from runtime.errors import ResourceExhausted
-from runtime.placing import memory
+from runtime.placing import heap, memory
 from runtime.placing.memory import Need, show_size
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ class OffloadedEngine(Engine):
         if self._engine is None:
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
-            memory.give_back()  # memory that loading used and freed is not the engine's
+            heap.give_back()  # memory that loading used and freed is not the engine's
             self.device, self.fallbacks, self._computes = (
                 self._engine.device,
                 self._engine.fallbacks,
@@ -212,7 +212,7 @@ class OffloadedEngine(Engine):
         engine, self._engine, self.taken = self._engine, None, 0
         if engine is not None:
             engine.close()
-            memory.give_back()
+            heap.give_back()
 
     def close(self) -> None:
         self._holding.clear()

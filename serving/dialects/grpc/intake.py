@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from runtime import limits
 from runtime.errors import DeadlineExceeded, InvalidInput
-from runtime.placing.memory import give_back
+from runtime.placing.heap import give_back
 from serving.dialects.grpc.status import Context, reported, write
 from serving.dialects.grpc.wire import fields_within
 from serving.host.turns import Turns

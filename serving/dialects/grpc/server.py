@@ -5,7 +5,6 @@ delegate.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -24,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 
 from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, Unavailable
+from runtime.placing.heap import return_freed_memory
 from serving.dialects.grpc import health, messages
 from serving.dialects.grpc.intake import Intake
 from serving.dialects.grpc.status import Context, write
@@ -147,7 +147,7 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
     `announce` is called with a line when calls are accepted, before any model is loaded, and with one for each model
     when it is ready or fails. Raises the error of a model if all fail, and the errors of `Server`.
     """
-    _return_memory()
+    return_freed_memory(most_arenas=2)
     server = Server(host, address)
     stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
     await server.start()
@@ -203,16 +203,6 @@ def _stop_signal(grace: float) -> asyncio.Event:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handle)
     return stop
-
-
-def _return_memory() -> None:
-    """Make glibc return large blocks to the system when they are freed. By default it keeps the memory of a large
-    request.
-    """
-    trim_threshold, mmap_threshold, most_arenas = -1, -3, -8  # of malloc.h
-    with suppress(OSError, AttributeError):  # another C library
-        for option, value in ((trim_threshold, 1 << 20), (mmap_threshold, 1 << 20), (most_arenas, 2)):
-            ctypes.CDLL(None).mallopt(option, value)
 
 
 def _leave() -> NoReturn:

@@ -14,7 +14,7 @@ from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.engine import FakeEngine, Options, targets
 from runtime.errors import InvalidInput
-from runtime.placing import memory
+from runtime.placing import heap, memory
 from runtime.placing.memory import Need, estimate, parse_size, show_size
 
 EDGE = Dim(name="height", min=2, opt=8, max=128, multiple=2)
@@ -104,7 +104,7 @@ def test_memory_of_this_process() -> None:
     block = np.ones(1 << 24)
     after = memory.of_process()
     assert before and after and 0.9 * block.nbytes < after - before < 2 * block.nbytes
-    memory.give_back()
+    heap.give_back()
 
 
 @pytest.mark.skipif(memory.of_process() is None, reason="the system does not tell what a process has")
@@ -116,7 +116,7 @@ def test_estimates_beside_what_real_engines_take(
     root: Path = request.getfixturevalue(f"{kind}_bundle")
     lines = []
     for one in Bundle(root).manifest.submodels:
-        memory.give_back()
+        heap.give_back()
         before = memory.of_process() or 0
         engine = targets()[target].load(one, root, Options(threads=1))
         wanted = estimate(one, one.precision.compute in engine.precisions, True)
