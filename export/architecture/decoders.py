@@ -42,6 +42,15 @@ LENGTHS: Final = ("dynamic", "longrope")
 than new ones.
 """
 
+TWIN_WINDOW: Final = 8
+"""Positions that the attention of a twin sees where the model's is limited: short enough to go beyond it in a sample.
+"""
+
+TWIN_TOKENS: Final = 4096
+"""The most tokens of a twin. A head of the published size in float32, as it is and transposed, would be most of what
+comparing it takes of memory: 3.7 GB with 64,000 tokens and a width of 7168.
+"""
+
 
 class Decoder(nn.Module):
     """A language model and its head, connected as in transformers' own forward.
@@ -232,9 +241,11 @@ def windows(text: Any) -> list[int]:
     return [limited if kind == "sliding_attention" else 0 for kind in types]
 
 
-def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dict[str, Any]:
-    """The config of a decoder with few layers, one of each kind that it has, and a window short enough for samples."""
-    data = text.to_dict()
+def reduced_decoder(text: PreTrainedConfig, layers: int = 2) -> dict[str, Any]:
+    """The config of a decoder with few layers, one of each kind that it has, a window short enough for samples, and few
+    tokens.
+    """
+    data = fewer_tokens(text.to_dict())
     count = data["num_hidden_layers"]
     listed = {key: values for key, values in data.items() if isinstance(values, list) and len(values) == count}
     kinds = [tuple(str(values[i]) for values in listed.values()) for i in range(count)]
@@ -242,8 +253,15 @@ def reduced_decoder(text: PreTrainedConfig, window: int, layers: int = 2) -> dic
     kept = sorted({*first, *[i for i in range(count) if i not in first][: max(0, layers - len(first))]})
     data |= {key: [values[i] for i in kept] for key, values in listed.items()} | {"num_hidden_layers": len(kept)}
     if data.get("sliding_window"):
-        data["sliding_window"] = min(window, data["sliding_window"])
+        data["sliding_window"] = min(TWIN_WINDOW, data["sliding_window"])
     return data
+
+
+def fewer_tokens(data: dict[str, Any]) -> dict[str, Any]:
+    """The same config with the vocabulary of a twin."""
+    size = min(data["vocab_size"], TWIN_TOKENS)
+    padding = data.get("pad_token_id")
+    return data | {"vocab_size": size, "pad_token_id": padding if padding is None else min(padding, size - 1)}
 
 
 def require_known(file: Any, text: Any, known: Collection[str] = DECODERS) -> None:

@@ -38,7 +38,6 @@ from runtime.pipelines.seq2seq import Seq2SeqConfig
 
 IMAGE: Final = "<image>"
 """The placeholder that transformers' processors add to tokenizers without one."""
-TWIN_WINDOW: Final = 8
 CONFIGS: Final = ("vision_config", "qformer_config", "text_config")
 ENCODERS: Final = ("vision_encoder", "qformer")
 ABSOLUTE: Final = "absolute"
@@ -143,7 +142,7 @@ class QFormerFamily:
         _require_language(file, text)
         if not reduced:
             return found
-        shorter = seq2seq.reduced(text) if text.is_encoder_decoder else reduced_decoder(text, TWIN_WINDOW)
+        shorter = seq2seq.reduced(text) if text.is_encoder_decoder else reduced_decoder(text)
         return parsed(file, self.config, CONFIGS, {**REDUCED, "text_config": shorter})
 
     def _generation(self, source: Source) -> Generation:

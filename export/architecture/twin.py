@@ -15,6 +15,7 @@ from export.checkpoint.tensors import TensorRef, release
 from export.family import Part
 
 STD: Final = 0.05
+CHUNK: Final = 1 << 22
 
 
 @contextmanager
@@ -33,7 +34,7 @@ def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
                 for name, parameter in component.model.named_parameters(remove_duplicate=False):
                     if id(parameter) not in places:
                         places[id(parameter)] = output.tell()
-                        output.write(_values(name, parameter.shape, generator).numpy().tobytes())
+                        output.writelines(_values(name, parameter, generator))
                     tensor = part.tensor(component, name)
                     found[tensor] = TensorRef(
                         file, places[id(parameter)], 2 * parameter.numel(), "F16", tuple(parameter.shape)
@@ -44,7 +45,9 @@ def twin_weights(part: Part) -> Iterator[dict[str, TensorRef]]:
         file.unlink(missing_ok=True)
 
 
-def _values(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
-    values = torch.randn(shape, generator=generator).mul_(STD)
-    is_scale = len(shape) == 1 and name.endswith("weight")  # of a normalisation
-    return (values + 1 if is_scale else values).half()
+def _values(name: str, parameter: torch.Tensor, generator: torch.Generator) -> Iterator[bytes]:
+    """The bytes of a parameter's values, some millions at a time."""
+    middle = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0  # the scales of a normalisation
+    for start in range(0, parameter.numel(), CHUNK):
+        count = min(CHUNK, parameter.numel() - start)
+        yield torch.randn(count, generator=generator).mul_(STD).add_(middle).half().numpy().tobytes()

@@ -38,9 +38,6 @@ from runtime.language import templates
 from runtime.language.config import ChatConfig
 from runtime.language.vision import TILES
 
-TWIN_WINDOW: Final = 8
-"""Positions that the attention of the twin sees where the model's is limited: short enough to go beyond it in a sample.
-"""
 CAPTION: Final = "Describe the picture in one sentence."
 """What a picture alone stands for."""
 CLASS_TOKENS: Final[Mapping[str, int]] = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -195,7 +192,7 @@ class VisionLanguage:
         layers = found.vision_feature_layer
         data["vision_feature_layer"] = -2 if isinstance(layers, int) else [-1 - i % 3 for i in range(len(layers))]
         data["vision_config"] = data["vision_config"] | {"num_hidden_layers": 2}
-        data["text_config"] = reduced_decoder(found.text_config, TWIN_WINDOW)
+        data["text_config"] = reduced_decoder(found.text_config)
         return self.config.from_dict(data)
 
     def _miscounts(self, source: Source) -> Iterator[str]:

@@ -170,11 +170,19 @@ def test_what_is_not_built_is_refused_by_name(text: dict[str, Any], words: str) 
     assert words in str(caught.value)
 
 
+def test_a_reduced_decoder_has_few_tokens() -> None:
+    large = config_of({"model_type": "llama", "vocab_size": 64064, "pad_token_id": 64000}).text_config
+    few = reduced_decoder(large)
+    assert few["vocab_size"] == 4096 and few["pad_token_id"] == 4095
+    small = config_of({"model_type": "llama", "vocab_size": 520, "pad_token_id": None}).text_config
+    assert reduced_decoder(small)["vocab_size"] == 520 and reduced_decoder(small)["pad_token_id"] is None
+
+
 def test_a_reduced_decoder_has_a_layer_of_each_kind() -> None:
     text = config_of({"model_type": "gemma3_text", "num_hidden_layers": 12, "sliding_window": 100}).text_config
-    few = reduced_decoder(text, 8)
+    few = reduced_decoder(text)
     assert few["num_hidden_layers"] == 2 and sorted(few["layer_types"]) == ["full_attention", "sliding_attention"]
     assert (
         few["sliding_window"] == 8
-        and reduced_decoder(config_of({"model_type": "llama"}).text_config, 8)["num_hidden_layers"] == 2
+        and reduced_decoder(config_of({"model_type": "llama"}).text_config)["num_hidden_layers"] == 2
     )
