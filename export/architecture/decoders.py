@@ -46,9 +46,9 @@ TWIN_WINDOW: Final = 8
 """Positions that the attention of a twin sees where the model's is limited: short enough to go beyond it in a sample.
 """
 
-TWIN_TOKENS: Final = 4096
-"""The most tokens of a twin. A head of the published size in float32, as it is and transposed, would be most of what
-comparing it takes of memory: 3.7 GB with 64,000 tokens and a width of 7168.
+TWIN_SIZES: Final = {"vocab_size": 4096, "intermediate_size": 8192}
+"""The most tokens and inner features of a twin. A head of the published size in float32, as it is and transposed, would
+be most of what comparing it takes of memory: 3.7 GB with 64,000 tokens and a width of 7168.
 """
 
 
@@ -242,10 +242,10 @@ def windows(text: Any) -> list[int]:
 
 
 def reduced_decoder(text: PreTrainedConfig, layers: int = 2) -> dict[str, Any]:
-    """The config of a decoder with few layers, one of each kind that it has, a window short enough for samples, and few
-    tokens.
+    """The config of a decoder with few layers, one of each kind that it has, a window short enough for samples, and the
+    sizes of a twin.
     """
-    data = fewer_tokens(text.to_dict())
+    data = narrowed(text.to_dict())
     count = data["num_hidden_layers"]
     listed = {key: values for key, values in data.items() if isinstance(values, list) and len(values) == count}
     kinds = [tuple(str(values[i]) for values in listed.values()) for i in range(count)]
@@ -257,11 +257,11 @@ def reduced_decoder(text: PreTrainedConfig, layers: int = 2) -> dict[str, Any]:
     return data
 
 
-def fewer_tokens(data: dict[str, Any]) -> dict[str, Any]:
-    """The same config with the vocabulary of a twin."""
-    size = min(data["vocab_size"], TWIN_TOKENS)
+def narrowed(data: dict[str, Any]) -> dict[str, Any]:
+    """The same config with no more than the sizes of a twin."""
+    sizes = {key: min(data[key], most) for key, most in TWIN_SIZES.items() if key in data}
     padding = data.get("pad_token_id")
-    return data | {"vocab_size": size, "pad_token_id": padding if padding is None else min(padding, size - 1)}
+    return data | sizes | {"pad_token_id": padding if padding is None else min(padding, sizes["vocab_size"] - 1)}
 
 
 def require_known(file: Any, text: Any, known: Collection[str] = DECODERS) -> None:

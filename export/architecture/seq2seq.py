@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from export.architecture.decoders import GrownLayer, attending, causal, fewer_tokens
+from export.architecture.decoders import GrownLayer, attending, causal, narrowed
 from export.family import Component, Part, Reference
 from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor
 from runtime.errors import UnsupportedModel
@@ -257,8 +257,8 @@ def require_known(file: Any, text: Any) -> None:
 
 
 def reduced(text: Any) -> dict[str, Any]:
-    """The config of a model with few layers and few tokens."""
-    data = fewer_tokens(text.to_dict())
+    """The config of a model with few layers and the sizes of a twin."""
+    data = narrowed(text.to_dict())
     return data | {"num_layers": 2, "num_decoder_layers": 2}
 
 

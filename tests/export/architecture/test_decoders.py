@@ -170,10 +170,12 @@ def test_what_is_not_built_is_refused_by_name(text: dict[str, Any], words: str) 
     assert words in str(caught.value)
 
 
-def test_a_reduced_decoder_has_few_tokens() -> None:
-    large = config_of({"model_type": "llama", "vocab_size": 64064, "pad_token_id": 64000}).text_config
+def test_a_reduced_decoder_is_narrow() -> None:
+    large = config_of(
+        {"model_type": "llama", "vocab_size": 64064, "pad_token_id": 64000, "intermediate_size": 20480}
+    ).text_config
     few = reduced_decoder(large)
-    assert few["vocab_size"] == 4096 and few["pad_token_id"] == 4095
+    assert few["vocab_size"] == 4096 and few["pad_token_id"] == 4095 and few["intermediate_size"] == 8192
     small = config_of({"model_type": "llama", "vocab_size": 520, "pad_token_id": None}).text_config
     assert reduced_decoder(small)["vocab_size"] == 520 and reduced_decoder(small)["pad_token_id"] is None
 
