@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any, Final
-from unittest.mock import patch
 
 import numpy as np
 import onnx_ir as ir
@@ -27,9 +26,8 @@ from onnx_ir.passes import common
 from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
-from torch.fx.experimental import symbolic_shapes
-from torch.utils._sympy.functions import IntTrueDiv
 
+from export.graph.shortcuts import shortcuts
 from runtime.bundle.signature import Dim, Signature
 
 OPSET: Final = 23
@@ -56,7 +54,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
     inputs = tuple(
         torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs
     )
-    with _quiet(), _without_quotients():
+    with _quiet(), shortcuts():
         program = torch.onnx.export(
             module,
             inputs,
@@ -212,20 +210,6 @@ def _name_nodes(model: ir.Model) -> None:
         name = f"{scope}/{node.op_type}" if scope else node.op_type
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}_{seen[name]}"
-
-
-@contextmanager
-def _without_quotients() -> Iterator[None]:
-    """Let the tracer leave out checks of quotients of lengths, such as those of diffusers' Upsample2D. It cannot write
-    them as nodes, would fail, and make the whole trace a second time in another way; no ONNX graph has such checks.
-    """
-    known = symbolic_shapes._has_uninterpretable_sympy_function
-    with patch.object(
-        symbolic_shapes,
-        "_has_uninterpretable_sympy_function",
-        lambda expression: known(expression) or expression.has(IntTrueDiv),
-    ):
-        yield
 
 
 @contextmanager

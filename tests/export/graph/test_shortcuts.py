@@ -1,0 +1,86 @@
+"""Traces take less time with shortcuts, and give the same graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.sym_node import SymNode
+
+import export.graph.trace
+from export.graph.shortcuts import OPERATIONS
+from export.graph.trace import trace, without_weights
+from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
+
+EDGE = Dim(name="edge", min=4, opt=8, max=64, multiple=2)
+SIGNATURE = Signature(
+    inputs=(Tensor(name="x", dtype="float32", dims=(BATCH, 4, EDGE, EDGE)),),
+    outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 4, EDGE, EDGE)),),
+)
+
+
+class Small(nn.Module):
+    """Lengths that are halved, doubled, multiplied and compared; integers that become floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(4, 8, 3, stride=2, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+        self.up = nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        small = self.norm(self.down(x))
+        rows = small.flatten(2).transpose(1, 2).unsqueeze(1)
+        mixed = nn.functional.scaled_dot_product_attention(rows, rows, rows).transpose(2, 3).reshape(small.shape)
+        large = nn.functional.interpolate(mixed, size=x.shape[2:], mode="nearest")
+        return (x + self.up(large) * torch.arange(x.shape[3], device=x.device) / 2,)
+
+
+def described(model: ir.Model) -> list[tuple[Any, ...]]:
+    """The nodes of a graph, with values by the order in which they appear: their names depend on what was computed."""
+    order: dict[ir.Value | None, int] = {}
+
+    def place(value: ir.Value | None) -> object:
+        constant = None if value is None or value.const_value is None else value.const_value.numpy().tolist()
+        shape = None if value is None else str(value.shape)
+        return order.setdefault(value, len(order)), shape, constant
+
+    return [
+        (
+            node.op_type,
+            [(name, str(value.value)) for name, value in node.attributes.items()],
+            [place(value) for value in (*node.inputs, *node.outputs)],
+        )
+        for node in model.graph
+    ]
+
+
+def test_the_graph_is_the_same_with_fewer_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most operations on sizes repeat, and nothing of torch stays changed."""
+    calls = [0]
+
+    def counted(operation: Callable[[SymNode, Any], SymNode]) -> Callable[[SymNode, Any], SymNode]:
+        def count(self: SymNode, other: Any) -> SymNode:
+            calls[-1] += 1
+            return operation(self, other)
+
+        return count
+
+    for name in OPERATIONS:
+        monkeypatch.setattr(SymNode, name, counted(getattr(SymNode, name)))
+    own = {name: getattr(SymNode, name) for name in OPERATIONS}
+    with without_weights():
+        module = Small()
+    found = described(trace(module, SIGNATURE))
+    assert own == {name: getattr(SymNode, name) for name in OPERATIONS}
+    calls.append(0)
+    with patch.object(export.graph.trace, "shortcuts", nullcontext):
+        wanted = described(trace(module, SIGNATURE))
+    assert found == wanted and calls[0] < calls[1] / 2
+    assert "Cast" in {node[0] for node in wanted}, "integers become floats"
