@@ -275,8 +275,13 @@ class ModelHost:
         The model has `state` from the call on, not only when the work begins: a caller that comes between reads it.
         """
 
+        async def settle() -> None:
+            try:
+                await work
+            finally:
+                served.change = None  # in one turn with the state: who waits for the state may change it again
+
         def ended(task: asyncio.Task[None]) -> None:
-            served.change = None
             if not task.cancelled() and (error := task.exception()):
                 expected = isinstance(error, EnginecastError)
                 log.log(
@@ -288,7 +293,7 @@ class ModelHost:
                 )
 
         self._become(served, state)
-        served.change = asyncio.create_task(work)
+        served.change = asyncio.create_task(settle())
         served.change.add_done_callback(ended)
         try:
             await asyncio.shield(served.change)

@@ -69,6 +69,12 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             return grpc.stream_stream_rpc_method_handler(stream, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(one, None, handler.response_serializer)
 
+    async def close(self) -> None:
+        """Leave nothing running when the server has stopped."""
+        if self._returning is not None:
+            self._returning.cancel()
+            await asyncio.wait([self._returning])
+
     async def _message(self, handler: Handler, context: Context) -> Any:
         """The request of a call with a single one. Raises InvalidInput, DeadlineExceeded."""
         try:  # flow control holds back the other requests of a connection

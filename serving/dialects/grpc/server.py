@@ -112,8 +112,9 @@ class Server:
 
     def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
         self.host = host
+        self._intake = Intake()
         self._server = grpc.aio.server(
-            interceptors=[Intake()],
+            interceptors=[self._intake],
             options=[*(OPTIONS | dict(options or {})).items()],
             maximum_concurrent_rpcs=limits.CALLS.most,
         )
@@ -135,6 +136,7 @@ class Server:
         """
         free = await self.host.close(grace)
         await self._server.stop(FAREWELL_SECONDS)
+        await self._intake.close()
         return free
 
 

@@ -25,3 +25,25 @@ def test_a_change_has_its_state_at_once(tmp_path: Path) -> None:
         await host.close()
 
     asyncio.run(change())
+
+
+def test_who_waits_for_a_state_may_change_it(tmp_path: Path) -> None:
+    """A model that reads ready can be unloaded at once, and one that reads unloaded be loaded."""
+
+    async def change() -> None:
+        host = ModelHost([bundle(tmp_path, "draw")], lambda *_: FakeModel())
+
+        async def become(state: ModelState) -> None:
+            while host.status("draw").state is not state:
+                await host.changed.wait()
+
+        loading = asyncio.create_task(host.load("draw"))
+        await become(ModelState.READY)
+        unloading = asyncio.create_task(host.unload("draw"))
+        await become(ModelState.UNLOADED)
+        await host.load("draw")
+        await asyncio.gather(loading, unloading)
+        assert host.status("draw").state is ModelState.READY
+        await host.close()
+
+    asyncio.run(change())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import signal
@@ -807,3 +808,15 @@ def test_sigterm_finishes_what_runs(tmp_path: Path) -> None:
             os.kill(process.pid, signal.SIGTERM)
             assert kinds(list(responses))[-1] == "done"
         assert process.wait(20) == 0
+
+
+def test_a_stopped_server_leaves_no_task(warm: FakeServer) -> None:
+    """Also none that would return the memory of a large message a second later."""
+    with pytest.raises(InvalidInput, match="prompt"):
+        list(warm.client.generate(request(prompt="x" * (2 << 20))))
+    warm.stop(0)
+
+    async def left() -> set[str]:
+        return {str(task.get_coro()) for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+
+    assert not [task for task in warm.do(left()) if "return_memory" in task]
