@@ -1,0 +1,128 @@
+"""Options of commands that send requests, from the command line over gRPC to the request that a model reads."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from typer.testing import CliRunner
+
+from runtime.task import Request
+from serving.cli import commands as cli
+from serving.cli.options import ModelOptions
+from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer
+
+Row = tuple[tuple[str, ...], dict[str, object]]
+GENERATE: Final[list[Row]] = [
+    (("--prompt", "a fox"), {"prompt": "a fox"}),
+    (("--negative-prompt", "blue"), {"negative_prompt": "blue"}),
+    (("--steps", "3"), {"steps": 3}),
+    (("--seed", "9"), {"seed": 9}),
+    (("--sampler", "ddim"), {"sampler": "ddim"}),
+    (("--guidance-scale", "4.5"), {"guidance_scale": 4.5}),
+    (("--eta", "0.25"), {"eta": 0.25}),
+    (("--width", "24"), {"width": 24}),
+    (("--height", "32"), {"height": 32}),
+    (("--images", "2"), {"images": 2}),
+    (("--prompt-weights",), {"prompt_weights": True}),
+    (("--lora", "ink:0.5", "--lora", "wax"), {"loras": {"ink": 0.5, "wax": 1.0}}),
+    (("--style", "face={picture}:0.5"), {"styles": [{"name": "face", "scale": 0.5, "image": "picture"}]}),
+    (
+        ("--control", "edges={picture}:0.5@0.25-0.75"),
+        {"controls": [{"name": "edges", "scale": 0.5, "start": 0.25, "end": 0.75, "image": "picture"}]},
+    ),
+    (("--control", "edges={picture}", "--guess-mode"), {"guess_mode": True}),
+    (("--original-size", "24,32"), {"original_size": (24, 32)}),
+    (("--crop-top-left", "1,2"), {"crop_top_left": (1, 2)}),
+    (("--target-size", "24,32"), {"target_size": (24, 32)}),
+    (("--aesthetic-score", "7"), {"aesthetic_score": 7.0}),
+    (("--negative-original-size", "24,32"), {"negative_original_size": (24, 32)}),
+    (("--negative-crop-top-left", "1,2"), {"negative_crop_top_left": (1, 2)}),
+    (("--negative-target-size", "24,32"), {"negative_target_size": (24, 32)}),
+    (("--negative-aesthetic-score", "2"), {"negative_aesthetic_score": 2.0}),
+    (("--refiner", "draw", "--aesthetic-score", "7"), {"aesthetic_score": 7.0, "denoising_start": 0.8}),
+    (("--image", "{picture}"), {"image": "picture"}),
+    (("--image", "{picture}", "--strength", "0.25"), {"strength": 0.25}),
+    (("--image", "{picture}", "--mask", "{picture}"), {"mask": "picture"}),
+    (("--image", "{picture}", "--mask", "{picture}", "--mask-blur", "2"), {"mask_blur": 2.0}),
+    (("--image", "{picture}", "--mask", "{picture}", "--keep-unmasked"), {"keep_unmasked": True}),
+    (("--image", "{picture}", "--mask", "{picture}", "--no-keep-unmasked"), {"keep_unmasked": False}),
+    (("--image", "{picture}", "--extend", "1,2,3,4"), {"extend": (1, 2, 3, 4)}),
+    (("--refiner", "draw"), {"denoising_start": 0.8, "denoising_end": None}),
+    (("--refiner", "draw", "--refine-from", "0.5"), {"denoising_start": 0.5, "denoising_end": None}),
+]
+CHAT: Final[list[Row]] = [
+    (("--max-tokens", "2"), {"max_tokens": 2}),
+    (("--temperature", "0.5"), {"temperature": 0.5}),
+    (("--top-k", "7"), {"top_k": 7}),
+    (("--top-p", "0.5"), {"top_p": 0.5}),
+    (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
+    (("--seed", "9"), {"seed": 9}),
+    (("--stop", "a", "--stop", "b"), {"stop": ("a", "b")}),
+    (("--beams", "2"), {"beams": 2}),
+    (("--length-penalty", "1.5"), {"length_penalty": 1.5}),
+    (("--answers", "2"), {"answers": 2}),
+    (("--context-overflow", "slide"), {"context_overflow": "slide"}),
+    (("--image", "{picture}"), {"messages": [{"role": "user", "content": ["picture", "what?"]}]}),
+]
+CAPTION: Final[list[Row]] = [
+    (("--prompt", "a photo of"), {"messages": [{"role": "user", "content": ["picture", "a photo of"]}]}),
+    *CHAT[:-1],
+]
+ROWS: Final = {"generate": GENERATE, "chat": CHAT, "caption": CAPTION}
+ALWAYS: Final = {
+    "generate": ("--model", "draw", "--prompt", "x", "--out", "{out}"),
+    "chat": ("--model", "talk", "--prompt", "what?"),
+    "caption": ("--model", "talk", "{picture}"),
+}
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """The requests that the models of a fake server have read."""
+    requests: list[Request] = []
+    for model in (FakeModel, FakeAnswers):
+
+        def pipeline(self: Any, request: Request, own: Any = model.pipeline) -> Any:
+            requests.append(request)
+            return own(self, request)
+
+        monkeypatch.setattr(model, "pipeline", pipeline)
+    return requests
+
+
+def plain(value: object) -> object:
+    """Parts of a request as dicts and lists, pictures as the word "picture"."""
+    if isinstance(value, np.ndarray) or type(value).__name__ == "PictureFile":
+        return "picture"
+    if is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, tuple | list) and not all(isinstance(one, int | str) for one in value):
+        return [plain(one) for one in value]
+    return value
+
+
+@pytest.mark.parametrize(("command", "given", "expected"), [(name, *row) for name in ROWS for row in ROWS[name]])
+def test_an_option_is_in_the_request(
+    command: str, given: tuple[str, ...], expected: dict[str, object], warm: FakeServer, seen: Any, tmp_path: Path
+) -> None:
+    Image.new("RGB", (16, 8)).save(tmp_path / "p.png")
+    places = {"picture": tmp_path / "p.png", "out": tmp_path / "out.png"}
+    arguments = [one.format(**places) for one in (*ALWAYS[command], *given)]
+    ended = CliRunner().invoke(cli.app, [command, "--address", warm.address, *arguments])
+    assert ended.exit_code == 0, (ended.output, ended.exception)
+    assert {name: plain(getattr(seen[-1], name)) for name in expected} == expected
+
+
+def test_every_option_has_a_row() -> None:
+    app: Any = typer.main.get_command(cli.app)
+    everywhere = {"--" + field.name.replace("_", "-") for field in fields(ModelOptions)}
+    for command, rows in ROWS.items():
+        tried = {one for given, _ in rows for one in given} | set(ALWAYS[command]) | everywhere
+        options = {one for each in app.commands[command].params for one in each.opts if one.startswith("--")}
+        assert options <= tried, command
