@@ -1,10 +1,11 @@
-"""Checkpoints and bundles that tests share, each made once in a session, and a cache of build steps that is not the
-user's.
+"""Checkpoints that tests share, each made once in a process; bundles, each made once in a run; and a cache of build
+steps that is not the user's.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -34,29 +35,41 @@ def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the bundles lie that all processes of a run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-bundles"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def cast(source: str, output: Path) -> Path:
-    """Build an unquantized bundle for every usable target. Imported late: tests of the device side must not need the
-    build side.
+    """An unquantized bundle for every usable target, built by the first process that needs it. Imported late: tests
+    of the device side must not need the build side.
     """
+    from filelock import FileLock
+
     from export.build.build import build
     from export.build.options import Options
 
-    build(
-        Options(source, output, targets=tuple(name for name, engine in targets().items() if engine.available().usable))
-    )
+    usable = tuple(name for name, engine in targets().items() if engine.available().usable)
+    with FileLock(f"{output}.lock"):
+        if not output.exists():
+            build(Options(source, output, targets=usable))
     return output
 
 
 @pytest.fixture(scope="session")
-def diffusion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of sample:shapes-diffusion, unquantized."""
-    return cast("sample:shapes-diffusion", tmp_path_factory.mktemp("bundles") / "shapes-diffusion")
+def diffusion_bundle(bundles: Path) -> Path:
+    """The bundle of sample:shapes-diffusion, unquantized. Tests that alter it take a copy."""
+    return cast("sample:shapes-diffusion", bundles / "shapes-diffusion")
 
 
 @pytest.fixture(scope="session")
-def vlm_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundle of sample:shapes-vlm, unquantized."""
-    return cast("sample:shapes-vlm", tmp_path_factory.mktemp("bundles") / "shapes-vlm")
+def vlm_bundle(bundles: Path) -> Path:
+    """The bundle of sample:shapes-vlm, unquantized. Tests that alter it take a copy."""
+    return cast("sample:shapes-vlm", bundles / "shapes-vlm")
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +195,9 @@ def tiny_xl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def xl_bundle(tiny_xl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def xl_bundle(tiny_xl: Path, bundles: Path) -> Path:
     """The bundle of `tiny_xl`. Tests that alter it take a copy."""
-    return cast(str(tiny_xl), tmp_path_factory.mktemp("bundles") / "tiny-xl")
+    return cast(str(tiny_xl), bundles / "tiny-xl")
 
 
 @pytest.fixture(scope="session")
@@ -213,9 +226,9 @@ def tiny_vlm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_vlm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_bundle(tiny_vlm: Path, bundles: Path) -> Path:
     """The bundle of `tiny_vlm`. Tests that alter it take a copy."""
-    return cast(str(tiny_vlm), tmp_path_factory.mktemp("bundles") / "tiny-vlm")
+    return cast(str(tiny_vlm), bundles / "tiny-vlm")
 
 
 @pytest.fixture(scope="session")
