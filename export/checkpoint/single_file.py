@@ -94,13 +94,13 @@ def _kind(tensors: Mapping[str, TensorRef]) -> tuple[int, int] | None:
     return cross.shape[-1], tensors[FIRST].shape[1]
 
 
-def open_single_file(file: Path, folder: Path) -> Checkpoint:
-    """The network whose config.json is in `folder`, which is named as in a diffusers pipeline, of a single file; the
-    folder's own weights where the file has none of it.
+def open_single_file(file: Path, contents: tuple[bytes, Mapping[str, TensorRef]], folder: Path) -> Checkpoint:
+    """The network whose config.json is in `folder`, which is named as in a diffusers pipeline, of a single file, whose
+    `contents` are what `read` gives; the folder's own weights where the file has none of it.
 
     Raises NotFound, SourceError, or UnsupportedModel for a network that is not in such files.
     """
-    header, tensors = read(file)
+    header, tensors = contents
     config = component_config(folder)
     convert = CONVERSIONS.get(folder.name)
     if convert is None:

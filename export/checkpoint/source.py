@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn
 
@@ -76,8 +77,14 @@ class Source:
     def open(self, folder: str = "") -> Checkpoint:
         """The component in this folder of the source. Raises what `open_component` raises."""
         if self.file is not None:
-            return single_file.open_single_file(self.file, self.root / folder)
+            return single_file.open_single_file(self.file, self._contents, self.root / folder)
         return open_component(self.root / folder, self.variant)
+
+    @cached_property
+    def _contents(self) -> tuple[bytes, dict[str, TensorRef]]:
+        """The header and the tensors of `file`, read once for all its networks."""
+        assert self.file is not None, "a folder has files of each network"
+        return single_file.read(self.file)
 
     def added(self, kind: str) -> tuple[Addition, ...]:
         """The additions of a kind, in their order."""

@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import diffusers
 import numpy as np
@@ -19,6 +20,7 @@ import export.cli.commands
 from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
+from export.checkpoint import gguf_file
 from export.checkpoint.source import resolve
 from export.checkpoint.tensors import read_header
 from runtime.errors import InvalidInput, NotFound, SourceError, UnsupportedModel
@@ -176,7 +178,10 @@ def test_gguf_files_are_dequantized_as_their_library_does(
     tensors = load_file(file)
     read = write_gguf(tensors, tmp_path / "model.gguf", kind)
     assert len(read) > 3
-    plain, state = opened(file, small), opened(tmp_path / "model.gguf", small)
+    plain = opened(file, small)
+    with patch.object(gguf_file, "_opened", wraps=gguf_file._opened) as reader:
+        state = opened(tmp_path / "model.gguf", small)
+    assert reader.call_count == 2, "once for what it is, and once for the weights of all networks"
     unet = {name.removeprefix("model.diffusion_model."): one for name, one in tensors.items() if "diffusion" in name}
     write_gguf(unet, tmp_path / "unet.gguf", kind)
     alone = opened(tmp_path / "unet.gguf", tiny_diffusion)
