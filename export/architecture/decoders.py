@@ -46,7 +46,7 @@ TWIN_WINDOW: Final = 8
 """Positions that the attention of a twin sees where the model's is limited: short enough to go beyond it in a sample.
 """
 
-TWIN_SIZES: Final = {"vocab_size": 4096, "intermediate_size": 8192}
+TWIN_SIZES: Final = {"vocab_size": 4096, "intermediate_size": 4096}
 """The most tokens and inner features of a twin. A head of the published size in float32, as it is and transposed, would
 be most of what comparing it takes of memory: 3.7 GB with 64,000 tokens and a width of 7168.
 """

@@ -175,7 +175,7 @@ def test_a_reduced_decoder_is_narrow() -> None:
         {"model_type": "llama", "vocab_size": 64064, "pad_token_id": 64000, "intermediate_size": 20480}
     ).text_config
     few = reduced_decoder(large)
-    assert few["vocab_size"] == 4096 and few["pad_token_id"] == 4095 and few["intermediate_size"] == 8192
+    assert few["vocab_size"] == 4096 and few["pad_token_id"] == 4095 and few["intermediate_size"] == 4096
     small = config_of({"model_type": "llama", "vocab_size": 520, "pad_token_id": None}).text_config
     assert reduced_decoder(small)["vocab_size"] == 520 and reduced_decoder(small)["pad_token_id"] is None
 
