@@ -9,7 +9,7 @@ graphs agree to 100 dB and more.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 
 from calibration.observe.lean import LeanEngine
-from calibration.observe.metrics import snr_db
+from calibration.observe.metrics import CAP_DB, Comparison
 from runtime.bundle.manifest import Agreement, Artifact, Submodel
 from runtime.bundle.signature import Array, Signature, Tensor
 from runtime.engine import Compiled, Engine, Options, Slot
@@ -30,6 +30,10 @@ REACH: Final = 128
 """The most positions of a sample. Longer attention windows are tested on the reduced model, whose windows are
 shorter.
 """
+ENOUGH: Final = 256
+"""Numbers that are compared of each output at least, where so many are captured. A score of two numbers is sometimes
+nearly zero, and its error by itself says nothing.
+"""
 POSITIONS: Final = (8, 1, 1)
 """New positions of each call of a decoder: a prompt and two decoding steps. Further calls exceed the attention window,
 if there is one.
@@ -39,7 +43,8 @@ if there is one.
 class Reference:
     """The outputs of a submodel's canonical graph in the bundle at `root`, computed once for all targets.
 
-    Its inputs are captured ones of the usual lengths if there are any, else random values, which int8 may clip.
+    Its inputs are captured ones if there are any, of the usual lengths where possible, else random values, which int8
+    may clip. A decoder's are random.
     """
 
     def __init__(self, submodel: Submodel, root: Path, captured: Sequence[Mapping[str, Array]] = ()) -> None:
@@ -83,35 +88,47 @@ def summary(artifact: Artifact) -> str:
 
 
 def _compare(emulated: Engine, reference: Reference) -> Agreement:
-    """The worst output of all calls."""
+    """The worst output, over all calls. The calls of a decoder differ in kind, so each counts for itself."""
     slot = Slot() if reference.submodel.signature.states else None
-    worst = Agreement(tensor="", snr_db=math.inf, device=emulated.device)
-    for inputs, wanted in reference.calls:
+    compared: dict[tuple[str, int], Comparison] = {}
+    for index, (inputs, wanted) in enumerate(reference.calls):
         got = emulated.run(inputs, slot)
         for name, values in wanted.items():
-            ratio = snr_db(values, got[name]) if np.isfinite(got[name]).all() else -math.inf
-            if ratio < worst.snr_db:
-                worst = worst.model_copy(update={"tensor": name, "snr_db": ratio})
-    return worst.model_copy(update={"snr_db": float(np.clip(worst.snr_db, -300, 300))})
+            if not np.isfinite(got[name]).all():
+                return Agreement(tensor=name, snr_db=-CAP_DB, device=emulated.device)
+            compared.setdefault((name, index if slot else 0), Comparison()).add(values, got[name])
+    name, ratio = min(((name, one.snr_db) for (name, _), one in compared.items()), key=lambda found: found[1])
+    return Agreement(tensor=name, snr_db=ratio, device=emulated.device)
 
 
-def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterator[dict[str, Array]]:
-    """Inputs of usual lengths with batch 1; for a decoder, a prompt and further calls."""
-    rng = np.random.default_rng(0)
+def _calls(signature: Signature, captured: Sequence[Mapping[str, Array]]) -> Iterable[dict[str, Array]]:
+    """Inputs with batch 1: captured ones, else random ones of usual lengths; for a decoder, a prompt and further
+    calls.
+    """
     free = {name: dim.opt for name, dim in signature.dims.items() if not dim.sum_of}
     usual = signature.complete(free | {"batch": 1})
-    for call in captured if not signature.states else ():
-        row = {
-            tensor.name: call[tensor.name][:1] if _batched(tensor) else call[tensor.name] for tensor in signature.inputs
-        }
-        if all(row[tensor.name].shape == tensor.shape(usual) for tensor in signature.inputs):
-            yield row
-            return
-    past = 0
+    return _decoder_calls(signature, usual) if signature.states else _captured_calls(signature, usual, captured)
+
+
+def _captured_calls(
+    signature: Signature, usual: Mapping[str, int], captured: Sequence[Mapping[str, Array]]
+) -> list[dict[str, Array]]:
+    """The first captured calls that give enough numbers of the smallest output, those of usual lengths first."""
+    calls = [
+        {one.name: call[one.name][:1] if _batched(one) else call[one.name] for one in signature.inputs}
+        for call in captured
+    ] or [signature.sample_call(usual, np.random.default_rng(0))]
+    calls.sort(key=lambda call: any(call[one.name].shape != one.shape(usual) for one in signature.inputs))
+    numbers = min(math.prod(one.shape(usual)) for one in signature.outputs)
+    return calls[: -(-ENOUGH // numbers)]
+
+
+def _decoder_calls(signature: Signature, usual: Mapping[str, int]) -> Iterator[dict[str, Array]]:
+    """A prompt and decoding steps, also beyond its windows."""
+    rng, past = np.random.default_rng(0), 0
     beyond = [count for window in signature.windows if 0 < window < REACH for count in (window, 1)]
-    for count in (*POSITIONS, *beyond) if signature.states else (0,):
-        lengths = usual | (signature.port.lengths(past, count) if signature.port else {})
-        yield signature.sample_call(lengths, rng)
+    for count in (*POSITIONS, *beyond):
+        yield signature.sample_call({**usual, **signature.decoder.lengths(past, count)}, rng)
         past += count
 
 

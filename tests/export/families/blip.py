@@ -83,11 +83,15 @@ def _config(
 
 
 def randomize(model: Any) -> None:
-    """Weights large enough that results vary."""
+    """Weights large enough that results vary. T5 does not scale the scores of its attention: the weights of its
+    queries are smaller by that factor, as the library initializes them, and those of its positions larger.
+    """
+    scales = {"Attention.q.weight": T5["d_kv"] ** -0.5, "relative_attention_bias.weight": 4.0}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
-                parameter.copy_(torch.randn_like(parameter) * (0.1 if "vision" in name else 0.2))
+                scale = next((scale for end, scale in scales.items() if name.endswith(end)), 1.0)
+                parameter.copy_(torch.randn_like(parameter) * scale * (0.1 if "vision" in name else 0.2))
 
 
 def _save_model(folder: Path, model: Any, image_token: int | None) -> None:

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from calibration.observe.lean import LeanEngine
-from export.finished.agreement import Reference, agree
+from export.finished.agreement import ENOUGH, Reference, _calls, _compare, agree
 from runtime.bundle.manifest import Artifact, Bundle, Submodel
-from runtime.bundle.signature import Array
-from runtime.engine import Availability, Engine, Options, Slot, targets
+from runtime.bundle.precision import Precision
+from runtime.bundle.signature import Array, Dim, Signature, Tensor
+from runtime.engine import Availability, Engine, FakeEngine, Options, Slot, targets
 from runtime.errors import EngineError
 
 
@@ -91,3 +92,28 @@ def test_captured_calls_of_usual_lengths_are_taken(tiny_bundle: Path, monkeypatc
     call = {tensor.name: np.full(tensor.shape(usual), 0.25, tensor.dtype) for tensor in submodel.signature.inputs}
     found(Watched, tiny_bundle, "vision_encoder", (call,))
     assert len(seen) == 1 and len(seen[0]) == 1 and (seen[0] == 0.25).all()
+
+
+LENGTH = Dim(name="length", min=1, opt=4, max=8)
+SCORER = Signature(
+    inputs=(Tensor(name="x", dtype="float32", dims=(LENGTH,)),),
+    outputs=(Tensor(name="scores", dtype="float32", dims=(2,)),),
+)
+
+
+def test_small_outputs_are_compared_over_captured_calls_of_any_length() -> None:
+    """One score of nearly zero says nothing of an engine, all of them do."""
+    captured = [{"x": np.full(length, length, np.float32)} for length in (3, 4, 8)]
+    float32 = Precision(weights=("float32",))
+    submodel = Submodel(name="scorer", signature=SCORER, graph="onnx/a/model.onnx", precision=float32, nbytes=0)
+    reference = Reference(submodel, Path(), captured)
+    assert [len(call["x"]) for call in _calls(SCORER, captured)] == [4, 3, 8], "those of the usual length first"
+    large = Tensor(name="scores", dtype="float32", dims=(LENGTH, ENOUGH))
+    assert len(list(_calls(SCORER.model_copy(update={"outputs": (large,)}), captured))) == 1
+    wanted = [np.float32([0.01, -0.01]), np.float32([9, -9]), np.float32([8, 8])]
+    reference.calls = [
+        (inputs, {"scores": scores}) for inputs, scores in zip(_calls(SCORER, captured), wanted, strict=True)
+    ]
+    answers = iter(wanted)
+    found = _compare(FakeEngine(lambda inputs: {"scores": next(answers) + np.float32(0.1)}), reference)
+    assert found.tensor == "scores" and 30 < found.snr_db < 40
