@@ -16,7 +16,7 @@ import enginecast
 from export.build.build import _parity, build
 from export.build.options import Options
 from export.build.state import Build
-from runtime.engine import Slot, targets
+from runtime.engine import Slot
 from runtime.errors import InvalidInput, SourceError, UnsupportedModel
 from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
@@ -98,16 +98,6 @@ def test_prompts_of_other_lengths_are_not_stacked(model: tuple[Path, Path]) -> N
         found = engine.run_many(list(zip(steps, together, strict=True)))
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-4)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantized_bundles_compile_for_every_target(model: tuple[Path, Path], tmp_path: Path, quant: str) -> None:
-    """Random weights have no quality to keep; what targets compile is compared with the graph."""
-    names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
-    options = Options(str(model[0]), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
-    bundle, _ = build(options)
-    assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
 
 
 def test_an_older_checkpoint_has_its_queries_in_front(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import enginecast
 from export.build.build import _parity, build
 from export.build.options import Options
 from export.build.state import Build
-from runtime.engine import targets
 from runtime.errors import InvalidInput, UnsupportedModel
 from tests.export.families.blip import QUERIES
 from tests.export.families.embedding import WIDTH, save_retrieval
@@ -66,17 +65,6 @@ def test_every_submodel_computes_what_the_library_computes(tmp_path: Path, image
     state = Build.open(Options(str(source), tmp_path / "other", targets=("onnxruntime",)))
     assert [part.name for part in state.parts] == ["vision_encoder", "qformer", "text_encoder", "matcher"]
     assert all(_parity(state, part).error < 1e-4 for part in state.parts)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantized_bundles_compile_for_every_target(tiny_blip2_retrieval: Path, tmp_path: Path, quant: str) -> None:
-    names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
-    options = Options(
-        str(tiny_blip2_retrieval), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True
-    )
-    bundle, _ = build(options)
-    assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
 
 
 def test_a_q_former_that_reads_no_texts_is_refused(tiny_blip2_retrieval: Path, tmp_path: Path) -> None:

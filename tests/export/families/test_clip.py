@@ -21,7 +21,6 @@ from export.build.state import Build
 from export.report.page import report
 from export.report.quality import load_quality
 from runtime.bundle.manifest import Bundle
-from runtime.engine import targets
 from runtime.errors import InvalidInput
 from runtime.placing.loading import load_model
 from serving.cli.commands import app
@@ -106,12 +105,8 @@ def test_every_submodel_computes_what_the_library_computes(tiny_clip: Path, tmp_
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantized_bundles_compile_and_are_compared(tiny_clip: Path, tmp_path: Path, quant: str) -> None:
-    names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
-    options = Options(str(tiny_clip), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
-    bundle, _ = build(options)
-    assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
+def test_a_quantized_bundle_is_compared_with_the_float_model(tiny_clip: Path, tmp_path: Path) -> None:
+    bundle, _ = build(Options(str(tiny_clip), tmp_path / "bundle", quant="int8", allow_low_quality=True))
     assert all(0.5 < one.image_cosine <= 1.0001 for one in load_quality(bundle).results["embeddings"])
     report(bundle, tmp_path / "report.html")
     assert "<h2>Embeddings</h2>" in (tmp_path / "report.html").read_text()

@@ -19,7 +19,6 @@ from export.build.state import Build
 from export.checkpoint.source import resolve
 from export.checkpoint.tokenizer import tokenizer_file
 from export.family import family_of
-from runtime.engine import targets
 from runtime.errors import InvalidInput, SourceError
 from tests.export.families.conftest import PICTURE, refused
 
@@ -61,15 +60,6 @@ def test_every_submodel_computes_what_the_library_computes(tiny_siglip: Path, tm
     state = Build.open(Options(str(tiny_siglip), tmp_path / "other", targets=("onnxruntime",)))
     assert [part.name for part in state.parts] == ["vision_encoder", "text_encoder"]
     assert all(_parity(state, part).error < 1e-4 for part in state.parts)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("quant", ["int8", "int4"])
-def test_quantized_bundles_compile_for_every_target(tiny_siglip: Path, tmp_path: Path, quant: str) -> None:
-    names = [name for name, engine in targets().items() if engine.available().usable or engine.available().compiles]
-    options = Options(str(tiny_siglip), tmp_path / "bundle", quant=quant, targets=tuple(names), allow_low_quality=True)
-    bundle, _ = build(options)
-    assert {artifact.target for artifact in bundle.manifest.artifacts} == set(names)
 
 
 def test_a_tokenizer_file_of_another_model_is_refused(tiny_siglip: Path, tmp_path: Path) -> None:
