@@ -38,7 +38,8 @@ def library_parts(source: Source, family: Family) -> list[Part]:
     except (EnginecastError, AssertionError):
         raise
     except Exception as error:  # the libraries check configs with exceptions of every kind
-        reason = " ".join(str(error).split())
+        missing = isinstance(error, KeyError)  # whose text is the key alone
+        reason = f"the library knows no {error}" if missing else " ".join(str(error).split())
         raise SourceError(
             f"{source.root}: its config files do not describe a {source.architecture} the libraries can make "
             f"({type(error).__name__}: {reason}). Correct them, or take them as they were published"

@@ -76,6 +76,7 @@ ACCEPTED: Final[Mapping[str, Mapping[str, tuple[tuple[object, ...], str]]]] = {
         "class_embed_type": ((None,), LABELS),
         "num_class_embeds": ((None,), LABELS),
         "encoder_hid_dim_type": ((None, "text_proj"), PICTURES),
+        "attention_type": (("default",), "its attention takes boxes besides the prompt. Build a text-to-image model"),
         "dual_cross_attention": ((None, False), "it takes two prompts at once. Build a text-to-image model"),
     },
     "vae": {"in_channels": ((3,), COLORS), "out_channels": ((3,), COLORS)},
