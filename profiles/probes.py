@@ -42,7 +42,7 @@ def probes(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
     """
     task = profile_tasks()[model.task]
     settings = task.settings.model_validate(dict(options))
-    return _submodel_probes(model, task.request(settings)) + task.probes(model, settings)
+    return _submodel_probes(model, task.request(model, settings)) + task.probes(model, settings)
 
 
 def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict[str, Call]:

@@ -42,7 +42,7 @@ class ProfileTask:
 
     `does` is a verb for messages, as in "a model that draws". `options` are the options of `bench` and `score` that
     apply to such models alone; those of `bench` are fields of `settings`. Submodels are measured with the calls that
-    `request` makes; `probes` are those of the whole model. Both raise InvalidInput where the model refuses the
+    `request` makes for a model; `probes` are those of the whole model. Both raise InvalidInput where it refuses the
     settings. `exam` is None for a task without exams.
     """
 
@@ -50,7 +50,7 @@ class ProfileTask:
     does: str
     options: frozenset[str]
     settings: type[Frozen]
-    request: Callable[[Any], Request]
+    request: Callable[[LoadedModel, Any], Request]
     probes: Callable[[LoadedModel, Any], list[Probe]]
     exam: TaskExam | None = None
 

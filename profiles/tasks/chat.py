@@ -47,7 +47,7 @@ class AnswerSettings(Frozen):
     new_tokens: int = Field(default=64, ge=2)
 
 
-def picture_question(settings: AnswerSettings) -> ChatRequest:
+def picture_question(model: LoadedModel, settings: AnswerSettings) -> ChatRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
     return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
 
@@ -94,7 +94,7 @@ def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
         Probe("decode", "tokens/s", decode, sizes, _bytes_per_token(model, prompt_tokens)),
     ]
     if pipeline.config.has_vision:
-        about_picture = picture_question(settings)
+        about_picture = picture_question(model, settings)
         length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids)}
         found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(about_picture)), length))
     return found

@@ -18,14 +18,14 @@ EDGE: Final = 128
 """Edge in pixels of the measured picture; every model resizes it to its own."""
 
 
-def embed_request(settings: Frozen) -> EmbedRequest:
+def embed_request(model: LoadedModel, settings: Frozen) -> EmbedRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
     return EmbedRequest((TEXT,), (picture,))
 
 
 def embed_probes(model: LoadedModel, settings: Frozen) -> list[Probe]:
     def embedding() -> float:
-        return seconds(lambda: list(drive(model.pipeline(embed_request(settings)), model.engines)))
+        return seconds(lambda: list(drive(model.pipeline(embed_request(model, settings)), model.engines)))
 
     return [Probe("embedding", "s", embedding)]
 

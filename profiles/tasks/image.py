@@ -12,6 +12,7 @@ from pydantic import Field
 from calibration.ground import machine
 from calibration.requests.exams import Case
 from calibration.requests.tasks.image import TASK as REQUESTS
+from calibration.requests.tasks.image import masked
 from profiles.drawing import Library
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
@@ -35,13 +36,17 @@ class PictureSettings(Frozen):
     steps: int | None = None
 
 
-def image_request(settings: PictureSettings) -> ImageRequest:
-    return ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
+def image_request(model: LoadedModel, settings: PictureSettings) -> ImageRequest:
+    """With a picture and a mask where the model is for inpainting."""
+    plain = ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
+    return masked(DiffusionConfig.parse(model.bundle.manifest.config), plain)
 
 
 def image_probes(model: LoadedModel, settings: PictureSettings) -> list[Probe]:
+    request = image_request(model, settings)
+
     def picture() -> float:
-        return seconds(lambda: list(drive(model.pipeline(image_request(settings)), model.engines)))
+        return seconds(lambda: list(drive(model.pipeline(request), model.engines)))
 
     return [Probe("picture", "s", picture, settings.model_dump(exclude_none=True))]
 

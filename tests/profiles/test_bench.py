@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from typer.testing import CliRunner
 from calibration.ground import machine
 from profiles import bench, cli, probes, rows
 from profiles.bench import BenchPlan, Worker
+from profiles.tasks.image import PictureSettings, image_request
 from runtime.bundle.manifest import Bundle
+from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
+from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel, load_model
+from tests.profiles.conftest import SAMPLE
 
 WORKER = """
 import sys
@@ -100,6 +105,20 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
     assert len(engines["unet"].calls) == 3 and len(engines["vae_decoder"].calls) == 2
     with pytest.raises(InvalidInput, match="width"):
         probes.probes(drawing, {"width": 100})
+
+
+def test_a_model_for_inpainting_is_measured_with_a_mask(drawing: LoadedModel) -> None:
+    settings = PictureSettings(width=256, height=64)
+    assert not image_request(drawing, settings).masked
+    found = drawing.bundle.manifest.config
+    found.update(inpainting=True, vae={**found["vae"], "encoder": True})
+    config = DiffusionConfig.parse(found)
+    model = replace(drawing, pipeline=DiffusionPipeline(config, SAMPLE / "tokenizer"))
+    request = image_request(model, settings)
+    assert request.masked and request.width == 256
+    model.pipeline(request).close()  # it is accepted
+    with pytest.raises(InvalidInput, match="mask: is missing"):
+        model.pipeline(replace(request, image=None, mask=None))
 
 
 def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:

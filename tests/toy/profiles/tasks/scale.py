@@ -13,13 +13,13 @@ from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 
 
-def scale_request(settings: Frozen) -> ScaleRequest:
+def scale_request(model: LoadedModel, settings: Frozen) -> ScaleRequest:
     return ScaleRequest((1.0, 2.0))
 
 
 def scale_probes(model: LoadedModel, settings: Frozen) -> list[Probe]:
     def run() -> None:
-        list(drive(model.pipeline(scale_request(settings)), model.engines))
+        list(drive(model.pipeline(scale_request(model, settings)), model.engines))
 
     return [Probe("scaled", "s", lambda: seconds(run))]
 
