@@ -6,7 +6,7 @@ A prompt has the queries of its picture in front, then the text; there is no cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -14,9 +14,9 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
-from transformers.activations import ACT2FN
 
 from export.architecture import seq2seq
+from export.architecture.configs import parsed, require_activation
 from export.architecture.decoders import (
     Decoder,
     activation,
@@ -31,7 +31,7 @@ from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
-from runtime.errors import SourceError, UnsupportedModel, did_you_mean
+from runtime.errors import SourceError, UnsupportedModel
 from runtime.language.config import ChatConfig
 from runtime.language.vision import TILES
 from runtime.pipelines.seq2seq import Seq2SeqConfig
@@ -157,23 +157,6 @@ REDUCED: Final[Mapping[str, Mapping[str, Any]]] = {
 """The changes to a config that make the twin."""
 
 
-def parsed(file: Path, kind: type[Any], sections: Sequence[str], changes: Mapping[str, Mapping[str, Any]]) -> Any:
-    """A config of the library's class `kind` with these changes to its sections. Graphs compute in float32, so the
-    precisions that sections name are left out. Raises SourceError.
-    """
-    data = read_json(file)
-    for part in sections:
-        given = data.get(part) or {}
-        data[part] = {key: value for key, value in given.items() if key not in ("dtype", "torch_dtype")}
-        data[part] |= changes.get(part, {})
-    try:
-        return kind.from_dict(data)
-    except Exception as error:  # configs are checked with exceptions of every kind
-        raise SourceError(
-            f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it"
-        ) from None
-
-
 def require_vision(file: Path, config: Any) -> None:
     """Raises UnsupportedModel or SourceError naming what of a vision transformer or Q-Former is not built."""
     vision, qformer = config.vision_config, config.qformer_config
@@ -207,14 +190,6 @@ def _require_language(file: Path, text: Any) -> None:
         raise UnsupportedModel(
             f"{file}: text_config.word_embed_proj_dim is {text.word_embed_proj_dim}, expected "
             f"{text.hidden_size} (hidden_size), which pictures are projected to: take a checkpoint with such a decoder"
-        )
-
-
-def require_activation(file: Path, field: str, value: Any) -> None:
-    """Raises UnsupportedModel for an activation function that transformers does not have."""
-    if value not in ACT2FN:
-        raise UnsupportedModel(
-            f"{file}: {field} is {value!r}, which transformers does not have: {did_you_mean(str(value), ACT2FN)}"
         )
 
 

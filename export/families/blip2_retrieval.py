@@ -14,12 +14,12 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import Blip2Config, Blip2ForImageTextRetrieval
 
+from export.architecture.configs import parsed
 from export.architecture.qformer import (
     CONFIGS,
     ENCODERS,
     REDUCED,
     image_embeds,
-    parsed,
     processors,
     require_vision,
     unit,

@@ -12,7 +12,8 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
-from export.architecture.qformer import parsed, processors, require_activation, unit
+from export.architecture.configs import parsed, require_activation
+from export.architecture.qformer import processors, unit
 from export.checkpoint.source import Source
 from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration
-from transformers.activations import ACT2FN
 
+from export.architecture.configs import config_data, made, require_activation
 from export.architecture.decoders import (
     Decoder,
     activation,
@@ -33,7 +33,7 @@ from export.checkpoint.tokenizer import tokenizer_file
 from export.family import Component, Family, Part, Reference
 from export.graph.trace import without_weights
 from runtime.bundle.signature import Dim, Signature, Tensor
-from runtime.errors import SourceError, UnsupportedModel, did_you_mean
+from runtime.errors import SourceError, UnsupportedModel
 from runtime.language import templates
 from runtime.language.config import ChatConfig
 from runtime.language.vision import TILES
@@ -168,17 +168,8 @@ class VisionLanguage:
     def read_config(self, source: Source, reduced: bool) -> Any:
         """The model's config, checked. Raises UnsupportedModel or SourceError naming what cannot be built."""
         file = source.root / "config.json"
-        data = read_json(file)
-        for part in ("text_config", "vision_config"):  # graphs compute in float32
-            data[part] = {
-                key: value for key, value in (data.get(part) or {}).items() if key not in ("dtype", "torch_dtype")
-            }
-        try:
-            found = self.config.from_dict(data)
-        except Exception as error:  # configs are checked with exceptions of every kind
-            raise SourceError(
-                f"{file} is no config that transformers can read: {' '.join(str(error).split())}. Correct it"
-            ) from None
+        data = config_data(file, ("text_config", "vision_config"))
+        found = made(file, self.config, data)
         require_known(file, found.text_config)
         _require_tower(file, found)
         if not 0 <= found.image_token_index < found.text_config.vocab_size:
@@ -242,10 +233,7 @@ def _require_tower(file: Path, config: Any) -> None:
         ("text_config.hidden_act", activation(config.text_config)),
         ("projector_hidden_act", config.projector_hidden_act),
     ):
-        if value not in ACT2FN:
-            raise UnsupportedModel(
-                f"{file}: {name} is {value!r}, which transformers does not have: {did_you_mean(str(value), ACT2FN)}"
-            )
+        require_activation(file, name, value)
 
 
 def _see(model: Any) -> Reference:

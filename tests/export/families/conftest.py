@@ -42,8 +42,10 @@ TARGETS = ("onnxruntime", "openvino")
 KINDS = ("tiny_diffusion", "tiny_xl")
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 QUESTION = "what color is the circle? how many shapes are there? "
-GRIDS = [[24, 48], [48, 24], [48, 48], [72, 24]]
-"""Heights and widths in pixels that a LLaVA-NeXT may resize a picture to."""
+GRIDS = [[24, 48], [48, 24], [48, 48], [72, 24], [24, 72], [96, 24], [24, 96]]
+"""Heights and widths in pixels that a LLaVA-NeXT may resize a picture to: those of the published checkpoints and of the
+paper, in tiles.
+"""
 PICTURE: Picture = np.random.default_rng(0).integers(0, 255, (EDGE, EDGE, 3), dtype=np.uint8)
 Fields = Mapping[str, Any]
 Make = Callable[..., Path]
@@ -83,13 +85,18 @@ def save(folder: Path, text: Fields, vision: Fields, top: Fields, processor: Fie
     return folder
 
 
-def save_next(folder: Path, top: dict[str, Any] | None = None, grids: Sequence[Sequence[int]] = GRIDS) -> Path:
+def save_next(
+    folder: Path,
+    top: dict[str, Any] | None = None,
+    grids: Sequence[Sequence[int]] = GRIDS,
+    text: Fields | None = None,
+) -> Path:
     """A LLaVA-NeXT of two layers and random float16 weights, large enough that answers vary."""
     config = json.loads((SAMPLE / "config.json").read_bytes())
     config.pop("model_type", None)
     tokens = {key: config["text_config"][key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}
     config["text_config"] = {"model_type": "llama", **tokens, **SMALL, "num_key_value_heads": 2, "head_dim": 16,
-        "max_position_embeddings": 512}  # fmt: skip
+        "max_position_embeddings": 512, **(text or {})}  # fmt: skip
     config["vision_config"] = {"model_type": "clip_vision_model", **SMALL, "image_size": EDGE, "patch_size": PATCH}
     torch.manual_seed(0)
     model: Any = LlavaNextForConditionalGeneration(

@@ -131,6 +131,7 @@ def test_texts_follow_one_another_and_one_picture_is_shown(tiny_blip2: Path, tmp
             {"vision_config": {"num_attention_heads": 5}},
             "vision_config.num_attention_heads is 5, expected a divisor of 64",
         ),
+        ({"qformer_config": {"_attn_implementation": "linear"}}, "qformer_config._attn_implementation is 'linear'"),
         ({"qformer_config": {"num_attention_heads": 5}}, "qformer_config.num_attention_heads is 5, expected a divisor"),
         ({"qformer_config": {"position_embedding_type": "relative_key"}}, "position_embedding_type is 'relative_key'"),
         ({"qformer_config": {"cross_attention_frequency": 0}}, "cross_attention_frequency is 0, expected 1 or more"),

@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import closing
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
-from transformers import LlavaProcessor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from export.architecture.generation import FILE, read_generation
 from export.build.build import _parity, build
@@ -21,13 +23,24 @@ from export.build.state import Build
 from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.errors import SourceError, UnsupportedModel
+from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import load_model
 from runtime.targets.openvino import engine as openvino
+from runtime.tasks.chat import ChatRequest
 from tests.export.families.conftest import PICTURE, Make, answer, ask, library_answer
 
 TARGETS = ("onnxruntime", "openvino")
 WINDOW = 32
+SEVERAL = ChatRequest(
+    (
+        Message("user", (PICTURE, "what is this? ", 255 - PICTURE)),
+        Message("assistant", ("a circle",)),
+        Message("user", ("and this? ", PICTURE[::-1].copy())),
+    ),
+    temperature=0.0,
+)
+"""Pictures before, between and behind texts, in two turns."""
 
 
 def cast(source: Path, targets: tuple[str, ...] = TARGETS) -> Path:
@@ -96,6 +109,39 @@ def test_a_window_in_some_layers_on_every_target(make: Make, monkeypatch: pytest
     )
     for target in TARGETS:
         compare(source, bundle.root, monkeypatch, target, 55)
+
+
+# Language models that LLaVA is paired with
+
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+    "vicuna": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+}  # fmt: skip
+"""With the rotary types that checkpoints come with."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", MODELS)
+def test_every_language_model_answers_as_in_the_library(make: Make, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """64 tokens, greedily and of 4 beams, about one picture and about several in two turns; shards of bfloat16."""
+    source = make(text={key: value for key, value in MODELS[name].items() if value is not None})
+    LlavaForConditionalGeneration.from_pretrained(source, dtype="bfloat16").save_pretrained(
+        source, max_shard_size="200KB", save_original_format=False
+    )
+    (source / "model.safetensors").unlink()
+    state = Build.open(Options(str(source), source.with_name("bundle"), targets=TARGETS, quality="none"))
+    assert all(_parity(state, part).error < 1e-4 for part in state.parts)
+    build(state.options)
+    wanted = dict[tuple[int, int], list[int]]()
+    for target in TARGETS:
+        with closing(load_model(source.with_name("bundle"), target)) as model:
+            for case in product((0, 1), (1, 4)):
+                request = replace((ask(40, temperature=0.0), SEVERAL)[case[0]], max_tokens=64, beams=case[1])
+                if case not in wanted:
+                    settings = {"do_sample": False, "max_new_tokens": 64, "num_beams": case[1]}
+                    wanted[case], _ = library_answer(source, model.pipeline, request, **settings)
+                assert answer(model, request, monkeypatch) == wanted[case], (target, case)
 
 
 # Settings of generation
@@ -238,6 +284,11 @@ def edited(source: Path, folder: Path, changes: dict[str, dict[str, Any]]) -> Pa
         ),
         ({"vision_config": {"hidden_act": "swish2"}}, "vision_config.hidden_act is 'swish2'"),
         ({"text_config": {"hidden_act": "swish2"}}, "text_config.hidden_act is 'swish2'"),
+        ({"": {"_attn_implementation": "flash_attention"}}, "_attn_implementation is 'flash_attention', an attention"),
+        (
+            {"text_config": {"attn_implementation": "mla"}},
+            "text_config.attn_implementation is 'mla', an attention that",
+        ),
         ({"": {"image_token_index": 512}}, "image_token_index is 512, expected the id of a token below 512"),
         ({"text_config": {"model_type": "gemma2"}}, "text_config.model_type) is a gemma2, expected one of"),
         ({"text_config": {"model_type": "mixtral"}}, "is a mixtral"),
@@ -252,6 +303,12 @@ def test_what_is_not_built_is_refused_by_name(
         build(Options(str(source), tmp_path / "bundle", targets=("onnxruntime",)), reports.append)
     assert words in str(caught.value) and str(source / "config.json") in str(caught.value)
     assert not reports and "Download" not in str(caught.value) and "Traceback" not in str(caught.value)
+
+
+def test_kernels_that_a_config_names_are_the_library_s_matter(plain: tuple[Path, Path], tmp_path: Path) -> None:
+    kernels = {"": {"_attn_implementation": "flash_attention_2"}, "text_config": {"attn_implementation": "eager"}}
+    source = resolve(str(edited(plain[0], tmp_path / "source", kernels)))
+    assert [part.name for part in family_of(source).parts(source, False)][-1] == "decoder"
 
 
 def test_a_processor_that_counts_other_positions_is_a_note(plain: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ sizes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,49 +16,100 @@ import torch
 from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil
 
-from export.build.build import build
+from export.build.build import _parity, build
 from export.build.options import Options
+from export.build.state import Build
 from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.errors import EnginecastError, SourceError, UnsupportedModel
 from runtime.language.text import Message
+from runtime.language.vision import Prompt
 from runtime.pipelines.chat import ChatPipeline
-from runtime.placing.loading import load_model
+from runtime.placing.loading import LoadedModel, load_model
 from runtime.tasks.chat import ChatRequest
+from runtime.vision.images import Picture
 from tests.export.families.conftest import GRIDS, QUESTION, answer, save_next
 
+TARGETS = ("onnxruntime", "openvino")
 SIZES = ((24, 24), (48, 48), (20, 70), (90, 31), (5, 4), (33, 50))
 """Heights and widths in pixels."""
+EXTREMES = (*((height, width) for height, width in GRIDS), (96, 20), (20, 96), (24, 90), (200, 30), (1, 9))
+"""Those of every grid, and tall and wide ones that leave much of theirs empty."""
+TEXTS: dict[str, dict[str, Any]] = {
+    "mistral": {"model_type": "mistral", "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None},
+    "yi": {"num_key_value_heads": 1, "rope_theta": 5e6, "vocab_size": 576},
+}
+"""Language models of published checkpoints: with 32K positions, with few keys and a padded vocabulary."""
 
 
-def library_answer(source: Path, model: Any, prompt: Any, count: int) -> list[int]:
+ANSWERS: dict[tuple[Any, ...], list[int]] = {}
+"""Of the library, each computed once."""
+
+
+def library_answer(source: Path, prompt: Prompt, count: int, beams: int) -> list[int]:
     """The tokens of transformers' generate, its own image processor included."""
-    images = LlavaNextImageProcessorPil.from_pretrained(source)(
-        [Image.fromarray(one) for one in prompt.images], return_tensors="pt"
-    )
-    ids = torch.tensor([prompt.ids])
-    with torch.inference_mode():
-        found = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **images, do_sample=False, max_new_tokens=count
+    key = source, count, beams, *prompt.keys
+    if key not in ANSWERS:
+        images = LlavaNextImageProcessorPil.from_pretrained(source)(
+            [Image.fromarray(one) for one in prompt.images], return_tensors="pt"
         )
-    return list(map(int, found[0, len(prompt.ids) :]))
+        ids = torch.tensor([prompt.ids])
+        with torch.inference_mode():
+            found = library(source).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), **images, do_sample=False, max_new_tokens=count,
+                num_beams=beams,
+            )  # fmt: skip
+        ANSWERS[key] = list(map(int, found[0, len(prompt.ids) :]))
+    return ANSWERS[key]
+
+
+def compare(
+    source: Path, model: LoadedModel, shown: Sequence[Picture], patch: pytest.MonkeyPatch, beams: int = 1
+) -> int:
+    """The answer about these pictures is that of the library; how many positions the pictures have."""
+    assert isinstance(model.pipeline, ChatPipeline)
+    request = ChatRequest((Message("user", (*shown, QUESTION)),), temperature=0.0, max_tokens=64, beams=beams)
+    prompt = model.pipeline.prompt(request)
+    wanted = library_answer(source, prompt, 64, beams)
+    assert answer(model, request, patch) == wanted, (model.target, [one.shape for one in shown], beams)
+    return prompt.seen
+
+
+@cache
+def library(source: Path) -> Any:
+    return LlavaNextForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
+
+
+def pictures(sizes: Sequence[tuple[int, int]]) -> list[Picture]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
 
 
 def test_answers_about_pictures_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each picture alone, and several of different sizes in one question."""
-    source = save_next(tmp_path / "tiny")
-    build(Options(str(source), tmp_path / "bundle", targets=("onnxruntime",), quality="none"))
-    rng, lengths = np.random.default_rng(0), set()
-    pictures = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
-    theirs: Any = LlavaNextForConditionalGeneration.from_pretrained(source, dtype="float32").eval()
-    with closing(load_model(tmp_path / "bundle", "onnxruntime")) as model:
-        assert isinstance(model.pipeline, ChatPipeline)
-        for shown in (*((one,) for one in pictures), tuple(pictures[2:5])):
-            request = ChatRequest((Message("user", (*shown, QUESTION)),), temperature=0.0, max_tokens=64)
-            prompt = model.pipeline.prompt(request)
-            assert answer(model, request, monkeypatch) == library_answer(source, theirs, prompt, 64)
-            lengths.add(prompt.seen)
-    assert len(lengths) > 4
+    source, bundle = save_next(tmp_path / "tiny"), tmp_path / "bundle"
+    build(Options(str(source), bundle, targets=TARGETS, quality="none"))
+    shown = pictures(SIZES)
+    for target, some in zip(TARGETS, (shown, shown[3:5]), strict=True):
+        with closing(load_model(bundle, target)) as model:
+            alone = {compare(source, model, [one], monkeypatch) for one in some}
+            assert len(alone) >= min(len(some), 4) and compare(source, model, shown[2:5], monkeypatch) > max(alone)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("text", TEXTS)
+def test_answers_of_every_published_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    """About pictures of every grid, and tall and wide ones; each submodel is the library's."""
+    source, bundle = save_next(tmp_path / "tiny", text=TEXTS[text]), tmp_path / "bundle"
+    state = Build.open(Options(str(source), bundle, targets=TARGETS, quality="none"))
+    assert all(_parity(state, part).error < 1e-4 for part in state.parts)
+    build(state.options)
+    shown = pictures(EXTREMES)
+    for target in TARGETS:
+        with closing(load_model(bundle, target)) as model:
+            assert len({compare(source, model, [one], monkeypatch) for one in shown}) > 4
+            for beams in (1, 4):
+                compare(source, model, shown[3:6], monkeypatch, beams)
 
 
 @pytest.mark.parametrize(
