@@ -64,7 +64,7 @@ class Library:
         given = {"image": picture, "strength": request.strength}
         given["generator"] = self._torch.Generator().manual_seed(request.seed or 0)
         if request.mask is None:
-            return next(self._drawn(self._pipeline("image"), [request], **given))
+            return next(self._drawn(self._pipeline("picture"), [request], **given))
         channels = self._plain.unet.config.in_channels
         if channels not in INPAINTED:
             raise UnsupportedModel(
