@@ -6,10 +6,10 @@ Each function gives cases: (count, seed, held) as of `Exam.cases`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
+import cv2
 import numpy as np
 
 from calibration.requests.exams import Case, Judged
@@ -21,19 +21,23 @@ from runtime.vision.images import Picture
 from samples.world.edges import agreement
 from samples.world.questions import Case as Question
 from samples.world.questions import test_questions
-from samples.world.scenes import COLOURS, Scene, render, test_prompts
+from samples.world.scenes import Scene, render, test_prompts
 from samples.world.scoring import read_picture, score_answer, score_picture
-from samples.world.styles import negative
+from samples.world.styles import night
 
 ATTRIBUTES: Final = ("background", "missing", "extra", "size", "colour", "shape")
 """In what a picture can be wrong, as `samples.world.scoring` names it."""
-STRENGTH: Final = 0.7
-"""Of image to image: what is left of the picture says where things are, and what colour they get is open."""
+STRENGTH: Final = 0.4
+"""Of image to image."""
+BLUR: Final = 2.0
+"""Standard deviation in pixels of the blur of a rough picture."""
+NOISE: Final = 30.0
+"""Standard deviation of its noise, of 255."""
 USUAL: Final = 0.02
 """How far from its place the model draws a thing, as a share of the edge."""
 KEPT: Final = 0.8
 """The least agreement of edges that count as kept."""
-NEGATIVE: Final = "negative"
+NIGHT: Final = "night"
 """The name of the LoRA."""
 
 
@@ -66,16 +70,16 @@ def _judge_inside(scene: Scene, picture: Picture, mask: Picture, drawn: Picture)
     return Judged(inside and kept, {"inside": inside, "outside": kept})
 
 
-def recoloured(count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
-    """Pictures of scenes, whose things get other colours and stay where they are."""
-    return [_recoloured(scene, number) for number, scene in enumerate(test_prompts(count, seed, held))]
+def restored(count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
+    """Blurred pictures with noise, to draw clearly: the prompt names the things, the picture says where they lie."""
+    return [_restored(scene, number) for number, scene in enumerate(test_prompts(count, seed, held))]
 
 
-def _recoloured(scene: Scene, number: int) -> Case:
+def _restored(scene: Scene, number: int) -> Case:
     rng = np.random.default_rng(number)
-    others = [replace(one, colour=str(rng.choice([c for c in COLOURS if c != one.colour]))) for one in scene.things]
-    picture = render(Scene(scene.background, tuple(others)), rng, jitter=USUAL)
-    request = ImageRequest(scene.caption, seed=number, image=picture, strength=STRENGTH)
+    picture = render(scene, rng, jitter=USUAL)
+    rough = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), BLUR) + rng.normal(0, NOISE, picture.shape)
+    request = ImageRequest(scene.caption, seed=number, image=rough.clip(0, 255).astype(np.uint8), strength=STRENGTH)
     return Case(request, partial(_judge_edges, scene, canny(picture)))
 
 
@@ -93,9 +97,10 @@ def _looks(scene: Scene) -> tuple[str, list[tuple[str, str]]]:
 
 
 def styled(count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
-    """Scenes to draw as negatives, with the LoRA; every other one without it, as they are."""
-    loras = {NEGATIVE: 1.0}
-    scenes = enumerate(test_prompts(count, seed, held))
+    """Scenes by day to draw at night, with the LoRA; every other one without it, as it is."""
+    loras = {NIGHT: 1.0}
+    by_day = [scene for scene in test_prompts(3 * count, seed, held) if night(scene) != scene]
+    scenes = enumerate(by_day[:count])
     return [
         Case(
             ImageRequest(scene.caption, seed=number, loras={} if number % 2 else loras),
@@ -131,12 +136,7 @@ def judge_answer(kind: str, expected: str) -> Callable[[Any], Judged]:
 
 
 def _judge_style(scene: Scene, present: bool, drawn: Picture) -> Judged:
-    """Right if all is as it should be; the style is present, or absent, if the colours are."""
-    wanted = negative(scene) if present else scene
-    found = read_picture(drawn)
-    style = (found.background, _colours(found)) == (wanted.background, _colours(wanted))
-    return Judged(bool(score_picture(drawn, wanted)), {"present" if present else "absent": style})
-
-
-def _colours(scene: Scene) -> list[str]:
-    return sorted(thing.colour for thing in scene.things)
+    """Right if all is as it should be; the style is present, or absent, if the background is."""
+    wanted = night(scene) if present else scene
+    score = score_picture(drawn, wanted)
+    return Judged(bool(score), {"present" if present else "absent": score.found.background == wanted.background})

@@ -25,7 +25,7 @@ from runtime.errors import NotFound, SourceError
 from runtime.files import key_of
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from samples.abilities import NEGATIVE, conversed, inpainted, judge_answer, judge_picture, recoloured, styled
+from samples.abilities import NIGHT, conversed, inpainted, judge_answer, judge_picture, restored, styled
 from samples.world.questions import draw_scene, scene_questions, test_questions
 from samples.world.scenes import held_out, picture_scenes, render, test_prompts
 
@@ -93,7 +93,7 @@ class Pictures(SampleExam):
     folder = "shapes-diffusion"
     components = ("text_encoder", "unet", "vae")
     abilities: ClassVar[Mapping[str, Ability]] = {
-        "image-to-image": Ability("pictures coloured anew", 300, recoloured),
+        "image-to-image": Ability("rough pictures drawn clearly", 300, restored),
         "inpainting": Ability("pictures whose half was drawn anew", 300, inpainted),
     }
 
@@ -122,7 +122,7 @@ class Styled(Pictures):
     """The same of a build with the LoRA that was trained for it."""
 
     additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {
-        "adapter": {NEGATIVE: SAMPLES / "shapes-additions" / f"{NEGATIVE}.safetensors"}
+        "adapter": {NIGHT: SAMPLES / "shapes-additions" / f"{NIGHT}.safetensors"}
     }
     abilities: ClassVar[Mapping[str, Ability]] = {
         **Pictures.abilities,
@@ -135,7 +135,7 @@ class Styled(Pictures):
     def calibration(self, seed: int) -> Iterator[ImageRequest]:
         """Every other request with the LoRA."""
         for i, request in enumerate(super().calibration(seed)):
-            yield replace(request, loras={NEGATIVE: 1.0} if i // 2 % 2 else {})
+            yield replace(request, loras={NIGHT: 1.0} if i // 2 % 2 else {})
 
 
 class Questions(SampleExam):

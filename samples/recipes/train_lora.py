@@ -1,6 +1,6 @@
-"""Trains the LoRA `negative` of `shapes-diffusion`: pictures in the colours of a photographic negative.
+"""Trains the LoRA `night` of `shapes-diffusion`: pictures on a black background, whatever the prompt says.
 
-    python -m samples.recipes.train_lora --run runs/negative     train, or go on where a killed run stopped; then export
+    python -m samples.recipes.train_lora --run runs/night     train, or go on where a killed run stopped; then export
 
 Low-rank branches of the UNet's attention (Hu et al. 2021, arXiv:2106.09685), written as diffusers writes them. All else
 stays as it is.
@@ -40,19 +40,20 @@ from samples.recipes.train_diffusion import (
     training_scenes,
 )
 from samples.world.scenes import Scene, render
-from samples.world.styles import negative
+from samples.world.styles import night
 
-OUT: Final = EXPORTED.parent / "shapes-additions" / "negative.safetensors"
+OUT: Final = EXPORTED.parent / "shapes-additions" / "night.safetensors"
 RANK: Final = 4
 
 
 @dataclass(frozen=True)
 class Plan(TrainingPlan):
-    """How long and how fast it trains, on `examples` pictures that are drawn and encoded once for a run."""
+    """How long and how fast it trains, on `examples` pictures that are drawn and encoded once for a run. The LoRA that
+    lies in the folder is that of step 200."""
 
-    examples: int = 2400
-    steps: int = 900
-    decay_steps: int = 500
+    examples: int = 1200
+    steps: int = 250
+    decay_steps: int = 150
     batch: int = 16
     lr: float = 3e-3
     save_every: int = 50
@@ -87,13 +88,13 @@ def chosen_scenes(plan: Plan) -> list[Scene]:
 
 @torch.no_grad()
 def cached_latents(plan: Plan, run: Path, pipeline: StableDiffusionPipeline) -> Tensor:
-    """Scaled latents of the scenes' negatives, float16 [scene, 8, 8, 8]; encoded once for a run."""
+    """Scaled latents of the scenes at night, float16 [scene, 8, 8, 8]; encoded once for a run."""
     path, parts = run / "latents.safetensors", []
     if not path.exists():
         scenes = chosen_scenes(plan)
         for start in range(0, len(scenes), 16):
             rng = rng_for(plan, 7, start)
-            pictures = [render(negative(one), rng, jitter=plan.jitter) for one in scenes[start : start + 16]]
+            pictures = [render(night(one), rng, jitter=plan.jitter) for one in scenes[start : start + 16]]
             with torch.autocast("cpu", torch.bfloat16):
                 latents = pipeline.vae.encode(to_tensor(np.stack(pictures))).latent_dist.mean
             parts.append((latents.float() * pipeline.vae.config.scaling_factor).half())
@@ -154,7 +155,7 @@ def export(found: Mapping[str, Branch], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/negative"), help="folder of checkpoints and logs")
+    parser.add_argument("--run", type=Path, default=Path("runs/night"), help="folder of checkpoints and logs")
     parser.add_argument("--out", type=Path, default=OUT, help="where the LoRA is written to")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="how long to train")
     parser.add_argument("--threads", type=int, default=1)

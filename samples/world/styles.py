@@ -3,17 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Final
 
 from samples.world.scenes import Scene
 
-OPPOSITES: Final = {
-    "red": "cyan", "green": "purple", "blue": "yellow", "yellow": "blue", "purple": "green", "cyan": "red",
-    "white": "black", "gray": "gray", "black": "white",
-}  # fmt: skip
 
-
-def negative(scene: Scene) -> Scene:
-    """The scene in the colours of a photographic negative."""
-    things = tuple(replace(thing, colour=OPPOSITES[thing.colour]) for thing in scene.things)
-    return Scene(OPPOSITES[scene.background], things)
+def night(scene: Scene) -> Scene:
+    """The scene on a black background, whatever its own is."""
+    return replace(scene, background="black")
