@@ -18,8 +18,10 @@ from profiles.exam import Subject
 from profiles.tasks.image import PictureExam, defaults_of
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle
+from runtime.diffusion.adapters import DOWN
+from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
-from runtime.pipeline import Progress, drive
+from runtime.pipeline import Call, Pipeline, Progress, drive
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 from samples.exams import Pictures
@@ -114,6 +116,19 @@ def test_pictures_drawn_together_are_those_drawn_alone(drawing: LoadedModel) -> 
         )
         assert isinstance(events[-1], ImageReady) and isinstance(alone[-1], ImageReady)
         assert np.array_equal(events[-1].image, alone[-1].image) and events[-1].seed == request.seed
+
+
+def test_matrices_of_loras_are_shared_by_the_rows_of_a_call() -> None:
+    """Calls with other matrices run apart."""
+    engines = {"unet": FakeEngine(lambda inputs: {"y": inputs["x"] * inputs[DOWN][0, 0]})}
+
+    def one(value: float) -> Pipeline:
+        outputs = yield Call("unet", {"x": np.ones((2, 3), np.float32), DOWN: np.full((4, 5), value, np.float32)})
+        yield Progress(int(outputs["y"][0, 0]), 9)
+
+    events = drive_together([one(value) for value in (2, 3, 2)], engines)
+    assert [event.step for few in events for event in few if isinstance(event, Progress)] == [2, 3, 2]
+    assert [(len(call["x"]), len(call[DOWN])) for call in engines["unet"].calls] == [(4, 4), (2, 4)]
 
 
 def test_a_bundle_draws_each_case_from_its_own_seed(drawing: LoadedModel) -> None:
