@@ -12,9 +12,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import CLIPImageProcessorPil, LlavaForConditionalGeneration, LlavaProcessor
 
 from export.architecture.generation import FILE, read_generation
 from export.build.build import _parity, build
@@ -117,8 +118,15 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
     "vicuna": {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "bakllava": {"model_type": "mistral", "max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters":
+        {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}},
+    "phi": {"model_type": "phi", "head_dim": None, "num_key_value_heads": None, "partial_rotary_factor": 0.5,
+        "hidden_act": "gelu_new"},
+    "phi3": {"model_type": "phi3", "head_dim": None, "num_key_value_heads": 2, "sliding_window": 47},
+    "padded": {"vocab_size": 576},
 }  # fmt: skip
-"""With the rotary types that checkpoints come with."""
+"""With the rotary types and the vocabulary of more rows than the tokenizer has tokens that checkpoints come with."""
 
 
 @pytest.mark.full
@@ -142,6 +150,27 @@ def test_every_language_model_answers_as_in_the_library(make: Make, monkeypatch:
                     settings = {"do_sample": False, "max_new_tokens": 64, "num_beams": case[1]}
                     wanted[case], _ = library_answer(source, model.pipeline, request, **settings)
                 assert answer(model, request, monkeypatch) == wanted[case], (target, case)
+
+
+@pytest.mark.full
+def test_files_of_older_processors_are_read_as_there(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CLIPFeatureExtractor, sizes as numbers, the template in the tokenizer's file, and no processor_config.json."""
+    source = make()
+    (source / "processor_config.json").unlink()
+    file = {"feature_extractor_type": "CLIPFeatureExtractor", "size": 24, "crop_size": 24, "resample": 3,
+        "do_center_crop": True, "do_normalize": True, "do_resize": True, "image_mean": [0.48145466, 0.4578275,
+        0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}  # fmt: skip
+    (source / "preprocessor_config.json").write_text(json.dumps(file))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_bytes())
+    tokenizer["chat_template"] = (source / "chat_template.jinja").read_text()
+    (source / "chat_template.jinja").unlink()
+    (source / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    bundle, shown = cast(source), np.random.default_rng(1).integers(0, 255, (31, 50, 3), dtype=np.uint8)
+    theirs = CLIPImageProcessorPil.from_pretrained(source)(Image.fromarray(shown), return_tensors="np")["pixel_values"]
+    with closing(load_model(bundle, "openvino")) as model:
+        assert isinstance(model.pipeline, ChatPipeline) and model.pipeline.vision is not None
+        np.testing.assert_allclose(model.pipeline.vision.layout.tiles(shown, ""), theirs, atol=1e-5)
+    compare(source, bundle, monkeypatch, "openvino", 12)
 
 
 # Settings of generation
@@ -251,7 +280,9 @@ def test_towers_see_what_the_library_sees(make: Make, settings: dict[str, Any], 
 
 def test_answers_behind_a_siglip_tower(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     source = make(vision=SIGLIP, top=FULL, processor=FULL | {"num_additional_image_tokens": 0})
-    compare(source, cast(source, ("onnxruntime",)), monkeypatch, "onnxruntime", 12, count=24)
+    bundle = cast(source)
+    for target in TARGETS:
+        compare(source, bundle, monkeypatch, target, 12)
 
 
 def edited(source: Path, folder: Path, changes: dict[str, dict[str, Any]]) -> Path:

@@ -36,10 +36,13 @@ SIZES = ((24, 24), (48, 48), (20, 70), (90, 31), (5, 4), (33, 50))
 EXTREMES = (*((height, width) for height, width in GRIDS), (96, 20), (20, 96), (24, 90), (200, 30), (1, 9))
 """Those of every grid, and tall and wide ones that leave much of theirs empty."""
 TEXTS: dict[str, dict[str, Any]] = {
+    "vicuna": {"num_key_value_heads": 4, "rms_norm_eps": 1e-5},
     "mistral": {"model_type": "mistral", "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None},
     "yi": {"num_key_value_heads": 1, "rope_theta": 5e6, "vocab_size": 576},
 }
-"""Language models of published checkpoints: with 32K positions, with few keys and a padded vocabulary."""
+"""Language models of published checkpoints: with keys for each head, with 32K positions, with few keys and a padded
+vocabulary.
+"""
 
 
 ANSWERS: dict[tuple[Any, ...], list[int]] = {}
