@@ -97,7 +97,7 @@ class QFormerFamily:
         with without_weights():
             model = self.model(self.read_config(source, reduced)).eval()
             if model.config.text_config.is_encoder_decoder:
-                seq2seq.untie(model, source.open().tensors)
+                seq2seq.untie(model, source)
         component = Component("", model)
         return [vision_part(component), self.qformer(component), embedding_part(component), *language_parts(component)]
 

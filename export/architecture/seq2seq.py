@@ -7,7 +7,7 @@ self-attention. Its relative position bias is added to the mask of the ONNX `Att
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from typing import Any, Final
 
 import torch
@@ -17,9 +17,10 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 
 from export.architecture.decoders import GrownLayer, attending, causal, narrowed
+from export.checkpoint.source import Source, read_json
 from export.family import Component, Part, Reference
 from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor
-from runtime.errors import UnsupportedModel
+from runtime.errors import NotFound, SourceError, UnsupportedModel
 
 ATTENTION: Final = "enginecast_kv_bias"
 """Name of the attention that decoders with a position bias compute with while they are traced."""
@@ -262,12 +263,17 @@ def reduced(text: Any) -> dict[str, Any]:
     return data | {"num_layers": 2, "num_decoder_layers": 2}
 
 
-def untie(model: Any, published: Container[str]) -> None:
+def untie(model: Any, source: Source) -> None:
     """Give a head of its own to the language model whose checkpoint has one, as Flan-T5: transformers ties all of T5 in
-    the config and leaves those untied on load whose weights differ. `published` are the names of the checkpoint.
+    the config and leaves those untied on load whose weights differ. Where there are no weights yet, the file of the
+    config decides.
     """
     name = "language_model.lm_head.weight"
-    if name in published:
+    try:
+        own = name in source.open().tensors
+    except (NotFound, SourceError):
+        own = read_json(source.root / "config.json")["text_config"].get("tie_word_embeddings") is False
+    if own:
         head = model.language_model.lm_head
         head.weight = nn.Parameter(torch.empty_like(head.weight), requires_grad=False)
         model.all_tied_weights_keys.pop(name, None)

@@ -336,3 +336,8 @@ def _save_config(kind: Any, fields: Fields, folder: Path) -> None:
 def _save_language(config: Any, architecture: str, folder: Path) -> None:
     config.architectures = [architecture]
     config.save_pretrained(folder)
+    if config.text_config.model_type == "t5":  # the library writes that all of T5 are tied, as published files do not
+        file = folder / "config.json"
+        fields = json.loads(file.read_bytes())
+        fields["text_config"]["tie_word_embeddings"] = False
+        file.write_text(json.dumps(fields))

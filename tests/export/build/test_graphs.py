@@ -13,7 +13,10 @@ import pytest
 from export.build.build import build
 from export.build.graphs import build_graphs
 from export.build.options import Options
+from export.checkpoint.source import resolve
+from export.family import family_of
 from runtime.errors import InvalidInput, SourceError
+from tests.export.families.blip import T5, save
 
 
 @pytest.fixture
@@ -36,6 +39,22 @@ def test_graphs_need_no_weights_and_equal_those_of_a_build(configs: Path, tiny_v
         absent = [one for one in graph.initializer if one.data_location == onnx.TensorProto.EXTERNAL]
         assert found.nodes == len(graph.node) and absent
         assert sum(math.prod(one.dims) for one in absent) == found.weights
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_of_its_own_is_that_of_the_config_file(tied: bool, tmp_path: Path) -> None:
+    folder = save(tmp_path / "t5", T5)
+    for weights in folder.glob("*.safetensors"):
+        weights.unlink()
+    config = json.loads((folder / "config.json").read_bytes())
+    config["text_config"]["tie_word_embeddings"] = tied
+    (folder / "config.json").write_text(json.dumps(config))
+    source = resolve(str(folder), weights=False)
+    (model,) = {
+        id(c.model): c.model for part in family_of(source).parts(source, True) for c in part.components
+    }.values()
+    language = model.language_model
+    assert (language.lm_head.weight is language.shared.weight) == tied
 
 
 def test_a_folder_of_graphs_is_replaced_by_force_alone_and_nothing_else_ever(configs: Path, tmp_path: Path) -> None:
