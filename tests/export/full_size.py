@@ -336,8 +336,22 @@ def _save_config(kind: Any, fields: Fields, folder: Path) -> None:
 def _save_language(config: Any, architecture: str, folder: Path) -> None:
     config.architectures = [architecture]
     config.save_pretrained(folder)
+    _resize_pictures(folder, config.vision_config.image_size, config.vision_config.patch_size)
     if config.text_config.model_type == "t5":  # the library writes that all of T5 are tied, as published files do not
         file = folder / "config.json"
         fields = json.loads(file.read_bytes())
         fields["text_config"]["tie_word_embeddings"] = False
         file.write_text(json.dumps(fields))
+
+
+def _resize_pictures(folder: Path, edge: int, patch: int) -> None:
+    """Let the files of a tiny checkpoint's processor make pictures of a vision tower's size."""
+    for file in (folder / "processor_config.json", folder / "preprocessor_config.json"):
+        if file.is_file():
+            fields = json.loads(file.read_bytes())
+            pictures = fields.get("image_processor", fields)
+            for name in {"size", "crop_size"} & pictures.keys():
+                pictures[name] = dict.fromkeys(pictures[name], edge)
+            if "patch_size" in fields:
+                fields["patch_size"] = patch
+            file.write_text(json.dumps(fields))
