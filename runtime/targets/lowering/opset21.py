@@ -22,7 +22,6 @@ from runtime.optional import require
 from runtime.targets.lowering.attention import (
     CONTRIB,
     Graph,
-    bias,
     heads,
     is_attention,
     pack,
@@ -31,8 +30,9 @@ from runtime.targets.lowering.attention import (
     with_multihead,
 )
 from runtime.targets.lowering.masks import parts_of_mask
+from runtime.targets.lowering.products import as_products
 from runtime.targets.lowering.static_cache import INDICES
-from runtime.targets.lowering.values import dtype_of, maker, operand, optional, shape_of
+from runtime.targets.lowering.values import dtype_of, maker, operand, shape_of
 from runtime.targets.sessions.kernels import OPSET, Provider, covers, kernels
 
 if TYPE_CHECKING:
@@ -65,43 +65,6 @@ def to_opset21(model: ir.Model, provider: Provider, steps: int = 0) -> None:
     require("onnx_ir.passes.common", "export").RemoveUnusedNodesPass()(model)
     model.opset_imports[""] = OPSET
     model.opset_imports[CONTRIB] = 1
-
-
-def _attention(graph: Graph, node: ir.Node) -> None:
-    """Softmax of products. Heads that share keys are placed beside each other, so that keys are not repeated."""
-    query, key, value = (operand(node, index) for index in range(3))
-    count, groups, size = heads(node)
-    length = shape_of(key)[2]
-    scaled = graph.before(node, node.name, "Mul", query, _number(graph, scale(node), query))
-    if count != groups:
-        if not isinstance(length, int):
-            raise EngineError(
-                f"node '{node.name}' has grouped heads over keys of varying length, expected a cache of fixed length"
-            )
-        scaled = graph.before(
-            node, f"{node.name}/groups", "Reshape", scaled, graph.constant(f"groups.{groups}", [0, groups, -1, size])
-        )
-    turned = graph.before(node, f"{node.name}/keys", "Transpose", key, perm=[0, 1, 3, 2])
-    products = graph.before(node, f"{node.name}/products", "MatMul", scaled, turned)
-    if count != groups:
-        products = graph.before(
-            node, f"{node.name}/heads", "Reshape", products, graph.constant(f"heads.{count}", [0, count, -1, length])
-        )
-    mask = optional(node, 3)
-    if mask is not None:
-        products = graph.before(node, f"{node.name}/masked", "Add", products, bias(graph, mask, query))
-    shares = graph.before(node, f"{node.name}/shares", "Softmax", products, axis=-1)
-    if count != groups:
-        shares = graph.before(
-            node, f"{node.name}/shares", "Reshape", shares, graph.constant(f"shares.{groups}", [0, groups, -1, length])
-        )
-    result = graph.before(node, f"{node.name}/result", "MatMul", shares, value)
-    if count != groups:
-        result = graph.before(
-            node, f"{node.name}/result", "Reshape", result, graph.constant(f"result.{count}", [0, count, -1, size])
-        )
-    graph.instead(node.outputs[0], result)
-    graph.drop(node)
 
 
 def _group_normalization(graph: Graph, node: ir.Node) -> None:
@@ -247,7 +210,7 @@ def _steps_grouped(node: ir.Node) -> bool:
 
 
 RULES: Final[Mapping[str, Callable[[Graph, ir.Node], None]]] = {
-    "Attention": _attention,
+    "Attention": as_products,
     "Equal": _equal,
     "Gelu": _gelu,
     "GroupNormalization": _group_normalization,
@@ -302,7 +265,3 @@ def _body(schema: Any, node: ir.Node) -> Any:
             "own"
         )
     return body
-
-
-def _number(graph: Graph, number: float, like: ir.Value) -> ir.Value:
-    return graph.constant(f"attention.scale.{number}.{dtype_of(like).name.lower()}", number, dtype_of(like).numpy())

@@ -14,6 +14,7 @@ from runtime.errors import EngineError
 from runtime.optional import require
 from runtime.targets.lowering.half import to_half
 from runtime.targets.lowering.nested import widen
+from runtime.targets.lowering.products import part_shared_queries
 from runtime.targets.lowering.static_cache import capacity, with_static_cache
 from runtime.targets.tensorrt.settings import TensorRTSettings
 
@@ -51,6 +52,7 @@ def lower(submodel: Submodel, graph: Path, settings: TensorRTSettings) -> Lowere
             "Name the libraries that may be loaded in the setting plugins"
         )
     widen(model)
+    part_shared_queries(model)  # TensorRT for RTX 1.7 crashes while it fuses two that share theirs
     if submodel.precision.compute != "float32":
         model = to_half(model, submodel.precision.compute, submodel.keep)
     if submodel.signature.states:
