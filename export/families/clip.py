@@ -13,6 +13,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 
 from export.architecture.configs import parsed, require_activation
+from export.architecture.ends import LEGACY_END
 from export.architecture.qformer import processors, unit
 from export.checkpoint.source import Source
 from export.checkpoint.tokenizer import tokenizer_file
@@ -24,7 +25,6 @@ from runtime.language.vision import TILES
 from runtime.pipelines.embed import SCALE, EmbedConfig
 
 CONFIGS: Final = ("text_config", "vision_config")
-LEGACY_END: Final = 2
 USUAL: Final = 16
 """Tokens of a text that targets with fixed lengths prepare for first."""
 

@@ -13,6 +13,7 @@ from torch import Tensor as TorchTensor
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from export.architecture.ends import at_end
 from export.checkpoint.source import PIPELINE, Source, read_json
 from export.families import stable_diffusion as base
 from export.family import Family, Part
@@ -47,7 +48,8 @@ class ProjectedTextEncoder(nn.Module):
 
     def forward(self, input_ids: TorchTensor) -> tuple[TorchTensor, ...]:
         output = self.model(input_ids=input_ids, output_hidden_states=True)
-        return (output.hidden_states[-2], output.text_embeds)
+        ended = at_end(output.last_hidden_state, input_ids, self.model.config.eos_token_id)
+        return (output.hidden_states[-2], self.model.text_projection(ended))
 
 
 def encoders(source: Source) -> list[str]:
