@@ -14,11 +14,11 @@ LEGACY_END: Final = 2
 def at_end(states: TorchTensor, input_ids: TorchTensor, end: int) -> TorchTensor:
     """The states [batch, sequence, hidden] at the first end token of each row, at the first token where there is none.
 
-    Selected by a product with ones and zeros: ONNX Runtime has no kernels for CUDA of the library's ArgMax of integers
-    and its lookup.
+    The place is the one that no other is before, in the order of ids and then of places, and its states are selected by
+    a product: ONNX Runtime has no kernels for CUDA of ArgMax and ReduceMax of integers and of GatherND.
     """
     ids, length = input_ids.int(), input_ids.shape[-1]
-    ends = ids == (ids.amax(-1, keepdim=True) if end == LEGACY_END else end)
-    order = torch.arange(length, dtype=torch.float32, device=states.device) - length * ends.float()
-    chosen = (order == order.amin(-1, keepdim=True)).float()
-    return (chosen.unsqueeze(1) @ states).squeeze(1)
+    marked = ids if end == LEGACY_END else (ids == end).int()
+    order = marked * length - torch.arange(length, dtype=torch.int32, device=states.device)
+    before = (order.unsqueeze(-2) > order.unsqueeze(-1)).float().sum(-1)
+    return ((before == 0).float().unsqueeze(-2) @ states).squeeze(-2)
