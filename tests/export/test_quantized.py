@@ -71,6 +71,11 @@ def switched_lora(source: Path, folder: Path) -> Made:
     return Made(source, (Addition("adapter", file),))
 
 
+def llava(source: Path, folder: Path) -> Made:
+    """As wide as a group of int4 weights, which `tiny_vlm` is not."""
+    return Made(save(folder / "llava", {}, {}, {}, {}, None))
+
+
 def siglip(source: Path, folder: Path) -> Made:
     vision, full = {"model_type": "siglip_vision_model"}, {"vision_feature_select_strategy": "full"}
     return Made(save(folder / "siglip", {}, vision, full, full | {"num_additional_image_tokens": 0}, None))
@@ -103,7 +108,7 @@ VARIANTS: Final[Mapping[str, Row]] = {
     "xl-controlnet": Row(XL, "tiny_xl", controlnet),
     "xl-ip-adapter": Row(XL, "tiny_xl", ip_adapter),
     "xl-switched-lora": Row(XL, "tiny_xl", switched_lora),
-    "llava": Row("LlavaForConditionalGeneration", "tiny_vlm"),
+    "llava": Row("LlavaForConditionalGeneration", "tiny_vlm", llava),
     "llava-siglip": Row("LlavaForConditionalGeneration", "tiny_vlm", siglip),
     "llava-next": Row("LlavaNextForConditionalGeneration", "tiny_vlm", llava_next),
     "blip2-opt": Row("Blip2ForConditionalGeneration", "tiny_blip2"),

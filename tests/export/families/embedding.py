@@ -51,7 +51,7 @@ def save_siglip(folder: Path) -> Path:
     """
     torch.manual_seed(0)
     pieces = _save_pieces(folder)
-    text = SMALL | {"vocab_size": pieces + 3, "max_position_embeddings": 32, "projection_size": SMALL["hidden_size"],
+    text = SMALL | {"vocab_size": pieces + 3, "max_position_embeddings": 112, "projection_size": SMALL["hidden_size"],
         "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}  # fmt: skip
     vision = SMALL | {"image_size": EDGE, "patch_size": 8}
     model: Any = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
@@ -84,7 +84,7 @@ def _save_pieces(folder: Path) -> int:
     tokenizer.add_special_tokens(["</s>", "<unk>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "SiglipTokenizer", "pad_token": "</s>", "unk_token": "<unk>", "eos_token": "</s>",
-        "model_max_length": 32}  # fmt: skip
+        "model_max_length": 112}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return len(vocabulary)
 

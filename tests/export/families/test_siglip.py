@@ -36,7 +36,7 @@ def bundle(tiny_siglip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def library(source: Path) -> Any:
     """The outputs of the library's own forward for all pictures and texts."""
-    tokens = AutoTokenizer.from_pretrained(source)(TEXTS, padding="max_length", max_length=32, return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(source)(TEXTS, padding="max_length", max_length=112, return_tensors="pt")
     pixels = SiglipImageProcessor.from_pretrained(source)(PICTURES, return_tensors="pt")
     model: Any = SiglipModel.from_pretrained(source, dtype="float32").eval()
     with torch.inference_mode():
@@ -48,8 +48,8 @@ def test_embeddings_and_scores_are_the_library_s(tiny_siglip: Path, bundle: Path
     wanted = library(tiny_siglip)
     with enginecast.load(bundle, target=target) as model:
         found, matched = model.embed(TEXTS, PICTURES), model.match(PICTURES, TEXTS)
-        with pytest.raises(InvalidInput, match=r"texts\[0\]: has \d+ tokens, the model reads 32: shorten it"):
-            model.embed(["q j k v " * 9])
+        with pytest.raises(InvalidInput, match=r"texts\[0\]: has \d+ tokens, the model reads 112: shorten it"):
+            model.embed(["q j k v " * 30])
     np.testing.assert_allclose(found.texts, wanted.text_embeds, atol=1e-5)
     np.testing.assert_allclose(found.images, wanted.image_embeds, atol=1e-5)
     np.testing.assert_allclose(matched.scores, wanted.logits_per_image, atol=1e-4)

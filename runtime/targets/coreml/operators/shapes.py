@@ -89,6 +89,11 @@ def _expand(t: Any, node: ir.Node) -> Any:
     return t.mb.add(x=x, y=t.mb.fill(shape=shape, value=like(t, x, 0)))
 
 
+@operator("Tile")
+def _tile(t: Any, node: ir.Node) -> Any:
+    return t.mb.tile(x=t.var(node.inputs[0]), reps=t.var(node.inputs[1]))
+
+
 @operator("Range")
 def _range(t: Any, node: ir.Node) -> Any:
     start, end, step = map(t.var, node.inputs)

@@ -116,7 +116,7 @@ def test_axes_and_shapes(compute: Any, seed: int, rows: int, columns: int, varyi
         "kept": np.array([0, -1, 2]), "flat": np.array([-1]), "front": np.array([0, 3]), "last": np.array([-1]),
         "sizes": np.array([1, 3]),
         "three": np.array([3]), "zero": np.array(0), "one": np.array(1), "at": np.array(0.5, np.float32),
-        "first": np.array([0]),
+        "first": np.array([0]), "one_two": np.array([1, 2]),
     }  # fmt: skip
     nodes: list[Any] = [
         ("Reshape", "x kept", "reshaped", {}),
@@ -136,6 +136,8 @@ def test_axes_and_shapes(compute: Any, seed: int, rows: int, columns: int, varyi
         ("Reshape", "count flat", "vector", {}),
         ("Concat", "three rows", "wanted", {"axis": 0}),
         ("Expand", "at wanted", "spread", {}),
+        ("Concat", "rows one_two", "repeats", {"axis": 0}),
+        ("Tile", "x repeats", "tiled", {}),
         ("Less", "numbers count", "truths", {}),
         ("Expand", "truths wanted", "spread_truths", {}),
         ("Cast", "spread_truths", "spread_numbers", {"to": TensorProto.INT64}),
@@ -143,7 +145,8 @@ def test_axes_and_shapes(compute: Any, seed: int, rows: int, columns: int, varyi
     ]
     nodes.insert(-1, ("Concat", "rows flat", "computed", {"axis": 0}))
     outputs = (
-        "reshaped flat_x reversed moved longer back joined part_1 part_2 half_1 half_2 shape tail numbers vector spread"
+        "reshaped flat_x reversed moved longer back joined part_1 part_2 half_1 half_2 shape tail numbers vector "
+        "spread tiled"
     )
     same(
         compute(nodes, {"x": normal(seed, rows, 4, columns)}, constants, f"{outputs} spread_numbers by_shape", varying)
