@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,14 +22,14 @@ INPAINTED: Final = (4, 9)
 
 class Library:
     """The checkpoint in `folder` with what is added to it, as the pipeline class that its model_index.json names. The
-    additions are paths by kind and name: LoRA files ("adapter") and control networks ("controlnet").
+    additions are paths by kind and name, of which LoRA files ("adapter") are known.
     """
 
     def __init__(self, folder: Path, additions: Mapping[str, Mapping[str, Path]]) -> None:
         self._torch, self._diffusers = require("torch", "export"), require("diffusers", "export")
         self._plain = _quiet(self._diffusers.DiffusionPipeline.from_pretrained(folder, dtype=self._torch.float32))
         self._plain.watermark = None  # Stable Diffusion XL has one where a package for it is installed
-        self._loras, self._networks = additions.get("adapter", {}), additions.get("controlnet", {})
+        self._loras = additions.get("adapter", {})
         for name, path in self._loras.items():
             require("peft", "reference")
             self._plain.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
@@ -37,7 +37,7 @@ class Library:
 
     def __call__(self, requests: Sequence[ImageRequest]) -> Iterator[Picture]:
         """The pictures of requests with the same steps and guidance, together where they are of prompts alone."""
-        if any(one.image is not None or one.controls or self._loras for one in requests):
+        if any(one.image is not None or self._loras for one in requests):
             for one in requests:
                 yield self._alone(one)
         else:
@@ -47,14 +47,6 @@ class Library:
         if self._loras:
             weights = [request.loras.get(name, 0.0) for name in self._loras]
             self._plain.set_adapters(list(self._loras), weights)
-        if request.controls:
-            pipeline = self._pipeline("control", tuple(one.name for one in request.controls))
-            given = {
-                "image": [_opened(one.image) for one in request.controls],
-                "controlnet_conditioning_scale": [one.scale for one in request.controls],
-                "latents": self._noise([request]),
-            }
-            return next(self._drawn(pipeline, [request], **given))
         if request.image is None:
             return next(self._drawn(self._plain, [request], latents=self._noise([request])))
         return self._changed(request, _opened(request.image))
@@ -64,14 +56,14 @@ class Library:
         given = {"image": picture, "strength": request.strength}
         given["generator"] = self._torch.Generator().manual_seed(request.seed or 0)
         if request.mask is None:
-            return next(self._drawn(self._pipeline("picture"), [request], **given))
+            return next(self._drawn(self._pipeline("AutoPipelineForImage2Image"), [request], **given))
         channels = self._plain.unet.config.in_channels
         if channels not in INPAINTED:
             raise UnsupportedModel(
                 f"diffusers' pipeline for inpainting takes UNets of 4 or 9 channels, this one has {channels}: leave "
                 "--source out"
             )
-        pipeline, mask = self._pipeline("mask"), _opened(request.mask).convert("L")
+        pipeline, mask = self._pipeline("AutoPipelineForInpainting"), _opened(request.mask).convert("L")
         drawn = next(self._drawn(pipeline, [request], mask_image=mask, **given))
         pasted = pipeline.image_processor.apply_overlay(mask, picture, Image.fromarray(drawn))
         return np.asarray(pasted.convert("RGB"))
@@ -93,15 +85,9 @@ class Library:
         noise = [random_stream(request.seed or 0).standard_normal(shape, np.float32) for request in requests]
         return self._torch.from_numpy(np.concatenate(noise))
 
-    def _made(self, kind: str, networks: Sequence[str] = ()) -> Any:
-        """A pipeline of the same networks that draws on pictures, on parts of them, or with control networks."""
-        library = self._diffusers
-        if kind != "control":
-            auto = library.AutoPipelineForInpainting if kind == "mask" else library.AutoPipelineForImage2Image
-            return _quiet(auto.from_pipe(self._plain))
-        load = partial(library.ControlNetModel.from_pretrained, dtype=self._torch.float32)
-        found = [load(self._networks[name]) for name in networks]
-        return _quiet(library.AutoPipelineForText2Image.from_pipe(self._plain, controlnet=found))
+    def _made(self, kind: str) -> Any:
+        """A pipeline of the same networks by the library's class of that name."""
+        return _quiet(getattr(self._diffusers, kind).from_pipe(self._plain))
 
 
 def _quiet(pipeline: Any) -> Any:

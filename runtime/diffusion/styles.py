@@ -14,6 +14,7 @@ from pydantic import model_validator
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
 from runtime.diffusion.named import check_names
+from runtime.diffusion.schedule import Latents
 from runtime.errors import InvalidInput
 from runtime.tasks.image import Style
 from runtime.vision.preprocessing import ImagePreprocessor
@@ -87,13 +88,16 @@ class Styling:
             return {}
         chosen = {style.name: style for style in self.styles}
         found: Arrays = {}
+        blank: Latents | None = None
         for index, (name, features) in enumerate(zip(self.settings.names, self.settings.features, strict=True)):
             embeds = np.zeros((rows, features.positions, features.width), np.float32)
             if name in chosen:
                 pixels = self.settings.preprocessor([chosen[name].image], "styles")
                 embeds[-1] = (yield from run(ENCODER, **{PIXELS: pixels}))[features.output][0]
                 if rows > 1 and features.output == HIDDEN:
-                    embeds[0] = (yield from run(ENCODER, **{PIXELS: np.zeros_like(pixels)}))[HIDDEN][0]
+                    if blank is None:  # the same for all adapters
+                        blank = (yield from run(ENCODER, **{PIXELS: np.zeros_like(pixels)}))[HIDDEN][0]
+                    embeds[0] = blank
             found[embeds_name(index)] = embeds
         scales = [chosen[name].scale if name in chosen else 0.0 for name in self.settings.names]
         return {**found, SCALES: np.tile(np.array(scales, np.float32), (rows, 1))}

@@ -187,24 +187,25 @@ def parse_style(text: str) -> Style:
 
 def parse_pair(option: str, text: str) -> tuple[int, int]:
     """Two lengths of an option, in pixels. Raises InvalidInput."""
-    try:
-        down, across = map(int, text.split(","))
-    except ValueError:
-        raise InvalidInput(
-            option, f"is {quoted(text)}, expected two lengths in pixels, {SIZE} or {PLACE}, such as 768,1024"
-        ) from None
+    down, across = _lengths(option, text, 2, f"two lengths in pixels, {SIZE} or {PLACE}, such as 768,1024")
     return down, across
 
 
 def parse_edges(text: str) -> tuple[int, int, int, int]:
     """From LEFT,TOP,RIGHT,BOTTOM. Raises InvalidInput."""
-    try:
-        left, top, right, bottom = map(int, text.split(","))
-    except ValueError:
-        raise InvalidInput(
-            "extend", f"is '{text}', expected LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,128,0"
-        ) from None
+    left, top, right, bottom = _lengths("extend", text, 4, "LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,128,0")
     return left, top, right, bottom
+
+
+def _lengths(option: str, text: str, count: int, expected: str) -> list[int]:
+    """So many whole numbers with commas between."""
+    try:
+        found = [int(one) for one in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != count:
+        raise InvalidInput(option, f"is {quoted(text)}, expected {expected}")
+    return found
 
 
 def scales(loras: Iterable[str]) -> dict[str, float]:

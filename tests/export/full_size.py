@@ -142,6 +142,10 @@ def controlled(make: Make) -> Make:
     return both
 
 
+NORM: Final = {"proj.bias": 4, "norm.weight": 1, "norm.bias": 1}
+"""Vectors of an image adapter's projection, in widths of the text's states."""
+
+
 def styled(make: Make) -> Make:
     """A checkpoint with an image adapter and its encoder beside it, in `adapter`."""
 
@@ -154,7 +158,7 @@ def styled(make: Make) -> Make:
             unet: Any = diffusers.UNet2DConditionModel.from_config(folder / "unet")
         context, width = unet.config.cross_attention_dim, config.projection_dim
         shapes = {"image_proj.proj.weight": (4 * context, width)}
-        shapes |= {f"image_proj.{name}": (size,) for name, size in NORM.items() for size in [size * context]}
+        shapes |= {f"image_proj.{name}": (times * context,) for name, times in NORM.items()}
         layers = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
         for number, layer in enumerate(layers):
             for which in ("to_k_ip", "to_v_ip"):
@@ -163,10 +167,6 @@ def styled(make: Make) -> Make:
         _save_weights(shapes, folder / "adapter", "adapter")
 
     return both
-
-
-NORM: Final = {"proj.bias": 4, "norm.weight": 1, "norm.bias": 1}
-"""Vectors of an image adapter's projection, in widths of the text's states."""
 
 
 def llava(text: Any) -> Make:
