@@ -147,7 +147,7 @@ def _groups(model: ir.Model) -> dict[ir.Value, list[Layer]]:
 def _kind(planned: Sequence[LayerPlan]) -> ScalingMethod | None:
     if any(one.activation for one in planned):
         return "smoothquant"
-    return "awq" if any(one.weight_type == "int4" for one in planned) else None
+    return "awq" if any(one.block for one in planned) else None
 
 
 # Which s is best.

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from calibration.quantize.float8 import FP8_PEAK, Float8Weight, fp8_columns
 from calibration.quantize.layers import Layer, tensor_of
+from calibration.quantize.nf4 import Nf4Weight, nf4_blocks
 from calibration.quantize.plan import LayerPlan
 from calibration.quantize.weights import (
     INT8_PEAK,
@@ -20,6 +21,7 @@ from calibration.quantize.weights import (
     int8_columns,
     nested_blocks,
 )
+from runtime.targets.lowering.nf4 import VALUES
 
 TINY: Final = float(np.finfo(np.float32).tiny)
 
@@ -27,10 +29,12 @@ TINY: Final = float(np.finfo(np.float32).tiny)
 def quantized_weight(
     layer: Layer, planned: LayerPlan, importance: Floats | None = None, known: Known | None = None
 ) -> QuantizedWeight:
-    """The layer's weight in the planned form, which is not float. `importance` and `known` are for int4."""
+    """The layer's weight in the planned form, which is not float. `importance` is for 4 bits, `known` for int4."""
     source = tensor_of(layer.weight)
     if planned.weight_type == "fp8":
         return Float8Weight(source, layer.by_output)
+    if planned.weight_type == "nf4":
+        return Nf4Weight(source, layer.by_output, planned.block, importance)
     if planned.nested:
         return NestedWeight(source, layer.by_output, planned.block, planned.op == "Conv", importance, known)
     return QuantizedWeight(source, layer.by_output, planned.block, importance, known)
@@ -43,9 +47,11 @@ def restored(weights: Floats, planned: LayerPlan, importance: Floats | None) -> 
     if planned.nested:
         codes, factors, base = nested_blocks(weights, planned.block, importance)
         return _product(codes, np.repeat(factors.astype(np.float32) * base, planned.block, axis=0))
-    if planned.weight_type == "int4":
-        codes, halves = int4_blocks(weights, planned.block, importance)
-        return _product(codes, np.repeat(halves.astype(np.float32), planned.block, axis=0))
+    if planned.block:
+        nf4 = planned.weight_type == "nf4"
+        codes, halves = (nf4_blocks if nf4 else int4_blocks)(weights, planned.block, importance)
+        scales = np.repeat(halves.astype(np.float32), planned.block, axis=0)
+        return _product(VALUES[codes] if nf4 else codes, scales)
     numbers, scales = (fp8_columns if planned.weight_type == "fp8" else int8_columns)(weights)
     return _product(numbers.astype(np.float32), scales)
 

@@ -16,7 +16,7 @@ from calibration.observe.ranges import Range
 from calibration.quantize.layers import Layer, is_constant, name_of, weight_layers
 from calibration.quantize.recipes import Recipe
 
-WeightType = Literal["float", "int8", "int4", "fp8"]
+WeightType = Literal["float", "int8", "int4", "nf4", "fp8"]
 SMALL: Final = 4096
 """Weights of fewer elements stay as they are, as there is nothing to save."""
 SMALL_SHARE: Final = 256
@@ -146,14 +146,10 @@ def activation_tensors(model: ir.Model, recipe: Recipe) -> list[str]:
 
 
 def measured_tensors(model: ir.Model, layers: Sequence[LayerPlan]) -> list[str]:
-    """The tensors whose channel statistics improve what these plans make: inputs of MatMuls with int4 weights or int8
-    activations.
+    """The tensors whose channel statistics improve what these plans make: inputs of MatMuls with weights of 4
+    bits or int8 activations.
     """
-    wanted = {
-        planned.node
-        for planned in layers
-        if planned.op == "MatMul" and (planned.weight_type == "int4" or planned.activation)
-    }
+    wanted = {planned.node for planned in layers if planned.op == "MatMul" and (planned.block or planned.activation)}
     return list(
         dict.fromkeys(name_of(layer.node.inputs[0]) for layer in weight_layers(model) if name_of(layer.node) in wanted)
     )
@@ -184,7 +180,7 @@ def _plan_layer(
         block, reason = _int4_block(layer, recipe, small, activation)
         planned = replace(
             planned,
-            weight_type="int4" if block else "int8",
+            weight_type=recipe.four_bits if block else "int8",
             block=block,
             activation=activation,
             reason=reason or obstacle,
@@ -193,7 +189,7 @@ def _plan_layer(
 
 
 def _int4_block(layer: Layer, recipe: Recipe, small: Small, activation: bool) -> tuple[int, str]:
-    """How many inputs share a scale of a layer's int4 weight, 0 where it is int8 instead, and why that is not the
+    """How many inputs share a scale of a layer's weight of 4 bits, 0 where it is int8 instead, and why that is not the
     recipe's.
 
     Nested in int8, any number may; else those that engines have kernels for.
@@ -202,9 +198,9 @@ def _int4_block(layer: Layer, recipe: Recipe, small: Small, activation: bool) ->
     if layer.node.op_type == "Gemm":
         return 0, "one row a sample, such as a time embedding, has little to save and much to lose"
     if layer.node.op_type == "Conv" and (not recipe.activations or layer.node.attributes.get_int("group", 1) != 1):
-        return 0, "convolutions without int8 inputs, or in groups, have no int4 form"
+        return 0, "convolutions without int8 inputs, or in groups, have no form in 4 bits"
     if rows * columns < small.worth:
-        return 0, f"{FEW}: int4 would save only {rows * columns // 2} bytes"
+        return 0, f"{FEW}: 4 bits would save only {rows * columns // 2} bytes"
     if recipe.spare_last and _makes_output(layer):
         return 0, "makes the output, and nothing behind it averages its error"
     nested = activation or layer.node.op_type == "Conv"

@@ -9,6 +9,7 @@ compressed (FullyConnected):
                           -> MatMul
     int4 nested in int8   codes, uint8 factors, float32 scales: see runtime/targets/lowering/nested.py; layers with
                           int8 inputs, and convolutions
+    nf4 weight [K, N]     codes, float16 scales, and a table of values: see runtime/targets/lowering/nf4.py
     int8 weight [K, N]    codes [K, N], float32 scales [N] -> DequantizeLinear(axis=1) -> MatMul, Gemm
     int8 weight [O, ...]  codes [O, ...], float32 scales [O] -> DequantizeLinear(axis=0) -> Conv
     int8 activation       QuantizeLinear -> DequantizeLinear with one scale, zero point 0, shared by all consumers
@@ -29,10 +30,11 @@ from onnx_ir.passes import common
 from calibration.observe.ranges import Range
 from calibration.quantize.forms import input_step, quantized_weight
 from calibration.quantize.layers import Layer, add_initializer, name_of, weight_layers
+from calibration.quantize.nf4 import Nf4Weight
 from calibration.quantize.plan import LayerPlan
 from calibration.quantize.weights import Floats, Known, NestedWeight
 from runtime.errors import InvalidInput
-from runtime.targets.lowering import nested
+from runtime.targets.lowering import nested, nf4
 
 
 def quantize(
@@ -121,6 +123,8 @@ def add_weight(
     weight = quantized_weight(layer, planned, importance, known)
     if isinstance(weight, NestedWeight):
         return _add_nested(model, layer, planned, weight)
+    if isinstance(weight, Nf4Weight):
+        return _add_nf4(model, layer, planned, weight)
     (rows, columns), conv = layer.matrix, planned.op == "Conv"
     name, first, fp8 = code_name(planned), model.graph[0], planned.weight_type == "fp8"
     if planned.weight_type == "int4":
@@ -173,6 +177,35 @@ def _add_nested(model: ir.Model, layer: Layer, planned: LayerPlan, weight: Neste
         restored.name = f"{name}.matrix"
         shape = add_initializer(model, f"{name}.shape", ir.tensor(np.array(layer.stored, np.int64)))
         restored = add("Reshape", [restored, shape], "weight", ir.Shape(layer.stored))
+    _insert(model, model.graph[0], *nodes)
+    return restored
+
+
+def _add_nf4(model: ir.Model, layer: Layer, planned: LayerPlan, weight: Nf4Weight) -> ir.Value:
+    """`add_weight` of nf4."""
+    (rows, columns), name = layer.matrix, code_name(planned)
+    blocks, single = (rows // planned.block, planned.block, columns), ir.DataType.FLOAT
+    codes = _lazy(model, name, ir.DataType.UINT4, (rows, columns), weight.codes)
+    scales = _lazy(model, scale_name(name), ir.DataType.FLOAT16, (blocks[0], columns), weight.scales)
+    known = model.graph.initializers
+    table = known.get(nf4.TABLE) or add_initializer(model, nf4.TABLE, ir.tensor(nf4.VALUES))
+    nodes = list[ir.Value]()
+
+    def constant(end: str, values: Sequence[int]) -> ir.Value:
+        return add_initializer(model, f"{name}.{end}", ir.tensor(np.array(values, np.int64)))
+
+    def add(op: str, inputs: list[ir.Value], output: str, shape: Sequence[int], **attributes: Any) -> ir.Value:
+        dtype = attributes.get("to", single)
+        nodes.append(_node(op, inputs, attributes, f"{name}.{output}", dtype, ir.Shape(shape)))
+        return nodes[-1]
+
+    places = add("Cast", [codes], "places", (rows, columns), to=ir.DataType.INT32)
+    values = add("Gather", [table, places], "values", (rows, columns))
+    values = add("Reshape", [values, constant("blocks", blocks)], "blocks.values", blocks)
+    wide = add("Cast", [scales], "scale.float", (blocks[0], columns), to=single)
+    wide = add("Unsqueeze", [wide, constant("axis", [1])], "scale.column", (blocks[0], 1, columns))
+    matrix = add("Mul", [values, wide], "product", blocks)
+    restored = add("Reshape", [matrix, constant("shape", (rows, columns))], nf4.WEIGHT[1:], (rows, columns))
     _insert(model, model.graph[0], *nodes)
     return restored
 

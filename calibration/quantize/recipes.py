@@ -19,8 +19,8 @@ class Recipe:
     int8 instead, and, with `spare_last`, that of the layer which makes a submodel's output. `activations` quantizes the
     inputs of these layers to int8 too, which needs their ranges; `naive` does so for every layer, on the largest
     magnitude seen: what the methods of calibration are measured against. `fp8` makes both E4M3 where both are
-    quantized. `half` quantizes nothing: all weights are stored in it (`calibration.observe.half`), and targets
-    that can compute in it.
+    quantized; `nf4` makes weights of 4 bits nf4 instead of int4. `half` quantizes nothing: all weights are stored in it
+    (`calibration.observe.half`), and targets that can compute in it.
     """
 
     name: str
@@ -31,6 +31,7 @@ class Recipe:
     activations: bool = False
     naive: bool = False
     fp8: bool = False
+    nf4: bool = False
     half: Half | None = None
 
     @property
@@ -39,9 +40,16 @@ class Recipe:
         return ("numpy", "scipy") if self.bits < 16 else ("numpy",)
 
     @property
+    def four_bits(self) -> Literal["int4", "nf4"]:
+        """What its weights of 4 bits are."""
+        return "nf4" if self.nf4 else "int4"
+
+    @property
     def precisions(self) -> frozenset[str]:
         """What a target must have kernels for: none for half, which all read and compute in float32 where they must."""
-        return frozenset({4: {"int4", "int8"}, 8: {"int8", "fp8"} if self.fp8 else {"int8"}, 16: set()}[self.bits])
+        return frozenset(
+            {4: {self.four_bits, "int8"}, 8: {"int8", "fp8"} if self.fp8 else {"int8"}, 16: set()}[self.bits]
+        )
 
 
 RECIPES: Final[Mapping[str, Recipe]] = {
@@ -51,6 +59,7 @@ RECIPES: Final[Mapping[str, Recipe]] = {
         Recipe("int8-naive", 8, activations=True, naive=True),
         Recipe("int8-weight", 8),
         Recipe("int4", 4, spare_last=True, activations=True),
+        Recipe("nf4", 4, spare_last=True, nf4=True),
         Recipe("fp8", 8, activations=True, fp8=True),
         Recipe("fp16", 16, half="float16"),
         Recipe("bf16", 16, half="bfloat16"),

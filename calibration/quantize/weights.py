@@ -48,6 +48,27 @@ weights.
 """
 
 
+class Grid(NamedTuple):
+    """The values that a code of 4 bits can have, before its block's scale.
+
+    The scale is what puts the largest magnitude of a block on `largest`. `snap` moves values [...] to the nearest of
+    them, in place, and `codes` gives the codes of such values, int8.
+    """
+
+    largest: float
+    snap: Callable[[Floats], object]
+    codes: Callable[[Floats], Codes]
+
+
+def _snap(values: Floats) -> None:
+    np.rint(values, out=values)
+    np.clip(values, -INT4_PEAK - 1, INT4_PEAK, out=values)
+
+
+INT4: Final = Grid(INT4_PEAK, _snap, lambda values: values.astype(np.int8))
+"""Whole numbers -8..7, which are their own codes."""
+
+
 class Int4(NamedTuple):
     """A weight [K, N] as int4: codes two in a byte, uint8 [K, N / 2], as `pack_int4` has them, and float16 scales [K /
     block, N].
@@ -98,7 +119,7 @@ def nested_blocks(
 def nested_base(weights: Floats, block: int) -> Floats:
     """The scale of each column [N] that those of its blocks are multiples of."""
     blocks = weights.reshape(-1, block, weights.shape[1])
-    return _usable(_peaks(blocks).max(axis=0) / np.float32(NESTED_ROOM))
+    return _usable(_peaks(blocks, INT4).max(axis=0) / np.float32(NESTED_ROOM))
 
 
 def nested(base: Floats, scales: Floats) -> Floats:
@@ -106,24 +127,24 @@ def nested(base: Floats, scales: Floats) -> Floats:
     return np.clip(np.rint(scales / base), 1, NESTED_PEAK) * base
 
 
-def _peaks(blocks: Floats) -> Floats:
+def _peaks(blocks: Floats, grid: Grid) -> Floats:
     """The scales [K / block, N] that put the largest magnitude of blocks [K / block, block, N] on the last code."""
-    return np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(INT4_PEAK)
+    return np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(grid.largest)
 
 
 def blocks_of(
-    weights: Floats, block: int, importance: Floats | None, snapped: Callable[[Floats], Floats]
+    weights: Floats, block: int, importance: Floats | None, snapped: Callable[[Floats], Floats], grid: Grid = INT4
 ) -> tuple[Codes, Floats]:
     """Codes and scales of blocks; `snapped` gives the scales that can be stored next to others."""
     blocks = weights.reshape(-1, block, weights.shape[1])
-    peak = _peaks(blocks)
+    peak = _peaks(blocks, grid)
     best = np.full(peak.shape, np.inf, np.float32)
     scales = np.ones(peak.shape, np.float32)
     levels = np.empty_like(blocks)
     weighting = None if importance is None else _relative(importance).reshape(-1, block)
 
     def attempt(scale: Floats) -> None:
-        _int4_levels(blocks, scale, levels)
+        _levels(blocks, scale, grid, levels)
         np.multiply(levels, scale[:, None], out=levels)
         np.subtract(levels, blocks, out=levels)
         if weighting is None:
@@ -135,14 +156,14 @@ def blocks_of(
 
     for share in INT4_SHARES if weighting is None else WEIGHTED_SHARES:
         attempt(snapped(peak * np.float32(share)))
-    _int4_levels(blocks, scales, levels)
+    _levels(blocks, scales, grid, levels)
     if weighting is not None:
         fitted = np.einsum("ij,ijk,ijk->ik", weighting, levels, blocks) / _usable(
             np.einsum("ij,ijk,ijk->ik", weighting, levels, levels)
         )
         attempt(snapped(np.where(fitted > 0, np.minimum(fitted, peak), peak)))
-        _int4_levels(blocks, scales, levels)
-    return levels.reshape(weights.shape).astype(np.int8), scales
+        _levels(blocks, scales, grid, levels)
+    return grid.codes(levels.reshape(weights.shape)), scales
 
 
 def _relative(importance: Floats) -> Floats:
@@ -162,10 +183,9 @@ def half(scales: Floats) -> Floats:
     return _usable(scales.astype(np.float16).astype(np.float32))
 
 
-def _int4_levels(blocks: Floats, scale: Floats, out: Floats) -> None:
+def _levels(blocks: Floats, scale: Floats, grid: Grid, out: Floats) -> None:
     np.multiply(blocks, np.reciprocal(scale)[:, None], out=out)
-    np.rint(out, out=out)
-    np.clip(out, -INT4_PEAK - 1, INT4_PEAK, out=out)
+    grid.snap(out)
 
 
 def _usable(scales: Floats) -> Floats:
@@ -204,6 +224,10 @@ class QuantizedWeight:
 
     dtype: ClassVar[Any] = np.int8
     """Of codes that are not packed."""
+    packed: ClassVar[ir.DataType] = ir.DataType.INT4
+    """Of codes that are."""
+    largest: ClassVar[float] = INT4_LARGEST
+    """Magnitude above which the scales of packed codes cannot express a weight."""
 
     def __init__(
         self,
@@ -225,10 +249,10 @@ class QuantizedWeight:
         self._scales: NDArray[Any] | None = None
 
     def codes(self) -> ir.TensorProtocol:
-        """int8 or int4 [K, N]."""
+        """int8 or packed [K, N]."""
         codes = self._quantize()
         if self.block:
-            return ir.PackedTensor(codes.reshape(-1), ir.DataType.INT4, shape=(self.rows, self.columns))
+            return ir.PackedTensor(codes.reshape(-1), self.packed, shape=(self.rows, self.columns))
         return ir.tensor(codes)
 
     def kernel(self) -> ir.TensorProtocol:
@@ -259,7 +283,7 @@ class QuantizedWeight:
     def _fill(self, values: NDArray[Any], codes: NDArray[Any], scales: NDArray[Any], chunk: slice) -> None:
         """Quantize the columns of one chunk into place."""
         part = matrix_columns(values, self.transposed, self.rows, chunk)
-        check(self.source.name, part, INT4_LARGEST if self.block else float(np.finfo(np.float32).max))
+        check(self.source.name, part, self.largest if self.block else float(np.finfo(np.float32).max))
         if self.block:
             chosen, scales[:, chunk] = self._blocks(part, chunk)
             codes[:, chunk.start // 2 : chunk.stop // 2] = pack_int4(chosen)
@@ -267,7 +291,7 @@ class QuantizedWeight:
             codes[:, chunk], scales[chunk] = self._columns(part)
 
     def _blocks(self, part: Floats, chunk: slice) -> tuple[Codes, NDArray[np.float16]]:
-        """int4 codes and scales of the columns of one chunk."""
+        """Codes of 4 bits and scales of the columns of one chunk."""
         return int4_blocks(part, self.block, self.importance)
 
     def _empty(self) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -38,7 +38,7 @@ class Options:
     whether what targets compiled is compared with the graph it was compiled from. `allow_low_quality` keeps a bundle
     that falls below the floors. `max_drop` and `goal` are those of quant "auto". `compute` is what targets that have it
     may compute in where that is measured to be harmless; auto is the recipe's own. `block` is the number of consecutive
-    inputs that share an int4 scale, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no
+    inputs that share a scale of 4 bits, 0 being the recipe's. `strip_canonical` leaves graphs and weights out that no
     target reads. `settings` are those of each target, by its name. `variant` is the form of the weights that is read
     where a source has several, such as fp16; empty, the plain one. `config` is the folder with the small files of a
     source that is a single file. `additions` are added to the source.
@@ -78,8 +78,8 @@ class Options:
         ):
             if value not in known:
                 raise InvalidInput(name, f"'{value}' is not known: {did_you_mean(value, known)}")
-        if self.block and (self.block not in BLOCKS or self.quant != "int4"):
-            expected = f"one of {', '.join(map(str, sorted(BLOCKS)))} with --quant int4"
+        if self.block and (self.block not in BLOCKS or self.quant not in ("int4", "nf4")):
+            expected = f"one of {', '.join(map(str, sorted(BLOCKS)))} with --quant int4 or nf4"
             raise InvalidInput("block", f"is {self.block} with --quant {self.quant}, expected {expected}")
         if self.calibration is not None and self.quant == "none":
             raise InvalidInput("calibration", "is of no use without --quant: nothing is quantized")

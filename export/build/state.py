@@ -359,7 +359,7 @@ class Build:
 
 def _form(recipe: Recipe) -> str:
     """What most weights become, in the manifest's words."""
-    return recipe.half or ("fp8" if recipe.fp8 else f"int{recipe.bits}")
+    return recipe.half or ("fp8" if recipe.fp8 else "int8" if recipe.bits == 8 else recipe.four_bits)
 
 
 def part_graph(state: Build, part: Part) -> ir.Model:

@@ -50,7 +50,9 @@ Targets = Annotated[
 ]
 Quant = Annotated[
     str | None,
-    typer.Option(help="none (the default), int8, int8-weight, int4, fp8, fp16, bf16, or auto: what --max-drop allows."),
+    typer.Option(
+        help="none (the default), int8, int8-weight, int4, nf4, fp8, fp16, bf16, or auto: what --max-drop allows."
+    ),
 ]
 Output = Annotated[
     Path | None,
@@ -98,7 +100,8 @@ Compute = Annotated[
 Block = Annotated[
     int,
     typer.Option(
-        help="Of --quant int4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. Default: 64."
+        help="Of --quant int4 and nf4: inputs that share a scale, 32, 64 or 128; fewer are nearer, and larger. "
+        "Default: 64."
     ),
 ]
 ComputeCapability = Annotated[str, typer.Option(help="Of tensorrt targets: the GPUs to compile for, such as 8.9,12.0.")]

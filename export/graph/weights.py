@@ -23,7 +23,7 @@ from export.graph.products import divide_products
 from runtime.bundle.manifest import Weights
 from runtime.bundle.precision import Precision
 from runtime.errors import ResourceExhausted
-from runtime.targets.lowering import nested
+from runtime.targets.lowering import nested, nf4
 
 MODEL: Final = "model.onnx"
 WEIGHTS: Final = "weights.safetensors"
@@ -35,7 +35,7 @@ COMPUTE: Final = ir.DataType.FLOAT
 STORED: Final[Mapping[str, ir.DataType]] = {
     "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "F64": ir.DataType.DOUBLE,
 }  # fmt: skip
-PRECISIONS: Final = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "fp8"}
+PRECISIONS: Final = {ir.DataType.FLOAT: "float32", ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.UINT4: "nf4"}
 FLOATS: Final = frozenset(STORED.values())
 OTHERS: Final = "no layer multiplies by them, such as tables, norms and biases"
 SAFETENSORS: Final[Mapping[ir.DataType, str]] = {
@@ -181,15 +181,15 @@ def write(model: ir.Model, folder: Path) -> int:
     written.
 
     The weights file is a valid safetensors file; the graph refers to its byte ranges as ONNX external data. int4
-    values, which the format lacks, stand there as bytes of two values, low nibble first, as ONNX packs them. Leaves
-    `model` referring to the new files. Raises ResourceExhausted when the disk is full.
+    and nf4 values, which the format lacks, stand there as bytes of two values, low nibble first, as ONNX packs them.
+    Leaves `model` referring to the new files. Raises ResourceExhausted when the disk is full.
     """
     folder.mkdir(parents=True)
     tensors = {
         name: value.const_value for name, value in model.graph.initializers.items() if value.const_value is not None
     }
     apart = {
-        name for name in tensors if name.endswith((nested.CODES, f"{nested.CODES}{nested.FACTORS}"))
+        name for name in tensors if name.endswith((nested.CODES, f"{nested.CODES}{nested.FACTORS}", nf4.CODES))
     }  # engines read them by name
     for name, tensor in tensors.items():
         if tensor.nbytes < INLINE_BYTES and name not in apart:

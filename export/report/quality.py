@@ -161,9 +161,10 @@ class Quality(Measured):
 def floors(quant: str) -> list[Floor]:
     """The floors of a quantization; none for "none" and for "int8-naive", a baseline for comparisons.
 
-    A search ("auto") has the floors of int4, the lowest format that it gives to layers; --max-drop limits it further.
+    nf4 has the floors of int4, and so has a search ("auto"), which gives layers int4 at the lowest; --max-drop limits
+    it further.
     """
-    quant = "int4" if quant == "auto" else quant
+    quant = "int4" if quant in ("auto", "nf4") else quant
     every = (*FLOORS, *(floor for task in comparisons().values() for floor in task.floors))
     return [floor for floor in every if floor.quant == quant]
 

@@ -46,4 +46,4 @@ class Precision(BaseModel):
     @property
     def quantized(self) -> bool:
         """Whether some of the large weights are."""
-        return not {"int8", "int4", "fp8"}.isdisjoint(self.weights)
+        return not {"int8", "int4", "nf4", "fp8"}.isdisjoint(self.weights)

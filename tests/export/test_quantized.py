@@ -1,4 +1,6 @@
-"""Every family at int8 and int4, calibrated on requests of its task, for every target that compiles here."""
+"""Every family at int8, int4 and nf4, calibrated on requests of its task, for every target that compiles here and has
+kernels for it.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array_.*:DeprecationWarning", 
 TARGETS: Final = tuple(
     name for name, engine in targets().items() if engine.available().usable or engine.available().compiles
 )
-QUANTS: Final = ("int8", "int4")
+QUANTS: Final = ("int8", "int4", "nf4")
 
 
 class Made(NamedTuple):
@@ -139,15 +141,17 @@ def test_every_target_computes_what_the_graph_says(
     """A build fails where a target cannot compile a submodel, or computes something else than its graph on captured
     calls. Random weights have no quality to keep, but it is measured.
     """
-    monkeypatch.setitem(RECIPES, "int4", replace(RECIPES["int4"], worth=0))  # the models are tiny
+    for small in ("int4", "nf4"):
+        monkeypatch.setitem(RECIPES, small, replace(RECIPES[small], worth=0))  # the models are tiny
     row = VARIANTS[variant]
     source, additions = row.make(Path(request.getfixturevalue(row.fixture)), tmp_path)
-    options = Options(str(source), tmp_path / "b", TARGETS, quant, allow_low_quality=True, additions=additions)
+    able = tuple(name for name in TARGETS if targets()[name].precisions >= RECIPES[quant].precisions)
+    options = Options(str(source), tmp_path / "b", able, quant, allow_low_quality=True, additions=additions)
     bundle, timings = build(options)
     assert bundle.manifest.source.architecture == row.architecture
     submodels = bundle.manifest.submodels
     artifacts = {(one.target, one.submodel): one for one in bundle.manifest.artifacts}
-    assert artifacts.keys() == {(name, submodel.name) for name in TARGETS for submodel in submodels}
+    assert artifacts.keys() == {(name, submodel.name) for name in able for submodel in submodels}
     assert all(one.agreement or one.unchecked for one in artifacts.values())
-    assert any(quant in submodel.precision.weights for submodel in submodels)
+    assert quant in {one.form for submodel in submodels for one in submodel.weights}
     assert "calibrate" in timings and bundle.manifest.quality is not None

@@ -143,6 +143,10 @@ class Stored:
         factors = self._array(f"{codes}{FACTORS}")
         return int8_codes(self._array(codes), factors, shape)
 
+    def packed(self, codes: str) -> NDArray[np.uint8]:
+        """Codes of 4 bits as they are stored, two in a byte, the first in the low half."""
+        return self._array(codes).reshape(-1)
+
     def _array(self, name: str) -> NDArray[np.uint8]:
         try:
             found = self._tensors[name]

@@ -36,9 +36,17 @@ from runtime.optional import require
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from runtime.placing.containers import allowance
 from runtime.placing.devices import cores
-from runtime.targets.lowering.nested import WEIGHTS
 from runtime.targets.openvino.devices import Where
-from runtime.targets.openvino.graph import BEAMS, halve_attention, keep_states, use_zero_points, vary_attention, widen
+from runtime.targets.openvino.graph import (
+    BEAMS,
+    StoredGraph,
+    halve_attention,
+    keep_nf4,
+    keep_states,
+    use_zero_points,
+    vary_attention,
+    widen,
+)
 from runtime.targets.openvino.pages import Pages, Table, fits, has_pages, use_pages
 from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
@@ -110,10 +118,16 @@ class OpenVINO(Engine):
     target = "openvino"
     packages = ("openvino",)
     rank = 20
+    precisions = Engine.precisions | {"nf4"}
     choices = CHOICES
 
     def __init__(
-        self, submodel: Submodel, made: _Made, fix: Callable[[Fixed], Any] | None = None, every: bool = False
+        self,
+        submodel: Submodel,
+        graph: StoredGraph,
+        made: _Made,
+        fix: Callable[[Fixed], Any] | None = None,
+        every: bool = False,
     ) -> None:
         self.submodel = submodel
         self.device = made.device
@@ -123,6 +137,7 @@ class OpenVINO(Engine):
         self._request = made.compiled.create_infer_request()
         self._computes = made.computes
         self._fix, self._every = fix, every
+        self._graph = graph  # what is compiled reads from its weights
         self._fixed: dict[Fixed, Any] = {}
         if every:
             self._fixed[_usual(submodel)] = self._request
@@ -147,21 +162,21 @@ class OpenVINO(Engine):
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         cls.check_settings(options.settings)
-        _compile(submodel, graph, Options())
+        _compile(submodel, StoredGraph(graph), Options())
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
     @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
-        graph = root / submodel.graph
+        graph = StoredGraph(root / submodel.graph)
         made = _compile(submodel, graph, options)
         if submodel.signature.states or not _varies(submodel):
-            return cls(submodel, made)
+            return cls(submodel, graph, made)
 
         def fix(fixed: Fixed) -> Any:
             options.verify()
             return _compile(submodel, graph, options, fixed, made.decisions).compiled
 
-        return cls(submodel, made, fix, made.fixed)
+        return cls(submodel, graph, made, fix, made.fixed)
 
     @property
     def computes(self) -> str:
@@ -333,7 +348,7 @@ def _usual(submodel: Submodel) -> Fixed:
 
 def _compile(
     submodel: Submodel,
-    graph: Path,
+    graph: StoredGraph,
     options: Options,
     fixed: Fixed | None = None,
     decisions: Mapping[str, Decision] | None = None,
@@ -353,7 +368,7 @@ def _compile(
         )
         name, fallbacks = f"openvino:{where.described(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
-        raise EngineError(f"OpenVINO could not compile {graph}: {error}") from None
+        raise EngineError(f"OpenVINO could not compile {graph.path}: {error}") from None
     half = where.cpu and _half(core, submodel)
     if half:
         name += " in bfloat16"
@@ -382,12 +397,13 @@ def _config(core: Any, submodel: Submodel, where: Where, options: Options, value
 
 
 def _read(
-    core: Any, submodel: Submodel, graph: Path, where: Where, values: Mapping[str, str], fixed: Fixed | None
+    core: Any, submodel: Submodel, graph: StoredGraph, where: Where, values: Mapping[str, str], fixed: Fixed | None
 ) -> Any:
     """The graph in the form that is compiled, without its states."""
-    model = core.read_model(graph)
+    model = core.read_model(graph.path)
     if submodel.precision.nested:
-        widen(model, graph.parent / WEIGHTS)
+        widen(model, graph.weights)
+    keep_nf4(model, graph)
     if values.get("zero_points") != "off":
         use_zero_points(model, submodel.activation_ranges)
     if values.get("attention") == "bfloat16":
@@ -403,7 +419,7 @@ def _read(
 def _compiled(
     core: Any,
     submodel: Submodel,
-    graph: Path,
+    graph: StoredGraph,
     where: Where,
     config: Mapping[str, Any],
     values: Mapping[str, str],
@@ -430,7 +446,7 @@ def _compiled(
     return model, core.compile_model(model, where.name, config)
 
 
-def _decide(core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> dict[str, Decision]:
+def _decide(core: Any, submodel: Submodel, graph: StoredGraph, where: Where, options: Options) -> dict[str, Decision]:
     """The decisions on this submodel's choices for this device and processor."""
     choices = [
         Choice(name, values, MARGINS.get(name, MARGIN))
@@ -439,7 +455,7 @@ def _decide(core: Any, submodel: Submodel, graph: Path, where: Where, options: O
     if not choices:
         return {}
     described = submodel.model_dump(mode="json", exclude={"name", "parity"})
-    key = key_of(described, sha256(graph), options.threads, dict(options.settings))
+    key = key_of(described, sha256(graph.path), options.threads, dict(options.settings))
     subject = Subject(submodel.name, OpenVINO.target, str(require("openvino", "openvino").__version__), key)
     own = {name: value for name, value in options.settings.items() if name in CHOICES}
     return decide(choices, subject, _Parts(core, submodel, graph, where, options), own)
@@ -466,7 +482,7 @@ def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> 
 class _Parts:
     """Compiles the first layers of a submodel with different choices, to time them."""
 
-    def __init__(self, core: Any, submodel: Submodel, graph: Path, where: Where, options: Options) -> None:
+    def __init__(self, core: Any, submodel: Submodel, graph: StoredGraph, where: Where, options: Options) -> None:
         self.core, self.submodel, self.graph, self.where, self.options = core, submodel, graph, where, options
         self.end: str | None = None
 
@@ -475,7 +491,9 @@ class _Parts:
         signature, calls = self.submodel.signature, _calls(self.submodel.signature)
         try:
             if self.end is None:
-                self.end, total = where_to_cut(self.core.read_model(self.graph), _shapes(signature, calls[0][0]), PART)
+                self.end, total = where_to_cut(
+                    self.core.read_model(self.graph.path), _shapes(signature, calls[0][0]), PART
+                )
                 if total < UNWORTHY:
                     raise EngineError("it has too little work to be worth it")
             needs_shape = _needs_shape(self.submodel, self.where) or values.get(SHAPES_CHOICE) == "fixed"

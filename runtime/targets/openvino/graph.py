@@ -1,6 +1,7 @@
 """Changes to a model that OpenVINO has read, before it is compiled.
 
 nested int4    becomes int8 weights
+nf4            becomes a constant of that type, which stays compressed
 zero points    8 bits cover the bundle's activation ranges, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
 queries        attention whose inputs are all constant gets one that is not
@@ -12,6 +13,7 @@ states         past and present of a decoder as variables of the model, updated 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from runtime.bundle.signature import Signature
 from runtime.optional import require
-from runtime.targets.lowering import nested
+from runtime.targets.lowering import nested, nf4
 from runtime.targets.lowering.activation_ranges import CODES, affine
 
 BEAMS = "beam_idx"
@@ -28,23 +30,31 @@ this gather.
 """
 
 
-def widen(model: Any, weights: Path) -> None:
-    """Replace int4 weights that are nested in int8 (`runtime.targets.lowering.nested`), with codes in this file, by
-    int8 weights.
+class StoredGraph:
+    """A graph's file and its weights, mapped. What is compiled may read from them as long as it lives.
 
-    Raises EngineError where the file cannot be read.
+    Raises EngineError where the weights are read and cannot be.
     """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def weights(self) -> nested.Stored:
+        return nested.Stored(self.path.parent / nested.WEIGHTS)
+
+
+def widen(model: Any, stored: nested.Stored) -> None:
+    """Replace int4 weights that are nested in int8 (`runtime.targets.lowering.nested`) by int8 weights."""
     ops = require("openvino.opset15", "openvino")
     read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
     names = [name.removesuffix(nested.WEIGHT) for name in read if name.endswith(f"{nested.CODES}{nested.WEIGHT}")]
-    stored = nested.Stored(weights) if names else None
     constants = (
         {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
         if names
         else {}
     )
     for name in names:
-        assert stored is not None
         output = read[f"{name}{nested.WEIGHT}"]
         shape = tuple(output.get_shape())
         codes = ops.constant(stored.int8(name, shape), shared_memory=True)
@@ -54,6 +64,22 @@ def widen(model: Any, weights: Path) -> None:
         weight = ops.multiply(ops.convert(codes, "f32"), ops.constant(scales.copy()))
         weight.set_friendly_name(output.get_node().get_friendly_name())
         for reader in list(output.get_target_inputs()):
+            reader.replace_source_output(weight.output(0))
+
+
+def keep_nf4(model: Any, graph: StoredGraph) -> None:
+    """Replace what restores nf4 weights (`runtime.targets.lowering.nf4`), by constants of nf4 times their scales. The
+    model reads from the graph's weights, which must live as long.
+    """
+    sdk, ops = require("openvino", "openvino"), require("openvino.opset15", "openvino")
+    read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
+    for name in [name for name in read if name.endswith(f"{nf4.CODES}{nf4.WEIGHT}")]:
+        output = read[name]
+        product = output.get_node().input_value(0)
+        codes = sdk.Tensor(graph.weights.packed(name.removesuffix(nf4.WEIGHT)), product.get_shape(), sdk.Type.nf4)
+        scales = product.get_node().input_value(1)
+        weight = ops.multiply(ops.convert(ops.constant(codes, shared_memory=True), "f32"), scales)
+        for reader in list(product.get_target_inputs()):
             reader.replace_source_output(weight.output(0))
 
 

@@ -150,7 +150,7 @@ def test_plan_says_what_and_why(floating: Path) -> None:
     )
     assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == (
         "int8",
-        "convolutions without int8 inputs, or in groups, have no int4 form",
+        "convolutions without int8 inputs, or in groups, have no form in 4 bits",
     )
     assert layers["small.weight"].reason == "too few elements: 128"
     assert (layers["time.weight"].op, layers["time.weight"].weight_type) == ("Gemm", "int8")
@@ -178,7 +178,7 @@ def test_int4_is_for_weights_worth_it(floating: Path, monkeypatch: pytest.Monkey
     assert layers["first.weight"].weight_type == "int8"
     assert (
         layers["first.weight"].reason
-        == f"too few elements: int4 would save only {layers['first.weight'].elements // 2} bytes"
+        == f"too few elements: 4 bits would save only {layers['first.weight'].elements // 2} bytes"
     )
 
 

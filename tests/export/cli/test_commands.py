@@ -100,7 +100,7 @@ def test_graphs_alone(run: Run, tiny_vlm: Path) -> None:
             ("--quant", "int44"),
             2,
             "quant: 'int44' is not known: did you mean 'int4'? (known: auto, bf16, fp16, fp8, int4, int8, int8-naive, "
-            "int8-weight, none)",
+            "int8-weight, nf4, none)",
         ),
         (("--parity", "some"), 2, "parity: 'some' is not known"),
         (("--target", "open-vino"), 3, "target 'open-vino' is not known: did you mean 'openvino'?"),
