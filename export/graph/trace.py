@@ -27,6 +27,7 @@ from onnxscript import optimizer, rewriter
 from onnxscript.rewriter.rules import common as rules
 from torch import nn
 
+from export.graph.rows import keep_axes
 from export.graph.shortcuts import shortcuts
 from runtime.bundle.signature import Dim, Signature
 
@@ -73,6 +74,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
                 model.graph.initializers[name].const_value = None
         _simplify(model)
     _name_dims(model, signature)
+    keep_axes(model)
     _settle_reshapes(model)
     _drop_casts(model)
     _name_nodes(model)

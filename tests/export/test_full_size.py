@@ -51,8 +51,10 @@ def test_int4_bundles_take_little_memory_and_answer(name: str, tmp_path: Path, r
     assert measured.whole.anonymous <= BUILT[name]
     shutil.rmtree(source)
     Image.fromarray(np.full((336, 336, 3), 128, np.uint8)).save(picture)
-    asked = [sys.executable, "-m", "serving", "chat", "--bundle", f"m={bundle}", "--image", str(picture)]
-    answered = measure([*asked, "--prompt", "what is it?", "--max-tokens", "4"], lambda stretch: None)
+    asked = [sys.executable, "-m", "serving.cli.commands", "chat", "--bundle", f"m={bundle}"]
+    answered = measure(
+        [*asked, "--image", str(picture), "--prompt", "what is it?", "--max-tokens", "4"], lambda stretch: None
+    )
     print(f"{name}: loaded and answered, {answered.whole}")
     assert answered.exit_code == 0
 

@@ -43,7 +43,9 @@ SIGNATURE = Signature(
 
 
 class Toy(nn.Module):
-    """Every kind of layer that is quantized: a shared activation, a Gemm, convolutions, and one too small to matter."""
+    """Every kind of layer that is quantized: a shared activation, a Gemm, merged rows, convolutions, and one too small
+    to matter.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class Toy(nn.Module):
     def forward(self, tokens: torch.Tensor, time: torch.Tensor, picture: torch.Tensor) -> tuple[torch.Tensor]:
         seen = self.small(torch.relu(self.conv(picture))).mean((2, 3))
         mixed = self.first(tokens) * torch.sigmoid(self.second(tokens)) + self.time(time)[:, None] + seen[:, None]
-        return (self.last(mixed),)
+        return (self.last(mixed.reshape(-1, 128)).view(mixed.shape),)
 
 
 @pytest.fixture(scope="module")
@@ -143,11 +145,8 @@ def test_plan_says_what_and_why(floating: Path) -> None:
     layers = {layer.weight: layer for layer in plan(ir.load(floating), INT4_EVERYWHERE)}
     assert (layers["first.weight"].weight_type, layers["first.weight"].block) == ("int4", 32)
     assert layers["first.weight"].reason == "smaller blocks: 96 inputs are no multiple of 64"
-    assert (layers["last.weight"].weight_type, layers["last.weight"].block, layers["last.weight"].reason) == (
-        "int4",
-        64,
-        "",
-    )
+    last = layers["last.weight"]
+    assert (last.op, last.weight_type, last.block, last.reason) == ("MatMul", "int4", 64, "")
     assert (layers["conv.weight"].weight_type, layers["conv.weight"].reason) == (
         "int8",
         "convolutions without int8 inputs, or in groups, have no form in 4 bits",
