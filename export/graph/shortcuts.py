@@ -10,7 +10,10 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, Final
 from unittest.mock import patch
 
+import torch
 from torch import fx
+from torch._dynamo import config as dynamo
+from torch._functorch._aot_autograd.functional_utils import to_fun
 from torch._logging._internal import trace_log
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
@@ -21,6 +24,7 @@ from torch.utils._sympy.functions import IntTrueDiv
 OPERATIONS: Final = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
 """Operations on symbolic sizes whose result depends on nothing but the two expressions."""
 Promotion = type_promotion._TypePromotionInterpreter
+Runner = symbolic_shapes.PropagateUnbackedSymInts
 
 
 @contextmanager
@@ -30,12 +34,15 @@ def shortcuts() -> Iterator[None]:
         changes: list[tuple[Any, str, Callable[[Any], Any]]] = [
             (symbolic_shapes, "_has_uninterpretable_sympy_function", _without_quotients),
             (Promotion, "run_node", _where_types_differ),
+            (Runner, "run", _once_to_record_it),
             (SymNode, "maybe_as_int", _once_for_each_size),
             *((SymNode, operation, _once_for_each_pair) for operation in OPERATIONS),
         ]
         for owner, name, changed in changes:
             stack.enter_context(patch.object(owner, name, changed(getattr(owner, name))))
         stack.enter_context(patch.object(trace_log, "handlers", []))  # a record of every size, which nobody reads
+        # its keys of symbolic sizes take longer than computing a shape again
+        stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         yield
 
 
@@ -55,6 +62,30 @@ def _where_types_differ(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(self, node)
 
     return run_node
+
+
+def _once_to_record_it(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Leaves out the run of an exported graph that only asks for the shapes and types of its outputs, which are known:
+    the next run records the decomposed graph. One that changes tensors in place is run for what it changes.
+    """
+
+    def outputs(self: Runner, *inputs: Any) -> Any:
+        if get_proxy_mode() or any(_changes_a_tensor(node) for node in self.graph.nodes):
+            return run(self, *inputs)
+        known = dict(zip(self.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        known |= {node: self.fetch_attr(node.target) for node in self.graph.find_nodes(op="get_attr")}
+        (output,) = self.graph.find_nodes(op="output")
+        return fx.map_arg(output.args[0], lambda node: known[node] if node in known else _functional(node.meta["val"]))
+
+    return outputs
+
+
+def _changes_a_tensor(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _functional(value: Any) -> Any:
+    return to_fun(value) if isinstance(value, torch.Tensor) else value
 
 
 def _once_for_each_size(operation: Callable[[SymNode], int | None]) -> Callable[[SymNode], int | None]:
