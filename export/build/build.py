@@ -163,7 +163,7 @@ def _parity(state: Build, part: Part) -> Parity:
         if state.method == "full":
             found.append(parity.check(part, part_graph(state, part), state.weights(part), "full"))
         if state.method == "twin" or parity.beyond_reach(part.signature):
-            found.append(twin_parity(state.family, state.source, part.name))
+            found.append(twin_parity(state.family, state.source, part.name, state.tools))
         path.write_text(parity.worst(found).model_copy(update={"method": state.method}).model_dump_json())
 
     key = key_of("parity", state.fingerprint, part.name, part.floor, state.method, state.tools, code())

@@ -58,15 +58,15 @@ def build_graphs(
     models = {component.folder: component.model for part in parts for component in part.components}
     products(read_loras(found), models, found.architecture)  # they change weights alone, and are refused all the same
     return_freed_memory()
-    progress, graphs = Progress(list(_steps(parts)), listen), []
+    progress, graphs, tools = Progress(list(_steps(parts)), listen), [], versions_of(TOOLS)
     with staging(output, force, GRAPHS) as folder:
         for part in parts:
             with progress.step(part.name, "trace") as notes:
-                model = ir.load(traced(found, part, versions_of(TOOLS)))
+                model = ir.load(traced(found, part, tools))
                 ir.save(model, folder / f"{part.name}.onnx")
                 notes.append(f"{model.graph.num_nodes()} nodes")
             with progress.step(part.name, "parity") as notes:
-                proof = twin_parity(family, found, part.name)
+                proof = twin_parity(family, found, part.name, tools)
                 notes.append(f"twin, error {proof.error:.1e}")
             graphs.append(
                 Graph(

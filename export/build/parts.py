@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import onnx_ir as ir
+
 import export.graph.trace
 from calibration.ground import machine
 from export.architecture.adapters import Adapters
@@ -57,24 +59,26 @@ def parts_of(source: Source, family: Family, reduced: bool = False) -> list[Part
 
 def traced(source: Source, part: Part, tools: Mapping[str, str]) -> Path:
     """The file of the part's graph without weights. Tracing is what takes long, so it is kept for the next build with
-    the same `tools` and additions, whose scales and layers are constants of a part's module.
+    the same `tools` and additions, whose scales and layers are constants of a part's module. Parts of one architecture,
+    such as two control networks, have one graph.
     """
     added = [(one.kind, one.name, one.scale, fingerprint_of(one)) for one in source.additions if KINDS[one.kind].traced]
     configs = [_config_of(component.model) for component in part.components]
     shapes = {name: list(one.shape) for name, one in part.module.named_parameters(remove_duplicate=False)}
-    key = key_of("graph", part.name, configs, shapes, part.signature.model_dump(), tools, added, code())
+    module = f"{type(part.module).__module__}.{type(part.module).__qualname__}"
+    key = key_of("graph", module, configs, shapes, part.signature.model_dump(), tools, added, code())
     return cached(
         key, ".onnx", lambda path: graph.save_traced(export.graph.trace.trace(part.module, part.signature), path)
     )
 
 
-def twin_parity(family: Family, source: Source, name: str) -> Parity:
+def twin_parity(family: Family, source: Source, name: str, tools: Mapping[str, str]) -> Parity:
     """How near the graph of a part with fewer layers and random weights is to the library's own model. Raises
     ParityError.
     """
     twin = next(part for part in parts_of(source, family, reduced=True) if part.name == name)
     with twin_weights(twin) as weights:
-        model = export.graph.trace.trace(twin.module, twin.signature)
+        model = ir.load(traced(source, twin, tools))
         graph.attach(model, twin.parameters(), weights)
         return parity.check(twin, model, weights, "twin")
 
@@ -86,6 +90,7 @@ def versions_of(packages: Iterable[str]) -> dict[str, str]:
 
 
 def _config_of(model: Any) -> dict[str, Any]:
-    """The settings that a library's model was made from; a module of ours has none."""
+    """The settings that a library's model was made from, but for where it lay; a module of ours has none."""
     found = getattr(model, "config", {})
-    return found.to_dict() if hasattr(found, "to_dict") else dict(found)
+    settings = found.to_dict() if hasattr(found, "to_dict") else dict(found)
+    return {name: value for name, value in settings.items() if name != "_name_or_path"}

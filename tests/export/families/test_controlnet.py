@@ -5,6 +5,7 @@ own pipelines.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import export.build.parts
 from calibration.observe.metrics import PEAK, psnr_db
 from export.build.options import Options
 from export.build.state import Build
@@ -112,6 +114,19 @@ def theirs(kind: str, source: Path, additions: tuple[Addition, ...]) -> Callable
 def test_controls_that_do_not_fit_the_bundle(bundle: Path, controls: tuple[Control, ...], message: str) -> None:
     with pytest.raises(InvalidInput, match=f"controls: {message}"):
         open_pipeline(Bundle(bundle))(replace(REQUEST, controls=controls))
+
+
+def test_networks_of_one_architecture_are_traced_once(
+    source: Path, additions: tuple[Addition, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever their folders lay before."""
+    file = additions[0].path / "config.json"
+    moved = Addition("controlnet", Path(shutil.copytree(file.parent, tmp_path / NAMES[0])))
+    (moved.path / file.name).write_text(json.dumps(json.loads(file.read_bytes()) | {"_name_or_path": "elsewhere"}))
+    build = Build.open(Options(str(source), tmp_path / "bundle", additions=(moved, additions[1])))
+    monkeypatch.setattr(export.build.parts, "cached", lambda key, suffix, make: Path(key))
+    graphs = [export.build.parts.traced(build.source, part, build.tools) for part in build.parts]
+    assert len(graphs) > 3 and len(set(graphs)) == len(graphs) - 1
 
 
 def test_a_picture_for_a_bundle_without_networks(xl_bundle: Path) -> None:
