@@ -2,8 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# A process for each core, at most four: each makes the bundles that its tests share.
-PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+# A process for each core, at most four: each makes the bundles that its tests share. Files begin in their own order.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Files or folders to test, and the extras that they need.
 TESTS ?= tests
 EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,devices,reference,dev

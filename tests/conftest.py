@@ -22,24 +22,55 @@ signal.signal(
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of tests that build come first: a long one that began last would run alone at the end."""
+    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "export"))
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that all processes of a run share."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where the tests' builds keep finished steps."""
-    folder = tmp_path_factory.mktemp("cache")
+def build_cache(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the builds of all processes keep finished steps: a graph is traced once in a run."""
+    folder = shared / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ENGINECAST_CACHE", str(folder))
-        patch.setenv("ENGINECAST_DATA", str(folder / "data"))
+        patch.setenv("ENGINECAST_DATA", str(tmp_path_factory.mktemp("data")))
         patch.setenv(
             "ENGINECAST_CHOICES", "default"
         )  # tests compare what engines compute, also where timing would decide otherwise
         yield folder
 
 
+@pytest.fixture
+def own_cache(build_cache: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of the test's own, with the graphs that are finished: for tests of what a build leaves there."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("ENGINECAST_CACHE", str(folder))
+    link_graphs(build_cache, folder)
+    return folder
+
+
+def link_graphs(cache: Path, folder: Path) -> None:
+    """Put the finished graphs of a cache into another."""
+    folder.mkdir(exist_ok=True)
+    for graph in cache.glob("*.onnx"):
+        if "." not in graph.stem and not (folder / graph.name).exists():
+            (folder / graph.name).hardlink_to(graph)
+
+
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(shared: Path) -> Path:
     """Where the bundles lie that all processes of a run share."""
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-bundles"
+    folder = shared / "bundles"
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -18,7 +18,7 @@ def twins(request: pytest.FixtureRequest) -> list[Part]:
     return family_of(source).parts(source, True)
 
 
-def test_a_twin_has_every_weight_and_leaves_none(twins: list[Part], build_cache: Path) -> None:
+def test_a_twin_has_every_weight_and_leaves_none(twins: list[Part], own_cache: Path) -> None:
     for part in twins:
         with twin_weights(part) as weights:
             first = {name: ref.array().copy() for name, ref in weights.items()}
@@ -30,13 +30,13 @@ def test_a_twin_has_every_weight_and_leaves_none(twins: list[Part], build_cache:
             assert {name: ref.shape for name, ref in second.items()} == expected
             assert all((first[name] == second[name].array()).all() for name in expected)
             assert all(ref.dtype == "F16" and abs(ref.array().astype("f4")).max() < 2 for ref in second.values())
-        assert not list(build_cache.glob("*twin*"))
+        assert not list(own_cache.glob("*twin*"))
 
 
-def test_a_failure_leaves_no_weights(twins: list[Part], build_cache: Path) -> None:
+def test_a_failure_leaves_no_weights(twins: list[Part], own_cache: Path) -> None:
     with pytest.raises(ValueError, match="went wrong"), twin_weights(twins[0]):
         raise ValueError("went wrong")
-    assert not list(build_cache.glob("*twin*"))
+    assert not list(own_cache.glob("*twin*"))
 
 
 def test_normalisations_scale_by_about_one(twins: list[Part]) -> None:

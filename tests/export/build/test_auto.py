@@ -193,7 +193,7 @@ explore(Path(sys.argv[1]), "killed")
 """
 
 
-def test_a_killed_exploration_goes_on(chain: Path, build_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_exploration_goes_on(chain: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbroken = explore(chain, "unbroken")
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -203,7 +203,7 @@ def test_a_killed_exploration_goes_on(chain: Path, build_cache: Path, monkeypatc
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         process.kill()
     assert process.returncode == -9
-    (folder,) = (path for path in build_cache.glob("explore-*") if not (path / "noises.npy").exists())
+    (folder,) = (path for path in own_cache.glob("explore-*") if not (path / "noises.npy").exists())
     assert len(list(folder.glob("layer-*.npy"))) == 5
     calls, alone = list[int](), Board._alone
 
@@ -217,7 +217,7 @@ def test_a_killed_exploration_goes_on(chain: Path, build_cache: Path, monkeypatc
     assert not list(folder.glob("layer-*")), "what is in noises.npy is not kept twice"
 
 
-def test_a_killed_approximation_goes_on(chain: Path, build_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_approximation_goes_on(chain: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbroken, size = explore(chain, "probed", auto.MEASURED_BYTES + 1), auto.MEASURED_BYTES + 1
     calls, change = list[int](), Board.change
 
@@ -233,7 +233,7 @@ def test_a_killed_approximation_goes_on(chain: Path, build_cache: Path, monkeypa
     calls.clear()
     monkeypatch.setattr(Board, "change", lambda board, errors: calls.append(1) or change(board, errors))
     assert explore(chain, "stopped", size) == unbroken and len(calls) == LEAST - 7
-    assert not list(build_cache.glob("explore-*/probe-*"))
+    assert not list(own_cache.glob("explore-*/probe-*"))
 
 
 # Whole builds

@@ -39,7 +39,7 @@ def kept(cache: Path) -> list[Path]:
     return list(cache.glob("calibrate-*"))
 
 
-def test_a_set_of_a_model_that_chats(tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, build_cache: Path) -> None:
+def test_a_set_of_a_model_that_chats(tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, own_cache: Path) -> None:
     reports: list[Report] = []
     output = tmp_path / "sets" / "tiny.safetensors"
     found = calibrate(Options(str(tiny_vlm), output, count=3), reports.append)
@@ -64,10 +64,10 @@ def test_a_set_of_a_model_that_chats(tiny_vlm: Path, tiny_bundle: Path, tmp_path
         and reports[-1].detail == "3 requests"
     )
     assert [report.number for report in reports if report.seconds is not None] == list(range(1, reports[-1].total + 1))
-    assert not kept(build_cache), "what is done needs no going on"
+    assert not kept(own_cache), "what is done needs no going on"
 
 
-def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, build_cache: Path) -> None:
+def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, own_cache: Path) -> None:
     unbroken, broken = tmp_path / "unbroken.safetensors", tmp_path / "broken.safetensors"
     calibrate(Options(str(tiny_vlm), unbroken, count=4))
 
@@ -77,13 +77,13 @@ def test_stopped_work_goes_on(tiny_vlm: Path, tmp_path: Path, build_cache: Path)
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(Options(str(tiny_vlm), broken, count=4), stop)
-    assert len(kept(build_cache)) == 1 and not broken.exists()
+    assert len(kept(own_cache)) == 1 and not broken.exists()
 
     reports: list[Report] = []
     calibrate(Options(str(tiny_vlm), broken, count=4), reports.append)
     assert reports[-1].detail == "4 requests, 2 kept from before"
     assert broken.read_bytes() == unbroken.read_bytes()
-    assert not kept(build_cache)
+    assert not kept(own_cache)
 
 
 def test_a_set_of_a_model_that_draws_can_be_calibrated_with(
@@ -139,14 +139,14 @@ def test_another_checkpoint_has_another_fingerprint(tiny_vlm: Path, tmp_path: Pa
     ],
 )
 def test_mistakes_are_told_before_any_work(
-    tiny_vlm: Path, tmp_path: Path, build_cache: Path, options: dict[str, Any], error: type[Exception], message: str
+    tiny_vlm: Path, tmp_path: Path, own_cache: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     def listen(report: Report) -> None:
         raise AssertionError(f"{report.step} was begun")
 
     with pytest.raises(error, match=message):
         calibrate(Options(**({"source": str(tiny_vlm), "output": tmp_path / "set"} | options)), listen)
-    assert not kept(build_cache) and not (tmp_path / "set").exists()
+    assert not kept(own_cache) and not (tmp_path / "set").exists()
 
 
 def test_questions_are_for_models_that_chat(tiny_diffusion: Path, tmp_path: Path) -> None:
@@ -166,10 +166,10 @@ def test_only_sets_are_replaced(tmp_path: Path) -> None:
     assert Options("source", tmp_path / "set").output == tmp_path / "set"
 
 
-def test_damaged_weights_are_refused(tiny_vlm: Path, tmp_path: Path, build_cache: Path) -> None:
+def test_damaged_weights_are_refused(tiny_vlm: Path, tmp_path: Path, own_cache: Path) -> None:
     source = shutil.copytree(tiny_vlm, tmp_path / "source")
     weights = source / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-10])
     with pytest.raises(SourceError):
         calibrate(Options(str(source), tmp_path / "set"))
-    assert not (tmp_path / "set").exists() and not kept(build_cache)
+    assert not (tmp_path / "set").exists() and not kept(own_cache)

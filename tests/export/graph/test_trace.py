@@ -14,10 +14,12 @@ import pytest
 import torch
 from torch import nn
 
+import export.build.parts
+from export.build.parts import TOOLS, versions_of
 from export.checkpoint.source import resolve
 from export.family import Part, family_of
 from export.graph.trace import OPSET, trace, without_weights
-from export.graph.weights import save_traced
+from export.graph.weights import absent_weights, save_traced
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 
 ROWS = Dim(name="rows", min=1, opt=8, max=64)
@@ -63,10 +65,11 @@ def parts(tiny_vlm: Path, tiny_diffusion: Path) -> dict[str, Part]:
 
 
 @pytest.fixture(scope="module")
-def traced(parts: dict[str, Part]) -> dict[str, ir.Model]:
-    return {
-        name: trace(parts[name].module, parts[name].signature) for name in ("decoder", "vision_encoder", "text_encoder")
-    }
+def traced(parts: dict[str, Part], tiny_vlm: Path) -> dict[str, ir.Model]:
+    """Graphs as builds keep them."""
+    source, tools = resolve(str(tiny_vlm)), versions_of(TOOLS)
+    names = ("decoder", "vision_encoder", "text_encoder")
+    return {name: ir.load(export.build.parts.traced(source, parts[name], tools)) for name in names}
 
 
 @pytest.mark.parametrize("name", ["decoder", "vision_encoder", "text_encoder"])
@@ -85,7 +88,7 @@ def test_the_graph_is_what_the_signature_says(parts: dict[str, Part], traced: di
 @pytest.mark.parametrize("name", ["decoder", "vision_encoder", "text_encoder"])
 def test_names_are_the_library_s(parts: dict[str, Part], traced: dict[str, ir.Model], name: str) -> None:
     graph, module = traced[name].graph, parts[name].module
-    parameters = {key for key, value in graph.initializers.items() if value.const_value is None}
+    parameters = {value.name for value in absent_weights(traced[name])}
     assert parameters <= dict(module.named_parameters(remove_duplicate=False)).keys()
     unused = dict(module.named_parameters()).keys() - parameters
     elsewhere = (
