@@ -19,6 +19,8 @@ from runtime.engine import targets
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # a suite started in the background ignores it, and so would what tests interrupt
+if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core: more threads of torch only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 
