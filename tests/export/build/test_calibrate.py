@@ -97,7 +97,7 @@ def test_a_set_of_a_model_that_draws_can_be_calibrated_with(
     )
     few, skipped = found.warnings()
     assert few.startswith("2 requests are few") and skipped.startswith("1 requests were skipped: broken.jpg: ")
-    assert set(found.samples) == {"text_encoder", "unet", "vae_decoder"}, "no part that the pipeline never calls"
+    assert set(found.samples) == {"text_encoder", "unet", "vae_decoder", "vae_encoder"}, "the encoder gets the pictures"
     state = Build.open(export.build.options.Options(str(tiny_diffusion), tmp_path / "bundle"))
     loaded = CalibrationSet.load(output)
     loaded.check(state.fingerprint, state.name)
