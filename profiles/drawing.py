@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,22 +22,22 @@ INPAINTED: Final = (4, 9)
 
 class Library:
     """The checkpoint in `folder` with what is added to it, as the pipeline class that its model_index.json names. The
-    additions are paths by kind and name, of which LoRA files ("adapter") are known.
+    additions are paths by kind and name: LoRA files ("adapter") and control networks ("controlnet").
     """
 
     def __init__(self, folder: Path, additions: Mapping[str, Mapping[str, Path]]) -> None:
         self._torch, self._diffusers = require("torch", "export"), require("diffusers", "export")
         self._plain = _quiet(self._diffusers.DiffusionPipeline.from_pretrained(folder, dtype=self._torch.float32))
         self._plain.watermark = None  # Stable Diffusion XL has one where a package for it is installed
-        self._loras = additions.get("adapter", {})
+        self._loras, self._networks = additions.get("adapter", {}), additions.get("controlnet", {})
         for name, path in self._loras.items():
             require("peft", "reference")
             self._plain.load_lora_weights(path.parent, weight_name=path.name, adapter_name=name)
-        self._pipeline = cache(self._made)
+        self._pipeline, self._controlling = cache(self._made), cache(self._controlled)
 
     def __call__(self, requests: Sequence[ImageRequest]) -> Iterator[Picture]:
         """The pictures of requests with the same steps and guidance, together where they are of prompts alone."""
-        if any(one.image is not None or self._loras for one in requests):
+        if any(one.image is not None or one.controls or self._loras for one in requests):
             for one in requests:
                 yield self._alone(one)
         else:
@@ -47,9 +47,23 @@ class Library:
         if self._loras:
             weights = [request.loras.get(name, 0.0) for name in self._loras]
             self._plain.set_adapters(list(self._loras), weights)
+        if request.controls:
+            return self._along(request)
         if request.image is None:
             return next(self._drawn(self._plain, [request], latents=self._noise([request])))
         return self._changed(request, _opened(request.image))
+
+    def _along(self, request: ImageRequest) -> Picture:
+        """A picture drawn with control networks."""
+        return next(
+            self._drawn(
+                self._controlling(tuple(one.name for one in request.controls)),
+                [request],
+                image=[_opened(one.image) for one in request.controls],
+                controlnet_conditioning_scale=[one.scale for one in request.controls],
+                latents=self._noise([request]),
+            )
+        )
 
     def _changed(self, request: ImageRequest, picture: Image.Image) -> Picture:
         """A picture drawn on another. Its noise is the library's own: these pipelines take none."""
@@ -88,6 +102,13 @@ class Library:
     def _made(self, kind: str) -> Any:
         """A pipeline of the same networks by the library's class of that name."""
         return _quiet(getattr(self._diffusers, kind).from_pipe(self._plain))
+
+    def _controlled(self, names: Sequence[str]) -> Any:
+        """A pipeline of the same networks with these control networks."""
+        load = partial(self._diffusers.ControlNetModel.from_pretrained, dtype=self._torch.float32)
+        networks = [load(self._networks[name]) for name in names]
+        kind = type(self._plain).__name__.replace("Pipeline", "ControlNetPipeline")
+        return _quiet(getattr(self._diffusers, kind).from_pipe(self._plain, controlnet=networks))
 
 
 def _quiet(pipeline: Any) -> Any:

@@ -6,6 +6,7 @@ Each function gives cases: (count, seed, held) as of `Exam.cases`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -16,9 +17,9 @@ from calibration.requests.exams import Case, Judged
 from export.preprocess import canny
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import ImageRequest
+from runtime.tasks.image import Control, ImageRequest
 from runtime.vision.images import Picture
-from samples.world.edges import agreement
+from samples.world.edges import SHIFT, agreement
 from samples.world.questions import Case as Question
 from samples.world.questions import test_questions
 from samples.world.scenes import Scene, render, test_prompts
@@ -39,6 +40,8 @@ KEPT: Final = 0.8
 """The least agreement of edges that count as kept."""
 NIGHT: Final = "night"
 """The name of the LoRA."""
+EDGES: Final = "edges"
+"""The name of the control network."""
 
 
 def judge_picture(scene: Scene, picture: Picture) -> Judged:
@@ -81,6 +84,22 @@ def _restored(scene: Scene, number: int) -> Case:
     rough = cv2.GaussianBlur(picture.astype(np.float32), (0, 0), BLUR) + rng.normal(0, NOISE, picture.shape)
     request = ImageRequest(scene.caption, seed=number, image=rough.clip(0, 255).astype(np.uint8), strength=STRENGTH)
     return Case(request, partial(_judge_edges, scene, canny(picture)))
+
+
+def edged(scene: Scene, rng: np.random.Generator) -> ImageRequest:
+    """A scene to draw along edges: its things lie off the places that the prompt names."""
+    edges = canny(render(scene, rng, jitter=SHIFT))
+    return ImageRequest(scene.caption, controls=(Control(EDGES, edges),))
+
+
+def controlled(count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
+    """Edges to draw along."""
+    return [_controlled(scene, number) for number, scene in enumerate(test_prompts(count, seed, held))]
+
+
+def _controlled(scene: Scene, number: int) -> Case:
+    request = replace(edged(scene, np.random.default_rng(number)), seed=number)
+    return Case(request, partial(_judge_edges, scene, np.asarray(request.controls[0].image)))
 
 
 def _judge_edges(scene: Scene, edges: Picture, drawn: Picture) -> Judged:

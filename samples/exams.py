@@ -21,17 +21,31 @@ from export.checkpoint.additions import Addition
 from export.checkpoint.component import fingerprint_of as addition
 from export.checkpoint.source import open_component
 from runtime.bundle.manifest import Addition as BundleAddition
+from runtime.diffusion.controls import submodel
 from runtime.errors import NotFound, SourceError
 from runtime.files import key_of
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from samples.abilities import NIGHT, conversed, inpainted, judge_answer, judge_picture, restored, styled
-from samples.world.questions import draw_scene, scene_questions, test_questions
+from runtime.vision.images import Picture
+from samples.abilities import (
+    EDGES,
+    NIGHT,
+    controlled,
+    conversed,
+    edged,
+    inpainted,
+    judge_answer,
+    judge_picture,
+    restored,
+    styled,
+)
+from samples.world.questions import KINDS, SCENE_KINDS, blip2_prompt, draw_scene, scene_questions, test_questions
 from samples.world.scenes import held_out, picture_scenes, render, test_prompts
 
-__all__ = ["Pictures", "Questions"]  # the entry points
+__all__ = ["Captions", "Pictures", "Questions"]  # the entry points
 
 SAMPLES: Final = Path(__file__).parent
+ADDED: Final = SAMPLES / "shapes-additions"
 TRIES: Final = 4
 """Held-out questions offered for each one compared, since a model may be unable to read some."""
 OTHERS: Final = (
@@ -53,7 +67,13 @@ def fingerprint_of(folder: Path, components: Sequence[str], additions: Sequence[
     """
     found = {name: open_component(folder / name).fingerprint for name in components}
     added = [BundleAddition(kind=o.kind, name=o.name, scale=o.scale, fingerprint=addition(o)) for o in additions]
+    found |= {submodel(one.name): one.fingerprint for one in added if one.kind == "controlnet"}
     return key_of(found, *(one.model_dump() for one in added))
+
+
+def additions_of(exam: Exam) -> tuple[Addition, ...]:
+    """What a build of an exam's checkpoint adds to it."""
+    return tuple(Addition(kind, path, name) for kind, few in exam.additions.items() for name, path in few.items())
 
 
 class SampleExam(Exam):
@@ -64,8 +84,7 @@ class SampleExam(Exam):
 
     @cached_property
     def fingerprint(self) -> str:
-        added = [Addition(kind, path, name) for kind, few in self.additions.items() for name, path in few.items()]
-        return fingerprint_of(SAMPLES / self.folder, self.components, added)
+        return fingerprint_of(SAMPLES / self.folder, self.components, additions_of(self))
 
     @cached_property
     def checkpoint(self) -> str:
@@ -98,7 +117,7 @@ class Pictures(SampleExam):
     }
 
     def variants(self) -> Sequence[Exam]:
-        return (Styled(),)
+        return (Styled(), Controlled())
 
     def calibration(self, seed: int) -> Iterator[ImageRequest]:
         """Captions that are not held out, and prompts from outside the world, in turn."""
@@ -121,9 +140,7 @@ class Pictures(SampleExam):
 class Styled(Pictures):
     """The same of a build with the LoRA that was trained for it."""
 
-    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {
-        "adapter": {NIGHT: SAMPLES / "shapes-additions" / f"{NIGHT}.safetensors"}
-    }
+    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {"adapter": {NIGHT: ADDED / f"{NIGHT}.safetensors"}}
     abilities: ClassVar[Mapping[str, Ability]] = {
         **Pictures.abilities,
         "lora": Ability("pictures with a LoRA's style, or without it", 300, styled),
@@ -138,16 +155,41 @@ class Styled(Pictures):
             yield replace(request, loras={NIGHT: 1.0} if i // 2 % 2 else {})
 
 
+class Controlled(Pictures):
+    """The same of a build with the control network that was trained for it."""
+
+    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {"controlnet": {EDGES: ADDED / EDGES}}
+    abilities: ClassVar[Mapping[str, Ability]] = {
+        **Pictures.abilities,
+        "controlnet": Ability("pictures drawn along edges", 300, controlled),
+    }
+
+    def variants(self) -> Sequence[Exam]:
+        return ()
+
+    def calibration(self, seed: int) -> Iterator[ImageRequest]:
+        """Every other two requests with edges of a scene."""
+        rng = np.random.default_rng(seed)
+        scenes = [scene for scene in picture_scenes() if not held_out(scene.caption)]
+        for i, request in enumerate(super().calibration(seed)):
+            yield edged(scenes[rng.integers(len(scenes))], rng) if i // 2 % 2 else request
+
+
 class Questions(SampleExam):
-    """Questions about scenes and words, each with one right answer."""
+    """Questions about scenes and words, each with one right answer. `kinds` are those that are scored."""
 
     title = "questions answered right"
     size = 1000
     folder = "shapes-vlm"
     components = ("",)
+    kinds: ClassVar[Sequence[str]] = KINDS
     abilities: ClassVar[Mapping[str, Ability]] = {
         "several-pictures": Ability("questions about a second picture answered right", 400, conversed)
     }
+
+    def request(self, picture: Picture, kind: str, text: str) -> ChatRequest:
+        """A question of this kind, worded as the model takes it."""
+        return question(picture, text)
 
     def calibration(self, seed: int) -> Iterator[ChatRequest]:
         rng = np.random.default_rng(seed)
@@ -155,14 +197,27 @@ class Questions(SampleExam):
             scene = draw_scene(rng)
             questions = scene_questions(scene, rng)
             chosen = questions[rng.integers(len(questions))]
-            yield question(render(scene, rng), chosen.text)
+            yield self.request(render(scene, rng), chosen.kind, chosen.text)
 
     def comparison(self, count: int, seed: int) -> Iterator[ChatRequest]:
         """Every kind of question in turn."""
-        return (question(case.picture, case.question) for case in test_questions(TRIES * count, seed))
+        cases = test_questions(TRIES * count, seed, kinds=self.kinds)
+        return (self.request(case.picture, case.kind, case.question) for case in cases)
 
     def cases(self, count: int, seed: int = 0, held: bool = True) -> Sequence[Case]:
         return [
-            Case(question(case.picture, case.question), judge_answer(case.kind, case.answer))
-            for case in test_questions(count, seed, held)
+            Case(self.request(one.picture, one.kind, one.question), judge_answer(one.kind, one.answer))
+            for one in test_questions(count, seed, held, self.kinds)
         ]
+
+
+class Captions(Questions):
+    """Captions of scenes and questions about them, worded as BLIP-2 takes them."""
+
+    title = "captions written and questions answered right"
+    folder = "shapes-blip2"
+    kinds = SCENE_KINDS
+    abilities: ClassVar[Mapping[str, Ability]] = {}
+
+    def request(self, picture: Picture, kind: str, text: str) -> ChatRequest:
+        return question(picture, blip2_prompt(kind, text))

@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    Blip2ForConditionalGeneration,
+    Blip2Processor,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
 
 from export.checkpoint.source import resolve
 from samples.world.scenes import test_prompts as picture_prompts
@@ -60,9 +65,26 @@ def test_the_vision_language_model_answers_with_transformers(caplog: pytest.LogC
     assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
+def test_the_captioning_model_answers_with_transformers(caplog: pytest.LogCaptureFixture) -> None:
+    folder = SAMPLES / "shapes-blip2"
+    with caplog.at_level(logging.WARNING):
+        model: Any = Blip2ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    assert "not used" not in caplog.text and "newly initialized" not in caplog.text
+    processor: Any = Blip2Processor.from_pretrained(folder)
+    white = np.full((128, 128, 3), 255, np.uint8)
+    inputs = processor(images=[white], text="Question: what color is the background? Answer:", return_tensors="pt")
+    with torch.inference_mode():
+        ids = model.generate(**inputs, max_new_tokens=5)[0, inputs["input_ids"].shape[1] :]
+    assert processor.tokenizer.decode(ids, skip_special_tokens=True).strip() == "white"
+
+
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("shapes-diffusion", "StableDiffusionPipeline"), ("shapes-vlm", "LlavaForConditionalGeneration")],
+    [
+        ("shapes-diffusion", "StableDiffusionPipeline"),
+        ("shapes-vlm", "LlavaForConditionalGeneration"),
+        ("shapes-blip2", "Blip2ForConditionalGeneration"),
+    ],
 )
 def test_samples_are_sources(name: str, architecture: str) -> None:
     source = resolve(f"sample:{name}")

@@ -177,7 +177,8 @@ def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) ->
                 return_tensors="pt",
             )
             with torch.inference_mode():
-                tokens = model.generate(**inputs, do_sample=False)
+                # BLIP-2 hands its language model no other settings than those of the call
+                tokens = model.generate(**inputs, generation_config=model.generation_config, do_sample=False)
             yield from processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     program = f"transformers {machine.version('transformers')}"

@@ -741,7 +741,7 @@ def move_files(source: Path, target: Path) -> None:
 
 def load_pipeline(folder: Path) -> StableDiffusionPipeline:
     """An exported pipeline in float32."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

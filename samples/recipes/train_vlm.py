@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -53,6 +54,7 @@ from samples.world.questions import (
     CELL,
     KINDS,
     LETTERS,
+    Question,
     Word,
     draw_scene,
     draw_word,
@@ -148,13 +150,13 @@ def vocabulary() -> list[str]:
     return [space + word for word in sorted(words) for space in ("", " ")] + [" " + digit for digit in "0123456789"]
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(more: Iterable[str] = ()) -> PreTrainedTokenizerFast:
     """Whole words for the vocabulary, bytes for all else: any text survives, and a word to be read is spelled letter by
-    letter.
+    letter. `more` are further tokens.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = [word.replace(" ", "Ġ") for word in vocabulary()]
-    tokens = list(dict.fromkeys((*SPECIALS, *alphabet, *words)))
+    tokens = list(dict.fromkeys((*SPECIALS, *alphabet, *words, *more)))
     assert len(tokens) <= VOCABULARY
     # Without merges, a piece is one token if it is in the vocabulary (ignore_merges) and its bytes if not.
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True))
@@ -298,6 +300,14 @@ class Data:
             pointed,
         )
 
+    def prompt(self, question: Question, rng: np.random.Generator, first: bool) -> list[int]:
+        """The tokens of a question; `first` if its picture comes before it."""
+        tokens: list[int] = []
+        image = "<image>\n" if first else ""
+        for token in (*self.encode(f"USER: {image}{rephrase(question.text, rng)}"), *self.encode(" ASSISTANT:")):
+            tokens += [token] * (GRID * GRID if token == self.image else 1)
+        return tokens
+
     def row(self, rng: np.random.Generator) -> Row:
         """A conversation: many turns about one scene, or few about each of two pictures that mostly show words."""
         row = Row([], [], [self.start], [IGNORED], [IGNORED], [IGNORED])
@@ -327,20 +337,18 @@ class Data:
         chosen = [kinds[i] for i in rng.permutation(len(kinds))]
         if word:
             chosen = ["read", *chosen] if rng.random() < 0.7 else chosen
-        image, first = "<image>\n", 0
+        first = -1
         asked: set[str] = set()
         for kind in chosen:
             question = by_kind[kind][rng.integers(len(by_kind[kind]))]
             if question.text in asked:  # its answer stands above: nothing to see for
                 continue
-            prompt: list[int] = []
-            for token in (*self.encode(f"USER: {image}{rephrase(question.text, rng)}"), *self.encode(" ASSISTANT:")):
-                prompt += [token] * (GRID * GRID if token == self.image else 1)
+            prompt = self.prompt(question, rng, first < 0)
             answer = [*self.encode(f" {question.answer}"), self.end]
             if len(row.tokens) + len(prompt) + len(answer) <= end:
-                if image:
+                if first < 0:
                     first = len(row.tokens) + prompt.index(self.image)
-                image, turn = "", max(0, *row.turns) + 1
+                turn = max((0, *row.turns)) + 1
                 row.pointers |= self.point(prompt, len(row.tokens), patches, first)
                 asked.add(question.text)
                 row.tokens += prompt + answer
@@ -415,16 +423,20 @@ class Trainee(nn.Module):
         # The pointers' loss needs the weights of the attention; on a CPU at these lengths this is also faster than the
         # fused kernel.
         model.set_attn_implementation("eager")
-        named = torch.zeros(len(NAMES), VOCABULARY)
+        named = torch.zeros(len(NAMES), model.get_input_embeddings().num_embeddings)
         for row, tokens in zip(named, NAMES, strict=True):
             row[processor.tokenizer.convert_tokens_to_ids(tokens)] = 1 / max(1, len(tokens))
         self.register_buffer("named", named, persistent=False)
         # One group of heads in the second layer: the first has told each token what stands before it, the others carry
         # on what is found.
         self.seen: dict[str, Any] = {}
-        second = model.model.language_model.layers[1]
+        second = self.layers(model)[1]
         second.self_attn.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(attention=outputs[1]))
         second.register_forward_hook(lambda _module, _inputs, outputs: self.seen.update(hidden=outputs))
+
+    def layers(self, model: Any) -> Any:
+        """The layers of the language model."""
+        return model.model.language_model.layers
 
     def naming_loss(self, features: Tensor, named: Tensor) -> Tensor:
         """How far features [n, width] lie from the embeddings of the tokens that name them, shared out in `named` [n,
@@ -451,14 +463,20 @@ class Trainee(nn.Module):
         hidden = inner.language_model(inputs_embeds=words, use_cache=False).last_hidden_state
         predicting = batch.labels[:, 1:] != IGNORED
         patch_loss = self.naming_loss(features.flatten(0, 1), self.named[batch.patches.flatten()])
+        point_loss = self.pointer_loss(batch, pictured.squeeze(-1))
+        return self.model.lm_head(hidden[:, :-1][predicting]).float(), patch_loss, point_loss
+
+    def pointer_loss(self, batch: Batch, pictured: Tensor) -> Tensor:
+        """How far the words for things look past them, and lie from their names; `pictured` [batch, length] are the
+        places of patches.
+        """
         rows, places = batch.pointers.T
         heads = self.model.config.text_config.num_attention_heads // 2
         caught = (self.seen["attention"][rows, :heads, places].float() * batch.pointed.unsqueeze(1)).sum(-1)
-        classes = torch.zeros_like(batch.tokens).masked_scatter(pictured.squeeze(-1), batch.patches)
+        classes = torch.zeros_like(batch.tokens).masked_scatter(pictured, batch.patches)
         found = torch.zeros(len(rows), len(NAMES)).scatter_add(1, classes[rows], batch.pointed.float())
         found = F.normalize(found, p=1.0, dim=-1) @ self.named
-        point_loss = self.naming_loss(self.seen["hidden"][rows, places], found) - (caught + 1e-4).log().mean()
-        return self.model.lm_head(hidden[:, :-1][predicting]).float(), patch_loss, point_loss
+        return self.naming_loss(self.seen["hidden"][rows, places], found) - (caught + 1e-4).log().mean()
 
 
 def validate(trainee: Trainee, data: Data, pictures: int = 192) -> dict[str, float]:
@@ -492,7 +510,9 @@ def save(path: Path, tensors: dict[str, Tensor], **facts: float) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_suffix(".new")
     save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()}, fresh, metadata={"facts": json.dumps(facts)}
+        {name: tensor.clone().contiguous() for name, tensor in tensors.items()},
+        fresh,
+        metadata={"facts": json.dumps(facts)},
     )
     fresh.replace(path)
 
@@ -519,7 +539,7 @@ def build_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
     the recipe's.
     """
     named = dict(trainee.named_parameters())
-    layers = {name for name, p in named.items() if p.ndim == 2 and (".layers." in name or "projector" in name)}
+    layers = {name for name, p in named.items() if p.ndim == 2 and re.search(r"\.layers?\.|project", name)}
     vectors = {name for name, p in named.items() if p.ndim < 2}
 
     def group(names: Iterable[str], scale: float, weight_decay: float) -> dict[str, Any]:
@@ -539,18 +559,20 @@ def build_optimizers(trainee: Trainee) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(run: Path, recipe: Recipe, minutes: float, start: Path | None) -> None:
-    """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`.
-
-    Without a checkpoint the training starts from the exported weights in `start`, if there are any.
+def open_training(recipe: Recipe, start: Path | None) -> tuple[Trainee, Trainee, Data]:
+    """The model to train, the one of its averaged weights, and the data. The training starts from the exported weights
+    in `start`, if there are any.
     """
     torch.manual_seed(recipe.seed)
     processor = build_processor()
-    data = Data(processor, recipe)
     model = build_model()
     if start and start.joinpath("model.safetensors").exists():
         model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
-    trainee, averaged = Trainee(model, processor), Trainee(build_model(), processor)
+    return Trainee(model, processor), Trainee(build_model(), processor), Data(processor, recipe)
+
+
+def train(run: Path, recipe: Recipe, minutes: float, trainee: Trainee, averaged: Trainee, data: Data) -> None:
+    """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`."""
     averaged.load_state_dict(trainee.state_dict())
     optimizers = build_optimizers(trainee)
     first, best = 0, 0.0
@@ -658,16 +680,29 @@ def score(directory: Path, count: int = 1000) -> None:
             if not score_answer(said, case.answer):
                 print(f"  {case.question} {said.strip()!r}, not {case.answer!r}")
     asked = Counter(case.kind for case in cases)
-    for kind in KINDS:
+    print_scores(right, asked)
+
+
+def print_scores(right: Counter[str], asked: Counter[str]) -> None:
+    for kind in asked:
         print(f"{kind:>10} {right[kind]:4}/{asked[kind]:<4} {right[kind] / asked[kind]:6.1%}")
-    print(f"{'all':>10} {right.total():4}/{len(cases):<4} {right.total() / len(cases):6.1%}")
+    print(f"{'all':>10} {right.total():4}/{asked.total():<4} {right.total() / asked.total():6.1%}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, default=Path("runs/vlm"), help="folder of the run's checkpoint")
-    parser.add_argument("--out", type=Path, default=SAMPLE, help="where to export to")
-    parser.add_argument("--pictures", type=int, default=Recipe.pictures, help="how many pictures the whole run sees")
+def run_command(
+    about: str | None,
+    run: str,
+    out: Path,
+    recipe: type[Recipe],
+    open_training: Callable[[Any, Path | None], tuple[Trainee, Trainee, Data]],
+    export: Callable[[Path, Path], None],
+    score: Callable[[Path], None],
+) -> None:
+    """The command of a recipe: train and export, or only export or score."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path(run), help="folder of the run's checkpoint")
+    parser.add_argument("--out", type=Path, default=out, help="where to export to")
+    parser.add_argument("--pictures", type=int, default=recipe.pictures, help="how many pictures the whole run sees")
     parser.add_argument("--fresh", action="store_true", help="do not start from the exported weights")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long; the next call goes on")
     parser.add_argument("--threads", type=int, default=1)
@@ -679,8 +714,13 @@ def main() -> None:
         score(options.score)
         return
     if not options.export:
-        train(options.run, Recipe(pictures=options.pictures), options.minutes, None if options.fresh else options.out)
+        chosen = recipe(pictures=options.pictures)
+        train(options.run, chosen, options.minutes, *open_training(chosen, None if options.fresh else options.out))
     export(options.run, options.out)
+
+
+def main() -> None:
+    run_command(__doc__, "runs/vlm", SAMPLE, Recipe, open_training, export, score)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ about, and `draw_scene` and `draw_word` never hand them to a training. Everythin
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Final
@@ -31,6 +32,8 @@ from samples.world.scenes import (
 )
 
 KINDS: Final = ("colour", "shape", "size", "position", "count", "left", "caption", "read")
+SCENE_KINDS: Final = tuple(kind for kind in KINDS if kind != "read")
+"""Those about scenes."""
 CORNERS: Final = tuple(place for place in POSITIONS if place != "center")
 LETTERS: Final = "abcdefghijklmnopqrstuvwxyz"
 CELL: Final = 32
@@ -99,6 +102,11 @@ def at(place: str) -> str:
     if place == "center":
         return "in the center"
     return f"on the {place}" if place in SIDES else f"at the {place}"
+
+
+def blip2_prompt(kind: str, text: str) -> str:
+    """A question as the published BLIP-2 takes it: a caption is what it writes for a picture alone."""
+    return "" if kind == "caption" else f"Question: {text} Answer:"
 
 
 def scene_questions(scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -199,12 +207,12 @@ def render_word(word: Word, rng: np.random.Generator) -> NDArray[np.uint8]:
     return canvas
 
 
-def test_questions(count: int = 1000, seed: int = 0, held: bool = True) -> list[Case]:
+def test_questions(count: int = 1000, seed: int = 0, held: bool = True, kinds: Sequence[str] = KINDS) -> list[Case]:
     """Held-out questions to score a model with, or others: every kind as often, each about its own scene or word."""
     rng = np.random.default_rng(seed)
     cases: list[Case] = []
     while len(cases) < count:
-        kind = KINDS[len(cases) % len(KINDS)]
+        kind = kinds[len(cases) % len(kinds)]
         if kind == "read":
             word = draw_word(rng, held=held)
             picture, questions = render_word(word, rng), word_questions(word)

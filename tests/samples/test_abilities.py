@@ -16,14 +16,13 @@ import pytest
 from calibration.requests.exams import Ability
 from export.build.build import build
 from export.build.options import Options
-from export.checkpoint.additions import Addition
 from export.checkpoint.source import resolve
 from export.family import family_of
 from export.preprocess import canny
 from profiles import subjects
 from profiles.drawing import Library
 from profiles.exam import ExamSettings
-from profiles.score import score
+from profiles.score import Scores, score
 from profiles.tasks.image import PictureExam
 from runtime.diffusion.config import DiffusionConfig
 from runtime.pipeline import drive
@@ -31,15 +30,15 @@ from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import load_model
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
-from samples.abilities import conversed, inpainted, restored, styled
-from samples.exams import Styled
+from samples.abilities import controlled, conversed, inpainted, restored, styled
+from samples.exams import Controlled, Pictures, Styled, additions_of
 from samples.world.edges import agreement
 from samples.world.scenes import held_out, render
 from samples.world.scenes import test_prompts as draw_scenes
 from tests.runtime.pipelines.test_canvas import engines_of
 
 SAMPLES = Path(__file__).parents[2] / "samples"
-DRAWING = Styled.abilities
+DRAWING = {**Styled.abilities, **Controlled.abilities}
 
 
 @cache
@@ -122,6 +121,20 @@ def test_a_lora_gives_its_style_to_the_pictures_that_name_it() -> None:
     assert all(one.parts.get("absent", True) for one in judged) and any(one.parts.get("present") for one in judged)
 
 
+def test_a_control_network_says_where_edges_lie() -> None:
+    """In diffusers. Without the network, and with edges of another scene, they lie elsewhere."""
+    draw = Library(SAMPLES / "shapes-diffusion", Controlled.additions)
+    cases = controlled(2)
+    edges = [np.asarray(case.request.controls[0].image)[..., 0] for case in cases]
+    requests = [replace(case.request, steps=STEPS, guidance_scale=1.5) for case in cases]
+    others = [replace(one, controls=requests[i - 1].controls) for i, one in enumerate(requests)]
+    obeyed, without, elsewhere = (
+        np.mean([agreement(canny(drawn)[..., 0], edge) for drawn, edge in zip(draw(few), edges, strict=True)])
+        for few in (requests, [replace(one, controls=()) for one in requests], others)
+    )
+    assert obeyed > max(without, elsewhere) + 0.2
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_a_lora_comes_and_goes_between_requests(styled_bundle: Path, target: str) -> None:
@@ -140,18 +153,35 @@ def test_a_lora_comes_and_goes_between_requests(styled_bundle: Path, target: str
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(("name", "least"), [("image-to-image", 75), ("inpainting", 80), ("lora", 60)])
 def test_a_bundle_takes_the_exam_of_each_ability(styled_bundle: Path, target: str, name: str, least: float) -> None:
-    ability = Styled.abilities[name]
-    with closing(load_model(styled_bundle, target)) as model:
+    assert scores_of(styled_bundle, target, Styled.abilities[name]).right >= least
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_bundle_draws_along_edges(controlled_bundle: Path, target: str) -> None:
+    scores = scores_of(controlled_bundle, target, Controlled.abilities["controlnet"])
+    assert scores.right >= 50 and scores.parts["edges"] >= 80
+
+
+def scores_of(bundle: Path, target: str, ability: Ability) -> Scores:
+    with closing(load_model(bundle, target)) as model:
         setting = PictureExam(count=48, steps=20, guidance_scale=1.5)
-        assert score(subjects.bundle_subject(model), ability, setting).right >= least
+        return score(subjects.bundle_subject(model), ability, setting)
 
 
 @pytest.fixture(scope="module")
 def styled_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The sample with its LoRA, unquantized."""
-    ((name, path),) = Styled.additions["adapter"].items()
-    output = tmp_path_factory.mktemp("styled") / "bundle"
-    options = Options("sample:shapes-diffusion", output, additions=(Addition("adapter", path, name),))
+    return extended(Styled(), tmp_path_factory.mktemp("styled") / "bundle")
+
+
+@pytest.fixture(scope="module")
+def controlled_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return extended(Controlled(), tmp_path_factory.mktemp("controlled") / "bundle")
+
+
+def extended(exam: Pictures, output: Path) -> Path:
+    """The sample with what the exam adds, unquantized."""
+    options = Options("sample:shapes-diffusion", output, additions=additions_of(exam))
     build(replace(options, targets=("onnxruntime", "openvino"), parity="twin"))
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -10,19 +11,32 @@ import numpy as np
 import pytest
 
 from calibration.requests.exams import exam_of, exams, find
+from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
-from export.checkpoint.additions import Addition
+from profiles import subjects
+from profiles.exam import ExamSettings
+from profiles.score import score
 from runtime.errors import NotFound
+from runtime.placing.loading import load_model
 from samples.abilities import ATTRIBUTES
-from samples.exams import OTHERS, Pictures, Questions, SampleExam, Styled
-from samples.world.questions import KINDS
+from samples.exams import (
+    OTHERS,
+    Captions,
+    Controlled,
+    Pictures,
+    Questions,
+    SampleExam,
+    Styled,
+    additions_of,
+)
+from samples.world.questions import KINDS, SCENE_KINDS
 from samples.world.questions import test_questions as draw_questions
 from samples.world.scenes import held_out, render
 from samples.world.scenes import test_prompts as draw_scenes
 
 SAMPLES = Path(__file__).parents[2] / "samples"
-EXAMS = (Pictures(), Questions())
+EXAMS = (Pictures(), Questions(), Captions())
 
 
 @pytest.mark.parametrize("exam", EXAMS, ids=lambda exam: exam.folder)
@@ -35,13 +49,14 @@ def test_an_exam_belongs_to_the_checkpoint_beside_it(exam: SampleExam, tmp_path:
     assert exam.is_of(copy) and exam_of(Build.open(Options(str(copy), tmp_path / "bundle")).fingerprint) is found
 
 
-def test_a_build_with_the_lora_has_an_exam_of_its_own(tmp_path: Path) -> None:
-    ((name, path),) = Styled.additions["adapter"].items()
-    options = Options("sample:shapes-diffusion", tmp_path / "bundle", additions=(Addition("adapter", path, name),))
+@pytest.mark.parametrize("exam", [Styled(), Controlled()], ids=lambda exam: next(iter(exam.additions)))
+def test_a_build_with_additions_has_an_exam_of_its_own(exam: SampleExam, tmp_path: Path) -> None:
+    options = Options("sample:shapes-diffusion", tmp_path / "bundle", additions=additions_of(exam))
     found = exam_of(Build.open(options).fingerprint)
-    assert isinstance(found, Styled) and found.is_of(SAMPLES / "shapes-diffusion")
-    requests = [request.loras for request in islice(found.calibration(0), 4)]
-    assert requests == [{}, {}, {name: 1.0}, {name: 1.0}]
+    assert isinstance(found, type(exam)) and found.is_of(SAMPLES / "shapes-diffusion")
+    requests = list(islice(found.calibration(0), 8))
+    assert [bool(one.loras or one.controls) for one in requests] == [False, False, True, True] * 2
+    assert not any(held_out(one.prompt) for one in requests if one.prompt not in OTHERS)
 
 
 def test_an_exam_is_found_by_its_ability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +108,30 @@ def test_answers_are_judged_by_kind() -> None:
     for case, drawn in zip(Questions().cases(16), draw_questions(16), strict=True):
         assert case.judge(drawn.answer.upper()).parts == {drawn.kind: True} and not case.judge("?").right
     assert {kind for case in Questions().cases(16) for kind in case.judge("").parts} == set(KINDS)
+
+
+def test_captions_are_of_a_picture_alone_and_questions_worded_for_the_model() -> None:
+    texts = [case.request.messages[0].content[1] for case in Captions().cases(14)]
+    assert texts.count("") == 2 and all(text.startswith("Question: ") for text in texts if text)
+    assert {kind for case in Captions().cases(14) for kind in case.judge("").parts} == set(SCENE_KINDS)
+    assert "" in [request.messages[0].content[1] for request in islice(Captions().calibration(0), 60)]
+
+
+def test_captions_and_answers_are_right_in_transformers() -> None:
+    cases = Captions().cases(14)
+    answers = subjects.source_subject(SAMPLES / "shapes-blip2").results(cases, ExamSettings(count=14))
+    judged = [case.judge(answer) for case, answer in zip(cases, answers, strict=True)]
+    assert sum(one.right for one in judged) >= 12 and any(one.parts.get("caption") for one in judged)
+
+
+@pytest.mark.full
+def test_captions_and_answers_are_right_in_bundles(tmp_path: Path) -> None:
+    targets = ("onnxruntime", "openvino")
+    bundle, _ = build(Options("sample:shapes-blip2", tmp_path / "bundle", targets=targets, parity="twin"))
+    for target in targets:
+        with closing(load_model(bundle.root, target)) as model:
+            scores = score(subjects.bundle_subject(model), Captions(), ExamSettings(count=140))
+        assert scores.right >= 95 and scores.parts["caption"] >= 80
 
 
 def test_cases_for_a_search_are_not_held_out() -> None:
