@@ -22,7 +22,13 @@ pytestmark = pytest.mark.full
 MOST_BYTES: Final = 1.5e9
 """Anonymous memory that making the graphs of any model may take."""
 
-BUILT: Final = {"llava-1.5-7b": 4e9, "llava-next-mistral-7b": 4e9, "bakllava-7b": 4e9, "blip2-opt-2.7b": 3e9}
+BUILT: Final = {
+    "llava-1.5-7b": 4e9,
+    "llava-next-mistral-7b": 4e9,
+    "bakllava-7b": 4e9,
+    "blip2-opt-2.7b": 3e9,
+    "instructblip-flan-t5-xl": 3e9,
+}
 """Models that are built whole, and the anonymous memory that an int4 bundle of each may take."""
 
 
