@@ -148,66 +148,66 @@ def add_weight(
     return restored
 
 
+class _Restoring:
+    """The nodes that restore a weight, for the head of the graph. Names begin with that of its codes."""
+
+    def __init__(self, model: ir.Model, name: str) -> None:
+        self._model, self._name, self._values = model, name, list[ir.Value]()
+
+    def constant(self, end: str, numbers: Sequence[int]) -> ir.Value:
+        """int64 numbers that a node reads."""
+        return add_initializer(self._model, f"{self._name}.{end}", ir.tensor(np.array(numbers, np.int64)))
+
+    def add(self, op: str, inputs: list[ir.Value], output: str, shape: Sequence[int], **attributes: Any) -> ir.Value:
+        """What a node gives: float32, or what a Cast makes."""
+        dtype = attributes.get("to", ir.DataType.FLOAT)
+        self._values.append(_node(op, inputs, attributes, f"{self._name}.{output}", dtype, ir.Shape(shape)))
+        return self._values[-1]
+
+    def insert(self) -> ir.Value:
+        """The last value, the nodes being in the graph."""
+        _insert(self._model, self._model.graph[0], *self._values)
+        return self._values[-1]
+
+
 def _add_nested(model: ir.Model, layer: Layer, planned: LayerPlan, weight: NestedWeight) -> ir.Value:
     """`add_weight` of int4 nested in int8."""
     (rows, columns), conv, name = layer.matrix, planned.op == "Conv", code_name(planned)
     blocks = rows // planned.block
-    codes = _lazy(model, name, ir.DataType.INT4, (columns, rows) if conv else (rows, columns), weight.codes)
-    factors = _lazy(
-        model,
-        f"{name}{nested.FACTORS}",
-        ir.DataType.UINT8,
-        (columns, blocks) if conv else (blocks, columns),
-        weight.scales,
-    )
+    matrix, few = ((columns, rows), (columns, blocks)) if conv else ((rows, columns), (blocks, columns))
+    codes = _lazy(model, name, ir.DataType.INT4, matrix, weight.codes)
+    factors = _lazy(model, f"{name}{nested.FACTORS}", ir.DataType.UINT8, few, weight.scales)
     scales = _lazy(model, scale_name(name), ir.DataType.FLOAT, (columns,), weight.base)
-    single, nodes = ir.DataType.FLOAT, list[ir.Value]()
-
-    def add(op: str, inputs: list[ir.Value], output: str, shape: ir.Shape | None, **attributes: Any) -> ir.Value:
-        nodes.append(_node(op, inputs, attributes, f"{name}.{output}", single, shape))
-        return nodes[-1]
-
-    wide = add("Cast", [factors], "factors.float", factors.shape, to=single)
+    nodes = _Restoring(model, name)
+    wide = nodes.add("Cast", [factors], "factors.float", few, to=ir.DataType.FLOAT)
     if conv:
-        axis = add_initializer(model, f"{name}.axis", ir.tensor(np.array([1], np.int64)))
-        scales = add("Unsqueeze", [scales, axis], "scale.column", ir.Shape((columns, 1)))
-    full = add("Mul", [wide, scales], "scales", factors.shape)
-    restored = add("DequantizeLinear", [codes, full], "weight", codes.shape, axis=int(conv), block_size=planned.block)
+        scales = nodes.add("Unsqueeze", [scales, nodes.constant("axis", [1])], "scale.column", (columns, 1))
+    full = nodes.add("Mul", [wide, scales], "scales", few)
+    form = {"axis": int(conv), "block_size": planned.block}
+    restored = nodes.add("DequantizeLinear", [codes, full], "weight", matrix, **form)
     if conv:
         restored.name = f"{name}.matrix"
-        shape = add_initializer(model, f"{name}.shape", ir.tensor(np.array(layer.stored, np.int64)))
-        restored = add("Reshape", [restored, shape], "weight", ir.Shape(layer.stored))
-    _insert(model, model.graph[0], *nodes)
-    return restored
+        nodes.add("Reshape", [restored, nodes.constant("shape", layer.stored)], "weight", layer.stored)
+    return nodes.insert()
 
 
 def _add_nf4(model: ir.Model, layer: Layer, planned: LayerPlan, weight: Nf4Weight) -> ir.Value:
     """`add_weight` of nf4."""
     (rows, columns), name = layer.matrix, code_name(planned)
-    blocks, single = (rows // planned.block, planned.block, columns), ir.DataType.FLOAT
+    blocks = rows // planned.block, planned.block, columns
     codes = _lazy(model, name, ir.DataType.UINT4, (rows, columns), weight.codes)
     scales = _lazy(model, scale_name(name), ir.DataType.FLOAT16, (blocks[0], columns), weight.scales)
     known = model.graph.initializers
     table = known.get(nf4.TABLE) or add_initializer(model, nf4.TABLE, ir.tensor(nf4.VALUES))
-    nodes = list[ir.Value]()
-
-    def constant(end: str, values: Sequence[int]) -> ir.Value:
-        return add_initializer(model, f"{name}.{end}", ir.tensor(np.array(values, np.int64)))
-
-    def add(op: str, inputs: list[ir.Value], output: str, shape: Sequence[int], **attributes: Any) -> ir.Value:
-        dtype = attributes.get("to", single)
-        nodes.append(_node(op, inputs, attributes, f"{name}.{output}", dtype, ir.Shape(shape)))
-        return nodes[-1]
-
-    places = add("Cast", [codes], "places", (rows, columns), to=ir.DataType.INT32)
-    values = add("Gather", [table, places], "values", (rows, columns))
-    values = add("Reshape", [values, constant("blocks", blocks)], "blocks.values", blocks)
-    wide = add("Cast", [scales], "scale.float", (blocks[0], columns), to=single)
-    wide = add("Unsqueeze", [wide, constant("axis", [1])], "scale.column", (blocks[0], 1, columns))
-    matrix = add("Mul", [values, wide], "product", blocks)
-    restored = add("Reshape", [matrix, constant("shape", (rows, columns))], nf4.WEIGHT[1:], (rows, columns))
-    _insert(model, model.graph[0], *nodes)
-    return restored
+    nodes = _Restoring(model, name)
+    places = nodes.add("Cast", [codes], "places", (rows, columns), to=ir.DataType.INT32)
+    values = nodes.add("Gather", [table, places], "values", (rows, columns))
+    values = nodes.add("Reshape", [values, nodes.constant("blocks", blocks)], "blocks.values", blocks)
+    wide = nodes.add("Cast", [scales], "scale.float", (blocks[0], columns), to=ir.DataType.FLOAT)
+    wide = nodes.add("Unsqueeze", [wide, nodes.constant("axis", [1])], "scale.column", (blocks[0], 1, columns))
+    product = nodes.add("Mul", [values, wide], "product", blocks)
+    nodes.add("Reshape", [product, nodes.constant("shape", (rows, columns))], nf4.WEIGHT[1:], (rows, columns))
+    return nodes.insert()
 
 
 def code_name(planned: LayerPlan) -> str:

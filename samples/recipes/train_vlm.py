@@ -23,7 +23,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
@@ -571,6 +571,26 @@ def open_training(recipe: Recipe, start: Path | None) -> tuple[Trainee, Trainee,
     return Trainee(model, processor), Trainee(build_model(), processor), Data(processor, recipe)
 
 
+def states(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[tuple[dict[Any, Any], str, nn.Parameter]]:
+    """Of every parameter the states that hold its own, the name of its state in a checkpoint, and itself."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name, p in zip(group["names"], group["params"], strict=True):
+                yield optimizer.state, f"state/{name}", p
+
+
+def learn(recipe: Recipe, trainee: Trainee, batch: Batch, fading: float) -> tuple[float, float, float]:
+    """Compute the gradients of a batch; its three losses, of which the last two count by `fading`."""
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, patch_loss, point_loss = trainee(batch)
+    loss = F.cross_entropy(logits, batch.labels[batch.labels != IGNORED])
+    total = loss + fading * (recipe.patch_loss * patch_loss + recipe.point_loss * point_loss)
+    trainee.zero_grad()
+    total.backward()
+    nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+    return loss.item(), patch_loss.item(), point_loss.item()
+
+
 def train(run: Path, recipe: Recipe, minutes: float, trainee: Trainee, averaged: Trainee, data: Data) -> None:
     """Train until the recipe or the time is up; the checkpoint and the best averaged weights lie in `run`."""
     averaged.load_state_dict(trainee.state_dict())
@@ -582,17 +602,13 @@ def train(run: Path, recipe: Recipe, minutes: float, trainee: Trainee, averaged:
         first, best = int(facts["step"]), facts["best"]
         trainee.load_state_dict(below("model", tensors))
         averaged.load_state_dict(below("ema", tensors))
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for name, p in zip(group["names"], group["params"], strict=True):
-                    optimizer.state[p] = below(f"state/{name}", tensors)
+        for state, name, p in states(optimizers):
+            state[p] = below(name, tensors)
 
     def keep(step: int) -> None:
         tensors = prefixed("model", trainee.state_dict()) | prefixed("ema", averaged.state_dict())
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                for name, p in zip(group["names"], group["params"], strict=True):
-                    tensors |= prefixed(f"state/{name}", optimizer.state[p])
+        for state, name, p in states(optimizers):
+            tensors |= prefixed(name, state[p])
         save(checkpoint, tensors, step=step, best=best)
 
     began, losses = time.monotonic(), []
@@ -600,21 +616,12 @@ def train(run: Path, recipe: Recipe, minutes: float, trainee: Trainee, averaged:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step) * group["scale"]
-        batch = data.batch(step, recipe.batch, recipe.seed)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, patch_loss, point_loss = trainee(batch)
-        loss = F.cross_entropy(logits, batch.labels[batch.labels != IGNORED])
-        fading = 1 - step / recipe.steps
-        total = loss + fading * (recipe.patch_loss * patch_loss + recipe.point_loss * point_loss)
-        trainee.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(trainee.parameters(), 1.0)
+        losses.append(learn(recipe, trainee, data.batch(step, recipe.batch, recipe.seed), 1 - step / recipe.steps))
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():
             weight = 1 - min(recipe.ema, (step + 1) / (step + 10))
             torch._foreach_lerp_(list(averaged.parameters()), list(trainee.parameters()), weight)
-        losses.append((loss.item(), patch_loss.item(), point_loss.item()))
         done, out_of_time = step + 1, time.monotonic() - began > minutes * 60
         if done % 50 == 0:
             speed = (done - first) * recipe.batch / (time.monotonic() - began)

@@ -19,12 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 CODES: Final = ".nf4"
-"""The end of the name of the initializer that holds the codes; the names of its scales and weight begin with that
-name.
-"""
-SCALES: Final = ".scale"
+"""The end of the name of the initializer that holds the codes."""
 WEIGHT: Final = ".weight"
-"""The value that the layer reads."""
+"""The end, after that name, of the name of the value that the layer reads."""
 TABLE: Final = "nf4.values"
 """The initializer that holds the values."""
 VALUES: Final[NDArray[np.float32]] = np.array(

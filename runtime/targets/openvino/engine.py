@@ -402,7 +402,7 @@ def _read(
     """The graph in the form that is compiled, without its states."""
     model = core.read_model(graph.path)
     if submodel.precision.nested:
-        widen(model, graph.weights)
+        widen(model, graph)
     keep_nf4(model, graph)
     if values.get("zero_points") != "off":
         use_zero_points(model, submodel.activation_ranges)

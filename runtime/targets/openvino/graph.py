@@ -44,20 +44,13 @@ class StoredGraph:
         return nested.Stored(self.path.parent / nested.WEIGHTS)
 
 
-def widen(model: Any, stored: nested.Stored) -> None:
+def widen(model: Any, graph: StoredGraph) -> None:
     """Replace int4 weights that are nested in int8 (`runtime.targets.lowering.nested`) by int8 weights."""
     ops = require("openvino.opset15", "openvino")
-    read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
-    names = [name.removesuffix(nested.WEIGHT) for name in read if name.endswith(f"{nested.CODES}{nested.WEIGHT}")]
-    constants = (
-        {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
-        if names
-        else {}
-    )
-    for name in names:
-        output = read[f"{name}{nested.WEIGHT}"]
+    constants = {node.get_friendly_name(): node for node in model.get_ops() if node.get_type_name() == "Constant"}
+    for name, output in _restored(model, nested.CODES, nested.WEIGHT).items():
         shape = tuple(output.get_shape())
-        codes = ops.constant(stored.int8(name, shape), shared_memory=True)
+        codes = ops.constant(graph.weights.int8(name, shape), shared_memory=True)
         scales = constants[f"{name}{nested.SCALES}"].data.reshape(
             (1, -1) if len(shape) == 2 else (-1, *[1] * (len(shape) - 1))
         )
@@ -68,19 +61,23 @@ def widen(model: Any, stored: nested.Stored) -> None:
 
 
 def keep_nf4(model: Any, graph: StoredGraph) -> None:
-    """Replace what restores nf4 weights (`runtime.targets.lowering.nf4`), by constants of nf4 times their scales. The
+    """Replace what restores nf4 weights (`runtime.targets.lowering.nf4`) by constants of nf4 times their scales. The
     model reads from the graph's weights, which must live as long.
     """
     sdk, ops = require("openvino", "openvino"), require("openvino.opset15", "openvino")
-    read = {name: output for node in model.get_ops() for output in node.outputs() for name in output.get_names()}
-    for name in [name for name in read if name.endswith(f"{nf4.CODES}{nf4.WEIGHT}")]:
-        output = read[name]
+    for name, output in _restored(model, nf4.CODES, nf4.WEIGHT).items():
         product = output.get_node().input_value(0)
-        codes = sdk.Tensor(graph.weights.packed(name.removesuffix(nf4.WEIGHT)), product.get_shape(), sdk.Type.nf4)
+        codes = sdk.Tensor(graph.weights.packed(name), product.get_shape(), sdk.Type.nf4)
         scales = product.get_node().input_value(1)
         weight = ops.multiply(ops.convert(ops.constant(codes, shared_memory=True), "f32"), scales)
         for reader in list(product.get_target_inputs()):
             reader.replace_source_output(weight.output(0))
+
+
+def _restored(model: Any, codes: str, weight: str) -> dict[str, Any]:
+    """The weights that are restored from codes of these endings, by the names of the codes."""
+    names = ((name, output) for node in model.get_ops() for output in node.outputs() for name in output.get_names())
+    return {name.removesuffix(weight): output for name, output in names if name.endswith(f"{codes}{weight}")}
 
 
 def use_zero_points(model: Any, ranges: Mapping[str, tuple[float, float]]) -> None:
