@@ -479,7 +479,7 @@ class TestModels:
         assert warm.client.model("draw").state == model_pb2.MODEL_STATE_READY
 
     def test_a_step_that_never_ends_is_left_behind(self, warm: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("serving.host.models.STUCK_SECONDS", 0.2)
+        monkeypatch.setattr("serving.host.lifecycle.STUCK_SECONDS", 0.2)
         warm.draw.hold()
         responses = warm.client.generate(request())
         assert next(responses).HasField("queued")
@@ -625,14 +625,14 @@ class TestALostDevice:
         warm.draw.failure = EngineError("unet gave NaN")
         with pytest.raises(EnginecastError, match="gave NaN"):
             list(warm.client.generate(request()))
-        until(lambda: warm.host._models["draw"].check is None)
+        until(lambda: warm.host.catalog.find("draw").check is None)
         assert warm.client.model("draw").state == model_pb2.MODEL_STATE_READY and not warm.draw.closed
         assert warm.alive()
 
     def test_unloading_while_it_is_checked(self, warm: FakeServer) -> None:
         self.lose(warm, FakeModel())
         lost = warm.draw
-        until(lambda: lost.closed or warm.host._models["draw"].check is None)
+        until(lambda: lost.closed or warm.host.catalog.find("draw").check is None)
         until(lambda: warm.host.status("draw").state.value == "ready")
         assert warm.client.unload("draw").state == model_pb2.MODEL_STATE_UNLOADED
 
