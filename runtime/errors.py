@@ -14,6 +14,8 @@
     ├── MissingDependency         an optional package is not installed; names the extra
     ├── ResourceExhausted         disk, memory or queue is full
     ├── Unavailable               the model is still loading, or the server is stopping
+    ├── Unauthenticated           the server requires a token, and the call has none that it knows
+    ├── PermissionDenied          the scopes of the token do not allow the call
     ├── DeadlineExceeded          the timeout of a request is over
     └── Cancelled                 the caller stopped the work
 
@@ -28,9 +30,12 @@ from typing import Final
 
 
 class EnginecastError(Exception):
-    """Base class of all errors that enginecast raises on purpose. `exit_code` is that of the command line."""
+    """Base class of all errors that enginecast raises on purpose. `exit_code` is that of the command line,
+    `retry_seconds` how long to wait before the same call may succeed, None where waiting does not help.
+    """
 
     exit_code = 1
+    retry_seconds: float | None = None
 
 
 class InvalidInput(EnginecastError):
@@ -111,21 +116,40 @@ class MissingDependency(EnginecastError):
 
 
 class ResourceExhausted(EnginecastError):
-    """Disk, memory or the request queue is full."""
+    """Disk, memory or the request queue is full, or a token's calls are used up. With `retry_seconds`, trying again
+    after that time may succeed.
+    """
 
     exit_code = 9
+
+    def __init__(self, message: str, retry_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_seconds = retry_seconds
 
 
 class Unavailable(EnginecastError):
     """The model is loading or the server is stopping. Trying again later may succeed."""
 
     exit_code = 10
+    retry_seconds = 1.0
 
 
 class DeadlineExceeded(EnginecastError):
     """The timeout of a request is over."""
 
     exit_code = 11
+
+
+class Unauthenticated(EnginecastError):
+    """The server requires a token, and the call has none that it knows."""
+
+    exit_code = 12
+
+
+class PermissionDenied(EnginecastError):
+    """The scopes of the token do not allow the call."""
+
+    exit_code = 13
 
 
 class Cancelled(EnginecastError):

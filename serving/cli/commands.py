@@ -6,35 +6,19 @@ machine needs neither their code nor their dependencies.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
+import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
 from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
-from serving.cli.options import (
-    ADDRESS,
-    DeviceName,
-    MemoryLimit,
-    PictureCache,
-    PlaceText,
-    Strict,
-    Target,
-    Threads,
-    caching,
-    engine_options,
-    named,
-    placement,
-)
+from serving.cli.options import DeviceName, MemoryLimit, PlaceText, Target, placement, with_fields
 from serving.cli.task import task_commands
-
-if TYPE_CHECKING:
-    from runtime.bundle.manifest import Bundle
-    from serving.host.job import Model
+from serving.settings import CONFIG, Settings, configure, names
 
 UNPARSED: Final = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 FORWARDS: Final = {
@@ -66,63 +50,34 @@ def enginecast() -> None:
 
 
 @app.command()
+@with_fields("flags", Settings)
 def serve(
-    bundles: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="[NAME=]DIR...",
-            help="Folders made by `enginecast build`. With a name, requests use that instead of the bundle's own: "
-            "int8=DIR int4=DIR.",
-        ),
-    ],
-    address: Annotated[
-        str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
-    ] = ADDRESS,
-    target: Target = None,
-    device: DeviceName = "",
-    place: PlaceText = None,
-    memory_limit: MemoryLimit = None,
-    strict: Strict = False,
-    picture_cache: PictureCache = None,
-    require_signature: Annotated[
+    context: typer.Context,
+    flags: Settings,
+    config: Annotated[
         Path | None,
-        typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
+        typer.Option(
+            metavar="FILE", envvar=CONFIG, help="TOML file of settings, by the names that --print-config has."
+        ),
     ] = None,
-    threads: Threads = 0,
-    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16,
-    grace: Annotated[
-        float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")
-    ] = 30.0,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print every setting and where its value came from, and end.")
+    ] = False,
 ) -> None:
-    """Serve bundles over gRPC until SIGINT or SIGTERM."""
-    import logging
+    """Serve bundles over gRPC until SIGINT or SIGTERM. Every option may also be in a file or in the environment."""
+    configuration = configure(_given(context, flags), config, os.environ)
+    if print_config:
+        print(configuration.toml(), end="")
+        return
+    from serving.cli.start import start
 
-    from runtime import limits
-    from runtime.bundle import signing
-    from runtime.placing.loading import load_model
-    from serving.dialects.grpc import server
-    from serving.host.models import ModelHost
-    from serving.host.offers import Limits, Offer
+    start(configuration.settings)
 
-    options, placing = engine_options(device, threads), placement(place, memory_limit, strict)
-    placing = caching(placing, picture_cache)
 
-    limits.GRACE.number("grace", grace)  # typer lets NaN pass
-    if require_signature is not None:
-        signing.public_key(require_signature)  # a wrong key fails at once
-    offers = [Offer.of(root, name) for name, root in map(named, bundles)]
-    if all(offer.error for offer in offers):
-        raise next(offer.error for offer in offers if offer.error)
-
-    def load(bundle: Bundle | Path, requested: str | None) -> Model:
-        return load_model(bundle, requested or target, options, placing, require_signature)
-
-    async def run() -> None:
-        host = ModelHost(offers, load, Limits(max_queue=max_queue, grace_seconds=grace))
-        await server.serve(host, address, lambda line: print(line, flush=True))
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(run())
+def _given(context: typer.Context, flags: Settings) -> dict[str, Any]:
+    """The settings that the command line has."""
+    sources = {name: context.get_parameter_source(name) for name in names()}
+    return {name: getattr(flags, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
 for _command in task_commands():

@@ -51,7 +51,10 @@ PictureCache = Annotated[
     ),
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Refuse engines that run a part of a submodel elsewhere than on its device.")
+    bool,
+    typer.Option(
+        "--strict/--no-strict", help="Refuse engines that run a part of a submodel elsewhere than on its device."
+    ),
 ]
 
 

@@ -1,0 +1,176 @@
+"""The settings of a server. Each is a field of `Settings`: type, range, unit, default and help are stated once. The
+options of `enginecast serve` are made from it, and docs/serving/settings.md lists it.
+
+A value comes from the command line, else from the environment, else from the file of `--config`, else it is the
+default. The file is TOML, with the names of the fields as keys. The variable of `max_queue` is
+ENGINECAST_SERVE_MAX_QUEUE; a list has commas between its items, and an empty variable counts as not set.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Final, get_args, get_origin, get_type_hints
+
+import typer
+
+from runtime.errors import InvalidInput, NotFound, did_you_mean
+from runtime.files import read_regular
+from serving.cli.options import ADDRESS, DeviceName, MemoryLimit, PictureCache, PlaceText, Strict, Target, Threads
+
+PREFIX: Final = "ENGINECAST_SERVE_"
+"""Of the environment variables."""
+CONFIG: Final = f"{PREFIX}CONFIG"
+"""The variable that names the file."""
+DEFAULT: Final = "default"
+"""The origin of a value that nobody gave."""
+LARGEST_FILE: Final = 1 << 20
+"""Bytes of a file of settings."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a server."""
+
+    bundles: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[NAME=]DIR...",
+            help="Folders made by `enginecast build`. With a name, requests use that instead of the bundle's own: "
+            "int8=DIR int4=DIR.",
+        ),
+    ] = None
+    address: Annotated[
+        str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
+    ] = ADDRESS
+    target: Target = None
+    device: DeviceName = ""
+    place: PlaceText = None
+    memory_limit: MemoryLimit = None
+    strict: Strict = False
+    picture_cache: PictureCache = None
+    require_signature: Annotated[
+        Path | None,
+        typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
+    ] = None
+    threads: Threads = 0
+    max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16
+    grace: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")
+    ] = 30.0
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """The settings of a server, and where each value came from, by name."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def toml(self) -> str:
+        """Every setting as a line of a TOML file, with the origin of its value behind it."""
+        return "".join(map(self._line, names()))
+
+    def _line(self, name: str) -> str:
+        value, origin = getattr(self.settings, name), self.origins.get(name, DEFAULT)
+        return f"# {name} is not set\n" if value is None else f"{name} = {_toml(value)}  # {origin}\n"
+
+
+@cache
+def hints() -> dict[str, Any]:
+    """The annotation of each setting, with its option."""
+    return get_type_hints(Settings, include_extras=True)
+
+
+def names() -> list[str]:
+    """The names of all settings, in the order of their declaration."""
+    return [field.name for field in fields(Settings)]
+
+
+def declared(name: str) -> tuple[Any, Any]:
+    """The type of a setting, and its option or argument of the command line."""
+    kind, option = get_args(hints()[name])[:2]
+    return kind, option
+
+
+def configure(flags: Mapping[str, Any], file: Path | None, environment: Mapping[str, str]) -> Configuration:
+    """Join the values of the file, the environment and the command line; the last one wins.
+
+    Raises InvalidInput that names the setting and the origin of a value that is refused, and NotFound.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for name, value, origin in _given(flags, file, environment):
+        values[name], origins[name] = _within(name, value, origin), origin
+    return Configuration(Settings(**values), origins)
+
+
+def _given(
+    flags: Mapping[str, Any], file: Path | None, environment: Mapping[str, str]
+) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and origin of everything that was given, from the weakest to the strongest."""
+    for name, value in (_read(file) if file else {}).items():
+        origin = str(file)
+        _known(name, names(), origin)
+        yield name, _parsed(name, value, origin), origin
+    variables = {f"{PREFIX}{name.upper()}": name for name in names()}
+    for variable, text in environment.items():
+        if text and variable.startswith(PREFIX) and variable != CONFIG:
+            _known(variable, variables, "the environment")
+            yield variables[variable], _parsed(variables[variable], text, variable, text=True), variable
+    for name, value in flags.items():
+        yield name, value, "the command line"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The content of a TOML file."""
+    try:
+        return tomllib.loads(read_regular(file, LARGEST_FILE).decode())
+    except FileNotFoundError:
+        raise NotFound(f"there is no file of settings {file}: check --config") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InvalidInput("config", f"{file} is no TOML file: {error}") from None
+
+
+def _known(name: str, known: Any, origin: str) -> None:
+    if name not in known:
+        raise InvalidInput(name, f"is no setting ({origin}): {did_you_mean(name, known)}")
+
+
+def _parsed(name: str, value: Any, origin: str, text: bool = False) -> Any:
+    """The value of a setting as its type; `text` if it is text of an environment variable."""
+    from pydantic import TypeAdapter, ValidationError
+
+    kind, _ = declared(name)
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        if text:
+            return adapter.validate_python(value.split(",") if _is_list(kind) else value)
+        return adapter.validate_json(json.dumps(value, default=str), strict=True)
+    except ValidationError as error:
+        raise InvalidInput(name, f"is {value!r} ({origin}): {error.errors()[0]['msg'].lower()}") from None
+
+
+def _is_list(kind: Any) -> bool:
+    return any(get_origin(one) is list for one in (kind, *get_args(kind)))
+
+
+def _within(name: str, value: Any, origin: str) -> Any:
+    """The value, if it is in the range of its option."""
+    _, option = declared(name)
+    low, high = option.min, option.max
+    if isinstance(value, int | float) and not (
+        (low is None or value >= low) and (high is None or value <= high)
+    ):  # true of NaN too, which typer lets pass
+        above = f"at least {low}" if high is None else f"{low} to {high}"
+        raise InvalidInput(name, f"is {value} ({origin}), expected {above}")
+    return value
+
+
+def _toml(value: Any) -> str:
+    """A value in TOML, whose strings and lists of strings are those of JSON."""
+    return json.dumps(value, ensure_ascii=False, default=str)
