@@ -13,7 +13,8 @@ from runtime.placing.loading import load_model
 from serving.cli.options import caching, engine_options, named, placement
 from serving.dialects.grpc import server
 from serving.host.job import Model
-from serving.host.models import Loader, ModelHost
+from serving.host.lifecycle import Loader
+from serving.host.models import ModelHost
 from serving.host.offers import Limits, Offer
 from serving.settings import Settings
 
