@@ -46,7 +46,7 @@ class Limit:
             raise InvalidInput(field, f"is {value}, expected {least} to {self.most}")
 
 
-IMAGE, CHAT, EMBED = "GenerateRequest", "ChatRequest", "EmbedRequest"
+IMAGE, CHAT, EMBED, INFER = "GenerateRequest", "ChatRequest", "EmbedRequest", "ModelInferRequest"
 SHOWN: Final = ("Part.image", f"{EMBED}.images")
 
 # Messages, before they are parsed.
@@ -66,7 +66,12 @@ METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default;
 MODEL_NAME: Final = Limit(
     "model name", 200, "characters", "long enough for every name",
     (*(f"{request}.model" for request in (IMAGE, CHAT, EMBED)),
-        *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service"),
+        *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service",
+        *(f"{INFER}.{name}" for name in ("model_name", "model_version", "id")),
+        *(f"Model{call}Request.{name}" for call in ("Ready", "Metadata") for name in ("name", "version")),
+        "InferInputTensor.name", "InferInputTensor.datatype", "InferRequestedOutputTensor.name",
+        *(f"Repository{call}Request.repository_name" for call in ("Index", "ModelLoad", "ModelUnload")),
+        *(f"Repository{call}Request.model_name" for call in ("ModelLoad", "ModelUnload"))),
 )  # fmt: skip
 NAME: Final = Limit(
     "target, sampler, control, style, LoRA",
@@ -263,6 +268,34 @@ ANSWERS: Final = Limit(
 LENGTH_PENALTY: Final = Limit(
     "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
 )
+
+# Calls of single submodels (KServe).
+INFER_TENSORS: Final = Limit(
+    "tensors of a call of a submodel",
+    64,
+    "inputs, outputs or parameters",
+    "submodels have fewer; unknown parameters are refused",
+    (*(f"{INFER}.{name}" for name in ("inputs", "outputs", "raw_input_contents")),
+        *(f"{of}.parameters" for of in (INFER, "InferInputTensor", "InferRequestedOutputTensor",
+            "RepositoryModelLoadRequest", "RepositoryModelUnloadRequest")),
+        "ParametersEntry.key", "ParametersEntry.value",
+        *(f"InferParameter.{kind}_param" for kind in ("int64", "string", "double", "uint64")),
+        *(f"ModelRepositoryParameter.{kind}_param" for kind in ("int64", "string", "bytes"))),
+)  # fmt: skip
+INFER_DIMS: Final = Limit("dims of a tensor", 8, "dims", "tensors of submodels have fewer", ("InferInputTensor.shape",))
+INFER_ELEMENTS: Final = Limit(
+    "elements of a tensor",
+    20 << 20,
+    "elements, counting empty dims as 1",
+    "a message holds no more",
+    ("InferInputTensor.shape", "InferInputTensor.contents", *(f"InferTensorContents.{kind}_contents" for kind in
+        ("int", "int64", "uint", "uint64", "fp32", "fp64", "bytes"))),
+    least=0,
+)  # fmt: skip
+INFER_OUTPUT: Final = Limit(
+    "outputs of a call of a submodel", 64 << 20, "bytes", "computed from the inputs' shapes before anything runs",
+    ("InferInputTensor.shape",),
+)  # fmt: skip
 
 # The server's resources.
 CALLS: Final = Limit("calls at once", 4000, "calls of all clients", "each needs some memory while it waits")

@@ -1,7 +1,10 @@
 """Make the Python stubs of proto/ in serving/enginecast_pb/: `python -m serving.generate`.
 
-protoc derives import paths from the .proto's package (enginecast.v1), which is no Python package of ours; the imports
+protoc derives import paths from the .proto's folder (enginecast/v1), which is no Python package of ours; the imports
 are rewritten to where the stubs lie, so that proto/ holds nothing but .proto files.
+
+Protobuf keeps the messages of a process in one pool, by name. Those of interfaces of others get a pool of their own, so
+that a program may import another library's stubs of the same interface, such as tritonclient's.
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ from runtime.optional import require
 ROOT: Final = Path(__file__).parent.parent
 PROTOS: Final = ROOT / "proto"
 STUBS: Final = ROOT / "serving" / "enginecast_pb"
-MARKER: Final = '"""Stubs of proto/enginecast/v1, made by `python -m serving.generate`. Do not edit."""\n'
+OWN: Final = "enginecast"
+"""The folder of proto/ with the interfaces of this program."""
+MARKER: Final = '"""Stubs of proto/, made by `python -m serving.generate`. Do not edit."""\n'
 
 
 def generate(output: Path) -> list[Path]:
@@ -33,15 +38,19 @@ def generate(output: Path) -> list[Path]:
         sources = sorted(str(path) for path in PROTOS.rglob("*.proto"))
         if protoc.main(["protoc", *includes, *outputs, *sources]) != 0:
             raise EnginecastError("protoc refused the files of proto/: its messages stand above")
-        made = [_move(path, output) for path in sorted(Path(temporary).rglob("*.py*"))]
+        made = [_move(path, Path(temporary), output) for path in sorted(Path(temporary).rglob("*.py*"))]
     package = output / "__init__.py"
     package.write_text(MARKER)
     return [*made, package]
 
 
-def _move(path: Path, output: Path) -> Path:
+def _move(path: Path, root: Path, output: Path) -> Path:
+    folder, text = path.parent.relative_to(root), path.read_text()
+    text = re.sub(rf"\bfrom {'.'.join(folder.parts)} import\b", "from serving.enginecast_pb import", text)
+    if folder.parts[0] != OWN:
+        text = text.replace("_descriptor_pool.Default()", "_descriptor_pool.DescriptorPool()")
     moved = output / path.name
-    moved.write_text(re.sub(r"\bfrom enginecast\.v1 import\b", "from serving.enginecast_pb import", path.read_text()))
+    moved.write_text(text)
     return moved
 
 

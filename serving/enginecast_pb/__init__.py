@@ -1,1 +1,1 @@
-"""Stubs of proto/enginecast/v1, made by `python -m serving.generate`. Do not edit."""
+"""Stubs of proto/, made by `python -m serving.generate`. Do not edit."""

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
 from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
-from runtime.engine import targets
+from runtime.engine import Engine, targets
 from runtime.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -30,6 +30,7 @@ from runtime.errors import (
 from runtime.pipeline import Event, drive
 from runtime.task import Request
 from serving.host.catalog import Catalog
+from serving.host.inference import ANY, pipeline_of
 from serving.host.job import Driver, Job, Queued
 from serving.host.lifecycle import IDLE_SECONDS, Lifecycle, Loader
 from serving.host.offers import Limits, Offer
@@ -78,6 +79,10 @@ class ModelHost:
         """The task of each model, None if it cannot be used now."""
         usable = {served.name: served.state is ModelState.READY and not self.stopping for served in self.catalog}
         return {served.name: served.task if usable[served.name] else None for served in self.catalog}
+
+    def engines(self, name: str) -> Mapping[str, Engine]:
+        """The engine of each submodel of a loaded model. Raises NotFound, Unavailable."""
+        return self.catalog.find(name).ready(ANY).engines
 
     async def run(
         self, name: str, request: Request, timeout: float | None = None, client: str = ""
@@ -131,7 +136,7 @@ class ModelHost:
         async def check() -> Any:
             async with self._turns(place.client):
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._checks, served.ready(request.task).pipeline, request
+                    self._checks, pipeline_of, served.ready(request.task), request
                 )
 
         checked = asyncio.create_task(check())

@@ -12,6 +12,7 @@ from typing import Final
 from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.pipeline import Event
 from serving.dialects.grpc.shown import concealed, without_paths
+from serving.host.inference import ANY
 from serving.host.job import Done, Job, Model, precision
 from serving.host.mailbox import Mailbox
 from serving.host.offers import Limits, Offer
@@ -93,11 +94,11 @@ class Served:
         return tuple(without_paths(note, self.offer.root, self.name) for note in notes)
 
     def ready(self, task: str) -> Model:
-        """The loaded model. Raises Unavailable, and InvalidInput if it has another task."""
+        """The loaded model. Raises Unavailable, and InvalidInput if it has another task (`ANY` is every model's)."""
         if self.state is not ModelState.READY or self.model is None:
             why = f": {self.error}" if self.error else ""
             raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
-        if self.model.task != task:
+        if task not in (ANY, self.model.task):
             raise InvalidInput(
                 "model", f"{self.name} has the task {self.model.task}, expected a model with the task {task}"
             )

@@ -17,7 +17,6 @@ from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import model_pb2
 from serving.host.models import ModelHost
 
-SERVICE: Final[str] = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 MODEL: Final[str] = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 Response: Final = health_pb2.HealthCheckResponse
 

@@ -1,5 +1,5 @@
-"""The gRPC server of a `ModelHost`: enginecast.v1, grpc.health.v1 and reflection. RPC methods only translate and
-delegate.
+"""The gRPC server of a `ModelHost`: enginecast.v1, the Open Inference Protocol, grpc.health.v1 and reflection. RPC
+methods only translate and delegate.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from typing import Any, Final, NoReturn
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
-from grpc_health.v1 import health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, Unavailable
 from runtime.placing.heap import return_freed_memory
 from serving.dialects.grpc import health, messages
 from serving.dialects.grpc.intake import Intake
+from serving.dialects.grpc.reflected import enable_reflection
 from serving.dialects.grpc.status import Context, write
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
-from serving.enginecast_pb import model_pb2, model_pb2_grpc
+from serving.dialects.kserve.servicer import InferenceServicer
+from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
 
 log = logging.getLogger(__name__)
@@ -121,8 +122,10 @@ class Server:
         self._server.add_generic_rpc_handlers([service(host, task) for task in grpc_tasks().values()])
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(host), self._server)
-        own = [task.service.full_name for task in grpc_tasks().values()]
-        reflection.enable_server_reflection([*own, health.MODEL, health.SERVICE, reflection.SERVICE_NAME], self._server)
+        inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(host), self._server)
+        files = model_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR
+        others = [service for file in files for service in file.services_by_name.values()]
+        enable_reflection([*(task.service for task in grpc_tasks().values()), *others], self._server)
         self.port = _bind(self._server, address)
 
     async def start(self) -> None:
