@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import aclosing
 from functools import partial
 from typing import Any, Final, NoReturn
 
@@ -24,9 +23,10 @@ from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, Unavailable
 from runtime.placing.heap import return_freed_memory
 from serving.dialects.grpc import health, messages
+from serving.dialects.grpc.answering import answer
 from serving.dialects.grpc.intake import Intake
 from serving.dialects.grpc.reflected import enable_reflection
-from serving.dialects.grpc.status import Context, write
+from serving.dialects.grpc.status import Context
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
 from serving.dialects.kserve.servicer import InferenceServicer
 from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
@@ -34,8 +34,6 @@ from serving.host.models import ModelHost
 
 log = logging.getLogger(__name__)
 
-LARGE: Final = 1 << 16
-"""Messages with more bytes hold pictures and are translated in a thread."""
 FAREWELL_SECONDS: Final = 0.3
 """Time for the last statuses to reach the clients once the models are unloaded."""
 LEAVING_SECONDS: Final = 1.3
@@ -57,20 +55,6 @@ OPTIONS: Final = {
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,
 }
-
-
-async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:
-    """Run the request in a message and stream its responses."""
-    name, responses, large = message.model, task.responses(), message.ByteSize() > LARGE
-    request = await asyncio.to_thread(task.request, message) if large else task.request(message)
-    del message  # keep only one copy of its pictures
-    events = host.run(name, request, context.time_remaining(), context.peer())
-    async with aclosing(events):
-        async for event in events:
-            # Pictures are encoded in a thread.
-            response = await asyncio.to_thread(responses.response, event) if event.nbytes else responses.response(event)
-            if response is not None:
-                await write(context, response)
 
 
 def service(host: ModelHost, task: GrpcTask) -> grpc.GenericRpcHandler[Any, Any]:

@@ -25,6 +25,7 @@ Context = grpc.aio.ServicerContext[Any, Any]
 
 ERROR_KEY: Final = "enginecast-error"
 FIELD_KEY: Final = "enginecast-field"
+UNEXPECTED: Final = "the server failed unexpectedly: its log says why"
 UNREAD_SECONDS = float(limits.UNREAD.most)
 FIELD_LENGTH: Final = 200
 MESSAGE_BYTES: Final = 4096
@@ -53,21 +54,26 @@ def code(error: EnginecastError) -> grpc.StatusCode:
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
 
 
+def trailers(error: EnginecastError) -> list[tuple[str, str]]:
+    """The class of an error, and the field of an InvalidInput, as metadata."""
+    found = [(ERROR_KEY, type(error).__name__)]
+    if isinstance(error, InvalidInput):
+        found.append((FIELD_KEY, quote(shortened(error.field, FIELD_LENGTH), safe="[]")))
+    return found
+
+
 @asynccontextmanager
 async def reported(context: Context) -> AsyncIterator[None]:
     """End the RPC with the status of the exception that the body raises, if any."""
     try:
         yield
     except EnginecastError as error:
-        metadata = [(ERROR_KEY, type(error).__name__)]
-        if isinstance(error, InvalidInput):
-            metadata.append((FIELD_KEY, quote(shortened(error.field, FIELD_LENGTH), safe="[]")))
-        await context.abort(code(error), fitting(str(error)), tuple(metadata))
+        await context.abort(code(error), fitting(str(error)), tuple(trailers(error)))
     except grpc.aio.AbortError:
         raise
     except Exception:
         log.exception("an RPC failed unexpectedly")
-        await context.abort(grpc.StatusCode.INTERNAL, "the server failed unexpectedly: its log says why")
+        await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
 
 
 async def write(context: Context, response: Any) -> None:

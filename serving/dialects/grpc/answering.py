@@ -1,0 +1,41 @@
+"""Runs the requests of tasks: a message in, a stream of messages out, for every protocol that carries them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from serving.dialects.grpc.status import Context, write
+from serving.dialects.grpc.task import GrpcTask
+from serving.host.models import ModelHost
+
+LARGE: Final = 1 << 16
+"""Messages with more bytes hold pictures and are translated in a thread."""
+
+
+async def responses(
+    host: ModelHost, task: GrpcTask, message: Any, timeout: float | None, client: str
+) -> AsyncGenerator[Message, None]:
+    """Run the request in a message; yields its responses. Raises the errors of `ModelHost.run`."""
+    name, stream, large = message.model, task.responses(), message.ByteSize() > LARGE
+    request = await asyncio.to_thread(task.request, message) if large else task.request(message)
+    del message  # keep only one copy of its pictures
+    async with aclosing(host.run(name, request, timeout, client)) as events:
+        async for event in events:
+            # Pictures are encoded in a thread.
+            response = await asyncio.to_thread(stream.response, event) if event.nbytes else stream.response(event)
+            if response is not None:
+                yield response
+
+
+async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:
+    """Run the request in a message and stream its responses over gRPC."""
+    found = responses(host, task, message, context.time_remaining(), context.peer())
+    del message
+    async with aclosing(found):
+        async for response in found:
+            await write(context, response)
