@@ -321,4 +321,5 @@ UNREAD_BYTES: Final = Limit(
     "above it, older previews are dropped, and drawing waits for the client",
 )
 VANISHED: Final = Limit("a lost client", 30, "seconds until its requests are cancelled", "it does not answer pings")
+REQUEST_ID: Final = Limit("x-request-id", 128, "characters", "it stands in every line of the log about the request")
 ERROR_TEXT: Final = Limit("error message", 1000, "characters", "percent-encoded, it must fit into trailers of 8 KiB")

@@ -54,6 +54,11 @@ class Event:
         """Bytes of the pictures in the event."""
         return 0
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What the event adds to the counts of its model, such as {"pictures": 1}."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Progress(Event):
@@ -66,6 +71,10 @@ class Progress(Event):
     @property
     def nbytes(self) -> int:
         return 0 if self.preview is None else int(self.preview.nbytes)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"steps": 1}
 
 
 Pipeline = Generator[Call | Event, Outputs | None, None]

@@ -22,6 +22,7 @@ from runtime.vision.images import Picture, decoded
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.server import Server
 from serving.host.models import ModelHost
+from serving.host.observing import Observer
 from serving.host.offers import Limits
 
 T = TypeVar("T")
@@ -145,7 +146,7 @@ class FakeAnswers(FakeModel):
         for number in range(request.answers or 1):
             for word in WORDS[: request.max_tokens or 3]:
                 yield Call("denoiser", {})
-                yield TextDelta(word, number)
+                yield TextDelta(word, number, tokens=1)
             yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS), answer=number)
 
 
@@ -153,11 +154,17 @@ class FakeServer:
     """A server at `address` on loopback, in its own thread, with a fake diffusion model "draw" and a fake chat model
     "talk". Models are loaded on request; with `ready`, both are loaded at the start.
 
-    `folder` is an empty folder for the fake bundles, `options` are gRPC options. A `with` block stops the server.
+    `folder` is an empty folder for the fake bundles, `options` are gRPC options, `observers` are called with all that
+    happens. A `with` block stops the server.
     """
 
     def __init__(
-        self, folder: Path, limits: Limits | None = None, options: Mapping[str, int] | None = None, ready: bool = False
+        self,
+        folder: Path,
+        limits: Limits | None = None,
+        options: Mapping[str, int] | None = None,
+        ready: bool = False,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.models = {"draw": FakeModel(), "talk": FakeAnswers()}
         self.loads: list[tuple[str, str | None]] = []
@@ -170,7 +177,8 @@ class FakeServer:
         self.stopped = False
 
         async def start() -> Server:
-            self.host = ModelHost([bundle(folder, name) for name in self.models], self._load, limits or Limits())
+            bundles = [bundle(folder, name) for name in self.models]
+            self.host = ModelHost(bundles, self._load, limits or Limits(), observers=observers)
             server = Server(self.host, "127.0.0.1:0", options)
             await server.start()
             return server

@@ -198,7 +198,7 @@ class ChatPipeline(ModelPipeline):
         for answer, tokens in zip(answers, found, strict=False):  # as many are found as there are beams
             text = "".join([answer.push(token) for token in tokens if token not in state.bounds.ends])
             if text := text + answer.flush():
-                yield TextDelta(text, answer.number)
+                yield TextDelta(text, answer.number, len(tokens))
             yield _finished(prompt, tokens, state.bounds, answer)
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
@@ -217,18 +217,20 @@ def _continued(
     conversation: Conversation,
 ) -> Step[Sequence[int]]:  # fmt: skip
     """Choose a token, pass on what it spells, feed it. Returns the tokens behind those of the prompt."""
+    sent = len(tokens)
     while True:
         token = choice(logits, tokens)
         tokens.append(token)
         if token in bounds.ends:
             break
         if text := answer.push(token):
-            yield TextDelta(text, answer.number)
+            yield TextDelta(text, answer.number, len(tokens) - sent)
+            sent = len(tokens)
         if answer.stopped or len(tokens) == bounds.longest:
             break
         logits = yield from decode_token(token, conversation)
     if text := answer.flush():
-        yield TextDelta(text, answer.number)
+        yield TextDelta(text, answer.number, len(tokens) - sent)
     return tokens[bounds.prompt :]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from pydantic import Field
@@ -166,11 +167,18 @@ class ChatRequest(Request):
 
 @dataclass(frozen=True)
 class TextDelta(Event):
-    """Newly decoded text of answer number `answer`: whole characters only."""
+    """Newly decoded text of answer number `answer`: whole characters only. `tokens` counts the tokens chosen since the
+    last one, 0 where that is unknown.
+    """
 
     output: ClassVar[bool] = True
     text: str
     answer: int = 0
+    tokens: int = field(default=0, compare=False)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"output_tokens": self.tokens}
 
 
 @dataclass(frozen=True)
@@ -184,6 +192,10 @@ class Finished(Event):
     completion_tokens: int
     left_out: int = 0
     answer: int = 0
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {} if self.answer else {"prompt_tokens": self.prompt_tokens}
 
 
 TASK: Final = Task(ChatRequest, verb="chat")

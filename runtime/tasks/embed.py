@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Final, Literal
 
@@ -76,6 +77,10 @@ class Embeddings(Event):
     texts: NDArray[np.float32]
     images: NDArray[np.float32]
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"embeddings": len(self.texts) + len(self.images)}
+
 
 @dataclass(frozen=True, eq=False)
 class Scores(Event):
@@ -88,6 +93,10 @@ class Scores(Event):
 
     output: ClassVar[bool] = True
     scores: NDArray[np.float32]
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"scores": self.scores.size}
 
 
 TASK: Final = Task(EmbedRequest, verb="embed")

@@ -311,5 +311,9 @@ class ImageReady(Event):
     def nbytes(self) -> int:
         return int(self.image.nbytes) + (0 if self.latents is None else int(self.latents.nbytes))
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"pictures": 1}
+
 
 TASK: Final = Task(ImageRequest, verb="generate")

@@ -18,6 +18,9 @@ class Catalog:
     def __iter__(self) -> Iterator[Served]:
         return iter([self._models[name] for name in sorted(self._models)])
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._models
+
     def add(self, served: Served) -> None:
         """Add a model. Raises InvalidInput if its name is invalid or used."""
         offer = served.offer

@@ -19,6 +19,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, EngineError, InvalidInput, Unavailable
 from serving.dialects.grpc.shown import without_paths
 from serving.host.job import Model
+from serving.host.observing import Observer
 from serving.host.served import Served
 from serving.host.states import ModelState
 
@@ -58,13 +59,16 @@ class Grace:
 
 
 class Lifecycle:
-    """Changes the state of models. `notify` is called after each change; `stopping` is true once the server stops."""
+    """Changes the state of models. `notify` is called after each change, and `observer` with it; `stopping` is true
+    once the server stops.
+    """
 
-    def __init__(self, loader: Loader, notify: Callable[[], None]) -> None:
+    def __init__(self, loader: Loader, notify: Callable[[], None], observer: Observer) -> None:
         self.stopping = False
         self.grace = Grace()
         self._loader = loader
         self._notify = notify
+        self._observer = observer
 
     def stop(self, grace: float) -> None:
         """The server stops: no request gets more than `grace` seconds from now on."""
@@ -174,6 +178,7 @@ class Lifecycle:
     def _become(self, served: Served, state: ModelState, error: str | None = None) -> None:
         served.state = state
         served.error = None if error is None else without_paths(error, served.offer.root, served.name)
+        self._observer.changed(served.name, state)
         self._notify()
 
     async def _load(self, served: Served, target: str | None, before: tuple[ModelState, str | None]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +34,7 @@ from serving.host.catalog import Catalog
 from serving.host.inference import ANY, pipeline_of
 from serving.host.job import Driver, Job, Queued
 from serving.host.lifecycle import IDLE_SECONDS, Lifecycle, Loader
+from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
 from serving.host.served import Reservation, Run, Served
 from serving.host.states import ModelState, Status
@@ -42,18 +44,26 @@ log = logging.getLogger(__name__)
 
 
 class ModelHost:
-    """Holds models by name and runs requests on them. At first no model is loaded.
+    """Holds models by name and runs requests on them. At first no model is loaded. `observers` are called with
+    everything that happens.
 
     When the state of a model changes, `changed` is set and replaced by a new event. Raises InvalidInput for names that
     are invalid or used twice.
     """
 
     def __init__(
-        self, bundles: Iterable[Bundle | Offer], loader: Loader, limits: Limits | None = None, driver: Driver = drive
+        self,
+        bundles: Iterable[Bundle | Offer],
+        loader: Loader,
+        limits: Limits | None = None,
+        driver: Driver = drive,
+        observers: Sequence[Observer] = (),
     ) -> None:
         self.limits = limits or Limits()
+        self.counts = Counts()
+        self.observer: Observer = Observers([self.counts, *observers])
         self.changed = asyncio.Event()
-        self.lifecycle = Lifecycle(loader, self._notify)
+        self.lifecycle = Lifecycle(loader, self._notify, self.observer)
         self._turns = Turns(bounds.CHECKED.most)
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
         self._driver = driver
@@ -69,11 +79,11 @@ class ModelHost:
 
     def status(self, name: str) -> Status:
         """The status of a model. Raises NotFound with the nearest name."""
-        return self.catalog.find(name).status()
+        return replace(self.catalog.find(name).status(), counts=self.counts.of(name))
 
     def statuses(self) -> list[Status]:
         """The status of every model, sorted by name."""
-        return [served.status() for served in self.catalog]
+        return [self.status(served.name) for served in self.catalog]
 
     def ready(self) -> dict[str, str | None]:
         """The task of each model, None if it cannot be used now."""
@@ -84,7 +94,7 @@ class ModelHost:
         """The engine of each submodel of a loaded model. Raises NotFound, Unavailable."""
         return self.catalog.find(name).ready(ANY).engines
 
-    async def run(
+    def run(
         self, name: str, request: Request, timeout: float | None = None, client: str = ""
     ) -> AsyncGenerator[Event, None]:
         """Run a request: yields `Queued`, `Started`, the pipeline's events and `Done`. Closing the generator stops the
@@ -93,6 +103,12 @@ class ModelHost:
         `client` names the connection that sent it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
         DeadlineExceeded after `timeout` seconds, and the errors of the engine.
         """
+        known = name if name in self.catalog else ""
+        return observed(self._run(name, request, timeout, client), self.observer, known, request.task)
+
+    async def _run(
+        self, name: str, request: Request, timeout: float | None, client: str
+    ) -> AsyncGenerator[Event, None]:
         served = self.catalog.find(name)
         self._open()
         served.ready(request.task)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -33,7 +34,7 @@ class Status:
     """The current status of a model.
 
     `task` is known after the first load; `target`, `device`, `placements` and `notes` while the model is loaded;
-    `error` after a load that failed.
+    `error` after a load that failed. `counts` are those of `serving.host.observing.Counts`.
     """
 
     name: str
@@ -47,3 +48,4 @@ class Status:
     queued: int
     placements: tuple[SubmodelStatus, ...] = ()
     notes: tuple[str, ...] = ()
+    counts: Mapping[str, float] = field(default_factory=dict)

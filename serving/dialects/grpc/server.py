@@ -25,6 +25,7 @@ from runtime.placing.heap import return_freed_memory
 from serving.dialects.grpc import health, messages
 from serving.dialects.grpc.answering import answer
 from serving.dialects.grpc.intake import Intake
+from serving.dialects.grpc.recording import Recording
 from serving.dialects.grpc.reflected import enable_reflection
 from serving.dialects.grpc.status import Context
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
@@ -99,7 +100,7 @@ class Server:
         self.host = host
         self._intake = Intake()
         self._server = grpc.aio.server(
-            interceptors=[self._intake],
+            interceptors=[Recording(host.observer), self._intake],
             options=[*(OPTIONS | dict(options or {})).items()],
             maximum_concurrent_rpcs=limits.CALLS.most,
         )

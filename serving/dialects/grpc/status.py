@@ -68,7 +68,7 @@ async def reported(context: Context) -> AsyncIterator[None]:
     try:
         yield
     except EnginecastError as error:
-        await context.abort(code(error), fitting(str(error)), tuple(trailers(error)))
+        await context.abort(code(error), fitting(str(error)), (*(context.trailing_metadata() or ()), *trailers(error)))
     except grpc.aio.AbortError:
         raise
     except Exception:

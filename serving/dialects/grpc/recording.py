@@ -1,0 +1,76 @@
+"""A record of each call: its id, what called it, how it ended.
+
+A client may name its request in the metadata `x-request-id`; others get an id. The trailing metadata has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any, Final
+
+import grpc
+
+from runtime import limits
+from runtime.errors import InvalidInput
+from serving.dialects.grpc.status import ERROR_KEY, Context, reported
+from serving.host.observing import Observer, Record, recorded
+
+Handler = Any
+"""grpc.RpcMethodHandler, whose attributes the stubs lack."""
+ID_KEY: Final = "x-request-id"
+
+
+class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Records every call of a server. It comes before the interceptor that receives requests, whose handlers write
+    their responses themselves.
+    """
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    async def intercept_service(
+        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
+    ) -> Handler:
+        """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
+        handler = await continuation(details)
+        if handler is None:
+            return None
+        inner = handler.stream_stream or handler.stream_unary
+
+        async def call(messages: Any, context: Context) -> Any:
+            record = Record(method=details.method.removeprefix("/"), client=context.peer())
+            with recorded(record, self._observer):
+                try:
+                    async with reported(context):
+                        _name(record, context)
+                    return await inner(messages, context)
+                except asyncio.CancelledError:
+                    record.code = _left(context).name
+                    raise
+                except grpc.aio.AbortError:
+                    record.code = context.code().name  # that which the call was aborted with
+                    record.error = str(dict(context.trailing_metadata()).get(ERROR_KEY, ""))
+                    raise
+
+        if handler.response_streaming:
+            return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
+        return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+
+def _name(record: Record, context: Context) -> None:
+    """Take over the id that the client sent. Raises InvalidInput for an id that is too long."""
+    sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    context.set_trailing_metadata(((ID_KEY, record.id),))
+    if given := sent.get(ID_KEY):
+        limits.REQUEST_ID.length(ID_KEY, given)
+        if not given.isprintable():
+            raise InvalidInput(ID_KEY, "has characters that cannot be printed: use letters, digits and dashes")
+        record.id = given
+        context.set_trailing_metadata(((ID_KEY, record.id),))
+
+
+def _left(context: Context) -> grpc.StatusCode:
+    """The status of a call that gRPC cancelled."""
+    left = context.time_remaining()
+    return grpc.StatusCode.CANCELLED if left is None or left > 0 else grpc.StatusCode.DEADLINE_EXCEEDED
