@@ -45,8 +45,29 @@ class Settings:
         ),
     ] = None
     address: Annotated[
-        str, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. There is no TLS: keep it private.")
+        str,
+        typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. Other addresses than loopback need TLS."),
     ] = ADDRESS
+    tls_cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="PEM file of the server's certificate, with those that lead to its authority. Read again when it "
+            "changes.",
+        ),
+    ] = None
+    tls_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM file of its private key. Read again when it changes.")
+    ] = None
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="PEM file of an authority: only clients with a certificate of it may connect."
+        ),
+    ] = None
+    insecure: Annotated[
+        bool, typer.Option("--insecure/--no-insecure", help="Allow other addresses than loopback without TLS.")
+    ] = False
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

@@ -115,6 +115,7 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
         "coreml",
         "devices",
         "signing",
+        "tls",
         "export",
         "dev",
         "docs",

@@ -19,11 +19,13 @@ from runtime.pipeline import Call, Pipeline, Progress
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, decoded
-from serving.dialects.grpc.client import Client
+from serving.dialects.grpc.client import PLAIN, Client
+from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.server import Server
 from serving.host.models import ModelHost
 from serving.host.observing import Observer
 from serving.host.offers import Limits
+from serving.security.protection import OPEN, Security
 
 T = TypeVar("T")
 WORDS: Final = ("a ", "red ", "círcle")
@@ -155,7 +157,7 @@ class FakeServer:
     "talk". Models are loaded on request; with `ready`, both are loaded at the start.
 
     `folder` is an empty folder for the fake bundles, `options` are gRPC options, `observers` are called with all that
-    happens. A `with` block stops the server.
+    happens. `security` protects the server, and `client` is connected by `connection`. A `with` block stops the server.
     """
 
     def __init__(
@@ -165,6 +167,8 @@ class FakeServer:
         options: Mapping[str, int] | None = None,
         ready: bool = False,
         observers: Sequence[Observer] = (),
+        security: Security = OPEN,
+        connection: Connection = PLAIN,
     ) -> None:
         self.models = {"draw": FakeModel(), "talk": FakeAnswers()}
         self.loads: list[tuple[str, str | None]] = []
@@ -179,13 +183,13 @@ class FakeServer:
         async def start() -> Server:
             bundles = [bundle(folder, name) for name in self.models]
             self.host = ModelHost(bundles, self._load, limits or Limits(), observers=observers)
-            server = Server(self.host, "127.0.0.1:0", options)
+            server = Server(self.host, "127.0.0.1:0", options, security)
             await server.start()
             return server
 
         self.server = self.do(start())
         self.address = f"127.0.0.1:{self.server.port}"
-        self.client = Client(self.address)
+        self.client = Client(self.address, connection)
         if ready:
             self.load_all()
 

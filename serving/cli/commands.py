@@ -16,7 +16,16 @@ import typer
 
 from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
-from serving.cli.options import DeviceName, MemoryLimit, PlaceText, Target, placement, with_fields
+from serving.cli.options import (
+    ConnectionOptions,
+    DeviceName,
+    MemoryLimit,
+    PlaceText,
+    Target,
+    placement,
+    with_connection,
+    with_fields,
+)
 from serving.cli.task import task_commands
 from serving.settings import CONFIG, Settings, configure, names
 
@@ -85,7 +94,9 @@ for _command in task_commands():
 
 
 @app.command()
+@with_connection
 def devices(
+    connection: ConnectionOptions,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
     bundle: Annotated[
         Path | None, typer.Option(help="Show where the submodels of this bundle would be loaded, and what they take.")
@@ -100,11 +111,22 @@ def devices(
 ) -> None:
     """Devices of this machine, their features and memory; every target, whether it can be used here, and why not."""
     from serving.cli import overview
+    from serving.dialects.grpc.connection import Connection
 
     given = {"target": target, "device": device, "place": place, "memory_limit": memory_limit}
     for name in (name for name, value in given.items() if value and bundle is None):
         raise InvalidInput(name, "belongs to --bundle: it says where the submodels of one are loaded")
-    overview.show(overview.collect(bundle, target, device, placement(place, memory_limit, False), address), as_json)
+    overview.show(
+        overview.collect(
+            bundle,
+            target,
+            device,
+            placement(place, memory_limit, False),
+            address,
+            Connection(**connection.connection()),
+        ),
+        as_json,
+    )
 
 
 def _forward(context: typer.Context) -> None:

@@ -59,7 +59,45 @@ Strict = Annotated[
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ConnectionOptions:
+    """Options of every command that connects to a server. Each may also be in the environment."""
+
+    ca: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar="ENGINECAST_CA",
+            help="PEM file of the authority that the server's certificate must be of. Switches TLS on.",
+        ),
+    ] = None
+    cert: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", envvar="ENGINECAST_CERT", help="PEM file of your certificate, where a server requires one."
+        ),
+    ] = None
+    key: Annotated[
+        Path | None, typer.Option(metavar="FILE", envvar="ENGINECAST_KEY", help="PEM file of its private key.")
+    ] = None
+    token: Annotated[
+        str | None,
+        typer.Option(
+            envvar="ENGINECAST_TOKEN",
+            show_envvar=True,
+            help="Bearer token. Other users of this machine see arguments: prefer the variable.",
+        ),
+    ] = None
+    tls: Annotated[
+        bool, typer.Option("--tls", envvar="ENGINECAST_TLS", help="Connect with TLS, trusting the public authorities.")
+    ] = False
+
+    def connection(self) -> dict[str, Any]:
+        """These options, by the names of `enginecast.Client`."""
+        return {field.name: getattr(self, field.name) for field in fields(ConnectionOptions)}
+
+
+@dataclass(frozen=True)
+class ModelOptions(ConnectionOptions):
     """Options of every command that sends requests to a model: which model, where it runs, what is printed."""
 
     model: Annotated[
@@ -111,7 +149,7 @@ class ModelOptions:
             self._check_server()
             from serving.dialects.python.client import Client
 
-            return Client(self.address or ADDRESS, self.model)
+            return Client(self.address or ADDRESS, self.model, **self.connection())
         name, root = named(self.bundle)
         if self.model not in ("", name):
             raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
@@ -142,6 +180,8 @@ def with_fields(name: str, options: type[Any]) -> Callable[[Callable[..., None]]
     return lambda command: spread(command, name, spreading, options)
 
 
+with_connection: Final = with_fields("connection", ConnectionOptions)
+"""Decorates a command whose parameter `connection` is a `ConnectionOptions`."""
 with_model_options: Final = with_fields("where", ModelOptions)
 """Decorates a command whose parameter `where` is a `ModelOptions`."""
 

@@ -22,7 +22,8 @@ from runtime.placing.choices import measured
 from runtime.placing.devices import Machine, detect
 from runtime.placing.memory import show_size
 from runtime.placing.placement import PlacementOptions
-from serving.dialects.grpc.client import Client
+from serving.dialects.grpc.client import PLAIN, Client
+from serving.dialects.grpc.connection import Connection
 from serving.enginecast_pb import model_pb2
 
 WIDTH: Final = 160
@@ -31,7 +32,12 @@ SIZES: Final = ("memory", "free", "needs")
 
 
 def collect(
-    bundle: Path | None, target: str | None, device: str, placing: PlacementOptions, address: str | None
+    bundle: Path | None,
+    target: str | None,
+    device: str,
+    placing: PlacementOptions,
+    address: str | None,
+    connection: Connection = PLAIN,
 ) -> dict[str, Any]:
     """The rows of each table by its name, for JSON: sizes in bytes, null where they are not known.
 
@@ -48,7 +54,7 @@ def collect(
     if bundle is not None:
         found |= _placed(Bundle(bundle), target, device, placing, machine)
     if address is not None:
-        with Client(address) as client:
+        with Client(address, connection) as client:
             models = client.models()
         found["models"] = [{"model": model.name, **_running(one)} for model in models for one in model.placements]
         found["notes"] += [f"{model.name}: {note}" for model in models for note in model.notes]

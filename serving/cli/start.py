@@ -16,16 +16,18 @@ from serving.host.job import Model
 from serving.host.lifecycle import Loader
 from serving.host.models import ModelHost
 from serving.host.offers import Limits, Offer
+from serving.security.protection import Security
+from serving.security.tls import TlsFiles
 from serving.settings import Settings
 
 
 def start(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM."""
-    load, offered = loader(settings), offers(settings)
+    load, offered, protection = loader(settings), offers(settings), security(settings)
 
     async def run() -> None:
         host = ModelHost(offered, load, Limits(max_queue=settings.max_queue, grace_seconds=settings.grace))
-        await server.serve(host, settings.address, lambda line: print(line, flush=True))
+        await server.serve(host, settings.address, lambda line: print(line, flush=True), protection)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(run())
@@ -54,3 +56,9 @@ def loader(settings: Settings) -> Loader:
         return load_model(bundle, requested or settings.target, options, placing, key)
 
     return load
+
+
+def security(settings: Settings) -> Security:
+    """How the server is protected."""
+    tls = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
+    return Security(tls, settings.insecure)

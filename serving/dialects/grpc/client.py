@@ -12,11 +12,11 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
-from runtime import limits
 from serving.dialects.grpc import status
+from serving.dialects.grpc.connection import Connection
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2, model_pb2_grpc
 
-OPTIONS: Final = (("grpc.max_receive_message_length", 64 << 20), ("grpc.max_send_message_length", limits.MESSAGE.most))
+PLAIN: Final = Connection()
 
 Response = TypeVar("Response", covariant=True)
 
@@ -48,11 +48,13 @@ class Responses(Iterator[Response]):
 class Client:
     """A connection to a server at "host:port". Every method raises errors of `runtime.errors`; `timeout` is in seconds.
 
-    Closing a stream or ending the program cancels the request on the server.
+    Closing a stream or ending the program cancels the request on the server. Raises InvalidInput and NotFound for a
+    `connection` that cannot be made.
     """
 
-    def __init__(self, address: str) -> None:
-        self._channel = grpc.insecure_channel(address, options=OPTIONS)
+    def __init__(self, address: str, connection: Connection = PLAIN) -> None:
+        self._channel = connection.channel(address)
+        self._metadata = connection.metadata
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -74,7 +76,7 @@ class Client:
             request_serializer=type(request).SerializeToString,
             response_deserializer=GetMessageClass(method.output_type).FromString,
         )
-        return Responses(call(request, timeout=timeout))
+        return Responses(call(request, timeout=timeout, metadata=self._metadata))
 
     def generate(
         self, request: image_pb2.GenerateRequest, timeout: float | None = None
@@ -90,7 +92,7 @@ class Client:
         """Every model of the server, sorted by name."""
         with _raised():
             response: model_pb2.ListModelsResponse = self._model.ListModels(
-                model_pb2.ListModelsRequest(), timeout=timeout
+                model_pb2.ListModelsRequest(), timeout=timeout, metadata=self._metadata
             )
             return list(response.models)
 
@@ -98,7 +100,7 @@ class Client:
         """The current status of one model."""
         with _raised():
             response: model_pb2.GetModelResponse = self._model.GetModel(
-                model_pb2.GetModelRequest(name=name), timeout=timeout
+                model_pb2.GetModelRequest(name=name), timeout=timeout, metadata=self._metadata
             )
             return response.model
 
@@ -106,7 +108,9 @@ class Client:
         """Load a model and wait until it is ready."""
         request = model_pb2.LoadModelRequest(name=name, target=target)
         with _raised():
-            response: model_pb2.LoadModelResponse = self._model.LoadModel(request, timeout=timeout)
+            response: model_pb2.LoadModelResponse = self._model.LoadModel(
+                request, timeout=timeout, metadata=self._metadata
+            )
             return response.model
 
     def unload(self, name: str, grace_seconds: float | None = None, timeout: float | None = None) -> model_pb2.Model:

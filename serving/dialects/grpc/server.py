@@ -20,10 +20,11 @@ from google.protobuf.message_factory import GetMessageClass
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime import limits
-from runtime.errors import EnginecastError, InvalidInput, Unavailable
+from runtime.errors import EnginecastError, Unavailable
 from runtime.placing.heap import return_freed_memory
 from serving.dialects.grpc import health, messages
 from serving.dialects.grpc.answering import answer
+from serving.dialects.grpc.connection import server_credentials
 from serving.dialects.grpc.intake import Intake
 from serving.dialects.grpc.recording import Recording
 from serving.dialects.grpc.reflected import enable_reflection
@@ -32,6 +33,8 @@ from serving.dialects.grpc.task import GrpcTask, grpc_tasks
 from serving.dialects.kserve.servicer import InferenceServicer
 from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
+from serving.security.protection import OPEN, Security
+from serving.security.tls import TlsFiles
 
 log = logging.getLogger(__name__)
 
@@ -92,11 +95,19 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 class Server:
     """A gRPC server of a host, listening on `address`. For port 0 the system chooses one; `port` is the result.
 
-    `options` are gRPC options that override OPTIONS. Raises InvalidInput for a malformed address, Unavailable if it
-    cannot be bound. Needs a running event loop.
+    `options` are gRPC options that override OPTIONS. Raises InvalidInput for an address that is malformed or may not be
+    listened on with this `security`, Unavailable if it cannot be bound, and the errors of the files. Needs a running
+    event loop.
     """
 
-    def __init__(self, host: ModelHost, address: str, options: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        host: ModelHost,
+        address: str,
+        options: Mapping[str, int] | None = None,
+        security: Security = OPEN,
+    ) -> None:
+        security.check(address)
         self.host = host
         self._intake = Intake()
         self._server = grpc.aio.server(
@@ -111,7 +122,7 @@ class Server:
         files = model_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR
         others = [service for file in files for service in file.services_by_name.values()]
         enable_reflection([*(task.service for task in grpc_tasks().values()), *others], self._server)
-        self.port = _bind(self._server, address)
+        self.port = _bind(self._server, address, security.tls)
 
     async def start(self) -> None:
         """Accept calls."""
@@ -128,7 +139,7 @@ class Server:
         return free
 
 
-async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) -> None:
+async def serve(host: ModelHost, address: str, announce: Callable[[str], None], security: Security = OPEN) -> None:
     """Load every model of the host and serve until SIGINT or SIGTERM, then stop gracefully. A second signal ends the
     process at once.
 
@@ -138,7 +149,7 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None]) 
     when it is ready or fails. Raises the error of a model if all fail, and the errors of `Server`.
     """
     return_freed_memory(most_arenas=2)
-    server = Server(host, address)
+    server = Server(host, address, security=security)
     stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
     await server.start()
     announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
@@ -204,14 +215,13 @@ def _leave() -> NoReturn:
     os._exit(0)
 
 
-def _bind(server: grpc.aio.Server, address: str) -> int:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or int(port) > 65535:
-        raise InvalidInput(
-            "address", f"'{address}' is none, expected HOST:PORT such as 127.0.0.1:50051 (port 0 takes any free one)"
-        )
+def _bind(server: grpc.aio.Server, address: str, tls: TlsFiles | None) -> int:
     try:
-        return server.add_insecure_port(address)
+        return (
+            server.add_insecure_port(address)
+            if tls is None
+            else server.add_secure_port(address, server_credentials(tls))
+        )
     except RuntimeError:
         raise Unavailable(
             f"cannot listen on {address}: the port is in use, or the address is not one of this machine's. Choose "

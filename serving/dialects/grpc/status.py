@@ -31,6 +31,16 @@ FIELD_LENGTH: Final = 200
 MESSAGE_BYTES: Final = 4096
 """Longest message sent. It travels percent-encoded in the trailers, which gRPC limits to 8 KiB."""
 
+NO_ANSWER: Final = (
+    "no server answers there, or it went away: start one with `enginecast serve`, check the address, and whether the "
+    "server requires TLS or a certificate of yours: "
+)
+HANDSHAKE: Final = (
+    "the server could not be trusted, or does not use TLS: check the authority's certificate (--ca), and that the "
+    "server's has not expired and names this host: "
+)
+"""Advice on gRPC's own UNAVAILABLE."""
+
 CODES: Final[dict[type[EnginecastError], grpc.StatusCode]] = {
     errors.InvalidInput: grpc.StatusCode.INVALID_ARGUMENT,
     errors.NotFound: grpc.StatusCode.NOT_FOUND,
@@ -102,7 +112,7 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
     found = getattr(errors, metadata.get(ERROR_KEY, ""), None)
     if not (isinstance(found, type) and issubclass(found, EnginecastError)):
         found = {code: kind for kind, code in reversed(CODES.items())}.get(status, EnginecastError)
-        advice = "no server answers there, or it went away: start one with `enginecast serve`, or check the address: "
+        advice = HANDSHAKE if "handshake" in message.lower() else NO_ANSWER
         message = f"{advice if found is errors.Unavailable else ''}{message} (gRPC status {status.name})"
     error = found.__new__(found, message)  # some constructors take the parts of a message
     if isinstance(error, InvalidInput):

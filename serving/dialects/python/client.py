@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from runtime.pipeline import Event
 from runtime.task import Request
 from serving.dialects.grpc import client as grpc
+from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.task import grpc_tasks
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -22,16 +24,42 @@ class Client(Session):
         with enginecast.Client("127.0.0.1:50051", model="mine") as client:
             client.generate("a red fox in the snow").save("fox.png")
 
+    A request that ends with Unavailable before its first event is sent again, after waits that grow and vary at random.
+
     Args:
-        address: "host:port" of `enginecast serve`. There is no TLS.
+        address: "host:port" of `enginecast serve`.
         model: Name of the model, as the server lists it (`models`).
         timeout: Seconds that a request may take, waiting included; DeadlineExceeded is raised then. None is no limit.
+        token: A bearer token for a server that requires one. It is sent with TLS, or on loopback only.
+        ca: PEM file of the certificate authority that the server's certificate must be of. Switches TLS on.
+        cert: PEM file of a certificate of this client, for servers that require one (mutual TLS).
+        key: PEM file of its private key.
+        tls: Connect with TLS and trust the public authorities.
+        attempts: How often a request is sent at most, 1 to 5.
+        backoff: Seconds before the second attempt; they double with each further one.
+
+    Raises:
+        InvalidInput: An option is wrong, or the token would travel unencrypted.
+        NotFound: A file does not exist.
     """
 
-    def __init__(self, address: str, model: str = "", *, timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        model: str = "",
+        *,
+        timeout: float | None = None,
+        token: str | None = None,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        tls: bool = False,
+        attempts: int = Connection.attempts,
+        backoff: float = Connection.backoff,
+    ) -> None:
         self.model = model
         self.timeout = timeout
-        self._client = grpc.Client(address)
+        self._client = grpc.Client(address, Connection(ca, cert, key, token, tls, attempts, backoff))
 
     def __enter__(self) -> Client:
         return self

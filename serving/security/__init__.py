@@ -1,0 +1,1 @@
+"""How a server is protected, whatever protocol it speaks: TLS, tokens, scopes, the audit log."""
