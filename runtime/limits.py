@@ -66,7 +66,7 @@ METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default;
 MODEL_NAME: Final = Limit(
     "model name", 200, "characters", "long enough for every name",
     (*(f"{request}.model" for request in (IMAGE, CHAT, EMBED)),
-        *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload")), "HealthCheckRequest.service",
+        *(f"{call}ModelRequest.name" for call in ("Get", "Load", "Unload", "Reload")), "HealthCheckRequest.service",
         *(f"{INFER}.{name}" for name in ("model_name", "model_version", "id")),
         *(f"Model{call}Request.{name}" for call in ("Ready", "Metadata") for name in ("name", "version")),
         "InferInputTensor.name", "InferInputTensor.datatype", "InferRequestedOutputTensor.name",
@@ -83,6 +83,11 @@ NAME: Final = Limit(
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
 )
+KEEP_ALIVE: Final = Limit(
+    "keep-alive", 604_800, "seconds, a negative number is endless", "a week; memory is for those who use it",
+    (*(f"{request}.keep_alive_seconds" for request in (IMAGE, CHAT, EMBED)), "LoadModelRequest.keep_alive_seconds"),
+    least=-1,
+)  # fmt: skip
 PROMPT: Final = Limit(
     "prompt, negative prompt",
     10_000,

@@ -79,6 +79,22 @@ class Settings:
         typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
     ] = None
     threads: Threads = 0
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME",
+            help="How long models stay loaded if nobody uses them, such as 90 (seconds), 5m, 0 or endless. Requests "
+            "may state another time. Default: models named on the command line always stay.",
+        ),
+    ] = None
+    models_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory that all loaded models together may take on each device, such as 24GiB. Loading another one "
+            "unloads models that nobody uses, the least recently used first. Models that always stay are not unloaded.",
+        ),
+    ] = None
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16
     grace: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")

@@ -31,16 +31,16 @@ T = TypeVar("T")
 WORDS: Final = ("a ", "red ", "círcle")
 
 
-def bundle(folder: Path, name: str) -> Bundle:
+def bundle(folder: Path, name: str, task: str = ImageRequest.task) -> Bundle:
     """A bundle that has only a manifest."""
     root = folder / name
-    root.mkdir()
+    root.mkdir(parents=True)
     source = Source(name=name, family="fake", architecture="Fake", fingerprint="")
     manifest = Manifest(
         name=name,
         key="",
         pipeline="fake",
-        task=ImageRequest.task,
+        task=task,
         quant="none",
         source=source,
         submodels=(),
@@ -181,7 +181,7 @@ class FakeServer:
         self.stopped = False
 
         async def start() -> Server:
-            bundles = [bundle(folder, name) for name in self.models]
+            bundles = [bundle(folder, name, model.task) for name, model in self.models.items()]
             self.host = ModelHost(bundles, self._load, limits or Limits(), observers=observers)
             server = Server(self.host, "127.0.0.1:0", options, security)
             await server.start()
@@ -203,9 +203,9 @@ class FakeServer:
         """Run a coroutine on the server's loop."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout)
 
-    def _load(self, bundle: Bundle | Path, target: str | None) -> FakeModel:
+    def _load(self, bundle: Bundle, target: str | None) -> FakeModel:
         assert self.load_gate.wait(20)
-        name = bundle.name  # `bundle` is a folder if the bundle could not be opened
+        name = bundle.name
         self.loads.append((name, target))
         if self.load_failure is not None:
             raise self.load_failure

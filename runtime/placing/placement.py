@@ -121,15 +121,36 @@ def place(
     Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, and ResourceExhausted if no memory
     is large enough.
     """
+    allowed = _allowed(bundle, wanted, device, placing, machine)
+    allowed = {name: [one for one in where if one not in avoid] or where for name, where in allowed.items()}
+    return _fit(bundle.manifest.submodels, allowed, placing.memory_limit, machine)
+
+
+def needs(
+    bundle: Bundle, wanted: str | None, device: str, placing: PlacementOptions, machine: Machine
+) -> dict[str, int]:
+    """Estimated bytes that a bundle takes of each memory, by the name of its device, where there is room for all of it.
+    The arguments and errors are those of `place`, without ResourceExhausted.
+    """
+    found: dict[str, int] = {}
+    for name, places in _allowed(bundle, wanted, device, placing, machine).items():
+        first = places[0]
+        found[first.memory] = found.get(first.memory, 0) + _estimate(bundle.submodel(name), first)
+    limit = placing.memory_limit
+    return {memory: nbytes if limit is None else min(nbytes, limit) for memory, nbytes in found.items()}
+
+
+def _allowed(
+    bundle: Bundle, wanted: str | None, device: str, placing: PlacementOptions, machine: Machine
+) -> dict[str, list[Place]]:
+    """Places of every submodel, in order of preference."""
     submodels = bundle.manifest.submodels
     places = usable(bundle, order(bundle, wanted, placing, machine), device, machine)
     fixed = {
         name: _usable_for(bundle, name, where, places, placing, machine)
         for name, where in _by_name(placing.place, submodels).items()
     }
-    allowed = {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
-    allowed = {name: [one for one in where if one not in avoid] or where for name, where in allowed.items()}
-    return _fit(submodels, allowed, placing.memory_limit, machine)
+    return {submodel.name: fixed.get(submodel.name, places) for submodel in submodels}
 
 
 def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[str, str]:

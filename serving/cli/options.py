@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 
 import typer
 
+from runtime import limits
 from runtime.command import spread
 from runtime.errors import InvalidInput
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from runtime.task import Request
     from serving.dialects.python.session import Session
 
+UNITS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86_400}
+"""Seconds of the units of time."""
 ADDRESS: Final = "127.0.0.1:50051"
 UINT32: Final = 2**32 - 1
 
@@ -118,6 +122,12 @@ class ModelOptions(ConnectionOptions):
     memory_limit: MemoryLimit = None
     strict: Strict = False
     threads: Threads = 0
+    keep_alive: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="How long a server's model stays loaded after this if nobody uses it: 5m, 0, endless."
+        ),
+    ] = None
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")
     ] = False
@@ -145,11 +155,14 @@ class ModelOptions(ConnectionOptions):
     def _open(self, request: Request) -> Session:
         options = engine_options(self.device, self.threads)
         placing = placement(self.place, self.memory_limit, self.strict)
+        keep_alive = parse_keep_alive(self.keep_alive)
         if self.bundle is None:
             self._check_server()
             from serving.dialects.python.client import Client
 
-            return Client(self.address or ADDRESS, self.model, **self.connection())
+            return Client(self.address or ADDRESS, self.model, keep_alive=keep_alive, **self.connection())
+        if keep_alive is not None:
+            raise InvalidInput("keep_alive", "and --bundle exclude each other: it is loaded for this command alone")
         name, root = named(self.bundle)
         if self.model not in ("", name):
             raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
@@ -196,6 +209,20 @@ def named(text: str) -> tuple[str, Path]:
     if not name or not folder:
         raise InvalidInput("bundle", f"is '{text}', expected DIR or NAME=DIR")
     return name, Path(folder)
+
+
+def parse_keep_alive(text: str | None) -> float | None:
+    """Seconds of a time such as 90, 5m, 1h or endless, which is -1. Raises InvalidInput."""
+    if text is None:
+        return None
+    if text.strip() in ("endless", "-1"):
+        return -1.0
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,3})?)\s*([smhd]?)", text.strip(), re.ASCII)
+    if found is None:
+        raise InvalidInput("keep_alive", f"is '{text}', expected a time such as 90, 5m or 1h, or 'endless'")
+    seconds = float(found[1]) * UNITS[found[2]]
+    limits.KEEP_ALIVE.number("keep_alive", seconds)
+    return seconds
 
 
 def engine_options(device: str, threads: int) -> Options:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from pathlib import Path
 
 from runtime.bundle import signing
 from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
+from runtime.placing.devices import detect
 from runtime.placing.loading import load_model
-from serving.cli.options import caching, engine_options, named, placement
+from runtime.placing.memory import parse_size
+from runtime.placing.placement import PlacementOptions, needs
+from serving.cli.options import caching, engine_options, named, parse_keep_alive, placement
 from serving.dialects.grpc import server
 from serving.host.job import Model
 from serving.host.lifecycle import Loader
 from serving.host.models import ModelHost
-from serving.host.offers import Limits, Offer
+from serving.host.offers import ENDLESS, Limits, Offer
+from serving.host.residency import Memory
 from serving.security.protection import Security
 from serving.security.tls import TlsFiles
 from serving.settings import Settings
@@ -23,10 +26,11 @@ from serving.settings import Settings
 
 def start(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM."""
-    load, offered, protection = loader(settings), offers(settings), security(settings)
+    load, offered, models_memory, protection = loader(settings), offers(settings), memory(settings), security(settings)
 
     async def run() -> None:
-        host = ModelHost(offered, load, Limits(max_queue=settings.max_queue, grace_seconds=settings.grace))
+        limits = Limits(max_queue=settings.max_queue, grace_seconds=settings.grace)
+        host = ModelHost(offered, load, limits, memory=models_memory)
         await server.serve(host, settings.address, lambda line: print(line, flush=True), protection)
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -37,22 +41,40 @@ def offers(settings: Settings) -> list[Offer]:
     """The bundles to serve. Raises the first error if none can be opened."""
     if not settings.bundles:
         raise InvalidInput("bundles", "are missing: name the folders to serve, as in `enginecast serve bundles/mine`")
-    found = [Offer.of(root, name) for name, root in map(named, settings.bundles)]
+    keep_alive = parse_keep_alive(settings.keep_alive)
+    if keep_alive is not None and keep_alive < 0:
+        keep_alive = ENDLESS
+    found = [Offer.of(root, name, keep_alive) for name, root in map(named, settings.bundles)]
     if all(offer.error for offer in found):
         raise next(offer.error for offer in found if offer.error)
     return found
 
 
+def memory(settings: Settings) -> Memory:
+    """The memory for all models. Raises InvalidInput."""
+    options, placing = engine_options(settings.device, settings.threads), placing_of(settings)
+    most = None if settings.models_memory is None else parse_size("models_memory", settings.models_memory)
+
+    def estimate(bundle: Bundle, target: str | None) -> dict[str, int]:
+        return needs(bundle, target or settings.target, options.device, placing, detect())
+
+    return Memory(most, estimate)
+
+
+def placing_of(settings: Settings) -> PlacementOptions:
+    """Where submodels run. Raises InvalidInput."""
+    return caching(placement(settings.place, settings.memory_limit, settings.strict), settings.picture_cache)
+
+
 def loader(settings: Settings) -> Loader:
     """Loads bundles as the settings say."""
     options = engine_options(settings.device, settings.threads)
-    placing = placement(settings.place, settings.memory_limit, settings.strict)
-    placing = caching(placing, settings.picture_cache)
+    placing = placing_of(settings)
     key = settings.require_signature
     if key is not None:
         signing.public_key(key)  # a wrong key fails at once
 
-    def load(bundle: Bundle | Path, requested: str | None) -> Model:
+    def load(bundle: Bundle, requested: str | None) -> Model:
         return load_model(bundle, requested or settings.target, options, placing, key)
 
     return load

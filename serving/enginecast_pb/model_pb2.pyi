@@ -34,7 +34,14 @@ MODEL_KIND_CHAT: ModelKind
 MODEL_KIND_EMBED: ModelKind
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes")
+    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds")
+    class MemoryBytesEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +53,11 @@ class Model(_message.Message):
     QUEUED_FIELD_NUMBER: _ClassVar[int]
     PLACEMENTS_FIELD_NUMBER: _ClassVar[int]
     NOTES_FIELD_NUMBER: _ClassVar[int]
+    LOADS_ON_DEMAND_FIELD_NUMBER: _ClassVar[int]
+    RELOADING_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    UNLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     kind: ModelKind
@@ -57,7 +69,12 @@ class Model(_message.Message):
     queued: int
     placements: _containers.RepeatedCompositeFieldContainer[Placement]
     notes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ...) -> None: ...
+    loads_on_demand: bool
+    reloading: bool
+    memory_bytes: _containers.ScalarMap[str, int]
+    idle_seconds: float
+    unload_seconds: float
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("submodel", "target", "device", "precision", "fallbacks", "choices")
@@ -98,12 +115,14 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class LoadModelRequest(_message.Message):
-    __slots__ = ("name", "target")
+    __slots__ = ("name", "target", "keep_alive_seconds")
     NAME_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ALIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     name: str
     target: str
-    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ...) -> None: ...
+    keep_alive_seconds: float
+    def __init__(self, name: _Optional[str] = ..., target: _Optional[str] = ..., keep_alive_seconds: _Optional[float] = ...) -> None: ...
 
 class LoadModelResponse(_message.Message):
     __slots__ = ("model",)
@@ -120,6 +139,18 @@ class UnloadModelRequest(_message.Message):
     def __init__(self, name: _Optional[str] = ..., grace_seconds: _Optional[float] = ...) -> None: ...
 
 class UnloadModelResponse(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: Model
+    def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class ReloadModelRequest(_message.Message):
+    __slots__ = ("name",)
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    def __init__(self, name: _Optional[str] = ...) -> None: ...
+
+class ReloadModelResponse(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]
     model: Model

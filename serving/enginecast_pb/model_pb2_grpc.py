@@ -54,6 +54,11 @@ class ModelServiceStub:
                 request_serializer=enginecast_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
                 response_deserializer=enginecast_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
                 _registered_method=True)
+        self.ReloadModel = channel.unary_unary(
+                '/enginecast.v1.ModelService/ReloadModel',
+                request_serializer=enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+                response_deserializer=enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -75,15 +80,25 @@ class ModelServiceServicer:
 
     def LoadModel(self, request, context):
         """Load a model and respond when it is ready. Loading a ready model changes nothing. UNAVAILABLE while it is loading
-        or unloading. If loading on a requested target fails, the state of the model does not change.
+        or unloading. If loading on a requested target fails, or if there is no memory for it (RESOURCE_EXHAUSTED), the
+        state of the model does not change.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Let a model's requests finish, free its engines, and respond when that is done. Unloading a model that is not
-        loaded changes nothing.
+        """Let a model's requests finish, free its engines, and respond when that is done. Requests do not load it again until
+        LoadModel does. Unloading a model that is not loaded does this alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReloadModel(self, request, context):
+        """Load the bundle that is in a model's folder now, and respond when it is ready. A loaded model serves until then.
+        New requests then go to the new one, those that run finish on the old one. If loading fails, or if there is no
+        memory for both (RESOURCE_EXHAUSTED), the old one goes on. UNAVAILABLE while the model changes otherwise.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,6 +126,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.UnloadModel,
                     request_deserializer=enginecast_dot_v1_dot_model__pb2.UnloadModelRequest.FromString,
                     response_serializer=enginecast_dot_v1_dot_model__pb2.UnloadModelResponse.SerializeToString,
+            ),
+            'ReloadModel': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReloadModel,
+                    request_deserializer=enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.FromString,
+                    response_serializer=enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -221,6 +241,33 @@ class ModelService:
             '/enginecast.v1.ModelService/UnloadModel',
             enginecast_dot_v1_dot_model__pb2.UnloadModelRequest.SerializeToString,
             enginecast_dot_v1_dot_model__pb2.UnloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReloadModel(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginecast.v1.ModelService/ReloadModel',
+            enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
+            enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,6 +34,13 @@ class Catalog:
             )
         self._models[offer.name] = served
 
+    def replace(self, served: Served, by: Served) -> bool:
+        """Serve another bundle by the name of a model. Returns False if the model was removed."""
+        if self._models.get(served.name) is not served:
+            return False
+        self._models[served.name] = by
+        return True
+
     def find(self, name: str) -> Served:
         """The model that a request names. Raises InvalidInput without a name, NotFound with the nearest name."""
         if not name:

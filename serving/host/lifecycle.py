@@ -9,34 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from pathlib import Path
+from time import monotonic
 from typing import Any, Final
 
+from runtime import limits
 from runtime.bundle.manifest import Bundle
-from runtime.errors import EnginecastError, EngineError, InvalidInput, Unavailable
+from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
+from runtime.placing.memory import of_process
 from serving.dialects.grpc.shown import without_paths
 from serving.host.job import Model
 from serving.host.observing import Observer
+from serving.host.residency import KeepAlive, Memory, measured
 from serving.host.served import Served
 from serving.host.states import ModelState
 
 log = logging.getLogger(__name__)
 
-Loader = Callable[[Bundle | Path, str | None], Model]
-"""Loads a bundle for a target, None for the best usable one. Takes the bundle that was opened, or its folder if that
-failed.
-"""
+Loader = Callable[[Bundle, str | None], Model]
+"""Loads a bundle for a target, None for the best usable one."""
 STUCK_SECONDS: Final = 30.0
 """Seconds to wait for the current step of an engine when a model is unloaded. Its thread is abandoned then."""
 IDLE_SECONDS: Final = 0.7
 """The same when the server stops."""
+STOPPING: Final = "the server is stopping: try again when it runs again"
 
 
 class Grace:
-    """Waits for requests during a grace period. The server's own grace period ends all others."""
+    """Waits during a grace period. The server's own grace period ends all others."""
 
     def __init__(self) -> None:
         self._over = asyncio.Event()
@@ -45,17 +46,15 @@ class Grace:
         """The server stops: all grace periods end within this time."""
         asyncio.get_running_loop().call_later(seconds, self._over.set)
 
-    async def wait(self, futures: Collection[Future[None]], seconds: float) -> bool:
-        """Wait `seconds`, or less if the server stops, and return whether all futures are done."""
-        if not futures:
-            return True
-        over = asyncio.create_task(self._over.wait())
-        done = asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+    async def wait(self, work: Coroutine[Any, Any, Any], seconds: float) -> bool:
+        """Wait `seconds`, or less if the server stops, and return whether the work is done."""
+        over, done = asyncio.create_task(self._over.wait()), asyncio.create_task(work)
         try:
             await asyncio.wait((over, done), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             return done.done()
         finally:
             over.cancel()
+            done.cancel()
 
 
 class Lifecycle:
@@ -63,31 +62,54 @@ class Lifecycle:
     once the server stops.
     """
 
-    def __init__(self, loader: Loader, notify: Callable[[], None], observer: Observer) -> None:
+    def __init__(self, loader: Loader, memory: Memory, notify: Callable[[], None], observer: Observer) -> None:
         self.stopping = False
         self.grace = Grace()
+        self.loaded: set[Served] = set()
+        """Models that hold memory."""
+        self.keep_alive = KeepAlive(lambda served: self.unload(served, 0))
         self._loader = loader
+        self._memory = memory
         self._notify = notify
         self._observer = observer
+        self._stopped = asyncio.Event()
+        self._one_by_one = asyncio.Lock()
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def stop(self, grace: float) -> None:
-        """The server stops: no request gets more than `grace` seconds from now on."""
+        """The server stops: no request gets more than `grace` seconds from now on, and nothing is loaded for one."""
         self.stopping = True
+        self._stopped.set()
+        self.keep_alive.close()
         self.grace.begin(grace)
         self._notify()
 
     def settled(self, served: Served) -> None:
         """Raise Unavailable while a change is under way."""
-        if served.change is not None:
-            raise Unavailable(f"model {served.name} is {served.state.value}: try again when it is done")
+        if served.change is not None or served.replacing is not None:
+            doing = "being reloaded" if served.change is None else served.state.value
+            raise Unavailable(f"model {served.name} is {doing}: try again when it is done")
 
-    async def load(self, served: Served, target: str | None) -> None:
-        """Load a model. If a requested `target` fails, its state does not change. Raises Unavailable and the errors of
-        loading.
+    async def load(self, served: Served, target: str | None = None, keep_alive: float | None = None) -> None:
+        """Load a model; without requests it stays for `keep_alive` seconds. If there is no room for it, or if a
+        requested `target` fails, its state does not change. Raises Unavailable and the errors of loading.
         """
         self.settled(served)
         before = served.state, served.error
-        await self._change(served, ModelState.LOADING, self._load(served, target, before))
+        await self._change(served, ModelState.LOADING, self._load(served, target, keep_alive, before))
+
+    async def use(self, served: Served) -> None:
+        """Wait until a model is ready, if it is or may be loaded for a request. Otherwise returns at once.
+
+        Raises Unavailable if the server stops, and the errors of loading.
+        """
+        while served.state is not ModelState.READY and not self.stopping:
+            if served.change is not None and not served.withheld:
+                await self._join(served, served.change)
+            elif served.change is None and served.on_demand:
+                await self.load(served)
+            else:
+                return
 
     async def unload(self, served: Served, grace: float) -> None:
         """Let the requests of a model finish, stop the rest after `grace` seconds, free its engines. Raises
@@ -97,22 +119,82 @@ class Lifecycle:
         if served.state is ModelState.READY:
             await self._change(served, ModelState.UNLOADING, self._unload(served, grace))
 
+    async def replace(self, served: Served, by: Served, done: Callable[[], None]) -> None:
+        """Load `by` beside a model that is ready, call `done`, then unload the model when its requests have ended.
+
+        If loading fails, the model goes on serving, with the reason in its status. Raises Unavailable and the errors of
+        loading.
+        """
+        self.settled(served)
+
+        async def work() -> None:
+            try:
+                await self._load(by, None, None, (ModelState.UNLOADED, None))
+            except Exception as error:
+                served.error = self._shown(served, f"reloading failed, and the model of before goes on: {error}")
+                by.workers.shutdown(wait=False)
+                raise
+            finally:
+                served.replacing = None
+                self.keep_alive.used(served)
+            by.hidden = False
+            done()
+            self.leave(served, limits.GRACE.most)
+
+        served.error, by.hidden = None, True
+        served.replacing = asyncio.create_task(work())
+        self._notify()
+        await self._finished(served, served.replacing)
+
+    def leave(self, served: Served, grace: float) -> None:
+        """Unload a model that requests cannot name any more, after the others have ended or `grace` seconds."""
+        served.hidden = True
+        task = asyncio.create_task(self._leave(served, grace))
+        self._leaving.add(task)
+        task.add_done_callback(self._leaving.discard)
+
+    async def _leave(self, served: Served, grace: float) -> None:
+        while changes := {task for task in (served.change, served.replacing) if task is not None}:
+            await asyncio.wait(changes)
+        if served.places:
+            await self.grace.wait(served.vacated.wait(), grace)
+        served.withheld = True
+        with suppress(EnginecastError):  # the server stops and unloads it
+            await self.unload(served, 0)
+        served.workers.shutdown(wait=False)
+
+    async def _join(self, served: Served, change: asyncio.Task[None]) -> None:
+        """Wait for a change that another caller began. Raises its error if loading failed, Unavailable if the server
+        stops.
+        """
+        loading = served.state is ModelState.LOADING
+        stopped = asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait((stopped, change), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+        if self.stopping:
+            raise Unavailable(STOPPING)
+        if loading and served.state is ModelState.FAILED and isinstance(error := change.exception(), Exception):
+            raise served.concealed(error) if isinstance(error, EnginecastError) else error
+
     def failed(self, served: Served, error: EngineError) -> None:
         """A request ended with an error of an engine: check the engines, as a device may be lost."""
         if served.state is ModelState.READY and served.check is None and not self.stopping:
             served.check = asyncio.create_task(self._check(served, error))
 
     async def shut(self, served: Served, grace: float) -> bool:
-        """Unload a model and return whether that succeeded. Does not wait for a model that is loading."""
+        """Unload a model and return whether that succeeded. Does not wait for what is loading."""
         changes = {task for task in (served.change, served.check) if task is not None}
         if changes:
             await asyncio.wait(changes, timeout=IDLE_SECONDS if served.state is ModelState.LOADING else None)
         if served.change is not None:
             log.warning("model %s is still %s: its thread is abandoned", served.name, served.state.value)
             return False
-        with suppress(Exception):  # the error was logged
-            await self.unload(served, grace)
-        return served.model is None and not served.runs
+        if served.state is ModelState.READY:
+            with suppress(Exception):  # the error was logged
+                await self._change(served, ModelState.UNLOADING, self._unload(served, grace))
+        return served.model is None and not served.runs and served.replacing is None
 
     async def _change(self, served: Served, state: ModelState, work: Coroutine[Any, Any, None]) -> None:
         """Run a change to its end, also if the caller leaves: engines of a half loaded model would have no owner.
@@ -126,6 +208,13 @@ class Lifecycle:
             finally:
                 served.change = None  # in one turn with the state: who waits for the state may change it again
 
+        self._become(served, state)
+        served.change = asyncio.create_task(settle())
+        await self._finished(served, served.change)
+
+    async def _finished(self, served: Served, task: asyncio.Task[None]) -> None:
+        """Wait for a change, which goes on if the caller leaves, and log its error. Raises it without paths."""
+
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()):
                 expected = isinstance(error, EnginecastError)
@@ -137,11 +226,9 @@ class Lifecycle:
                     exc_info=None if expected else error,
                 )
 
-        self._become(served, state)
-        served.change = asyncio.create_task(settle())
-        served.change.add_done_callback(ended)
+        task.add_done_callback(ended)
         try:
-            await asyncio.shield(served.change)
+            await asyncio.shield(task)
         except InvalidInput:
             raise
         except EnginecastError as error:
@@ -154,12 +241,14 @@ class Lifecycle:
         try:
             model = served.model
             broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
-            if broken and served.state is ModelState.READY and served.model is model and served.change is None:
+            settled = served.change is None and served.replacing is None
+            if broken and served.state is ModelState.READY and served.model is model and settled:
                 log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
                 with suppress(Exception):  # the error is in the model's status and in the log
                     await self._change(served, ModelState.LOADING, self._reload(served, broken, error))
         finally:
             served.check = None
+            self.keep_alive.used(served)
 
     async def _reload(self, served: Served, broken: Sequence[str], error: EngineError) -> None:
         why = f"{' and '.join(broken)} of model {served.name} stopped working ({error})"
@@ -177,24 +266,77 @@ class Lifecycle:
 
     def _become(self, served: Served, state: ModelState, error: str | None = None) -> None:
         served.state = state
-        served.error = None if error is None else without_paths(error, served.offer.root, served.name)
-        self._observer.changed(served.name, state)
+        served.error = None if error is None else self._shown(served, error)
+        if not served.hidden:
+            self._observer.changed(served.name, state)
+        if state is ModelState.FAILED:
+            served.failed_at = monotonic()
+        if state in (ModelState.FAILED, ModelState.UNLOADED):
+            self.loaded.discard(served)
+            served.memory = {}
         self._notify()
 
-    async def _load(self, served: Served, target: str | None, before: tuple[ModelState, str | None]) -> None:
-        """Load a model. If a requested `target` fails, the state and error `before` return."""
+    def _shown(self, served: Served, error: str) -> str:
+        return without_paths(error, served.offer.root, served.name)
+
+    async def _load(
+        self,
+        served: Served,
+        target: str | None,
+        keep_alive: float | None,
+        before: tuple[ModelState, str | None],
+    ) -> None:
+        """Load a model. If there is no room for it, or if a requested `target` fails, the state and error `before`
+        return.
+        """
         try:
-            served.model = await asyncio.wrap_future(
-                served.workers.submit(self._loader, served.offer.bundle or served.offer.root, target)
-            )
+            bundle = await self._opened(served)
+            await self._make_room(served, bundle, target)
+            served.model = await self._engines(served, bundle, target)
         except Exception as error:
-            if target is None:
-                self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
-            else:
+            if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
                 self._become(served, *before)
+            else:
+                self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
             raise
-        served.task = served.model.task
         self._become(served, ModelState.READY)
+        asyncio.get_running_loop().call_soon(self.keep_alive.used, served, keep_alive)
+
+    async def _opened(self, served: Served) -> Bundle:
+        """The bundle of a model; it is opened again if that failed. Raises the error of opening it."""
+        if served.offer.bundle is None:
+            served.offer = await asyncio.to_thread(served.offer.again)
+        if served.offer.bundle is None:
+            raise served.offer.error or AssertionError("a bundle is opened or there is an error")
+        return served.offer.bundle
+
+    async def _make_room(self, served: Served, bundle: Bundle, target: str | None) -> None:
+        """Unload idle models until a further one fits. Raises ResourceExhausted, before anything is unloaded."""
+        needs = await asyncio.to_thread(self._memory.needs, bundle, target)
+        async with self._one_by_one:
+            while (idle := self._memory.surplus(served.name, needs, self.loaded)) is not None:
+                log.info("model %s is unloaded: its memory is needed for %s", idle.name, served.name)
+                await self.unload(idle, 0)
+            served.memory = needs
+            self.loaded.add(served)
+
+    async def _engines(self, served: Served, bundle: Bundle, target: str | None) -> Model:
+        """Load the engines, and measure their memory if nothing else happens meanwhile. Raises Unavailable if the
+        server stops meanwhile.
+        """
+        before = of_process() if self._quiet(served) else None
+        model = await asyncio.wrap_future(served.workers.submit(self._loader, bundle, target))
+        if self.stopping:
+            await asyncio.to_thread(model.close)
+            raise Unavailable(STOPPING)
+        after = of_process() if self._quiet(served) else None
+        if before is not None and after is not None:
+            served.memory = measured(bundle, served.memory, after - before)
+        return model
+
+    def _quiet(self, served: Served) -> bool:
+        others = self.loaded - {served}
+        return not any(other.places or other.change or other.replacing for other in others)
 
     async def _unload(self, served: Served, grace: float) -> None:
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
@@ -214,6 +356,7 @@ class Lifecycle:
                 else:
                     workers.shutdown(wait=False)
         finally:
+            self.keep_alive.forget(served)
             self._become(served, ModelState.UNLOADED)
 
     async def _drain(self, served: Served, grace: float, error: EnginecastError) -> bool:
@@ -221,7 +364,10 @@ class Lifecycle:
 
         Returns whether the engines are idle.
         """
-        if await self.grace.wait([run.future for run in served.runs], grace):
+        if not served.runs:
+            return True
+        ending = [asyncio.wrap_future(run.future) for run in served.runs]
+        if await self.grace.wait(asyncio.wait(ending), grace):
             return True
         for run in served.runs:
             run.fail(error)

@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from time import monotonic
 from typing import Any
 
 from runtime import limits as bounds
@@ -33,9 +34,10 @@ from runtime.task import Request
 from serving.host.catalog import Catalog
 from serving.host.inference import ANY, pipeline_of
 from serving.host.job import Driver, Job, Queued
-from serving.host.lifecycle import IDLE_SECONDS, Lifecycle, Loader
+from serving.host.lifecycle import IDLE_SECONDS, STOPPING, Lifecycle, Loader
 from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
+from serving.host.residency import Memory
 from serving.host.served import Reservation, Run, Served
 from serving.host.states import ModelState, Status
 from serving.host.turns import Turns
@@ -58,12 +60,13 @@ class ModelHost:
         limits: Limits | None = None,
         driver: Driver = drive,
         observers: Sequence[Observer] = (),
+        memory: Memory | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.counts = Counts()
         self.observer: Observer = Observers([self.counts, *observers])
         self.changed = asyncio.Event()
-        self.lifecycle = Lifecycle(loader, self._notify, self.observer)
+        self.lifecycle = Lifecycle(loader, memory or Memory(), self._notify, self.observer)
         self._turns = Turns(bounds.CHECKED.most)
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
         self._driver = driver
@@ -85,34 +88,51 @@ class ModelHost:
         """The status of every model, sorted by name."""
         return [self.status(served.name) for served in self.catalog]
 
+    def at_start(self) -> list[str]:
+        """The names of the models to load when the server starts."""
+        return [served.name for served in self.catalog if served.offer.at_start]
+
     def ready(self) -> dict[str, str | None]:
-        """The task of each model, None if it cannot be used now."""
-        usable = {served.name: served.state is ModelState.READY and not self.stopping for served in self.catalog}
-        return {served.name: served.task if usable[served.name] else None for served in self.catalog}
+        """The task of each model, None if it cannot be used now: it is not loaded, and a request would not load it.
+
+        Models that are loaded when the server starts count only while they are loaded.
+        """
+        return {served.name: served.task if self._usable(served) else None for served in self.catalog}
+
+    def _usable(self, served: Served) -> bool:
+        waits = served.on_demand and not served.offer.at_start
+        return (served.state is ModelState.READY or waits) and not self.stopping
 
     def engines(self, name: str) -> Mapping[str, Engine]:
         """The engine of each submodel of a loaded model. Raises NotFound, Unavailable."""
         return self.catalog.find(name).ready(ANY).engines
 
     def run(
-        self, name: str, request: Request, timeout: float | None = None, client: str = ""
+        self,
+        name: str,
+        request: Request,
+        timeout: float | None = None,
+        client: str = "",
+        keep_alive: float | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Run a request: yields `Queued`, `Started`, the pipeline's events and `Done`. Closing the generator stops the
         work before its next step.
 
-        `client` names the connection that sent it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
+        A model that is not loaded is loaded first. `client` names the connection that sent the request, and the model
+        stays loaded for `keep_alive` seconds after it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
         DeadlineExceeded after `timeout` seconds, and the errors of the engine.
         """
         known = name if name in self.catalog else ""
-        return observed(self._run(name, request, timeout, client), self.observer, known, request.task)
+        return observed(self._run(name, request, timeout, client, keep_alive), self.observer, known, request.task)
 
     async def _run(
-        self, name: str, request: Request, timeout: float | None, client: str
+        self, name: str, request: Request, timeout: float | None, client: str, keep_alive: float | None
     ) -> AsyncGenerator[Event, None]:
         served = self.catalog.find(name)
         self._open()
-        served.ready(request.task)
-        place = self._enter(served, client, request.nbytes)
+        served.expect(request.task)
+        place = self._enter(served, client, request.nbytes, keep_alive)
+        timeout = await self._loaded(served, place, timeout)
         job = await self._job(served, request, place)
         position = len(served.runs)
         run = served.start(job, place, partial(self._ended, served))
@@ -134,13 +154,35 @@ class ModelHost:
                 timer.cancel()
             run.fail(Cancelled("the caller left"))
 
-    def _enter(self, served: Served, client: str, nbytes: int) -> Reservation:
+    def _enter(self, served: Served, client: str, nbytes: int, keep_alive: float | None) -> Reservation:
         held = sum(place.nbytes for other in self.catalog for place in other.places)
         if nbytes and held + nbytes > bounds.WAITING_BYTES.most:
             raise ResourceExhausted(
                 "the pictures of requests that wait take all the memory there is for them: try again later"
             )
-        return served.enter(client, nbytes)
+        return served.enter(client, nbytes, keep_alive)
+
+    def _left(self, served: Served, place: Reservation) -> None:
+        """Free the place of a request."""
+        served.leave(place)
+        self.lifecycle.keep_alive.used(served, place.keep_alive)
+
+    async def _loaded(self, served: Served, place: Reservation, timeout: float | None) -> float | None:
+        """Wait until a model is loaded, and return what is left of the timeout. Frees the place if that fails."""
+        began = monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                await self.lifecycle.use(served)
+        except TimeoutError:
+            self._left(served, place)
+            raise DeadlineExceeded(
+                f"model {served.name} was not loaded after {timeout or 0:.3g} s: allow the request more time, or load "
+                "the model before"
+            ) from None
+        except BaseException:
+            self._left(served, place)
+            raise
+        return None if timeout is None else max(0.0, timeout - (monotonic() - began))
 
     async def _job(self, served: Served, request: Request, place: Reservation) -> Job:
         """Check (tokenize) a request in a thread and return its job.
@@ -162,18 +204,19 @@ class ModelHost:
         except BaseException:
 
             def leave(task: asyncio.Future[Any]) -> None:
-                served.places.discard(place)
+                self._left(served, place)
                 if not task.cancelled():
                     task.exception()  # it was raised already, or the caller has left
 
             checked.add_done_callback(leave)
             raise
 
-    async def load(self, name: str, target: str | None = None) -> None:
+    async def load(self, name: str, target: str | None = None, keep_alive: float | None = None) -> None:
         """Load a model. Loading continues if the caller leaves. Raises NotFound, Unavailable, InvalidInput and the
         errors of loading.
 
-        If loading on a requested `target` fails, the state of the model does not change.
+        If loading on a requested `target` fails, the state of the model does not change. Without requests it stays
+        loaded for `keep_alive` seconds.
         """
         served = self.catalog.find(name)
         self._open()
@@ -187,13 +230,43 @@ class ModelHost:
                     "target", f"{name} is loaded on {served.model.target}: unload it before loading it on {target}"
                 )
             return
-        await self.lifecycle.load(served, target)
+        served.withheld = False
+        await self.lifecycle.load(served, target, keep_alive)
 
-    async def unload(self, name: str, grace: float | None = None) -> None:
-        """Let the requests of a model finish, stop the rest after `grace` seconds, then free its engines. Raises
-        NotFound, Unavailable.
+    async def reload(self, name: str) -> None:
+        """Load the bundle that is in a model's folder now. A model that is ready serves until the new one is, and goes
+        on if that fails; its requests end on it. Raises NotFound, Unavailable and the errors of loading.
         """
         served = self.catalog.find(name)
+        self._open()
+        self.lifecycle.settled(served)
+        offer = await asyncio.to_thread(served.offer.again)
+        self.lifecycle.settled(served)
+        if offer.error is not None:
+            raise served.concealed(offer.error)
+        await self._renew(served, offer)
+
+    async def _renew(self, served: Served, offer: Offer) -> None:
+        """Load another offer of a model in its place."""
+        if served.state is not ModelState.READY:
+            served.take(offer)
+            await self.lifecycle.load(served)
+            return
+        by = Served(offer, self.limits)
+
+        def take_over() -> None:
+            if not self.catalog.replace(served, by):  # it was removed meanwhile
+                self.lifecycle.leave(by, 0)
+
+        await self.lifecycle.replace(served, by, take_over)
+
+    async def unload(self, name: str, grace: float | None = None) -> None:
+        """Let the requests of a model finish, stop the rest after `grace` seconds, then free its engines. Requests do
+        not load it again. Raises NotFound, Unavailable.
+        """
+        served = self.catalog.find(name)
+        self.lifecycle.settled(served)
+        served.withheld = True
         await self.lifecycle.unload(served, self.limits.grace_seconds if grace is None else grace)
 
     async def close(self, grace: float | None = None) -> bool:
@@ -203,24 +276,25 @@ class ModelHost:
         """
         grace = self.limits.grace_seconds if grace is None else grace
         self.lifecycle.stop(grace)
-        shut = asyncio.gather(*(self.lifecycle.shut(served, grace) for served in self.catalog))
+        models = {*self.catalog, *self.lifecycle.loaded}
+        shut = asyncio.gather(*(self.lifecycle.shut(served, grace) for served in models))
         try:
             free = all(await asyncio.wait_for(shut, grace + IDLE_SECONDS))
         except TimeoutError:
             free = False
-        for served in self.catalog:
+        for served in models:
             served.workers.shutdown(wait=False)
         self._checks.shutdown(wait=False)
         return free
 
     def _open(self) -> None:
         if self.stopping:
-            raise Unavailable("the server is stopping: try again when it runs again")
+            raise Unavailable(STOPPING)
 
     def _ended(self, served: Served, run: Run) -> None:
         """Free a request's place. If its engine failed, check the engines: a device may be lost."""
         served.runs.discard(run)
-        served.places.discard(run.place)
+        self._left(served, run.place)
         if isinstance(run.error, EngineError):
             self.lifecycle.failed(served, run.error)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, InvalidInput, quoted
+
+ENDLESS: Final = math.inf
+"""The keep-alive of a model that stays loaded until another one needs its memory."""
 
 
 @dataclass(frozen=True)
@@ -26,28 +31,45 @@ class Offer:
     """A bundle and the name it is served by. `error` says why the bundle could not be opened; loading succeeds once it
     is repaired.
 
-    Only the bundle that was opened is served. If another one is put into its folder later, loading refuses it.
+    Only the bundle that was opened is served. If another one is put into its folder later, loading refuses it, and
+    reloading takes it.
+
+    `keep_alive` is the number of seconds that the model stays loaded without requests, `ENDLESS` if only memory for
+    another model ends that, None if nothing does. The server loads it when it starts if `at_start`, else for its first
+    request.
     """
 
     name: str
     root: Path
     bundle: Bundle | None = None
     error: EnginecastError | None = None
+    keep_alive: float | None = None
+    at_start: bool = True
 
     @property
     def quant(self) -> str:
         return self.bundle.manifest.quant if self.bundle else ""
 
+    @property
+    def task(self) -> str | None:
+        """The task that the model does, if the bundle could be opened."""
+        return self.bundle.manifest.task if self.bundle else None
+
+    def again(self) -> Offer:
+        """The bundle that is in the folder now, offered in the same way."""
+        found = Offer.of(self.root, self.name)
+        return replace(self, bundle=found.bundle, error=found.error)
+
     @classmethod
-    def of(cls, root: Path, name: str = "") -> Offer:
+    def of(cls, root: Path, name: str = "", keep_alive: float | None = None) -> Offer:
         """Offer the bundle at `root` by `name`, else by the name in its manifest, or by its folder's name if it cannot
         be opened.
         """
         try:
             bundle = Bundle(root)
         except EnginecastError as error:
-            return cls(name or root.absolute().name, root, error=error)
-        return cls(name or bundle.name, root, bundle)
+            return cls(name or root.absolute().name, root, error=error, keep_alive=keep_alive)
+        return cls(name or bundle.name, root, bundle, keep_alive=keep_alive)
 
 
 def check_name(name: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from time import monotonic
 from typing import Final
 
 from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted, Unavailable
@@ -18,16 +19,21 @@ from serving.host.mailbox import Mailbox
 from serving.host.offers import Limits, Offer
 from serving.host.states import ModelState, Status, SubmodelStatus
 
+RETRY_SECONDS: Final = 30.0
+"""A model that could not be loaded is loaded for a request again after this time."""
 KEPT: Final = 4
 """This fraction of a queue, one place in 4, is reserved for clients that have no request in it."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reservation:
-    """The place of a request in a model's queue: its client, and the bytes of its pictures."""
+    """The place of a request in a model's queue: its client, the bytes of its pictures, and the seconds that the model
+    stays loaded after it, None for the usual ones.
+    """
 
     client: str
     nbytes: int
+    keep_alive: float | None = None
 
 
 class Run:
@@ -65,13 +71,26 @@ class Served:
         self.limits = allowed
         self.state = ModelState.UNLOADED
         self.model: Model | None = None
-        self.task: str | None = None
         self.error: str | None = None
+        self.failed_at = -RETRY_SECONDS
+        self.withheld = False
+        self.hidden = False
+        self.memory: Mapping[str, int] = {}
+        self.last_used: float | None = None
+        self.expires: float | None = None
         self.places: set[Reservation] = set()
+        self.vacated = asyncio.Event()
         self.runs: set[Run] = set()
         self.change: asyncio.Task[None] | None = None
+        self.replacing: asyncio.Task[None] | None = None
         self.check: asyncio.Task[None] | None = None
         self.workers = self._new_workers()
+        self.take(offer)
+
+    def take(self, offer: Offer) -> None:
+        """Serve this offer from now on. Only while the model is not loaded."""
+        self.offer, self.withheld = offer, False
+        self.state, self.error = ModelState.UNLOADED, None
         if offer.error is not None:
             self.state, self.error = ModelState.FAILED, str(self.concealed(offer.error))
 
@@ -81,6 +100,23 @@ class Served:
     @property
     def name(self) -> str:
         return self.offer.name
+
+    @property
+    def task(self) -> str | None:
+        """The task of the model, None if its bundle could not be opened."""
+        return self.model.task if self.model else self.offer.task
+
+    @property
+    def idle(self) -> bool:
+        """Whether the model is loaded and nothing uses or changes it."""
+        busy = self.places or self.change or self.replacing or self.check
+        return self.state is ModelState.READY and not busy
+
+    @property
+    def on_demand(self) -> bool:
+        """Whether the next request loads the model: nobody unloaded it, and it has not failed a moment ago."""
+        rested = self.state is ModelState.FAILED and monotonic() - self.failed_at >= RETRY_SECONDS
+        return (rested or self.state is ModelState.UNLOADED) and not self.withheld
 
     def concealed(self, error: EnginecastError) -> EnginecastError:
         """The error as clients see it, without paths."""
@@ -93,18 +129,20 @@ class Served:
     def _notes(self, notes: Iterable[str]) -> tuple[str, ...]:
         return tuple(without_paths(note, self.offer.root, self.name) for note in notes)
 
+    def expect(self, task: str) -> None:
+        """Raise InvalidInput if the model is known to have another task. `ANY` is the task of every model."""
+        if task != ANY and self.task not in (None, task):
+            raise InvalidInput("model", f"{self.name} has the task {self.task}, expected a model with the task {task}")
+
     def ready(self, task: str) -> Model:
-        """The loaded model. Raises Unavailable, and InvalidInput if it has another task (`ANY` is every model's)."""
+        """The loaded model. Raises Unavailable, and InvalidInput if it has another task."""
         if self.state is not ModelState.READY or self.model is None:
             why = f": {self.error}" if self.error else ""
             raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
-        if task not in (ANY, self.model.task):
-            raise InvalidInput(
-                "model", f"{self.name} has the task {self.model.task}, expected a model with the task {task}"
-            )
+        self.expect(task)
         return self.model
 
-    def enter(self, client: str, nbytes: int) -> Reservation:
+    def enter(self, client: str, nbytes: int, keep_alive: float | None = None) -> Reservation:
         """Reserve a place for a request. Raises ResourceExhausted."""
         free, kept = self.limits.slots + self.limits.max_queue - len(self.places), self.limits.max_queue // KEPT
         if free <= 0:
@@ -115,9 +153,16 @@ class Served:
             raise ResourceExhausted(
                 f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later"
             )
-        place = Reservation(client, nbytes)
+        place = Reservation(client, nbytes, keep_alive)
         self.places.add(place)
+        self.vacated.clear()
         return place
+
+    def leave(self, place: Reservation) -> None:
+        """Free the place of a request."""
+        self.places.discard(place)
+        if not self.places:
+            self.vacated.set()
 
     def start(self, job: Job, place: Reservation, ended: Callable[[Run], None]) -> Run:
         """Give the job to a worker thread; `ended` is called on the event loop when it is done."""
@@ -136,19 +181,39 @@ class Served:
         """Replace the busy worker threads and return them. They end with their current work."""
         workers, self.workers = self.workers, self._new_workers()
         for run in self.runs:
-            self.places.discard(run.place)
+            self.leave(run.place)
         self.runs.clear()
         return workers
 
     def status(self) -> Status:
         running = min(len(self.runs), self.limits.slots)
-        target, device = (self.model.target, self.model.device) if self.model else (None, None)
         placements = tuple(
             SubmodelStatus(name, engine.target, engine.device, precision(engine), engine.fallbacks, engine.chosen)
             for name, engine in (self.model.engines if self.model else {}).items()
         )
-        notes = self._notes(self.model.notes) if self.model else ()
-        queued, quant = len(self.places) - running, self.offer.quant
         return Status(
-            self.name, self.state, quant, self.task, target, device, self.error, running, queued, placements, notes
+            name=self.name,
+            state=self.state,
+            quant=self.offer.quant,
+            task=self.task,
+            target=self.model.target if self.model else None,
+            device=self.model.device if self.model else None,
+            error=self.error,
+            running=running,
+            queued=len(self.places) - running,
+            placements=placements,
+            notes=self._notes(self.model.notes) if self.model else (),
+            on_demand=self.on_demand,
+            reloading=self.replacing is not None,
+            memory=dict(self.memory),
+            idle_seconds=_since(self.last_used) if self.idle else None,
+            unload_seconds=_until(self.expires) if self.idle else None,
         )
+
+
+def _since(moment: float | None) -> float | None:
+    return None if moment is None else monotonic() - moment
+
+
+def _until(moment: float | None) -> float | None:
+    return None if moment is None else max(0.0, moment - monotonic())

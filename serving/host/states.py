@@ -33,8 +33,12 @@ class SubmodelStatus:
 class Status:
     """The current status of a model.
 
-    `task` is known after the first load; `target`, `device`, `placements` and `notes` while the model is loaded;
+    `task` is known once its bundle was opened; `target`, `device`, `placements` and `notes` while the model is loaded;
     `error` after a load that failed. `counts` are those of `serving.host.observing.Counts`.
+
+    `on_demand`: the next request loads it. `reloading`: its bundle is being loaded again beside it. `memory` has the
+    bytes that it takes of each device's memory while it is loaded. `idle_seconds` have passed since its last request,
+    or since it was loaded, and without another it is unloaded in `unload_seconds`; both are None unless it is idle.
     """
 
     name: str
@@ -49,3 +53,8 @@ class Status:
     placements: tuple[SubmodelStatus, ...] = ()
     notes: tuple[str, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    on_demand: bool = False
+    reloading: bool = False
+    memory: Mapping[str, int] = field(default_factory=dict)
+    idle_seconds: float | None = None
+    unload_seconds: float | None = None

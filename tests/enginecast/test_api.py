@@ -27,7 +27,7 @@ EMBEDDING = {"embed", "match", "vectors", "score"}
 METHODS = {
     "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close"},
     "Model": {"task", "target", "device", "notes"},
-    "Client": {"models", "load", "unload"},
+    "Client": {"models", "load", "unload", "reload"},
     "Stream": {"result", "cancel", "close", "aclose"},
 }
 

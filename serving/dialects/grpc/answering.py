@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
+from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context, write
 from serving.dialects.grpc.task import GrpcTask
 from serving.host.models import ModelHost
@@ -22,9 +23,10 @@ async def responses(
 ) -> AsyncGenerator[Message, None]:
     """Run the request in a message; yields its responses. Raises the errors of `ModelHost.run`."""
     name, stream, large = message.model, task.responses(), message.ByteSize() > LARGE
+    keep_alive = messages.keep_alive(message)
     request = await asyncio.to_thread(task.request, message) if large else task.request(message)
     del message  # keep only one copy of its pictures
-    async with aclosing(host.run(name, request, timeout, client)) as events:
+    async with aclosing(host.run(name, request, timeout, client, keep_alive)) as events:
         async for event in events:
             # Pictures are encoded in a thread.
             response = await asyncio.to_thread(stream.response, event) if event.nbytes else stream.response(event)

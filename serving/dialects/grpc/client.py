@@ -104,9 +104,15 @@ class Client:
             )
             return response.model
 
-    def load(self, name: str, target: str | None = None, timeout: float | None = None) -> model_pb2.Model:
+    def load(
+        self,
+        name: str,
+        target: str | None = None,
+        timeout: float | None = None,
+        keep_alive_seconds: float | None = None,
+    ) -> model_pb2.Model:
         """Load a model and wait until it is ready."""
-        request = model_pb2.LoadModelRequest(name=name, target=target)
+        request = model_pb2.LoadModelRequest(name=name, target=target, keep_alive_seconds=keep_alive_seconds)
         with _raised():
             response: model_pb2.LoadModelResponse = self._model.LoadModel(
                 request, timeout=timeout, metadata=self._metadata
@@ -118,6 +124,14 @@ class Client:
         request = model_pb2.UnloadModelRequest(name=name, grace_seconds=grace_seconds)
         with _raised():
             response: model_pb2.UnloadModelResponse = self._model.UnloadModel(request, timeout=timeout)
+            return response.model
+
+    def reload(self, name: str, timeout: float | None = None) -> model_pb2.Model:
+        """Load the bundle that is in a model's folder now and wait until it is ready. The model serves meanwhile."""
+        with _raised():
+            response: model_pb2.ReloadModelResponse = self._model.ReloadModel(
+                model_pb2.ReloadModelRequest(name=name), timeout=timeout
+            )
             return response.model
 
 

@@ -14,6 +14,7 @@ from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
+from serving.host.offers import ENDLESS
 from serving.host.states import ModelState, Status
 
 STATES: Final = {
@@ -31,6 +32,16 @@ def grace(message: model_pb2.UnloadModelRequest) -> float | None:
         return None
     limits.GRACE.number("grace_seconds", message.grace_seconds)
     return message.grace_seconds
+
+
+def keep_alive(message: ProtoMessage) -> float | None:
+    """Seconds that a model stays loaded, None when unset or if the message has no such field. Raises InvalidInput."""
+    field = "keep_alive_seconds"
+    if field not in message.DESCRIPTOR.fields_by_name or not message.HasField(field):
+        return None
+    seconds: float = getattr(message, field)
+    limits.KEEP_ALIVE.number(field, seconds)
+    return ENDLESS if seconds < 0 else seconds
 
 
 def given(message: ProtoMessage, names: Sequence[str]) -> dict[str, Any]:
@@ -98,4 +109,9 @@ def model(status: Status) -> model_pb2.Model:
         queued=status.queued,
         placements=[model_pb2.Placement(**asdict(one)) for one in status.placements],
         notes=status.notes,
+        loads_on_demand=status.on_demand,
+        reloading=status.reloading,
+        memory_bytes=status.memory,
+        idle_seconds=status.idle_seconds,
+        unload_seconds=status.unload_seconds,
     )

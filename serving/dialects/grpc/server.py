@@ -22,13 +22,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime import limits
 from runtime.errors import EnginecastError, Unavailable
 from runtime.placing.heap import return_freed_memory
-from serving.dialects.grpc import health, messages
+from serving.dialects.grpc import health
 from serving.dialects.grpc.answering import answer
 from serving.dialects.grpc.connection import server_credentials
 from serving.dialects.grpc.intake import Intake
+from serving.dialects.grpc.management import ModelServicer
 from serving.dialects.grpc.recording import Recording
 from serving.dialects.grpc.reflected import enable_reflection
-from serving.dialects.grpc.status import Context
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
 from serving.dialects.kserve.servicer import InferenceServicer
 from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
@@ -69,27 +69,6 @@ def service(host: ModelHost, task: GrpcTask) -> grpc.GenericRpcHandler[Any, Any]
         partial(answer, host, task), takes.FromString, gives.SerializeToString
     )
     return grpc.method_handlers_generic_handler(task.service.full_name, {method.name: handler})
-
-
-class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
-
-    async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
-        return model_pb2.ListModelsResponse(models=[messages.model(status) for status in self.host.statuses()])
-
-    async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
-        return model_pb2.GetModelResponse(model=messages.model(self.host.status(request.name)))
-
-    async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
-        await self.host.load(request.name, request.target if request.HasField("target") else None)
-        return model_pb2.LoadModelResponse(model=messages.model(self.host.status(request.name)))
-
-    async def UnloadModel(
-        self, request: model_pb2.UnloadModelRequest, context: Context
-    ) -> model_pb2.UnloadModelResponse:
-        await self.host.unload(request.name, messages.grace(request))
-        return model_pb2.UnloadModelResponse(model=messages.model(self.host.status(request.name)))
 
 
 class Server:
@@ -140,8 +119,8 @@ class Server:
 
 
 async def serve(host: ModelHost, address: str, announce: Callable[[str], None], security: Security = OPEN) -> None:
-    """Load every model of the host and serve until SIGINT or SIGTERM, then stop gracefully. A second signal ends the
-    process at once.
+    """Load the models that are to be loaded at the start, and serve until SIGINT or SIGTERM, then stop gracefully. A
+    second signal ends the process at once.
 
     After the host's grace period the process ends with status 0, even if a thread still loads or computes.
 
@@ -153,14 +132,14 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None], 
     stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
     await server.start()
     announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
-    loaded = asyncio.gather(*(_load(host, status.name, announce) for status in host.statuses()))
+    loaded = asyncio.gather(*(_load(host, name, announce) for name in host.at_start()))
     try:
         first: set[asyncio.Future[Any]] = {stopped, loaded}
         await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
         if (
             loaded.done()
             and (reasons := [reason for reason in await loaded if reason])
-            and len(reasons) == len(host.statuses())
+            and len(reasons) == len(host.at_start())
         ):
             raise reasons[0]
         await stopped

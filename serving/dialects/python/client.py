@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from runtime.pipeline import Event
 from runtime.task import Request
@@ -29,7 +29,10 @@ class Client(Session):
     Args:
         address: "host:port" of `enginecast serve`.
         model: Name of the model, as the server lists it (`models`).
-        timeout: Seconds that a request may take, waiting included; DeadlineExceeded is raised then. None is no limit.
+        timeout: Seconds that a request may take, waiting and loading included; DeadlineExceeded is raised then. None is
+            no limit.
+        keep_alive: Seconds that the model stays loaded after a request if no other uses it, 0 to 604,800; -1 is until
+            another model needs its memory. None is what the server has (`enginecast serve --keep-alive`).
         token: A bearer token for a server that requires one. It is sent with TLS, or on loopback only.
         ca: PEM file of the certificate authority that the server's certificate must be of. Switches TLS on.
         cert: PEM file of a certificate of this client, for servers that require one (mutual TLS).
@@ -49,6 +52,7 @@ class Client(Session):
         model: str = "",
         *,
         timeout: float | None = None,
+        keep_alive: float | None = None,
         token: str | None = None,
         ca: str | Path | None = None,
         cert: str | Path | None = None,
@@ -59,6 +63,7 @@ class Client(Session):
     ) -> None:
         self.model = model
         self.timeout = timeout
+        self.keep_alive = keep_alive
         self._client = grpc.Client(address, Connection(ca, cert, key, token, tls, attempts, backoff))
 
     def __enter__(self) -> Client:
@@ -76,10 +81,20 @@ class Client(Session):
 
     def load(self, target: str | None = None) -> model_pb2.Model:
         """Load the model on the server and wait until it is ready. Raises NotFound and the errors of loading."""
-        return self._client.load(self.model, target, self.timeout)
+        return self._client.load(self.model, target, self.timeout, self.keep_alive)
+
+    def reload(self) -> model_pb2.Model:
+        """Load the bundle that is in the model's folder on the server now, and wait until it is ready.
+
+        The model serves meanwhile, and goes on if that fails. Raises NotFound, Unavailable while it changes otherwise,
+        ResourceExhausted without memory for both, and the errors of loading.
+        """
+        return self._client.reload(self.model, self.timeout)
 
     def unload(self, grace_seconds: float | None = None) -> model_pb2.Model:
-        """Unload the model and wait until its engines are freed. Running requests get `grace_seconds` to finish."""
+        """Unload the model and wait until its engines are freed. Running requests get `grace_seconds` to finish, and
+        further ones do not load it.
+        """
         return self._client.unload(self.model, grace_seconds, self.timeout)
 
     def close(self) -> None:
@@ -89,5 +104,8 @@ class Client(Session):
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
         """The stream of a request of any task, sent to the server; `collect` makes the result of its events."""
         task = grpc_tasks()[request.task]
-        responses = self._client.stream(task.method, task.message(self.model, request), self.timeout)
+        message: Any = task.message(self.model, request)
+        if self.keep_alive is not None:
+            message.keep_alive_seconds = self.keep_alive
+        responses = self._client.stream(task.method, message, self.timeout)
         return Stream(task.events(responses), responses.close, collect)

@@ -417,17 +417,42 @@ class TestModels:
         assert cold.draw.closed
         cold.client.unload("draw")
 
-    def test_unavailable_while_loading(self, cold: FakeServer) -> None:
+    def test_requests_wait_while_it_loads(self, cold: FakeServer) -> None:
         cold.load_gate.clear()
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(2) as pool:
             loading = pool.submit(cold.client.load, "draw")
             until(lambda: cold.client.model("draw").state == model_pb2.MODEL_STATE_LOADING)
-            for attempt in (lambda: list(cold.client.generate(request())), lambda: cold.client.load("draw")):
-                with pytest.raises(Unavailable, match="is loading"):
-                    attempt()
+            with pytest.raises(Unavailable, match="is loading"):
+                cold.client.load("draw")
+            early = pool.submit(lambda: kinds(list(cold.client.generate(request()))))
+            until(lambda: cold.client.model("draw").queued == 1)
             cold.load_gate.set()
             assert loading.result(10).state == model_pb2.MODEL_STATE_READY
+            assert early.result(10)[-1] == "done"
+        assert len(cold.loads) == 1
+
+    def test_a_request_loads_it(self, cold: FakeServer) -> None:
+        assert kinds(list(cold.client.generate(request(), timeout=20)))[-1] == "done"
+        assert cold.client.model("draw").state == model_pb2.MODEL_STATE_READY
+        with pytest.raises(InvalidInput, match="has the task chat"):
+            list(cold.client.generate(request(model="talk")))
+        assert cold.loads == [("draw", None)], "a mistake loads nothing"
+
+    def test_loading_counts_against_the_deadline(self, cold: FakeServer) -> None:
+        cold.load_gate.clear()
+        with pytest.raises(DeadlineExceeded):
+            list(cold.client.generate(request(), timeout=0.2))
+        until(lambda: cold.busy() == 0)
+        cold.load_gate.set()
+        until(lambda: cold.client.model("draw").state == model_pb2.MODEL_STATE_READY)
         assert cold.alive()
+
+    def test_a_request_does_not_load_what_was_unloaded(self, warm: FakeServer) -> None:
+        warm.client.unload("draw")
+        with pytest.raises(Unavailable, match="is unloaded"):
+            list(warm.client.generate(request()))
+        warm.client.load("draw")
+        assert warm.alive()
 
     def test_loading_survives_the_caller(self, cold: FakeServer) -> None:
         cold.load_gate.clear()

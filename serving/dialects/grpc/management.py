@@ -1,0 +1,41 @@
+"""ModelService: the states of a host's models, and their changes."""
+
+from __future__ import annotations
+
+from serving.dialects.grpc import messages
+from serving.dialects.grpc.status import Context
+from serving.enginecast_pb import model_pb2, model_pb2_grpc
+from serving.host.models import ModelHost
+
+
+class ModelServicer(model_pb2_grpc.ModelServiceServicer):
+    """Translates, and delegates to the host."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
+        return model_pb2.ListModelsResponse(models=[messages.model(status) for status in self.host.statuses()])
+
+    async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
+        return model_pb2.GetModelResponse(model=self._model(request.name))
+
+    async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
+        target = request.target if request.HasField("target") else None
+        await self.host.load(request.name, target, messages.keep_alive(request))
+        return model_pb2.LoadModelResponse(model=self._model(request.name))
+
+    async def UnloadModel(
+        self, request: model_pb2.UnloadModelRequest, context: Context
+    ) -> model_pb2.UnloadModelResponse:
+        await self.host.unload(request.name, messages.grace(request))
+        return model_pb2.UnloadModelResponse(model=self._model(request.name))
+
+    async def ReloadModel(
+        self, request: model_pb2.ReloadModelRequest, context: Context
+    ) -> model_pb2.ReloadModelResponse:
+        await self.host.reload(request.name)
+        return model_pb2.ReloadModelResponse(model=self._model(request.name))
+
+    def _model(self, name: str) -> model_pb2.Model:
+        return messages.model(self.host.status(name))

@@ -1,0 +1,130 @@
+"""Which models stay loaded: those that were used lately, as many as fit into the memory for models."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Coroutine, Mapping
+from contextlib import suppress
+from time import monotonic
+from typing import Any, Final
+
+from runtime.bundle.manifest import Bundle
+from runtime.errors import EnginecastError, ResourceExhausted
+from runtime.placing.memory import show_size
+from serving.host.offers import ENDLESS
+from serving.host.served import Served
+
+Estimate = Callable[[Bundle, str | None], Mapping[str, int]]
+"""The bytes that a bundle will take of each memory on a target, by the name of the memory's device."""
+HOST: Final = "cpu"
+"""The name of the host's memory."""
+
+
+class Memory:
+    """The memory for all loaded models: `most` bytes on each device, None without a limit."""
+
+    def __init__(self, most: int | None = None, estimate: Estimate = lambda bundle, target: {}) -> None:
+        self._most = most
+        self._estimate = estimate
+
+    def needs(self, bundle: Bundle, target: str | None) -> Mapping[str, int]:
+        """The estimated bytes that a model will take on each device, nothing without a limit. Raises the errors of the
+        estimate.
+        """
+        return {} if self._most is None else self._estimate(bundle, target)
+
+    def surplus(self, name: str, needs: Mapping[str, int], loaded: Collection[Served]) -> Served | None:
+        """The model to unload so that the model `name` fits beside the `loaded` ones: the idle one that was used least
+        recently. None if it fits.
+
+        Raises ResourceExhausted if unloading all idle ones would not suffice.
+        """
+        for device, need in needs.items():
+            self._possible(name, device, need, loaded)
+        idle = [served for served in loaded if _may_go(served)]
+        tight = [device for device in needs if self._over(device, needs, loaded)]
+        holding = [served for served in idle if any(served.memory.get(device) for device in tight)]
+        return min(holding, key=lambda served: served.last_used or 0.0, default=None)
+
+    def _over(self, device: str, needs: Mapping[str, int], loaded: Collection[Served]) -> bool:
+        return self._most is not None and needs[device] + _held(device, loaded) > self._most
+
+    def _possible(self, name: str, device: str, need: int, loaded: Collection[Served]) -> None:
+        if self._most is None:
+            return
+        wanted = f"model {name} needs {show_size(need)} of {device} memory"
+        if need > self._most:
+            raise ResourceExhausted(
+                f"{wanted}, more than the {show_size(self._most)} for all models: allow more with --models-memory, or "
+                "less to this model with --memory-limit"
+            )
+        kept = [served for served in loaded if not _may_go(served) and served.memory.get(device)]
+        if need + (held := _held(device, kept)) > self._most:
+            raise ResourceExhausted(
+                f"{wanted}, and {show_size(held)} of the {show_size(self._most)} for all models are held by "
+                f"{', '.join(sorted(served.name for served in kept))}, which are in use or always stay loaded: try "
+                "again later, or allow more with --models-memory"
+            )
+
+
+def measured(bundle: Bundle, needs: Mapping[str, int], growth: int) -> dict[str, int]:
+    """What a loaded model holds: `growth` bytes of the host's memory, and on other devices what it was estimated to
+    need.
+
+    Memory that was free in this process before is not seen in its growth, so the stored bytes of the weights count at
+    least.
+    """
+    stored = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
+    return {**needs, HOST: max(growth, min(stored, needs.get(HOST, 0)))}
+
+
+def _held(device: str, models: Collection[Served]) -> int:
+    return sum(served.memory.get(device, 0) for served in models)
+
+
+def _may_go(served: Served) -> bool:
+    return served.idle and served.offer.keep_alive is not None
+
+
+class KeepAlive:
+    """Unloads models, by `unload`, that no request has used for their keep-alive."""
+
+    def __init__(self, unload: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
+        self._unload = unload
+        self._timers: dict[Served, asyncio.TimerHandle] = {}
+        self._unloading: set[asyncio.Task[None]] = set()
+
+    def used(self, served: Served, seconds: float | None = None) -> None:
+        """A model was loaded, or a request of it ended: it stays for `seconds`, None for the keep-alive of its offer.
+
+        Nothing unloads a model whose offer has none.
+        """
+        served.last_used = monotonic()
+        self.forget(served)
+        usual = served.offer.keep_alive
+        wait = usual if seconds is None else seconds
+        if usual is not None and wait is not None and wait != ENDLESS and served.idle:
+            served.expires = served.last_used + wait
+            self._timers[served] = asyncio.get_running_loop().call_later(wait, self._over, served)
+
+    def forget(self, served: Served) -> None:
+        """The model is used again or is unloaded."""
+        served.expires = None
+        if (timer := self._timers.pop(served, None)) is not None:
+            timer.cancel()
+
+    def close(self) -> None:
+        """Unload nothing any more."""
+        for served in list(self._timers):
+            self.forget(served)
+
+    def _over(self, served: Served) -> None:
+        self.forget(served)
+        if served.idle:
+            task = asyncio.create_task(self._quietly(served))
+            self._unloading.add(task)
+            task.add_done_callback(self._unloading.discard)
+
+    async def _quietly(self, served: Served) -> None:
+        with suppress(EnginecastError):  # it is in the log, and the model is used or changed again
+            await self._unload(served)
