@@ -1,0 +1,1 @@
+"""What is done with the reports of a host (`serving.host.observing`): logs, metrics, traces."""
