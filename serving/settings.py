@@ -99,6 +99,23 @@ class Settings:
     grace: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")
     ] = 30.0
+    log_format: Annotated[
+        str, typer.Option(help="Format of the log on standard error: text, or json, an object a line.")
+    ] = "text"
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Serve metrics for Prometheus over HTTP here; they need the extra metrics."
+        ),
+    ] = None
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="Send traces to this OpenTelemetry collector (OTLP over gRPC), such as http://127.0.0.1:4317; they "
+            "need the extra tracing.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)

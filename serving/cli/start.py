@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 
 from runtime.bundle import signing
 from runtime.bundle.manifest import Bundle
@@ -17,8 +18,13 @@ from serving.dialects.grpc import server
 from serving.host.job import Model
 from serving.host.lifecycle import Loader
 from serving.host.models import ModelHost
+from serving.host.observing import Observer
 from serving.host.offers import ENDLESS, Limits, Offer
 from serving.host.residency import Memory
+from serving.observers import logs
+from serving.observers.logs import RequestLog
+from serving.observers.metrics import Metrics
+from serving.observers.traces import Traces, otlp
 from serving.security.protection import Security
 from serving.security.tls import TlsFiles
 from serving.settings import Settings
@@ -26,15 +32,36 @@ from serving.settings import Settings
 
 def start(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM."""
+    logs.configure(settings.log_format)
     load, offered, models_memory, protection = loader(settings), offers(settings), memory(settings), security(settings)
 
     async def run() -> None:
         limits = Limits(max_queue=settings.max_queue, grace_seconds=settings.grace)
-        host = ModelHost(offered, load, limits, memory=models_memory)
-        await server.serve(host, settings.address, lambda line: print(line, flush=True), protection)
+        with observers(settings, protection) as watching:
+            host = ModelHost(offered, load, limits, memory=models_memory, observers=watching)
+            await server.serve(host, settings.address, announce, protection)
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     asyncio.run(run())
+
+
+def announce(line: str) -> None:
+    """Say on standard output what the server does."""
+    print(line, flush=True)
+
+
+@contextmanager
+def observers(settings: Settings, protection: Security) -> Iterator[list[Observer]]:
+    """What observes the server as the settings say, until the block ends."""
+    with ExitStack() as stack:
+        watching: list[Observer] = [RequestLog()]
+        if settings.metrics is not None:
+            metrics = Metrics()
+            port = stack.enter_context(metrics.served(settings.metrics, protection))
+            announce(f"metrics on {settings.metrics.rpartition(':')[0]}:{port}")
+            watching.append(metrics)
+        if settings.traces is not None:
+            watching.append(stack.enter_context(closing(Traces(otlp(settings.traces)))))
+        yield watching
 
 
 def offers(settings: Settings) -> list[Offer]:

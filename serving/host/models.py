@@ -65,6 +65,7 @@ class ModelHost:
         self.limits = limits or Limits()
         self.counts = Counts()
         self.observer: Observer = Observers([self.counts, *observers])
+        self.observer.watch(self.statuses)
         self.changed = asyncio.Event()
         self.lifecycle = Lifecycle(loader, memory or Memory(), self._notify, self.observer)
         self._turns = Turns(bounds.CHECKED.most)

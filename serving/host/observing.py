@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,24 +18,31 @@ from typing import Final
 
 from runtime.pipeline import Event
 from serving.host.job import Done, EngineUse, Queued, Started
-from serving.host.states import ModelState
+from serving.host.states import ModelState, Status
 
 OK: Final = "OK"
+OWN: Final = ("requests", "failed", "runs", "calls", "run_seconds")
+"""What `Counts` counts besides `Event.counts`."""
+
+Statuses = Callable[[], Sequence[Status]]
 
 
 @dataclass(eq=False)
 class Record:
     """One call of a client. `id` names it in logs, `method` is the dialect's name of what it calls, such as
-    "enginecast.v1.ImageService/Generate", and `client` who sent it.
+    "enginecast.v1.ImageService/Generate", and `client` who sent it. `traceparent` is the client's span (W3C Trace
+    Context), "" without one.
 
-    Times are in seconds after the arrival, None if that never happened. `model` and `task` are those of a model that
-    this server has. `code` is the name of a gRPC status, `error` the class of the error. `counts` sums up
-    `Event.counts`.
+    `arrived` is in seconds since the epoch. Other times are in seconds after the arrival, None if that never happened.
+    `model` and `task` are those of a model that this server has. `code` is the name of a gRPC status, `error` the class
+    of the error. `counts` sums up `Event.counts`.
     """
 
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     method: str = ""
     client: str = ""
+    traceparent: str = ""
+    arrived: float = field(default_factory=time.time)
     model: str = ""
     task: str = ""
     queued: float | None = None
@@ -52,6 +59,11 @@ class Record:
     def seconds(self) -> float:
         """The time since the arrival."""
         return time.perf_counter() - self._began
+
+    @property
+    def waited(self) -> float | None:
+        """Seconds in the queue, None if the request did not start."""
+        return None if self.queued is None or self.started is None else self.started - self.queued
 
     def add(self, event: Event) -> None:
         """Note what an event of the request says."""
@@ -72,6 +84,9 @@ class Observer:
 
     `ran` may be called from any thread, the others from the event loop. No method may block or raise.
     """
+
+    def watch(self, statuses: Statuses) -> None:
+        """A host begins. On its event loop, `statuses` gives the status of every model."""
 
     def event(self, record: Record, event: Event) -> None:
         """A request has an event: Queued when it was admitted, Started, those of its pipeline, Done. The record has
@@ -94,6 +109,10 @@ class Observers(Observer):
     def __init__(self, observers: Sequence[Observer]) -> None:
         self._observers = tuple(observers)
 
+    def watch(self, statuses: Statuses) -> None:
+        for observer in self._observers:
+            observer.watch(statuses)
+
     def event(self, record: Record, event: Event) -> None:
         for observer in self._observers:
             observer.event(record, event)
@@ -112,8 +131,8 @@ class Observers(Observer):
 
 
 class Counts(Observer):
-    """Counts since the start of the server, by model and name: "requests" that ended, "failed" ones of them, engine
-    "runs", the "calls" in them and their "run_seconds", and `Event.counts`.
+    """Counts since the start of the server, by model and name: those of OWN, which are "requests" that ended, "failed"
+    ones of them, "runs" of engines, the "calls" in them and their "run_seconds", and `Event.counts`.
     """
 
     def __init__(self) -> None:

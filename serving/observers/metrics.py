@@ -5,17 +5,26 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from socket import socket
+from socketserver import ThreadingMixIn
 from typing import Any, Final
-from wsgiref.simple_server import WSGIRequestHandler, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from runtime.errors import Unavailable
 from runtime.optional import require
-from serving.host.observing import TOTALS, Observer, Record
+from serving.host.observing import OWN, Observer, Record, Statuses
 from serving.host.states import ModelState, Status
+from serving.security.addresses import split
+from serving.security.https import Tls
+from serving.security.protection import OPEN, Security
 
+log = logging.getLogger(__name__)
+
+EXTRA: Final = "metrics"
 PREFIX: Final = "enginecast_"
 SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 """Upper ends of the buckets of a request's times."""
@@ -24,15 +33,15 @@ STEP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 PATIENCE: Final = 5.0
 """Seconds that a scrape waits for the event loop."""
-
-Statuses = Callable[[], Sequence[Status]]
+POLL_SECONDS: Final = 0.1
+"""Closing takes as long."""
 
 
 class Metrics(Observer):
     """Collects metrics in a registry of its own. Raises MissingDependency without prometheus-client."""
 
     def __init__(self) -> None:
-        self._client = client = require("prometheus_client", "metrics")
+        self._client = client = require("prometheus_client", EXTRA)
         self.registry = registry = client.CollectorRegistry()
         client.ProcessCollector(registry=registry)
 
@@ -64,36 +73,60 @@ class Metrics(Observer):
         self._batches.labels(model, submodel).observe(calls)
 
     def watch(self, statuses: Statuses) -> None:
-        """Collect the states of models with every scrape. Call it on the event loop, where `statuses` will be called."""
-        self.registry.register(_States(self._client, statuses))
-
-    def text(self) -> str:
-        """All metrics in the text format of Prometheus."""
-        return str(self._client.generate_latest(self.registry).decode())
+        """Collect the states of models with every scrape."""
+        self.registry.register(_States(statuses))
 
     @contextmanager
-    def served(self, address: str) -> Iterator[int]:
-        """Serve the metrics on "host:port", and give the port. Raises Unavailable."""
-        host, _, port = address.rpartition(":")
-        app = self._client.make_wsgi_app(self.registry)
+    def served(self, address: str, security: Security = OPEN) -> Iterator[int]:
+        """Serve the metrics over HTTP on "host:port", with TLS where the server has it, and give the port. Raises
+        InvalidInput, Unavailable and the errors of the certificate's files.
+        """
+        security.check(address)
+        host, port = split(address)
         try:
-            server = make_server(
-                host.strip("[]"), int(port), app, self._client.exposition.ThreadingWSGIServer, handler_class=_Quiet
-            )
+            server = make_server(host.strip("[]"), port, self._app(), _Server, handler_class=_Handler)
         except OSError as error:
             raise Unavailable(
                 f"metrics cannot be served on {address} ({error.strerror}): choose another address with --metrics"
             ) from None
-        threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+        server.tls = Tls(security.tls) if security.tls else None
+        threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), name="metrics", daemon=True).start()
         try:
             yield server.server_port
         finally:
             server.shutdown()
             server.server_close()
 
+    def _app(self) -> Any:
+        """The WSGI application: any path has the metrics."""
+        metrics = self._client.make_wsgi_app(self.registry)
 
-class _Quiet(WSGIRequestHandler):
-    """Does not log scrapes, and waits 10 seconds at most for what a client sends."""
+        def app(environ: Any, respond: Any) -> Any:
+            try:
+                return metrics(environ, respond)
+            except TimeoutError:
+                respond("503 Service Unavailable", [("Content-Type", "text/plain")])
+                return [b"the server is too busy to say how its models are: try again"]
+
+        return app
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, in which its TLS handshake is done, too."""
+
+    daemon_threads = True
+    tls: Tls | None = None
+
+    def get_request(self) -> tuple[socket, Any]:
+        connection, address = super().get_request()
+        return self.tls.wrap(connection) if self.tls else connection, address
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("a connection for metrics from %s failed", client_address, exc_info=True)
+
+
+class _Handler(WSGIRequestHandler):
+    """Waits some seconds at most for what a client sends, and logs no scrapes."""
 
     timeout = 10
 
@@ -104,8 +137,8 @@ class _Quiet(WSGIRequestHandler):
 class _States:
     """Collects the statuses of models: a collector of prometheus-client."""
 
-    def __init__(self, client: Any, statuses: Statuses) -> None:
-        self._client = client
+    def __init__(self, statuses: Statuses) -> None:
+        self._families = require("prometheus_client.metrics_core", EXTRA)
         self._statuses = statuses
         self._loop = asyncio.get_running_loop()
 
@@ -115,20 +148,24 @@ class _States:
 
         statuses = asyncio.run_coroutine_threadsafe(look(), self._loop).result(PATIENCE)
         yield from self._gauges(statuses)
-        for name in TOTALS:
-            family = self._client.core.CounterMetricFamily(PREFIX + name, TOTALS[name], labels=["model"])
+        for name in sorted({name for status in statuses for name in status.counts} - set(OWN)):
+            what = f"{name.replace('_', ' ').capitalize()} of all requests."
+            family = self._families.CounterMetricFamily(PREFIX + name, what, labels=["model"])
             for status in statuses:
                 family.add_metric([status.name], status.counts.get(name, 0))
             yield family
 
     def _gauges(self, statuses: Sequence[Status]) -> Iterator[Any]:
-        gauge = self._client.core.GaugeMetricFamily
+        gauge = self._families.GaugeMetricFamily
         running = gauge(PREFIX + "requests_running", "Requests that run.", labels=["model"])
         waiting = gauge(PREFIX + "requests_waiting", "Requests in the queue.", labels=["model"])
         states = gauge(PREFIX + "model_state", "1 for the state that a model is in.", labels=["model", "state"])
+        memory = gauge(PREFIX + "model_memory_bytes", "Memory of loaded models.", labels=["model", "device"])
         for status in statuses:
             running.add_metric([status.name], status.running)
             waiting.add_metric([status.name], status.queued)
             for state in ModelState:
                 states.add_metric([status.name, state.value], status.state is state)
-        yield from (running, waiting, states)
+            for device, nbytes in status.memory.items():
+                memory.add_metric([status.name, device], nbytes)
+        yield from (running, waiting, states, memory)

@@ -1,15 +1,15 @@
-"""Traces for OpenTelemetry: a span for each request, inside the client's span if it sent one (`traceparent`), with spans
-for its time in the queue, its run and, inside that, the calls of each engine together. Nothing is sent anywhere but to
-the endpoint that the settings name. A span holds no text and no picture of a request.
+"""Traces for OpenTelemetry: a span for each request, inside the client's span if it sent one (`traceparent`), with
+spans for its time in the queue, its run and, inside that, the calls of each engine together. Nothing is sent anywhere
+but to the endpoint that the settings name. A span holds no text and no picture of a request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from runtime.bundle.manifest import VERSION
 from runtime.errors import InvalidInput
 from runtime.optional import require
 from serving.host.job import EngineUse
@@ -44,7 +44,7 @@ class Traces(Observer):
         resources = require("opentelemetry.sdk.resources", EXTRA)
         self._api = require("opentelemetry.trace", EXTRA)
         self._parents = require("opentelemetry.trace.propagation.tracecontext", EXTRA).TraceContextTextMapPropagator()
-        resource = resources.Resource.create({"service.name": "enginecast", "service.version": VERSION})
+        resource = resources.Resource.create({"service.name": "enginecast", "service.version": version("enginecast")})
         self._provider = sdk.TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(export.BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("enginecast")

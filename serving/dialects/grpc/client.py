@@ -14,6 +14,7 @@ from google.protobuf.message_factory import GetMessageClass
 
 from serving.dialects.grpc import status
 from serving.dialects.grpc.connection import Connection
+from serving.dialects.grpc.outgoing import Metadata, active_span
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2, model_pb2_grpc
 
 PLAIN: Final = Connection()
@@ -54,7 +55,7 @@ class Client:
 
     def __init__(self, address: str, connection: Connection = PLAIN) -> None:
         self._channel = connection.channel(address)
-        self._metadata = connection.metadata
+        self._connection = connection
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -64,6 +65,11 @@ class Client:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def _metadata(self) -> Metadata:
+        """What is sent with a call: the token, and the active span."""
+        return (*self._connection.metadata, *active_span())
 
     def close(self) -> None:
         """Cancel running requests and disconnect."""

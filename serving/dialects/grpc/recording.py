@@ -1,6 +1,7 @@
 """A record of each call: its id, what called it, how it ended.
 
-A client may name its request in the metadata `x-request-id`; others get an id. The trailing metadata has it.
+A client may name its request in the metadata `x-request-id`; others get an id. The trailing metadata has it. The
+metadata `traceparent` joins the request to a trace of the client's (W3C Trace Context).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from serving.host.observing import Observer, Record, recorded
 Handler = Any
 """grpc.RpcMethodHandler, whose attributes the stubs lack."""
 ID_KEY: Final = "x-request-id"
+TRACE_KEY: Final = "traceparent"
 
 
 class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
@@ -59,8 +61,9 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
 
 
 def _name(record: Record, context: Context) -> None:
-    """Take over the id that the client sent. Raises InvalidInput for an id that is too long."""
+    """Take over the id and the trace that the client sent. Raises InvalidInput for an id that is too long."""
     sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    record.traceparent = sent.get(TRACE_KEY, "")
     context.set_trailing_metadata(((ID_KEY, record.id),))
     if given := sent.get(ID_KEY):
         limits.REQUEST_ID.length(ID_KEY, given)

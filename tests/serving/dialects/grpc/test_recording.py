@@ -58,10 +58,10 @@ def sent_id(call: grpc.Call) -> str:
 
 
 def test_the_id_of_a_client_comes_back(server: Recorded) -> None:
-    call = server.call(request(steps=1), ("x-request-id", "order-17"))
+    call = server.call(request(steps=1), ("x-request-id", "order-17"), ("traceparent", "00-ab-cd-01"))
     record = server.last()
     assert sent_id(call) == record.id == "order-17" and call.code() is grpc.StatusCode.OK
-    assert record.method == "enginecast.v1.ImageService/Generate"
+    assert record.method == "enginecast.v1.ImageService/Generate" and record.traceparent == "00-ab-cd-01"
     assert record.counts == {"steps": 1, "pictures": 1} and record.client.startswith("ipv4:127.0.0.1:")
 
 
