@@ -60,7 +60,7 @@ FIELDS: Final = Limit(
 ARRIVAL: Final = Limit(
     "arrival of a message", 30, "seconds from the start of the call", "an unfinished message occupies memory"
 )
-METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default; the server reads no metadata")
+METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default; a token and an id need less")
 
 # Fields.
 MODEL_NAME: Final = Limit(

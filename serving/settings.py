@@ -68,6 +68,18 @@ class Settings:
     insecure: Annotated[
         bool, typer.Option("--insecure/--no-insecure", help="Allow other addresses than loopback without TLS.")
     ] = False
+    tokens: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="File of tokens, made by `enginecast token new`: every call needs one of them, except checks of "
+            "health. Read again when it changes.",
+        ),
+    ] = None
+    audit_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="File to append a line of JSON to for every call that manages models."),
+    ] = None
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None
@@ -206,7 +218,7 @@ def _parsed(name: str, value: Any, origin: str, text: bool = False) -> Any:
             return adapter.validate_python(value.split(",") if _is_list(kind) else value)
         return adapter.validate_json(json.dumps(value, default=str), strict=True)
     except ValidationError as error:
-        raise InvalidInput(name, f"is {value!r} ({origin}): {error.errors()[0]['msg'].lower()}") from None
+        raise InvalidInput(name, f"is {value!r} ({origin}): {error.errors()[0]['msg']}") from None
 
 
 def _is_list(kind: Any) -> bool:

@@ -16,6 +16,7 @@ import typer
 
 from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
+from serving.cli import tokens
 from serving.cli.options import (
     ConnectionOptions,
     DeviceName,
@@ -89,6 +90,7 @@ def _given(context: typer.Context, flags: Settings) -> dict[str, Any]:
     return {name: getattr(flags, name) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
 
 
+app.add_typer(tokens.app, name="token")
 for _command in task_commands():
     app.command()(_command)
 

@@ -25,6 +25,8 @@ from serving.observers import logs
 from serving.observers.logs import RequestLog
 from serving.observers.metrics import Metrics
 from serving.observers.traces import Traces, otlp
+from serving.security.audit import Audit
+from serving.security.gate import Gate
 from serving.security.protection import Security
 from serving.security.tls import TlsFiles
 from serving.settings import Settings
@@ -54,6 +56,8 @@ def observers(settings: Settings, protection: Security) -> Iterator[list[Observe
     """What observes the server as the settings say, until the block ends."""
     with ExitStack() as stack:
         watching: list[Observer] = [RequestLog()]
+        if settings.audit_log is not None:
+            watching.append(Audit(settings.audit_log))
         if settings.metrics is not None:
             metrics = Metrics()
             port = stack.enter_context(metrics.served(settings.metrics, protection))
@@ -110,4 +114,4 @@ def loader(settings: Settings) -> Loader:
 def security(settings: Settings) -> Security:
     """How the server is protected."""
     tls = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
-    return Security(tls, settings.insecure)
+    return Security(tls, settings.insecure, Gate(settings.tokens))

@@ -30,8 +30,9 @@ Statuses = Callable[[], Sequence[Status]]
 @dataclass(eq=False)
 class Record:
     """One call of a client. `id` names it in logs, `method` is the dialect's name of what it calls, such as
-    "enginecast.v1.ImageService/Generate", and `client` who sent it. `traceparent` is the client's span (W3C Trace
-    Context), "" without one.
+    "enginecast.v1.ImageService/Generate", and `client` who sent it: the name of a token, that in a certificate, or the
+    address `peer`. `request` is what a management call requested, as JSON. `traceparent` is the client's span (W3C
+    Trace Context), "" without one.
 
     `arrived` is in seconds since the epoch. Other times are in seconds after the arrival, None if that never happened.
     `model` and `task` are those of a model that this server has. `code` is the name of a gRPC status, `error` the class
@@ -42,6 +43,8 @@ class Record:
     method: str = ""
     client: str = ""
     traceparent: str = ""
+    peer: str = ""
+    request: str = ""
     arrived: float = field(default_factory=time.time)
     model: str = ""
     task: str = ""
@@ -166,6 +169,12 @@ _current: ContextVar[Record | None] = ContextVar("record", default=None)
 def current() -> Record | None:
     """The record of the call that this task or thread works for."""
     return _current.get()
+
+
+def current_client() -> str:
+    """Who sent the call that this task or thread works for; "" outside of calls."""
+    record = current()
+    return record.client if record else ""
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context, write
 from serving.dialects.grpc.task import GrpcTask
 from serving.host.models import ModelHost
+from serving.host.observing import current_client
 
 LARGE: Final = 1 << 16
 """Messages with more bytes hold pictures and are translated in a thread."""
@@ -36,7 +37,7 @@ async def responses(
 
 async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:
     """Run the request in a message and stream its responses over gRPC."""
-    found = responses(host, task, message, context.time_remaining(), context.peer())
+    found = responses(host, task, message, context.time_remaining(), current_client())
     del message
     async with aclosing(found):
         async for response in found:

@@ -96,19 +96,14 @@ class Client:
 
     def models(self, timeout: float | None = None) -> list[model_pb2.Model]:
         """Every model of the server, sorted by name."""
-        with _raised():
-            response: model_pb2.ListModelsResponse = self._model.ListModels(
-                model_pb2.ListModelsRequest(), timeout=timeout, metadata=self._metadata
-            )
-            return list(response.models)
+        return list(self._one(self._model.ListModels, model_pb2.ListModelsRequest(), timeout).models)
 
     def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """The current status of one model."""
-        with _raised():
-            response: model_pb2.GetModelResponse = self._model.GetModel(
-                model_pb2.GetModelRequest(name=name), timeout=timeout, metadata=self._metadata
-            )
-            return response.model
+        response: model_pb2.GetModelResponse = self._one(
+            self._model.GetModel, model_pb2.GetModelRequest(name=name), timeout
+        )
+        return response.model
 
     def load(
         self,
@@ -119,26 +114,25 @@ class Client:
     ) -> model_pb2.Model:
         """Load a model and wait until it is ready."""
         request = model_pb2.LoadModelRequest(name=name, target=target, keep_alive_seconds=keep_alive_seconds)
-        with _raised():
-            response: model_pb2.LoadModelResponse = self._model.LoadModel(
-                request, timeout=timeout, metadata=self._metadata
-            )
-            return response.model
+        response: model_pb2.LoadModelResponse = self._one(self._model.LoadModel, request, timeout)
+        return response.model
 
     def unload(self, name: str, grace_seconds: float | None = None, timeout: float | None = None) -> model_pb2.Model:
         """Unload a model and wait until its engines are freed."""
         request = model_pb2.UnloadModelRequest(name=name, grace_seconds=grace_seconds)
-        with _raised():
-            response: model_pb2.UnloadModelResponse = self._model.UnloadModel(request, timeout=timeout)
-            return response.model
+        response: model_pb2.UnloadModelResponse = self._one(self._model.UnloadModel, request, timeout)
+        return response.model
 
     def reload(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """Load the bundle that is in a model's folder now and wait until it is ready. The model serves meanwhile."""
+        request = model_pb2.ReloadModelRequest(name=name)
+        response: model_pb2.ReloadModelResponse = self._one(self._model.ReloadModel, request, timeout)
+        return response.model
+
+    def _one(self, method: Any, request: Message, timeout: float | None) -> Any:
+        """The response of a method that has one."""
         with _raised():
-            response: model_pb2.ReloadModelResponse = self._model.ReloadModel(
-                model_pb2.ReloadModelRequest(name=name), timeout=timeout
-            )
-            return response.model
+            return method(request, timeout=timeout, metadata=self._metadata)
 
 
 @contextmanager

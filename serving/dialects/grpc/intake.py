@@ -1,4 +1,5 @@
-"""Receives the requests of all calls: limits the time, the size and the number per connection, then parses them.
+"""Receives the requests of all calls: checks their tokens, limits the time, the size and the number per connection,
+then parses them.
 
 By default gRPC reads and parses a request before any code of the server runs, and it answers invalid bytes with UNKNOWN
 and a traceback. An interceptor therefore replaces every handler by one for streams of bytes. On the wire nothing
@@ -10,24 +11,32 @@ from __future__ import annotations
 import asyncio
 import gc
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.json_format import MessageToJson
+from google.protobuf.message import DecodeError, Message
 
 from runtime import limits
 from runtime.errors import DeadlineExceeded, InvalidInput
 from runtime.placing.heap import give_back
 from serving.dialects.grpc.status import Context, reported, write
 from serving.dialects.grpc.wire import fields_within
+from serving.host.observing import Record, current
 from serving.host.turns import Turns
+from serving.security.gate import Gate
+from serving.security.scopes import is_management
 
 Handler = Any
 """grpc.RpcMethodHandler, whose attributes the stubs lack."""
 END: Final = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
+AUTHORIZATION: Final = "authorization"
+"""The metadata that has a token."""
 REQUEST: Final = "request"
 """The field in errors about a whole message."""
+NOTED: Final = 1 << 12
+"""The most bytes of a management request whose content is in the audit log."""
 LARGE: Final = 1 << 20
 """The memory of messages with more bytes is returned to the system."""
 
@@ -35,7 +44,8 @@ LARGE: Final = 1 << 20
 class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Receives the requests of all calls of a server."""
 
-    def __init__(self) -> None:
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
         self._turns = Turns(limits.ARRIVING.most)
         self._returning: asyncio.Task[None] | None = None
 
@@ -46,18 +56,21 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         handler = await continuation(details)
         if handler is None:
             return None
+        method = details.method.removeprefix("/")
 
         async def one(_: Any, context: Context) -> Any:
-            async with reported(context):
-                return await handler.unary_unary(await self._message(handler, context), context)
+            async with self._admitted(method, context):
+                message = await self._message(handler, context)
+                _note(method, message)
+                return await handler.unary_unary(message, context)
 
         async def stream(_: Any, context: Context) -> None:
-            async with reported(context):
+            async with self._admitted(method, context):
                 await handler.unary_stream(await self._message(handler, context), context)
 
         async def both(_: Any, context: Context) -> None:
             async with (
-                reported(context),
+                self._admitted(method, context),
                 aclosing(handler.stream_stream(self._messages(handler, context), context)) as responses,
             ):
                 async for response in responses:
@@ -74,6 +87,15 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         if self._returning is not None:
             self._returning.cancel()
             await asyncio.wait([self._returning])
+
+    @asynccontextmanager
+    async def _admitted(self, method: str, context: Context) -> AsyncIterator[None]:
+        """Runs a call if its token allows it, and ends it with the status of the error that the block raises."""
+        sent = dict(context.invocation_metadata() or ())
+        record = current() or Record(method=method)
+        async with reported(context):
+            with self._gate.admitted(record, str(sent.get(AUTHORIZATION, ""))):
+                yield
 
     async def _message(self, handler: Handler, context: Context) -> Any:
         """The request of a call with a single one. Raises InvalidInput, DeadlineExceeded."""
@@ -94,6 +116,17 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         """The requests of a call that has a stream of them."""
         while (data := await context.read()) is not END:
             yield parse(data, handler.request_deserializer)
+
+
+def _note(method: str, message: Message) -> None:
+    """Note in the call's record what a management call requests."""
+    if is_management(method) and (record := current()):
+        size = message.ByteSize()
+        record.request = (
+            MessageToJson(message, indent=None, preserving_proto_field_name=True)
+            if size <= NOTED
+            else f"{size:,} bytes"
+        )
 
 
 async def _return_memory() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import grpc
 
 from runtime import limits
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, quoted
 from serving.dialects.grpc.status import ERROR_KEY, Context, reported
 from serving.host.observing import Observer, Record, recorded
 
@@ -41,7 +41,7 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         inner = handler.stream_stream or handler.stream_unary
 
         async def call(messages: Any, context: Context) -> Any:
-            record = Record(method=details.method.removeprefix("/"), client=context.peer())
+            record = Record(method=details.method.removeprefix("/"), client=_sender(context), peer=context.peer())
             with recorded(record, self._observer):
                 try:
                     async with reported(context):
@@ -58,6 +58,12 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
         if handler.response_streaming:
             return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
         return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+
+
+def _sender(context: Context) -> str:
+    """The name in the client's certificate if it has one, else its address."""
+    names = context.auth_context().get("x509_common_name", ())
+    return next((quoted(name.decode(errors="replace")) for name in names), context.peer())
 
 
 def _name(record: Record, context: Context) -> None:

@@ -88,7 +88,7 @@ class Server:
     ) -> None:
         security.check(address)
         self.host = host
-        self._intake = Intake()
+        self._intake = Intake(security.gate)
         self._server = grpc.aio.server(
             interceptors=[Recording(host.observer), self._intake],
             options=[*(OPTIONS | dict(options or {})).items()],

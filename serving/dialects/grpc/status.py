@@ -1,7 +1,8 @@
 """Converts errors of `runtime.errors` to gRPC statuses and back.
 
 The status message is the error's text. In the trailing metadata, `enginecast-error` is the class and `enginecast-field`
-the field of an InvalidInput. An unexpected exception becomes INTERNAL; its text is only in the server's log.
+the field of an InvalidInput; `grpc-status-details-bin` has the same and the time to wait as google.rpc messages. An
+unexpected exception becomes INTERNAL; its text is only in the server's log.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import grpc
+from google.protobuf import duration_pb2
+from google.protobuf.message import DecodeError, Message
+from google.rpc import error_details_pb2, status_pb2
 
 from runtime import errors, limits
 from runtime.errors import Cancelled, EnginecastError, InvalidInput
@@ -28,8 +32,13 @@ FIELD_KEY: Final = "enginecast-field"
 UNEXPECTED: Final = "the server failed unexpectedly: its log says why"
 UNREAD_SECONDS = float(limits.UNREAD.most)
 FIELD_LENGTH: Final = 200
-MESSAGE_BYTES: Final = 4096
-"""Longest message sent. It travels percent-encoded in the trailers, which gRPC limits to 8 KiB."""
+MESSAGE_BYTES: Final = 3072
+"""Longest message sent. It travels percent-encoded in the trailers, and once more in the details; gRPC limits the
+trailers to 8 KiB.
+"""
+DETAILS_KEY: Final = "grpc-status-details-bin"
+DOMAIN: Final = "enginecast"
+"""Of the reasons in details: the names of our errors."""
 
 NO_ANSWER: Final = (
     "no server answers there, or it went away: start one with `enginecast serve`, check the address, and whether the "
@@ -72,13 +81,36 @@ def trailers(error: EnginecastError) -> list[tuple[str, str]]:
     return found
 
 
+def details(error: EnginecastError) -> list[Message]:
+    """What the status of an error says to programs, as google.rpc messages: its class, the field, the time to wait."""
+    found: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
+    if isinstance(error, InvalidInput):
+        field = shortened(error.field, FIELD_LENGTH)
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=fitting(error.reason))
+        found.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    if error.retry_seconds is not None:
+        delay = duration_pb2.Duration()
+        delay.FromNanoseconds(round(error.retry_seconds * 1e9))
+        found.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return found
+
+
+def rich(error: EnginecastError) -> bytes:
+    """The google.rpc.Status of an error, serialized."""
+    status = status_pb2.Status(code=code(error).value[0], message=fitting(str(error)))
+    for detail in details(error):
+        status.details.add().Pack(detail)
+    return bytes(status.SerializeToString())
+
+
 @asynccontextmanager
 async def reported(context: Context) -> AsyncIterator[None]:
     """End the RPC with the status of the exception that the body raises, if any."""
     try:
         yield
     except EnginecastError as error:
-        await context.abort(code(error), fitting(str(error)), (*(context.trailing_metadata() or ()), *trailers(error)))
+        metadata = (*(context.trailing_metadata() or ()), *trailers(error), (DETAILS_KEY, rich(error)))
+        await context.abort(code(error), fitting(str(error)), metadata)
     except grpc.aio.AbortError:
         raise
     except Exception:
@@ -107,14 +139,28 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
     """The error that the server reported; for gRPC's own statuses, the error with the same code."""
     if not isinstance(call, grpc.Call):
         return EnginecastError(f"the call failed: {call}")
-    metadata = {key: str(value) for key, value in call.trailing_metadata() or ()}
+    metadata: dict[str, Any] = dict(call.trailing_metadata() or ())
     status, message = call.code(), call.details() or ""
-    found = getattr(errors, metadata.get(ERROR_KEY, ""), None)
+    found = getattr(errors, str(metadata.get(ERROR_KEY, "")), None)
     if not (isinstance(found, type) and issubclass(found, EnginecastError)):
         found = {code: kind for kind, code in reversed(CODES.items())}.get(status, EnginecastError)
         advice = HANDSHAKE if "handshake" in message.lower() else NO_ANSWER
         message = f"{advice if found is errors.Unavailable else ''}{message} (gRPC status {status.name})"
     error = found.__new__(found, message)  # some constructors take the parts of a message
     if isinstance(error, InvalidInput):
-        error.field = metadata.get(FIELD_KEY, "request")
+        error.field = unquote(str(metadata.get(FIELD_KEY, "request")))
+    error.retry_seconds = _retry_seconds(metadata.get(DETAILS_KEY, b""), error)
     return error
+
+
+def _retry_seconds(details: Any, error: EnginecastError) -> float | None:
+    """The time to wait that a server sent."""
+    status, retry = status_pb2.Status(), error_details_pb2.RetryInfo()
+    try:
+        status.ParseFromString(details)
+    except (DecodeError, TypeError):
+        return error.retry_seconds
+    for detail in status.details:
+        if detail.Unpack(retry):
+            return float(retry.retry_delay.ToNanoseconds() / 1e9)
+    return error.retry_seconds

@@ -20,6 +20,7 @@ from serving.enginecast_pb import inference_pb2_grpc
 from serving.host.inference import Inference, Inferred, callable_signature, callable_submodels
 from serving.host.job import Done, EngineUse
 from serving.host.models import ModelHost
+from serving.host.observing import current_client
 from serving.host.states import ModelState, Status
 
 VERSION: Final = "1"
@@ -165,7 +166,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         work = await asyncio.to_thread(inference, request, submodel) if large else inference(request, submodel)
         request.ClearField("raw_input_contents")  # keep only one copy
         response = pb.ModelInferResponse()
-        async with aclosing(self.host.run(model, work, timeout, context.peer())) as events:
+        async with aclosing(self.host.run(model, work, timeout, current_client())) as events:
             async for event in events:
                 if isinstance(event, Inferred):
                     response = await asyncio.to_thread(tensors.response, event.outputs)

@@ -1,0 +1,63 @@
+"""What a token may be used for, and which scopes each RPC requires."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+
+class Scope(StrEnum):
+    """What a token may be used for."""
+
+    INFER = "infer"
+    """Requests to models."""
+    MANAGE = "manage"
+    """Loading and unloading models."""
+    METRICS = "metrics"
+    """Reading the server's metrics."""
+
+
+ANY: Final = frozenset(Scope)
+
+KSERVE: Final = "inference.GRPCInferenceService"
+OPEN: Final = frozenset(
+    {
+        "grpc.health.v1.Health/Check",
+        "grpc.health.v1.Health/Watch",
+        *(f"{KSERVE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+    }
+)
+"""Methods without a token: load balancers call them."""
+READING: Final = frozenset(
+    {
+        "enginecast.v1.ModelService/ListModels",
+        "enginecast.v1.ModelService/GetModel",
+        "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+        *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),
+    }
+)
+"""Methods for every token: what the server offers."""
+INFERRING: Final = frozenset(
+    {
+        "enginecast.v1.ImageService/Generate",
+        "enginecast.v1.ChatService/Chat",
+        "enginecast.v1.EmbedService/Embed",
+        f"{KSERVE}/ModelInfer",
+    }
+)
+"""Methods for the scope infer. All others need the scope manage: a new method is not open by mistake."""
+
+
+def required(method: str) -> frozenset[Scope]:
+    """The scopes of which one allows the method "package.Service/Method"; none if it needs no token."""
+    if method in OPEN:
+        return frozenset()
+    if method in READING:
+        return ANY
+    return frozenset({Scope.INFER if method in INFERRING else Scope.MANAGE})
+
+
+def is_management(method: str) -> bool:
+    """Whether a method changes what the server does: such calls are in the audit log."""
+    return required(method) == {Scope.MANAGE}

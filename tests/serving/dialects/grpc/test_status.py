@@ -1,0 +1,75 @@
+"""What statuses say to programs: google.rpc details, within the size that trailers may have."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from runtime.errors import InvalidInput, ResourceExhausted, Unavailable
+from serving.dialects.grpc.client import Client
+from serving.dialects.grpc.connection import Connection
+from serving.dialects.grpc.status import details
+from serving.enginecast_pb import image_pb2_grpc
+from tests.fakes.serving import FakeServer, request
+
+
+def refused(server: FakeServer, **fields: Any) -> tuple[grpc.RpcError, dict[type, Any]]:
+    """The error of a request, and its details by their class, as any client reads them."""
+    with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
+        list(image_pb2_grpc.ImageServiceStub(channel).Generate(request(**fields)))
+    status = rpc_status.from_call(caught.value)
+    assert status is not None, "code and message agree with the call's own"
+    kinds = (error_details_pb2.ErrorInfo, error_details_pb2.BadRequest, error_details_pb2.RetryInfo)
+    found: dict[type, Any] = {}
+    for detail in status.details:
+        (kind,) = (kind for kind in kinds if detail.Is(kind.DESCRIPTOR))
+        found[kind] = kind()
+        detail.Unpack(found[kind])
+    return caught.value, found
+
+
+def test_an_invalid_field(warm: FakeServer) -> None:
+    error, found = refused(warm, steps=0)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    info = found[error_details_pb2.ErrorInfo]
+    assert (info.reason, info.domain) == ("InvalidInput", "enginecast")
+    (violation,) = found[error_details_pb2.BadRequest].field_violations
+    assert violation.field == "steps" and violation.description.startswith("is 0")
+    assert error_details_pb2.RetryInfo not in found
+    assert dict(error.trailing_metadata())["enginecast-field"] == "steps"
+
+
+def test_the_time_to_wait(warm: FakeServer) -> None:
+    warm.client.unload("draw", 0)
+    error, found = refused(warm)
+    assert error.code() is grpc.StatusCode.UNAVAILABLE
+    assert found[error_details_pb2.RetryInfo].retry_delay.ToTimedelta().total_seconds() == 1
+    with Client(warm.address, Connection(attempts=1)) as client, pytest.raises(Unavailable) as caught:
+        list(client.generate(request()))
+    assert caught.value.retry_seconds == 1
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "漢", "%", "🦊"])
+def test_the_longest_texts_arrive(warm: FakeServer, letter: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    failure = InvalidInput(letter * 1000, letter * 5000)
+    monkeypatch.setattr(warm.draw, "pipeline", lambda request: (_ for _ in ()).throw(failure))
+    error, found = refused(warm)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and error.details().startswith(letter)
+    (violation,) = found[error_details_pb2.BadRequest].field_violations
+    assert violation.field.startswith(letter * 100) and violation.description.startswith(letter * 100)
+    with pytest.raises(InvalidInput) as caught:
+        list(warm.client.generate(request()))
+    assert caught.value.field.startswith(letter * 100), "without percent signs"
+
+
+def test_details() -> None:
+    def kinds(error: Any) -> list[str]:
+        return [type(one).__name__ for one in details(error)]
+
+    assert kinds(ResourceExhausted("full")) == ["ErrorInfo"]
+    assert kinds(ResourceExhausted("full", 2.5)) == ["ErrorInfo", "RetryInfo"]
+    assert details(ResourceExhausted("full", 2.5))[1].retry_delay.ToMilliseconds() == 2500  # type: ignore[attr-defined]
