@@ -44,6 +44,22 @@ class Settings:
             "int8=DIR int4=DIR.",
         ),
     ] = None
+    repository: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of bundles to serve, DIR/NAME or DIR/NAME/VERSION. It is looked through every 2 seconds. Its "
+            "models are loaded for their first request.",
+        ),
+    ] = None
+    default_versions: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--default-version",
+            metavar="NAME@VERSION",
+            help="Version of a model that requests get which state none. Default: the highest.",
+        ),
+    ] = None
     address: Annotated[
         str,
         typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. Other addresses than loopback need TLS."),
@@ -96,9 +112,13 @@ class Settings:
         typer.Option(
             metavar="TIME",
             help="How long models stay loaded if nobody uses them, such as 90 (seconds), 5m, 0 or endless. Requests "
-            "may state another time. Default: models named on the command line always stay.",
+            "may state another time. Default: models named on the command line always stay, and those of the "
+            "repository stay for 5m.",
         ),
     ] = None
+    warm_up: Annotated[
+        bool, typer.Option("--warm-up/--no-warm-up", help="Run a model once, on examples, before it counts as ready.")
+    ] = False
     models_memory: Annotated[
         str | None,
         typer.Option(

@@ -16,7 +16,7 @@ import typer
 
 from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
-from serving.cli import tokens
+from serving.cli import models, tokens
 from serving.cli.options import (
     ConnectionOptions,
     DeviceName,
@@ -93,6 +93,9 @@ def _given(context: typer.Context, flags: Settings) -> dict[str, Any]:
 app.add_typer(tokens.app, name="token")
 for _command in task_commands():
     app.command()(_command)
+
+
+app.add_typer(models.app, name="models")
 
 
 @app.command()

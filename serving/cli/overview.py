@@ -120,17 +120,23 @@ def show(found: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         sys.stdout.write(json.dumps(found, indent=2) + "\n")
         return
-    console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+    out = console()
     for title, rows in found.items():
         if rows and isinstance(rows, list) and isinstance(rows[0], dict):
-            console.print(_table(rows, title))
+            out.print(table(rows, title))
     allowed = found["processors"]
-    console.print(f"processors that may be used: {allowed:g}", markup=False)
+    out.print(f"processors that may be used: {allowed:g}", markup=False)
     for note in found["notes"]:
-        console.print(note, markup=False)
+        out.print(note, markup=False)
 
 
-def _table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+def console() -> Console:
+    """Prints tables on standard output."""
+    return Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
+
+
+def table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
+    """A table of rows that have the same columns."""
     rows = list(rows)
     table = Table(title=title, title_justify="left")
     for column in rows[0]:
@@ -143,6 +149,8 @@ def _table(rows: Iterable[Mapping[str, Any]], title: str) -> Table:
 def _text(column: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if value is None:
+        return ""
     if column in SIZES:
-        return "" if value is None else show_size(value)
+        return show_size(value)
     return ", ".join(value) if isinstance(value, list | tuple) else str(value)

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/model.proto\x12\renginecast.v1\"\xab\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.enginecast.v1.ModelState\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.enginecast.v1.ModelKind\x12\r\n\x05quant\x18\x04 \x01(\t\x12\x13\n\x06target\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0e\n\x06queued\x18\t \x01(\r\x12,\n\nplacements\x18\n \x03(\x0b\x32\x18.enginecast.v1.Placement\x12\r\n\x05notes\x18\x0b \x03(\t\x12\x17\n\x0floads_on_demand\x18\x0c \x01(\x08\x12\x11\n\treloading\x18\r \x01(\x08\x12;\n\x0cmemory_bytes\x18\x0e \x03(\x0b\x32%.enginecast.v1.Model.MemoryBytesEntry\x12\x19\n\x0cidle_seconds\x18\x0f \x01(\x01H\x03\x88\x01\x01\x12\x1b\n\x0eunload_seconds\x18\x10 \x01(\x01H\x04\x88\x01\x01\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\t\n\x07_targetB\t\n\x07_deviceB\x08\n\x06_errorB\x0f\n\r_idle_secondsB\x11\n\x0f_unload_seconds\"t\n\tPlacement\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x11\n\tfallbacks\x18\x05 \x03(\t\x12\x0f\n\x07\x63hoices\x18\x06 \x03(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.enginecast.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"x\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06target\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12keep_alive_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_targetB\x15\n\x13_keep_alive_seconds\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"P\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\":\n\x13UnloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x13ReloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*l\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_DIFFUSION\x10\x01\x12\x13\n\x0fMODEL_KIND_CHAT\x10\x02\x12\x14\n\x10MODEL_KIND_EMBED\x10\x03\x32\xaa\x03\n\x0cModelService\x12Q\n\nListModels\x12 .enginecast.v1.ListModelsRequest\x1a!.enginecast.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.enginecast.v1.GetModelRequest\x1a\x1f.enginecast.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.enginecast.v1.LoadModelRequest\x1a .enginecast.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.enginecast.v1.UnloadModelRequest\x1a\".enginecast.v1.UnloadModelResponse\x12T\n\x0bReloadModel\x12!.enginecast.v1.ReloadModelRequest\x1a\".enginecast.v1.ReloadModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/model.proto\x12\renginecast.v1\"\xd0\x04\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.enginecast.v1.ModelState\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.enginecast.v1.ModelKind\x12\r\n\x05quant\x18\x04 \x01(\t\x12\x13\n\x06target\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0e\n\x06queued\x18\t \x01(\r\x12,\n\nplacements\x18\n \x03(\x0b\x32\x18.enginecast.v1.Placement\x12\r\n\x05notes\x18\x0b \x03(\t\x12\x17\n\x0floads_on_demand\x18\x0c \x01(\x08\x12\x11\n\treloading\x18\r \x01(\x08\x12;\n\x0cmemory_bytes\x18\x0e \x03(\x0b\x32%.enginecast.v1.Model.MemoryBytesEntry\x12\x19\n\x0cidle_seconds\x18\x0f \x01(\x01H\x03\x88\x01\x01\x12\x1b\n\x0eunload_seconds\x18\x10 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07version\x18\x11 \x01(\t\x12\x12\n\nis_default\x18\x12 \x01(\x08\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x42\t\n\x07_targetB\t\n\x07_deviceB\x08\n\x06_errorB\x0f\n\r_idle_secondsB\x11\n\x0f_unload_seconds\"t\n\tPlacement\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x11\n\tfallbacks\x18\x05 \x03(\t\x12\x0f\n\x07\x63hoices\x18\x06 \x03(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.enginecast.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"x\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06target\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12keep_alive_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_targetB\x15\n\x13_keep_alive_seconds\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"P\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\":\n\x13UnloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x13ReloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*l\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_DIFFUSION\x10\x01\x12\x13\n\x0fMODEL_KIND_CHAT\x10\x02\x12\x14\n\x10MODEL_KIND_EMBED\x10\x03\x32\xaa\x03\n\x0cModelService\x12Q\n\nListModels\x12 .enginecast.v1.ListModelsRequest\x1a!.enginecast.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.enginecast.v1.GetModelRequest\x1a\x1f.enginecast.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.enginecast.v1.LoadModelRequest\x1a .enginecast.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.enginecast.v1.UnloadModelRequest\x1a\".enginecast.v1.UnloadModelResponse\x12T\n\x0bReloadModel\x12!.enginecast.v1.ReloadModelRequest\x1a\".enginecast.v1.ReloadModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,36 +33,36 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MODEL_MEMORYBYTESENTRY']._loaded_options = None
   _globals['_MODEL_MEMORYBYTESENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1310
-  _globals['_MODELSTATE']._serialized_end=1476
-  _globals['_MODELKIND']._serialized_start=1478
-  _globals['_MODELKIND']._serialized_end=1586
+  _globals['_MODELSTATE']._serialized_start=1347
+  _globals['_MODELSTATE']._serialized_end=1513
+  _globals['_MODELKIND']._serialized_start=1515
+  _globals['_MODELKIND']._serialized_end=1623
   _globals['_MODEL']._serialized_start=45
-  _globals['_MODEL']._serialized_end=600
-  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_start=482
-  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_end=532
-  _globals['_PLACEMENT']._serialized_start=602
-  _globals['_PLACEMENT']._serialized_end=718
-  _globals['_LISTMODELSREQUEST']._serialized_start=720
-  _globals['_LISTMODELSREQUEST']._serialized_end=739
-  _globals['_LISTMODELSRESPONSE']._serialized_start=741
-  _globals['_LISTMODELSRESPONSE']._serialized_end=799
-  _globals['_GETMODELREQUEST']._serialized_start=801
-  _globals['_GETMODELREQUEST']._serialized_end=832
-  _globals['_GETMODELRESPONSE']._serialized_start=834
-  _globals['_GETMODELRESPONSE']._serialized_end=889
-  _globals['_LOADMODELREQUEST']._serialized_start=891
-  _globals['_LOADMODELREQUEST']._serialized_end=1011
-  _globals['_LOADMODELRESPONSE']._serialized_start=1013
-  _globals['_LOADMODELRESPONSE']._serialized_end=1069
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1071
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1151
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1153
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1211
-  _globals['_RELOADMODELREQUEST']._serialized_start=1213
-  _globals['_RELOADMODELREQUEST']._serialized_end=1247
-  _globals['_RELOADMODELRESPONSE']._serialized_start=1249
-  _globals['_RELOADMODELRESPONSE']._serialized_end=1307
-  _globals['_MODELSERVICE']._serialized_start=1589
-  _globals['_MODELSERVICE']._serialized_end=2015
+  _globals['_MODEL']._serialized_end=637
+  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_start=519
+  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_end=569
+  _globals['_PLACEMENT']._serialized_start=639
+  _globals['_PLACEMENT']._serialized_end=755
+  _globals['_LISTMODELSREQUEST']._serialized_start=757
+  _globals['_LISTMODELSREQUEST']._serialized_end=776
+  _globals['_LISTMODELSRESPONSE']._serialized_start=778
+  _globals['_LISTMODELSRESPONSE']._serialized_end=836
+  _globals['_GETMODELREQUEST']._serialized_start=838
+  _globals['_GETMODELREQUEST']._serialized_end=869
+  _globals['_GETMODELRESPONSE']._serialized_start=871
+  _globals['_GETMODELRESPONSE']._serialized_end=926
+  _globals['_LOADMODELREQUEST']._serialized_start=928
+  _globals['_LOADMODELREQUEST']._serialized_end=1048
+  _globals['_LOADMODELRESPONSE']._serialized_start=1050
+  _globals['_LOADMODELRESPONSE']._serialized_end=1106
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1108
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1188
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1190
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1248
+  _globals['_RELOADMODELREQUEST']._serialized_start=1250
+  _globals['_RELOADMODELREQUEST']._serialized_end=1284
+  _globals['_RELOADMODELRESPONSE']._serialized_start=1286
+  _globals['_RELOADMODELRESPONSE']._serialized_end=1344
+  _globals['_MODELSERVICE']._serialized_start=1626
+  _globals['_MODELSERVICE']._serialized_end=2052
 # @@protoc_insertion_point(module_scope)

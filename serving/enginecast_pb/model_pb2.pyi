@@ -34,7 +34,7 @@ MODEL_KIND_CHAT: ModelKind
 MODEL_KIND_EMBED: ModelKind
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds")
+    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds", "version", "is_default")
     class MemoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +58,8 @@ class Model(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
     IDLE_SECONDS_FIELD_NUMBER: _ClassVar[int]
     UNLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     kind: ModelKind
@@ -74,7 +76,9 @@ class Model(_message.Message):
     memory_bytes: _containers.ScalarMap[str, int]
     idle_seconds: float
     unload_seconds: float
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ...) -> None: ...
+    version: str
+    is_default: bool
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ..., version: _Optional[str] = ..., is_default: _Optional[bool] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("submodel", "target", "device", "precision", "fallbacks", "choices")

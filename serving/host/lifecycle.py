@@ -19,8 +19,10 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.placing.memory import of_process
 from serving.dialects.grpc.shown import without_paths
+from serving.host.catalog import Catalog
 from serving.host.job import Model
 from serving.host.observing import Observer
+from serving.host.offers import Offer
 from serving.host.residency import KeepAlive, Memory, measured
 from serving.host.served import Served
 from serving.host.states import ModelState
@@ -62,12 +64,15 @@ class Lifecycle:
     once the server stops.
     """
 
-    def __init__(self, loader: Loader, memory: Memory, notify: Callable[[], None], observer: Observer) -> None:
+    def __init__(
+        self, catalog: Catalog, loader: Loader, memory: Memory, notify: Callable[[], None], observer: Observer
+    ) -> None:
         self.stopping = False
         self.grace = Grace()
         self.loaded: set[Served] = set()
         """Models that hold memory."""
         self.keep_alive = KeepAlive(lambda served: self.unload(served, 0))
+        self._catalog = catalog
         self._loader = loader
         self._memory = memory
         self._notify = notify
@@ -119,13 +124,13 @@ class Lifecycle:
         if served.state is ModelState.READY:
             await self._change(served, ModelState.UNLOADING, self._unload(served, grace))
 
-    async def replace(self, served: Served, by: Served, done: Callable[[], None]) -> None:
-        """Load `by` beside a model that is ready, call `done`, then unload the model when its requests have ended.
+    async def renew(self, served: Served, offer: Offer) -> None:
+        """Load another offer in the place of a model that is ready. The model serves meanwhile; its requests end on it.
 
-        If loading fails, the model goes on serving, with the reason in its status. Raises Unavailable and the errors of
-        loading.
+        If loading fails, it goes on, with the reason in its status. Raises Unavailable and the errors of loading.
         """
         self.settled(served)
+        by = Served(offer, served.limits)
 
         async def work() -> None:
             try:
@@ -137,9 +142,11 @@ class Lifecycle:
             finally:
                 served.replacing = None
                 self.keep_alive.used(served)
-            by.hidden = False
-            done()
-            self.leave(served, limits.GRACE.most)
+            if self._catalog.replace(served, by):
+                by.hidden = False
+                self.leave(served, limits.GRACE.most)
+            else:  # the model was removed meanwhile
+                self.leave(by, 0)
 
         served.error, by.hidden = None, True
         served.replacing = asyncio.create_task(work())
@@ -303,8 +310,10 @@ class Lifecycle:
         asyncio.get_running_loop().call_soon(self.keep_alive.used, served, keep_alive)
 
     async def _opened(self, served: Served) -> Bundle:
-        """The bundle of a model; it is opened again if that failed. Raises the error of opening it."""
-        if served.offer.bundle is None:
+        """The bundle of a model. It is opened again if that failed or if the offer follows its folder. Raises the error
+        of opening it.
+        """
+        if served.offer.bundle is None or served.offer.followed:
             served.offer = await asyncio.to_thread(served.offer.again)
         if served.offer.bundle is None:
             raise served.offer.error or AssertionError("a bundle is opened or there is an error")
@@ -336,7 +345,7 @@ class Lifecycle:
 
     def _quiet(self, served: Served) -> bool:
         others = self.loaded - {served}
-        return not any(other.places or other.change or other.replacing for other in others)
+        return all(other.state is ModelState.READY and not other.places for other in others)
 
     async def _unload(self, served: Served, grace: float) -> None:
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"

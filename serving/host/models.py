@@ -32,11 +32,13 @@ from runtime.errors import (
 from runtime.pipeline import Event, drive
 from runtime.task import Request
 from serving.host.catalog import Catalog
+from serving.host.following import Follower
 from serving.host.inference import ANY, pipeline_of
 from serving.host.job import Driver, Job, Queued
 from serving.host.lifecycle import IDLE_SECONDS, STOPPING, Lifecycle, Loader
 from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
+from serving.host.repository import Repository
 from serving.host.residency import Memory
 from serving.host.served import Reservation, Run, Served
 from serving.host.states import ModelState, Status
@@ -61,17 +63,19 @@ class ModelHost:
         driver: Driver = drive,
         observers: Sequence[Observer] = (),
         memory: Memory | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
         self.limits = limits or Limits()
         self.counts = Counts()
         self.observer: Observer = Observers([self.counts, *observers])
         self.observer.watch(self.statuses)
         self.changed = asyncio.Event()
-        self.lifecycle = Lifecycle(loader, memory or Memory(), self._notify, self.observer)
+        self.catalog = Catalog(versions)
+        self.lifecycle = Lifecycle(self.catalog, loader, memory or Memory(), self._notify, self.observer)
+        self._followers: list[Follower] = []
         self._turns = Turns(bounds.CHECKED.most)
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
         self._driver = driver
-        self.catalog = Catalog()
         for bundle in bundles:
             offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle)
             self.catalog.add(Served(offer, self.limits))
@@ -81,9 +85,18 @@ class ModelHost:
         """Whether the server stops."""
         return self.lifecycle.stopping
 
+    def follow(self, repository: Repository) -> None:
+        """Serve the bundles of a repository, and follow its changes until the host is closed. Needs a running event
+        loop. Raises OSError if the repository cannot be read.
+        """
+        follower = Follower(repository, self.catalog, self.lifecycle, self.limits, self._notify)
+        follower.start()
+        self._followers.append(follower)
+
     def status(self, name: str) -> Status:
         """The status of a model. Raises NotFound with the nearest name."""
-        return replace(self.catalog.find(name).status(), counts=self.counts.of(name))
+        served = self.catalog.find(name)
+        return replace(served.status(), counts=self.counts.of(served.name), is_default=self.catalog.is_default(served))
 
     def statuses(self) -> list[Status]:
         """The status of every model, sorted by name."""
@@ -91,17 +104,19 @@ class ModelHost:
 
     def at_start(self) -> list[str]:
         """The names of the models to load when the server starts."""
-        return [served.name for served in self.catalog if served.offer.at_start]
+        return [served.name for served in self.catalog if not served.offer.followed]
 
     def ready(self) -> dict[str, str | None]:
         """The task of each model, None if it cannot be used now: it is not loaded, and a request would not load it.
 
-        Models that are loaded when the server starts count only while they are loaded.
+        Models that are loaded when the server starts count only while they are loaded. A model with versions is there
+        under its name, too, with its default version.
         """
-        return {served.name: served.task if self._usable(served) else None for served in self.catalog}
+        named = {served.name: served for served in self.catalog} | self.catalog.defaults()
+        return {name: served.task if self._usable(served) else None for name, served in named.items()}
 
     def _usable(self, served: Served) -> bool:
-        waits = served.on_demand and not served.offer.at_start
+        waits = served.on_demand and served.offer.followed
         return (served.state is ModelState.READY or waits) and not self.stopping
 
     def engines(self, name: str) -> Mapping[str, Engine]:
@@ -123,7 +138,7 @@ class ModelHost:
         stays loaded for `keep_alive` seconds after it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
         DeadlineExceeded after `timeout` seconds, and the errors of the engine.
         """
-        known = name if name in self.catalog else ""
+        known = self.catalog.find(name).name if name in self.catalog else ""
         return observed(self._run(name, request, timeout, client, keep_alive), self.observer, known, request.task)
 
     async def _run(
@@ -245,21 +260,12 @@ class ModelHost:
         self.lifecycle.settled(served)
         if offer.error is not None:
             raise served.concealed(offer.error)
-        await self._renew(served, offer)
-
-    async def _renew(self, served: Served, offer: Offer) -> None:
-        """Load another offer of a model in its place."""
-        if served.state is not ModelState.READY:
+        served.withheld = False
+        if served.state is ModelState.READY:
+            await self.lifecycle.renew(served, offer)
+        else:
             served.take(offer)
             await self.lifecycle.load(served)
-            return
-        by = Served(offer, self.limits)
-
-        def take_over() -> None:
-            if not self.catalog.replace(served, by):  # it was removed meanwhile
-                self.lifecycle.leave(by, 0)
-
-        await self.lifecycle.replace(served, by, take_over)
 
     async def unload(self, name: str, grace: float | None = None) -> None:
         """Let the requests of a model finish, stop the rest after `grace` seconds, then free its engines. Requests do
@@ -276,6 +282,8 @@ class ModelHost:
         Takes at most `grace` and IDLE_SECONDS. Returns False if a thread still loads or computes; it is abandoned.
         """
         grace = self.limits.grace_seconds if grace is None else grace
+        for follower in self._followers:
+            follower.close()
         self.lifecycle.stop(grace)
         models = {*self.catalog, *self.lifecycle.loaded}
         shut = asyncio.gather(*(self.lifecycle.shut(served, grace) for served in models))

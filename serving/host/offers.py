@@ -11,6 +11,8 @@ from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, InvalidInput, quoted
 
+VERSION_MARK: Final = "@"
+"""Stands before the version in the name of a model."""
 ENDLESS: Final = math.inf
 """The keep-alive of a model that stays loaded until another one needs its memory."""
 
@@ -35,8 +37,8 @@ class Offer:
     reloading takes it.
 
     `keep_alive` is the number of seconds that the model stays loaded without requests, `ENDLESS` if only memory for
-    another model ends that, None if nothing does. The server loads it when it starts if `at_start`, else for its first
-    request.
+    another model ends that, None if nothing does. An offer that is `followed` is one of a repository: it is loaded for
+    its first request, not when the server starts, and the bundle that is in the folder then is served.
     """
 
     name: str
@@ -44,7 +46,8 @@ class Offer:
     bundle: Bundle | None = None
     error: EnginecastError | None = None
     keep_alive: float | None = None
-    at_start: bool = True
+    version: str = ""
+    followed: bool = False
 
     @property
     def quant(self) -> str:
@@ -55,21 +58,29 @@ class Offer:
         """The task that the model does, if the bundle could be opened."""
         return self.bundle.manifest.task if self.bundle else None
 
+    @property
+    def model(self) -> str:
+        """The name without the version."""
+        return self.name.removesuffix(f"{VERSION_MARK}{self.version}") if self.version else self.name
+
     def again(self) -> Offer:
         """The bundle that is in the folder now, offered in the same way."""
         found = Offer.of(self.root, self.name)
         return replace(self, bundle=found.bundle, error=found.error)
 
     @classmethod
-    def of(cls, root: Path, name: str = "", keep_alive: float | None = None) -> Offer:
+    def of(
+        cls, root: Path, name: str = "", keep_alive: float | None = None, version: str = "", followed: bool = False
+    ) -> Offer:
         """Offer the bundle at `root` by `name`, else by the name in its manifest, or by its folder's name if it cannot
         be opened.
         """
+        given = keep_alive, version, followed
         try:
             bundle = Bundle(root)
         except EnginecastError as error:
-            return cls(name or root.absolute().name, root, error=error, keep_alive=keep_alive)
-        return cls(name or bundle.name, root, bundle, keep_alive=keep_alive)
+            return cls(name or root.absolute().name, root, None, error, *given)
+        return cls(name or bundle.name, root, bundle, None, *given)
 
 
 def check_name(name: str) -> None:

@@ -89,7 +89,7 @@ class Served:
 
     def take(self, offer: Offer) -> None:
         """Serve this offer from now on. Only while the model is not loaded."""
-        self.offer, self.withheld = offer, False
+        self.offer = offer
         self.state, self.error = ModelState.UNLOADED, None
         if offer.error is not None:
             self.state, self.error = ModelState.FAILED, str(self.concealed(offer.error))
@@ -109,8 +109,12 @@ class Served:
     @property
     def idle(self) -> bool:
         """Whether the model is loaded and nothing uses or changes it."""
-        busy = self.places or self.change or self.replacing or self.check
-        return self.state is ModelState.READY and not busy
+        return self.state is ModelState.READY and not self.places and not self.changes
+
+    @property
+    def changes(self) -> set[asyncio.Task[None]]:
+        """What changes the model now."""
+        return {task for task in (self.change, self.replacing, self.check) if task is not None}
 
     @property
     def on_demand(self) -> bool:
@@ -203,6 +207,7 @@ class Served:
             queued=len(self.places) - running,
             placements=placements,
             notes=self._notes(self.model.notes) if self.model else (),
+            version=self.offer.version,
             on_demand=self.on_demand,
             reloading=self.replacing is not None,
             memory=dict(self.memory),

@@ -36,6 +36,8 @@ class Status:
     `task` is known once its bundle was opened; `target`, `device`, `placements` and `notes` while the model is loaded;
     `error` after a load that failed. `counts` are those of `serving.host.observing.Counts`.
 
+    `version` is empty unless the model has several, and `is_default` says whether requests that state none reach it.
+
     `on_demand`: the next request loads it. `reloading`: its bundle is being loaded again beside it. `memory` has the
     bytes that it takes of each device's memory while it is loaded. `idle_seconds` have passed since its last request,
     or since it was loaded, and without another it is unloaded in `unload_seconds`; both are None unless it is idle.
@@ -53,6 +55,8 @@ class Status:
     placements: tuple[SubmodelStatus, ...] = ()
     notes: tuple[str, ...] = ()
     counts: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+    is_default: bool = False
     on_demand: bool = False
     reloading: bool = False
     memory: Mapping[str, int] = field(default_factory=dict)

@@ -109,6 +109,8 @@ def model(status: Status) -> model_pb2.Model:
         queued=status.queued,
         placements=[model_pb2.Placement(**asdict(one)) for one in status.placements],
         notes=status.notes,
+        version=status.version,
+        is_default=status.is_default,
         loads_on_demand=status.on_demand,
         reloading=status.reloading,
         memory_bytes=status.memory,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Models:
         self.failure: Exception | None = None
         self.held = False
         offers = [Offer.of(bundle(folder, name).root) for name in names]
-        offers = [Offer(one.name, one.root, one.bundle, None, keep_alive, at_start=False) for one in offers]
+        offers = [replace(one, keep_alive=keep_alive) for one in offers]
         memory = Memory(most, lambda *_: {"gpu": 60})
         self.host = ModelHost(offers, self._load, Limits(grace_seconds=5), memory=memory)
 

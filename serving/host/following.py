@@ -1,0 +1,127 @@
+"""Serves the bundles of a repository and follows its changes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any, Final
+
+from runtime.errors import EnginecastError
+from serving.host.catalog import Catalog
+from serving.host.lifecycle import Lifecycle
+from serving.host.offers import Limits, Offer
+from serving.host.repository import Changes, Repository
+from serving.host.served import Served
+from serving.host.states import ModelState
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS: Final = 2.0
+"""Seconds between two looks at a repository."""
+
+
+class Follower:
+    """Adds, replaces and removes models as the bundles of a repository change. `notify` is called after each change."""
+
+    def __init__(
+        self,
+        repository: Repository,
+        catalog: Catalog,
+        lifecycle: Lifecycle,
+        allowed: Limits,
+        notify: Callable[[], None],
+    ) -> None:
+        self._repository = repository
+        self._catalog = catalog
+        self._lifecycle = lifecycle
+        self._limits = allowed
+        self._notify = notify
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Serve what is there, and follow changes from now on. Raises OSError if the repository cannot be read."""
+        self._apply(self._repository.look())
+        self._begin(self._follow())
+
+    def close(self) -> None:
+        """Follow no more changes."""
+        for task in self._tasks:
+            task.cancel()
+
+    async def _follow(self) -> None:
+        readable = True
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            try:
+                self._apply(await asyncio.to_thread(self._repository.look))
+                readable = True
+            except Exception:
+                if readable:
+                    log.exception("a look at the repository %s failed: its models stay", self._repository.root)
+                readable = False
+
+    def _apply(self, changes: Changes) -> None:
+        for name in changes.gone:
+            self._withdraw(name)
+        for offer in changes.offers:
+            self._offer(offer)
+        self._choose_defaults()
+        if changes.gone or changes.offers:
+            self._notify()
+
+    def _withdraw(self, name: str) -> None:
+        served = self._catalog.get(name)
+        if served is not None and served.offer.followed:
+            log.info("model %s is gone from the repository", name)
+            self._catalog.remove(served)
+            self._lifecycle.leave(served, self._limits.grace_seconds)
+
+    def _offer(self, offer: Offer) -> None:
+        served = self._catalog.get(offer.name)
+        if served is None:
+            served = Served(offer, self._limits)
+            self._catalog.add(served)
+            present = self._catalog.default(offer.model)
+            if present is not None and present.state is ModelState.READY and self._catalog.may_lead(served):
+                self._begin(self._lead(served))
+        elif served.offer.followed:
+            self._begin(self._renew(offer))
+        else:
+            log.warning("%s is passed over: %s is served by the name %s", offer.root, served.offer.root, offer.name)
+
+    async def _lead(self, served: Served) -> None:
+        """Load a new version before it becomes the default: until then, and if that fails, requests go on to the
+        present one.
+        """
+        with suppress(EnginecastError):  # it is in the log and in the status
+            await self._lifecycle.use(served)
+        self._choose_defaults()
+        self._notify()
+
+    async def _renew(self, offer: Offer) -> None:
+        """Serve another bundle by a name that is served."""
+        while (served := self._catalog.get(offer.name)) is not None and (changes := served.changes):
+            await asyncio.wait(changes)
+        if served is None:
+            return
+        if served.state is ModelState.READY:
+            with suppress(EnginecastError):  # it is in the log and in the status
+                await self._lifecycle.renew(served, offer)
+        else:
+            served.take(offer)
+            self._notify()
+
+    def _choose_defaults(self) -> None:
+        """Make the highest versions the default ones: at once where none is loaded, else those that are loaded."""
+        for served in self._catalog:
+            present = self._catalog.default(served.offer.model)
+            waits = present is not None and (present.state is ModelState.READY or served.state is ModelState.FAILED)
+            if served.state is ModelState.READY or not waits:
+                self._catalog.promote(served)
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
