@@ -96,6 +96,25 @@ class Settings:
         Path | None,
         typer.Option(metavar="FILE", help="File to append a line of JSON to for every call that manages models."),
     ] = None
+    http_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where to listen for gRPC-Web and Connect, for web pages and curl (extra connect). Default: nowhere.",
+        ),
+    ] = None
+    http_origins: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN", help="Web pages that may call it, such as https://example.org. Default: none may."
+        ),
+    ] = None
+    http_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Names by which clients may call it, besides localhost and addresses: gpu-box."
+        ),
+    ] = None
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

@@ -119,6 +119,7 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
         "metrics",
         "tracing",
         "top",
+        "connect",
         "export",
         "dev",
         "docs",

@@ -6,8 +6,11 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 
+from runtime.errors import InvalidInput
+from runtime.optional import require
 from serving.cli.offered import host_of
 from serving.dialects.grpc import server
+from serving.host.models import ModelHost
 from serving.host.observing import Observer
 from serving.observers import logs
 from serving.observers.logs import RequestLog
@@ -27,7 +30,8 @@ def start(settings: Settings) -> None:
 
     async def run() -> None:
         with observers(settings, protection) as watching:
-            await server.serve(make(watching), settings.address, announce, protection)
+            host = make(watching)
+            await server.serve(host, settings.address, announce, protection, others(host, settings, protection))
 
     asyncio.run(run())
 
@@ -58,3 +62,17 @@ def security(settings: Settings) -> Security:
     """How the server is protected."""
     tls = TlsFiles.of(settings.tls_cert, settings.tls_key, settings.tls_client_ca)
     return Security(tls, settings.insecure, Gate(settings.tokens))
+
+
+def others(host: ModelHost, settings: Settings, protection: Security) -> list[server.Beside]:
+    """The servers beside that of gRPC."""
+    if settings.http_address is None:
+        for name in (name for name in ("http_origins", "http_hosts") if getattr(settings, name)):
+            raise InvalidInput(name, "is of no effect without --http-address: give both")
+        return []
+    require("connectrpc", "connect")
+    require("uvicorn", "connect")
+    from serving.dialects.connect.server import HttpServer
+
+    origins, hosts = settings.http_origins or (), settings.http_hosts or ()
+    return [HttpServer(host, settings.http_address, origins, hosts, protection)]

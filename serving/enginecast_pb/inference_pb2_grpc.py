@@ -99,7 +99,7 @@ class GRPCInferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ModelReady(self, request, context):
-        """Whether a model, or the model of a submodel, is ready. False where there is none of that name.
+        """Whether a model, or the model of a submodel, can be used. False where there is none of that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

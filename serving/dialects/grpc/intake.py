@@ -61,7 +61,7 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
         async def one(_: Any, context: Context) -> Any:
             async with self._admitted(method, context):
                 message = await self._message(handler, context)
-                _note(method, message)
+                note(method, message)
                 return await handler.unary_unary(message, context)
 
         async def stream(_: Any, context: Context) -> None:
@@ -118,7 +118,7 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
             yield parse(data, handler.request_deserializer)
 
 
-def _note(method: str, message: Message) -> None:
+def note(method: str, message: Message) -> None:
     """Note in the call's record what a management call requests."""
     if is_management(method) and (record := current()):
         size = message.ByteSize()

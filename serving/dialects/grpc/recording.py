@@ -67,16 +67,20 @@ def _sender(context: Context) -> str:
 
 
 def _name(record: Record, context: Context) -> None:
-    """Take over the id and the trace that the client sent. Raises InvalidInput for an id that is too long."""
+    """Take over the id and the trace that the client sent, and return the id."""
     sent = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
     record.traceparent = sent.get(TRACE_KEY, "")
     context.set_trailing_metadata(((ID_KEY, record.id),))
-    if given := sent.get(ID_KEY):
-        limits.REQUEST_ID.length(ID_KEY, given)
-        if not given.isprintable():
-            raise InvalidInput(ID_KEY, "has characters that cannot be printed: use letters, digits and dashes")
-        record.id = given
-        context.set_trailing_metadata(((ID_KEY, record.id),))
+    take_over(record, sent.get(ID_KEY, ""))
+    context.set_trailing_metadata(((ID_KEY, record.id),))
+
+
+def take_over(record: Record, given: str) -> None:
+    """Use the id that a client sent, if any. Raises InvalidInput for an id that cannot be used."""
+    limits.REQUEST_ID.length(ID_KEY, given)
+    if not given.isprintable():
+        raise InvalidInput(ID_KEY, "has characters that cannot be printed: use letters, digits and dashes")
+    record.id = given or record.id
 
 
 def _left(context: Context) -> grpc.StatusCode:

@@ -11,9 +11,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, Protocol
 
 import grpc
 from google.protobuf.message_factory import GetMessageClass
@@ -118,20 +118,40 @@ class Server:
         return free
 
 
-async def serve(host: ModelHost, address: str, announce: Callable[[str], None], security: Security = OPEN) -> None:
+class Beside(Protocol):
+    """Another server of the same host, which starts and stops with that of gRPC."""
+
+    async def start(self) -> str:
+        """Accept requests. Returns a line that says where."""
+
+    async def stop(self) -> None:
+        """Close all connections. The host has been closed before."""
+
+
+async def serve(
+    host: ModelHost,
+    address: str,
+    announce: Callable[[str], None],
+    security: Security = OPEN,
+    beside: Sequence[Beside] = (),
+) -> None:
     """Load the models that are to be loaded at the start, and serve until SIGINT or SIGTERM, then stop gracefully. A
     second signal ends the process at once.
 
     After the host's grace period the process ends with status 0, even if a thread still loads or computes.
 
     `announce` is called with a line when calls are accepted, before any model is loaded, and with one for each model
-    when it is ready or fails. Raises the error of a model if all fail, and the errors of `Server`.
+    when it is ready or fails. Servers `beside` this one start and stop with it. Raises the error of a model if all
+    fail, and the errors of `Server`.
     """
     return_freed_memory(most_arenas=2)
     server = Server(host, address, security=security)
     stopped = asyncio.create_task(_stop_signal(host.limits.grace_seconds).wait())
     await server.start()
+    lines = [await one.start() for one in beside]
     announce(f"listening on {address.rpartition(':')[0]}:{server.port}")
+    for line in lines:
+        announce(line)
     loaded = asyncio.gather(*(_load(host, name, announce) for name in host.at_start()))
     try:
         first: set[asyncio.Future[Any]] = {stopped, loaded}
@@ -146,7 +166,9 @@ async def serve(host: ModelHost, address: str, announce: Callable[[str], None], 
     finally:
         log.info("stopping")
         loaded.cancel()
-        if not await server.stop():
+        free = await server.stop()
+        await asyncio.gather(*(one.stop() for one in beside))
+        if not free:
             _leave()
 
 

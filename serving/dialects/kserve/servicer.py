@@ -11,7 +11,7 @@ from importlib.metadata import version
 from typing import Any, Final
 
 from runtime import limits
-from runtime.errors import EnginecastError, InvalidInput, NotFound, did_you_mean, quoted
+from runtime.errors import InvalidInput, NotFound, did_you_mean, quoted
 from serving.dialects.grpc.health import health_of
 from serving.dialects.grpc.status import Context
 from serving.dialects.kserve import tensors
@@ -132,13 +132,14 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         try:
             check_version(request.version)
-            model, submodel = names_of(self.host, request.name)
-            engines = self.host.engines(model)
-            return pb.ModelReadyResponse(ready=not submodel or submodel in engines)
-        except InvalidInput:
-            raise
-        except EnginecastError:  # not served here, or not loaded
+            return pb.ModelReadyResponse(ready=self._usable(*names_of(self.host, request.name)))
+        except NotFound:
             return pb.ModelReadyResponse(ready=False)
+
+    def _usable(self, model: str, submodel: str) -> bool:
+        """Whether requests run now. The submodels of a model that its next request loads are not known yet."""
+        loaded = self.host.status(model).state is ModelState.READY
+        return self.host.ready()[model] is not None and not (loaded and submodel not in ("", *self.host.engines(model)))
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(
@@ -183,6 +184,7 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
     def _index(self, status: Status) -> list[Any]:
         """A model, and the submodels that can be called if it is ready."""
         reason = "" if STATES[status.state] != "UNAVAILABLE" else status.error or status.state.value
+        reason += ": the next request loads it" if status.on_demand else ""
         ready = status.state is ModelState.READY
         submodels = callable_submodels(self.host.engines(status.name)) if ready else ()
         names = [status.name, *(f"{status.name}/{submodel}" for submodel in submodels)]

@@ -1,0 +1,182 @@
+"""What every HTTP request passes first: which pages and which names of this server are allowed, and how long it may
+take to arrive and to be read.
+
+A browser sends any page's requests to any address, so a page elsewhere could drive a server that only listens on this
+machine. It names the page in `Origin`; pages that are not allowed are refused. A page whose name is later resolved to
+this machine (DNS rebinding) has no foreign origin, but its name is in `Host`: names that are not allowed are refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from runtime import limits
+from runtime.errors import DeadlineExceeded, InvalidInput, quoted
+from serving.dialects.connect.errors import Refused
+from serving.dialects.grpc.recording import ID_KEY
+from serving.dialects.grpc.status import ERROR_KEY, FIELD_KEY, UNREAD_SECONDS
+
+log = logging.getLogger(__name__)
+
+Event = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Event]]
+Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Any, Any, Any], Awaitable[None]]
+
+LOCAL: Final = ("localhost",)
+GRPC: Final = "application/grpc"
+GRPC_WEB: Final = f"{GRPC}-web"
+METHODS: Final = "POST"
+REQUEST_HEADERS: Final = (
+    "authorization, content-type, connect-protocol-version, connect-timeout-ms, grpc-timeout, x-grpc-web, "
+    f"x-user-agent, {ID_KEY}"
+)
+RESPONSE_HEADERS: Final = f"grpc-status, grpc-message, grpc-status-details-bin, {ERROR_KEY}, {FIELD_KEY}, {ID_KEY}"
+ARRIVAL_SECONDS = float(limits.ARRIVAL.most)
+REMEMBERED: Final = "7200"
+"""Seconds for which a browser remembers that a page is allowed."""
+
+
+def check_origin(origin: str) -> str:
+    """The origin, if it is one as browsers send it. Raises InvalidInput."""
+    parts = urlsplit(origin)
+    if parts.scheme not in ("http", "https") or not parts.netloc or f"{parts.scheme}://{parts.netloc}" != origin:
+        raise InvalidInput(
+            "http_origins", f"{quoted(origin)} is no origin, expected scheme, host and port such as https://example.org"
+        )
+    return origin.lower()
+
+
+class Pages:
+    """An ASGI application in front of another. `origins` are the pages that may call it, `hosts` the names of this
+    server besides localhost and addresses.
+    """
+
+    def __init__(self, app: App, origins: Iterable[str] = (), hosts: Iterable[str] = ()) -> None:
+        self._app = app
+        self._origins = frozenset(map(check_origin, origins))
+        self._hosts = frozenset(name.lower() for name in (*LOCAL, *hosts))
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        origin, kind = headers.get("origin", ""), headers.get("content-type", "")
+        refused = self._refused(headers, origin)
+        if refused:
+            await _answer(send, 403, refused)
+        elif kind.startswith(GRPC) and not kind.startswith(GRPC_WEB):
+            await _answer(send, 415, "this port is for gRPC-Web and Connect: that of gRPC is another one (--address)")
+        elif scope["method"] == "OPTIONS":
+            await _answer(_with(send, _preflight(origin)), 204)
+        else:
+            await self._run(scope, receive, _with(send, _allowed(origin)))
+
+    def _refused(self, headers: Mapping[str, str], origin: str) -> str:
+        """Why a request is refused, empty if it is not."""
+        host = headers.get("host", "")
+        if not self._known(host):
+            return (
+                f"this server is not known as {quoted(host)}: call it by its address, or start it with --http-hosts "
+                "and the name"
+            )
+        if origin and origin.lower() not in self._origins:
+            return (
+                f"pages of {quoted(origin)} may not call this server: start it with --http-origins and that origin to "
+                "allow it"
+            )
+        return ""
+
+    def _known(self, host: str) -> bool:
+        """Whether a Host header has a name of this server, or an address, which no page can make its own."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._hosts or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+    async def _run(self, scope: Any, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, _arriving(receive), _read(send))
+        except TimeoutError:
+            log.info("a client read nothing for %g s: its request is cancelled", UNREAD_SECONDS)
+
+
+def _arriving(receive: Receive) -> Receive:
+    """`receive` that raises Refused if a request does not arrive in time."""
+    deadline = asyncio.get_running_loop().time() + ARRIVAL_SECONDS
+    whole = False
+
+    async def timed() -> Event:
+        nonlocal whole
+        if whole:  # from now on it waits for the client to leave
+            return await receive()
+        try:
+            async with asyncio.timeout_at(deadline):
+                event = await receive()
+        except TimeoutError:
+            raise Refused(
+                DeadlineExceeded(f"the request did not arrive within {ARRIVAL_SECONDS:g} s: send it again")
+            ) from None
+        whole = not event.get("more_body", False)
+        return event
+
+    return timed
+
+
+def _read(send: Send) -> Send:
+    """`send` that raises TimeoutError if the client does not read."""
+
+    async def timed(event: Event) -> None:
+        async with asyncio.timeout(UNREAD_SECONDS):
+            await send(event)
+        await asyncio.sleep(0)  # writing into a buffer does not let others run: a client that left would go unnoticed
+
+    return timed
+
+
+def _with(send: Send, headers: Mapping[str, str]) -> Send:
+    """`send` that adds headers to the response."""
+    added = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+
+    async def adding(event: Event) -> None:
+        if event["type"] == "http.response.start":
+            event = {**event, "headers": [*event.get("headers", ()), *added]}
+        await send(event)
+
+    return adding
+
+
+def _allowed(origin: str) -> Mapping[str, str]:
+    """The headers by which a browser lets a page read a response."""
+    if not origin:
+        return {}
+    return {
+        "access-control-allow-origin": origin,
+        "access-control-expose-headers": RESPONSE_HEADERS,
+        "vary": "Origin",
+    }
+
+
+def _preflight(origin: str) -> Mapping[str, str]:
+    """The headers by which a browser lets a page send a request."""
+    if not origin:
+        return {}
+    return {
+        **_allowed(origin),
+        "access-control-allow-methods": METHODS,
+        "access-control-allow-headers": REQUEST_HEADERS,
+        "access-control-max-age": REMEMBERED,
+    }
+
+
+async def _answer(send: Send, status: int, message: str = "") -> None:
+    """A response of the gate itself, as an error of Connect."""
+    body = json.dumps({"code": "permission_denied" if status == 403 else "unknown", "message": message}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers if message else []})
+    await send({"type": "http.response.body", "body": body if message else b""})
