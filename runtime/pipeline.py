@@ -10,17 +10,21 @@ many. Closing the generator cancels the work before the next call.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
+
 import runtime.pipelines
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
+from runtime.kept import Kept
 from runtime.listing import modules
 
 Outputs = dict[str, Array]
@@ -77,7 +81,26 @@ class Progress(Event):
         return {"steps": 1}
 
 
+@dataclass(frozen=True)
+class Reused(Event):
+    """Outputs of `calls` calls of a submodel were held in memory: the calls were not made."""
+
+    submodel: str
+    calls: int = 1
+
+
 Pipeline = Generator[Call | Event, Outputs | None, None]
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of memory for what further requests may use again: `features` of pictures and of texts, and `prefixes` of
+    conversations. A decoder's states take `position` bytes for each position of a sequence.
+    """
+
+    features: int = 0
+    prefixes: int = 0
+    position: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,9 +144,9 @@ class ModelPipeline(ABC):
         """
         return ()
 
-    def remember(self, nbytes: int) -> None:
-        """Hold at most so many bytes of what further requests may use again, such as features of pictures, if the
-        algorithm has something of the kind. Nothing is held otherwise.
+    def remember(self, room: Room) -> None:
+        """Hold what further requests may use again, such as features of pictures, if the algorithm has something of the
+        kind. Nothing is held until this is called.
         """
 
     @abstractmethod
@@ -177,6 +200,36 @@ def answer(pipeline: Pipeline, execute: Callable[[Call], Outputs]) -> Generator[
                 outputs = execute(item)
             else:
                 yield item
+
+
+def reusing(pipeline: Pipeline, submodels: Collection[str], kept: Kept[bytes, Outputs]) -> Pipeline:
+    """Wrap a pipeline: calls of these submodels, none of which has states, are not made again while their outputs are
+    kept. Yields a `Reused` for each that is left out.
+    """
+    outputs: Outputs | None = None
+    with closing(pipeline), suppress(StopIteration):
+        while True:
+            item = pipeline.send(outputs)
+            if not isinstance(item, Call) or item.submodel not in submodels:
+                outputs = yield item
+                continue
+            key = _content(item)
+            outputs = kept.get(key)
+            if outputs is None:
+                outputs = yield item
+                assert outputs is not None, "a driver answers a call with its outputs"
+                kept.put(key, outputs, sum(array.nbytes for array in outputs.values()))
+            else:
+                yield Reused(item.submodel)
+
+
+def _content(call: Call) -> bytes:
+    """A hash of a call: of its submodel and its inputs."""
+    digest = hashlib.sha256(call.submodel.encode())
+    for name, array in sorted(call.inputs.items()):
+        digest.update(repr((name, array.dtype.str, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def tap(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:

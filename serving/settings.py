@@ -20,7 +20,17 @@ import typer
 
 from runtime.errors import InvalidInput, NotFound, did_you_mean
 from runtime.files import read_regular
-from serving.cli.options import ADDRESS, DeviceName, MemoryLimit, PictureCache, PlaceText, Strict, Target, Threads
+from serving.cli.options import (
+    ADDRESS,
+    DeviceName,
+    MemoryLimit,
+    PictureCache,
+    PlaceText,
+    PrefixCache,
+    Strict,
+    Target,
+    Threads,
+)
 
 PREFIX: Final = "ENGINECAST_SERVE_"
 """Of the environment variables."""
@@ -121,6 +131,7 @@ class Settings:
     memory_limit: MemoryLimit = None
     strict: Strict = False
     picture_cache: PictureCache = None
+    prefix_cache: PrefixCache = None
     require_signature: Annotated[
         Path | None,
         typer.Option(metavar="PUBLIC_KEY", help="Serve only bundles signed with this key's private half (a PEM file)."),
@@ -146,6 +157,12 @@ class Settings:
             "unloads models that nobody uses, the least recently used first. Models that always stay are not unloaded.",
         ),
     ] = None
+    parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, max=256, help="Requests that run at once per model: answers in one run, pictures taking turns."
+        ),
+    ] = 8
     max_queue: Annotated[int, typer.Option(min=0, help="Requests that may wait per model.")] = 16
     grace: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that running requests get to finish when the server stops.")

@@ -36,7 +36,7 @@ from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Dim, Signature, Tensor
 from runtime.placing.loading import load_model
 from serving.dialects.grpc import health
-from serving.dialects.grpc.client import OPTIONS
+from serving.dialects.grpc.connection import OPTIONS
 from serving.dialects.grpc.server import Server
 from serving.dialects.grpc.status import error_of
 from serving.host.models import ModelHost
@@ -136,7 +136,7 @@ def test_a_task_from_this_folder_alone_is_served_and_called(bundle: Bundle) -> N
         server = Server(host, "127.0.0.1:0")
         await server.start()
         await host.load("toy")
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=OPTIONS) as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}", options=[*OPTIONS.items()]) as channel:
             answered, serves = await call(channel, 1, 2.5), health.health_of(host)
             with pytest.raises(grpc.RpcError) as refused:
                 await call(channel)

@@ -29,13 +29,14 @@ class Conversation:
     `held` identifies the positions in the slot: token ids, and for a picture's positions a number made from its content
     (see `runtime.language.vision`). A turn that shares no beginning with the one before simply starts anew. One request
     at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder. The
-    next call first copies the slot `origin`.
+    next call first copies the slot `origin`. `reused` positions of the last prompt were held already.
     """
 
     slot: Slot = field(default_factory=Slot)
     held: list[int] = field(default_factory=list)
     given: Mapping[str, Array] = field(default_factory=dict)
     origin: Slot | None = None
+    reused: int = 0
 
     def shared(self, keys: Sequence[int]) -> int:
         """How many positions at the beginning are the same."""

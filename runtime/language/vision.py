@@ -13,13 +13,13 @@ import numpy as np
 
 from runtime.bundle.signature import Array
 from runtime.errors import BundleError, InvalidInput
+from runtime.kept import Kept
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Step, run
-from runtime.language.features import FeatureCache
 from runtime.language.instruction import INPUT, Instructions
 from runtime.language.layout import Layout, Size, layout_named
 from runtime.language.text import Message
-from runtime.pipeline import Call, Outputs
+from runtime.pipeline import Call, Outputs, Reused
 from runtime.vision.images import Picture, PictureFile
 
 TILES: Final = 16
@@ -55,7 +55,7 @@ class Vision:
 
     def __init__(self, layout: Layout, token: int, config: ChatConfig, instructions: Instructions | None) -> None:
         self.layout, self.token, self.config, self.instructions = layout, token, config, instructions
-        self.seen = FeatureCache()
+        self.seen = Kept[bytes, Array]()
 
     @classmethod
     def open(cls, root: Path, config: ChatConfig) -> Vision | None:
@@ -123,10 +123,12 @@ class Vision:
         images, keys = prompt.images[first:], prompt.digests[first:]
         found = {key: features for key in keys if (features := self.seen.get(key)) is not None}
         new = {key: image for key, image in zip(keys, images, strict=True) if key not in found}
+        if found:
+            yield Reused(self.config.encoders[-1], len(found))
         if new:
             encoded = yield from self._see(list(new.values()), prompt.instruction)
             for key, features in zip(new, encoded, strict=True):
-                self.seen.put(key, features)
+                self.seen.put(key, features, features.nbytes)
                 found[key] = features
         return np.concatenate([found[key] for key in keys])
 

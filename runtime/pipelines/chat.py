@@ -26,17 +26,18 @@ import numpy as np
 from pydantic import ValidationError
 
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
+from runtime.kept import Kept
 from runtime.language.beams import BeamSearch, search
 from runtime.language.choice import choose
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, prefill
-from runtime.language.features import FeatureCache
 from runtime.language.overflow import slid
+from runtime.language.prefixes import Prefixes
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
 from runtime.language.text import PROMPTS, Answer, Message, captioned
 from runtime.language.vision import Prompt, Vision
-from runtime.pipeline import Example, ModelPipeline, Pipeline
+from runtime.pipeline import Example, ModelPipeline, Pipeline, Room
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.vision.images import Picture
 
@@ -65,6 +66,7 @@ class ChatPipeline(ModelPipeline):
         self.text = PROMPTS[self.config.prompt](root / "tokenizer", self.config.image_token_id)
         self.text.require_below(self.config.vocab_size)
         self.vision = Vision.open(root, self.config)
+        self.prefixes = Prefixes()
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -89,9 +91,10 @@ class ChatPipeline(ModelPipeline):
         yield example("two turns", Message("user", shown), answer, question, optional=True)
         yield example("a system message", Message("system", ("x",)), question, optional=True)
 
-    def remember(self, nbytes: int) -> None:
+    def remember(self, room: Room) -> None:
         if self.vision:
-            self.vision.seen = FeatureCache(nbytes)
+            self.vision.seen = Kept(room.features)
+        self.prefixes = Prefixes(room)
 
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
         """The generator that answers: for each answer TextDelta events, then Finished, whose completion tokens count
@@ -181,31 +184,36 @@ class ChatPipeline(ModelPipeline):
         """Choose the tokens of one answer after the other: of answer n with the seed `seed` + n. Several go on in
         copies of the conversation, which then keeps the prompt alone.
         """
-        logits = yield from self._prefill(prompt, conversation)
-        for answer in answers:
-            rng = np.random.default_rng(None if seed is None else seed + answer.number)
-            choice = partial(choose, sampling=sampling, rng=rng, bounds=bounds)
-            held = conversation if len(answers) == 1 else conversation.fork()
-            tokens = yield from _continued(self.begin(prompt), logits, choice, bounds, answer, held)
-            yield _finished(prompt, tokens, bounds, answer)
+        with self.prefixes.keeping(conversation):
+            logits = yield from self._prefill(prompt, conversation)
+            for answer in answers:
+                rng = np.random.default_rng(None if seed is None else seed + answer.number)
+                choice = partial(choose, sampling=sampling, rng=rng, bounds=bounds)
+                held = conversation if len(answers) == 1 else conversation.fork()
+                tokens = yield from _continued(self.begin(prompt), logits, choice, bounds, answer, held)
+                yield _finished(prompt, tokens, bounds, answer, conversation.reused)
 
     def _search(
         self, prompt: Prompt, state: BeamSearch, answers: Sequence[Answer], conversation: Conversation
     ) -> Pipeline:
         """Find the likeliest answers of several beams, then spell them."""
-        logits = yield from self._prefill(prompt, conversation)
-        found = yield from search(state, conversation, logits)
+        with self.prefixes.keeping(conversation):
+            logits = yield from self._prefill(prompt, conversation)
+            found = yield from search(state, conversation, logits)
         for answer, tokens in zip(answers, found, strict=False):  # as many are found as there are beams
             text = "".join([answer.push(token) for token in tokens if token not in state.bounds.ends])
             if text := text + answer.flush():
                 yield TextDelta(text, answer.number, len(tokens))
-            yield _finished(prompt, tokens, state.bounds, answer)
+            yield _finished(prompt, tokens, state.bounds, answer, conversation.reused)
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
         """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that
         follow.
         """
+        if not conversation.held:
+            self.prefixes.lend(conversation, prompt.keys)
         shared = conversation.shared(prompt.keys[:-1])  # the last token is always run: its logits are needed
+        conversation.reused = shared
         embeds = yield from embed(prompt.ids[shared:])
         if self.vision:
             yield from self.vision.insert(prompt, shared, embeds)
@@ -234,6 +242,6 @@ def _continued(
     return tokens[bounds.prompt :]
 
 
-def _finished(prompt: Prompt, tokens: Sequence[int], bounds: Bounds, answer: Answer) -> Finished:
+def _finished(prompt: Prompt, tokens: Sequence[int], bounds: Bounds, answer: Answer, reused: int) -> Finished:
     reason = "stop" if answer.stopped or tokens[-1] in bounds.ends else "length"
-    return Finished(reason, len(prompt.ids), len(tokens), prompt.left_out, answer.number)
+    return Finished(reason, len(prompt.ids), len(tokens), prompt.left_out, answer.number, reused)

@@ -56,7 +56,8 @@ from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler
 from runtime.diffusion.styles import Styling, styling
-from runtime.pipeline import Example, ModelPipeline, Pipeline, Progress
+from runtime.kept import Kept
+from runtime.pipeline import Example, ModelPipeline, Outputs, Pipeline, Progress, Room, reusing
 from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 
 PLAIN: Final = (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),)
@@ -98,6 +99,7 @@ class DiffusionPipeline(ModelPipeline):
     def __init__(self, config: DiffusionConfig, *tokenizers: Path, adapters: Adapters | None = None) -> None:
         self.config, self.adapters = config, adapters or Adapters()
         self.conditioning = Conditioning(encoders_of(config), tokenizers, config.zeros_for_empty)
+        self.seen = Kept[bytes, Outputs]()
         self.decoder = Decoder("vae_decoder", config.vae, config.sizes.multiple)
         self.encoder = Encoder("vae_encoder", config.vae, config.sizes.multiple)
 
@@ -138,6 +140,9 @@ class DiffusionPipeline(ModelPipeline):
     def keep_within(self, room: Mapping[str, float]) -> Sequence[str]:
         return [*self.decoder.keep_within(room), *self.encoder.keep_within(room)]
 
+    def remember(self, room: Room) -> None:
+        self.seen = Kept(room.features)
+
     def __call__(self, request: ImageRequest) -> Pipeline:
         """The generator that draws: `Progress` after every step of all pictures, `ImageReady` after every picture.
         Raises InvalidInput before any work; the generator raises EngineError for numbers that are not finite.
@@ -152,7 +157,10 @@ class DiffusionPipeline(ModelPipeline):
         original, hands_over = config.original_of(request), request.denoising_end is not None
         styles, preview = styling(config.styles, request.styles), request.preview_every
         job = _Job(prompts, original, added, controls, styles, guidance, sampler, starts, preview, hands_over)
-        return adapted(self._draw(job), self.adapters.inputs(request.loras))
+        drawing = adapted(self._draw(job), self.adapters.inputs(request.loras))
+        if not self.seen.most:
+            return drawing
+        return reusing(drawing, {encoder.submodel for encoder in self.conditioning.encoders}, self.seen)
 
     def _draw(self, job: _Job) -> Pipeline:
         text = yield from self.conditioning.encode(job.prompts)

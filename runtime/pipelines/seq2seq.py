@@ -11,6 +11,7 @@ them. The decoder begins with a token of its own, and nothing of a conversation 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -22,7 +23,7 @@ from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, run
 from runtime.language.processors import Scores
 from runtime.language.vision import Prompt
-from runtime.pipeline import Call
+from runtime.pipeline import Call, Room
 from runtime.pipelines.chat import ChatPipeline
 from runtime.tasks.chat import ChatRequest
 
@@ -41,6 +42,9 @@ class Seq2SeqPipeline(ChatPipeline):
     name: ClassVar[str] = "seq2seq"
     settings: ClassVar[type[ChatConfig]] = Seq2SeqConfig
     config: Seq2SeqConfig
+
+    def remember(self, room: Room) -> None:
+        super().remember(replace(room, prefixes=0))  # an answer's states belong to its prompt's keys and values
 
     def begin(self, prompt: Prompt) -> list[int]:
         return [self.config.decoder_start_token_id]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.signature import nbytes
 from runtime.bundle.signing import require_signature
 from runtime.engine import Engine, Options, target
 from runtime.errors import (
@@ -27,7 +28,7 @@ from runtime.errors import (
     did_you_mean,
     quoted,
 )
-from runtime.pipeline import ModelPipeline, Pipeline, pipelines
+from runtime.pipeline import ModelPipeline, Pipeline, Room, pipelines
 from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import detect
@@ -139,13 +140,13 @@ def _load(
     _verify(bundle, public)
     options = replace(options, verify=bundle.verify_again)
     pipeline = open_pipeline(bundle)
-    pipeline.remember(placing.picture_cache)
     if request is not None:
         pipeline(request).close()
     machine = detect()
     options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, placing, machine, avoid)
     budget = Budget(plan.rooms) if plan.rooms else None
+    pipeline.remember(_kept(bundle, placing, budget))
     engines, places, notes = dict[str, Engine](), dict[str, Place](), [*bundle.manifest.notes, *plan.notes]
     try:
         for submodel in bundle.manifest.submodels:
@@ -244,6 +245,19 @@ def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load
         engine.close()
         raise
     return engine
+
+
+def _kept(bundle: Bundle, placing: PlacementOptions, budget: Budget | None) -> Room:
+    """The memory for what requests may use again. Under a budget none of it is for prefixes: an engine that holds them
+    could not make room for others.
+    """
+    signatures = [submodel.signature for submodel in bundle.manifest.submodels]
+    position = sum(
+        nbytes((state.past for state in one.states), one.complete(one.decoder.lengths(1, 1)))
+        for one in signatures
+        if one.states
+    )
+    return Room(placing.picture_cache, 0 if budget else placing.prefix_cache, position)
 
 
 def _room(engines: Mapping[str, Engine], budget: Budget | None) -> dict[str, float]:

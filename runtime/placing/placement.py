@@ -32,6 +32,8 @@ arXiv 2112.10752).
 
 PICTURE_CACHE: Final = "128MiB"
 """The usual memory for features of pictures: 13 pictures of LLaVA 1.5 7B."""
+PREFIX_CACHE: Final = "1GiB"
+"""The usual memory for what decoders have read before: 2,000 positions of LLaVA 1.5 7B."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,16 @@ class PlacementOptions:
 
     `place` maps submodels, by name or role, to a target ("openvino"), a target and its device ("openvino:GPU.1") or a
     device ("cuda:0"). `memory_limit` is the number of bytes that the model may use in each memory. `strict` refuses
-    engines that run some nodes on another device. At most `picture_cache` bytes of pictures' features are held for
-    further requests. `rows` lists files of benchmark rows; None means the default files.
+    engines that run some nodes on another device. For further requests, at most `picture_cache` bytes are held of
+    features of pictures and texts, and `prefix_cache` of keys and values of conversations. `rows` lists files of
+    benchmark rows; None means the default files.
     """
 
     place: Mapping[str, str] = field(default_factory=dict)
     memory_limit: int | None = None
     strict: bool = False
     picture_cache: int = 0
+    prefix_cache: int = 0
     rows: tuple[Path, ...] | None = None
 
 

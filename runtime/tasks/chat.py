@@ -184,7 +184,8 @@ class TextDelta(Event):
 @dataclass(frozen=True)
 class Finished(Event):
     """Answer number `answer` is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens).
-    `left_out` is how many messages the conversation lost to fit the context.
+    `left_out` is how many messages the conversation lost to fit the context. `reused_tokens` of the prompt were not
+    computed again: they began a conversation that the model had read before.
     """
 
     reason: str
@@ -192,10 +193,12 @@ class Finished(Event):
     completion_tokens: int
     left_out: int = 0
     answer: int = 0
+    reused_tokens: int = field(default=0, compare=False)
 
     @property
     def counts(self) -> Mapping[str, int]:
-        return {} if self.answer else {"prompt_tokens": self.prompt_tokens}
+        reused = {"reused_tokens": self.reused_tokens} if self.reused_tokens else {}
+        return {} if self.answer else {"prompt_tokens": self.prompt_tokens, **reused}
 
 
 TASK: Final = Task(ChatRequest, verb="chat")

@@ -27,7 +27,7 @@ def host_of(settings: Settings) -> Callable[[Sequence[Observer]], ModelHost]:
     """Makes the host with its observers, on a running event loop. Raises the errors of the settings at once."""
     offered, load, shared, folder = offers(settings), loader(settings), memory(settings), repository(settings)
     versions = default_versions(settings)
-    limits = Limits(max_queue=settings.max_queue, grace_seconds=settings.grace)
+    limits = Limits(settings.parallel, settings.max_queue, settings.grace)
 
     def make(observers: Sequence[Observer]) -> ModelHost:
         host = ModelHost(offered, load, limits, observers=observers, memory=shared, versions=versions)
@@ -90,7 +90,8 @@ def memory(settings: Settings) -> Memory:
 
 def placing_of(settings: Settings) -> PlacementOptions:
     """Where submodels run. Raises InvalidInput."""
-    return caching(placement(settings.place, settings.memory_limit, settings.strict), settings.picture_cache)
+    placing = placement(settings.place, settings.memory_limit, settings.strict)
+    return caching(placing, settings.picture_cache, settings.prefix_cache)
 
 
 def loader(settings: Settings) -> Loader:

@@ -50,8 +50,17 @@ PictureCache = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Memory for the features of pictures seen before, per chat model: a picture that is shown again is not "
-        "encoded again. 0 holds none. Default: 128MiB.",
+        help="Memory for the features of pictures and texts seen before, per model: they are not encoded again. 0 holds"
+        " none. Default: 128MiB.",
+    ),
+]
+PrefixCache = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Memory for what chat models have read before, per model: a conversation that goes on, or begins as "
+        "another did, is not read again. 0 holds none. Default: 1GiB; 0 with --memory-limit, beside which there can be "
+        "none.",
     ),
 ]
 Strict = Annotated[
@@ -237,7 +246,7 @@ def placement(place: str | None, memory_limit: str | None, strict: bool) -> Plac
     return placement(place, memory_limit, strict)
 
 
-def caching(placing: PlacementOptions, picture_cache: str | None) -> PlacementOptions:
-    from serving.dialects.python.model import with_cache
+def caching(placing: PlacementOptions, picture_cache: str | None, prefix_cache: str | None) -> PlacementOptions:
+    from serving.dialects.python.model import with_caches
 
-    return with_cache(placing, picture_cache)
+    return with_caches(placing, picture_cache, prefix_cache)

@@ -104,7 +104,7 @@ class TextDelta(_message.Message):
     def __init__(self, text: _Optional[str] = ..., answer: _Optional[int] = ...) -> None: ...
 
 class ChatDone(_message.Message):
-    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings", "engines", "notes", "left_out_messages", "answers")
+    __slots__ = ("reason", "prompt_tokens", "completion_tokens", "timings", "engines", "notes", "left_out_messages", "answers", "reused_tokens")
     REASON_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -113,6 +113,7 @@ class ChatDone(_message.Message):
     NOTES_FIELD_NUMBER: _ClassVar[int]
     LEFT_OUT_MESSAGES_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
+    REUSED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
@@ -121,7 +122,8 @@ class ChatDone(_message.Message):
     notes: _containers.RepeatedScalarFieldContainer[str]
     left_out_messages: int
     answers: _containers.RepeatedCompositeFieldContainer[AnswerEnd]
-    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_common_pb2.Timings, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[_common_pb2.EngineUse, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., left_out_messages: _Optional[int] = ..., answers: _Optional[_Iterable[_Union[AnswerEnd, _Mapping]]] = ...) -> None: ...
+    reused_tokens: int
+    def __init__(self, reason: _Optional[_Union[FinishReason, str]] = ..., prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., timings: _Optional[_Union[_common_pb2.Timings, _Mapping]] = ..., engines: _Optional[_Iterable[_Union[_common_pb2.EngineUse, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., left_out_messages: _Optional[int] = ..., answers: _Optional[_Iterable[_Union[AnswerEnd, _Mapping]]] = ..., reused_tokens: _Optional[int] = ...) -> None: ...
 
 class AnswerEnd(_message.Message):
     __slots__ = ("reason", "completion_tokens")

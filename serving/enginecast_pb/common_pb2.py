@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65nginecast/v1/common.proto\x12\renginecast.v1\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\x12!\n\x14\x66irst_output_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_first_output_seconds\"\xac\x01\n\tEngineUse\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x11\n\tfallbacks\x18\x07 \x03(\t\x12\x16\n\x0ereload_seconds\x18\x08 \x01(\x01\x12\x0f\n\x07\x63hoices\x18\t \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65nginecast/v1/common.proto\x12\renginecast.v1\"\x1a\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\"q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\x12!\n\x14\x66irst_output_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_first_output_seconds\"\xbc\x01\n\tEngineUse\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x11\n\tfallbacks\x18\x07 \x03(\t\x12\x16\n\x0ereload_seconds\x18\x08 \x01(\x01\x12\x0f\n\x07\x63hoices\x18\t \x03(\t\x12\x0e\n\x06reused\x18\n \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,5 +36,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TIMINGS']._serialized_start=73
   _globals['_TIMINGS']._serialized_end=186
   _globals['_ENGINEUSE']._serialized_start=189
-  _globals['_ENGINEUSE']._serialized_end=361
+  _globals['_ENGINEUSE']._serialized_end=377
 # @@protoc_insertion_point(module_scope)

@@ -23,7 +23,7 @@ class Timings(_message.Message):
     def __init__(self, queue_seconds: _Optional[float] = ..., run_seconds: _Optional[float] = ..., first_output_seconds: _Optional[float] = ...) -> None: ...
 
 class EngineUse(_message.Message):
-    __slots__ = ("submodel", "target", "device", "calls", "seconds", "precision", "fallbacks", "reload_seconds", "choices")
+    __slots__ = ("submodel", "target", "device", "calls", "seconds", "precision", "fallbacks", "reload_seconds", "choices", "reused")
     SUBMODEL_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     DEVICE_FIELD_NUMBER: _ClassVar[int]
@@ -33,6 +33,7 @@ class EngineUse(_message.Message):
     FALLBACKS_FIELD_NUMBER: _ClassVar[int]
     RELOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     CHOICES_FIELD_NUMBER: _ClassVar[int]
+    REUSED_FIELD_NUMBER: _ClassVar[int]
     submodel: str
     target: str
     device: str
@@ -42,4 +43,5 @@ class EngineUse(_message.Message):
     fallbacks: _containers.RepeatedScalarFieldContainer[str]
     reload_seconds: float
     choices: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., calls: _Optional[int] = ..., seconds: _Optional[float] = ..., precision: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ..., reload_seconds: _Optional[float] = ..., choices: _Optional[_Iterable[str]] = ...) -> None: ...
+    reused: int
+    def __init__(self, submodel: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., calls: _Optional[int] = ..., seconds: _Optional[float] = ..., precision: _Optional[str] = ..., fallbacks: _Optional[_Iterable[str]] = ..., reload_seconds: _Optional[float] = ..., choices: _Optional[_Iterable[str]] = ..., reused: _Optional[int] = ...) -> None: ...

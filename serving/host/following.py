@@ -81,7 +81,7 @@ class Follower:
     def _offer(self, offer: Offer) -> None:
         served = self._catalog.get(offer.name)
         if served is None:
-            served = Served(offer, self._limits)
+            served = Served(offer, self._limits, self._lifecycle.observer)
             self._catalog.add(served)
             present = self._catalog.default(offer.model)
             if present is not None and present.state is ModelState.READY and self._catalog.may_lead(served):

@@ -1,23 +1,19 @@
-"""One request on one model: runs its pipeline, measures the time and can be stopped. Independent of threads, event
-loops and protocols.
+"""One request on one model: its pipeline with measured times, which can be stopped. Independent of threads, event loops
+and protocols.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
 from runtime.engine import Engine
 from runtime.errors import EnginecastError
-from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
-
-Driver = Callable[[Pipeline, Engines], Generator[Event, None, None]]
-"""Runs a pipeline's calls and yields its events: `runtime.pipeline.drive`, or a function that batches the calls of
-several jobs.
-"""
+from runtime.pipeline import Call, Event, Outputs, Pipeline, Reused, drive
 
 
 class Model(Protocol):
@@ -55,7 +51,7 @@ class Started(Event):
 @dataclass(frozen=True)
 class EngineUse:
     """The engine that really ran a submodel. `seconds` is the time that the pipeline waited for it, including
-    `reload_seconds`, the time of loading it again.
+    `reload_seconds`, the time of loading it again. `reused` calls were not made: their outputs were held in memory.
     """
 
     submodel: str
@@ -67,6 +63,7 @@ class EngineUse:
     fallbacks: tuple[str, ...] = ()
     reload_seconds: float = 0.0
     choices: tuple[str, ...] = ()
+    reused: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,65 +80,76 @@ class Done(Event):
     engines: tuple[EngineUse, ...]
     notes: tuple[str, ...] = ()
 
+    @property
+    def counts(self) -> Mapping[str, int]:
+        reused = sum(use.reused for use in self.engines)
+        return {"reused_calls": reused} if reused else {}
+
 
 class Job:
-    """A pipeline and the means to run it. `stop` may be called from any thread."""
+    """A pipeline on a model. `stop` may be called from any thread."""
 
-    def __init__(self, model: Model, pipeline: Pipeline, driver: Driver) -> None:
+    def __init__(self, model: Model, pipeline: Pipeline) -> None:
         self._model = model
         self._pipeline = pipeline
-        self._driver = driver
         self._admitted = perf_counter()
         self._seconds: dict[str, list[float]] = {}
         self._reloads: dict[str, float] = {}
-        self._stopped_by: EnginecastError | None = None
+        self._reused = Counter[str]()
+        self.stopped_by: EnginecastError | None = None
+
+    @property
+    def engines(self) -> Mapping[str, Engine]:
+        """The engines that its calls run on."""
+        return self._model.engines
 
     def stop(self, error: EnginecastError) -> None:
         """Make the pipeline raise `error` before its next engine call. Only the first call counts."""
-        self._stopped_by = self._stopped_by or error
+        self.stopped_by = self.stopped_by or error
 
     def events(self) -> Generator[Event, None, None]:
-        """Run the pipeline: yields `Started`, its events and `Done`. Raises the errors of the pipeline and its engines,
-        and the error given to `stop`.
+        """Run it alone: the events of `items`."""
+        return drive(self.items(), self.engines)
+
+    def items(self) -> Pipeline:
+        """The pipeline with `Started` before its calls and events, and `Done` behind them. Raises the errors of the
+        pipeline and the one given to `stop`.
         """
-        started = perf_counter()
-        first_output: float | None = None
+        started, first_output = perf_counter(), None
         yield Started()
-        with closing(self._driver(self._stoppable(), self._model.engines)) as events:
-            for event in events:
-                if first_output is None and event.output:
-                    first_output = perf_counter() - started
-                yield event
+        outputs: Outputs | None = None
+        with closing(self._pipeline) as pipeline, suppress(StopIteration):
+            while True:
+                if self.stopped_by is not None:
+                    raise self.stopped_by
+                item = pipeline.send(outputs)
+                outputs = None
+                if isinstance(item, Call):
+                    outputs = yield from self._timed(item)
+                elif isinstance(item, Reused):
+                    self._reused[item.submodel] += item.calls
+                else:
+                    if first_output is None and item.output:
+                        first_output = perf_counter() - started
+                    yield item
         yield Done(
             started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(self._model.notes)
         )
 
-    def _stoppable(self) -> Pipeline:
-        """The pipeline with a check of `stop` before every step. It is here, not in the driver, so that any driver has
-        it.
-        """
-        outputs: Outputs | None = None
-        with closing(self._pipeline) as pipeline:
-            while True:
-                if self._stopped_by is not None:
-                    raise self._stopped_by
-                try:
-                    item = pipeline.send(outputs)
-                except StopIteration:
-                    return
-                if isinstance(item, Call):
-                    self._reloads.setdefault(item.submodel, self._model.engines[item.submodel].reload_seconds)
-                began = perf_counter()
-                outputs = yield item
-                if isinstance(item, Call):
-                    self._seconds.setdefault(item.submodel, []).append(perf_counter() - began)
+    def _timed(self, call: Call) -> Generator[Call, Outputs | None, Outputs | None]:
+        self._reloads.setdefault(call.submodel, self.engines[call.submodel].reload_seconds)
+        began = perf_counter()
+        outputs = yield call
+        self._seconds.setdefault(call.submodel, []).append(perf_counter() - began)
+        return outputs
 
     def _uses(self) -> tuple[EngineUse, ...]:
-        return tuple(self._use(name, self._model.engines[name], seconds) for name, seconds in self._seconds.items())
+        names = dict.fromkeys((*self._seconds, *self._reused))
+        return tuple(self._use(name, self.engines[name], self._seconds.get(name, ())) for name in names)
 
     def _use(self, name: str, engine: Engine, seconds: Sequence[float]) -> EngineUse:
-        again = engine.reload_seconds - self._reloads[name]
-        facts = precision(engine), engine.fallbacks, max(0.0, again), engine.chosen
+        again = engine.reload_seconds - self._reloads.get(name, engine.reload_seconds)
+        facts = precision(engine), engine.fallbacks, max(0.0, again), engine.chosen, self._reused[name]
         return EngineUse(name, engine.target, engine.device, len(seconds), sum(seconds), *facts)
 
 

@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
+from functools import partial
 from time import monotonic
 from typing import Any, Final
 
@@ -76,7 +77,7 @@ class Lifecycle:
         self._loader = loader
         self._memory = memory
         self._notify = notify
-        self._observer = observer
+        self.observer = observer
         self._stopped = asyncio.Event()
         self._one_by_one = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
@@ -130,14 +131,14 @@ class Lifecycle:
         If loading fails, it goes on, with the reason in its status. Raises Unavailable and the errors of loading.
         """
         self.settled(served)
-        by = Served(offer, served.limits)
+        by = Served(offer, served.limits, self.observer)
 
         async def work() -> None:
             try:
                 await self._load(by, None, None, (ModelState.UNLOADED, None))
             except Exception as error:
                 served.error = self._shown(served, f"reloading failed, and the model of before goes on: {error}")
-                by.workers.shutdown(wait=False)
+                by.scheduler.close()
                 raise
             finally:
                 served.replacing = None
@@ -168,7 +169,7 @@ class Lifecycle:
         served.withheld = True
         with suppress(EnginecastError):  # the server stops and unloads it
             await self.unload(served, 0)
-        served.workers.shutdown(wait=False)
+        served.scheduler.close()
 
     async def _join(self, served: Served, change: asyncio.Task[None]) -> None:
         """Wait for a change that another caller began. Raises its error if loading failed, Unavailable if the server
@@ -247,7 +248,7 @@ class Lifecycle:
         """
         try:
             model = served.model
-            broken = await asyncio.wrap_future(served.workers.submit(model.broken)) if model else ()
+            broken = await asyncio.wrap_future(served.scheduler.do(model.broken)) if model else ()
             settled = served.change is None and served.replacing is None
             if broken and served.state is ModelState.READY and served.model is model and settled:
                 log.error("model %s: %s cannot run any more: %s", served.name, " and ".join(broken), error)
@@ -265,7 +266,7 @@ class Lifecycle:
         model, served.model = served.model, None
         assert model is not None, "a model is ready when it is found broken"
         try:
-            served.model = await asyncio.wrap_future(served.workers.submit(model.elsewhere, broken))
+            served.model = await asyncio.wrap_future(served.scheduler.do(partial(model.elsewhere, broken)))
         except Exception as reason:
             self._become(served, ModelState.FAILED, f"{why}, and it could not be loaded again: {reason}")
             raise
@@ -275,7 +276,7 @@ class Lifecycle:
         served.state = state
         served.error = None if error is None else self._shown(served, error)
         if not served.hidden:
-            self._observer.changed(served.name, state)
+            self.observer.changed(served.name, state)
         if state is ModelState.FAILED:
             served.failed_at = monotonic()
         if state in (ModelState.FAILED, ModelState.UNLOADED):
@@ -334,7 +335,7 @@ class Lifecycle:
         server stops meanwhile.
         """
         before = of_process() if self._quiet(served) else None
-        model = await asyncio.wrap_future(served.workers.submit(self._loader, bundle, target))
+        model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
         if self.stopping:
             await asyncio.to_thread(model.close)
             raise Unavailable(STOPPING)
@@ -358,12 +359,12 @@ class Lifecycle:
         model, served.model = served.model, None
         try:
             if model is not None:
-                workers = served.workers if idle else served.leave_behind()
-                closing = workers.submit(model.close)
+                scheduler = served.scheduler if idle else served.leave_behind()
+                closing = scheduler.do(model.close)
                 if idle:
                     await asyncio.wrap_future(closing)
                 else:
-                    workers.shutdown(wait=False)
+                    scheduler.close()
         finally:
             self.keep_alive.forget(served)
             self._become(served, ModelState.UNLOADED)

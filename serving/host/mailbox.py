@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from runtime import limits
@@ -15,58 +16,66 @@ class Mailbox:
     """A queue of events. Made on the event loop that reads it; `put` and `end` may be called from any thread.
 
     Small events are all kept: their number is bounded by the request's steps and tokens. Unread pictures are limited to
-    `limits.UNREAD_BYTES`: newer previews replace older ones, and `put` blocks until a finished picture fits.
+    `limits.UNREAD_BYTES`: newer previews replace older ones, and a finished picture is refused while there is no room.
+    `room` is called, from any thread, when there may be room again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: Callable[[], None] = lambda: None) -> None:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Event()
-        self._room = threading.Condition()
+        self._lock = threading.Lock()
+        self._room = room
         self._events: deque[Event] = deque()
         self._ended = False
         self._error: BaseException | None = None
 
-    def put(self, event: Event) -> None:
-        """Add an event. Does nothing after `end`."""
-        with self._room:
-            if event.output and event.nbytes:
-                self._room.wait_for(lambda: self._ended or not self._full(event))
-            if self._ended:
-                return
-            self._events.append(event)
-            for i, old in enumerate(self._events):
-                if not self._full():
-                    break
-                if isinstance(old, Progress) and old is not event:
-                    self._events[i] = replace(old, preview=None)
+    def put(self, event: Event) -> bool:
+        """Add an event, and return whether it was taken. After `end` every event is taken and forgotten."""
+        with self._lock:
+            if not self._ended:
+                if event.output and event.nbytes and self._full(event):
+                    return False
+                self._events.append(event)
+                self._thin()
         self._wake()
+        return True
 
     def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
         """End the queue: the reader gets the remaining events (none if `at_once`), then `error`. Only the first call
         counts.
         """
-        with self._room:
+        with self._lock:
             if not self._ended:
                 self._ended, self._error = True, error
                 if at_once:
                     self._events.clear()
-            self._room.notify_all()
+        self._room()
         self._wake()
 
     async def get(self) -> Event | None:
         """The next event, None at the end. Raises the error given to `end`."""
         while True:
             self._arrived.clear()
-            with self._room:
-                if self._events:
-                    event = self._events.popleft()
-                    self._room.notify_all()
-                    return event
-                if self._ended:
-                    if self._error is not None:
-                        raise self._error
-                    return None
+            with self._lock:
+                event = self._events.popleft() if self._events else None
+                ended = self._ended
+            if event is not None:
+                if event.nbytes:
+                    self._room()
+                return event
+            if ended:
+                if self._error is not None:
+                    raise self._error
+                return None
             await self._arrived.wait()
+
+    def _thin(self) -> None:
+        """Leave out older previews while there is no room. The newest event stays as it is."""
+        for i, old in enumerate(self._events):
+            if not self._full():
+                return
+            if isinstance(old, Progress) and i < len(self._events) - 1:
+                self._events[i] = replace(old, preview=None)
 
     def _full(self, further: Event | None = None) -> bool:
         held = sum(event.nbytes for event in self._events)

@@ -1,7 +1,7 @@
 """The models of a server, without any protocol: loading, queueing, running and stopping.
 
-Every method runs on one event loop; engines run in worker threads. By default one request at a time runs on a model
-(`Limits.slots`); others wait in a bounded queue. A driver that batches replaces `drive` and needs more slots.
+Every method runs on one event loop; the engines of a model run in its scheduler's thread. `Limits.slots` requests run
+on a model at once; others wait in a bounded queue.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ from runtime.errors import (
     did_you_mean,
     quoted,
 )
-from runtime.pipeline import Event, drive
+from runtime.pipeline import Event
 from runtime.task import Request
 from serving.host.catalog import Catalog
 from serving.host.following import Follower
 from serving.host.inference import ANY, pipeline_of
-from serving.host.job import Driver, Job, Queued
+from serving.host.job import Job, Queued
 from serving.host.lifecycle import IDLE_SECONDS, STOPPING, Lifecycle, Loader
 from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
 from serving.host.repository import Repository
 from serving.host.residency import Memory
-from serving.host.served import Reservation, Run, Served
+from serving.host.run import Reservation, Run
+from serving.host.served import Served
 from serving.host.states import ModelState, Status
 from serving.host.turns import Turns
 
@@ -60,7 +61,6 @@ class ModelHost:
         bundles: Iterable[Bundle | Offer],
         loader: Loader,
         limits: Limits | None = None,
-        driver: Driver = drive,
         observers: Sequence[Observer] = (),
         memory: Memory | None = None,
         versions: Mapping[str, str] | None = None,
@@ -75,10 +75,9 @@ class ModelHost:
         self._followers: list[Follower] = []
         self._turns = Turns(bounds.CHECKED.most)
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
-        self._driver = driver
         for bundle in bundles:
             offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle)
-            self.catalog.add(Served(offer, self.limits))
+            self.catalog.add(Served(offer, self.limits, self.observer))
 
     @property
     def stopping(self) -> bool:
@@ -150,7 +149,7 @@ class ModelHost:
         place = self._enter(served, client, request.nbytes, keep_alive)
         timeout = await self._loaded(served, place, timeout)
         job = await self._job(served, request, place)
-        position = len(served.runs)
+        position = served.ahead()
         run = served.start(job, place, partial(self._ended, served))
         over = DeadlineExceeded(
             f"the request was not done after {timeout or 0:.3g} s: allow it more time or request less work"
@@ -216,7 +215,7 @@ class ModelHost:
         checked = asyncio.create_task(check())
         try:
             pipeline = await asyncio.shield(checked)
-            return Job(served.ready(request.task), pipeline, self._driver)
+            return Job(served.ready(request.task), pipeline)
         except BaseException:
 
             def leave(task: asyncio.Future[Any]) -> None:
@@ -292,7 +291,7 @@ class ModelHost:
         except TimeoutError:
             free = False
         for served in models:
-            served.workers.shutdown(wait=False)
+            served.scheduler.close()
         self._checks.shutdown(wait=False)
         return free
 

@@ -19,11 +19,11 @@ ENDLESS: Final = math.inf
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of each model: `slots` requests run at once and `max_queue` more wait. On unloading they get
-    `grace_seconds` to finish.
+    """Limits of each model: `slots` requests run at once, taking turns or in one run of the engines, and `max_queue`
+    more wait. On unloading they get `grace_seconds` to finish.
     """
 
-    slots: int = 1
+    slots: int = 8
     max_queue: int = 16
     grace_seconds: float = 30.0
 

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from time import monotonic
 from typing import Final
 
 from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.pipeline import Event
 from serving.dialects.grpc.shown import concealed, without_paths
+from serving.host.batches import Ran
 from serving.host.inference import ANY
 from serving.host.job import Done, Job, Model, precision
-from serving.host.mailbox import Mailbox
+from serving.host.observing import Observer
 from serving.host.offers import Limits, Offer
+from serving.host.run import Reservation, Run
+from serving.host.scheduler import Scheduler
 from serving.host.states import ModelState, Status, SubmodelStatus
 
 RETRY_SECONDS: Final = 30.0
@@ -25,48 +28,10 @@ KEPT: Final = 4
 """This fraction of a queue, one place in 4, is reserved for clients that have no request in it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Reservation:
-    """The place of a request in a model's queue: its client, the bytes of its pictures, and the seconds that the model
-    stays loaded after it, None for the usual ones.
-    """
-
-    client: str
-    nbytes: int
-    keep_alive: float | None = None
-
-
-class Run:
-    """A job in a worker thread, as the event loop sees it."""
-
-    def __init__(self, job: Job, place: Reservation, workers: ThreadPoolExecutor) -> None:
-        self.job = job
-        self.place = place
-        self.events = Mailbox()
-        self.error: BaseException | None = None
-        self.future: Future[None] = workers.submit(self._work)
-
-    def _work(self) -> None:
-        try:
-            for event in self.job.events():
-                self.events.put(event)
-        except BaseException as error:  # it is raised again on the event loop, by the reader of the events
-            self.error = error
-            self.events.end(error)
-        else:
-            self.events.end()
-
-    def fail(self, error: EnginecastError) -> None:
-        """End the reader's events at once, and the work before its next step."""
-        self.job.stop(error)
-        self.future.cancel()
-        self.events.end(error, at_once=True)
-
-
 class Served:
     """One model: its bundle, its state and its requests. Used on the event loop only."""
 
-    def __init__(self, offer: Offer, allowed: Limits) -> None:
+    def __init__(self, offer: Offer, allowed: Limits, observer: Observer | None = None) -> None:
         self.offer = offer
         self.limits = allowed
         self.state = ModelState.UNLOADED
@@ -84,7 +49,8 @@ class Served:
         self.change: asyncio.Task[None] | None = None
         self.replacing: asyncio.Task[None] | None = None
         self.check: asyncio.Task[None] | None = None
-        self.workers = self._new_workers()
+        self._observer = observer or Observer()
+        self.scheduler = self._new_scheduler()
         self.take(offer)
 
     def take(self, offer: Offer) -> None:
@@ -94,8 +60,11 @@ class Served:
         if offer.error is not None:
             self.state, self.error = ModelState.FAILED, str(self.concealed(offer.error))
 
-    def _new_workers(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(self.limits.slots, thread_name_prefix=self.name)
+    def _new_scheduler(self) -> Scheduler:
+        def ran(ran: Ran) -> None:
+            self._observer.ran(self.name, ran.submodel, len(ran.runs), ran.seconds)
+
+        return Scheduler(self.name, self.limits.slots, ran)
 
     @property
     def name(self) -> str:
@@ -169,9 +138,9 @@ class Served:
             self.vacated.set()
 
     def start(self, job: Job, place: Reservation, ended: Callable[[Run], None]) -> Run:
-        """Give the job to a worker thread; `ended` is called on the event loop when it is done."""
+        """Queue the job; `ended` is called on the event loop when it is done."""
         loop = asyncio.get_running_loop()
-        run = Run(job, place, self.workers)
+        run = Run(job, place, self.scheduler.changed)
         self.runs.add(run)
 
         def done(_: Future[None]) -> None:
@@ -179,18 +148,23 @@ class Served:
                 loop.call_soon_threadsafe(ended, run)
 
         run.future.add_done_callback(done)
+        self.scheduler.submit(run)
         return run
 
-    def leave_behind(self) -> ThreadPoolExecutor:
-        """Replace the busy worker threads and return them. They end with their current work."""
-        workers, self.workers = self.workers, self._new_workers()
+    def ahead(self) -> int:
+        """Requests that have to end before one that is queued now can start."""
+        return max(0, len(self.runs) + 1 - self.limits.slots)
+
+    def leave_behind(self) -> Scheduler:
+        """Replace the busy thread and return it. It ends with its current work."""
+        scheduler, self.scheduler = self.scheduler, self._new_scheduler()
         for run in self.runs:
             self.leave(run.place)
         self.runs.clear()
-        return workers
+        return scheduler
 
     def status(self) -> Status:
-        running = min(len(self.runs), self.limits.slots)
+        running = self.scheduler.running
         placements = tuple(
             SubmodelStatus(name, engine.target, engine.device, precision(engine), engine.fallbacks, engine.chosen)
             for name, engine in (self.model.engines if self.model else {}).items()
@@ -204,7 +178,7 @@ class Served:
             device=self.model.device if self.model else None,
             error=self.error,
             running=running,
-            queued=len(self.places) - running,
+            queued=max(0, len(self.places) - running),
             placements=placements,
             notes=self._notes(self.model.notes) if self.model else (),
             version=self.offer.version,

@@ -21,7 +21,7 @@ class FakeServer(server.FakeServer):
 
     def leaving(self) -> bool:
         """Whether every request of "draw" is stopping."""
-        return all(run.job._stopped_by is not None for run in self.host.catalog.find("draw").runs)
+        return all(run.job.stopped_by is not None for run in self.host.catalog.find("draw").runs)
 
     def alive(self) -> bool:
         """Whether a picture can be drawn from beginning to end."""

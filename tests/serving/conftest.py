@@ -11,8 +11,8 @@ from tests.fakes.serving import FakeServer
 
 @pytest.fixture
 def cold(tmp_path: Path) -> Iterator[FakeServer]:
-    """A server whose models are not loaded, with room for two waiting requests."""
-    server = FakeServer(tmp_path, Limits(max_queue=2, grace_seconds=5))
+    """A server whose models are not loaded, which runs one request at a time and lets two wait."""
+    server = FakeServer(tmp_path, Limits(slots=1, max_queue=2, grace_seconds=5))
     yield server
     server.end()
 

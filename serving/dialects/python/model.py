@@ -12,10 +12,10 @@ from typing import TypeVar
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
 from runtime.errors import Cancelled, InvalidInput, Unavailable
-from runtime.pipeline import Event, drive
+from runtime.pipeline import Event
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
-from runtime.placing.placement import PICTURE_CACHE, PlacementOptions, parse_place
+from runtime.placing.placement import PICTURE_CACHE, PREFIX_CACHE, PlacementOptions, parse_place
 from runtime.task import Request, task
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -73,7 +73,7 @@ class Model(Session):
         """Stream a request of the model's task; `collect` makes the result of its events. Raises InvalidInput."""
         check_task(self._model.task, request)
         with self._turn:
-            work = Job(self._model, self._model.pipeline(request), drive)
+            work = Job(self._model, self._model.pipeline(request))
         stop = partial(work.stop, Cancelled("the caller stopped the work"))
         return Stream(self._steps(work), stop, collect)
 
@@ -103,6 +103,7 @@ def load(
     memory_limit: str | int | None = None,
     strict: bool = False,
     picture_cache: str | int | None = None,
+    prefix_cache: str | int | None = None,
     threads: int = 0,
     public_key: str | Path | None = None,
 ) -> Model:
@@ -120,7 +121,11 @@ def load(
         memory_limit: Memory that the model may take on each device, in bytes or as "4GiB".
         strict: Refuse engines that run a part of a submodel on another device.
         picture_cache: Memory for the features of pictures seen before, in bytes or as "128MiB": a picture that is shown
-            to a chat model again is not encoded again. 0 holds none. None is 128MiB.
+            to a chat model again is not encoded again. 0 holds none. None is 128MiB. Encoded prompts of an image model
+            are held there, too.
+        prefix_cache: Memory for what a chat model has read before, in bytes or as "1GiB": a conversation that goes on,
+            or that begins with the same system prompt or picture as another, is not read again. 0 holds none. None is
+            1GiB, and 0 with a `memory_limit`, beside which there can be none.
         threads: CPU threads per engine; 0 is all cores.
         public_key: PEM file of a public key. The bundle must be signed with its private key.
 
@@ -133,14 +138,14 @@ def load(
         ResourceExhausted: There is not enough memory.
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
-    placing = with_cache(placing, picture_cache)
+    placing = with_caches(placing, picture_cache, prefix_cache)
     return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
 
 
 def open_for(root: Path, request: Request, target: str | None, options: Options, placing: PlacementOptions) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
     check_task(Bundle(root).manifest.task, request)
-    return Model(load_model(root, target, options, placing, request=request))
+    return Model(load_model(root, target, options, with_caches(placing, None, None), request=request))
 
 
 def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> PlacementOptions:
@@ -150,10 +155,18 @@ def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | N
     return PlacementOptions(parse_place(given) if given else {}, limit, strict)
 
 
-def with_cache(placing: PlacementOptions, size: str | int | None) -> PlacementOptions:
-    """With memory for features of pictures, None being the usual size. Raises InvalidInput."""
-    size = PICTURE_CACHE if size is None else size
-    return replace(placing, picture_cache=parse_size("picture_cache", str(size), 0))
+def with_caches(placing: PlacementOptions, pictures: str | int | None, prefixes: str | int | None) -> PlacementOptions:
+    """With memory for features of pictures and for prefixes, None being the usual size. Raises InvalidInput."""
+    limited = placing.memory_limit is not None
+    usual = "0" if limited else PREFIX_CACHE
+    held = parse_size("picture_cache", str(PICTURE_CACHE if pictures is None else pictures), 0)
+    read = parse_size("prefix_cache", str(usual if prefixes is None else prefixes), 0)
+    if limited and read:
+        raise InvalidInput(
+            "prefix_cache",
+            "cannot be held under a memory_limit, where engines make room for one another: leave one of them out",
+        )
+    return replace(placing, picture_cache=held, prefix_cache=read)
 
 
 def check_task(found: str, request: Request) -> None:

@@ -72,13 +72,15 @@ class Answer:
     `completion_tokens` are those of the first.
 
     `prompt_tokens` is the length of the conversation; `done` holds the times in seconds and the engines that ran.
-    `left_out` is how many messages the conversation lost to fit the context.
+    `left_out` is how many messages the conversation lost to fit the context. `reused_tokens` of the prompt were not
+    computed again, since the model had read them before.
     """
 
     choices: tuple[Choice, ...]
     prompt_tokens: int
     done: Done
     left_out: int = 0
+    reused_tokens: int = 0
 
     @property
     def text(self) -> str:
@@ -147,7 +149,8 @@ def answer(events: Sequence[Event]) -> Answer:
         text = "".join(delta.text for delta in deltas if delta.answer == end.answer)
         return Choice(text, end.reason, end.completion_tokens)
 
-    return Answer(tuple(map(choice, finished)), finished[0].prompt_tokens, done, finished[0].left_out)
+    first = finished[0]
+    return Answer(tuple(map(choice, finished)), first.prompt_tokens, done, first.left_out, first.reused_tokens)
 
 
 def _done(events: Sequence[Event]) -> Done:

@@ -32,7 +32,7 @@ from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation
 from runtime.language.sampling import Beams
 from runtime.language.text import Message
-from runtime.pipeline import Call, Event, drive
+from runtime.pipeline import Call, Event, Reused, Room, drive
 from runtime.pipelines.chat import ChatPipeline
 from runtime.tasks.chat import ChatDefaults, ChatRequest, Finished, TextDelta
 from runtime.vision.images import Picture
@@ -256,7 +256,7 @@ def transformers_tokens(
 
 
 def answer(events: Iterator[Event]) -> tuple[str, Finished]:
-    *deltas, finished = events
+    *deltas, finished = (event for event in events if not isinstance(event, Reused))
     assert all(isinstance(delta, TextDelta) and delta.text for delta in deltas)
     assert isinstance(finished, Finished)
     return "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)), finished
@@ -537,9 +537,9 @@ def test_a_picture_is_encoded_once(bundle: Bundle, engines: dict[str, FakeEngine
 
     texts: list[tuple[str, Finished]] = []
     assert [tiles(first), tiles(first), tiles(first, second, first)] == [1, 1, 2]
-    chat.remember(TOKENS * 32 * 4)  # one picture
+    chat.remember(Room(features=TOKENS * 32 * 4))  # one picture
     assert [tiles(first), tiles(first), tiles(first, second, first), tiles(second), tiles(first)] == [1, 0, 1, 0, 1]
-    chat.remember(1 << 20)
+    chat.remember(Room(features=1 << 20))
     assert [tiles(second, first), tiles(first, second, first), tiles(first.copy())] == [2, 0, 0]
     assert texts[0] == texts[1] == texts[3] == texts[4] == texts[7] == texts[10]
     assert texts[2] == texts[5] == texts[9]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 
 import numpy as np
 import pytest
@@ -47,30 +46,26 @@ async def test_older_previews_that_nobody_read_are_left_out_and_no_step_is() -> 
 
 
 async def test_finished_pictures_wait_to_be_read() -> None:
-    mailbox, done = Mailbox(), threading.Event()
-
-    def work() -> None:
-        for index in range(5):
-            mailbox.put(ImageReady(PICTURE, index, 0))
-        mailbox.end()
-        done.set()
-
-    worker = asyncio.create_task(asyncio.to_thread(work))
-    assert not await asyncio.to_thread(done.wait, 0.2), "three of them are more than may be unread"
-    assert [event.index for event in await rest(mailbox) if isinstance(event, ImageReady)] == list(range(5))
-    await worker
+    asked = list[None]()
+    mailbox = Mailbox(lambda: asked.append(None))
+    pictures = [ImageReady(PICTURE, index, 0) for index in range(5)]
+    taken = [mailbox.put(picture) for picture in pictures]
+    assert taken == [True, True, False, False, False], "three of them are more than may be unread"
+    assert not asked
+    assert await mailbox.get() == pictures[0]
+    assert asked, "the worker hears of the room"
+    assert mailbox.put(pictures[2])
+    mailbox.end()
+    assert await rest(mailbox) == pictures[1:3]
 
 
 async def test_the_end_frees_a_worker_that_waits() -> None:
-    mailbox = Mailbox()
-
-    def work() -> None:
-        for index in range(5):
-            mailbox.put(ImageReady(PICTURE, index, 0))
-
-    worker = asyncio.create_task(asyncio.to_thread(work))
+    asked = list[None]()
+    mailbox = Mailbox(lambda: asked.append(None))
+    while mailbox.put(ImageReady(PICTURE, 0, 0)):
+        pass
     mailbox.end(Cancelled("the reader left"), at_once=True)
-    await asyncio.wait_for(worker, 10)
+    assert asked and mailbox.put(ImageReady(PICTURE, 0, 0)), "what is put after the end is forgotten"
     with pytest.raises(Cancelled):
         await mailbox.get()
 

@@ -83,7 +83,9 @@ def test_requests_that_fail_are_counted_with_their_model(tmp_path: Path) -> None
     model.failure = EngineError("out of memory")
     diary, host = observed(tmp_path, ("draw", ImageRequest("a circle")), ("else", ImageRequest("a")), model=model)
     assert [(record.model, record.queued is not None) for record in diary.records] == [("draw", True), ("", False)]
-    assert host.status("draw").counts == {"requests": 1, "failed": 1}
+    counts = dict(host.status("draw").counts)
+    assert counts.pop("run_seconds") > 0, "the engine tried"
+    assert counts == {"requests": 1, "failed": 1, "runs": 1, "calls": 1}
 
 
 def test_a_name_of_a_client_becomes_no_model(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_records_of_calls_at_once_are_kept_apart(tmp_path: Path) -> None:
     ("event", "counts"),
     [
         (TextDelta("a", 0, tokens=3), {"output_tokens": 3}),
-        (Finished("stop", 7, 3), {"prompt_tokens": 7}),
+        (Finished("stop", 7, 3, reused_tokens=2), {"prompt_tokens": 7, "reused_tokens": 2}),
         (Finished("stop", 7, 3, answer=1), {}),
     ],
 )

@@ -115,6 +115,7 @@ class ChatStream:
             notes=event.notes,
             left_out_messages=first.left_out,
             answers=ends,
+            reused_tokens=first.reused_tokens,
         )
 
 
@@ -152,7 +153,8 @@ def _finished(done: chat_pb2.ChatDone) -> Iterator[Finished]:
     """The end of each answer."""
     for number, one in enumerate(done.answers):
         reason = REASON_NAMES[one.reason]
-        yield Finished(reason, done.prompt_tokens, one.completion_tokens, done.left_out_messages, number)
+        counts = done.prompt_tokens, one.completion_tokens, done.left_out_messages
+        yield Finished(reason, *counts, number, done.reused_tokens)
 
 
 TASK: Final = GrpcTask(

@@ -353,7 +353,7 @@ class TestAnUnreadAnswer:
 
 class TestQueue:
     def test_the_last_places_are_for_other_clients(self, tmp_path: Path) -> None:
-        server = FakeServer(tmp_path, Limits(max_queue=4))
+        server = FakeServer(tmp_path, Limits(slots=1, max_queue=4))
         try:
             server.load_all()
             server.draw.hold()

@@ -39,12 +39,14 @@ def test_an_unknown_overflow_is_refused() -> None:
         chat_request(message)
 
 
-def test_how_many_messages_were_left_out_arrives() -> None:
-    stream, finished = ChatStream(), Finished("length", 9, 3, left_out=4)
+def test_what_was_left_out_and_reused_arrives() -> None:
+    stream, finished = ChatStream(), Finished("length", 9, 3, left_out=4, reused_tokens=5)
     assert stream.response(finished) is None
     done = stream.response(Done(0.0, 1.0, 0.5, ()))
     assert done is not None
-    assert next(chat_events(iter([done]))) == finished
+    received = next(chat_events(iter([done])))
+    assert isinstance(received, Finished)
+    assert received == finished and received.reused_tokens == 5
 
 
 def test_answers_arrive_one_by_one() -> None:

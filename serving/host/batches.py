@@ -1,0 +1,147 @@
+"""Runs the calls that requests wait for, alone or several in one run of an engine.
+
+The next positions of all answers of a decoder are one run (`Engine.run_many`), joined by pieces of prompts, so that a
+long prompt does not hold up the answers of others (Yu et al. 2022, Orca; Agrawal et al. 2023, arXiv 2308.16369).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+from runtime.bundle.signature import Array
+from runtime.engine import Engine, Slot
+from runtime.pipeline import Outputs, run_call
+from serving.host.run import Run
+
+CHUNK: Final = 128
+"""Positions of prompts that are read in one run beside the next positions of other answers."""
+ALONE: Final = 512
+"""Positions of a prompt that are read in one run where no other request waits for the decoder."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next positions of a decoder's call, up to position `stop` of it; `last` if the call has no more. The slot
+    holds `past` positions before.
+    """
+
+    run: Run
+    inputs: Mapping[str, Array]
+    slot: Slot
+    past: int
+    stop: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Ran:
+    """An engine ran once, for calls of these requests together."""
+
+    submodel: str
+    runs: Sequence[Run]
+    seconds: float
+
+
+def stateful(run: Run) -> bool:
+    """Whether the request waits for a submodel that keeps states."""
+    return run.call is not None and run.call.slot is not None
+
+
+def alone(run: Run) -> Ran:
+    """Make the call of one request and continue it."""
+    call = run.call
+    assert call is not None, "it waits for a call"
+    seconds, outputs = _timed(run, lambda: run_call(run.job.engines, call))
+    if outputs is not None:
+        run.advance(outputs)
+    return Ran(call.submodel, (run,), seconds)
+
+
+def decode(engine: Engine, runs: Sequence[Run]) -> list[Ran]:
+    """The next positions of every request that waits for this decoder."""
+    whole = [run for run in runs if engine.submodel.signature.port is None or (run.call and run.call.last > 1)]
+    name, spent = engine.submodel.name, [alone(run) for run in whole]
+    pieces = _pieces(engine, [run for run in runs if run not in whole])
+    for piece in pieces:
+        _prepare(engine, piece)
+    if len(pieces) < 2:
+        return spent + [Ran(name, (piece.run,), _feed(engine, piece)) for piece in pieces]
+    began = perf_counter()
+    try:
+        outputs = engine.run_many([(piece.inputs, piece.slot) for piece in pieces])
+    except Exception:  # one of them is at fault: it shows when each is run by itself
+        for piece in pieces:
+            engine.trim(piece.slot, piece.past)
+        return spent + [Ran(name, (piece.run,), _feed(engine, piece)) for piece in pieces]
+    ran = Ran(name, [piece.run for piece in pieces], perf_counter() - began)
+    for piece, found in zip(pieces, outputs, strict=True):
+        _continue(piece, found)
+    return [*spent, ran]
+
+
+def _pieces(engine: Engine, runs: Sequence[Run]) -> list[Piece]:
+    """Of calls with one more position all, then of prompts what there is room for, in the order of the requests."""
+    left = {run: _left(engine, run) for run in runs}
+    room, pieces = CHUNK if len(runs) > 1 else ALONE, list[Piece]()
+    for run in sorted(runs, key=lambda run: left[run] > 1):
+        count = min(left[run], room) if left[run] > 1 else 1
+        if count:
+            pieces.append(_piece(engine, run, count))
+        room -= count if left[run] > 1 else 0
+    return pieces
+
+
+def _left(engine: Engine, run: Run) -> int:
+    """Positions of a decoder's call that were not run yet."""
+    assert run.call is not None, "it waits for a call"
+    signature = engine.submodel.signature
+    return signature.lengths(run.call.inputs)[signature.decoder.sequence] - run.fed
+
+
+def _piece(engine: Engine, run: Run, count: int) -> Piece:
+    assert run.call is not None and run.call.slot is not None, "a decoder's call has a slot"
+    signature, inputs = engine.submodel.signature, run.call.inputs
+    lengths = signature.lengths(inputs)
+    sequence, stop = lengths[signature.decoder.sequence], run.fed + count
+    part = inputs if count == sequence else signature.cut(inputs, run.fed, stop)
+    past = lengths[signature.decoder.total] - sequence + run.fed
+    return Piece(run, part, run.call.slot, past, stop, stop == sequence)
+
+
+def _prepare(engine: Engine, piece: Piece) -> None:
+    """Bring the slot to what a call continues, before the first positions of it."""
+    call = piece.run.call
+    if piece.run.fed or call is None:
+        return
+    if call.origin is not None:
+        engine.copy(call.origin, piece.slot)
+    if call.keep is not None:
+        engine.trim(piece.slot, call.keep)
+
+
+def _feed(engine: Engine, piece: Piece) -> float:
+    """Run one piece by itself. Returns the seconds it took."""
+    seconds, outputs = _timed(piece.run, lambda: engine.run(piece.inputs, piece.slot))
+    if outputs is not None:
+        _continue(piece, outputs)
+    return seconds
+
+
+def _continue(piece: Piece, outputs: Outputs) -> None:
+    if piece.last:
+        piece.run.advance(outputs)
+    else:
+        piece.run.fed = piece.stop
+
+
+def _timed(run: Run, execute: Callable[[], Outputs]) -> tuple[float, Outputs | None]:
+    """The seconds that a call took and its outputs: None if it failed, which ends the request."""
+    began, outputs = perf_counter(), None
+    try:
+        outputs = execute()
+    except Exception as error:
+        run.end(error)
+    return perf_counter() - began, outputs
