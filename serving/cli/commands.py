@@ -18,6 +18,7 @@ from runtime import command
 from runtime.errors import InvalidInput, MissingDependency
 from serving.cli import models, tokens
 from serving.cli.options import (
+    ADDRESS,
     ConnectionOptions,
     DeviceName,
     MemoryLimit,
@@ -132,6 +133,29 @@ def devices(
         ),
         as_json,
     )
+
+
+@app.command()
+@with_connection
+def top(
+    connection: ConnectionOptions,
+    address: Annotated[str, typer.Option(help="Server to watch, HOST:PORT.")] = ADDRESS,
+    interval: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds between two looks.")] = 1.0,
+) -> None:
+    """Watch a server in the terminal: its models, their states, queues, speed and memory. Key q ends it."""
+    import sys
+
+    from runtime.optional import require
+    from serving.dialects.grpc.client import Client
+    from serving.dialects.grpc.connection import Connection
+
+    require("textual", "top")
+    if not sys.stdout.isatty():
+        raise InvalidInput("top", "needs a terminal; `enginecast devices --address` prints a server's models once")
+    from serving.cli.top import PATIENCE, Top
+
+    with Client(address, Connection(**connection.connection())) as client:
+        Top(address, partial(client.status, PATIENCE), interval).run()
 
 
 def _forward(context: typer.Context) -> None:

@@ -34,7 +34,7 @@ MODEL_KIND_CHAT: ModelKind
 MODEL_KIND_EMBED: ModelKind
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds", "version", "is_default")
+    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds", "version", "is_default", "counts")
     class MemoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -42,6 +42,13 @@ class Model(_message.Message):
         key: str
         value: int
         def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    class CountsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: float
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
     NAME_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -60,6 +67,7 @@ class Model(_message.Message):
     UNLOAD_SECONDS_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     kind: ModelKind
@@ -78,7 +86,8 @@ class Model(_message.Message):
     unload_seconds: float
     version: str
     is_default: bool
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ..., version: _Optional[str] = ..., is_default: _Optional[bool] = ...) -> None: ...
+    counts: _containers.ScalarMap[str, float]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ..., version: _Optional[str] = ..., is_default: _Optional[bool] = ..., counts: _Optional[_Mapping[str, float]] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("submodel", "target", "device", "precision", "fallbacks", "choices")
@@ -159,3 +168,21 @@ class ReloadModelResponse(_message.Message):
     MODEL_FIELD_NUMBER: _ClassVar[int]
     model: Model
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
+
+class StatusRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class StatusResponse(_message.Message):
+    __slots__ = ("version", "uptime_seconds", "memory_bytes", "stopping", "models")
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    MEMORY_BYTES_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    uptime_seconds: float
+    memory_bytes: int
+    stopping: bool
+    models: _containers.RepeatedCompositeFieldContainer[Model]
+    def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., stopping: _Optional[bool] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...

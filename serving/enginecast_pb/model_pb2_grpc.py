@@ -59,6 +59,11 @@ class ModelServiceStub:
                 request_serializer=enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
                 response_deserializer=enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
                 _registered_method=True)
+        self.Status = channel.unary_unary(
+                '/enginecast.v1.ModelService/Status',
+                request_serializer=enginecast_dot_v1_dot_model__pb2.StatusRequest.SerializeToString,
+                response_deserializer=enginecast_dot_v1_dot_model__pb2.StatusResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -104,6 +109,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Status(self, request, context):
+        """The server itself, with every model: for dashboards.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +143,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.ReloadModel,
                     request_deserializer=enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.FromString,
                     response_serializer=enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.SerializeToString,
+            ),
+            'Status': grpc.unary_unary_rpc_method_handler(
+                    servicer.Status,
+                    request_deserializer=enginecast_dot_v1_dot_model__pb2.StatusRequest.FromString,
+                    response_serializer=enginecast_dot_v1_dot_model__pb2.StatusResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -268,6 +285,33 @@ class ModelService:
             '/enginecast.v1.ModelService/ReloadModel',
             enginecast_dot_v1_dot_model__pb2.ReloadModelRequest.SerializeToString,
             enginecast_dot_v1_dot_model__pb2.ReloadModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Status(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginecast.v1.ModelService/Status',
+            enginecast_dot_v1_dot_model__pb2.StatusRequest.SerializeToString,
+            enginecast_dot_v1_dot_model__pb2.StatusResponse.FromString,
             options,
             channel_credentials,
             insecure,

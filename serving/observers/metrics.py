@@ -14,13 +14,15 @@ from socketserver import ThreadingMixIn
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from runtime.errors import Unavailable
+from runtime.errors import PermissionDenied, Unauthenticated, Unavailable
 from runtime.optional import require
 from serving.host.observing import OWN, Observer, Record, Statuses
 from serving.host.states import ModelState, Status
 from serving.security.addresses import split
+from serving.security.gate import Gate
 from serving.security.https import Tls
 from serving.security.protection import OPEN, Security
+from serving.security.scopes import Scope
 
 log = logging.getLogger(__name__)
 
@@ -78,13 +80,13 @@ class Metrics(Observer):
 
     @contextmanager
     def served(self, address: str, security: Security = OPEN) -> Iterator[int]:
-        """Serve the metrics over HTTP on "host:port", with TLS where the server has it, and give the port. Raises
-        InvalidInput, Unavailable and the errors of the certificate's files.
+        """Serve the metrics over HTTP on "host:port", with the TLS and the tokens of the server, and give the
+        port. Raises InvalidInput, Unavailable and the errors of the certificate's files.
         """
         security.check(address)
         host, port = split(address)
         try:
-            server = make_server(host.strip("[]"), port, self._app(), _Server, handler_class=_Handler)
+            server = make_server(host.strip("[]"), port, self._app(security.gate), _Server, handler_class=_Handler)
         except OSError as error:
             raise Unavailable(
                 f"metrics cannot be served on {address} ({error.strerror}): choose another address with --metrics"
@@ -97,16 +99,24 @@ class Metrics(Observer):
             server.shutdown()
             server.server_close()
 
-    def _app(self) -> Any:
-        """The WSGI application: any path has the metrics."""
+    def _app(self, gate: Gate) -> Any:
+        """The WSGI application: any path has the metrics, for tokens with the scope metrics."""
         metrics = self._client.make_wsgi_app(self.registry)
 
         def app(environ: Any, respond: Any) -> Any:
+            def refuse(status: str, why: object, *headers: tuple[str, str]) -> Any:
+                respond(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
+                return [str(why).encode()]
+
             try:
+                gate.check(Scope.METRICS, environ.get("HTTP_AUTHORIZATION"))
                 return metrics(environ, respond)
+            except Unauthenticated as error:
+                return refuse("401 Unauthorized", error, ("WWW-Authenticate", "Bearer"))
+            except PermissionDenied as error:
+                return refuse("403 Forbidden", error)
             except TimeoutError:
-                respond("503 Service Unavailable", [("Content-Type", "text/plain")])
-                return [b"the server is too busy to say how its models are: try again"]
+                return refuse("503 Service Unavailable", "the server is too busy to report on its models: try again")
 
         return app
 

@@ -14,7 +14,7 @@ from typing import Final
 from runtime.errors import PermissionDenied, ResourceExhausted, Unauthenticated
 from serving.host.observing import Record
 from serving.security import tokens
-from serving.security.scopes import required
+from serving.security.scopes import Scope, required
 from serving.security.tokens import Token
 from serving.security.watched import Watched
 
@@ -87,13 +87,23 @@ class Gate:
             return
         token = _found(self._tokens.current(), authorization)
         record.client = token.name
-        if not scopes & token.scopes:
-            raise PermissionDenied(
-                f"token {token.name} has the scopes {', '.join(sorted(token.scopes))}, and this call needs "
-                f"{' or '.join(sorted(scopes))}: use a token that has it"
-            )
+        _require(token, scopes)
         with self._usages.setdefault(token.name, Usage()).call(token):
             yield
+
+    def check(self, scope: Scope, authorization: str | None) -> None:
+        """Raise Unauthenticated or PermissionDenied unless the token has a scope. May be called from any thread."""
+        if self._tokens is not None:
+            _require(_found(self._tokens.current(), authorization), frozenset({scope}))
+
+
+def _require(token: Token, scopes: frozenset[Scope]) -> None:
+    """Raise PermissionDenied unless a token has one of the scopes."""
+    if not scopes & token.scopes:
+        raise PermissionDenied(
+            f"token {token.name} has the scopes {', '.join(sorted(token.scopes))}, and this call needs "
+            f"{' or '.join(sorted(scopes))}: use a token that has it"
+        )
 
 
 def _found(known: tuple[Token, ...], authorization: str | None) -> Token:

@@ -98,6 +98,11 @@ class Client:
         """Every model of the server, sorted by name."""
         return list(self._one(self._model.ListModels, model_pb2.ListModelsRequest(), timeout).models)
 
+    def status(self, timeout: float | None = None) -> model_pb2.StatusResponse:
+        """The server itself, with every model."""
+        response: model_pb2.StatusResponse = self._one(self._model.Status, model_pb2.StatusRequest(), timeout)
+        return response
+
     def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """The current status of one model."""
         response: model_pb2.GetModelResponse = self._one(

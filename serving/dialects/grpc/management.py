@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from importlib.metadata import version
+
+from runtime.placing.memory import of_process
 from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context
 from serving.enginecast_pb import model_pb2, model_pb2_grpc
@@ -13,9 +17,10 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     def __init__(self, host: ModelHost) -> None:
         self.host = host
+        self._began = time.monotonic()
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
-        return model_pb2.ListModelsResponse(models=[messages.model(status) for status in self.host.statuses()])
+        return model_pb2.ListModelsResponse(models=self._models())
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         return model_pb2.GetModelResponse(model=self._model(request.name))
@@ -36,6 +41,18 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ReloadModelResponse:
         await self.host.reload(request.name)
         return model_pb2.ReloadModelResponse(model=self._model(request.name))
+
+    async def Status(self, request: model_pb2.StatusRequest, context: Context) -> model_pb2.StatusResponse:
+        return model_pb2.StatusResponse(
+            version=version("enginecast"),
+            uptime_seconds=time.monotonic() - self._began,
+            memory_bytes=of_process() or 0,
+            stopping=self.host.stopping,
+            models=self._models(),
+        )
+
+    def _models(self) -> list[model_pb2.Model]:
+        return [messages.model(status) for status in self.host.statuses()]
 
     def _model(self, name: str) -> model_pb2.Model:
         return messages.model(self.host.status(name))

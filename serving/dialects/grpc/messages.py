@@ -116,4 +116,5 @@ def model(status: Status) -> model_pb2.Model:
         memory_bytes=status.memory,
         idle_seconds=status.idle_seconds,
         unload_seconds=status.unload_seconds,
+        counts=status.counts,
     )

@@ -7,13 +7,17 @@ import ssl
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.errors import EngineError, InvalidInput, Unavailable
 from serving.observers.metrics import Metrics
+from serving.security import tokens
+from serving.security.gate import Gate
 from serving.security.protection import Security
+from serving.security.scopes import Scope
 from tests.fakes.certificates import Authority
 from tests.fakes.serving import FakeServer, request, until
 
@@ -74,6 +78,8 @@ def test_what_was_made_is_counted(server: Watched) -> None:
     assert server.value("enginecast_steps_total", model="draw") == 5
     assert server.value("enginecast_pictures_total", model="draw") == 2
     assert server.value("enginecast_pictures_total", model="talk") == 0
+    assert server.value("enginecast_step_seconds_count", model="draw", submodel="denoiser") == 5
+    assert server.value("enginecast_batch_size_sum", model="draw", submodel="denoiser") == 5
 
 
 def test_what_runs_and_waits_is_shown_while_it_does(server: Watched) -> None:
@@ -157,3 +163,25 @@ def test_a_stuck_loop_does_not_hang_a_scrape_for_ever(server: Watched, monkeypat
         server.samples()
     stuck.result(5)
     assert server.value("enginecast_model_state", model="draw", state="ready") == 1
+
+
+def test_a_server_with_tokens_has_metrics_for_the_scope(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.toml"
+    scraper, chatter = (
+        tokens.new(file, name, frozenset({scope}), None, None)
+        for name, scope in (("prometheus", Scope.METRICS), ("chatter", Scope.INFER))
+    )
+    with Metrics().served("127.0.0.1:0", Security(gate=Gate(file))) as port:
+
+        def status(**headers: str) -> int:
+            wanted = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
+            try:
+                with urllib.request.urlopen(wanted, timeout=10) as response:
+                    return int(response.status)
+            except HTTPError as error:
+                with error:
+                    assert scraper not in error.read().decode()
+                    return error.code
+
+        found = [status(Authorization=f"Bearer {secret}") for secret in (scraper, chatter, "x" * 43)]
+        assert found == [200, 403, 401] and status() == 401

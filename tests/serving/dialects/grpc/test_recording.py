@@ -121,3 +121,16 @@ def test_a_stopping_server_leaves_no_record_open(server: Recorded) -> None:
     server.stop(0)
     assert server.last().code == "UNAVAILABLE"
     server.draw.release()
+
+
+def test_the_status_has_what_was_counted(server: Recorded) -> None:
+    server.call(request(steps=2))
+    server.draw.failure = EngineError("lost")
+    server.call(request(steps=1))
+    until(lambda: len(server.records.all) == 2)
+    status = server.client.status()
+    draw, talk = status.models
+    counts = dict(draw.counts)
+    assert counts.pop("run_seconds") > 0 and not talk.counts
+    assert counts == {"requests": 2, "failed": 1, "steps": 2, "pictures": 1, "runs": 3, "calls": 3}
+    assert status.uptime_seconds > 0 and status.memory_bytes > 1 << 20 and status.version and not status.stopping
