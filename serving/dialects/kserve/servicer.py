@@ -21,10 +21,11 @@ from serving.host.inference import Inference, Inferred, callable_signature, call
 from serving.host.job import Done, EngineUse
 from serving.host.models import ModelHost
 from serving.host.observing import current_client
+from serving.host.offers import VERSION_MARK
 from serving.host.states import ModelState, Status
 
-VERSION: Final = "1"
-"""The version of every model."""
+ONLY: Final = "1"
+"""The version of a model without versions."""
 LARGE: Final = 1 << 16
 """Messages with more bytes are converted in a thread."""
 STATES: Final = {
@@ -39,41 +40,52 @@ TIMEOUT: Final = "timeout"
 MICROSECONDS: Final = 1e-6
 
 
-def names_of(host: ModelHost, name: str) -> tuple[str, str]:
-    """The model and the submodel of a name, the submodel empty if it names a whole model. Raises NotFound."""
+def find(host: ModelHost, name: str, version: str = "") -> tuple[Status, str]:
+    """The model of a name and a version, and the submodel, empty if the name is that of a whole model. Raises NotFound,
+    InvalidInput.
+    """
     limits.MODEL_NAME.length("model_name", name)
-    models = [status.name for status in host.statuses()]
-    if name in models:
-        return name, ""
-    model, _, submodel = name.rpartition("/")
-    if model not in models:
-        raise NotFound(f"model {quoted(name)} is not served here: {did_you_mean(model or name, models)}")
-    return model, submodel
+    limits.MODEL_NAME.length("model_version", version)
+    models = {status.name: status for status in host.statuses()}
+    names = {*models, *map(base, models.values())}
+    model, _, submodel = (name, "", "") if name in names else name.rpartition("/")
+    status = models.get(f"{model}{VERSION_MARK}{version}") or host.status(model or name)
+    if version not in ("", version_of(status)):
+        versions = [version_of(one) for one in models.values() if base(one) == base(status)]
+        if version in versions:
+            raise InvalidInput("model_version", f"is {version}, and the name has {status.version}: give one of the two")
+        raise NotFound(f"version {quoted(version)} of {base(status)} does not exist: {did_you_mean(version, versions)}")
+    return status, submodel
 
 
-def submodel_of(host: ModelHost, name: str) -> tuple[str, str]:
-    """The model and the submodel of a name. Raises NotFound, and InvalidInput for the name of a whole model."""
-    model, submodel = names_of(host, name)
+def base(status: Status) -> str:
+    """The name of a model without its version."""
+    return status.name.removesuffix(f"{VERSION_MARK}{status.version}") if status.version else status.name
+
+
+def version_of(status: Status) -> str:
+    """The version of a model; "1" of one without versions."""
+    return status.version or ONLY
+
+
+def find_submodel(host: ModelHost, name: str, version: str) -> tuple[Status, str]:
+    """The model and the submodel of a name and a version. Raises NotFound, InvalidInput for a whole model."""
+    status, submodel = find(host, name, version)
     if not submodel:
-        known = ", ".join(f"{model}/{one}" for one in callable_submodels(host.engines(model)))
+        known = ", ".join(f"{base(status)}/{one}" for one in callable_submodels(host.engines(status.name)))
         raise InvalidInput("model_name", f"{quoted(name)} is a model of several networks, name one of them: {known}")
-    return model, submodel
+    return status, submodel
 
 
-def check_version(given: str) -> None:
-    """Raise NotFound unless a version is unset or the one that there is."""
-    limits.MODEL_NAME.length("model_version", given)
-    if given not in ("", VERSION):
-        raise NotFound(f"version {quoted(given)} does not exist: every model has the one version {VERSION}")
-
-
-def whole_model(host: ModelHost, repository: str, name: str) -> str:
-    """The name of a model to load or unload. Raises NotFound, and InvalidInput for a submodel or another repository."""
+def find_whole(host: ModelHost, repository: str, name: str) -> str:
+    """The model to load or unload. Raises NotFound, and InvalidInput for a submodel or another repository."""
     check_repository(repository)
-    model, submodel = names_of(host, name)
+    status, submodel = find(host, name)
     if submodel:
-        raise InvalidInput("model_name", f"{quoted(name)} is a submodel, expected {model}: they are loaded together")
-    return model
+        raise InvalidInput(
+            "model_name", f"{quoted(name)} is a submodel, expected {base(status)}: they are loaded together"
+        )
+    return name
 
 
 def check_repository(name: str) -> None:
@@ -131,15 +143,15 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
 
     async def ModelReady(self, request: pb.ModelReadyRequest, context: Context) -> pb.ModelReadyResponse:
         try:
-            check_version(request.version)
-            return pb.ModelReadyResponse(ready=self._usable(*names_of(self.host, request.name)))
+            return pb.ModelReadyResponse(ready=self._usable(*find(self.host, request.name, request.version)))
         except NotFound:
             return pb.ModelReadyResponse(ready=False)
 
-    def _usable(self, model: str, submodel: str) -> bool:
+    def _usable(self, status: Status, submodel: str) -> bool:
         """Whether requests run now. The submodels of a model that its next request loads are not known yet."""
-        loaded = self.host.status(model).state is ModelState.READY
-        return self.host.ready()[model] is not None and not (loaded and submodel not in ("", *self.host.engines(model)))
+        if status.state is ModelState.READY and submodel not in ("", *self.host.engines(status.name)):
+            return False
+        return self.host.ready()[status.name] is not None
 
     async def ServerMetadata(self, request: pb.ServerMetadataRequest, context: Context) -> pb.ServerMetadataResponse:
         return pb.ServerMetadataResponse(
@@ -147,33 +159,31 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         )
 
     async def ModelMetadata(self, request: pb.ModelMetadataRequest, context: Context) -> pb.ModelMetadataResponse:
-        check_version(request.version)
-        model, submodel = submodel_of(self.host, request.name)
-        engines = self.host.engines(model)
+        status, submodel = find_submodel(self.host, request.name, request.version)
+        engines = self.host.engines(status.name)
         signature = callable_signature(engines, submodel)
         return pb.ModelMetadataResponse(
             name=request.name,
-            versions=[VERSION],
+            versions=[version_of(one) for one in self.host.statuses() if base(one) == base(status)],
             platform=engines[submodel].target,
             inputs=tensors.metadata(signature.inputs),
             outputs=tensors.metadata(signature.outputs),
         )
 
     async def ModelInfer(self, request: pb.ModelInferRequest, context: Context) -> pb.ModelInferResponse:
-        check_version(request.model_version)
-        model, submodel = submodel_of(self.host, request.model_name)
+        status, submodel = find_submodel(self.host, request.model_name, request.model_version)
         timeout = timeout_of(request, context.time_remaining())
         large = request.ByteSize() > LARGE
         work = await asyncio.to_thread(inference, request, submodel) if large else inference(request, submodel)
         request.ClearField("raw_input_contents")  # keep only one copy
         response = pb.ModelInferResponse()
-        async with aclosing(self.host.run(model, work, timeout, current_client())) as events:
+        async with aclosing(self.host.run(status.name, work, timeout, current_client())) as events:
             async for event in events:
                 if isinstance(event, Inferred):
                     response = await asyncio.to_thread(tensors.response, event.outputs)
                 elif isinstance(event, Done):
                     describe(response, event)
-        response.model_name, response.model_version, response.id = request.model_name, VERSION, request.id
+        response.model_name, response.model_version, response.id = request.model_name, version_of(status), request.id
         return response
 
     async def RepositoryIndex(self, request: pb.RepositoryIndexRequest, context: Context) -> pb.RepositoryIndexResponse:
@@ -187,20 +197,22 @@ class InferenceServicer(inference_pb2_grpc.GRPCInferenceServiceServicer):
         reason += ": the next request loads it" if status.on_demand else ""
         ready = status.state is ModelState.READY
         submodels = callable_submodels(self.host.engines(status.name)) if ready else ()
-        names = [status.name, *(f"{status.name}/{submodel}" for submodel in submodels)]
+        names = [base(status), *(f"{base(status)}/{submodel}" for submodel in submodels)]
         entry = pb.RepositoryIndexResponse.ModelIndex
-        return [entry(name=name, version=VERSION, state=STATES[status.state], reason=reason) for name in names]
+        return [
+            entry(name=name, version=version_of(status), state=STATES[status.state], reason=reason) for name in names
+        ]
 
     async def RepositoryModelLoad(
         self, request: pb.RepositoryModelLoadRequest, context: Context
     ) -> pb.RepositoryModelLoadResponse:
         tensors.refuse_parameters("request", request.parameters)
-        await self.host.load(whole_model(self.host, request.repository_name, request.model_name))
+        await self.host.load(find_whole(self.host, request.repository_name, request.model_name))
         return pb.RepositoryModelLoadResponse()
 
     async def RepositoryModelUnload(
         self, request: pb.RepositoryModelUnloadRequest, context: Context
     ) -> pb.RepositoryModelUnloadResponse:
         tensors.refuse_parameters("request", request.parameters, ("unload_dependents",))
-        await self.host.unload(whole_model(self.host, request.repository_name, request.model_name))
+        await self.host.unload(find_whole(self.host, request.repository_name, request.model_name))
         return pb.RepositoryModelUnloadResponse()

@@ -22,7 +22,9 @@ from runtime.placing.loading import load_model
 from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import inference_pb2
 from serving.host.models import ModelHost
-from tests.fakes.serving import FakeServer, request, until
+from serving.host.offers import Offer
+from serving.host.served import Served
+from tests.fakes.serving import FakeServer, bundle, request, until
 
 WIDTH = Dim(name="width", min=1, opt=4, max=8, multiple=2)
 HEIGHT = Dim(name="height", min=1, opt=4, max=8)
@@ -136,8 +138,35 @@ class TestServer:
         assert caught.value.status() == f"StatusCode.{status}"
 
     def test_a_version_that_does_not_exist(self, client: triton.InferenceServerClient) -> None:
-        with pytest.raises(InferenceServerException, match="version '3' does not exist"):
+        with pytest.raises(InferenceServerException, match="version '3' of draw does not exist"):
             client.get_model_metadata("draw/denoiser", "3")
+
+    def test_versions(self, client: triton.InferenceServerClient, served: FakeServer, tmp_path: Path) -> None:
+        (tmp_path / "other").mkdir()
+        opened = bundle(tmp_path / "other", "draw")
+
+        async def add() -> None:
+            for version in ("1", "2"):
+                offer = Offer(f"paint@{version}", opened.root, opened, version=version)
+                served.host.catalog.add(Served(offer, served.host.limits))
+                await served.host.load(offer.name)
+
+        served.do(add())
+        assert [(one.name, one.version) for one in client.get_model_repository_index().models][2:6] == [
+            ("paint", "1"),
+            ("paint/denoiser", "1"),
+            ("paint", "2"),
+            ("paint/denoiser", "2"),
+        ]
+        assert list(client.get_model_metadata("paint/denoiser", "1").versions) == ["1", "2"]
+        for version, name in (("1", "paint/denoiser"), ("2", "paint/denoiser"), ("2", "paint@2/denoiser")):
+            assert client.infer(name, inputs_of(CALL), version).get_response().model_version == version
+        with pytest.raises(InferenceServerException, match=r"version '3' of paint does not exist: .*known: 1, 2"):
+            client.infer("paint@1/denoiser", inputs_of(CALL), "3")
+        with pytest.raises(InferenceServerException, match="model_version: is 2, and the name has 1"):
+            client.infer("paint@1/denoiser", inputs_of(CALL), "2")
+        client.unload_model("paint@1")
+        assert not client.is_model_ready("paint", "1") and client.is_model_ready("paint", "2")
 
     def test_reflection_lists_the_service(self, served: FakeServer) -> None:
         asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="inference.GRPCInferenceService")
