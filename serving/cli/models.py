@@ -97,7 +97,7 @@ def _row(model: model_pb2.Model) -> dict[str, Any]:
 
     return {
         "name": model.name,
-        "default": model.is_default,
+        "default": model.is_default if model.version else None,
         "state": model_pb2.ModelState.Name(model.state).removeprefix(PREFIX).lower(),
         "quant": model.quant,
         "device": model.device,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from time import monotonic
@@ -18,6 +18,7 @@ from typing import Any, Final
 from runtime import limits
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
+from runtime.placing.heap import give_back
 from runtime.placing.memory import of_process
 from serving.dialects.grpc.shown import without_paths
 from serving.host.catalog import Catalog
@@ -301,6 +302,7 @@ class Lifecycle:
             bundle = await self._opened(served)
             await self._make_room(served, bundle, target)
             served.model = await self._engines(served, bundle, target)
+            await self._fit_again(served)
         except Exception as error:
             if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
                 self._become(served, *before)
@@ -324,16 +326,28 @@ class Lifecycle:
         """Unload idle models until a further one fits. Raises ResourceExhausted, before anything is unloaded."""
         needs = await asyncio.to_thread(self._memory.needs, bundle, target)
         async with self._one_by_one:
-            while (idle := self._memory.surplus(served.name, needs, self.loaded)) is not None:
-                log.info("model %s is unloaded: its memory is needed for %s", idle.name, served.name)
-                await self.unload(idle, 0)
+            await self._unload_surplus(served, needs)
             served.memory = needs
             self.loaded.add(served)
+
+    async def _fit_again(self, served: Served) -> None:
+        """Unload idle models if a loaded one takes more than was estimated. It stays itself, whatever it takes."""
+        async with self._one_by_one:
+            try:
+                await self._unload_surplus(served, dict.fromkeys(served.memory, 0))
+            except ResourceExhausted:
+                log.warning("all models together hold more than --models-memory since %s was loaded", served.name)
+
+    async def _unload_surplus(self, served: Served, needs: Mapping[str, int]) -> None:
+        while (idle := self._memory.surplus(served.name, needs, self.loaded)) is not None:
+            log.info("model %s is unloaded: its memory is needed for %s", idle.name, served.name)
+            await self.unload(idle, 0)
 
     async def _engines(self, served: Served, bundle: Bundle, target: str | None) -> Model:
         """Load the engines, and measure their memory if nothing else happens meanwhile. Raises Unavailable if the
         server stops meanwhile.
         """
+        await asyncio.to_thread(give_back)  # else memory that is free in this process would count as that of nobody
         before = of_process() if self._quiet(served) else None
         model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
         if self.stopping:
@@ -365,6 +379,7 @@ class Lifecycle:
                     await asyncio.wrap_future(closing)
                 else:
                     scheduler.close()
+            await asyncio.to_thread(give_back)
         finally:
             self.keep_alive.forget(served)
             self._become(served, ModelState.UNLOADED)

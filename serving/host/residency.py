@@ -16,6 +16,8 @@ from serving.host.served import Served
 
 Estimate = Callable[[Bundle, str | None], Mapping[str, int]]
 """The bytes that a bundle will take of each memory on a target, by the name of the memory's device."""
+RETRY_SECONDS: Final = 5.0
+"""The time after which a model in use may have become idle."""
 HOST: Final = "cpu"
 """The name of the host's memory."""
 
@@ -63,7 +65,8 @@ class Memory:
             raise ResourceExhausted(
                 f"{wanted}, and {show_size(held)} of the {show_size(self._most)} for all models are held by "
                 f"{', '.join(sorted(served.name for served in kept))}, which are in use or always stay loaded: try "
-                "again later, or allow more with --models-memory"
+                "again later, or allow more with --models-memory",
+                RETRY_SECONDS,
             )
 
 

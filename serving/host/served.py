@@ -110,10 +110,16 @@ class Served:
     def ready(self, task: str) -> Model:
         """The loaded model. Raises Unavailable, and InvalidInput if it has another task."""
         if self.state is not ModelState.READY or self.model is None:
-            why = f": {self.error}" if self.error else ""
-            raise Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
+            raise self._unavailable()
         self.expect(task)
         return self.model
+
+    def _unavailable(self) -> Unavailable:
+        why = f": {self.error}" if self.error else ""
+        error = Unavailable(f"model {self.name} is {self.state.value}{why}. Try again when it is ready, or load it")
+        if self.state is ModelState.FAILED:
+            error.retry_seconds = max(1.0, self.failed_at + RETRY_SECONDS - monotonic())
+        return error
 
     def enter(self, client: str, nbytes: int, keep_alive: float | None = None) -> Reservation:
         """Reserve a place for a request. Raises ResourceExhausted."""

@@ -98,8 +98,9 @@ def test_all_that_wait_get_the_error_of_loading(tmp_path: Path) -> None:
     async def work() -> None:
         errors = await asyncio.gather(*(models.draw() for _ in range(8)), return_exceptions=True)
         assert {(type(error), str(error)) for error in errors} == {(BundleError, "a/onnx is damaged")}
-        with pytest.raises(Unavailable, match="a is failed: a/onnx is damaged"):
+        with pytest.raises(Unavailable, match="a is failed: a/onnx is damaged") as caught:
             await models.draw()
+        assert 20 < (caught.value.retry_seconds or 0) <= 30
 
     run(models, work)
 
@@ -146,6 +147,21 @@ def test_an_idle_model_makes_room(tmp_path: Path) -> None:
         assert not models.host.status("a").memory
         await models.draw("a")
         assert models.state("b") is ModelState.UNLOADED
+
+    run(models, work)
+
+
+def test_a_model_that_takes_more_than_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = Models(tmp_path, "a", "b", most=130)
+    sizes = iter((60, 90))
+    monkeypatch.setattr("serving.host.lifecycle.measured", lambda *_: {"gpu": next(sizes)})
+
+    async def work() -> None:
+        await models.draw("a")
+        assert models.host.status("a").memory == {"gpu": 60}
+        await models.draw("b")
+        assert models.state("a") is ModelState.UNLOADED, "both were estimated to fit, 60 bytes each"
+        assert models.host.status("b").memory == {"gpu": 90}
 
     run(models, work)
 
