@@ -85,8 +85,8 @@ def details(error: EnginecastError) -> list[Message]:
     """What the status of an error says to programs, as google.rpc messages: its class, the field, the time to wait."""
     found: list[Message] = [error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=DOMAIN)]
     if isinstance(error, InvalidInput):
-        field = shortened(error.field, FIELD_LENGTH)
-        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=fitting(error.reason))
+        field, reason = shortened(error.field, FIELD_LENGTH), str(error).removeprefix(f"{error.field}: ")
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=fitting(reason))
         found.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if error.retry_seconds is not None:
         delay = duration_pb2.Duration()
@@ -149,6 +149,7 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
     error = found.__new__(found, message)  # some constructors take the parts of a message
     if isinstance(error, InvalidInput):
         error.field = unquote(str(metadata.get(FIELD_KEY, "request")))
+        error.reason = message.removeprefix(f"{error.field}: ")
     error.retry_seconds = _retry_seconds(metadata.get(DETAILS_KEY, b""), error)
     return error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -9,7 +10,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from runtime.errors import InvalidInput, ResourceExhausted, Unavailable
+from runtime.errors import BundleError, InvalidInput, ResourceExhausted, Unavailable
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.status import details
@@ -64,6 +65,21 @@ def test_the_longest_texts_arrive(warm: FakeServer, letter: str, monkeypatch: py
     with pytest.raises(InvalidInput) as caught:
         list(warm.client.generate(request()))
     assert caught.value.field.startswith(letter * 100), "without percent signs"
+
+
+def test_the_reason_arrives(warm: FakeServer) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        list(warm.client.generate(request(steps=0)))
+    assert str(caught.value) == f"steps: {caught.value.reason}" and caught.value.reason.startswith("is 0")
+
+
+def test_no_path_is_in_any_part_of_a_status(cold: FakeServer, tmp_path: Path) -> None:
+    hidden = tmp_path / "draw" / "secret"
+    cold.load_failure = BundleError(f"{hidden} and /etc/passwd are damaged")
+    error, _ = refused(cold)
+    sent = " ".join([error.details(), *(str(value) for _, value in error.trailing_metadata())])
+    assert "are damaged" in sent and "secret" not in sent.replace("draw/secret", "") and "/etc" not in sent
+    assert str(tmp_path) not in sent
 
 
 def test_details() -> None:
