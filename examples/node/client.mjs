@@ -4,7 +4,7 @@
 //   node client.mjs --address 127.0.0.1:50051 --draw shapes-diffusion --ask shapes-vlm \
 //     --prompt "a large red circle at the top left on a white background" --question "what color is the circle?" --out picture.png
 
-import { rename, writeFile } from 'node:fs/promises';
+import { readFile, rename, writeFile } from 'node:fs/promises';
 import { createRequire } from 'node:module';
 import path from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -18,6 +18,8 @@ const OPTIONS = {
   question: ['what color is the circle?', 'what to ask about the picture'],
   steps: ['', 'denoising steps; without it, as many as the model usually takes'],
   out: ['picture.png', 'PNG file to write'],
+  ca: ['', "PEM file of the server's certificate authority; switches TLS on"],
+  token: ['', 'bearer token, sent with TLS only; better in the variable ENGINECAST_TOKEN'],
 };
 
 function usage() {
@@ -63,13 +65,24 @@ const grpc = needed('@grpc/grpc-js');
 const protoLoader = needed('@grpc/proto-loader');
 const protos = path.join(path.dirname(fileURLToPath(import.meta.url)), '..', '..', 'proto');
 
-function services() {
+async function credentials() {
+  const token = options.token || process.env.ENGINECAST_TOKEN;
+  if (!options.ca) return token ? stop('a token is sent with TLS only: name the authority with --ca', 2) : grpc.credentials.createInsecure();
+  const tls = grpc.credentials.createSsl(await readFile(options.ca).catch((error) => stop(`--ca cannot be read: ${error.message}`, 2)));
+  if (!token) return tls;
+  const metadata = new grpc.Metadata();
+  metadata.set('authorization', `Bearer ${token}`);
+  return grpc.credentials.combineChannelCredentials(tls, grpc.credentials.createFromMetadataGenerator((_, done) => done(null, metadata)));
+}
+
+async function services() {
   const files = ['image', 'chat'].map((name) => `enginecast/v1/${name}.proto`);
   // longs: a seed may exceed what a JavaScript number holds exactly.
   const definition = protoLoader.loadSync(files, { includeDirs: [protos], longs: String, enums: String, defaults: true, oneofs: true });
   const { ImageService, ChatService } = grpc.loadPackageDefinition(definition).enginecast.v1;
   const limits = { 'grpc.max_receive_message_length': 64 << 20, 'grpc.max_send_message_length': 64 << 20 };
-  return [ImageService, ChatService].map((Service) => new Service(options.address, grpc.credentials.createInsecure(), limits));
+  const allowed = await credentials();
+  return [ImageService, ChatService].map((Service) => new Service(options.address, allowed, limits));
 }
 
 // A stream can be iterated; its call ends in an exception when the status is not OK.
@@ -102,7 +115,7 @@ async function ask(chats, png) {
   }
 }
 
-const [images, chats] = services();
+const [images, chats] = await services();
 try {
   await ask(chats, await draw(images));
 } catch (error) {

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.fakes.guarded import guarded
 from tests.fakes.serving import FakeServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
@@ -55,6 +56,18 @@ def test_a_refused_call(packages: Path, warm: FakeServer) -> None:
     done = run(packages, warm, "--draw", "drow")
     assert (done.returncode, done.stdout) == (1, "")
     assert "NOT_FOUND: model 'drow' is not served here: did you mean 'draw'?" in done.stderr
+
+
+def test_with_tls_and_a_token(packages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with guarded(tmp_path) as (server, ca, token):
+        arguments = ("--draw", "draw", "--steps", "1", "--out", str(tmp_path / "picture.png"))
+        monkeypatch.setenv("ENGINECAST_TOKEN", token)
+        done = run(packages, server, *arguments, "--ca", str(ca))
+        assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'picture.png'}\na red círcle\n"), done.stderr
+        assert "is sent with TLS only" in run(packages, server, *arguments).stderr
+        monkeypatch.setenv("ENGINECAST_TOKEN", "ec_x")
+        refused = run(packages, server, *arguments, "--ca", str(ca))
+        assert refused.returncode == 1 and "UNAUTHENTICATED: the token is not known here" in refused.stderr
 
 
 def test_help(packages: Path, warm: FakeServer) -> None:
