@@ -28,6 +28,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Final
 
+SOON: Final = 1.0
+"""Seconds to wait before the next attempt, where nothing better is known."""
+
 
 class EnginecastError(Exception):
     """Base class of all errors that enginecast raises on purpose. `exit_code` is that of the command line,
@@ -131,7 +134,7 @@ class Unavailable(EnginecastError):
     """The model is loading or the server is stopping. Trying again later may succeed."""
 
     exit_code = 10
-    retry_seconds = 1.0
+    retry_seconds = SOON
 
 
 class DeadlineExceeded(EnginecastError):

@@ -19,6 +19,7 @@ from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Engine, targets
 from runtime.errors import (
+    SOON,
     Cancelled,
     DeadlineExceeded,
     EnginecastError,
@@ -173,7 +174,7 @@ class ModelHost:
         held = sum(place.nbytes for other in self.catalog for place in other.places)
         if nbytes and held + nbytes > bounds.WAITING_BYTES.most:
             raise ResourceExhausted(
-                "the pictures of requests that wait take all the memory there is for them: try again later"
+                "the pictures of requests that wait take all the memory there is for them: try again later", SOON
             )
         return served.enter(client, nbytes, keep_alive)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from time import monotonic
 from typing import Final
 
-from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted, Unavailable
+from runtime.errors import SOON, EnginecastError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.pipeline import Event
 from serving.dialects.grpc.shown import concealed, without_paths
 from serving.host.batches import Ran
@@ -126,11 +126,13 @@ class Served:
         free, kept = self.limits.slots + self.limits.max_queue - len(self.places), self.limits.max_queue // KEPT
         if free <= 0:
             raise ResourceExhausted(
-                f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later"
+                f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later",
+                SOON,
             )
         if free <= kept and any(place.client == client for place in self.places):
             raise ResourceExhausted(
-                f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later"
+                f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later",
+                SOON,
             )
         place = Reservation(client, nbytes, keep_alive)
         self.places.add(place)

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from runtime.errors import PermissionDenied, ResourceExhausted, Unauthenticated
+from runtime.errors import SOON, PermissionDenied, ResourceExhausted, Unauthenticated
 from serving.host.observing import Record
 from serving.security import tokens
 from serving.security.scopes import Scope, required
@@ -19,8 +19,6 @@ from serving.security.tokens import Token
 from serving.security.watched import Watched
 
 MINUTE: Final = 60.0
-BUSY_SECONDS: Final = 1.0
-"""Seconds after which a token with too many running calls may try again."""
 
 
 class Usage:
@@ -44,7 +42,7 @@ class Usage:
         if token.concurrent is not None and self._running >= token.concurrent:
             raise ResourceExhausted(
                 f"token {token.name} may have {token.concurrent} calls at once, and has them: wait for one to end",
-                BUSY_SECONDS,
+                SOON,
             )
         if token.requests_per_minute is None:
             return

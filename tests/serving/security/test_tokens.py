@@ -47,7 +47,7 @@ def server(tmp_path: Path, file: Path) -> Iterator[FakeServer]:
     (tmp_path / "bundles").mkdir()
     audit = Audit(tmp_path / "audit.jsonl")
     server = FakeServer(
-        tmp_path / "bundles", Limits(max_queue=8), security=Security(gate=Gate(file)), observers=[audit]
+        tmp_path / "bundles", Limits(slots=1, max_queue=8), security=Security(gate=Gate(file)), observers=[audit]
     )
     for name in server.models:
         server.do(server.host.load(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.status import details
 from serving.enginecast_pb import image_pb2_grpc
-from tests.fakes.serving import FakeServer, request
+from tests.fakes.serving import FakeServer, request, until
 
 
 def refused(server: FakeServer, **fields: Any) -> tuple[grpc.RpcError, dict[type, Any]]:
@@ -52,6 +53,18 @@ def test_the_time_to_wait(warm: FakeServer) -> None:
     with Client(warm.address, Connection(attempts=1)) as client, pytest.raises(Unavailable) as caught:
         list(client.generate(request()))
     assert caught.value.retry_seconds == 1
+
+
+def test_a_full_queue(warm: FakeServer) -> None:
+    warm.draw.hold()
+    with ThreadPoolExecutor() as threads:
+        running = [threads.submit(list, warm.client.generate(request(steps=1))) for _ in range(3)]
+        until(lambda: warm.busy() == 3)
+        error, found = refused(warm)
+        warm.draw.release()
+        assert all(one.result()[-1].HasField("done") for one in running)
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert found[error_details_pb2.RetryInfo].retry_delay.ToSeconds() == 1
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "漢", "%", "🦊"])
