@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
 
@@ -99,7 +99,7 @@ class ConnectionOptions:
             show_envvar=True,
             help="Bearer token. Other users of this machine see arguments: prefer the variable.",
         ),
-    ] = None
+    ] = field(default=None, repr=False)
     tls: Annotated[
         bool, typer.Option("--tls", envvar="ENGINECAST_TLS", help="Connect with TLS, trusting the public authorities.")
     ] = False

@@ -66,23 +66,31 @@ class TlsFiles:
 
 def _certificate(field: str, path: Path, data: bytes) -> Any:
     """The first certificate of a file, with all others readable."""
+    load, unsupported = require("cryptography.x509", EXTRA).load_pem_x509_certificates, _unsupported()
     try:
-        return require("cryptography.x509", EXTRA).load_pem_x509_certificates(data)[0]
-    except ValueError:
+        return load(data)[0]
+    except (ValueError, unsupported):
         raise InvalidInput(field, f"{path} has no readable certificate, expected PEM (BEGIN CERTIFICATE)") from None
 
 
 def _public_key(path: Path, data: bytes) -> Any:
     """The public half of a private key."""
     load = require("cryptography.hazmat.primitives.serialization", EXTRA).load_pem_private_key
+    unsupported = _unsupported()
     try:
         return load(data, password=None).public_key()
     except TypeError:
         raise InvalidInput(
             "tls_key", f"{path} is encrypted: give the key decrypted, readable by this user only"
         ) from None
-    except ValueError:
+    except (ValueError, unsupported):
         raise InvalidInput("tls_key", f"{path} has no readable key, expected PEM (BEGIN PRIVATE KEY)") from None
+
+
+def _unsupported() -> type[Exception]:
+    """What cryptography raises for a kind of key that it does not know."""
+    found: type[Exception] = require("cryptography.exceptions", EXTRA).UnsupportedAlgorithm
+    return found
 
 
 def _check_time(path: Path, certificate: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from runtime.errors import EnginecastError
 from runtime.files import file_error, read_regular
 
 log = logging.getLogger(__name__)
@@ -45,7 +44,7 @@ class Watched(Generic[T]):
         changed = " and ".join(map(str, self._files))
         try:
             self._value = self._read()
-        except EnginecastError as error:
+        except Exception as error:
             log.error("%s: the former version stays in use: %s", changed, error)
         else:
             log.info("%s: the new version is in use", changed)

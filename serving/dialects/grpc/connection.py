@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,7 +70,7 @@ class Connection:
     ca: str | Path | None = None
     cert: str | Path | None = None
     key: str | Path | None = None
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     tls: bool = False
     attempts: int = 4
     backoff: float = 0.2
