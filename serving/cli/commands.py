@@ -158,6 +158,26 @@ def top(
         Top(address, partial(client.status, PATIENCE), interval).run()
 
 
+@app.command()
+@with_connection
+def health(
+    connection: ConnectionOptions,
+    service: Annotated[
+        str, typer.Argument(help="A model's name, or a service such as enginecast.v1.ModelService; none is the server.")
+    ] = "",
+    address: Annotated[str, typer.Option(help="Server to check, HOST:PORT.")] = ADDRESS,
+    timeout: Annotated[float, typer.Option(min=0.1, max=3600, help="Seconds that the answer may take.")] = 5.0,
+) -> None:
+    """Check a server, for probes: the exit code is 0 if it serves, 1 if it answers that it does not."""
+    from serving.dialects.grpc.client import Client
+    from serving.dialects.grpc.connection import Connection
+
+    with Client(address, Connection(**connection.connection(), attempts=1)) as client:
+        serves = client.serves(service, timeout)
+    print("serving" if serves else "not serving")
+    raise typer.Exit(0 if serves else 1)
+
+
 def _forward(context: typer.Context) -> None:
     """Run the command of the same name of another layer's typer app."""
     name = context.info_name or ""

@@ -162,7 +162,8 @@ class _States:
             what = f"{name.replace('_', ' ').capitalize()} of all requests."
             family = self._families.CounterMetricFamily(PREFIX + name, what, labels=["model"])
             for status in statuses:
-                family.add_metric([status.name], status.counts.get(name, 0))
+                if name in status.counts:
+                    family.add_metric([status.name], status.counts[name])
             yield family
 
     def _gauges(self, statuses: Sequence[Status]) -> Iterator[Any]:

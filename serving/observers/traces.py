@@ -5,6 +5,7 @@ but to the endpoint that the settings name. A span holds no text and no picture 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Final
@@ -16,6 +17,8 @@ from serving.host.job import EngineUse
 from serving.host.observing import OK, Observer, Record
 
 EXTRA: Final = "tracing"
+FLUSH_SECONDS: Final = 1.0
+"""Time for the last spans when the server stops."""
 FAULTS: Final = ("UNKNOWN", "DEADLINE_EXCEEDED", "INTERNAL", "UNAVAILABLE")
 """Codes that make a server's span an error, after the semantic conventions of OpenTelemetry."""
 TRACE_KEY: Final = "traceparent"
@@ -50,8 +53,10 @@ class Traces(Observer):
         self._tracer = self._provider.get_tracer("enginecast")
 
     def close(self) -> None:
-        """Send what is left and stop."""
-        self._provider.shutdown()
+        """Send what is left and stop. Spans that a collector does not take in FLUSH_SECONDS are lost."""
+        thread = threading.Thread(target=self._provider.shutdown, name="traces", daemon=True)
+        thread.start()
+        thread.join(FLUSH_SECONDS)
 
     def ended(self, record: Record) -> None:
         if record.code == OK and not record.model and not record.traceparent:

@@ -11,6 +11,7 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from serving.dialects.grpc import status
 from serving.dialects.grpc.connection import Connection
@@ -102,6 +103,12 @@ class Client:
         """The server itself, with every model."""
         response: model_pb2.StatusResponse = self._one(self._model.Status, model_pb2.StatusRequest(), timeout)
         return response
+
+    def serves(self, service: str = "", timeout: float | None = None) -> bool:
+        """Whether a service of grpc.health.v1 is serving: "", a model's name, or the full name of a service."""
+        check = health_pb2_grpc.HealthStub(self._channel).Check
+        response = self._one(check, health_pb2.HealthCheckRequest(service=service), timeout)
+        return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
 
     def model(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """The current status of one model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -117,10 +118,14 @@ def test_a_failed_request_is_an_error_and_a_refused_one_is_not(
     assert not [span for span in collector.spans if "ListModels" in span.name]
 
 
-def test_a_collector_that_is_not_there_disturbs_nothing(tmp_path: Path) -> None:
+def test_a_collector_that_is_not_there_disturbs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.observers.traces.FLUSH_SECONDS", 0.1)
     traces = Traces(otlp("http://127.0.0.1:9"))
     with FakeServer(tmp_path, observers=[traces], ready=True) as server:
         assert server.alive()
+    began = time.monotonic()
+    traces.close()
+    assert time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("endpoint", ["collector:4317", "http://", "ftp://collector", "http://name:secret@collector"])
