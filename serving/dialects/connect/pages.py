@@ -32,6 +32,8 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 LOCAL: Final = ("localhost",)
 GRPC: Final = "application/grpc"
 GRPC_WEB: Final = f"{GRPC}-web"
+CODES: Final = {400: "invalid_argument", 403: "permission_denied"}
+"""Connect's names of the statuses that are answered here."""
 METHODS: Final = "POST"
 REQUEST_HEADERS: Final = (
     "authorization, content-type, connect-protocol-version, connect-timeout-ms, grpc-timeout, x-grpc-web, "
@@ -64,7 +66,11 @@ class Pages:
         self._hosts = frozenset(name.lower() for name in (*LOCAL, *hosts))
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
-        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            headers = {name.decode(): value.decode() for name, value in scope["headers"]}
+        except UnicodeDecodeError:
+            await _answer(send, 400, "a header is no UTF-8: send letters, digits and signs of ASCII")
+            return
         origin, kind = headers.get("origin", ""), headers.get("content-type", "")
         refused = self._refused(headers, origin)
         if refused:
@@ -141,7 +147,7 @@ def _read(send: Send) -> Send:
 
 def _with(send: Send, headers: Mapping[str, str]) -> Send:
     """`send` that adds headers to the response."""
-    added = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
+    added = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def adding(event: Event) -> None:
         if event["type"] == "http.response.start":
@@ -175,8 +181,8 @@ def _preflight(origin: str) -> Mapping[str, str]:
 
 
 async def _answer(send: Send, status: int, message: str = "") -> None:
-    """A response of the gate itself, as an error of Connect."""
-    body = json.dumps({"code": "permission_denied" if status == 403 else "unknown", "message": message}).encode()
+    """A response without the application, as an error of Connect."""
+    body = json.dumps({"code": CODES.get(status, "unknown"), "message": message}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers if message else []})
     await send({"type": "http.response.body", "body": body if message else b""})

@@ -413,6 +413,10 @@ class TestErrors:
         response = post(port, GET, data, content_encoding="gzip")
         assert json.loads(response.data)["code"] == code
 
+    def test_headers_that_are_no_text(self, port: int) -> None:
+        response = post(port, LIST, b"{}", x_request_id="é")  # sent as Latin-1
+        assert (response.status, json.loads(response.data)["code"]) == (400, "invalid_argument")
+
     def test_other_paths_methods_and_protocols(self, port: int) -> None:
         assert post(port, "/", b"").status == 404
         assert post(port, LIST, b"", method="GET").status == 405

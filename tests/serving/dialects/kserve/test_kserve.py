@@ -359,11 +359,10 @@ async def test_submodels_of_a_sample_equal_their_engines(diffusion_bundle: Path,
     server = Server(host, "127.0.0.1:0")
     await server.start()
     await host.load(bundle.name, target)
-    model = load_model(bundle, target)
     rng = np.random.default_rng(0)
     try:
         async with aio.InferenceServerClient(f"127.0.0.1:{server.port}") as client:
-            for name, engine in model.engines.items():
+            for name, engine in host.engines(bundle.name).items():
                 signature = engine.submodel.signature
                 lengths = signature.complete({dim.name: dim.opt for dim in signature.dims.values() if not dim.sum_of})
                 call = signature.sample_call(lengths, rng)
@@ -372,7 +371,6 @@ async def test_submodels_of_a_sample_equal_their_engines(diffusion_bundle: Path,
                 for output, expected in (await asyncio.to_thread(engine.run, call)).items():
                     np.testing.assert_allclose(result.as_numpy(output), expected, rtol=1e-4, atol=1e-5)
     finally:
-        model.close()
         await server.stop(0)
 
 
