@@ -13,7 +13,7 @@ from runtime.placing.memory import parse_size
 from runtime.placing.placement import PlacementOptions, needs
 from serving.cli.options import caching, engine_options, named, parse_keep_alive, placement
 from serving.host.job import Model
-from serving.host.lifecycle import Loader
+from serving.host.loading import Loader
 from serving.host.models import ModelHost
 from serving.host.observing import Observer
 from serving.host.offers import ENDLESS, VERSION_MARK, Limits, Offer

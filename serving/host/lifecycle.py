@@ -9,56 +9,31 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from time import monotonic
 from typing import Any, Final
 
 from runtime import limits
-from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.placing.heap import give_back
-from runtime.placing.memory import of_process
 from serving.dialects.grpc.shown import without_paths
 from serving.host.catalog import Catalog
-from serving.host.job import Model
+from serving.host.grace import Grace
+from serving.host.loading import STOPPING, Loader, Loading
 from serving.host.observing import Observer
 from serving.host.offers import Offer
-from serving.host.residency import KeepAlive, Memory, measured
+from serving.host.residency import KeepAlive, Memory
 from serving.host.served import Served
 from serving.host.states import ModelState
 
 log = logging.getLogger(__name__)
 
-Loader = Callable[[Bundle, str | None], Model]
-"""Loads a bundle for a target, None for the best usable one."""
 STUCK_SECONDS: Final = 30.0
 """Seconds to wait for the current step of an engine when a model is unloaded. Its thread is abandoned then."""
 IDLE_SECONDS: Final = 0.7
 """The same when the server stops."""
-STOPPING: Final = "the server is stopping: try again when it runs again"
-
-
-class Grace:
-    """Waits during a grace period. The server's own grace period ends all others."""
-
-    def __init__(self) -> None:
-        self._over = asyncio.Event()
-
-    def begin(self, seconds: float) -> None:
-        """The server stops: all grace periods end within this time."""
-        asyncio.get_running_loop().call_later(seconds, self._over.set)
-
-    async def wait(self, work: Coroutine[Any, Any, Any], seconds: float) -> bool:
-        """Wait `seconds`, or less if the server stops, and return whether the work is done."""
-        over, done = asyncio.create_task(self._over.wait()), asyncio.create_task(work)
-        try:
-            await asyncio.wait((over, done), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-            return done.done()
-        finally:
-            over.cancel()
-            done.cancel()
 
 
 class Lifecycle:
@@ -71,21 +46,22 @@ class Lifecycle:
     ) -> None:
         self.stopping = False
         self.grace = Grace()
-        self.loaded: set[Served] = set()
-        """Models that hold memory."""
-        self.keep_alive = KeepAlive(lambda served: self.unload(served, 0))
+        self.keep_alive = KeepAlive(self._unload_idle)
+        self._loading = Loading(loader, memory, self._unload_idle)
         self._catalog = catalog
-        self._loader = loader
-        self._memory = memory
         self._notify = notify
         self.observer = observer
         self._stopped = asyncio.Event()
-        self._one_by_one = asyncio.Lock()
         self._leaving: set[asyncio.Task[None]] = set()
+
+    @property
+    def loaded(self) -> set[Served]:
+        """The models that hold memory."""
+        return self._loading.loaded
 
     def stop(self, grace: float) -> None:
         """The server stops: no request gets more than `grace` seconds from now on, and nothing is loaded for one."""
-        self.stopping = True
+        self.stopping = self._loading.stopping = True
         self._stopped.set()
         self.keep_alive.close()
         self.grace.begin(grace)
@@ -126,6 +102,10 @@ class Lifecycle:
         if served.state is ModelState.READY:
             await self._change(served, ModelState.UNLOADING, self._unload(served, grace))
 
+    async def _unload_idle(self, served: Served) -> None:
+        """Unload a model that nothing uses."""
+        await self.unload(served, 0)
+
     async def renew(self, served: Served, offer: Offer) -> None:
         """Load another offer in the place of a model that is ready. The model serves meanwhile; its requests end on it.
 
@@ -136,7 +116,7 @@ class Lifecycle:
 
         async def work() -> None:
             try:
-                await self._load(by, None, None, (ModelState.UNLOADED, None))
+                await self._load(by, served.target, None, (ModelState.UNLOADED, None))
             except Exception as error:
                 served.error = self._shown(served, f"reloading failed, and the model of before goes on: {error}")
                 by.scheduler.close()
@@ -281,8 +261,7 @@ class Lifecycle:
         if state is ModelState.FAILED:
             served.failed_at = monotonic()
         if state in (ModelState.FAILED, ModelState.UNLOADED):
-            self.loaded.discard(served)
-            served.memory = {}
+            self._loading.forget(served)
         self._notify()
 
     def _shown(self, served: Served, error: str) -> str:
@@ -299,68 +278,16 @@ class Lifecycle:
         return.
         """
         try:
-            bundle = await self._opened(served)
-            await self._make_room(served, bundle, target)
-            served.model = await self._engines(served, bundle, target)
-            await self._fit_again(served)
+            served.model = await self._loading.load(served, target)
         except Exception as error:
             if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
                 self._become(served, *before)
             else:
                 self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
             raise
+        served.target = target
         self._become(served, ModelState.READY)
         asyncio.get_running_loop().call_soon(self.keep_alive.used, served, keep_alive)
-
-    async def _opened(self, served: Served) -> Bundle:
-        """The bundle of a model. It is opened again if that failed or if the offer follows its folder. Raises the error
-        of opening it.
-        """
-        if served.offer.bundle is None or served.offer.followed:
-            served.offer = await asyncio.to_thread(served.offer.again)
-        if served.offer.bundle is None:
-            raise served.offer.error or AssertionError("a bundle is opened or there is an error")
-        return served.offer.bundle
-
-    async def _make_room(self, served: Served, bundle: Bundle, target: str | None) -> None:
-        """Unload idle models until a further one fits. Raises ResourceExhausted, before anything is unloaded."""
-        needs = await asyncio.to_thread(self._memory.needs, bundle, target)
-        async with self._one_by_one:
-            await self._unload_surplus(served, needs)
-            served.memory = needs
-            self.loaded.add(served)
-
-    async def _fit_again(self, served: Served) -> None:
-        """Unload idle models if a loaded one takes more than was estimated. It stays itself, whatever it takes."""
-        async with self._one_by_one:
-            try:
-                await self._unload_surplus(served, dict.fromkeys(served.memory, 0))
-            except ResourceExhausted:
-                log.warning("all models together hold more than --models-memory since %s was loaded", served.name)
-
-    async def _unload_surplus(self, served: Served, needs: Mapping[str, int]) -> None:
-        while (idle := self._memory.surplus(served.name, needs, self.loaded)) is not None:
-            log.info("model %s is unloaded: its memory is needed for %s", idle.name, served.name)
-            await self.unload(idle, 0)
-
-    async def _engines(self, served: Served, bundle: Bundle, target: str | None) -> Model:
-        """Load the engines, and measure their memory if nothing else happens meanwhile. Raises Unavailable if the
-        server stops meanwhile.
-        """
-        await asyncio.to_thread(give_back)  # else memory that is free in this process would count as that of nobody
-        before = of_process() if self._quiet(served) else None
-        model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
-        if self.stopping:
-            await asyncio.to_thread(model.close)
-            raise Unavailable(STOPPING)
-        after = of_process() if self._quiet(served) else None
-        if before is not None and after is not None:
-            served.memory = measured(bundle, served.memory, after - before)
-        return model
-
-    def _quiet(self, served: Served) -> bool:
-        others = self.loaded - {served}
-        return all(other.state is ModelState.READY and not other.places for other in others)
 
     async def _unload(self, served: Served, grace: float) -> None:
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"

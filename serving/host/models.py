@@ -36,7 +36,8 @@ from serving.host.catalog import Catalog
 from serving.host.following import Follower
 from serving.host.inference import ANY, pipeline_of
 from serving.host.job import Job, Queued
-from serving.host.lifecycle import IDLE_SECONDS, STOPPING, Lifecycle, Loader
+from serving.host.lifecycle import IDLE_SECONDS, Lifecycle
+from serving.host.loading import STOPPING, Loader
 from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
 from serving.host.repository import Repository

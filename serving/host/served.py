@@ -38,6 +38,7 @@ class Served:
         self.model: Model | None = None
         self.error: str | None = None
         self.failed_at = -RETRY_SECONDS
+        self.target: str | None = None
         self.withheld = False
         self.hidden = False
         self.memory: Mapping[str, int] = {}

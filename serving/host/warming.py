@@ -9,7 +9,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
 from runtime.pipeline import ModelPipeline, drive
 from serving.host.job import Model
-from serving.host.lifecycle import Loader
+from serving.host.loading import Loader
 
 log = logging.getLogger(__name__)
 

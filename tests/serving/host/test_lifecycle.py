@@ -31,6 +31,7 @@ class Models:
 
     def __init__(self, folder: Path, *names: str, keep_alive: float | None = ENDLESS, most: int | None = MOST) -> None:
         self.made: list[FakeModel] = []
+        self.targets: list[str | None] = []
         self.gate = threading.Event()
         self.gate.set()
         self.failure: Exception | None = None
@@ -48,6 +49,7 @@ class Models:
         if self.held:
             model.hold()
         self.made.append(model)
+        self.targets.append(target)
         return model
 
     async def draw(self, name: str = "a", timeout: float | None = 10, keep_alive: float | None = None) -> Event:
@@ -154,7 +156,7 @@ def test_an_idle_model_makes_room(tmp_path: Path) -> None:
 def test_a_model_that_takes_more_than_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = Models(tmp_path, "a", "b", most=130)
     sizes = iter((60, 90))
-    monkeypatch.setattr("serving.host.lifecycle.measured", lambda *_: {"gpu": next(sizes)})
+    monkeypatch.setattr("serving.host.loading.measured", lambda *_: {"gpu": next(sizes)})
 
     async def work() -> None:
         await models.draw("a")
@@ -300,6 +302,17 @@ class TestReload:
             models.failure = None
             await models.host.reload("a")
             assert models.host.status("a").error is None
+
+        run(models, work)
+
+    def test_it_stays_on_its_target(self, tmp_path: Path) -> None:
+        models = Models(tmp_path, "a", most=None)
+
+        async def work() -> None:
+            await models.host.load("a", "openvino")
+            await models.host.reload("a")
+            await models.host.reload("a")
+            assert models.targets == ["openvino"] * 3
 
         run(models, work)
 

@@ -202,14 +202,14 @@ def test_a_model_that_goes_while_it_is_loaded(tmp_path: Path, monkeypatch: pytes
 
     async def work() -> None:
         lock = asyncio.Event()
-        opened = served.host.lifecycle._opened
+        opened = served.host.lifecycle._loading._opened
 
         async def slowly(one: Any) -> Bundle:
             found = await opened(one)
             await lock.wait()
             return found
 
-        monkeypatch.setattr(served.host.lifecycle, "_opened", slowly)
+        monkeypatch.setattr(served.host.lifecycle._loading, "_opened", slowly)
         drawing = asyncio.create_task(served.draw("a"))
         await served.until(lambda: served.host.status("a").state is ModelState.LOADING)
         shutil.rmtree(tmp_path / "a")

@@ -12,7 +12,7 @@ from runtime.placing.loading import load_model
 from runtime.placing.placement import PlacementOptions, needs
 from runtime.tasks.chat import ChatRequest, TextDelta
 from serving.dialects.grpc.health import health_of
-from serving.host.lifecycle import Loader
+from serving.host.loading import Loader
 from serving.host.models import ModelHost
 from serving.host.repository import Repository
 from serving.host.residency import Memory
