@@ -26,8 +26,8 @@ STOPPING: Final = "the server is stopping: try again when it runs again"
 
 
 class Loading:
-    """Loads models into the memory for all of them. `unload` unloads one that nothing uses. `loaded` are those that hold
-    memory.
+    """Loads models into the memory for all of them, and unloads those that nothing uses by `unload`. `loaded` are the
+    models that hold memory.
     """
 
     def __init__(self, loader: Loader, memory: Memory, unload: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
