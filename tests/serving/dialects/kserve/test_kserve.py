@@ -19,11 +19,17 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, State, Tensor
 from runtime.errors import EngineError
 from runtime.placing.loading import load_model
+from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.server import Server
 from serving.enginecast_pb import inference_pb2
 from serving.host.models import ModelHost
 from serving.host.offers import Offer
 from serving.host.served import Served
+from serving.security import tokens
+from serving.security.gate import Gate
+from serving.security.protection import Security
+from serving.security.scopes import Scope
+from tests.fakes.certificates import Authority
 from tests.fakes.serving import FakeServer, bundle, request, until
 
 WIDTH = Dim(name="width", min=1, opt=4, max=8, multiple=2)
@@ -350,6 +356,31 @@ class TestInfer:
         with pytest.raises(InferenceServerException, match="the device is lost") as caught:
             client.infer("draw/denoiser", inputs_of(CALL))
         assert caught.value.status() == "StatusCode.INTERNAL"
+
+
+def test_tls_and_a_token(tmp_path: Path) -> None:
+    authority = Authority(tmp_path)
+    file = tmp_path / "tokens.toml"
+    headers = {"authorization": f"Bearer {tokens.new(file, 'alice', frozenset({Scope.INFER}), None, None)}"}
+    security = Security(authority.issue("server"), gate=Gate(file))
+    trust = Connection(ca=authority.path, token=tokens.new(file, "root", frozenset(Scope), None, None))
+    (tmp_path / "bundles").mkdir()
+    with (
+        FakeServer(tmp_path / "bundles", ready=True, security=security, connection=trust) as server,
+        triton.InferenceServerClient(
+            server.address.replace("127.0.0.1", "localhost"), ssl=True, root_certificates=str(authority.path)
+        ) as client,
+    ):
+        assert client.is_server_ready() and client.is_model_ready("draw")
+        assert client.infer("draw/denoiser", [], headers=headers).get_response().model_name == "draw/denoiser"
+        assert len(client.get_model_repository_index(headers=headers).models) == 4
+        for call, status in (
+            (lambda: client.infer("draw/denoiser", []), "UNAUTHENTICATED"),
+            (lambda: client.unload_model("draw", headers=headers), "PERMISSION_DENIED"),
+        ):
+            with pytest.raises(InferenceServerException) as caught:
+                call()
+            assert caught.value.status() == f"StatusCode.{status}"
 
 
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
