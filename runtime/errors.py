@@ -35,10 +35,12 @@ SOON: Final = 1.0
 class EnginecastError(Exception):
     """Base class of all errors that enginecast raises on purpose. `exit_code` is that of the command line,
     `retry_seconds` how long to wait before the same call may succeed, None where waiting does not help.
+    `request_id` names the call in the log of the server that reported the error.
     """
 
     exit_code = 1
     retry_seconds: float | None = None
+    request_id: str = ""
 
 
 class InvalidInput(EnginecastError):

@@ -9,8 +9,8 @@ import logging
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from socket import socket
-from socketserver import ThreadingMixIn
+from socket import SOCK_STREAM, getaddrinfo, socket
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Final
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -35,6 +35,8 @@ STEP_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 
 BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 PATIENCE: Final = 5.0
 """Seconds that a scrape waits for the event loop."""
+MOST: Final = 16
+"""Connections for metrics at once."""
 POLL_SECONDS: Final = 0.1
 """Closing takes as long."""
 
@@ -122,14 +124,38 @@ class Metrics(Observer):
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A thread for each connection, in which its TLS handshake is done, too."""
+    """A thread for each connection, MOST of them at once; others are closed. The TLS handshake is done in the thread.
+    Names of addresses are not looked up: that would ask other machines.
+    """
 
     daemon_threads = True
     tls: Tls | None = None
 
+    def __init__(self, address: tuple[str, int], handler: Any) -> None:
+        self.address_family = getaddrinfo(*address, type=SOCK_STREAM)[0][0]
+        self._room = threading.Semaphore(MOST)
+        super().__init__(address, handler)
+
+    def server_bind(self) -> None:
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.setup_environ()
+
     def get_request(self) -> tuple[socket, Any]:
         connection, address = super().get_request()
         return self.tls.wrap(connection) if self.tls else connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._room.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("a connection for metrics from %s failed", client_address, exc_info=True)

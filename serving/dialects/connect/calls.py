@@ -16,8 +16,8 @@ from connectrpc.interceptor import MetadataInterceptor
 from runtime.errors import EnginecastError
 from serving.dialects.connect.errors import STATUSES, Refused
 from serving.dialects.grpc.intake import AUTHORIZATION
-from serving.dialects.grpc.recording import ID_KEY, TRACE_KEY, take_over
-from serving.dialects.grpc.status import UNEXPECTED, code, trailers
+from serving.dialects.grpc.recording import TRACE_KEY, take_over
+from serving.dialects.grpc.status import ID_KEY, UNEXPECTED, code, trailers
 from serving.host.observing import Observer, Record, recorded
 from serving.security.gate import Gate
 

@@ -19,8 +19,7 @@ from urllib.parse import urlsplit
 from runtime import limits
 from runtime.errors import DeadlineExceeded, InvalidInput, quoted
 from serving.dialects.connect.errors import Refused
-from serving.dialects.grpc.recording import ID_KEY
-from serving.dialects.grpc.status import ERROR_KEY, FIELD_KEY, UNREAD_SECONDS
+from serving.dialects.grpc.status import ERROR_KEY, FIELD_KEY, ID_KEY, UNREAD_SECONDS
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,11 @@ import grpc
 
 from runtime import limits
 from runtime.errors import InvalidInput, quoted
-from serving.dialects.grpc.status import ERROR_KEY, Context, reported
+from serving.dialects.grpc.status import ERROR_KEY, ID_KEY, Context, reported
 from serving.host.observing import Observer, Record, recorded
 
 Handler = Any
 """grpc.RpcMethodHandler, whose attributes the stubs lack."""
-ID_KEY: Final = "x-request-id"
 TRACE_KEY: Final = "traceparent"
 
 

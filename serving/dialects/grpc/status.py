@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
+ID_KEY: Final = "x-request-id"
 ERROR_KEY: Final = "enginecast-error"
 FIELD_KEY: Final = "enginecast-field"
 UNEXPECTED: Final = "the server failed unexpectedly: its log says why"
@@ -151,6 +152,7 @@ def error_of(call: grpc.RpcError) -> EnginecastError:
         error.field = unquote(str(metadata.get(FIELD_KEY, "request")))
         error.reason = message.removeprefix(f"{error.field}: ")
     error.retry_seconds = _retry_seconds(metadata.get(DETAILS_KEY, b""), error)
+    error.request_id = str(metadata.get(ID_KEY, ""))
     return error
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import threading
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from runtime.errors import EngineError, InvalidInput, Unavailable
-from serving.observers.metrics import Metrics
+from serving.observers.metrics import MOST, Metrics
 from serving.security import tokens
 from serving.security.gate import Gate
 from serving.security.protection import Security
@@ -185,3 +187,21 @@ def test_a_server_with_tokens_has_metrics_for_the_scope(tmp_path: Path) -> None:
 
         found = [status(Authorization=f"Bearer {secret}") for secret in (scraper, chatter, "x" * 43)]
         assert found == [200, 403, 401] and status() == 401
+
+
+def test_ipv6(server: Watched) -> None:
+    with server.metrics.served("[::1]:0") as port, urllib.request.urlopen(f"http://[::1]:{port}/", timeout=10) as found:
+        assert found.status == 200
+
+
+def test_connections_that_say_nothing_do_not_pile_up(server: Watched) -> None:
+    """Those above the limit are closed, and room is there again when the others have left."""
+    address = ("127.0.0.1", int(server.url.split(":")[2].partition("/")[0]))
+    silent = [socket.create_connection(address, timeout=10) for _ in range(MOST)]
+    until(lambda: sum("process_request_thread" in thread.name for thread in threading.enumerate()) >= MOST)
+    with socket.create_connection(address, timeout=10) as further:
+        assert further.recv(1) == b"", "it was closed"
+    for connection in silent:
+        connection.close()
+    until(lambda: not any("process_request_thread" in thread.name for thread in threading.enumerate()))
+    assert server.value("enginecast_model_state", model="draw", state="ready") == 1

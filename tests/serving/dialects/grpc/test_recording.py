@@ -10,7 +10,7 @@ import grpc
 import pytest
 
 from runtime import limits
-from runtime.errors import EngineError
+from runtime.errors import EngineError, InvalidInput
 from serving.enginecast_pb import image_pb2, image_pb2_grpc, model_pb2_grpc
 from serving.enginecast_pb.model_pb2 import GetModelRequest
 from serving.host.observing import Observer, Record
@@ -75,6 +75,12 @@ def test_a_refused_request_has_its_id_and_its_error(server: Recorded) -> None:
     record = server.last()
     assert sent_id(call) == "order-18" and dict(call.trailing_metadata())["enginecast-error"] == "InvalidInput"
     assert (record.code, record.error, record.model) == ("INVALID_ARGUMENT", "InvalidInput", "")
+
+
+def test_an_error_has_the_id_of_its_call(server: Recorded) -> None:
+    with pytest.raises(InvalidInput) as refused:
+        list(server.client.generate(request(steps=0)))
+    assert refused.value.request_id == server.last().id
 
 
 def test_a_longer_id_is_refused(server: Recorded) -> None:
