@@ -58,6 +58,8 @@ CLASSES: Final[Mapping[str, Any]] = {
 }
 """What reads the config.json of a component, an autoencoder apart."""
 
+ONE: Final = BATCH.model_copy(update={"opt": 1})
+"""The rows of an autoencoder's call: pictures are encoded and decoded one by one."""
 CLIP: Final = "clip"
 CLIP_TEXT: Final = "clip_text_model"
 """The `model_type` of a whole CLIP model, whose config holds that of its text encoder, and of a text encoder alone."""
@@ -157,13 +159,13 @@ class Grid:
         sizes = self.sizes
         return Dim(name=name, min=sizes.min, opt=sizes.default, max=sizes.max, multiple=sizes.multiple)
 
-    def latents(self, name: str, channels: int) -> Tensor:
+    def latents(self, name: str, channels: int, rows: Dim = BATCH) -> Tensor:
         """[batch, channels, height, width]"""
-        return Tensor(name=name, dtype="float32", dims=(BATCH, channels, self.latent("height"), self.latent("width")))
+        return Tensor(name=name, dtype="float32", dims=(rows, channels, self.latent("height"), self.latent("width")))
 
-    def picture(self, name: str, channels: int) -> Tensor:
+    def picture(self, name: str, channels: int, rows: Dim = BATCH) -> Tensor:
         """[batch, channels, image_height, image_width]"""
-        dims = (BATCH, channels, self.pixel("image_height"), self.pixel("image_width"))
+        dims = (rows, channels, self.pixel("image_height"), self.pixel("image_width"))
         return Tensor(name=name, dtype="float32", dims=dims)
 
 
@@ -390,8 +392,8 @@ def autoencoder(source: Source, config: Mapping[str, Any]) -> Autoencoder:
 
 def vae_parts(source: Source, model: Autoencoder, grid: Grid, float16: bool = True) -> list[Part]:
     """Decoder and encoder. `float16` as in `Part`."""
-    image = grid.picture("image", model.config.in_channels)
-    latents = grid.latents("latents", model.config.latent_channels)
+    image = grid.picture("image", model.config.in_channels, ONE)
+    latents = grid.latents("latents", model.config.latent_channels, ONE)
     return coder_parts(model, _place(source, "vae"), image, latents, grid.scale, float16)
 
 
