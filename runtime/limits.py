@@ -85,7 +85,8 @@ GRACE: Final = Limit(
 )
 KEEP_ALIVE: Final = Limit(
     "keep-alive", 604_800, "seconds, a negative number is endless", "a week; memory is for those who use it",
-    (*(f"{request}.keep_alive_seconds" for request in (IMAGE, CHAT, EMBED)), "LoadModelRequest.keep_alive_seconds"),
+    ("Terms.keep_alive_seconds", "LoadModelRequest.keep_alive_seconds",
+        *(f"{request}.terms" for request in (IMAGE, CHAT, EMBED))),
     least=-1,
 )  # fmt: skip
 PROMPT: Final = Limit(
@@ -324,6 +325,18 @@ UNREAD_BYTES: Final = Limit(
     32 << 20,
     "bytes of the pictures of a request",
     "above it, older previews are dropped, and drawing waits for the client",
+)
+JOB_ID: Final = Limit(
+    "id of a request", 64, "characters", "long enough for every id", ("Terms.collect", "StopRequest.id")
+)
+RESULT_SECONDS: Final = Limit(
+    "a result that waits to be collected", 600, "seconds after its request has ended", "a client comes back soon"
+)
+RESULT_BYTES: Final = Limit(
+    "results that wait to be collected",
+    256 << 20,
+    "bytes of their pictures",
+    "above it, the oldest that are complete are dropped",
 )
 VANISHED: Final = Limit("a lost client", 30, "seconds until its requests are cancelled", "it does not answer pings")
 REQUEST_ID: Final = Limit("x-request-id", 128, "characters", "it stands in every line of the log about the request")

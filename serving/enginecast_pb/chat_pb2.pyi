@@ -54,7 +54,7 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[_Union[Role, str]] = ..., parts: _Optional[_Iterable[_Union[Part, _Mapping]]] = ...) -> None: ...
 
 class ChatRequest(_message.Message):
-    __slots__ = ("model", "messages", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "beams", "length_penalty", "context_overflow", "answers", "keep_alive_seconds")
+    __slots__ = ("model", "messages", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "stop", "beams", "length_penalty", "context_overflow", "answers", "terms")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -68,7 +68,7 @@ class ChatRequest(_message.Message):
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_OVERFLOW_FIELD_NUMBER: _ClassVar[int]
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
-    KEEP_ALIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     model: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     max_tokens: int
@@ -82,8 +82,8 @@ class ChatRequest(_message.Message):
     length_penalty: float
     context_overflow: ContextOverflow
     answers: int
-    keep_alive_seconds: float
-    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., beams: _Optional[int] = ..., length_penalty: _Optional[float] = ..., context_overflow: _Optional[_Union[ContextOverflow, str]] = ..., answers: _Optional[int] = ..., keep_alive_seconds: _Optional[float] = ...) -> None: ...
+    terms: _common_pb2.Terms
+    def __init__(self, model: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., max_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., seed: _Optional[int] = ..., stop: _Optional[_Iterable[str]] = ..., beams: _Optional[int] = ..., length_penalty: _Optional[float] = ..., context_overflow: _Optional[_Union[ContextOverflow, str]] = ..., answers: _Optional[int] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class ChatResponse(_message.Message):
     __slots__ = ("queued", "delta", "done")

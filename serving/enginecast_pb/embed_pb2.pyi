@@ -18,18 +18,18 @@ MATCH_ITC: Match
 MATCH_ITM: Match
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("model", "texts", "images", "match", "keep_alive_seconds")
+    __slots__ = ("model", "texts", "images", "match", "terms")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     MATCH_FIELD_NUMBER: _ClassVar[int]
-    KEEP_ALIVE_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    TERMS_FIELD_NUMBER: _ClassVar[int]
     model: str
     texts: _containers.RepeatedScalarFieldContainer[str]
     images: _containers.RepeatedScalarFieldContainer[bytes]
     match: Match
-    keep_alive_seconds: float
-    def __init__(self, model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[bytes]] = ..., match: _Optional[_Union[Match, str]] = ..., keep_alive_seconds: _Optional[float] = ...) -> None: ...
+    terms: _common_pb2.Terms
+    def __init__(self, model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[bytes]] = ..., match: _Optional[_Union[Match, str]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
     __slots__ = ("queued", "embeddings", "scores", "done")

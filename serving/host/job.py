@@ -38,9 +38,15 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Queued(Event):
-    """The request was admitted; `position` others are ahead of it."""
+    """The request was admitted; `position` others have to end before it starts. It is sent again when that changes.
+
+    `eta_seconds` is the expected time until then, None if nothing is known of it. Whoever knows the `id` may collect or
+    stop the request.
+    """
 
     position: int
+    eta_seconds: float | None = None
+    id: str = ""
 
 
 @dataclass(frozen=True)

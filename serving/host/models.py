@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import Any
+from uuid import uuid4
 
 from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
@@ -25,6 +26,7 @@ from runtime.errors import (
     EnginecastError,
     EngineError,
     InvalidInput,
+    NotFound,
     ResourceExhausted,
     Unavailable,
     did_you_mean,
@@ -35,16 +37,18 @@ from runtime.task import Request
 from serving.host.catalog import Catalog
 from serving.host.following import Follower
 from serving.host.inference import ANY, pipeline_of
-from serving.host.job import Job, Queued
+from serving.host.job import Job
 from serving.host.lifecycle import IDLE_SECONDS, Lifecycle
 from serving.host.loading import STOPPING, Loader
 from serving.host.observing import Counts, Observer, Observers, observed
 from serving.host.offers import Limits, Offer
 from serving.host.repository import Repository
 from serving.host.residency import Memory
+from serving.host.results import Results
 from serving.host.run import Reservation, Run
 from serving.host.served import Served
 from serving.host.states import ModelState, Status
+from serving.host.terms import Terms
 from serving.host.turns import Turns
 
 log = logging.getLogger(__name__)
@@ -76,6 +80,7 @@ class ModelHost:
         self.lifecycle = Lifecycle(self.catalog, loader, memory or Memory(), self._notify, self.observer)
         self._followers: list[Follower] = []
         self._turns = Turns(bounds.CHECKED.most)
+        self._results = Results()
         self._checks = ThreadPoolExecutor(bounds.CHECKS.most, thread_name_prefix="checks")
         for bundle in bundles:
             offer = bundle if isinstance(bundle, Offer) else Offer(bundle.name, bundle.root, bundle)
@@ -130,35 +135,50 @@ class ModelHost:
         request: Request,
         timeout: float | None = None,
         client: str = "",
-        keep_alive: float | None = None,
+        terms: Terms | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Run a request: yields `Queued`, `Started`, the pipeline's events and `Done`. Closing the generator stops the
-        work before its next step.
+        work before its next step, unless the `terms` let it finish.
 
-        A model that is not loaded is loaded first. `client` names the connection that sent the request, and the model
-        stays loaded for `keep_alive` seconds after it. Raises NotFound, Unavailable, InvalidInput, ResourceExhausted,
-        DeadlineExceeded after `timeout` seconds, and the errors of the engine.
+        A model that is not loaded is loaded first. `client` names the connection that sent the request. Raises
+        NotFound, Unavailable, InvalidInput, ResourceExhausted, DeadlineExceeded after `timeout` seconds, and the errors
+        of the engine.
         """
         known = self.catalog.find(name).name if name in self.catalog else ""
-        return observed(self._run(name, request, timeout, client, keep_alive), self.observer, known, request.task)
+        terms, id = terms or Terms(), uuid4().hex
+        events = self._run(id, name, request, timeout, client, terms)
+        if terms.finish:
+            events = self._results.kept(id, request.task, events)
+        return observed(events, self.observer, known, request.task)
+
+    def collect(self, id: str, task: str) -> AsyncGenerator[Event, None]:
+        """The events of a request of this task whose terms let it finish, from the first on. Raises NotFound and the
+        error of the request.
+        """
+        return self._results.collect(id, task)
+
+    def stop(self, id: str) -> None:
+        """Stop a request before its next step. Raises NotFound for one that has ended or never was."""
+        runs = [run for served in self.catalog for run, known in served.runs.items() if known == id]
+        if not runs:
+            raise NotFound(f"no request {quoted(id)} runs or waits: it has ended, or never was")
+        runs[0].fail(Cancelled("the request was stopped by its id"))
 
     async def _run(
-        self, name: str, request: Request, timeout: float | None, client: str, keep_alive: float | None
+        self, id: str, name: str, request: Request, timeout: float | None, client: str, terms: Terms
     ) -> AsyncGenerator[Event, None]:
         served = self.catalog.find(name)
         self._open()
         served.expect(request.task)
-        place = self._enter(served, client, request.nbytes, keep_alive)
+        place = self._enter(served, client, request.nbytes, terms)
         timeout = await self._loaded(served, place, timeout)
         job = await self._job(served, request, place)
-        position = served.ahead()
-        run = served.start(job, place, partial(self._ended, served))
+        run = served.start(id, job, place, partial(self._ended, served))
         over = DeadlineExceeded(
             f"the request was not done after {timeout or 0:.3g} s: allow it more time or request less work"
         )
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
         try:
-            yield Queued(position)
             while (event := await run.events.get()) is not None:
                 yield served.shown(event)
         except EnginecastError as error:
@@ -171,18 +191,18 @@ class ModelHost:
                 timer.cancel()
             run.fail(Cancelled("the caller left"))
 
-    def _enter(self, served: Served, client: str, nbytes: int, keep_alive: float | None) -> Reservation:
+    def _enter(self, served: Served, client: str, nbytes: int, terms: Terms) -> Reservation:
         held = sum(place.nbytes for other in self.catalog for place in other.places)
         if nbytes and held + nbytes > bounds.WAITING_BYTES.most:
             raise ResourceExhausted(
                 "the pictures of requests that wait take all the memory there is for them: try again later", SOON
             )
-        return served.enter(client, nbytes, keep_alive)
+        return served.enter(client, nbytes, terms)
 
     def _left(self, served: Served, place: Reservation) -> None:
         """Free the place of a request."""
         served.leave(place)
-        self.lifecycle.keep_alive.used(served, place.keep_alive)
+        self.lifecycle.keep_alive.used(served, place.terms.keep_alive)
 
     async def _loaded(self, served: Served, place: Reservation, timeout: float | None) -> float | None:
         """Wait until a model is loaded, and return what is left of the timeout. Frees the place if that fails."""
@@ -303,8 +323,8 @@ class ModelHost:
 
     def _ended(self, served: Served, run: Run) -> None:
         """Free a request's place. If its engine failed, check the engines: a device may be lost."""
-        served.runs.discard(run)
-        self._left(served, run.place)
+        served.ended(run)
+        self.lifecycle.keep_alive.used(served, run.place.terms.keep_alive)
         if isinstance(run.error, EngineError):
             self.lifecycle.failed(served, run.error)
 

@@ -71,7 +71,7 @@ class Record:
     def add(self, event: Event) -> None:
         """Note what an event of the request says."""
         match event:
-            case Queued():
+            case Queued() if self.queued is None:
                 self.queued = self.seconds
             case Started():
                 self.started = self.seconds

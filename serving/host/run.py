@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import Final
 
 from runtime.errors import EnginecastError
 from runtime.pipeline import Call, Event, Outputs
 from serving.host.job import Job
 from serving.host.mailbox import Mailbox
+from serving.host.terms import Priority, Terms
+
+PATIENCE: Final = 60.0
+"""Seconds that a request waits before it counts as urgent, so that none waits for ever."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reservation:
-    """The place of a request in a model's queue: its client, the bytes of its pictures, and the seconds that the model
-    stays loaded after it, None for the usual ones.
-    """
+    """The place of a request in a model's queue: its client, the bytes of its pictures, and its terms."""
 
     client: str
     nbytes: int
-    keep_alive: float | None = None
+    terms: Terms = field(default_factory=Terms)
 
 
 class Run:
@@ -29,6 +33,7 @@ class Run:
 
     `changed` is called when it may go on or was stopped. `future` is done when no more work is done for it; `error` is
     then how it ended. `call` is the engine call that it waits for, and `fed` how many positions of it were run.
+    `position` is its place in the queue as its client was told it.
     """
 
     def __init__(self, job: Job, place: Reservation, changed: Callable[[Run], None]) -> None:
@@ -39,12 +44,20 @@ class Run:
         self.error: BaseException | None = None
         self.call: Call | None = None
         self.fed = 0
+        self.position: int | None = None
+        self.queued_at = monotonic()
+        self.started_at: float | None = None
         self._items = job.items()
         self._unread: Event | None = None
 
     @property
     def client(self) -> str:
         return self.place.client
+
+    @property
+    def priority(self) -> Priority:
+        """How soon it is run. One that has waited for long is urgent."""
+        return Priority.URGENT if monotonic() - self.queued_at > PATIENCE else self.place.terms.priority
 
     def fail(self, error: EnginecastError) -> None:
         """End the reader's events at once, and the work before its next step."""

@@ -11,6 +11,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from time import monotonic
 from typing import Final, TypeVar
 
 from serving.host import batches
@@ -51,6 +52,12 @@ class Scheduler:
     def running(self) -> int:
         """Requests that have left the queue."""
         return len(self._active)
+
+    @property
+    def waiting(self) -> list[Run]:
+        """The queue, in the order of arrival."""
+        with self._changed:
+            return list(self._waiting)
 
     def submit(self, run: Run) -> None:
         """Queue a request."""
@@ -147,17 +154,22 @@ class Scheduler:
         while run := self._next():
             self._active.append(run)
             self._shares.present({one.client for one in self._active})
+            run.started_at = monotonic()
             run.advance()
 
     def _next(self) -> Run | None:
-        """The request that leaves the queue, if there is room: of the client of which fewest run, then of the one that
-        used the engines least, then the one that came first.
+        """The request that leaves the queue, if there is room: of the highest priority, then of the client of which
+        fewest run, then of the one that used the engines least, then the one that came first.
         """
         running = Counter(run.client for run in self._active)
+
+        def order(run: Run) -> tuple[float, ...]:
+            return -run.priority, running[run.client], self._shares.used(run.client)
+
         with self._changed:
             if not self._waiting:
                 return None
-            run = min(self._waiting, key=lambda run: (running[run.client], self._shares.used(run.client)))
+            run = min(self._waiting, key=order)
             if len(self._active) >= self.slots + (0 if running[run.client] else self.slots // EXTRA):
                 return None
             self._waiting.remove(run)
@@ -206,4 +218,4 @@ class Scheduler:
     def _charge(self, ran: Ran) -> None:
         self._ran(ran)
         for run in ran.runs:
-            self._shares.charge(run.client, ran.seconds / len(ran.runs))
+            self._shares.charge(run.client, ran.seconds / len(ran.runs) * run.place.terms.priority.cost)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
@@ -15,15 +16,18 @@ from runtime.pipeline import Event
 from serving.dialects.grpc.shown import concealed, without_paths
 from serving.host.batches import Ran
 from serving.host.inference import ANY
-from serving.host.job import Done, Job, Model, precision
+from serving.host.job import Done, Job, Model, Queued, precision
 from serving.host.observing import Observer
 from serving.host.offers import Limits, Offer
 from serving.host.run import Reservation, Run
 from serving.host.scheduler import Scheduler
 from serving.host.states import ModelState, Status, SubmodelStatus
+from serving.host.terms import Terms
 
 RETRY_SECONDS: Final = 30.0
 """A model that could not be loaded is loaded for a request again after this time."""
+PACE: Final = 8
+"""So many of the last requests tell how long one takes."""
 KEPT: Final = 4
 """This fraction of a queue, one place in 4, is reserved for clients that have no request in it."""
 
@@ -46,7 +50,8 @@ class Served:
         self.expires: float | None = None
         self.places: set[Reservation] = set()
         self.vacated = asyncio.Event()
-        self.runs: set[Run] = set()
+        self.runs: dict[Run, str] = {}
+        self._pace = deque[float](maxlen=PACE)
         self.change: asyncio.Task[None] | None = None
         self.replacing: asyncio.Task[None] | None = None
         self.check: asyncio.Task[None] | None = None
@@ -122,7 +127,7 @@ class Served:
             error.retry_seconds = max(1.0, self.failed_at + RETRY_SECONDS - monotonic())
         return error
 
-    def enter(self, client: str, nbytes: int, keep_alive: float | None = None) -> Reservation:
+    def enter(self, client: str, nbytes: int, terms: Terms | None = None) -> Reservation:
         """Reserve a place for a request. Raises ResourceExhausted."""
         free, kept = self.limits.slots + self.limits.max_queue - len(self.places), self.limits.max_queue // KEPT
         if free <= 0:
@@ -135,7 +140,7 @@ class Served:
                 f"the last {kept} places in the queue of model {self.name} are kept for other clients: try again later",
                 SOON,
             )
-        place = Reservation(client, nbytes, keep_alive)
+        place = Reservation(client, nbytes, terms or Terms())
         self.places.add(place)
         self.vacated.clear()
         return place
@@ -146,11 +151,12 @@ class Served:
         if not self.places:
             self.vacated.set()
 
-    def start(self, job: Job, place: Reservation, ended: Callable[[Run], None]) -> Run:
+    def start(self, id: str, job: Job, place: Reservation, ended: Callable[[Run], None]) -> Run:
         """Queue the job; `ended` is called on the event loop when it is done."""
         loop = asyncio.get_running_loop()
         run = Run(job, place, self.scheduler.changed)
-        self.runs.add(run)
+        run.events.put(self._queued(id, run, max(0, len(self.runs) + 1 - self.limits.slots)))
+        self.runs[run] = id
 
         def done(_: Future[None]) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server stopped before the job ended
@@ -160,9 +166,26 @@ class Served:
         self.scheduler.submit(run)
         return run
 
-    def ahead(self) -> int:
-        """Requests that have to end before one that is queued now can start."""
-        return max(0, len(self.runs) + 1 - self.limits.slots)
+    def ended(self, run: Run) -> None:
+        """A request ended: those that wait hear of their new places."""
+        self.runs.pop(run, None)
+        self.leave(run.place)
+        if run.error is None and run.started_at is not None:
+            self._pace.append(monotonic() - run.started_at)
+        waiting = self.scheduler.waiting
+        ahead = len(self.runs) - len(waiting) + 1 - self.limits.slots
+        for number, one in enumerate(waiting):
+            if one in self.runs and one.position != (position := max(0, ahead + number)):
+                one.events.put(self._queued(self.runs[one], one, position))
+
+    def _queued(self, id: str, run: Run, position: int) -> Queued:
+        """The place of a request in the queue, and when it is expected to start: where the last requests ended at this
+        pace.
+        """
+        run.position = position
+        known = position and self._pace
+        eta = position * sum(self._pace) / len(self._pace) / self.limits.slots if known else None
+        return Queued(position, eta, id)
 
     def leave_behind(self) -> Scheduler:
         """Replace the busy thread and return it. It ends with its current work."""

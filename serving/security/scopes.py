@@ -44,6 +44,7 @@ INFERRING: Final = frozenset(
         "enginecast.v1.ImageService/Generate",
         "enginecast.v1.ChatService/Chat",
         "enginecast.v1.EmbedService/Embed",
+        "enginecast.v1.JobService/Stop",
         f"{KSERVE}/ModelInfer",
     }
 )

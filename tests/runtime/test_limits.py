@@ -15,7 +15,7 @@ from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import Control, ImageRequest, Style
-from serving.enginecast_pb import chat_pb2, embed_pb2, image_pb2, inference_pb2, model_pb2
+from serving.enginecast_pb import chat_pb2, embed_pb2, image_pb2, inference_pb2, job_pb2, model_pb2
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)
 DOC = Path(__file__).parents[2] / "docs" / "limits.md"
@@ -48,7 +48,7 @@ def fields(message: Descriptor) -> set[str]:
 def test_every_field_of_every_request_has_a_limit() -> None:
     services = [
         service
-        for pb2 in (chat_pb2, embed_pb2, image_pb2, inference_pb2, model_pb2)
+        for pb2 in (chat_pb2, embed_pb2, image_pb2, inference_pb2, job_pb2, model_pb2)
         for service in pb2.DESCRIPTOR.services_by_name.values()
     ]
     sent = {field for service in services for method in service.methods for field in fields(method.input_type)}

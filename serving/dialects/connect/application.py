@@ -19,9 +19,9 @@ from serving.dialects.connect.codecs import CODECS, GZIP
 from serving.dialects.grpc.answering import responses
 from serving.dialects.grpc.health import HealthServicer
 from serving.dialects.grpc.intake import note
-from serving.dialects.grpc.management import ModelServicer
+from serving.dialects.grpc.management import JobServicer, ModelServicer
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
-from serving.enginecast_pb import model_pb2
+from serving.enginecast_pb import job_pb2, model_pb2
 from serving.host.models import ModelHost
 from serving.host.observing import current_client
 from serving.security.gate import Gate
@@ -49,6 +49,8 @@ def endpoints(host: ModelHost) -> Mapping[str, Any]:
     """Every method by its path."""
     models: ServiceDescriptor = model_pb2.DESCRIPTOR.services_by_name["ModelService"]
     unary = [(method, getattr(ModelServicer(host), method.name)) for method in models.methods]
+    jobs: ServiceDescriptor = job_pb2.DESCRIPTOR.services_by_name["JobService"]
+    unary += [(method, getattr(JobServicer(host), method.name)) for method in jobs.methods]
     unary.append((CHECK, HealthServicer(host).Check))
     found = {path(task.method): streaming(host, task) for task in grpc_tasks().values()}
     return found | {path(method): single(method, function) for method, function in unary}

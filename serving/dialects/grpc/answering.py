@@ -9,6 +9,8 @@ from typing import Any, Final
 
 from google.protobuf.message import Message
 
+from runtime import limits
+from runtime.errors import InvalidInput
 from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context, write
 from serving.dialects.grpc.task import GrpcTask
@@ -23,16 +25,31 @@ async def responses(
     host: ModelHost, task: GrpcTask, message: Any, timeout: float | None, client: str
 ) -> AsyncGenerator[Message, None]:
     """Run the request in a message; yields its responses. Raises the errors of `ModelHost.run`."""
-    name, stream, large = message.model, task.responses(), message.ByteSize() > LARGE
-    keep_alive = messages.keep_alive(message)
-    request = await asyncio.to_thread(task.request, message) if large else task.request(message)
+    stream, large = task.responses(), message.ByteSize() > LARGE
+    if message.terms.collect:
+        found = host.collect(_alone(message), task.task)
+    else:
+        name, terms = message.model, messages.terms(message.terms)
+        request = await asyncio.to_thread(task.request, message) if large else task.request(message)
+        found = host.run(name, request, timeout, client, terms)
+        del request
     del message  # keep only one copy of its pictures
-    async with aclosing(host.run(name, request, timeout, client, keep_alive)) as events:
+    async with aclosing(found) as events:
         async for event in events:
             # Pictures are encoded in a thread.
             response = await asyncio.to_thread(stream.response, event) if event.nbytes else stream.response(event)
             if response is not None:
                 yield response
+
+
+def _alone(message: Any) -> str:
+    """The id of the request whose result is collected. Raises InvalidInput for a message with anything else."""
+    others = {field.name for field, _ in message.ListFields()} - {"model", "terms"}
+    if others or len(message.terms.ListFields()) > 1:
+        raise InvalidInput("terms.collect", "comes with another request: send that one by itself")
+    limits.JOB_ID.length("terms.collect", message.terms.collect)
+    id: str = message.terms.collect
+    return id
 
 
 async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context) -> None:

@@ -16,7 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from serving.dialects.grpc import status
 from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.outgoing import Metadata, active_span
-from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2, model_pb2_grpc
+from serving.enginecast_pb import chat_pb2, image_pb2, job_pb2, job_pb2_grpc, model_pb2, model_pb2_grpc
 
 PLAIN: Final = Connection()
 
@@ -58,6 +58,7 @@ class Client:
         self._channel = connection.channel(address)
         self._connection = connection
         self._model = model_pb2_grpc.ModelServiceStub(self._channel)
+        self._job = job_pb2_grpc.JobServiceStub(self._channel)
 
     def __enter__(self) -> Client:
         return self
@@ -134,6 +135,10 @@ class Client:
         request = model_pb2.UnloadModelRequest(name=name, grace_seconds=grace_seconds)
         response: model_pb2.UnloadModelResponse = self._one(self._model.UnloadModel, request, timeout)
         return response.model
+
+    def stop(self, id: str, timeout: float | None = None) -> None:
+        """Stop a request by its id, see `Queued`."""
+        self._one(self._job.Stop, job_pb2.StopRequest(id=id), timeout)
 
     def reload(self, name: str, timeout: float | None = None) -> model_pb2.Model:
         """Load the bundle that is in a model's folder now and wait until it is ready. The model serves meanwhile."""

@@ -1,14 +1,15 @@
-"""ModelService: the states of a host's models, and their changes."""
+"""ModelService: the states of a host's models, and their changes. JobService: requests by their ids."""
 
 from __future__ import annotations
 
 import time
 from importlib.metadata import version
 
+from runtime import limits
 from runtime.placing.memory import of_process
 from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context
-from serving.enginecast_pb import model_pb2, model_pb2_grpc
+from serving.enginecast_pb import job_pb2, job_pb2_grpc, model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
 
 
@@ -56,3 +57,15 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     def _model(self, name: str) -> model_pb2.Model:
         return messages.model(self.host.status(name))
+
+
+class JobServicer(job_pb2_grpc.JobServiceServicer):
+    """Translates, and delegates to the host."""
+
+    def __init__(self, host: ModelHost) -> None:
+        self.host = host
+
+    async def Stop(self, request: job_pb2.StopRequest, context: Context) -> job_pb2.StopResponse:
+        limits.JOB_ID.length("id", request.id)
+        self.host.stop(request.id)
+        return job_pb2.StopResponse()

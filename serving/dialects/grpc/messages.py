@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Final
 
@@ -10,12 +10,14 @@ import numpy as np
 from google.protobuf.message import Message as ProtoMessage
 
 from runtime import limits
+from runtime.errors import InvalidInput
 from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
 from serving.host.offers import ENDLESS
 from serving.host.states import ModelState, Status
+from serving.host.terms import Priority, Terms
 
 STATES: Final = {
     ModelState.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
@@ -23,6 +25,18 @@ STATES: Final = {
     ModelState.READY: model_pb2.MODEL_STATE_READY,
     ModelState.UNLOADING: model_pb2.MODEL_STATE_UNLOADING,
     ModelState.FAILED: model_pb2.MODEL_STATE_FAILED,
+}
+
+PRIORITIES: Final[Mapping[int, Priority]] = {
+    common_pb2.PRIORITY_UNSPECIFIED: Priority.NORMAL,
+    common_pb2.PRIORITY_BACKGROUND: Priority.BACKGROUND,
+    common_pb2.PRIORITY_NORMAL: Priority.NORMAL,
+    common_pb2.PRIORITY_URGENT: Priority.URGENT,
+}
+FINISHES: Final[Mapping[int, bool]] = {
+    common_pb2.ON_DISCONNECT_UNSPECIFIED: False,
+    common_pb2.ON_DISCONNECT_STOP: False,
+    common_pb2.ON_DISCONNECT_FINISH: True,
 }
 
 
@@ -44,6 +58,25 @@ def keep_alive(message: ProtoMessage) -> float | None:
     return ENDLESS if seconds < 0 else seconds
 
 
+def terms(message: common_pb2.Terms) -> Terms:
+    """How a request is run. Raises InvalidInput."""
+    if message.priority not in PRIORITIES:
+        raise InvalidInput("terms.priority", f"is {message.priority}, expected a value of Priority")
+    if message.on_disconnect not in FINISHES:
+        raise InvalidInput("terms.on_disconnect", f"is {message.on_disconnect}, expected a value of OnDisconnect")
+    return Terms(keep_alive(message), PRIORITIES[message.priority], FINISHES[message.on_disconnect])
+
+
+def terms_message(terms: Terms) -> common_pb2.Terms:
+    """The reverse of `terms`."""
+    priorities = {name: number for number, name in PRIORITIES.items()}
+    return common_pb2.Terms(
+        keep_alive_seconds=terms.keep_alive,
+        priority=priorities[terms.priority],  # type: ignore[arg-type]  # the stubs lack the numbers
+        on_disconnect=common_pb2.ON_DISCONNECT_FINISH if terms.finish else common_pb2.ON_DISCONNECT_STOP,
+    )
+
+
 def given(message: ProtoMessage, names: Sequence[str]) -> dict[str, Any]:
     """Those of the named fields that are set, with their values."""
     return {name: getattr(message, name) for name in names if message.HasField(name)}
@@ -61,7 +94,12 @@ def file_of(picture: images.Picture | images.PictureFile) -> bytes:
 
 def queued(event: Queued) -> common_pb2.Queued:
     """A request's place in the queue."""
-    return common_pb2.Queued(position=event.position)
+    return common_pb2.Queued(position=event.position, eta_seconds=event.eta_seconds, id=event.id)
+
+
+def queued_event(message: common_pb2.Queued) -> Queued:
+    """The reverse of `queued`."""
+    return Queued(message.position, message.eta_seconds if message.HasField("eta_seconds") else None, message.id)
 
 
 def timings(done: Done) -> common_pb2.Timings:

@@ -26,12 +26,12 @@ from serving.dialects.grpc import health
 from serving.dialects.grpc.answering import answer
 from serving.dialects.grpc.connection import server_credentials
 from serving.dialects.grpc.intake import Intake
-from serving.dialects.grpc.management import ModelServicer
+from serving.dialects.grpc.management import JobServicer, ModelServicer
 from serving.dialects.grpc.recording import Recording
 from serving.dialects.grpc.reflected import enable_reflection
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
 from serving.dialects.kserve.servicer import InferenceServicer
-from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, model_pb2, model_pb2_grpc
+from serving.enginecast_pb import inference_pb2, inference_pb2_grpc, job_pb2, job_pb2_grpc, model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
 from serving.security.protection import OPEN, Security
 from serving.security.tls import TlsFiles
@@ -96,9 +96,10 @@ class Server:
         )
         self._server.add_generic_rpc_handlers([service(host, task) for task in grpc_tasks().values()])
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelServicer(host), self._server)
+        job_pb2_grpc.add_JobServiceServicer_to_server(JobServicer(host), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(health.HealthServicer(host), self._server)
         inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceServicer(host), self._server)
-        files = model_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR
+        files = model_pb2.DESCRIPTOR, job_pb2.DESCRIPTOR, health_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR
         others = [service for file in files for service in file.services_by_name.values()]
         enable_reflection([*(task.service for task in grpc_tasks().values()), *others], self._server)
         self.port = _bind(self._server, address, security.tls)

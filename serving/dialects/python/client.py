@@ -6,14 +6,23 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from google.protobuf.message_factory import GetMessageClass
+
+from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.pipeline import Event
 from runtime.task import Request
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageRequest
 from serving.dialects.grpc import client as grpc
 from serving.dialects.grpc.connection import Connection
+from serving.dialects.grpc.messages import terms_message
 from serving.dialects.grpc.task import grpc_tasks
+from serving.dialects.python import results
+from serving.dialects.python.results import Answer, Drawing
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
-from serving.enginecast_pb import model_pb2
+from serving.enginecast_pb import common_pb2, model_pb2
+from serving.host.terms import Priority, Terms
 
 R = TypeVar("R")
 
@@ -33,6 +42,9 @@ class Client(Session):
             no limit.
         keep_alive: Seconds that the model stays loaded after a request if no other uses it, 0 to 604,800; -1 is until
             another model needs its memory. None is what the server has (`enginecast serve --keep-alive`).
+        priority: "urgent", "normal" or "background": how soon requests run, and their share of the engines.
+        finish: Let requests go on when this client disconnects; `collect_drawing` and `collect_answer` get their
+            results.
         token: A bearer token for a server that requires one. It is sent with TLS, or on loopback only.
         ca: PEM file of the certificate authority that the server's certificate must be of. Switches TLS on.
         cert: PEM file of a certificate of this client, for servers that require one (mutual TLS).
@@ -53,6 +65,8 @@ class Client(Session):
         *,
         timeout: float | None = None,
         keep_alive: float | None = None,
+        priority: str = "normal",
+        finish: bool = False,
         token: str | None = None,
         ca: str | Path | None = None,
         cert: str | Path | None = None,
@@ -64,6 +78,7 @@ class Client(Session):
         self.model = model
         self.timeout = timeout
         self.keep_alive = keep_alive
+        self._terms = Terms(keep_alive, _priority(priority), finish)
         self._client = grpc.Client(address, Connection(ca, cert, key, token, tls, attempts, backoff))
 
     def __enter__(self) -> Client:
@@ -105,7 +120,34 @@ class Client(Session):
         """The stream of a request of any task, sent to the server; `collect` makes the result of its events."""
         task = grpc_tasks()[request.task]
         message: Any = task.message(self.model, request)
-        if self.keep_alive is not None:
-            message.keep_alive_seconds = self.keep_alive
+        if self._terms != Terms():
+            message.terms.CopyFrom(terms_message(self._terms))
         responses = self._client.stream(task.method, message, self.timeout)
         return Stream(task.events(responses), responses.close, collect)
+
+    def collect_drawing(self, id: str) -> Stream[Drawing]:
+        """The stream of a request for pictures that goes on without the client that sent it (`finish`), from its first
+        event on. `id` is that of its `Queued`. Raises NotFound when it was read, or ended more than 10 minutes ago.
+        """
+        return self._collect(ImageRequest.task, id, results.drawing)
+
+    def collect_answer(self, id: str) -> Stream[Answer]:
+        """The same of a request for an answer."""
+        return self._collect(ChatRequest.task, id, results.answer)
+
+    def stop(self, id: str) -> None:
+        """Stop a request before its next step. `id` is that of its `Queued`. Raises NotFound when it has ended."""
+        self._client.stop(id, self.timeout)
+
+    def _collect(self, name: str, id: str, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
+        task = grpc_tasks()[name]
+        message: Any = GetMessageClass(task.method.input_type)(terms=common_pb2.Terms(collect=id))
+        responses = self._client.stream(task.method, message, self.timeout)
+        return Stream(task.events(responses), responses.close, collect)
+
+
+def _priority(name: str) -> Priority:
+    known = {priority.name.lower(): priority for priority in Priority}
+    if name not in known:
+        raise InvalidInput("priority", f"is {quoted(name)}: {did_you_mean(name, known)}")
+    return known[name]

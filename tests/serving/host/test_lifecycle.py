@@ -20,6 +20,7 @@ from serving.host.models import ModelHost
 from serving.host.offers import ENDLESS, Limits, Offer
 from serving.host.residency import Memory
 from serving.host.states import ModelState
+from serving.host.terms import Terms
 from tests.fakes.serving import FakeModel, bundle
 
 REQUEST = ImageRequest("a circle", steps=2)
@@ -54,7 +55,7 @@ class Models:
 
     async def draw(self, name: str = "a", timeout: float | None = 10, keep_alive: float | None = None) -> Event:
         """Run a request and return its last event."""
-        async for event in self.host.run(name, REQUEST, timeout, keep_alive=keep_alive):
+        async for event in self.host.run(name, REQUEST, timeout, terms=Terms(keep_alive)):
             last = event
         return last
 

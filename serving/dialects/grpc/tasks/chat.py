@@ -12,7 +12,7 @@ from runtime.language.overflow import Overflow
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.vision import images
-from serving.dialects.grpc.messages import done_event, engines, file_of, given, queued, timings
+from serving.dialects.grpc.messages import done_event, engines, file_of, given, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import chat_pb2, model_pb2
 from serving.host.job import Done, Queued
@@ -141,7 +141,7 @@ def chat_events(responses: Iterator[chat_pb2.ChatResponse]) -> Generator[Event, 
     for response in responses:
         match response.WhichOneof("event"):
             case "queued":
-                yield Queued(response.queued.position)
+                yield queued_event(response.queued)
             case "delta":
                 yield TextDelta(response.delta.text, response.delta.answer)
             case "done":

@@ -13,7 +13,7 @@ from runtime.errors import InvalidInput
 from runtime.pipeline import Event
 from runtime.tasks.embed import Embeddings, EmbedRequest, Match, Scores
 from runtime.vision.images import PictureFile
-from serving.dialects.grpc.messages import done_event, engines, file_of, queued, timings
+from serving.dialects.grpc.messages import done_event, engines, file_of, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import embed_pb2, model_pb2
 from serving.host.job import Done, Queued
@@ -66,7 +66,7 @@ def embed_events(responses: Iterator[embed_pb2.EmbedResponse]) -> Generator[Even
     for response in responses:
         match response.WhichOneof("event"):
             case "queued":
-                yield Queued(response.queued.position)
+                yield queued_event(response.queued)
             case "embeddings":
                 yield Embeddings(_array(response.embeddings.texts), _array(response.embeddings.images))
             case "scores":

@@ -16,7 +16,7 @@ from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import SIZES, Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decode_image
-from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, timings
+from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask
 from serving.enginecast_pb import image_pb2, model_pb2
 from serving.host.job import Done, Queued, Started
@@ -151,7 +151,7 @@ def image_events(responses: Iterator[image_pb2.GenerateResponse]) -> Generator[E
     for response in responses:
         match response.WhichOneof("event"):
             case "queued":
-                yield Queued(response.queued.position)
+                yield queued_event(response.queued)
             case "progress":
                 progress = response.progress
                 preview = decode_image(progress.preview_png, "preview") if progress.preview_png else None
