@@ -102,8 +102,8 @@ class Follower:
 
     async def _renew(self, offer: Offer) -> None:
         """Serve another bundle by a name that is served."""
-        while (served := self._catalog.get(offer.name)) is not None and (changes := served.changes):
-            await asyncio.wait(changes)
+        while (served := self._catalog.get(offer.name)) is not None and served.changes:
+            await served.unchanging()
         if served is None:
             return
         if served.state is ModelState.READY:

@@ -143,12 +143,12 @@ class Lifecycle:
         task.add_done_callback(self._leaving.discard)
 
     async def _leave(self, served: Served, grace: float) -> None:
-        while changes := {task for task in (served.change, served.replacing) if task is not None}:
-            await asyncio.wait(changes)
+        await served.unchanging()
         if served.places:
             await self.grace.wait(served.vacated.wait(), grace)
         served.withheld = True
-        with suppress(EnginecastError):  # the server stops and unloads it
+        await served.unchanging()  # it may make room for another model now
+        with suppress(Exception):  # it is in the log
             await self.unload(served, 0)
         served.scheduler.close()
 

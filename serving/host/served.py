@@ -91,6 +91,11 @@ class Served:
         """What changes the model now."""
         return {task for task in (self.change, self.replacing, self.check) if task is not None}
 
+    async def unchanging(self) -> None:
+        """Wait until nothing changes the model."""
+        while self.changes:
+            await asyncio.wait(self.changes)
+
     @property
     def on_demand(self) -> bool:
         """Whether the next request loads the model: nobody unloaded it, and it has not failed a moment ago."""
