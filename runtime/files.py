@@ -124,6 +124,15 @@ def read_regular(path: Path, limit: int) -> bytes:
     return content
 
 
+def append(path: Path, text: str, mode: int) -> None:
+    """Append to a file, made with the permissions `mode` if there is none. Raises OSError, also for a pipe that nobody
+    reads, at which opening would wait.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), mode)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def strict_json(content: bytes) -> Any:
     """Parse JSON (RFC 8259, UTF-8). Raises ValueError for content that parsers treat differently: a repeated name, NaN,
     infinity, deep nesting.

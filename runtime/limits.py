@@ -58,7 +58,10 @@ FIELDS: Final = Limit(
     "an empty part has 2 bytes on the wire and 50 in memory",
 )
 ARRIVAL: Final = Limit(
-    "arrival of a message", 30, "seconds from the start of the call", "an unfinished message occupies memory"
+    "arrival of a message",
+    30,
+    "seconds from the start of the call, or of the connection to the end of its handshake",
+    "an unfinished message occupies memory",
 )
 METADATA: Final = Limit("metadata of a call", 8 << 10, "bytes", "gRPC's default; a token and an id need less")
 

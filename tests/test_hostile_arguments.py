@@ -89,12 +89,14 @@ READS: Final = [
     "devices --bundle {}",
     "verify bundle --signature {}", "sign bundle --key {}", "serve bundle --require-signature {}",
     "chat --bundle bundle --image {}",
+    "serve bundle --config {}", "serve bundle --tls-cert {} --tls-key {}", "serve bundle --tokens {}",
+    "devices --address 127.0.0.1:1 --ca {}", "devices --address 127.0.0.1:1 --cert {} --key {}",
     "build {} --output made", "calibrate {} --output made", "score --source {}",
 ]  # fmt: skip
 WRITES: Final = [
     "generate --prompt x --bundle bundle --out {}", "keygen {}", "report bundle --output {}",
     "build missing --output {}",
-    "calibrate missing --output {}",
+    "calibrate missing --output {}", "serve bundle --audit-log {}",
 ]  # fmt: skip
 
 

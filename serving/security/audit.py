@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from runtime.files import file_error
+from runtime.files import append, file_error
 from serving.host.observing import Observer, Record
 from serving.security.scopes import is_management
 
 log = logging.getLogger(__name__)
+
+MODE: Final = 0o640
+"""Permissions of a new file."""
 
 
 class Audit(Observer):
@@ -24,7 +26,7 @@ class Audit(Observer):
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._write("")
+            append(path, "", MODE)
         except OSError as error:
             raise file_error(error) from None
 
@@ -32,14 +34,9 @@ class Audit(Observer):
         if is_management(record.method):
             line = json.dumps(entry(record), ensure_ascii=False)
             try:
-                self._write(line + "\n")
+                append(self._path, line + "\n", MODE)
             except OSError as error:
                 log.error("the audit log cannot be written (%s): %s", error, line)
-
-    def _write(self, text: str) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
 
 
 def entry(record: Record) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import secrets
 import tomllib
 from collections import Counter
@@ -25,7 +24,7 @@ from typing import Annotated, Final
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from runtime.errors import InvalidInput
-from runtime.files import file_error
+from runtime.files import append, file_error
 from serving.security.scopes import Scope
 from serving.security.watched import content
 
@@ -33,6 +32,8 @@ PREFIX: Final = "ec_"
 """Tokens begin with it, so that scanners of repositories can find a lost one."""
 LARGEST: Final = 1 << 22
 """Bytes of a file of tokens."""
+MODE: Final = 0o600
+"""Permissions of a new file of tokens."""
 PER_MINUTE: Final = 100_000
 CONCURRENT: Final = 4_000
 """The largest limits of a token."""
@@ -93,7 +94,10 @@ def new(path: Path, name: str, scopes: frozenset[Scope], per_minute: int | None,
         raise InvalidInput(str(first["loc"][0]), f"is {first['input']!r}: {first['msg']}") from None
     if path.exists() and any(token.name == name for token in read(path)):
         raise InvalidInput("name", f"'{name}' is in {path} already: choose another, or remove that token first")
-    _append(path, "\n" + made.toml())
+    try:
+        append(path, "\n" + made.toml(), MODE)
+    except OSError as error:
+        raise file_error(error) from None
     return secret
 
 
@@ -108,13 +112,3 @@ def find(tokens: tuple[Token, ...], secret: str) -> Token | None:
 
 def _hash(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
-
-
-def _append(path: Path, text: str) -> None:
-    """Append to a file that others cannot read; its former content is never rewritten."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(text)
-    except OSError as error:
-        raise file_error(error) from None

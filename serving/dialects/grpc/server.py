@@ -58,6 +58,8 @@ OPTIONS: Final = {
     "grpc.http2.ping_timeout_ms": 10_000,
     "grpc.keepalive_permit_without_calls": 1,
     "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+    # A connection that does not finish its handshake; by default gRPC waits two minutes.
+    "grpc.server_handshake_timeout_ms": 1_000 * limits.ARRIVAL.most,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import enginecast
 from runtime.errors import InvalidInput, NotFound, Unavailable
 from serving.cli import commands as cli
 from serving.dialects.grpc.connection import Connection
+from serving.dialects.grpc.server import OPTIONS
 from serving.security.addresses import check_listening, is_loopback
 from serving.security.protection import Security
 from serving.security.tls import TlsFiles
@@ -195,3 +197,13 @@ def test_commands_connect_with_tls(serve: Serve, authority: Authority) -> None:
     assert CliRunner().invoke(cli.app, asked, env=environment).exit_code == 0
     listed = CliRunner().invoke(cli.app, ["devices", "--address", server.address, "--json", *given])
     assert listed.exit_code == 0 and '"models"' in listed.stdout, listed.output
+
+
+def test_a_connection_without_a_handshake_is_closed(authority: Authority, tmp_path: Path) -> None:
+    (tmp_path / "bundles").mkdir()
+    soon = {"grpc.server_handshake_timeout_ms": 200}
+    with FakeServer(tmp_path / "bundles", options=soon, security=Security(authority.issue("server"))) as server:
+        host, port = server.address.split(":")
+        with socket.create_connection((host, int(port)), timeout=5) as silent:
+            assert silent.recv(1) == b""
+    assert OPTIONS["grpc.server_handshake_timeout_ms"] == 30_000
