@@ -20,6 +20,7 @@ from serving.host.offers import Limits
 from serving.host.repository import Repository
 from serving.host.residency import Memory
 from serving.host.states import ModelState
+from serving.host.terms import Priority, Terms
 from tests.fakes.serving import FakeModel, bundle
 
 NAMES = ("a", "b@1", "b@2", "c")
@@ -60,9 +61,8 @@ class World:
             seed, steps = self.chance.randrange(1000), self.chance.randint(1, 3)
             keep, leaves = self.chance.choice((None, 0, 0.01, 5)), self.chance.random() < 0.3
             try:
-                events = self.host.run(
-                    self.pick(), ImageRequest("x", seed=seed, steps=steps), 5, str(seed), keep_alive=keep
-                )
+                terms = Terms(keep, self.chance.choice(list(Priority)), finish=self.chance.random() < 0.1)
+                events = self.host.run(self.pick(), ImageRequest("x", seed=seed, steps=steps), 5, str(seed), terms)
                 async with aclosing(events):
                     pictures, last = [], None
                     async for last in events:
