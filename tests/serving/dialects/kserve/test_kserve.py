@@ -383,7 +383,7 @@ def test_tls_and_a_token(tmp_path: Path) -> None:
             assert caught.value.status() == f"StatusCode.{status}"
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.full)])
 async def test_submodels_of_a_sample_equal_their_engines(diffusion_bundle: Path, target: str) -> None:
     bundle = Bundle(diffusion_bundle)
     host = ModelHost([bundle], load_model)
