@@ -39,7 +39,7 @@ class Worker:
 
     def __init__(self, command: Sequence[str]) -> None:
         self._command = command
-        self._name = " ".join(command[:3])
+        self.name = " ".join(command[:3])
 
     def __enter__(self) -> Worker:
         try:
@@ -61,7 +61,7 @@ class Worker:
             message: Any = self._read()
             if "metrics" not in message:
                 raise EngineError(
-                    f"{self._name} does not begin with its metrics: see profiles/protocol.py for a worker's messages"
+                    f"{self.name} does not begin with its metrics: see profiles/protocol.py for a worker's messages"
                 )
         except BaseException:
             self._stop(0)
@@ -88,15 +88,19 @@ class Worker:
 
     def measure(self, metric: str) -> float:
         """One repetition."""
+        message = self.ask(metric)
+        if not isinstance(message.get("value"), (int, float)):
+            raise EngineError(f"{self.name} answered {message} for {metric}, expected a number")
+        return float(message["value"])
+
+    def ask(self, line: str) -> dict[str, Any]:
+        """The answer to a line."""
         assert self._process.stdin is not None
         try:
-            print(metric, file=self._process.stdin, flush=True)
+            print(line, file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            raise EngineError(f"{self._name} ended before it measured {metric}: see its messages above") from None
-        message = self._read()
-        if not isinstance(message.get("value"), (int, float)):
-            raise EngineError(f"{self._name} answered {message} for {metric}, expected a number")
-        return float(message["value"])
+            raise EngineError(f"{self.name} ended before it measured {line}: see its messages above") from None
+        return self._read()
 
     def peak_memory(self) -> int | None:
         """Peak bytes of anonymous memory since the last call; None where that cannot be measured."""
@@ -109,9 +113,9 @@ class Worker:
             message = json.loads(line)
         except ValueError:
             said = f"said '{line.strip()}'" if line.strip() else f"ended with exit code {self._process.wait()}"
-            raise EngineError(f"{self._name} {said}, expected a line of JSON: see its messages above") from None
+            raise EngineError(f"{self.name} {said}, expected a line of JSON: see its messages above") from None
         if "error" in message:
-            raise EngineError(f"{self._name}: {message['error']}")
+            raise EngineError(f"{self.name}: {message['error']}")
         return dict(message)
 
 
@@ -153,7 +157,7 @@ def bench(bundle: Bundle, workers: Iterable[Worker], plan: BenchPlan, say: Say =
                 rows.append(_row(bundle, worker, metric, values, bandwidth))
                 say(f"{metric} on {worker.hello['target']}: {rows[-1].spread.median:.4g} {rows[-1].unit}")
         for worker in entered:
-            rows += _whole(bundle, worker)
+            rows += whole(bundle, worker)
     return rows
 
 
@@ -172,17 +176,17 @@ def _wanted(requested: Sequence[str], workers: Sequence[Worker]) -> list[str]:
 def _row(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
     metric = worker.hello["metrics"][name]
     bound = bandwidth / metric["bytes"] if "bytes" in metric else None
-    return _labelled(bundle, worker.hello, name, metric["unit"], values, bound, metric.get("settings", {}))
+    return labelled(bundle, worker.hello, name, metric["unit"], values, bound, metric.get("settings", {}))
 
 
-def _whole(bundle: Bundle, worker: Worker) -> list[Row]:
+def whole(bundle: Bundle, worker: Worker) -> list[Row]:
     """Figures without repetitions: loading, and the peak of memory over the whole run."""
-    rows = [_labelled(bundle, worker.hello, "load", "s", [worker.hello["load"]])]
+    rows = [labelled(bundle, worker.hello, "load", "s", [worker.hello["load"]])]
     peak = worker.peak_memory()
-    return rows if peak is None else [*rows, _labelled(bundle, worker.hello, "memory", "GB", [peak / GB])]
+    return rows if peak is None else [*rows, labelled(bundle, worker.hello, "memory", "GB", [peak / GB])]
 
 
-def _labelled(
+def labelled(
     bundle: Bundle,
     hello: Hello,
     metric: str,
@@ -191,6 +195,7 @@ def _labelled(
     bound: float | None = None,
     settings: Mapping[str, int | float | str] | None = None,
 ) -> Row:
+    """The row of a figure that a worker measured."""
     return Row(
         metric=metric,
         unit=unit,

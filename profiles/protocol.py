@@ -5,6 +5,10 @@ A worker is a program that loads one model and measures it on request. Its first
 when its input ends. So models that cannot share a process, such as ours and a peer's, are measured in turns on the
 same machine within one run.
 
+A worker that measures a server has the metric served_throughput. Its lines are loads ("closed 8 32": of 8 clients, 32
+requests in all; "open 0.5 32": arriving one in 2 seconds), and its answers what was observed: see
+`profiles.serving.load`.
+
 This file needs nothing but Python, so that a worker can run in a peer's own environment with this repository on
 PYTHONPATH.
 """
@@ -51,10 +55,14 @@ class Channel:
 
     def serve(self, hello: Hello, probes: Mapping[str, Callable[[], float]]) -> None:
         """Send the first message, then measure each requested metric until the input ends."""
+        self.answer(hello, lambda line: {"value": probes[line]()})
+
+    def answer(self, hello: Hello, measure: Callable[[str], Mapping[str, object]]) -> None:
+        """Send the first message, then answer each line until the input ends."""
         self._send(hello)
         for line in sys.stdin:
             try:
-                self._send({"value": probes[line.strip()]()})
+                self._send(measure(line.strip()))
             except Exception as error:  # the driver reports every failure
                 self.fail(error)
 

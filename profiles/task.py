@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import profiles.tasks
 from calibration.requests.exams import Case
 from profiles.exam import ExamSettings, Subject
-from runtime.bundle.manifest import Frozen
+from runtime.bundle.manifest import Bundle, Frozen
 from runtime.listing import modules
+from runtime.pipeline import Event
 from runtime.placing.loading import LoadedModel
 from runtime.task import Request
 
@@ -37,13 +38,26 @@ class TaskExam:
 
 
 @dataclass(frozen=True)
+class Requests:
+    """Requests that a server is loaded with. `request` makes that of a number; all are alike, but nothing that a server
+    keeps of one helps another. `amount` is what an event adds to an answer, in the unit before the slash of `unit`.
+    """
+
+    request: Callable[[int], Request]
+    amount: Callable[[Event], float]
+    unit: str
+    settings: Mapping[str, int | float | str]
+
+
+@dataclass(frozen=True)
 class ProfileTask:
     """What is measured of the models of one task. A file in `profiles/tasks/` declares one as `TASK`.
 
     `does` is a verb for messages, as in "a model that draws". `options` are the options of `bench` and `score` that
     apply to such models alone; those of `bench` are fields of `settings`. Submodels are measured with the calls that
     `request` makes for a model; `probes` are those of the whole model. Both raise InvalidInput where it refuses the
-    settings. `exam` is None for a task without exams.
+    settings. `exam` is None for a task without exams, and `load`, which makes the requests that a server of a bundle is
+    loaded with, for one whose servers are not measured.
     """
 
     task: str
@@ -53,6 +67,7 @@ class ProfileTask:
     request: Callable[[LoadedModel, Any], Request]
     probes: Callable[[LoadedModel, Any], list[Probe]]
     exam: TaskExam | None = None
+    load: Callable[[Bundle, Any], Requests] | None = None
 
 
 @cache

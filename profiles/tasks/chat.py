@@ -22,18 +22,18 @@ from calibration.requests.exams import Case
 from calibration.requests.tasks.chat import TASK as REQUESTS
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
-from profiles.task import ProfileTask, TaskExam
-from runtime.bundle.manifest import Frozen
+from profiles.task import ProfileTask, Requests, TaskExam
+from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
 from runtime.optional import require
-from runtime.pipeline import Engines, drive
+from runtime.pipeline import Engines, Event, drive
 from runtime.pipelines.chat import ChatPipeline
-from runtime.placing.loading import LoadedModel
-from runtime.tasks.chat import ChatRequest
-from runtime.vision.images import decoded
+from runtime.placing.loading import LoadedModel, open_pipeline
+from runtime.tasks.chat import ChatRequest, Finished
+from runtime.vision.images import Picture, decoded
 
 QUESTION: Final = "what color is the background?"
 EDGE: Final = 128
@@ -45,11 +45,12 @@ class AnswerSettings(Frozen):
 
     prompt_tokens: int = Field(default=512, ge=1)
     new_tokens: int = Field(default=64, ge=2)
+    pictures: bool = False
+    """Whether each request to a server is about a picture of its own."""
 
 
 def picture_question(model: LoadedModel, settings: AnswerSettings) -> ChatRequest:
-    picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
-    return ChatRequest((Message("user", (picture, QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
+    return ChatRequest((Message("user", (_picture(0), QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
 
 
 class Clock:
@@ -98,6 +99,33 @@ def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
         length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids)}
         found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(about_picture)), length))
     return found
+
+
+def chat_load(bundle: Bundle, settings: AnswerSettings) -> Requests:
+    """Questions that differ from their first word on. Answers end where the model ends them: a server's client cannot
+    have them at a fixed length.
+    """
+    pipeline = open_pipeline(bundle)
+    if not isinstance(pipeline, ChatPipeline):
+        raise BundleError(f"bundle {bundle.name} has the pipeline {bundle.manifest.pipeline}, which cannot be measured")
+    text, prompt_tokens = _text(pipeline, settings.prompt_tokens)
+
+    def request(number: int) -> ChatRequest:
+        words = f"{number} {text}"
+        content = (_picture(number), words) if settings.pictures else (words,)
+        return ChatRequest((Message("user", content),), max_tokens=settings.new_tokens, temperature=0.0, beams=1)
+
+    pipeline(request(0)).close()  # refused now where the context is too short
+    sizes = {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens, "pictures": int(settings.pictures)}
+    return Requests(request, _tokens, "tokens/s", sizes)
+
+
+def _tokens(event: Event) -> float:
+    return event.completion_tokens if isinstance(event, Finished) else 0
+
+
+def _picture(number: int) -> Picture:
+    return np.random.default_rng(number).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
 
 
 def _endless(model: LoadedModel) -> ChatPipeline:
@@ -188,9 +216,10 @@ def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) ->
 TASK: Final = ProfileTask(
     ChatRequest.task,
     "answers",
-    frozenset({"prompt-tokens", "new-tokens"}),
+    frozenset({"prompt-tokens", "new-tokens", "pictures"}),
     AnswerSettings,
     picture_question,
     chat_probes,
     TaskExam(is_source, source_subject, exam_settings, answers),
+    chat_load,
 )

@@ -16,13 +16,13 @@ from calibration.requests.tasks.image import masked
 from profiles.drawing import Library
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
-from profiles.task import ProfileTask, TaskExam
+from profiles.task import ProfileTask, Requests, TaskExam
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.diffusion.config import DiffusionConfig
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 
 PROMPT: Final = "a large red circle at the top left on a white background"
 INDEX: Final = "model_index.json"
@@ -36,14 +36,24 @@ class PictureSettings(Frozen):
     steps: int | None = None
 
 
-def image_request(model: LoadedModel, settings: PictureSettings) -> ImageRequest:
+def image_request(bundle: Bundle, settings: PictureSettings) -> ImageRequest:
     """With a picture and a mask where the model is for inpainting."""
     plain = ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
-    return masked(DiffusionConfig.parse(model.bundle.manifest.config), plain)
+    return masked(DiffusionConfig.parse(bundle.manifest.config), plain)
+
+
+def image_load(bundle: Bundle, settings: PictureSettings) -> Requests:
+    first = image_request(bundle, settings)
+    return Requests(
+        lambda number: replace(first, prompt=f"{number} {PROMPT}", seed=number),
+        lambda event: isinstance(event, ImageReady),
+        "pictures/min",
+        settings.model_dump(exclude_none=True),
+    )
 
 
 def image_probes(model: LoadedModel, settings: PictureSettings) -> list[Probe]:
-    request = image_request(model, settings)
+    request = image_request(model.bundle, settings)
 
     def picture() -> float:
         return seconds(lambda: list(drive(model.pipeline(request), model.engines)))
@@ -99,7 +109,8 @@ TASK: Final = ProfileTask(
     "draws",
     frozenset({"width", "height", "steps", "guidance-scale", "batch"}),
     PictureSettings,
-    image_request,
+    lambda model, settings: image_request(model.bundle, settings),
     image_probes,
     TaskExam(lambda folder: (folder / INDEX).is_file(), source_subject, exam_settings, pictures),
+    image_load,
 )

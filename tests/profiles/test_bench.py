@@ -109,12 +109,12 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
 
 def test_a_model_for_inpainting_is_measured_with_a_mask(drawing: LoadedModel) -> None:
     settings = PictureSettings(width=256, height=64)
-    assert not image_request(drawing, settings).masked
+    assert not image_request(drawing.bundle, settings).masked
     found = drawing.bundle.manifest.config
     found.update(inpainting=True, vae={**found["vae"], "encoder": True})
     config = DiffusionConfig.parse(found)
     model = replace(drawing, pipeline=DiffusionPipeline(config, SAMPLE / "tokenizer"))
-    request = image_request(model, settings)
+    request = image_request(model.bundle, settings)
     assert request.masked and request.width == 256
     model.pipeline(request).close()  # it is accepted
     with pytest.raises(InvalidInput, match="mask: is missing"):

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 OPTIONS: Final = {
     "grpc.max_receive_message_length": 64 << 20,
     "grpc.max_send_message_length": limits.MESSAGE.most,
+    # each client has a connection of its own, which is how a server tells clients apart
+    "grpc.use_local_subchannel_pool": 1,
     # a request can be sent again only while gRPC keeps it
     "grpc.per_rpc_retry_buffer_size": 2 * limits.MESSAGE.most,
     "grpc.initial_reconnect_backoff_ms": 200,

@@ -1,0 +1,1 @@
+"""Measures servers under load: `enginecast bench --serve`."""
