@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 import grpc
@@ -16,11 +18,12 @@ from typer.testing import CliRunner
 
 import enginecast
 from runtime.errors import InvalidInput, NotFound, PermissionDenied, ResourceExhausted, Unauthenticated
+from serving import enginecast_pb
 from serving.cli import commands as cli
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.task import grpc_tasks
-from serving.enginecast_pb import image_pb2_grpc, inference_pb2, model_pb2
+from serving.enginecast_pb import image_pb2_grpc
 from serving.host.offers import Limits
 from serving.security import tokens
 from serving.security.audit import Audit
@@ -117,12 +120,9 @@ def test_each_scope_opens_its_calls(server: FakeServer, give: Give) -> None:
 
 
 def test_every_method_has_its_scope() -> None:
-    services = [
-        *(task.service for task in grpc_tasks().values()),
-        *model_pb2.DESCRIPTOR.services_by_name.values(),
-        *inference_pb2.DESCRIPTOR.services_by_name.values(),
-        *health_pb2.DESCRIPTOR.services_by_name.values(),
-    ]
+    modules = [import_module(f"serving.enginecast_pb.{found.name}") for found in iter_modules(enginecast_pb.__path__)]
+    files = [module.DESCRIPTOR for module in (*modules, health_pb2) if hasattr(module, "DESCRIPTOR")]
+    services = [service for file in files for service in file.services_by_name.values()]
     methods = {f"{one.containing_service.full_name}/{one.name}" for service in services for one in service.methods}
     assert {method for method in OPEN | READING | INFERRING if "Reflection" not in method} <= methods
     tasks = {f"{task.service.full_name}/{task.method.name}" for task in grpc_tasks().values()}
