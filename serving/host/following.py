@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, Final
 
-from runtime.errors import EnginecastError
+from runtime.errors import EnginecastError, InvalidInput
 from serving.host.catalog import Catalog
 from serving.host.lifecycle import Lifecycle
 from serving.host.offers import Limits, Offer
@@ -42,7 +42,9 @@ class Follower:
 
     def start(self) -> None:
         """Serve what is there, and follow changes from now on. Raises OSError if the repository cannot be read."""
-        self._apply(self._repository.look())
+        changes = self._repository.look()
+        log.info("the repository %s has %d bundles", self._repository.root, len(changes.offers))
+        self._apply(changes)
         self._begin(self._follow())
 
     def close(self) -> None:
@@ -57,9 +59,9 @@ class Follower:
             try:
                 self._apply(await asyncio.to_thread(self._repository.look))
                 readable = True
-            except Exception:
+            except OSError as error:
                 if readable:
-                    log.exception("a look at the repository %s failed: its models stay", self._repository.root)
+                    log.warning("the repository cannot be read, its models stay as they are: %s", error)
                 readable = False
 
     def _apply(self, changes: Changes) -> None:
@@ -81,15 +83,22 @@ class Follower:
     def _offer(self, offer: Offer) -> None:
         served = self._catalog.get(offer.name)
         if served is None:
-            served = Served(offer, self._limits, self._lifecycle.observer)
-            self._catalog.add(served)
-            present = self._catalog.default(offer.model)
-            if present is not None and present.state is ModelState.READY and self._catalog.may_lead(served):
-                self._begin(self._lead(served))
+            self._add(offer)
         elif served.offer.followed:
             self._begin(self._renew(offer))
         else:
             log.warning("%s is passed over: %s is served by the name %s", offer.root, served.offer.root, offer.name)
+
+    def _add(self, offer: Offer) -> None:
+        served = Served(offer, self._limits, self._lifecycle.observer)
+        try:
+            self._catalog.add(served)
+        except InvalidInput as error:  # with its version, the name is too long
+            log.warning("%s is passed over: %s", offer.root, error)
+            return
+        present = self._catalog.default(offer.model)
+        if present is not None and present.state is ModelState.READY and self._catalog.may_lead(served):
+            self._begin(self._lead(served))
 
     async def _lead(self, served: Served) -> None:
         """Load a new version before it becomes the default: until then, and if that fails, requests go on to the

@@ -91,6 +91,11 @@ class ModelHost:
         """Whether the server stops."""
         return self.lifecycle.stopping
 
+    @property
+    def follows(self) -> bool:
+        """Whether there is a repository, whose models may come at any time."""
+        return bool(self._followers)
+
     def follow(self, repository: Repository) -> None:
         """Serve the bundles of a repository, and follow its changes until the host is closed. Needs a running event
         loop. Raises OSError if the repository cannot be read.

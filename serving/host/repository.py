@@ -40,12 +40,14 @@ class Changes:
 class Repository:
     """A folder of bundles, whose models stay loaded for `keep_alive` seconds without requests.
 
-    Raises NotFound if there is no such folder.
+    Raises NotFound if there is no such folder, InvalidInput if it is a bundle itself.
     """
 
     def __init__(self, root: Path, keep_alive: float = KEEP_ALIVE) -> None:
         if not root.is_dir():
             raise NotFound(f"there is no folder {root}: make it, or name another repository")
+        if (root / MANIFEST).is_file():
+            raise InvalidInput("repository", f"{root} is a bundle: name the folder above it")
         self.root = root
         self._keep_alive = keep_alive
         self._known: dict[str, Identity] = {}

@@ -163,6 +163,7 @@ async def serve(
             loaded.done()
             and (reasons := [reason for reason in await loaded if reason])
             and len(reasons) == len(host.at_start())
+            and not host.follows
         ):
             raise reasons[0]
         await stopped

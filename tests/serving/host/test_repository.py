@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from runtime.bundle.manifest import MANIFEST, Bundle
-from runtime.errors import BundleError, NotFound
+from runtime.errors import BundleError, InvalidInput, NotFound
 from runtime.tasks.image import ImageRequest
 from serving.host.job import Done
 from serving.host.models import ModelHost
@@ -88,6 +88,8 @@ class TestLook:
     def test_a_folder_that_does_not_exist(self, tmp_path: Path) -> None:
         with pytest.raises(NotFound, match="no folder"):
             Repository(tmp_path / "none")
+        with pytest.raises(InvalidInput, match="is a bundle"):
+            Repository(bundle(tmp_path, "one").root)
 
 
 class Served:
@@ -109,7 +111,7 @@ class Served:
 
     def write(self, name: str, quant: str = "none") -> None:
         """Put a bundle into the repository, as a build does."""
-        opened = bundle(self.root, f".new/{name}")
+        opened = bundle(self.root, ".new")
         text = (opened.root / MANIFEST).read_text()
         (opened.root / MANIFEST).write_text(text.replace('"quant":"none"', f'"quant":"{quant}"'))
         if (self.root / name).exists():
@@ -176,6 +178,25 @@ def test_models_come_and_go(tmp_path: Path) -> None:
     follow(served, work)
 
 
+def test_what_cannot_be_served_keeps_nothing_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = "x" * 199
+    served = Served(tmp_path)
+    served.write(f"{long}/1")
+
+    async def work() -> None:
+        assert not served.names() and "is passed over: name: has 201 characters" in caplog.text
+        served.write("a")
+        await served.until(lambda: served.names() == ["a"])
+        tmp_path.rename(tmp_path.parent / "away")
+        await served.until(lambda: "its models stay" in caplog.text)
+        assert served.names() == ["a"]
+        (tmp_path.parent / "away").rename(tmp_path)
+        served.write("b")
+        await served.until(lambda: served.names() == ["a", "b"])
+
+    follow(served, work)
+
+
 def test_requests_of_a_model_that_goes_finish(tmp_path: Path) -> None:
     served = Served(tmp_path)
     served.write("a")
@@ -201,17 +222,19 @@ def test_a_model_that_goes_while_it_is_loaded(tmp_path: Path, monkeypatch: pytes
     served.write("a")
 
     async def work() -> None:
-        lock = asyncio.Event()
+        lock, read = asyncio.Event(), asyncio.Event()
         opened = served.host.lifecycle._loading._opened
 
         async def slowly(one: Any) -> Bundle:
             found = await opened(one)
+            read.set()
             await lock.wait()
             return found
 
         monkeypatch.setattr(served.host.lifecycle._loading, "_opened", slowly)
         drawing = asyncio.create_task(served.draw("a"))
-        await served.until(lambda: served.host.status("a").state is ModelState.LOADING)
+        await read.wait()
+        assert served.host.status("a").state is ModelState.LOADING
         shutil.rmtree(tmp_path / "a")
         await served.until(lambda: not served.names())
         lock.set()
