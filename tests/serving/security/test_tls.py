@@ -60,7 +60,9 @@ def test_a_client_that_trusts_the_authority(serve: Serve, authority: Authority) 
         assert [model.name for model in client.models()] == ["draw", "talk"]
 
 
-def test_clients_that_do_not_fit(serve: Serve, authority: Authority, tmp_path: Path) -> None:
+def test_clients_that_do_not_fit(
+    serve: Serve, authority: Authority, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     server = serve(authority.issue("server"))
     with (
         enginecast.Client(server.address, attempts=1) as client,
@@ -72,6 +74,7 @@ def test_clients_that_do_not_fit(serve: Serve, authority: Authority, tmp_path: P
         client = enginecast.Client(server.address, attempts=1, **options)  # type: ignore[arg-type]
         with client, pytest.raises(Unavailable, match="could not be trusted"):
             client.models()
+    assert capfd.readouterr().err == "", "failed handshakes do not fill the log"
 
 
 def test_an_expired_certificate_is_refused_by_clients(serve: Serve, authority: Authority, monkeypatch: Any) -> None:
