@@ -121,6 +121,8 @@ class Engine(ABC):
     """The decisions on the choices that this submodel has, with reasons."""
     _slots: MutableMapping[Slot, Any]
     """What each slot holds, of an engine that keeps states."""
+    joins: bool = True
+    """Whether a call may have more rows than others of its kind without being compiled for them first."""
     reload_seconds: float = 0.0
     """Seconds spent on loading the engine again after it made room for others; see `runtime.placing.offload`."""
 

@@ -117,6 +117,8 @@ class Budget:
 class OffloadedEngine(Engine):
     """An engine that is loaded when it is called and closed when another engine needs its memory."""
 
+    joins = False
+
     def __init__(self, submodel: Submodel, target: str, where: str, budget: Budget, estimated: int, load: Load) -> None:
         """`where` names the device whose memory it uses; `estimated` is the number of bytes until it is measured."""
         self.__dict__["target"] = target

@@ -14,8 +14,10 @@ from concurrent.futures import Future
 from time import monotonic
 from typing import Final, TypeVar
 
+from runtime.engine import Engine
 from serving.host import batches
 from serving.host.batches import Ran, stateful
+from serving.host.joining import Joining
 from serving.host.run import Run
 from serving.host.shares import Shares
 
@@ -45,7 +47,7 @@ class Scheduler:
         self._woken = self._closed = False
         self._thread: threading.Thread | None = None
         self._shares = Shares()
-        self._took: dict[str, float] = {}
+        self._joining = Joining(name)
         self._had_turns: set[str] = set()
 
     @property
@@ -203,17 +205,30 @@ class Scheduler:
 
     def _compute(self, name: str, runs: Sequence[Run]) -> None:
         """Calls of a submodel without states: several where they are short, first that of the client that used the
-        engines least.
+        engines least, joined by others where that pays.
         """
         left = TURN_SECONDS
-        for run in sorted(runs, key=lambda run: self._shares.used(run.client)):
-            if run.job.stopped_by is None:
-                ran = batches.alone(run)
-                self._charge(ran)
-                self._took[name] = ran.seconds
-                left -= ran.seconds
-            if left < self._took.get(name, 0.0):
+        waiting = sorted(runs, key=lambda run: self._shares.used(run.client))
+        while waiting:
+            ran = self._make(waiting[0].job.engines[name], waiting)
+            waiting = [run for run in waiting if run not in ran.runs and run.job.stopped_by is None]
+            left -= ran.seconds
+            if left < ran.seconds:
                 return
+
+    def _make(self, engine: Engine, runs: Sequence[Run]) -> Ran:
+        """The call of the first of these requests, with those that join it."""
+        joined = self._joining.joined(engine, runs)
+        assert joined[0].call is not None, "it waits for a call"
+        inputs = joined[0].call.inputs
+        ran = batches.together(engine, joined) if len(joined) > 1 else None
+        if ran is None:
+            if len(joined) > 1:
+                self._joining.refuse(engine, inputs)
+            ran = batches.alone(joined[0])
+        self._joining.note(engine, inputs, len(ran.runs), ran.seconds)
+        self._charge(ran)
+        return ran
 
     def _charge(self, ran: Ran) -> None:
         self._ran(ran)

@@ -136,7 +136,7 @@ class OpenVINO(Engine):
         self._compiled = made.compiled
         self._request = made.compiled.create_infer_request()
         self._computes = made.computes
-        self._fix, self._every = fix, every
+        self._fix, self._every, self.joins = fix, every, not every
         self._graph = graph  # what is compiled reads from its weights
         self._fixed: dict[Fixed, Any] = {}
         if every:

@@ -1,0 +1,113 @@
+"""Whether calls of several requests are made as one with more rows: where that was measured to pay, while serving.
+
+A call that keeps the device busy takes twice as long with twice the rows; joining it gains nothing but a longer wait
+for the others. So only short calls are tried: two together, once to warm up and once measured.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import Final
+
+from runtime.engine import Engine
+from runtime.stacking import Inputs, rows, rows_of, stackable
+from serving.host.run import Run
+
+log = logging.getLogger(__name__)
+
+LONG: Final = 0.25
+"""Seconds of a call that is too long to be tried."""
+GAIN: Final = 0.9
+"""Two calls together must take less than this part of what they take one after the other."""
+TRIALS: Final = 3
+"""How often calls are made alone before two are tried together, and how often these are tried.
+
+The shortest times count: others were disturbed, and an engine may prepare for more rows at first.
+"""
+KINDS: Final = 64
+"""Kinds of calls, by submodel and shapes, whose measurements are held."""
+
+Kind = tuple[object, ...]
+
+
+@dataclass
+class _Measured:
+    """Seconds of the shortest single call and their number, and seconds of two calls together."""
+
+    alone: float = inf
+    calls: int = 0
+    together: list[float] = field(default_factory=list)
+
+    @property
+    def tried(self) -> bool:
+        return len(self.together) >= TRIALS
+
+    @property
+    def worth_trying(self) -> bool:
+        return not self.tried and self.calls >= TRIALS and self.alone < LONG
+
+    @property
+    def pays(self) -> bool:
+        return self.tried and min(self.together) < GAIN * 2 * self.alone
+
+
+class Joining:
+    """What was measured of the calls of one model."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._kinds: dict[Kind, _Measured] = {}
+
+    def joined(self, engine: Engine, runs: Sequence[Run]) -> Sequence[Run]:
+        """The requests whose calls are made together, of those that wait for a submodel without states: the first one,
+        and those that join it.
+        """
+        inputs, signature = _inputs(runs[0]), engine.submodel.signature
+        dim = rows_of(signature)
+        if len(runs) < 2 or dim is None or not engine.joins:
+            return runs[:1]
+        measured = self._measured(engine, inputs)
+        if not measured.pays and not measured.worth_trying:
+            return runs[:1]
+        found, room = [runs[0]], dim.max - rows(signature, inputs)
+        for run in runs[1:]:
+            count = rows(signature, _inputs(run))
+            if count <= room and stackable(signature, inputs, _inputs(run)):
+                found.append(run)
+                room -= count
+                if not measured.pays:
+                    break
+        return found
+
+    def note(self, engine: Engine, inputs: Inputs, calls: int, seconds: float) -> None:
+        """Learn from a run of so many calls like this one."""
+        measured = self._measured(engine, inputs)
+        if calls == 1:
+            measured.alone, measured.calls = min(measured.alone, seconds), measured.calls + 1
+        elif not measured.tried:
+            measured.together.append(seconds)
+            if measured.tried:
+                does = "are joined" if measured.pays else "take turns"
+                both, one = 1000 * min(measured.together), 1000 * measured.alone
+                log.info(
+                    "model %s: calls of %s %s: two take %.1f ms together, one takes %.1f ms",
+                    *(self._name, engine.submodel.name, does, both, one),
+                )
+
+    def refuse(self, engine: Engine, inputs: Inputs) -> None:
+        """The engine cannot run calls like this one together."""
+        self._measured(engine, inputs).together = [inf] * TRIALS
+
+    def _measured(self, engine: Engine, inputs: Inputs) -> _Measured:
+        if len(self._kinds) > KINDS:
+            self._kinds.clear()
+        kind = engine.submodel.name, *(array.shape for array in inputs.values())
+        return self._kinds.setdefault(kind, _Measured())
+
+
+def _inputs(run: Run) -> Inputs:
+    assert run.call is not None, "it waits for a call"
+    return run.call.inputs
