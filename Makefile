@@ -10,7 +10,7 @@ EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,tls,connect,metrics,tracin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: demo test test-full check docs format proto clean
+.PHONY: demo test test-full soak check docs format proto clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -30,6 +30,11 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(PYTEST) $(TESTS)
+
+# 10,000 requests of 64 clients to one server, a third of them stopped at random, in at most 20 minutes.
+SOAK ?= 10000
+soak: $(STAMP)
+	ENGINECAST_SOAK_REQUESTS=$(SOAK) $(BIN)/python -m pytest -q -s -m full tests/serving/test_soak.py
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

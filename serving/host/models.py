@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import replace
 from functools import partial
 from time import monotonic
@@ -151,7 +152,7 @@ class ModelHost:
         """
         known = self.catalog.find(name).name if name in self.catalog else ""
         terms, id = terms or Terms(), uuid4().hex
-        events = self._run(id, name, request, timeout, client, terms)
+        events = within_memory(self._run(id, name, request, timeout, client, terms))
         if terms.finish:
             events = self._results.kept(id, request.task, events)
         return observed(events, self.observer, known, request.task)
@@ -336,3 +337,16 @@ class ModelHost:
     def _notify(self) -> None:
         self.changed.set()
         self.changed = asyncio.Event()
+
+
+async def within_memory(events: AsyncGenerator[Event, None]) -> AsyncGenerator[Event, None]:
+    """The events of a request. Raises ResourceExhausted where there was no memory for it."""
+    async with aclosing(events):
+        try:
+            async for event in events:
+                yield event
+        except MemoryError as error:
+            log.warning("a request ended without memory: %s", error)
+            raise ResourceExhausted(
+                "the server has not enough memory for this request: request less at once, or try again later"
+            ) from error

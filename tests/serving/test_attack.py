@@ -4,37 +4,33 @@ another.
 The figures of the issue on a real server:
 
     enginecast serve bundles/shapes-diffusion bundles/shapes-vlm --address 127.0.0.1:50051 &
-    python tests/serving/test_attack.py measure 127.0.0.1:50051 $! shapes-diffusion shapes-vlm
+    python -m tests.serving.test_attack measure 127.0.0.1:50051 $! shapes-diffusion shapes-vlm
 """
 
 from __future__ import annotations
 
-import asyncio
 import io
-import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 
 from serving.enginecast_pb import chat_pb2, image_pb2, model_pb2
+from tests.fakes import toys
+from tests.fakes.toys import process
 
-SAMPLES = Path(__file__).parents[2] / "samples"
 SERVICES = {"image": "ImageService/Generate", "chat": "ChatService/Chat"}
 METHODS = {
     "/enginecast.v1.ImageService/Generate": image_pb2.GenerateRequest,
@@ -51,133 +47,6 @@ GOOD_CODES = {
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.UNIMPLEMENTED,
 }
-
-
-# --- a server of toys: the real pipelines over engines that compute nothing
-
-
-def toy_bundle(root: Path, kind: str) -> Path:
-    """A bundle whose tokenizer and settings are a sample's, and which has no engines."""
-    from runtime.bundle.manifest import MANIFEST, Manifest, Source
-
-    sample = SAMPLES / ("shapes-diffusion" if kind == "diffusion" else "shapes-vlm")
-    root.mkdir()
-    if kind == "diffusion":
-        shutil.copytree(sample / "tokenizer", root / "tokenizer")
-        config: dict[str, Any] = {
-            "scheduler": json.loads((sample / "scheduler" / "scheduler_config.json").read_bytes()),
-            "vae": {"scaling_factor": 1.0, "scale_factor": 8, "latent_channels": 4},
-            "sizes": {"min": 64, "max": 512, "default": 64, "multiple": 8},
-        }
-    else:
-        settings = json.loads((sample / "config.json").read_bytes())
-        (root / "tokenizer").mkdir()
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-            shutil.copy(sample / name, root / "tokenizer")
-        (root / "preprocessor").mkdir()
-        shutil.copy(sample / "processor_config.json", root / "preprocessor")
-        config = {
-            "context_length": 512, "vocab_size": settings["text_config"]["vocab_size"], "hidden_size": 8,
-            "bos_token_id": None,
-            "eos_token_ids": [], "image_token_id": settings.get("image_token_id", settings.get("image_token_index")),
-            "tokens_per_image": 4,
-        }  # fmt: skip
-    source = Source(name=root.name, family="toy", architecture="Toy", fingerprint="")
-    manifest = Manifest(
-        name=root.name,
-        key="",
-        pipeline=kind,
-        task="image" if kind == "diffusion" else kind,
-        quant="none",
-        source=source,
-        submodels=(),
-        artifacts=(),
-        config=config,
-        versions={},
-        files={},
-    )
-    (root / MANIFEST).write_text(manifest.model_dump_json())
-    return root
-
-
-def toy_engines(kind: str) -> dict[str, Any]:
-    from runtime.bundle.manifest import Submodel
-    from runtime.bundle.precision import Precision
-    from runtime.bundle.signature import Signature
-    from runtime.engine import FakeEngine
-
-    zeros = np.zeros
-    functions: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
-        "text_encoder": lambda i: {"last_hidden_state": zeros((*i["input_ids"].shape, 8), np.float32)},
-        "unet": lambda i: time.sleep(0.01) or {"noise_pred": zeros(i["sample"].shape, np.float32)},
-        "vae_decoder": lambda i: {
-            "image": zeros((1, 3, i["latents"].shape[2] * 8, i["latents"].shape[3] * 8), np.float32)
-        },
-    }
-    if kind == "chat":
-        functions = {
-            "vision_encoder": lambda i: {"image_features": zeros((len(i["pixel_values"]), 4, 8), np.float32)},
-            "token_embedding": lambda i: {"inputs_embeds": zeros((*i["input_ids"].shape, 8), np.float32)},
-            "decoder": lambda i: {"logits": np.eye(1, 1000, 40, dtype=np.float32)[None]},
-        }
-    engines = {}
-    for name, function in functions.items():
-        engines[name] = FakeEngine(function)
-        signature = Signature(inputs=(), outputs=())
-        engines[name].submodel = Submodel(
-            name=name, signature=signature, graph="g", precision=Precision.parse("none"), nbytes=0
-        )
-        engines[name].calls = type("Nothing", (list,), {"append": lambda *_: None})()
-    return engines
-
-
-class Toy:
-    """A loaded model of the real pipeline and engines that compute nothing."""
-
-    target, device, notes = "fake", "none", ()
-
-    def __init__(self, root: Path) -> None:
-        from runtime.bundle.manifest import Bundle
-        from runtime.placing.loading import open_pipeline
-
-        bundle = Bundle(root)
-        self.task = bundle.manifest.task
-        self.engines = toy_engines(bundle.manifest.pipeline)
-        self.pipeline = open_pipeline(bundle)
-
-    def close(self) -> None: ...
-
-    def broken(self) -> tuple[str, ...]:
-        return ()
-
-    def elsewhere(self, broken: Any) -> Toy:
-        raise NotImplementedError
-
-
-def serve_toys(folder: Path, grace: float, load_forever: bool) -> None:
-    """Serve a toy of each kind, and with `load_forever` one whose loading never ends."""
-    from serving.dialects.grpc.server import serve
-    from serving.host.models import ModelHost
-    from serving.host.offers import Limits, Offer
-
-    roots = [toy_bundle(folder / "draw", "diffusion"), toy_bundle(folder / "talk", "chat")]
-    offers = [Offer.of(root) for root in roots]
-    if load_forever:
-        offers.append(Offer.of(toy_bundle(folder / "stuck", "chat")))
-        os.mkfifo(folder / "fifo")
-
-    def load(bundle: Any, target: str | None) -> Any:
-        root = getattr(bundle, "root", bundle)
-        if root.name == "stuck":
-            (folder / "fifo").read_bytes()
-        return Toy(root)
-
-    async def run() -> None:
-        await serve(
-            ModelHost(offers, load, Limits(grace_seconds=grace)), "127.0.0.1:0", lambda line: print(line, flush=True)
-        )
-
-    asyncio.run(run())
 
 
 # --- the attacks, each a function of the server's address
@@ -217,7 +86,7 @@ def bomb(edge: int = 8000) -> bytes:
 
 
 GENERATE, CHAT, GET = list(METHODS)[:3]
-DRAW, TALK = "draw", "talk"
+DRAW, TALK = toys.DRAW, toys.TALK
 
 
 def long_prompts(address: str) -> None:
@@ -436,33 +305,21 @@ def attack(name: str, address: str, pid: int, models: tuple[str, ...] = ()) -> t
     forget_peak(pid)
     with Watcher(address) as watcher:
         ended = subprocess.run(
-            [sys.executable, __file__, "attack", name, address, *models], capture_output=True, text=True, timeout=250
+            [sys.executable, "-m", "tests.serving.test_attack", "attack", name, address, *models],
+            capture_output=True,
+            text=True,
+            timeout=250,
+            cwd=toys.ROOT,
         )
         assert ended.returncode == 0, ended.stderr
     assert watcher.checks
     return watcher.slowest, memory(pid, peak=True) - before, ended.stdout
 
 
-@contextmanager
-def process(folder: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server of toys in a process, and its address."""
-    with (folder / "log").open("w") as log:
-        command = [sys.executable, __file__, "serve", str(folder), *options]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as started:
-            try:
-                assert started.stdout is not None
-                address = started.stdout.readline().split()[-1]
-                for _ in range(2):
-                    assert " is ready on " in started.stdout.readline()
-                yield started, address
-            finally:
-                started.kill()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str, Path]]:
     folder = tmp_path_factory.mktemp("toys")
-    with process(folder, "5") as (started, address):
+    with process(folder, 5) as (started, address):
         yield started.pid, address, folder / "log"
 
 
@@ -480,7 +337,7 @@ def test_another_client_does_not_notice(server: tuple[int, str, Path], name: str
 @pytest.mark.parametrize("busy", ["drawing", "loading", "unloading"])
 def test_sigterm_ends_the_process_within_its_grace(tmp_path: Path, busy: str) -> None:
     with (
-        process(tmp_path, "1", *(["stuck"] if busy == "loading" else [])) as (started, address),
+        process(tmp_path, 1, *(["stuck"] if busy == "loading" else [])) as (started, address),
         channel(address) as opened,
     ):
         wanted = image_pb2.GenerateRequest(model=DRAW, prompt="x", steps=1000).SerializeToString()
@@ -532,9 +389,7 @@ def measure(address: str, pid: int, models: tuple[str, str]) -> None:
 
 if __name__ == "__main__":
     what, *rest = sys.argv[1:]
-    if what == "serve":
-        serve_toys(Path(rest[0]), float(rest[1]), "stuck" in rest)
-    elif what == "attack":
+    if what == "attack":
         name, address, *models = rest
         DRAW, TALK = models or (DRAW, TALK)
         ATTACKS[name](address)

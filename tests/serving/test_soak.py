@@ -1,0 +1,28 @@
+"""Nothing is lost and nothing stays behind when thousands of requests come and a third of them are stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.serving.soak import soak
+
+REQUESTS = int(os.environ.get("ENGINECAST_SOAK_REQUESTS", "1500"))
+MINUTES = 20
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memory and files are read from Linux' /proc")
+def test_soak(diffusion_bundle: Path, vlm_bundle: Path, tmp_path: Path) -> None:
+    found = soak(diffusion_bundle, vlm_bundle, tmp_path, REQUESTS, MINUTES)
+    print(found.table())
+    assert not found.faults
+    assert set(found.outcomes) <= {"right", "stopped", "killed"}
+    assert found.left == 0
+    answered = found.outcomes["right"] / found.outcomes.total()
+    assert 0.5 < answered < 0.8, "about a third is stopped"
+    assert found.after["bytes"] < 1.03 * found.before["bytes"], found.table()
+    assert found.after["threads"] <= found.before["threads"] and found.after["files"] <= found.before["files"]
+    assert "Traceback" not in (tmp_path / "server.log").read_text()
