@@ -23,6 +23,7 @@ SILENT: Final[Mapping[str, str]] = {
     "DISABLE_TELEMETRY": "1",  # older versions of these
     "DO_NOT_TRACK": "1",  # https://donottrack.sh
     "GRADIO_ANALYTICS_ENABLED": "False",
+    "RAY_USAGE_STATS_ENABLED": "0",
     "NNCF_CI": "1",  # NNCF has no other switch
 }
 """Environment variables. They replace values of the user, because any other value would enable telemetry."""

@@ -70,6 +70,27 @@ class Settings:
             help="Version of a model that requests get which state none. Default: the highest.",
         ),
     ] = None
+    engine: Annotated[
+        str,
+        typer.Option(help="What runs the models: this process (local), or replicas on a Ray cluster (ray, extra ray)."),
+    ] = "local"
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT", help="Ray cluster to join, or auto. Default: one is started on this machine alone."
+        ),
+    ] = None
+    min_replicas: Annotated[
+        int, typer.Option(min=0, help="Replicas of each model that always run on a Ray cluster.")
+    ] = 1
+    max_replicas: Annotated[int, typer.Option(min=1, help="Replicas of each model under load on a Ray cluster.")] = 4
+    scale_down: Annotated[
+        float, typer.Option(min=0, help="Seconds of less load after which a replica on a Ray cluster is stopped.")
+    ] = 300.0
+    replica_cpus: Annotated[float, typer.Option(min=0, help="CPU cores that a Ray cluster reserves for a replica.")] = (
+        1.0
+    )
+    replica_gpus: Annotated[float, typer.Option(min=0, help="GPUs that a Ray cluster reserves for a replica.")] = 0.0
     address: Annotated[
         str,
         typer.Option(help="HOST:PORT to listen on; port 0 takes a free one. Other addresses than loopback need TLS."),

@@ -123,6 +123,7 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
         "export",
         "dev",
         "docs",
+        "ray",
         "reference",
     }
 

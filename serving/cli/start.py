@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from typing import Final
 
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, did_you_mean
 from runtime.optional import require
 from serving.cli.offered import host_of
+from serving.cluster import options
 from serving.dialects.grpc import server
 from serving.host.models import ModelHost
 from serving.host.observing import Observer
@@ -22,10 +24,26 @@ from serving.security.protection import Security
 from serving.security.tls import TlsFiles
 from serving.settings import Settings
 
+ENGINES: Final = ("local", "ray")
+
 
 def start(settings: Settings) -> None:
     """Serve until SIGINT or SIGTERM."""
     logs.configure(settings.log_format)
+    if settings.engine not in ENGINES:
+        raise InvalidInput("engine", f"'{settings.engine}' is not known: {did_you_mean(settings.engine, ENGINES)}")
+    if settings.engine == "ray":
+        require("ray.serve", "ray")
+        from serving.cluster.deploying import start as deploy
+
+        deploy(settings, announce)
+    else:
+        serve(settings)
+
+
+def serve(settings: Settings) -> None:
+    """Serve from this process."""
+    options.alone(settings)
     make, protection = host_of(settings), security(settings)
 
     async def run() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Protocol
 
 
 class ModelState(Enum):
@@ -62,3 +64,23 @@ class Status:
     memory: Mapping[str, int] = field(default_factory=dict)
     idle_seconds: float | None = None
     unload_seconds: float | None = None
+
+
+class Models(Protocol):
+    """What can be read of the models of a server: a `ModelHost`, or the models of a cluster."""
+
+    changed: asyncio.Event
+    """Is set and replaced by a new one when the state of a model changes."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the server stops."""
+
+    def statuses(self) -> list[Status]:
+        """The status of every model, sorted by name."""
+
+    def status(self, name: str) -> Status:
+        """The status of a model. Raises NotFound with the nearest name."""
+
+    def ready(self) -> dict[str, str | None]:
+        """The task of each model, None if it cannot be used now."""

@@ -1,4 +1,4 @@
-"""grpc.health.v1 for a `ModelHost`. Every response is computed from the current state of the host; nothing is stored.
+"""grpc.health.v1 for the models of a server. Every response is computed from their current states; nothing is stored.
 
 The servicer of grpcio-health-checking shares one condition among the watchers of a service: a watcher that does not
 read delays every change of state, and one that disconnects ends the other streams.
@@ -15,13 +15,13 @@ from runtime.errors import NotFound, quoted
 from serving.dialects.grpc.status import Context, write
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import model_pb2
-from serving.host.models import ModelHost
+from serving.host.states import Models
 
 MODEL: Final[str] = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 Response: Final = health_pb2.HealthCheckResponse
 
 
-def health_of(host: ModelHost) -> dict[str, bool]:
+def health_of(host: Models) -> dict[str, bool]:
     """Whether each health service is serving: a model's name, if it is ready; a task's service, if a model of the task
     is ready; "" (the server), if any model is ready.
     """
@@ -33,7 +33,7 @@ def health_of(host: ModelHost) -> dict[str, bool]:
 
 
 class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # it has no types
-    def __init__(self, host: ModelHost) -> None:
+    def __init__(self, host: Models) -> None:
         self.host = host
 
     async def Check(self, request: health_pb2.HealthCheckRequest, context: Context) -> health_pb2.HealthCheckResponse:

@@ -54,9 +54,12 @@ class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic i
     ) -> Handler:
         """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
         handler = await continuation(details)
-        if handler is None:
-            return None
-        method = details.method.removeprefix("/")
+        return None if handler is None else self.wrapped(details.method.removeprefix("/"), handler)
+
+    def wrapped(self, method: str, handler: Handler) -> Handler:
+        """A handler that receives the requests of `method`, such as "enginecast.v1.ImageService/Generate", for another
+        one.
+        """
 
         async def one(_: Any, context: Context) -> Any:
             async with self._admitted(method, context):

@@ -11,13 +11,14 @@ from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context
 from serving.enginecast_pb import job_pb2, job_pb2_grpc, model_pb2, model_pb2_grpc
 from serving.host.models import ModelHost
+from serving.host.states import Models
 
 
-class ModelServicer(model_pb2_grpc.ModelServiceServicer):
-    """Translates, and delegates to the host."""
+class ModelReader(model_pb2_grpc.ModelServiceServicer):
+    """The methods that read. The others are not there."""
 
-    def __init__(self, host: ModelHost) -> None:
-        self.host = host
+    def __init__(self, models: Models) -> None:
+        self.models = models
         self._began = time.monotonic()
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
@@ -25,6 +26,29 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         return model_pb2.GetModelResponse(model=self._model(request.name))
+
+    async def Status(self, request: model_pb2.StatusRequest, context: Context) -> model_pb2.StatusResponse:
+        return model_pb2.StatusResponse(
+            version=version("enginecast"),
+            uptime_seconds=time.monotonic() - self._began,
+            memory_bytes=of_process() or 0,
+            stopping=self.models.stopping,
+            models=self._models(),
+        )
+
+    def _models(self) -> list[model_pb2.Model]:
+        return [messages.model(status) for status in self.models.statuses()]
+
+    def _model(self, name: str) -> model_pb2.Model:
+        return messages.model(self.models.status(name))
+
+
+class ModelServicer(ModelReader):
+    """Translates, and delegates to the host."""
+
+    def __init__(self, host: ModelHost) -> None:
+        super().__init__(host)
+        self.host = host
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
         target = request.target if request.HasField("target") else None
@@ -42,21 +66,6 @@ class ModelServicer(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ReloadModelResponse:
         await self.host.reload(request.name)
         return model_pb2.ReloadModelResponse(model=self._model(request.name))
-
-    async def Status(self, request: model_pb2.StatusRequest, context: Context) -> model_pb2.StatusResponse:
-        return model_pb2.StatusResponse(
-            version=version("enginecast"),
-            uptime_seconds=time.monotonic() - self._began,
-            memory_bytes=of_process() or 0,
-            stopping=self.host.stopping,
-            models=self._models(),
-        )
-
-    def _models(self) -> list[model_pb2.Model]:
-        return [messages.model(status) for status in self.host.statuses()]
-
-    def _model(self, name: str) -> model_pb2.Model:
-        return messages.model(self.host.status(name))
 
 
 class JobServicer(job_pb2_grpc.JobServiceServicer):

@@ -35,12 +35,14 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
     ) -> Handler:
         """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
         handler = await continuation(details)
-        if handler is None:
-            return None
+        return None if handler is None else self.wrapped(details.method.removeprefix("/"), handler)
+
+    def wrapped(self, method: str, handler: Handler) -> Handler:
+        """A handler that records the calls of another one, which `Intake` made."""
         inner = handler.stream_stream or handler.stream_unary
 
         async def call(messages: Any, context: Context) -> Any:
-            record = Record(method=details.method.removeprefix("/"), client=_sender(context), peer=context.peer())
+            record = Record(method=method, client=_sender(context), peer=context.peer())
             with recorded(record, self._observer):
                 try:
                     async with reported(context):

@@ -35,6 +35,9 @@ class GrpcTask:
     converts that message to the core's request and raises InvalidInput; `responses` makes a converter for the responses
     to one request. On a client, `message` converts a model's name and a request to that message, and `events` the
     responses to events. `kind` is the value of `Model.kind` for models of this task.
+
+    `opening` is what a message begins with that a model need not read again if it has read it before, b"" if there is
+    nothing of the kind: of several replicas, the one that has read it gets the message.
     """
 
     task: str
@@ -44,6 +47,7 @@ class GrpcTask:
     message: Callable[[str, Any], Message]
     events: Callable[[Iterator[Any]], Generator[Event, None, None]]
     kind: model_pb2.ModelKind = model_pb2.MODEL_KIND_UNSPECIFIED
+    opening: Callable[[Any], bytes] = lambda message: b""
 
     @property
     def method(self) -> MethodDescriptor:

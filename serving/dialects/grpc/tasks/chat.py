@@ -157,6 +157,14 @@ def _finished(done: chat_pb2.ChatDone) -> Iterator[Finished]:
         yield Finished(reason, *counts, number, done.reused_tokens)
 
 
+def opening(message: chat_pb2.ChatRequest) -> bytes:
+    """The first picture that the user shows in the first question; without one, all up to that question."""
+    turns = list(message.messages)
+    end = next((i + 1 for i, turn in enumerate(turns) if turn.role == chat_pb2.ROLE_USER), len(turns))
+    picture = next((part.image for turn in turns[:end] for part in turn.parts if part.HasField("image")), None)
+    return picture or b"".join(turn.SerializeToString(deterministic=True) for turn in turns[:end])
+
+
 TASK: Final = GrpcTask(
     ChatRequest.task,
     chat_pb2.DESCRIPTOR.services_by_name["ChatService"],
@@ -165,4 +173,5 @@ TASK: Final = GrpcTask(
     chat_message,
     chat_events,
     model_pb2.MODEL_KIND_CHAT,
+    opening,
 )
