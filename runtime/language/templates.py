@@ -122,6 +122,8 @@ class ChatTemplate:
             return self._template.render(
                 messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template can raise whatever Python's operators raise
             raise InvalidInput("messages", f"the model's chat template refuses this conversation: {error}") from None
 

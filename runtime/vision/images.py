@@ -66,7 +66,7 @@ def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS
 @contextmanager
 def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open a picture file and read its header, but no pixel. Also converts errors that occur in the block to
-    InvalidInput.
+    InvalidInput, except for a MemoryError.
     """
     too_large = InvalidInput(
         field, f"holds more than {max_pixels / 1e6:g} megapixels, the most that is accepted: send a smaller picture"
@@ -78,7 +78,7 @@ def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
             _check_kind(image, field)
             _amend(image, data)
             yield image
-    except InvalidInput:
+    except (InvalidInput, MemoryError):
         raise
     # Pillow's own limits are above these by default.
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):

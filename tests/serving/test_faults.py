@@ -4,6 +4,7 @@ connections that nobody uses. Slow readers are in test_server.py and test_attack
 
 from __future__ import annotations
 
+import io
 import resource
 import shutil
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 import grpc
 import pytest
+from PIL import Image
 
 from enginecast import Client
 from runtime.errors import DeadlineExceeded, EnginecastError, EngineError, ResourceExhausted, Unavailable
@@ -72,6 +74,22 @@ def test_an_engine_that_fails_in_the_middle(
         assert ended == ["a red círcle"]
     until(lambda: parallel.busy() == 0)
     assert parallel.alive()
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="memory of another process is bounded on Linux only")
+def test_a_picture_without_memory(tmp_path: Path) -> None:
+    """The process gets no more memory from the system than 30 MiB; decoding the picture takes 160."""
+    file = io.BytesIO()
+    Image.new("1", (6300, 6300)).save(file, "png")
+    with process(tmp_path, 5) as (server, address), Client(address, TALK, timeout=20, attempts=1) as client:
+        assert client.chat("x", [file.getvalue()], max_tokens=2).text
+        status = Path(f"/proc/{server.pid}/status").read_text()
+        size = next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmSize"))
+        resource.prlimit(server.pid, resource.RLIMIT_AS, (size + (30 << 20), resource.RLIM_INFINITY))
+        with pytest.raises(ResourceExhausted, match="not enough memory for this request"):
+            client.chat("x", [file.getvalue()], max_tokens=2)
+        resource.prlimit(server.pid, resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert client.chat("x", [file.getvalue()], max_tokens=2).text
 
 
 def test_a_server_that_is_killed_and_comes_back(tmp_path: Path) -> None:

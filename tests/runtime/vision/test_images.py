@@ -270,6 +270,16 @@ def test_damaged_files_are_refused(kind: str) -> None:
             decode_image(damaged, "messages[0]")
 
 
+def test_a_picture_without_memory_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    data = encode_image(np.zeros((4, 4, 3), np.uint8))
+    monkeypatch.setattr(ImageFile.ImageFile, "load", full)
+    with pytest.raises(MemoryError):
+        decode_image(data)
+
+
 def test_other_formats_are_not_opened() -> None:
     for kind in ("PPM", "TGA", "ICO", "JPEG2000"):
         with pytest.raises(InvalidInput, match=r"is no PNG, JPEG, WebP, BMP, GIF, TIFF, AVIF or HEIC picture"):
