@@ -6,6 +6,7 @@ Each function does nothing with a C library that has no such settings (malloc_tr
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable
 from typing import Final
@@ -20,6 +21,12 @@ def give_back() -> None:
     """Return freed memory to the system now."""
     if trim := _function("malloc_trim"):
         trim(0)
+
+
+def collect() -> None:
+    """Free what only refers to itself, such as parts of closed engines, and return it to the system."""
+    gc.collect()
+    give_back()
 
 
 def return_freed_memory(most_arenas: int | None = None) -> None:

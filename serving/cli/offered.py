@@ -8,6 +8,7 @@ from runtime.bundle import signing
 from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
 from runtime.placing.devices import detect
+from runtime.placing.heap import collect
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PlacementOptions, needs
@@ -85,7 +86,7 @@ def memory(settings: Settings) -> Memory:
     def estimate(bundle: Bundle, target: str | None) -> dict[str, int]:
         return needs(bundle, target or settings.target, options.device, placing, detect())
 
-    return Memory(most, estimate)
+    return Memory(most, estimate, collect)
 
 
 def placing_of(settings: Settings) -> PlacementOptions:

@@ -113,7 +113,7 @@ class Follower:
         """Serve another bundle by a name that is served."""
         while (served := self._catalog.get(offer.name)) is not None and served.changes:
             await served.unchanging()
-        if served is None:
+        if served is None or (served.state is ModelState.READY and served.offer.same(offer)):
             return
         if served.state is ModelState.READY:
             with suppress(EnginecastError):  # it is in the log and in the status

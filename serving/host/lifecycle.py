@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from runtime import limits
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
-from runtime.placing.heap import give_back
 from serving.dialects.grpc.shown import without_paths
 from serving.host.catalog import Catalog
 from serving.host.grace import Grace
@@ -47,6 +46,7 @@ class Lifecycle:
         self.stopping = False
         self.grace = Grace()
         self.keep_alive = KeepAlive(self._unload_idle)
+        self._memory = memory
         self._loading = Loading(loader, memory, self._unload_idle)
         self._catalog = catalog
         self._notify = notify
@@ -297,19 +297,25 @@ class Lifecycle:
         if served.check is not None:
             _, checking = await asyncio.wait([served.check], timeout=self._patience())
             idle = idle and not checking
-        model, served.model = served.model, None
         try:
-            if model is not None:
-                scheduler = served.scheduler if idle else served.leave_behind()
-                closing = scheduler.do(model.close)
-                if idle:
-                    await asyncio.wrap_future(closing)
-                else:
-                    scheduler.close()
-            await asyncio.to_thread(give_back)
+            await self._close(served, idle)
+            if not self.stopping:
+                await asyncio.to_thread(self._memory.release)
         finally:
             self.keep_alive.forget(served)
             self._become(served, ModelState.UNLOADED)
+
+    async def _close(self, served: Served, idle: bool) -> None:
+        """Free the engines of a model: now if it is `idle`, else when its thread has ended its step."""
+        model, served.model = served.model, None
+        if model is None:
+            return
+        scheduler = served.scheduler if idle else served.leave_behind()
+        closing = scheduler.do(model.close)
+        if idle:
+            await asyncio.wrap_future(closing)
+        else:
+            scheduler.close()
 
     async def _drain(self, served: Served, grace: float, error: EnginecastError) -> bool:
         """Wait `grace` seconds for the requests of a model, then stop the rest with `error`.

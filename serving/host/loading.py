@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from runtime.bundle.manifest import Bundle
 from runtime.errors import ResourceExhausted, Unavailable
-from runtime.placing.heap import give_back
 from runtime.placing.memory import of_process
 from serving.host.job import Model
 from serving.host.residency import Memory, measured
@@ -76,7 +75,9 @@ class Loading:
 
     async def _engines(self, served: Served, bundle: Bundle, target: str | None) -> Model:
         """Load the engines, and measure their memory if nothing else happens meanwhile."""
-        await asyncio.to_thread(give_back)  # else memory that is free in this process would count as that of nobody
+        await asyncio.to_thread(
+            self._memory.release
+        )  # else memory that is free in this process would count as that of nobody
         before = of_process() if self._quiet(served) else None
         model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
         if self.stopping:

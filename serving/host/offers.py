@@ -63,6 +63,10 @@ class Offer:
         """The name without the version."""
         return self.name.removesuffix(f"{VERSION_MARK}{self.version}") if self.version else self.name
 
+    def same(self, other: Offer) -> bool:
+        """Whether both have the same bundle: its manifest has the hashes of all files."""
+        return self.bundle is not None and other.bundle is not None and self.bundle.content == other.bundle.content
+
     def again(self) -> Offer:
         """The bundle that is in the folder now, offered in the same way."""
         found = Offer.of(self.root, self.name)

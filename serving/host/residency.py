@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, ResourceExhausted
+from runtime.placing.heap import give_back
 from runtime.placing.memory import show_size
 from serving.host.offers import ENDLESS
 from serving.host.served import Served
@@ -23,9 +24,17 @@ HOST: Final = "cpu"
 
 
 class Memory:
-    """The memory for all loaded models: `most` bytes on each device, None without a limit."""
+    """The memory for all loaded models: `most` bytes on each device, None without a limit. `release` returns the host's
+    memory of unloaded models to the system.
+    """
 
-    def __init__(self, most: int | None = None, estimate: Estimate = lambda bundle, target: {}) -> None:
+    def __init__(
+        self,
+        most: int | None = None,
+        estimate: Estimate = lambda bundle, target: {},
+        release: Callable[[], None] = give_back,
+    ) -> None:
+        self.release = release
         self._most = most
         self._estimate = estimate
 
