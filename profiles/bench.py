@@ -6,6 +6,8 @@ Turns matter because a machine's speed drifts with its load and temperature: all
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -82,9 +84,16 @@ class Worker:
         try:
             self._process.wait(patience)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._process.stdout.close()
+
+    def _kill(self) -> None:
+        """End it and what it started, such as a server."""
+        if hasattr(os, "killpg"):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
 
     def measure(self, metric: str) -> float:
         """One repetition."""

@@ -20,6 +20,7 @@ from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel, load_model
+from tests.fakes.serving import until
 from tests.profiles.conftest import SAMPLE
 
 WORKER = """
@@ -86,6 +87,17 @@ def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> 
     ]:
         with pytest.raises(EngineError, match=message):
             bench.bench(bundle, [Worker([sys.executable, "-c", code])], BenchPlan())
+
+
+def test_what_a_worker_started_ends_with_it(tmp_path: Path, bundle: Bundle) -> None:
+    """When another one fails, nobody waits for a worker, nor for its server."""
+    log = tmp_path / "log"
+    lines = ["import subprocess", f"open({str(log)!r}, 'w').write(str(subprocess.Popen(['sleep', '60']).pid))"]
+    starting = Worker([sys.executable, "-c", "\n".join([*lines, WORKER]), "A", str(tmp_path / "other")])
+    with pytest.raises(NotFound, match="cannot be started"):
+        bench.bench(bundle, [starting, Worker(["no-such-worker"])], BenchPlan())
+    stat = Path("/proc") / log.read_text() / "stat"
+    until(lambda: not stat.exists() or ") Z " in stat.read_text())
 
 
 def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) -> None:

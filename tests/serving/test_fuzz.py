@@ -4,6 +4,7 @@ calls. Every answer has a clear status, and the server serves afterwards. The pa
 
 from __future__ import annotations
 
+import http.client
 import io
 import random
 import re
@@ -17,9 +18,11 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.json_format import MessageToJson
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from serving.dialects.grpc.connection import Connection
@@ -128,20 +131,26 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 # --- messages made from descriptors
 
 
-def fuzz(target: Target, method: str, examples: int) -> None:
-    if method.endswith(UNLOADING):  # of nothing that others need meanwhile
-        known: Sequence[str] = ["nobody", f"{DRAW}@1"]
-    else:
-        known = KNOWN
-    files = [picture() for picture in PICTURES.values()][:8]
-    seconds = 0.1 if method == ENDLESS else 1.0
+def requests(method: str, files: Sequence[bytes]) -> st.SearchStrategy[Any]:
+    """Requests of a method, some of which are nearly right. What others need meanwhile is not unloaded."""
+    known = ["nobody", f"{DRAW}@1"] if method.endswith(UNLOADING) else KNOWN
     some = messages(METHODS[method].input_type, known, files)
     for base in bases().get(method, ()):
         some |= altered(base, known, files)
+    return some
 
-    @settings(max_examples=examples, deadline=None, database=None, derandomize=True,
-              suppress_health_check=list(HealthCheck))  # fmt: skip
-    @given(some)
+
+def always(examples: int) -> settings:
+    """The same examples at each run."""
+    checks = list(HealthCheck)
+    return settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=checks)
+
+
+def fuzz(target: Target, method: str, examples: int) -> None:
+    seconds = 0.1 if method == ENDLESS else 1.0
+
+    @always(examples)
+    @given(requests(method, [picture() for picture in PICTURES.values()][:8]))
     def send(message: Any) -> None:
         target.call(method, message.SerializeToString(), seconds)
 
@@ -159,6 +168,51 @@ def test_messages(target: Target) -> None:
 def test_many_messages(target: Target, method: str) -> None:
     fuzz(target, method, 30 if method == ENDLESS else 500)
     target.serves()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("method", METHODS)
+def test_messages_as_json(method: str, tmp_path: Path) -> None:
+    """The same over HTTP, as JSON of which some is broken."""
+    pytest.importorskip("connectrpc")
+    from serving.dialects.connect.application import endpoints
+    from serving.dialects.connect.server import HttpServer
+
+    with FakeServer(tmp_path, ready=True) as fake:
+        if method not in endpoints(fake.host):
+            pytest.skip("it is served over gRPC only")
+        server = HttpServer(fake.host, "127.0.0.1:0", [], [])
+        fake.do(server.start())
+        generator = random.Random(0)
+
+        @always(200)
+        @given(requests(method, [saved("PNG"), b""]))
+        def send(message: Any) -> None:
+            text = MessageToJson(message)
+            if generator.random() < 0.3:
+                at = generator.randrange(len(text))
+                text = text[:at] + generator.choice(["", "{", "]", '"', "\\ud800", "1e999", "null"]) + text[at + 1 :]
+            code, said = post(server.port, method, text.encode())
+            assert code < 500 and not re.search('"(unknown|internal)"', said) and not UNCLEAR.search(said), (text, said)
+
+        try:
+            send()
+            assert list(fake.client.generate(image_pb2.GenerateRequest(model=DRAW, prompt="x")))[-1].HasField("done")
+        finally:
+            fake.do(server.stop())
+
+
+def post(port: int, method: str, data: bytes) -> tuple[int, str]:
+    """Send JSON to a method over HTTP: the status and the body of the answer."""
+    streams = method in (CHAT, GENERATE, "/enginecast.v1.EmbedService/Embed")
+    body = struct.pack(">BI", 0, len(data)) + data if streams else data
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    kind = "application/connect+json" if streams else "application/json"
+    connection.request("POST", method, body, {"content-type": kind, "connect-timeout-ms": "1000"})
+    answer = connection.getresponse()
+    said = answer.read().decode("latin-1")
+    connection.close()
+    return answer.status, said
 
 
 # --- pictures
