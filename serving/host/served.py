@@ -138,7 +138,7 @@ class Served:
         if free <= 0:
             raise ResourceExhausted(
                 f"the queue of model {self.name} is full ({self.limits.max_queue} requests wait): try again later",
-                SOON,
+                max(SOON, self._seconds_of(1) or SOON),
             )
         if free <= kept and any(place.client == client for place in self.places):
             raise ResourceExhausted(
@@ -184,13 +184,13 @@ class Served:
                 one.events.put(self._queued(self.runs[one], one, position))
 
     def _queued(self, id: str, run: Run, position: int) -> Queued:
-        """The place of a request in the queue, and when it is expected to start: where the last requests ended at this
-        pace.
-        """
+        """The place of a request in the queue, and when it is expected to start."""
         run.position = position
-        known = position and self._pace
-        eta = position * sum(self._pace) / len(self._pace) / self.limits.slots if known else None
-        return Queued(position, eta, id)
+        return Queued(position, self._seconds_of(position), id)
+
+    def _seconds_of(self, count: int) -> float | None:
+        """How long it takes until so many requests have ended, as the last ones did; None if nothing is known of it."""
+        return count * sum(self._pace) / len(self._pace) / self.limits.slots if count and self._pace else None
 
     def leave_behind(self) -> Scheduler:
         """Replace the busy thread and return it. It ends with its current work."""
