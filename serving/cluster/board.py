@@ -29,11 +29,16 @@ class Board:
     def __init__(self, known: Sequence[Status], repository: bool) -> None:
         self._known = {status.name: status for status in known}
         self._repository = repository
+        self._stopping = False
         self._reports: dict[str, tuple[float, Sequence[Status]]] = {}
 
     def report(self, replica: str, statuses: Sequence[Status]) -> None:
         """Note the models of a replica."""
         self._reports[replica] = monotonic(), statuses
+
+    def stop(self) -> None:
+        """The cluster is stopped."""
+        self._stopping = True
 
     def overview(self) -> Overview:
         """The models of the cluster now."""
@@ -44,7 +49,7 @@ class Board:
             for status in statuses:
                 found.setdefault(status.name, []).append(status)
         statuses = [joined(each) if each else self._known[name] for name, each in sorted(found.items())]
-        return Overview(tuple(self._known), self._repository, statuses)
+        return Overview(tuple(self._known), self._repository, statuses, self._stopping)
 
 
 def added(each: Iterable[Mapping[str, T]]) -> dict[str, T]:

@@ -39,6 +39,12 @@ from serving.settings import Settings
 log = logging.getLogger(__name__)
 
 LOOPBACK: Final = "127.0.0.1"
+AUTO: Final = "auto"
+"""The address of a cluster that this machine belongs to."""
+REACH_SECONDS: Final = 5.0
+"""Longest time to connect to a cluster."""
+BOARD_SECONDS: Final = 5.0
+"""Longest time to wait for the board."""
 START_SECONDS: Final = 120.0
 """Longest time until the ingress accepts calls."""
 SCALE_UP_SECONDS: Final = 3.0
@@ -65,6 +71,7 @@ def start(settings: Settings, announce: Announce) -> None:
     already has an ingress.
     """
     options.check(settings)
+    _reach(settings.ray_address)
     offered = offers(settings)
     repository(settings)  # a folder that is missing is reported before anything is started
     for offer in offered:
@@ -74,7 +81,22 @@ def start(settings: Settings, announce: Announce) -> None:
         board = _deploy(settings, offered)
         _follow(board, announce, stop)
         log.info("stopping")
-        _stop_models()
+        _stop_models(board)
+
+
+def _reach(address: str | None) -> None:
+    """Raise InvalidInput for a cluster's address that is none, and Unavailable where nothing answers: Ray would try for
+    minutes.
+    """
+    if address is None or address == AUTO:
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or int(port) > 65535:
+        raise InvalidInput("ray_address", f"'{address}' is none, expected HOST:PORT such as 10.0.0.1:6379, or {AUTO}")
+    try:
+        socket.create_connection((host, int(port)), REACH_SECONDS).close()
+    except OSError as error:
+        raise Unavailable(f"no Ray cluster answers at {address} ({error}): start one with `ray start --head`") from None
 
 
 @contextmanager
@@ -84,7 +106,7 @@ def _cluster(address: str | None) -> Iterator[None]:
     try:
         ray.init(address=address or "local", namespace="enginecast", **known)
     except ConnectionError as error:
-        raise Unavailable(f"no Ray cluster answers at {address}: {error}") from None
+        raise Unavailable(f"the Ray cluster {address} cannot be joined: {error}") from None
     try:
         yield
     finally:
@@ -129,7 +151,7 @@ def _deploy(settings: Settings, offered: Sequence[Offer]) -> Any:
     shared = serve.deployment(Board).options(
         ray_actor_options={"num_cpus": 0}, max_ongoing_requests=1000, logging_config=QUIET
     )
-    known = [_status(offer) for offer in offered]
+    known = [_status(offer, settings.min_replicas) for offer in offered]
     board = serve.run(shared.bind(known, settings.repository is not None), name=BOARD, route_prefix=None)
     own = replace(settings, repository=None, default_versions=None)
     targets = [
@@ -171,11 +193,11 @@ def _target(name: str, task: str | None, settings: Settings, board: Any) -> serv
     return serve.RunTarget(deployment.bind(settings, board), name=name, route_prefix=None)
 
 
-def _status(offer: Offer) -> Status:
-    """The status of a model without replicas: the next request starts one."""
-    state = ModelState.FAILED if offer.error else ModelState.UNLOADED
+def _status(offer: Offer, replicas: int) -> Status:
+    """The status of a model without a replica: one is being started, or if none always runs, a request starts one."""
+    state = ModelState.FAILED if offer.error else ModelState.LOADING if replicas else ModelState.UNLOADED
     error = str(concealed(offer.error, offer.root, offer.name)) if offer.error else None
-    return Status(offer.name, state, offer.quant, offer.task, None, None, error, 0, 0, on_demand=True)
+    return Status(offer.name, state, offer.quant, offer.task, None, None, error, 0, 0, on_demand=not replicas)
 
 
 def _follow(board: Any, announce: Announce, stop: threading.Event) -> None:
@@ -195,14 +217,19 @@ def _models() -> list[str]:
 
 def _news(board: Any, waiting: Collection[str]) -> list[tuple[str, str]]:
     """What to announce of the applications that are waited for, each with its name."""
-    statuses = {status.name: status for status in board.overview.remote().result(timeout_s=5).statuses}
+    statuses = {status.name: status for status in board.overview.remote().result(timeout_s=BOARD_SECONDS).statuses}
     applications = serve.status().applications
     lines = ((name, _line(name, statuses.get(name), applications[name])) for name in sorted(waiting))
     return [(name, line) for name, line in lines if line is not None]
 
 
-def _stop_models() -> None:
-    """Let the requests that run finish, of all models at once. The board and the ingress end afterwards."""
+def _stop_models(board: Any) -> None:
+    """Refuse new requests, and let those that run finish, of all models at once. The board and the ingress end
+    afterwards.
+    """
+    with suppress(RayError, RayServeException, TimeoutError):
+        board.stop.remote().result(timeout_s=BOARD_SECONDS)
+        time.sleep(LOOK_SECONDS)  # until the ingress has seen it
     names = _models()
     with ThreadPoolExecutor(max(1, len(names))) as threads:
         list(threads.map(serve.delete, names))

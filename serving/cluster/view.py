@@ -26,6 +26,7 @@ from runtime.errors import (
 )
 from serving.cluster.wire import Call, Failure, Overview, Part
 from serving.dialects.grpc.status import UNEXPECTED
+from serving.host.loading import STOPPING
 from serving.host.offers import VERSION_MARK
 from serving.host.states import ModelState, Status
 
@@ -46,14 +47,17 @@ TRIES: Final = 4
 class View:
     """The `Models` of a cluster. Made on the event loop of the ingress."""
 
-    stopping = False
-
     def __init__(self) -> None:
         self.changed = asyncio.Event()
         self._overview = Overview()
         self._handles: dict[str, Any] = {}
         self._looked = asyncio.Event()
         self._looking = asyncio.create_task(self._look())
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the cluster stops."""
+        return self._overview.stopping
 
     def statuses(self) -> list[Status]:
         """The status of every model, sorted by name."""
@@ -68,14 +72,15 @@ class View:
 
     def ready(self) -> dict[str, str | None]:
         """The task of each model, None if it cannot be used now, as in `ModelHost.ready`."""
-        return {name: status.task if _usable(status) else None for name, status in self._by_name().items()}
+        found = self._by_name().items()
+        return {name: status.task if _usable(status) and not self.stopping else None for name, status in found}
 
     async def answers(self, model: str, call: Call, key: str) -> AsyncGenerator[Part, None]:
         """The responses of a replica to a request. Closing the generator stops the work.
 
         If the replica is lost before the first part of the result, another one gets the request. Raises NotFound,
-        Unavailable if the replica was lost later, ResourceExhausted if too many requests wait, and what the replica
-        raised.
+        Unavailable if the replica was lost later or the cluster stops, ResourceExhausted if too many requests wait, and
+        what the replica raised.
         """
         app = await self._application(model)
         session = f"{model} {key}" if app == model else model  # the replica that has the model loaded
@@ -114,6 +119,8 @@ class View:
     async def _application(self, model: str) -> str:
         """The application that serves a model. Raises NotFound, InvalidInput without a name."""
         await self._looked.wait()
+        if self.stopping:
+            raise Unavailable(STOPPING)
         if not model:
             raise InvalidInput("model", f"is missing: name one of {', '.join(sorted(self._by_name()))}")
         if model in self._overview.named:

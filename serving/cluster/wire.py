@@ -64,9 +64,11 @@ class Failure:
 @dataclass(frozen=True)
 class Overview:
     """The models of a cluster. Each of those `named` on the command line has an application of its own, the others are
-    in that of the `repository`, if there is one. `statuses` are of all models, sorted by name.
+    in that of the `repository`, if there is one. `statuses` are of all models, sorted by name. While the cluster is
+    `stopping`, requests are refused.
     """
 
     named: Sequence[str] = ()
     repository: bool = False
     statuses: Sequence[Status] = ()
+    stopping: bool = False

@@ -50,3 +50,10 @@ def test_a_silent_replica_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> Non
     assert board.overview().statuses[0].state is ModelState.READY
     now += 1
     assert board.overview().statuses == [COLD]
+
+
+def test_a_board_says_that_the_cluster_stops() -> None:
+    board = Board([COLD], repository=False)
+    assert not board.overview().stopping
+    board.stop()
+    assert board.overview().stopping

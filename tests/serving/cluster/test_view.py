@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,6 +153,15 @@ async def test_unknown_models_are_refused() -> None:
         await answered(Replicas(), "drow")
     with pytest.raises(InvalidInput, match=r"^model: is missing: name one of draw, shapes, shapes@2"):
         await answered(Replicas(), "")
+
+
+async def test_a_cluster_that_stops_refuses_requests() -> None:
+    stopping = replace(ALL, stopping=True)
+    with pytest.raises(Unavailable, match="stopping"):
+        await answered(Replicas([PICTURE]), overview=stopping)
+    found = view(Replicas(), stopping)
+    await asyncio.wait_for(found.changed.wait(), 2)
+    assert set(found.ready().values()) == {None}
 
 
 async def test_the_models_of_a_cluster() -> None:
