@@ -237,12 +237,13 @@ def server(diffusion: Path, vlm: Path, log: Path) -> Iterator[tuple[subprocess.P
 def soak(diffusion: Path, vlm: Path, folder: Path, requests: int, minutes: float) -> Found:
     """Send so many requests, or as many as there is time for, after a tenth as many that are not counted."""
     found = Found()
+    deadline = time.monotonic() + minutes * 60
     write_cases(folder, 48, 24)
     with server(diffusion, vlm, folder / "server.log") as (process, address):
         answered_alone(folder, address)
-        crowd(folder, address, requests // 10, time.monotonic() + minutes * 60, Found())
+        crowd(folder, address, requests // 10, deadline, Found())
         found.before = settled(process.pid, address)[1]
-        crowd(folder, address, requests, time.monotonic() + minutes * 60, found)
+        crowd(folder, address, requests, deadline, found)
         found.left, found.after = settled(process.pid, address)
         crowd_of_one(folder, address, found)
     return found
@@ -258,7 +259,7 @@ def crowd(folder: Path, address: str, requests: int, deadline: float, found: Fou
             seed += PROCESSES
             left -= watch(folder, address, seed, left, deadline, found, lock)
 
-    threads = [threading.Thread(target=member, args=[seed]) for seed in range(PROCESSES)]
+    threads = [threading.Thread(target=member, args=[seed], daemon=True) for seed in range(PROCESSES)]
     for thread in threads:
         thread.start()
     for thread in threads:

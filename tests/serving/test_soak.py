@@ -14,6 +14,7 @@ MINUTES = 20
 
 
 @pytest.mark.full
+@pytest.mark.timeout((MINUTES + 10) * 60)
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="memory and files are read from Linux' /proc")
 def test_soak(diffusion_bundle: Path, vlm_bundle: Path, tmp_path: Path) -> None:
     found = soak(diffusion_bundle, vlm_bundle, tmp_path, REQUESTS, MINUTES)
