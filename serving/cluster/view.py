@@ -76,14 +76,15 @@ class View:
         return {name: status.task if _usable(status) and not self.stopping else None for name, status in found}
 
     async def answers(self, model: str, call: Call, key: str) -> AsyncGenerator[Part, None]:
-        """The responses of a replica to a request. Closing the generator stops the work.
+        """The responses of a replica to a request. Those with the same `key` go to the same replica, "" to any. Closing
+        the generator stops the work.
 
         If the replica is lost before the first part of the result, another one gets the request. Raises NotFound,
         Unavailable if the replica was lost later or the cluster stops, ResourceExhausted if too many requests wait, and
         what the replica raised.
         """
         app = await self._application(model)
-        session = f"{model} {key}" if app == model else model  # the replica that has the model loaded
+        session = model if app == REPOSITORY else key  # a repository's replica that has the model loaded
         deadline = None if call.timeout is None else monotonic() + call.timeout
         output, started = False, False
         for tries in range(1, TRIES + 1):
@@ -101,7 +102,6 @@ class View:
                         f"the replica that answered was lost ({error}): send the request again"
                     ) from error
                 log.warning("a replica of %s was lost before it answered: the request goes to another", model)
-                self._handles.pop(app, None)
 
     async def _answer(self, app: str, call: Call, session: str) -> AsyncGenerator[Part, None]:
         """The responses of one replica. Raises Lost if the replica or its node went away."""

@@ -137,11 +137,12 @@ async def test_a_request_that_is_closed_is_cancelled() -> None:
     assert replicas.given.cancelled
 
 
-async def test_the_session_is_that_of_the_beginning_or_in_a_repository_that_of_the_model() -> None:
-    replicas = Replicas([PICTURE], [PICTURE])
-    await answered(replicas)
-    await answered(replicas, "shapes")
-    assert [options["session_id"] for options in replicas.options_given] == ["draw key", "shapes"]
+async def test_the_session_is_the_key_or_in_a_repository_the_model() -> None:
+    replicas = Replicas([PICTURE], [PICTURE], [PICTURE])
+    found = view(replicas)
+    for model, key in (("draw", "key"), ("draw", ""), ("shapes", "key")):
+        assert [part async for part in found.answers(model, CALL, key)] == [PICTURE]
+    assert [options["session_id"] for options in replicas.options_given] == ["key", "", "shapes"]
 
 
 async def test_a_repository_that_no_replica_reported_is_asked() -> None:
