@@ -30,8 +30,8 @@ from serving.cluster.ingress import add_local_services, add_services
 from serving.cluster.replica import Replica
 from serving.cluster.routing import Affinity
 from serving.cluster.view import BOARD, LOOK_SECONDS, REPOSITORY
-from serving.dialects.grpc.shown import concealed
 from serving.host.offers import Offer, check_name
+from serving.host.shown import concealed
 from serving.host.states import ModelState, Status
 from serving.security.addresses import is_loopback, split
 from serving.settings import Settings

@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from runtime import limits
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
-from serving.dialects.grpc.shown import without_paths
 from serving.host.catalog import Catalog
 from serving.host.grace import Grace
 from serving.host.loading import STOPPING, Loader, Loading
@@ -25,6 +24,7 @@ from serving.host.observing import Observer
 from serving.host.offers import Offer
 from serving.host.residency import KeepAlive, Memory
 from serving.host.served import Served
+from serving.host.shown import without_paths
 from serving.host.states import ModelState
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,6 @@ from typing import Final
 
 from runtime.errors import SOON, EnginecastError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.pipeline import Event
-from serving.dialects.grpc.shown import concealed, without_paths
 from serving.host.batches import Ran
 from serving.host.inference import ANY
 from serving.host.job import Done, Job, Model, Queued, precision
@@ -21,6 +20,7 @@ from serving.host.observing import Observer
 from serving.host.offers import Limits, Offer
 from serving.host.run import Reservation, Run
 from serving.host.scheduler import Scheduler
+from serving.host.shown import concealed, without_paths
 from serving.host.states import ModelState, Status, SubmodelStatus
 from serving.host.terms import Terms
 

@@ -18,7 +18,7 @@ from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted
 from serving.dialects.connect.errors import Refused
 from serving.dialects.grpc.intake import REQUEST, parse
-from serving.dialects.grpc.shown import shortened
+from serving.host.shown import shortened
 
 STRINGS: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 """The strings of a JSON text."""

@@ -21,7 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from runtime import errors, limits
 from runtime.errors import Cancelled, EnginecastError, InvalidInput
-from serving.dialects.grpc.shown import shortened
+from serving.host.shown import shortened
 
 log = logging.getLogger(__name__)
 

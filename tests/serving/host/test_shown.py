@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import BundleError, InvalidInput, MissingDependency
-from serving.dialects.grpc.shown import concealed, without_paths
+from serving.host.shown import concealed, without_paths
 
 
 @pytest.mark.parametrize(
