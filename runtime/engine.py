@@ -121,8 +121,6 @@ class Engine(ABC):
     """The decisions on the choices that this submodel has, with reasons."""
     _slots: MutableMapping[Slot, Any]
     """What each slot holds, of an engine that keeps states."""
-    joins: bool = True
-    """Whether a call may have more rows than others of its kind without being compiled for them first."""
     reload_seconds: float = 0.0
     """Seconds spent on loading the engine again after it made room for others; see `runtime.placing.offload`."""
 
@@ -201,6 +199,10 @@ class Engine(ABC):
         """Run once. `inputs` match the signature; states, if any, live in `slot`. The outputs are copies that the
         caller may keep.
         """
+
+    def joins(self, inputs: Mapping[str, Array]) -> bool:
+        """Whether a call like this one may have more rows without being compiled for them first."""
+        return True
 
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
         """A decoder's outputs of the last `count` new positions, in order: [batch, count, ...], where `run` gives those

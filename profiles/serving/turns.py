@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
 from pathlib import Path
 from statistics import median
 from time import perf_counter, sleep
@@ -20,17 +19,19 @@ import numpy as np
 import typer
 
 from profiles.serving.worker import Job, ready, started
-from runtime.tasks.chat import TextDelta
 from runtime.timing import turns
 from serving.dialects.python.client import Client
 from serving.dialects.python.model import load
 from serving.dialects.python.requests import Message
 from serving.dialects.python.session import Session
+from serving.host.job import Queued
 
 TOKENS: Final = 48
 EDGE: Final = 336
 """Pixels of the edge of a picture."""
 POLL: Final = 0.001
+WITHIN: Final = 0.2
+"""Seconds after which an answer is cancelled."""
 
 _numbers: Iterator[int] = itertools.count()
 
@@ -67,37 +68,40 @@ def question() -> list[Message]:
     return [Message("user", [picture, f"What is in picture {number}?"])]
 
 
-def first_token(session: Session, messages: Sequence[Message]) -> tuple[float, str]:
-    """Seconds to the first text of an answer, and the answer."""
+def first_token(session: Session, messages: Sequence[Message]) -> float:
+    """Seconds until an answer of one token."""
     began = perf_counter()
-    with closing(session.chat_stream(messages, max_tokens=TOKENS, temperature=0.0)) as stream:
-        for event in stream:
-            if isinstance(event, TextDelta):
-                seconds = perf_counter() - began
-                return seconds, stream.result().text
-    raise SystemExit("the model answered nothing")
+    session.chat(messages, max_tokens=1, temperature=0.0)
+    return perf_counter() - began
 
 
 def further_turn(client: Callable[[], Client]) -> tuple[float, float]:
     """Seconds to the first token of a first turn, and of the next one from another connection."""
     messages = question()
     with client() as connection:
-        first, answer = first_token(connection, messages)
+        first = first_token(connection, messages)
     with client() as connection:
-        further = [*messages, Message("assistant", answer), Message("user", "And what is behind it?")]
-        return first, first_token(connection, further)[0]
+        further = [*messages, Message("assistant", "A shape."), Message("user", "And what is behind it?")]
+        return first, first_token(connection, further)
 
 
 def idle(client: Callable[[], Client]) -> float:
     """Seconds from cancelling an answer until no request runs."""
     with client() as connection, client() as watcher:
-        stream = connection.chat_stream(question(), max_tokens=TOKENS, temperature=0.0)
+
+        def runs() -> bool:
+            return any(model.running for model in watcher.models())
+
+        stream = connection.chat_stream(f"Count from {next(_numbers)}.", max_tokens=TOKENS, temperature=0.0)
         for event in stream:
-            if isinstance(event, TextDelta):
+            if isinstance(event, Queued):
                 break
+        while not runs():
+            sleep(POLL)
+        sleep(WITHIN)
         began = perf_counter()
         stream.close()
-        while any(model.running for model in watcher.models()):
+        while runs():
             sleep(POLL)
         return perf_counter() - began
 

@@ -117,8 +117,6 @@ class Budget:
 class OffloadedEngine(Engine):
     """An engine that is loaded when it is called and closed when another engine needs its memory."""
 
-    joins = False
-
     def __init__(self, submodel: Submodel, target: str, where: str, budget: Budget, estimated: int, load: Load) -> None:
         """`where` names the device whose memory it uses; `estimated` is the number of bytes until it is measured."""
         self.__dict__["target"] = target
@@ -160,6 +158,9 @@ class OffloadedEngine(Engine):
         with self._budget.lend(self, memory.size_of(inputs)) as engine:
             self._holding.add(slot)
             return engine.run_last(inputs, slot, count)
+
+    def joins(self, inputs: Mapping[str, Array]) -> bool:
+        return False  # more rows need more memory
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         with self._budget.lend(self, sum(memory.size_of(inputs) for inputs, _ in calls)) as engine:

@@ -67,7 +67,7 @@ class Joining:
         """
         inputs, signature = _inputs(runs[0]), engine.submodel.signature
         dim = rows_of(signature)
-        if len(runs) < 2 or dim is None or not engine.joins:
+        if len(runs) < 2 or dim is None or not engine.joins(inputs):
             return runs[:1]
         measured = self._measured(engine, inputs)
         if not measured.pays and not measured.worth_trying:

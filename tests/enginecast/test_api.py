@@ -27,7 +27,7 @@ EMBEDDING = {"embed", "match", "vectors", "score"}
 METHODS = {
     "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close"},
     "Model": {"task", "target", "device", "notes"},
-    "Client": {"models", "load", "unload", "reload"},
+    "Client": {"models", "load", "unload", "reload", "collect_drawing", "collect_answer", "stop"},
     "Stream": {"result", "cancel", "close", "aclose"},
 }
 

@@ -136,7 +136,7 @@ class OpenVINO(Engine):
         self._compiled = made.compiled
         self._request = made.compiled.create_infer_request()
         self._computes = made.computes
-        self._fix, self._every, self.joins = fix, every, not every
+        self._fix, self._every = fix, every
         self._graph = graph  # what is compiled reads from its weights
         self._fixed: dict[Fixed, Any] = {}
         if every:
@@ -188,7 +188,7 @@ class OpenVINO(Engine):
         request, feed = self._request, dict(inputs)
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
-            if self._fix is not None and (self._every or _least(self.submodel.signature, shapes)):
+            if self._fix is not None and self._compiles(shapes):
                 request = self._for(
                     self._fix, Fixed.of(shapes, self._every and guided(self.submodel.signature, inputs))
                 )
@@ -200,6 +200,13 @@ class OpenVINO(Engine):
         except (RuntimeError, ValueError) as error:
             raise self._failed(error) from None
         return {tensor.name: np.array(results[tensor.name]) for tensor in self.submodel.signature.outputs}
+
+    def joins(self, inputs: Mapping[str, Array]) -> bool:
+        return self._fix is None or not self._compiles({name: array.shape for name, array in inputs.items()})
+
+    def _compiles(self, shapes: Shapes) -> bool:
+        """Whether calls of these shapes are compiled by themselves."""
+        return self._every or _least(self.submodel.signature, shapes)
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         """One infer request for all rows of all calls where the cache is in pages, else one call after another."""

@@ -26,10 +26,11 @@ async def responses(
 ) -> AsyncGenerator[Message, None]:
     """Run the request in a message; yields its responses. Raises the errors of `ModelHost.run`."""
     stream, large = task.responses(), message.ByteSize() > LARGE
-    if message.terms.collect:
+    how = messages.terms_of(message)
+    if how.collect:
         found = host.collect(_alone(message), task.task)
     else:
-        name, terms = message.model, messages.terms(message.terms)
+        name, terms = message.model, messages.terms(how)
         request = await asyncio.to_thread(task.request, message) if large else task.request(message)
         found = host.run(name, request, timeout, client, terms)
         del request

@@ -58,6 +58,12 @@ def keep_alive(message: ProtoMessage) -> float | None:
     return ENDLESS if seconds < 0 else seconds
 
 
+def terms_of(message: Any) -> common_pb2.Terms:
+    """The terms in a task's message, empty where it has no such field."""
+    found: common_pb2.Terms = message.terms if "terms" in message.DESCRIPTOR.fields_by_name else common_pb2.Terms()
+    return found
+
+
 def terms(message: common_pb2.Terms) -> Terms:
     """How a request is run. Raises InvalidInput."""
     if message.priority not in PRIORITIES:

@@ -24,6 +24,7 @@ from serving.cli import options
 from serving.dialects.grpc.client import Client
 from serving.dialects.python import model as in_process
 from serving.enginecast_pb import model_pb2
+from serving.host.offers import Limits
 from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer, bundle, until
 
 ROOT = Path(__file__).parents[3]
@@ -219,8 +220,13 @@ class TestChat:
         assert "3 tokens" in ended.err
 
     def test_captions_are_a_line_for_each_picture(
-        self, run: Any, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+        self, run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     ) -> None:
+        (tmp_path / "served").mkdir()
+        with FakeServer(tmp_path / "served", Limits(slots=1, max_queue=8), ready=True) as roomy:
+            self._captions(run, roomy, monkeypatch, tmp_path)
+
+    def _captions(self, run: Any, warm: FakeServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         seen = []
         chat = FakeAnswers.pipeline
 
