@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -13,6 +14,19 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from serving.security.tls import TlsFiles
+
+SIGNS: Final = x509.KeyUsage(
+    digital_signature=False,
+    content_commitment=False,
+    key_encipherment=False,
+    data_encipherment=False,
+    key_agreement=False,
+    key_cert_sign=True,
+    crl_sign=True,
+    encipher_only=False,
+    decipher_only=False,
+)
+"""What the key of an authority is used for."""
 
 
 def _name(common: str) -> x509.Name:
@@ -28,7 +42,8 @@ class Authority:
         self._key = ec.generate_private_key(ec.SECP256R1())
         self.path = folder / f"{name}.pem"
         own = x509.BasicConstraints(ca=True, path_length=None)
-        certificate = self._builder(name, self._key.public_key()).add_extension(own, critical=True)
+        builder = self._builder(name, self._key.public_key()).add_extension(own, critical=True)
+        certificate = builder.add_extension(SIGNS, critical=True)
         self.path.write_bytes(certificate.sign(self._key, hashes.SHA256()).public_bytes(Encoding.PEM))
 
     def _builder(
@@ -43,6 +58,9 @@ class Authority:
             .serial_number(x509.random_serial_number())
             .not_valid_before(now + timedelta(begins))
             .not_valid_after(now + timedelta(days))
+            # Python 3.13 requires them
+            .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+            .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
 
     def issue(self, name: str, begins: float = -2, days: float = 5) -> TlsFiles:
