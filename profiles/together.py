@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
-import numpy as np
-
-from runtime.diffusion.adapters import DOWN, UP
 from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
-
-SHARED: Final = (DOWN, UP)
-"""Inputs that all rows of a call have in common."""
+from runtime.stacking import Rows
 
 
 def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list[Event]]:
-    """The events of each of several pipelines, run in lockstep. Calls to the same submodel are stacked where their
-    shapes are equal, and so is what rows share. No call may have a slot.
+    """The events of each of several pipelines, run in lockstep. Calls to the same submodel are stacked where they
+    differ in their rows only. No call may have a slot.
     """
     events: list[list[Event]] = [[] for _ in pipelines]
     waiting: dict[int, Call] = {}
@@ -35,7 +29,7 @@ def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list
         advance(number, None)
     while waiting:
         first = next(iter(waiting.values()))
-        group = [number for number, call in waiting.items() if _stackable(call, first)]
+        group = [number for number, call in waiting.items() if _stackable(engines, call, first)]
         for number, outputs in zip(
             group, _run_stacked(engines, [waiting.pop(number) for number in group]), strict=True
         ):
@@ -43,21 +37,16 @@ def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list
     return events
 
 
-def _stackable(call: Call, other: Call) -> bool:
-    def shapes(of: Call) -> dict[str, tuple[int, ...]]:
-        return {name: array.shape for name, array in of.inputs.items()}
-
-    alike = call.submodel == other.submodel and shapes(call) == shapes(other)
-    return alike and all(
-        np.array_equal(call.inputs[name], other.inputs[name]) for name in SHARED if name in call.inputs
-    )
+def _stackable(engines: Engines, call: Call, other: Call) -> bool:
+    rows = Rows.of(engines[call.submodel].submodel.signature) if call.submodel == other.submodel else None
+    return call is other or (rows is not None and rows.stackable(call.inputs, other.inputs))
 
 
 def _run_stacked(engines: Engines, calls: Sequence[Call]) -> list[Outputs]:
     assert all(call.slot is None for call in calls), "a slot's states belong to one sequence"
-    first = calls[0].inputs
-    stacked = {name: np.concatenate([call.inputs[name] for call in calls]) for name in first if name not in SHARED}
-    stacked |= {name: first[name] for name in SHARED if name in first}
-    outputs = engines[calls[0].submodel].run(stacked)
-    parts = {name: np.split(array, len(calls)) for name, array in outputs.items()}
-    return [{name: part[number] for name, part in parts.items()} for number in range(len(calls))]
+    engine, inputs = engines[calls[0].submodel], [call.inputs for call in calls]
+    rows = Rows.of(engine.submodel.signature)
+    if rows is None:
+        (alone,) = inputs
+        return [engine.run(alone)]
+    return rows.unstack(engine.run(rows.stack(inputs)), inputs)

@@ -172,13 +172,18 @@ class Engines(Protocol):
     def __getitem__(self, submodel: str, /) -> Engine: ...
 
 
-def run_call(engines: Engines, call: Call) -> Outputs:
-    """Run one call on its engine."""
-    engine = engines[call.submodel]
+def prepare(engine: Engine, call: Call) -> None:
+    """Bring the slot of a call to what the call continues."""
     if call.slot is not None and call.origin is not None:
         engine.copy(call.origin, call.slot)
     if call.slot is not None and call.keep is not None:
         engine.trim(call.slot, call.keep)
+
+
+def run_call(engines: Engines, call: Call) -> Outputs:
+    """Run one call on its engine."""
+    engine = engines[call.submodel]
+    prepare(engine, call)
     if call.last > 1:
         return engine.run_last(call.inputs, call.slot or Slot(), call.last)
     return engine.run(call.inputs, call.slot)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,48 +13,44 @@ from runtime.engine import divided
 Inputs = Mapping[str, Array]
 
 
-def rows_of(signature: Signature) -> Dim | None:
-    """The dim that counts the rows of a call: the first one of every output. None where there is no such dim."""
-    first = {tensor.dims[0] if tensor.dims else None for tensor in signature.outputs}
-    dim = first.pop() if len(first) == 1 else None
-    if signature.states or not isinstance(dim, Dim) or dim.sum_of:
-        return None
-    return dim if any(_has(tensor, dim) for tensor in signature.inputs) else None
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a submodel's calls: `most` in one call. `rowed` are the inputs that have them; the `shared` ones are
+    what all rows of a call have in common.
+    """
 
+    most: int
+    rowed: tuple[str, ...]
+    shared: tuple[str, ...]
 
-def stackable(signature: Signature, one: Inputs, other: Inputs) -> bool:
-    """Whether two calls differ in their rows only. What rows have in common must be equal."""
-    dim = rows_of(signature)
-    return dim is not None and all(
-        one[tensor.name].shape[1:] == other[tensor.name].shape[1:]
-        if _has(tensor, dim)
-        else one[tensor.name] is other[tensor.name] or np.array_equal(one[tensor.name], other[tensor.name])
-        for tensor in signature.inputs
-    )
+    @classmethod
+    def of(cls, signature: Signature) -> Rows | None:
+        """The first dim of every output counts rows. None where there is no such dim, or where calls have states."""
+        first = {tensor.dims[0] if tensor.dims else None for tensor in signature.outputs}
+        dim = first.pop() if len(first) == 1 else None
+        if signature.states or not isinstance(dim, Dim) or dim.sum_of:
+            return None
+        rowed = tuple(tensor.name for tensor in signature.inputs if _has(tensor, dim))
+        shared = tuple(tensor.name for tensor in signature.inputs if tensor.name not in rowed)
+        return cls(dim.max, rowed, shared) if rowed else None
 
+    def count(self, call: Inputs) -> int:
+        """The rows of a call."""
+        return len(call[self.rowed[0]])
 
-def stack(signature: Signature, calls: Sequence[Inputs]) -> dict[str, Array]:
-    """The inputs of stackable calls as those of one, the rows of each behind those of the one before."""
-    dim = rows_of(signature)
-    assert dim is not None, "stackable calls have rows"
-    return {
-        tensor.name: np.concatenate([call[tensor.name] for call in calls])
-        if _has(tensor, dim)
-        else calls[0][tensor.name]
-        for tensor in signature.inputs
-    }
+    def stackable(self, one: Inputs, other: Inputs) -> bool:
+        """Whether two calls differ in their rows only."""
+        alike = all(one[name].shape[1:] == other[name].shape[1:] for name in self.rowed)
+        return alike and all(one[name] is other[name] or np.array_equal(one[name], other[name]) for name in self.shared)
 
+    def stack(self, calls: Sequence[Inputs]) -> dict[str, Array]:
+        """The inputs of stackable calls as those of one, the rows of each behind those of the one before."""
+        rowed = {name: np.concatenate([call[name] for call in calls]) for name in self.rowed}
+        return rowed | {name: calls[0][name] for name in self.shared}
 
-def unstack(signature: Signature, outputs: Inputs, calls: Sequence[Inputs]) -> list[dict[str, Array]]:
-    """The outputs of each of the stacked calls."""
-    return divided(outputs, [rows(signature, call) for call in calls])
-
-
-def rows(signature: Signature, call: Inputs) -> int:
-    """The rows of a call."""
-    dim = rows_of(signature)
-    assert dim is not None, "stackable calls have rows"
-    return len(next(call[tensor.name] for tensor in signature.inputs if _has(tensor, dim)))
+    def unstack(self, outputs: Inputs, calls: Sequence[Inputs]) -> list[dict[str, Array]]:
+        """The outputs of each of the stacked calls."""
+        return divided(outputs, [self.count(call) for call in calls])
 
 
 def _has(tensor: Tensor, dim: Dim) -> bool:

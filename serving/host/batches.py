@@ -13,8 +13,8 @@ from typing import Final
 
 from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot
-from runtime.pipeline import Outputs, run_call
-from runtime.stacking import stack, unstack
+from runtime.pipeline import Outputs, prepare, run_call
+from runtime.stacking import Rows
 from serving.host.run import Run
 
 CHUNK: Final = 128
@@ -65,14 +65,15 @@ def together(engine: Engine, runs: Sequence[Run]) -> Ran | None:
     """Make the stackable calls of several requests as one, and continue them. None where the engine cannot: then
     nothing was done.
     """
-    signature, calls = engine.submodel.signature, [run.call.inputs for run in runs if run.call is not None]
+    rows, calls = Rows.of(engine.submodel.signature), [run.call.inputs for run in runs if run.call is not None]
+    assert rows is not None, "stackable calls have rows"
     began = perf_counter()
     try:
-        outputs = engine.run(stack(signature, calls))
+        outputs = engine.run(rows.stack(calls))
     except Exception:  # it takes fewer rows; if a call is at fault, that shows when each is made by itself
         return None
     ran = Ran(engine.submodel.name, runs, perf_counter() - began)
-    for run, found in zip(runs, unstack(signature, outputs, calls), strict=True):
+    for run, found in zip(runs, rows.unstack(outputs, calls), strict=True):
         run.advance(found)
     return ran
 
@@ -80,23 +81,25 @@ def together(engine: Engine, runs: Sequence[Run]) -> Ran | None:
 def decode(engine: Engine, runs: Sequence[Run]) -> list[Ran]:
     """The next positions of every request that waits for this decoder."""
     whole = [run for run in runs if engine.submodel.signature.port is None or (run.call and run.call.last > 1)]
-    name, spent = engine.submodel.name, [alone(run) for run in whole]
-    pieces = _pieces(engine, [run for run in runs if run not in whole])
-    for piece in pieces:
-        _prepare(engine, piece)
-    if len(pieces) < 2:
-        return spent + [Ran(name, (piece.run,), _feed(engine, piece)) for piece in pieces]
+    spent = [alone(run) for run in whole]
+    pieces = [piece for piece in _pieces(engine, [run for run in runs if run not in whole]) if _prepared(engine, piece)]
+    joined = _joined(engine, pieces) if len(pieces) > 1 else None
+    return [*spent, *([joined] if joined else (_feed(engine, piece) for piece in pieces))]
+
+
+def _joined(engine: Engine, pieces: Sequence[Piece]) -> Ran | None:
+    """Run pieces together. None where one of them is at fault, which shows when each is run by itself."""
     began = perf_counter()
     try:
         outputs = engine.run_many([(piece.inputs, piece.slot) for piece in pieces])
-    except Exception:  # one of them is at fault: it shows when each is run by itself
+    except Exception:
         for piece in pieces:
             engine.trim(piece.slot, piece.past)
-        return spent + [Ran(name, (piece.run,), _feed(engine, piece)) for piece in pieces]
-    ran = Ran(name, [piece.run for piece in pieces], perf_counter() - began)
+        return None
+    ran = Ran(engine.submodel.name, [piece.run for piece in pieces], perf_counter() - began)
     for piece, found in zip(pieces, outputs, strict=True):
         _continue(piece, found)
-    return [*spent, ran]
+    return ran
 
 
 def _pieces(engine: Engine, runs: Sequence[Run]) -> list[Piece]:
@@ -128,23 +131,25 @@ def _piece(engine: Engine, run: Run, count: int) -> Piece:
     return Piece(run, part, run.call.slot, past, stop, stop == sequence)
 
 
-def _prepare(engine: Engine, piece: Piece) -> None:
-    """Bring the slot to what a call continues, before the first positions of it."""
+def _prepared(engine: Engine, piece: Piece) -> bool:
+    """Bring the slot to what a call continues, before the first positions of it. A failure ends the request."""
     call = piece.run.call
-    if piece.run.fed or call is None:
-        return
-    if call.origin is not None:
-        engine.copy(call.origin, piece.slot)
-    if call.keep is not None:
-        engine.trim(piece.slot, call.keep)
+    assert call is not None, "it waits for a call"
+    try:
+        if not piece.run.fed:
+            prepare(engine, call)
+    except Exception as error:
+        piece.run.end(error)
+        return False
+    return True
 
 
-def _feed(engine: Engine, piece: Piece) -> float:
-    """Run one piece by itself. Returns the seconds it took."""
+def _feed(engine: Engine, piece: Piece) -> Ran:
+    """Run one piece by itself."""
     seconds, outputs = _timed(piece.run, lambda: engine.run(piece.inputs, piece.slot))
     if outputs is not None:
         _continue(piece, outputs)
-    return seconds
+    return Ran(engine.submodel.name, (piece.run,), seconds)
 
 
 def _continue(piece: Piece, outputs: Outputs) -> None:

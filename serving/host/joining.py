@@ -13,7 +13,8 @@ from math import inf
 from typing import Final
 
 from runtime.engine import Engine
-from runtime.stacking import Inputs, rows, rows_of, stackable
+from runtime.kept import Kept
+from runtime.stacking import Inputs, Rows
 from serving.host.run import Run
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ TRIALS: Final = 3
 The shortest times count: others were disturbed, and an engine may prepare for more rows at first.
 """
 KINDS: Final = 64
-"""Kinds of calls, by submodel and shapes, whose measurements are held."""
+"""Kinds of calls, by submodel and shapes, whose measurements are held: those that were made last."""
 
 Kind = tuple[object, ...]
 
@@ -59,23 +60,22 @@ class Joining:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._kinds: dict[Kind, _Measured] = {}
+        self._kinds = Kept[Kind, _Measured](KINDS)
 
     def joined(self, engine: Engine, runs: Sequence[Run]) -> Sequence[Run]:
         """The requests whose calls are made together, of those that wait for a submodel without states: the first one,
         and those that join it.
         """
-        inputs, signature = _inputs(runs[0]), engine.submodel.signature
-        dim = rows_of(signature)
-        if len(runs) < 2 or dim is None or not engine.joins(inputs):
+        inputs = _inputs(runs[0])
+        if len(runs) < 2 or not engine.joins(inputs):
             return runs[:1]
-        measured = self._measured(engine, inputs)
-        if not measured.pays and not measured.worth_trying:
+        measured, rows = self._measured(engine, inputs), Rows.of(engine.submodel.signature)
+        if rows is None or not (measured.pays or measured.worth_trying):
             return runs[:1]
-        found, room = [runs[0]], dim.max - rows(signature, inputs)
+        found, room = [runs[0]], rows.most - rows.count(inputs)
         for run in runs[1:]:
-            count = rows(signature, _inputs(run))
-            if count <= room and stackable(signature, inputs, _inputs(run)):
+            count = rows.count(_inputs(run))
+            if count <= room and rows.stackable(inputs, _inputs(run)):
                 found.append(run)
                 room -= count
                 if not measured.pays:
@@ -102,10 +102,11 @@ class Joining:
         self._measured(engine, inputs).together = [inf] * TRIALS
 
     def _measured(self, engine: Engine, inputs: Inputs) -> _Measured:
-        if len(self._kinds) > KINDS:
-            self._kinds.clear()
         kind = engine.submodel.name, *(array.shape for array in inputs.values())
-        return self._kinds.setdefault(kind, _Measured())
+        measured = self._kinds.get(kind)
+        if measured is None:
+            self._kinds.put(kind, measured := _Measured(), 1)
+        return measured
 
 
 def _inputs(run: Run) -> Inputs:

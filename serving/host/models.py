@@ -196,6 +196,8 @@ class ModelHost:
             if timer is not None:
                 timer.cancel()
             run.fail(Cancelled("the caller left"))
+            if run.future.done():
+                self._ended(served, run)  # now, so that whoever has the whole answer finds the place free
 
     def _enter(self, served: Served, client: str, nbytes: int, terms: Terms) -> Reservation:
         held = sum(place.nbytes for other in self.catalog for place in other.places)
@@ -328,7 +330,9 @@ class ModelHost:
             raise Unavailable(STOPPING)
 
     def _ended(self, served: Served, run: Run) -> None:
-        """Free a request's place. If its engine failed, check the engines: a device may be lost."""
+        """Free a request's place, once. If its engine failed, check the engines: a device may be lost."""
+        if run not in served.runs:
+            return
         served.ended(run)
         self.lifecycle.keep_alive.used(served, run.place.terms.keep_alive)
         if isinstance(run.error, EngineError):

@@ -33,7 +33,7 @@ class Run:
 
     `changed` is called when it may go on or was stopped. `future` is done when no more work is done for it; `error` is
     then how it ended. `call` is the engine call that it waits for, and `fed` how many positions of it were run.
-    `position` is its place in the queue as its client was told it.
+    `position` is the place in the queue that its client knows.
     """
 
     def __init__(self, job: Job, place: Reservation, changed: Callable[[Run], None]) -> None:
@@ -89,5 +89,5 @@ class Run:
 
     def _finish(self, error: BaseException | None) -> None:
         self.call, self.error = None, error
+        self.future.set_result(None)  # first: a reader that has come to the end finds it done
         self.events.end(error)
-        self.future.set_result(None)

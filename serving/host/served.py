@@ -1,4 +1,4 @@
-"""One model of a server: its bundle, its state, its worker threads and its requests."""
+"""One model of a server: its bundle, its state, its scheduler and its requests."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ class Served:
         """Queue the job; `ended` is called on the event loop when it is done."""
         loop = asyncio.get_running_loop()
         run = Run(job, place, self.scheduler.changed)
-        run.events.put(self._queued(id, run, max(0, len(self.runs) + 1 - self.limits.slots)))
+        run.events.put(self._queued(id, run, self._position(len(self.runs))))
         self.runs[run] = id
 
         def done(_: Future[None]) -> None:
@@ -173,15 +173,19 @@ class Served:
 
     def ended(self, run: Run) -> None:
         """A request ended: those that wait hear of their new places."""
-        self.runs.pop(run, None)
+        del self.runs[run]
         self.leave(run.place)
         if run.error is None and run.started_at is not None:
             self._pace.append(monotonic() - run.started_at)
         waiting = self.scheduler.waiting
-        ahead = len(self.runs) - len(waiting) + 1 - self.limits.slots
+        running = len(self.runs) - len(waiting)
         for number, one in enumerate(waiting):
-            if one in self.runs and one.position != (position := max(0, ahead + number)):
+            if one in self.runs and one.position != (position := self._position(running + number)):
                 one.events.put(self._queued(self.runs[one], one, position))
+
+    def _position(self, others: int) -> int:
+        """How many requests have to end before one starts that came behind so many others."""
+        return max(0, others + 1 - self.limits.slots)
 
     def _queued(self, id: str, run: Run, position: int) -> Queued:
         """The place of a request in the queue, and when it is expected to start."""

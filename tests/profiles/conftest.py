@@ -102,6 +102,8 @@ def drawing(bundle: Bundle) -> LoadedModel:
         "vae_decoder": FakeEngine(decode),
         "vae_encoder": FakeEngine(lambda inputs: {"latents": inputs["image"]}),
     }
+    for part in SUBMODELS:
+        engines[part.name].submodel = part
     return LoadedModel(
         bundle,
         "image",

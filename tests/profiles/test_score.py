@@ -17,7 +17,9 @@ from profiles import cli, rows, score, subjects
 from profiles.exam import Subject
 from profiles.tasks.image import PictureExam, defaults_of
 from profiles.together import drive_together
-from runtime.bundle.manifest import Bundle
+from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.precision import Precision
+from runtime.bundle.signature import BATCH, Signature, Tensor
 from runtime.diffusion.adapters import DOWN
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
@@ -121,6 +123,15 @@ def test_pictures_drawn_together_are_those_drawn_alone(drawing: LoadedModel) -> 
 def test_matrices_of_loras_are_shared_by_the_rows_of_a_call() -> None:
     """Calls with other matrices run apart."""
     engines = {"unet": FakeEngine(lambda inputs: {"y": inputs["x"] * inputs[DOWN][0, 0]})}
+    x, y = (Tensor(name=name, dtype="float32", dims=(BATCH, 3)) for name in "xy")
+    down = Tensor(name=DOWN, dtype="float32", dims=(4, 5))
+    engines["unet"].submodel = Submodel(
+        name="unet",
+        signature=Signature(inputs=(x, down), outputs=(y,)),
+        graph="model.onnx",
+        precision=Precision.parse("float32"),
+        nbytes=0,
+    )
 
     def one(value: float) -> Pipeline:
         outputs = yield Call("unet", {"x": np.ones((2, 3), np.float32), DOWN: np.full((4, 5), value, np.float32)})

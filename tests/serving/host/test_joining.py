@@ -18,7 +18,7 @@ from runtime.engine import FakeEngine
 from runtime.errors import EngineError
 from runtime.pipeline import Call, Outputs, Pipeline
 from runtime.placing.loading import load_model
-from runtime.stacking import stack, stackable, unstack
+from runtime.stacking import Rows
 from runtime.tasks.chat import TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
 from serving.host import joining
@@ -40,17 +40,18 @@ def call(value: float, rows: int = 1, width: int = 4, scale: float = 2) -> dict[
 
 
 def test_calls_are_stacked_by_rows_and_split_again() -> None:
-    calls = [call(1), call(2, rows=3), call(3)]
-    assert all(stackable(ROWED, calls[0], one) for one in calls)
-    stacked = stack(ROWED, calls)
+    rows, calls = Rows.of(ROWED), [call(1), call(2, rows=3), call(3)]
+    assert rows is not None and all(rows.stackable(calls[0], one) for one in calls)
+    stacked = rows.stack(calls)
     assert stacked["x"].shape == (5, 4) and stacked["scale"].shape == (1,)
-    parts = unstack(ROWED, {"y": stacked["x"] * 2}, calls)
+    parts = rows.unstack({"y": stacked["x"] * 2}, calls)
     assert [part["y"].tolist() for part in parts] == [(one["x"] * 2).tolist() for one in calls]
 
 
 @pytest.mark.parametrize("other", [call(1, width=5), call(1, scale=3)])
 def test_calls_that_differ_in_more_are_not_stacked(other: dict[str, Array]) -> None:
-    assert not stackable(ROWED, call(1), other)
+    rows = Rows.of(ROWED)
+    assert rows is not None and not rows.stackable(call(1), other)
 
 
 def engine_of(seconds: Callable[[int], float]) -> tuple[FakeEngine, list[int]]:

@@ -118,7 +118,7 @@ def square(seed: int) -> Array:
 
 QUESTIONS = [
     question("How many shapes are there?", 1),
-    question("What colour is the circle? " * 20, 2),
+    question("What colour is the circle? " * 5, 2),
     question("Is there a square?"),
     question("Describe the picture.", 3),
     question("How many shapes are there?", 1),
@@ -134,7 +134,7 @@ def test_answers_are_those_that_each_gets_alone(chat: LoadedModel, monkeypatch: 
         return run_many(self, calls)
 
     monkeypatch.setattr(type(chat.engines["decoder"]), "run_many", counted)
-    monkeypatch.setattr(batches, "CHUNK", 16)
+    monkeypatch.setattr(batches, "CHUNK", 64)
     found = together(chat, *map(chat.pipeline, QUESTIONS))
     assert [text(events) for events in found] == alone and all(alone)
     assert max(rows) == len(QUESTIONS), "all of them wrote their answers in one run"
@@ -223,6 +223,35 @@ def test_a_fault_ends_its_own_request_only() -> None:
         results = await asyncio.gather(*map(read, runs), return_exceptions=True)
         assert isinstance(results[3], EngineError) and isinstance(runs[3].error, EngineError)
         assert [text(events) for events in results if isinstance(events, list)] == ["0", "2", "4", "8"]
+        scheduler.close()
+
+    asyncio.run(run())
+
+
+def test_a_slot_that_cannot_be_continued_ends_its_own_request_only(
+    chat: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [text(list(Job(chat, chat.pipeline(request)).events())) for request in QUESTIONS[:2]]
+    lost, trim = Slot(), chat.engines["decoder"].trim
+
+    def refusing(slot: Slot, length: int) -> None:
+        if slot is lost:
+            raise EngineError("the slot is lost")
+        trim(slot, length)
+
+    monkeypatch.setattr(chat.engines["decoder"], "trim", refusing)
+
+    def wrong() -> Pipeline:
+        lengths = chat.engines["decoder"].submodel.signature.decoder.lengths(1, 1)
+        inputs = chat.engines["decoder"].submodel.signature.sample_call(lengths, np.random.default_rng(0))
+        yield Call("decoder", inputs, lost, keep=1)
+
+    async def run() -> None:
+        scheduler = Scheduler("model", 8)
+        runs = started(scheduler, chat, *map(chat.pipeline, QUESTIONS[:2]), wrong())
+        *good, bad = await asyncio.gather(*map(read, runs), return_exceptions=True)
+        assert [text(events) for events in good if isinstance(events, list)] == expected
+        assert isinstance(bad, EngineError)
         scheduler.close()
 
     asyncio.run(run())
