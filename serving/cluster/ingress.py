@@ -30,6 +30,7 @@ from serving.dialects.grpc.management import ModelReader
 from serving.dialects.grpc.recording import Recording
 from serving.dialects.grpc.status import Context, reported, write
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
+from serving.dialects.grpc.wrapping import around, calling
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.observing import Observer, current
 from serving.security.addresses import is_loopback
@@ -86,7 +87,7 @@ def handler(method: MethodDescriptor, function: Callable[..., Any]) -> Any:
 
 def local(handler: Any) -> Any:
     """A handler that refuses calls from other machines before their requests are read."""
-    inner = handler.stream_stream or handler.stream_unary
+    inner = calling(handler)
 
     async def call(messages: Any, context: Context) -> Any:
         async with reported(context):
@@ -97,9 +98,7 @@ def local(handler: Any) -> Any:
                 )
         return await inner(messages, context)
 
-    if handler.response_streaming:
-        return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
-    return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+    return around(handler, call)
 
 
 def serialized(response: bytes | Message) -> bytes:

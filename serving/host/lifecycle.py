@@ -1,8 +1,8 @@
 """Changes of a model's state: loading, unloading, and loading again when a device was lost.
 
-Every method runs on the server's event loop; engines are loaded and freed in the model's worker threads. A thread
-cannot be ended from outside: one that computes or loads is stopped before its next step. If that takes too long, it is
-abandoned, and its engines are freed when it ends.
+Every method runs on the server's event loop; engines are loaded and freed in the thread of the model's scheduler. A
+thread cannot be ended from outside: one that computes or loads is stopped before its next step. If that takes too long,
+it is abandoned, and its engines are freed when it ends.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Passes the events of one request from a worker thread to the event loop, with bounded memory."""
+"""Passes the events of one request from the thread of its model to the event loop, with bounded memory."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ class Result:
         self.events: list[Event] = []
         self.ended = False
         self.error: Exception | None = None
+        self._shown: tuple[int, Progress] | None = None
         self._more = asyncio.Event()
 
     @property
@@ -30,7 +31,10 @@ class Result:
     def add(self, event: Event) -> None:
         """Hold a further event."""
         if isinstance(event, Progress):
-            self.events = [replace(old, preview=None) if isinstance(old, Progress) else old for old in self.events]
+            if self._shown is not None:
+                number, shown = self._shown
+                self.events[number] = replace(shown, preview=None)
+            self._shown = None if event.preview is None else (len(self.events), event)
         self.events.append(event)
         self._tell()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, Final
 
@@ -23,13 +23,12 @@ from runtime.errors import DeadlineExceeded, InvalidInput
 from runtime.placing.heap import give_back
 from serving.dialects.grpc.status import Context, reported, write
 from serving.dialects.grpc.wire import fields_within
+from serving.dialects.grpc.wrapping import Handler, Wrapping
 from serving.host.observing import Record, current
 from serving.host.turns import Turns
 from serving.security.gate import Gate
 from serving.security.scopes import is_management
 
-Handler = Any
-"""grpc.RpcMethodHandler, whose attributes the stubs lack."""
 END: Final = grpc.aio.EOF  # type: ignore[attr-defined]  # the stubs lack it
 AUTHORIZATION: Final = "authorization"
 """The metadata that has a token."""
@@ -41,20 +40,13 @@ LARGE: Final = 1 << 20
 """The memory of messages with more bytes is returned to the system."""
 
 
-class Intake(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Intake(Wrapping):
     """Receives the requests of all calls of a server."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
         self._turns = Turns(limits.ARRIVING.most)
         self._returning: asyncio.Task[None] | None = None
-
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
-        handler = await continuation(details)
-        return None if handler is None else self.wrapped(details.method.removeprefix("/"), handler)
 
     def wrapped(self, method: str, handler: Handler) -> Handler:
         """A handler that receives the requests of `method`, such as "enginecast.v1.ImageService/Generate", for another

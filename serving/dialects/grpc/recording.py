@@ -7,7 +7,6 @@ metadata `traceparent` joins the request to a trace of the client's (W3C Trace C
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import grpc
@@ -15,14 +14,13 @@ import grpc
 from runtime import limits
 from runtime.errors import InvalidInput, quoted
 from serving.dialects.grpc.status import ERROR_KEY, ID_KEY, Context, reported
+from serving.dialects.grpc.wrapping import Handler, Wrapping, around, calling
 from serving.host.observing import Observer, Record, recorded
 
-Handler = Any
-"""grpc.RpcMethodHandler, whose attributes the stubs lack."""
 TRACE_KEY: Final = "traceparent"
 
 
-class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+class Recording(Wrapping):
     """Records every call of a server. It comes before the interceptor that receives requests, whose handlers write
     their responses themselves.
     """
@@ -30,16 +28,9 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
 
-    async def intercept_service(
-        self, continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]], details: grpc.HandlerCallDetails
-    ) -> Handler:
-        """The handler of a call, wrapped. None if there is no such method, as gRPC expects."""
-        handler = await continuation(details)
-        return None if handler is None else self.wrapped(details.method.removeprefix("/"), handler)
-
     def wrapped(self, method: str, handler: Handler) -> Handler:
         """A handler that records the calls of another one, which `Intake` made."""
-        inner = handler.stream_stream or handler.stream_unary
+        inner = calling(handler)
 
         async def call(messages: Any, context: Context) -> Any:
             record = Record(method=method, client=_sender(context), peer=context.peer())
@@ -56,9 +47,7 @@ class Recording(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generi
                     record.error = str(dict(context.trailing_metadata()).get(ERROR_KEY, ""))
                     raise
 
-        if handler.response_streaming:
-            return grpc.stream_stream_rpc_method_handler(call, None, handler.response_serializer)
-        return grpc.stream_unary_rpc_method_handler(call, None, handler.response_serializer)
+        return around(handler, call)
 
 
 def _sender(context: Context) -> str:
