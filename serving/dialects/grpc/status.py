@@ -32,10 +32,10 @@ ERROR_KEY: Final = "enginecast-error"
 FIELD_KEY: Final = "enginecast-field"
 UNEXPECTED: Final = "the server failed unexpectedly: its log says why"
 UNREAD_SECONDS = float(limits.UNREAD.most)
-FIELD_LENGTH: Final = 200
+FIELD_LENGTH: Final = 120
 MESSAGE_BYTES: Final = 3072
-"""Longest message sent. It travels percent-encoded in the trailers, and once more in the details; gRPC limits the
-trailers to 8 KiB.
+"""Longest message sent. The message and the field travel percent-encoded in the trailers, and once more in the details.
+gRPC drops some of the trailers that are longer than 8 KiB, and with them the status.
 """
 DETAILS_KEY: Final = "grpc-status-details-bin"
 DOMAIN: Final = "enginecast"

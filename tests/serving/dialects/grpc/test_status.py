@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import pytest
@@ -75,6 +76,8 @@ def test_the_longest_texts_arrive(warm: FakeServer, letter: str, monkeypatch: py
     assert error.code() is grpc.StatusCode.INVALID_ARGUMENT and error.details().startswith(letter)
     (violation,) = found[error_details_pb2.BadRequest].field_violations
     assert violation.field.startswith(letter * 100) and violation.description.startswith(letter * 100)
+    sizes = [len(key) + len(value) + 32 for key, value in error.trailing_metadata()]
+    assert sum(sizes) + len(quote(error.details())) < 8192 - 512, "gRPC drops longer trailers at random"
     with pytest.raises(InvalidInput) as caught:
         list(warm.client.generate(request()))
     assert caught.value.field.startswith(letter * 100), "without percent signs"
