@@ -127,11 +127,12 @@ class Settings:
         Path | None,
         typer.Option(metavar="FILE", help="File to append a line of JSON to for every call that manages models."),
     ] = None
-    http_address: Annotated[
+    http: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST:PORT",
-            help="Where to listen for gRPC-Web and Connect, for web pages and curl (extra connect). Default: nowhere.",
+            metavar="HOST[:PORT]",
+            help="Where to listen for HTTP, for clients of other programs, web pages and curl (extra http). Without a "
+            "port: 11434, that of Ollama. Default: nowhere.",
         ),
     ] = None
     http_origins: Annotated[

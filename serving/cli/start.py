@@ -18,6 +18,7 @@ from serving.observers import logs
 from serving.observers.logs import RequestLog
 from serving.observers.metrics import Metrics
 from serving.observers.traces import Traces, otlp
+from serving.security.addresses import with_port
 from serving.security.audit import Audit
 from serving.security.gate import Gate
 from serving.security.protection import Security
@@ -25,6 +26,8 @@ from serving.security.tls import TlsFiles
 from serving.settings import Settings
 
 ENGINES: Final = ("local", "ray")
+HTTP_PORT: Final = 11434
+"""The port that clients of Ollama expect."""
 
 
 def start(settings: Settings) -> None:
@@ -84,13 +87,15 @@ def security(settings: Settings) -> Security:
 
 def others(host: ModelHost, settings: Settings, protection: Security) -> list[server.Beside]:
     """The servers beside that of gRPC."""
-    if settings.http_address is None:
+    if settings.http is None:
         for name in (name for name in ("http_origins", "http_hosts") if getattr(settings, name)):
-            raise InvalidInput(name, "is of no effect without --http-address: give both")
+            raise InvalidInput(name, "is of no effect without --http: give both")
         return []
-    require("connectrpc", "connect")
-    require("uvicorn", "connect")
-    from serving.dialects.connect.server import HttpServer
+    for module in ("fastapi", "connectrpc", "uvicorn"):
+        require(module, "http")
+    from serving.dialects.http.application import application
+    from serving.dialects.http.server import HttpServer
 
+    app = application(host, settings, protection.gate)
     origins, hosts = settings.http_origins or (), settings.http_hosts or ()
-    return [HttpServer(host, settings.http_address, origins, hosts, protection)]
+    return [HttpServer(app, with_port(settings.http, HTTP_PORT), origins, hosts, protection)]

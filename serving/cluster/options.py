@@ -18,9 +18,9 @@ REFUSED: Final = {
     "tls_client_ca": NO_TLS,
     "tokens": NO_TOKENS,
     "audit_log": "the models of a cluster are not managed by clients, so there is nothing to write into it",
-    "http_address": "Ray's ingress speaks gRPC only: a proxy in front of it translates gRPC-Web",
-    "http_origins": "belongs to --http-address, which a cluster does not have",
-    "http_hosts": "belongs to --http-address, which a cluster does not have",
+    "http": "Ray's ingress speaks gRPC only: a proxy in front of it translates gRPC-Web",
+    "http_origins": "belongs to --http, which a cluster does not have",
+    "http_hosts": "belongs to --http, which a cluster does not have",
     "metrics": OWN,
     "traces": OWN,
 }

@@ -17,6 +17,11 @@ def split(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def with_port(address: str, port: int) -> str:
+    """HOST:PORT of HOST or HOST:PORT; an IPv6 address is in brackets."""
+    return address if ":" in address.rpartition("]")[2] else f"{address}:{port}"
+
+
 def is_loopback(address: str) -> bool:
     """Whether what is sent to HOST:PORT stays on this machine."""
     host = address.rpartition(":")[0].strip("[]")

@@ -25,6 +25,7 @@ OPEN: Final = frozenset(
         "grpc.health.v1.Health/Check",
         "grpc.health.v1.Health/Watch",
         *(f"{KSERVE}/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")),
+        *(f"http/{verb} /" for verb in ("GET", "HEAD")),
     }
 )
 """Methods without a token: load balancers call them."""
@@ -36,6 +37,7 @@ READING: Final = frozenset(
         "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),
+        "ollama/GET /api/version",
     }
 )
 """Methods for every token: what the server offers."""
@@ -52,7 +54,9 @@ INFERRING: Final = frozenset(
 
 
 def required(method: str) -> frozenset[Scope]:
-    """The scopes of which one allows the method "package.Service/Method"; none if it needs no token."""
+    """The scopes of which one allows a method; none if it needs no token. A method is "package.Service/Method" of gRPC
+    or "dialect/VERB /path" of HTTP.
+    """
     if method in OPEN:
         return frozenset()
     if method in READING:

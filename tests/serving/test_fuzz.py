@@ -27,6 +27,7 @@ from PIL import Image
 
 from serving.dialects.grpc.connection import Connection
 from serving.enginecast_pb import chat_pb2, embed_pb2, image_pb2, inference_pb2, job_pb2, model_pb2
+from serving.security.gate import Gate
 from serving.security.protection import Security
 from tests.fakes import certificates
 from tests.fakes.messages import altered, messages
@@ -175,13 +176,13 @@ def test_many_messages(target: Target, method: str) -> None:
 def test_messages_as_json(method: str, tmp_path: Path) -> None:
     """The same over HTTP, as JSON of which some is broken."""
     pytest.importorskip("connectrpc")
-    from serving.dialects.connect.application import endpoints
-    from serving.dialects.connect.server import HttpServer
+    from serving.dialects.connect.application import Application, endpoints
+    from serving.dialects.http.server import HttpServer
 
     with FakeServer(tmp_path, ready=True) as fake:
         if method not in endpoints(fake.host):
             pytest.skip("it is served over gRPC only")
-        server = HttpServer(fake.host, "127.0.0.1:0", [], [])
+        server = HttpServer(Application(fake.host, Gate()), "127.0.0.1:0", [], [])
         fake.do(server.start())
         generator = random.Random(0)
 

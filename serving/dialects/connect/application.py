@@ -35,9 +35,11 @@ class Application(ConnectASGIApplication[ModelHost]):
     path = "/"
 
     def __init__(self, host: ModelHost, gate: Gate) -> None:
+        found = endpoints(host)
+        self.paths = found.keys()
         super().__init__(
             service=host,
-            endpoints=endpoints,
+            endpoints=lambda _: found,
             interceptors=[Calls(host.observer, gate)],
             read_max_bytes=limits.MESSAGE.most,
             compressions=(GZIP,),

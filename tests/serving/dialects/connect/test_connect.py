@@ -28,10 +28,11 @@ from google.protobuf.json_format import MessageToDict
 
 from runtime.errors import InvalidInput, Unavailable
 from serving.cli.start import others
-from serving.dialects.connect import pages
 from serving.dialects.connect.application import endpoints
-from serving.dialects.connect.pages import check_origin
-from serving.dialects.connect.server import HttpServer
+from serving.dialects.http import pages
+from serving.dialects.http.application import application
+from serving.dialects.http.pages import check_origin
+from serving.dialects.http.server import HttpServer
 from serving.enginecast_pb import image_pb2, model_pb2
 from serving.host.observing import Observer, Record
 from serving.security import tokens
@@ -56,7 +57,8 @@ def serve(fake: FakeServer, address: str = "127.0.0.1:0", security: Security = O
     """An HTTP server beside the fake one."""
 
     async def start() -> HttpServer:
-        server = HttpServer(fake.host, address, [PAGE], ["gpu-box"], security)
+        app = application(fake.host, Settings(), security.gate)
+        server = HttpServer(app, address, [PAGE], ["gpu-box"], security)
         await server.start()
         return server
 
@@ -418,7 +420,7 @@ class TestErrors:
         assert (response.status, json.loads(response.data)["code"]) == (400, "invalid_argument")
 
     def test_other_paths_methods_and_protocols(self, port: int) -> None:
-        assert post(port, "/", b"").status == 404
+        assert post(port, "/nothing", b"").status == 404
         assert post(port, LIST, b"", method="GET").status == 405
         assert post(port, LIST, b"{}", "text/plain").status == 415
         assert post(port, GENERATE, b"", "application/grpc").status == 415
@@ -537,7 +539,7 @@ def request_over(context: ssl.SSLContext, port: int) -> int:
 
 class TestServer:
     def test_a_port_in_use(self, port: int, warm: FakeServer) -> None:
-        with pytest.raises(Unavailable, match="--http-address"):
+        with pytest.raises(Unavailable, match="--http"):
             serve(warm, f"127.0.0.1:{port}")
 
     def test_tls_with_a_certificate_that_changes(self, warm: FakeServer, tmp_path: Path) -> None:
@@ -577,12 +579,12 @@ class TestServer:
             serve(warm, "0.0.0.0:0")
 
     async def test_settings(self, warm: FakeServer) -> None:
-        with pytest.raises(InvalidInput, match=r"^http_hosts: is of no effect without --http-address"):
+        with pytest.raises(InvalidInput, match=r"^http_hosts: is of no effect without --http"):
             others(warm.host, Settings(http_hosts=["gpu-box"]), OPEN)
         assert others(warm.host, Settings(), OPEN) == []
-        (server,) = others(warm.host, Settings(http_address="127.0.0.1:0", http_origins=[PAGE]), OPEN)
+        (server,) = others(warm.host, Settings(http="127.0.0.1:0", http_origins=[PAGE]), OPEN)
         line = await server.start()
-        assert line.startswith("gRPC-Web and Connect on http://127.0.0.1:")
+        assert line.startswith("HTTP on http://127.0.0.1:")
         await server.stop()
 
     def test_it_stops_while_connections_are_open(self, warm: FakeServer) -> None:

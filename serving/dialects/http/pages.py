@@ -17,9 +17,10 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from runtime import limits
-from runtime.errors import DeadlineExceeded, InvalidInput, quoted
+from runtime.errors import DeadlineExceeded, InvalidInput, PermissionDenied, quoted
 from serving.dialects.connect.errors import Refused
 from serving.dialects.grpc.status import ERROR_KEY, FIELD_KEY, ID_KEY, UNREAD_SECONDS
+from serving.dialects.http.dialect import dialect_of
 
 log = logging.getLogger(__name__)
 
@@ -31,9 +32,13 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 LOCAL: Final = ("localhost",)
 GRPC: Final = "application/grpc"
 GRPC_WEB: Final = f"{GRPC}-web"
+POLICY: Final = 1008
+"""Why a WebSocket is closed: policy (RFC 6455)."""
+REASON: Final = 100
+"""Characters of the reason."""
 CODES: Final = {400: "invalid_argument", 403: "permission_denied"}
 """Connect's names of the statuses that are answered here."""
-METHODS: Final = "POST"
+METHODS: Final = "GET, HEAD, POST, PUT, DELETE"
 REQUEST_HEADERS: Final = (
     "authorization, content-type, connect-protocol-version, connect-timeout-ms, grpc-timeout, x-grpc-web, "
     f"x-user-agent, {ID_KEY}"
@@ -54,6 +59,10 @@ def check_origin(origin: str) -> str:
     return origin.lower()
 
 
+class Unread(Exception):
+    """A client reads nothing."""
+
+
 class Pages:
     """An ASGI application in front of another. `origins` are the pages that may call it, `hosts` the names of this
     server besides localhost and addresses.
@@ -68,14 +77,16 @@ class Pages:
         try:
             headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         except UnicodeDecodeError:
-            await _answer(send, 400, "a header is no UTF-8: send letters, digits and signs of ASCII")
+            await _refuse(scope, send, 400, "a header is no UTF-8: send letters, digits and signs of ASCII")
             return
         origin, kind = headers.get("origin", ""), headers.get("content-type", "")
         refused = self._refused(headers, origin)
         if refused:
-            await _answer(send, 403, refused)
+            await _refuse(scope, send, 403, refused)
+        elif scope["type"] == "websocket":
+            await self._app(scope, receive, _read(send))
         elif kind.startswith(GRPC) and not kind.startswith(GRPC_WEB):
-            await _answer(send, 415, "this port is for gRPC-Web and Connect: that of gRPC is another one (--address)")
+            await _refuse(scope, send, 415, "this port is for HTTP: that of gRPC is another one (--address)")
         elif scope["method"] == "OPTIONS":
             await _answer(_with(send, _preflight(origin)), 204)
         else:
@@ -89,7 +100,7 @@ class Pages:
                 f"this server is not known as {quoted(host)}: call it by its address, or start it with --http-hosts "
                 "and the name"
             )
-        if origin and origin.lower() not in self._origins:
+        if origin and origin.lower() not in self._origins and urlsplit(origin).netloc != host:
             return (
                 f"pages of {quoted(origin)} may not call this server: start it with --http-origins and that origin to "
                 "allow it"
@@ -107,7 +118,7 @@ class Pages:
     async def _run(self, scope: Any, receive: Receive, send: Send) -> None:
         try:
             await self._app(scope, _arriving(receive), _read(send))
-        except TimeoutError:
+        except Unread:
             log.info("a client read nothing for %g s: its request is cancelled", UNREAD_SECONDS)
 
 
@@ -134,11 +145,14 @@ def _arriving(receive: Receive) -> Receive:
 
 
 def _read(send: Send) -> Send:
-    """`send` that raises TimeoutError if the client does not read."""
+    """`send` that raises Unread if the client does not read."""
 
     async def timed(event: Event) -> None:
-        async with asyncio.timeout(UNREAD_SECONDS):
-            await send(event)
+        try:
+            async with asyncio.timeout(UNREAD_SECONDS):
+                await send(event)
+        except TimeoutError:
+            raise Unread from None
         await asyncio.sleep(0)  # writing into a buffer does not let others run: a client that left would go unnoticed
 
     return timed
@@ -179,9 +193,20 @@ def _preflight(origin: str) -> Mapping[str, str]:
     }
 
 
-async def _answer(send: Send, status: int, message: str = "") -> None:
-    """A response without the application, as an error of Connect."""
-    body = json.dumps({"code": CODES.get(status, "unknown"), "message": message}).encode()
+async def _refuse(scope: Any, send: Send, status: int, message: str) -> None:
+    """Refuse a request before the application, in the words of its dialect."""
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": POLICY, "reason": message[:REASON]})
+        return
+    dialect = dialect_of(scope["path"])
+    error = InvalidInput("headers", message) if status == 400 else PermissionDenied(message)
+    connect = {"code": CODES.get(status, "unknown"), "message": message}
+    await _answer(send, status, connect if dialect is None else dialect.body(error, status))
+
+
+async def _answer(send: Send, status: int, content: Mapping[str, Any] | None = None) -> None:
+    """A response without the application."""
+    body = b"" if content is None else json.dumps(content).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers if message else []})
-    await send({"type": "http.response.body", "body": body if message else b""})
+    await send({"type": "http.response.start", "status": status, "headers": headers if body else []})
+    await send({"type": "http.response.body", "body": body})

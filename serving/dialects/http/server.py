@@ -1,4 +1,4 @@
-"""The HTTP server of a `ModelHost`, beside that of gRPC: gRPC-Web and Connect."""
+"""The HTTP server of a `ModelHost`, beside that of gRPC."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from runtime import limits
 from runtime.errors import Unavailable
-from serving.dialects.connect.application import Application
-from serving.dialects.connect.pages import Pages
-from serving.host.models import ModelHost
+from serving.dialects.http.pages import App, Pages
 from serving.security.addresses import split
 from serving.security.https import Tls
 from serving.security.protection import OPEN, Security
@@ -55,7 +53,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """An HTTP server of a host, listening on `address`. For port 0 the system chooses one; `port` is the result.
+    """An HTTP server of `app`, listening on `address`. For port 0 the system chooses one; `port` is the result.
 
     `origins` are the web pages that may call it, `hosts` names of this machine besides localhost. Raises InvalidInput
     for an origin that is none and an address that is malformed or may not be listened on with this `security`,
@@ -64,7 +62,7 @@ class HttpServer:
 
     def __init__(
         self,
-        host: ModelHost,
+        app: App,
         address: str,
         origins: Iterable[str] = (),
         hosts: Iterable[str] = (),
@@ -73,14 +71,15 @@ class HttpServer:
         security.check(address)
         tls = security.tls
         self._place = f"{'http' if tls is None else 'https'}://{split(address)[0]}"
-        pages = Pages(Application(host, security.gate), origins, hosts)
+        pages = Pages(app, origins, hosts)
         self._socket = _bind(address)
         self.port: int = self._socket.getsockname()[1]
         self._server = _Uvicorn(
             uvicorn.Config(
                 pages,
                 http=Connection,
-                ws="none",
+                ws="websockets-sansio",
+                ws_max_size=limits.MESSAGE.most,
                 lifespan="off",
                 log_config=None,
                 log_level="warning",
@@ -102,7 +101,7 @@ class HttpServer:
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.01)
-        return f"gRPC-Web and Connect on {self._place}:{self.port}"
+        return f"HTTP on {self._place}:{self.port}"
 
     async def stop(self) -> None:
         """Close the port and all connections. The host has been closed before: no request runs any more."""
@@ -126,7 +125,7 @@ def _bind(address: str) -> socket.socket:
     except OSError:
         raise Unavailable(
             f"cannot listen on {address}: the port is in use, or the address is not one of this machine's. Choose "
-            "another with --http-address"
+            "another with --http"
         ) from None
     return bound
 
