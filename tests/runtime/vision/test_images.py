@@ -8,6 +8,7 @@ import zlib
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -52,6 +53,8 @@ MODES = {
 
 @pytest.mark.parametrize(("kind", "mode"), [(kind, mode) for kind, modes in MODES.items() for mode in modes.split()])
 def test_decode_equals_transformers(kind: str, mode: str) -> None:
+    if mode == "YCbCr" and int(PIL.__version__.split(".")[0]) < 13:
+        pytest.skip("Pillow before 13 cannot read such a file, not even one that it wrote")
     data = file_of(noise(5, 7, 4).convert(mode), kind)
     np.testing.assert_array_equal(decode_image(data), convert_to_rgb(Image.open(io.BytesIO(data)), return_numpy=True))
 
