@@ -129,6 +129,13 @@ class ModelPipeline(ABC):
     def open(cls, root: Path, config: Mapping[str, Any]) -> Self:
         """Open a bundle's pipeline from its folder and `Manifest.config`. Raises BundleError if they do not fit."""
 
+    @classmethod
+    def abilities(cls, root: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """What requests to a bundle may ask for, by name, as JSON: for programs that offer it to people. Nothing is
+        loaded. Raises BundleError if folder and `Manifest.config` do not fit.
+        """
+        return {}
+
     @property
     @abstractmethod
     def origins(self) -> Mapping[str, str]:

@@ -52,9 +52,9 @@ class Adapters:
     def open(cls, root: Path) -> Adapters:
         """Those in a bundle's folder. Raises BundleError where one cannot be read."""
         found, first = {}, 0
-        for path in sorted((root / FOLDER).glob("*.safetensors")):
-            adapter = Adapter(path.stem, first, _matrices(path))
-            found[path.stem] = adapter
+        for name in names(root):
+            adapter = Adapter(name, first, _matrices(root / FOLDER / f"{name}.safetensors"))
+            found[name] = adapter
             first += adapter.rank
         return cls(found)
 
@@ -69,6 +69,11 @@ class Adapters:
         adapters = list(self.several.values())
         submodels = dict.fromkeys(name for adapter in adapters for name in adapter.matrices)
         return {submodel: _stacked(adapters, submodel, loras) for submodel in submodels}
+
+
+def names(root: Path) -> tuple[str, ...]:
+    """The names of the LoRA files in a bundle's folder, sorted."""
+    return tuple(path.stem for path in sorted((root / FOLDER).glob("*.safetensors")))
 
 
 def adapted(pipeline: Pipeline, inputs: Mapping[str, Mapping[str, Floats]]) -> Pipeline:

@@ -16,10 +16,10 @@ from runtime.diffusion.controls import Controls
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig, as_drawn_before
-from runtime.diffusion.solver import Sampler, make_sampler
+from runtime.diffusion.solver import Sampler, make_sampler, samplers
 from runtime.diffusion.styles import Styles
 from runtime.errors import BundleError, InvalidInput
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageAbilities, ImageDefaults, ImageRequest
 
 
 class Sizes(Frozen):
@@ -92,6 +92,22 @@ class DiffusionConfig(Frozen):
     def zeros_for_empty(self) -> bool:
         """Whether an empty negative prompt is zeros, not the encoding of an empty text."""
         return self.added is not None and self.added.force_zeros_for_empty_prompt
+
+    def abilities(self, loras: tuple[str, ...]) -> ImageAbilities:
+        """What requests may ask for, with the names of the bundle's LoRA files."""
+        return ImageAbilities(
+            min_edge=self.sizes.min,
+            max_edge=self.sizes.max,
+            default_edge=self.sizes.default,
+            edge_multiple=self.sizes.multiple,
+            defaults=self.defaults.model_copy(update={"sampler": self.sampler}),
+            samplers=samplers(),
+            image=self.vae.encoder,
+            masked=self.inpainting,
+            controls=() if self.controls is None else self.controls.names,
+            styles=() if self.styles is None else self.styles.names,
+            loras=loras,
+        )
 
     def size_of(self, request: ImageRequest) -> tuple[int, int]:
         """Height and width of the request's pictures, in pixels: by default those of the picture that it begins with.

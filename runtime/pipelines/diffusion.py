@@ -44,7 +44,7 @@ from typing import Any, ClassVar, Final
 
 import numpy as np
 
-from runtime.diffusion.adapters import Adapters, adapted
+from runtime.diffusion.adapters import Adapters, adapted, names
 from runtime.diffusion.added import time_ids
 from runtime.diffusion.calls import Arrays, Part, run
 from runtime.diffusion.canvas import Canvas, Original, prepare
@@ -108,6 +108,11 @@ class DiffusionPipeline(ModelPipeline):
         parsed = DiffusionConfig.parse(config)
         tokenizers = (root / encoder.tokenizer for encoder in encoders_of(parsed))
         return cls(parsed, *tokenizers, adapters=Adapters.open(root))
+
+    @classmethod
+    def abilities(cls, root: Path, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The fields of `ImageAbilities`."""
+        return DiffusionConfig.parse(config).abilities(names(root)).model_dump(mode="json")
 
     @property
     def origins(self) -> Mapping[str, str]:

@@ -61,6 +61,26 @@ class ImageDefaults(Frozen):
         return usual.model_copy(update=own.model_dump(exclude_unset=True))
 
 
+class ImageAbilities(Frozen):
+    """What requests to a model may ask for. Edges of pictures are in pixels: `min_edge` to `max_edge`, multiples of
+    `edge_multiple`, `default_edge` where a request names none. `defaults` are those of the model, its sampler included,
+    `samplers` all that it can be drawn with. `image` is whether it can begin with a picture, `masked` whether it must
+    be given a mask. `controls`, `styles` and `loras` are the names of the bundle's.
+    """
+
+    min_edge: int
+    max_edge: int
+    default_edge: int
+    edge_multiple: int
+    defaults: ImageDefaults
+    samplers: tuple[str, ...] = ()
+    image: bool = False
+    masked: bool = False
+    controls: tuple[str, ...] = ()
+    styles: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True, eq=False)
 class Control:
     """A picture that a control network of the bundle follows, by the network's name: what the network was trained on,

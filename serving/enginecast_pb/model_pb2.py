@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/model.proto\x12\renginecast.v1\"\xb1\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.enginecast.v1.ModelState\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.enginecast.v1.ModelKind\x12\r\n\x05quant\x18\x04 \x01(\t\x12\x13\n\x06target\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0e\n\x06queued\x18\t \x01(\r\x12,\n\nplacements\x18\n \x03(\x0b\x32\x18.enginecast.v1.Placement\x12\r\n\x05notes\x18\x0b \x03(\t\x12\x17\n\x0floads_on_demand\x18\x0c \x01(\x08\x12\x11\n\treloading\x18\r \x01(\x08\x12;\n\x0cmemory_bytes\x18\x0e \x03(\x0b\x32%.enginecast.v1.Model.MemoryBytesEntry\x12\x19\n\x0cidle_seconds\x18\x0f \x01(\x01H\x03\x88\x01\x01\x12\x1b\n\x0eunload_seconds\x18\x10 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07version\x18\x11 \x01(\t\x12\x12\n\nis_default\x18\x12 \x01(\x08\x12\x30\n\x06\x63ounts\x18\x13 \x03(\x0b\x32 .enginecast.v1.Model.CountsEntry\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_targetB\t\n\x07_deviceB\x08\n\x06_errorB\x0f\n\r_idle_secondsB\x11\n\x0f_unload_seconds\"t\n\tPlacement\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x11\n\tfallbacks\x18\x05 \x03(\t\x12\x0f\n\x07\x63hoices\x18\x06 \x03(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.enginecast.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"x\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06target\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12keep_alive_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_targetB\x15\n\x13_keep_alive_seconds\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"P\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\":\n\x13UnloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x13ReloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\x0f\n\rStatusRequest\"\x87\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x10\n\x08stopping\x18\x04 \x01(\x08\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.enginecast.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*l\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_DIFFUSION\x10\x01\x12\x13\n\x0fMODEL_KIND_CHAT\x10\x02\x12\x14\n\x10MODEL_KIND_EMBED\x10\x03\x32\xf1\x03\n\x0cModelService\x12Q\n\nListModels\x12 .enginecast.v1.ListModelsRequest\x1a!.enginecast.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.enginecast.v1.GetModelRequest\x1a\x1f.enginecast.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.enginecast.v1.LoadModelRequest\x1a .enginecast.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.enginecast.v1.UnloadModelRequest\x1a\".enginecast.v1.UnloadModelResponse\x12T\n\x0bReloadModel\x12!.enginecast.v1.ReloadModelRequest\x1a\".enginecast.v1.ReloadModelResponse\x12\x45\n\x06Status\x12\x1c.enginecast.v1.StatusRequest\x1a\x1d.enginecast.v1.StatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/model.proto\x12\renginecast.v1\x1a\x1cgoogle/protobuf/struct.proto\"\xdd\x05\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.enginecast.v1.ModelState\x12&\n\x04kind\x18\x03 \x01(\x0e\x32\x18.enginecast.v1.ModelKind\x12\r\n\x05quant\x18\x04 \x01(\t\x12\x13\n\x06target\x18\x05 \x01(\tH\x00\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x01\x88\x01\x01\x12\x12\n\x05\x65rror\x18\x07 \x01(\tH\x02\x88\x01\x01\x12\x0f\n\x07running\x18\x08 \x01(\r\x12\x0e\n\x06queued\x18\t \x01(\r\x12,\n\nplacements\x18\n \x03(\x0b\x32\x18.enginecast.v1.Placement\x12\r\n\x05notes\x18\x0b \x03(\t\x12\x17\n\x0floads_on_demand\x18\x0c \x01(\x08\x12\x11\n\treloading\x18\r \x01(\x08\x12;\n\x0cmemory_bytes\x18\x0e \x03(\x0b\x32%.enginecast.v1.Model.MemoryBytesEntry\x12\x19\n\x0cidle_seconds\x18\x0f \x01(\x01H\x03\x88\x01\x01\x12\x1b\n\x0eunload_seconds\x18\x10 \x01(\x01H\x04\x88\x01\x01\x12\x0f\n\x07version\x18\x11 \x01(\t\x12\x12\n\nis_default\x18\x12 \x01(\x08\x12\x30\n\x06\x63ounts\x18\x13 \x03(\x0b\x32 .enginecast.v1.Model.CountsEntry\x12*\n\tabilities\x18\x14 \x01(\x0b\x32\x17.google.protobuf.Struct\x1a\x32\n\x10MemoryBytesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x1a-\n\x0b\x43ountsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\t\n\x07_targetB\t\n\x07_deviceB\x08\n\x06_errorB\x0f\n\r_idle_secondsB\x11\n\x0f_unload_seconds\"t\n\tPlacement\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\x11\n\tprecision\x18\x04 \x01(\t\x12\x11\n\tfallbacks\x18\x05 \x03(\t\x12\x0f\n\x07\x63hoices\x18\x06 \x03(\t\"\x13\n\x11ListModelsRequest\":\n\x12ListModelsResponse\x12$\n\x06models\x18\x01 \x03(\x0b\x32\x14.enginecast.v1.Model\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x10GetModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"x\n\x10LoadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x06target\x18\x02 \x01(\tH\x00\x88\x01\x01\x12\x1f\n\x12keep_alive_seconds\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\t\n\x07_targetB\x15\n\x13_keep_alive_seconds\"8\n\x11LoadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"P\n\x12UnloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x1a\n\rgrace_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x10\n\x0e_grace_seconds\":\n\x13UnloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x13ReloadModelResponse\x12#\n\x05model\x18\x01 \x01(\x0b\x32\x14.enginecast.v1.Model\"\x0f\n\rStatusRequest\"\x87\x01\n\x0eStatusResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x16\n\x0euptime_seconds\x18\x02 \x01(\x01\x12\x14\n\x0cmemory_bytes\x18\x03 \x01(\x04\x12\x10\n\x08stopping\x18\x04 \x01(\x08\x12$\n\x06models\x18\x05 \x03(\x0b\x32\x14.enginecast.v1.Model*\xa6\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x01\x12\x17\n\x13MODEL_STATE_LOADING\x10\x02\x12\x15\n\x11MODEL_STATE_READY\x10\x03\x12\x19\n\x15MODEL_STATE_UNLOADING\x10\x04\x12\x16\n\x12MODEL_STATE_FAILED\x10\x05*l\n\tModelKind\x12\x1a\n\x16MODEL_KIND_UNSPECIFIED\x10\x00\x12\x18\n\x14MODEL_KIND_DIFFUSION\x10\x01\x12\x13\n\x0fMODEL_KIND_CHAT\x10\x02\x12\x14\n\x10MODEL_KIND_EMBED\x10\x03\x32\xf1\x03\n\x0cModelService\x12Q\n\nListModels\x12 .enginecast.v1.ListModelsRequest\x1a!.enginecast.v1.ListModelsResponse\x12K\n\x08GetModel\x12\x1e.enginecast.v1.GetModelRequest\x1a\x1f.enginecast.v1.GetModelResponse\x12N\n\tLoadModel\x12\x1f.enginecast.v1.LoadModelRequest\x1a .enginecast.v1.LoadModelResponse\x12T\n\x0bUnloadModel\x12!.enginecast.v1.UnloadModelRequest\x1a\".enginecast.v1.UnloadModelResponse\x12T\n\x0bReloadModel\x12!.enginecast.v1.ReloadModelRequest\x1a\".enginecast.v1.ReloadModelResponse\x12\x45\n\x06Status\x12\x1c.enginecast.v1.StatusRequest\x1a\x1d.enginecast.v1.StatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,42 +36,42 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODEL_MEMORYBYTESENTRY']._serialized_options = b'8\001'
   _globals['_MODEL_COUNTSENTRY']._loaded_options = None
   _globals['_MODEL_COUNTSENTRY']._serialized_options = b'8\001'
-  _globals['_MODELSTATE']._serialized_start=1599
-  _globals['_MODELSTATE']._serialized_end=1765
-  _globals['_MODELKIND']._serialized_start=1767
-  _globals['_MODELKIND']._serialized_end=1875
-  _globals['_MODEL']._serialized_start=45
-  _globals['_MODEL']._serialized_end=734
-  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_start=569
-  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_end=619
-  _globals['_MODEL_COUNTSENTRY']._serialized_start=621
-  _globals['_MODEL_COUNTSENTRY']._serialized_end=666
-  _globals['_PLACEMENT']._serialized_start=736
-  _globals['_PLACEMENT']._serialized_end=852
-  _globals['_LISTMODELSREQUEST']._serialized_start=854
-  _globals['_LISTMODELSREQUEST']._serialized_end=873
-  _globals['_LISTMODELSRESPONSE']._serialized_start=875
-  _globals['_LISTMODELSRESPONSE']._serialized_end=933
-  _globals['_GETMODELREQUEST']._serialized_start=935
-  _globals['_GETMODELREQUEST']._serialized_end=966
-  _globals['_GETMODELRESPONSE']._serialized_start=968
-  _globals['_GETMODELRESPONSE']._serialized_end=1023
-  _globals['_LOADMODELREQUEST']._serialized_start=1025
-  _globals['_LOADMODELREQUEST']._serialized_end=1145
-  _globals['_LOADMODELRESPONSE']._serialized_start=1147
-  _globals['_LOADMODELRESPONSE']._serialized_end=1203
-  _globals['_UNLOADMODELREQUEST']._serialized_start=1205
-  _globals['_UNLOADMODELREQUEST']._serialized_end=1285
-  _globals['_UNLOADMODELRESPONSE']._serialized_start=1287
-  _globals['_UNLOADMODELRESPONSE']._serialized_end=1345
-  _globals['_RELOADMODELREQUEST']._serialized_start=1347
-  _globals['_RELOADMODELREQUEST']._serialized_end=1381
-  _globals['_RELOADMODELRESPONSE']._serialized_start=1383
-  _globals['_RELOADMODELRESPONSE']._serialized_end=1441
-  _globals['_STATUSREQUEST']._serialized_start=1443
-  _globals['_STATUSREQUEST']._serialized_end=1458
-  _globals['_STATUSRESPONSE']._serialized_start=1461
-  _globals['_STATUSRESPONSE']._serialized_end=1596
-  _globals['_MODELSERVICE']._serialized_start=1878
-  _globals['_MODELSERVICE']._serialized_end=2375
+  _globals['_MODELSTATE']._serialized_start=1673
+  _globals['_MODELSTATE']._serialized_end=1839
+  _globals['_MODELKIND']._serialized_start=1841
+  _globals['_MODELKIND']._serialized_end=1949
+  _globals['_MODEL']._serialized_start=75
+  _globals['_MODEL']._serialized_end=808
+  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_start=643
+  _globals['_MODEL_MEMORYBYTESENTRY']._serialized_end=693
+  _globals['_MODEL_COUNTSENTRY']._serialized_start=695
+  _globals['_MODEL_COUNTSENTRY']._serialized_end=740
+  _globals['_PLACEMENT']._serialized_start=810
+  _globals['_PLACEMENT']._serialized_end=926
+  _globals['_LISTMODELSREQUEST']._serialized_start=928
+  _globals['_LISTMODELSREQUEST']._serialized_end=947
+  _globals['_LISTMODELSRESPONSE']._serialized_start=949
+  _globals['_LISTMODELSRESPONSE']._serialized_end=1007
+  _globals['_GETMODELREQUEST']._serialized_start=1009
+  _globals['_GETMODELREQUEST']._serialized_end=1040
+  _globals['_GETMODELRESPONSE']._serialized_start=1042
+  _globals['_GETMODELRESPONSE']._serialized_end=1097
+  _globals['_LOADMODELREQUEST']._serialized_start=1099
+  _globals['_LOADMODELREQUEST']._serialized_end=1219
+  _globals['_LOADMODELRESPONSE']._serialized_start=1221
+  _globals['_LOADMODELRESPONSE']._serialized_end=1277
+  _globals['_UNLOADMODELREQUEST']._serialized_start=1279
+  _globals['_UNLOADMODELREQUEST']._serialized_end=1359
+  _globals['_UNLOADMODELRESPONSE']._serialized_start=1361
+  _globals['_UNLOADMODELRESPONSE']._serialized_end=1419
+  _globals['_RELOADMODELREQUEST']._serialized_start=1421
+  _globals['_RELOADMODELREQUEST']._serialized_end=1455
+  _globals['_RELOADMODELRESPONSE']._serialized_start=1457
+  _globals['_RELOADMODELRESPONSE']._serialized_end=1515
+  _globals['_STATUSREQUEST']._serialized_start=1517
+  _globals['_STATUSREQUEST']._serialized_end=1532
+  _globals['_STATUSRESPONSE']._serialized_start=1535
+  _globals['_STATUSRESPONSE']._serialized_end=1670
+  _globals['_MODELSERVICE']._serialized_start=1952
+  _globals['_MODELSERVICE']._serialized_end=2449
 # @@protoc_insertion_point(module_scope)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, InvalidInput, quoted
+from runtime.pipeline import pipelines
 
 VERSION_MARK: Final = "@"
 """Stands before the version in the name of a model."""
@@ -57,6 +60,19 @@ class Offer:
     def task(self) -> str | None:
         """The task that the model does, if the bundle could be opened."""
         return self.bundle.manifest.task if self.bundle else None
+
+    @cached_property
+    def abilities(self) -> Mapping[str, Any]:
+        """What requests to the bundle may ask for (`ModelPipeline.abilities`), nothing where that cannot be read:
+        loading says why.
+        """
+        try:
+            manifest = self.bundle.manifest if self.bundle else None
+            if manifest is None or manifest.pipeline not in pipelines():
+                return {}
+            return pipelines()[manifest.pipeline].abilities(self.root, manifest.config)
+        except EnginecastError:
+            return {}
 
     @property
     def model(self) -> str:

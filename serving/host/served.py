@@ -228,6 +228,7 @@ class Served:
             memory=dict(self.memory),
             idle_seconds=_since(self.last_used) if self.idle else None,
             unload_seconds=_until(self.expires) if self.idle else None,
+            abilities=self.offer.abilities,
         )
 
 

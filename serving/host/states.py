@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class ModelState(Enum):
@@ -43,6 +43,7 @@ class Status:
     `on_demand`: the next request loads it. `reloading`: its bundle is being loaded again beside it. `memory` has the
     bytes that it takes of each device's memory while it is loaded. `idle_seconds` have passed since its last request,
     or since it was loaded, and without another it is unloaded in `unload_seconds`; both are None unless it is idle.
+    `abilities` are what its requests may ask for (`ModelPipeline.abilities`).
     """
 
     name: str
@@ -64,6 +65,7 @@ class Status:
     memory: Mapping[str, int] = field(default_factory=dict)
     idle_seconds: float | None = None
     unload_seconds: float | None = None
+    abilities: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Models(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import asdict, fields
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf import json_format, struct_pb2
 from google.protobuf.message import Message as ProtoMessage
 
 from runtime import limits
@@ -161,4 +162,5 @@ def model(status: Status) -> model_pb2.Model:
         idle_seconds=status.idle_seconds,
         unload_seconds=status.unload_seconds,
         counts=status.counts,
+        abilities=json_format.ParseDict(dict(status.abilities), struct_pb2.Struct()),
     )
