@@ -77,7 +77,7 @@ async def invalid(request: Request, error: Exception) -> Response:
 
 def refusal(found: Any) -> InvalidInput:
     """The error of a field, of pydantic's description."""
-    field = ".".join(map(str, found["loc"][1:])) or BODY
+    field = "".join(f"[{one}]" if isinstance(one, int) else f".{one}" for one in found["loc"][1:]).strip(".") or BODY
     reasons = {
         "extra_forbidden": "is not known here: leave it out",
         "missing": "is missing, and is required",

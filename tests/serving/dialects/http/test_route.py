@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import http.client
-import json
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -19,11 +18,9 @@ from runtime import limits
 from runtime.errors import NotFound, Unavailable
 from serving.dialects.http import application as made
 from serving.dialects.http import dialect as declared
-from serving.dialects.http.application import application
 from serving.dialects.http.dialect import Dialect, dialect_of, dialects
 from serving.dialects.http.errors import message_of
 from serving.dialects.http.route import Route
-from serving.dialects.http.server import HttpServer
 from serving.host.models import ModelHost
 from serving.host.observing import Observer, Record
 from serving.security import tokens
@@ -32,6 +29,7 @@ from serving.security.protection import Security
 from serving.security.scopes import Scope
 from serving.settings import Settings
 from tests.fakes.serving import FakeServer, until
+from tests.fakes.web import send, serve
 
 
 class Thing(BaseModel):
@@ -104,28 +102,6 @@ def fake(tmp_path: Path, ended: Ended, monkeypatch: pytest.MonkeyPatch) -> Itera
         monkeypatch.setattr(module, "dialects", lambda: (*dialects(), TOY))
     with FakeServer(tmp_path / "bundles", ready=True, observers=[ended]) as server:
         yield server
-
-
-def serve(fake: FakeServer, security: Security | None = None) -> HttpServer:
-    async def start() -> HttpServer:
-        guarded = security or Security()
-        server = HttpServer(application(fake.host, Settings(), guarded.gate), "127.0.0.1:0", security=guarded)
-        await server.start()
-        return server
-
-    return fake.do(start())
-
-
-def send(server: HttpServer, path: str, body: Any = None, verb: str = "POST", **headers: str) -> tuple[Any, Any]:
-    """A response, and the JSON of its body."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    sent = {"content-type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
-    connection.request(verb, path, data, sent)
-    response = connection.getresponse()
-    text = response.read()
-    connection.close()
-    return response, json.loads(text) if text else None
 
 
 @pytest.mark.parametrize(
