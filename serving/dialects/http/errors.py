@@ -48,10 +48,15 @@ def message_of(error: EnginecastError) -> str:
     return shortened(str(error))
 
 
-def response(path: str, error: EnginecastError, status: int | None = None) -> Response:
-    """The response to a request for `path` that ended with an error, noted in the call's record."""
+def note(error: EnginecastError) -> None:
+    """Note in the call's record how it ended."""
     if (record := current()) is not None:
         record.code, record.error = code(error).name, type(error).__name__
+
+
+def response(path: str, error: EnginecastError, status: int | None = None) -> Response:
+    """The response to a request for `path` that ended with an error, noted in the call's record."""
+    note(error)
     status = status_of(error) if status is None else status
     dialect = dialect_of(path)
     content = {"error": message_of(error)} if dialect is None else dict(dialect.body(error, status))
