@@ -46,6 +46,7 @@ from runtime.tasks.chat import Finished, TextDelta
 from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
 from runtime.tasks.image import ImageReady
 from serving.dialects.python.client import Client
+from serving.dialects.python.grid import GridDrawing
 from serving.dialects.python.model import Model, load
 from serving.dialects.python.requests import ChatOptions, Control, ImageOptions, Message, PictureLike, Style
 from serving.dialects.python.results import Answer, Choice, Drawing, Matching, Vectors
@@ -75,6 +76,7 @@ __all__ = [
     "EnginecastError",
     "Event",
     "Finished",
+    "GridDrawing",
     "ImageOptions",
     "ImageReady",
     "InvalidInput",

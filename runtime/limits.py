@@ -159,6 +159,7 @@ STYLES: Final = Limit(
 STYLE_SCALE: Final = Limit(
     "scale of a style", 10, "(a factor)", "larger values destroy pictures", ("Style.scale",), least=0
 )
+GRID_CELLS: Final = Limit("cells of a grid", 100, "cells", "each is a picture, drawn as a request of its own")
 LORAS: Final = Limit("loras", 64, "LoRA files", "a bundle has a few", (f"{IMAGE}.loras",))
 LORA_SCALE: Final = Limit(
     "scale of a LoRA", 100, "(a factor)", "1 is as it was trained; pictures fall apart long before",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
 from PIL.ExifTags import Base as Tag
+from PIL.PngImagePlugin import PngInfo
 from pillow_heif import register_heif_opener
 
 from runtime import limits
@@ -286,11 +287,18 @@ def _scaled(image: Image.Image) -> Image.Image:
     return Image.fromarray(levels).convert("RGB")
 
 
-def encode_image(image: Picture, kind: Literal["png", "jpeg"] = "png", quality: int = 95) -> bytes:
-    """Encode uint8 RGB [height, width, 3] as a PNG or JPEG file; `quality` 1 to 95 is for JPEG. Raises InvalidInput."""
+def encode_image(
+    image: Picture, kind: Literal["png", "jpeg"] = "png", quality: int = 95, texts: Mapping[str, str] | None = None
+) -> bytes:
+    """Encode uint8 RGB [height, width, 3] as a PNG or JPEG file; `quality` 1 to 95 is for JPEG, `texts` by keyword for
+    PNG. Raises InvalidInput.
+    """
     check_picture(image, "image")
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, kind, quality=quality)
+    file, info = io.BytesIO(), PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    more: dict[str, Any] = {"pnginfo": info} if kind == "png" else {"quality": quality}
+    Image.fromarray(image).save(file, kind, **more)
     return file.getvalue()
 
 

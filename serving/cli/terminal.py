@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -29,8 +30,8 @@ from serving.host.job import Done, Queued
 errors: Final = Console(stderr=True, highlight=False)
 
 
-def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
-    """Show the progress of a picture request; returns its pictures. `verbose` adds what each submodel ran on."""
+def _bar() -> Bar:
+    """A bar with times on standard error, if that is a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +39,20 @@ def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal) as bar, stream:
+    return Bar(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+@contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` are done; what is returned is called for each."""
+    with _bar() as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
+    """Show the progress of a picture request; returns its pictures. `verbose` adds what each submodel ran on."""
+    with _bar() as bar, stream:
         task = bar.add_task("starting", total=None)
         for event in stream:
             match event:

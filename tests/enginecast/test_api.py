@@ -17,15 +17,15 @@ from runtime import errors
 ROOT = Path(__file__).parents[2]
 NAMES = """
     Answer BuildOptions Bundle ChatOptions Choice Client Control Done Drawing EmbedRequest Embeddings EngineUse Event
-    Finished ImageOptions ImageReady Matching Message Model PictureLike Progress Queued Scores Session Started Stream
-    Style TextDelta Vectors build load
+    Finished GridDrawing ImageOptions ImageReady Matching Message Model PictureLike Progress Queued Scores Session
+    Started Stream Style TextDelta Vectors build load
 """.split()
 ERRORS = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)]
-DRAWING = {"generate", "generate_stream", "draw"}
+DRAWING = {"generate", "generate_stream", "draw", "grid"}
 CHATTING = {"chat", "chat_stream", "answer", "captions"}
 EMBEDDING = {"embed", "match", "vectors", "score"}
 METHODS = {
-    "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close"},
+    "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close", "identity"},
     "Model": {"task", "target", "device", "notes"},
     "Client": {"models", "load", "unload", "reload", "collect_drawing", "collect_answer", "stop"},
     "Stream": {"result", "cancel", "close", "aclose"},

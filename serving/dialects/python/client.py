@@ -75,6 +75,7 @@ class Client(Session):
         attempts: int = Connection.attempts,
         backoff: float = Connection.backoff,
     ) -> None:
+        self.address = address
         self.model = model
         self.timeout = timeout
         self.keep_alive = keep_alive
@@ -86,6 +87,11 @@ class Client(Session):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def identity(self) -> str:
+        """The address of the server and the name of the model."""
+        return f"{self.address} {self.model}"
 
     def models(self) -> list[model_pb2.Model]:
         """Every model of the server as a protobuf message: its `name`, `state`, `kind`, `target`, `device` and more.

@@ -12,6 +12,7 @@ from typing import TypeVar
 from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
 from runtime.errors import Cancelled, InvalidInput, Unavailable
+from runtime.files import key_of
 from runtime.pipeline import Event
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
@@ -31,8 +32,8 @@ class Model(Session):
     Several requests may run at once, from one thread or many: their steps alternate.
     """
 
-    def __init__(self, model: job.Model) -> None:
-        self._model = model
+    def __init__(self, model: job.Model, content: bytes = b"") -> None:
+        self._model, self._content = model, content
         self._turn = threading.RLock()
         self._closed = False
 
@@ -56,6 +57,11 @@ class Model(Session):
     def device(self) -> str:
         """The devices that run it, such as "CPU"."""
         return self._model.device
+
+    @property
+    def identity(self) -> str:
+        """A hash of the bundle's manifest, which has the hashes of its files, and of what runs it."""
+        return key_of(self._content.hex(), self.target, self.device)
 
     @property
     def notes(self) -> Sequence[str]:
@@ -139,13 +145,15 @@ def load(
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
     placing = with_caches(placing, picture_cache, prefix_cache)
-    return Model(load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key)))
+    loaded = load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key))
+    return Model(loaded, loaded.bundle.content)
 
 
 def open_for(root: Path, request: Request, target: str | None, options: Options, placing: PlacementOptions) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
     check_task(Bundle(root).manifest.task, request)
-    return Model(load_model(root, target, options, with_caches(placing, None, None), request=request))
+    loaded = load_model(root, target, options, with_caches(placing, None, None), request=request)
+    return Model(loaded, loaded.bundle.content)
 
 
 def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> PlacementOptions:

@@ -6,14 +6,17 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Final, TypeVar, Unpack
+from pathlib import Path
+from typing import Any, Final, TypeVar, Unpack
 
+from runtime.grid.plan import GridPlan
 from runtime.pipeline import Event
 from runtime.task import Request
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.embed import EmbedRequest, Match
 from runtime.tasks.image import ImageRequest
-from serving.dialects.python import results
+from serving.dialects.python import grid, results
+from serving.dialects.python.grid import GridDrawing, Kept
 from serving.dialects.python.requests import (
     ChatOptions,
     ImageOptions,
@@ -29,6 +32,8 @@ from serving.dialects.python.stream import Stream
 
 R = TypeVar("R")
 
+AxisLike = tuple[str, str | Sequence[Any]]
+"""A field and its values: ("steps", [10, 20]), or the same as text, ("steps", "10-50:10")."""
 TOGETHER: Final = 4
 """Pictures whose captions are under way at once: a server lets few requests wait."""
 
@@ -58,6 +63,28 @@ class Session(ABC):
         Under asyncio, `await model.generate_stream("a red fox")` gives the Drawing. Raises as `generate` does.
         """
         return self.draw(image_request(prompt, options))
+
+    def grid(
+        self,
+        prompt: str,
+        *,
+        x: AxisLike | None = None,
+        y: AxisLike | None = None,
+        z: AxisLike | None = None,
+        folder: str | Path | None = None,
+        **options: Unpack[ImageOptions],
+    ) -> GridDrawing:
+        """Draw a grid of pictures (X/Y/Z plot) and wait for it: columns, rows and blocks differ in a field.
+
+            model.grid("a red fox", x=("steps", [10, 20]), y=("sampler", ["euler", "ddim"])).save("grid.png")
+
+        All cells have the same seed, unless it is on an axis, and each is what `generate` draws with its values. They
+        are kept in `folder`, where a grid that was interrupted goes on; without a seed it then has one that follows
+        from the other options. docs/grid.md lists the fields. Raises as `generate` does.
+        """
+        request = image_request(prompt, options)
+        plan = GridPlan.of(request if folder is None else grid.resumable(request), {"x": x, "y": y, "z": z})
+        return grid.grid(plan, self.draw, None if folder is None else Kept(Path(folder), self.identity))
 
     def chat(
         self,
@@ -151,6 +178,11 @@ class Session(ABC):
     def answer(self, request: ChatRequest) -> Stream[Answer]:
         """The stream of a request for an answer. Raises InvalidInput."""
         return self.run(request, results.answer)
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What tells the model from others, in names of files that are kept."""
 
     @abstractmethod
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:

@@ -74,11 +74,18 @@ CAPTION: Final[list[Row]] = [
     (("--prompt", "a photo of"), {"messages": [{"role": "user", "content": ["picture", "a photo of"]}]}),
     *CHAT[:-1],
 ]
-ROWS: Final = {"generate": GENERATE, "chat": CHAT, "caption": CAPTION}
+GRID: Final[list[Row]] = [
+    *(row for row in GENERATE if not {"--refiner", "--images", "--eta"} & {*row[0]}),
+    (("--eta", "0.25"), {"eta": 0.125}),
+    (("--y", "sampler=euler"), {"sampler": "euler", "eta": 0.125}),
+    (("--z", "steps=3"), {"steps": 3, "eta": 0.125}),
+]
+ROWS: Final = {"generate": GENERATE, "chat": CHAT, "caption": CAPTION, "grid": GRID}
 ALWAYS: Final = {
     "generate": ("--model", "draw", "--prompt", "x", "--out", "{out}"),
     "chat": ("--model", "talk", "--prompt", "what?"),
     "caption": ("--model", "talk", "{picture}"),
+    "grid": ("--model", "draw", "--prompt", "x", "--out", "{out}", "--x", "eta=0.125"),
 }
 
 

@@ -1,0 +1,48 @@
+"""Options of `generate` and `grid` that are plain values of a picture request."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import typer
+
+from runtime.limits import IMAGE_SEED
+from serving.cli.options import UINT32
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Texts and numbers of a picture. None is the model's default."""
+
+    negative_prompt: Annotated[str | None, typer.Option(help="What to keep out.")] = None
+    steps: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Denoising steps.")] = None
+    seed: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=IMAGE_SEED.most,
+            help="Seed of the noise, of further pictures 1 more each; the same one draws the same picture on the same "
+            "engine.",
+        ),
+    ] = None
+    sampler: Annotated[str | None, typer.Option(help="Sampler by name, such as euler.")] = None
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None
+    eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None
+    width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None
+    height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None
+    prompt_weights: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-weights",
+            help="Read (word:1.3) in prompts as a weight, and prompts longer than the text encoder reads at once, as "
+            "Automatic1111's web UI does.",
+        ),
+    ] = False
+
+    def given(self) -> dict[str, Any]:
+        """The options of the request. Raises InvalidInput."""
+        from serving.cli import terminal
+
+        negative = None if self.negative_prompt is None else terminal.unicode("negative_prompt", self.negative_prompt)
+        return asdict(self) | {"negative_prompt": negative, "prompt_weights": self.prompt_weights or None}
