@@ -41,6 +41,8 @@ from runtime.errors import (
     Unavailable,
     UnsupportedModel,
 )
+from runtime.language.grammar import Grammar
+from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Event, Progress
 from runtime.tasks.chat import Finished, TextDelta
 from runtime.tasks.embed import Embeddings, EmbedRequest, Scores
@@ -76,6 +78,7 @@ __all__ = [
     "EnginecastError",
     "Event",
     "Finished",
+    "Grammar",
     "GridDrawing",
     "ImageOptions",
     "ImageReady",
@@ -99,6 +102,7 @@ __all__ = [
     "Stream",
     "Style",
     "TextDelta",
+    "TokenLogprob",
     "Unauthenticated",
     "Unavailable",
     "UnsupportedModel",

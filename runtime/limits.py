@@ -275,6 +275,41 @@ BEAMS: Final = Limit(
 ANSWERS: Final = Limit(
     "answers", 64, "answers of one request", "they are decoded one after the other", (f"{CHAT}.answers",), least=1
 )
+MIN_P: Final = Limit(
+    "min_p", 1, "(a share of the likeliest token's probability)", "0 is all tokens", (f"{CHAT}.min_p",), least=0
+)
+COUNT_PENALTY: Final = Limit(
+    "frequency_penalty, presence_penalty", 2, "(subtracted from the score of a token)", "the range of OpenAI's API",
+    (f"{CHAT}.frequency_penalty", f"{CHAT}.presence_penalty"), least=-2,
+)  # fmt: skip
+LOGPROBS: Final = Limit(
+    "logprobs", 20, "likeliest tokens in place of each token", "the range of OpenAI's API", (f"{CHAT}.logprobs",),
+    least=0,
+)  # fmt: skip
+GRAMMAR: Final = Limit(
+    "grammar", 65_536, "characters of a JSON schema or a regular expression", "larger than published schemas",
+    (f"{CHAT}.grammar", "Grammar.json_schema", "Grammar.regex"),
+)  # fmt: skip
+GRAMMAR_DEPTH: Final = Limit(
+    "depth of a JSON schema", 64, "objects and arrays in each other", "deeper than published schemas",
+    ("Grammar.json_schema",),
+)  # fmt: skip
+GRAMMAR_SYMBOLS: Final = Limit(
+    "size of a grammar", 100_000, "symbols that llguidance makes of it", "each takes memory while the request waits",
+    ("Grammar.json_schema", "Grammar.regex"),
+)  # fmt: skip
+GRAMMAR_WORK: Final = Limit(
+    "work before an answer with a grammar", 1_000_000, "steps of llguidance's lexer", "about 20 ms",
+    ("Grammar.json_schema", "Grammar.regex"),
+)  # fmt: skip
+GRAMMAR_STEP: Final = Limit(
+    "work for a token of an answer with a grammar", 200_000, "steps of llguidance's lexer", "about 15 ms, while which "
+    "the model's other answers wait", ("Grammar.json_schema", "Grammar.regex"),
+)  # fmt: skip
+GRAMMAR_STATES: Final = Limit(
+    "states of a grammar", 50_000, "states of llguidance's lexer", "each takes 1 to 2 KB",
+    ("Grammar.json_schema", "Grammar.regex"),
+)  # fmt: skip
 LENGTH_PENALTY: Final = Limit(
     "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
 )

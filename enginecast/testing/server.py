@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -15,6 +17,7 @@ from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
+from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Call, Pipeline, Progress
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
@@ -148,8 +151,16 @@ class FakeAnswers(FakeModel):
         for number in range(request.answers or 1):
             for word in WORDS[: request.max_tokens or 3]:
                 yield Call("denoiser", {})
-                yield TextDelta(word, number, tokens=1)
+                yield TextDelta(word, number, 1, _logprobs(word, request.logprobs))
             yield Finished("stop" if (request.max_tokens or 3) >= 3 else "length", 7, len(WORDS), answer=number)
+
+
+def _logprobs(word: str, count: int | None) -> tuple[TokenLogprob, ...]:
+    """A word as one token of probability 1/2, and the first `count` of WORDS in its place."""
+    if count is None:
+        return ()
+    likely = [TokenLogprob(WORDS.index(one), one.encode(), math.log(0.5)) for one in (word, *WORDS)]
+    return (replace(likely[0], top=tuple(likely[1 : count + 1])),)
 
 
 class FakeServer:

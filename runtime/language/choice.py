@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.language.processors import Scores, process, softmax
@@ -12,16 +13,18 @@ from runtime.language.sampling import UNBOUNDED, Bounds, Sampling
 
 
 def choose(
-    logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.random.Generator, bounds: Bounds = UNBOUNDED
-) -> int:
-    """The next token, from the logits [vocab] behind `tokens`. Equal generators give equal tokens. Raises EngineError
-    on NaN.
+    logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.random.Generator, bounds: Bounds = UNBOUNDED,
+    allowed: NDArray[np.bool_] | None = None,
+) -> int:  # fmt: skip
+    """The next token, from the logits [vocab] behind `tokens`, of those that are `allowed` [vocab]. Equal generators
+    give equal tokens. Raises EngineError on NaN.
     """
     require_numbers(logits, sampling)
-    scores = process(logits, tokens, sampling, bounds)
+    scores = process(logits, tokens, sampling, bounds, allowed)
+    if sampling.temperature or allowed is not None:
+        require_candidates(scores)
     if sampling.temperature == 0:
         return int(scores.argmax())
-    require_candidates(scores)
     candidates = np.flatnonzero(scores > -np.inf)
     cumulated = np.cumsum(softmax(scores[candidates].astype(np.float64)))
     drawn = np.searchsorted(cumulated, rng.random() * cumulated[-1], side="right")
@@ -40,6 +43,6 @@ def require_candidates(scores: Scores) -> None:
     """Raise EngineError where no token may be chosen."""
     if not np.isfinite(scores.max()):
         raise EngineError(
-            "the rules of the model's generation_config.json leave no token to choose: build the bundle with fewer of "
-            "them"
+            "the rules of the model's generation_config.json leave no token to choose, or none that the request's "
+            "grammar allows: build the bundle with fewer of them"
         )

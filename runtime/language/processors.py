@@ -1,7 +1,7 @@
 """From logits to scores: what a model's rules and a request's values do to them, one function each.
 
-Order and meaning are those of transformers' logits processors, with which tests compare the numbers. Arithmetic is
-float32, as there.
+Order and meaning are those of transformers' logits processors, with which tests compare the numbers, and for what these
+do not have, of OpenAI's API. Arithmetic is float32, as there.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ TOP_H_TOKENS: Final = 100
 """`top_h` looks at that many of the likeliest tokens and takes out all others."""
 
 
-def process(logits: Scores, tokens: Sequence[int], sampling: Sampling, bounds: Bounds = UNBOUNDED) -> Scores:
-    """Scores [vocab] of the candidates, from logits [vocab] and the tokens so far; what may not be chosen is -inf."""
+def process(
+    logits: Scores, tokens: Sequence[int], sampling: Sampling, bounds: Bounds = UNBOUNDED,
+    allowed: NDArray[np.bool_] | None = None,
+) -> Scores:  # fmt: skip
+    """Scores [vocab] of the candidates, from logits [vocab] and the tokens so far; what may not be chosen is -inf.
+
+    `allowed` [vocab] says which tokens the form of the answer allows, None that all are.
+    """
     scores = np.array(logits, np.float32)
     with np.errstate(over="ignore"):  # of the extremes that stand for values that are no numbers
         for change in RULES:
             change(scores, tokens, sampling, bounds)
+        if allowed is not None:  # last: a rule may raise a score
+            scores[~allowed] = -np.inf
         if sampling.temperature == 0:
             return scores
         scores /= np.float32(sampling.temperature)
@@ -64,6 +72,14 @@ def _penalize_repetition(scores: Scores, tokens: Sequence[int], sampling: Sampli
         seen = np.unique(tokens)
         penalty = np.float32(sampling.repetition_penalty)
         scores[seen] = np.where(scores[seen] < 0, scores[seen] * penalty, scores[seen] / penalty)
+
+
+def _penalize_counts(scores: Scores, tokens: Sequence[int], sampling: Sampling, bounds: Bounds) -> None:
+    answer = tokens[bounds.prompt :]
+    if answer and (sampling.frequency_penalty or sampling.presence_penalty):
+        seen, counts = np.unique(answer, return_counts=True)
+        penalties = counts * sampling.frequency_penalty + sampling.presence_penalty
+        scores[seen] -= penalties.astype(np.float32)
 
 
 def _forbid_repeated_ngrams(scores: Scores, tokens: Sequence[int], sampling: Sampling, bounds: Bounds) -> None:
@@ -118,6 +134,7 @@ def _suppress(scores: Scores, tokens: Sequence[int], sampling: Sampling, bounds:
 RULES: Final[tuple[Callable[[Scores, Sequence[int], Sampling, Bounds], None], ...]] = (
     _bias,
     _penalize_repetition,
+    _penalize_counts,
     _forbid_repeated_ngrams,
     _forbid_words,
     _forbid_early_ends,

@@ -18,8 +18,8 @@ EarlyStopping = bool | Literal["never"]
 
 
 class Rules(Frozen):
-    """What a model's generation_config.json rules besides what a request can choose. Names are the file's; the defaults
-    change nothing.
+    """What a model's generation_config.json rules besides what a request can choose; `min_p` is both, the default of
+    requests. Names are the file's; the defaults change nothing.
 
     Forbidden or preferred tokens hold for every answer, the shares (`min_p`, `typical_p`, `epsilon_cutoff`,
     `eta_cutoff`, `top_h`) where tokens are drawn. Lengths are in tokens; `min_length` counts the prompt.
@@ -57,7 +57,8 @@ class Sampling:
 
     `temperature` 0 is greedy: the best token, top-k and top-p aside. `top_k` 0 and `top_p` 1 leave the candidates as
     they are. `repetition_penalty` above 1 makes tokens of the prompt and the answer so far less likely (Keskar et al.
-    2019, CTRL).
+    2019, CTRL). The score of a token that is in the answer so far is lowered by `presence_penalty`, and by
+    `frequency_penalty` for each time that it is there, as in OpenAI's API.
     """
 
     temperature: float = 0.0
@@ -65,6 +66,8 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     rules: Rules = NO_RULES
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 0.01 <= self.temperature <= limits.TEMPERATURE.most:
@@ -80,6 +83,8 @@ class Sampling:
             raise InvalidInput(
                 "repetition_penalty", f"is {self.repetition_penalty}, expected 0.01 to {most} (1 is no penalty)"
             )
+        limits.COUNT_PENALTY.number("frequency_penalty", self.frequency_penalty)
+        limits.COUNT_PENALTY.number("presence_penalty", self.presence_penalty)
 
 
 @dataclass(frozen=True)

@@ -235,33 +235,6 @@ class StopStrings:
         return text
 
 
-class Answer:
-    """The text of an answer as its tokens come, up to the first stop string. `stopped` says that one was found,
-    `number` which of a request's answers it is.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], number: int = 0) -> None:
-        self._tokenizer, self._strings, self.number = tokenizer, stops, number
-        self._spelling, self._stops = Detokenizer(tokenizer), StopStrings(stops)
-
-    @property
-    def stopped(self) -> bool:
-        return self._stops.found
-
-    def push(self, token: int) -> str:
-        """What may be passed on with this token; nothing behind a stop string."""
-        return "" if self.stopped else self._stops.push(self._spelling.push(token))
-
-    def flush(self) -> str:
-        """What is left at the end."""
-        return "" if self.stopped else self._stops.push(self._spelling.flush()) + self._stops.flush()
-
-    def stops(self, tokens: Sequence[int]) -> bool:
-        """Whether the text of an answer's tokens has a stop string."""
-        text = self._tokenizer.decode(list(tokens)) if self._strings else ""
-        return any(stop in text for stop in self._strings)
-
-
 def _borders(stop: str) -> list[int]:
     """For each beginning of the string, the length of the longest shorter beginning that it ends with."""
     borders = [0] * len(stop)

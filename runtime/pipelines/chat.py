@@ -16,9 +16,8 @@ features take the place of those tokens' embeddings (`runtime.language.layout`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -27,15 +26,17 @@ from pydantic import ValidationError
 
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.kept import Kept
+from runtime.language.answering import Answer, Choice, continued
 from runtime.language.beams import BeamSearch, search
-from runtime.language.choice import choose
 from runtime.language.config import ChatConfig
-from runtime.language.decoder import Conversation, Step, decode_token, embed, prefill
+from runtime.language.constraint import Constraints
+from runtime.language.decoder import Conversation, Step, embed, prefill
+from runtime.language.logprobs import Logprobs, Pieces
 from runtime.language.overflow import slid
 from runtime.language.prefixes import Prefixes
 from runtime.language.processors import Scores
-from runtime.language.sampling import Bounds, Sampling
-from runtime.language.text import PROMPTS, Answer, Message, captioned
+from runtime.language.sampling import Bounds
+from runtime.language.text import PROMPTS, Message, captioned
 from runtime.language.vision import Prompt, Vision
 from runtime.pipeline import Example, ModelPipeline, Pipeline, Room
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
@@ -66,7 +67,8 @@ class ChatPipeline(ModelPipeline):
         self.text = PROMPTS[self.config.prompt](root / "tokenizer", self.config.image_token_id)
         self.text.require_below(self.config.vocab_size)
         self.vision = Vision.open(root, self.config)
-        self.prefixes = Prefixes()
+        self.prefixes, self.pieces = Prefixes(), Pieces(self.text.tokenizer)
+        self.constraints = Constraints(self.text.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
 
     @property
     def origins(self) -> Mapping[str, str]:
@@ -108,12 +110,15 @@ class ChatPipeline(ModelPipeline):
         stops = (*request.stop, *self.config.defaults.stop)
         count = request.count(self.config.defaults)
         answers = [Answer(self.text.tokenizer, stops, number) for number in range(count)]
+        constraint = None if request.grammar is None else self.constraints.open(request.grammar)
         prompt = self.fitted(request)
         start = len(self.begin(prompt))
         bounds = Bounds(start, start + self._room(prompt, request), self.config.eos_token_ids)
         conversation = conversation or Conversation()
         if beams.count == 1:
-            return self._draw(prompt, bounds, sampling, request.seed, answers, conversation)
+            rngs = [np.random.default_rng(None if request.seed is None else request.seed + n) for n in range(count)]
+            choices = [Choice(sampling, bounds, rng, constraint and constraint.fork()) for rng in rngs]
+            return self._draw(prompt, choices, answers, request.logprobs, conversation)
         state = BeamSearch(self.begin(prompt), bounds, sampling, beams, answers[0].stops)
         return self._search(prompt, state, answers, conversation)
 
@@ -178,20 +183,20 @@ class ChatPipeline(ModelPipeline):
         return max_tokens
 
     def _draw(
-        self, prompt: Prompt, bounds: Bounds, sampling: Sampling, seed: int | None, answers: Sequence[Answer],
+        self, prompt: Prompt, choices: Sequence[Choice], answers: Sequence[Answer], likeliest: int | None,
         conversation: Conversation,
     ) -> Pipeline:  # fmt: skip
-        """Choose the tokens of one answer after the other: of answer n with the seed `seed` + n. Several go on in
-        copies of the conversation, which then keeps the prompt alone.
+        """Choose the tokens of one answer after the other. Several go on in copies of the conversation, which then
+        keeps the prompt alone.
         """
         with self.prefixes.keeping(conversation):
             logits = yield from self._prefill(prompt, conversation)
-            for answer in answers:
-                rng = np.random.default_rng(None if seed is None else seed + answer.number)
-                choice = partial(choose, sampling=sampling, rng=rng, bounds=bounds)
+            for answer, choice in zip(answers, choices, strict=True):
                 held = conversation if len(answers) == 1 else conversation.fork()
-                tokens = yield from _continued(self.begin(prompt), logits, choice, bounds, answer, held)
-                yield _finished(prompt, tokens, bounds, answer, conversation.reused)
+                logprobs = Logprobs(self.pieces, likeliest)
+                tokens = yield from continued(self.begin(prompt), logits, choice, logprobs, answer, held)
+                complete = choice.complete or answer.stopped or tokens[-1] in choice.bounds.ends
+                yield _finished(prompt, tokens, complete, answer, conversation.reused)
 
     def _search(
         self, prompt: Prompt, state: BeamSearch, answers: Sequence[Answer], conversation: Conversation
@@ -204,7 +209,8 @@ class ChatPipeline(ModelPipeline):
             text = "".join([answer.push(token) for token in tokens if token not in state.bounds.ends])
             if text := text + answer.flush():
                 yield TextDelta(text, answer.number, len(tokens))
-            yield _finished(prompt, tokens, state.bounds, answer, conversation.reused)
+            complete = answer.stopped or tokens[-1] in state.bounds.ends
+            yield _finished(prompt, tokens, complete, answer, conversation.reused)
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
         """Bring the decoder to the end of the prompt, leaving out what the conversation holds; the logits [vocab] that
@@ -220,28 +226,6 @@ class ChatPipeline(ModelPipeline):
         return (yield from prefill(embeds, prompt.keys[shared:], conversation, shared, self.config.prefill_chunk))
 
 
-def _continued(
-    tokens: list[int], logits: Scores, choice: Callable[[Scores, Sequence[int]], int], bounds: Bounds, answer: Answer,
-    conversation: Conversation,
-) -> Step[Sequence[int]]:  # fmt: skip
-    """Choose a token, pass on what it spells, feed it. Returns the tokens behind those of the prompt."""
-    sent = len(tokens)
-    while True:
-        token = choice(logits, tokens)
-        tokens.append(token)
-        if token in bounds.ends:
-            break
-        if text := answer.push(token):
-            yield TextDelta(text, answer.number, len(tokens) - sent)
-            sent = len(tokens)
-        if answer.stopped or len(tokens) == bounds.longest:
-            break
-        logits = yield from decode_token(token, conversation)
-    if text := answer.flush():
-        yield TextDelta(text, answer.number, len(tokens) - sent)
-    return tokens[bounds.prompt :]
-
-
-def _finished(prompt: Prompt, tokens: Sequence[int], bounds: Bounds, answer: Answer, reused: int) -> Finished:
-    reason = "stop" if answer.stopped or tokens[-1] in bounds.ends else "length"
+def _finished(prompt: Prompt, tokens: Sequence[int], complete: bool, answer: Answer, reused: int) -> Finished:
+    reason = "stop" if complete else "length"
     return Finished(reason, len(prompt.ids), len(tokens), prompt.left_out, answer.number, reused)

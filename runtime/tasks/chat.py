@@ -11,6 +11,8 @@ from pydantic import Field
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.errors import InvalidInput, did_you_mean
+from runtime.language.grammar import Grammar
+from runtime.language.logprobs import TokenLogprob
 from runtime.language.overflow import OVERFLOWS, Overflow
 from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
 from runtime.language.text import Message
@@ -51,6 +53,8 @@ NUMBERS: Final = {
     "seed": limits.SEED,
     "beams": limits.BEAMS,
     "answers": limits.ANSWERS,
+    "min_p": limits.MIN_P,
+    "logprobs": limits.LOGPROBS,
 }
 """The limits of a request's numbers that depend on nothing else."""
 
@@ -63,10 +67,13 @@ class ChatRequest(Request):
     `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
     ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
     1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
-    default it is the model's, and 1 where a temperature is given. Several `answers` are the likeliest of at least as
-    many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n. With `context_overflow`
-    "slide", a conversation that does not fit the context is answered without its oldest turns: system messages, turns
-    with pictures and the last question stay. Raises InvalidInput naming the field.
+    default it is the model's, and 1 where a temperature, `grammar` or `logprobs` are given. Several `answers` are the
+    likeliest of at least as many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n. With
+    `context_overflow` "slide", a conversation that does not fit the context is answered without its oldest turns:
+    system messages, turns with pictures and the last question stay. `min_p` leaves out tokens that are less likely than
+    this share of the likeliest one's probability. Answers have the form that `grammar` says and end when they are
+    complete; the length may cut them. With `logprobs`, each token of an answer comes with its log probability and with
+    those of that many of the likeliest tokens. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -82,6 +89,11 @@ class ChatRequest(Request):
     length_penalty: float | None = None
     answers: int | None = None
     context_overflow: Overflow = "refuse"
+    min_p: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    grammar: Grammar | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -133,14 +145,28 @@ class ChatRequest(Request):
             repetition_penalty=defaults.repetition_penalty
             if self.repetition_penalty is None
             else self.repetition_penalty,
-            rules=defaults.rules,
+            rules=self._rules(defaults.rules),
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
         )
+
+    def _rules(self, rules: Rules) -> Rules:
+        """The model's rules with what the request changes. An end that a length forces is none of a grammar's."""
+        changes = {} if self.min_p is None else {"min_p": self.min_p}
+        if self.grammar is None:
+            return rules.model_copy(update=changes)
+        if rules.forced_bos_token_id is not None:
+            raise InvalidInput("grammar", "does not go with this model, which forces the first token of answers")
+        return rules.model_copy(update={**changes, "forced_eos_token_id": ()})
 
     def search(self, defaults: ChatDefaults) -> Beams:
         """How many answers to continue side by side, and how to rank them. Raises InvalidInput."""
         temperature = self._temperature(defaults)
-        usual = 1 if temperature else defaults.beams
+        alone = [name for name in ("grammar", "logprobs") if getattr(self, name) is not None]
+        usual = 1 if temperature or alone else defaults.beams
         count = usual if self.beams is None else self.beams
+        if count > 1 and alone:
+            raise InvalidInput(alone[0], f"does not go with {count} beams: send beams 1, or leave it out")
         if count > 1 and temperature:
             raise InvalidInput(
                 "beams", f"is {count} and temperature {temperature}: beams are searched, not drawn; send temperature 0"
@@ -168,13 +194,15 @@ class ChatRequest(Request):
 @dataclass(frozen=True)
 class TextDelta(Event):
     """Newly decoded text of answer number `answer`: whole characters only. `tokens` counts the tokens chosen since the
-    last one, 0 where that is unknown.
+    last one, 0 where that is unknown. `logprobs`, where they were asked for, are those of the tokens that the text
+    begins with or in: all of an answer's join up to the bytes of its text, of which a stop string may cut the last.
     """
 
     output: ClassVar[bool] = True
     text: str
     answer: int = 0
     tokens: int = field(default=0, compare=False)
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     @property
     def counts(self) -> Mapping[str, int]:
@@ -183,7 +211,8 @@ class TextDelta(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """Answer number `answer` is complete. `reason` is "stop" (end token or stop string) or "length" (max tokens).
+    """Answer number `answer` is complete. `reason` is "stop" (end token, stop string, or the grammar is complete) or
+    "length" (max tokens).
     `left_out` is how many messages the conversation lost to fit the context. `reused_tokens` of the prompt were not
     computed again: they began a conversation that the model had read before.
     """

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
-from runtime.limits import SEED
+from runtime.errors import InvalidInput, NotFound
+from runtime.files import read_regular
+from runtime.limits import GRAMMAR, SEED
 from serving.cli.options import UINT32
 
 if TYPE_CHECKING:
+    from runtime.language.grammar import Grammar
     from serving.dialects.python.requests import ChatOptions
+
+GRAMMAR_BYTES: Final = 4 * GRAMMAR.most
+"""As many as the characters of the longest schema may have."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +31,17 @@ class Answering:
     top_p: Annotated[
         float | None, typer.Option(help="Sample among the likeliest tokens of this joint probability.")
     ] = None
+    min_p: Annotated[
+        float | None, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+    ] = None
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 1: tokens already seen become less likely.")
+    ] = None
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: tokens become less likely each time that they are in the answer.")
+    ] = None
+    presence_penalty: Annotated[
+        float | None, typer.Option(help="Above 0: tokens that are in the answer become less likely.")
     ] = None
     seed: Annotated[
         int | None,
@@ -44,6 +60,19 @@ class Answering:
         int | None,
         typer.Option(min=0, max=UINT32, help="Number of answers: the likeliest of the beams, or drawn ones."),
     ] = None
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="json|FILE", help="Answer with a JSON object, or with a value of the JSON schema in a file."
+        ),
+    ] = None
+    regex: Annotated[str | None, typer.Option(help="Answer with a text that this regular expression matches.")] = None
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=UINT32, help="Show how likely each token was, and so many of the likeliest in its place."
+        ),
+    ] = None
     context_overflow: Annotated[
         str | None,
         typer.Option(
@@ -53,5 +82,23 @@ class Answering:
     ] = None
 
     def given(self) -> ChatOptions:
-        """The options of the request."""
-        return cast("ChatOptions", asdict(self))
+        """The options of the request. Raises InvalidInput and NotFound for a form that cannot be read."""
+        options = asdict(self)
+        return cast("ChatOptions", options | {"grammar": _grammar(options.pop("format"), options.pop("regex"))})
+
+
+def _grammar(form: str | None, regex: str | None) -> Grammar | None:
+    from runtime.language.grammar import Grammar
+
+    if form is None:
+        return None if regex is None else Grammar.regex(regex)
+    if regex is not None:
+        raise InvalidInput("regex", "does not go with --format: send one of them")
+    if form == "json":
+        return Grammar.json()
+    try:
+        return Grammar.schema(read_regular(Path(form), GRAMMAR_BYTES).decode())
+    except OSError as error:
+        raise NotFound(f"schema {form} cannot be read: {error.strerror} (--format is json, or such a file)") from None
+    except UnicodeDecodeError:
+        raise InvalidInput("format", f"{form} is no text in UTF-8") from None

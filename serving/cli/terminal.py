@@ -79,6 +79,7 @@ def speak(stream: Stream[Answer], verbose: bool = False) -> str:
         answer = stream.result()
     _write("\n\n" * (len(answer.choices) - 1 - number) + "\n")
     gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
+    _likelihoods(answer)
     _summary(answer.done, f"{_length(answer)}{gone}", verbose)
     return answer.text
 
@@ -87,6 +88,7 @@ def caption(path: Path, answer: Answer, verbose: bool = False) -> None:
     """Print a line for each caption of a picture: the picture's path, a tab and the caption."""
     for one in answer.choices:
         print(f"{path}\t{' '.join(one.text.split())}", flush=True)
+    _likelihoods(answer)
     if verbose:
         _summary(answer.done, _length(answer), verbose)
 
@@ -154,6 +156,14 @@ def _summary(done: Done, what: str, verbose: bool) -> None:
             _say(f"    {line}")
     for note in done.notes:
         _say(f"note: {note}")
+
+
+def _likelihoods(answer: Answer) -> None:
+    """A line for each token whose log probability was asked for: the token, then the likeliest in its place."""
+    for choice in answer.choices:
+        for one in choice.logprobs:
+            others = ", ".join(f"{other.text!r} {other.logprob:.3f}" for other in one.top)
+            _say(f"  {one.text!r} {one.logprob:.3f}{' of ' * bool(others)}{others}")
 
 
 def _length(answer: Answer) -> str:

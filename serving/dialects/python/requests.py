@@ -15,6 +15,7 @@ from PIL import Image
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language import text
+from runtime.language.grammar import Grammar
 from runtime.limits import PICTURE_BYTES
 from runtime.tasks import image
 from runtime.tasks.chat import ChatRequest
@@ -165,6 +166,20 @@ class ChatOptions(TypedDict, total=False):
     answers: int | None
     """1 to 64 answers, all of them in `Answer.choices`: with several beams the likeliest, at most as many as beams;
     with a temperature drawn one by one, answer n with the seed `seed` + n.
+    """
+    min_p: float | None
+    """Leave out tokens that are less likely than this share of the likeliest one's probability, 0 to 1."""
+    frequency_penalty: float | None
+    """Subtracted from the score of a token for each time that it is in the answer so far, -2 to 2."""
+    presence_penalty: float | None
+    """Subtracted from the score of a token that is in the answer so far, -2 to 2."""
+    grammar: Grammar | None
+    """The form of the answer: `Grammar.json()`, `Grammar.schema(...)` or `Grammar.regex(...)`. Not with several
+    beams.
+    """
+    logprobs: int | None
+    """0 to 20: look up the log probability of each token, in `Choice.logprobs` and `TextDelta.logprobs`, and of that
+    many of the likeliest tokens in its place. Not with several beams.
     """
     context_overflow: str | None
     """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from runtime.errors import Cancelled
 from runtime.files import written
+from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Event
 from runtime.tasks.chat import Finished, TextDelta
 from runtime.tasks.embed import Embeddings, Scores
@@ -54,13 +55,15 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the answers to a request. `reason` is "stop" (the model ended it, or a stop string) or "length"
-    (`max_tokens` was reached); `completion_tokens` is its length.
+    """One of the answers to a request. `reason` is "stop" (the model ended it, a stop string, or its grammar is
+    complete) or "length" (`max_tokens` was reached); `completion_tokens` is its length. `logprobs`, where they were
+    asked for, are those of the tokens that its text is made of.
     """
 
     text: str
     reason: str
     completion_tokens: int
+    logprobs: tuple[TokenLogprob, ...] = ()
 
     def __str__(self) -> str:
         return self.text
@@ -146,8 +149,9 @@ def answer(events: Sequence[Event]) -> Answer:
     deltas = [event for event in events if isinstance(event, TextDelta)]
 
     def choice(end: Finished) -> Choice:
-        text = "".join(delta.text for delta in deltas if delta.answer == end.answer)
-        return Choice(text, end.reason, end.completion_tokens)
+        own = [delta for delta in deltas if delta.answer == end.answer]
+        logprobs = tuple(one for delta in own for one in delta.logprobs)
+        return Choice("".join(delta.text for delta in own), end.reason, end.completion_tokens, logprobs)
 
     first = finished[0]
     return Answer(tuple(map(choice, finished)), first.prompt_tokens, done, first.left_out, first.reused_tokens)

@@ -66,6 +66,18 @@ def test_greedy_takes_the_best_after_the_penalty() -> None:
     assert choose(logits, [1], Sampling(repetition_penalty=2), rng) == 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_penalties_of_counts_are_those_of_openai(temperature: float) -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, with c[j] the times that the answer has token j."""
+    logits = np.random.default_rng(0).normal(0, 3, 8).astype(np.float32)
+    tokens, bounds = [7, 7, 1, 2, 2, 2, 5], Bounds(prompt=2)
+    sampling = Sampling(temperature, frequency_penalty=0.75, presence_penalty=-1.5)
+    counts = np.array([0, 1, 3, 0, 0, 1, 0, 0])
+    wanted = (logits - counts * 0.75 + (counts > 0) * 1.5) / (temperature or 1)
+    np.testing.assert_allclose(process(logits, tokens, sampling, bounds), wanted, rtol=1e-6)
+    assert choose(logits, tokens, Sampling(frequency_penalty=2), np.random.default_rng(0), bounds) != 2
+
+
 def test_draws_follow_the_probabilities_and_repeat_with_the_seed() -> None:
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
     sampling = Sampling(temperature=1, top_k=3)
@@ -103,6 +115,9 @@ def test_nan_is_an_engine_error() -> None:
         ("top_p", float("nan")),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", float("nan")),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", float("nan")),
+        ("presence_penalty", 2.1),
     ],
 )
 def test_values_out_of_range_are_named(field: str, value: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from runtime.errors import EnginecastError
 from runtime.task import Request
 from serving.cli import commands as cli
 from serving.cli.options import ModelOptions
@@ -62,6 +64,13 @@ CHAT: Final[list[Row]] = [
     (("--top-k", "7"), {"top_k": 7}),
     (("--top-p", "0.5"), {"top_p": 0.5}),
     (("--repetition-penalty", "1.5"), {"repetition_penalty": 1.5}),
+    (("--min-p", "0.05"), {"min_p": 0.05}),
+    (("--frequency-penalty", "-0.5"), {"frequency_penalty": -0.5}),
+    (("--presence-penalty", "0.5"), {"presence_penalty": 0.5}),
+    (("--format", "json"), {"grammar": {"kind": "json_schema", "text": '{"type": "object"}'}}),
+    (("--format", "{schema}"), {"grammar": {"kind": "json_schema", "text": '{"const": "é"}'}}),
+    (("--regex", "a|b"), {"grammar": {"kind": "regex", "text": "a|b"}}),
+    (("--logprobs", "2"), {"logprobs": 2}),
     (("--seed", "9"), {"seed": 9}),
     (("--stop", "a", "--stop", "b"), {"stop": ("a", "b")}),
     (("--beams", "2"), {"beams": 2}),
@@ -119,7 +128,8 @@ def test_an_option_is_in_the_request(
     command: str, given: tuple[str, ...], expected: dict[str, object], warm: FakeServer, seen: Any, tmp_path: Path
 ) -> None:
     Image.new("RGB", (16, 8)).save(tmp_path / "p.png")
-    places = {"picture": tmp_path / "p.png", "out": tmp_path / "out.png"}
+    (tmp_path / "s.json").write_text('{"const": "é"}', "utf-8")
+    places = {"picture": tmp_path / "p.png", "out": tmp_path / "out.png", "schema": tmp_path / "s.json"}
     arguments = [one.format(**places) for one in (*ALWAYS[command], *given)]
     ended = CliRunner().invoke(cli.app, [command, "--address", warm.address, *arguments])
     assert ended.exit_code == 0, (ended.output, ended.exception)
@@ -133,3 +143,35 @@ def test_every_option_has_a_row() -> None:
         tried = {one for given, _ in rows for one in given} | set(ALWAYS[command]) | everywhere
         options = {one for each in app.commands[command].params for one in each.opts if one.startswith("--")}
         assert options <= tried, command
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "message"),
+    [
+        (("--format", "json", "--regex", "a"), 2, "regex: does not go with --format"),
+        (("--format", "{missing}"), 3, "schema .*missing.json cannot be read: No such file"),
+        (("--format", "{picture}"), 2, "format: .*p.png is no text in UTF-8"),
+        (("--format", "{broken}"), 2, "grammar: is no JSON schema: it cannot be read as JSON"),
+        (("--regex", "a" * 65_537), 2, "grammar: has 65,537 characters"),
+        (("--logprobs", "21"), 2, "logprobs: is 21"),
+    ],
+)
+def test_a_form_that_cannot_be_read_is_an_error(
+    given: tuple[str, ...], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (16, 8), "red").save(tmp_path / "p.png")
+    (tmp_path / "broken.json").write_text("{")
+    places = {name: tmp_path / f"{name}.json" for name in ("missing", "broken")} | {"picture": tmp_path / "p.png"}
+    arguments = ["--model", "talk", "--prompt", "x", *(one.format(**places) for one in given)]
+    ended = CliRunner().invoke(cli.app, ["chat", "--address", "127.0.0.1:1", *arguments])
+    assert isinstance(ended.exception, EnginecastError) and ended.exception.exit_code == code
+    assert re.search(message, str(ended.exception))
+
+
+def test_log_probabilities_are_shown_apart_from_the_answer(warm: FakeServer) -> None:
+    arguments = ["--model", "talk", "--prompt", "what?", "--logprobs", "1"]
+    ended = CliRunner().invoke(cli.app, ["chat", "--address", warm.address, *arguments])
+    assert ended.stdout == "a red círcle\n"
+    assert re.findall(r"'(\w+) ?' (\S+) of 'a ' (\S+)", ended.stderr) == [
+        (word, "-0.693", "-0.693") for word in ("a", "red", "círcle")
+    ]

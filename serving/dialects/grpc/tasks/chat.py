@@ -8,6 +8,8 @@ from typing import Final
 from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.language import text
+from runtime.language.grammar import Grammar
+from runtime.language.logprobs import TokenLogprob
 from runtime.language.overflow import Overflow
 from runtime.pipeline import Event
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
@@ -44,6 +46,10 @@ OPTIONS: Final = (
     "beams",
     "length_penalty",
     "answers",
+    "min_p",
+    "frequency_penalty",
+    "presence_penalty",
+    "logprobs",
 )
 
 
@@ -60,7 +66,20 @@ def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
             f"is {message.context_overflow}, expected CONTEXT_OVERFLOW_REFUSE or CONTEXT_OVERFLOW_SLIDE",
         )
     overflow = OVERFLOW_NAMES[message.context_overflow]
-    return ChatRequest(turns, stop=tuple(message.stop), context_overflow=overflow, **given(message, OPTIONS))
+    grammar = _grammar(message.grammar) if message.HasField("grammar") else None
+    return ChatRequest(
+        turns, stop=tuple(message.stop), context_overflow=overflow, grammar=grammar, **given(message, OPTIONS)
+    )
+
+
+def _grammar(message: chat_pb2.Grammar) -> Grammar:
+    match message.WhichOneof("form"):
+        case "json_schema":
+            return Grammar("json_schema", message.json_schema)
+        case "regex":
+            return Grammar("regex", message.regex)
+        case _:
+            raise InvalidInput("grammar", "is empty, expected json_schema or regex")
 
 
 def _turn(turn: chat_pb2.Message, field: str) -> text.Message:
@@ -93,7 +112,8 @@ class ChatStream:
             case Queued():
                 return chat_pb2.ChatResponse(queued=queued(event))
             case TextDelta(delta, answer):
-                return chat_pb2.ChatResponse(delta=chat_pb2.TextDelta(text=delta, answer=answer))
+                logprobs = map(_logprob_message, event.logprobs)
+                return chat_pb2.ChatResponse(delta=chat_pb2.TextDelta(text=delta, answer=answer, logprobs=logprobs))
             case Finished():
                 self._finished.append(event)
             case Done():
@@ -127,7 +147,11 @@ def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
         for turn in request.messages
     ]
     overflow = OVERFLOW_NUMBERS[request.context_overflow]
-    return chat_pb2.ChatRequest(model=model, messages=turns, stop=request.stop, context_overflow=overflow, **options)
+    form = request.grammar
+    grammar = None if form is None else chat_pb2.Grammar(**{form.kind: form.text})
+    return chat_pb2.ChatRequest(
+        model=model, messages=turns, stop=request.stop, context_overflow=overflow, grammar=grammar, **options
+    )
 
 
 def _part_message(part: text.Part) -> chat_pb2.Part:
@@ -143,10 +167,20 @@ def chat_events(responses: Iterator[chat_pb2.ChatResponse]) -> Generator[Event, 
             case "queued":
                 yield queued_event(response.queued)
             case "delta":
-                yield TextDelta(response.delta.text, response.delta.answer)
+                delta = response.delta
+                yield TextDelta(delta.text, delta.answer, logprobs=tuple(map(_logprob, delta.logprobs)))
             case "done":
                 yield from _finished(response.done)
                 yield done_event(response.done)
+
+
+def _logprob_message(one: TokenLogprob) -> chat_pb2.TokenLogprob:
+    top = map(_logprob_message, one.top)
+    return chat_pb2.TokenLogprob(id=one.id, piece=one.piece, logprob=one.logprob, top=top)
+
+
+def _logprob(message: chat_pb2.TokenLogprob) -> TokenLogprob:
+    return TokenLogprob(message.id, message.piece, message.logprob, tuple(map(_logprob, message.top)))
 
 
 def _finished(done: chat_pb2.ChatDone) -> Iterator[Finished]:

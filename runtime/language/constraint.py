@@ -1,0 +1,139 @@
+"""Answers of a given form: which tokens may follow, by the library llguidance (extra `constrained`)."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from runtime import limits
+from runtime.errors import InvalidInput
+from runtime.language.grammar import OWN_KEY, Grammar
+from runtime.optional import require
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+Allowed = NDArray[np.bool_]
+OPTIONS: Final = {"whitespace_pattern": r"[ \n\r\t]{1,32}"}
+"""How the library reads schemas. Blanks between the parts of a value are bounded, since models are known to write them
+without end.
+"""
+HEADER: Final = '%llguidance {"no_forcing": true}'
+"""The model chooses the tokens of a text that is certain, too. By default the library chooses them with the tokenizer,
+which would take a text like "</s>" for the special token.
+"""
+PLACE: Final = re.compile(r"^at \d+\(\d+\): ")
+SHOWN: Final = re.compile(r"\n\s*\d+ \| ")
+"""Where the library's messages name a line of the grammar, and where they begin to show it."""
+REASON_LENGTH: Final = 300
+"""Characters of the library's messages that are passed on."""
+
+
+class Constraint:
+    """The form of one answer, token by token, but for tokens that are `forbidden` anyway."""
+
+    def __init__(self, matcher: LLMatcher, forbidden: Sequence[int] = ()) -> None:
+        self._matcher, self._forbidden = matcher, forbidden
+
+    def fork(self) -> Constraint:
+        """One for another answer, which begins where this one is."""
+        return Constraint(self._matcher.deep_copy(), self._forbidden)
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return self._matcher.is_stopped()
+
+    def allowed(self, count: int) -> Allowed:
+        """Which of the first `count` tokens may follow, [count]. End tokens may where the answer can be complete.
+
+        Raises InvalidInput where the model has no token for what comes next, or the limits do not allow to go on.
+        """
+        bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        found = np.zeros(count, np.bool_)
+        known = np.unpackbits(bits, bitorder="little")[:count]
+        found[: len(known)] = known
+        found[[token for token in self._forbidden if token < count]] = False
+        self._check()
+        return found
+
+    def push(self, token: int) -> None:
+        """Go on with an allowed token. Raises InvalidInput where the limits do not allow it."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InvalidInput(
+                "grammar",
+                f"cannot be followed any further ({_reason(self._matcher.get_error())}): the model has no token for "
+                "what comes next, or the grammar is too complex: simplify it",
+            )
+
+
+class Constraints:
+    """Makes the constraints of one model's answers, from its tokenizer, the number of its logits and its end tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: Sequence[int]) -> None:
+        self._tokenizer, self._vocabulary, self._ends = tokenizer, vocabulary, ends
+
+    def open(self, grammar: Grammar) -> Constraint:
+        """Raises InvalidInput for a grammar that cannot be followed, MissingDependency without llguidance."""
+        require("llguidance", "constrained")
+        from llguidance import LLMatcher
+
+        matcher = LLMatcher(self._tokens, _compiled(grammar), log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise InvalidInput("grammar", f"cannot be followed: {_reason(matcher.get_error())}")
+        return Constraint(matcher, () if self._ends else self._tokens.eos_tokens)
+
+    @cached_property
+    def _tokens(self) -> LLTokenizer:
+        """The vocabulary as the library reads it; takes up to a second."""
+        from llguidance import LLTokenizer
+
+        count = max(self._vocabulary, 1 + max(self._tokenizer.get_vocab().values(), default=0))
+        try:
+            return LLTokenizer(self._tokenizer.to_str(), n_vocab=count, eos_token=list(self._ends) or None)
+        except ValueError as error:
+            raise InvalidInput(
+                "grammar",
+                f"cannot be followed by this model, whose tokenizer llguidance does not read "
+                f"({_reason(str(error))}): leave it out",
+            ) from None
+
+
+def _compiled(grammar: Grammar) -> str:
+    """A grammar as the library takes it."""
+    from llguidance import LLMatcher, regex_to_lark
+
+    if grammar.kind == "regex":
+        form = f"/{regex_to_lark(grammar.text, '')}/"
+    else:
+        form = f"%json {json.dumps(json.loads(grammar.text) | {OWN_KEY: OPTIONS})}"
+    return LLMatcher.grammar_from_lark(f"{HEADER}\nstart: {form}")
+
+
+def _limits() -> LLParserLimits:
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        initial_lexer_fuel=limits.GRAMMAR_WORK.most,
+        step_lexer_fuel=limits.GRAMMAR_STEP.most,
+        max_lexer_states=limits.GRAMMAR_STATES.most,
+        max_grammar_size=limits.GRAMMAR_SYMBOLS.most,
+        verbose_errors=False,
+    )
+
+
+def _reason(text: str) -> str:
+    """The library's message in one line, without the grammar that it repeats."""
+    found = " ".join(SHOWN.split(PLACE.sub("", text))[0].split())
+    return found if len(found) <= REASON_LENGTH else f"{found[:REASON_LENGTH]}..."
