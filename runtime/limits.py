@@ -241,6 +241,9 @@ REQUEST_PIXELS: Final = Limit(
     "read from the headers; decoding 64 million takes a second",
     SHOWN,
 )
+URL: Final = Limit("URL of a picture", 2000, "characters", "data: URLs are none of these; servers read no longer ones")
+FETCH: Final = Limit("fetching a picture", 15, "seconds", "a slow host must not hold requests; fetched pictures of a "
+    "request have the bytes of a message at most")  # fmt: skip
 STOPS: Final = Limit("stop strings", 16, "strings", "each is searched in every piece of the answer", (f"{CHAT}.stop",))
 STOP: Final = Limit(
     "stop string", 500, "characters", "as much text may be held back before it is sent", (f"{CHAT}.stop",)

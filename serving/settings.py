@@ -147,6 +147,14 @@ class Settings:
             metavar="NAME", help="Names by which clients may call it, besides localhost and addresses: gpu-box."
         ),
     ] = None
+    fetch_hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST[:PORT]",
+            help="Hosts that pictures of chats may be fetched from by https: URLs. One with an address that is not "
+            "public needs that address in the list, too. Default: none, and nothing is fetched.",
+        ),
+    ] = None
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

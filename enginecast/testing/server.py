@@ -8,7 +8,8 @@ import threading
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Final, TypeVar
 
 import numpy as np
 
@@ -171,6 +172,9 @@ class FakeServer:
     happens. `security` protects the server, and `client` is connected by `connection`. A `with` block stops the server.
     """
 
+    kinds: ClassVar[Mapping[str, type[FakeModel]]] = MappingProxyType({"draw": FakeModel, "talk": FakeAnswers})
+    """The models by name. A subclass may have others besides."""
+
     def __init__(
         self,
         folder: Path,
@@ -181,7 +185,7 @@ class FakeServer:
         security: Security = OPEN,
         connection: Connection = PLAIN,
     ) -> None:
-        self.models = {"draw": FakeModel(), "talk": FakeAnswers()}
+        self.models = {name: kind() for name, kind in self.kinds.items()}
         self.loads: list[tuple[str, str | None]] = []
         self.load_gate = threading.Event()
         self.load_gate.set()

@@ -88,7 +88,7 @@ def security(settings: Settings) -> Security:
 def others(host: ModelHost, settings: Settings, protection: Security) -> list[server.Beside]:
     """The servers beside that of gRPC."""
     if settings.http is None:
-        for name in (name for name in ("http_origins", "http_hosts") if getattr(settings, name)):
+        for name in (name for name in ("http_origins", "http_hosts", "fetch_hosts") if getattr(settings, name)):
             raise InvalidInput(name, "is of no effect without --http: give both")
         return []
     for module in ("fastapi", "connectrpc", "uvicorn"):

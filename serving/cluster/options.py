@@ -21,6 +21,7 @@ REFUSED: Final = {
     "http": "Ray's ingress speaks gRPC only: a proxy in front of it translates gRPC-Web",
     "http_origins": "belongs to --http, which a cluster does not have",
     "http_hosts": "belongs to --http, which a cluster does not have",
+    "fetch_hosts": "belongs to --http, which a cluster does not have",
     "metrics": OWN,
     "traces": OWN,
 }

@@ -38,6 +38,8 @@ READING: Final = frozenset(
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),
         "ollama/GET /api/version",
+        "openai/GET /v1/models",
+        "openai/GET /v1/models/{name}",
     }
 )
 """Methods for every token: what the server offers."""
@@ -48,6 +50,7 @@ INFERRING: Final = frozenset(
         "enginecast.v1.EmbedService/Embed",
         "enginecast.v1.JobService/Stop",
         f"{KSERVE}/ModelInfer",
+        *(f"openai/POST /v1/{path}" for path in ("chat/completions", "embeddings")),
     }
 )
 """Methods for the scope infer. All others need the scope manage: a new method is not open by mistake."""

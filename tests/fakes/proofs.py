@@ -20,8 +20,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 ROOT: Final = Path(__file__).parents[2]
 TESTS: Final = ROOT / "tests" / "serving" / "dialects"
 PAGE: Final = ROOT / "docs" / "clients.md"
-SHOWN: Final = 2
-"""Tests of a field that the page names."""
 
 
 def proves(endpoint: str, *fields: str) -> Callable[[F], F]:
@@ -33,18 +31,34 @@ def proofs(folder: Path) -> dict[tuple[str, str], list[str]]:
     """The tests in a folder that prove each endpoint, whose field is empty, and each field: "test_chat.py::test_x"."""
     found: dict[tuple[str, str], list[str]] = {}
     for file in sorted(folder.glob("test_*.py")):
-        for test in ast.walk(ast.parse(file.read_text())):
-            if isinstance(test, ast.FunctionDef | ast.AsyncFunctionDef):
-                for endpoint, *fields in _marks(test):
-                    for field in ("", *fields):
-                        found.setdefault((endpoint, field), []).append(f"{file.name}::{test.name}")
+        for name, endpoint, *fields in _marks(ast.parse(file.read_text())):
+            for field in ("", *fields):
+                tests = found.setdefault((endpoint, field), [])
+                if (test := f"{file.name}::{name}") not in tests:
+                    tests.append(test)
     return found
 
 
-def _marks(test: ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[list[str]]:
-    for mark in test.decorator_list:
-        if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == proves.__name__:
-            yield [ast.literal_eval(argument) for argument in mark.args]
+def _marks(module: ast.Module) -> Iterator[list[str]]:
+    """The name of each marked test, and what it is marked with: texts, or names of the file's constants."""
+    constants: dict[str, str] = {}
+    for node in module.body:
+        match node:
+            case ast.Assign(targets=[ast.Name(id=name)], value=ast.Constant(value=str(text))):
+                constants[name] = text
+            case ast.FunctionDef() | ast.AsyncFunctionDef():
+                for mark in node.decorator_list:
+                    if (
+                        isinstance(mark, ast.Call)
+                        and isinstance(mark.func, ast.Name)
+                        and mark.func.id == proves.__name__
+                    ):
+                        yield [node.name, *(_text(argument, constants) for argument in mark.args)]
+
+
+def _text(node: ast.expr, constants: dict[str, str]) -> str:
+    found: str = constants[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+    return found
 
 
 def fields(dialect: Dialect) -> list[Row]:
@@ -62,9 +76,9 @@ def table(found: Iterable[Row], proved: dict[tuple[str, str], list[str]]) -> str
     for row in found:
         if not row.field:
             lines += ["", f"**{row.endpoint}**", "", "| Field | State | Test, or reason |", "|---|---|---|"]
-        tests = ", ".join(f"`{test}`" for test in proved.get((row.endpoint, row.field), [])[:SHOWN])
+        tests = [f"`{test}`" for test in proved.get((row.endpoint, row.field), [])]
         name = f"`{row.field}`" if row.field else "(the call)"
-        lines.append(f"| {name} | {row.state} | {tests if row.state == WORKS else row.why} |")
+        lines.append(f"| {name} | {row.state} | {''.join(tests[:1]) if row.state == WORKS else row.why} |")
     return "\n".join(lines[1:])
 
 

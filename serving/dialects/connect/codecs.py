@@ -6,7 +6,6 @@ own spelling is accepted, too; bytes in base64.
 
 from __future__ import annotations
 
-import re
 import zlib
 from typing import Any, Final, Protocol
 
@@ -18,10 +17,8 @@ from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, ResourceExhausted
 from serving.dialects.connect.errors import Refused
 from serving.dialects.grpc.intake import REQUEST, parse
+from serving.dialects.http.values import check_values
 from serving.host.shown import shortened
-
-STRINGS: Final = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-"""The strings of a JSON text."""
 
 
 class _Parser(Protocol):
@@ -61,24 +58,13 @@ def _read_binary(data: bytes, kind: type[Message]) -> Message:
 
 
 def _read_json(data: bytes, kind: type[Message]) -> Message:
-    _check_values(data)
+    check_values(data, REQUEST)
     try:
         return Parse(data, kind())
     except (ParseError, RecursionError, UnicodeDecodeError) as error:
         raise InvalidInput(
             REQUEST, f"is no {kind.DESCRIPTOR.full_name} in JSON: {shortened(str(error), 300)}"
         ) from None
-
-
-def _check_values(data: bytes) -> None:
-    """Raise InvalidInput for more values than a message may have fields: each becomes an object before it is read."""
-    if _marks(data) > limits.FIELDS.most and _marks(STRINGS.sub(b"", data)) > limits.FIELDS.most:
-        raise InvalidInput(REQUEST, f"has more than {limits.FIELDS.most:,} values, nested ones included: send fewer")
-
-
-def _marks(text: bytes) -> int:
-    """What begins or separates values in JSON, also those in strings."""
-    return sum(map(text.count, (b"{", b"[", b",")))
 
 
 CODECS: Final = (

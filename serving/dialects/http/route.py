@@ -5,13 +5,14 @@ when its client leaves.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Final
 
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
+from starlette.responses import Response
 
 from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput
@@ -21,13 +22,27 @@ from serving.dialects.grpc.status import ID_KEY
 from serving.dialects.http import errors
 from serving.dialects.http.dialect import dialect_of
 from serving.dialects.http.pages import Event, Receive, Send, Unread
+from serving.dialects.http.values import check_values
 from serving.host.observing import Record, recorded
 
-CANCELLED = "CANCELLED"
+CANCELLED: Final = "CANCELLED"
+FORM: Final = "form"
+"""In the content types of forms, which are parsed as they arrive."""
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class Route(APIRoute):
     """A route of a dialect. Its record's method is such as "ollama/POST /api/chat"."""
+
+    def get_route_handler(self) -> Handler:
+        handler = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            if FORM not in request.headers.get("content-type", ""):
+                check_values(await request.body(), errors.BODY)
+            return await handler(request)
+
+        return checked
 
     async def handle(self, scope: Any, receive: Receive, send: Send) -> None:
         state, headers = scope["app"].state, Headers(scope=scope)

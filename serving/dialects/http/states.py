@@ -93,9 +93,10 @@ def rows(routes: Sequence[BaseRoute]) -> list[Row]:
     for route in routes:
         if isinstance(route, WebSocketRoute):
             found[Row(f"WebSocket {route.path}")] = None
-        elif isinstance(route, APIRoute):
+        else:
+            assert isinstance(route, APIRoute), "a router in a router hides its endpoints"
             for verb in sorted(route.methods or ()):
-                found |= dict.fromkeys(_endpoint(f"{verb} {route.path}", route))
+                found |= dict.fromkeys(_endpoint(f"{verb} {route.path_format}", route))
     return list(found)
 
 

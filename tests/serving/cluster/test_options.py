@@ -14,7 +14,14 @@ from serving.settings import Settings, names
 CLUSTER = Settings(["a"], engine="ray", address="0.0.0.0:50051", insecure=True)
 OTHER: dict[str, Any] = {
     name: Path("x") for name in ("tls_cert", "tls_key", "tls_client_ca", "tokens", "audit_log")
-} | {"http": "127.0.0.1:0", "http_origins": ["x"], "http_hosts": ["x"], "metrics": "127.0.0.1:0", "traces": "x"}
+} | {
+    "http": "127.0.0.1:0",
+    "http_origins": ["x"],
+    "http_hosts": ["x"],
+    "fetch_hosts": ["x"],
+    "metrics": "127.0.0.1:0",
+    "traces": "x",
+}
 
 
 def test_settings_that_a_cluster_has_pass() -> None:

@@ -1,0 +1,30 @@
+"""Errors in the words of a dialect: with its clients' names of fields in place of those of `runtime.tasks`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+
+from runtime.errors import InvalidInput
+from runtime.pipeline import Event
+
+
+@contextmanager
+def in_words(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the block name the clients' fields: `names` has them by ours, also of parts such as "parts" in
+    "messages[0].parts[1]".
+    """
+    try:
+        yield
+    except InvalidInput as error:
+        field = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), error.field)
+        raise type(error)(field, error.reason) from error
+
+
+async def events_in_words(events: AsyncGenerator[Event, None], names: Mapping[str, str]) -> AsyncGenerator[Event, None]:
+    """The events of a request, whose errors name the clients' fields."""
+    async with aclosing(events):
+        with in_words(names):
+            async for event in events:
+                yield event

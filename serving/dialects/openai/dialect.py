@@ -1,0 +1,27 @@
+"""What clients of OpenAI use: paths under /v1 (https://platform.openai.com/docs/api-reference)."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from fastapi import APIRouter
+
+from serving.dialects.http.dialect import Dialect
+from serving.dialects.http.fetching import Hosts
+from serving.dialects.http.route import Route
+from serving.dialects.openai import chat, embeddings, models
+from serving.dialects.openai.errors import body
+from serving.host.models import ModelHost
+from serving.settings import Settings
+
+
+def router(host: ModelHost, settings: Settings) -> APIRouter:
+    """The endpoints for a host. Raises InvalidInput for hosts to fetch from that are malformed."""
+    routes = APIRouter(route_class=Route)
+    models.add(routes, host)
+    chat.add(routes, host, Hosts(settings.fetch_hosts or ()))
+    embeddings.add(routes, host)
+    return routes
+
+
+DIALECT: Final = Dialect("openai", ("/v1/",), router, body)

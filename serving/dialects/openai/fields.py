@@ -1,0 +1,152 @@
+"""The fields of requests as clients of OpenAI send them, and what becomes of each
+(https://platform.openai.com/docs/api-reference).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from serving.dialects.http.states import Body, NoEffect, Refused
+
+TOOLS: Final = "models here call no tools: leave it out"
+SOUND: Final = "models here read and answer text and pictures, no sound: leave it out"
+FILES: Final = "models here read no files: send the text, or pictures of the pages"
+CACHE: Final = "beginnings are found again by themselves"
+THINKING: Final = "models here do not think before they answer: leave it out"
+USER: Final = "clients are told apart by their tokens"
+STORED: Final = "nothing is stored: leave it out"
+TIER: Final = "all requests are served alike: leave it out"
+MODERATION: Final = "nothing is moderated: leave it out"
+
+
+class ImageUrl(Body):
+    """Where a picture is."""
+
+    url: str
+    detail: Annotated[
+        Literal["auto", "low", "high"] | None, NoEffect("pictures are read in the size that the model was trained on")
+    ] = None
+
+
+class Part(Body):
+    """A text or a picture of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+    input_audio: Annotated[Any, Refused(SOUND)] = None
+    file: Annotated[Any, Refused(FILES)] = None
+    prompt_cache_breakpoint: Annotated[Any, NoEffect(CACHE)] = None
+
+
+def _parts(content: Any) -> Any:
+    """A content of one text as parts."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+Content = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
+
+
+class Message(Body):
+    """A message of a conversation, also one that a completion had and that is sent back as it was."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: Annotated[str | None, Refused("chat templates here know no names: write it into the text")] = None
+    refusal: Annotated[str | None, Refused("models here do not mark refusals: send them as content")] = None
+    annotations: Annotated[list[Any] | None, Refused("models here cite nothing", but=([],))] = None
+    audio: Annotated[Any, Refused(SOUND)] = None
+    tool_calls: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
+    function_call: Annotated[Any, Refused(TOOLS)] = None
+
+
+Messages = Annotated[list[Message], Field(min_length=1)]
+
+
+class StreamOptions(Body):
+    """How a stream is sent."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, NoEffect("nothing is obfuscated")] = None
+
+
+class JsonSchema(Body):
+    """The form of an answer."""
+
+    name: Annotated[str | None, NoEffect("it is for people")] = None
+    description: Annotated[str | None, NoEffect("models do not see it: write it into the text")] = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: Annotated[bool | None, NoEffect("answers always have the form")] = None
+
+
+class ResponseFormat(Body):
+    """Whether an answer is text, JSON, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class Completion(Body):
+    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty` and `beams` are ours, for `extra_body`."""
+
+    model: str
+    messages: Messages
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    response_format: ResponseFormat | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    top_k: int | None = None
+    repetition_penalty: float | None = None
+    min_p: float | None = None
+    beams: int | None = None
+    logit_bias: Annotated[dict[str, Any] | None, Refused("single tokens are not weighted here", but=({},))] = None
+    tools: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
+    tool_choice: Annotated[Any, Refused(TOOLS, but=("none", "auto"))] = None
+    parallel_tool_calls: Annotated[bool | None, NoEffect("no tools are called")] = None
+    functions: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
+    function_call: Annotated[Any, Refused(TOOLS, but=("none", "auto"))] = None
+    audio: Annotated[Any, Refused(SOUND)] = None
+    modalities: Annotated[list[str] | None, Refused(SOUND, but=(["text"],))] = None
+    reasoning_effort: Annotated[str | None, Refused(THINKING, but=("none",))] = None
+    verbosity: Annotated[str | None, Refused("ask for it in the text, or send max_tokens", but=("medium",))] = None
+    web_search_options: Annotated[Any, Refused("nothing is searched in the web: leave it out")] = None
+    moderation: Annotated[Any, Refused(MODERATION)] = None
+    store: Annotated[bool | None, Refused(STORED, but=(False,))] = None
+    service_tier: Annotated[str | None, Refused(TIER, but=("auto", "default"))] = None
+    prediction: Annotated[Any, NoEffect("it would make answers faster, not other ones")] = None
+    metadata: Annotated[dict[str, str] | None, NoEffect("it is for stored completions")] = None
+    user: Annotated[str | None, NoEffect(USER)] = None
+    safety_identifier: Annotated[str | None, NoEffect(USER)] = None
+    prompt_cache_key: Annotated[str | None, NoEffect(CACHE)] = None
+    prompt_cache_retention: Annotated[str | None, NoEffect(CACHE)] = None
+    prompt_cache_options: Annotated[dict[str, Any] | None, NoEffect(CACHE)] = None
+
+
+def _texts(value: Any) -> Any:
+    """One text as a list of texts. Tokens are refused."""
+    if isinstance(value, list) and value and not isinstance(value[0], str):
+        raise PydanticCustomError("tokens", "holds tokens, which are each model's own: send texts")
+    return [value] if isinstance(value, str) else value
+
+
+class Wanted(Body):
+    """Texts to embed."""
+
+    model: str
+    input: Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    user: Annotated[str | None, NoEffect(USER)] = None
