@@ -228,6 +228,32 @@ def cache_folder() -> Path:
         ) from None
 
 
+DATA: Final = "ENGINECAST_DATA"
+"""The environment variable that names another folder for the user's data."""
+
+
+def data_folder() -> Path:
+    """The folder of a user's data: $ENGINECAST_DATA, else `enginecast` in the platform's folder for user data.
+
+    That is $XDG_DATA_HOME or ~/.local/share on Linux (XDG Base Directory Specification), ~/Library/Application Support
+    on macOS and %LOCALAPPDATA% on Windows. Raises InvalidInput where the user has no home folder.
+    """
+    if chosen := os.environ.get(DATA):
+        return Path(chosen)
+    try:
+        return _user_data() / "enginecast"
+    except RuntimeError:
+        raise InvalidInput(DATA, "is not set and this user has no home folder: set it to a folder for data") from None
+
+
+def _user_data() -> Path:
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support"
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+
+
 def key_of(*facts: Any) -> str:
     """Hex sha256 of JSON-serialisable facts."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

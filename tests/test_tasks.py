@@ -189,7 +189,7 @@ def test_a_task_from_this_folder_alone_is_calibrated(bundle: Bundle, tmp_path: P
 
 def test_commands_are_named_by_the_verbs_of_their_tasks() -> None:
     verbs = [task.verb for _, task in sorted(runtime.task.tasks().items())]
-    assert {command.__name__ for command in serving.cli.task.task_commands()} == {*verbs, "caption"}
+    assert {command.__name__ for command in serving.cli.task.task_commands()} == {*verbs, "caption", "grid"}
 
 
 def test_the_toy_leaves_no_trace() -> None:

@@ -7,43 +7,23 @@ the user's own, in `user_folder`. Invalid lines are skipped: a damaged row must 
 from __future__ import annotations
 
 import json
-import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from runtime.bundle.manifest import Manifest
 from runtime.errors import InvalidInput
+from runtime.files import data_folder
 from runtime.placing.devices import Machine
 
 SHIPPED: Final = Path(__file__).parents[2] / "profiles" / "rows"
-DATA: Final = "ENGINECAST_DATA"
-"""The environment variable that names another folder for the user's data."""
 ANSWER_TOKENS: Final = 64
 """Length in tokens of the answer whose time ranks chat models."""
 
 
 def user_folder() -> Path:
-    """The folder of a user's own rows: `rows` in $ENGINECAST_DATA, else in the platform's folder for user data.
-
-    That is $XDG_DATA_HOME or ~/.local/share on Linux (XDG Base Directory Specification), ~/Library/Application Support
-    on macOS and %LOCALAPPDATA% on Windows. Raises InvalidInput where the user has no home folder.
-    """
-    if chosen := os.environ.get(DATA):
-        return Path(chosen) / "rows"
-    try:
-        return _user_data() / "enginecast" / "rows"
-    except RuntimeError:
-        raise InvalidInput(DATA, "is not set and this user has no home folder: set it to a folder for data") from None
-
-
-def _user_data() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support"
-    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    """The folder of a user's own rows, in `data_folder`. Raises InvalidInput where the user has no home folder."""
+    return data_folder() / "rows"
 
 
 def default_files() -> list[Path]:

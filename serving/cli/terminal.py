@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
+from unicodedata import category
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from runtime.errors import InvalidInput, NotFound
+from runtime.errors import InvalidInput, NotFound, quoted
 from runtime.files import read_regular
 from runtime.limits import PICTURE_BYTES
 from runtime.pipeline import Progress
@@ -65,23 +66,31 @@ def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
     return drawing
 
 
-def speak(stream: Stream[Answer], verbose: bool = False) -> str:
-    """Print an answer as it is decoded, without its leading blanks, several with an empty line between; returns the
-    first. `verbose` adds what each submodel ran on.
+class Speaker:
+    """Prints an answer as it is decoded, without its leading blanks, several with an empty line between. `text` is that
+    of the first so far, also if the stream ends early. `verbose` adds what each submodel ran on.
     """
-    number, begun = 0, False
-    with stream:
-        for event in stream:
-            if isinstance(event, TextDelta):
-                begun = begun and event.answer == number
-                _write("\n\n" * (event.answer - number) + (event.text if begun else event.text.lstrip()))
-                number, begun = event.answer, begun or bool(event.text.strip())
-        answer = stream.result()
-    _write("\n\n" * (len(answer.choices) - 1 - number) + "\n")
-    gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
-    _likelihoods(answer)
-    _summary(answer.done, f"{_length(answer)}{gone}", verbose)
-    return answer.text
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.text = ""
+        self._verbose = verbose
+
+    def speak(self, stream: Stream[Answer]) -> str:
+        """Print the answer and return the text of the first. Raises the errors of the stream."""
+        number, begun = 0, False
+        with stream:
+            for event in stream:
+                if isinstance(event, TextDelta):
+                    begun = begun and event.answer == number
+                    _write("\n\n" * (event.answer - number) + (event.text if begun else event.text.lstrip()))
+                    number, begun = event.answer, begun or bool(event.text.strip())
+                    self.text += "" if number else event.text
+            answer = stream.result()
+        _write("\n\n" * (len(answer.choices) - 1 - number) + "\n")
+        gone = f", without the {answer.left_out} oldest messages that may go" if answer.left_out else ""
+        _likelihoods(answer)
+        _summary(answer.done, f"{_length(answer)}{gone}", self._verbose)
+        return answer.text
 
 
 def caption(path: Path, answer: Answer, verbose: bool = False) -> None:
@@ -117,6 +126,19 @@ def read_image(path: Path) -> bytes:
         raise NotFound(f"picture {path} cannot be read: {error.strerror}") from None
     decode_image(data, str(path))
     return data
+
+
+def path(field: str, text: str, needed: str = "the PATH of a file") -> Path:
+    """The path that was typed, maybe in quotes or with ~. Raises InvalidInput where there is none, or no such user."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        text = text[1:-1]
+    if not text:
+        raise InvalidInput(field, f"needs {needed}")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise InvalidInput(field, f"is {quoted(text)}: {error}") from None
 
 
 def unicode(field: str, text: str) -> str:
@@ -177,8 +199,18 @@ def _counted(count: int, what: str) -> str:
     return f"{count} {what}{'s' * (count != 1)}"
 
 
+def report(text: str) -> None:
+    """Print a line on standard error."""
+    errors.print(printable(text), markup=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A text from elsewhere without characters that control terminals."""
+    return "".join(char if char in "\n\t" or category(char) != "Cc" else "?" for char in text)
+
+
 def _write(text: str) -> None:
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
     sys.stdout.flush()
 
 

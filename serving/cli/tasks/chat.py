@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import Annotated, Final
 
 import typer
 
 from serving.cli.answering import Answering
 from serving.cli.options import ModelOptions, with_fields, with_model_options
-
-if TYPE_CHECKING:
-    from serving.dialects.python.requests import Message
 
 
 @with_model_options
@@ -28,26 +24,25 @@ def chat(
 ) -> None:
     """Ask about pictures, once or in a conversation."""
     from serving.cli import terminal
-    from serving.cli.conversation import Conversation, typed
+    from serving.cli.repl.about import about
+    from serving.cli.repl.lines import piped
+    from serving.cli.repl.loop import Screen
+    from serving.cli.repl.settings import Settings
+    from serving.cli.repl.tasks.chat import Talk, Talking
     from serving.dialects.python.requests import chat_request
 
     pictures = [terminal.read_image(path) for path in image or ()]
-    given = answering.given()
-    first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, given)
+    first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, answering.given())
+    settings = Settings(Screen(where.verbose), answering, Talking())
     with where.session(first) as session:
-
-        def answer(messages: Sequence[Message]) -> str:
-            return terminal.speak(session.chat_stream(messages, **given), where.verbose)
-
-        talk = Conversation(pictures, answer)
+        talk = Talk(session, where.model or where.bundle or "", about(where), settings)
+        talk.pictures = pictures
         if prompt is not None:
-            talk.ask(prompt)
-            return
-        if sys.stdin.isatty():
-            terminal.errors.print(
-                f"Ask {where.model or where.bundle}. /help lists commands, Ctrl-D ends.", markup=False
-            )
-        talk.run(typed(), patient=sys.stdin.isatty())
+            talk.ask([prompt])
+        elif sys.stdin.isatty():
+            talk.typed()
+        else:
+            talk.run(piped(), patient=False)
 
 
 COMMAND: Final = chat

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from runtime.errors import InvalidInput
+from runtime.files import DATA
 from runtime.placing import measured
 
 
@@ -15,7 +17,7 @@ def no_home() -> Path:
 
 
 def test_rows_of_the_program_and_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(measured.DATA, str(tmp_path / "data"))
+    monkeypatch.setenv(DATA, str(tmp_path / "data"))
     shipped = measured.default_files()
     assert shipped and all(file.parent == measured.SHIPPED for file in shipped)
     own = tmp_path / "data" / "rows" / "mine.jsonl"
@@ -43,9 +45,9 @@ def test_the_working_folder_decides_nothing(tmp_path: Path, monkeypatch: pytest.
 def test_the_user_s_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, platform: str, variable: str, expected: str
 ) -> None:
-    for name in (measured.DATA, "XDG_DATA_HOME", "LOCALAPPDATA"):
+    for name in (DATA, "XDG_DATA_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(measured.sys, "platform", platform)
+    monkeypatch.setattr(sys, "platform", platform)
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     if variable:
         monkeypatch.setenv(variable, str(tmp_path / "data"))
@@ -53,9 +55,9 @@ def test_the_user_s_folder(
 
 
 def test_a_user_without_a_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (measured.DATA, "XDG_DATA_HOME"):
+    for name in (DATA, "XDG_DATA_HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    with pytest.raises(InvalidInput, match=measured.DATA):
+    with pytest.raises(InvalidInput, match=DATA):
         measured.user_folder()
     assert {file.parent for file in measured.default_files()} == {measured.SHIPPED}

@@ -295,7 +295,7 @@ class TestChat:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("/imge x", "/imge: is no command, expected one of /image PATH, /clear, /help, /quit"),
+            ("/imge x", "/imge: is no command: did you mean '/image'? (known: /bye, /clear, /exit, /help, /image, "),
             ("/image", "/image: needs the PATH of a picture"),
             ("/image /nowhere.png", "picture /nowhere.png cannot be read: No such file"),
         ],

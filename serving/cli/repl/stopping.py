@@ -1,0 +1,44 @@
+"""Ctrl-C while a request runs stops the request, not the program."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from runtime.errors import Cancelled
+from serving.dialects.python.stream import Stream
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C stopped a request."""
+
+
+@contextmanager
+def stopping(stream: Stream[Any]) -> Iterator[None]:
+    """In this block, on the main thread, Ctrl-C cancels the stream before its next step, and Stopped is raised once it
+    has ended. Ctrl-C again raises KeyboardInterrupt at once. A process that ignores SIGINT goes on to.
+    """
+    pressed = False
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+        stream.cancel()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    except Cancelled:
+        if pressed:
+            raise Stopped from None
+        raise
+    finally:
+        signal.signal(signal.SIGINT, before)

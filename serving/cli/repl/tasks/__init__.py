@@ -1,0 +1,1 @@
+"""What a line does, one file per task, each named as the task and found by listing the folder."""
