@@ -71,8 +71,8 @@ class Choice:
         """The next token, from the logits [vocab] behind `tokens`. Raises InvalidInput, EngineError."""
         if self.constraint is None:
             return choose(logits, tokens, self.sampling, self.rng, self.bounds)
-        allowed = self.constraint.allowed(len(logits))
-        token = choose(logits, tokens, self.sampling, self.rng, self.bounds, allowed)
+        most = self.constraint.most(len(logits))
+        token = choose(logits, tokens, self.sampling, self.rng, self.bounds, most)
         self.constraint.push(token)
         return token
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from runtime.errors import EngineError
 from runtime.language.processors import Scores, process, softmax
@@ -14,14 +13,14 @@ from runtime.language.sampling import UNBOUNDED, Bounds, Sampling
 
 def choose(
     logits: Scores, tokens: Sequence[int], sampling: Sampling, rng: np.random.Generator, bounds: Bounds = UNBOUNDED,
-    allowed: NDArray[np.bool_] | None = None,
+    most: Scores | None = None,
 ) -> int:  # fmt: skip
-    """The next token, from the logits [vocab] behind `tokens`, of those that are `allowed` [vocab]. Equal generators
-    give equal tokens. Raises EngineError on NaN.
+    """The next token, from the logits [vocab] behind `tokens`; `most` [vocab] is the highest score that each may have.
+    Equal generators give equal tokens. Raises EngineError on NaN.
     """
     require_numbers(logits, sampling)
-    scores = process(logits, tokens, sampling, bounds, allowed)
-    if sampling.temperature or allowed is not None:
+    scores = process(logits, tokens, sampling, bounds, most)
+    if sampling.temperature or most is not None:
         require_candidates(scores)
     if sampling.temperature == 0:
         return int(scores.argmax())

@@ -9,18 +9,22 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.language.grammar import OWN_KEY, Grammar
+from runtime.language.processors import Scores
 from runtime.optional import require
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-Allowed = NDArray[np.bool_]
+BITS: Final = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+MOST: Final = np.where(BITS, np.float32(np.inf), np.float32(-np.inf))
+"""What eight bits of the library's mask mean for scores, [256, 8]: at 128,000 tokens a tenth of the time that masks of
+booleans take.
+"""
 OPTIONS: Final = {"whitespace_pattern": r"[ \n\r\t]{1,32}"}
 """How the library reads schemas. Blanks between the parts of a value are bounded, since models are known to write them
 without end.
@@ -51,18 +55,19 @@ class Constraint:
         """Whether nothing but the end may follow."""
         return self._matcher.is_stopped()
 
-    def allowed(self, count: int) -> Allowed:
-        """Which of the first `count` tokens may follow, [count]. End tokens may where the answer can be complete.
+    def most(self, count: int) -> Scores:
+        """The highest scores that the first `count` tokens may have, [count]: inf for those that may follow, -inf for
+        others. End tokens may follow where the answer can be complete.
 
         Raises InvalidInput where the model has no token for what comes next, or the limits do not allow to go on.
         """
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        found = np.zeros(count, np.bool_)
-        known = np.unpackbits(bits, bitorder="little")[:count]
-        found[: len(known)] = known
-        found[[token for token in self._forbidden if token < count]] = False
         self._check()
-        return found
+        found = MOST.take(bits, axis=0).reshape(-1)
+        if len(found) < count:
+            found = np.pad(found, (0, count - len(found)), constant_values=-np.inf)
+        found[[token for token in self._forbidden if token < count]] = -np.inf
+        return found[:count]
 
     def push(self, token: int) -> None:
         """Go on with an allowed token. Raises InvalidInput where the limits do not allow it."""

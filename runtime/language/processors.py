@@ -23,18 +23,18 @@ TOP_H_TOKENS: Final = 100
 
 def process(
     logits: Scores, tokens: Sequence[int], sampling: Sampling, bounds: Bounds = UNBOUNDED,
-    allowed: NDArray[np.bool_] | None = None,
+    most: Scores | None = None,
 ) -> Scores:  # fmt: skip
     """Scores [vocab] of the candidates, from logits [vocab] and the tokens so far; what may not be chosen is -inf.
 
-    `allowed` [vocab] says which tokens the form of the answer allows, None that all are.
+    `most` [vocab] is the highest score that a token may have: -inf where the form of the answer does not allow it.
     """
     scores = np.array(logits, np.float32)
     with np.errstate(over="ignore"):  # of the extremes that stand for values that are no numbers
         for change in RULES:
             change(scores, tokens, sampling, bounds)
-        if allowed is not None:  # last: a rule may raise a score
-            scores[~allowed] = -np.inf
+        if most is not None:  # last: a rule may raise a score
+            np.minimum(scores, most, out=scores)
         if sampling.temperature == 0:
             return scores
         scores /= np.float32(sampling.temperature)
