@@ -155,6 +155,21 @@ class Settings:
             "public needs that address in the list, too. Default: none, and nothing is fetched.",
         ),
     ] = None
+    library: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of bundles, laid out as a repository, that clients of Ollama may pull into the --repository.",
+        ),
+    ] = None
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of checkpoints that clients of Ollama may build bundles from, into the --repository (extra "
+            "export).",
+        ),
+    ] = None
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

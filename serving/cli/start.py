@@ -28,6 +28,8 @@ from serving.settings import Settings
 ENGINES: Final = ("local", "ray")
 HTTP_PORT: Final = 11434
 """The port that clients of Ollama expect."""
+HTTP_ALONE: Final = ("http_origins", "http_hosts", "fetch_hosts", "library", "checkpoints")
+"""Settings of the HTTP server alone."""
 
 
 def start(settings: Settings) -> None:
@@ -88,7 +90,7 @@ def security(settings: Settings) -> Security:
 def others(host: ModelHost, settings: Settings, protection: Security) -> list[server.Beside]:
     """The servers beside that of gRPC."""
     if settings.http is None:
-        for name in (name for name in ("http_origins", "http_hosts", "fetch_hosts") if getattr(settings, name)):
+        for name in (name for name in HTTP_ALONE if getattr(settings, name)):
             raise InvalidInput(name, "is of no effect without --http: give both")
         return []
     for module in ("fastapi", "connectrpc", "uvicorn"):

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS: Final = 2.0
 """Seconds between two looks at a repository."""
+LOOKS: Final = 2
+"""A bundle is gone when so many did not find it."""
 
 
 class Follower:
@@ -33,17 +35,18 @@ class Follower:
         allowed: Limits,
         notify: Callable[[], None],
     ) -> None:
-        self._repository = repository
+        self.repository = repository
         self._catalog = catalog
         self._lifecycle = lifecycle
         self._limits = allowed
         self._notify = notify
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking = asyncio.Lock()
 
     def start(self) -> None:
         """Serve what is there, and follow changes from now on. Raises OSError if the repository cannot be read."""
-        changes = self._repository.look()
-        log.info("the repository %s has %d bundles", self._repository.root, len(changes.offers))
+        changes = self.repository.look()
+        log.info("the repository %s has %d bundles", self.repository.root, len(changes.offers))
         self._apply(changes)
         self._begin(self._follow())
 
@@ -52,12 +55,21 @@ class Follower:
         for task in self._tasks:
             task.cancel()
 
+    async def look(self) -> None:
+        """Apply what has changed until now. Raises OSError if the repository cannot be read."""
+        for _ in range(LOOKS):
+            await self._look()
+
+    async def _look(self) -> None:
+        async with self._looking:
+            self._apply(await asyncio.to_thread(self.repository.look))
+
     async def _follow(self) -> None:
         readable = True
         while True:
             await asyncio.sleep(POLL_SECONDS)
             try:
-                self._apply(await asyncio.to_thread(self._repository.look))
+                await self._look()
                 readable = True
             except OSError as error:
                 if readable:

@@ -105,6 +105,16 @@ class ModelHost:
         follower.start()
         self._followers.append(follower)
 
+    @property
+    def repository(self) -> Repository | None:
+        """The folder whose bundles are served and followed, if there is one."""
+        return self._followers[0].repository if self._followers else None
+
+    async def look(self) -> None:
+        """Serve the repository as it is now, without waiting until it is looked through anyway."""
+        for follower in self._followers:
+            await follower.look()
+
     def status(self, name: str) -> Status:
         """The status of a model. Raises NotFound with the nearest name."""
         served = self.catalog.find(name)
@@ -277,6 +287,26 @@ class ModelHost:
             return
         served.withheld = False
         await self.lifecycle.load(served, target, keep_alive)
+
+    async def keep(self, name: str, seconds: float | None = None) -> None:
+        """Load a model without a request and let it stay for `seconds`, None for its usual time. 0 unloads it if
+        nothing uses it; the next request loads it again. Raises NotFound, Unavailable, the errors of loading, and
+        InvalidInput for 0 if it always stays.
+        """
+        served = self.catalog.find(name)
+        self._open()
+        if seconds != 0:
+            await self.lifecycle.use(served)
+            served.ready(ANY)
+            self.lifecycle.keep_alive.used(served, seconds)
+        elif served.offer.keep_alive is None:
+            raise InvalidInput(
+                "keep_alive", f"is 0, and {served.name} always stays loaded: start the server with --keep-alive"
+            )
+        elif served.places:
+            raise Unavailable(f"model {served.name} is in use: unload it when its requests have ended")
+        else:
+            await self.lifecycle.unload(served, 0)
 
     async def reload(self, name: str) -> None:
         """Load the bundle that is in a model's folder now. A model that is ready serves until the new one is, and goes

@@ -37,9 +37,9 @@ READING: Final = frozenset(
         "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),
-        "ollama/GET /api/version",
         "openai/GET /v1/models",
         "openai/GET /v1/models/{name}",
+        *(f"ollama/{call}" for call in ("GET /api/version", "GET /api/tags", "GET /api/ps", "POST /api/show")),
     }
 )
 """Methods for every token: what the server offers."""
@@ -51,6 +51,7 @@ INFERRING: Final = frozenset(
         "enginecast.v1.JobService/Stop",
         f"{KSERVE}/ModelInfer",
         *(f"openai/POST /v1/{path}" for path in ("chat/completions", "embeddings")),
+        *(f"ollama/POST /api/{call}" for call in ("generate", "chat", "embed", "embeddings")),
     }
 )
 """Methods for the scope infer. All others need the scope manage: a new method is not open by mistake."""

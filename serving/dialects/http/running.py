@@ -72,9 +72,23 @@ async def begun(events: AsyncGenerator[Event, None]) -> Begun:
     return Begun(held, events)
 
 
-class Stream(StreamingResponse):
-    """A response in pieces, made of `events` by `lines`. If they fail, the last piece is what `failure` makes of the
-    error. When the client leaves, the request is stopped.
+class LineStream(StreamingResponse):
+    """A response in `lines`. If they fail, the last one is what `failure` makes of the error. They are closed when the
+    client leaves.
+    """
+
+    def __init__(self, lines: Lines, failure: Callable[[EnginecastError], str], media_type: str) -> None:
+        self._lines = guarded(lines, failure)
+        super().__init__(self._lines, media_type=media_type, headers={"cache-control": "no-store"})
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async with aclosing(self._lines):
+            await super().__call__(scope, receive, send)
+
+
+class Stream(LineStream):
+    """A response in pieces, made of the events of a request by `lines`. When the client leaves, the request is stopped,
+    even if the response has not begun.
     """
 
     def __init__(
@@ -84,11 +98,11 @@ class Stream(StreamingResponse):
         failure: Callable[[EnginecastError], str],
         media_type: str,
     ) -> None:
-        self._events, self._lines = events, guarded(lines(events), failure)
-        super().__init__(self._lines, media_type=media_type, headers={"cache-control": "no-store"})
+        self._events = events
+        super().__init__(lines(events), failure, media_type)
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async with aclosing(self._events), aclosing(self._lines):
+        async with aclosing(self._events):
             await super().__call__(scope, receive, send)
 
 

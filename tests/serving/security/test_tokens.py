@@ -23,6 +23,7 @@ from serving.cli import commands as cli
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
 from serving.dialects.grpc.task import grpc_tasks
+from serving.dialects.http.dialect import dialects
 from serving.enginecast_pb import image_pb2_grpc
 from serving.host.offers import Limits
 from serving.security import tokens
@@ -32,6 +33,7 @@ from serving.security.protection import Security
 from serving.security.scopes import ANY, INFERRING, OPEN, READING, Scope, is_management, required
 from serving.security.tokens import Token, find, new, read
 from tests.fakes.certificates import Authority
+from tests.fakes.proofs import fields
 from tests.fakes.serving import FakeServer, request, until
 
 Give = Callable[..., Client]
@@ -124,7 +126,11 @@ def test_every_method_has_its_scope() -> None:
     files = [module.DESCRIPTOR for module in (*modules, health_pb2) if hasattr(module, "DESCRIPTOR")]
     services = [service for file in files for service in file.services_by_name.values()]
     methods = {f"{one.containing_service.full_name}/{one.name}" for service in services for one in service.methods}
-    assert {method for method in OPEN | READING | INFERRING if "Reflection" not in method} <= methods
+    listed = {method for method in OPEN | READING | INFERRING if "Reflection" not in method}
+    over_http = {
+        f"{dialect.name}/{row.endpoint.replace('WebSocket', 'WS')}" for dialect in dialects() for row in fields(dialect)
+    }
+    assert listed <= methods | over_http | {"http/GET /", "http/HEAD /"}
     tasks = {f"{task.service.full_name}/{task.method.name}" for task in grpc_tasks().values()}
     assert all(required(method) == {Scope.INFER} for method in tasks if method.startswith("enginecast.v1."))
     managing = {method for method in methods if is_management(method)}
