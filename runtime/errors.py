@@ -11,6 +11,7 @@
     ├── BundleError               a bundle is damaged or of another schema
     ├── EngineError               an engine failed to compile, load or run
     │   └── EngineUnavailable     no usable engine; every tried target's reason is listed
+    ├── ScriptError               a script of a request cannot be used or failed; names it
     ├── MissingDependency         an optional package is not installed; names the extra
     ├── ResourceExhausted         disk, memory or queue is full
     ├── Unavailable               the model is still loading, or the server is stopping
@@ -102,6 +103,12 @@ class EngineError(EnginecastError):
 
 class EngineUnavailable(EngineError):
     """No target of the bundle can be used on this machine."""
+
+
+class ScriptError(EnginecastError):
+    """A script that a request names cannot be imported, or failed. The message names it."""
+
+    exit_code = 14
 
 
 class MissingDependency(EnginecastError):

@@ -77,11 +77,11 @@ MODEL_NAME: Final = Limit(
         *(f"Repository{call}Request.model_name" for call in ("ModelLoad", "ModelUnload"))),
 )  # fmt: skip
 NAME: Final = Limit(
-    "target, sampler, control, style, LoRA",
+    "target, sampler, control, style, LoRA, script",
     64,
     "characters",
     "long enough for every name",
-    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name", "LorasEntry.key"),
+    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name", "LorasEntry.key", "Script.name"),
 )
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
@@ -160,6 +160,13 @@ STYLE_SCALE: Final = Limit(
     "scale of a style", 10, "(a factor)", "larger values destroy pictures", ("Style.scale",), least=0
 )
 GRID_CELLS: Final = Limit("cells of a grid", 100, "cells", "each is a picture, drawn as a request of its own")
+SCRIPTS: Final = Limit(
+    "scripts", 8, "scripts of a request", "each runs in the thread of the model",
+    tuple(f"{request}.scripts" for request in (IMAGE, CHAT, EMBED)),
+)  # fmt: skip
+SCRIPT_ARGUMENTS: Final = Limit(
+    "arguments of a script", 100_000, "characters of JSON", "long enough for lists of values", ("Script.arguments",)
+)
 LORAS: Final = Limit("loras", 64, "LoRA files", "a bundle has a few", (f"{IMAGE}.loras",))
 LORA_SCALE: Final = Limit(
     "scale of a LoRA", 100, "(a factor)", "1 is as it was trained; pictures fall apart long before",

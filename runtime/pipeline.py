@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -87,6 +87,13 @@ class Reused(Event):
 
     submodel: str
     calls: int = 1
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A sentence on how a request was run, which stands among the notes of its result."""
+
+    text: str
 
 
 Pipeline = Generator[Call | Event, Outputs | None, None]
@@ -242,6 +249,19 @@ def _content(call: Call) -> bytes:
         digest.update(repr((name, array.dtype.str, array.shape)).encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.digest()
+
+
+def through(pipeline: Pipeline, replaced: Callable[[Event], Iterable[Event]]) -> Pipeline:
+    """Wrap a pipeline: `replaced` returns the events in the place of each."""
+    outputs: Outputs | None = None
+    with closing(pipeline), suppress(StopIteration):
+        while True:
+            item = pipeline.send(outputs)
+            outputs = None
+            if isinstance(item, Call):
+                outputs = yield item
+            else:
+                yield from replaced(item)
 
 
 def tap(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:

@@ -7,19 +7,25 @@ its result. Other layers have a file with the same name in their own `tasks` fol
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import runtime.tasks
 from runtime.errors import BundleError, did_you_mean, quoted
 from runtime.listing import modules
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
-    """Base class of the requests of all tasks. `task` is the task's name."""
+    """Base class of the requests of all tasks. `task` is the task's name. `scripts` are what changes the request or its
+    result where it runs: installed scripts by name, the outermost one first, each with its arguments by name
+    (`runtime.scripting`).
+    """
 
     task: ClassVar[str]
+    scripts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def nbytes(self) -> int:

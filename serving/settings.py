@@ -170,6 +170,10 @@ class Settings:
             "export).",
         ),
     ] = None
+    wildcards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of text files for the script wildcards.")
+    ] = None
+    styles: Annotated[Path | None, typer.Option(metavar="FILE", help="File styles.csv for the script styles.")] = None
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

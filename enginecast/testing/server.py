@@ -20,6 +20,7 @@ from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
 from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Call, Pipeline, Progress
+from runtime.scripting import Scripts
 from runtime.tasks.chat import ChatRequest, Finished, TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, decoded
@@ -169,7 +170,8 @@ class FakeServer:
     "talk". Models are loaded on request; with `ready`, both are loaded at the start.
 
     `folder` is an empty folder for the fake bundles, `options` are gRPC options, `observers` are called with all that
-    happens. `security` protects the server, and `client` is connected by `connection`. A `with` block stops the server.
+    happens. `security` protects the server, and `client` is connected by `connection`. `scripts` are what requests may
+    name. A `with` block stops the server.
     """
 
     kinds: ClassVar[Mapping[str, type[FakeModel]]] = MappingProxyType({"draw": FakeModel, "talk": FakeAnswers})
@@ -184,6 +186,7 @@ class FakeServer:
         observers: Sequence[Observer] = (),
         security: Security = OPEN,
         connection: Connection = PLAIN,
+        scripts: Scripts | None = None,
     ) -> None:
         self.models = {name: kind() for name, kind in self.kinds.items()}
         self.loads: list[tuple[str, str | None]] = []
@@ -197,7 +200,7 @@ class FakeServer:
 
         async def start() -> Server:
             bundles = [bundle(folder, name, model.task) for name, model in self.models.items()]
-            self.host = ModelHost(bundles, self._load, limits or Limits(), observers=observers)
+            self.host = ModelHost(bundles, self._load, limits or Limits(), observers=observers, scripts=scripts)
             server = Server(self.host, "127.0.0.1:0", options, security)
             await server.start()
             return server

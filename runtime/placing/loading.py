@@ -35,6 +35,7 @@ from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
 from runtime.placing.placement import Candidates, Place, PlacementOptions
 from runtime.placing.portable import fitting
+from runtime.scripting import Scripts
 
 log = logging.getLogger(__name__)
 
@@ -94,18 +95,22 @@ def load_model(
     placing: PlacementOptions | None = None,
     public: Path | None = None,
     request: Any = None,
+    scripts: Scripts | None = None,
 ) -> LoadedModel:
     """Verify a bundle's files by their hashes and load its submodels, on the `wanted` target or as `placing` says.
 
     The manifest of a `Bundle` that was opened before must not have changed since. With the file of a `public` key, the
-    bundle must be signed with its private key. A `request` is checked before any engine is loaded.
+    bundle must be signed with its private key. A `request` is checked before any engine is loaded. The installed
+    `scripts` are told of the model.
 
     Hashing reads every byte once, about 2 GB a second, before native code reads the files. Files that change during
     loading are refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; nothing stays
     loaded then.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    return _load(opened, wanted, options or Options(), placing or PlacementOptions(), public, (), request)
+    return _load(
+        opened, wanted, options or Options(), placing or PlacementOptions(), public, scripts or Scripts(), (), request
+    )
 
 
 def _verify(bundle: Bundle, public: Path | None) -> None:
@@ -134,6 +139,7 @@ def _load(
     options: Options,
     placing: PlacementOptions,
     public: Path | None,
+    scripts: Scripts,
     avoid: Collection[Place],
     request: Any = None,
 ) -> LoadedModel:
@@ -141,7 +147,7 @@ def _load(
     options = replace(options, verify=bundle.verify_again)
     pipeline = open_pipeline(bundle)
     if request is not None:
-        pipeline(request).close()
+        scripts.open(pipeline, request).close()
     machine = detect()
     options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, placing, machine, avoid)
@@ -170,8 +176,18 @@ def _load(
     names, devices = (
         ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
     )
-    again = partial(_load, bundle, wanted, options, placing, public)
-    return LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
+    again = partial(_load, bundle, wanted, options, placing, public, scripts)
+    loaded = LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
+    return _told(loaded, scripts)
+
+
+def _told(model: LoadedModel, scripts: Scripts) -> LoadedModel:
+    """The model with the notes of scripts on it. It is closed if one of them fails."""
+    try:
+        return replace(model, notes=(*model.notes, *scripts.loaded(model)))
+    except BaseException:
+        model.close()
+        raise
 
 
 def open_pipeline(bundle: Bundle) -> ModelPipeline:

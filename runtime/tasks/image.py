@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -17,7 +17,7 @@ from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
 from runtime.errors import InvalidInput, SourceError
-from runtime.pipeline import Event
+from runtime.pipeline import Event, Pipeline, through
 from runtime.task import Request, Task
 from runtime.vision.images import Picture, PictureFile, check_picture, file_bytes, lengths
 
@@ -318,7 +318,7 @@ class ImageReady(Event):
     """A finished picture: uint8 RGB [height, width, 3], number `index` of the request, drawn with `seed`.
 
     Where the request has `denoising_end`, `latents` float32 [channels, height, width] is what another model begins
-    with.
+    with. `prompt` and `negative_prompt` are what it was drawn from if scripts changed them, else None.
     """
 
     output: ClassVar[bool] = True
@@ -326,6 +326,8 @@ class ImageReady(Event):
     index: int
     seed: int
     latents: Array | None = None
+    prompt: str | None = None
+    negative_prompt: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -334,6 +336,25 @@ class ImageReady(Event):
     @property
     def counts(self) -> Mapping[str, int]:
         return {"pictures": 1}
+
+
+def drawn_from(pipeline: Pipeline, request: ImageRequest, parts: Sequence[ImageRequest]) -> Pipeline:
+    """Wrap a pipeline that draws picture i from the prompts of `parts` [i] instead of those of `request`: what differs
+    is told with the picture.
+    """
+
+    def told(event: Event) -> Iterator[Event]:
+        if isinstance(event, ImageReady):
+            part = parts[event.index]
+            changed = {
+                name: getattr(part, name)
+                for name in ("prompt", "negative_prompt")
+                if getattr(part, name) != getattr(request, name) and getattr(event, name) is None
+            }
+            event = replace(event, **changed)
+        yield event
+
+    return through(pipeline, told)
 
 
 TASK: Final = Task(ImageRequest, verb="generate")

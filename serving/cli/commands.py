@@ -137,6 +137,29 @@ def devices(
 
 @app.command()
 @with_connection
+def scripts(
+    connection: ConnectionOptions,
+    address: Annotated[
+        str | None, typer.Option(help="Show the scripts of the server at HOST:PORT. Default: those installed here.")
+    ] = None,
+) -> None:
+    """Scripts that requests may name, with their arguments."""
+    from runtime.scripting import Scripts
+    from serving.cli import scripting
+    from serving.dialects.grpc.messages import script_info
+    from serving.dialects.python.client import Client
+
+    if address is None:
+        found = [script_info(one) for one in Scripts().listed()]
+    else:
+        with Client(address, **connection.connection()) as client:
+            found = client.installed_scripts()
+    for line in scripting.lines(found):
+        print(line)
+
+
+@app.command()
+@with_connection
 def top(
     connection: ConnectionOptions,
     address: Annotated[str, typer.Option(help="Server to watch, HOST:PORT.")] = ADDRESS,

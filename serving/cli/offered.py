@@ -12,6 +12,8 @@ from runtime.placing.heap import collect
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PlacementOptions, needs
+from runtime.script import Folders
+from runtime.scripting import Scripts
 from serving.cli.options import caching, engine_options, named, parse_keep_alive, placement
 from serving.host.job import Model
 from serving.host.loading import Loader
@@ -27,11 +29,11 @@ from serving.settings import Settings
 def host_of(settings: Settings) -> Callable[[Sequence[Observer]], ModelHost]:
     """Makes the host with its observers, on a running event loop. Raises the errors of the settings at once."""
     offered, load, shared, folder = offers(settings), loader(settings), memory(settings), repository(settings)
-    versions = default_versions(settings)
+    versions, scripts = default_versions(settings), Scripts(Folders(settings.wildcards, settings.styles))
     limits = Limits(settings.parallel, settings.max_queue, settings.grace)
 
     def make(observers: Sequence[Observer]) -> ModelHost:
-        host = ModelHost(offered, load, limits, observers=observers, memory=shared, versions=versions)
+        host = ModelHost(offered, load, limits, observers=observers, memory=shared, versions=versions, scripts=scripts)
         if folder is not None:
             host.follow(folder)
         return host

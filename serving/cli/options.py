@@ -131,6 +131,18 @@ class ModelOptions(ConnectionOptions):
     memory_limit: MemoryLimit = None
     strict: Strict = False
     threads: Threads = 0
+    script: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:ARGUMENT=VALUE]",
+            help="Script to run it with, and an argument of it. Repeat for further arguments and scripts; the first "
+            "one is the outermost.",
+        ),
+    ] = None
+    wildcards: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of text files for the script wildcards.")
+    ] = None
+    styles: Annotated[Path | None, typer.Option(metavar="FILE", help="File styles.csv for the script styles.")] = None
     keep_alive: Annotated[
         str | None,
         typer.Option(
@@ -146,8 +158,16 @@ class ModelOptions(ConnectionOptions):
         """Where requests go: a server, or a bundle in this process. `request` is the first one, or one like it, which
         is checked before a bundle is loaded. Raises InvalidInput where options exclude each other.
         """
-        with closing(self._open(request)) as opened:
+        scripts = self.scripts()
+        with closing(self._open(replace(request, scripts=request.scripts or scripts))) as opened:
+            opened.scripts = scripts
             yield opened
+
+    def scripts(self) -> dict[str, dict[str, Any]]:
+        """The scripts by name, each with its arguments. Raises InvalidInput."""
+        from serving.cli.scripting import parse_scripts
+
+        return parse_scripts(self.script or ())
 
     def of(self, name: str) -> ModelOptions:
         """The same for another model: a bundle, or one of the server."""
@@ -179,13 +199,15 @@ class ModelOptions(ConnectionOptions):
             raise InvalidInput(
                 "address", "and --bundle exclude each other: send requests to a server, or run the bundle in process"
             )
+        from runtime.script import Folders
+        from runtime.scripting import Scripts
         from serving.dialects.python.model import open_for
 
-        return open_for(root, request, self.target, options, placing)
+        return open_for(root, request, self.target, options, placing, Scripts(Folders(self.wildcards, self.styles)))
 
     def _check_server(self) -> None:
         """Raises InvalidInput for an option on how a bundle runs, which only the server itself can be given."""
-        for name in ("target", "device", "place", "memory_limit", "strict", "threads"):
+        for name in ("target", "device", "place", "memory_limit", "strict", "threads", "wildcards", "styles"):
             if getattr(self, name):
                 option = name.replace("_", "-")
                 raise InvalidInput(

@@ -62,6 +62,11 @@ def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
                 case Progress(step, total):
                     bar.update(task, description="drawing", completed=step, total=total)
         drawing = stream.result()
+    for one in drawing.images:
+        if one.prompt is not None:
+            _say(f"prompt of picture {one.index}: {one.prompt}")
+        if one.negative_prompt is not None:
+            _say(f"negative prompt of picture {one.index}: {one.negative_prompt}")
     _summary(drawing.done, f"seed {', '.join(str(image.seed) for image in drawing.images)}", verbose)
     return drawing
 

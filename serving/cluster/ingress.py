@@ -36,7 +36,7 @@ from serving.host.observing import Observer, current
 from serving.security.addresses import is_loopback
 from serving.security.gate import Gate
 
-READING: Final = ("ListModels", "GetModel", "Status")
+READING: Final = ("ListModels", "GetModel", "Status", "ListScripts")
 """The methods of ModelService that a cluster has: its replicas are not loaded and unloaded one by one."""
 
 

@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65nginecast/v1/common.proto\x12\renginecast.v1\"\xaf\x01\n\x05Terms\x12\x1f\n\x12keep_alive_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12)\n\x08priority\x18\x02 \x01(\x0e\x32\x17.enginecast.v1.Priority\x12\x32\n\ron_disconnect\x18\x03 \x01(\x0e\x32\x1b.enginecast.v1.OnDisconnect\x12\x0f\n\x07\x63ollect\x18\x04 \x01(\tB\x15\n\x13_keep_alive_seconds\"P\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x18\n\x0b\x65ta_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\n\n\x02id\x18\x03 \x01(\tB\x0e\n\x0c_eta_seconds\"q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\x12!\n\x14\x66irst_output_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_first_output_seconds\"\xbc\x01\n\tEngineUse\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x11\n\tfallbacks\x18\x07 \x03(\t\x12\x16\n\x0ereload_seconds\x18\x08 \x01(\x01\x12\x0f\n\x07\x63hoices\x18\t \x03(\t\x12\x0e\n\x06reused\x18\n \x01(\r*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x13\n\x0fPRIORITY_URGENT\x10\x03*_\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_DISCONNECT_STOP\x10\x01\x12\x18\n\x14ON_DISCONNECT_FINISH\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x65nginecast/v1/common.proto\x12\renginecast.v1\"\xaf\x01\n\x05Terms\x12\x1f\n\x12keep_alive_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12)\n\x08priority\x18\x02 \x01(\x0e\x32\x17.enginecast.v1.Priority\x12\x32\n\ron_disconnect\x18\x03 \x01(\x0e\x32\x1b.enginecast.v1.OnDisconnect\x12\x0f\n\x07\x63ollect\x18\x04 \x01(\tB\x15\n\x13_keep_alive_seconds\")\n\x06Script\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\targuments\x18\x02 \x01(\t\"P\n\x06Queued\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x18\n\x0b\x65ta_seconds\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\n\n\x02id\x18\x03 \x01(\tB\x0e\n\x0c_eta_seconds\"q\n\x07Timings\x12\x15\n\rqueue_seconds\x18\x01 \x01(\x01\x12\x13\n\x0brun_seconds\x18\x02 \x01(\x01\x12!\n\x14\x66irst_output_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x17\n\x15_first_output_seconds\"\xbc\x01\n\tEngineUse\x12\x10\n\x08submodel\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x03 \x01(\t\x12\r\n\x05\x63\x61lls\x18\x04 \x01(\r\x12\x0f\n\x07seconds\x18\x05 \x01(\x01\x12\x11\n\tprecision\x18\x06 \x01(\t\x12\x11\n\tfallbacks\x18\x07 \x03(\t\x12\x16\n\x0ereload_seconds\x18\x08 \x01(\x01\x12\x0f\n\x07\x63hoices\x18\t \x03(\t\x12\x0e\n\x06reused\x18\n \x01(\r*g\n\x08Priority\x12\x18\n\x14PRIORITY_UNSPECIFIED\x10\x00\x12\x17\n\x13PRIORITY_BACKGROUND\x10\x01\x12\x13\n\x0fPRIORITY_NORMAL\x10\x02\x12\x13\n\x0fPRIORITY_URGENT\x10\x03*_\n\x0cOnDisconnect\x12\x1d\n\x19ON_DISCONNECT_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_DISCONNECT_STOP\x10\x01\x12\x18\n\x14ON_DISCONNECT_FINISH\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'enginecast.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_PRIORITY']._serialized_start=611
-  _globals['_PRIORITY']._serialized_end=714
-  _globals['_ONDISCONNECT']._serialized_start=716
-  _globals['_ONDISCONNECT']._serialized_end=811
+  _globals['_PRIORITY']._serialized_start=654
+  _globals['_PRIORITY']._serialized_end=757
+  _globals['_ONDISCONNECT']._serialized_start=759
+  _globals['_ONDISCONNECT']._serialized_end=854
   _globals['_TERMS']._serialized_start=46
   _globals['_TERMS']._serialized_end=221
-  _globals['_QUEUED']._serialized_start=223
-  _globals['_QUEUED']._serialized_end=303
-  _globals['_TIMINGS']._serialized_start=305
-  _globals['_TIMINGS']._serialized_end=418
-  _globals['_ENGINEUSE']._serialized_start=421
-  _globals['_ENGINEUSE']._serialized_end=609
+  _globals['_SCRIPT']._serialized_start=223
+  _globals['_SCRIPT']._serialized_end=264
+  _globals['_QUEUED']._serialized_start=266
+  _globals['_QUEUED']._serialized_end=346
+  _globals['_TIMINGS']._serialized_start=348
+  _globals['_TIMINGS']._serialized_end=461
+  _globals['_ENGINEUSE']._serialized_start=464
+  _globals['_ENGINEUSE']._serialized_end=652
 # @@protoc_insertion_point(module_scope)

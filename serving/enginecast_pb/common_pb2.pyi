@@ -39,6 +39,14 @@ class Terms(_message.Message):
     collect: str
     def __init__(self, keep_alive_seconds: _Optional[float] = ..., priority: _Optional[_Union[Priority, str]] = ..., on_disconnect: _Optional[_Union[OnDisconnect, str]] = ..., collect: _Optional[str] = ...) -> None: ...
 
+class Script(_message.Message):
+    __slots__ = ("name", "arguments")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    arguments: str
+    def __init__(self, name: _Optional[str] = ..., arguments: _Optional[str] = ...) -> None: ...
+
 class Queued(_message.Message):
     __slots__ = ("position", "eta_seconds", "id")
     POSITION_FIELD_NUMBER: _ClassVar[int]

@@ -18,18 +18,20 @@ MATCH_ITC: Match
 MATCH_ITM: Match
 
 class EmbedRequest(_message.Message):
-    __slots__ = ("model", "texts", "images", "match", "terms")
+    __slots__ = ("model", "texts", "images", "match", "scripts", "terms")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
     MATCH_FIELD_NUMBER: _ClassVar[int]
+    SCRIPTS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     model: str
     texts: _containers.RepeatedScalarFieldContainer[str]
     images: _containers.RepeatedScalarFieldContainer[bytes]
     match: Match
+    scripts: _containers.RepeatedCompositeFieldContainer[_common_pb2.Script]
     terms: _common_pb2.Terms
-    def __init__(self, model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[bytes]] = ..., match: _Optional[_Union[Match, str]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., texts: _Optional[_Iterable[str]] = ..., images: _Optional[_Iterable[bytes]] = ..., match: _Optional[_Union[Match, str]] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
     __slots__ = ("queued", "embeddings", "scores", "done")

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "terms")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "scripts", "terms")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -50,6 +50,7 @@ class GenerateRequest(_message.Message):
     NEGATIVE_CROP_TOP_LEFT_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_TARGET_SIZE_FIELD_NUMBER: _ClassVar[int]
     NEGATIVE_AESTHETIC_SCORE_FIELD_NUMBER: _ClassVar[int]
+    SCRIPTS_FIELD_NUMBER: _ClassVar[int]
     TERMS_FIELD_NUMBER: _ClassVar[int]
     model: str
     prompt: str
@@ -85,8 +86,9 @@ class GenerateRequest(_message.Message):
     negative_crop_top_left: Pixels
     negative_target_size: Pixels
     negative_aesthetic_score: float
+    scripts: _containers.RepeatedCompositeFieldContainer[_common_pb2.Script]
     terms: _common_pb2.Terms
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class Pixels(_message.Message):
     __slots__ = ("down", "across")
@@ -169,20 +171,24 @@ class ImageProgress(_message.Message):
     def __init__(self, step: _Optional[int] = ..., total: _Optional[int] = ..., eta_seconds: _Optional[float] = ..., preview_png: _Optional[bytes] = ...) -> None: ...
 
 class Image(_message.Message):
-    __slots__ = ("png", "width", "height", "seed", "index", "latents")
+    __slots__ = ("png", "width", "height", "seed", "index", "latents", "prompt", "negative_prompt")
     PNG_FIELD_NUMBER: _ClassVar[int]
     WIDTH_FIELD_NUMBER: _ClassVar[int]
     HEIGHT_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
     INDEX_FIELD_NUMBER: _ClassVar[int]
     LATENTS_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    NEGATIVE_PROMPT_FIELD_NUMBER: _ClassVar[int]
     png: bytes
     width: int
     height: int
     seed: int
     index: int
     latents: Latents
-    def __init__(self, png: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., seed: _Optional[int] = ..., index: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ...) -> None: ...
+    prompt: str
+    negative_prompt: str
+    def __init__(self, png: _Optional[bytes] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., seed: _Optional[int] = ..., index: _Optional[int] = ..., latents: _Optional[_Union[Latents, _Mapping]] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ...) -> None: ...
 
 class ImageDone(_message.Message):
     __slots__ = ("timings", "engines", "notes")

@@ -189,3 +189,27 @@ class StatusResponse(_message.Message):
     stopping: bool
     models: _containers.RepeatedCompositeFieldContainer[Model]
     def __init__(self, version: _Optional[str] = ..., uptime_seconds: _Optional[float] = ..., memory_bytes: _Optional[int] = ..., stopping: _Optional[bool] = ..., models: _Optional[_Iterable[_Union[Model, _Mapping]]] = ...) -> None: ...
+
+class ListScriptsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListScriptsResponse(_message.Message):
+    __slots__ = ("scripts",)
+    SCRIPTS_FIELD_NUMBER: _ClassVar[int]
+    scripts: _containers.RepeatedCompositeFieldContainer[ScriptInfo]
+    def __init__(self, scripts: _Optional[_Iterable[_Union[ScriptInfo, _Mapping]]] = ...) -> None: ...
+
+class ScriptInfo(_message.Message):
+    __slots__ = ("name", "summary", "tasks", "arguments_schema", "error")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    SUMMARY_FIELD_NUMBER: _ClassVar[int]
+    TASKS_FIELD_NUMBER: _ClassVar[int]
+    ARGUMENTS_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    summary: str
+    tasks: _containers.RepeatedScalarFieldContainer[str]
+    arguments_schema: str
+    error: str
+    def __init__(self, name: _Optional[str] = ..., summary: _Optional[str] = ..., tasks: _Optional[_Iterable[str]] = ..., arguments_schema: _Optional[str] = ..., error: _Optional[str] = ...) -> None: ...

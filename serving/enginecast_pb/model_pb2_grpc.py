@@ -64,6 +64,11 @@ class ModelServiceStub:
                 request_serializer=enginecast_dot_v1_dot_model__pb2.StatusRequest.SerializeToString,
                 response_deserializer=enginecast_dot_v1_dot_model__pb2.StatusResponse.FromString,
                 _registered_method=True)
+        self.ListScripts = channel.unary_unary(
+                '/enginecast.v1.ModelService/ListScripts',
+                request_serializer=enginecast_dot_v1_dot_model__pb2.ListScriptsRequest.SerializeToString,
+                response_deserializer=enginecast_dot_v1_dot_model__pb2.ListScriptsResponse.FromString,
+                _registered_method=True)
 
 
 class ModelServiceServicer:
@@ -116,6 +121,13 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListScripts(self, request, context):
+        """The scripts that requests may name, sorted by name.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +160,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.Status,
                     request_deserializer=enginecast_dot_v1_dot_model__pb2.StatusRequest.FromString,
                     response_serializer=enginecast_dot_v1_dot_model__pb2.StatusResponse.SerializeToString,
+            ),
+            'ListScripts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListScripts,
+                    request_deserializer=enginecast_dot_v1_dot_model__pb2.ListScriptsRequest.FromString,
+                    response_serializer=enginecast_dot_v1_dot_model__pb2.ListScriptsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -312,6 +329,33 @@ class ModelService:
             '/enginecast.v1.ModelService/Status',
             enginecast_dot_v1_dot_model__pb2.StatusRequest.SerializeToString,
             enginecast_dot_v1_dot_model__pb2.StatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListScripts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/enginecast.v1.ModelService/ListScripts',
+            enginecast_dot_v1_dot_model__pb2.ListScriptsRequest.SerializeToString,
+            enginecast_dot_v1_dot_model__pb2.ListScriptsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,6 +14,7 @@ from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor, nbyte
 from runtime.engine import Engine
 from runtime.errors import InvalidInput, NotFound, did_you_mean, quoted
 from runtime.pipeline import Call, Event, Pipeline
+from runtime.scripting import Scripts
 from runtime.task import Request
 from serving.host.job import Model
 
@@ -67,9 +68,11 @@ class Inferred(Event):
         return sum(array.nbytes for array in self.outputs.values())
 
 
-def pipeline_of(model: Model, request: Request) -> Pipeline:
-    """The generator that runs a request on a model. Raises InvalidInput."""
-    return request.pipeline(model.engines) if isinstance(request, Inference) else model.pipeline(request)
+def pipeline_of(model: Model, request: Request, scripts: Scripts) -> Pipeline:
+    """The generator that runs a request on a model, with its scripts. Raises InvalidInput."""
+    if isinstance(request, Inference):
+        return request.pipeline(model.engines)
+    return scripts.open(model.pipeline, request)
 
 
 def callable_submodels(engines: Mapping[str, Engine]) -> Iterator[str]:

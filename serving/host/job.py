@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from runtime.engine import Engine
 from runtime.errors import EnginecastError
-from runtime.pipeline import Call, Event, Outputs, Pipeline, Reused, drive
+from runtime.pipeline import Call, Event, Note, Outputs, Pipeline, Reused, drive
 
 
 class Model(Protocol):
@@ -77,7 +77,7 @@ class Done(Event):
     """The work is complete. Times are in seconds; `first_output_seconds` is the time from the start to the first output
     event.
 
-    `notes` lists differences from the published model and from the requested placement.
+    `notes` lists differences from the published model and from the requested placement, and what scripts noted.
     """
 
     queue_seconds: float
@@ -121,7 +121,7 @@ class Job:
         """The pipeline with `Started` before its calls and events, and `Done` behind them. Raises the errors of the
         pipeline and the one given to `stop`.
         """
-        started, first_output = perf_counter(), None
+        started, first_output, notes = perf_counter(), None, list(self._model.notes)
         yield Started()
         outputs: Outputs | None = None
         with closing(self._pipeline) as pipeline, suppress(StopIteration):
@@ -134,13 +134,13 @@ class Job:
                     outputs = yield from self._timed(item)
                 elif isinstance(item, Reused):
                     self._reused[item.submodel] += item.calls
+                elif isinstance(item, Note):
+                    notes.append(item.text)
                 else:
                     if first_output is None and item.output:
                         first_output = perf_counter() - started
                     yield item
-        yield Done(
-            started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(self._model.notes)
-        )
+        yield Done(started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(notes))
 
     def _timed(self, call: Call) -> Generator[Call, Outputs | None, Outputs | None]:
         self._reloads.setdefault(call.submodel, self.engines[call.submodel].reload_seconds)

@@ -34,6 +34,7 @@ from runtime.errors import (
     quoted,
 )
 from runtime.pipeline import Event
+from runtime.scripting import Scripts
 from runtime.task import Request
 from serving.host.catalog import Catalog
 from serving.host.following import Follower
@@ -59,6 +60,8 @@ class ModelHost:
     """Holds models by name and runs requests on them. At first no model is loaded. `observers` are called with
     everything that happens.
 
+    `scripts` are what requests may name, by default the installed ones without folders.
+
     When the state of a model changes, `changed` is set and replaced by a new event. Raises InvalidInput for names that
     are invalid or used twice.
     """
@@ -71,7 +74,9 @@ class ModelHost:
         observers: Sequence[Observer] = (),
         memory: Memory | None = None,
         versions: Mapping[str, str] | None = None,
+        scripts: Scripts | None = None,
     ) -> None:
+        self.scripts = scripts or Scripts()
         self.limits = limits or Limits()
         self.counts = Counts()
         self.observer: Observer = Observers([self.counts, *observers])
@@ -249,7 +254,7 @@ class ModelHost:
         async def check() -> Any:
             async with self._turns(place.client):
                 return await asyncio.get_running_loop().run_in_executor(
-                    self._checks, pipeline_of, served.ready(request.task), request
+                    self._checks, pipeline_of, served.ready(request.task), request, self.scripts
                 )
 
         checked = asyncio.create_task(check())

@@ -34,6 +34,7 @@ READING: Final = frozenset(
         "enginecast.v1.ModelService/ListModels",
         "enginecast.v1.ModelService/GetModel",
         "enginecast.v1.ModelService/Status",
+        "enginecast.v1.ModelService/ListScripts",
         "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),

@@ -25,9 +25,9 @@ DRAWING = {"generate", "generate_stream", "draw", "grid"}
 CHATTING = {"chat", "chat_stream", "answer", "captions"}
 EMBEDDING = {"embed", "match", "vectors", "score"}
 METHODS = {
-    "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close", "identity"},
+    "Session": {*DRAWING, *CHATTING, *EMBEDDING, "run", "close", "identity", "scripts"},
     "Model": {"task", "target", "device", "notes"},
-    "Client": {"models", "load", "unload", "reload", "collect_drawing", "collect_answer", "stop"},
+    "Client": {"models", "load", "unload", "reload", "collect_drawing", "collect_answer", "stop", "installed_scripts"},
     "Stream": {"result", "cancel", "close", "aclose"},
 }
 

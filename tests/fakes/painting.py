@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from runtime.pipeline import Call, Pipeline, Progress
+from runtime.scripting import Scripts
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 from serving.dialects.grpc.tasks.image import image_message
@@ -44,9 +45,9 @@ class Painter(FakeModel):
 
 
 @contextmanager
-def painting(folder: Path) -> Iterator[tuple[FakeServer, Painter]]:
+def painting(folder: Path, scripts: Scripts | None = None) -> Iterator[tuple[FakeServer, Painter]]:
     """A server whose model "draw" is a painter."""
     folder.mkdir(exist_ok=True)
-    with FakeServer(folder) as server:
+    with FakeServer(folder, scripts=scripts) as server:
         server.models["draw"] = painter = Painter()
         yield server, painter

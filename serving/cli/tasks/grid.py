@@ -60,7 +60,7 @@ def grid(
 
     terminal.check_output(out)
     parts = {**plain.given(), **added.given(), **canvas.given(), **conditions.sizes(), **conditions.scores()}
-    request = image_request(terminal.unicode("prompt", prompt), parts)
+    request = image_request(terminal.unicode("prompt", prompt), parts | {"scripts": where.scripts()})
     texts = {name: terminal.unicode(name, text) for name, text in (("x", x), ("y", y), ("z", z)) if text is not None}
     plan = GridPlan(resumable(request), {name: Axis.parse(name, text) for name, text in texts.items()})
     with where.session(plan.cells[0]) as session:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, Final
 
 from google.protobuf.message import Message
@@ -32,6 +33,7 @@ async def responses(
     else:
         name, terms = message.model, messages.terms(how)
         request = await asyncio.to_thread(task.request, message) if large else task.request(message)
+        request = replace(request, scripts=messages.scripts(message))
         found = host.run(name, request, timeout, client, terms)
         del request
     del message  # keep only one copy of its pictures

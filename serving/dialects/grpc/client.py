@@ -100,6 +100,10 @@ class Client:
         """Every model of the server, sorted by name."""
         return list(self._one(self._model.ListModels, model_pb2.ListModelsRequest(), timeout).models)
 
+    def scripts(self, timeout: float | None = None) -> list[model_pb2.ScriptInfo]:
+        """Every script that requests may name, sorted by name."""
+        return list(self._one(self._model.ListScripts, model_pb2.ListScriptsRequest(), timeout).scripts)
+
     def status(self, timeout: float | None = None) -> model_pb2.StatusResponse:
         """The server itself, with every model."""
         response: model_pb2.StatusResponse = self._one(self._model.Status, model_pb2.StatusRequest(), timeout)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from importlib.metadata import version
 
 from runtime import limits
 from runtime.placing.memory import of_process
+from runtime.scripting import Scripts
 from serving.dialects.grpc import messages
 from serving.dialects.grpc.status import Context
 from serving.enginecast_pb import job_pb2, job_pb2_grpc, model_pb2, model_pb2_grpc
@@ -17,8 +19,8 @@ from serving.host.states import Models
 class ModelReader(model_pb2_grpc.ModelServiceServicer):
     """The methods that read. The others are not there."""
 
-    def __init__(self, models: Models) -> None:
-        self.models = models
+    def __init__(self, models: Models, scripts: Scripts | None = None) -> None:
+        self.models, self.scripts = models, scripts or Scripts()
         self._began = time.monotonic()
 
     async def ListModels(self, request: model_pb2.ListModelsRequest, context: Context) -> model_pb2.ListModelsResponse:
@@ -36,6 +38,12 @@ class ModelReader(model_pb2_grpc.ModelServiceServicer):
             models=self._models(),
         )
 
+    async def ListScripts(
+        self, request: model_pb2.ListScriptsRequest, context: Context
+    ) -> model_pb2.ListScriptsResponse:
+        found = await asyncio.to_thread(self.scripts.listed)  # it may import them
+        return model_pb2.ListScriptsResponse(scripts=map(messages.script_info, found))
+
     def _models(self) -> list[model_pb2.Model]:
         return [messages.model(status) for status in self.models.statuses()]
 
@@ -47,7 +55,7 @@ class ModelServicer(ModelReader):
     """Translates, and delegates to the host."""
 
     def __init__(self, host: ModelHost) -> None:
-        super().__init__(host)
+        super().__init__(host, host.scripts)
         self.host = host
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any, Final
@@ -11,15 +12,20 @@ from google.protobuf import json_format, struct_pb2
 from google.protobuf.message import Message as ProtoMessage
 
 from runtime import limits
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, quoted
+from runtime.files import strict_json
+from runtime.scripting import Listed
 from runtime.vision import images
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import common_pb2, model_pb2
 from serving.host.job import Done, EngineUse, Queued
 from serving.host.offers import ENDLESS
+from serving.host.shown import shortened
 from serving.host.states import ModelState, Status
 from serving.host.terms import Priority, Terms
 
+SCRIPTS: Final = "scripts"
+"""The field of a task's message that names scripts."""
 STATES: Final = {
     ModelState.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
     ModelState.LOADING: model_pb2.MODEL_STATE_LOADING,
@@ -81,6 +87,43 @@ def terms_message(terms: Terms) -> common_pb2.Terms:
         keep_alive_seconds=terms.keep_alive,
         priority=priorities[terms.priority],  # type: ignore[arg-type]  # the stubs lack the numbers
         on_disconnect=common_pb2.ON_DISCONNECT_FINISH if terms.finish else common_pb2.ON_DISCONNECT_STOP,
+    )
+
+
+def scripts(message: Any) -> dict[str, dict[str, Any]]:
+    """The scripts in a task's message, none where it has no such field. Raises InvalidInput."""
+    found: dict[str, dict[str, Any]] = {}
+    for one in message.scripts if SCRIPTS in message.DESCRIPTOR.fields_by_name else ():
+        limits.NAME.length(SCRIPTS, one.name)
+        limits.SCRIPT_ARGUMENTS.length(f"{SCRIPTS}.{one.name}", one.arguments)
+        if one.name in found:
+            raise InvalidInput(SCRIPTS, f"names {quoted(one.name)} twice: give it all arguments at once")
+        try:
+            arguments = strict_json(one.arguments.encode()) if one.arguments else {}
+        except ValueError as error:
+            raise InvalidInput(f"{SCRIPTS}.{one.name}", f"has arguments that are no JSON: {error}") from None
+        if not isinstance(arguments, dict):
+            raise InvalidInput(f"{SCRIPTS}.{one.name}", "has arguments that are no JSON object")
+        found[one.name] = arguments
+    return found
+
+
+def scripts_message(scripts: Mapping[str, Mapping[str, Any]]) -> list[common_pb2.Script]:
+    """The reverse of `scripts`. Raises InvalidInput for arguments that are no JSON."""
+    try:
+        return [common_pb2.Script(name=name, arguments=json.dumps(dict(one))) for name, one in scripts.items()]
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(SCRIPTS, f"have arguments that are no JSON: {error}") from None
+
+
+def script_info(found: Listed) -> model_pb2.ScriptInfo:
+    """The message of an installed script."""
+    return model_pb2.ScriptInfo(
+        name=found.name,
+        summary=found.summary,
+        tasks=found.tasks,
+        arguments_schema=json.dumps(found.arguments) if found.arguments is not None else "",
+        error=shortened(found.error),
     )
 
 

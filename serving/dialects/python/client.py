@@ -15,7 +15,7 @@ from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
 from serving.dialects.grpc import client as grpc
 from serving.dialects.grpc.connection import Connection
-from serving.dialects.grpc.messages import terms_message
+from serving.dialects.grpc.messages import scripts_message, terms_message
 from serving.dialects.grpc.task import grpc_tasks
 from serving.dialects.python import results
 from serving.dialects.python.results import Answer, Drawing
@@ -100,6 +100,12 @@ class Client(Session):
         """
         return self._client.models(self.timeout)
 
+    def installed_scripts(self) -> list[model_pb2.ScriptInfo]:
+        """Every script that requests may name, as a protobuf message: its `name`, `summary`, `tasks` and the JSON
+        schema of its arguments. Raises Unavailable if no server answers.
+        """
+        return self._client.scripts(self.timeout)
+
     def load(self, target: str | None = None) -> model_pb2.Model:
         """Load the model on the server and wait until it is ready. Raises NotFound and the errors of loading."""
         return self._client.load(self.model, target, self.timeout, self.keep_alive)
@@ -125,7 +131,10 @@ class Client(Session):
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
         """The stream of a request of any task, sent to the server; `collect` makes the result of its events."""
         task = grpc_tasks()[request.task]
+        request = self._with_scripts(request)
         message: Any = task.message(self.model, request)
+        if request.scripts:
+            message.scripts.extend(scripts_message(request.scripts))
         if self._terms != Terms():
             message.terms.CopyFrom(terms_message(self._terms))
         responses = self._client.stream(task.method, message, self.timeout)

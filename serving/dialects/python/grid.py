@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -63,7 +63,7 @@ class Kept:
     def file(self, request: ImageRequest) -> Path:
         """Where the picture of a request is."""
         message = image_message("", request).SerializeToString(deterministic=True)
-        return self.folder / f"{key_of(self._model, message.hex())[:32]}.png"
+        return self.folder / f"{key_of(self._model, message.hex(), *_scripts(request))[:32]}.png"
 
     def get(self, request: ImageRequest) -> Picture | None:
         """The picture that was drawn before. Raises InvalidInput that names a damaged file, and NotFound for one that
@@ -98,7 +98,12 @@ def resumable(request: ImageRequest) -> ImageRequest:
     if request.seed is not None:
         return request
     message = image_message("", request).SerializeToString(deterministic=True)
-    return replace(request, seed=int(key_of(message.hex()), 16) % SEEDS)
+    return replace(request, seed=int(key_of(message.hex(), *_scripts(request)), 16) % SEEDS)
+
+
+def _scripts(request: ImageRequest) -> list[tuple[str, dict[str, Any]]]:
+    """The scripts of a request, whose order counts; its message has them not."""
+    return [(name, dict(given)) for name, given in request.scripts.items()]
 
 
 def cells(plan: GridPlan, draw: Draw, kept: Kept | None = None) -> Iterator[Picture]:

@@ -17,6 +17,8 @@ from runtime.pipeline import Event
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PICTURE_CACHE, PREFIX_CACHE, PlacementOptions, parse_place
+from runtime.script import Folders
+from runtime.scripting import Scripts
 from runtime.task import Request, task
 from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
@@ -32,8 +34,8 @@ class Model(Session):
     Several requests may run at once, from one thread or many: their steps alternate.
     """
 
-    def __init__(self, model: job.Model, content: bytes = b"") -> None:
-        self._model, self._content = model, content
+    def __init__(self, model: job.Model, content: bytes = b"", installed: Scripts | None = None) -> None:
+        self._model, self._content, self._installed = model, content, installed or Scripts()
         self._turn = threading.RLock()
         self._closed = False
 
@@ -78,8 +80,9 @@ class Model(Session):
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
         """Stream a request of the model's task; `collect` makes the result of its events. Raises InvalidInput."""
         check_task(self._model.task, request)
+        request = self._with_scripts(request)
         with self._turn:
-            work = Job(self._model, self._model.pipeline(request))
+            work = Job(self._model, self._installed.open(self._model.pipeline, request))
         stop = partial(work.stop, Cancelled("the caller stopped the work"))
         return Stream(self._steps(work), stop, collect)
 
@@ -112,6 +115,8 @@ def load(
     prefix_cache: str | int | None = None,
     threads: int = 0,
     public_key: str | Path | None = None,
+    wildcards: str | Path | None = None,
+    styles: str | Path | None = None,
 ) -> Model:
     """Load a bundle into this process. Its files are compared with their hashes first.
 
@@ -134,6 +139,8 @@ def load(
             1GiB, and 0 with a `memory_limit`, beside which there can be none.
         threads: CPU threads per engine; 0 is all cores.
         public_key: PEM file of a public key. The bundle must be signed with its private key.
+        wildcards: Folder of text files for the script "wildcards".
+        styles: File of the script "styles", as Automatic1111's styles.csv.
 
     Raises:
         NotFound: There is no such folder.
@@ -145,15 +152,28 @@ def load(
     """
     options, placing = Options(device=device, threads=threads), placement(place, memory_limit, strict)
     placing = with_caches(placing, picture_cache, prefix_cache)
-    loaded = load_model(Path(bundle), target, options, placing, None if public_key is None else Path(public_key))
-    return Model(loaded, loaded.bundle.content)
+    scripts = Scripts(Folders(_path(wildcards), _path(styles)))
+    loaded = load_model(Path(bundle), target, options, placing, _path(public_key), scripts=scripts)
+    return Model(loaded, loaded.bundle.content, scripts)
 
 
-def open_for(root: Path, request: Request, target: str | None, options: Options, placing: PlacementOptions) -> Model:
+def _path(path: str | Path | None) -> Path | None:
+    return None if path is None else Path(path)
+
+
+def open_for(
+    root: Path,
+    request: Request,
+    target: str | None,
+    options: Options,
+    placing: PlacementOptions,
+    scripts: Scripts | None = None,
+) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
     check_task(Bundle(root).manifest.task, request)
-    loaded = load_model(root, target, options, with_caches(placing, None, None), request=request)
-    return Model(loaded, loaded.bundle.content)
+    placing = with_caches(placing, None, None)
+    loaded = load_model(root, target, options, placing, request=request, scripts=scripts)
+    return Model(loaded, loaded.bundle.content, scripts)
 
 
 def placement(place: str | Mapping[str, str] | None, memory_limit: str | int | None, strict: bool) -> PlacementOptions:

@@ -140,6 +140,8 @@ class ImageOptions(TypedDict, total=False):
     """Latents [images, channels, height, width] to begin with, in place of the noise of the seed."""
     styles: Sequence[Style] | None
     """Pictures for the image adapters that the bundle was built with, each adapter at most once."""
+    scripts: Mapping[str, Mapping[str, Any]] | None
+    """Scripts to run it with, the outermost one first, each with its arguments: {"wildcards": {}}."""
 
 
 class ChatOptions(TypedDict, total=False):
@@ -185,6 +187,8 @@ class ChatOptions(TypedDict, total=False):
     """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest
     turns. System messages, turns with pictures and the last question stay; `Answer.left_out` counts the rest.
     """
+    scripts: Mapping[str, Mapping[str, Any]] | None
+    """Scripts to run it with, the outermost one first, each with its arguments."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, Unpack
 
@@ -42,6 +43,9 @@ class Session(ABC):
     """Runs requests: a `Model` in this process, a `Client` over gRPC. Every method raises subclasses of
     `EnginecastError`. Mistakes in a request raise InvalidInput, whose `field` names the option.
     """
+
+    scripts: Mapping[str, Mapping[str, Any]] = {}
+    """Scripts of requests that name none, by name with their arguments (docs/scripts.md)."""
 
     def generate(self, prompt: str, **options: Unpack[ImageOptions]) -> Drawing:
         """Draw pictures and wait for them: uint8 RGB [height, width, 3] each.
@@ -178,6 +182,9 @@ class Session(ABC):
     def answer(self, request: ChatRequest) -> Stream[Answer]:
         """The stream of a request for an answer. Raises InvalidInput."""
         return self.run(request, results.answer)
+
+    def _with_scripts(self, request: Request) -> Request:
+        return replace(request, scripts=self.scripts) if self.scripts and not request.scripts else request
 
     @property
     @abstractmethod

@@ -68,6 +68,7 @@ def test_every_setting_is_used_or_refused() -> None:
     of_replicas = {
         *("bundles", "repository", "default_versions", "target", "device", "place", "memory_limit", "strict"),
         *("picture_cache", "prefix_cache", "require_signature", "threads", "keep_alive", "warm_up", "models_memory"),
+        *("wildcards", "styles"),
     }
     assert of_ingress | of_replicas | set(options.REFUSED) | set(options.CLUSTER) == set(names())
 

@@ -33,6 +33,7 @@ OPTIONS: Final = (
         "negative_aesthetic_score",
     ),
 )
+PROMPTS: Final = ("prompt", "negative_prompt")
 PICTURES: Final = ("image", "mask")
 FLOAT: Final = np.dtype("<f4")
 PAIRS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in SIZES)
@@ -113,12 +114,13 @@ class ImageStream:
                 shown = None if preview is None else png(preview)
                 progress = image_pb2.ImageProgress(step=step, total=total, eta_seconds=eta, preview_png=shown)
                 return image_pb2.GenerateResponse(progress=progress)
-            case ImageReady(picture, index, seed, latents):
+            case ImageReady(picture, index, seed, latents, prompt, negative):
                 height, width = picture.shape[:2]
                 handed = None if latents is None else _latents(latents)
                 image = image_pb2.Image(
-                    png=png(picture), width=width, height=height, seed=seed, index=index, latents=handed
-                )
+                    png=png(picture), width=width, height=height, seed=seed, index=index, latents=handed, prompt=prompt,
+                    negative_prompt=negative,
+                )  # fmt: skip
                 return image_pb2.GenerateResponse(image=image)
             case Done():
                 done = image_pb2.ImageDone(timings=timings(event), engines=engines(event), notes=event.notes)
@@ -159,7 +161,8 @@ def image_events(responses: Iterator[image_pb2.GenerateResponse]) -> Generator[E
             case "image":
                 image = response.image
                 latents = _array(image.latents, "latents") if image.HasField("latents") else None
-                yield ImageReady(decode_image(image.png), image.index, image.seed, latents)
+                prompts = given(image, PROMPTS)
+                yield ImageReady(decode_image(image.png), image.index, image.seed, latents, **prompts)
             case "done":
                 yield done_event(response.done)
 
