@@ -163,6 +163,9 @@ class ModelPipeline(ABC):
         kind. Nothing is held until this is called.
         """
 
+    def prepare(self) -> None:
+        """Read what a first request of some kind would wait for. Called where models run before they are ready."""
+
     @abstractmethod
     def __call__(self, request: Any, /) -> Pipeline:
         """Check a request and return the generator that runs it. Raises InvalidInput."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
@@ -12,7 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from runtime import limits
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, MissingDependency
 from runtime.language.grammar import OWN_KEY, Grammar
 from runtime.language.processors import Scores
 from runtime.optional import require
@@ -36,6 +37,8 @@ which would take a text like "</s>" for the special token.
 PLACE: Final = re.compile(r"^at \d+\(\d+\): ")
 SHOWN: Final = re.compile(r"\n\s*\d+ \| ")
 """Where the library's messages name a line of the grammar, and where they begin to show it."""
+STUCK: Final = "NoExtension"
+"""How the library's messages begin where the form goes on and no token does."""
 REASON_LENGTH: Final = 300
 """Characters of the library's messages that are passed on."""
 
@@ -75,12 +78,12 @@ class Constraint:
         self._check()
 
     def _check(self) -> None:
-        if self._matcher.is_error():
-            raise InvalidInput(
-                "grammar",
-                f"cannot be followed any further ({_reason(self._matcher.get_error())}): the model has no token for "
-                "what comes next, or the grammar is too complex: simplify it",
-            )
+        if not self._matcher.is_error():
+            return
+        reason = _reason(self._matcher.get_error())
+        if reason.startswith(STUCK):
+            raise InvalidInput("grammar", "cannot be followed any further: the model has no token for what comes next")
+        raise InvalidInput("grammar", f"cannot be followed any further, it is too complex: {reason}")
 
 
 class Constraints:
@@ -98,6 +101,11 @@ class Constraints:
         if matcher.is_error():
             raise InvalidInput("grammar", f"cannot be followed: {_reason(matcher.get_error())}")
         return Constraint(matcher, () if self._ends else self._tokens.eos_tokens)
+
+    def prepare(self) -> None:
+        """Read the vocabulary before the first request, if the library is there and reads it."""
+        with suppress(MissingDependency, InvalidInput):
+            self.open(Grammar.json())
 
     @cached_property
     def _tokens(self) -> LLTokenizer:
@@ -140,5 +148,5 @@ def _limits() -> LLParserLimits:
 
 def _reason(text: str) -> str:
     """The library's message in one line, without the grammar that it repeats."""
-    found = " ".join(SHOWN.split(PLACE.sub("", text))[0].split())
+    found = " ".join(SHOWN.split(PLACE.sub("", text))[0].replace("<non-verbose/>", "").split())
     return found if len(found) <= REASON_LENGTH else f"{found[:REASON_LENGTH]}..."

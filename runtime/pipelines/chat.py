@@ -98,6 +98,9 @@ class ChatPipeline(ModelPipeline):
             self.vision.seen = Kept(room.features)
         self.prefixes = Prefixes(room)
 
+    def prepare(self) -> None:
+        self.constraints.prepare()
+
     def __call__(self, request: ChatRequest, conversation: Conversation | None = None) -> Pipeline:
         """The generator that answers: for each answer TextDelta events, then Finished, whose completion tokens count
         the end token.

@@ -41,4 +41,5 @@ def warm_up(model: Model) -> None:
         except InvalidInput:
             if not example.optional:
                 raise
+    model.pipeline.prepare()
     log.info("warming up took %.1f s", perf_counter() - began)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonschema import Draft202012Validator
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from runtime import limits
@@ -23,6 +24,9 @@ from runtime.language.sampling import Bounds, Rules, Sampling
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<image>"]
 END, VOCABULARY = 2, 300
+KEYWORDS = """type properties items anyOf oneOf allOf enum const required additionalProperties minItems maxItems
+    minLength maxLength pattern format minimum maximum multipleOf prefixItems $ref $defs patternProperties not if
+    """.split()
 ANY = Sampling(temperature=1)
 
 
@@ -90,8 +94,6 @@ def test_every_answer_is_a_value_of_its_schema(schema: dict[str, Any], seed: int
 
 
 def assert_valid(value: Any, schema: dict[str, Any]) -> None:
-    from jsonschema import Draft202012Validator
-
     Draft202012Validator.check_schema(schema)
     assert not list(Draft202012Validator(schema).iter_errors(value)), (value, schema)
 
@@ -224,7 +226,7 @@ def test_alternatives_that_exclude_each_other_are_followed() -> None:
 
 def test_what_becomes_too_complex_on_the_way_is_an_error_of_the_grammar() -> None:
     many = {"anyOf": [{"type": "object", "properties": {f"k{i}": {"type": "string"}}} for i in range(900)]}
-    with pytest.raises(InvalidInput, match="too complex"):
+    with pytest.raises(InvalidInput, match="any further, it is too complex: Parser Error: Current row"):
         drawn(Grammar.schema(many), 0)
 
 
@@ -244,9 +246,53 @@ def test_tokenizers_that_the_library_does_not_read_are_named() -> None:
         Constraints(unigram, 2, (0,)).open(Grammar.json())
 
 
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.sampled_from([1e300, 0.1, "string", "object", "^a+$", "#", "("]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(st.dictionaries(st.sampled_from(KEYWORDS), JSON, min_size=1, max_size=4), st.integers(0, 9))
+def test_whatever_is_sent_as_a_schema_is_followed_or_refused(schema: dict[str, Any], seed: int) -> None:
+    try:
+        text, complete = drawn(Grammar.schema(schema), seed, longest=40)
+    except InvalidInput as error:
+        assert error.field == "grammar"
+    else:
+        assert not complete or not list(Draft202012Validator(schema).iter_errors(json.loads(text)))
+
+
+@settings(deadline=None, max_examples=150, derandomize=True)
+@given(
+    st.lists(st.sampled_from([*'ab()[]*+?|.^$&~/%{}<\n"\\', "{1,3}", "\\d", "\\p{L}", "(?i)"]), min_size=1, max_size=9)
+)
+def test_whatever_is_sent_as_an_expression_is_followed_or_refused(parts: list[str]) -> None:
+    try:
+        drawn(Grammar.regex("".join(parts)), 0, longest=20)
+    except InvalidInput as error:
+        assert error.field == "grammar"
+
+
+def test_the_vocabulary_is_read_before_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Constraints(TOKENIZER, VOCABULARY, (END,))
+    found.prepare()
+    monkeypatch.setattr(found, "_tokenizer", None)
+    found.open(Grammar.json())
+    monkeypatch.setattr(constraint, "require", missing)
+    Constraints(TOKENIZER, VOCABULARY, (END,)).prepare()
+
+
+def missing(package: str, extra: str) -> None:
+    raise MissingDependency(package, extra)
+
+
 def test_without_the_library_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constraint, "require", lambda package, extra: (_ for _ in ()).throw(
-        MissingDependency(package, extra)))  # fmt: skip
+    monkeypatch.setattr(constraint, "require", missing)
     with pytest.raises(MissingDependency, match=r"enginecast\[constrained\]"):
         CONSTRAINTS.open(Grammar.json())
 

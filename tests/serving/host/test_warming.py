@@ -18,7 +18,7 @@ class Once(ModelPipeline):
     """Its requests are numbers of calls; those below 1 are refused."""
 
     def __init__(self, *examples: Example) -> None:
-        self._examples = examples
+        self._examples, self.prepared = examples, False
 
     @classmethod
     def open(cls, root: Path, config: Mapping[str, Any]) -> Self:
@@ -30,6 +30,9 @@ class Once(ModelPipeline):
 
     def examples(self) -> Iterator[Example]:
         yield from self._examples
+
+    def prepare(self) -> None:
+        self.prepared = True
 
     def __call__(self, request: int) -> Pipeline:
         if request < 1:
@@ -56,7 +59,9 @@ def load(model: FakeModel, folder: Path) -> FakeModel:
 
 def test_every_example_runs_once(tmp_path: Path) -> None:
     refused = Example("nothing", 0, optional=True)
-    assert load(Warm(Example("a", 2), refused, Example("b", 1)), tmp_path).calls == 3
+    model = load(Warm(Example("a", 2), refused, Example("b", 1)), tmp_path)
+    assert model.calls == 3
+    assert model.pipeline.prepared  # type: ignore[attr-defined]
 
 
 def test_a_model_that_cannot_run_is_not_loaded(tmp_path: Path) -> None:
