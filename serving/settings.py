@@ -22,6 +22,7 @@ from runtime.errors import InvalidInput, NotFound, did_you_mean
 from runtime.files import read_regular
 from serving.cli.options import (
     ADDRESS,
+    TIMES,
     DeviceName,
     MemoryLimit,
     PictureCache,
@@ -190,7 +191,7 @@ class Settings:
         str | None,
         typer.Option(
             metavar="TIME",
-            help="How long models stay loaded if nobody uses them, such as 90 (seconds), 5m, 0 or endless. Requests "
+            help=f"How long models stay loaded if nobody uses them, {TIMES}. Requests "
             "may state another time. Default: models named on the command line always stay, and those of the "
             "repository stay for 5m.",
         ),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from serving.cli.options import ADDRESS, ConnectionOptions, Target, parse_keep_alive, with_connection
+from serving.cli.options import ADDRESS, ConnectionOptions, KeepAlive, Target, parse_keep_alive, with_connection
 
 if TYPE_CHECKING:
     from serving.dialects.grpc.client import Client
@@ -46,10 +46,7 @@ def load(
     name: Name,
     address: Address = ADDRESS,
     target: Target = None,
-    keep_alive: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="How long it stays loaded if nobody uses it: 5m, 0, endless."),
-    ] = None,
+    keep_alive: KeepAlive = None,
 ) -> None:
     """Load a model and wait until it is ready."""
     seconds = parse_keep_alive(keep_alive)

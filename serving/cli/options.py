@@ -63,6 +63,12 @@ PrefixCache = Annotated[
         "none.",
     ),
 ]
+TIMES: Final = "such as 90 (seconds), 5m, 0 or endless"
+"""What `parse_keep_alive` reads, for help."""
+KeepAlive = Annotated[
+    str | None,
+    typer.Option(metavar="TIME", help=f"How long the model stays loaded on the server if nobody uses it, {TIMES}."),
+]
 Strict = Annotated[
     bool,
     typer.Option(
@@ -143,12 +149,7 @@ class ModelOptions(ConnectionOptions):
         Path | None, typer.Option(metavar="DIR", help="Folder of text files for the script wildcards.")
     ] = None
     styles: Annotated[Path | None, typer.Option(metavar="FILE", help="File styles.csv for the script styles.")] = None
-    keep_alive: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME", help="How long a server's model stays loaded after this if nobody uses it: 5m, 0, endless."
-        ),
-    ] = None
+    keep_alive: KeepAlive = None
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Say what each submodel ran on, in what numbers, and how long.")
     ] = False
@@ -190,8 +191,7 @@ class ModelOptions(ConnectionOptions):
             from serving.dialects.python.client import Client
 
             return Client(self.address or ADDRESS, self.model, keep_alive=keep_alive, **self.connection())
-        if keep_alive is not None:
-            raise InvalidInput("keep_alive", "and --bundle exclude each other: it is loaded for this command alone")
+        self._check_bundle()
         name, root = named(self.bundle)
         if self.model not in ("", name):
             raise InvalidInput("model", "and --bundle exclude each other: a bundle holds one model")
@@ -204,6 +204,15 @@ class ModelOptions(ConnectionOptions):
         from serving.dialects.python.model import open_for
 
         return open_for(root, request, self.target, options, placing, Scripts(Folders(self.wildcards, self.styles)))
+
+    def _check_bundle(self) -> None:
+        """Raises InvalidInput for an option on a server that the command line has beside --bundle. What the environment
+        has is for all commands, and of use to those that connect.
+        """
+        for name in ("keep_alive", *(one.name for one in fields(ConnectionOptions))):
+            value, variable = getattr(self, name), os.environ.get(f"ENGINECAST_{name.upper()}", "")
+            if value and (not variable if value is True else str(value) != variable):
+                raise InvalidInput(name, "and --bundle exclude each other: it is loaded here, for this command alone")
 
     def _check_server(self) -> None:
         """Raises InvalidInput for an option on how a bundle runs, which only the server itself can be given."""

@@ -28,7 +28,7 @@ from serving.dialects.grpc.health import HealthServicer
 from serving.dialects.grpc.intake import REQUEST, Intake
 from serving.dialects.grpc.management import ModelReader
 from serving.dialects.grpc.recording import Recording
-from serving.dialects.grpc.status import Context, reported, write
+from serving.dialects.grpc.status import Context, Sending, reported
 from serving.dialects.grpc.task import GrpcTask, grpc_tasks
 from serving.dialects.grpc.wrapping import around, calling
 from serving.enginecast_pb import common_pb2, model_pb2
@@ -118,10 +118,11 @@ def answering(view: View, task: GrpcTask) -> Callable[[Any, Context], Awaitable[
         sent = record.id, record.method, record.client, record.traceparent
         call = Call(task.task, message.SerializeToString(), context.time_remaining(), *sent)
         del message
-        async with aclosing(view.answers(name, call, key)) as parts:
-            record.model = name
-            async for part in parts:
-                await write(context, part.message)
+        with Sending(context) as write:
+            async with aclosing(view.answers(name, call, key)) as parts:
+                record.model = name
+                async for part in parts:
+                    await write(part.message)
 
     return answer
 

@@ -22,7 +22,7 @@ class Mailbox:
 
     def __init__(self, room: Callable[[], None] = lambda: None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
         self._lock = threading.Lock()
         self._room = room
         self._events: deque[Event] = deque()
@@ -36,8 +36,10 @@ class Mailbox:
                 if event.output and event.nbytes and self._full(event):
                     return False
                 self._events.append(event)
-                self._thin()
-        self._wake()
+                if event.nbytes:
+                    self._thin()
+            reader = self._take_reader()
+        self._wake(reader)
         return True
 
     def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
@@ -49,16 +51,18 @@ class Mailbox:
                 self._ended, self._error = True, error
                 if at_once:
                     self._events.clear()
+            reader = self._take_reader()
         self._room()
-        self._wake()
+        self._wake(reader)
 
     async def get(self) -> Event | None:
         """The next event, None at the end. Raises the error given to `end`."""
         while True:
-            self._arrived.clear()
             with self._lock:
                 event = self._events.popleft() if self._events else None
                 ended = self._ended
+                if event is None and not ended:
+                    reader = self._reader = self._loop.create_future()
             if event is not None:
                 if event.nbytes:
                     self._room()
@@ -67,7 +71,7 @@ class Mailbox:
                 if self._error is not None:
                     raise self._error
                 return None
-            await self._arrived.wait()
+            await reader
 
     def _thin(self) -> None:
         """Leave out older previews while there is no room. The newest event stays as it is."""
@@ -81,5 +85,16 @@ class Mailbox:
         held = sum(event.nbytes for event in self._events)
         return held > 0 and held + (further.nbytes if further else 0) > limits.UNREAD_BYTES.most
 
-    def _wake(self) -> None:
-        self._loop.call_soon_threadsafe(self._arrived.set)
+    def _take_reader(self) -> asyncio.Future[None] | None:
+        """What the reader waits for, if it waits: whoever takes it wakes the reader. Others need not."""
+        reader, self._reader = self._reader, None
+        return reader
+
+    def _wake(self, reader: asyncio.Future[None] | None) -> None:
+        if reader is not None:
+            self._loop.call_soon_threadsafe(_resolve, reader)
+
+
+def _resolve(reader: asyncio.Future[None]) -> None:
+    if not reader.done():
+        reader.set_result(None)

@@ -200,7 +200,7 @@ class ModelHost:
         )
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
         try:
-            while (event := await run.events.get()) is not None:
+            while (event := await run.event()) is not None:
                 yield served.shown(event)
         except EnginecastError as error:
             if isinstance(error, InvalidInput):  # it quotes the request

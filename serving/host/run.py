@@ -10,7 +10,7 @@ from typing import Final
 
 from runtime.errors import EnginecastError
 from runtime.pipeline import Call, Event, Outputs
-from serving.host.job import Job
+from serving.host.job import Job, Queued, Started
 from serving.host.mailbox import Mailbox
 from serving.host.terms import Priority, Terms
 
@@ -28,8 +28,8 @@ class Reservation:
 
 
 class Run:
-    """A job and the reader of its events. Made on the event loop; `fail` may be called from any thread, the other
-    methods only by the scheduler.
+    """A job and the reader of its events. Made on the event loop, where `event` is called; `fail` may be called from
+    any thread, the other methods only by the scheduler.
 
     `changed` is called when it may go on or was stopped. `future` is done when no more work is done for it; `error` is
     then how it ended. `call` is the engine call that it waits for, and `fed` how many positions of it were run.
@@ -47,6 +47,7 @@ class Run:
         self.position: int | None = None
         self.queued_at = monotonic()
         self.started_at: float | None = None
+        self._started = False
         self._items = job.items()
         self._unread: Event | None = None
 
@@ -58,6 +59,17 @@ class Run:
     def priority(self) -> Priority:
         """How soon it is run. One that has waited for long is urgent."""
         return Priority.URGENT if monotonic() - self.queued_at > PATIENCE else self.place.terms.priority
+
+    async def event(self) -> Event | None:
+        """The next event for the reader, None at the end. Raises how the request ended.
+
+        Its place in the queue is told from the event loop while the scheduler may start it: a place that comes behind
+        the start is left out.
+        """
+        while (event := await self.events.get()) is not None and self._started and isinstance(event, Queued):
+            pass
+        self._started = self._started or isinstance(event, Started)
+        return event
 
     def fail(self, error: EnginecastError) -> None:
         """End the reader's events at once, and the work before its next step."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
+from dataclasses import replace
 from time import perf_counter
 
 from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
 from runtime.pipeline import ModelPipeline, drive
+from runtime.placing.loading import LoadedModel
+from runtime.placing.placement import Place
 from serving.host.job import Model
 from serving.host.loading import Loader
 
@@ -15,18 +19,37 @@ log = logging.getLogger(__name__)
 
 
 def warmed(load: Loader) -> Loader:
-    """A loader that also runs the examples of a model's pipeline. Their errors are errors of loading."""
+    """A loader that also runs the examples of a model's pipeline, and again where the model is loaded elsewhere. Their
+    errors are errors of loading.
+    """
 
     def load_and_run(bundle: Bundle, target: str | None) -> Model:
         model = load(bundle, target)
-        try:
-            warm_up(model)
-        except BaseException:
-            model.close()
-            raise
-        return model
+        _warm_or_close(model)
+        return _warmed_elsewhere(model) if isinstance(model, LoadedModel) else model
 
     return load_and_run
+
+
+def _warmed_elsewhere(model: LoadedModel) -> LoadedModel:
+    """The model, which is warmed up as well when it is loaded elsewhere."""
+    again = model.again
+
+    def load_and_run(broken: Collection[Place]) -> LoadedModel:
+        assert again is not None, "a model that was loaded can be loaded again"
+        other = again(broken)
+        _warm_or_close(other)
+        return _warmed_elsewhere(other)
+
+    return replace(model, again=load_and_run)
+
+
+def _warm_or_close(model: Model) -> None:
+    try:
+        warm_up(model)
+    except BaseException:
+        model.close()
+        raise
 
 
 def warm_up(model: Model) -> None:

@@ -15,7 +15,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
+import re
 import secrets
+import stat
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -23,8 +25,8 @@ from typing import Annotated, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from runtime.errors import InvalidInput
-from runtime.files import append, file_error
+from runtime.errors import InvalidInput, NotFound, did_you_mean, quoted
+from runtime.files import append, file_error, written
 from serving.security.scopes import Scope
 from serving.security.watched import content
 
@@ -37,6 +39,8 @@ MODE: Final = 0o600
 PER_MINUTE: Final = 100_000
 CONCURRENT: Final = 4_000
 """The largest limits of a token."""
+PART: Final = re.compile(r"^(?=[ \t]*\[\[[ \t]*token[ \t]*\]\])", re.MULTILINE)
+"""Where a token begins in a file."""
 
 
 class Token(BaseModel):
@@ -99,6 +103,38 @@ def new(path: Path, name: str, scopes: frozenset[Scope], per_minute: int | None,
     except OSError as error:
         raise file_error(error) from None
     return secret
+
+
+def remove(path: Path, name: str) -> None:
+    """Take a token out of a file; comments and all else stay. Raises NotFound, and InvalidInput for a file that has the
+    token in another form than its part `[[token]]`.
+    """
+    held = read(path)
+    if name not in (known := [token.name for token in held]):
+        raise NotFound(f"{path} has no token {quoted(name)}: {did_you_mean(name, known)}")
+    first, *parts = PART.split(content(path, LARGEST).decode())
+    kept = first + "".join(_comments(part) if _named(part) == name else part for part in parts)
+    if [token.name for token in _File.model_validate(tomllib.loads(kept)).token] != [
+        one for one in known if one != name
+    ]:
+        raise InvalidInput("tokens", f"{path} has {name} not as a part [[token]]: remove it in an editor")
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+        with written(path) as file:
+            Path(file.name).chmod(mode)
+            file.write(kept.encode())
+    except OSError as error:
+        raise file_error(error) from None
+
+
+def _named(part: str) -> str:
+    """The name in a part of a file that begins with [[token]]."""
+    return str(tomllib.loads(part)["token"][0].get("name", ""))
+
+
+def _comments(part: str) -> str:
+    """The empty lines and comments of a part, which may belong to the next one."""
+    return "".join(line for line in part.splitlines(keepends=True) if line.strip()[:1] in ("", "#"))
 
 
 def find(tokens: tuple[Token, ...], secret: str) -> Token | None:

@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 from runtime import limits
 from runtime.errors import InvalidInput
 from serving.dialects.grpc import messages
-from serving.dialects.grpc.status import Context, write
+from serving.dialects.grpc.status import Context, Sending
 from serving.dialects.grpc.task import GrpcTask
 from serving.host.models import ModelHost
 from serving.host.observing import current_client
@@ -59,6 +59,7 @@ async def answer(host: ModelHost, task: GrpcTask, message: Any, context: Context
     """Run the request in a message and stream its responses over gRPC."""
     found = responses(host, task, message, context.time_remaining(), current_client())
     del message
-    async with aclosing(found):
-        async for response in found:
-            await write(context, response)
+    with Sending(context) as write:
+        async with aclosing(found):
+            async for response in found:
+                await write(response)

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from runtime import limits
 from runtime.errors import NotFound, quoted
-from serving.dialects.grpc.status import Context, write
+from serving.dialects.grpc.status import Context, Sending
 from serving.dialects.grpc.task import grpc_tasks
 from serving.enginecast_pb import model_pb2
 from serving.host.states import Models
@@ -46,13 +46,14 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # i
     async def Watch(self, request: health_pb2.HealthCheckRequest, context: Context) -> None:
         limits.MODEL_NAME.length("service", request.service)
         shown = None
-        while True:
-            changed = self.host.changed
-            serves = health_of(self.host).get(request.service)
-            status = (
-                Response.SERVICE_UNKNOWN if serves is None else Response.SERVING if serves else Response.NOT_SERVING
-            )
-            if status != shown:
-                await write(context, Response(status=status))
-            shown = status
-            await changed.wait()
+        with Sending(context) as write:
+            while True:
+                changed = self.host.changed
+                serves = health_of(self.host).get(request.service)
+                status = (
+                    Response.SERVICE_UNKNOWN if serves is None else Response.SERVING if serves else Response.NOT_SERVING
+                )
+                if status != shown:
+                    await write(Response(status=status))
+                shown = status
+                await changed.wait()

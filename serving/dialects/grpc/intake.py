@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from runtime import limits
 from runtime.errors import DeadlineExceeded, InvalidInput
 from runtime.placing.heap import give_back
-from serving.dialects.grpc.status import Context, reported, write
+from serving.dialects.grpc.status import Context, Sending, reported
 from serving.dialects.grpc.wire import fields_within
 from serving.dialects.grpc.wrapping import Handler, Wrapping
 from serving.host.observing import Record, current
@@ -68,8 +68,9 @@ class Intake(Wrapping):
                 self._admitted(method, context),
                 aclosing(handler.stream_stream(self._messages(handler, context), context)) as responses,
             ):
-                async for response in responses:
-                    await write(context, response)
+                with Sending(context) as write:
+                    async for response in responses:
+                        await write(response)
 
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(both, None, handler.response_serializer)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Final
 from urllib.parse import quote, unquote
@@ -119,13 +119,51 @@ async def reported(context: Context) -> AsyncIterator[None]:
         await context.abort(grpc.StatusCode.INTERNAL, UNEXPECTED)
 
 
-async def write(context: Context, response: Any) -> None:
-    """Send a response. Raises Cancelled if the client does not read for UNREAD_SECONDS."""
-    try:
-        async with asyncio.timeout(UNREAD_SECONDS):
-            await context.write(response)
-    except TimeoutError:
-        raise Cancelled(f"the client read nothing for {UNREAD_SECONDS:g} s") from None
+class Sending:
+    """Sends the responses of one call: `with Sending(context) as write: await write(response)`, in one task.
+
+    `write` raises Cancelled if the client does not read for UNREAD_SECONDS. One timer watches all responses: one for
+    each would cost a good part of what sending a token costs.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._loop = asyncio.get_running_loop()
+        self._task = asyncio.current_task()
+        self._began: float | None = None
+        self._late = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> Callable[[Any], Awaitable[None]]:
+        self._watch(self._loop.time())
+        return self._write
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def _write(self, response: Any) -> None:
+        self._began = self._loop.time()
+        try:
+            await self._context.write(response)
+        except asyncio.CancelledError:
+            if not self._late or self._task is None or self._task.uncancel():
+                raise
+            raise Cancelled(f"the client read nothing for {UNREAD_SECONDS:g} s") from None
+        finally:
+            self._began = None
+
+    def _watch(self, since: float) -> None:
+        self._timer = self._loop.call_at(since + UNREAD_SECONDS, self._check)
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        began = now if self._began is None else self._began
+        if now < began + UNREAD_SECONDS:
+            self._watch(began)
+        elif self._task is not None:
+            self._late = True
+            self._task.cancel()
 
 
 def fitting(message: str) -> str:

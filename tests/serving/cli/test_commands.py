@@ -129,6 +129,15 @@ class TestGenerate:
         assert "\nnote: one is replaced\n" in ended.err
         assert local.calls == 4
 
+    def test_what_the_environment_has_for_servers_is_allowed_beside_a_bundle(
+        self, run: Any, local: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("ENGINECAST_TOKEN", "ec_x")
+        monkeypatch.setenv("ENGINECAST_TLS", "1")
+        ended = run("generate", "--bundle", "somewhere", "--prompt", "x", "--out", f"{tmp_path}/x.png")
+        assert ended.code == 0, ended.err
+        assert run("generate", "--bundle", "x", "--token", "ec_y", "--prompt", "x", "--out", "x.png").code == 2
+
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
@@ -160,6 +169,10 @@ class TestGenerate:
                 2,
                 "address: and --bundle exclude each other",
             ),
+            (("--bundle", "/nowhere", "--token", "ec_x", "--model", ""), 2, "token: and --bundle exclude each other"),
+            (("--bundle", "/nowhere", "--ca", "ca.pem", "--model", ""), 2, "ca: and --bundle exclude each other"),
+            (("--bundle", "/nowhere", "--tls", "--model", ""), 2, "tls: and --bundle exclude each other"),
+            (("--bundle", "/nowhere", "--keep-alive", "5m"), 2, "keep_alive: and --bundle exclude each other"),
             (("--prompt", "\udcff"), 2, "prompt: is no valid UTF-8 text"),
         ],
     )

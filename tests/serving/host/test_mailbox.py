@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,3 +81,39 @@ async def test_an_error_comes_behind_what_was_put_unless_it_is_for_now() -> None
     for mailbox in (first, second):
         with pytest.raises(EngineError):
             await mailbox.get()
+
+
+async def test_a_reader_is_woken_once_for_all_that_has_come() -> None:
+    """Each wakeup passes from one thread to another, which costs more than an event."""
+    mailbox, loop = Mailbox(), asyncio.get_running_loop()
+    wakeups = 0
+    soon = loop.call_soon_threadsafe
+
+    def counted(*given: Any, **options: Any) -> asyncio.Handle:
+        nonlocal wakeups
+        wakeups += 1
+        return soon(*given, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "call_soon_threadsafe", counted)
+        first = asyncio.create_task(mailbox.get())
+        await asyncio.sleep(0)
+        for text in "abc":
+            mailbox.put(TextDelta(text))
+        assert wakeups == 1
+    mailbox.end()
+    assert [await first, *await rest(mailbox)] == [TextDelta(text) for text in "abc"]
+
+
+async def test_a_reader_that_was_cancelled_loses_nothing() -> None:
+    mailbox = Mailbox()
+    first = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    first.cancel()
+    mailbox.put(TextDelta("a"))
+    second = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    mailbox.put(TextDelta("b"))
+    assert await second == TextDelta("a")
+    assert await mailbox.get() == TextDelta("b")
+    assert first.cancelled()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,6 +10,8 @@ import pytest
 
 from runtime.errors import EngineError, InvalidInput
 from runtime.pipeline import Call, Example, ModelPipeline, Pipeline
+from runtime.placing.loading import LoadedModel
+from runtime.placing.placement import Place
 from serving.host.warming import warmed
 from tests.fakes.serving import FakeModel, bundle
 
@@ -72,3 +74,23 @@ def test_a_model_that_cannot_run_is_not_loaded(tmp_path: Path) -> None:
     assert model.closed
     with pytest.raises(InvalidInput, match="is 0"):
         load(Warm(Example("nothing", 0)), tmp_path / "other")
+
+
+def test_a_model_that_is_loaded_elsewhere_is_warmed_up_there(tmp_path: Path) -> None:
+    """Its first device was lost."""
+    opened, fakes = bundle(tmp_path, "one"), [Warm(Example("a", 2)), Warm(Example("a", 2)), Warm(Example("a", 2))]
+    fakes[2].failure = EngineError("the other device was lost, too")
+    numbers = iter(range(3))
+
+    def loaded(broken: Collection[Place] = ()) -> LoadedModel:
+        fake = fakes[next(numbers)]
+        return LoadedModel(
+            opened, fake.task, fake.target, fake.device, fake.engines, fake.pipeline, {}, (), loaded
+        )  # fmt: skip
+
+    first = warmed(lambda *_: loaded())(opened, None)
+    assert [fake.calls for fake in fakes] == [2, 0, 0]
+    second = first.elsewhere(())
+    assert [fake.calls for fake in fakes] == [2, 2, 0]
+    with pytest.raises(EngineError, match="too"):
+        second.elsewhere(())

@@ -31,7 +31,7 @@ from serving.security.audit import Audit
 from serving.security.gate import Gate, Usage
 from serving.security.protection import Security
 from serving.security.scopes import ANY, INFERRING, OPEN, READING, Scope, is_management, required
-from serving.security.tokens import Token, find, new, read
+from serving.security.tokens import Token, find, new, read, remove
 from tests.fakes.certificates import Authority
 from tests.fakes.proofs import fields
 from tests.fakes.serving import FakeServer, request, until
@@ -330,6 +330,38 @@ def test_commands(server: FakeServer, file: Path) -> None:
         ended = run(cli.app, ["token", "new", *wrong, "--scope", "infer", "--tokens", str(file)])
         assert isinstance(ended.exception, InvalidInput), ended.output
     assert len(read(file)) == 1
+
+
+def test_removing_a_token(file: Path) -> None:
+    for name in ("alice", "bob", "carol"):
+        new(file, name, frozenset({Scope.INFER}), None, None)
+    file.write_text(file.read_text().replace('name = "bob"\n', '# until spring\nname = "bob"\n'))
+    file.chmod(0o640)
+    run, secret = CliRunner().invoke, new(file, "dora", frozenset({Scope.MANAGE}), None, None)
+    ended = run(cli.app, ["token", "remove", "bob", "--tokens", str(file)])
+    assert ended.exit_code == 0 and "bob is no longer in" in ended.stdout
+    assert [token.name for token in read(file)] == ["alice", "carol", "dora"]
+    assert find(read(file), secret) == read(file)[2]
+    assert file.read_text().startswith("# who may call\n") and "# until spring\n" in file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o640
+    again = run(cli.app, ["token", "remove", "bob", "--tokens", str(file)])
+    assert isinstance(again.exception, NotFound) and "known: alice, carol, dora" in str(again.exception)
+
+
+def test_a_token_in_another_form_is_not_removed(file: Path) -> None:
+    file.write_text(f'token = [{{name = "alice", sha256 = "{"0" * 64}", scopes = ["infer"]}}]\n')
+    with pytest.raises(InvalidInput, match="remove it in an editor"):
+        remove(file, "alice")
+    assert len(read(file)) == 1
+
+
+def test_a_removed_token_is_refused_at_once(server: FakeServer, give: Give, file: Path) -> None:
+    client, other = give("alice", Scope.INFER), give("bob", Scope.INFER)
+    assert drawn(client)
+    remove(file, "alice")
+    with pytest.raises(Unauthenticated):
+        drawn(client)
+    assert drawn(other)
 
 
 def test_python_clients(server: FakeServer, file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
-from runtime.errors import BundleError, InvalidInput, ResourceExhausted, Unavailable
+from runtime.errors import BundleError, Cancelled, InvalidInput, ResourceExhausted, Unavailable
+from serving.dialects.grpc import status as statuses
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
-from serving.dialects.grpc.status import details
+from serving.dialects.grpc.status import Sending, details
 from serving.enginecast_pb import image_pb2_grpc
 from tests.fakes.serving import FakeServer, request, until
 
@@ -105,3 +107,50 @@ def test_details() -> None:
     assert kinds(ResourceExhausted("full")) == ["ErrorInfo"]
     assert kinds(ResourceExhausted("full", 2.5)) == ["ErrorInfo", "RetryInfo"]
     assert details(ResourceExhausted("full", 2.5))[1].retry_delay.ToMilliseconds() == 2500  # type: ignore[attr-defined]
+
+
+class Reader:
+    """A client that takes some time to read each response."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    async def write(self, response: Any) -> None:
+        await asyncio.sleep(self.seconds)
+
+
+class TestSending:
+    @pytest.fixture(autouse=True)
+    def soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(statuses, "UNREAD_SECONDS", 0.1)
+
+    async def test_a_long_answer_may_take_longer_than_one_response(self) -> None:
+        context: Any = Reader(0.03)
+        with Sending(context) as write:
+            for _ in range(6):
+                await write(None)
+            await asyncio.sleep(0.15)  # the model may take its time as well
+            await write(None)
+
+    async def test_a_client_that_does_not_read(self) -> None:
+        context: Any = Reader(10)
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(Cancelled, match=r"read nothing for 0\.1 s"), Sending(context) as write:
+            await asyncio.sleep(0.06)
+            await write(None)
+        assert 0.16 <= asyncio.get_running_loop().time() - began < 0.5
+        task = asyncio.current_task()
+        assert task is not None and not task.cancelling(), "the task goes on"
+
+    async def test_a_call_that_was_cancelled(self) -> None:
+        context: Any = Reader(10)
+
+        async def answer() -> None:
+            with Sending(context) as write:
+                await write(None)
+
+        call = asyncio.create_task(answer())
+        await asyncio.sleep(0.02)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
