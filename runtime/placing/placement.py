@@ -133,8 +133,8 @@ def place(
 def needs(
     bundle: Bundle, wanted: str | None, device: str, placing: PlacementOptions, machine: Machine
 ) -> dict[str, int]:
-    """Estimated bytes that a bundle takes of each memory, by the name of its device, where there is room for all of it.
-    The arguments and errors are those of `place`, without ResourceExhausted.
+    """Estimated bytes that a bundle takes of each memory, by the name of its device, where there is room for all of it,
+    without its `caches`. The arguments and errors are those of `place`, without ResourceExhausted.
     """
     found: dict[str, int] = {}
     for name, places in _allowed(bundle, wanted, device, placing, machine).items():
@@ -142,6 +142,20 @@ def needs(
         found[first.memory] = found.get(first.memory, 0) + _estimate(bundle.submodel(name), first)
     limit = placing.memory_limit
     return {memory: nbytes if limit is None else min(nbytes, limit) for memory, nbytes in found.items()}
+
+
+def caches(
+    bundle: Bundle, wanted: str | None, device: str, placing: PlacementOptions, machine: Machine
+) -> dict[str, int]:
+    """The most bytes of each memory that a bundle may hold for further requests besides: features in the host's memory,
+    and conversations where its decoder is. The arguments and errors are those of `needs`.
+    """
+    allowed = _allowed(bundle, wanted, device, placing, machine)
+    decoders = [allowed[one.name][0].memory for one in bundle.manifest.submodels if one.signature.states]
+    found = {"cpu": placing.picture_cache}
+    if decoders and placing.memory_limit is None:  # an engine that holds them could not make room for others
+        found[decoders[0]] = found.get(decoders[0], 0) + placing.prefix_cache
+    return {memory: nbytes for memory, nbytes in found.items() if nbytes}
 
 
 def _allowed(

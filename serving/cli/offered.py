@@ -11,7 +11,7 @@ from runtime.placing.devices import detect
 from runtime.placing.heap import collect
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
-from runtime.placing.placement import PlacementOptions, needs
+from runtime.placing.placement import PlacementOptions, caches, needs
 from runtime.script import Folders
 from runtime.scripting import Scripts
 from serving.cli.options import caching, engine_options, named, parse_keep_alive, placement
@@ -21,7 +21,7 @@ from serving.host.models import ModelHost
 from serving.host.observing import Observer
 from serving.host.offers import ENDLESS, VERSION_MARK, Limits, Offer
 from serving.host.repository import KEEP_ALIVE, VERSION, Repository
-from serving.host.residency import Memory
+from serving.host.residency import Memory, Needs
 from serving.host.warming import warmed
 from serving.settings import Settings
 
@@ -85,8 +85,9 @@ def memory(settings: Settings) -> Memory:
     options, placing = engine_options(settings.device, settings.threads), placing_of(settings)
     most = None if settings.models_memory is None else parse_size("models_memory", settings.models_memory)
 
-    def estimate(bundle: Bundle, target: str | None) -> dict[str, int]:
-        return needs(bundle, target or settings.target, options.device, placing, detect())
+    def estimate(bundle: Bundle, target: str | None) -> Needs:
+        where = bundle, target or settings.target, options.device, placing, detect()
+        return Needs(needs(*where), caches(*where))
 
     return Memory(most, estimate, collect)
 

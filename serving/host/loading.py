@@ -13,7 +13,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import ResourceExhausted, Unavailable
 from runtime.placing.memory import of_process
 from serving.host.job import Model
-from serving.host.residency import Memory, measured
+from serving.host.residency import Memory, Needs, measured
 from serving.host.served import Served
 from serving.host.states import ModelState
 
@@ -44,10 +44,10 @@ class Loading:
         bundle = await self._opened(served)
         needs = await asyncio.to_thread(self._memory.needs, bundle, target)
         async with self._one_by_one:  # no two loads count on the same memory
-            await self._make_room(served, needs)
-            served.memory = needs
+            await self._make_room(served, needs.all)
+            served.memory = needs.all
             self.loaded.add(served)
-        model = await self._engines(served, bundle, target)
+        model = await self._engines(served, bundle, target, needs)
         await self._fit_again(served)
         return model
 
@@ -73,7 +73,7 @@ class Loading:
             with suppress(Exception):  # it is in the log, and the model has no engines now
                 await self._unload(idle)
 
-    async def _engines(self, served: Served, bundle: Bundle, target: str | None) -> Model:
+    async def _engines(self, served: Served, bundle: Bundle, target: str | None, needs: Needs) -> Model:
         """Load the engines, and measure their memory if nothing else happens meanwhile."""
         await asyncio.to_thread(
             self._memory.release
@@ -85,7 +85,7 @@ class Loading:
             raise Unavailable(STOPPING)
         after = of_process() if self._quiet(served) else None
         if before is not None and after is not None:
-            served.memory = measured(bundle, served.memory, after - before)
+            served.memory = measured(bundle, needs, after - before)
         return model
 
     def _quiet(self, served: Served) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Collection, Coroutine, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from time import monotonic
 from typing import Any, Final
 
@@ -15,8 +16,23 @@ from runtime.placing.memory import show_size
 from serving.host.offers import ENDLESS
 from serving.host.served import Served
 
-Estimate = Callable[[Bundle, str | None], Mapping[str, int]]
-"""The bytes that a bundle will take of each memory on a target, by the name of the memory's device."""
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes of each memory, by the name of its device: what a loaded model takes, and what its `caches` may hold."""
+
+    engines: Mapping[str, int] = field(default_factory=dict)
+    caches: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def all(self) -> dict[str, int]:
+        """Both together."""
+        names = dict.fromkeys((*self.engines, *self.caches))
+        return {name: self.engines.get(name, 0) + self.caches.get(name, 0) for name in names}
+
+
+Estimate = Callable[[Bundle, str | None], Needs]
+"""What a bundle will need on a target."""
 RETRY_SECONDS: Final = 5.0
 """The time after which a model in use may have become idle."""
 HOST: Final = "cpu"
@@ -31,18 +47,16 @@ class Memory:
     def __init__(
         self,
         most: int | None = None,
-        estimate: Estimate = lambda bundle, target: {},
+        estimate: Estimate = lambda bundle, target: Needs(),
         release: Callable[[], None] = give_back,
     ) -> None:
         self.release = release
         self._most = most
         self._estimate = estimate
 
-    def needs(self, bundle: Bundle, target: str | None) -> Mapping[str, int]:
-        """The estimated bytes that a model will take on each device, nothing without a limit. Raises the errors of the
-        estimate.
-        """
-        return {} if self._most is None else self._estimate(bundle, target)
+    def needs(self, bundle: Bundle, target: str | None) -> Needs:
+        """What a model will need, nothing without a limit. Raises the errors of the estimate."""
+        return Needs() if self._most is None else self._estimate(bundle, target)
 
     def surplus(self, name: str, needs: Mapping[str, int], loaded: Collection[Served]) -> Served | None:
         """The model to unload so that the model `name` fits beside the `loaded` ones: the idle one that was used least
@@ -66,8 +80,9 @@ class Memory:
         wanted = f"model {name} needs {show_size(need)} of {device} memory"
         if need > self._most:
             raise ResourceExhausted(
-                f"{wanted}, more than the {show_size(self._most)} for all models: allow more with --models-memory, or "
-                "less to this model with --memory-limit"
+                f"{wanted}, with what its caches may hold, more than the {show_size(self._most)} for all models: "
+                "allow more with --models-memory, or less to this model with --prefix-cache, --picture-cache or "
+                "--memory-limit"
             )
         kept = [served for served in loaded if not _may_go(served) and served.memory.get(device)]
         if need + (held := _held(device, kept)) > self._most:
@@ -79,15 +94,16 @@ class Memory:
             )
 
 
-def measured(bundle: Bundle, needs: Mapping[str, int], growth: int) -> dict[str, int]:
-    """What a loaded model holds: `growth` bytes of the host's memory, and on other devices what it was estimated to
-    need.
+def measured(bundle: Bundle, needs: Needs, growth: int) -> dict[str, int]:
+    """What a loaded model takes: `growth` bytes of the host's memory, on other devices what it was estimated to need,
+    and everywhere what its caches may hold.
 
     Memory that was free in this process before is not seen in its growth, so the stored bytes of the weights count at
     least.
     """
     stored = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
-    return {**needs, HOST: max(growth, min(stored, needs.get(HOST, 0)))}
+    engines = {**needs.engines, HOST: max(growth, min(stored, needs.engines.get(HOST, 0)))}
+    return replace(needs, engines=engines).all
 
 
 def _held(device: str, models: Collection[Served]) -> int:

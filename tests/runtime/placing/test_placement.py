@@ -19,7 +19,8 @@ from runtime.errors import EngineUnavailable, InvalidInput, NotFound, ResourceEx
 from runtime.placing import memory, placement
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import Device, Machine
-from runtime.placing.placement import Place, Placement, PlacementOptions, parse_place, place
+from runtime.placing.placement import Place, Placement, PlacementOptions, caches, parse_place, place
+from tests.runtime.bundle.test_signature import DECODER
 
 MB = 10**6
 SIZES = {"text_encoder": 100 * MB, "unet": 800 * MB, "vae_decoder": 50 * MB}
@@ -79,11 +80,12 @@ def bundle(
     folder: Path,
     targets: tuple[str, ...] = ("tensorrt", "openvino", "onnxruntime", "coreml"),
     sizes: Mapping[str, int] = SIZES,
+    decoder: str = "",
 ) -> Bundle:
     submodels = tuple(
         Submodel(
             name=name,
-            signature=Signature(inputs=(), outputs=()),
+            signature=DECODER if name == decoder else Signature(inputs=(), outputs=()),
             graph=f"onnx/{name}/model.onnx",
             precision=Precision.parse("int8"),
             nbytes=size,
@@ -309,3 +311,18 @@ def test_chat_models_are_compared_by_an_answer(tmp_path: Path) -> None:
     ]
     rows.write_text("\n".join(lines))
     assert placed(tmp_path, machine(), rows=(rows,)).choices["unet"].places[2:] == (ORT, CPU, ARC)
+
+
+# What is held for further requests
+
+
+def test_caches_are_where_their_owners_are(tmp_path: Path) -> None:
+    """Features are in the host's memory, conversations in that of the decoder."""
+    placing = PlacementOptions(rows=(), picture_cache=3 * MB, prefix_cache=70 * MB)
+    drawing, chatting = bundle(tmp_path), bundle(tmp_path, decoder="unet")
+    assert caches(drawing, None, "", placing, machine()) == {"cpu": 3 * MB}
+    assert caches(chatting, None, "", placing, machine()) == {"cpu": 3 * MB, "cuda:0": 70 * MB}
+    assert caches(chatting, "onnxruntime", "", placing, machine()) == {"cpu": 73 * MB}
+    limited = PlacementOptions(rows=(), picture_cache=3 * MB, prefix_cache=70 * MB, memory_limit=500 * MB)
+    assert caches(chatting, None, "", limited, machine()) == {"cpu": 3 * MB}
+    assert caches(chatting, None, "", PlacementOptions(rows=()), machine()) == {}

@@ -18,7 +18,7 @@ from runtime.tasks.image import ImageRequest
 from serving.host.job import Done
 from serving.host.models import ModelHost
 from serving.host.offers import ENDLESS, Limits, Offer
-from serving.host.residency import Memory
+from serving.host.residency import Memory, Needs
 from serving.host.states import ModelState
 from serving.host.terms import Terms
 from tests.fakes.serving import FakeModel, bundle
@@ -39,7 +39,7 @@ class Models:
         self.held = False
         offers = [Offer.of(bundle(folder, name).root) for name in names]
         offers = [replace(one, keep_alive=keep_alive) for one in offers]
-        memory = Memory(most, lambda *_: {"gpu": 60})
+        memory = Memory(most, lambda *_: Needs({"gpu": 60}))
         self.host = ModelHost(offers, self._load, Limits(grace_seconds=5), memory=memory)
 
     def _load(self, opened: Bundle, target: str | None) -> FakeModel:

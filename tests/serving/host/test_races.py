@@ -18,7 +18,7 @@ from serving.host.job import Done
 from serving.host.models import ModelHost
 from serving.host.offers import Limits
 from serving.host.repository import Repository
-from serving.host.residency import Memory
+from serving.host.residency import Memory, Needs
 from serving.host.states import ModelState
 from serving.host.terms import Priority, Terms
 from tests.fakes.serving import FakeModel, bundle
@@ -36,7 +36,7 @@ class World:
         self.made: list[FakeModel] = []
         self.most = 0
         self.ends = Counter[str]()
-        self.host = ModelHost([], self._load, Limits(max_queue=64), memory=Memory(130, lambda *_: {"gpu": 60}))
+        self.host = ModelHost([], self._load, Limits(max_queue=64), memory=Memory(130, lambda *_: Needs({"gpu": 60})))
 
     def _load(self, opened: Bundle, target: str | None) -> FakeModel:
         if self.chance.random() < 0.1:

@@ -10,7 +10,7 @@ import pytest
 from runtime.bundle.manifest import Bundle
 from runtime.errors import ResourceExhausted
 from serving.host.offers import ENDLESS, Limits, Offer
-from serving.host.residency import KeepAlive, Memory, measured
+from serving.host.residency import KeepAlive, Memory, Needs, measured
 from serving.host.served import Served
 from serving.host.states import ModelState
 from tests.fakes.serving import FakeModel, bundle
@@ -19,7 +19,7 @@ MOST = 100
 
 
 def memory(most: int | None = MOST) -> Memory:
-    return Memory(most, lambda *_: {"cpu": 40})
+    return Memory(most, lambda *_: Needs({"cpu": 40}))
 
 
 def loaded(name: str, used: float, cpu: int = 40, keep_alive: float | None = ENDLESS, **others: int) -> Served:
@@ -69,20 +69,29 @@ def test_what_is_in_use_or_stays_does_not_go(why: str) -> None:
 
 
 def test_what_does_not_fit_alone_is_refused_with_figures() -> None:
-    with pytest.raises(ResourceExhausted, match=r"big needs 101 B of cpu memory, more than the 100 B for all models"):
+    with pytest.raises(
+        ResourceExhausted, match=r"big needs 101 B of cpu memory, with what its caches may hold, more than the 100 B"
+    ):
         memory().surplus("big", {"cpu": 101}, [loaded("a", 1)])
 
 
 def test_the_needs_are_estimated_only_under_a_limit(tmp_path: Path) -> None:
     one = bundle(tmp_path, "one")
 
-    def estimate(opened: Bundle, target: str | None) -> dict[str, int]:
+    def estimate(opened: Bundle, target: str | None) -> Needs:
         assert opened is one
-        return {"cpu": 7}
+        return Needs({"cpu": 7})
 
-    assert Memory(5, estimate).needs(one, None) == {"cpu": 7}
-    assert Memory(None, estimate).needs(one, None) == {}
-    assert measured(one, {"cpu": 7, "gpu": 3}, 20) == {"cpu": 20, "gpu": 3}
+    assert Memory(5, estimate).needs(one, None) == Needs({"cpu": 7})
+    assert Memory(None, estimate).needs(one, None) == Needs()
+    assert measured(one, Needs({"cpu": 7, "gpu": 3}), 20) == {"cpu": 20, "gpu": 3}
+
+
+def test_caches_count_with_all_that_they_may_hold(tmp_path: Path) -> None:
+    """They are empty when the growth of the process is measured, and fill later."""
+    needs = Needs({"cpu": 7, "gpu": 3}, {"cpu": 10, "gpu": 30})
+    assert needs.all == {"cpu": 17, "gpu": 33}
+    assert measured(bundle(tmp_path, "one"), needs, 20) == {"cpu": 30, "gpu": 33}
 
 
 class TestKeepAlive:

@@ -9,13 +9,13 @@ from runtime.bundle.manifest import Bundle
 from runtime.language.text import Message
 from runtime.placing.devices import detect
 from runtime.placing.loading import load_model
-from runtime.placing.placement import PlacementOptions, needs
+from runtime.placing.placement import PlacementOptions, caches, needs
 from runtime.tasks.chat import ChatRequest, TextDelta
 from serving.dialects.grpc.health import health_of
 from serving.host.loading import Loader
 from serving.host.models import ModelHost
 from serving.host.repository import Repository
-from serving.host.residency import Memory
+from serving.host.residency import Memory, Needs
 from serving.host.states import ModelState
 from serving.host.warming import warmed
 
@@ -26,8 +26,9 @@ def load(bundle: Bundle, target: str | None) -> object:
     return load_model(bundle, TARGET)
 
 
-def estimate(bundle: Bundle, target: str | None) -> dict[str, int]:
-    return needs(bundle, TARGET, "", PlacementOptions(), detect())
+def estimate(bundle: Bundle, target: str | None) -> Needs:
+    where = bundle, TARGET, "", PlacementOptions(), detect()
+    return Needs(needs(*where), caches(*where))
 
 
 async def answer(host: ModelHost, name: str, tokens: int = 8) -> str:
@@ -39,7 +40,7 @@ async def answer(host: ModelHost, name: str, tokens: int = 8) -> str:
 def test_models_share_the_memory_for_one(tiny_bundle: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         (tmp_path / name).symlink_to(tiny_bundle)
-    need = estimate(Bundle(tiny_bundle), None)["cpu"]
+    need = estimate(Bundle(tiny_bundle), None).all["cpu"]
     loader: Loader = warmed(load)  # type: ignore[arg-type]  # a LoadedModel is a Model
 
     async def work() -> None:
