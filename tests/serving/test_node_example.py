@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from tests.fakes.guarded import guarded
+from tests.fakes.npm import installed
 from tests.fakes.serving import FakeServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
@@ -20,21 +18,8 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "node"
 
 @pytest.fixture(scope="module")
 def packages() -> Path:
-    """A folder with the example's node_modules, named by the hash of package.json."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        pytest.skip("node and npm are not installed")
-    package = (EXAMPLE / "package.json").read_bytes()
-    folder = Path(tempfile.gettempdir()) / f"enginecast-node-{os.getuid()}-{hashlib.sha256(package).hexdigest()[:12]}"
-    if not (folder / "complete").exists():
-        folder.mkdir(exist_ok=True)
-        (folder / "package.json").write_bytes(package)
-        command = [npm, "install", "--no-audit", "--no-fund", "--ignore-scripts"]
-        installed = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120, check=False)
-        if installed.returncode != 0:
-            pytest.skip(f"npm install failed, which needs the registry: {installed.stderr.strip()[-200:]}")
-        (folder / "complete").touch()
-    return folder
+    """A folder with the example's node_modules."""
+    return installed((EXAMPLE / "package.json").read_bytes())
 
 
 def run(packages: Path, server: FakeServer, *arguments: str) -> subprocess.CompletedProcess[str]:
