@@ -41,11 +41,15 @@ class Body(BaseModel):
 
 def _check_unicode(value: Any) -> None:
     """Refuse texts with half a surrogate pair, which JSON can write, also in what holds texts."""
-    if isinstance(value, str) and not is_unicode(value):
-        raise PydanticCustomError("surrogate", "holds half a surrogate pair, which is no Unicode text")
-    inner = (*value, *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for one in inner:
-        _check_unicode(one)
+    waiting = [value]
+    while waiting:  # a value may be as deep as the stack
+        match one := waiting.pop():
+            case str() if not is_unicode(one):
+                raise PydanticCustomError("surrogate", "holds half a surrogate pair, which is no Unicode text")
+            case dict():
+                waiting += (*one, *one.values())
+            case list():
+                waiting += one
 
 
 @dataclass(frozen=True)

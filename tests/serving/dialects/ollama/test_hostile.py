@@ -60,6 +60,13 @@ def test_bodies(served: Served, what: str) -> None:
     assert served.requests == [] and served.client.generate("talk", "x").response == "a red círcle"
 
 
+@pytest.mark.parametrize("depth", [*range(900, 1000, 7), 971, 972, 974, 976, 5000])
+def test_lists_as_deep_as_the_stack(served: Served, depth: int) -> None:
+    body = b'{"model": "talk", "prompt": "x", "format": {"enum": %s1%s}}' % (b"[" * depth, b"]" * depth)
+    response, content = send(served.server, "/api/generate", body)
+    assert response.status == 400 and list(content) == ["error"], depth
+
+
 @pytest.mark.parametrize(
     ("picture", "why"),
     [
