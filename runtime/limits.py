@@ -248,6 +248,8 @@ REQUEST_PIXELS: Final = Limit(
     "read from the headers; decoding 64 million takes a second",
     SHOWN,
 )
+QUALITY: Final = Limit("output_compression", 100, "(a quality, of JPEG and WebP files)", "100 is the best", least=0)
+PARTIAL_IMAGES: Final = Limit("partial_images", 3, "previews of a picture", "as OpenAI has it", least=0)
 URL: Final = Limit("URL of a picture", 2000, "characters", "data: URLs are none of these; servers read no longer ones")
 FETCH: Final = Limit("fetching a picture", 15, "seconds", "a slow host must not hold requests; fetched pictures of a "
     "request have the bytes of a message at most")  # fmt: skip

@@ -27,6 +27,8 @@ from runtime import limits
 from runtime.errors import InvalidInput
 
 Picture = NDArray[np.uint8]
+Encoding = Literal["png", "jpeg", "webp"]
+"""The formats that pictures are written in."""
 MAX_PIXELS: Final = limits.PICTURE_PIXELS.most
 """Pictures with more pixels are refused, as files and as results of a resize."""
 COPIES: Final = {"WEBP": 3, "AVIF": 3, "HEIF": 2}
@@ -182,6 +184,17 @@ class PictureFile:
         with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
             return np.array(_upright(image).resize(size, resample), np.uint8)
 
+    def holes(self) -> Picture:
+        """White where the file is fully transparent, black elsewhere, uint8 RGB [height, width, 3]. Raises InvalidInput
+        if its pixels are damaged.
+        """
+        with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
+            orientation = _orientation(image)
+            alpha = image.convert("RGBA").getchannel("A")
+            upright = alpha.transpose(TURNS[orientation]) if orientation in TURNS else alpha
+            white = np.where(np.asarray(upright) == 0, 255, 0).astype(np.uint8)
+            return np.repeat(white[:, :, None], 3, axis=2)
+
 
 TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -288,9 +301,9 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def encode_image(
-    image: Picture, kind: Literal["png", "jpeg"] = "png", quality: int = 95, texts: Mapping[str, str] | None = None
+    image: Picture, kind: Encoding = "png", quality: int = 95, texts: Mapping[str, str] | None = None
 ) -> bytes:
-    """Encode uint8 RGB [height, width, 3] as a PNG or JPEG file; `quality` 1 to 95 is for JPEG, `texts` by keyword for
+    """Encode uint8 RGB [height, width, 3] as a file; `quality` 0 to 100 is for JPEG and WebP, `texts` by keyword for
     PNG. Raises InvalidInput.
     """
     check_picture(image, "image")

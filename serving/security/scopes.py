@@ -53,6 +53,7 @@ INFERRING: Final = frozenset(
         f"{KSERVE}/ModelInfer",
         *(f"openai/POST /v1/{path}" for path in ("chat/completions", "embeddings")),
         *(f"ollama/POST /api/{call}" for call in ("generate", "chat", "embed", "embeddings")),
+        *(f"openai/POST /v1/images/{path}" for path in ("generations", "edits")),
     }
 )
 """Methods for the scope infer. All others need the scope manage: a new method is not open by mistake."""

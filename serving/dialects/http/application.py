@@ -35,6 +35,7 @@ def dialect_application(host: ModelHost, settings: Settings, gate: Gate) -> Fast
         docs_url=None,  # these pages load scripts from elsewhere
         redoc_url=None,
         exception_handlers=errors.HANDLERS,
+        responses={"default": {"description": "An error, in the words of the dialect."}},
     )
     app.state.observer, app.state.gate = host.observer, gate
     for dialect in dialects():

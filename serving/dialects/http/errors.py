@@ -13,6 +13,7 @@ from typing import Any, Final
 import grpc
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -105,6 +106,9 @@ async def refused(request: Request, error: Exception) -> Response:
         return response(path, NotFound(f"there is nothing at {shortened(path, 100)}: check the address"))
     if error.status_code == 405:
         return response(path, InvalidInput("method", f"{request.method} is not one of {shortened(path, 100)}"), 405)
+    if isinstance(error.__context__, MultiPartException):
+        found = error.__context__.message.rstrip(".")
+        return response(path, InvalidInput(BODY, f"is no form that can be read: {found[:1].lower()}{found[1:]}"))
     return response(path, InvalidInput(BODY, "cannot be read: send it again, as JSON"), error.status_code)
 
 

@@ -10,8 +10,7 @@ from typing import Final
 
 from runtime import limits
 from runtime.errors import InvalidInput
-from runtime.vision.images import Picture, PictureFile
-from serving.dialects.grpc.messages import png
+from runtime.vision.images import Encoding, Picture, PictureFile, encode_image
 
 SCHEME: Final = "data:"
 MARK: Final = ";base64"
@@ -35,7 +34,12 @@ async def files_of(texts: Sequence[str], field: str) -> tuple[PictureFile, ...]:
 
 async def png_text(picture: Picture) -> str:
     """A uint8 RGB picture [height, width, 3] as a PNG file in base64."""
-    return await asyncio.to_thread(lambda: base64.b64encode(png(picture)).decode())
+    return await file_text(picture)
+
+
+async def file_text(picture: Picture, kind: Encoding = "png", quality: int = 95) -> str:
+    """A uint8 RGB picture [height, width, 3] as a file in base64; `quality` 0 to 100 is for JPEG and WebP."""
+    return await asyncio.to_thread(lambda: base64.b64encode(encode_image(picture, kind, quality)).decode())
 
 
 def _decoded(text: str, field: str) -> bytes:

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
+from fastapi.params import Form
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -26,8 +27,6 @@ from serving.dialects.http.values import check_values
 from serving.host.observing import Record, recorded
 
 CANCELLED: Final = "CANCELLED"
-FORM: Final = "form"
-"""In the content types of forms, which are parsed as they arrive."""
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -36,10 +35,11 @@ class Route(APIRoute):
 
     def get_route_handler(self) -> Handler:
         handler = super().get_route_handler()
+        form = self.body_field is not None and isinstance(self.body_field.field_info, Form)
+        check = _check_end if form else check_values
 
         async def checked(request: Request) -> Response:
-            if FORM not in request.headers.get("content-type", ""):
-                check_values(await request.body(), errors.BODY)
+            check(await request.body(), errors.BODY)
             return await handler(request)
 
         return checked
@@ -117,6 +117,12 @@ async def while_connected(call: Callable[[Receive], Awaitable[None]], receive: R
         watching.cancel()
         running.cancel()
         await asyncio.wait({running, watching})
+
+
+def _check_end(data: bytes, field: str) -> None:
+    """Raise InvalidInput for a form of parts (RFC 7578) that breaks off: its last part would be dropped."""
+    if data.startswith(b"--") and not data.rstrip().endswith(b"--"):
+        raise InvalidInput(field, "is a form that breaks off: send it again, with its last boundary")
 
 
 def _bounded(receive: Receive) -> Receive:

@@ -42,7 +42,8 @@ def router(host: ModelHost, settings: Settings) -> APIRouter:
 
 
 def _reading(routes: APIRouter, host: ModelHost) -> None:
-    @routes.api_route("/", methods=["GET", "HEAD"])
+    @routes.head("/")
+    @routes.get("/")
     async def root() -> PlainTextResponse:
         return PlainTextResponse("enginecast is running")
 

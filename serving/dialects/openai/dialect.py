@@ -9,7 +9,7 @@ from fastapi import APIRouter
 from serving.dialects.http.dialect import Dialect
 from serving.dialects.http.fetching import Hosts
 from serving.dialects.http.route import Route
-from serving.dialects.openai import chat, embeddings, models
+from serving.dialects.openai import chat, embeddings, images, models
 from serving.dialects.openai.errors import body
 from serving.host.models import ModelHost
 from serving.settings import Settings
@@ -21,6 +21,7 @@ def router(host: ModelHost, settings: Settings) -> APIRouter:
     models.add(routes, host)
     chat.add(routes, host, Hosts(settings.fetch_hosts or ()))
     embeddings.add(routes, host)
+    images.add(routes, host)
     return routes
 
 

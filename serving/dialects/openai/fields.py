@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field
+from fastapi import UploadFile
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
+from runtime.vision.images import Encoding
 from serving.dialects.http.states import Body, NoEffect, Refused
 
 TOOLS: Final = "models here call no tools: leave it out"
@@ -150,3 +152,45 @@ class Wanted(Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: Annotated[str | None, NoEffect(USER)] = None
+
+
+class Drawing(Body):
+    """A picture to draw. Besides OpenAI's fields it has ours, for `extra_body`: `steps`, `guidance_scale`, `sampler`,
+    `seed` and `negative_prompt`.
+    """
+
+    model: str
+    prompt: str
+    n: int | None = None
+    size: str | None = None
+    output_format: Encoding | None = None
+    output_compression: int | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    sampler: str | None = None
+    seed: int | None = None
+    negative_prompt: str | None = None
+    response_format: Annotated[
+        str | None, Refused("pictures are not kept for download: send b64_json", but=("b64_json",))
+    ] = None
+    quality: Annotated[str | None, Refused("send steps instead", but=("auto", "standard"))] = None
+    background: Annotated[str | None, Refused("pictures here are opaque", but=("auto", "opaque"))] = None
+    style: Annotated[str | None, Refused("write it into the prompt")] = None
+    complexity: Annotated[str | None, Refused("send steps instead")] = None
+    moderation: Annotated[str | None, NoEffect("nothing is moderated")] = None
+    user: Annotated[str | None, NoEffect(USER)] = None
+    safety_identifier: Annotated[str | None, NoEffect(USER)] = None
+
+
+class Edit(Drawing):
+    """A picture to draw on, as a form. `strength` is ours."""
+
+    model_config = ConfigDict(strict=False)  # forms have texts only
+    image: UploadFile | None = None
+    images: Annotated[list[UploadFile] | None, Field(alias="image[]")] = None
+    mask: UploadFile | None = None
+    strength: float | None = None
+    input_fidelity: Annotated[str | None, Refused("send strength instead")] = None
+    markup: Annotated[UploadFile | None, Refused("send a mask instead")] = None

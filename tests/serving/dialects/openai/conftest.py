@@ -36,7 +36,7 @@ def web(served: FakeServer) -> Iterator[HttpServer]:
     served.do(server.stop())
 
 
-@pytest.fixture
-def client(web: HttpServer, fake: FakeServer) -> Iterator[openai.OpenAI]:
+@pytest.fixture(scope="module")
+def client(web: HttpServer) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"http://127.0.0.1:{web.port}/v1", api_key="none", max_retries=0) as made:
         yield made

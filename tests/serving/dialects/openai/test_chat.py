@@ -6,6 +6,7 @@ import asyncio
 import base64
 import math
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -18,6 +19,10 @@ from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import PictureFile, encode_image
 from serving.dialects.http.fetching import Fetcher
 from serving.dialects.http.server import HttpServer
+from serving.security import tokens
+from serving.security.gate import Gate
+from serving.security.protection import Security
+from serving.security.scopes import Scope
 from serving.settings import Settings
 from tests.fakes.proofs import proves
 from tests.fakes.serving import FakeServer, until
@@ -366,3 +371,25 @@ def test_raw_errors(web: HttpServer) -> None:
         "param": None,
         "code": None,
     }
+
+
+def test_tokens_are_api_keys(fake: FakeServer, tmp_path: Path) -> None:
+    file = tmp_path / "tokens.json"
+    infer, metrics = (tokens.new(file, scope.value, {scope}, None, None) for scope in (Scope.INFER, Scope.METRICS))
+    web = serve(fake, Security(gate=Gate(file)))
+
+    def client(key: str) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{web.port}/v1", api_key=key, max_retries=0)
+
+    with client(infer) as allowed, client(metrics) as reader, client("ec_x") as stranger:
+        assert allowed.chat.completions.create(model="talk", messages=ASKED).choices[0].message.content == TEXT
+        assert allowed.images.generate(model="draw", prompt="x").data
+        assert allowed.embeddings.create(model="match", input="x").data
+        assert len(list(reader.models.list())) == 3 and reader.models.retrieve("talk")
+        with pytest.raises(openai.PermissionDeniedError) as denied:
+            reader.chat.completions.create(model="talk", messages=ASKED)
+        assert denied.value.type == "permission_error"
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            stranger.models.list()
+        assert unknown.value.code == "invalid_api_key" and unknown.value.type == "authentication_error"
+    fake.do(web.stop())
