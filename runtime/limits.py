@@ -251,8 +251,13 @@ REQUEST_PIXELS: Final = Limit(
 QUALITY: Final = Limit("output_compression", 100, "(a quality, of JPEG and WebP files)", "100 is the best", least=0)
 PARTIAL_IMAGES: Final = Limit("partial_images", 3, "previews of a picture", "as OpenAI has it", least=0)
 URL: Final = Limit("URL of a picture", 2000, "characters", "data: URLs are none of these; servers read no longer ones")
-FETCH: Final = Limit("fetching a picture", 15, "seconds", "a slow host must not hold requests; fetched pictures of a "
-    "request have the bytes of a message at most")  # fmt: skip
+FETCH: Final = Limit(
+    "fetching the pictures of a request",
+    15,
+    "seconds",
+    "a slow host must not hold requests; together they have the bytes of a message at most",
+)
+FETCHERS: Final = Limit("fetching at once", 8, "requests of all clients", "what they have fetched is in memory")
 STOPS: Final = Limit("stop strings", 16, "strings", "each is searched in every piece of the answer", (f"{CHAT}.stop",))
 STOP: Final = Limit(
     "stop string", 500, "characters", "as much text may be held back before it is sent", (f"{CHAT}.stop",)

@@ -38,6 +38,7 @@ class Hosts:
 
     def __init__(self, hosts: Iterable[str] = ()) -> None:
         self._known = frozenset(map(_host, hosts))
+        self.turns = asyncio.Semaphore(limits.FETCHERS.most)
 
     @cached_property
     def tls(self) -> ssl.SSLContext:
@@ -93,17 +94,30 @@ def _public(address: Address) -> bool:
 
 
 class Fetcher:
-    """Fetches the pictures of one request, which together have at most the bytes of a message."""
+    """Fetches the pictures of one request in an `async with` block. Together they have the bytes of a message and the
+    time of `limits.FETCH` at most; few requests fetch at once.
+    """
 
     def __init__(self, hosts: Hosts) -> None:
         self._hosts = hosts
         self._left = limits.MESSAGE.most
+        self._deadline: float | None = None
+
+    async def __aenter__(self) -> Fetcher:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._deadline is not None:
+            self._hosts.turns.release()
 
     async def get(self, url: str, field: str) -> bytes:
         """The content at a URL. Raises InvalidInput naming `field`."""
         parts, host, port = self._hosts.place(url, field)
+        if self._deadline is None:
+            await self._hosts.turns.acquire()
+            self._deadline = asyncio.get_running_loop().time() + limits.FETCH.most
         try:
-            async with asyncio.timeout(limits.FETCH.most):
+            async with asyncio.timeout_at(self._deadline):
                 reader, writer = await self._connected(host, port, field)
                 try:
                     content = await self._content(parts, reader, writer, field)

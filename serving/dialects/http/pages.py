@@ -41,8 +41,9 @@ CODES: Final = {400: "invalid_argument", 403: "permission_denied"}
 METHODS: Final = "GET, HEAD, POST, PUT, DELETE"
 REQUEST_HEADERS: Final = (
     "authorization, content-type, connect-protocol-version, connect-timeout-ms, grpc-timeout, x-grpc-web, "
-    f"x-user-agent, {ID_KEY}"
+    f"x-user-agent, {ID_KEY}, *"
 )
+"""What pages may send: what browsers do not understand `*` for, then anything, as client libraries add headers."""
 RESPONSE_HEADERS: Final = f"grpc-status, grpc-message, grpc-status-details-bin, {ERROR_KEY}, {FIELD_KEY}, {ID_KEY}"
 ARRIVAL_SECONDS = float(limits.ARRIVAL.most)
 REMEMBERED: Final = "7200"

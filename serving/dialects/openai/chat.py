@@ -31,7 +31,8 @@ def add(routes: APIRouter, host: ModelHost, hosts: Hosts) -> None:
     async def chat_completions(body: Completion) -> Response:
         words = WORDS if body.max_completion_tokens is None else WORDS | {"max_tokens": "max_completion_tokens"}
         with in_words(words):
-            request = await chat_request(body, Fetcher(hosts))
+            async with Fetcher(hosts) as fetcher:
+                request = await chat_request(body, fetcher)
         events = events_in_words(run(host, body.model, request), words)
         answer = Answer(body.model, bool(body.stream_options and body.stream_options.include_usage))
         if body.stream:

@@ -479,6 +479,7 @@ class TestPages:
         asked = post(port, LIST, b"", origin=PAGE, method="OPTIONS", access_control_request_method="POST")
         assert asked.status == 204 and asked.headers["access-control-allow-origin"] == PAGE
         assert "connect-timeout-ms" in asked.headers["access-control-allow-headers"]
+        assert asked.headers["access-control-allow-headers"].endswith(", *")
         answered = post(port, LIST, b"{}", origin=PAGE)
         assert answered.status == 200 and answered.headers["access-control-allow-origin"] == PAGE
         assert "Origin" in answered.headers.get_all("vary")

@@ -86,7 +86,11 @@ def server(authority: Authority, monkeypatch: pytest.MonkeyPatch) -> Iterator[Qu
 
 
 def get(url: str, *hosts: str) -> bytes:
-    return asyncio.run(Fetcher(Hosts(hosts)).get(url, "url"))
+    async def fetched() -> bytes:
+        async with Fetcher(Hosts(hosts)) as fetcher:
+            return await fetcher.get(url, "url")
+
+    return asyncio.run(fetched())
 
 
 def test_a_listed_host(server: Quiet) -> None:
@@ -131,16 +135,36 @@ def test_certificates_are_checked(server: Quiet, monkeypatch: pytest.MonkeyPatch
 
 def test_pictures_of_a_request_have_the_bytes_of_a_message(server: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:
     port = server.server_address[1]
-    fetcher = Fetcher(Hosts([f"127.0.0.1:{port}"]))
-    monkeypatch.setattr(fetcher, "_left", len(PICTURE) + 5)
 
     async def twice() -> None:
         url = f"https://127.0.0.1:{port}/picture"
-        assert await fetcher.get(url, "url") == PICTURE
-        with pytest.raises(InvalidInput, match="has more than 5 bytes"):
-            await fetcher.get(url, "url")
+        async with Fetcher(Hosts([f"127.0.0.1:{port}"])) as fetcher:
+            monkeypatch.setattr(fetcher, "_left", len(PICTURE) + 5)
+            assert await fetcher.get(url, "url") == PICTURE
+            with pytest.raises(InvalidInput, match="has more than 5 bytes"):
+                await fetcher.get(url, "url")
 
     asyncio.run(twice())
+
+
+def test_few_requests_fetch_at_once(server: Quiet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait until one of them has all its pictures."""
+    port = server.server_address[1]
+    hosts = Hosts([f"127.0.0.1:{port}"])
+    hosts.turns = asyncio.Semaphore(1)
+
+    async def both() -> None:
+        url = f"https://127.0.0.1:{port}/picture"
+        async with Fetcher(hosts) as first, Fetcher(hosts) as second:
+            assert await first.get(url, "url") == PICTURE
+            waiting = asyncio.ensure_future(second.get(url, "url"))
+            assert await first.get(url, "url") == PICTURE
+            assert not waiting.done()
+            await first.__aexit__()
+            assert await waiting == PICTURE
+            first._deadline = None  # it has left already
+
+    asyncio.run(both())
 
 
 @pytest.mark.parametrize(
@@ -200,7 +224,7 @@ def test_addresses(address: str, allowed: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(asyncio.base_events.BaseEventLoop, "getaddrinfo", resolved)
     monkeypatch.setattr(asyncio, "open_connection", connect)
     with pytest.raises(InvalidInput, match="cannot be fetched" if allowed else "not public"):
-        asyncio.run(Fetcher(hosts).get("https://images.example/x.png", "url"))
+        get("https://images.example/x.png", "images.example", "10.0.0.5")
     assert connected == (["93.184.215.14", address] if allowed else [])
 
 
