@@ -39,7 +39,7 @@ async def chat_request(body: Completion, fetcher: Fetcher) -> ChatRequest:
         top_p=body.top_p,
         repetition_penalty=body.repetition_penalty,
         seed=body.seed,
-        stop=(body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ()),
+        stop=tuple(body.stop or ()),
         beams=body.beams,
         answers=body.n,
         min_p=body.min_p,

@@ -68,6 +68,11 @@ class Message(Body):
 Messages = Annotated[list[Message], Field(min_length=1)]
 
 
+def _listed(value: Any) -> Any:
+    """One text as a list of texts."""
+    return [value] if isinstance(value, str) else value
+
+
 class StreamOptions(Body):
     """How a stream is sent."""
 
@@ -104,7 +109,7 @@ class Completion(Body):
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: Annotated[list[str] | None, BeforeValidator(_listed, json_schema_input_type=str | list[str] | None)] = None
     response_format: ResponseFormat | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -141,7 +146,7 @@ def _texts(value: Any) -> Any:
     """One text as a list of texts. Tokens are refused."""
     if isinstance(value, list) and value and not isinstance(value[0], str):
         raise PydanticCustomError("tokens", "holds tokens, which are each model's own: send texts")
-    return [value] if isinstance(value, str) else value
+    return _listed(value)
 
 
 class Wanted(Body):

@@ -373,6 +373,49 @@ def test_raw_errors(web: HttpServer) -> None:
     }
 
 
+BIG = "9" * 5000
+DEEP = "[" * 5000 + "]" * 5000
+
+
+@pytest.mark.parametrize(
+    "more, field",
+    [
+        ('"temperature": NaN', "temperature"),
+        ('"temperature": 1e999', "temperature"),
+        ('"temperature": -Infinity', "temperature"),
+        (f'"temperature": {"9" * 400}', "temperature"),
+        (f'"seed": {BIG}', "body"),
+        (f'"seed": {"9" * 400}', "seed"),
+        (f'"stop": {DEEP}', "body"),
+        ('"stop": {"a": 1}', "stop"),
+        ('"stop": ""', "stop"),
+        ('"stream": "yes"', "stream"),
+        ('"n": 1.5', "n"),
+        ('"n": true', "n"),
+        ('"messages": {"role": "user"}', "messages"),
+        ('"messages": [{"role": "user", "content": "\\ud800"}]', "messages[0].content[0].text"),
+        ('"model": "\\udc00"', "model"),
+        (f'"model": "{BIG}"', None),
+        ('"model": null', "model"),
+        ('"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "objekt"}}}', None),
+    ],
+)
+def test_hostile_texts(web: HttpServer, fake: FakeServer, more: str, field: str | None) -> None:
+    body = '{"model": "talk", "messages": [{"role": "user", "content": "x"}], ' + more + "}"
+    response, content = send(web, "/v1/chat/completions", body.encode())
+    if field is not None:
+        assert response.status == 400 and content["error"]["param"] == field, content
+    assert response.status < 500 and len(response.headers.as_string()) < 2000
+    assert send(web, "/v1/models", verb="GET")[0].status == 200
+
+
+@pytest.mark.parametrize("body", [b"", b"null", b"[]", b'"x"', b"\xff\xfe", b'{"model": "talk"', b"\x00" * 1000])
+def test_bodies_that_are_no_requests(web: HttpServer, body: bytes) -> None:
+    for path in ("chat/completions", "embeddings", "images/generations"):
+        response, content = send(web, f"/v1/{path}", body)
+        assert response.status == 400 and content["error"]["param"] == "body", content
+
+
 def test_tokens_are_api_keys(fake: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "tokens.json"
     infer, metrics = (tokens.new(file, scope.value, {scope}, None, None) for scope in (Scope.INFER, Scope.METRICS))
