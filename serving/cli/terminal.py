@@ -64,9 +64,9 @@ def draw(stream: Stream[Drawing], verbose: bool = False) -> Drawing:
         drawing = stream.result()
     for one in drawing.images:
         if one.prompt is not None:
-            _say(f"prompt of picture {one.index}: {one.prompt}")
+            say(f"prompt of picture {one.index}: {one.prompt}")
         if one.negative_prompt is not None:
-            _say(f"negative prompt of picture {one.index}: {one.negative_prompt}")
+            say(f"negative prompt of picture {one.index}: {one.negative_prompt}")
     _summary(drawing.done, f"seed {', '.join(str(image.seed) for image in drawing.images)}", verbose)
     return drawing
 
@@ -175,14 +175,14 @@ def _summary(done: Done, what: str, verbose: bool) -> None:
     partly = [use.submodel for use in engines if use.fallbacks]
     elsewhere = f", parts of {', '.join(partly)} elsewhere (-v lists them)" if partly and not verbose else ""
     where = " and ".join(dict.fromkeys(use.target for use in engines))
-    _say(f"{what}, {done.run_seconds:.1f} s on {where}{loading}{elsewhere}")
+    say(f"{what}, {done.run_seconds:.1f} s on {where}{loading}{elsewhere}")
     for use in engines if verbose else ():
         calls = _counted(use.calls, "call")
-        _say(f"  {use.submodel}: {calls}, {use.seconds:.2f} s on {use.device}, {use.precision}")
+        say(f"  {use.submodel}: {calls}, {use.seconds:.2f} s on {use.device}, {use.precision}")
         for line in (*use.fallbacks, *use.choices):
-            _say(f"    {line}")
+            say(f"    {line}")
     for note in done.notes:
-        _say(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _likelihoods(answer: Answer) -> None:
@@ -190,7 +190,7 @@ def _likelihoods(answer: Answer) -> None:
     for choice in answer.choices:
         for one in choice.logprobs:
             others = ", ".join(f"{other.text!r} {other.logprob:.3f}" for other in one.top)
-            _say(f"  {one.text!r} {one.logprob:.3f}{' of ' * bool(others)}{others}")
+            say(f"  {one.text!r} {one.logprob:.3f}{' of ' * bool(others)}{others}")
 
 
 def _length(answer: Answer) -> str:
@@ -219,5 +219,6 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line on standard error."""
     errors.print(text, style="dim", markup=False, soft_wrap=True)

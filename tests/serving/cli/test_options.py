@@ -81,6 +81,10 @@ CHAT: Final[list[Row]] = [
 ]
 CAPTION: Final[list[Row]] = [
     (("--prompt", "a photo of"), {"messages": [{"role": "user", "content": ["picture", "a photo of"]}]}),
+    (
+        ("--output", "{out}.jsonl", "--recursive", "--retry-errors", "--prompt", "hm"),
+        {"messages": [{"role": "user", "content": ["picture", "hm"]}]},
+    ),
     *CHAT[:-1],
 ]
 GRID: Final[list[Row]] = [
