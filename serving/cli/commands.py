@@ -28,6 +28,7 @@ from serving.cli.options import (
     with_connection,
     with_fields,
 )
+from serving.cli.run import run
 from serving.cli.task import task_commands
 from serving.settings import CONFIG, Settings, configure, names
 
@@ -92,7 +93,7 @@ def _given(context: typer.Context, flags: Settings) -> dict[str, Any]:
 
 
 app.add_typer(tokens.app, name="token")
-for _command in task_commands():
+for _command in (*task_commands(), run):
     app.command()(_command)
 
 

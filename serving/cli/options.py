@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, get_type_hints
 
 import typer
 
@@ -73,6 +73,17 @@ Strict = Annotated[
     bool,
     typer.Option(
         "--strict/--no-strict", help="Refuse engines that run a part of a submodel elsewhere than on its device."
+    ),
+]
+
+Way = Literal["auto", "never", "kitty", "iterm", "blocks"]
+"""How pictures are shown in a terminal."""
+ShownPictures = Annotated[
+    Way,
+    typer.Option(
+        "--pictures",
+        help="How pictures are shown in the terminal: auto (what it can), never, by the protocol of kitty or iterm, or "
+        "as blocks of two pixels.",
     ),
 ]
 
@@ -224,12 +235,14 @@ class ModelOptions(ConnectionOptions):
                 )
 
 
-def with_fields(name: str, options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_fields(
+    name: str, options: type[Any], without: Collection[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorates a command whose parameter `name` is a dataclass of `options`: on the command line, its fields are
-    options.
+    options, except for those `without`, which have their defaults.
     """
     hints = get_type_hints(options, include_extras=True)
-    spreading = {one.name: (hints[one.name], one.default) for one in fields(options)}
+    spreading = {one.name: (hints[one.name], one.default) for one in fields(options) if one.name not in without}
     return lambda command: spread(command, name, spreading, options)
 
 

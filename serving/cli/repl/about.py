@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from runtime.bundle.manifest import Bundle
-from runtime.errors import BundleError
+from runtime.errors import BundleError, Unavailable
 from runtime.placing.memory import show_size
 from serving.cli.options import ADDRESS, ModelOptions, named
 from serving.cli.repl.loop import About
@@ -23,11 +23,16 @@ def about(where: ModelOptions) -> About:
     return partial(_of_bundle, where.bundle)
 
 
-def task(where: ModelOptions) -> str:
+def task_of(where: ModelOptions) -> str:
     """The task of a model. Raises NotFound, BundleError, and Unavailable where no server answers."""
     if where.bundle is not None:
         return Bundle(named(where.bundle)[1]).manifest.task
-    model = _status(where)
+    try:
+        model = _status(where)
+    except Unavailable as error:
+        if where.address is not None:
+            raise
+        raise Unavailable(f"{error}. To run a bundle without a server, name its folder or its --repository") from None
     found = next((one.task for one in grpc_tasks().values() if one.kind == model.kind), None)
     if not model.kind or found is None:
         raise BundleError(model.error or f"the model {model.name} has a task that this program does not know")

@@ -75,6 +75,14 @@ def piped() -> Iterator[str]:
             return
 
 
+def rest(most: int) -> str:
+    """All of standard input. Raises InvalidInput where it is no UTF-8, or has more than so many characters."""
+    content = sys.stdin.buffer.read(4 * most + 1)  # a character has at most 4 bytes
+    if len(content) > 4 * most or len(text := decoded(content)) > most:
+        raise InvalidInput("standard input", f"has more than {most:,} characters, expected less")
+    return text
+
+
 def decoded(content: bytes) -> str:
     """The text of standard input. Raises InvalidInput where it is no UTF-8."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from runtime.errors import EnginecastError, InvalidInput, did_you_mean
 from runtime.files import file_error
 from runtime.task import Request
 from serving.cli import terminal
+from serving.cli.options import ShownPictures
 from serving.cli.repl.history import History
 from serving.cli.repl.inline import begins_with_one
 from serving.cli.repl.lines import Typed
 from serving.cli.repl.settings import Settings
+from serving.cli.repl.showing import check_way
 from serving.dialects.python.session import Session
 
 BYE: Final = ("/quit", "/bye", "/exit", "quit", "exit")
@@ -41,6 +44,7 @@ class Screen:
 
     verbose: Annotated[bool, typer.Option(help="Say what each submodel ran on, and how long.")] = False
     history: Annotated[bool, typer.Option(help="Remember lines for later sessions.")] = True
+    pictures: ShownPictures = "auto"
 
 
 class Repl(ABC):
@@ -55,9 +59,9 @@ class Repl(ABC):
     """What one does with them, as an imperative that the model's name follows."""
 
     def __init__(self, session: Session, name: str, about: About, settings: Settings) -> None:
-        self.session, self.name, self.settings = session, name, settings
+        self.session, self.name = session, name
         self._about = about
-        self.request(settings)
+        self.change(settings)
 
     @staticmethod
     @abstractmethod
@@ -73,6 +77,10 @@ class Repl(ABC):
     def take(self, text: str) -> None:
         """Send a request of a line. Raises EnginecastError, and KeyboardInterrupt where Ctrl-C stopped it."""
 
+    @abstractmethod
+    def once(self, prompt: str | None) -> None:
+        """Do what a prompt asks, or what is piped in. Raises as `take` does, and InvalidInput without either."""
+
     def commands(self) -> Sequence[Command]:
         """The commands besides those of every task."""
         return ()
@@ -85,8 +93,13 @@ class Repl(ABC):
     def screen(self) -> Screen:
         return self.settings.of(Screen)
 
-    def typed(self) -> None:
-        """Take lines from the terminal until Ctrl-D or /quit. Errors are shown, and the next line is read."""
+    def begin(self, prompt: str | None = None) -> None:
+        """Do what a prompt asks, or what is piped in; else take lines from the terminal until Ctrl-D or /quit, where
+        errors are shown and the next line is read.
+        """
+        if prompt is not None or not sys.stdin.isatty():
+            self.once(prompt)
+            return
         terminal.report(f"{self.greeting} {self.name}. /help lists commands, Ctrl-D ends.")
         self.run(Typed(History(self.task), lambda: self.screen.history), patient=True)
 
@@ -114,6 +127,7 @@ class Repl(ABC):
 
     def change(self, settings: Settings) -> None:
         """Take other settings. Raises InvalidInput, and keeps those it has, for settings that exclude each other."""
+        check_way(settings.of(Screen).pictures)
         self.request(settings)
         self.settings = settings
 

@@ -9,7 +9,7 @@ from typing import Annotated, Final
 import typer
 
 from serving.cli.answering import Answering
-from serving.cli.options import ModelOptions, with_fields, with_model_options
+from serving.cli.options import ModelOptions, ShownPictures, with_fields, with_model_options
 
 
 @with_model_options
@@ -21,6 +21,7 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option(help="What to ask. Without it: a conversation; /help lists its commands.")
     ] = None,
+    pictures: ShownPictures = "auto",
 ) -> None:
     """Ask about pictures, once or in a conversation."""
     from serving.cli import terminal
@@ -31,16 +32,16 @@ def chat(
     from serving.cli.repl.tasks.chat import Talk, Talking
     from serving.dialects.python.requests import chat_request
 
-    pictures = [terminal.read_image(path) for path in image or ()]
-    first = chat_request(terminal.unicode("prompt", prompt or "?"), pictures, answering.given())
-    settings = Settings(Screen(where.verbose), answering, Talking())
+    shown = [terminal.read_image(path) for path in image or ()]
+    first = chat_request(terminal.unicode("prompt", prompt or "?"), shown, answering.given())
+    settings = Settings(Screen(where.verbose, pictures=pictures), answering, Talking())
     with where.session(first) as session:
         talk = Talk(session, where.model or where.bundle or "", about(where), settings)
-        talk.pictures = pictures
+        talk.pictures = shown
         if prompt is not None:
             talk.ask([prompt])
         elif sys.stdin.isatty():
-            talk.typed()
+            talk.begin()
         else:
             talk.run(piped(), patient=False)
 

@@ -96,7 +96,7 @@ GRID: Final[list[Row]] = [
 ROWS: Final = {"generate": GENERATE, "chat": CHAT, "caption": CAPTION, "grid": GRID}
 ALWAYS: Final = {
     "generate": ("--model", "draw", "--prompt", "x", "--out", "{out}"),
-    "chat": ("--model", "talk", "--prompt", "what?"),
+    "chat": ("--model", "talk", "--prompt", "what?", "--pictures", "never"),
     "caption": ("--model", "talk", "{picture}"),
     "grid": ("--model", "draw", "--prompt", "x", "--out", "{out}", "--x", "eta=0.125"),
 }

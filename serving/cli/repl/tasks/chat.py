@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from pathlib import Path
+from typing import Annotated, ClassVar, Final
 
 import typer
 
-from runtime.errors import ContextLengthExceeded, EnginecastError
+from runtime import limits
+from runtime.errors import ContextLengthExceeded, EnginecastError, InvalidInput
 from runtime.tasks.chat import ChatDefaults, ChatRequest
+from runtime.vision.images import decode_image
 from serving.cli import terminal
 from serving.cli.answering import Answering
-from serving.cli.repl import inline, saved
+from serving.cli.repl import inline, lines, saved, showing
 from serving.cli.repl.loop import Command, Repl
 from serving.cli.repl.saved import Turn
 from serving.cli.repl.settings import Settings
 from serving.cli.repl.stopping import Stopped, stopping
 from serving.dialects.python.requests import PictureLike, chat_request
+
+SHOWN: Final = 12
+"""The most lines of a picture that is added."""
 
 
 @dataclass(frozen=True)
@@ -51,13 +58,32 @@ class Talk(Repl):
         return request
 
     def take(self, text: str) -> None:
-        if self.settings.of(Talking).paths:
-            parts, paths = inline.content(text)
-            for path in paths:
-                terminal.report(f"added {path.name}")
-            self.ask(parts)
-        else:
-            self.ask([text])
+        self.ask(self._parts(text))
+
+    def once(self, prompt: str | None) -> None:
+        """Ask once. What is piped in stands behind the prompt; files that it names are not read."""
+        piped = "" if sys.stdin.isatty() else lines.rest(limits.TEXT.most).strip()
+        asked = [] if prompt is None else self._parts(prompt)
+        if not (prompt or "").strip() and not piped:
+            raise InvalidInput("prompt", "is missing, and nothing is piped in: say what to ask")
+        if asked and piped and isinstance(last := asked[-1], str):
+            asked[-1] = f"{last}\n\n{piped}"
+        elif piped:
+            asked.append(piped)
+        self.ask(asked)
+
+    def _parts(self, text: str) -> list[str | PictureLike]:
+        """The texts and pictures of a question."""
+        if not self.settings.of(Talking).paths:
+            return [text]
+        parts, paths = inline.content(text)
+        for path, picture in zip(paths, (part for part in parts if isinstance(part, bytes)), strict=True):
+            self._added(path, picture)
+        return parts
+
+    def _added(self, path: Path, picture: bytes) -> None:
+        terminal.report(f"added {path.name}")
+        showing.show(decode_image(picture), self.screen.pictures, SHOWN)
 
     def ask(self, parts: Sequence[str | PictureLike]) -> None:
         """Send a question: texts and pictures, behind the pictures shown before. Where no answer comes, the
@@ -114,8 +140,9 @@ class Talk(Repl):
 
     def _image(self, argument: str) -> None:
         path = terminal.path("/image", argument, "the PATH of a picture")
-        self.pictures = [*self.pictures, terminal.read_image(path)]
-        terminal.report(f"added {path.name}")
+        picture = terminal.read_image(path)
+        self.pictures = [*self.pictures, picture]
+        self._added(path, picture)
 
     def _save(self, argument: str) -> None:
         path = terminal.path("/save", argument)
@@ -135,3 +162,6 @@ def _line(turn: Turn) -> str:
     """A message for the eye: a picture is its size."""
     parts = (part if isinstance(part, str) else "[picture]" for part in turn.parts)
     return f"{turn.role}: {''.join(parts)}{' [stopped]' if turn.stopped else ''}"
+
+
+REPL: Final = Talk
