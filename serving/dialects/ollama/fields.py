@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from serving.dialects.http.states import Body, NoEffect, Refused
@@ -28,6 +28,13 @@ def _one_or_more(value: Any) -> Any:
 def _form(value: Any) -> Any:
     if not isinstance(value, str | dict | None):
         raise PydanticCustomError("format", "is no format, expected 'json' or a JSON schema")
+    return value
+
+
+def _bounded(value: int | None) -> int | None:
+    if value is not None and value < 1:
+        why = "is {value}, and answers without a bound are not given here: state a number of tokens, or leave it out"
+        raise PydanticCustomError("num_predict", why, {"value": value})
     return value
 
 
@@ -68,7 +75,7 @@ class AnswerOptions(MachineOptions):
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    num_predict: Annotated[int | None, Field(ge=1)] = None
+    num_predict: Annotated[int | None, AfterValidator(_bounded)] = None
     stop: Texts | None = None
     seed: int | None = None
     typical_p: Annotated[float | None, Refused(CHOOSING, but=(1.0,))] = None

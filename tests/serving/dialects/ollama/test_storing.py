@@ -234,3 +234,18 @@ def test_a_build_that_ignores_its_signal_is_killed(tmp_path: Path, monkeypatch: 
         await steps.aclose()
 
     asyncio.run(leave())
+
+
+@pytest.mark.full
+def test_create_builds(tmp_path: Path, tiny_diffusion: Path) -> None:
+    """With the real build, and a mistake that it finds."""
+    with storing(tmp_path, checkpoints=tiny_diffusion.parent) as served:
+        with pytest.raises(ResponseError, match="int3") as caught:
+            served.client.create("tiny", from_=tiny_diffusion.name, quantize="int3")
+        assert caught.value.status_code == 400 and str(tmp_path) not in str(caught.value)
+        steps = list(served.client.create("tiny", from_=tiny_diffusion.name, stream=True))
+        numbers = [step.completed or 0 for step in steps[:-1]]
+        assert steps[-1].status == "success" and numbers == sorted(numbers), "a long step is told several times"
+        assert {*numbers} == {*range(1, (steps[0].total or 0) + 1)}
+        assert served.client.show("tiny").capabilities == ["image"]
+        Bundle(tmp_path / "repository" / "tiny").verify()
