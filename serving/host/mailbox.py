@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from runtime import limits
 from runtime.pipeline import Event, Progress
+from serving.host.waking import WAKER, Reader
 
 
 class Mailbox:
@@ -22,7 +23,7 @@ class Mailbox:
 
     def __init__(self, room: Callable[[], None] = lambda: None) -> None:
         self._loop = asyncio.get_running_loop()
-        self._reader: asyncio.Future[None] | None = None
+        self._reader: Reader | None = None
         self._lock = threading.Lock()
         self._room = room
         self._events: deque[Event] = deque()
@@ -38,8 +39,7 @@ class Mailbox:
                 self._events.append(event)
                 if event.nbytes:
                     self._thin()
-            reader = self._take_reader()
-        self._wake(reader)
+                self._wake()
         return True
 
     def end(self, error: BaseException | None = None, at_once: bool = False) -> None:
@@ -51,9 +51,8 @@ class Mailbox:
                 self._ended, self._error = True, error
                 if at_once:
                     self._events.clear()
-            reader = self._take_reader()
+            self._wake()
         self._room()
-        self._wake(reader)
 
     async def get(self) -> Event | None:
         """The next event, None at the end. Raises the error given to `end`."""
@@ -85,16 +84,8 @@ class Mailbox:
         held = sum(event.nbytes for event in self._events)
         return held > 0 and held + (further.nbytes if further else 0) > limits.UNREAD_BYTES.most
 
-    def _take_reader(self) -> asyncio.Future[None] | None:
-        """What the reader waits for, if it waits: whoever takes it wakes the reader. Others need not."""
-        reader, self._reader = self._reader, None
-        return reader
-
-    def _wake(self, reader: asyncio.Future[None] | None) -> None:
-        if reader is not None:
-            self._loop.call_soon_threadsafe(_resolve, reader)
-
-
-def _resolve(reader: asyncio.Future[None]) -> None:
-    if not reader.done():
-        reader.set_result(None)
+    def _wake(self) -> None:
+        """Wake the reader, if it waits and nobody has woken it."""
+        if self._reader is not None:
+            WAKER.wake(self._reader)
+            self._reader = None

@@ -163,6 +163,8 @@ class Scheduler:
         """The request that leaves the queue, if there is room: of the highest priority, then of the client of which
         fewest run, then of the one that used the engines least, then the one that came first.
         """
+        if not self._waiting:
+            return None
         running = Counter(run.client for run in self._active)
 
         def order(run: Run) -> tuple[float, ...]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from runtime.pipeline import Event, Progress
 from runtime.tasks.chat import TextDelta
 from runtime.tasks.image import ImageReady
 from serving.host.mailbox import Mailbox
+from serving.host.waking import WAKER
 
 PICTURE = np.zeros((2048, 2048, 3), np.uint8)  # 12 MiB
 
@@ -83,24 +83,16 @@ async def test_an_error_comes_behind_what_was_put_unless_it_is_for_now() -> None
             await mailbox.get()
 
 
-async def test_a_reader_is_woken_once_for_all_that_has_come() -> None:
+async def test_a_reader_is_woken_once_for_all_that_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each wakeup passes from one thread to another, which costs more than an event."""
-    mailbox, loop = Mailbox(), asyncio.get_running_loop()
-    wakeups = 0
-    soon = loop.call_soon_threadsafe
-
-    def counted(*given: Any, **options: Any) -> asyncio.Handle:
-        nonlocal wakeups
-        wakeups += 1
-        return soon(*given, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "call_soon_threadsafe", counted)
-        first = asyncio.create_task(mailbox.get())
-        await asyncio.sleep(0)
-        for text in "abc":
-            mailbox.put(TextDelta(text))
-        assert wakeups == 1
+    mailbox, woken = Mailbox(), list[object]()
+    wake = WAKER.wake
+    monkeypatch.setattr(WAKER, "wake", lambda reader: (woken.append(reader), wake(reader)))
+    first = asyncio.create_task(mailbox.get())
+    await asyncio.sleep(0)
+    for text in "abc":
+        mailbox.put(TextDelta(text))
+    assert len(woken) == 1
     mailbox.end()
     assert [await first, *await rest(mailbox)] == [TextDelta(text) for text in "abc"]
 

@@ -96,7 +96,7 @@ class World:
 def test_everything_at_once(tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serving.host.following.POLL_SECONDS", 0.005)
     monkeypatch.setattr("serving.host.served.RETRY_SECONDS", 0.01)
-    monkeypatch.setattr("serving.host.loading.measured", lambda bundle, needs, growth: needs)
+    monkeypatch.setattr("serving.host.loading.measured", lambda bundle, needs, growth: needs.all)
     world = World(tmp_path, seed)
     for name in NAMES:
         world.write(name)
