@@ -62,12 +62,12 @@ def decode_image(data: bytes, field: str = "image", max_pixels: int = MAX_PIXELS
     Raises InvalidInput that names `field` if the data has another format, is damaged, or has more than `max_pixels`
     pixels. The size is read from the header before any pixel is decoded.
     """
-    with _opened(data, field, max_pixels) as image:
+    with opened(data, field, max_pixels) as image:
         return np.array(_upright(image), np.uint8)
 
 
 @contextmanager
-def _opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
+def opened(data: bytes, field: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open a picture file and read its header, but no pixel. Also converts errors that occur in the block to
     InvalidInput, except for a MemoryError.
     """
@@ -168,7 +168,7 @@ class PictureFile:
     def open(cls, data: bytes, field: str) -> PictureFile:
         """Check a file's length and header. Raises InvalidInput as `decode_image` does, except for damaged pixels."""
         limits.PICTURE_BYTES.length(field, data)
-        with _opened(data, field, MAX_PIXELS) as image:
+        with opened(data, field, MAX_PIXELS) as image:
             limits.DECODED.count(field, _memory(image))
             return cls(data, field, image.size[::-1] if _orientation(image) >= 5 else image.size)
 
@@ -181,14 +181,14 @@ class PictureFile:
         """Decode and resize to (width, height): the same pixels as from `decode`, in much less memory. Raises
         InvalidInput if they are damaged.
         """
-        with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
+        with _DECODING, opened(self.data, self.field, MAX_PIXELS) as image:
             return np.array(_upright(image).resize(size, resample), np.uint8)
 
     def holes(self) -> Picture:
         """White where the file is fully transparent, black elsewhere, uint8 RGB [height, width, 3]. Raises InvalidInput
         if its pixels are damaged.
         """
-        with _DECODING, _opened(self.data, self.field, MAX_PIXELS) as image:
+        with _DECODING, opened(self.data, self.field, MAX_PIXELS) as image:
             orientation = _orientation(image)
             alpha = image.convert("RGBA").getchannel("A")
             upright = alpha.transpose(TURNS[orientation]) if orientation in TURNS else alpha

@@ -1,32 +1,75 @@
-"""Parameters of a picture as the text of its PNG file."""
+"""The parameters of pictures as text: written as the web UI writes them, and read back."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from time import process_time
 
 import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from runtime.diffusion.infotext import KEY, infotext
-from runtime.tasks.image import ImageRequest
+from runtime.diffusion.infotext import KEY, Infotext, infotext, without_tags
+from runtime.errors import InvalidInput
+from runtime.tasks.image import ImageDefaults, ImageRequest
 from runtime.vision.images import encode_image
 
+PUBLISHED = """girl with an artist's beret, determined, blue eyes, (((eyeshadow)))
+Negative prompt: ugly, [blurry], bad anatomy
+extra limbs
+Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 965400086, Size: 512x768, Model hash: 45dee52b, Model: "a, b: c"
+"""
+"""The example in the web UI's source, with a further line and value."""
+PICTURE = np.zeros((48, 64, 3), np.uint8)
 
-def test_the_text_of_a_picture() -> None:
+
+def test_the_published_example() -> None:
+    read = Infotext.parse(PUBLISHED)
+    assert read.prompt == "girl with an artist's beret, determined, blue eyes, (((eyeshadow)))"
+    assert read.negative_prompt == "ugly, [blurry], bad anatomy\nextra limbs"
+    assert read.values["Model"] == "a, b: c" and read.values["Model hash"] == "45dee52b"
+    assert str(read) == PUBLISHED.strip()
+    assert read.fields() == {
+        "prompt": read.prompt, "negative_prompt": read.negative_prompt, "prompt_weights": True, "steps": 20,
+        "sampler": "euler_ancestral", "guidance_scale": 7.5, "seed": 965400086, "width": 512, "height": 768,
+    }  # fmt: skip
+
+
+def test_a_picture_is_described_and_drawn_again() -> None:
     request = ImageRequest(
-        "a red circle\non white",
-        negative_prompt="blue",
-        steps=20,
-        sampler="euler",
-        guidance_scale=7.5,
-        loras={"ink": 0.5},
+        "a (red) circle", "blur", steps=20, guidance_scale=7.0, sampler="dpmpp_2m_karras", loras={"soft": 0.8},
+        image=PICTURE, mask=PICTURE, strength=0.5, mask_blur=4.0, seed=3, images=3,
+    )  # fmt: skip
+    written = infotext(request, 5, (48, 64), {"Model": "shapes"})
+    assert written == (
+        "a \\(red\\) circle <lora:soft:0.8>\nNegative prompt: blur\n"
+        "Steps: 20, Sampler: DPM++ 2M, Schedule type: Automatic, CFG scale: 7, Denoising strength: 0.5, Mask blur: 4, "
+        "Seed: 5, Size: 64x48, Model: shapes"
     )
-    text = infotext(request, 9, (64, 128), {"X Values": "10,20"})
-    assert text == (
-        "a red circle\non white\nNegative prompt: blue\nSteps: 20, Sampler: euler, CFG scale: 7.5, Seed: 9, "
-        'Size: 128x64, LoRAs: "ink: 0.5", X Values: "10,20"'
+    fields = Infotext.parse(written).fields()
+    assert fields.pop("prompt") == "a \\(red\\) circle" and fields.pop("prompt_weights")
+    again = replace(request, images=1, **fields)
+    assert again.loras == request.loras and again.seed == 5
+    for field in ("negative_prompt", "steps", "guidance_scale", "sampler", "strength", "mask_blur"):
+        assert getattr(again, field) == getattr(request, field)
+
+
+def test_prompts_with_weights_stay() -> None:
+    request = ImageRequest("(a:1.2) [b]", prompt_weights=True, steps=2)
+    assert infotext(request, 5, (8, 8), prompt="(a:1.2) [b] <lora:x>").startswith("(a:1.2) [b] <lora:x>\nSteps: 2,")
+
+
+def test_what_a_request_leaves_to_the_model() -> None:
+    request, defaults = ImageRequest("a", eta=0.5), ImageDefaults(steps=9, guidance_scale=2, sampler="lcm")
+    assert infotext(request, 1, (8, 8)) == "a\nEta: 0.5, Seed: 1, Size: 8x8"
+    assert infotext(request, 1, (8, 8), defaults=defaults) == (
+        "a\nSteps: 9, Sampler: LCM, Schedule type: Automatic, CFG scale: 2, Eta: 0.5, Seed: 1, Size: 8x8"
     )
-    assert infotext(ImageRequest("a", eta=0.5), 1, (8, 8)) == "a\nEta: 0.5, Seed: 1, Size: 8x8"
+    text = infotext(ImageRequest("a", image=PICTURE, guidance_scale=1), 1, (8, 8), {"X": "1,2"}, defaults)
+    assert text.endswith('CFG scale: 1, Denoising strength: 0.8, Seed: 1, Size: 8x8, X: "1,2"')
 
 
 def test_a_file_has_its_text_in_any_script() -> None:
@@ -34,3 +77,61 @@ def test_a_file_has_its_text_in_any_script() -> None:
     for text in ("plain", "círculo 赤い"):
         with Image.open(io.BytesIO(encode_image(picture, texts={KEY: text}))) as file:
             assert file.info[KEY] == text
+
+
+def test_what_is_no_infotext_is_a_prompt() -> None:
+    assert Infotext.parse("a circle: red, Steps: 3") == Infotext("a circle: red, Steps: 3")
+    assert Infotext.parse("") == Infotext("")
+
+
+def test_tags() -> None:
+    assert without_tags("a <lora:soft:0.5>circle <lora:x>") == ("a circle", {"soft": 0.5, "x": 1.0})
+    assert without_tags("a <b> < c") == ("a <b> < c", {})
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("<hypernet:x:1>", "<hypernet:x:1> is not known here"),
+        ("<lora:x:1:2>", "<lora:x:1:2> is not known here"),
+        ("<lora:x:y>", "has no number as its scale"),
+        ("<lora:x:nan>", "is nan, expected -100 to 100"),
+        ("<lora:x:1000>", "expected -100 to 100"),
+        ("<lora:x:1><lora:x:2>", "has the LoRA 'x' twice"),
+    ],
+)
+def test_tags_that_are_refused(prompt: str, words: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^prompt: ") as raised:
+        without_tags(prompt)
+    assert words in str(raised.value)
+
+
+@pytest.mark.parametrize("value", ["Steps: many, Seed: 1, Size: 2x2", "Steps: 1, Seed: 1, Size: 2 by 2"])
+def test_values_that_are_refused(value: str) -> None:
+    with pytest.raises(InvalidInput, match=r"^infotext: has "):
+        Infotext.parse(f"a\n{value}").fields()
+
+
+@given(st.text(max_size=200))
+def test_every_text_can_be_read(text: str) -> None:
+    Infotext.parse(text)
+
+
+@pytest.mark.parametrize(
+    "line", ["a " * 500_000, 'a:"' * 300_000, "a:," * 300_000, "<a:" * 300_000, 'aa:"' + "\\" * 900_000]
+)
+def test_hostile_lines_take_no_time(line: str) -> None:
+    began = process_time()
+    Infotext.parse(f"a\n{line}")
+    assert process_time() - began < 5
+
+
+LINE = st.text(st.characters(exclude_categories=["Cc", "Zl", "Zp", "Zs", "Cs"]), max_size=30)
+
+
+@given(LINE.filter(lambda text: not text.startswith("Negative prompt:")), LINE, LINE)
+def test_what_is_written_is_read(prompt: str, negative: str, model: str) -> None:
+    values = {"Steps": "20", "Seed": "1", "Size": "8x8"} | ({"Model": model} if model.strip('"') == model else {})
+    values = {name: value for name, value in values.items() if value}
+    written = Infotext(prompt, negative, values)
+    assert Infotext.parse(str(written)) == written
