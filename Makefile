@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`. Each sets up what is missing.
+# Everything a newcomer needs: `make demo`, `make ui`, `make test`. Each sets up what is missing.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,tls,http,ui,constrained,me
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 
-.PHONY: demo test test-full soak check docs format proto clean
+.PHONY: demo ui test test-full soak check docs format proto clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ $(DOCS): $(STAMP)
 # The main job: both samples built at int8, served, a picture drawn, a question asked about it.
 demo: $(STAMP)
 	$(BIN)/python -m export.demo
+
+# The same samples with the web page, which says where it is.
+ui: $(STAMP)
+	$(BIN)/python -m export.demo ui
 
 test: $(STAMP)
 	$(PYTEST) -m "not full" $(TESTS)

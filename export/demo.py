@@ -1,7 +1,7 @@
 """`make demo`: the main job from end to end, as a user would do it, with the commands of the README.
 
 Builds both samples at int8, starts a server, draws a prompt over gRPC, asks the other model about the picture, stops
-the server.
+the server. `make ui` serves the samples with the web page instead, until Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,8 +21,15 @@ PICTURE: Final = BUNDLES / "demo.png"
 ENGINECAST: Final = [sys.executable, "-m", "serving.cli.commands"]
 
 
-def main() -> None:
-    """Exit code 0 only when a picture and an answer came back."""
+def ui() -> None:
+    """Serve the samples with the web page."""
+    arguments = ["ui", *built()]
+    print(f"$ enginecast {' '.join(arguments)}", flush=True)
+    os.execv(sys.executable, [*ENGINECAST, *arguments])  # noqa: S606 - the server gets the signals itself
+
+
+def built() -> list[str]:
+    """The folders of both samples' bundles, which are built if they are not there."""
     outputs = []
     for sample in ("shapes-diffusion", "shapes-vlm"):
         outputs.append(str(BUNDLES / f"{sample}-int8"))
@@ -39,6 +46,12 @@ def main() -> None:
             outputs[-1],
             "--force",
         )
+    return outputs
+
+
+def main() -> None:
+    """Exit code 0 only when a picture and an answer came back."""
+    outputs = built()
     print(f"$ enginecast serve {' '.join(outputs)}", flush=True)
     command = [*ENGINECAST, "serve", *outputs, "--address", "127.0.0.1:0"]
     with subprocess.Popen(
@@ -96,4 +109,4 @@ def _address(server: subprocess.Popen[str], models: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    ui() if sys.argv[1:] == ["ui"] else main()

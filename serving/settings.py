@@ -175,6 +175,14 @@ class Settings:
         Path | None, typer.Option(metavar="DIR", help="Folder of text files for the script wildcards.")
     ] = None
     styles: Annotated[Path | None, typer.Option(metavar="FILE", help="File styles.csv for the script styles.")] = None
+    page: Annotated[
+        bool,
+        typer.Option(
+            "--page/--no-page",
+            help="Serve the web page at /ui there, where browsers that open the root are led to (extra ui). It sends "
+            "no token: with --tokens, run `enginecast ui` beside the server.",
+        ),
+    ] = False
     target: Target = None
     device: DeviceName = ""
     place: PlaceText = None

@@ -42,7 +42,7 @@ def _folders() -> list[Path]:
 def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:
     """Seconds of a picture or of an answer about one, by target, from the newest row of this bundle on this machine."""
     newest: dict[tuple[str, str], tuple[str, float]] = {}
-    for row in (row for file in files for row in _rows(file)):
+    for row in (row for file in files for row in rows(file)):
         try:
             of = (row["bundle"], row["source"], row["quant"], row["cpu"])
             key, found = (str(row["target"]), str(row["metric"])), (str(row["date"]), float(row["spread"]["median"]))
@@ -82,7 +82,8 @@ def in_order(names: Sequence[str], figures: Mapping[str, float]) -> list[str]:
     return [next(measured) if name in figures else name for name in names]
 
 
-def _rows(file: Path) -> Iterator[dict[str, Any]]:
+def rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in the lines of a file; without lines that are none."""
     try:
         lines = file.read_text(errors="replace").splitlines()
     except OSError:

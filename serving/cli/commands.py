@@ -202,6 +202,33 @@ def health(
     raise typer.Exit(0 if serves else 1)
 
 
+@app.command()
+@with_connection
+def ui(
+    connection: ConnectionOptions,
+    bundles: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAME=]DIR...", help="Bundles to serve in this process, with the page."),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help=f"Server whose models the page offers, HOST:PORT. Without bundles: {ADDRESS}.")
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the page is; port 0 takes a free one.")
+    ] = "127.0.0.1:7860",
+) -> None:
+    """Serve a web page to draw, talk about pictures and manage models, until SIGINT or SIGTERM (extras ui and http)."""
+    from serving.cli import ui
+
+    if bundles:
+        given = {"address": address, **connection.connection()}
+        for name in (name for name, value in given.items() if value):
+            raise InvalidInput(name, "belongs to a server elsewhere: name either it, or bundles")
+        ui.beside(bundles, listen)
+    else:
+        ui.alone(address or ADDRESS, listen, connection.connection())
+
+
 def _forward(context: typer.Context) -> None:
     """Run the command of the same name of another layer's typer app."""
     name = context.info_name or ""

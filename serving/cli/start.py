@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.optional import require
+from runtime.placing.measured import default_files
 from serving.cli.offered import host_of
 from serving.cluster import options
 from serving.dialects.grpc import server
@@ -25,10 +26,13 @@ from serving.security.protection import Security
 from serving.security.tls import TlsFiles
 from serving.settings import Settings
 
+if TYPE_CHECKING:
+    from serving.page.application import Application
+
 ENGINES: Final = ("local", "ray")
 HTTP_PORT: Final = 11434
 """The port that clients of Ollama expect."""
-HTTP_ALONE: Final = ("http_origins", "http_hosts", "fetch_hosts", "library", "checkpoints")
+HTTP_ALONE: Final = ("http_origins", "http_hosts", "page", "fetch_hosts", "library", "checkpoints")
 """Settings of the HTTP server alone."""
 
 
@@ -99,5 +103,28 @@ def others(host: ModelHost, settings: Settings, protection: Security) -> list[se
     from serving.dialects.http.server import HttpServer
 
     app = application(host, settings, protection.gate)
-    origins, hosts = settings.http_origins or (), settings.http_hosts or ()
-    return [HttpServer(app, with_port(settings.http, HTTP_PORT), origins, hosts, protection)]
+    origins, hosts, address = (
+        settings.http_origins or (),
+        settings.http_hosts or (),
+        with_port(settings.http, HTTP_PORT),
+    )
+    if not settings.page:
+        return [HttpServer(app, address, origins, hosts, protection)]
+    page = page_of(host, protection)
+    found = HttpServer(page.before(app), address, origins, hosts, protection, page.leave)
+    announce(f"the page is at {found.url}/ui/")
+    return [found]
+
+
+def page_of(host: ModelHost, protection: Security) -> Application:
+    """The web page of a host."""
+    if protection.gate.closed:
+        raise InvalidInput(
+            "page", "sends no token, and this server needs one: leave out --page, and run `enginecast ui --address` "
+            "with a token beside the server"
+        )  # fmt: skip
+    require("gradio", "ui")
+    from serving.page.application import Application
+    from serving.page.backend import Local
+
+    return Application(Local(host), default_files())

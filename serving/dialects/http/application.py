@@ -22,7 +22,7 @@ def application(host: ModelHost, settings: Settings, gate: Gate) -> App:
     paths = frozenset(connect.paths)
 
     async def dispatch(scope: Any, receive: Receive, send: Send) -> None:
-        await (connect if scope["path"] in paths else others)(scope, receive, send)
+        await (connect if scope.get("path") in paths else others)(scope, receive, send)
 
     return dispatch
 

@@ -75,6 +75,9 @@ class Pages:
         self._hosts = frozenset(name.lower() for name in (*LOCAL, *hosts))
 
     async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":  # the server itself: it starts and ends
+            await self._app(scope, receive, send)
+            return
         try:
             headers = {name.decode(): value.decode() for name, value in scope["headers"]}
         except UnicodeDecodeError:

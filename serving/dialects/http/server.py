@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -55,7 +55,8 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """An HTTP server of `app`, listening on `address`. For port 0 the system chooses one; `port` is the result.
 
-    `origins` are the web pages that may call it, `hosts` names of this machine besides localhost. Raises InvalidInput
+    `origins` are the web pages that may call it, `hosts` names of this machine besides localhost. `leaving` is called
+    when it stops, to end streams that would go on. Raises InvalidInput
     for an origin that is none and an address that is malformed or may not be listened on with this `security`,
     Unavailable if it cannot be bound, and the errors of the files. Needs a running event loop.
     """
@@ -67,8 +68,10 @@ class HttpServer:
         origins: Iterable[str] = (),
         hosts: Iterable[str] = (),
         security: Security = OPEN,
+        leaving: Callable[[], None] = lambda: None,
     ) -> None:
         security.check(address)
+        self._leaving = leaving
         tls = security.tls
         self._place = f"{'http' if tls is None else 'https'}://{split(address)[0]}"
         pages = Pages(app, origins, hosts)
@@ -80,7 +83,7 @@ class HttpServer:
                 http=Connection,
                 ws="websockets-sansio",
                 ws_max_size=limits.MESSAGE.most,
-                lifespan="off",
+                lifespan="on",
                 log_config=None,
                 log_level="warning",
                 access_log=False,
@@ -95,16 +98,22 @@ class HttpServer:
         )
         self._task: asyncio.Task[None] | None = None
 
+    @property
+    def url(self) -> str:
+        """Where it is, such as http://127.0.0.1:11434."""
+        return f"{self._place}:{self.port}"
+
     async def start(self) -> str:
         """Accept requests. Returns a line that says where."""
         self._socket.listen(BACKLOG)
         self._task = asyncio.create_task(self._server.serve([self._socket]))
         while not self._server.started and not self._task.done():
             await asyncio.sleep(0.01)
-        return f"HTTP on {self._place}:{self.port}"
+        return f"HTTP on {self.url}"
 
     async def stop(self) -> None:
         """Close the port and all connections. The host has been closed before: no request runs any more."""
+        self._leaving()
         self._server.should_exit = True
         if self._task is not None:
             await self._task

@@ -1,0 +1,120 @@
+"""What is filled in on the page, as a request for pictures, and the other way round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import NDArray
+
+from runtime.errors import InvalidInput, quoted
+from runtime.tasks.image import ImageAbilities, ImageRequest
+from serving.dialects.python.requests import Control, Style, image_request
+from serving.enginecast_pb import model_pb2
+
+SLOTS: Final = 4
+"""Pictures of controls that the page has room for, and of styles."""
+PREVIEWS: Final = 8
+"""Previews of one picture, about."""
+EDGES: Final = ("left", "top", "right", "bottom")
+
+Values = Mapping[str, Any]
+"""What is filled in, by the names of the parts of the page."""
+
+
+def abilities(model: model_pb2.Model | None) -> ImageAbilities | None:
+    """What a model can, None if that is not known."""
+    if model is None or not model.abilities.fields:
+        return None
+    return ImageAbilities.model_validate(json_format.MessageToDict(model.abilities))
+
+
+def request_of(values: Values) -> ImageRequest:
+    """The request for what is filled in. Raises InvalidInput and NotFound."""
+    options: dict[str, Any] = {name: values.get(name) or None for name in ("negative_prompt", "sampler")}
+    options |= {name: number(name, values.get(name)) for name in ("guidance_scale", "eta")}
+    options |= {name: whole(name, values.get(name)) for name in ("width", "height", "steps", "seed", "images")}
+    options["prompt_weights"] = bool(values.get("prompt_weights"))
+    options |= _first_picture(values)
+    options["loras"] = loras_of(values.get("loras") or ())
+    options["styles"] = [
+        Style(str(name), Path(picture), float(scale)) for name, picture, scale in _filled(values, "styles")
+    ]
+    options["controls"] = [
+        Control(str(name), Path(picture), float(scale), float(start), float(end))
+        for name, picture, scale, start, end in _filled(values, "controls")
+    ]
+    options["guess_mode"] = bool(values.get("guess_mode")) and bool(options["controls"])
+    if values.get("previews"):
+        options["preview_every"] = max(1, round((options["steps"] or 2 * PREVIEWS) / PREVIEWS))
+    return image_request(str(values.get("prompt") or ""), options)
+
+
+def whole(name: str, value: Any) -> int | None:
+    """A whole number, None where there is none. Raises InvalidInput that names the field."""
+    found = number(name, value)
+    if found is None:
+        return None
+    if found % 1:  # of NaN and infinity too
+        raise InvalidInput(name, f"is {found:g}, expected a whole number")
+    return int(str(value)) if str(value).strip().isdecimal() else int(found)
+
+
+def number(name: str, value: Any) -> float | None:
+    """A number, None where there is none. Raises InvalidInput that names the field."""
+    if value is None or not str(value).strip():
+        return None
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InvalidInput(name, f"is {quoted(str(value))}, expected a number") from None
+
+
+def loras_of(rows: Iterable[Sequence[Any]]) -> dict[str, float]:
+    """The scales of LoRA files, from a table whose rows have a name and a scale; 0 is none."""
+    found = {}
+    for name, scale in rows:
+        try:
+            found[str(name)] = float(scale or 0)
+        except ValueError:
+            raise InvalidInput("loras", f"'{name}' has the scale '{scale}', expected a number") from None
+    return {name: scale for name, scale in found.items() if scale}
+
+
+def painted(layers: Iterable[Any]) -> NDArray[np.uint8] | None:
+    """The mask of what was painted on a picture, uint8 [height, width]: 255 where a layer is not transparent. None if
+    nothing was painted.
+    """
+    alphas = [np.asarray(layer.convert("RGBA"))[..., 3] for layer in layers]
+    if not any(alpha.any() for alpha in alphas):
+        return None
+    return np.where(np.maximum.reduce(alphas) > 0, np.uint8(255), np.uint8(0))
+
+
+def _filled(values: Values, kind: str) -> Iterable[Sequence[Any]]:
+    """The slots of a kind that have a picture: its name, its picture, and numbers."""
+    for slot in values.get(kind, ()):
+        name, picture, *_ = slot
+        if picture and not name:
+            raise InvalidInput(kind, "have a picture without a name: choose one")
+        if picture:
+            yield slot
+
+
+def _first_picture(values: Values) -> dict[str, Any]:
+    """The options of a request that begins with a picture."""
+    drawn = values.get("canvas") or {}
+    background, mask = drawn.get("background"), painted(drawn.get("layers") or ())
+    edges = tuple(whole("extend", values.get(edge)) or 0 for edge in EDGES)
+    if background is None or not np.asarray(background.convert("RGBA"))[..., 3].any():
+        if mask is not None:
+            raise InvalidInput("mask", "is painted on nothing: give a first picture, or clear it")
+        return {}
+    found: dict[str, Any] = {"image": background.convert("RGB"), "extend": edges if any(edges) else None}
+    if mask is None and not any(edges):
+        return found | {"strength": values.get("strength")}
+    strength = values.get("strength") if values.get("keeps_shape") else None
+    return found | {"mask": mask, "mask_blur": values.get("mask_blur") or None, "strength": strength}

@@ -1,0 +1,52 @@
+"""The lines that say how a request goes, as HTML."""
+
+from __future__ import annotations
+
+import logging
+from html import escape
+
+from runtime.errors import Cancelled, EnginecastError, InvalidInput
+from runtime.pipeline import Progress
+from serving.dialects.grpc.status import UNEXPECTED
+from serving.host.job import Done, Queued
+from serving.host.shown import shortened
+
+log = logging.getLogger(__name__)
+
+
+def line(text: str, kind: str = "") -> str:
+    """A line of text. `kind` is the name of its style."""
+    role = "alert" if kind == "failed" else "status"
+    return f'<p class="line {kind}" role="{role}">{escape(text)}</p>'
+
+
+def queued(event: Queued) -> str:
+    """How many requests are before this one."""
+    if not event.position:
+        return line("starting")
+    expected = "" if event.eta_seconds is None else f", about {event.eta_seconds:.0f} s"
+    return line(f"waiting: {event.position} before this one{expected}")
+
+
+def progress(event: Progress) -> str:
+    """The steps that are done, with a bar."""
+    bar = f'<progress max="{event.total}" value="{event.step}"></progress>'
+    return f'<p class="line" role="status">{bar} step {event.step} of {event.total}</p>'
+
+
+def done(event: Done, made: str) -> str:
+    """What was made, and how long it took."""
+    engines = sorted({use.target for use in event.engines})
+    return line(f"{made} in {event.run_seconds:.1f} s, on {' and '.join(engines)}", "done")
+
+
+def failed(error: Exception) -> str:
+    """An error as one line. What is no error of ours is a fault, and in the log."""
+    if isinstance(error, Cancelled):
+        return line("stopped")
+    if isinstance(error, InvalidInput):
+        return line(f"{error.field.replace('_', ' ')}: {shortened(error.reason)}", "failed")
+    if isinstance(error, EnginecastError):
+        return line(shortened(str(error)), "failed")
+    log.error("the page failed unexpectedly", exc_info=error)
+    return line(UNEXPECTED, "failed")

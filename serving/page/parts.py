@@ -1,0 +1,45 @@
+"""What the tabs of the page have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from serving.enginecast_pb import model_pb2
+from serving.page.backend import Backend, Models
+from serving.page.runs import Runs
+
+Updates = dict[Any, Any]
+"""What becomes of the parts of the page, by part."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What every tab is made from. `folder` is where the page's pictures lie, `rows` are files of measured rows."""
+
+    backend: Backend
+    runs: Runs
+    folder: Path
+    rows: Sequence[Path]
+
+
+def optional(label: str, usual: str, name: str) -> Any:
+    """A field for a number that may be left empty: then it is the usual one."""
+    return gr.Textbox(label=label, placeholder=usual, elem_id=name, min_width=90, max_lines=1, max_length=30)
+
+
+def named(models: Models, kind: model_pb2.ModelKind, chosen: str | None) -> Any:
+    """The choice of a model of a kind: the one that is chosen, else the first that is ready, else the first."""
+    names = [model.name for model in models if model.kind == kind]
+    ready = [model.name for model in models if model.kind == kind and model.state == model_pb2.MODEL_STATE_READY]
+    value = chosen if chosen in names else next(iter([*ready, *names]), None)
+    return gr.update(choices=names, value=value)
+
+
+def busy(running: bool, start: Any, stop: Any) -> Updates:
+    """The buttons that start and stop a request."""
+    return {start: gr.update(interactive=not running), stop: gr.update(interactive=running)}

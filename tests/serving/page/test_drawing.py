@@ -1,0 +1,109 @@
+"""What is filled in on the page, as a request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from runtime.errors import InvalidInput
+from runtime.tasks.image import ImageRequest
+from serving.enginecast_pb import model_pb2
+from serving.page.drawing import abilities, loras_of, painted, request_of
+
+RED = Image.new("RGBA", (32, 16), (255, 0, 0, 255))
+CLEAR = Image.new("RGBA", (32, 16), (0, 0, 0, 0))
+
+
+def canvas(*painted: Any) -> dict[str, Any]:
+    return {"background": RED, "layers": list(painted), "composite": RED}
+
+
+def brushed() -> Any:
+    layer = CLEAR.copy()
+    layer.paste((255, 255, 255, 255), (8, 4, 16, 8))
+    return layer
+
+
+def test_nothing_is_the_models_own() -> None:
+    made = request_of({"prompt": "a", "width": "", "seed": " ", "images": "", "eta": 0, "sampler": ""})
+    plain = ImageRequest("a")
+    for field in ("width", "height", "steps", "guidance_scale", "sampler", "seed", "images", "image", "preview_every"):
+        assert getattr(made, field) == getattr(plain, field), field
+
+
+def test_every_field_arrives(tmp_path: Path) -> None:
+    RED.convert("RGB").save(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    made = request_of(
+        {
+            "prompt": "a", "negative_prompt": "b", "width": "64", "height": "32", "steps": 20, "guidance_scale": 2.5,
+            "sampler": "euler", "eta": 0.5, "seed": str(2**62 + 1), "images": "2", "prompt_weights": True,
+            "previews": True, "loras": [["pixel", "0.5"], ["other", 0]], "guess_mode": True,
+            "styles": [["photo", picture, 0.4], ["none", None, 1]],
+            "controls": [["canny", picture, 0.3, 0.1, 0.9], [None, None, 1, 0, 1]],
+        }
+    )  # fmt: skip
+    assert (made.prompt, made.negative_prompt, made.width, made.height, made.steps) == ("a", "b", 64, 32, 20)
+    assert (made.guidance_scale, made.sampler, made.eta, made.seed, made.images) == (2.5, "euler", 0.5, 2**62 + 1, 2)
+    assert made.prompt_weights
+    assert made.guess_mode
+    assert made.preview_every == 2
+    assert made.loras == {"pixel": 0.5}
+    assert [(one.name, one.scale) for one in made.styles] == [("photo", 0.4)]
+    assert [(one.name, one.scale, one.start, one.end) for one in made.controls] == [("canny", 0.3, 0.1, 0.9)]
+
+
+def test_a_first_picture_and_what_is_painted_on_it() -> None:
+    plain = request_of({"prompt": "a", "canvas": canvas(CLEAR), "strength": 0.4, "mask_blur": 3})
+    assert plain.image is not None
+    assert (plain.mask, plain.strength, plain.mask_blur, plain.extend) == (None, 0.4, None, None)
+    part = request_of({"prompt": "a", "canvas": canvas(CLEAR, brushed()), "strength": 0.4, "mask_blur": 3})
+    assert isinstance(part.mask, np.ndarray)
+    assert (part.strength, part.mask_blur) == (None, 3)
+    assert (part.mask[..., 0] == 255).sum() == 8 * 4
+    assert part.mask[4, 8, 0] == 255
+    assert part.mask[3, 8, 0] == 0
+    kept = request_of({"prompt": "a", "canvas": canvas(brushed()), "strength": 0.4, "keeps_shape": True})
+    assert kept.strength == 0.4
+    wider = request_of({"prompt": "a", "canvas": canvas(), "left": "8", "bottom": "16", "strength": 0.4})
+    assert (wider.extend, wider.strength) == ((8, 0, 0, 16), None)
+    empty = {"background": CLEAR, "layers": [CLEAR], "composite": CLEAR}
+    assert request_of({"prompt": "a", "canvas": empty}).image is None
+
+
+def test_nothing_painted_is_no_mask() -> None:
+    assert painted([]) is None
+    assert painted([CLEAR]) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"width": "wide"}, "width: is 'wide', expected a number"),
+        ({"width": "1.5"}, "width: is 1.5, expected a whole number"),
+        ({"seed": "nan"}, "seed: is nan, expected a whole number"),
+        ({"seed": "-1"}, "seed: is -1, expected 0 to"),
+        ({"images": "65"}, "images: is 65, expected 1 to 64"),
+        ({"left": "x", "canvas": canvas()}, "extend: is 'x', expected a number"),
+        ({"canvas": {"background": None, "layers": [brushed()]}}, "mask: is painted on nothing"),
+        ({"styles": [["", "a.png", 1]]}, "styles: have a picture without a name"),
+        ({"loras": [["pixel", "much"]]}, "loras: 'pixel' has the scale 'much'"),
+    ],
+)
+def test_mistakes_name_the_field(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidInput) as error:
+        request_of({"prompt": "a", **values})
+    assert str(error.value).startswith(said)
+
+
+def test_loras_without_a_scale_are_left_out() -> None:
+    assert loras_of([["a", 1], ["b", 0], ["c", ""], ["d", None]]) == {"a": 1.0}
+
+
+def test_a_model_that_says_nothing() -> None:
+    assert abilities(None) is None
+    assert abilities(model_pb2.Model(name="draw")) is None

@@ -1,0 +1,197 @@
+"""What people do on the page, in Chromium without a window, with a fake server behind it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runtime.diffusion.infotext import KEY
+from runtime.vision.images import encode_image
+from tests.fakes.serving import until
+from tests.serving.page.conftest import CAN, Opened, Served
+
+TEXT = "a small blue square\nNegative prompt: blurry\nSteps: 9, Sampler: Euler, CFG scale: 3, Seed: 12, Size: 128x64"
+
+ZOOM = "least => parseInt(document.querySelector('#draw-canvas')?.innerText.match(/(\\d+)%/)?.[1] ?? 0) > least"
+"""Whether the editor of the first picture shows it larger than this percentage."""
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A PNG file with parameters in it."""
+    file = tmp_path / "drawn.png"
+    file.write_bytes(encode_image(np.full((64, 128, 3), (200, 30, 30), np.uint8), texts={KEY: TEXT}))
+    return file
+
+
+def value(page: Any, part: str) -> str:
+    """What is filled in."""
+    return str(page.input_value(f"{part} :is(textarea, input)"))
+
+
+def test_a_picture_is_drawn_and_stopped_and_all_stays_on_this_machine(opened: Opened, served: Served) -> None:
+    page, model = opened.page, served.fake.draw
+    opened.says("#draw-width", "64 to 512")
+    model.hold()
+    page.fill("#draw-prompt textarea", "a red circle")
+    page.fill("#draw-seed :is(textarea, input)", "7")
+    page.click("#draw-start")
+    opened.until(lambda: served.fake.busy() == 1)
+    model.let(2)
+    opened.says("#draw-status", "step 2 of 6")
+    opened.seen("#draw-preview")
+    page.click("#draw-stop")
+    opened.says("#draw-status", "stopped")
+    model.release()
+    opened.until(lambda: served.fake.busy() == 0)
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    opened.seen("#draw-results")
+    assert (served.seen[-1].prompt, served.seen[-1].seed, served.seen[-1].steps) == ("a red circle", 7, 6)
+    opened.tab("Gallery")
+    page.locator("#album-pictures .thumbnail-item").first.click()
+    opened.page.wait_for_function("() => document.querySelector('#album-text textarea').value.includes('Seed: 7')")
+    for name, shown in (("Talk", "#talk-model"), ("Models", "#models-table"), ("Profiles", "#profiles-plot")):
+        opened.tab(name)
+        page.wait_for_selector(shown)
+    opened.seen("#draw-results")
+    opened.tab("Draw")
+    page.fill("#draw-width :is(textarea, input)", "wide")
+    page.click("#draw-start")
+    opened.says("#draw-status", "width: is 'wide', expected a number")
+    assert page.locator("#draw-status [role=alert]").count() == 1
+    assert opened.elsewhere == []
+    assert opened.faults == []
+
+
+@pytest.mark.full
+def test_talking_about_a_picture(opened: Opened, served: Served, picture: Path) -> None:
+    page = opened.page
+    opened.tab("Talk")
+    page.wait_for_selector("#talk-question textarea")
+    page.locator("#talk-question input[type=file]").first.set_input_files(picture)
+    opened.seen("#talk-question")
+    page.fill("#talk-question textarea", "what is it?")
+    page.keyboard.press("Enter")
+    opened.says("#talk-status", "12 characters in")
+    opened.says("#talk-chat", "a red círcle")
+    opened.seen("#talk-chat")
+    page.wait_for_selector("#talk-stop:disabled")
+    (asked,) = served.asked[-1].messages
+    assert [type(part).__name__ for part in asked.content] == ["PictureFile", "str"]
+    page.fill("#talk-question textarea", "and now?")
+    page.keyboard.press("Enter")
+    opened.until(lambda: len(served.asked[-1].messages) == 3)
+    assert [message.role for message in served.asked[-1].messages] == ["user", "assistant", "user"]
+    opened.says("#talk-status", "12 characters in")
+    page.click("#talk-new")
+    opened.says("#talk-chat", "Drop a picture")
+
+
+@pytest.mark.full
+def test_parameters_are_recalled_from_a_file(opened: Opened, served: Served, picture: Path) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    opened.tab("Gallery")
+    page.locator("#album-pictures input[type=file]").first.set_input_files(picture)
+    page.wait_for_function("() => document.querySelector('#album-text textarea').value.includes('blue square')")
+    page.click("#album-begin")
+    page.wait_for_function(ZOOM, arg=100)
+    opened.tab("Gallery")
+    page.click("#album-draw")
+    page.wait_for_function("() => document.querySelector('#draw-prompt textarea').value == 'a small blue square'")
+    assert [value(page, f"#draw-{name}") for name in ("width", "height", "seed")] == ["128", "64", "12"]
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    drawn = served.seen[-1]
+    assert (drawn.steps, drawn.sampler, drawn.guidance_scale, drawn.negative_prompt) == (9, "euler", 3, "blurry")
+    assert drawn.image.size == (128, 64)
+
+
+@pytest.mark.full
+def test_only_what_a_model_has_is_shown(opened: Opened, served: Served) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    for title in ("First picture", "LoRA files", "Style pictures", "Controls"):
+        assert page.get_by_role("button", name=title).is_visible(), title
+    served.backend.can = CAN | {"image": False, "styles": [], "controls": [], "loras": []}
+    try:
+        page.reload()
+        opened.says("#draw-width", "64 to 512")
+        page.wait_for_function(
+            "() => ![...document.querySelectorAll('button')].some(one => one.innerText == 'Controls')"
+        )
+        for title in ("First picture", "LoRA files", "Style pictures", "Controls"):
+            assert not page.get_by_role("button", name=title).is_visible(), title
+    finally:
+        served.backend.can = dict(CAN)
+
+
+@pytest.mark.full
+def test_a_mask_is_painted_on_a_picture(opened: Opened, served: Served, picture: Path) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    page.get_by_role("button", name="First picture").click()
+    page.wait_for_function(ZOOM, arg=0)  # the editor is there
+    page.locator("#draw-canvas input[type=file]").first.set_input_files(picture)
+    page.wait_for_function(ZOOM, arg=100)  # the picture is there: it is smaller than the editor
+    page.locator("#draw-canvas button[aria-label=Brush]").click()
+    page.wait_for_timeout(500)
+    box = page.locator("#draw-canvas canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 10, y)
+    page.mouse.down()
+    page.mouse.move(x + 10, y, steps=4)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    drawn = served.seen[-1]
+    assert drawn.image.size == (128, 64)
+    mask = np.asarray(drawn.mask)[..., 0]
+    assert mask.shape == (64, 128)
+    assert mask[32, 64] == 255
+    assert (mask[0] == 0).all()
+
+
+@pytest.mark.full
+def test_models_are_unloaded_and_loaded(opened: Opened, served: Served) -> None:
+    opened.tab("Models")
+    opened.says("#models-table", "ready")
+    opened.page.wait_for_function("() => document.querySelector('#models-model input').value == 'draw'")
+    opened.page.click("#models-unload")
+    opened.until(lambda: served.fake.host.status("draw").state.value == "unloaded")
+    opened.says("#models-table", "unloaded")
+    opened.page.click("#models-load")
+    opened.until(lambda: served.fake.host.status("draw").state.value == "ready")
+
+
+@pytest.mark.full
+def test_leaving_the_page_stops_its_requests(opened: Opened, served: Served) -> None:
+    page, model = opened.page, served.fake.draw
+    opened.says("#draw-width", "64 to 512")
+    model.hold()
+    page.click("#draw-start")
+    opened.until(lambda: served.fake.busy() == 1)
+    model.let(1)
+    opened.says("#draw-status", "step 1 of 6")
+    opened.close()
+    until(served.fake.leaving, 20)
+    model.release()
+    until(lambda: served.fake.busy() == 0)
+
+
+@pytest.mark.full
+def test_light_dark_and_narrow(chromium: Any, served: Served) -> None:
+    for scheme, dark in (("light", False), ("dark", True)):
+        opened = Opened(chromium, served.url, viewport={"width": 390, "height": 844}, color_scheme=scheme)
+        page = opened.page
+        opened.says("#draw-width", "64 to 512")
+        assert page.evaluate("() => document.body.classList.contains('dark')") is dark
+        assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        page.click("#turn")
+        assert page.evaluate("() => document.body.classList.contains('dark')") is not dark
+        opened.close()
