@@ -52,8 +52,8 @@ INFERRING: Final = frozenset(
         "enginecast.v1.JobService/Stop",
         f"{KSERVE}/ModelInfer",
         *(f"openai/POST /v1/{path}" for path in ("chat/completions", "embeddings")),
-        *(f"ollama/POST /api/{call}" for call in ("generate", "chat", "embed", "embeddings")),
         *(f"openai/POST /v1/images/{path}" for path in ("generations", "edits")),
+        *(f"ollama/POST {path}" for path in ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")),
     }
 )
 """Methods for the scope infer. All others need the scope manage: a new method is not open by mistake."""

@@ -20,8 +20,9 @@ from serving.host.residency import HOST
 from serving.host.states import ModelState, Status
 
 FORMAT: Final = "enginecast"
-ABILITIES: Final = {ChatRequest.task: "completion", EmbedRequest.task: "embedding", ImageRequest.task: "image"}
-VISION: Final = "vision"
+COMPLETION, EMBEDDING, IMAGE, VISION = "completion", "embedding", "image", "vision"
+ABILITIES: Final = {ChatRequest.task: COMPLETION, EmbedRequest.task: EMBEDDING, ImageRequest.task: IMAGE}
+"""Ollama's names of what models do."""
 NEVER: Final = "9999-12-31T23:59:59Z"
 """When a model expires that stays loaded, or that is in use."""
 
