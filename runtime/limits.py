@@ -385,6 +385,10 @@ UNREAD_BYTES: Final = Limit(
 JOB_ID: Final = Limit(
     "id of a request", 64, "characters", "long enough for every id", ("Terms.collect", "StopRequest.id")
 )
+SESSIONS: Final = Limit(
+    "clients and jobs that are remembered", 1000, "of each, clients of Automatic1111's dialect",
+    "above it, the oldest settings and the oldest jobs that have ended are forgotten",
+)  # fmt: skip
 RESULT_SECONDS: Final = Limit(
     "a result that waits to be collected", 600, "seconds after its request has ended", "a client comes back soon"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import time
 from collections import deque
@@ -74,8 +75,8 @@ class Gate:
 
     @contextmanager
     def admitted(self, record: Record, authorization: str | None) -> Iterator[None]:
-        """Admit one call while the block runs. `authorization` is "Bearer TOKEN". The token's name becomes the client
-        of the call's record, also if the call is refused.
+        """Admit one call while the block runs. `authorization` is "Bearer TOKEN", or Basic with the token as
+        the password. The token's name becomes the client of the call's record, also if the call is refused.
 
         Raises Unauthenticated, PermissionDenied, and ResourceExhausted with the time to wait.
         """
@@ -104,15 +105,30 @@ def _require(token: Token, scopes: frozenset[Scope]) -> None:
         )
 
 
+def _secret(authorization: str) -> str:
+    """The secret of a header: "Bearer TOKEN", or "Basic" with the token as the password (RFC 7617), which is all that
+    some programs can send. Empty where there is none.
+    """
+    kind, _, rest = authorization.strip().partition(" ")
+    if kind.lower() == "bearer":
+        return rest.strip()
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(rest.strip(), validate=True).decode().partition(":")[2]
+        except ValueError:  # no base64, or no UTF-8
+            return ""
+    return ""
+
+
 def _found(known: tuple[Token, ...], authorization: str | None) -> Token:
     """The token of a call. Raises Unauthenticated."""
-    kind, _, secret = (authorization or "").strip().partition(" ")
-    if kind.lower() != "bearer" or not secret:
+    secret = _secret(authorization or "")
+    if not secret:
         raise Unauthenticated(
             "a token is required, as `authorization: Bearer TOKEN`: give it to the client (token, --token, "
             "ENGINECAST_TOKEN)"
         )
-    token = tokens.find(known, secret.strip())
+    token = tokens.find(known, secret)
     if token is None:
         raise Unauthenticated("the token is not known here: check it, or get a new one from who runs the server")
     return token

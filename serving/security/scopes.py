@@ -20,6 +20,15 @@ class Scope(StrEnum):
 ANY: Final = frozenset(Scope)
 
 KSERVE: Final = "inference.GRPCInferenceService"
+A1111_LISTS: Final = (
+    "cmd-flags", "controlnets", "embeddings", "extensions", "face-restorers", "hypernetworks", "latent-upscale-modes",
+    "loras", "memory", "options", "prompt-styles", "realesrgan-models", "samplers", "schedulers", "script-info",
+    "scripts", "sd-models", "sd-vae", "upscalers", "vqa/models",
+)  # fmt: skip
+A1111_WORK: Final = (
+    "caption", "img2img", "interrogate", "interrupt", "options", "png-info", "refresh-checkpoints", "skip", "txt2img",
+    "vqa",
+)  # fmt: skip
 OPEN: Final = frozenset(
     {
         "grpc.health.v1.Health/Check",
@@ -38,6 +47,8 @@ READING: Final = frozenset(
         "grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
         "grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
         *(f"{KSERVE}/{name}" for name in ("ServerMetadata", "ModelMetadata", "RepositoryIndex")),
+        *(f"a1111/GET /sdapi/v1/{name}" for name in A1111_LISTS),
+        *(f"a1111/GET /controlnet/{name}" for name in ("model_list", "module_list", "version")),
         "openai/GET /v1/models",
         "openai/GET /v1/models/{name}",
         *(f"ollama/{call}" for call in ("GET /api/version", "GET /api/tags", "GET /api/ps", "POST /api/show")),
@@ -51,6 +62,10 @@ INFERRING: Final = frozenset(
         "enginecast.v1.EmbedService/Embed",
         "enginecast.v1.JobService/Stop",
         f"{KSERVE}/ModelInfer",
+        "a1111/GET /sdapi/v1/progress",
+        "a1111/POST /internal/progress",
+        "a1111/WS /sdapi/v1/ws/progress/{id_task}",
+        *(f"a1111/POST /sdapi/v1/{name}" for name in A1111_WORK),
         *(f"openai/POST /v1/{path}" for path in ("chat/completions", "embeddings")),
         *(f"openai/POST /v1/images/{path}" for path in ("generations", "edits")),
         *(f"ollama/POST {path}" for path in ("/api/generate", "/api/chat", "/api/embed", "/api/embeddings")),

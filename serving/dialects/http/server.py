@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -32,6 +33,11 @@ class Connection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._timer.cancel()
         super().connection_lost(exc)
+
+    def handle_websocket_upgrade(self, event: h11.Request) -> None:
+        """From now on the connection is a WebSocket, which may be silent for long."""
+        self._timer.cancel()
+        super().handle_websocket_upgrade(event)
 
     def _watch(self) -> None:
         self._timer = self.loop.call_later(limits.ARRIVAL.most, self._look)

@@ -92,7 +92,9 @@ def test_no_token_no_call(server: FakeServer) -> None:
         client.models()
 
 
-@pytest.mark.parametrize("header", ["", "Bearer", "Bearer ", "Basic eDp5", "ec_x", "Bearer a b", "bearer  "])
+@pytest.mark.parametrize(
+    "header", ["", "Bearer", "Bearer ", "Basic eDp5", "ec_x", "Bearer a b", "bearer  ", "Basic ?", "Basic /w=="]
+)
 def test_headers_that_hold_no_token(server: FakeServer, header: str) -> None:
     with grpc.insecure_channel(server.address) as channel, pytest.raises(grpc.RpcError) as caught:
         stub = image_pb2_grpc.ImageServiceStub(channel)

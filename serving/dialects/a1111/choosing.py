@@ -1,0 +1,42 @@
+"""Which model a call is for."""
+
+from __future__ import annotations
+
+from runtime.errors import InvalidInput, did_you_mean
+from runtime.tasks.chat import ChatRequest
+from runtime.tasks.image import ImageAbilities, ImageRequest
+from serving.dialects.a1111.fields import Options
+from serving.host.models import ModelHost
+from serving.host.states import ModelState, Status
+
+
+def models(host: ModelHost, task: str) -> list[Status]:
+    """The models with this task, those first that are loaded."""
+    found = [status for status in host.statuses() if status.task == task]
+    return sorted(found, key=lambda status: status.state is not ModelState.READY)
+
+
+def checkpoint(host: ModelHost, options: Options) -> Status:
+    """The model that draws for a client with these options. Raises InvalidInput naming the option."""
+    return _named(host, ImageRequest.task, options.sd_model_checkpoint or "", "sd_model_checkpoint")
+
+
+def answering(host: ModelHost, name: str) -> Status:
+    """The chat model of this name, or the first one. Raises InvalidInput naming `model`."""
+    return _named(host, ChatRequest.task, name, "model")
+
+
+def _named(host: ModelHost, task: str, name: str, field: str) -> Status:
+    known = models(host, task)
+    if not known:
+        raise InvalidInput(field, f"cannot be chosen: this server has no model with the task {task}")
+    if not name:
+        return known[0]
+    if (found := next((status for status in known if status.name == name), None)) is None:
+        raise InvalidInput(field, f"'{name}' is not known: {did_you_mean(name, [status.name for status in known])}")
+    return found
+
+
+def abilities(status: Status) -> ImageAbilities | None:
+    """What a model draws, None where that is not known before it is loaded."""
+    return ImageAbilities.model_validate(status.abilities) if status.abilities else None

@@ -1,0 +1,251 @@
+"""The messages that clients of Automatic1111's web UI and of SD.Next send, with the state of each field: the parameters
+of the constructors in processing.py and additions in api/models.py of https://github.com/AUTOMATIC1111/stable-diffusion-webui.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from runtime import limits
+from serving.dialects.http.states import Body, NoEffect, Refused
+
+HIRES: Final = NoEffect("belongs to enable_hr")
+KEPT: Final = NoEffect("the server keeps no pictures")
+CHURN: Final = NoEffect("belongs to s_churn")
+PREPROCESSING: Final = NoEffect("belongs to a preprocessor")
+Resizing = Literal["Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2]
+
+TASK: Final = Field(default=None, min_length=1, max_length=limits.JOB_ID.most)
+"""The id of a job, which its client chooses."""
+
+
+class Options(Body):
+    """Settings of a client: those of its requests from then on, or of one request (override_settings)."""
+
+    sd_model_checkpoint: str | None = None
+    show_progress_every_n_steps: int | None = Field(default=None, ge=-1, le=limits.PREVIEW_EVERY.most)
+    live_previews_enable: bool | None = None
+    enable_pnginfo: bool | None = None
+    samples_format: Annotated[
+        str | None, Refused("pictures are PNG files here: convert them afterwards", but=("png",))
+    ] = None
+    sd_vae: Annotated[str | None, Refused("a bundle has one VAE: build it with another", but=("Automatic", "None"))] = (
+        None
+    )
+    CLIP_stop_at_last_layers: Annotated[int | None, Refused("a bundle has the layers it was built with", but=(1,))] = (
+        None
+    )
+    eta_noise_seed_delta: Annotated[int | None, Refused("seeds are taken as they are", but=(0,))] = None
+    img2img_fix_steps: Annotated[bool | None, Refused("a share of the steps is taken: send more", but=(False,))] = None
+    return_grid: Annotated[bool | None, Refused("pictures are returned one by one", but=(False,))] = None
+
+
+class UnitPicture(Body):
+    """A picture of a ControlNet unit, as older clients send it."""
+
+    image: str
+    mask: Annotated[str | None, Refused("controls have no masks: leave it out", but=("",))] = None
+
+
+class Unit(Body):
+    """One control network of a request (https://github.com/Mikubill/sd-webui-controlnet, its wiki, "API")."""
+
+    enabled: bool = True
+    model: str
+    image: str | UnitPicture | None = None
+    input_image: str | None = None
+    weight: float = 1.0
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    resize_mode: Resizing = "Crop and Resize"
+    mask: Annotated[str | None, Refused("controls have no masks: leave it out", but=("",))] = None
+    module: Annotated[
+        str | None,
+        Refused(
+            "none runs here: send edges or depths themselves",
+            but=("none", "None", ""),
+        ),
+    ] = None
+    control_mode: Annotated[
+        str | int | None,
+        Refused("send Balanced, and less weight", but=("Balanced", 0)),
+    ] = None
+    guessmode: Annotated[bool | None, Refused("controls count evenly here: send less weight", but=(False,))] = None
+    low_vram: Annotated[bool | None, NoEffect("where a network runs is decided when its model is loaded")] = None
+    pixel_perfect: Annotated[bool | None, PREPROCESSING] = None
+    processor_res: Annotated[int | None, PREPROCESSING] = None
+    threshold_a: Annotated[float | None, PREPROCESSING] = None
+    threshold_b: Annotated[float | None, PREPROCESSING] = None
+    save_detected_map: Annotated[bool | None, PREPROCESSING] = None
+    hr_option: Annotated[str | None, HIRES] = None
+
+
+class Units(Body):
+    """The arguments of the script ControlNet."""
+
+    args: list[Unit] = Field(default_factory=list)
+
+
+class Scripts(Body):
+    """The scripts that always run, by name in any case."""
+
+    controlnet: Units = Units()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lower(cls, given: Any) -> Any:
+        return {str(name).lower(): value for name, value in given.items()} if isinstance(given, dict) else given
+
+
+class Drawing(Body):
+    """What txt2img and img2img have in common. None is the model's own default."""
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int | None = -1
+    sampler_name: str | None = None
+    sampler_index: str | int | None = None
+    scheduler: str | None = None
+    batch_size: int = 1
+    n_iter: int = 1
+    steps: int | None = None
+    cfg_scale: float | None = None
+    width: int | None = None
+    height: int | None = None
+    eta: float | None = None
+    override_settings: Options = Options()
+    alwayson_scripts: Scripts = Scripts()
+    force_task_id: str | None = TASK
+    send_images: bool = True
+    disable_extra_networks: bool = False
+    styles: list[str] | None = None
+    subseed: Annotated[int | None, NoEffect("belongs to subseed_strength")] = None
+    subseed_strength: Annotated[
+        float | None, Refused("pictures of two seeds are not mixed: send one seed", but=(0.0,))
+    ] = None
+    seed_resize_from_h: Annotated[int | None, Refused("noise is not resized: send 0", but=(0, -1))] = None
+    seed_resize_from_w: Annotated[int | None, Refused("noise is not resized: send 0", but=(0, -1))] = None
+    restore_faces: Annotated[bool | None, Refused("there is no model for faces here: send false", but=(False,))] = None
+    tiling: Annotated[
+        bool | None, Refused("pictures that continue at their edges are not drawn: send false", but=(False,))
+    ] = None
+    s_churn: Annotated[float | None, Refused("samplers add no noise of their own: send 0", but=(0.0,))] = None
+    s_noise: Annotated[float | None, Refused("samplers add noise as published: send 1", but=(1.0,))] = None
+    s_min_uncond: Annotated[float | None, Refused("guidance counts in every step: send 0", but=(0.0,))] = None
+    s_tmin: Annotated[float | None, CHURN] = None
+    s_tmax: Annotated[float | None, CHURN] = None
+    override_settings_restore_afterwards: Annotated[
+        bool | None, Refused("they are of one request: options keep settings", but=(True,))
+    ] = None
+    refiner_checkpoint: Annotated[
+        str | None, Refused("one model draws a picture here: draw with the refiner by img2img", but=("", "None"))
+    ] = None
+    refiner_switch_at: Annotated[float | None, NoEffect("belongs to refiner_checkpoint")] = None
+    script_name: str | None = None
+    script_args: list[Any] | None = None
+    save_images: Annotated[
+        bool | None, Refused("the server keeps no pictures: save those of the response", but=(False,))
+    ] = None
+    do_not_save_samples: Annotated[bool | None, KEPT] = None
+    do_not_save_grid: Annotated[bool | None, KEPT] = None
+    infotext: Annotated[
+        str | None, Refused("send its values as fields: POST /sdapi/v1/png-info reads them", but=("",))
+    ] = None
+
+    @field_validator("override_settings", "alwayson_scripts", mode="before")
+    @classmethod
+    def _given(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class TextToImage(Drawing):
+    """POST /sdapi/v1/txt2img."""
+
+    denoising_strength: Annotated[float | None, HIRES] = None
+    enable_hr: Annotated[
+        bool | None, Refused("draw first, then send the picture to img2img at the larger size", but=(False,))
+    ] = None
+    firstphase_width: Annotated[int | None, HIRES] = None
+    firstphase_height: Annotated[int | None, HIRES] = None
+    hr_scale: Annotated[float | None, HIRES] = None
+    hr_upscaler: Annotated[str | None, HIRES] = None
+    hr_second_pass_steps: Annotated[int | None, HIRES] = None
+    hr_resize_x: Annotated[int | None, HIRES] = None
+    hr_resize_y: Annotated[int | None, HIRES] = None
+    hr_checkpoint_name: Annotated[str | None, HIRES] = None
+    hr_sampler_name: Annotated[str | None, HIRES] = None
+    hr_scheduler: Annotated[str | None, HIRES] = None
+    hr_prompt: Annotated[str | None, HIRES] = None
+    hr_negative_prompt: Annotated[str | None, HIRES] = None
+
+
+class ImageToImage(Drawing):
+    """POST /sdapi/v1/img2img."""
+
+    init_images: list[str] = Field(min_length=1)
+    denoising_strength: float | None = None
+    resize_mode: int = 0
+    mask: str | None = None
+    mask_blur: float | None = None
+    mask_blur_x: float | None = None
+    mask_blur_y: float | None = None
+    inpainting_mask_invert: int = 0
+    inpainting_fill: int = 0
+    inpaint_full_res: bool = True
+    inpaint_full_res_padding: int = 0
+    include_init_images: bool = False
+    mask_round: Annotated[bool | None, Refused("masks of latents are rounded: send true", but=(True,))] = None
+    image_cfg_scale: Annotated[float | None, NoEffect("belongs to models that edit by instructions")] = None
+    initial_noise_multiplier: Annotated[float | None, Refused("noise is taken as drawn: send 1", but=(1.0,))] = None
+    latent_mask: Annotated[str | None, Refused("send mask", but=("",))] = None
+
+
+class PngInfo(Body):
+    """POST /sdapi/v1/png-info."""
+
+    image: str
+
+
+class TaskId(Body):
+    """A job of the client's: its force_task_id. None is every job of this client."""
+
+    id_task: str | None = TASK
+
+
+class TaskProgress(Body):
+    """POST /internal/progress, as the web UI's own page sends it."""
+
+    id_task: str = Field(min_length=1, max_length=limits.JOB_ID.most)
+    id_live_preview: int = -1
+    live_preview: bool = True
+
+
+class Interrogation(Body):
+    """POST /sdapi/v1/interrogate. The model "clip" is the first chat model."""
+
+    image: str
+    model: str = "clip"
+
+
+class Question(Body):
+    """POST /sdapi/v1/vqa and /sdapi/v1/caption. The first chat model is used where `model` is left out."""
+
+    image: str
+    model: str | None = None
+    question: str | None = None
+    prompt: str | None = None
+    system: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    num_beams: int | None = None
+    backend: Annotated[str | None, Refused("pictures are described by chat models: send vlm", but=("vlm",))] = None
+
+
+class Command(Body):
+    """What the client of a job's WebSocket may send."""
+
+    command: Literal["interrupt", "skip"]
