@@ -184,16 +184,19 @@ class PictureFile:
         with _DECODING, opened(self.data, self.field, MAX_PIXELS) as image:
             return np.array(_upright(image).resize(size, resample), np.uint8)
 
+    def opacity(self) -> Picture:
+        """How opaque each pixel is, uint8 [height, width]. Raises InvalidInput if the pixels are damaged."""
+        with _DECODING, opened(self.data, self.field, MAX_PIXELS) as image:
+            orientation = _orientation(image)
+            alpha = image.convert("RGBA").getchannel("A")
+            return np.array(alpha.transpose(TURNS[orientation]) if orientation in TURNS else alpha, np.uint8)
+
     def holes(self) -> Picture:
         """White where the file is fully transparent, black elsewhere, uint8 RGB [height, width, 3]. Raises InvalidInput
         if its pixels are damaged.
         """
-        with _DECODING, opened(self.data, self.field, MAX_PIXELS) as image:
-            orientation = _orientation(image)
-            alpha = image.convert("RGBA").getchannel("A")
-            upright = alpha.transpose(TURNS[orientation]) if orientation in TURNS else alpha
-            white = np.where(np.asarray(upright) == 0, 255, 0).astype(np.uint8)
-            return np.repeat(white[:, :, None], 3, axis=2)
+        white = np.where(self.opacity() == 0, 255, 0).astype(np.uint8)
+        return np.repeat(white[:, :, None], 3, axis=2)
 
 
 TURNS: Final = {

@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from runtime import limits
 from runtime.errors import InvalidInput
-from runtime.vision.images import MAX_PIXELS, Picture, PictureFile, decoded, opened
+from runtime.vision.images import Picture, PictureFile, decoded, grey
 from serving.dialects.a1111.fields import ImageToImage
 
 Box = tuple[int, int, int, int]
@@ -134,12 +134,8 @@ def _fitted(
 
 def _shares(file: PictureFile, message: ImageToImage) -> NDArray[np.uint8]:
     """The mask, white where the picture is drawn anew. A transparent file says it with its transparency."""
-    with opened(file.data, file.field, MAX_PIXELS) as image:
-        seen = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
-        if seen is not None and seen.getextrema() != (WHITE, WHITE):
-            mask = np.where(np.asarray(seen) > WHITE // 2 + 1, np.uint8(WHITE), np.uint8(0))
-        else:
-            mask = np.asarray(Image.fromarray(file.decode()).convert("L"))
+    opacity = file.opacity()
+    mask = np.where(opacity > WHITE // 2 + 1, np.uint8(WHITE), np.uint8(0)) if opacity.min() < WHITE else grey(file)
     if message.inpainting_mask_invert not in (0, 1):
         raise InvalidInput(
             "inpainting_mask_invert",

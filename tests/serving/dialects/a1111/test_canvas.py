@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image, ImageFilter
+from PIL.ExifTags import Base as Tag
 
 from runtime.vision.images import Picture, decoded
 from tests.fakes.proofs import proves
@@ -113,9 +114,14 @@ def test_a_transparent_mask(studio: Studio) -> None:
     rgba[8:24, 16:32, 3] = 255
     out = io.BytesIO()
     Image.fromarray(rgba).save(out, "PNG")
+    whole = {"mask_blur": 0, "inpaint_full_res": False, "inpainting_fill": 1}
     text = base64.b64encode(out.getvalue()).decode()
-    found = studio.draw(PATH, mask=text, mask_blur=0, inpaint_full_res=False, inpainting_fill=1)
-    assert np.array_equal(found.mask, mask())
+    assert np.array_equal(studio.draw(PATH, mask=text, **whole).mask, mask())
+    turned, exif = io.BytesIO(), Image.Exif()
+    exif[Tag.Orientation] = 6
+    Image.fromarray(np.rot90(rgba)).save(turned, "PNG", exif=exif)
+    text = base64.b64encode(turned.getvalue()).decode()
+    assert np.array_equal(studio.draw(PATH, mask=text, **whole).mask, mask())
 
 
 @proves("POST /sdapi/v1/img2img", "include_init_images")
