@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 PROGRAM = """
-import fcntl, json, os, signal, socket, struct, subprocess, sys
+import fcntl, json, os, signal, socket, struct, subprocess, sys, urllib.request
 from pathlib import Path
 
 resolver, *bundles = sys.argv[1:]
@@ -47,9 +47,10 @@ seen = {
 }
 before = unroutable()
 command = [sys.executable, "-m", "serving.cli.commands", "serve", *bundles, "--address", "127.0.0.1:0"]
-server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-lines = [server.stdout.readline() for _ in range(1 + len(bundles))]
-address = lines[0].split()[-1]
+server = subprocess.Popen([*command, "--http", "127.0.0.1:0", "--page"], stdout=subprocess.PIPE, text=True)
+lines = [server.stdout.readline() for _ in range(3 + len(bundles))]
+page, address = (line.split()[-1] for line in lines[:2])
+parts = [urllib.request.urlopen(page + part, timeout=20).status for part in ("", "config", "theme.css")]
 
 import enginecast
 
@@ -61,7 +62,7 @@ with enginecast.Client(address, talk) as client:
     answer = client.chat("what color is the circle?", images=[picture], max_tokens=4)
 server.send_signal(signal.SIGTERM)
 ended = server.wait(30)
-print(json.dumps({"seen": seen, "left": unroutable() - before, "lines": lines, "ended": ended,
+print(json.dumps({"seen": seen, "left": unroutable() - before, "lines": lines, "ended": ended, "parts": parts,
     "size": picture.shape, "tokens": sum(one.completion_tokens for one in answer.choices)}))
 """
 
@@ -94,4 +95,5 @@ def test_serving_makes_none(served: dict[str, Any]) -> None:
 
 def test_requests_were_answered(served: dict[str, Any]) -> None:
     assert min(served["size"][:2]) >= 64 and served["tokens"] >= 1 and served["ended"] == 0
-    assert all(" is ready on " in line for line in served["lines"][1:])
+    assert all(" is ready on " in line for line in served["lines"][3:])
+    assert served["parts"] == [200] * 3

@@ -15,8 +15,11 @@ from tests.serving.page.conftest import CAN, Opened, Served
 
 TEXT = "a small blue square\nNegative prompt: blurry\nSteps: 9, Sampler: Euler, CFG scale: 3, Seed: 12, Size: 128x64"
 
-ZOOM = "least => parseInt(document.querySelector('#draw-canvas')?.innerText.match(/(\\d+)%/)?.[1] ?? 0) > least"
-"""Whether the editor of the first picture shows it larger than this percentage."""
+EDITOR = """empty => {
+    const text = document.querySelector('#draw-canvas')?.innerText ?? ''
+    return text.includes('%') && text.includes('Upload an image') == empty
+}"""
+"""Whether the editor of the first picture is there, and empty or not."""
 
 
 @pytest.fixture
@@ -99,7 +102,7 @@ def test_parameters_are_recalled_from_a_file(opened: Opened, served: Served, pic
     page.locator("#album-pictures input[type=file]").first.set_input_files(picture)
     page.wait_for_function("() => document.querySelector('#album-text textarea').value.includes('blue square')")
     page.click("#album-begin")
-    page.wait_for_function(ZOOM, arg=100)
+    page.wait_for_function(EDITOR, arg=False)
     opened.tab("Gallery")
     page.click("#album-draw")
     page.wait_for_function("() => document.querySelector('#draw-prompt textarea').value == 'a small blue square'")
@@ -135,9 +138,9 @@ def test_a_mask_is_painted_on_a_picture(opened: Opened, served: Served, picture:
     page = opened.page
     opened.says("#draw-width", "64 to 512")
     page.get_by_role("button", name="First picture").click()
-    page.wait_for_function(ZOOM, arg=0)  # the editor is there
+    page.wait_for_function(EDITOR, arg=True)
     page.locator("#draw-canvas input[type=file]").first.set_input_files(picture)
-    page.wait_for_function(ZOOM, arg=100)  # the picture is there: it is smaller than the editor
+    page.wait_for_function(EDITOR, arg=False)
     page.locator("#draw-canvas button[aria-label=Brush]").click()
     page.wait_for_timeout(500)
     box = page.locator("#draw-canvas canvas").first.bounding_box()
@@ -192,6 +195,8 @@ def test_light_dark_and_narrow(chromium: Any, served: Served) -> None:
         opened.says("#draw-width", "64 to 512")
         assert page.evaluate("() => document.body.classList.contains('dark')") is dark
         assert page.evaluate("() => document.documentElement.scrollWidth") <= 390
+        opened.tab("Models")
+        opened.says("#models-table", "ready")
         page.click("#turn")
         assert page.evaluate("() => document.body.classList.contains('dark')") is not dark
         opened.close()
