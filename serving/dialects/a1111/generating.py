@@ -24,6 +24,7 @@ from serving.dialects.a1111.clients import Client, Sender, Settings, merged
 from serving.dialects.a1111.drawing import Work, in_its_words, work
 from serving.dialects.a1111.fields import Drawing, ImageToImage, Options, TextToImage
 from serving.dialects.a1111.jobs import Job, Jobs
+from serving.dialects.a1111.scripts import cell_of
 from serving.dialects.http.running import run
 from serving.host.models import ModelHost
 
@@ -111,9 +112,11 @@ class _Painting:
         if self.made.ground is not None:
             picture = self.made.ground.finished(picture)
         defaults = self.able.defaults if self.able else None
-        more = {**_masking(self.message), **self.made.facts, "Model": self.model, "Version": PROGRAM}
-        if changed := ready.prompt is not None or ready.negative_prompt is not None:
-            request = _drawn_from(request, ready)
+        cell = cell_of(request, ready.index)
+        facts = {} if cell else self.made.facts
+        more = {**_masking(self.message), **facts, "Model": self.model, "Version": PROGRAM}
+        changed = cell is not None or ready.prompt is not None or ready.negative_prompt is not None
+        request = _drawn_from(cell or request, ready)
         prompt = None if changed else self.message.prompt
         text = infotext(request, ready.seed, picture.shape[:2], more, defaults, prompt)
         texts = {} if self.options.enable_pnginfo is False else {KEY: text}

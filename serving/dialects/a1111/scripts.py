@@ -10,6 +10,7 @@ from typing import Any, Final
 from runtime import limits
 from runtime.diffusion.labels import named
 from runtime.errors import InvalidInput, did_you_mean, quoted
+from runtime.grid.plan import NAMES, GridPlan
 from runtime.script import Folders
 from runtime.scripting import Listed, Scripts
 from runtime.scripts.styles import read_styles
@@ -62,6 +63,17 @@ def chosen(message: Drawing, scripts: Scripts) -> tuple[Chosen, dict[str, str]]:
     if scripts.folders.wildcards is not None and (message.styles or any(map(WILDCARD.search, texts))):
         found[WILDCARDS] = {}
     return found, facts
+
+
+def cell_of(request: ImageRequest, index: int) -> ImageRequest | None:
+    """What picture `index` of a request with the plot was drawn by. None for the page of all cells, which is the first,
+    and for other requests.
+    """
+    if GRID not in request.scripts or not index:
+        return None
+    given = request.scripts[GRID]
+    axes = {name: (given[name]["field"], given[name]["values"]) for name in NAMES if name in given}
+    return GridPlan.of(request, axes).cells[index - 1]
 
 
 def selectable(scripts: Scripts) -> list[Listed]:

@@ -62,6 +62,10 @@ def test_the_plot_of_the_client_library(studio: Studio) -> None:
     values = Infotext.parse(page.info["parameters"]).values
     assert (values["Script"], values["X Type"], values["X Values"]) == ("X/Y/Z plot", "Steps", "1,3")
     assert (values["Y Values"], values["Z Type"]) == ("Euler a,DPM++ 2M", "Prompt S/R")
+    last = Infotext.parse(pictures[-1].info["parameters"])
+    assert last.prompt == "a blue circle" and "Script" not in last.values
+    assert (last.values["Steps"], last.values["Sampler"], last.values["Seed"]) == ("3", "DPM++ 2M", "5")
+    assert result.info["all_prompts"] == ["a red circle"] * 5 + ["a blue circle"] * 4
     alone = studio.api.txt2img(prompt="a", script_name=PLOT, script_args=arguments(("CFG Scale", "3, 5", None)))
     assert len(alone.images) == 1 and [one.guidance_scale for one in studio.requests[-2:]] == [3, 5]
 

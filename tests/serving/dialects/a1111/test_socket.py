@@ -148,14 +148,14 @@ def test_pages_elsewhere(studio: Studio) -> None:
 
 def test_a_silent_socket_stays(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections without requests are closed, and a WebSocket is none of them."""
-    monkeypatch.setattr(http.limits, "ARRIVAL", SimpleNamespace(most=0.3))
     studio.fake.draw.hold()
     call = Call(studio.post, "/sdapi/v1/txt2img", {"steps": 2, "force_task_id": "a"})
     until(lambda: studio.fake.draw.calls == 1)
+    monkeypatch.setattr(http.limits, "ARRIVAL", SimpleNamespace(most=1))
     with open_socket(studio.server.port) as socket:
         assert json.loads(socket.recv(timeout=10))["active"]
         with pytest.raises(TimeoutError):
-            socket.recv(timeout=1)
+            socket.recv(timeout=1.5)
         studio.fake.draw.release()
         assert list(news(socket))[-1]["completed"]
     call.end()
