@@ -72,6 +72,11 @@ class Terminal:
         for one in keys:
             os.write(self._ours, one if isinstance(one, bytes) else f"{one}\n".encode())
 
+    def interrupt(self) -> None:
+        """Press Ctrl-C at a prompt. Python's readline loses one in the moment between showing something and reading."""
+        time.sleep(0.5)
+        self.type(b"\x03")
+
     def end(self, seconds: float = 20) -> int:
         """Wait for the end of the command; its exit code."""
         limit = time.monotonic() + seconds

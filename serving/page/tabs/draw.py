@@ -51,10 +51,12 @@ class Draw:
     def wire(self, album: Any) -> None:
         """Say what happens when something is clicked. Drawn pictures are added to the gallery `album`."""
         settings, self._album = self.settings, album
-        outputs = [self.start, self.halt, self.status, self.preview, self.results, self.parameters, album]
+        drawn = self._drawn = gr.State()
         gr.on(
-            [self.start.click, settings.prompt.submit], self._draw, [album, *settings.inputs], outputs,
-            show_progress="hidden", trigger_mode="once",
+            [self.start.click, settings.prompt.submit], self._draw, settings.inputs,
+            [self.start, self.halt, self.status, self.preview, drawn], show_progress="hidden", trigger_mode="once",
+        ).then(
+            self._show, [drawn, album], [self.results, self.parameters, album, drawn], show_progress="hidden",
         )  # fmt: skip
         self.halt.click(self._stop, None, None, show_progress="hidden")
         settings.model.change(self._fitting, settings.model, [*settings.all, self.status], show_progress="hidden")
@@ -81,12 +83,12 @@ class Draw:
     async def _stop(self, request: gr.Request) -> None:
         await self._page.runs.stop(str(request.session_hash), TAB)
 
-    async def _draw(self, request: gr.Request, album: list[Any] | None, *inputs: Any) -> AsyncGenerator[Updates, None]:
+    async def _draw(self, request: gr.Request, *inputs: Any) -> AsyncGenerator[Updates, None]:
         values, last = self.settings.values(inputs), Updates()
         yield busy(True, self.start, self.halt) | {self.status: lines.line("starting")}
         try:
             wanted = await asyncio.to_thread(request_of, values)
-            async for update in self._followed(str(request.session_hash), values["model"], wanted, album or []):
+            async for update in self._followed(str(request.session_hash), values["model"], wanted):
                 last |= update
                 yield update
         except Exception as error:
@@ -94,9 +96,7 @@ class Draw:
         # all of it again: a browser may drop what came quickly
         yield last | busy(False, self.start, self.halt) | {self.preview: gr.update(visible=False)}
 
-    async def _followed(
-        self, session: str, model: str | None, wanted: ImageRequest, album: list[Any]
-    ) -> AsyncGenerator[Updates, None]:
+    async def _followed(self, session: str, model: str | None, wanted: ImageRequest) -> AsyncGenerator[Updates, None]:
         """Run a request: what to show after each event. Raises its errors."""
         found = list[tuple[str, str]]()
         if not model:
@@ -111,7 +111,7 @@ class Draw:
                     case ImageReady():
                         path, text = await asyncio.to_thread(saved, self._page.folder, wanted, event, model)
                         found.append((str(path), f"seed {event.seed}"))
-                        yield self._shown(found, text, album)
+                        yield {self._drawn: (list(found), text)}
                     case Done():
                         made = "a picture" if len(found) == 1 else f"{len(found)} pictures"
                         yield {self.status: lines.done(event, made)}
@@ -120,9 +120,14 @@ class Draw:
         shown = {} if event.preview is None else {self.preview: gr.update(value=event.preview, visible=True)}
         return {self.status: lines.progress(event)} | shown
 
-    def _shown(self, found: list[tuple[str, str]], text: str, album: list[Any]) -> Updates:
+    def _show(self, drawn: tuple[list[Any], str] | None, album: list[Any] | None) -> Updates:
+        """Show what was drawn. It comes at once: of updates that follow each other, a browser drops some pictures."""
+        if drawn is None:
+            return {self._drawn: None}
+        found, text = drawn
         return {
-            self.results: gr.update(value=list(found), selected_index=len(found) - 1),
-            self._album: [*reversed(found), *album],
+            self.results: gr.update(value=found, selected_index=len(found) - 1),
             self.parameters: text,
+            self._album: [*reversed(found), *(album or [])],
+            self._drawn: None,
         }

@@ -22,6 +22,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
+import runtime.language.answering
 import runtime.pipelines.chat
 from export.build.build import build
 from export.build.options import Options
@@ -137,7 +138,7 @@ def ask(length: int, picture: bool = True, **settings: Any) -> ChatRequest:
 def answer(model: LoadedModel, request: ChatRequest, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The tokens that a loaded model answers with."""
     tokens: list[int] = []
-    choose, search = runtime.pipelines.chat.choose, runtime.pipelines.chat.search
+    choose, search = runtime.language.answering.choose, runtime.pipelines.chat.search
 
     def listen(*args: Any, **keywords: Any) -> int:
         tokens.append(choose(*args, **keywords))
@@ -149,7 +150,7 @@ def answer(model: LoadedModel, request: ChatRequest, monkeypatch: pytest.MonkeyP
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(runtime.pipelines.chat, "choose", listen)
+        patch.setattr(runtime.language.answering, "choose", listen)
         patch.setattr(runtime.pipelines.chat, "search", listen_to_beams)
         for _ in drive(model.pipeline(request), model.engines):  # type: ignore[arg-type]
             pass
