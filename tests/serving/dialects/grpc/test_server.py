@@ -14,6 +14,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -351,14 +352,22 @@ class TestAnUnreadAnswer:
             server.end()
 
 
+def queued(client: Client, count: int) -> list[Any]:
+    """Requests for pictures, each sent when the one before it has its place in the queue."""
+    found: list[Any] = []
+    for position in range(count):
+        found.append(client.generate(request(steps=1)))
+        assert next(found[-1]).queued.position == position
+    return found
+
+
 class TestQueue:
     def test_the_last_places_are_for_other_clients(self, tmp_path: Path) -> None:
         server = FakeServer(tmp_path, Limits(slots=1, max_queue=4))
         try:
             server.load_all()
             server.draw.hold()
-            mine = [server.client.generate(request(steps=1)) for _ in range(4)]
-            assert [next(responses).queued.position for responses in mine] == [0, 1, 2, 3]
+            mine = queued(server.client, 4)
             with pytest.raises(ResourceExhausted, match="kept for other clients"):
                 list(server.client.generate(request()))
             with other(server) as channel:
@@ -374,8 +383,7 @@ class TestQueue:
 
     def test_full(self, warm: FakeServer) -> None:
         warm.draw.hold()
-        waiting = [warm.client.generate(request(steps=1)) for _ in range(3)]
-        assert [next(responses).queued.position for responses in waiting] == [0, 1, 2]
+        waiting = queued(warm.client, 3)
         model = warm.client.model("draw")
         assert (model.running, model.queued) == (1, 2)
         with pytest.raises(ResourceExhausted, match="queue of model draw is full"):
