@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 from serving.dialects.python.client import Client
 from serving.enginecast_pb import model_pb2
@@ -12,6 +15,7 @@ from serving.enginecast_pb import model_pb2
 ROOM = 64 << 20
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="the model is built with torch")
 def test_a_model_of_a_repository_is_run_before_its_first_request(tiny_bundle: Path, tmp_path: Path) -> None:
     """And what it may keep for further requests counts as memory that it takes."""
     (tmp_path / "models").mkdir()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,7 @@ def test_nothing_that_controls_a_terminal_comes_from_a_model(
     assert b"\x1b]0;" not in talk.raw
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="the sample is built with torch")
 def test_a_picture_in_the_text_is_answered_as_one_that_is_an_option(vlm_bundle: Path, tmp_path: Path) -> None:
     """By the sample model."""
     picture = ROOT / "docs" / "demo.png"
