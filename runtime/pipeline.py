@@ -97,6 +97,8 @@ class Note(Event):
 
 
 Pipeline = Generator[Call | Event, Outputs | None, None]
+_Step = Generator[Call | Event, Outputs | None, Outputs | None]
+"""What takes the place of one call or event of a pipeline."""
 
 
 @dataclass(frozen=True)
@@ -228,21 +230,31 @@ def reusing(pipeline: Pipeline, submodels: Collection[str], kept: Kept[bytes, Ou
     """Wrap a pipeline: calls of these submodels, none of which has states, are not made again while their outputs are
     kept. Yields a `Reused` for each that is left out.
     """
+
+    def step(item: Call | Event) -> _Step:
+        if not isinstance(item, Call) or item.submodel not in submodels:
+            return (yield item)
+        key = _content(item)
+        outputs = kept.get(key)
+        if outputs is not None:
+            yield Reused(item.submodel)
+            return outputs
+        outputs = yield item
+        assert outputs is not None, "a driver answers a call with its outputs"
+        kept.put(key, outputs, sum(array.nbytes for array in outputs.values()))
+        return outputs
+
+    return _wrapped(pipeline, step)
+
+
+def _wrapped(pipeline: Pipeline, step: Callable[[Call | Event], _Step]) -> Pipeline:
+    """Wrap a pipeline: `step` yields what takes the place of each of its calls and events, and returns the outputs of a
+    call.
+    """
     outputs: Outputs | None = None
     with closing(pipeline), suppress(StopIteration):
         while True:
-            item = pipeline.send(outputs)
-            if not isinstance(item, Call) or item.submodel not in submodels:
-                outputs = yield item
-                continue
-            key = _content(item)
-            outputs = kept.get(key)
-            if outputs is None:
-                outputs = yield item
-                assert outputs is not None, "a driver answers a call with its outputs"
-                kept.put(key, outputs, sum(array.nbytes for array in outputs.values()))
-            else:
-                yield Reused(item.submodel)
+            outputs = yield from step(pipeline.send(outputs))
 
 
 def _content(call: Call) -> bytes:
@@ -256,24 +268,24 @@ def _content(call: Call) -> bytes:
 
 def through(pipeline: Pipeline, replaced: Callable[[Event], Iterable[Event]]) -> Pipeline:
     """Wrap a pipeline: `replaced` returns the events in the place of each."""
-    outputs: Outputs | None = None
-    with closing(pipeline), suppress(StopIteration):
-        while True:
-            item = pipeline.send(outputs)
-            outputs = None
-            if isinstance(item, Call):
-                outputs = yield item
-            else:
-                yield from replaced(item)
+
+    def step(item: Call | Event) -> _Step:
+        if isinstance(item, Call):
+            return (yield item)
+        yield from replaced(item)
+        return None
+
+    return _wrapped(pipeline, step)
 
 
 def tap(pipeline: Pipeline, seen: Callable[[Call, Outputs], Outputs]) -> Pipeline:
     """Wrap a pipeline: `seen` is called with every call and its outputs, and returns the outputs for the pipeline."""
-    outputs: Outputs | None = None
-    with closing(pipeline), suppress(StopIteration):
-        while True:
-            item = pipeline.send(outputs)
-            outputs = yield item
-            if isinstance(item, Call):
-                assert outputs is not None, "a driver answers a call with its outputs"
-                outputs = seen(item, outputs)
+
+    def step(item: Call | Event) -> _Step:
+        outputs = yield item
+        if not isinstance(item, Call):
+            return None
+        assert outputs is not None, "a driver answers a call with its outputs"
+        return seen(item, outputs)
+
+    return _wrapped(pipeline, step)

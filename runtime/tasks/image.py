@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,6 +79,11 @@ class ImageAbilities(Frozen):
     controls: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> ImageAbilities | None:
+        """Those that a model says (`ModelPipeline.abilities`), None if it says none."""
+        return cls.model_validate(found) if found else None
 
 
 @dataclass(frozen=True, eq=False)

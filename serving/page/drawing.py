@@ -27,9 +27,7 @@ Values = Mapping[str, Any]
 
 def abilities(model: model_pb2.Model | None) -> ImageAbilities | None:
     """What a model can, None if that is not known."""
-    if model is None or not model.abilities.fields:
-        return None
-    return ImageAbilities.model_validate(json_format.MessageToDict(model.abilities))
+    return None if model is None else ImageAbilities.of(json_format.MessageToDict(model.abilities))
 
 
 def request_of(values: Values) -> ImageRequest:

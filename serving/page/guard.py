@@ -15,10 +15,9 @@ from urllib.parse import unquote
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
-from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput, NotFound
 from runtime.vision.images import PictureFile
-from serving.dialects.http.pages import App, Event, Receive, Send
+from serving.dialects.http.pages import App, Event, Receive, Send, bounded
 from serving.page.pictures import read
 
 API: Final = "gradio_api"
@@ -101,20 +100,6 @@ def files(filled: Any, depth: int = 0) -> Iterator[dict[str, Any]]:
     elif isinstance(filled, list):
         for value in filled:
             yield from files(value, depth + 1)
-
-
-def bounded(receive: Receive) -> Receive:
-    """`receive` that raises InvalidInput for a body that is too large."""
-    arrived = 0
-
-    async def counted() -> Event:
-        nonlocal arrived
-        event = await receive()
-        arrived += len(event.get("body", b""))
-        limits.MESSAGE.count("body", arrived)
-        return event
-
-    return counted
 
 
 async def whole(receive: Receive) -> bytes:

@@ -9,8 +9,9 @@ from typing import Any
 from enginecast.testing import server
 from enginecast.testing.server import FakeAnswers, FakeModel, bundle
 from serving.enginecast_pb import image_pb2
+from serving.host.observing import Observer, Record
 
-__all__ = ["FakeAnswers", "FakeModel", "FakeServer", "bundle", "request", "until"]
+__all__ = ["Ended", "FakeAnswers", "FakeModel", "FakeServer", "bundle", "note_requests", "request", "until"]
 
 
 class FakeServer(server.FakeServer):
@@ -40,3 +41,26 @@ def until(condition: Callable[[], bool], seconds: float = 10) -> None:
 
 def request(**fields: Any) -> image_pb2.GenerateRequest:
     return image_pb2.GenerateRequest(**{"model": "draw", "prompt": "a circle", **fields})
+
+
+def note_requests(model: Any, requests: list[Any]) -> None:
+    """Put the requests that a model gets from now on into a list."""
+    pipeline = model.pipeline
+
+    def noting(request: Any) -> Any:
+        requests.append(request)
+        return pipeline(request)
+
+    model.pipeline = noting
+
+
+class Ended(Observer):
+    """Keeps the record of every call that ended, of those whose method begins with `method`."""
+
+    def __init__(self, method: str = "") -> None:
+        self.records: list[Record] = []
+        self._method = method
+
+    def ended(self, record: Record) -> None:
+        if record.method.startswith(self._method):
+            self.records.append(record)

@@ -39,4 +39,4 @@ def _named(host: ModelHost, task: str, name: str, field: str) -> Status:
 
 def abilities(status: Status) -> ImageAbilities | None:
     """What a model draws, None where that is not known before it is loaded."""
-    return ImageAbilities.model_validate(status.abilities) if status.abilities else None
+    return ImageAbilities.of(status.abilities)

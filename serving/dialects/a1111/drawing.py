@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -62,17 +61,6 @@ class Work:
     requests: tuple[ImageRequest, ...]
     ground: Ground | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
-
-
-@contextmanager
-def in_its_words() -> Iterator[None]:
-    """Errors of fields have the client's names of them."""
-    try:
-        yield
-    except InvalidInput as error:
-        if error.field not in FIELDS:
-            raise
-        raise InvalidInput(FIELDS[error.field], error.reason) from error
 
 
 def work(message: Drawing, options: Options, able: ImageAbilities | None, scripts: Scripts) -> Work:

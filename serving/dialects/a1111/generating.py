@@ -21,11 +21,12 @@ from runtime.vision.images import encode_image
 from serving.dialects.a1111.canvas import USUAL_BLUR
 from serving.dialects.a1111.choosing import abilities, checkpoint
 from serving.dialects.a1111.clients import Client, Sender, Settings, merged
-from serving.dialects.a1111.drawing import Work, in_its_words, work
+from serving.dialects.a1111.drawing import FIELDS, Work, work
 from serving.dialects.a1111.fields import Drawing, ImageToImage, Options, TextToImage
 from serving.dialects.a1111.jobs import Job, Jobs
 from serving.dialects.a1111.scripts import cell_of
 from serving.dialects.http.running import run
+from serving.dialects.http.words import in_words
 from serving.host.models import ModelHost
 
 PROGRAM: Final = f"enginecast {version('enginecast')}"
@@ -59,7 +60,7 @@ class Studio:
         options = merged(self.settings.of(client), message.override_settings)
         status = checkpoint(self.host, options)
         able = abilities(status)
-        with in_its_words():
+        with in_words(FIELDS, parts=False):
             made = await asyncio.to_thread(work, message, options, able, self.host.scripts)
             with self.jobs.job(client, message.force_task_id, len(made.requests), name) as job:
                 painting = _Painting(self.host, status.name, made, job, options, message, able)

@@ -18,7 +18,7 @@ from runtime.errors import InvalidInput, NotFound, quoted
 from serving.dialects.a1111.clients import Client, Sender, sender
 from serving.dialects.a1111.fields import Command, TaskId, TaskProgress
 from serving.dialects.a1111.jobs import Job, Jobs
-from serving.dialects.http.pictures import png_text
+from serving.dialects.http.pictures import file_text
 from serving.dialects.http.sockets import Messages, admitted
 
 URL: Final = "data:image/png;base64,"
@@ -43,7 +43,7 @@ async def report(job: Job | None, own: bool = True, picture: bool = True) -> dic
         "sampling_step": job.step,
         "sampling_steps": job.steps,
     }
-    shown = await png_text(job.preview) if own and picture and job.preview is not None else None
+    shown = await file_text(job.preview) if own and picture and job.preview is not None else None
     return {
         "progress": job.progress,
         "eta_relative": job.eta,
@@ -77,7 +77,7 @@ async def news(job: Job | None, seen: int, picture: bool = True) -> dict[str, An
         "paused": False,
         "progress": job.progress,
         "eta": job.eta or None,
-        "live_preview": None if preview is None else URL + await png_text(preview),
+        "live_preview": None if preview is None else URL + await file_text(preview),
         "id_live_preview": seen if preview is None else number,
         "textinfo": None,
     }

@@ -92,9 +92,9 @@ class Pages:
         elif kind.startswith(GRPC) and not kind.startswith(GRPC_WEB):
             await _refuse(scope, send, 415, "this port is for HTTP: that of gRPC is another one (--address)")
         elif scope["method"] == "OPTIONS":
-            await _answer(_with(send, _preflight(origin)), 204)
+            await _answer(with_headers(send, _preflight(origin)), 204)
         else:
-            await self._run(scope, receive, _with(send, _allowed(origin)))
+            await self._run(scope, receive, with_headers(send, _allowed(origin)))
 
     def _refused(self, headers: Mapping[str, str], origin: str) -> str:
         """Why a request is refused, empty if it is not."""
@@ -162,7 +162,22 @@ def _read(send: Send) -> Send:
     return timed
 
 
-def _with(send: Send, headers: Mapping[str, str]) -> Send:
+def bounded(receive: Receive) -> Receive:
+    """`receive` that raises InvalidInput for a body that is too large."""
+    arrived = 0
+
+    async def counted() -> Event:
+        nonlocal arrived
+        event = await receive()
+        arrived += len(event.get("body", b""))
+        if arrived > limits.MESSAGE.most:
+            raise InvalidInput("body", f"has more than {limits.MESSAGE.most:,} bytes: send less, or smaller pictures")
+        return event
+
+    return counted
+
+
+def with_headers(send: Send, headers: Mapping[str, str]) -> Send:
     """`send` that adds headers to the response."""
     added = [(name.encode(), value.encode()) for name, value in headers.items()]
 

@@ -32,11 +32,6 @@ async def files_of(texts: Sequence[str], field: str) -> tuple[PictureFile, ...]:
     return await asyncio.to_thread(lambda: tuple(file_of(text, f"{field}[{i}]") for i, text in enumerate(texts)))
 
 
-async def png_text(picture: Picture) -> str:
-    """A uint8 RGB picture [height, width, 3] as a PNG file in base64."""
-    return await file_text(picture)
-
-
 async def file_text(picture: Picture, kind: Encoding = "png", quality: int = 95) -> str:
     """A uint8 RGB picture [height, width, 3] as a file in base64; `quality` 0 to 100 is for JPEG and WebP."""
     return await asyncio.to_thread(lambda: base64.b64encode(encode_image(picture, kind, quality)).decode())

@@ -6,27 +6,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, Final
+from typing import Any
 
 from fastapi.params import Form
 from fastapi.routing import APIRoute
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from runtime import limits
 from runtime.errors import EnginecastError, InvalidInput
-from serving.dialects.grpc.intake import AUTHORIZATION
-from serving.dialects.grpc.recording import TRACE_KEY, take_over
 from serving.dialects.grpc.status import ID_KEY
 from serving.dialects.http import errors
-from serving.dialects.http.dialect import dialect_of
-from serving.dialects.http.pages import Event, Receive, Send, Unread
+from serving.dialects.http.calls import CANCELLED, admitted, record_of
+from serving.dialects.http.pages import Event, Receive, Send, Unread, bounded, with_headers
 from serving.dialects.http.values import check_values
 from serving.host.observing import Record, recorded
 
-CANCELLED: Final = "CANCELLED"
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -45,19 +40,17 @@ class Route(APIRoute):
         return checked
 
     async def handle(self, scope: Any, receive: Receive, send: Send) -> None:
-        state, headers = scope["app"].state, Headers(scope=scope)
-        dialect, peer = dialect_of(self.path), "{}:{}".format(*scope["client"]) if scope.get("client") else ""
-        method = f"{dialect.name if dialect else 'http'}/{scope['method']} {self.path_format}"
-        record = Record(method=method, client=peer, peer=peer, traceparent=headers.get(TRACE_KEY, ""))
+        state = scope["app"].state
+        record = record_of(scope, scope["method"], self.path_format)
+        send = _named(send, record)
         with recorded(record, state.observer):
             try:
-                take_over(record, headers.get(ID_KEY, ""))
-                with state.gate.admitted(record, headers.get(AUTHORIZATION)):
-                    await self._run(scope, _bounded(receive), _named(send, record), record)
+                with admitted(record, state.gate, scope):
+                    await self._run(scope, bounded(receive), send, record)
             except EnginecastError as error:
-                await errors.response(self.path, error)(scope, receive, _named(send, record))
+                await errors.response(self.path, error)(scope, receive, send)
             except HTTPException as error:  # another verb
-                await (await errors.refused(Request(scope), error))(scope, receive, _named(send, record))
+                await (await errors.refused(Request(scope), error))(scope, receive, send)
 
     async def _run(self, scope: Any, receive: Receive, send: Send, record: Record) -> None:
         """Run the endpoint until it ends or the client leaves."""
@@ -125,29 +118,10 @@ def _check_end(data: bytes, field: str) -> None:
         raise InvalidInput(field, "is a form that breaks off: send it again, with its last boundary")
 
 
-def _bounded(receive: Receive) -> Receive:
-    """`receive` that raises InvalidInput for a body that is too large."""
-    arrived = 0
-
-    async def counted() -> Event:
-        nonlocal arrived
-        event = await receive()
-        arrived += len(event.get("body", b""))
-        if arrived > limits.MESSAGE.most:
-            raise InvalidInput(
-                errors.BODY, f"has more than {limits.MESSAGE.most:,} bytes: send less, or smaller pictures"
-            )
-        return event
-
-    return counted
-
-
 def _named(send: Send, record: Record) -> Send:
     """`send` that adds the id of the request to the response."""
 
     async def adding(event: Event) -> None:
-        if event["type"] == "http.response.start":
-            event = {**event, "headers": [*event.get("headers", ()), (ID_KEY.encode(), record.id.encode())]}
-        await send(event)
+        await with_headers(send, {ID_KEY: record.id})(event)  # the client may give it an id meanwhile
 
     return adding

@@ -13,17 +13,14 @@ from typing import Any, Final
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from runtime.errors import EnginecastError, InvalidInput
-from serving.dialects.grpc.intake import AUTHORIZATION
-from serving.dialects.grpc.recording import TRACE_KEY, take_over
-from serving.dialects.grpc.status import ID_KEY, UNEXPECTED
-from serving.dialects.http.dialect import dialect_of
+from serving.dialects.grpc.status import UNEXPECTED
+from serving.dialects.http import calls
 from serving.dialects.http.errors import message_of, note
 from serving.dialects.http.pages import POLICY, REASON, Unread
-from serving.host.observing import Record, recorded
+from serving.host.observing import recorded
 
 log = logging.getLogger(__name__)
 
-CANCELLED: Final = "CANCELLED"
 FAILED: Final = 1011
 INVALID: Final = 1003
 """Why a WebSocket is closed: the server failed, or what arrived cannot be accepted (RFC 6455, section 7.4.1)."""
@@ -59,20 +56,16 @@ async def admitted(socket: WebSocket) -> AsyncIterator[Messages]:
 
     Without a token that allows it, it is not opened. Errors in the block close it; their words are the reason.
     """
-    path, state = socket.scope["route"].path, socket.app.state
-    dialect = dialect_of(path)
-    peer = "{}:{}".format(*socket.scope["client"]) if socket.scope.get("client") else ""
-    record = Record(method=f"{dialect.name if dialect else 'http'}/WS {path}", client=peer, peer=peer)
-    record.traceparent = socket.headers.get(TRACE_KEY, "")
+    state = socket.app.state
+    record = calls.record_of(socket.scope, "WS", socket.scope["route"].path)
     with recorded(record, state.observer):
         try:
-            take_over(record, socket.headers.get(ID_KEY, ""))
-            with state.gate.admitted(record, socket.headers.get(AUTHORIZATION)):
+            with calls.admitted(record, state.gate, socket.scope):
                 await socket.accept()
                 yield Messages(socket)
                 await _close(socket, 1000, "")
         except (Left, Unread, WebSocketDisconnect):
-            record.code = CANCELLED
+            record.code = calls.CANCELLED
         except EnginecastError as error:
             note(error)
             code = INVALID if isinstance(error, InvalidInput) else POLICY

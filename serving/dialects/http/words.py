@@ -11,14 +11,15 @@ from runtime.pipeline import Event
 
 
 @contextmanager
-def in_words(names: Mapping[str, str]) -> Iterator[None]:
-    """Errors of the block name the clients' fields: `names` has them by ours, also of parts such as "parts" in
-    "messages[0].parts[1]".
+def in_words(names: Mapping[str, str], parts: bool = True) -> Iterator[None]:
+    """Errors of the block name the clients' fields: `names` has them by ours; with `parts`, also of parts of a field,
+    such as "parts" in "messages[0].parts[1]".
     """
     try:
         yield
     except InvalidInput as error:
-        field = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), error.field)
+        pattern = r"\w+" if parts else ".+"
+        field = re.sub(pattern, lambda found: names.get(found[0], found[0]), error.field)
         raise type(error)(field, error.reason) from error
 
 

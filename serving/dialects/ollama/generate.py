@@ -12,7 +12,7 @@ from runtime.errors import InvalidInput
 from runtime.language.text import Message as Turn
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageReady, ImageRequest
-from serving.dialects.http.pictures import files_of, png_text
+from serving.dialects.http.pictures import file_text, files_of
 from serving.dialects.http.running import run
 from serving.dialects.http.words import in_words
 from serving.dialects.ollama import names
@@ -64,7 +64,7 @@ async def draw(host: ModelHost, body: Generate, reply: Reply) -> Response:
                 case Progress(step, total):
                     yield reply.piece("", completed=step, total=total)
                 case ImageReady(picture):
-                    image = await png_text(np.asarray(picture, np.uint8))
+                    image = await file_text(np.asarray(picture, np.uint8))
                 case Done():
                     yield reply.last(event, image=image)
 

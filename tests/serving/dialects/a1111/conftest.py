@@ -13,7 +13,7 @@ from webuiapi import WebUIApi
 
 from runtime.vision.images import Picture, encode_image
 from serving.dialects.http.server import HttpServer
-from tests.fakes.serving import FakeModel, FakeServer, until
+from tests.fakes.serving import FakeModel, FakeServer, note_requests, until
 from tests.fakes.web import send, serve
 
 DRAW = ["/sdapi/v1/txt2img", "/sdapi/v1/img2img"]
@@ -62,7 +62,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
         server = serve(fake)
         found = Studio(fake, server, None)
         for model in fake.models.values():
-            _record(model, found.requests)
+            note_requests(model, found.requests)
         yield found
         fake.do(server.stop())
 
@@ -77,13 +77,3 @@ def studio(served: Studio) -> Iterator[Studio]:
     until(lambda: served.fake.busy() == 0)
     served.fake.draw.failure, served.fake.draw.picture = None, FakeModel.picture
     served.fake.draw.engine.calls.clear()
-
-
-def _record(model: Any, requests: list[Any]) -> None:
-    pipeline = model.pipeline
-
-    def recording(request: Any) -> Any:
-        requests.append(request)
-        return pipeline(request)
-
-    model.pipeline = recording

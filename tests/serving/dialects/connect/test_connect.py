@@ -34,14 +34,14 @@ from serving.dialects.http.application import application
 from serving.dialects.http.pages import check_origin
 from serving.dialects.http.server import HttpServer
 from serving.enginecast_pb import image_pb2, model_pb2
-from serving.host.observing import Observer, Record
+from serving.host.observing import Record
 from serving.security import tokens
 from serving.security.gate import Gate
 from serving.security.protection import OPEN, Security
 from serving.security.scopes import Scope
 from serving.settings import Settings
 from tests.fakes.certificates import Authority
-from tests.fakes.serving import FakeModel, FakeServer, request, until
+from tests.fakes.serving import Ended, FakeModel, FakeServer, request, until
 
 EXAMPLE = Path(__file__).parents[4] / "examples" / "web" / "connect.mjs"
 PAGE = "https://studio.example"
@@ -63,16 +63,6 @@ def serve(fake: FakeServer, address: str = "127.0.0.1:0", security: Security = O
         return server
 
     return fake.do(start())
-
-
-class Ended(Observer):
-    """Keeps the record of every call that ended."""
-
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def ended(self, record: Record) -> None:
-        self.records.append(record)
 
 
 ENDED = Ended()

@@ -11,7 +11,7 @@ import pytest
 from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.vision.images import encode_image
-from serving.dialects.http.pictures import file_of, files_of, png_text
+from serving.dialects.http.pictures import file_of, file_text, files_of
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 TEXT = base64.b64encode(encode_image(PICTURE)).decode()
@@ -57,4 +57,4 @@ def test_several() -> None:
 
 
 def test_there_and_back() -> None:
-    assert np.array_equal(file_of(asyncio.run(png_text(PICTURE)), "image").decode(), PICTURE)
+    assert np.array_equal(file_of(asyncio.run(file_text(PICTURE)), "image").decode(), PICTURE)

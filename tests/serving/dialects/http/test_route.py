@@ -22,13 +22,12 @@ from serving.dialects.http.dialect import Dialect, dialect_of, dialects
 from serving.dialects.http.errors import message_of
 from serving.dialects.http.route import Route
 from serving.host.models import ModelHost
-from serving.host.observing import Observer, Record
 from serving.security import tokens
 from serving.security.gate import Gate
 from serving.security.protection import Security
 from serving.security.scopes import Scope
 from serving.settings import Settings
-from tests.fakes.serving import FakeServer, until
+from tests.fakes.serving import Ended, FakeServer, until
 from tests.fakes.web import send, serve
 
 
@@ -36,15 +35,6 @@ class Thing(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: str
     count: int = 1
-
-
-class Ended(Observer):
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def ended(self, record: Record) -> None:
-        if record.method.startswith("toy/"):
-            self.records.append(record)
 
 
 STATE: dict[str, Any] = {}
@@ -93,7 +83,7 @@ TOY = Dialect("toy", ("/toy/",), router, lambda error, status: {"why": message_o
 @pytest.fixture
 def ended() -> Ended:
     STATE.clear()
-    return Ended()
+    return Ended("toy/")
 
 
 @pytest.fixture

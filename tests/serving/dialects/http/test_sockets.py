@@ -19,19 +19,9 @@ from serving.dialects.http import dialect as declared
 from serving.dialects.http.dialect import Dialect, dialects
 from serving.dialects.http.sockets import admitted
 from serving.host.models import ModelHost
-from serving.host.observing import Observer, Record
 from serving.settings import Settings
-from tests.fakes.serving import FakeServer, until
+from tests.fakes.serving import Ended, FakeServer, until
 from tests.fakes.web import serve
-
-
-class Ended(Observer):
-    def __init__(self) -> None:
-        self.records: list[Record] = []
-
-    def ended(self, record: Record) -> None:
-        if record.method.startswith("toy/"):
-            self.records.append(record)
 
 
 def router(host: ModelHost, settings: Settings) -> APIRouter:
@@ -62,7 +52,7 @@ TOY = Dialect("toy", ("/toy/",), router, lambda error, status: {})
 def ended(monkeypatch: pytest.MonkeyPatch) -> Ended:
     for module in (made, declared):
         monkeypatch.setattr(module, "dialects", lambda: (*dialects(), TOY))
-    return Ended()
+    return Ended("toy/")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from ollama import Client
 
 from serving.dialects.http.server import HttpServer
-from tests.fakes.serving import FakeServer
+from tests.fakes.serving import FakeServer, note_requests
 from tests.fakes.web import send, serve
 
 STREAMING: Final = ("/api/chat", "/api/generate")
@@ -64,19 +64,8 @@ def serving(folder: Path) -> Iterator[Served]:
     with FakeServer(folder) as fake:
         requests: list[Any] = []
         for model in fake.models.values():
-            record(model, requests)
+            note_requests(model, requests)
         server = serve(fake)
         with Client(f"http://127.0.0.1:{server.port}") as client:
             yield Served(fake, server, client, requests)
         fake.do(server.stop())
-
-
-def record(model: Any, requests: list[Any]) -> None:
-    """Note the requests that a model gets."""
-    pipeline = model.pipeline
-
-    def noting(request: Any) -> Any:
-        requests.append(request)
-        return pipeline(request)
-
-    model.pipeline = noting

@@ -17,8 +17,8 @@ from runtime.vision.images import encode_image
 from serving.host.offers import Limits, Offer
 from serving.host.served import Served as Model
 from tests.fakes.proofs import proves
-from tests.fakes.serving import FakeModel, bundle
-from tests.serving.dialects.ollama.conftest import Served, record
+from tests.fakes.serving import FakeModel, bundle, note_requests
+from tests.serving.dialects.ollama.conftest import Served
 
 PICTURE = encode_image(np.full((4, 6, 3), 200, np.uint8))
 
@@ -44,7 +44,7 @@ def vectors(lasting: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     """The model "match"."""
     offered = bundle(tmp_path_factory.mktemp("bundles"), "match", EmbedRequest.task)
     model = lasting.fake.models["match"] = FakeVectors()
-    record(model, lasting.requests)
+    note_requests(model, lasting.requests)
 
     async def add() -> None:
         host = lasting.fake.host

@@ -16,7 +16,7 @@ from runtime.language.grammar import Grammar
 from runtime.vision.images import decode_image, encode_image
 from serving.host import building
 from tests.fakes.npm import installed
-from tests.serving.dialects.ollama.conftest import record
+from tests.fakes.serving import note_requests
 from tests.serving.dialects.ollama.test_storing import BUILD, filled, storing
 
 PACKAGE = b'{"private": true, "dependencies": {"ollama": "0.6.4"}}'
@@ -32,7 +32,7 @@ def test_the_package_works_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyP
     filled(tmp_path / "library", "shapes/1", a=b"x")
     with storing(tmp_path, library=tmp_path / "library", checkpoints=tmp_path / "checkpoints") as served:
         for model in served.fake.models.values():
-            record(model, served.requests)
+            note_requests(model, served.requests)
         text = (Path(__file__).parent / "client.mjs").read_text()
         command = ["node", "--input-type=module", "-", f"http://127.0.0.1:{served.server.port}"]
         command.append(base64.b64encode(PICTURE).decode())
