@@ -136,7 +136,9 @@ def test_control_networks_of_the_client_library(studio: Studio) -> None:
     from PIL import Image
 
     unit = ControlNetUnit(image=Image.fromarray(SHADES), model="edges", weight=0.7)
-    studio.api.txt2img(prompt="a", steps=1, width=48, height=32, controlnet_units=[unit])
+    # The library writes the units into its own default of `alwayson_scripts`, and would send them with every later
+    # call of the process: it gets one of ours.
+    studio.api.txt2img(prompt="a", steps=1, width=48, height=32, controlnet_units=[unit], alwayson_scripts={})
     (control,) = studio.requests[-1].controls
     assert (control.name, control.scale) == ("edges", 0.7) and np.array_equal(decoded(control.image), SHADES)
 
