@@ -26,7 +26,8 @@ from profiles.rows import Row
 from profiles.worker import Job
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, InvalidInput, NotFound, did_you_mean
-from runtime.placing.devices import processor
+from runtime.placing.fingerprint import here
+from runtime.placing.processor import processor
 from runtime.timing import Spread, turns
 
 PATIENCE: Final = 10.0
@@ -145,6 +146,7 @@ def bench(bundle: Bundle, workers: Iterable[Worker], plan: BenchPlan, say: Say =
     """Measure all workers in turns; a row for each metric of each. Raises EngineError, or InvalidInput for a metric
     none of them has.
     """
+    say(str(here()))
     with ExitStack() as stack:
         entered = [stack.enter_context(worker) for worker in workers]  # one after another: loading is timed too
         metrics = _wanted(plan.metrics, entered)
@@ -222,6 +224,7 @@ def labelled(
         versions=hello["versions"],
         date=datetime.now(UTC),
         notes=hello.get("notes", ""),
+        fingerprint=here(),
     )
 
 

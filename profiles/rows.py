@@ -17,6 +17,7 @@ from pydantic import AwareDatetime, Field, ValidationError
 from runtime.bundle.manifest import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
 from runtime.files import read_regular
+from runtime.placing.fingerprint import Fingerprint
 from runtime.timing import Spread
 
 
@@ -45,6 +46,8 @@ class Row(Frozen):
     versions: Mapping[str, str]
     date: AwareDatetime
     notes: str = ""
+    fingerprint: Fingerprint | None = None
+    """The machine; None in rows that were stored before it was."""
 
 
 LARGEST: Final = 1 << 28

@@ -17,7 +17,8 @@ from calibration.ground import machine
 from calibration.requests.exams import Ability, Exam
 from profiles.exam import ExamSettings, Subject
 from profiles.rows import Row
-from runtime.placing.devices import processor
+from runtime.placing.fingerprint import here
+from runtime.placing.processor import processor
 from runtime.timing import Spread
 
 T = TypeVar("T")
@@ -81,6 +82,7 @@ def rows(subject: Subject, setting: ExamSettings, scores: Scores, threads: int, 
             if subject.target == "torch"
             else machine.versions(),
             date=datetime.now(UTC),
+            fingerprint=here(),
         )
         for metric, percent in {
             "right": scores.right,

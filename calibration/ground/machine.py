@@ -13,7 +13,7 @@ from typing import Final
 
 import numpy as np
 
-from runtime.placing.devices import processor
+from runtime.placing.processor import processor
 
 PACKAGES: Final = ("numpy", "onnxruntime", "openvino", "tokenizers")
 

@@ -20,9 +20,9 @@ from export.report.measured import Measured
 from export.task import SpeedEffort, comparisons
 from runtime.bundle.signature import Array
 from runtime.pipeline import Call, Outputs, answer, run_call
-from runtime.placing.devices import processor
 from runtime.placing.heap import keep_freed_memory
 from runtime.placing.loading import LoadedModel
+from runtime.placing.processor import processor
 from runtime.timing import Spread, seconds, turns
 
 REST: Final = 0.02

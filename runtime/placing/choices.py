@@ -33,7 +33,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.errors import EnginecastError, InvalidInput, did_you_mean
 from runtime.files import cache_folder, key_of, written
 from runtime.placing.containers import allowance
-from runtime.placing.devices import processor, processor_features
+from runtime.placing.processor import processor, processor_features
 from runtime.timing import seconds, turns
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,36 +19,20 @@ from typing import Any, Final, Literal
 from runtime.errors import MissingDependency
 from runtime.optional import require
 from runtime.placing.containers import Allowance, allowance
+from runtime.placing.processor import processor, processor_features
 from runtime.targets.nvidia import cuda
 
 DeviceKind = Literal["cpu", "cuda", "intel-gpu", "intel-npu", "directx", "apple"]
 HOST: Final = "cpu"
 EXTRA: Final = "devices"
-FEATURES: Final = {
-    **{name: name.upper() for name in ("avx2", "avx512f", "neon", "sve", "bf16", "i8mm")},
-    **{"avx_vnni": "AVX-VNNI", "avx512_vnni": "AVX512-VNNI", "avx512vnni": "AVX512-VNNI", "avx512_bf16": "AVX512-BF16"},
-    **{"amx_tile": "AMX", "amx_int8": "AMX-INT8", "amx_bf16": "AMX-BF16"},
-    **{
-        "asimd": "NEON",
-        "asimddp": "DOTPROD",
-        "advsimd": "NEON",
-        "feat_dotprod": "DOTPROD",
-        "feat_bf16": "BF16",
-        "feat_i8mm": "I8MM",
-    },
-}
-"""Instruction sets that decide which kernels a quantized layer gets. Keys are flags of /proc/cpuinfo and, in lower
-case, names under hw.optional on macOS; values are the vendors' spellings.
-"""
-WINDOWS_FEATURES: Final = {19: "NEON", 40: "AVX2", 41: "AVX512F", 43: "DOTPROD"}
-"""Arguments of Windows' IsProcessorFeaturePresent (PF_ARM_NEON_INSTRUCTIONS_AVAILABLE and others)."""
 
 
 @dataclass(frozen=True)
 class Device:
     """One device. `name` is its name for --device. `memory` and `free` are in bytes, None where they are unknown.
 
-    `shares` names the device whose memory it uses ("cpu" for an integrated GPU), "" if it has its own memory.
+    `shares` names the device whose memory it uses ("cpu" for an integrated GPU), "" if it has its own memory. `driver`
+    is the version of its driver, "" where it is not known.
     """
 
     name: str
@@ -58,6 +42,7 @@ class Device:
     free: int | None = None
     features: tuple[str, ...] = ()
     shares: str = ""
+    driver: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,75 +111,6 @@ def _host(allowed: Allowance) -> Device:
     return Device(HOST, "cpu", processor(), min(limits, default=None), min(left, default=None), processor_features())
 
 
-def processor() -> str:
-    """The system's name of the processor, as in benchmark rows.
-
-    On x86 Linux, family and model are appended: virtual machines call processors of several generations "AMD EPYC".
-    """
-    fields = dict(re.findall(r"^(model name|Model|cpu family|model)[ \t]*:[ \t]*(.*\S)", _cpuinfo(), re.MULTILINE))
-    if name := fields.get("model name") or fields.get("Model"):
-        return (
-            f"{name} (family {fields['cpu family']}, model {fields['model']})"
-            if {"cpu family", "model"} <= fields.keys()
-            else name
-        )
-    brand = _sysctl("machdep.cpu.brand_string").rstrip(b"\0").decode(errors="replace")
-    return brand or platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    """Physical cores that this process may use; 0 if unknown. With simultaneous multithreading there are fewer cores
-    than processors.
-    """
-    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    found = set()
-    for block in _cpuinfo().split("\n\n"):
-        fields = dict(re.findall(r"^(processor|physical id|core id)[ \t]*:[ \t]*(\d+)", block, re.MULTILINE))
-        if len(fields) == 3 and (usable is None or int(fields["processor"]) in usable):
-            found.add((fields["physical id"], fields["core id"]))
-    return len(found)
-
-
-def processor_features() -> tuple[str, ...]:
-    """The processor's instruction sets listed in `FEATURES`, such as AVX512-VNNI."""
-    listed = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
-    flags: Iterable[str] = listed[1].split() if listed else ()
-    if platform.system() == "Darwin":
-        names = ("AdvSIMD", "arm.FEAT_DotProd", "arm.FEAT_BF16", "arm.FEAT_I8MM", "avx2_0", "avx512f")
-        flags = [
-            name.removeprefix("arm.").removesuffix("_0").lower()
-            for name in names
-            if any(_sysctl(f"hw.optional.{name}"))
-        ]
-    if platform.system() == "Windows":
-        return _windows_features()
-    return tuple(dict.fromkeys(FEATURES[flag] for flag in FEATURES if flag in set(flags)))
-
-
-def _windows_features() -> tuple[str, ...]:
-    import ctypes
-
-    present: Any = getattr(ctypes, "windll").kernel32.IsProcessorFeaturePresent  # noqa: B009 (other systems' stubs lack it)
-    return tuple(name for number, name in WINDOWS_FEATURES.items() if present(number))
-
-
-def _cpuinfo() -> str:
-    file = Path("/proc/cpuinfo")
-    return file.read_text(errors="replace") if file.is_file() else ""
-
-
-def _sysctl(name: str) -> bytes:
-    """A value of macOS' sysctl(3): a number, or a string that ends with a zero byte. Empty on other systems."""
-    if platform.system() != "Darwin":
-        return b""
-    import ctypes
-
-    libc, size = ctypes.CDLL(None), ctypes.c_size_t(256)
-    buffer = ctypes.create_string_buffer(size.value)
-    failed = libc.sysctlbyname(name.encode(), buffer, ctypes.byref(size), None, 0)
-    return b"" if failed else buffer.raw[: size.value]
-
-
 def _host_memory() -> tuple[int | None, int | None]:
     """Total and available memory of the machine in bytes."""
     file = Path("/proc/meminfo")
@@ -224,7 +140,8 @@ def _nvidia(note: Callable[[str], None]) -> Iterator[Device]:
                 else f"nvidia: there is a driver, but {error}; {reason}"
             )
         for gpu in found:
-            yield Device(f"cuda:{gpu.index}", "cuda", gpu.name, gpu.memory, None, (f"SM{gpu.capability}",))
+            features = (f"SM{gpu.capability}",)
+            yield Device(f"cuda:{gpu.index}", "cuda", gpu.name, gpu.memory, None, features, driver=_kernel_module())
         return
     try:
         nvml.nvmlInit()
@@ -270,9 +187,15 @@ def _nvml_device(nvml: Any, number: int, handle: Any) -> Device:
         features: tuple[str, ...] = (f"SM{major}{minor}",)
     except nvml.NVMLError:  # a MIG slice reports none
         features = ()
-    return Device(
-        f"cuda:{number}", "cuda", _text(nvml.nvmlDeviceGetName(handle)), int(memory.total), int(memory.free), features
-    )
+    name, driver = _text(nvml.nvmlDeviceGetName(handle)), _text(nvml.nvmlSystemGetDriverVersion())
+    return Device(f"cuda:{number}", "cuda", name, int(memory.total), int(memory.free), features, driver=driver)
+
+
+def _kernel_module() -> str:
+    """The version of NVIDIA's driver, as its kernel module tells it on Linux."""
+    file = Path("/proc/driver/nvidia/version")
+    found = re.search(r"\b\d+\.\d+(?:\.\d+)?\b", file.read_text(errors="replace")) if file.is_file() else None
+    return found[0] if found else ""
 
 
 def _text(value: str | bytes) -> str:

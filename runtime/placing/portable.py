@@ -30,7 +30,7 @@ from runtime.bundle.manifest import LARGEST_MANIFEST, Artifact, Bundle, Frozen, 
 from runtime.engine import Compiled, CompileOptions, Engine, targets
 from runtime.errors import EngineError, EngineUnavailable, ResourceExhausted
 from runtime.files import FULL, cache_folder, key_of, read_regular, vanishing
-from runtime.placing.devices import processor_features
+from runtime.placing.processor import processor_features
 
 ENTRY: Final = "entry.json"
 LOCK: Final = ".lock"

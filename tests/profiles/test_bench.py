@@ -19,6 +19,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.diffusion.config import DiffusionConfig
 from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFound
 from runtime.pipelines.diffusion import DiffusionPipeline
+from runtime.placing.fingerprint import here
 from runtime.placing.loading import LoadedModel, load_model
 from tests.fakes.serving import until
 from tests.profiles.conftest import SAMPLE
@@ -65,6 +66,7 @@ def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypat
     ) and b.spread.median == 5  # the first turn is left out
     assert a.bound == 5000 and a.unit == "tokens/s"
     assert (a.bundle, a.source, a.quant, a.device, a.threads) == ("fake", "fake-source", "int4", "d", 1)
+    assert a.fingerprint == here()
     assert by_name["p A", "load"].spread.median == 0.25
     assert 0.001 < by_name["p B", "memory"].spread.median < 1
     assert [row.metric for row in found] == ["first", "first", "only B", "load", "memory", "load", "memory"]

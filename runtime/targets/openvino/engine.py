@@ -35,7 +35,7 @@ from runtime.files import cache_folder, key_of
 from runtime.optional import require
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from runtime.placing.containers import allowance
-from runtime.placing.devices import cores
+from runtime.placing.processor import cores
 from runtime.targets.openvino.devices import Where
 from runtime.targets.openvino.graph import (
     BEAMS,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration.ground import machine
-from runtime.placing.devices import processor
+from runtime.placing.processor import processor
 
 
 def test_how_busy_others_are() -> None:

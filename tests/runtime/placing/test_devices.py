@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import sys
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from runtime.engine import targets
-from runtime.placing import devices
+from runtime.placing import devices, processor
 from runtime.placing.containers import Allowance
 from runtime.placing.devices import Device, Machine, detect
 
@@ -40,6 +39,7 @@ class NVML:
     def __getattr__(self, name: str) -> Any:
         answers = {
             "nvmlDeviceGetCount": lambda: 2,
+            "nvmlSystemGetDriverVersion": lambda: "580.95.05",
             "nvmlDeviceGetHandleByIndex": lambda index: index,
             "nvmlDeviceGetUUID": lambda handle: f"GPU-{'ab'[handle]}000-1",
             "nvmlDeviceGetName": lambda handle: ("NVIDIA L4", b"NVIDIA T4")[handle],
@@ -85,8 +85,8 @@ def test_the_memory_of_a_container_is_what_counts(monkeypatch: pytest.MonkeyPatc
 
 def test_nvidia(nvml: NVML) -> None:
     assert gpus(detect()) == [
-        Device("cuda:0", "cuda", "NVIDIA L4", 24 * GB, 20 * GB, ("SM89",)),
-        Device("cuda:1", "cuda", "NVIDIA T4", 16 * GB, 4 * GB, ("SM75",)),
+        Device("cuda:0", "cuda", "NVIDIA L4", 24 * GB, 20 * GB, ("SM89",), driver="580.95.05"),
+        Device("cuda:1", "cuda", "NVIDIA T4", 16 * GB, 4 * GB, ("SM75",), driver="580.95.05"),
     ]
     assert nvml.open == 0
 
@@ -110,8 +110,9 @@ def test_a_broken_driver_hides_nothing_else(nvml: NVML) -> None:
 
 def test_nvidia_without_its_library(monkeypatch: pytest.MonkeyPatch, fake_cuda: Any) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setattr(devices, "_kernel_module", lambda: "580.95.05")
     machine = detect()
-    assert gpus(machine) == [Device("cuda:0", "cuda", "Fake 4090", 1 << 32, None, ("SM89",))]
+    assert gpus(machine) == [Device("cuda:0", "cuda", "Fake 4090", 1 << 32, None, ("SM89",), driver="580.95.05")]
     assert any("pip install 'enginecast[devices]'" in note for note in machine.notes)
 
 
@@ -167,7 +168,7 @@ def test_directx(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setitem(sys.modules, "onnxruntime", SimpleNamespace(get_ep_devices=lambda: found))  # type: ignore[arg-type]
     monkeypatch.setattr(platform, "system", lambda: "Windows")
-    monkeypatch.setattr(devices, "_windows_features", lambda: ("AVX2",))
+    monkeypatch.setattr(processor, "_windows_features", lambda: ("AVX2",))
     machine = detect()
     assert machine.devices[1:] == (
         Device("directx:0", "directx", "Radeon RX 6600", 8176 << 20),
@@ -184,8 +185,8 @@ def test_apple(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     monkeypatch.setattr(platform, "system", lambda: "Darwin")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: "")
-    monkeypatch.setattr(devices, "_sysctl", lambda name: values.get(name, b"Apple M4\0" if "brand" in name else b""))
+    monkeypatch.setattr(processor, "cpuinfo", lambda: "")
+    monkeypatch.setattr(processor, "sysctl", lambda name: values.get(name, b"Apple M4\0" if "brand" in name else b""))
     machine = detect()
     assert machine.host.model == "Apple M4" and machine.host.features == ("NEON", "DOTPROD")
     assert machine.devices[-1] == Device("apple", "apple", "Apple M4: GPU and Neural Engine", shares="cpu")
@@ -197,25 +198,3 @@ def test_names_that_targets_use_are_known() -> None:
         for name in engine.available().devices:
             assert machine.find(name) is not None, f"{engine.target}: {name}"
     assert machine.memory_of("none") is machine.host
-
-
-def test_processors_of_one_name_are_distinguished(monkeypatch: pytest.MonkeyPatch) -> None:
-    info = "vendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
-    found = []
-    for numbers in ((25, 17), (26, 2)):
-        monkeypatch.setattr(devices, "_cpuinfo", partial(info.format, *numbers))
-        found.append(devices.processor())
-    assert found == ["AMD EPYC (family 25, model 17)", "AMD EPYC (family 26, model 2)"]
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: ARMv8 Processor\n")
-    assert devices.processor() == "ARMv8 Processor"
-
-
-def test_cores_are_counted_among_the_processors_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two sockets of two cores with two threads each; one thread of the last core is not this process's."""
-    blocks = [f"processor\t: {n}\nphysical id\t: {n // 4}\ncore id\t\t: {n // 2 % 2}\n" for n in range(8)]
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: "\n".join(blocks))
-    for usable, cores in ((range(8), 4), (range(7), 4), (range(6), 3), ((0, 1), 1)):
-        monkeypatch.setattr(devices.os, "sched_getaffinity", lambda process, usable=usable: set(usable), raising=False)
-        assert devices.cores() == cores
-    monkeypatch.setattr(devices, "_cpuinfo", lambda: "processor\t: 0\nmodel name\t: ARMv8 Processor\n")
-    assert devices.cores() == 0
