@@ -123,6 +123,10 @@ PREVIEW_EVERY: Final = Limit("preview_every", 1000, "steps", "the limit of steps
 GUIDANCE: Final = Limit(
     "guidance_scale", 50, "(a factor)", "larger values saturate pictures", (f"{IMAGE}.guidance_scale",), least=0
 )
+GUIDED: Final = Limit(
+    "guidance_start, guidance_end", 1, "(a share of the steps)", "1 is all of them",
+    (f"{IMAGE}.guidance_start", f"{IMAGE}.guidance_end"), least=0,
+)  # fmt: skip
 ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
 STRENGTH: Final = Limit("strength", 1, "(a share of the steps)", "1 takes all of them", (f"{IMAGE}.strength",), least=0)
 DENOISING: Final = Limit(

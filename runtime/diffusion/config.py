@@ -141,8 +141,16 @@ class DiffusionConfig(Frozen):
         return Original.of(request, self.size_of(request))
 
     def guidance_of(self, request: ImageRequest) -> Guidance:
+        """The guidance of the request. Raises InvalidInput naming `guidance_start` or `guidance_end`."""
+        width = self.guidance_embedding or 0
+        stated = [name for name in ("guidance_start", "guidance_end") if getattr(request, name) is not None]
+        if width and stated:
+            raise InvalidInput(
+                stated[0],
+                "is of guidance by a negative prompt, and this model receives the scale instead: leave it out",
+            )
         scale = self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
-        return Guidance(scale, self.guidance_embedding or 0)
+        return Guidance(scale, width, *request.guided)
 
     def sampler_of(self, request: ImageRequest) -> Sampler:
         """The sampler of the request, from the middle of its schedule on where the request begins with a picture.

@@ -181,12 +181,13 @@ class DiffusionPipeline(ModelPipeline):
         """From noise to clean latents [1, channels, height, width]."""
         steps, walk = len(job.sampler.schedule.steps), canvas.walk(job.sampler, job.noises[index])
         while walk.latents is None:
-            done, time = walk.step, np.full(job.guidance.rows, walk.time, np.float32)
-            inputs = {"sample": job.guidance.batch(walk.x), "timestep": time, **conditions}
+            done, guidance = walk.step, job.guidance.at(walk.step, steps)
+            time = np.full(guidance.rows, walk.time, np.float32)
+            inputs = {"sample": guidance.batch(walk.x), "timestep": time, **guidance.of_rows(conditions)}
             residuals = yield from job.controls(walk.calls, inputs)
             inputs["sample"] = canvas.input(inputs["sample"])
-            outputs = yield from run("unet", **inputs, **residuals, **job.guidance.conditions)
-            clean = walk.advance(job.guidance.combine(outputs["noise_pred"]))
+            outputs = yield from run("unet", **inputs, **residuals, **guidance.conditions)
+            clean = walk.advance(guidance.combine(outputs["noise_pred"]))
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0
                 preview = canvas.finished((yield from self.decoder(clean))) if shown else None

@@ -138,10 +138,12 @@ class ImageRequest(Request):
 
     `width` and `height` are in pixels. `negative_prompt` steers away, and counts only with a `guidance_scale` above 1
     (Ho and Salimans 2022, arXiv 2207.12598) of a model that does not receive the scale itself, as one distilled does.
-    `eta` 0 to 1 is the noise that ddim and tcd add. Picture i of `images` is drawn from `seed` + i; without a seed one
-    is chosen, and `ImageReady` says which. `preview_every` n > 0 adds a preview to every nth step's `Progress`, at the
-    cost of one run of the VAE decoder each. `latents` float32 [images, channels, height, width] replace the standard
-    normal starting noise.
+    It counts in the steps from the share `guidance_start` of those that are taken to `guidance_end`, 0 to 1, both
+    rounded down to whole steps (Kynkäänniemi et al. 2024, arXiv 2404.07724); in the others the model predicts for the
+    prompt alone, which takes half the work. `eta` 0 to 1 is the noise that ddim and tcd add. Picture i of `images` is
+    drawn from `seed` + i; without a seed one is chosen, and `ImageReady` says which. `preview_every` n > 0 adds a
+    preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32 [images,
+    channels, height, width] replace the standard normal starting noise.
 
     `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
@@ -183,6 +185,8 @@ class ImageRequest(Request):
     height: int | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_start: float | None = None
+    guidance_end: float | None = None
     sampler: str | None = None
     eta: float = 0.0
     seed: int | None = None
@@ -225,6 +229,8 @@ class ImageRequest(Request):
         for field, limit in (
             ("steps", limits.STEPS),
             ("guidance_scale", limits.GUIDANCE),
+            ("guidance_start", limits.GUIDED),
+            ("guidance_end", limits.GUIDED),
             ("width", limits.EDGE),
             ("height", limits.EDGE),
             ("strength", limits.STRENGTH),
@@ -249,6 +255,9 @@ class ImageRequest(Request):
         self._check_parts()
 
     def _check_parts(self) -> None:
+        start, end = self.guided
+        if start >= end:
+            raise InvalidInput("guidance_start", f"is {start:g}, expected less than guidance_end, which is {end:g}")
         for field in ("denoising_start", "denoising_end"):
             if getattr(self, field) in (0, 1):
                 raise InvalidInput(field, f"is {getattr(self, field):g}, expected a number between 0 and 1")
@@ -258,6 +267,11 @@ class ImageRequest(Request):
             raise InvalidInput(
                 "image", "and denoising_start or denoising_end exclude each other: use strength with a picture"
             )
+
+    @property
+    def guided(self) -> tuple[float, float]:
+        """From which share of the steps to which one guidance counts."""
+        return self.guidance_start or 0.0, 1.0 if self.guidance_end is None else self.guidance_end
 
     @property
     def partial(self) -> bool:

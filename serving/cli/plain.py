@@ -28,6 +28,11 @@ class Plain:
     ] = None
     sampler: Annotated[str | None, typer.Option(help="Sampler by name, such as euler.")] = None
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance; 1 switches it off.")] = None
+    guidance_start: Annotated[
+        float | None,
+        typer.Option(help="Guide from this share of the steps on, 0 to 1. Other steps take half the work."),
+    ] = None
+    guidance_end: Annotated[float | None, typer.Option(help="Guide up to this share of the steps, 0 to 1.")] = None
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None
     width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None
     height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None

@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "scripts", "terms")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "controls", "styles", "guess_mode", "loras", "guidance_start", "guidance_end", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "scripts", "terms")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -38,6 +38,8 @@ class GenerateRequest(_message.Message):
     STYLES_FIELD_NUMBER: _ClassVar[int]
     GUESS_MODE_FIELD_NUMBER: _ClassVar[int]
     LORAS_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_START_FIELD_NUMBER: _ClassVar[int]
+    GUIDANCE_END_FIELD_NUMBER: _ClassVar[int]
     PROMPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DENOISING_END_FIELD_NUMBER: _ClassVar[int]
     DENOISING_START_FIELD_NUMBER: _ClassVar[int]
@@ -74,6 +76,8 @@ class GenerateRequest(_message.Message):
     styles: _containers.RepeatedCompositeFieldContainer[Style]
     guess_mode: bool
     loras: _containers.ScalarMap[str, float]
+    guidance_start: float
+    guidance_end: float
     prompt_weights: bool
     denoising_end: float
     denoising_start: float
@@ -88,7 +92,7 @@ class GenerateRequest(_message.Message):
     negative_aesthetic_score: float
     scripts: _containers.RepeatedCompositeFieldContainer[_common_pb2.Script]
     terms: _common_pb2.Terms
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class Pixels(_message.Message):
     __slots__ = ("down", "across")

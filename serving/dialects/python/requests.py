@@ -74,6 +74,10 @@ class ImageOptions(TypedDict, total=False):
     """Denoising steps, 1 to 1000."""
     guidance_scale: float | None
     """Classifier-free guidance, 0 to 50; 1 switches it off."""
+    guidance_start: float | None
+    """Guide from this share of the steps on, 0 to 1. Steps without guidance take half the work."""
+    guidance_end: float | None
+    """Guide up to this share of the steps, 0 to 1."""
     sampler: str | None
     """Name of the sampler, such as "euler" or "dpmpp_2m_karras"."""
     eta: float | None

@@ -25,6 +25,8 @@ OPTIONS: Final = (
     *("negative_prompt", "width", "height", "steps", "guidance_scale"),
     *("sampler", "eta", "seed", "images", "preview_every", "strength", "mask_blur", "keep_unmasked"),
     *(
+        "guidance_start",
+        "guidance_end",
         "denoising_end",
         "denoising_start",
         "prompt_weights",

@@ -74,6 +74,13 @@ def test_guess_mode_comes_through() -> None:
         image_request(image_pb2.GenerateRequest(prompt="x", guess_mode=True))
 
 
+def test_a_part_of_the_guidance_comes_through() -> None:
+    received = image_request(image_message("m", ImageRequest("x", guidance_start=0.0, guidance_end=0.75)))
+    assert (received.guidance_start, received.guidance_end, received.guided) == (0.0, 0.75, (0.0, 0.75))
+    with pytest.raises(InvalidInput, match=r"guidance_start: is .*, expected less than guidance_end, which is"):
+        image_request(image_pb2.GenerateRequest(prompt="x", guidance_start=0.5, guidance_end=0.5))
+
+
 def test_a_file_is_sent_as_it_is() -> None:
     made = requests.image_request("a fox", {"image": jpeg()})
     assert image_message("m", made).image == jpeg()
