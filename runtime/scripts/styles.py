@@ -31,7 +31,11 @@ def _split(given: Any) -> Any:
 class Names(Arguments):
     """Styles by name, in the order in which they are added: a list, or a text with commas between them."""
 
-    names: Annotated[list[str], Field(min_length=1, max_length=32), BeforeValidator(_split)]
+    names: Annotated[
+        list[str],
+        Field(min_length=1, max_length=32, description="styles by name, with commas between them"),
+        BeforeValidator(_split),
+    ]
 
 
 class Styles(Script[Names]):

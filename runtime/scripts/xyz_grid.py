@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Final
 
 import numpy as np
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from runtime import limits
 from runtime.diffusion.sequence import in_turn
@@ -44,10 +44,10 @@ AxisGiven = Annotated[AxisArguments | None, BeforeValidator(_parsed)]
 class GridArguments(Arguments):
     """The axes: columns, rows and blocks. With `cells`, the picture of each cell follows that of the grid."""
 
-    x: AxisGiven = None
-    y: AxisGiven = None
-    z: AxisGiven = None
-    cells: bool = False
+    x: AxisGiven = Field(default=None, description="columns: FIELD=VALUES such as steps=10,20")
+    y: AxisGiven = Field(default=None, description="rows, likewise")
+    z: AxisGiven = Field(default=None, description="blocks beside each other, likewise")
+    cells: bool = Field(default=False, description="true: the picture of each cell behind that of the grid")
 
 
 class XYZGrid(Script[GridArguments]):

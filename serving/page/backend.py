@@ -9,6 +9,7 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any
 
+from runtime.files import key_of
 from runtime.pipeline import Event
 from runtime.task import Request
 from serving.dialects.grpc import messages
@@ -17,6 +18,7 @@ from serving.enginecast_pb import model_pb2
 from serving.host.models import ModelHost
 
 Models = list[model_pb2.Model]
+Scripts = list[model_pb2.ScriptInfo]
 
 
 class Backend(ABC):
@@ -25,6 +27,14 @@ class Backend(ABC):
     @abstractmethod
     async def models(self) -> Models:
         """Every model, sorted by name."""
+
+    @abstractmethod
+    async def scripts(self) -> Scripts:
+        """Every script that requests may name, sorted by name."""
+
+    @abstractmethod
+    def identity(self, model: str) -> str:
+        """What tells a model from others, in names of files that are kept."""
 
     @abstractmethod
     def run(self, model: str, request: Request, client: str) -> AsyncGenerator[Event, None]:
@@ -55,6 +65,14 @@ class Local(Backend):
     async def models(self) -> Models:
         return [messages.model(status) for status in self._host.statuses()]
 
+    async def scripts(self) -> Scripts:
+        return [messages.script_info(one) for one in await asyncio.to_thread(self._host.scripts.listed)]
+
+    def identity(self, model: str) -> str:
+        served = self._host.catalog.find(model)
+        bundle = served.offer.bundle
+        return key_of(served.name, "" if bundle is None else bundle.content.hex())
+
     def run(self, model: str, request: Request, client: str) -> AsyncGenerator[Event, None]:
         return self._host.run(model, request, client=client)
 
@@ -83,6 +101,12 @@ class Remote(Backend):
 
     async def models(self) -> Models:
         return await asyncio.to_thread(self._any.models)
+
+    async def scripts(self) -> Scripts:
+        return await asyncio.to_thread(self._any.installed_scripts)
+
+    def identity(self, model: str) -> str:
+        return self._of(model).identity
 
     async def run(self, model: str, request: Request, client: str) -> AsyncGenerator[Event, None]:
         async with aclosing(self._of(model).run(request, list)) as stream:

@@ -11,9 +11,13 @@ from google.protobuf import json_format
 from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput, quoted
+from runtime.grid.axes import Axis
+from runtime.grid.plan import NAMES, GridPlan
 from runtime.tasks.image import ImageAbilities, ImageRequest
+from serving.dialects.python.grid import resumable
 from serving.dialects.python.requests import Control, Style, image_request
 from serving.enginecast_pb import model_pb2
+from serving.page.scripting import scripts_of
 
 SLOTS: Final = 4
 """Pictures of controls that the page has room for, and of styles."""
@@ -46,9 +50,23 @@ def request_of(values: Values) -> ImageRequest:
         for name, picture, scale, start, end in _filled(values, "controls")
     ]
     options["guess_mode"] = bool(values.get("guess_mode")) and bool(options["controls"])
+    options["scripts"] = scripts_of(values.get("scripts") or (), values.get("script_settings") or ())
     if values.get("previews"):
         options["preview_every"] = max(1, round((options["steps"] or 2 * PREVIEWS) / PREVIEWS))
     return image_request(str(values.get("prompt") or ""), options)
+
+
+def plan_of(values: Values, request: ImageRequest) -> GridPlan | None:
+    """The grid that is filled in, None if no axis is. Without a seed it has one that follows from the rest, so that a
+    grid that was stopped goes on. Raises InvalidInput.
+    """
+    axes = {}
+    for name, (field, text) in zip(NAMES, values.get("axes") or (), strict=False):
+        if text and not field:
+            raise InvalidInput(name, "has values without a field: choose one")
+        if field:
+            axes[name] = Axis.of(name, str(field), str(text or ""))
+    return GridPlan(resumable(request), axes) if axes else None
 
 
 def whole(name: str, value: Any) -> int | None:

@@ -20,18 +20,18 @@ def line(text: str, kind: str = "") -> str:
     return f'<p class="line {kind}" role="{role}">{escape(text)}</p>'
 
 
-def queued(event: Queued) -> str:
-    """How many requests are before this one."""
+def queued(event: Queued, place: str = "") -> str:
+    """How many requests are before this one; `place` is what stands before that."""
     if not event.position:
-        return line("starting")
+        return line(f"{place}starting")
     expected = "" if event.eta_seconds is None else f", about {event.eta_seconds:.0f} s"
-    return line(f"waiting: {event.position} before this one{expected}")
+    return line(f"{place}waiting: {event.position} before this one{expected}")
 
 
-def progress(event: Progress) -> str:
-    """The steps that are done, with a bar."""
+def progress(event: Progress, place: str = "") -> str:
+    """The steps that are done, with a bar; `place` is what stands before that."""
     bar = f'<progress max="{event.total}" value="{event.step}"></progress>'
-    return f'<p class="line" role="status">{bar} step {event.step} of {event.total}</p>'
+    return f'<p class="line" role="status">{bar} {escape(place)}step {event.step} of {event.total}</p>'
 
 
 def done(event: Done, made: str) -> str:

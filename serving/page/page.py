@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -57,9 +58,19 @@ def blocks(page: Page) -> Any:
         talk.wire()
         album.wire(tabs, draw, talk)
         overview.wire()
+        made.load(partial(_listed, page, draw), None, draw.settings.scripts.all, show_progress="hidden")
         profiles.wire()
         _refresh(made, page, problem, (draw, draw.settings.model), (talk, talk.model), (overview, overview.model))
     return made.queue(default_concurrency_limit=None, api_open=False, status_update_rate=1)
+
+
+async def _listed(page: Page, *tabs: Any) -> Updates:
+    """The scripts that there are, as the page opens."""
+    try:
+        scripts = await page.backend.scripts()
+    except EnginecastError:  # the line about the models says why
+        return {}
+    return {part: update for tab in tabs for part, update in tab.listed(scripts).items()}
 
 
 def _refresh(made: Any, page: Page, problem: Any, *shown: tuple[Any, Any]) -> None:

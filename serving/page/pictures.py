@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -20,18 +22,26 @@ from runtime.vision.texts import texts_of
 
 KEPT_SECONDS: Final = 24 * 3600
 """How long files of pictures are kept."""
+PROMPTS: Final = ("prompt", "negative_prompt")
+
+
+def fresh(folder: Path) -> Path:
+    """A folder of pictures, without those that are too old."""
+    for old in folder.glob("*.png"):
+        with suppress(FileNotFoundError):  # another request has removed it
+            if old.stat().st_mtime < time.time() - KEPT_SECONDS:
+                old.unlink()
+    return folder
 
 
 def saved(folder: Path, request: ImageRequest, ready: ImageReady, model: str) -> tuple[Path, str]:
-    """Write a drawn picture into a folder, as a PNG file with its parameters. Returns the file and the parameters.
-    Older files are removed.
+    """Write a drawn picture into a folder, as a PNG file with its parameters: the prompts are those that scripts made.
+    Returns the file and the parameters.
     """
-    for old in folder.glob("*.png"):
-        if old.stat().st_mtime < time.time() - KEPT_SECONDS:
-            old.unlink(missing_ok=True)
     picture = np.asarray(ready.image, np.uint8)
-    text = infotext(request, ready.seed, picture.shape[:2], {"Model": model})
-    path = folder / f"{ready.seed}-{uuid4().hex[:8]}.png"
+    changed = {name: text for name in PROMPTS if (text := getattr(ready, name)) is not None}
+    text = infotext(replace(request, **changed), ready.seed, picture.shape[:2], {"Model": model})
+    path = fresh(folder) / f"{ready.seed}-{uuid4().hex[:8]}.png"
     path.write_bytes(encode_image(picture, texts={KEY: text}))
     return path, text
 

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from time import monotonic
 from typing import Any, Final
 
 import gradio as gr
 
 from runtime.errors import EnginecastError, InvalidInput
-from runtime.pipeline import Progress
-from runtime.tasks.image import ImageReady, ImageRequest
 from serving.enginecast_pb import model_pb2
-from serving.host.job import Done, Queued
 from serving.page import lines
-from serving.page.backend import Models
-from serving.page.drawing import abilities, request_of
+from serving.page.backend import Models, Scripts
+from serving.page.drawing import Values, abilities, plan_of, request_of
 from serving.page.parts import Page, Updates, busy, named
-from serving.page.pictures import fields_of, saved
+from serving.page.pictures import fields_of
 from serving.page.tabs.settings import Settings
+from serving.page.work import GRID, Pictures, Step, Work
 
 TAB: Final = "draw"
+GAP: Final = 0.7
+"""Seconds for which pictures are sent while others are drawn."""
 
 
 class Draw:
@@ -54,17 +56,23 @@ class Draw:
         drawn = self._drawn = gr.State()
         gr.on(
             [self.start.click, settings.prompt.submit], self._draw, settings.inputs,
-            [self.start, self.halt, self.status, self.preview, drawn], show_progress="hidden", trigger_mode="once",
+            [self.start, self.halt, self.status, self.preview, self.results, drawn], show_progress="hidden",
+            trigger_mode="once",
         ).then(
             self._show, [drawn, album], [self.results, self.parameters, album, drawn], show_progress="hidden",
         )  # fmt: skip
         self.halt.click(self._stop, None, None, show_progress="hidden")
         settings.model.change(self._fitting, settings.model, [*settings.all, self.status], show_progress="hidden")
+        settings.scripts.wire()
         self.use.click(self.recalled, [self.parameters, settings.loras], [*settings.all, self.status])
 
     def offered(self, models: Models, model: str | None) -> Updates:
         """The choice of models."""
         return {self.settings.model: named(models, model_pb2.MODEL_KIND_DIFFUSION, model)}
+
+    def listed(self, scripts: Scripts) -> Updates:
+        """The choice of scripts."""
+        return self.settings.scripts.listed(scripts)
 
     def recalled(self, text: str, loras: Sequence[Sequence[Any]]) -> Updates:
         """Fill in what a text of parameters says."""
@@ -84,50 +92,71 @@ class Draw:
         await self._page.runs.stop(str(request.session_hash), TAB)
 
     async def _draw(self, request: gr.Request, *inputs: Any) -> AsyncGenerator[Updates, None]:
-        values, last = self.settings.values(inputs), Updates()
+        last, pace = Updates(), Pace()
         yield busy(True, self.start, self.halt) | {self.status: lines.line("starting")}
         try:
-            wanted = await asyncio.to_thread(request_of, values)
-            async for update in self._followed(str(request.session_hash), values["model"], wanted):
-                last |= update
-                yield update
+            async with aclosing(self._steps(str(request.session_hash), self.settings.values(inputs))) as steps:
+                async for step in steps:
+                    last |= self._shown(step)
+                    pictures = pace.pictures(() if step.last else step.pictures or ())
+                    yield self._shown(step) | (self._gallery(pictures) if pictures else {})
         except Exception as error:
             last[self.status] = lines.failed(error)
+        await pace.rest()
         # all of it again: a browser may drop what came quickly
         yield last | busy(False, self.start, self.halt) | {self.preview: gr.update(visible=False)}
 
-    async def _followed(self, session: str, model: str | None, wanted: ImageRequest) -> AsyncGenerator[Updates, None]:
-        """Run a request: what to show after each event. Raises its errors."""
-        found = list[tuple[str, str]]()
-        if not model:
+    async def _steps(self, session: str, values: Values) -> AsyncGenerator[Step, None]:
+        """What is drawn for what is filled in. Raises the errors of the requests."""
+        wanted = await asyncio.to_thread(request_of, values)
+        plan = plan_of(values, wanted)
+        if not values["model"]:
             raise InvalidInput("model", "is missing: this server has none that draws")
-        async with aclosing(self._page.runs.events(session, TAB, model, wanted)) as events:
-            async for event in events:
-                match event:
-                    case Queued():
-                        yield {self.status: lines.queued(event)}
-                    case Progress():
-                        yield self._progress(event)
-                    case ImageReady():
-                        path, text = await asyncio.to_thread(saved, self._page.folder, wanted, event, model)
-                        found.append((str(path), f"seed {event.seed}"))
-                        yield {self._drawn: (list(found), text)}
-                    case Done():
-                        made = "a picture" if len(found) == 1 else f"{len(found)} pictures"
-                        yield {self.status: lines.done(event, made)}
+        work = Work(self._page, session, TAB, values["model"])
+        async with aclosing(work.pictures(wanted) if plan is None else work.grid(plan)) as steps:
+            async for step in steps:
+                yield step
 
-    def _progress(self, event: Progress) -> Updates:
-        shown = {} if event.preview is None else {self.preview: gr.update(value=event.preview, visible=True)}
-        return {self.status: lines.progress(event)} | shown
+    def _shown(self, step: Step) -> Updates:
+        shown = {} if step.preview is None else {self.preview: gr.update(value=step.preview, visible=True)}
+        drawn = {} if step.pictures is None else {self._drawn: (step.pictures, step.text)}
+        return {self.status: step.line} | shown | drawn
 
-    def _show(self, drawn: tuple[list[Any], str] | None, album: list[Any] | None) -> Updates:
-        """Show what was drawn. It comes at once: of updates that follow each other, a browser drops some pictures."""
+    def _gallery(self, pictures: Sequence[Any]) -> Updates:
+        """Pictures that are drawn, the newest of them large."""
+        return {self.results: gr.update(value=list(pictures), selected_index=len(pictures) - 1)}
+
+    def _show(self, drawn: tuple[list[Any], str | None] | None, album: list[Any] | None) -> Updates:
+        """Show all that was drawn, in one update."""
         if drawn is None:
             return {self._drawn: None}
         found, text = drawn
+        files = {file for file, _ in found}  # cells of a grid that went on are there already
         return {
-            self.results: gr.update(value=found, selected_index=len(found) - 1),
-            self.parameters: text,
-            self._album: [*reversed(found), *(album or [])],
+            self.results: gr.update(value=found, selected_index=0 if found[0][1] == GRID else len(found) - 1),
+            self.parameters: gr.update() if text is None else text,
+            self._album: [*reversed(found), *(one for one in album or [] if one[0] not in files)],
             self._drawn: None,
         }
+
+
+class Pace:
+    """Which pictures to show while others are drawn. Of updates that follow each other within milliseconds, Gradio's
+    page drops some: it overwrites those that it has not shown yet. So pictures are sent with every update for a while,
+    and no others meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._last, self._sent = -math.inf, Pictures()
+
+    def pictures(self, found: Sequence[tuple[str, str]]) -> Pictures:
+        """What the next update has, where these are drawn by now; nothing if that was sent long enough."""
+        if monotonic() - self._last < GAP:
+            return self._sent
+        self._sent = list(found)
+        self._last = monotonic() if found else self._last
+        return self._sent
+
+    async def rest(self) -> None:
+        """Wait until it is time."""
+        await asyncio.sleep(max(0.0, self._last + GAP - monotonic()))

@@ -9,15 +9,21 @@ import gradio as gr
 
 from runtime import limits
 from runtime.diffusion.solver import samplers
-from runtime.tasks.image import ImageAbilities
+from runtime.grid.axes import LORA, fields
+from runtime.grid.plan import NAMES
+from runtime.tasks.image import ImageAbilities, ImageRequest
 from serving.page.drawing import EDGES, SLOTS, Values
 from serving.page.parts import Updates, optional
+from serving.page.tabs.scripts import ScriptChoice
 
 SLOT: Final[Mapping[str, Sequence[str]]] = {
     "styles": ("name", "picture", "scale"),
     "controls": ("name", "picture", "scale", "start", "end"),
 }
 """The parts of a picture of each kind."""
+GRID: Final = "A picture for each combination of values, on one page: columns (X), rows (Y) and blocks (Z)."
+SHOWN: Final = {"x": "10,20,40 or 10-50:10", "y": "euler,ddim", "z": "red,blue replaces red (prompt_sr)"}
+"""Examples of values."""
 TABLE: Final = "Scales: 0 leaves one out, 1 is as it was trained"
 
 
@@ -50,6 +56,10 @@ class Settings:
                 self.loras = self._add("loras", table)
             self._slots("styles", "Style pictures")
             self._slots("controls", "Controls")
+            self._axes()
+            self.scripts = ScriptChoice(ImageRequest.task, "draw-scripts")
+            self._add("scripts", self.scripts.chosen)
+            self._add("script_settings", self.scripts.table)
 
     @property
     def inputs(self) -> list[Any]:
@@ -71,7 +81,8 @@ class Settings:
             kind: [[found.pop(f"{kind}.{number}.{part}") for part in parts] for number in range(SLOTS)]
             for kind, parts in SLOT.items()
         }
-        return found | slots
+        axes = [(found.pop(f"{name}.field"), found.pop(f"{name}.values")) for name in NAMES]
+        return found | slots | {"axes": axes}
 
     def fitting(self, can: ImageAbilities | None) -> Updates:
         """Show what a model has, and its usual values. Of a model that does not say, all but what needs its names."""
@@ -81,6 +92,7 @@ class Settings:
         updates |= self._names("controls", () if can is None else can.controls)
         loras = () if can is None else can.loras
         updates |= {"loras.box": gr.update(visible=bool(loras)), "loras": [[name, 0] for name in loras]}
+        updates |= {f"{name}.field": gr.update(choices=_fields(loras)) for name in NAMES}
         if not image:
             updates |= {"canvas": None} | dict.fromkeys(EDGES, "")
         if can is not None:
@@ -182,6 +194,27 @@ class Settings:
                         self._add(f"{kind}.{number}.{part}", _part(part))
             if kind == "controls":
                 self._add("guess_mode", gr.Checkbox(label="Follow them without a prompt (guess mode)"))
+
+    def _axes(self) -> None:
+        """The axes of a grid."""
+        with gr.Accordion("Grid (X/Y/Z)", open=False, elem_id="draw-grid"):
+            gr.Markdown(GRID)
+            for name in NAMES:
+                with gr.Row(equal_height=True):
+                    field = gr.Dropdown(
+                        _fields(()), value="", label=name.upper(), elem_id=f"draw-{name}-field", min_width=120, scale=2
+                    )
+                    values = gr.Textbox(
+                        label="Values", placeholder=SHOWN[name], elem_id=f"draw-{name}-values", min_width=160, scale=3
+                    )
+                    self._add(f"{name}.field", field)
+                    self._add(f"{name}.values", values)
+
+
+def _fields(loras: Sequence[str]) -> list[tuple[str, str]]:
+    """What may be on an axis, with the LoRA files of a model."""
+    names = [name for name in fields() if f"{name}." != LORA]
+    return [("nothing", ""), *((name, name) for name in [*names, *(f"{LORA}{name}" for name in loras)])]
 
 
 def _range(can: ImageAbilities) -> str:

@@ -149,6 +149,12 @@ class Opened:
             tab = self.page.locator("#tabs .overflow-dropdown button", has_text=name)
         tab.click()
 
+    def chosen(self, part: str, name: str) -> None:
+        """Choose one of a list."""
+        self.page.locator(f"{part} input").click()
+        self.page.locator(f"{part} ul li").filter(has_text=name).first.click()
+        self.page.keyboard.press("Escape")
+
     def says(self, part: str, text: str) -> None:
         """Wait until a part of the page has a text."""
         self.page.wait_for_function(

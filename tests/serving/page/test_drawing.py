@@ -12,7 +12,7 @@ from PIL import Image
 from runtime.errors import InvalidInput
 from runtime.tasks.image import ImageRequest
 from serving.enginecast_pb import model_pb2
-from serving.page.drawing import abilities, loras_of, painted, request_of
+from serving.page.drawing import abilities, loras_of, painted, plan_of, request_of
 
 RED = Image.new("RGBA", (32, 16), (255, 0, 0, 255))
 CLEAR = Image.new("RGBA", (32, 16), (0, 0, 0, 0))
@@ -45,6 +45,7 @@ def test_every_field_arrives(tmp_path: Path) -> None:
             "previews": True, "loras": [["pixel", "0.5"], ["other", 0]], "guess_mode": True,
             "styles": [["photo", picture, 0.4], ["none", None, 1]],
             "controls": [["canny", picture, 0.3, 0.1, 0.9], [None, None, 1, 0, 1]],
+            "scripts": ["styles"], "script_settings": [["styles:names", "ink", ""]],
         }
     )  # fmt: skip
     assert (made.prompt, made.negative_prompt, made.width, made.height, made.steps) == ("a", "b", 64, 32, 20)
@@ -53,6 +54,7 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     assert made.guess_mode
     assert made.preview_every == 2
     assert made.loras == {"pixel": 0.5}
+    assert made.scripts == {"styles": {"names": "ink"}}
     assert [(one.name, one.scale) for one in made.styles] == [("photo", 0.4)]
     assert [(one.name, one.scale, one.start, one.end) for one in made.controls] == [("canny", 0.3, 0.1, 0.9)]
 
@@ -98,6 +100,30 @@ def test_mistakes_name_the_field(values: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInput) as error:
         request_of({"prompt": "a", **values})
     assert str(error.value).startswith(said)
+
+
+def test_a_grid_has_a_seed_of_its_own_that_stays() -> None:
+    values = {"prompt": "a", "axes": [("steps", "10-30:10"), ("", ""), ("loras.pixel", "0,1")]}
+    plan, again = (plan_of(values, request_of(values)) for _ in range(2))
+    assert plan is not None
+    assert again is not None
+    assert plan.shape == (3, 1, 2)
+    assert plan.request.seed == again.request.seed is not None
+    assert [cell.loras for cell in plan.cells][::3] == [{"pixel": 0.0}, {"pixel": 1.0}]
+    assert plan_of({"axes": [("", "")] * 3}, request_of({"prompt": "a"})) is None
+
+
+def test_mistakes_in_a_grid_name_the_axis() -> None:
+    for axes, said in (
+        ([("", "1,2")], "x: has values without a field"),
+        ([("", ""), ("steps", "a")], "y: has a value of steps that is 'a', expected a whole number"),
+        ([("steps", "1"), ("steps", "2")], "x: has the field steps of another axis"),
+    ):
+        with pytest.raises(InvalidInput, match=": has ") as error:
+            plan_of({"axes": axes}, request_of({"prompt": "a"}))
+        assert str(error.value).startswith(said)
+    with pytest.raises(InvalidInput, match="each cell of a grid is one picture"):
+        plan_of({"axes": [("steps", "1")]}, request_of({"prompt": "a", "images": "2"}))
 
 
 def test_loras_without_a_scale_are_left_out() -> None:

@@ -22,6 +22,12 @@ EDITOR = """empty => {
 """Whether the editor of the first picture is there, and empty or not."""
 
 
+PICTURES = """([part, count]) =>
+    new Set([...document.querySelectorAll(part + ' img')].map(image => image.src)).size == count
+"""
+"""Whether there are so many pictures in a part of the page."""
+
+
 @pytest.fixture
 def picture(tmp_path: Path) -> Path:
     """A PNG file with parameters in it."""
@@ -68,6 +74,54 @@ def test_a_picture_is_drawn_and_stopped_and_all_stays_on_this_machine(opened: Op
     assert page.locator("#draw-status [role=alert]").count() == 1
     assert opened.elsewhere == []
     assert opened.faults == []
+
+
+@pytest.mark.full
+def test_a_grid_is_drawn_stopped_and_goes_on(opened: Opened, served: Served) -> None:
+    page, model, before = opened.page, served.fake.draw, len(served.seen)
+    opened.says("#draw-width", "64 to 512")
+    page.fill("#draw-prompt textarea", "a red circle")
+    page.get_by_role("button", name="Grid (X/Y/Z)").click()
+    opened.chosen("#draw-x-field", "steps")
+    page.fill("#draw-x-values :is(textarea, input)", "1,2")
+    opened.chosen("#draw-y-field", "prompt_sr")
+    page.fill("#draw-y-values :is(textarea, input)", "red,blue")
+    model.hold()
+    page.click("#draw-start")
+    opened.until(lambda: len(served.seen) == before + 1)
+    model.let(1)
+    opened.says("#draw-status", "cell 2 of 4")
+    opened.seen("#draw-results")  # while the second one is drawn
+    page.click("#draw-stop")
+    opened.says("#draw-status", "stopped")
+    model.release()
+    opened.until(lambda: served.fake.busy() == 0)
+    page.click("#draw-start")
+    opened.says("#draw-status", "a grid of 4 cells")
+    page.wait_for_function(PICTURES, arg=["#draw-results", 5])
+    drawn = [(one.prompt, one.steps) for one in served.seen[before:]]
+    second = ("a red circle", 2)
+    assert drawn == [("a red circle", 1), second, second, ("a blue circle", 1), ("a blue circle", 2)]
+    opened.tab("Gallery")
+    page.wait_for_function(PICTURES, arg=["#album-pictures", 5])
+    assert opened.faults == []
+
+
+@pytest.mark.full
+def test_a_script_is_chosen_and_its_settings_are_filled_in(opened: Opened, served: Served) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    page.fill("#draw-prompt textarea", "a red circle")
+    page.get_by_role("button", name="Scripts").click()
+    opened.chosen("#draw-scripts-chosen", "xyz_grid")
+    opened.says("#draw-scripts-settings", "xyz_grid:x")
+    page.locator("#draw-scripts-settings [data-row='0'][data-col='1']").dblclick()
+    page.keyboard.type("steps=1,2")
+    page.keyboard.press("Enter")
+    page.wait_for_timeout(500)
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    assert served.seen[-1].scripts == {"xyz_grid": {"x": "steps=1,2"}}
 
 
 @pytest.mark.full
