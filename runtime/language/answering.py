@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -15,7 +15,8 @@ from runtime.language.logprobs import Logprobs
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
 from runtime.language.text import Detokenizer, StopStrings
-from runtime.tasks.chat import TextDelta
+from runtime.pipeline import Event, Pipeline, through
+from runtime.tasks.chat import Finished, TextDelta
 
 
 class Answer:
@@ -102,3 +103,19 @@ def continued(
     if text := answer.flush():
         yield TextDelta(text, answer.number, len(tokens) - sent, logprobs.passed(answer.passed))
     return tokens[bounds.prompt :]
+
+
+def repeated(answered: Pipeline, count: int) -> Pipeline:
+    """A pipeline that gives one answer, with `count` - 1 equal ones behind it, whose tokens are not computed again."""
+    said: list[TextDelta] = []
+
+    def more(event: Event) -> Iterator[Event]:
+        yield event
+        if isinstance(event, TextDelta):
+            said.append(event)
+        if isinstance(event, Finished):
+            for number in range(1, count):
+                yield from (replace(one, answer=number, tokens=0) for one in said)
+                yield replace(event, answer=number)
+
+    return through(answered, more)

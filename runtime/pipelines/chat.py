@@ -26,7 +26,7 @@ from pydantic import ValidationError
 
 from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.kept import Kept
-from runtime.language.answering import Answer, Choice, continued
+from runtime.language.answering import Answer, Choice, continued, repeated
 from runtime.language.beams import BeamSearch, search
 from runtime.language.config import ChatConfig
 from runtime.language.constraint import Constraints
@@ -111,7 +111,8 @@ class ChatPipeline(ModelPipeline):
         """
         sampling, beams = request.sampling(self.config.defaults), request.search(self.config.defaults)
         stops = (*request.stop, *self.config.defaults.stop)
-        count = request.count(self.config.defaults)
+        wanted = request.count(self.config.defaults)
+        count = wanted if sampling.temperature or beams.count > 1 else 1
         answers = [Answer(self.text.tokenizer, stops, number) for number in range(count)]
         constraint = None if request.grammar is None else self.constraints.open(request.grammar)
         prompt = self.fitted(request)
@@ -121,7 +122,8 @@ class ChatPipeline(ModelPipeline):
         if beams.count == 1:
             rngs = [np.random.default_rng(None if request.seed is None else request.seed + n) for n in range(count)]
             choices = [Choice(sampling, bounds, rng, constraint and constraint.fork()) for rng in rngs]
-            return self._draw(prompt, choices, answers, request.logprobs, conversation)
+            drawn = self._draw(prompt, choices, answers, request.logprobs, conversation)
+            return drawn if count == wanted else repeated(drawn, wanted)
         state = BeamSearch(self.begin(prompt), bounds, sampling, beams, answers[0].stops)
         return self._search(prompt, state, answers, conversation)
 

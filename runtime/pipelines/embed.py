@@ -108,15 +108,22 @@ class EmbedPipeline(ModelPipeline):
         ids, most = self.text.tokens(text, field), self.config.text_length
         if len(ids) > most:
             raise InvalidInput(field, f"has {len(ids)} tokens, the model reads {most}: shorten it")
-        return ids if self.config.padding is None else ids + [self.config.padding] * (most - len(ids))
+        return ids
 
-    def _run(self, request: EmbedRequest, texts: Sequence[list[int]]) -> Pipeline:
+    def _padded(self, ids: list[int]) -> list[int]:
+        """The tokens of a text as the text encoder takes them."""
+        if self.config.padding is None:
+            return ids
+        return ids + [self.config.padding] * (self.config.text_length - len(ids))
+
+    def _run(self, request: EmbedRequest, tokens: Sequence[list[int]]) -> Pipeline:
+        texts = [self._padded(ids) for ids in tokens]
         if request.match == "itm":
             yield Scores(_finite((yield from self._matched(request, texts))))
             return
         seen, read = _finite((yield from self._see(request))), _finite((yield from self._read(texts)))
         if request.match is None:
-            yield Embeddings(read, seen)
+            yield Embeddings(read, seen, sum(map(len, tokens)))
             return
         cosines = seen.reshape(len(seen), -1, self.config.width) @ read.T
         yield Scores(np.asarray(cosines.max(axis=1) * self.scale + self.bias, np.float32))

@@ -68,7 +68,8 @@ class ChatRequest(Request):
     ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
     1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
     default it is the model's, and 1 where a temperature, `grammar` or `logprobs` are given. Several `answers` are the
-    likeliest of at least as many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n. With
+    likeliest of at least as many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n; of
+    one beam without a temperature all are equal. With
     `context_overflow` "slide", a conversation that does not fit the context is answered without its oldest turns:
     system messages, turns with pictures and the last question stay. `min_p` leaves out tokens that are less likely than
     this share of the likeliest one's probability. Answers have the form that `grammar` says and end when they are
@@ -175,11 +176,11 @@ class ChatRequest(Request):
         return Beams(count, penalty, defaults.early_stopping, defaults.renormalize)
 
     def count(self, defaults: ChatDefaults) -> int:
-        """How many answers to give. Raises InvalidInput for more than there are beams, unless answers are drawn."""
+        """How many answers to give. Raises InvalidInput for more than the several beams that are searched."""
         drawn, beams = self._temperature(defaults) > 0, self.search(defaults).count
         if self.answers is None:
             return defaults.answers if drawn else min(defaults.answers, beams)
-        if self.answers > beams and not drawn:
+        if self.answers > beams > 1:
             raise InvalidInput(
                 "answers",
                 f"is {self.answers}, and temperature 0 gives as many answers as beams, here {beams}: send more beams "

@@ -70,12 +70,14 @@ class Embeddings(Event):
     """Vectors as the model's own forward gives them, in the order of the request.
 
     `texts` are float32 [texts, width]; `images` are float32 [images, width], or [images, vectors, width] of a model
-    that has several vectors of a picture, such as BLIP-2.
+    that has several vectors of a picture, such as BLIP-2. `prompt_tokens` counts the tokens of all texts, with what the
+    tokenizer puts around each, without padding.
     """
 
     output: ClassVar[bool] = True
     texts: NDArray[np.float32]
     images: NDArray[np.float32]
+    prompt_tokens: int = 0
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from serving.enginecast_pb import common_pb2 as enginecast_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/embed.proto\x12\renginecast.v1\x1a\x1a\x65nginecast/v1/common.proto\"\xbd\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12#\n\x05match\x18\x04 \x01(\x0e\x32\x14.enginecast.v1.Match\x12&\n\x07scripts\x18; \x03(\x0b\x32\x15.enginecast.v1.Script\x12(\n\x05terms\x18< \x01(\x0b\x32\x14.enginecast.v1.TermsH\x00\x88\x01\x01\x42\x08\n\x06_terms\"\xc5\x01\n\rEmbedResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.enginecast.v1.QueuedH\x00\x12/\n\nembeddings\x18\x02 \x01(\x0b\x32\x19.enginecast.v1.EmbeddingsH\x00\x12\'\n\x06scores\x18\x03 \x01(\x0b\x32\x15.enginecast.v1.ScoresH\x00\x12(\n\x04\x64one\x18\x04 \x01(\x0b\x32\x18.enginecast.v1.EmbedDoneH\x00\x42\x07\n\x05\x65vent\"+\n\nFloatArray\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\r\n\x05shape\x18\x02 \x03(\r\"a\n\nEmbeddings\x12(\n\x05texts\x18\x01 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\x12)\n\x06images\x18\x02 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\"3\n\x06Scores\x12)\n\x06scores\x18\x01 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\"n\n\tEmbedDone\x12\'\n\x07timings\x18\x01 \x01(\x0b\x32\x16.enginecast.v1.Timings\x12)\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x18.enginecast.v1.EngineUse\x12\r\n\x05notes\x18\x03 \x03(\t*<\n\x05Match\x12\x15\n\x11MATCH_UNSPECIFIED\x10\x00\x12\r\n\tMATCH_ITC\x10\x01\x12\r\n\tMATCH_ITM\x10\x02\x32T\n\x0c\x45mbedService\x12\x44\n\x05\x45mbed\x12\x1b.enginecast.v1.EmbedRequest\x1a\x1c.enginecast.v1.EmbedResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65nginecast/v1/embed.proto\x12\renginecast.v1\x1a\x1a\x65nginecast/v1/common.proto\"\xbd\x01\n\x0c\x45mbedRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05texts\x18\x02 \x03(\t\x12\x0e\n\x06images\x18\x03 \x03(\x0c\x12#\n\x05match\x18\x04 \x01(\x0e\x32\x14.enginecast.v1.Match\x12&\n\x07scripts\x18; \x03(\x0b\x32\x15.enginecast.v1.Script\x12(\n\x05terms\x18< \x01(\x0b\x32\x14.enginecast.v1.TermsH\x00\x88\x01\x01\x42\x08\n\x06_terms\"\xc5\x01\n\rEmbedResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.enginecast.v1.QueuedH\x00\x12/\n\nembeddings\x18\x02 \x01(\x0b\x32\x19.enginecast.v1.EmbeddingsH\x00\x12\'\n\x06scores\x18\x03 \x01(\x0b\x32\x15.enginecast.v1.ScoresH\x00\x12(\n\x04\x64one\x18\x04 \x01(\x0b\x32\x18.enginecast.v1.EmbedDoneH\x00\x42\x07\n\x05\x65vent\"+\n\nFloatArray\x12\x0e\n\x06values\x18\x01 \x03(\x02\x12\r\n\x05shape\x18\x02 \x03(\r\"x\n\nEmbeddings\x12(\n\x05texts\x18\x01 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\x12)\n\x06images\x18\x02 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\"3\n\x06Scores\x12)\n\x06scores\x18\x01 \x01(\x0b\x32\x19.enginecast.v1.FloatArray\"n\n\tEmbedDone\x12\'\n\x07timings\x18\x01 \x01(\x0b\x32\x16.enginecast.v1.Timings\x12)\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x18.enginecast.v1.EngineUse\x12\r\n\x05notes\x18\x03 \x03(\t*<\n\x05Match\x12\x15\n\x11MATCH_UNSPECIFIED\x10\x00\x12\r\n\tMATCH_ITC\x10\x01\x12\r\n\tMATCH_ITM\x10\x02\x32T\n\x0c\x45mbedService\x12\x44\n\x05\x45mbed\x12\x1b.enginecast.v1.EmbedRequest\x1a\x1c.enginecast.v1.EmbedResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'enginecast.v1.embed_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_MATCH']._serialized_start=773
-  _globals['_MATCH']._serialized_end=833
+  _globals['_MATCH']._serialized_start=796
+  _globals['_MATCH']._serialized_end=856
   _globals['_EMBEDREQUEST']._serialized_start=73
   _globals['_EMBEDREQUEST']._serialized_end=262
   _globals['_EMBEDRESPONSE']._serialized_start=265
@@ -41,11 +41,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FLOATARRAY']._serialized_start=464
   _globals['_FLOATARRAY']._serialized_end=507
   _globals['_EMBEDDINGS']._serialized_start=509
-  _globals['_EMBEDDINGS']._serialized_end=606
-  _globals['_SCORES']._serialized_start=608
-  _globals['_SCORES']._serialized_end=659
-  _globals['_EMBEDDONE']._serialized_start=661
-  _globals['_EMBEDDONE']._serialized_end=771
-  _globals['_EMBEDSERVICE']._serialized_start=835
-  _globals['_EMBEDSERVICE']._serialized_end=919
+  _globals['_EMBEDDINGS']._serialized_end=629
+  _globals['_SCORES']._serialized_start=631
+  _globals['_SCORES']._serialized_end=682
+  _globals['_EMBEDDONE']._serialized_start=684
+  _globals['_EMBEDDONE']._serialized_end=794
+  _globals['_EMBEDSERVICE']._serialized_start=858
+  _globals['_EMBEDSERVICE']._serialized_end=942
 # @@protoc_insertion_point(module_scope)

@@ -54,12 +54,14 @@ class FloatArray(_message.Message):
     def __init__(self, values: _Optional[_Iterable[float]] = ..., shape: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Embeddings(_message.Message):
-    __slots__ = ("texts", "images")
+    __slots__ = ("texts", "images", "prompt_tokens")
     TEXTS_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    PROMPT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     texts: FloatArray
     images: FloatArray
-    def __init__(self, texts: _Optional[_Union[FloatArray, _Mapping]] = ..., images: _Optional[_Union[FloatArray, _Mapping]] = ...) -> None: ...
+    prompt_tokens: int
+    def __init__(self, texts: _Optional[_Union[FloatArray, _Mapping]] = ..., images: _Optional[_Union[FloatArray, _Mapping]] = ..., prompt_tokens: _Optional[int] = ...) -> None: ...
 
 class Scores(_message.Message):
     __slots__ = ("scores",)

@@ -23,7 +23,7 @@ def vector(content: bytes) -> NDArray[np.float32]:
 
 
 class FakeVectors(FakeModel):
-    """Embeds texts and pictures as `vector` says."""
+    """Embeds texts and pictures as `vector` says. Each character is a token."""
 
     task = EmbedRequest.task
 
@@ -32,7 +32,8 @@ class FakeVectors(FakeModel):
         texts = [vector(text.encode()) for text in request.texts]
         images = [vector(decoded(image).tobytes()) for image in request.images]
         empty = np.empty((0, WIDTH), np.float32)
-        yield Embeddings(np.stack(texts) if texts else empty, np.stack(images) if images else empty)
+        tokens = sum(len(text) for text in request.texts)
+        yield Embeddings(np.stack(texts) if texts else empty, np.stack(images) if images else empty, tokens)
 
 
 class EmbeddingServer(FakeServer):

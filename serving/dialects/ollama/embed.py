@@ -5,13 +5,10 @@ from __future__ import annotations
 from time import perf_counter
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
-
-from runtime.errors import InvalidInput
 from runtime.tasks.embed import Embeddings, EmbedRequest
 from serving.dialects.http.pictures import files_of
 from serving.dialects.http.running import collected, nanoseconds, run
+from serving.dialects.http.vectors import unit_vectors
 from serving.dialects.http.words import in_words
 from serving.dialects.ollama import fields, names
 from serving.dialects.ollama.replies import Fields
@@ -29,13 +26,12 @@ async def embed(host: ModelHost, body: fields.Embed) -> Fields:
     pictures = await files_of(body.images or (), "images")
     with in_words(WORDS):
         found, done = await _vectors(host, body, EmbedRequest(tuple(body.input), pictures))
-    vectors = np.concatenate([_one_each(part) for part in (found.texts, found.images) if len(part)])
-    cut = vectors[:, : body.dimensions]
-    cut = cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.finfo(np.float32).tiny)
+        vectors = unit_vectors(found, body.dimensions)
     total = perf_counter() - began
     return {
         "model": body.model,
-        "embeddings": cut.tolist(),
+        "embeddings": vectors.tolist(),
+        "prompt_eval_count": found.prompt_tokens,
         "total_duration": nanoseconds(total),
         "load_duration": nanoseconds(max(0.0, total - done.queue_seconds - done.run_seconds)),
     }
@@ -52,9 +48,3 @@ async def _vectors(host: ModelHost, body: Any, request: EmbedRequest) -> tuple[E
     events = await collected(run(host, names.known(host, body.model), request, Terms(body.keep_alive)))
     found = next(event for event in events if isinstance(event, Embeddings))
     return found, next(event for event in events if isinstance(event, Done))
-
-
-def _one_each(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    if vectors.ndim != 2:
-        raise InvalidInput("images", "have several vectors each in this model: send them over gRPC, or embed texts")
-    return vectors

@@ -81,10 +81,11 @@ async def _piece(part: Part, field: str, fetcher: Fetcher) -> Piece:
             raise InvalidInput(f"{field}.{other}", f"{reason} in a part of type {part.type}")
     if part.image_url is None:
         return part.text or ""
-    return await _picture(part.image_url.url, f"{field}.image_url.url", fetcher)
+    return await picture(part.image_url.url, f"{field}.image_url.url", fetcher)
 
 
-async def _picture(url: str, field: str, fetcher: Fetcher) -> PictureFile:
+async def picture(url: str, field: str, fetcher: Fetcher) -> PictureFile:
+    """The picture of a data: or https: URL, opened, not decoded. Raises InvalidInput naming `field`."""
     if url[: len(SCHEME)].lower() == SCHEME:
         return await asyncio.to_thread(file_of, url, field)
     data = await fetcher.get(url, field)

@@ -19,8 +19,9 @@ def router(host: ModelHost, settings: Settings) -> APIRouter:
     """The endpoints for a host. Raises InvalidInput for hosts to fetch from that are malformed."""
     routes = APIRouter(route_class=Route)
     models.add(routes, host)
-    chat.add(routes, host, Hosts(settings.fetch_hosts or ()))
-    embeddings.add(routes, host)
+    hosts = Hosts(settings.fetch_hosts or ())
+    chat.add(routes, host, hosts)
+    embeddings.add(routes, host, hosts)
     images.add(routes, host)
     return routes
 

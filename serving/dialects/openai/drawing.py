@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, Final
 
 from fastapi import UploadFile
@@ -12,7 +13,7 @@ from starlette.datastructures import FormData
 
 from runtime import limits
 from runtime.errors import InvalidInput
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageDefaults, ImageRequest, Style
 from runtime.vision.images import Picture, PictureFile
 from serving.dialects.openai.fields import Drawing, Edit
 from serving.host.models import ModelHost
@@ -72,15 +73,28 @@ def preview_every(host: ModelHost, body: Drawing) -> int:
     return min(max(1, int(steps) // (body.partial_images + 1)), limits.PREVIEW_EVERY.most)
 
 
-async def pictures(body: Edit) -> dict[str, Any]:
-    """What an edit begins with. Raises InvalidInput naming the field."""
+async def pictures(host: ModelHost, body: Edit) -> dict[str, Any]:
+    """What an edit begins with, and what it follows besides. Raises InvalidInput naming the field, NotFound."""
     given = [*([body.image] if body.image is not None else ()), *(body.images or ())]
-    if len(given) != 1:
-        raise InvalidInput("image", f"is {len(given)} pictures, expected one to draw on")
+    if not given:
+        raise InvalidInput("image", "is 0 pictures, expected one to draw on")
+    styles = await _styles(host, body.model, given[1:])
     image = await _opened(given[0], "image")
     mask = None if body.mask is None else await _opened(body.mask, "mask")
     hole = None if mask is None else await asyncio.to_thread(_holes, mask)
-    return {"image": image, "mask": hole, "strength": body.strength}
+    return {"image": image, "mask": hole, "strength": body.strength, "styles": styles}
+
+
+async def _styles(host: ModelHost, model: str, files: Sequence[UploadFile]) -> tuple[Style, ...]:
+    """Pictures that are followed, one for each image adapter of the model, in the order of its bundle."""
+    names = host.status(model).abilities.get("styles", ()) if files else ()
+    if len(files) > len(names):
+        raise InvalidInput(
+            "image",
+            f"is {1 + len(files)} pictures: one is drawn on, and {model} has {len(names)} image adapters, which follow "
+            f"one more each: send {1 + len(names)} at most",
+        )
+    return tuple([Style(name, await _opened(file, "image")) for name, file in zip(names, files, strict=False)])
 
 
 async def _opened(file: UploadFile, field: str) -> PictureFile:

@@ -142,18 +142,36 @@ class Completion(Body):
     prompt_cache_options: Annotated[dict[str, Any] | None, NoEffect(CACHE)] = None
 
 
-def _texts(value: Any) -> Any:
+class Item(Body):
+    """A text or a picture to embed."""
+
+    text: str | None = None
+    image: str | None = None
+
+
+def _item(value: Any) -> Any:
+    """A text as an item."""
+    if not isinstance(value, str | dict):
+        raise PydanticCustomError("item", "should be a valid string, or an object with a text or an image")
+    return {"text": value} if isinstance(value, str) else value
+
+
+def _items(value: Any) -> Any:
     """One text as a list of texts. Tokens are refused."""
-    if isinstance(value, list) and value and not isinstance(value[0], str):
+    if isinstance(value, list) and value and isinstance(value[0], int | list):
         raise PydanticCustomError("tokens", "holds tokens, which are each model's own: send texts")
     return _listed(value)
 
 
 class Wanted(Body):
-    """Texts to embed."""
+    """Texts and pictures to embed: those of `input`, or the one of `messages`, for `extra_body`."""
 
     model: str
-    input: Annotated[list[str], BeforeValidator(_texts, json_schema_input_type=str | list[str])]
+    input: Annotated[
+        list[Annotated[Item, BeforeValidator(_item, json_schema_input_type=str | Item)]] | None,
+        BeforeValidator(_items, json_schema_input_type=str | list[str | Item] | None),
+    ] = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: Annotated[str | None, NoEffect(USER)] = None

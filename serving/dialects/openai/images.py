@@ -47,7 +47,7 @@ def add(routes: APIRouter, host: ModelHost) -> None:
     async def edits(body: Annotated[Edit, Form()], sent: Request) -> Response:
         check_once(await sent.form())
         with in_words(WORDS):
-            request = image_request(body, preview_every(host, body), **await pictures(body))
+            request = image_request(body, preview_every(host, body), **await pictures(host, body))
         return await _answered(body, request, "image_edit")
 
     async def _answered(body: Drawing, request: ImageRequest, kind: str) -> Response:

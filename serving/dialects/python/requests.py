@@ -171,7 +171,7 @@ class ChatOptions(TypedDict, total=False):
     """With several beams, the larger the longer the answers, -5 to 5; 1 compares means of tokens."""
     answers: int | None
     """1 to 64 answers, all of them in `Answer.choices`: with several beams the likeliest, at most as many as beams;
-    with a temperature drawn one by one, answer n with the seed `seed` + n.
+    with a temperature drawn one by one, answer n with the seed `seed` + n; else all are equal.
     """
     min_p: float | None
     """Leave out tokens that are less likely than this share of the likeliest one's probability, 0 to 1."""

@@ -339,12 +339,28 @@ def test_several_answers_are_drawn_one_by_one(chat: ChatPipeline, engines: dict[
     assert answer(drive(chat(one, conversation), engines)) == answer(drive(chat(one), engines))
 
 
+def test_several_answers_without_a_temperature_are_equal(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
+    one = ChatRequest(CONVERSATIONS["text"], max_tokens=6, logprobs=1)
+    expected = list(drive(chat(one), engines))
+    calls = sum(len(engine.calls) for engine in engines.values())
+    events = list(drive(chat(replace(one, answers=3)), engines))
+    assert sum(len(engine.calls) for engine in engines.values()) == 2 * calls  # computed once
+    size = len(expected)
+    assert len(events) == 3 * size and isinstance(expected[-1], Finished)
+    for number in range(3):
+        found = events[number * size : (number + 1) * size]
+        assert found == [replace(event, answer=number) for event in expected]  # type: ignore[type-var]
+    tokens = [event.tokens for event in events if isinstance(event, TextDelta)]
+    assert sum(tokens) == sum(event.tokens for event in expected if isinstance(event, TextDelta)), "counted once"
+
+
 def test_the_model_s_number_of_answers_yields_to_what_a_request_says(chat: ChatPipeline) -> None:
     defaults = ChatDefaults(temperature=0.7, answers=4)
     request = ChatRequest(CONVERSATIONS["text"])
     assert request.count(defaults) == 4 and replace(request, answers=2).count(defaults) == 2
     assert replace(request, temperature=0.0).count(defaults) == 1
     assert replace(request, temperature=0.0, beams=3).count(defaults) == 3
+    assert replace(request, temperature=0.0, answers=5).count(defaults) == 5
     with pytest.raises(InvalidInput, match="answers: is 5, and temperature 0 gives as many answers as beams, here 3"):
         replace(request, temperature=0.0, beams=3, answers=5).count(defaults)
 
@@ -497,7 +513,6 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"beams": 2, "temperature": 0.5}, "beams"),
         ({"answers": 0}, "answers"),
         ({"answers": 65, "temperature": 1.0}, "answers"),
-        ({"answers": 2}, "answers"),
         ({"answers": 5, "beams": 4}, "answers"),
         ({"length_penalty": float("nan")}, "length_penalty"),
         ({"context_overflow": "crop"}, "context_overflow"),

@@ -67,6 +67,7 @@ def test_texts_of_one_length_run_together(pipeline: EmbedPipeline) -> None:
     assert isinstance(found, Embeddings) and found.images.shape == (19, 2)
     lengths = [len(pipeline.text.tokenizer.encode(text).ids) for text in texts]
     assert found.texts[:, 0].tolist() == lengths and len(set(lengths)) > 1
+    assert found.prompt_tokens == sum(lengths)
     assert len(fakes["text_encoder"].calls) == len(set(lengths))
     assert [len(call["pixel_values"]) for call in fakes["vision_encoder"].calls] == [16, 3]
     (found,) = drive(pipeline(EmbedRequest(texts)), fakes)

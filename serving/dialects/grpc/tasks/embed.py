@@ -43,8 +43,8 @@ class EmbedStream:
         match event:
             case Queued():
                 return embed_pb2.EmbedResponse(queued=queued(event))
-            case Embeddings(texts, images):
-                found = embed_pb2.Embeddings(texts=_message(texts), images=_message(images))
+            case Embeddings(texts, images, tokens):
+                found = embed_pb2.Embeddings(texts=_message(texts), images=_message(images), prompt_tokens=tokens)
                 return embed_pb2.EmbedResponse(embeddings=found)
             case Scores(scores):
                 return embed_pb2.EmbedResponse(scores=embed_pb2.Scores(scores=_message(scores)))
@@ -68,7 +68,8 @@ def embed_events(responses: Iterator[embed_pb2.EmbedResponse]) -> Generator[Even
             case "queued":
                 yield queued_event(response.queued)
             case "embeddings":
-                yield Embeddings(_array(response.embeddings.texts), _array(response.embeddings.images))
+                found = response.embeddings
+                yield Embeddings(_array(found.texts), _array(found.images), found.prompt_tokens)
             case "scores":
                 yield Scores(_array(response.scores.scores))
             case "done":

@@ -36,7 +36,8 @@ class FakeVectors(FakeModel):
         yield Call("denoiser", {})
         texts = np.array([[len(text), 4, 0] for text in request.texts], np.float32).reshape(-1, 3)
         images = np.array([[0, 3, 4]] * len(request.images), np.float32).reshape(-1, 3)
-        yield Embeddings(texts, np.stack([images, images], 1) if self.several else images)
+        tokens = sum(map(len, request.texts))
+        yield Embeddings(texts, np.stack([images, images], 1) if self.several else images, tokens)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,8 @@ def vectors(lasting: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def test_texts(served: Served, vectors: FakeVectors) -> None:
     found = served.client.embed("match", ["abc", "abcdefgh"], keep_alive="5m", options={"num_ctx": 512})
     assert np.allclose(found.embeddings, [[0.6, 0.8, 0], [8 / 80**0.5, 4 / 80**0.5, 0]], atol=1e-6)
-    assert found.model == "match" and found.total_duration is not None and found.load_duration is not None
+    assert found.model == "match" and found.prompt_eval_count == 11
+    assert found.total_duration is not None and found.load_duration is not None
     assert found.total_duration >= found.load_duration >= 0
     assert np.allclose(served.client.embed("match:latest", "abc").embeddings, [[0.6, 0.8, 0]], atol=1e-6)
     assert [request.texts for request in served.requests] == [("abc", "abcdefgh"), ("abc",)]

@@ -173,6 +173,26 @@ def test_edits_of_a_list_stream(client: openai.OpenAI, fake: FakeServer, asked: 
     assert asked[0].preview_every == 2 and asked[0].mask is None
 
 
+@proves(EDIT, "image[]")
+def test_further_pictures_are_followed(
+    client: openai.OpenAI, fake: FakeServer, asked: list[ImageRequest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the image adapters of the model, in their order."""
+    offer = fake.host.catalog.find("draw").offer
+    monkeypatch.setitem(offer.__dict__, "abilities", {"styles": ("look", "faces")})
+    files = [encode_image(np.full((8, 16, 3), value, np.uint8)) for value in (1, 2, 3, 4)]
+    client.images.edit(model="draw", prompt="x", image=files[:3])
+    (request,) = asked
+    assert isinstance(request.image, PictureFile) and request.image.data == files[0]
+    followed = [(style.name, style.image) for style in request.styles]
+    assert [(name, image.data) for name, image in followed if isinstance(image, PictureFile)] == [
+        ("look", files[1]),
+        ("faces", files[2]),
+    ]
+    with pytest.raises(openai.BadRequestError, match=r"is 4 pictures: .* has 2 image adapters, .* send 3 at most"):
+        client.images.edit(model="draw", prompt="x", image=files)
+
+
 @pytest.mark.parametrize(
     "sent, field, why",
     [

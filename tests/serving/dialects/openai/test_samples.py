@@ -112,6 +112,14 @@ def test_answers(client: openai.OpenAI, samples: Samples, picture: Picture) -> N
     assert texts == [choice.text for choice in expected.choices]
 
 
+def test_answers_without_a_temperature_are_equal(client: openai.OpenAI) -> None:
+    asked: Any = {"model": TALK, "messages": [{"role": "user", "content": "what is it?"}], "max_tokens": 8}
+    one, three = (client.chat.completions.create(**asked, n=count) for count in (1, 3))
+    texts = [choice.message.content for choice in three.choices]
+    assert texts == [one.choices[0].message.content] * 3 and one.usage is not None and three.usage is not None
+    assert three.usage.completion_tokens == 3 * one.usage.completion_tokens
+
+
 def test_answers_of_a_form(client: openai.OpenAI, picture: Picture) -> None:
     messages: Any = [{"role": "user", "content": [shown(picture), {"type": "text", "text": "what is it?"}]}]
     found = client.chat.completions.parse(model=TALK, messages=messages, response_format=Found, max_tokens=300)
@@ -124,7 +132,7 @@ def test_answers_of_a_form(client: openai.OpenAI, picture: Picture) -> None:
         ({"temperature": 101}, "temperature"),
         ({"top_p": 7}, "top_p"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
-        ({"n": 2}, "n"),
+        ({"n": 3, "extra_body": {"beams": 2}}, "n"),
         ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
     ],
 )

@@ -30,7 +30,7 @@ def test_requests_come_back_as_they_were(match: Any) -> None:
 def test_results_come_back_as_they_were() -> None:
     rng = np.random.default_rng(0)
     vectors = [rng.standard_normal(shape).astype(np.float32) for shape in ((2, 5), (3, 4, 5), (0, 5))]
-    events = [Embeddings(vectors[0], vectors[1]), Embeddings(vectors[2], vectors[0]), Scores(vectors[0])]
+    events = [Embeddings(vectors[0], vectors[1], 7), Embeddings(vectors[2], vectors[0]), Scores(vectors[0])]
     responses = [response for event in events if (response := EmbedStream().response(event))]
     for event, again in zip(events, embed_events(iter(responses)), strict=True):
         for name, array in vars(event).items():
