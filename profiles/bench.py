@@ -215,6 +215,7 @@ def labelled(
         program=hello["program"],
         bundle=bundle.name,
         source=bundle.manifest.source.name,
+        family=bundle.manifest.source.family,
         quant=hello.get("quant", bundle.manifest.quant),
         target=hello["target"],
         device=hello["device"],

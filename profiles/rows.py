@@ -1,6 +1,4 @@
-"""Measured rows: one schema for every figure, ours or a peer's, kept as JSON lines.
-
-Those in `profiles/rows/` are package data; a user's own are in `runtime.placing.measured.user_folder`.
+"""Files of measured rows: one schema for every figure, ours or a peer's, `runtime.placing.measured.Row`.
 
 A row can be read alone, years later: it names the metric, the model, the machine, the versions and the repetitions.
 """
@@ -8,50 +6,13 @@ A row can be read alone, years later: it names the metric, the model, the machin
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Final
 
-from pydantic import AwareDatetime, Field, ValidationError
-
-from runtime.bundle.manifest import Frozen
 from runtime.errors import BundleError, NotFound, ResourceExhausted
 from runtime.files import read_regular
-from runtime.placing.fingerprint import Fingerprint
-from runtime.timing import Spread
-
-
-class Row(Frozen):
-    """One figure. `metric` is the name of a submodel (its latency), or a name of `profiles.probes` or
-    `profiles.score`.
-    """
-
-    metric: str
-    unit: str
-    spread: Spread
-    bound: float | None = None
-    """The limit that the machine's memory speed sets, in the same unit; None where memory is not the limit."""
-    program: str
-    """Name and version of what was measured, such as "enginecast 0.1.0"."""
-    bundle: str
-    source: str
-    quant: str
-    target: str
-    device: str
-    """The device that really ran, as the engine names it."""
-    cpu: str
-    threads: int = Field(ge=1)
-    settings: Mapping[str, int | float | str] = Field(default_factory=dict)
-    """Settings of the measurement: width and height in pixels, steps, tokens, number of cases."""
-    versions: Mapping[str, str]
-    date: AwareDatetime
-    notes: str = ""
-    fingerprint: Fingerprint | None = None
-    """The machine; None in rows that were stored before it was."""
-
-
-LARGEST: Final = 1 << 28
-"""Bytes of a file of rows."""
+from runtime.placing.measured import LARGEST, parsed
+from runtime.placing.measured import Row as Row  # for the modules beside this one
 
 
 def append(path: Path, rows: Iterable[Row]) -> None:
@@ -89,10 +50,7 @@ def read(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(Row.model_validate_json(line))
-        except ValidationError as error:
-            faults = "; ".join(
-                f"{'.'.join(map(str, fault['loc'])) or 'line'}: {fault['msg']}" for fault in error.errors()
-            )
-            raise BundleError(f"{path}, line {number} is no row ({faults}): remove or mend that line") from None
+            rows.append(parsed(line))
+        except ValueError as error:
+            raise BundleError(f"{path}, line {number} is no row ({error}): remove or mend that line") from None
     return rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +23,9 @@ from runtime.errors import EngineError, EngineUnavailable, InvalidInput, NotFoun
 from runtime.listing import modules
 from runtime.placing.choices import Decision
 from runtime.settings import Texts
+
+if TYPE_CHECKING:
+    from runtime.stacking import Timed
 
 
 class Slot:
@@ -119,6 +122,9 @@ class Engine(ABC):
     """Choices whose best value depends on the processor, by name, with every value; see `runtime.placing.choices`."""
     decisions: Mapping[str, Decision] = MappingProxyType({})
     """The decisions on the choices that this submodel has, with reasons."""
+    timed: tuple[Timed, ...] = ()
+    """Calls that were measured here before with more and fewer rows, from which a server knows how many to make as one.
+    """
     _slots: MutableMapping[Slot, Any]
     """What each slot holds, of an engine that keeps states."""
     reload_seconds: float = 0.0

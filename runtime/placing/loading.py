@@ -7,7 +7,6 @@ engines share a `Budget` (`runtime.placing.offload`), and pictures that do not f
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from runtime.errors import (
 )
 from runtime.pipeline import ModelPipeline, Pipeline, Room, pipelines
 from runtime.placing import memory, placement
-from runtime.placing.containers import Allowance
+from runtime.placing.decided import Decided
 from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
 from runtime.placing.placement import Candidates, Place, PlacementOptions
@@ -149,7 +148,6 @@ def _load(
     if request is not None:
         scripts.open(pipeline, request).close()
     machine = detect()
-    options = replace(options, threads=options.threads or _threads(machine.allowed))
     plan = placement.place(bundle, wanted, options.device, placing, machine, avoid)
     budget = Budget(plan.rooms) if plan.rooms else None
     pipeline.remember(_kept(bundle, placing, budget))
@@ -158,7 +156,11 @@ def _load(
         for submodel in bundle.manifest.submodels:
             choice = plan.choices[submodel.name]
             where, engine = _first(
-                submodel, choice, partial(_load_one, bundle, submodel, options, notes), budget, notes
+                submodel,
+                choice,
+                partial(_load_one, bundle, submodel, Decided(options, plan, machine), notes),
+                budget,
+                notes,
             )
             engines[submodel.name], places[submodel.name] = engine, where
             if placing.strict and engine.fallbacks:
@@ -217,7 +219,7 @@ def _first(
     raise EngineUnavailable(f"{submodel.name} could be loaded nowhere. {'; '.join(reasons)}")
 
 
-def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[str], place: Place) -> Engine:
+def _load_one(bundle: Bundle, submodel: Submodel, decided: Decided, notes: list[str], place: Place) -> Engine:
     """Load the bundle's engine for the target, or compile one if none fits this machine, which is noted.
 
     Files are verified before and after: engines open them by name, perhaps long after the bundle was verified.
@@ -227,12 +229,13 @@ def _load_one(bundle: Bundle, submodel: Submodel, options: Options, notes: list[
     fitted = fitting(bundle, submodel, engine, _ProgressLog(f"{place.target} {submodel.name}"))
     if fitted.note and fitted.note not in notes:
         notes.append(fitted.note)
-    loaded = engine.load(submodel, bundle.root, replace(options, device=place.device, compiled=fitted.compiled))
+    loaded = engine.load(submodel, bundle.root, replace(decided.at(place), compiled=fitted.compiled))
     try:
         bundle.verify_again()
     except BaseException:
         loaded.close()
         raise
+    decided.tell(loaded, place)
     return loaded
 
 
@@ -295,10 +298,3 @@ def _works(engine: Engine) -> bool:
         log.info("%s on %s cannot run a sample: %s", engine.submodel.name, engine.device, error)
         return False
     return True
-
-
-def _threads(allowed: Allowance) -> int:
-    """Threads for SDKs if this process may use only some of the processors, else 0 for all: SDKs count the processors
-    of the whole machine.
-    """
-    return allowed.threads if allowed.cpus < (os.cpu_count() or 1) else 0

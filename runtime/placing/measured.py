@@ -1,24 +1,73 @@
-"""The measured speed of targets on this machine, read from benchmark rows, for choosing a target.
+"""Rows of figures: what a row holds, where files of rows are, and how they are read.
 
-Rows are JSON lines (`profiles.rows.Row`). Some are package data, in profiles/rows; `enginecast bench --store` writes
-the user's own, in `user_folder`. Invalid lines are skipped: a damaged row must not stop a model from loading.
+Files are JSON lines. Some are package data, in profiles/rows; `enginecast bench --store` writes
+the user's own, in `user_folder`. `runtime.placing.nearest` chooses by them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from runtime.bundle.manifest import Manifest
+from pydantic import AwareDatetime, Field, ValidationError
+
+from runtime.bundle.manifest import Frozen
 from runtime.errors import InvalidInput
-from runtime.files import data_folder
-from runtime.placing.devices import Machine
+from runtime.files import data_folder, read_regular
+from runtime.placing.fingerprint import Fingerprint
+from runtime.timing import Spread
 
 SHIPPED: Final = Path(__file__).parents[2] / "profiles" / "rows"
-ANSWER_TOKENS: Final = 64
-"""Length in tokens of the answer whose time ranks chat models."""
+LARGEST: Final = 1 << 28
+"""Bytes of a file of rows."""
+
+
+class Row(Frozen):
+    """One figure. `metric` is the name of a submodel (its latency), or a name of `profiles.probes` or
+    `profiles.score`.
+    """
+
+    metric: str
+    unit: str
+    spread: Spread
+    bound: float | None = None
+    """The limit that the machine's memory speed sets, in the same unit; None where memory is not the limit."""
+    program: str
+    """Name and version of what was measured, such as "enginecast 0.1.0"."""
+    bundle: str
+    source: str
+    family: str = ""
+    """The family of the source; "" in rows that were stored before it was, and of peers' models that have none."""
+    quant: str
+    target: str
+    device: str
+    """The device that really ran, as the engine names it."""
+    cpu: str
+    threads: int = Field(ge=1)
+    settings: Mapping[str, int | float | str] = Field(default_factory=dict)
+    """Settings of the measurement: width and height in pixels, steps, tokens, number of cases; shapes of the inputs of
+    a submodel's call, such as "2x4x64x64".
+    """
+    versions: Mapping[str, str]
+    date: AwareDatetime
+    notes: str = ""
+    fingerprint: Fingerprint | None = None
+    """The machine; None in rows that were stored before it was."""
+    values: tuple[float, ...] = ()
+    """The single measurements of `spread`, in order; none in rows that were stored before they were."""
+    run: str = ""
+    """The same for rows whose measurements were taken in turns, by one command."""
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The rows of several files. `faults` are sentences on what could not be read, which decides nothing."""
+
+    rows: tuple[Row, ...]
+    faults: tuple[str, ...] = ()
 
 
 def user_folder() -> Path:
@@ -39,59 +88,41 @@ def _folders() -> list[Path]:
         return [SHIPPED]
 
 
-def seconds(manifest: Manifest, machine: Machine, files: Iterable[Path]) -> dict[str, float]:
-    """Seconds of a picture or of an answer about one, by target, from the newest row of this bundle on this machine."""
-    newest: dict[tuple[str, str], tuple[str, float]] = {}
-    for row in (row for file in files for row in rows(file)):
-        try:
-            of = (row["bundle"], row["source"], row["quant"], row["cpu"])
-            key, found = (str(row["target"]), str(row["metric"])), (str(row["date"]), float(row["spread"]["median"]))
-            here = _is_here(str(row["device"]), machine)
-        except (KeyError, TypeError, ValueError):
-            continue
-        same = of == (manifest.name, manifest.source.name, manifest.quant, machine.host.model)
-        if same and here and found[1] > 0 and found > newest.get(key, ("", 0.0)):
-            newest[key] = found
-    figures: dict[str, dict[str, float]] = {}
-    for (target, metric), (_, value) in newest.items():
-        figures.setdefault(target, {})[metric] = value
-    return {target: whole for target, known in figures.items() if (whole := _whole(known)) is not None}
+def collect(files: Iterable[Path]) -> Collected:
+    """The rows of all these files. A damaged line must not stop a model from loading: it is left out, and said."""
+    found = [_collected(file) for file in files]
+    return Collected(
+        tuple(row for one in found for row in one.rows), tuple(fault for one in found for fault in one.faults)
+    )
 
 
-def _whole(known: Mapping[str, float]) -> float | None:
-    if "picture" in known:
-        return known["picture"]
-    if "first_token" in known and "decode" in known:
-        return known["first_token"] + ANSWER_TOKENS / known["decode"]
-    return None
-
-
-def _is_here(device: str, machine: Machine) -> bool:
-    """Whether this machine has the device of a row. Devices other than the processor are compared by model name."""
-    others = [other for other in machine.devices if other.kind != "cpu"]
-    if any(word in device.casefold() for word in ("cuda", "gpu", "npu", "dml", "directml", "coreml", "tensorrt")):
-        return any(other.model in device for other in others)
-    return True
-
-
-def in_order(names: Sequence[str], figures: Mapping[str, float]) -> list[str]:
-    """The names with those that have figures sorted among themselves, the fastest first. The others keep their
-    positions.
-    """
-    measured = iter(sorted((name for name in names if name in figures), key=lambda name: figures[name]))
-    return [next(measured) if name in figures else name for name in names]
-
-
-def rows(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects in the lines of a file; without lines that are none."""
+def _collected(file: Path) -> Collected:
     try:
-        lines = file.read_text(errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
+        stat = file.stat()
+        return _parsed(file, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        return Collected((), (f"the rows {file} cannot be read ({error.strerror}): they decide nothing",))
+
+
+@lru_cache(maxsize=64)
+def _parsed(file: Path, size: int, changed: int) -> Collected:
+    """The rows of a file of this size that was changed at this time. Raises OSError."""
+    rows, faults = list[Row](), list[str]()
+    for number, line in enumerate(read_regular(file, LARGEST).decode(errors="replace").splitlines(), start=1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict):
-            yield row
+            rows.append(parsed(line))
+        except ValueError as error:
+            faults.append(f"line {number} is no row ({error})")
+    if not faults:
+        return Collected(tuple(rows))
+    more = f", nor are {len(faults) - 1} other lines" if len(faults) > 1 else ""
+    return Collected(tuple(rows), (f"rows {file}: {faults[0]}{more}; they decide nothing: remove or mend them",))
+
+
+def parsed(line: str) -> Row:
+    """The row in a line. Raises ValueError that says what is wrong with it."""
+    try:
+        return Row.model_validate_json(line)
+    except ValidationError as error:
+        faults = (f"{'.'.join(map(str, fault['loc'])) or 'line'}: {fault['msg']}" for fault in error.errors())
+        raise ValueError("; ".join(faults)) from None

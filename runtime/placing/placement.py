@@ -1,14 +1,14 @@
 """Chooses a target and a device for every submodel: the requested ones, else the first in order of preference with
 enough memory. Notes give the reasons.
 
-Targets are preferred by `Engine.rank`. Targets with benchmark rows of this bundle on this machine are sorted among
-themselves by measured time. The devices of a target keep the target's own order.
+Targets are preferred by `Engine.rank`. Targets that were measured are sorted among themselves by measured time
+(`runtime.placing.nearest`). The devices of a target keep the target's own order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ from runtime.bundle.manifest import Bundle, Submodel
 from runtime.engine import Engine, target, targets
 from runtime.errors import EngineUnavailable, InvalidInput, ResourceExhausted, did_you_mean
 from runtime.placing import measured, memory
+from runtime.placing.advice import Advice, advise
 from runtime.placing.devices import Device, Machine, plain
 from runtime.placing.memory import show_size
 
@@ -80,12 +81,14 @@ class Candidates:
 @dataclass(frozen=True)
 class Placement:
     """A choice for every submodel by name, and notes for the user. `rooms` has the bytes of each memory whose submodels
-    are loaded in turns.
+    are loaded in turns. `advice` is what measured figures say; `targets` are those that it could choose from, in order.
     """
 
     choices: Mapping[str, Candidates]
     notes: tuple[str, ...] = ()
     rooms: Mapping[str, int] = field(default_factory=dict)
+    advice: Advice = field(default_factory=Advice)
+    targets: tuple[str, ...] = ()
 
 
 def parse_place(text: str) -> dict[str, str]:
@@ -127,7 +130,10 @@ def place(
     """
     allowed = _allowed(bundle, wanted, device, placing, machine)
     allowed = {name: [one for one in where if one not in avoid] or where for name, where in allowed.items()}
-    return _fit(bundle.manifest.submodels, allowed, placing.memory_limit, machine)
+    plan = _fit(bundle.manifest.submodels, allowed, placing.memory_limit, machine)
+    advice = advice_for(bundle, placing, machine)
+    names = tuple(dict.fromkeys(one.target for where in allowed.values() for one in where))
+    return replace(plan, notes=(*plan.notes, *advice.faults), advice=advice, targets=names)
 
 
 def needs(
@@ -197,9 +203,13 @@ def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine
             )
         return [wanted]
     known = [name for name in targets() if name in bundle.targets]
+    return advice_for(bundle, placing, machine).order(known) + [name for name in bundle.targets if name not in known]
+
+
+def advice_for(bundle: Bundle, placing: PlacementOptions, machine: Machine) -> Advice:
+    """What measured figures say of a bundle on this machine."""
     files = measured.default_files() if placing.rows is None else placing.rows
-    figures = measured.seconds(bundle.manifest, machine, files)
-    return measured.in_order(known, figures) + [name for name in bundle.targets if name not in known]
+    return advise(bundle.manifest, machine, measured.collect(files))
 
 
 def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) -> list[Place]:

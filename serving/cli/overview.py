@@ -16,9 +16,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from runtime.bundle.manifest import Bundle
-from runtime.engine import targets
+from runtime.engine import Options, targets
 from runtime.placing import placement
 from runtime.placing.choices import measured
+from runtime.placing.decided import Decided
 from runtime.placing.devices import Machine, detect
 from runtime.placing.memory import show_size
 from runtime.placing.placement import PlacementOptions
@@ -28,6 +29,10 @@ from serving.enginecast_pb import model_pb2
 
 WIDTH: Final = 160
 """Of tables that do not go to a terminal, in characters."""
+UNMEASURED: Final = (
+    "targets are in the order of their ranks: no figures of two of them are there for this model on a processor like "
+    "this one. `enginecast bench {} --store` measures them"
+)
 SIZES: Final = ("memory", "free", "needs")
 
 
@@ -99,9 +104,14 @@ def _placed(
     bundle: Bundle, target: str | None, device: str, placing: PlacementOptions, machine: Machine
 ) -> dict[str, Any]:
     plan = placement.place(bundle, target, device, placing, machine)
-    rows = []
+    decided = Decided(Options(device=device), plan, machine)
+    rows, figures = [], list[dict[str, str]]()
     for name, choice in plan.choices.items():
         first, *others = choice.places
+        figures += [
+            {"submodel": name, "choice": f"{what}={decision.value}", "why": decision.reason}
+            for what, decision in decided.of(bundle.submodel(name), first).items()
+        ]
         needs = choice.estimated[first]
         rows.append(
             {
@@ -112,7 +122,8 @@ def _placed(
                 "or else": [str(one) for one in others],
             }
         )
-    return {"placement": rows, "notes": [*machine.notes, *plan.notes]}
+    unmeasured = () if figures or target else (UNMEASURED.format(bundle.root),)
+    return {"placement": rows, "profile": figures, "notes": [*machine.notes, *plan.notes, *unmeasured]}
 
 
 def show(found: Mapping[str, Any], as_json: bool) -> None:

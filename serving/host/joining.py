@@ -1,7 +1,9 @@
-"""Whether calls of several requests are made as one with more rows: where that was measured to pay, while serving.
+"""Whether calls of several requests are made as one with more rows: where that was measured to pay, before
+or while serving.
 
 A call that keeps the device busy takes twice as long with twice the rows; joining it gains nothing but a longer wait
-for the others. So only short calls are tried: two together, once to warm up and once measured.
+for the others. So only short calls are tried: two together, once to warm up and once measured. Where the engine's
+`timed` calls say how many are best made as one, nothing is tried.
 """
 
 from __future__ import annotations
@@ -14,15 +16,13 @@ from typing import Final
 
 from runtime.engine import Engine
 from runtime.kept import Kept
-from runtime.stacking import Inputs, Rows
+from runtime.stacking import GAIN, Inputs, Rows, best
 from serving.host.run import Run
 
 log = logging.getLogger(__name__)
 
 LONG: Final = 0.25
 """Seconds of a call that is too long to be tried."""
-GAIN: Final = 0.9
-"""Two calls together must take less than this part of what they take one after the other."""
 TRIALS: Final = 3
 """How often calls are made alone before two are tried together, and how often these are tried.
 
@@ -36,15 +36,18 @@ Kind = tuple[object, ...]
 
 @dataclass
 class _Measured:
-    """Seconds of the shortest single call and their number, and seconds of two calls together."""
+    """Seconds of the shortest single call and their number, and seconds of two calls together. `most` is the number of
+    calls that are best made as one where that was measured before, else None.
+    """
 
     alone: float = inf
     calls: int = 0
     together: list[float] = field(default_factory=list)
+    most: int | None = None
 
     @property
     def tried(self) -> bool:
-        return len(self.together) >= TRIALS
+        return self.most is not None or len(self.together) >= TRIALS
 
     @property
     def worth_trying(self) -> bool:
@@ -52,6 +55,8 @@ class _Measured:
 
     @property
     def pays(self) -> bool:
+        if self.most is not None:
+            return self.most > 1
         return self.tried and min(self.together) < GAIN * 2 * self.alone
 
 
@@ -78,7 +83,7 @@ class Joining:
             if count <= room and rows.stackable(inputs, _inputs(run)):
                 found.append(run)
                 room -= count
-                if not measured.pays:
+                if not measured.pays or len(found) == measured.most:
                     break
         return found
 
@@ -99,14 +104,27 @@ class Joining:
 
     def refuse(self, engine: Engine, inputs: Inputs) -> None:
         """The engine cannot run calls like this one together."""
-        self._measured(engine, inputs).together = [inf] * TRIALS
+        measured = self._measured(engine, inputs)
+        measured.together, measured.most = [inf] * TRIALS, None
 
     def _measured(self, engine: Engine, inputs: Inputs) -> _Measured:
         kind = engine.submodel.name, *(array.shape for array in inputs.values())
         measured = self._kinds.get(kind)
         if measured is None:
-            self._kinds.put(kind, measured := _Measured(), 1)
+            self._kinds.put(kind, measured := _Measured(most=self._known(engine, inputs)), 1)
         return measured
+
+    def _known(self, engine: Engine, inputs: Inputs) -> int | None:
+        """How many calls like this one are best made as one, where that was measured before."""
+        rows = Rows.of(engine.submodel.signature) if engine.timed else None
+        times = rows.together(engine.timed, {name: array.shape for name, array in inputs.items()}) if rows else {}
+        if 1 not in times or len(times) < 2:
+            return None
+        shown = ", ".join(f"{count} take {1000 * seconds:.1f} ms" for count, seconds in sorted(times.items()))
+        log.info(
+            "model %s: at most %d calls of %s are joined: %s", self._name, best(times), engine.submodel.name, shown
+        )
+        return best(times)
 
 
 def _inputs(run: Run) -> Inputs:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
 
-from runtime.placing.measured import rows
+from runtime.placing.measured import Row, collect
 from serving.page.parts import Updates
 
-Row = dict[str, Any]
-FIELDS: Final = ("metric", "unit", "source", "quant", "target", "cpu", "program")
 NONE: Final = "There are no figures here: `enginecast bench DIR --store` measures a bundle on this machine."
 
 
@@ -22,8 +20,8 @@ class Profiles:
     """The tab. `files` are files of rows, one JSON object a line."""
 
     def __init__(self, files: Sequence[Path]) -> None:
-        self._rows = list(read(files))
-        sources = sorted({row["source"] for row in self._rows})
+        self._rows = collect(files).rows
+        sources = sorted({row.source for row in self._rows})
         source = next(iter(sources), None)
         metrics = self._metrics(source)
         if not self._rows:
@@ -45,7 +43,7 @@ class Profiles:
         self.metric.change(self._metric, [self.source, self.metric], self.plot, show_progress="hidden")
 
     def _metrics(self, source: str | None) -> list[str]:
-        return sorted({label(row) for row in self._rows if row["source"] == source})
+        return sorted({label(row) for row in self._rows if row.source == source})
 
     def _source(self, source: str | None) -> Updates:
         metrics = self._metrics(source)
@@ -61,30 +59,16 @@ class Profiles:
         return pandas.DataFrame(bars(self._rows, source, metric), columns=["what", "value", "target", "cpu"])
 
 
-def read(files: Iterable[Path]) -> Iterator[Row]:
-    """The rows of files, without what is none: a page shows what there is."""
-    for row in (row for file in files for row in rows(file)):
-        try:
-            float(row["spread"]["median"])
-            known = all(isinstance(row[name], str) for name in FIELDS)
-        except (ValueError, KeyError, TypeError):
-            continue
-        if known:
-            yield row
-
-
 def label(row: Row) -> str:
     """The name of a figure, with its unit."""
-    return f"{row['metric']} ({row['unit']})"
+    return f"{row.metric} ({row.unit})"
 
 
 def bars(measured: Iterable[Row], source: str | None, metric: str | None) -> list[tuple[str, float, str, str]]:
     """The bars of a figure: numbers on an engine, the median of its rows, the engine, the processor."""
     found = defaultdict[tuple[str, str, str], list[float]](list)
     for row in measured:
-        if row["source"] == source and label(row) == metric:
-            program = "" if row["program"].startswith("enginecast") else f"{row['program'].split()[0]} "
-            found[f"{program}{row['quant']} on {row['target']}", row["target"], row["cpu"]].append(
-                float(row["spread"]["median"])
-            )
+        if row.source == source and label(row) == metric:
+            program = "" if row.program.startswith("enginecast") else f"{row.program.split()[0]} "
+            found[f"{program}{row.quant} on {row.target}", row.target, row.cpu].append(row.spread.median)
     return [(what, statistics.median(values), target, cpu) for (what, target, cpu), values in found.items()]

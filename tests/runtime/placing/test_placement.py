@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -258,15 +259,17 @@ def test_places_to_avoid_are_taken_only_where_there_is_no_other(tmp_path: Path) 
 
 
 def row(**changes: Any) -> str:
+    """A row of the bundle here; `median` is its figure."""
+    median = changes.pop("median", 2.0)
     row = {
-        "metric": "picture",
-        "spread": {"median": 2.0},
+        "metric": "picture", "unit": "s", "program": "enginecast 0.1.0", "threads": 4, "versions": {},
+        "spread": {"repetitions": 1} | dict.fromkeys(("minimum", "lower", "median", "upper", "maximum"), median),
         "bundle": "b",
         "source": "s",
         "quant": "int8",
         "cpu": "AMD EPYC",
-        "date": "2026-11-21",
-    }
+        "date": "2026-11-21T00:00:00Z",
+    }  # fmt: skip
     return json.dumps(row | {"target": "openvino", "device": "openvino:CPU (AMD EPYC)"} | changes)
 
 
@@ -277,11 +280,14 @@ def test_measured_targets_change_places_among_themselves(tmp_path: Path) -> None
     rows = tmp_path / "rows.jsonl"
     lines = [
         row(),
-        row(target="onnxruntime", spread={"median": 1.0}),
-        row(target="onnxruntime", spread={"median": 9.0}, date="2026-01-01"),
+        row(target="onnxruntime", median=1.0),
+        row(target="onnxruntime", median=9.0, date="2026-01-01T00:00:00Z"),
     ]
-    rows.write_text("\n".join([*lines, "no row", "[1]", row(spread={}), row(spread={"median": 0})]))
-    assert placed(tmp_path, machine(), rows=(rows,)).choices["unet"].places == (CUDA0, CUDA1, ORT, CPU, ARC)
+    rows.write_text("\n".join([*lines, "no row", "[1]", row(spread={}), row(median=0)]))
+    plan = placed(tmp_path, machine(), rows=(rows,))
+    assert plan.choices["unet"].places == (CUDA0, CUDA1, ORT, CPU, ARC)
+    (note,) = plan.notes
+    assert re.fullmatch(rf"rows {rows}: line 4 is no row \(.+\), nor are 2 other lines; they decide nothing: .+", note)
 
 
 @pytest.mark.parametrize(
@@ -296,7 +302,7 @@ def test_measured_targets_change_places_among_themselves(tmp_path: Path) -> None
 )
 def test_figures_of_others_do_not_count(tmp_path: Path, other: dict[str, Any]) -> None:
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(f"{row()}\n{row(target='onnxruntime', **({'spread': {'median': 1.0}} | other))}\n")
+    rows.write_text(f"{row()}\n{row(target='onnxruntime', **({'median': 1.0} | other))}\n")
     assert placed(tmp_path, machine(), rows=(rows, tmp_path / "missing")).choices["unet"].places[2:] == (CPU, ARC, ORT)
 
 
@@ -305,7 +311,7 @@ def test_chat_models_are_compared_by_an_answer(tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     figures = {"openvino": (0.5, 32.0), "onnxruntime": (1.0, 64.0)}
     lines = [
-        row(target=t, metric=m, spread={"median": v})
+        row(target=t, metric=m, median=v)
         for t, pair in figures.items()
         for m, v in zip(("first_token", "decode"), pair, strict=True)
     ]

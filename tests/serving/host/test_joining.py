@@ -18,7 +18,7 @@ from runtime.engine import FakeEngine
 from runtime.errors import EngineError
 from runtime.pipeline import Call, Outputs, Pipeline
 from runtime.placing.loading import load_model
-from runtime.stacking import Rows
+from runtime.stacking import Rows, Timed
 from runtime.tasks.chat import TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
 from serving.host import joining
@@ -100,6 +100,23 @@ def test_calls_are_joined_where_that_was_measured_to_pay(
     assert [text(events).split() for events in found] == [[f"{2 * value}"] * 6 for value in range(4)]
     assert max(rows) == most and (most > 2 or rows.count(2) == (joining.TRIALS if most == 2 else 0))
     assert (said is None) == (not caplog.messages) and all(said in line for line in caplog.messages if said)
+
+
+@pytest.mark.parametrize(
+    ("times", "most"), [({1: 1.0, 2: 1.5, 3: 1.6, 4: 4.0}, 3), ({1: 1.0, 2: 1.9}, 1)], ids=["three", "never"]
+)
+def test_calls_that_were_timed_before_are_not_tried(
+    times: Mapping[int, float], most: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many as was best are made as one, from the first calls on, although here that is slower, or faster."""
+    engine, rows = engine_of(lambda count: 0.02 * count if most > 1 else 0.02)
+    engine.timed = tuple(Timed({"x": (count, 4), "scale": (1,)}, seconds, "") for count, seconds in times.items())
+    with caplog.at_level(logging.INFO):
+        found = together(Toys({"unet": engine}), *(doubled(value, 6) for value in range(4)))
+    assert [text(events).split() for events in found] == [[f"{2 * value}"] * 6 for value in range(4)]
+    assert max(rows) == most and (most == 1 or rows.count(most) >= 6)
+    (line,) = caplog.messages
+    assert f"at most {most} calls of unet are joined: 1 take 1000.0 ms, 2 take" in line
 
 
 def test_an_engine_that_takes_no_more_rows_runs_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
