@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 from tokenizers import Tokenizer
 
@@ -36,6 +36,9 @@ class PlainText:
     `image_token_id` is the placeholder that stands for a picture, of models that see.
     Raises BundleError when a file is missing or cannot be used.
     """
+
+    _around: ClassVar[bool] = True
+    """Whether the tokenizer puts its own tokens around a prompt."""
 
     def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
         self.file = path = folder / "tokenizer.json"
@@ -96,6 +99,15 @@ class PlainText:
             )
         return ids
 
+    def raw(self, message: Message) -> list[int]:
+        """Token ids of a message that is the prompt as the model reads it: a placeholder per image, then the text, and
+        special tokens in it count. Raises InvalidInput where it holds a placeholder.
+        """
+        ids = PlainText._ids(self, [message])
+        if self.image_token_id is not None and ids.count(self.image_token_id) != len(message.images):
+            raise InvalidInput("messages[0]", "holds the token of a picture: send pictures, they come before the text")
+        return ids
+
     def tokens(self, text: str, field: str) -> list[int]:
         """Token ids of one text, with what the tokenizer puts around it. Raises InvalidInput naming `field` for a text
         that contains a special token.
@@ -110,7 +122,9 @@ class PlainText:
     def _ids(self, messages: Sequence[Message]) -> list[int]:
         parts = [part for message in messages for part in message.content]
         texts = [part for part in parts if isinstance(part, str)]
-        return [self._placeholder] * (len(parts) - len(texts)) + self._encoded(" ".join(filter(None, texts)), True)
+        return [self._placeholder] * (len(parts) - len(texts)) + self._encoded(
+            " ".join(filter(None, texts)), self._around
+        )
 
     def _encoded(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: `encode` holds the interpreter lock, `encode_batch` does not.
@@ -132,6 +146,8 @@ class ChatText(PlainText):
 
     Raises BundleError also when there is no chat template that can be used.
     """
+
+    _around = False
 
     def __init__(self, folder: Path, image_token_id: int | None = None) -> None:
         super().__init__(folder, image_token_id)

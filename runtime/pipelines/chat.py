@@ -158,8 +158,9 @@ class ChatPipeline(ModelPipeline):
             raise InvalidInput("messages", "show pictures, but the model has no vision: send text only")
         if self.vision:
             self.vision.check(request.images)
-        messages = captioned(request.messages, self.config.caption)
-        ids, bos = self.text.encode(messages), self.config.bos_token_id
+        messages = request.messages if request.raw else captioned(request.messages, self.config.caption)
+        ids = self.text.raw(messages[0]) if request.raw else self.text.encode(messages)
+        bos = self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
         return self.vision.prompt(ids, messages) if self.vision else Prompt(ids, ids, [])
@@ -177,7 +178,7 @@ class ChatPipeline(ModelPipeline):
         length, room = len(prompt.ids), self.config.context_length - len(prompt.ids)
         max_tokens = self._wanted(prompt, request)
         if request.max_tokens is None:
-            max_tokens = min(max_tokens, max(room, 1))
+            max_tokens = max(room, 1) if request.fills_context else min(max_tokens, max(room, 1))
         if max_tokens > room:
             raise ContextLengthExceeded(
                 "messages" if room < 1 else "max_tokens",

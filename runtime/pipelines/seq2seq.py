@@ -60,7 +60,7 @@ class Seq2SeqPipeline(ChatPipeline):
                 f"the prompt has {len(prompt.ids)} tokens ({prompt.seen} of them for {len(prompt.images)} pictures), "
                 f"the model reads {context}: shorten it",
             )
-        usual = min(self.config.defaults.longest(1), context - 1)
+        usual = context - 1 if request.fills_context else min(self.config.defaults.longest(1), context - 1)
         max_tokens = usual if request.max_tokens is None else request.max_tokens
         if max_tokens >= context:
             raise ContextLengthExceeded(

@@ -64,7 +64,10 @@ class ChatRequest(Request):
     """A conversation to answer. What is None is the model's default; see `Sampling` for the meaning and range of the
     values.
 
-    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less. `stop`
+    `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less; with
+    `fills_context` it is all that the context leaves. A `raw` request has one message, whose text is the prompt as the
+    model reads it: no chat template writes around it, and it may hold special tokens, but those of pictures, which
+    stand before it. `stop`
     ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
     1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
     default it is the model's, and 1 where a temperature, `grammar` or `logprobs` are given. Several `answers` are the
@@ -95,6 +98,8 @@ class ChatRequest(Request):
     presence_penalty: float | None = None
     grammar: Grammar | None = None
     logprobs: int | None = None
+    fills_context: bool = False
+    raw: bool = False
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -121,11 +126,18 @@ class ChatRequest(Request):
             )
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
+        self._check_switches()
         if self.messages[-1].role != "user":
             raise InvalidInput(
                 f"messages[{len(self.messages) - 1}].role",
                 f"is '{self.messages[-1].role}', expected 'user' to answer to",
             )
+
+    def _check_switches(self) -> None:
+        if self.fills_context and self.max_tokens is not None:
+            raise InvalidInput("fills_context", "and max_tokens exclude each other: send one of them")
+        if self.raw and len(self.messages) > 1:
+            raise InvalidInput("raw", f"is of one message, and there are {len(self.messages)}: write them into one")
 
     @property
     def images(self) -> list[Picture | PictureFile]:

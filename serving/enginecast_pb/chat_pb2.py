@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from serving.enginecast_pb import common_pb2 as enginecast_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65nginecast/v1/chat.proto\x12\renginecast.v1\x1a\x1a\x65nginecast/v1/common.proto\"2\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"P\n\x07Message\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.enginecast.v1.Role\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.enginecast.v1.Part\"\xbc\x06\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.enginecast.v1.Message\x12\x17\n\nmax_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\x05\x62\x65\x61ms\x18\n \x01(\rH\x06\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12=\n\x10\x63ontext_overflow\x18\x0c \x01(\x0e\x32\x1e.enginecast.v1.ContextOverflowH\x08\x88\x01\x01\x12\x14\n\x07\x61nswers\x18\r \x01(\rH\t\x88\x01\x01\x12\x12\n\x05min_p\x18\x0e \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\x0c\x88\x01\x01\x12,\n\x07grammar\x18\x11 \x01(\x0b\x32\x16.enginecast.v1.GrammarH\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12&\n\x07scripts\x18; \x03(\x0b\x32\x15.enginecast.v1.Script\x12(\n\x05terms\x18< \x01(\x0b\x32\x14.enginecast.v1.TermsH\x0f\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x08\n\x06_beamsB\x11\n\x0f_length_penaltyB\x13\n\x11_context_overflowB\n\n\x08_answersB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\n\n\x08_grammarB\x0b\n\t_logprobsB\x08\n\x06_terms\"9\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x94\x01\n\x0c\x43hatResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.enginecast.v1.QueuedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.enginecast.v1.TextDeltaH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.enginecast.v1.ChatDoneH\x00\x42\x07\n\x05\x65vent\"X\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.enginecast.v1.TokenLogprob\"d\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05piece\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.enginecast.v1.TokenLogprob\"\xa9\x02\n\x08\x43hatDone\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.enginecast.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.enginecast.v1.Timings\x12)\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x18.enginecast.v1.EngineUse\x12\r\n\x05notes\x18\x06 \x03(\t\x12\x19\n\x11left_out_messages\x18\x07 \x01(\r\x12)\n\x07\x61nswers\x18\x08 \x03(\x0b\x32\x18.enginecast.v1.AnswerEnd\x12\x15\n\rreused_tokens\x18\t \x01(\r\"S\n\tAnswerEnd\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.enginecast.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*l\n\x0f\x43ontextOverflow\x12 \n\x1c\x43ONTEXT_OVERFLOW_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43ONTEXT_OVERFLOW_REFUSE\x10\x01\x12\x1a\n\x16\x43ONTEXT_OVERFLOW_SLIDE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32P\n\x0b\x43hatService\x12\x41\n\x04\x43hat\x12\x1a.enginecast.v1.ChatRequest\x1a\x1b.enginecast.v1.ChatResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18\x65nginecast/v1/chat.proto\x12\renginecast.v1\x1a\x1a\x65nginecast/v1/common.proto\"2\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x0f\n\x05image\x18\x02 \x01(\x0cH\x00\x42\t\n\x07\x63ontent\"P\n\x07Message\x12!\n\x04role\x18\x01 \x01(\x0e\x32\x13.enginecast.v1.Role\x12\"\n\x05parts\x18\x02 \x03(\x0b\x32\x13.enginecast.v1.Part\"\xe0\x06\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12(\n\x08messages\x18\x02 \x03(\x0b\x32\x16.enginecast.v1.Message\x12\x17\n\nmax_tokens\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x06 \x01(\x01H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x07 \x01(\x01H\x04\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x05\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x12\n\x05\x62\x65\x61ms\x18\n \x01(\rH\x06\x88\x01\x01\x12\x1b\n\x0elength_penalty\x18\x0b \x01(\x01H\x07\x88\x01\x01\x12=\n\x10\x63ontext_overflow\x18\x0c \x01(\x0e\x32\x1e.enginecast.v1.ContextOverflowH\x08\x88\x01\x01\x12\x14\n\x07\x61nswers\x18\r \x01(\rH\t\x88\x01\x01\x12\x12\n\x05min_p\x18\x0e \x01(\x01H\n\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\x0c\x88\x01\x01\x12,\n\x07grammar\x18\x11 \x01(\x0b\x32\x16.enginecast.v1.GrammarH\r\x88\x01\x01\x12\x15\n\x08logprobs\x18\x12 \x01(\rH\x0e\x88\x01\x01\x12\x15\n\rfills_context\x18\x13 \x01(\x08\x12\x0b\n\x03raw\x18\x14 \x01(\x08\x12&\n\x07scripts\x18; \x03(\x0b\x32\x15.enginecast.v1.Script\x12(\n\x05terms\x18< \x01(\x0b\x32\x14.enginecast.v1.TermsH\x0f\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\x08\n\x06_beamsB\x11\n\x0f_length_penaltyB\x13\n\x11_context_overflowB\n\n\x08_answersB\x08\n\x06_min_pB\x14\n\x12_frequency_penaltyB\x13\n\x11_presence_penaltyB\n\n\x08_grammarB\x0b\n\t_logprobsB\x08\n\x06_terms\"9\n\x07Grammar\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x42\x06\n\x04\x66orm\"\x94\x01\n\x0c\x43hatResponse\x12\'\n\x06queued\x18\x01 \x01(\x0b\x32\x15.enginecast.v1.QueuedH\x00\x12)\n\x05\x64\x65lta\x18\x02 \x01(\x0b\x32\x18.enginecast.v1.TextDeltaH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.enginecast.v1.ChatDoneH\x00\x42\x07\n\x05\x65vent\"X\n\tTextDelta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06\x61nswer\x18\x02 \x01(\r\x12-\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1b.enginecast.v1.TokenLogprob\"d\n\x0cTokenLogprob\x12\n\n\x02id\x18\x01 \x01(\r\x12\r\n\x05piece\x18\x02 \x01(\x0c\x12\x0f\n\x07logprob\x18\x03 \x01(\x01\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.enginecast.v1.TokenLogprob\"\xa9\x02\n\x08\x43hatDone\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.enginecast.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\x12\'\n\x07timings\x18\x04 \x01(\x0b\x32\x16.enginecast.v1.Timings\x12)\n\x07\x65ngines\x18\x05 \x03(\x0b\x32\x18.enginecast.v1.EngineUse\x12\r\n\x05notes\x18\x06 \x03(\t\x12\x19\n\x11left_out_messages\x18\x07 \x01(\r\x12)\n\x07\x61nswers\x18\x08 \x03(\x0b\x32\x18.enginecast.v1.AnswerEnd\x12\x15\n\rreused_tokens\x18\t \x01(\r\"S\n\tAnswerEnd\x12+\n\x06reason\x18\x01 \x01(\x0e\x32\x1b.enginecast.v1.FinishReason\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r*P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03*l\n\x0f\x43ontextOverflow\x12 \n\x1c\x43ONTEXT_OVERFLOW_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x43ONTEXT_OVERFLOW_REFUSE\x10\x01\x12\x1a\n\x16\x43ONTEXT_OVERFLOW_SLIDE\x10\x02*_\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x32P\n\x0b\x43hatService\x12\x41\n\x04\x43hat\x12\x1a.enginecast.v1.ChatRequest\x1a\x1b.enginecast.v1.ChatResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'enginecast.v1.chat_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1823
-  _globals['_ROLE']._serialized_end=1903
-  _globals['_CONTEXTOVERFLOW']._serialized_start=1905
-  _globals['_CONTEXTOVERFLOW']._serialized_end=2013
-  _globals['_FINISHREASON']._serialized_start=2015
-  _globals['_FINISHREASON']._serialized_end=2110
+  _globals['_ROLE']._serialized_start=1859
+  _globals['_ROLE']._serialized_end=1939
+  _globals['_CONTEXTOVERFLOW']._serialized_start=1941
+  _globals['_CONTEXTOVERFLOW']._serialized_end=2049
+  _globals['_FINISHREASON']._serialized_start=2051
+  _globals['_FINISHREASON']._serialized_end=2146
   _globals['_PART']._serialized_start=71
   _globals['_PART']._serialized_end=121
   _globals['_MESSAGE']._serialized_start=123
   _globals['_MESSAGE']._serialized_end=203
   _globals['_CHATREQUEST']._serialized_start=206
-  _globals['_CHATREQUEST']._serialized_end=1034
-  _globals['_GRAMMAR']._serialized_start=1036
-  _globals['_GRAMMAR']._serialized_end=1093
-  _globals['_CHATRESPONSE']._serialized_start=1096
-  _globals['_CHATRESPONSE']._serialized_end=1244
-  _globals['_TEXTDELTA']._serialized_start=1246
-  _globals['_TEXTDELTA']._serialized_end=1334
-  _globals['_TOKENLOGPROB']._serialized_start=1336
-  _globals['_TOKENLOGPROB']._serialized_end=1436
-  _globals['_CHATDONE']._serialized_start=1439
-  _globals['_CHATDONE']._serialized_end=1736
-  _globals['_ANSWEREND']._serialized_start=1738
-  _globals['_ANSWEREND']._serialized_end=1821
-  _globals['_CHATSERVICE']._serialized_start=2112
-  _globals['_CHATSERVICE']._serialized_end=2192
+  _globals['_CHATREQUEST']._serialized_end=1070
+  _globals['_GRAMMAR']._serialized_start=1072
+  _globals['_GRAMMAR']._serialized_end=1129
+  _globals['_CHATRESPONSE']._serialized_start=1132
+  _globals['_CHATRESPONSE']._serialized_end=1280
+  _globals['_TEXTDELTA']._serialized_start=1282
+  _globals['_TEXTDELTA']._serialized_end=1370
+  _globals['_TOKENLOGPROB']._serialized_start=1372
+  _globals['_TOKENLOGPROB']._serialized_end=1472
+  _globals['_CHATDONE']._serialized_start=1475
+  _globals['_CHATDONE']._serialized_end=1772
+  _globals['_ANSWEREND']._serialized_start=1774
+  _globals['_ANSWEREND']._serialized_end=1857
+  _globals['_CHATSERVICE']._serialized_start=2148
+  _globals['_CHATSERVICE']._serialized_end=2228
 # @@protoc_insertion_point(module_scope)

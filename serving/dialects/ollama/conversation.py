@@ -58,8 +58,10 @@ async def turn(role: Any, text: str | None, images: Sequence[str] | None, field:
     return Turn(role, (*pictures, text) if text else pictures or ("",))
 
 
-async def answer(host: ModelHost, body: Answered, messages: tuple[Turn, ...], reply: Reply) -> Response:
-    """The answer to a conversation, with the options of a request."""
+async def answer(
+    host: ModelHost, body: Answered, messages: tuple[Turn, ...], reply: Reply, raw: bool = False
+) -> Response:
+    """The answer to a conversation, or to a raw prompt, with the options of a request."""
     options = given(body.options, ANSWERING, "answers")
     options["stop"] = tuple(options.get("stop", ()))
     with in_words(ANSWER_WORDS):
@@ -69,6 +71,7 @@ async def answer(host: ModelHost, body: Answered, messages: tuple[Turn, ...], re
             context_overflow="refuse" if body.truncate is False else "slide",
             grammar=grammar(body.format),
             logprobs=likeliest(body.logprobs, body.top_logprobs),
+            raw=raw,
             **options,
         )
     events = run(host, names.known(host, body.model), request, Terms(body.keep_alive))

@@ -87,6 +87,10 @@ def _changing(routes: APIRouter, store: storing.Storing) -> None:
     async def pull(body: fields.Pull) -> Response:
         return await store.pull(body)
 
+    @routes.post("/api/push")
+    async def push(body: fields.Push) -> Response:
+        return await store.push(body)
+
     @routes.post("/api/copy")
     async def copy(body: fields.Copy) -> Response:
         return await store.copy(body)

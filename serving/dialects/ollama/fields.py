@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from serving.dialects.http.states import Body, NoEffect, Refused
@@ -14,7 +14,7 @@ MACHINE: Final = NoEffect("where and how models run is decided when the server s
 CONTEXT: Final = NoEffect("the model's own context counts; where it is full, the oldest turns are left out")
 MIROSTAT: Final = NoEffect("it belongs to `mirostat`")
 CHOOSING: Final = "tokens are not chosen in this way here: leave it out"
-TEMPLATE: Final = "models are asked in the format that they were trained on: send messages to /api/chat"
+TEMPLATE: Final = "templates of Ollama are not read here: send raw true, and the prompt as the model reads it"
 THOUGHTS: Final = "models here have no thoughts of their own: leave it out"
 TOOLS: Final = "models here call no tools: leave it out"
 WHOLE: Final = "models are loaded whole: leave it out"
@@ -28,13 +28,6 @@ def _one_or_more(value: Any) -> Any:
 def _form(value: Any) -> Any:
     if not isinstance(value, str | dict | None):
         raise PydanticCustomError("format", "is no format, expected 'json' or a JSON schema")
-    return value
-
-
-def _bounded(value: int | None) -> int | None:
-    if value is not None and value < 1:
-        why = "is {value}, and answers without a bound are not given here: state a number of tokens, or leave it out"
-        raise PydanticCustomError("num_predict", why, {"value": value})
     return value
 
 
@@ -75,7 +68,7 @@ class AnswerOptions(MachineOptions):
     repeat_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    num_predict: Annotated[int | None, AfterValidator(_bounded)] = None
+    num_predict: int | None = None
     stop: Texts | None = None
     seed: int | None = None
     typical_p: Annotated[float | None, Refused(CHOOSING, but=(1.0,))] = None
@@ -149,9 +142,9 @@ class Generate(Answered):
     width: int | None = None
     height: int | None = None
     steps: int | None = None
+    raw: bool | None = None
     suffix: Annotated[str | None, Refused("models here do not fill in: send what comes before", but=("",))] = None
     template: Annotated[str | None, Refused(TEMPLATE, but=("",))] = None
-    raw: Annotated[bool | None, Refused(TEMPLATE, but=(False,))] = None
     context: Annotated[
         list[int] | None, Refused("send the conversation to /api/chat: its beginning is found again", but=([],))
     ] = None
@@ -201,6 +194,10 @@ class Pull(Name):
 
     stream: bool | None = None
     insecure: Annotated[bool | None, NoEffect("bundles come from a folder of this machine")] = None
+
+
+class Push(Pull):
+    """A request of /api/push."""
 
 
 class Copy(Body):

@@ -25,7 +25,7 @@ from serving.host.models import ModelHost
 from serving.host.terms import Terms
 
 SIZES: Final = ("width", "height", "steps")
-OF_ANSWERS: Final = ("system", "format", "logprobs", "top_logprobs", "truncate")
+OF_ANSWERS: Final = ("raw", "system", "format", "logprobs", "top_logprobs", "truncate")
 """Fields of models that answer."""
 DRAWING_WORDS: Final = {**WORDS, "image": "images"}
 
@@ -40,9 +40,11 @@ async def generate(host: ModelHost, body: Generate) -> Response:
     if host.status(names.known(host, body.model)).task == ImageRequest.task:
         return await draw(host, body, reply)
     _none_of(body, SIZES, "draws", "answers")
+    if body.raw and body.system:
+        raise InvalidInput("system", "does not go with raw: write it into the prompt")
     system = (Turn("system", (body.system,)),) if body.system else ()
     asked = await turn("user", body.prompt, body.images, "images")
-    return await answer(host, body, (*system, asked), reply)
+    return await answer(host, body, (*system, asked), reply, raw=bool(body.raw))
 
 
 async def draw(host: ModelHost, body: Generate, reply: Reply) -> Response:

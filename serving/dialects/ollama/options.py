@@ -31,6 +31,7 @@ ANSWERING: Final = {
     "stop": "stop",
 }
 """Options of models that answer, and their names in a `ChatRequest`."""
+LONGEST: Final = ANSWERING["num_predict"]
 DRAWING: Final = {name: name for name in ("negative_prompt", "guidance_scale", "sampler", "strength")}
 """Options of models that draw, and their names in an `ImageRequest`."""
 WORDS: Final = {ours: f"options.{theirs}" for theirs, ours in (ANSWERING | DRAWING | {SEED: SEED}).items()}
@@ -84,11 +85,14 @@ def likeliest(logprobs: bool | None, top: int | None) -> int | None:
 
 def given(options: AnswerOptions | None, names: Mapping[str, str], what: str) -> dict[str, Any]:
     """The options that were sent, by their names in our requests: those of `names`, and the seed, which may be negative
-    for any. Raises InvalidInput for one of another task than the model's, which `what` is.
+    for any. Less than one token to predict is as many as the context leaves, as -1 and -2 are in Ollama. Raises
+    InvalidInput for one of another task than the model's, which `what` is.
     """
     sent = {} if options is None else options.model_dump(include={*ANSWERING, *DRAWING, SEED}, exclude_none=True)
     seed = sent.pop(SEED, None)
     for name in sent.keys() - names.keys():
         raise InvalidInput(f"options.{name}", f"is of no use to a model that {what}: leave it out")
     found = {names[name]: value for name, value in sent.items()}
+    if found.get(LONGEST, 1) < 1:
+        found = {name: value for name, value in found.items() if name != LONGEST} | {"fills_context": True}
     return found if seed is None or seed < 0 else {**found, SEED: seed}

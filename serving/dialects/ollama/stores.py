@@ -43,13 +43,18 @@ class Stores:
             raise InvalidInput("model", "cannot be stored: this server has no --repository to put bundles into")
         return self._host.repository
 
+    @property
+    def library(self) -> Repository:
+        """Where bundles are copied from, and to. Raises InvalidInput if there is none."""
+        if self._library is None:
+            raise InvalidInput("model", "cannot be pulled or pushed: this server has no --library")
+        return Repository(self._library)
+
     def bundle(self, name: str) -> Offer:
         """The bundle of the library that a client calls `name`; without a version the highest. Raises NotFound, and the
         error of a bundle that cannot be opened.
         """
-        if self._library is None:
-            raise InvalidInput("model", "cannot be pulled: this server has no --library to pull from")
-        offers = Repository(self._library).look().offers
+        offers = self.library.look().offers
         highest = {offer.model: offer for offer in reversed(offers)}
         offer = _named(names.served(name), highest | {one.name: one for one in offers}, "in the library")
         if offer.error is not None:

@@ -1,4 +1,4 @@
-"""Changes of the server's repository: /api/pull, /api/copy, /api/delete, /api/create."""
+"""Changes of the server's repository and library: /api/pull, /api/push, /api/copy, /api/delete, /api/create."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from serving.dialects.ollama.stores import Stores
 from serving.host.building import built
 from serving.host.models import ModelHost
 from serving.host.offers import Offer
+from serving.host.repository import Repository
 from serving.host.shown import concealed
 from serving.host.storing import copying, place, remove
 
@@ -43,14 +44,21 @@ class Storing:
         present = self._host.catalog.get(offer.name)
         if present is not None and present.offer.same(offer):
             return await _response(_nothing(), body.stream)
-        to = place(self._stores.repository, offer.model, offer.version)
-        return await _response(self._copied(offer, to), body.stream)
+        return await _response(self._copied(offer, self._stores.repository, offer.model, offer.version), body.stream)
+
+    async def push(self, body: fields.Push) -> Response:
+        """Copy a bundle that is served to the library, if it is not there already."""
+        offer, library = self._host.catalog.find(names.known(self._host, named(body))).offer, self._stores.library
+        there = {one.name: one for one in (await asyncio.to_thread(library.look)).offers}
+        if offer.name in there and there[offer.name].same(offer):
+            return await _response(_nothing(), body.stream)
+        return await _response(self._copied(offer, library, offer.model, offer.version, "pushing"), body.stream)
 
     async def copy(self, body: fields.Copy) -> Response:
         """Copy a bundle that is served to another name, or to a new version."""
         offer = self._host.catalog.find(names.known(self._host, body.source)).offer
-        to = place(self._stores.repository, *names.storable(body.destination))
-        async with aclosing(self._copied(offer, to)) as steps:
+        copied = self._copied(offer, self._stores.repository, *names.storable(body.destination))
+        async with aclosing(copied) as steps:
             async for _ in steps:
                 pass
         return Response()
@@ -72,17 +80,21 @@ class Storing:
             raise ResourceExhausted("another bundle is being built: try again when that is done")
         return await _response(self._built(source, to, model, body.quantize or ""), body.stream)
 
-    async def _copied(self, offer: Offer, to: Path) -> Pieces:
+    def _copied(self, offer: Offer, store: Repository, model: str, version: str, doing: str = "pulling") -> Pieces:
+        """Copy a bundle to a store, as this model and version. Raises InvalidInput at once where that is taken."""
+        return self._copying(offer, place(store, model, version), store.root, doing)
+
+    async def _copying(self, offer: Offer, to: Path, root: Path, doing: str) -> Pieces:
         if offer.bundle is None:
             raise offer.error or BundleError(f"the bundle of {offer.name} cannot be opened")
-        yield {"status": "pulling manifest"}
+        yield {"status": f"{doing} manifest"}
         try:
-            async with aclosing(_threaded(copying(offer.bundle, to, self._stores.repository.root))) as steps:
+            async with aclosing(_threaded(copying(offer.bundle, to, root))) as steps:
                 async for step in steps:
                     counts = {"digest": f"sha256:{step.digest}", "total": step.total, "completed": step.completed}
-                    yield {"status": f"pulling {step.digest[:SHOWN]}", **counts}
+                    yield {"status": f"{doing} {step.digest[:SHOWN]}", **counts}
         except OSError as error:
-            raise concealed(file_error(error), offer.root, offer.name) from error
+            raise concealed(concealed(file_error(error), offer.root, offer.name), root, root.name) from error
         except BundleError as error:
             raise concealed(error, offer.root, offer.name) from error
         await self._host.look()

@@ -153,6 +153,12 @@ class ChatOptions(TypedDict, total=False):
 
     max_tokens: int | None
     """Longest answer, in tokens."""
+    fills_context: bool | None
+    """The answer may have all tokens that the context leaves, in place of `max_tokens`."""
+    raw: bool | None
+    """The question is the prompt as the model reads it: no chat template writes around it, and it may hold special
+    tokens. Pictures stand before it.
+    """
     temperature: float | None
     """0 always takes the most likely token; at most 100."""
     top_k: int | None

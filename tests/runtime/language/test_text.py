@@ -184,6 +184,16 @@ def test_special_tokens_in_text_are_refused_by_field(llava: ChatText, token: str
     assert caught.value.field == "messages[2].parts[1]"
 
 
+def test_a_raw_prompt_is_read_as_it_is(llava: ChatText) -> None:
+    conversation = [Message("user", ("hi",)), Message("assistant", ("yes",)), Message("user", ("and?",))]
+    prompt = llava.render(conversation)
+    assert llava.raw(Message("user", (prompt,))) == llava.encode(conversation)
+    assert llava.raw(Message("user", ("a</s>", PICTURE)))[0] == IMAGE
+    for parts in (("a <image>",), (PICTURE, "a <image>")):
+        with pytest.raises(InvalidInput, match="holds the token of a picture"):
+            llava.raw(Message("user", parts))
+
+
 @pytest.mark.parametrize("parts", [("<ima", "ge>"), ("</", "s>"), (" <ima\n", " ge>"), ("<", "image", ">", PICTURE)])
 def test_parts_that_join_up_to_a_special_token_are_refused(tmp_path: Path, parts: tuple[Any, ...]) -> None:
     byte_tokenizer().save(str(tmp_path / "tokenizer.json"))

@@ -31,7 +31,7 @@ from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation
 from runtime.language.sampling import Beams
-from runtime.language.text import Message
+from runtime.language.text import ChatText, Message
 from runtime.pipeline import Call, Event, Reused, Room, drive
 from runtime.pipelines.chat import ChatPipeline
 from runtime.tasks.chat import ChatDefaults, ChatRequest, Finished, TextDelta
@@ -514,6 +514,8 @@ def test_calls_have_the_declared_types(chat: ChatPipeline, engines: dict[str, Fa
         ({"answers": 0}, "answers"),
         ({"answers": 65, "temperature": 1.0}, "answers"),
         ({"answers": 5, "beams": 4}, "answers"),
+        ({"fills_context": True, "max_tokens": 5}, "fills_context"),
+        ({"raw": True, "messages": CONVERSATIONS["turns"]}, "raw"),
         ({"length_penalty": float("nan")}, "length_penalty"),
         ({"context_overflow": "crop"}, "context_overflow"),
     ],
@@ -537,6 +539,24 @@ def test_the_context_is_checked_before_any_call(chat: ChatPipeline, engines: dic
     room = CONTEXT - len(chat.prompt(long).ids)
     assert 0 < room < CONFIG.defaults.max_tokens
     assert answer(drive(chat(long), engines))[1].completion_tokens <= room  # the default yields to the context
+
+
+def test_an_answer_may_fill_the_context(chat: ChatPipeline, engines: dict[str, FakeEngine]) -> None:
+    request = ChatRequest(CONVERSATIONS["text"])
+    room = CONTEXT - len(chat.prompt(request).ids)
+    assert room > CONFIG.defaults.max_tokens
+    expected = answer(drive(chat(replace(request, max_tokens=room)), engines))
+    assert answer(drive(chat(replace(request, fills_context=True)), engines)) == expected
+    assert expected[1].completion_tokens > CONFIG.defaults.max_tokens
+
+
+def test_a_raw_prompt_is_answered_as_the_conversation_that_it_writes(
+    chat: ChatPipeline, engines: dict[str, FakeEngine]
+) -> None:
+    assert isinstance(chat.text, ChatText)
+    request = ChatRequest(CONVERSATIONS["text"], max_tokens=6)
+    raw = replace(request, messages=(user(chat.text.render(request.messages)),), raw=True)
+    assert answer(drive(chat(raw), engines)) == answer(drive(chat(request), engines))
 
 
 def test_a_picture_is_encoded_once(bundle: Bundle, engines: dict[str, FakeEngine]) -> None:

@@ -51,6 +51,7 @@ OPTIONS: Final = (
     "presence_penalty",
     "logprobs",
 )
+SWITCHES: Final = ("fills_context", "raw")
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
@@ -67,9 +68,9 @@ def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
         )
     overflow = OVERFLOW_NAMES[message.context_overflow]
     grammar = _grammar(message.grammar) if message.HasField("grammar") else None
-    return ChatRequest(
-        turns, stop=tuple(message.stop), context_overflow=overflow, grammar=grammar, **given(message, OPTIONS)
-    )
+    switches = {name: getattr(message, name) for name in SWITCHES}
+    options = given(message, OPTIONS) | switches
+    return ChatRequest(turns, stop=tuple(message.stop), context_overflow=overflow, grammar=grammar, **options)
 
 
 def _grammar(message: chat_pb2.Grammar) -> Grammar:
@@ -141,7 +142,7 @@ class ChatStream:
 
 def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
     """Convert a request to its message. Arrays become PNG files."""
-    options = {name: getattr(request, name) for name in OPTIONS}
+    options = {name: getattr(request, name) for name in (*OPTIONS, *SWITCHES)}
     turns = [
         chat_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.content))  # type: ignore[arg-type]
         for turn in request.messages

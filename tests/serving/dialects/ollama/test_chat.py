@@ -181,11 +181,7 @@ def test_without_messages_the_model_is_loaded(own: Served) -> None:
         ({}, 400, "model: is missing, and is required"),
         ({"model": "draw"}, 400, "model: draw has the task image"),
         ({"options": {"min_p": 2}}, 400, "options.min_p: is 2"),
-        (
-            {"options": {"num_predict": -1}},
-            400,
-            "options.num_predict: is -1, and answers without a bound are not given",
-        ),
+        ({"options": {"num_predict": 1.5}}, 400, "options.num_predict: input should be a valid integer"),
         ({"options": {"temperature": "hot"}}, 400, "options.temperature: input should be a valid number"),
         ({"options": {"mirostat": 2}}, 400, "options.mirostat: tokens are not chosen in this way"),
         ({"options": {"steps": 2}}, 400, "options.steps: is not known here"),

@@ -63,6 +63,18 @@ def test_options_of_answers(served: Served) -> None:
     assert answer.done_reason == "length" and [one.token for one in answer.logprobs or ()] == ["a ", "red "]
 
 
+@proves("POST /api/generate", "raw", "options.num_predict")
+def test_a_raw_prompt_and_answers_without_a_bound(served: Served) -> None:
+    assert served.client.generate("talk", "<s>USER: x", raw=True).response == "a red círcle"
+    for longest in (-1, -2, 0):
+        assert served.client.generate("talk", "x", options={"num_predict": longest}).done_reason == "stop"
+    raw, *endless = served.requests
+    assert (
+        raw.raw and raw.messages[0].content == ("<s>USER: x",) and (raw.max_tokens, raw.fills_context) == (None, False)
+    )
+    assert {(one.raw, one.max_tokens, one.fills_context) for one in endless} == {(False, None, True)}
+
+
 @proves("POST /api/generate", "keep_alive")
 def test_an_empty_prompt_loads_and_unloads(own: Served) -> None:
     answer = own.client.generate("talk", "", keep_alive="5m")
@@ -112,8 +124,10 @@ def test_the_progress_of_a_picture(served: Served) -> None:
         ("talk", {"width": 64}, "width: is for a model that draws, and this one answers"),
         ("talk", {"options": {"sampler": "euler"}}, "options.sampler: is of no use to a model that answers"),
         ("talk", {"suffix": "x"}, "suffix: models here do not fill in"),
-        ("talk", {"raw": True}, "raw: models are asked in the format"),
-        ("talk", {"template": "{{ .Prompt }}"}, "template: models are asked in the format"),
+        ("talk", {"raw": True, "system": "x"}, "system: does not go with raw: write it into the prompt"),
+        ("talk", {"raw": "yes"}, "raw: input should be a valid boolean"),
+        ("draw", {"raw": True}, "raw: is for a model that answers, and this one draws"),
+        ("talk", {"template": "{{ .Prompt }}"}, "template: templates of Ollama are not read here: send raw true"),
         ("talk", {"context": [1, 2]}, "context: send the conversation to /api/chat"),
         ("talk", {"think": True}, "think: models here have no thoughts"),
         ("talk", {"images": ["?"]}, "images[0]: is no base64"),

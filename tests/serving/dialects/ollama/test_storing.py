@@ -105,6 +105,30 @@ def test_pull(tmp_path: Path) -> None:
         assert hidden(tmp_path / "repository") == []
 
 
+@proves("POST /api/push", "model", "name", "stream")
+def test_push(tmp_path: Path) -> None:
+    library = tmp_path / "library"
+    filled(library, "shapes/1", a=b"x" * 1000)
+    with storing(tmp_path, library=library) as served:
+        served.client.pull("shapes")
+        served.client.copy("shapes:1", "mine:3")
+        steps = list(served.client.push("mine:3", stream=True))
+        assert steps[0].status == "pushing manifest" and steps[-1].status == "success"
+        assert [(step.completed, step.total) for step in steps[1:-1]] == [(0, 1000), (1000, 1000)]
+        found = Bundle(library / "mine" / "3")
+        found.verify()
+        assert found.content == Bundle(library / "shapes" / "1").content
+        assert served.client.push("mine:3").status == "success", "and may be pushed again"
+        body = {"name": "shapes", "insecure": True, "stream": False}
+        assert served.post("/api/push", body) == (200, {"status": "success"})
+        filled(library, "draw", a=b"another")
+        with pytest.raises(ResponseError, match="'draw' is there already"):
+            served.client.push("draw")
+        with pytest.raises(ResponseError, match="model 'shape' is not served here: did you mean 'shapes'"):
+            served.client.push("shape")
+        assert hidden(library) == []
+
+
 def test_an_altered_bundle_is_not_pulled(tmp_path: Path) -> None:
     root = filled(tmp_path / "library", "shapes", a=b"x" * 1000)
     (root / "onnx" / "a").write_bytes(b"z" * 1000)
@@ -206,6 +230,7 @@ def test_leaving_stops_a_build(tmp_path: Path, checkpoints: Path) -> None:
 def test_without_folders(served: Served) -> None:
     for call, why in (
         (lambda: served.client.pull("x"), "this server has no --library"),
+        (lambda: served.client.push("draw"), "this server has no --library"),
         (lambda: served.client.copy("draw", "x"), "this server has no --repository"),
         (lambda: served.client.delete("draw"), "this server has no --repository"),
         (lambda: served.client.create("x", from_="y"), "this server has no --checkpoints"),
