@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,14 +20,13 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 from runtime import limits
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.tasks.image import ImageRequest
+from runtime.values import NUMBER, real, switch, whole
 
 SEARCH: Final = "prompt_sr"
 """The field that searches and replaces."""
 LORA: Final = "loras."
 """What the name of a LoRA stands behind."""
-NUMBER: Final = r"-?\d+(?:\.\d+)?"
 RANGE: Final = re.compile(rf"({NUMBER})-({NUMBER})(?::({NUMBER}))?", re.ASCII)
-SWITCHES: Final = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 WHOLE: Final = ("images", "preview_every", "denoising_start", "denoising_end")
 """Fields that would make a cell something else than one finished picture."""
 
@@ -122,7 +120,7 @@ def _of_hint(hint: Any) -> Kind | None:
 
 def _kind(name: str, field: str) -> Kind:
     if field.startswith(LORA) and field != LORA:
-        return _real
+        return real
     if field not in fields():
         raise InvalidInput(
             name, f"{quoted(field)} cannot be on an axis: {did_you_mean(field, [*fields(), 'loras.NAME'])}"
@@ -136,7 +134,7 @@ def _split(name: str, kind: Kind, text: str) -> list[Any]:
         return [one.strip() for one in next(csv.reader([text], skipinitialspace=True), [])]
     found: list[Any] = []
     for part in (part.strip() for part in text.split(",")):
-        span = RANGE.fullmatch(part) if kind in (_whole, _real) else None
+        span = RANGE.fullmatch(part) if kind in (whole, real) else None
         found += _range(name, *span.groups()) if span else [part]
     return found
 
@@ -158,42 +156,18 @@ def _text(value: Any) -> str:
     return value
 
 
-def _real(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"is {value!r:.100}, expected a number")
-    return number
-
-
-def _whole(value: Any) -> int:
-    number = Decimal(value) if isinstance(value, str) and re.fullmatch(NUMBER, value, re.ASCII) else value
-    if isinstance(number, bool) or not isinstance(number, int | float | Decimal) or number != number // 1:
-        raise ValueError(f"is {value!r:.100}, expected a whole number")
-    return int(number)
-
-
-def _switch(value: Any) -> bool:
-    found = SWITCHES.get(value.lower()) if isinstance(value, str) else value
-    if not isinstance(found, bool):
-        raise ValueError(f"is {value!r:.100}, expected true or false")
-    return found
-
-
 def _lengths(count: int, value: Any) -> tuple[int, ...]:
     """From a list, or a text such as 512x768."""
     parts = value.split("x") if isinstance(value, str) else value
     if not isinstance(parts, list | tuple) or len(parts) != count:
         raise ValueError(f"is {value!r:.100}, expected {count} lengths in pixels such as {'x'.join(['64'] * count)}")
-    return tuple(map(_whole, parts))
+    return tuple(map(whole, parts))
 
 
 def _loras(value: Any) -> dict[str, float]:
     if not isinstance(value, Mapping):
         raise ValueError(f"is {value!r:.100}, expected scales by name; loras.NAME is the scale of one LoRA")
-    return {_text(name): _real(scale) for name, scale in value.items()}
+    return {_text(name): real(scale) for name, scale in value.items()}
 
 
-KINDS: Final[Mapping[Any, Kind]] = {int: _whole, float: _real, str: _text, bool: _switch}
+KINDS: Final[Mapping[Any, Kind]] = {int: whole, float: real, str: _text, bool: switch}

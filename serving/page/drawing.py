@@ -10,10 +10,12 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
-from runtime.errors import InvalidInput, quoted
+from runtime.errors import InvalidInput
 from runtime.grid.axes import Axis
 from runtime.grid.plan import NAMES, GridPlan
 from runtime.tasks.image import ImageAbilities, ImageRequest
+from runtime.values import named, real
+from runtime.values import whole as whole_number
 from serving.dialects.python.grid import resumable
 from serving.dialects.python.requests import Control, Style, image_request
 from serving.enginecast_pb import model_pb2
@@ -71,22 +73,16 @@ def plan_of(values: Values, request: ImageRequest) -> GridPlan | None:
 
 def whole(name: str, value: Any) -> int | None:
     """A whole number, None where there is none. Raises InvalidInput that names the field."""
-    found = number(name, value)
-    if found is None:
-        return None
-    if found % 1:  # of NaN and infinity too
-        raise InvalidInput(name, f"is {found:g}, expected a whole number")
-    return int(str(value)) if str(value).strip().isdecimal() else int(found)
+    return None if _empty(value) else named(name, whole_number, value)
 
 
 def number(name: str, value: Any) -> float | None:
     """A number, None where there is none. Raises InvalidInput that names the field."""
-    if value is None or not str(value).strip():
-        return None
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InvalidInput(name, f"is {quoted(str(value))}, expected a number") from None
+    return None if _empty(value) else named(name, real, value)
+
+
+def _empty(value: Any) -> bool:
+    return value is None or not str(value).strip()
 
 
 def loras_of(rows: Iterable[Sequence[Any]]) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import Field, dataclass, fields, replace
@@ -13,11 +12,10 @@ from typing import Annotated, Any, Final, Literal, TypeVar, get_args, get_origin
 from typer.models import OptionInfo
 
 from runtime.errors import InvalidInput, did_you_mean, quoted
+from runtime.values import named, real, switch, whole
 from serving.cli import terminal
 
 G = TypeVar("G")
-
-SWITCH: Final = {"on": True, "off": False, "true": True, "false": False, "yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -96,29 +94,6 @@ def _setting(hint: Any) -> Setting:
     return Setting(kinds[0] if optional else plain, option)
 
 
-def _whole(name: str, text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise InvalidInput(name, f"is {quoted(text)}, expected a whole number") from None
-
-
-def _number(name: str, text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise InvalidInput(name, f"is {quoted(text)}, expected a number")
-    return number
-
-
-def _switch(name: str, text: str) -> bool:
-    if (found := SWITCH.get(text.lower())) is None:
-        raise InvalidInput(name, f"is {quoted(text)}, expected on or off")
-    return found
-
-
 def _words(name: str, text: str) -> list[str]:
     try:
         return shlex.split(text)
@@ -133,9 +108,9 @@ def _choice(name: str, text: str, choices: tuple[str, ...]) -> str:
 
 
 READERS: Final[dict[Any, Callable[[str, str], Any]]] = {
-    int: _whole,
-    float: _number,
-    bool: _switch,
+    int: lambda name, text: named(name, whole, text),
+    float: lambda name, text: named(name, real, text),
+    bool: lambda name, text: named(name, switch, text),
     list: _words,
     str: lambda name, text: text,
     Path: terminal.path,

@@ -57,7 +57,7 @@ def test_values_of_a_text(text: str, values: tuple[Any, ...]) -> None:
         ("steps=True", "x: has a value of steps that is 'True', expected a whole number"),
         ("guidance_scale=nan", "x: has a value of guidance_scale that is 'nan', expected a number"),
         ("guidance_scale=1e999", "expected a number"),
-        ("guess_mode=maybe", "x: has a value of guess_mode that is 'maybe', expected true or false"),
+        ("guess_mode=maybe", "x: has a value of guess_mode that is 'maybe', expected on or off"),
         ("original_size=64", "expected 2 lengths in pixels such as 64x64"),
         ("sampler=", "x: has no values of sampler"),
         ("steps=1-1000", "x: has 1,000 cells, expected at most 100"),

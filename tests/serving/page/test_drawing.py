@@ -85,12 +85,12 @@ def test_nothing_painted_is_no_mask() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"width": "wide"}, "width: is 'wide', expected a number"),
-        ({"width": "1.5"}, "width: is 1.5, expected a whole number"),
-        ({"seed": "nan"}, "seed: is nan, expected a whole number"),
+        ({"width": "wide"}, "width: is 'wide', expected a whole number"),
+        ({"width": "1.5"}, "width: is '1.5', expected a whole number"),
+        ({"seed": "nan"}, "seed: is 'nan', expected a whole number"),
         ({"seed": "-1"}, "seed: is -1, expected 0 to"),
         ({"images": "65"}, "images: is 65, expected 1 to 64"),
-        ({"left": "x", "canvas": canvas()}, "extend: is 'x', expected a number"),
+        ({"left": "x", "canvas": canvas()}, "extend: is 'x', expected a whole number"),
         ({"canvas": {"background": None, "layers": [brushed()]}}, "mask: is painted on nothing"),
         ({"styles": [["", "a.png", 1]]}, "styles: have a picture without a name"),
         ({"loras": [["pixel", "much"]]}, "loras: 'pixel' has the scale 'much'"),

@@ -70,7 +70,7 @@ def test_a_picture_is_drawn_and_stopped_and_all_stays_on_this_machine(opened: Op
     opened.tab("Draw")
     page.fill("#draw-width :is(textarea, input)", "wide")
     page.click("#draw-start")
-    opened.says("#draw-status", "width: is 'wide', expected a number")
+    opened.says("#draw-status", "width: is 'wide', expected a whole number")
     assert page.locator("#draw-status [role=alert]").count() == 1
     assert opened.elsewhere == []
     assert opened.faults == []
