@@ -13,13 +13,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
 from runtime.diffusion.labels import named, shown
 from runtime.errors import InvalidInput, quoted
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
 
 KEY: Final = "parameters"
 """The keyword of the text in a PNG file."""
@@ -118,6 +118,18 @@ def infotext(
     values = {name: _text(value) for name, value in stated.items() if value is not None} | dict(more or {})
     negative = _plain(request.negative_prompt, request)
     return str(Infotext(_prompt(request) if prompt is None else prompt, negative, values))
+
+
+def told(request: ImageRequest, ready: ImageReady, more: Mapping[str, str] | None = None) -> str:
+    """The text of a picture that was drawn, with the prompts that scripts made of the request's."""
+    prompt, negative = ready.prompt, ready.negative_prompt
+    drawn = replace(
+        request,
+        prompt=request.prompt if prompt is None else prompt,
+        negative_prompt=request.negative_prompt if negative is None else negative,
+    )
+    height, width = ready.image.shape[:2]
+    return infotext(drawn, ready.seed, (height, width), more)
 
 
 def without_tags(prompt: str) -> tuple[str, dict[str, float]]:

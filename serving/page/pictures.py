@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
 import numpy as np
 
-from runtime.diffusion.infotext import KEY, Infotext, infotext
+from runtime.diffusion.infotext import KEY, Infotext, told
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.limits import PICTURE_BYTES
@@ -22,7 +21,6 @@ from runtime.vision.texts import texts_of
 
 KEPT_SECONDS: Final = 24 * 3600
 """How long files of pictures are kept."""
-PROMPTS: Final = ("prompt", "negative_prompt")
 
 
 def fresh(folder: Path) -> Path:
@@ -39,8 +37,7 @@ def saved(folder: Path, request: ImageRequest, ready: ImageReady, model: str) ->
     Returns the file and the parameters.
     """
     picture = np.asarray(ready.image, np.uint8)
-    changed = {name: text for name in PROMPTS if (text := getattr(ready, name)) is not None}
-    text = infotext(replace(request, **changed), ready.seed, picture.shape[:2], {"Model": model})
+    text = told(request, ready, {"Model": model})
     path = fresh(folder) / f"{ready.seed}-{uuid4().hex[:8]}.png"
     path.write_bytes(encode_image(picture, texts={KEY: text}))
     return path, text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,12 @@ def test_blocking_pictures(drawing: Fake, tmp_path: Path) -> None:
     np.testing.assert_array_equal(drawn.image, GREY)
     assert drawn.done.engines[0].target == "fake" and drawn.done.engines[0].calls == 3
     assert drawn.save(tmp_path / "x.png") == [tmp_path / "x-0.png", tmp_path / "x-1.png"]
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x-1.png")), GREY)
+    with Image.open(tmp_path / "x-1.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), GREY)
+        assert picture.info["parameters"] == "a circle\nSteps: 3, Seed: 8, Size: 16x8"
+    replace(drawn, request=None).save(tmp_path / "y.png")
+    with Image.open(tmp_path / "y-0.png") as picture:
+        assert picture.info == {}
 
 
 def test_streaming_pictures(drawing: Fake) -> None:

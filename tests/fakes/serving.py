@@ -20,9 +20,9 @@ class FakeServer(server.FakeServer):
         status = self.host.status(name)
         return status.running + status.queued
 
-    def leaving(self) -> bool:
-        """Whether every request of "draw" is stopping."""
-        return all(run.job.stopped_by is not None for run in self.host.catalog.find("draw").runs)
+    def leaving(self, name: str = "draw") -> bool:
+        """Whether every request of a model is stopping."""
+        return all(run.job.stopped_by is not None for run in self.host.catalog.find(name).runs)
 
     def alive(self) -> bool:
         """Whether a picture can be drawn from beginning to end."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from runtime.errors import InvalidInput
 from serving.cli import terminal
+from serving.cli.repl.completing import Words, bind
 from serving.cli.repl.history import History
 
 PROMPT, MORE = "> ", "... "
@@ -93,16 +94,17 @@ def decoded(content: bytes) -> str:
 
 class Typed:
     """Lines typed at a terminal, with the keys and the history of readline where there is one. `keep` asks whether a
-    line is to be remembered.
+    line is to be remembered; `words` are what the Tab key knows besides files.
 
     Ctrl-D ends them. Ctrl-C clears the line; a second one on an empty line ends them.
     """
 
-    def __init__(self, history: History, keep: Callable[[], bool]) -> None:
+    def __init__(self, history: History, keep: Callable[[], bool], words: Words) -> None:
         self._history, self._keep = history, keep
         self._readline = _readline()
         if self._readline is not None:
             self._readline.set_auto_history(False)
+            bind(self._readline, words)
             for line in history.lines:
                 self._readline.add_history(line)
         if history.problem:

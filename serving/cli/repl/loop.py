@@ -15,6 +15,7 @@ from runtime.files import file_error
 from runtime.task import Request
 from serving.cli import terminal
 from serving.cli.options import ShownPictures
+from serving.cli.repl.completing import Words
 from serving.cli.repl.history import History
 from serving.cli.repl.inline import begins_with_one
 from serving.cli.repl.lines import Typed
@@ -89,6 +90,14 @@ class Repl(ABC):
         """What /show shows, by its name."""
         return {"settings": self._settings_text, "info": lambda: _table(self._about())}
 
+    def words(self) -> Words:
+        """The commands, and what each takes."""
+        taken: dict[str, Callable[[], Iterable[str]]] = {
+            **dict.fromkeys(("/set", "/unset"), lambda: [name for name, _, _ in self.settings.rows()]),
+            "/show": self.shown,
+        }
+        return {command.name: taken.get(command.name) for command in self._all()} | dict.fromkeys(BYE[:3])
+
     @property
     def screen(self) -> Screen:
         return self.settings.of(Screen)
@@ -101,7 +110,7 @@ class Repl(ABC):
             self.once(prompt)
             return
         terminal.report(f"{self.greeting} {self.name}. /help lists commands, Ctrl-D ends.")
-        self.run(Typed(History(self.task), lambda: self.screen.history), patient=True)
+        self.run(Typed(History(self.task), lambda: self.screen.history, self.words()), patient=True)
 
     def run(self, lines: Iterable[str], patient: bool) -> None:
         """Take lines until they end or one says goodbye. A `patient` loop reports errors and goes on; another one

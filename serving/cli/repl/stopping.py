@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TypeVar
 
 from runtime.errors import Cancelled
 from serving.dialects.python.stream import Stream
+
+R = TypeVar("R")
 
 
 class Stopped(KeyboardInterrupt):
@@ -17,13 +19,14 @@ class Stopped(KeyboardInterrupt):
 
 
 @contextmanager
-def stopping(stream: Stream[Any]) -> Iterator[None]:
-    """In this block, on the main thread, Ctrl-C cancels the stream before its next step, and Stopped is raised once it
-    has ended. Ctrl-C again raises KeyboardInterrupt at once. A process that ignores SIGINT goes on to.
+def stopping(begin: Callable[[], Stream[R]]) -> Iterator[Stream[R]]:
+    """Send a request: `begin` returns its stream. In this block, on the main thread, Ctrl-C cancels the stream before
+    its next step, and Stopped is raised once it has ended. Ctrl-C again raises KeyboardInterrupt at once. A process
+    that ignores SIGINT goes on to.
     """
-    pressed = False
+    pressed, stream = False, None
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        yield
+        yield begin()
         return
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -31,11 +34,15 @@ def stopping(stream: Stream[Any]) -> Iterator[None]:
         if pressed:
             raise KeyboardInterrupt
         pressed = True
-        stream.cancel()
+        if stream is not None:
+            stream.cancel()
 
     before = signal.signal(signal.SIGINT, stop)
     try:
-        yield
+        stream = begin()
+        if pressed:  # while the request was on its way
+            stream.cancel()
+        yield stream
     except Cancelled:
         if pressed:
             raise Stopped from None

@@ -9,23 +9,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.diffusion.infotext import KEY, told
 from runtime.errors import Cancelled
 from runtime.files import written
 from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Event
 from runtime.tasks.chat import Finished, TextDelta
 from runtime.tasks.embed import Embeddings, Scores
-from runtime.tasks.image import ImageReady
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, encode_image
 from serving.host.job import Done
 
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """Finished pictures. `images` holds each with its index and seed, `done` the times and the engines that ran."""
+    """Finished pictures. `images` holds each with its index and seed, `done` the times and the engines that ran,
+    `request` what was asked; None where another client asked it.
+    """
 
     images: tuple[ImageReady, ...]
     done: Done
+    request: ImageRequest | None = None
 
     @property
     def image(self) -> Picture:
@@ -42,6 +46,7 @@ class Drawing:
 
     def save(self, path: str | Path) -> list[Path]:
         """Write PNG files and return their paths: `path`, or for several pictures NAME-0.png, NAME-1.png and so on.
+        Each has its parameters in it, as Automatic1111's web UI writes them, where the `request` is known.
 
         A file has its name only once it is complete. Raises OSError, and ResourceExhausted when the disk is full.
         """
@@ -49,7 +54,8 @@ class Drawing:
         paths = [out] if len(self.images) == 1 else [out.with_stem(f"{out.stem}-{one.index}") for one in self.images]
         for file, one in zip(paths, self.images, strict=True):
             with written(file) as target:
-                target.write(encode_image(np.asarray(one.image, np.uint8)))
+                texts = {} if self.request is None else {KEY: told(self.request, one)}
+                target.write(encode_image(np.asarray(one.image, np.uint8), texts=texts))
         return paths
 
 
@@ -137,9 +143,9 @@ def matching(events: Sequence[Event]) -> Matching:
     return Matching(next(event for event in events if isinstance(event, Scores)).scores, done)
 
 
-def drawing(events: Sequence[Event]) -> Drawing:
+def drawing(events: Sequence[Event], request: ImageRequest | None = None) -> Drawing:
     """The pictures of a stream that has ended. Raises Cancelled if it was closed early."""
-    return Drawing(tuple(event for event in events if isinstance(event, ImageReady)), _done(events))
+    return Drawing(tuple(event for event in events if isinstance(event, ImageReady)), _done(events), request)
 
 
 def answer(events: Sequence[Event]) -> Answer:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar, Unpack
 
@@ -177,7 +178,7 @@ class Session(ABC):
 
     def draw(self, request: ImageRequest) -> Stream[Drawing]:
         """The stream of a request for pictures. Raises InvalidInput."""
-        return self.run(request, results.drawing)
+        return self.run(request, partial(results.drawing, request=request))
 
     def answer(self, request: ChatRequest) -> Stream[Answer]:
         """The stream of a request for an answer. Raises InvalidInput."""

@@ -94,9 +94,9 @@ class Talk(Repl):
                 terminal.unicode("prompt", part)
         turns = [*self.turns, Turn("user", [*self.pictures, *parts])]
         speaker = terminal.Speaker(self.screen.verbose)
-        stream = self.session.chat_stream([*self._told(), *turns], **self.settings.of(Answering).given())
+        given = self.settings.of(Answering).given()
         try:
-            with stopping(stream):
+            with stopping(lambda: self.session.chat_stream([*self._told(), *turns], **given)) as stream:
                 speaker.speak(stream)
         except Stopped:
             if speaker.text.strip():

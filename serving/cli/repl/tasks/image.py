@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Final
 import numpy as np
 import typer
 
-from runtime.diffusion.infotext import KEY, infotext
+from runtime.diffusion.infotext import KEY, told
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import written
 from runtime.tasks.image import ImageReady, ImageRequest
@@ -60,8 +60,7 @@ class Draw(Repl):
 
     def take(self, text: str) -> None:
         request = image_request(terminal.unicode("prompt", text), _given(self.settings))
-        stream = self.session.draw(request)
-        with stopping(stream):
+        with stopping(lambda: self.session.draw(request)) as stream:
             drawing = terminal.draw(stream, self.screen.verbose)
         for one in drawing.images:
             print(self._save(request, one), flush=True)
@@ -78,8 +77,7 @@ class Draw(Repl):
 
     def _save(self, request: ImageRequest, one: ImageReady) -> Path:
         """Write a picture with its parameters under the next name that is free."""
-        picture = np.asarray(one.image, np.uint8)
-        content = encode_image(picture, texts={KEY: infotext(request, one.seed, picture.shape[:2])})
+        content = encode_image(np.asarray(one.image, np.uint8), texts={KEY: told(request, one)})
         with _claimed(self.settings.of(Saving).folder, STRANGE.sub("-", self.name)) as path, written(path) as file:
             file.write(content)
         return path

@@ -11,6 +11,8 @@ import pytest
 from enginecast.testing import FakeAnswers, fake_model
 from serving.cli.repl.stopping import Stopped, stopping
 from serving.cli.terminal import Speaker
+from serving.dialects.python.results import Answer
+from serving.dialects.python.stream import Stream
 from tests.fakes.serving import until
 
 
@@ -36,18 +38,31 @@ def test_the_answer_ends_before_its_next_token(
     other = threading.Thread(target=press, args=(model, stopped, times))
     other.start()
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt) as caught, stopping(stream):
+    with pytest.raises(KeyboardInterrupt) as caught, stopping(lambda: stream):
         speaker.speak(stream)
     other.join()
     assert type(caught.value) is error and signal.getsignal(signal.SIGINT) is before
     assert (model.calls, speaker.text, capsys.readouterr().out) == (2, "a ", "a ")
 
 
+def test_ctrl_c_while_the_request_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has begun before the stream is in the hands of the program."""
+    model = FakeAnswers()
+
+    def begin() -> Stream[Answer]:
+        stream = fake_model(model).chat_stream("what?")
+        os.kill(os.getpid(), signal.SIGINT)
+        return stream
+
+    with pytest.raises(Stopped), stopping(begin) as stream:
+        Speaker().speak(stream)
+    assert model.calls <= 1
+
+
 def test_a_process_that_ignores_ctrl_c_goes_on_to() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        stream = fake_model(FakeAnswers()).chat_stream("what?")
-        with stopping(stream):
+        with stopping(lambda: fake_model(FakeAnswers()).chat_stream("what?")) as stream:
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
             assert Speaker().speak(stream) == "a red círcle"
     finally:

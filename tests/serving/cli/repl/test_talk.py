@@ -101,6 +101,7 @@ def test_ctrl_c_stops_the_answer(begin: Begin, seen: list[ChatRequest], warm: Fa
     until(lambda: model.calls == 1)
     talk.type(CTRL_C)
     talk.wait("stopped\n> ")
+    until(lambda: warm.leaving("talk"))  # the server hears of it a little later
     model.release()
     until(lambda: warm.busy("talk") == 0)
     assert model.calls == 1, "the request is cancelled on the server"
@@ -112,6 +113,7 @@ def test_ctrl_c_stops_the_answer(begin: Begin, seen: list[ChatRequest], warm: Fa
     until(lambda: model.calls == 3)
     talk.type(CTRL_C)
     talk.wait("stopped\n> ")
+    until(lambda: warm.leaving("talk"))  # the server hears of it a little later
     model.release()
     until(lambda: warm.busy("talk") == 0)
     talk.type("go on", "/show messages", "/quit")
@@ -123,6 +125,11 @@ def test_ctrl_c_stops_the_answer(begin: Begin, seen: list[ChatRequest], warm: Fa
 
 def test_keys_at_the_prompt(begin: Begin, seen: list[ChatRequest]) -> None:
     talk = begin()
+    talk.type(b"/sho\tinf\t")
+    talk.wait("/show info ")
+    talk.type("")
+    talk.wait("quantization  none")
+    talk.wait("> ")
     talk.type(b"half a li")
     talk.wait("half a li")
     talk.interrupt()
