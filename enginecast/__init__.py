@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from enginecast.building import BuildOptions, build
 from runtime.bundle.manifest import Bundle
+from runtime.diffusion.hires import Hires
 from runtime.errors import (
     BundleError,
     Cancelled,
@@ -81,6 +82,7 @@ __all__ = [
     "Finished",
     "Grammar",
     "GridDrawing",
+    "Hires",
     "ImageOptions",
     "ImageReady",
     "InvalidInput",

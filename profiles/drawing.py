@@ -10,7 +10,7 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.errors import UnsupportedModel
 from runtime.optional import require
 from runtime.tasks.image import ImageRequest

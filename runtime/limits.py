@@ -81,7 +81,18 @@ NAME: Final = Limit(
     64,
     "characters",
     "long enough for every name",
-    ("LoadModelRequest.target", f"{IMAGE}.sampler", "Control.name", "Style.name", "LorasEntry.key", "Script.name"),
+    (
+        "LoadModelRequest.target",
+        f"{IMAGE}.sampler",
+        "Control.name",
+        "Style.name",
+        "LorasEntry.key",
+        "Script.name",
+        f"{IMAGE}.hires",
+        f"{IMAGE}.mask_fill",
+        "Hires.sampler",
+        "Hires.upscaler",
+    ),
 )
 GRACE: Final = Limit(
     "grace period", 3600, "seconds", "unloading ends eventually", ("UnloadModelRequest.grace_seconds",), least=0
@@ -97,7 +108,7 @@ PROMPT: Final = Limit(
     10_000,
     "characters",
     "text encoders read 77 tokens",
-    (f"{IMAGE}.prompt", f"{IMAGE}.negative_prompt"),
+    (f"{IMAGE}.prompt", f"{IMAGE}.negative_prompt", "Hires.prompt", "Hires.negative_prompt"),
 )
 PROMPT_CHUNKS: Final = Limit(
     "chunks of a prompt",
@@ -110,7 +121,9 @@ PROMPT_WEIGHT: Final = Limit(
     "weight of a word", 100, "(a factor, of either sign)", "larger ones leave nothing of the rest",
     (f"{IMAGE}.prompt_weights",),
 )  # fmt: skip
-STEPS: Final = Limit("steps", 1000, "steps", "the training timesteps of diffusion models", (f"{IMAGE}.steps",), least=1)
+STEPS: Final = Limit(
+    "steps", 1000, "steps", "the training timesteps of diffusion models", (f"{IMAGE}.steps", "Hires.steps"), least=1
+)
 IMAGES: Final = Limit("images", 64, "pictures", "of one request", (f"{IMAGE}.images",), least=1)
 ALL_STEPS: Final = Limit(
     "steps times images",
@@ -128,7 +141,17 @@ GUIDED: Final = Limit(
     (f"{IMAGE}.guidance_start", f"{IMAGE}.guidance_end"), least=0,
 )  # fmt: skip
 ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
-STRENGTH: Final = Limit("strength", 1, "(a share of the steps)", "1 takes all of them", (f"{IMAGE}.strength",), least=0)
+STRENGTH: Final = Limit(
+    "strength", 1, "(a share of the steps)", "1 takes all of them", (f"{IMAGE}.strength", "Hires.strength"), least=0
+)
+VARIATION: Final = Limit(
+    "variation_strength", 1, "(a share of another noise)", "1 has the noise of the variation seed alone",
+    (f"{IMAGE}.variation_strength",), least=0,
+)  # fmt: skip
+HIRES_SCALE: Final = Limit(
+    "scale of a second pass", 8, "(a factor of height and width)", "models draw smaller pictures; the error states "
+    "their range", (f"{IMAGE}.hires", "Hires.scale"), least=1,
+)  # fmt: skip
 DENOISING: Final = Limit(
     "denoising_start, denoising_end", 1, "(a share of the training's timesteps, between both)",
     "0 and 1 are all of them", (f"{IMAGE}.denoising_start", f"{IMAGE}.denoising_end"), least=0,
@@ -179,7 +202,8 @@ LORA_SCALE: Final = Limit(
 EDGE: Final = Limit(
     "width, height", 65_536, "pixels", "models have smaller ranges; the error states them",
     (f"{IMAGE}.width", f"{IMAGE}.height", *(f"{IMAGE}.{of}{name}" for of in ("", "negative_") for name in
-        ("original_size", "crop_top_left", "target_size")), "Pixels.down", "Pixels.across"), least=0,
+        ("original_size", "crop_top_left", "target_size")), "Pixels.down", "Pixels.across", "Hires.width",
+        "Hires.height", f"{IMAGE}.noise_size"), least=0,
 )  # fmt: skip
 AESTHETIC_SCORE: Final = Limit(
     "aesthetic_score", 10, "(a score)", "models are trained on scores of 1 to 10",
@@ -190,7 +214,7 @@ IMAGE_SEED: Final = Limit(
     2**63 - 1,
     "(minus images, plus 1)",
     "picture n has the seed `seed + n`",
-    (f"{IMAGE}.seed",),
+    (f"{IMAGE}.seed", f"{IMAGE}.variation_seed"),
     least=0,
 )
 SEED: Final = Limit("seed of an answer", 2**64 - 1, "(a number)", "the range of the field", (f"{CHAT}.seed",), least=0)

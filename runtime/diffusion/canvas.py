@@ -8,6 +8,7 @@ mask and the latents of the masked picture as further channels instead. All equa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -21,7 +22,7 @@ from runtime.diffusion.latents import Encoder, Noise
 from runtime.diffusion.schedule import Latents, Point
 from runtime.diffusion.solver import Sampler, Walk
 from runtime.diffusion.tiling import Pixels
-from runtime.tasks.image import Edges, ImageRequest
+from runtime.tasks.image import NOISE, ORIGINAL, Edges, ImageRequest
 from runtime.vision.images import Picture, PictureFile, decoded, grey, lengths, resized
 
 Shares = NDArray[np.float32]
@@ -29,6 +30,8 @@ Shares = NDArray[np.float32]
 DRAWN: Final = 0.5
 """Where denoising knows only drawn and kept, a pixel is drawn from this share on."""
 WHITE: Final = 255
+Fill = Callable[[Latents, Latents], Latents]
+"""Changes latents of a picture, given its noise."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Original:
 
     With a `mask`, or edges, only a part of it is drawn anew: where the mask is white, and the edges. `blur` is the
     standard deviation of the Gaussian filter of the mask, in pixels of the drawn picture. With `put_back`, the rest is
-    copied into the result.
+    copied into the result. `fill` is what the latents of the part that is drawn begin with, one of `FILLS`.
     """
 
     picture: Picture | PictureFile
@@ -47,6 +50,7 @@ class Original:
     mask: Picture | PictureFile | None = None
     blur: float = 0.0
     put_back: bool = True
+    fill: str = ORIGINAL
 
     @classmethod
     def of(cls, request: ImageRequest, size: tuple[int, int]) -> Original | None:
@@ -54,7 +58,8 @@ class Original:
         if request.image is None:
             return None
         put_back = request.keep_unmasked is not False
-        return cls(request.image, size, request.extend, request.mask, request.mask_blur or 0.0, put_back)
+        blur, fill = request.mask_blur or 0.0, request.mask_fill or ORIGINAL
+        return cls(request.image, size, request.extend, request.mask, blur, put_back, fill)
 
     def pixels(self) -> Picture:
         """Uint8 RGB [height, width, 3]. Edges repeat the pixels that they lie beside. Raises InvalidInput where the
@@ -87,17 +92,21 @@ class Canvas:
     """`clean` are the latents of the picture that is drawn on, float32 [1, channels, height, width].
 
     `region` float32 [1, 1, height, width] is 1 where latents are drawn and 0 where those of the picture are kept.
-    `channels` are further ones of the denoiser's input. `beneath` are the pixels that shares of the result are put on.
+    `channels` are further ones of the denoiser's input. `fill` changes what the latents begin with. `beneath` are the
+    pixels that shares of the result are put on.
     """
 
     clean: Latents | None = None
     region: Latents | None = None
     channels: Latents | None = None
+    fill: Fill | None = None
     beneath: tuple[Picture, Shares] | None = None
 
     def walk(self, sampler: Sampler, noise: Noise) -> Walk:
         """The sampler at work on this canvas. All steps of a masked picture begin with noise alone."""
         start, region, clean = noise.start(), self.region, self.clean
+        if self.fill is not None and clean is not None:
+            clean = self.fill(clean, start)
         if region is None or clean is None:
             return Walk(sampler, start, noise.fresh, clean)
         return Walk(
@@ -125,6 +134,11 @@ def kept(clean: Latents, region: Latents, noise: Latents, x: Latents, point: Poi
     return np.asarray((1 - region) * beneath + region * x)
 
 
+def _emptied(region: Latents, share: float, clean: Latents, noise: Latents) -> Latents:
+    """Latents with a share of noise, or nothing, in place of the region's."""
+    return np.asarray(clean * (1 - region) + np.float32(share) * noise * region)
+
+
 def prepare(original: Original | None, encoder: Encoder, sampler: Sampler, inpainting: bool) -> Part[Canvas]:
     """The canvas of a request for this sampler. `inpainting` is whether the denoiser is one for inpainting."""
     if original is None:
@@ -135,13 +149,14 @@ def prepare(original: Original | None, encoder: Encoder, sampler: Sampler, inpai
     beneath = (picture, shares) if original.put_back else None
     drawn = (shares >= DRAWN).astype(np.float32)
     region = encoder.reduced(drawn)
+    fill = None if original.fill == ORIGINAL else partial(_emptied, region, float(original.fill == NOISE))
     clean = None
     if sampler.schedule.first or not inpainting:
         clean = yield from encoder(normalized(picture))
     if not inpainting:
-        return Canvas(clean, region, beneath=beneath)
+        return Canvas(clean, region, fill=fill, beneath=beneath)
     masked = yield from encoder(normalized(picture) * (1 - drawn))
-    return Canvas(clean, channels=np.concatenate([region, masked], axis=1), beneath=beneath)
+    return Canvas(clean, channels=np.concatenate([region, masked], axis=1), fill=fill, beneath=beneath)
 
 
 def normalized(picture: Picture) -> Pixels:

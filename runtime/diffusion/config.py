@@ -18,6 +18,7 @@ from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig, as_drawn_before
 from runtime.diffusion.solver import Sampler, make_sampler, samplers
 from runtime.diffusion.styles import Styles
+from runtime.diffusion.variation import Variation
 from runtime.errors import BundleError, InvalidInput
 from runtime.tasks.image import ImageAbilities, ImageDefaults, ImageRequest
 
@@ -152,18 +153,42 @@ class DiffusionConfig(Frozen):
         scale = self.defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
         return Guidance(scale, width, *request.guided)
 
+    def variation_of(self, request: ImageRequest) -> Variation | None:
+        """What changes the noise of the request's seed. Raises InvalidInput naming `noise_size`."""
+        strength = request.variation_strength or 0.0
+        if not strength and request.noise_size is None:
+            return None
+        shape = None
+        if request.noise_size is not None:
+            for length in request.noise_size:
+                if length < self.vae.scale_factor:
+                    raise InvalidInput(
+                        "noise_size", f"is {request.noise_size}, expected two lengths of at least "
+                        f"{self.vae.scale_factor} pixels"
+                    )  # fmt: skip
+            height, width = request.noise_size
+            shape = height // self.vae.scale_factor, width // self.vae.scale_factor
+        return Variation(request.variation_seed or 0, strength, shape)
+
+    def steps_of(self, request: ImageRequest) -> int:
+        """The steps of a whole schedule."""
+        return self.defaults.steps if request.steps is None else request.steps
+
+    def check_steps(self, steps: int, images: int) -> None:
+        """Raise InvalidInput naming `images` where they need too many steps together."""
+        if steps * images > limits.ALL_STEPS.most:
+            raise InvalidInput(
+                "images", f"of {steps} steps each make {steps * images:,} steps, expected at most "
+                f"{limits.ALL_STEPS.most:,}"
+            )  # fmt: skip
+
     def sampler_of(self, request: ImageRequest) -> Sampler:
         """The sampler of the request, from the middle of its schedule on where the request begins with a picture.
         Raises InvalidInput naming `images`, `sampler`, `steps`, `eta`, `strength`,
         `denoising_start` or `denoising_end`.
         """
-        steps = self.defaults.steps if request.steps is None else request.steps
-        if steps * request.images > limits.ALL_STEPS.most:
-            raise InvalidInput(
-                "images",
-                f"of {steps} steps each make {steps * request.images:,} steps, expected at most "
-                f"{limits.ALL_STEPS.most:,}",
-            )
+        steps = self.steps_of(request)
+        self.check_steps(steps, request.images)
         make = partial(make_sampler, request.sampler or self.sampler, self.scheduler, steps, request.eta)
         if request.partial:
             start, end = request.denoising_start or 0.0, request.denoising_end or 1.0

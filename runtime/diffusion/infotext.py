@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
+from runtime.diffusion.further import SIZE, fields_of, values_of
+from runtime.diffusion.hires import DOUBLE
 from runtime.diffusion.labels import named, shown
 from runtime.errors import InvalidInput, quoted
 from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
@@ -28,7 +30,6 @@ VALUE: Final = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)
 """A name and a value, which is JSON where it holds a comma, a colon or a line break."""
 LEAST: Final = 3
 """A last line with fewer values is part of the prompt."""
-SIZE: Final = re.compile(r"(\d+)x(\d+)")
 TAG: Final = re.compile(r"<(\w+):([^<>]*)>")
 BRACKETS: Final = re.compile(r"([\\()\[\]])")
 NUMBERS: Final[Mapping[str, tuple[str, type[int] | type[float]]]] = {
@@ -85,6 +86,9 @@ class Infotext:
             if (lengths := SIZE.fullmatch(size)) is None:
                 raise InvalidInput("infotext", f"has the size {quoted(size)}, expected one such as 512x512")
             found["width"], found["height"] = (_number("Size", length, int) for length in lengths.groups())
+        found |= fields_of(self.values, lambda name, kind: _number(name, self.values[name], kind))
+        if "hires" in found:
+            found.pop("strength", None)  # that of the second pass
         return found
 
 
@@ -97,10 +101,10 @@ def infotext(
     prompt: str | None = None,
 ) -> str:
     """The text of a picture of this `size` (height, width) that was drawn with `seed`, and `more` names with values.
-    `prompt` is the prompt with its tags, where the request was made from one. What the request leaves to the model is
-    taken from its `defaults`, and left out without them.
+    Of several pictures, the request is that of one (`ImageRequest.single`). `prompt` is the prompt with its tags, where
+    the request was made from one. What the request leaves to the model is taken from its `defaults`, and left out
+    without them.
     """
-    height, width = size
     usual = None if defaults is None or request.image is None or request.masked else defaults.strength
     sampler = request.sampler or (defaults.sampler if defaults else None)
     label, schedule = shown(sampler) if sampler else (None, None)
@@ -113,8 +117,8 @@ def infotext(
         "Denoising strength": usual if request.strength is None else request.strength,
         "Mask blur": request.mask_blur,
         "Seed": seed,
-        "Size": f"{width}x{height}",
-    }
+        "Size": _size(request, size),
+    } | {name: value for name, value in values_of(request).items() if value is not None}
     values = {name: _text(value) for name, value in stated.items() if value is not None} | dict(more or {})
     negative = _plain(request.negative_prompt, request)
     return str(Infotext(_prompt(request) if prompt is None else prompt, negative, values))
@@ -124,12 +128,22 @@ def told(request: ImageRequest, ready: ImageReady, more: Mapping[str, str] | Non
     """The text of a picture that was drawn, with the prompts that scripts made of the request's."""
     prompt, negative = ready.prompt, ready.negative_prompt
     drawn = replace(
-        request,
+        request.single(ready.index),
         prompt=request.prompt if prompt is None else prompt,
         negative_prompt=request.negative_prompt if negative is None else negative,
     )
     height, width = ready.image.shape[:2]
     return infotext(drawn, ready.seed, (height, width), more)
+
+
+def _size(request: ImageRequest, drawn: tuple[int, int]) -> str | None:
+    """The size of a drawn picture, of two passes in the first one, as far as it follows from the request."""
+    (height, width), hires = drawn, request.hires
+    if hires is not None:
+        shaped = hires.width is not None or hires.height is not None
+        factor = 0.0 if shaped else 1 / (hires.scale or DOUBLE)
+        height, width = request.height or round(height * factor), request.width or round(width * factor)
+    return f"{width}x{height}" if width and height else None
 
 
 def without_tags(prompt: str) -> tuple[str, dict[str, float]]:

@@ -42,6 +42,17 @@ SCHEDULES: Final[Mapping[str, str]] = {
     "lu": "Lu",
 }
 """The label of each spacing of noise levels (`runtime.diffusion.spacing.SPACINGS`)."""
+UPSCALERS: Final[Mapping[str, str]] = {
+    "latent": "Latent",
+    "latent_antialiased": "Latent (antialiased)",
+    "latent_bicubic": "Latent (bicubic)",
+    "latent_bicubic_antialiased": "Latent (bicubic antialiased)",
+    "latent_nearest": "Latent (nearest)",
+    "latent_nearest_exact": "Latent (nearest-exact)",
+    "lanczos": "Lanczos",
+    "nearest": "Nearest",
+}
+"""The label of each way to enlarge pictures (`runtime.vision.enlarging.UPSCALERS`)."""
 CHOSEN: Final[Mapping[str, str]] = {
     "dpmpp_2m": "karras",
     "dpmpp_2m_sde": "exponential",
@@ -85,6 +96,16 @@ def named(label: str, schedule: str = "") -> str:
         able = ", ".join([AUTOMATIC, SCHEDULES[""], *(SCHEDULES[one] for one in solvers()[solver].spacings)])
         raise InvalidInput("schedule", f"'{schedule}' is none of {LABELS[solver]}, expected one of {able}")
     return f"{solver}_{spacing}" if spacing else solver
+
+
+def upscaler(label: str) -> str:
+    """The way to enlarge with this label, in any case; "None" is Lanczos, as in the web UI. Raises InvalidInput naming
+    `upscaler`.
+    """
+    known = {name.casefold(): way for way, name in UPSCALERS.items()} | {"none": "lanczos"}
+    if (found := known.get(label.casefold())) is None:
+        raise InvalidInput("upscaler", f"'{label:.64}' is not known: {did_you_mean(label, UPSCALERS.values())}")
+    return found
 
 
 def _solver(label: str) -> str | None:

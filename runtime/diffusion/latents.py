@@ -17,6 +17,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Part, run
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.tiling import Mosaic, Pixels, places, tile_shape
+from runtime.diffusion.variation import Variation, random_stream
 from runtime.errors import InvalidInput
 
 
@@ -52,32 +53,35 @@ class Noise:
     """The noise of one picture, float32 [1, channels, height, width]: `start` first, then one of `fresh` for each
     further draw.
 
-    It is drawn when needed, so that a waiting request holds none. `given` replaces the first.
+    It is drawn when needed, so that a waiting request holds none. `given` replaces the first, a `variation` changes it.
     """
 
     seed: int
     shape: tuple[int, ...]
     stream: np.random.Generator
     given: Latents | None = None
+    variation: Variation | None = None
 
     def start(self) -> Latents:
         drawn = self.fresh()
-        return drawn if self.given is None else self.given
+        if self.given is not None:
+            return self.given
+        return drawn if self.variation is None else self.variation.varied(drawn, self.seed)
 
     def fresh(self) -> Latents:
         return self.stream.standard_normal(self.shape, np.float32)
 
 
-def random_stream(seed: int) -> np.random.Generator:
-    """The random numbers of one picture: numpy's Philox with the seed as its key. First the starting latents, then each
-    step's noise.
-    """
-    return np.random.Generator(np.random.Philox(key=seed))
-
-
-def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents | None = None) -> tuple[Noise, ...]:
+def noises(
+    seed: int | None,
+    images: int,
+    shape: tuple[int, ...],
+    given: Latents | None = None,
+    variation: Variation | None = None,
+) -> tuple[Noise, ...]:
     """The noise of each of `images` pictures, whose latents have that shape: picture i has the seed `seed` + i, chosen
-    at random where there is none. `given` float32 [images, channels, height, width] replaces the initial noise.
+    at random where there is none. `given` float32 [images, channels, height, width] replaces the initial noise. With
+    the strength of a `variation`, pictures have the same seed and differ in its.
 
     Raises InvalidInput naming `latents`.
     """
@@ -88,7 +92,11 @@ def noises(seed: int | None, images: int, shape: tuple[int, ...], given: Latents
         if given.shape != expected or given.dtype != np.float32 or not np.isfinite(given).all():
             raise InvalidInput("latents", f"are {given.dtype} {given.shape}, expected finite float32 {expected}")
         starts = list(np.split(given, images))
-    return tuple(Noise(first + i, shape, random_stream(first + i), start) for i, start in enumerate(starts))
+    seeds = [first + (0 if variation is not None and variation.strength else i) for i in range(images)]
+    return tuple(
+        Noise(own, shape, random_stream(own), start, None if variation is None else variation.of(i))
+        for i, (own, start) in enumerate(zip(seeds, starts, strict=True))
+    )
 
 
 class Coder(ABC):
@@ -159,6 +167,10 @@ class Encoder(Coder):
             outputs = yield from run(self._submodel, image=np.ascontiguousarray(pixels[None, :, down, across]))
             mosaic.add(rows, columns, outputs["latents"][0])
         return self._vae.scaled(mosaic.picture())[None]
+
+    def lengths(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the latents of a picture of this size in pixels."""
+        return size[0] // self._vae.scale_factor, size[1] // self._vae.scale_factor
 
     def reduced(self, mask: NDArray[np.float32]) -> Latents:
         """A mask [height, width] of pixels as one of latents [1, 1, height, width]: each takes its first pixel's."""

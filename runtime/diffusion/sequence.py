@@ -37,7 +37,7 @@ class _Counts:
         match event:
             case Progress(step, total, preview):
                 self._total = total
-                expected = sum(total if one.steps is None else one.steps * one.images for one in later)
+                expected = sum(one.all_steps or total for one in later)
                 yield Progress(self._steps + step, self._steps + total + expected, preview)
             case ImageReady(index=index):
                 self._ready += 1

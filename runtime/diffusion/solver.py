@@ -79,7 +79,11 @@ class Sampler:
                 "strength", f"is {strength:g}, which is less than one of {steps} steps: take more steps, or at least "
                 f"{1 / steps:.2g}; 0 keeps the picture"
             )  # fmt: skip
-        return replace(self, schedule=replace(self.schedule, first=steps - taken))
+        return self.last(taken)
+
+    def last(self, taken: int) -> Sampler:
+        """The last steps alone, so many."""
+        return replace(self, schedule=replace(self.schedule, first=len(self.schedule) - taken))
 
     def between(self, start: float, end: float, trained: int) -> Sampler:
         """The steps of a part of the training's timesteps, `trained` in number, from the share `start` to the share

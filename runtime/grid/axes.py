@@ -2,7 +2,7 @@
 
 Besides the fields of `ImageRequest` that hold numbers, texts, switches and lengths there are "prompt_sr", which
 searches the prompts for the first value and replaces it by each ("Prompt S/R" of Automatic1111's X/Y/Z plot), and
-"loras.NAME", the scale of a LoRA.
+"loras.NAME", the scale of a LoRA, and "hires.FIELD", a field of the second pass.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from types import NoneType
 from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from runtime import limits
+from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.tasks.image import ImageRequest
 from runtime.values import NUMBER, real, switch, whole
@@ -26,6 +27,8 @@ SEARCH: Final = "prompt_sr"
 """The field that searches and replaces."""
 LORA: Final = "loras."
 """What the name of a LoRA stands behind."""
+HIRES: Final = "hires."
+"""What a field of the second pass stands behind."""
 RANGE: Final = re.compile(rf"({NUMBER})-({NUMBER})(?::({NUMBER}))?", re.ASCII)
 WHOLE: Final = ("images", "preview_every", "denoising_start", "denoising_end")
 """Fields that would make a cell something else than one finished picture."""
@@ -68,6 +71,9 @@ class Axis:
         """The request with this value. Raises InvalidInput that names the axis or the field."""
         if self.field.startswith(LORA):
             return replace(request, loras={**request.loras, self.field.removeprefix(LORA): value})
+        if self.field.startswith(HIRES):
+            field = self.field.removeprefix(HIRES)
+            return replace(request, hires=replace(request.hires or Hires(), **{field: value}))
         if self.field == SEARCH:
             return self._replaced(name, request, value)
         return replace(request, **{self.field: value})
@@ -104,10 +110,16 @@ def shown(value: Any) -> str:
 @cache
 def fields() -> dict[str, Kind]:
     """Every field that may be on an axis, and what converts its values; "loras.NAME" besides."""
-    hints = get_type_hints(ImageRequest)
-    names = (field.name for field in dataclasses.fields(ImageRequest) if field.name not in WHOLE)
-    found = {name: _of_hint(hints[name]) for name in names}
-    return {name: kind for name, kind in found.items() if kind} | {SEARCH: _text, "loras": _loras}
+    own = {name: kind for name, kind in _of_class(ImageRequest).items() if name not in WHOLE}
+    later = {f"{HIRES}{name}": kind for name, kind in _of_class(Hires).items()}
+    return {**own, **later, SEARCH: _text, "loras": _loras}
+
+
+def _of_class(kind: type[ImageRequest | Hires]) -> dict[str, Kind]:
+    """The fields of a class that may be on an axis."""
+    hints = get_type_hints(kind)
+    found = {field.name: _of_hint(hints[field.name]) for field in dataclasses.fields(kind)}
+    return {name: converts for name, converts in found.items() if converts}
 
 
 def _of_hint(hint: Any) -> Kind | None:

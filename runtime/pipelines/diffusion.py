@@ -40,7 +40,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 import numpy as np
 
@@ -54,6 +54,7 @@ from runtime.diffusion.controls import Controlling, controlling
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
+from runtime.diffusion.second import Second, inside, second
 from runtime.diffusion.solver import Sampler
 from runtime.diffusion.styles import Styling, styling
 from runtime.kept import Kept
@@ -76,7 +77,9 @@ def encoders_of(config: DiffusionConfig) -> tuple[TextEncoder, ...]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A valid request. `original` is the picture that it begins with, `added` the added conditions but text."""
+    """One pass of a valid request. `original` is the picture that it begins with, `added` are the added conditions
+    besides texts.
+    """
 
     prompts: Prompts
     original: Original | None
@@ -88,6 +91,18 @@ class _Job:
     noises: tuple[Noise, ...]
     preview_every: int
     hands_over: bool
+
+    @property
+    def steps(self) -> int:
+        """The steps of a picture."""
+        return len(self.sampler.schedule.steps)
+
+
+class _Counts(NamedTuple):
+    """How many steps are done before a pass, and the steps of all pictures."""
+
+    done: int
+    total: int
 
 
 class DiffusionPipeline(ModelPipeline):
@@ -152,36 +167,55 @@ class DiffusionPipeline(ModelPipeline):
         """The generator that draws: `Progress` after every step of all pictures, `ImageReady` after every picture.
         Raises InvalidInput before any work; the generator raises EngineError for numbers that are not finite.
         """
-        config, size, guidance = self.config, self.config.size_of(request), self.config.guidance_of(request)
-        texts = request.prompt, request.negative_prompt
-        prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
-        added = time_ids(config.added, request.conditions, size, guidance.rows)
-        sampler = config.sampler_of(request)
-        controls = controlling(config.controls, request.controls, size, sampler, request.guess_mode)
-        starts = noises(request.seed, request.images, config.vae.shape(*size), request.latents)
-        original, hands_over = config.original_of(request), request.denoising_end is not None
-        styles, preview = styling(config.styles, request.styles), request.preview_every
-        job = _Job(prompts, original, added, controls, styles, guidance, sampler, starts, preview, hands_over)
-        drawing = adapted(self._draw(job), self.adapters.inputs(request.loras))
+        job = self._job(request, self.config.sampler_of(request))
+        again = second(self.config, request, job.noises[0].seed)
+        with inside():
+            later = None if again is None else (again, self._job(again.request, again.sampler))
+        drawing = adapted(self._draw(job, later), self.adapters.inputs(request.loras))
         if not self.seen.most:
             return drawing
         return reusing(drawing, {encoder.submodel for encoder in self.conditioning.encoders}, self.seen)
 
-    def _draw(self, job: _Job) -> Pipeline:
-        text = yield from self.conditioning.encode(job.prompts)
-        styles = yield from job.styles.encode(job.guidance.rows)
-        conditions = {"encoder_hidden_states": text.states, **text.pooled, **job.added, **styles}
-        canvas = yield from prepare(job.original, self.encoder, job.sampler, self.config.inpainting)
+    def _job(self, request: ImageRequest, sampler: Sampler) -> _Job:
+        """One pass of a request. Raises InvalidInput."""
+        config, size, guidance = self.config, self.config.size_of(request), self.config.guidance_of(request)
+        texts = request.prompt, request.negative_prompt
+        prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
+        added = time_ids(config.added, request.conditions, size, guidance.rows)
+        controls = controlling(config.controls, request.controls, size, sampler, request.guess_mode)
+        starts = noises(
+            request.seed, request.images, config.vae.shape(*size), request.latents, config.variation_of(request)
+        )
+        original, hands_over = config.original_of(request), request.denoising_end is not None
+        styles, preview = styling(config.styles, request.styles), request.preview_every
+        return _Job(prompts, original, added, controls, styles, guidance, sampler, starts, preview, hands_over)
+
+    def _draw(self, job: _Job, later: tuple[Second, _Job] | None) -> Pipeline:
+        conditions = yield from self._conditions(job)
+        further = conditions if later is None else (yield from self._conditions(later[1]))
+        steps = job.steps + (0 if later is None else later[1].steps)
+        ground = yield from prepare(job.original, self.encoder, job.sampler, self.config.inpainting)
         for index, noise in enumerate(job.noises):
-            latents = yield from self._denoise(job, index, canvas, conditions)
+            canvas, counts = ground, _Counts(index * steps, len(job.noises) * steps)
+            latents = yield from self._denoise(job, index, canvas, conditions, counts)
+            if later is not None:
+                again, counts = later[1], _Counts(counts.done + job.steps, counts.total)
+                canvas = Canvas((yield from later[0].enlarged(latents, self.decoder, self.encoder)))
+                latents = yield from self._denoise(again, index, canvas, further, counts)
             handed = job.sampler.handed_over(latents)[0] if job.hands_over else None
             yield ImageReady(canvas.finished((yield from self.decoder(latents))), index, noise.seed, handed)
 
-    def _denoise(self, job: _Job, index: int, canvas: Canvas, conditions: Arrays) -> Part[Latents]:
+    def _conditions(self, job: _Job) -> Part[Arrays]:
+        """The inputs of the denoiser that stay the same in all steps."""
+        text = yield from self.conditioning.encode(job.prompts)
+        styles = yield from job.styles.encode(job.guidance.rows)
+        return {"encoder_hidden_states": text.states, **text.pooled, **job.added, **styles}
+
+    def _denoise(self, job: _Job, index: int, canvas: Canvas, conditions: Arrays, counts: _Counts) -> Part[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
-        steps, walk = len(job.sampler.schedule.steps), canvas.walk(job.sampler, job.noises[index])
+        walk = canvas.walk(job.sampler, job.noises[index])
         while walk.latents is None:
-            done, guidance = walk.step, job.guidance.at(walk.step, steps)
+            done, guidance = walk.step, job.guidance.at(walk.step, job.steps)
             time = np.full(guidance.rows, walk.time, np.float32)
             inputs = {"sample": guidance.batch(walk.x), "timestep": time, **guidance.of_rows(conditions)}
             residuals = yield from job.controls(walk.calls, inputs)
@@ -191,5 +225,5 @@ class DiffusionPipeline(ModelPipeline):
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0
                 preview = canvas.finished((yield from self.decoder(clean))) if shown else None
-                yield Progress(index * steps + walk.step, len(job.noises) * steps, preview)
+                yield Progress(counts.done + walk.step, counts.total, preview)
         return walk.latents

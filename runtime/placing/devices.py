@@ -104,11 +104,16 @@ def detect() -> Machine:
     return Machine(tuple(found), allowed, tuple(notes))
 
 
-def _host(allowed: Allowance) -> Device:
+def host_memory(allowed: Allowance) -> tuple[int | None, int | None]:
+    """The memory that this process may use, and what of it is free, in bytes; None where the system does not say it."""
     total, free = _host_memory()
     limits = [value for value in (total, allowed.memory) if value is not None]
     left = [value for value in (free, allowed.free) if value is not None]
-    return Device(HOST, "cpu", processor(), min(limits, default=None), min(left, default=None), processor_features())
+    return min(limits, default=None), min(left, default=None)
+
+
+def _host(allowed: Allowance) -> Device:
+    return Device(HOST, "cpu", processor(), *host_memory(allowed), processor_features())
 
 
 def _host_memory() -> tuple[int | None, int | None]:

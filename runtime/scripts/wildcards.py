@@ -47,11 +47,9 @@ class Wildcards(Script[Arguments]):
         """The request of one picture."""
         drawing = _Drawing(seed + index, files)
         prompts = {name: drawing.expanded(name, getattr(request, name)) for name in ("prompt", "negative_prompt")}
-        latents = None if request.latents is None else request.latents[index : index + 1]
         return replace(
-            request, seed=seed + index, images=1, latents=latents, prompt=prompts["prompt"],
-            negative_prompt=prompts["negative_prompt"],
-        )  # fmt: skip
+            request.single(index, seed), prompt=prompts["prompt"], negative_prompt=prompts["negative_prompt"]
+        )
 
     def _files(self) -> dict[str, Path]:
         """The files by the names that prompts have for them. Names of a request only choose among these."""

@@ -61,7 +61,7 @@ class XYZGrid(Script[GridArguments]):
         given = {name: getattr(self.arguments, name) for name in NAMES}
         axes = {name: None if axis is None else (axis.field, axis.values) for name, axis in given.items()}
         plan = GridPlan.of(request, axes)
-        steps = sum(cell.steps or 0 for cell in plan.cells)
+        steps = sum(cell.all_steps or 0 for cell in plan.cells)
         if steps > limits.ALL_STEPS.most:
             raise InvalidInput(
                 "steps", f"of all cells are {steps:,}, expected at most {limits.ALL_STEPS.most:,} in one request"

@@ -16,7 +16,8 @@ from pydantic import Field, ValidationError
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
-from runtime.errors import InvalidInput, SourceError
+from runtime.diffusion.hires import Hires
+from runtime.errors import InvalidInput, SourceError, quoted
 from runtime.pipeline import Event, Pipeline, through
 from runtime.task import Request, Task
 from runtime.vision.images import Picture, PictureFile, check_picture, file_bytes, lengths
@@ -28,6 +29,9 @@ DEFAULTS: Final = "enginecast.json"
 SIZES: Final = ("original_size", "crop_top_left", "target_size")
 CONDITIONS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in (*SIZES, "aesthetic_score"))
 """The fields with conditions of a model of Stable Diffusion XL's kind."""
+
+ORIGINAL, NOISE, NOTHING = FILLS = ("original", "noise", "nothing")
+"""What the drawn part of a masked picture begins with."""
 
 Edges = tuple[int, int, int, int]
 """What is added to a picture on the left, top, right and bottom, in pixels."""
@@ -175,7 +179,15 @@ class ImageRequest(Request):
     the picture, left, top, right and bottom in pixels, which are drawn as well (outpainting). What is not drawn comes
     back bit for bit as it is in the resized picture, unless `keep_unmasked` is False: then all is as the autoencoder
     renders it. `mask_blur` softens the border between both: the standard deviation of a Gaussian filter of the mask, in
-    pixels of the drawn picture.
+    pixels of the drawn picture. `mask_fill` is what the latents of the white part begin with, besides the noise that
+    `strength` adds: one of `FILLS`, by default those of the picture. With a strength of 1 there is noise alone.
+
+    `variation_strength` above 0, up to 1, mixes the noise with that of `variation_seed`, along a sphere: a picture a
+    little different. Picture i of `images` then has the seed `seed` and the variation seed `variation_seed` + i. With
+    `noise_size` (height, width), in pixels, the noise is that of a picture of this size, in the middle of the drawn
+    one, so that a seed draws something similar at another size.
+
+    `hires` draws each picture a second time, at a larger size; it has no place beside `image`.
     """
 
     task: ClassVar[str] = "image"
@@ -211,9 +223,14 @@ class ImageRequest(Request):
     mask: Picture | PictureFile | None = None
     mask_blur: float | None = None
     keep_unmasked: bool | None = None
+    mask_fill: str | None = None
     extend: Edges | None = None
     denoising_end: float | None = None
     denoising_start: float | None = None
+    variation_seed: int | None = None
+    variation_strength: float | None = None
+    noise_size: tuple[int, int] | None = None
+    hires: Hires | None = None
 
     def __post_init__(self) -> None:
         for field in ("prompt", "negative_prompt"):
@@ -253,11 +270,46 @@ class ImageRequest(Request):
                 raise InvalidInput(field, f"is {pair}, expected two lengths in pixels, 0 to {limits.EDGE.most}")
         self._check_pictures()
         self._check_parts()
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        for field in ("variation_seed", "variation_strength", "noise_size"):
+            if self.latents is not None and getattr(self, field) is not None:
+                raise InvalidInput(field, "changes the noise that is drawn, which latents replace: give one of both")
+        if (self.variation_seed is None) != (self.variation_strength is None):
+            raise InvalidInput("variation_seed", "and variation_strength belong together: give both, or none")
+        if self.variation_strength is not None:
+            limits.VARIATION.number("variation_strength", self.variation_strength)
+        if self.variation_seed is not None and not 0 <= self.variation_seed <= limits.IMAGE_SEED.most + 1 - self.images:
+            raise InvalidInput("variation_seed", f"is {self.variation_seed}, expected 0 to 2^63 - images")
+        for length in self.noise_size or ():
+            limits.EDGE.number("noise_size", length)
+
+    def single(self, index: int, first: int | None = None) -> ImageRequest:
+        """The request for picture `index` alone. `first` is the seed of the first picture, by default the request's."""
+        first = self.seed if first is None else first
+        varied = None if self.variation_seed is None else self.variation_seed + index
+        return replace(
+            self, images=1, seed=first if first is None or self.variation_strength else first + index,
+            variation_seed=varied, latents=None if self.latents is None else self.latents[index : index + 1],
+        )  # fmt: skip
+
+    def going_on(self, latents: NDArray[np.float32], seed: int, **more: Any) -> ImageRequest:
+        """The request to another model that goes on with the latents where this one ended, and `more`; without what is
+        of this model: LoRA files, controls, styles, the size aimed at, and the noise, which is drawn.
+        """
+        return replace(
+            self, denoising_start=self.denoising_end, denoising_end=None, latents=latents, seed=seed, loras={},
+            controls=(), guess_mode=False, styles=(), target_size=None, negative_target_size=None, variation_seed=None,
+            variation_strength=None, noise_size=None, **more,
+        )  # fmt: skip
 
     def _check_parts(self) -> None:
         start, end = self.guided
         if start >= end:
             raise InvalidInput("guidance_start", f"is {start:g}, expected less than guidance_end, which is {end:g}")
+        if self.mask_fill is not None and self.mask_fill not in FILLS:
+            raise InvalidInput("mask_fill", f"is {quoted(self.mask_fill)}, expected one of {', '.join(FILLS)}")
         for field in ("denoising_start", "denoising_end"):
             if getattr(self, field) in (0, 1):
                 raise InvalidInput(field, f"is {getattr(self, field):g}, expected a number between 0 and 1")
@@ -267,6 +319,15 @@ class ImageRequest(Request):
             raise InvalidInput(
                 "image", "and denoising_start or denoising_end exclude each other: use strength with a picture"
             )
+        if self.hires is not None and (self.partial or self.image is not None):
+            raise InvalidInput("hires", "is of pictures that are drawn whole, and from noise: leave it out")
+
+    @property
+    def all_steps(self) -> int | None:
+        """The steps of all pictures, a second pass included. None where the model chooses their number."""
+        if self.steps is None:
+            return None
+        return self.images * (self.steps + (0 if self.hires is None else self.hires.steps or self.steps))
 
     @property
     def guided(self) -> tuple[float, float]:
@@ -285,7 +346,7 @@ class ImageRequest(Request):
         for field in ("strength", "mask", "extend"):
             if self.image is None and getattr(self, field) is not None:
                 raise InvalidInput(field, "is of a picture to begin with: give image, or leave it out")
-        for field in ("mask_blur", "keep_unmasked"):
+        for field in ("mask_blur", "keep_unmasked", "mask_fill"):
             if not self.masked and getattr(self, field) is not None:
                 raise InvalidInput(field, "is of a part of a picture: give mask or extend, or leave it out")
         if self.extend is not None:

@@ -19,6 +19,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.ExifTags import IFD
 from PIL.ExifTags import Base as Tag
 from PIL.PngImagePlugin import PngInfo
 from pillow_heif import register_heif_opener
@@ -52,6 +53,8 @@ each damaged row.
 """
 WHITE_IS_ZERO: Final = "white_is_zero"
 """Key in `info` of 16-bit grey TIFF files in which 0 is white."""
+UNICODE: Final = b"UNICODE\x00"
+"""The character code before a comment in UTF-16 (EXIF 2.32, tag UserComment)."""
 CHUNKS: Final = 10_000
 """The most chunks of a PNG file that are searched for its orientation."""
 
@@ -306,14 +309,17 @@ def _scaled(image: Image.Image) -> Image.Image:
 def encode_image(
     image: Picture, kind: Encoding = "png", quality: int = 95, texts: Mapping[str, str] | None = None
 ) -> bytes:
-    """Encode uint8 RGB [height, width, 3] as a file; `quality` 0 to 100 is for JPEG and WebP, `texts` by keyword for
-    PNG. Raises InvalidInput.
+    """Encode uint8 RGB [height, width, 3] as a file; `quality` 0 to 100 is for JPEG and WebP. PNG files have all
+    `texts` by keyword, others the first one as the comment in their EXIF data. Raises InvalidInput.
     """
     check_picture(image, "image")
-    file, info = io.BytesIO(), PngInfo()
+    file, info, exif = io.BytesIO(), PngInfo(), Image.Exif()
     for keyword, text in (texts or {}).items():
         info.add_text(keyword, text)
     more: dict[str, Any] = {"pnginfo": info} if kind == "png" else {"quality": quality}
+    if kind != "png" and texts:
+        exif.get_ifd(IFD.Exif)[Tag.UserComment] = UNICODE + next(iter(texts.values())).encode("utf-16-be")
+        more["exif"] = exif
     Image.fromarray(image).save(file, kind, **more)
     return file.getvalue()
 

@@ -11,11 +11,10 @@ from PIL import Image
 from PIL.ExifTags import IFD
 from PIL.ExifTags import Base as Tag
 
-from runtime.vision.images import MAX_PIXELS, opened
+from runtime.vision.images import MAX_PIXELS, UNICODE, opened
 
 COMMENT: Final = "UserComment"
 """The name of a comment in EXIF data."""
-UNICODE: Final = b"UNICODE\x00"
 ASCII: Final = b"ASCII\x00\x00\x00"
 CODE: Final = 8
 """Bytes of the character code before a comment."""

@@ -91,6 +91,10 @@ class Canvas:
             help="What is not drawn is copied from the picture, bit for bit, or as the autoencoder renders it."
         ),
     ] = None
+    mask_fill: Annotated[
+        str | None,
+        typer.Option(help='What the drawn part begins with: "original", "noise" or "nothing". Default: original.'),
+    ] = None
     extend: Annotated[
         str | None,
         typer.Option(metavar="LEFT,TOP,RIGHT,BOTTOM", help="Pixels to add to --image and to draw (outpainting)."),

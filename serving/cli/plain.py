@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from runtime.limits import IMAGE_SEED
+from serving.cli.drawing import SIZE, parse_pair
 from serving.cli.options import UINT32
 
 
@@ -36,6 +37,19 @@ class Plain:
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None
     width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None
     height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None
+    variation_seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=IMAGE_SEED.most, help="Another seed, whose noise is mixed with that of --seed."),
+    ] = None
+    variation_strength: Annotated[float | None, typer.Option(help="The share of its noise, 0 to 1.")] = None
+    noise_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar=SIZE,
+            help="Draw the noise for a picture of this size, and put it into the middle: something similar at another "
+            "size.",
+        ),
+    ] = None
     prompt_weights: Annotated[
         bool,
         typer.Option(
@@ -50,4 +64,9 @@ class Plain:
         from serving.cli import terminal
 
         negative = None if self.negative_prompt is None else terminal.unicode("negative_prompt", self.negative_prompt)
-        return asdict(self) | {"negative_prompt": negative, "prompt_weights": self.prompt_weights or None}
+        size = None if self.noise_size is None else parse_pair("noise_size", self.noise_size)
+        return asdict(self) | {
+            "negative_prompt": negative,
+            "noise_size": size,
+            "prompt_weights": self.prompt_weights or None,
+        }

@@ -26,8 +26,8 @@ A1111_LISTS: Final = (
     "scripts", "sd-models", "sd-vae", "upscalers", "vqa/models",
 )  # fmt: skip
 A1111_WORK: Final = (
-    "caption", "img2img", "interrogate", "interrupt", "options", "png-info", "refresh-checkpoints", "skip", "txt2img",
-    "vqa",
+    "caption", "extra-batch-images", "extra-single-image", "img2img", "interrogate", "interrupt", "options", "png-info",
+    "refresh-checkpoints", "skip", "txt2img", "vqa",
 )  # fmt: skip
 OPEN: Final = frozenset(
     {

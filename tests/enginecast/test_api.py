@@ -17,8 +17,8 @@ from runtime import errors
 ROOT = Path(__file__).parents[2]
 NAMES = """
     Answer BuildOptions Bundle ChatOptions Choice Client Control Done Drawing EmbedRequest Embeddings EngineUse Event
-    Finished Grammar GridDrawing ImageOptions ImageReady Matching Message Model PictureLike Progress Queued Scores
-    Session Started Stream Style TextDelta TokenLogprob Vectors build load
+    Finished Grammar GridDrawing Hires ImageOptions ImageReady Matching Message Model PictureLike Progress Queued
+    Scores Session Started Stream Style TextDelta TokenLogprob Vectors build load
 """.split()
 ERRORS = [name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, Exception)]
 DRAWING = {"generate", "generate_stream", "draw", "grid"}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from serving.cli.drawing import Added, Canvas, Conditions
+from serving.cli.enlarging import Enlarging
 from serving.cli.options import ModelOptions, with_fields, with_model_options
 from serving.cli.plain import Plain
 
@@ -25,6 +26,7 @@ VALUES: Final = "FIELD=VALUES"
 
 @with_model_options
 @with_fields("conditions", Conditions)
+@with_fields("enlarging", Enlarging)
 @with_fields("canvas", Canvas)
 @with_fields("added", Added)
 @with_fields("plain", Plain)
@@ -37,6 +39,7 @@ def grid(
     plain: Plain,
     added: Added,
     canvas: Canvas,
+    enlarging: Enlarging,
     conditions: Conditions,
     x: Annotated[
         str | None,
@@ -59,7 +62,14 @@ def grid(
     from serving.dialects.python.requests import image_request
 
     terminal.check_output(out)
-    parts = {**plain.given(), **added.given(), **canvas.given(), **conditions.sizes(), **conditions.scores()}
+    parts = {
+        **plain.given(),
+        **added.given(),
+        **canvas.given(),
+        **enlarging.given(),
+        **conditions.sizes(),
+        **conditions.scores(),
+    }
     request = image_request(terminal.unicode("prompt", prompt), parts | {"scripts": where.scripts()})
     texts = {name: terminal.unicode(name, text) for name, text in (("x", x), ("y", y), ("z", z)) if text is not None}
     plan = GridPlan(resumable(request), {name: Axis.parse(name, text) for name, text in texts.items()})

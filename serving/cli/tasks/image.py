@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from serving.cli.drawing import Added, Canvas, Conditions, Refining
+from serving.cli.enlarging import Enlarging
 from serving.cli.options import UINT32, ModelOptions, with_fields, with_model_options
 from serving.cli.plain import Plain
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 @with_model_options
 @with_fields("conditions", Conditions)
 @with_fields("refining", Refining)
+@with_fields("enlarging", Enlarging)
 @with_fields("canvas", Canvas)
 @with_fields("added", Added)
 @with_fields("plain", Plain)
@@ -31,6 +33,7 @@ def generate(
     plain: Plain,
     added: Added,
     canvas: Canvas,
+    enlarging: Enlarging,
     refining: Refining,
     conditions: Conditions,
     images: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Number of pictures.")] = None,
@@ -41,7 +44,14 @@ def generate(
 
     terminal.check_output(out)
     refined, scores = refining.refiner is not None, conditions.scores()
-    parts = {**plain.given(), **added.given(), **canvas.given(), **conditions.sizes(), **({} if refined else scores)}
+    parts = {
+        **plain.given(),
+        **added.given(),
+        **canvas.given(),
+        **enlarging.given(),
+        **conditions.sizes(),
+        **({} if refined else scores),
+    }
     given = {**parts, "images": images, "denoising_end": refining.handover()}
     request = image_request(terminal.unicode("prompt", prompt), given)
     for path in _drawn(request, where, refining, scores).save(out):

@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from runtime import limits
 from runtime.errors import InvalidInput
+from runtime.tasks.image import NOISE, NOTHING
 from runtime.vision.images import Picture, PictureFile, decoded, grey
 from serving.dialects.a1111.fields import ImageToImage
 
@@ -22,8 +23,10 @@ Box = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
 STRETCHED, CROPPED, PADDED = range(3)
 """Values of resize_mode: how a picture gets another shape."""
-FILLED, OWN = range(2)
+FILLED, OWN, LATENT_NOISE, LATENT_NOTHING = range(4)
 """Values of inpainting_fill: what the masked part begins with."""
+FILLS: Final = {LATENT_NOISE: NOISE, LATENT_NOTHING: NOTHING}
+"""Those that are of latents, as fields of requests have them."""
 RADII: Final = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))
 """The radii in pixels that colours are spread over into the masked part, and how often each is laid over."""
 WHITE: Final = 255
@@ -76,6 +79,7 @@ def ground(message: ImageToImage, file: PictureFile, mask: PictureFile | None, e
 def _masked(
     message: ImageToImage, fields: dict[str, Any], file: PictureFile, mask: PictureFile, edge: int | None
 ) -> Ground:
+    fields |= {"mask_fill": FILLS[message.inpainting_fill]} if message.inpainting_fill in FILLS else {}
     picture, shares = decoded(file), _softened(_shares(mask, message), message)
     filled = _filled(picture, shares, message.inpainting_fill)
     if message.inpaint_full_res:
@@ -84,7 +88,7 @@ def _masked(
     picture, filled = (_fitted(one, message.resize_mode, *size, "resize_mode") for one in (picture, filled))
     shares = _fitted(shares, message.resize_mode, *size, "resize_mode")
     fields |= {"image": filled, "mask": _rgb(shares)}
-    if message.inpainting_fill == OWN:
+    if message.inpainting_fill != FILLED:
         return Ground(fields)
     return Ground({**fields, "keep_unmasked": False}, picture, shares)
 
@@ -109,7 +113,10 @@ def _fitted(
 ) -> NDArray[np.uint8]:
     """The same of pixels [height, width, ...]."""
     if mode not in (STRETCHED, CROPPED, PADDED):
-        raise InvalidInput(field, f"is {mode}, expected 0 (just resize), 1 (crop and resize) or 2 (resize and fill)")
+        raise InvalidInput(
+            field, f"is {mode}, expected 0 (just resize), 1 (crop and resize) or 2 (resize and fill); pictures are "
+            "resized before they are encoded, not their latents"
+        )  # fmt: skip
     own_height, own_width = pixels.shape[:2]
     if mode == STRETCHED or _same_shape((own_width, own_height), width, height):
         return pixels
@@ -154,12 +161,11 @@ def _softened(mask: NDArray[np.uint8], message: ImageToImage) -> NDArray[np.uint
 
 def _filled(picture: Picture, mask: NDArray[np.uint8], fill: int) -> Picture:
     """The picture with the colours around the masked part spread into it, or as it is."""
-    if fill not in (FILLED, OWN):
+    if fill not in range(4):
         raise InvalidInput(
-            "inpainting_fill",
-            f"is {fill}, expected 0 (fill) or 1 (original): with denoising_strength 1 both begin with noise",
+            "inpainting_fill", f"is {fill}, expected 0 (fill), 1 (original), 2 (latent noise) or 3 (latent nothing)"
         )
-    if fill == OWN:
+    if fill != FILLED:
         return picture
     image = Image.fromarray(picture)
     known = Image.new("RGBa", image.size)

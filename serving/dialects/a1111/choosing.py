@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
+from typing import Final
+
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageAbilities, ImageRequest
 from serving.dialects.a1111.fields import Options
 from serving.host.models import ModelHost
 from serving.host.states import ModelState, Status
+
+SHORT: Final = 10
+"""Letters of a hash as the web UI shows it, behind a name in brackets."""
+HASH: Final = re.compile(r" \[[0-9a-f]+\]$")
 
 
 def models(host: ModelHost, task: str) -> list[Status]:
@@ -30,11 +38,23 @@ def _named(host: ModelHost, task: str, name: str, field: str) -> Status:
     known = models(host, task)
     if not known:
         raise InvalidInput(field, f"cannot be chosen: this server has no model with the task {task}")
+    name = HASH.sub("", name)
     if not name:
         return known[0]
     if (found := next((status for status in known if status.name == name), None)) is None:
         raise InvalidInput(field, f"'{name}' is not known: {did_you_mean(name, [status.name for status in known])}")
     return found
+
+
+def refining(host: ModelHost, name: str) -> Status:
+    """The model that goes on where another one ends. Raises InvalidInput naming `refiner_checkpoint`."""
+    return _named(host, ImageRequest.task, name, "refiner_checkpoint")
+
+
+def digest(host: ModelHost, name: str) -> str | None:
+    """The sha256 of a model's bundle: of its manifest, which has those of all its files. None without a bundle."""
+    bundle = host.catalog.find(name).offer.bundle
+    return None if bundle is None else hashlib.sha256(bundle.content).hexdigest()
 
 
 def abilities(status: Status) -> ImageAbilities | None:

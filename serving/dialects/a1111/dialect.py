@@ -10,7 +10,7 @@ from typing import Any, Final
 from fastapi import APIRouter
 
 from runtime.errors import EnginecastError
-from serving.dialects.a1111 import clients, generating, listing, reading, watching
+from serving.dialects.a1111 import clients, extras, generating, listing, reading, watching
 from serving.dialects.a1111.generating import Studio
 from serving.dialects.a1111.jobs import Jobs
 from serving.dialects.http.dialect import Dialect
@@ -28,6 +28,7 @@ def router(host: ModelHost, settings: Settings) -> APIRouter:
     watching.add(routes, jobs)
     listing.add(routes, host, chosen)
     reading.add(routes, host)
+    extras.add(routes, chosen)
     return routes
 
 

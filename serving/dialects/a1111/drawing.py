@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-import secrets
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
@@ -18,11 +17,10 @@ from runtime.tasks.image import Control, ImageAbilities, ImageRequest, Style
 from runtime.vision.images import Picture, PictureFile
 from serving.dialects.a1111.canvas import Ground, fitted, ground
 from serving.dialects.a1111.fields import Drawing, ImageToImage, Options, Unit
-from serving.dialects.a1111.scripts import PLOT, chosen
+from serving.dialects.a1111.passes import chosen_seed, noise_of, second_pass
+from serving.dialects.a1111.scripts import PLOT, chosen, varies
 from serving.dialects.http.pictures import file_of
 
-SEEDS: Final = 1 << 32
-"""Seeds that are chosen at random are below."""
 PREVIEWS: Final = 10
 """A preview is drawn every so many steps, unless the client chose another number (show_progress_every_n_steps)."""
 ANCESTRAL: Final = frozenset({"dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral", "kdpm2_ancestral", "lcm"})
@@ -47,6 +45,24 @@ FIELDS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("grid", "x", "y", "z"), "script_args"),
     "schedule": "scheduler",
     "strength": "denoising_strength",
+    "denoising_end": "refiner_switch_at",
+    "denoising_start": "refiner_switch_at",
+    "latents": "refiner_checkpoint",
+    "variation_seed": "subseed",
+    "variation_strength": "subseed_strength",
+    "noise_size": "seed_resize_from_h",
+    "mask_fill": "inpainting_fill",
+    "upscaler": "hr_upscaler",
+    "hires": "enable_hr",
+    "hires.scale": "hr_scale",
+    "hires.width": "hr_resize_x",
+    "hires.height": "hr_resize_y",
+    "hires.upscaler": "hr_upscaler",
+    "hires.steps": "hr_second_pass_steps",
+    "hires.strength": "denoising_strength",
+    "hires.prompt": "hr_prompt",
+    "hires.negative_prompt": "hr_negative_prompt",
+    "hires.sampler": "hr_sampler_name",
 }
 """The client's names of fields of requests."""
 PLACES: Final = {0: "Just Resize", 1: "Crop and Resize", 2: "Resize and Fill"}
@@ -91,11 +107,17 @@ def work(message: Drawing, options: Options, able: ImageAbilities | None, script
         **_units(message, able.styles if able else ()),
         "scripts": named_scripts,
         **(drawn.fields if drawn else {}),
+        **noise_of(message, varies(named_scripts)),
+        **second_pass(message),
     }
-    first = secrets.randbelow(SEEDS) if message.seed in (None, -1) else message.seed
-    assert first is not None
-    seeds = (first + number * message.batch_size for number in range(message.n_iter))
-    return Work(tuple(ImageRequest(**shared, seed=seed) for seed in seeds), drawn, facts)
+    whole = ImageRequest(**shared | {"images": message.n_iter * message.batch_size}, seed=chosen_seed(message.seed))
+    return Work(tuple(_batches(whole, message.batch_size)), drawn, facts)
+
+
+def _batches(whole: ImageRequest, size: int) -> Iterator[ImageRequest]:
+    """The request of each batch of so many pictures."""
+    for start in range(0, whole.images, size):
+        yield replace(whole.single(start), images=size)
 
 
 def previews(options: Options) -> int:

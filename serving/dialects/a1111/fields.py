@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from runtime import limits
 from serving.dialects.http.states import Body, NoEffect, Refused
 
-HIRES: Final = NoEffect("belongs to enable_hr")
 KEPT: Final = NoEffect("the server keeps no pictures")
+FACES: Final = Refused("there is no model for faces here: send 0", but=(0.0,))
 CHURN: Final = NoEffect("belongs to s_churn")
 PREPROCESSING: Final = NoEffect("belongs to a preprocessor")
 Resizing = Literal["Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2]
@@ -28,9 +28,9 @@ class Options(Body):
     show_progress_every_n_steps: int | None = Field(default=None, ge=-1, le=limits.PREVIEW_EVERY.most)
     live_previews_enable: bool | None = None
     enable_pnginfo: bool | None = None
-    samples_format: Annotated[
-        str | None, Refused("pictures are PNG files here: convert them afterwards", but=("png",))
-    ] = None
+    samples_format: Literal["png", "jpg", "jpeg", "webp"] | None = None
+    jpeg_quality: int | None = Field(default=None, ge=1, le=limits.QUALITY.most)
+    webp_lossless: Annotated[bool | None, Refused("files in WebP have a quality: send png", but=(False,))] = None
     sd_vae: Annotated[str | None, Refused("a bundle has one VAE: build it with another", but=("Automatic", "None"))] = (
         None
     )
@@ -79,7 +79,9 @@ class Unit(Body):
     threshold_a: Annotated[float | None, PREPROCESSING] = None
     threshold_b: Annotated[float | None, PREPROCESSING] = None
     save_detected_map: Annotated[bool | None, PREPROCESSING] = None
-    hr_option: Annotated[str | None, HIRES] = None
+    hr_option: Annotated[
+        str | None, Refused("controls count in both passes: send Both", but=("Both", "HiResFixOption.BOTH"))
+    ] = None
 
 
 class Units(Body):
@@ -121,15 +123,13 @@ class Drawing(Body):
     send_images: bool = True
     disable_extra_networks: bool = False
     styles: list[str] | None = None
-    subseed: Annotated[int | None, NoEffect("belongs to subseed_strength")] = None
-    subseed_strength: Annotated[
-        float | None, Refused("pictures of two seeds are not mixed: send one seed", but=(0.0,))
-    ] = None
-    seed_resize_from_h: Annotated[int | None, Refused("noise is not resized: send 0", but=(0, -1))] = None
-    seed_resize_from_w: Annotated[int | None, Refused("noise is not resized: send 0", but=(0, -1))] = None
+    subseed: int | None = -1
+    subseed_strength: float | None = None
+    seed_resize_from_h: int | None = None
+    seed_resize_from_w: int | None = None
     restore_faces: Annotated[bool | None, Refused("there is no model for faces here: send false", but=(False,))] = None
     tiling: Annotated[
-        bool | None, Refused("pictures that continue at their edges are not drawn: send false", but=(False,))
+        bool | None, Refused("padding is in the compiled graphs: edges do not continue; send false", but=(False,))
     ] = None
     s_churn: Annotated[float | None, Refused("samplers add no noise of their own: send 0", but=(0.0,))] = None
     s_noise: Annotated[float | None, Refused("samplers add noise as published: send 1", but=(1.0,))] = None
@@ -139,10 +139,8 @@ class Drawing(Body):
     override_settings_restore_afterwards: Annotated[
         bool | None, Refused("they are of one request: options keep settings", but=(True,))
     ] = None
-    refiner_checkpoint: Annotated[
-        str | None, Refused("one model draws a picture here: draw with the refiner by img2img", but=("", "None"))
-    ] = None
-    refiner_switch_at: Annotated[float | None, NoEffect("belongs to refiner_checkpoint")] = None
+    refiner_checkpoint: str | None = None
+    refiner_switch_at: float | None = None
     script_name: str | None = None
     script_args: list[Any] | None = None
     save_images: Annotated[
@@ -150,9 +148,7 @@ class Drawing(Body):
     ] = None
     do_not_save_samples: Annotated[bool | None, KEPT] = None
     do_not_save_grid: Annotated[bool | None, KEPT] = None
-    infotext: Annotated[
-        str | None, Refused("send its values as fields: POST /sdapi/v1/png-info reads them", but=("",))
-    ] = None
+    infotext: str | None = None
 
     @field_validator("override_settings", "alwayson_scripts", mode="before")
     @classmethod
@@ -163,22 +159,22 @@ class Drawing(Body):
 class TextToImage(Drawing):
     """POST /sdapi/v1/txt2img."""
 
-    denoising_strength: Annotated[float | None, HIRES] = None
-    enable_hr: Annotated[
-        bool | None, Refused("draw first, then send the picture to img2img at the larger size", but=(False,))
+    enable_hr: bool | None = None
+    denoising_strength: float | None = None
+    firstphase_width: int | None = None
+    firstphase_height: int | None = None
+    hr_scale: float | None = None
+    hr_upscaler: str | None = None
+    hr_second_pass_steps: int | None = None
+    hr_resize_x: int | None = None
+    hr_resize_y: int | None = None
+    hr_sampler_name: str | None = None
+    hr_scheduler: str | None = None
+    hr_prompt: str | None = None
+    hr_negative_prompt: str | None = None
+    hr_checkpoint_name: Annotated[
+        str | None, Refused("one model draws both passes: send the picture to img2img of the other", but=("", "None"))
     ] = None
-    firstphase_width: Annotated[int | None, HIRES] = None
-    firstphase_height: Annotated[int | None, HIRES] = None
-    hr_scale: Annotated[float | None, HIRES] = None
-    hr_upscaler: Annotated[str | None, HIRES] = None
-    hr_second_pass_steps: Annotated[int | None, HIRES] = None
-    hr_resize_x: Annotated[int | None, HIRES] = None
-    hr_resize_y: Annotated[int | None, HIRES] = None
-    hr_checkpoint_name: Annotated[str | None, HIRES] = None
-    hr_sampler_name: Annotated[str | None, HIRES] = None
-    hr_scheduler: Annotated[str | None, HIRES] = None
-    hr_prompt: Annotated[str | None, HIRES] = None
-    hr_negative_prompt: Annotated[str | None, HIRES] = None
 
 
 class ImageToImage(Drawing):
@@ -196,6 +192,10 @@ class ImageToImage(Drawing):
     inpaint_full_res: bool = True
     inpaint_full_res_padding: int = 0
     include_init_images: bool = False
+    refiner_checkpoint: Annotated[
+        str | None, Refused("one model draws on a picture: send the result to img2img of the refiner", but=("", "None"))
+    ] = None
+    refiner_switch_at: Annotated[float | None, NoEffect("belongs to refiner_checkpoint")] = None
     mask_round: Annotated[bool | None, Refused("masks of latents are rounded: send true", but=(True,))] = None
     image_cfg_scale: Annotated[float | None, NoEffect("belongs to models that edit by instructions")] = None
     initial_noise_multiplier: Annotated[float | None, Refused("noise is taken as drawn: send 1", but=(1.0,))] = None
@@ -206,6 +206,43 @@ class PngInfo(Body):
     """POST /sdapi/v1/png-info."""
 
     image: str
+
+
+class Extras(Body):
+    """What POST /sdapi/v1/extra-single-image and extra-batch-images have in common."""
+
+    resize_mode: Literal[0, 1] = 0
+    upscaling_resize: float = Field(default=2, ge=1, le=8)
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+    upscaling_crop: bool = True
+    upscaler_1: str = "None"
+    upscaler_2: str = "None"
+    extras_upscaler_2_visibility: float = Field(default=0, ge=0, le=1)
+    show_extras_results: Annotated[bool | None, NoEffect("pictures are always in the response")] = None
+    gfpgan_visibility: Annotated[float | None, FACES] = None
+    codeformer_visibility: Annotated[float | None, FACES] = None
+    codeformer_weight: Annotated[float | None, NoEffect("belongs to codeformer_visibility")] = None
+    upscale_first: Annotated[bool | None, NoEffect("belongs to models for faces")] = None
+
+
+class ExtraPicture(Extras):
+    """POST /sdapi/v1/extra-single-image."""
+
+    image: str
+
+
+class NamedPicture(Body):
+    """A picture of a batch. Its name says nothing here."""
+
+    data: str
+    name: Annotated[str | None, NoEffect("the server writes no files")] = None
+
+
+class ExtraPictures(Extras):
+    """POST /sdapi/v1/extra-batch-images."""
+
+    pictures: list[NamedPicture] = Field(alias="imageList", min_length=1, max_length=limits.PICTURES.most)
 
 
 class TaskId(Body):

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Final
 
 from fastapi import APIRouter
 
-from runtime.diffusion.labels import AUTOMATIC, LABELS, SCHEDULES
+from runtime.diffusion.labels import AUTOMATIC, LABELS, SCHEDULES, UPSCALERS
+from runtime.errors import MissingDependency
 from runtime.placing.containers import allowance
-from runtime.placing.memory import of_process
+from runtime.placing.devices import EXTRA, host_memory
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
-from serving.dialects.a1111.choosing import abilities, checkpoint, models
+from runtime.vision.enlarging import LATENTS, PICTURES
+from serving.dialects.a1111.choosing import SHORT, abilities, checkpoint, digest, models
 from serving.dialects.a1111.clients import Client, Sender, Settings
 from serving.dialects.a1111.drawing import PREVIEWS
 from serving.dialects.a1111.fields import Options
@@ -22,8 +23,7 @@ from serving.dialects.a1111.scripts import PLOT, argument, plot_info, prompt_sty
 from serving.host.models import ModelHost
 
 EMPTY: Final = (
-    "extensions", "face-restorers", "hypernetworks", "latent-upscale-modes", "realesrgan-models",
-    "sd-vae",
+    "extensions", "face-restorers", "hypernetworks", "realesrgan-models", "sd-vae",
 )  # fmt: skip
 FIXED: Final[dict[str, Any]] = {
     **{f"/sdapi/v1/{name}": [] for name in EMPTY},
@@ -32,7 +32,11 @@ FIXED: Final[dict[str, Any]] = {
         {"name": label.lower(), "label": label, "aliases": None, "default_rho": -1.0, "need_inner_model": False}
         for label in (AUTOMATIC, *SCHEDULES.values())
     ],
-    "/sdapi/v1/upscalers": [{"name": "None", "model_name": None, "model_path": None, "model_url": None, "scale": 1.0}],
+    "/sdapi/v1/upscalers": [
+        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": scale}
+        for name, scale in (("None", 1.0), *((UPSCALERS[way], 4.0) for way in PICTURES))
+    ],
+    "/sdapi/v1/latent-upscale-modes": [{"name": UPSCALERS[way]} for way in LATENTS],
     "/sdapi/v1/embeddings": {"loaded": {}, "skipped": {}},
     "/sdapi/v1/cmd-flags": {"api": True},
     "/controlnet/module_list": {"module_list": ["none"]},
@@ -100,8 +104,10 @@ def _models(routes: APIRouter, host: ModelHost) -> None:
     @routes.get("/sdapi/v1/sd-models")
     async def checkpoints() -> list[dict[str, Any]]:
         names = sorted(status.name for status in models(host, ImageRequest.task))
-        empty = {"hash": None, "sha256": None, "config": None}
-        return [{"title": name, "model_name": name, "filename": name, **empty} for name in names]
+        return [
+            {"title": name, "model_name": name, "filename": name, **_hashes(digest(host, name)), "config": None}
+            for name in names
+        ]
 
     @routes.post("/sdapi/v1/refresh-checkpoints")
     async def refresh() -> dict[str, Any]:
@@ -114,9 +120,14 @@ def _models(routes: APIRouter, host: ModelHost) -> None:
 
     @routes.get("/sdapi/v1/memory")
     async def memory() -> dict[str, Any]:
-        total = allowance().memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        used = of_process() or 0
-        return {"ram": {"free": total - used, "used": used, "total": total}, "cuda": {"error": "unavailable"}}
+        total, free = host_memory(allowance())
+        if total is None or free is None:
+            raise MissingDependency("psutil", EXTRA)
+        return {"ram": {"free": free, "used": total - free, "total": total}, "cuda": {"error": "unavailable"}}
+
+
+def _hashes(digest: str | None) -> dict[str, str | None]:
+    return {"hash": digest and digest[:SHORT], "sha256": digest}
 
 
 def _names(routes: APIRouter, host: ModelHost, settings: Settings) -> None:

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 from fastapi import APIRouter
 
-from runtime.diffusion.infotext import KEY, SIZE, Infotext
+from runtime.diffusion.further import SIZE
+from runtime.diffusion.infotext import KEY, Infotext
 from runtime.errors import InvalidInput
 from runtime.language.templates import Message
 from runtime.tasks.chat import ChatRequest, TextDelta

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from runtime import limits
-from runtime.diffusion.labels import named
+from runtime.diffusion.labels import named, upscaler
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.grid.plan import NAMES, GridPlan
 from runtime.script import Folders
@@ -29,8 +29,15 @@ AXES: Final[Mapping[str, str]] = {
     "Sampler": "sampler",
     "Denoising": "strength",
     "Eta": "eta",
+    "Var. seed": "variation_seed",
+    "Var. strength": "variation_strength",
+    "Hires steps": "hires.steps",
+    "Hires sampler": "hires.sampler",
+    "Hires upscaler": "hires.upscaler",
 }
 """The fields of the plot's axes, by the web UI's labels."""
+TEXTS: Final = frozenset({"Prompt S/R", "Sampler", "Hires sampler", "Hires upscaler"})
+"""Axes whose values are texts; those of others are numbers."""
 FIRST: Final = (NOTHING, "Seed", "Var. seed", "Var. strength", "Steps")
 NUMBERED: Final = {
     False: (*FIRST, "Hires steps", "CFG Scale", "Prompt S/R", "Prompt order", "Sampler"),
@@ -63,6 +70,11 @@ def chosen(message: Drawing, scripts: Scripts) -> tuple[Chosen, dict[str, str]]:
     if scripts.folders.wildcards is not None and (message.styles or any(map(WILDCARD.search, texts))):
         found[WILDCARDS] = {}
     return found, facts
+
+
+def varies(scripts: Chosen) -> bool:
+    """Whether a plot sets the seed or the strength of a variation."""
+    return any(axis["field"].startswith("variation_") for name, axis in scripts.get(GRID, {}).items() if name in NAMES)
 
 
 def cell_of(request: ImageRequest, index: int) -> ImageRequest | None:
@@ -133,10 +145,16 @@ def _plot(given: Sequence[Any], message: Drawing) -> tuple[Chosen, dict[str, str
     for axis in "XYZ":
         label = _label(values[f"{axis} type"], isinstance(message, ImageToImage))
         if label != NOTHING:
+            _check_second(label, message)
             shown = _values(label, values[f"{axis} values"], values[f"{axis} values list"])
             arguments[axis.lower()] = {"field": AXES[label], "values": _read(label, shown, message.scheduler or "")}
             facts |= {f"{axis} Type": label, f"{axis} Values": ",".join(map(str, shown))}
     return {GRID: arguments}, facts
+
+
+def _check_second(label: str, message: Drawing) -> None:
+    if label.startswith("Hires") and not getattr(message, "enable_hr", False):
+        raise InvalidInput("script_args", f"has the axis {label}, which is of a second pass: send enable_hr")
 
 
 def _label(given: Any, of_picture: bool) -> str:
@@ -163,9 +181,9 @@ def _values(label: str, text: Any, listed: Any) -> list[Any]:
         raise InvalidInput("script_args", f"has no values of {label}, expected a text such as 10,20")
     limits.PROMPT.length("script_args", text)
     parts = [part.strip() for part in next(csv.reader([text], skipinitialspace=True), [])]
-    if label in ("Prompt S/R", "Sampler"):
+    if label in TEXTS:
         return parts
-    whole = AXES[label] in ("seed", "steps")
+    whole = AXES[label].endswith(("seed", "steps"))
     return [value for part in parts for value in _ranged(part, whole)]
 
 
@@ -192,4 +210,6 @@ def _numbers(number: Callable[[int], float], count: int, whole: bool) -> list[st
 
 def _read(label: str, values: list[Any], schedule: str) -> list[Any]:
     """The values as fields of a request have them."""
-    return [named(str(value), schedule) for value in values] if label == "Sampler" else values
+    if label in ("Sampler", "Hires sampler"):
+        return [named(str(value), schedule) for value in values]
+    return [upscaler(str(value)) for value in values] if label == "Hires upscaler" else values

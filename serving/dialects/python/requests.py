@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypedDict
 
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language import text
@@ -116,6 +117,8 @@ class ImageOptions(TypedDict, total=False):
     """Softens the border of the mask: standard deviation in pixels, 0 to 256."""
     keep_unmasked: bool | None
     """False takes what is not drawn from the autoencoder, too, instead of the picture."""
+    mask_fill: str | None
+    """What the latents of the drawn part begin with: "original", "noise" or "nothing"."""
     extend: tuple[int, int, int, int] | None
     """Pixels to add to the picture on the left, top, right and bottom, which are drawn (outpainting)."""
     denoising_end: float | None
@@ -142,6 +145,14 @@ class ImageOptions(TypedDict, total=False):
     """The score of the negative prompt. Without one, 2.5."""
     latents: NDArray[np.float32] | None
     """Latents [images, channels, height, width] to begin with, in place of the noise of the seed."""
+    variation_seed: int | None
+    """Another seed, whose noise is mixed with that of `seed`; each further picture uses 1 more."""
+    variation_strength: float | None
+    """The share of its noise, 0 to 1."""
+    noise_size: tuple[int, int] | None
+    """Draw the noise for a picture of this size (height, width), and put it into the middle of the drawn one."""
+    hires: Hires | None
+    """Draw each picture a second time, at a larger size."""
     styles: Sequence[Style] | None
     """Pictures for the image adapters that the bundle was built with, each adapter at most once."""
     scripts: Mapping[str, Mapping[str, Any]] | None
@@ -223,14 +234,9 @@ def image_request(prompt: str, options: Mapping[str, Any]) -> ImageRequest:
 
 
 def going_on(request: ImageRequest, drawing: Drawing, **more: Any) -> ImageRequest:
-    """The request to another model that goes on where this one ended, with what it has drawn, and `more`; without what
-    is of this model: LoRA files, controls, styles, and the size aimed at.
-    """
-    return replace(
-        request, denoising_start=request.denoising_end, denoising_end=None, latents=drawing.latents,
-        seed=drawing.images[0].seed, loras={}, controls=(), guess_mode=False, styles=(), target_size=None,
-        negative_target_size=None, **more,
-    )  # fmt: skip
+    """The request to another model that goes on where this one ended, with what it has drawn, and `more`."""
+    assert drawing.latents is not None, "a request with denoising_end hands its latents over"
+    return request.going_on(drawing.latents, drawing.images[0].seed, **more)
 
 
 def _style(style: Style) -> image.Style:

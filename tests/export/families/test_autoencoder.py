@@ -17,7 +17,7 @@ from export.build.build import build
 from export.build.options import Options
 from export.build.state import Build
 from export.checkpoint.additions import Addition
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.engine import targets
 from runtime.errors import InvalidInput, UnsupportedModel
 from runtime.pipeline import drive

@@ -14,7 +14,7 @@ import torch
 from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.bundle.signature import Array
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.pipeline import drive
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.placing.loading import LoadedModel, load_model

@@ -23,7 +23,7 @@ from export.build.state import Build
 from export.checkpoint.additions import Addition
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.errors import InvalidInput, NotFound, UnsupportedModel
 from runtime.placing.loading import LoadedModel, load_model, open_pipeline
 from runtime.tasks.image import ImageRequest, Style

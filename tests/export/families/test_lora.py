@@ -18,7 +18,7 @@ from export.build.state import Build
 from export.checkpoint.additions import Addition
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.engine import targets
 from runtime.errors import InvalidInput, SourceError
 from runtime.pipeline import drive

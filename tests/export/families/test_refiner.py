@@ -21,8 +21,8 @@ from export.checkpoint.source import resolve
 from export.family import family_of
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
-from runtime.diffusion.latents import random_stream
 from runtime.diffusion.solver import Walk, make_sampler
+from runtime.diffusion.variation import random_stream
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput, UnsupportedModel
 from runtime.pipeline import drive

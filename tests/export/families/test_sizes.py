@@ -20,7 +20,7 @@ from export.build.options import Options
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig, Sizes
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.errors import InvalidInput
 from runtime.pipeline import drive
 from runtime.pipelines.diffusion import DiffusionPipeline

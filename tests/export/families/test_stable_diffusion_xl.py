@@ -30,7 +30,7 @@ from profiles.tasks.image import PictureExam
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig, Sizes
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.pipeline import drive
 from runtime.pipelines.diffusion import DiffusionPipeline

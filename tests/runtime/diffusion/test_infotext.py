@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from runtime.diffusion.hires import Hires
 from runtime.diffusion.infotext import KEY, Infotext, infotext, without_tags
 from runtime.errors import InvalidInput
 from runtime.tasks.image import ImageDefaults, ImageRequest
@@ -55,6 +56,37 @@ def test_a_picture_is_described_and_drawn_again() -> None:
     assert again.loras == request.loras and again.seed == 5
     for field in ("negative_prompt", "steps", "guidance_scale", "sampler", "strength", "mask_blur"):
         assert getattr(again, field) == getattr(request, field)
+
+
+def test_a_second_pass_and_changed_noise_are_described_and_drawn_again() -> None:
+    hires = Hires(1.5, upscaler="latent_nearest_exact", steps=4, strength=0.7, prompt="b", sampler="euler_karras")
+    request = ImageRequest(
+        "a", steps=9, width=64, height=32, seed=5, variation_seed=8, variation_strength=0.25, noise_size=(16, 24),
+        hires=hires,
+    )  # fmt: skip
+    written = infotext(request, 5, (48, 96))
+    assert written == (
+        "a\nSteps: 9, Denoising strength: 0.7, Seed: 5, Size: 64x32, Variation seed: 8, Variation seed strength: 0.25, "
+        "Seed resize from: 24x16, Hires upscale: 1.5, Hires steps: 4, Hires upscaler: Latent (nearest-exact), "
+        "Hires sampler: Euler, Hires schedule type: Karras, Hires prompt: b"
+    )
+    again = ImageRequest(**Infotext.parse(written).fields())
+    for field in ("width", "height", "variation_seed", "variation_strength", "noise_size", "hires", "strength"):
+        assert getattr(again, field) == getattr(request, field)
+
+
+@pytest.mark.parametrize(
+    ("hires", "text"),
+    [
+        (Hires(), "Size: 48x32, Hires upscale: 2, Hires upscaler: Latent"),
+        (Hires(width=96, upscaler="lanczos"), "Seed: 1, Hires resize: 96x0, Hires upscaler: Lanczos"),
+    ],
+)
+def test_the_size_of_the_first_pass_follows_from_the_scale(hires: Hires, text: str) -> None:
+    written = infotext(ImageRequest("a", steps=9, hires=hires), 1, (64, 96))
+    assert written.endswith(text)
+    fields = Infotext.parse(written + ", Model: m").fields()
+    assert fields["hires"] in (hires, Hires(scale=2.0))
 
 
 def test_prompts_with_weights_stay() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
 from runtime.grid.axes import Axis
 from runtime.tasks.image import ImageRequest
@@ -29,6 +31,7 @@ REQUEST = ImageRequest("a red circle", negative_prompt="red ground", loras={"ink
         ("guess_mode=true,no", (True, False)),
         ("original_size=64x32,16x16", ((64, 32), (16, 16))),
         ("loras.ink=0-1:0.5", (0.0, 0.5, 1.0)),
+        ("hires.steps=1,2", (1, 2)),
         ("seed=9223372036854775806", (2**63 - 2,)),
     ],
 )
@@ -96,3 +99,10 @@ def test_labels() -> None:
     assert Axis.parse("x", "guidance_scale=7.5").labels() == ("guidance_scale: 7.5",)
     assert Axis.parse("x", "sampler=euler").labels() == ("euler",)
     assert Axis.of("x", "loras", [{"ink": 0.5}, {}]).labels() == ("loras: ink 0.5", "loras: ")
+
+
+def test_a_field_of_the_second_pass() -> None:
+    axis = Axis.parse("x", "hires.upscaler=latent,lanczos")
+    assert axis.changed("x", REQUEST, "lanczos").hires == Hires(upscaler="lanczos")
+    again = replace(REQUEST, hires=Hires(1.5))
+    assert axis.changed("x", again, "lanczos").hires == Hires(1.5, upscaler="lanczos")

@@ -17,8 +17,8 @@ from PIL import Image, ImageFilter
 from runtime.bundle.signature import Array
 from runtime.diffusion.canvas import normalized
 from runtime.diffusion.config import DiffusionConfig
-from runtime.diffusion.latents import random_stream
 from runtime.diffusion.solver import solvers
+from runtime.diffusion.variation import random_stream
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
 from runtime.pipeline import drive

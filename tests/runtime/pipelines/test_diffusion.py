@@ -16,8 +16,8 @@ import pytest
 
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
-from runtime.diffusion.latents import random_stream
 from runtime.diffusion.solver import solvers
+from runtime.diffusion.variation import random_stream
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EngineError, InvalidInput
 from runtime.pipeline import Call, Progress, drive

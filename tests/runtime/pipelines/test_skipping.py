@@ -13,7 +13,7 @@ import pytest
 
 from runtime.bundle.signature import Array
 from runtime.diffusion.config import DiffusionConfig
-from runtime.diffusion.latents import random_stream
+from runtime.diffusion.variation import random_stream
 from runtime.errors import InvalidInput
 from runtime.pipelines.diffusion import DiffusionPipeline
 from runtime.tasks.image import ImageRequest

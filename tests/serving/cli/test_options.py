@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+from runtime.diffusion.hires import Hires
 from runtime.errors import EnginecastError
 from runtime.task import Request
 from serving.cli import commands as cli
@@ -20,6 +21,7 @@ from serving.cli.options import ModelOptions
 from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer
 
 Row = tuple[tuple[str, ...], dict[str, object]]
+HIRES: Final = asdict(Hires())
 GENERATE: Final[list[Row]] = [
     (("--prompt", "a fox"), {"prompt": "a fox"}),
     (("--negative-prompt", "blue"), {"negative_prompt": "blue"}),
@@ -55,6 +57,17 @@ GENERATE: Final[list[Row]] = [
     (("--image", "{picture}", "--mask", "{picture}", "--mask-blur", "2"), {"mask_blur": 2.0}),
     (("--image", "{picture}", "--mask", "{picture}", "--keep-unmasked"), {"keep_unmasked": True}),
     (("--image", "{picture}", "--mask", "{picture}", "--no-keep-unmasked"), {"keep_unmasked": False}),
+    (("--image", "{picture}", "--mask", "{picture}", "--mask-fill", "noise"), {"mask_fill": "noise"}),
+    (("--variation-seed", "9", "--variation-strength", "0.25"), {"variation_seed": 9, "variation_strength": 0.25}),
+    (("--noise-size", "24,32"), {"noise_size": (24, 32)}),
+    (("--hires-scale", "1.5", "--hires-upscaler", "lanczos"), {"hires": HIRES | {"scale": 1.5, "upscaler": "lanczos"}}),
+    (("--hires-width", "64", "--hires-height", "48"), {"hires": HIRES | {"width": 64, "height": 48}}),
+    (("--hires-steps", "3", "--hires-strength", "0.5"), {"hires": HIRES | {"steps": 3, "strength": 0.5}}),
+    (
+        ("--hires-prompt", "fox", "--hires-negative-prompt", ""),
+        {"hires": HIRES | {"prompt": "fox", "negative_prompt": ""}},
+    ),
+    (("--hires-sampler", "euler"), {"hires": HIRES | {"sampler": "euler"}}),
     (("--image", "{picture}", "--extend", "1,2,3,4"), {"extend": (1, 2, 3, 4)}),
     (("--refiner", "draw"), {"denoising_start": 0.8, "denoising_end": None}),
     (("--refiner", "draw", "--refine-from", "0.5"), {"denoising_start": 0.5, "denoising_end": None}),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator
+from dataclasses import asdict, fields
 from time import perf_counter
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from runtime import limits
 from runtime.bundle.signature import Array
+from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import SIZES, Control, ImageReady, ImageRequest, Style
@@ -33,15 +35,19 @@ OPTIONS: Final = (
         "guess_mode",
         "aesthetic_score",
         "negative_aesthetic_score",
+        "mask_fill",
+        "variation_seed",
+        "variation_strength",
     ),
 )
 PROMPTS: Final = ("prompt", "negative_prompt")
 PICTURES: Final = ("image", "mask")
 FLOAT: Final = np.dtype("<f4")
-PAIRS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in SIZES)
+PAIRS: Final = (*(f"{of}{name}" for of in ("", "negative_") for name in SIZES), "noise_size")
 EDGES: Final = ("left", "top", "right", "bottom")
 
 CONTROL_OPTIONS: Final = ("scale", "start", "end")
+HIRES: Final = tuple(one.name for one in fields(Hires))
 
 
 def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
@@ -52,6 +58,8 @@ def image_request(message: image_pb2.GenerateRequest) -> ImageRequest:
     if message.HasField("extend"):
         files["extend"] = tuple(getattr(message.extend, side) for side in EDGES)
     files |= {name: (pair.down, pair.across) for name, pair in given(message, PAIRS).items()}
+    if message.HasField("hires"):
+        files["hires"] = Hires(**given(message.hires, HIRES))
     if message.latents:
         limits.LATENTS.length("latents", message.latents)
         files["latents"] = _stacked([_array(one, f"latents[{i}]") for i, one in enumerate(message.latents)])
@@ -132,17 +140,19 @@ class ImageStream:
 
 def image_message(model: str, request: ImageRequest) -> image_pb2.GenerateRequest:
     """Convert a request to its message. Arrays become PNG files."""
-    fields: dict[str, Any] = {name: getattr(request, name) for name in OPTIONS}
-    fields |= {name: file_of(picture) for name in PICTURES if (picture := getattr(request, name)) is not None}
+    found: dict[str, Any] = {name: getattr(request, name) for name in OPTIONS}
+    found |= {name: file_of(picture) for name in PICTURES if (picture := getattr(request, name)) is not None}
     if request.extend is not None:
-        fields["extend"] = image_pb2.Edges(**dict(zip(EDGES, request.extend, strict=True)))
+        found["extend"] = image_pb2.Edges(**dict(zip(EDGES, request.extend, strict=True)))
     pairs = {name: pair for name in PAIRS if (pair := getattr(request, name)) is not None}
-    fields |= {name: image_pb2.Pixels(down=down, across=across) for name, (down, across) in pairs.items()}
+    found |= {name: image_pb2.Pixels(down=down, across=across) for name, (down, across) in pairs.items()}
+    if request.hires is not None:
+        found["hires"] = image_pb2.Hires(**asdict(request.hires))
     if request.latents is not None:
-        fields["latents"] = map(_latents, request.latents)
-    fields["controls"] = map(_control_message, request.controls)
-    fields["styles"] = [image_pb2.Style(name=s.name, image=file_of(s.image), scale=s.scale) for s in request.styles]
-    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **fields, loras=request.loras)
+        found["latents"] = map(_latents, request.latents)
+    found["controls"] = map(_control_message, request.controls)
+    found["styles"] = [image_pb2.Style(name=s.name, image=file_of(s.image), scale=s.scale) for s in request.styles]
+    return image_pb2.GenerateRequest(model=model, prompt=request.prompt, **found, loras=request.loras)
 
 
 def _control_message(control: Control) -> image_pb2.Control:

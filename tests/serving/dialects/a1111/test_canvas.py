@@ -86,8 +86,11 @@ def test_a_filled_part(studio: Studio) -> None:
     around = SHADES[4:28, 12:36].astype(int)
     assert found.image[drawn].min() >= around.min() - 2 and found.image[drawn].max() <= around.max() + 2
     assert (out[drawn] == 90).all() and np.array_equal(out[~drawn], SHADES[~drawn])
-    why = studio.refused(PATH, **{**fields, "inpainting_fill": 2})
-    assert why.startswith("inpainting_fill: is 2, expected 0 (fill) or 1 (original)")
+    for number, fill in ((2, "noise"), (3, "nothing")):
+        latents = studio.draw(PATH, **{**fields, "inpainting_fill": number})
+        assert latents.mask_fill == fill and np.array_equal(latents.image, SHADES) and latents.keep_unmasked is None
+    why = studio.refused(PATH, **{**fields, "inpainting_fill": 4})
+    assert why.startswith("inpainting_fill: is 4, expected 0 (fill), 1 (original), 2 (latent noise)")
 
 
 @proves("POST /sdapi/v1/img2img", "inpaint_full_res_padding")

@@ -144,8 +144,6 @@ def test_control_networks_of_the_client_library(studio: Studio) -> None:
 
 
 REFUSED = [
-    ({"enable_hr": True}, "enable_hr: draw first"),
-    ({"subseed_strength": 0.5}, "subseed_strength: pictures of two seeds"),
     ({"restore_faces": True}, "restore_faces: there is no model for faces"),
     ({"tiling": True}, "tiling: "),
     ({"s_churn": 0.5}, "s_churn: "),
@@ -188,8 +186,7 @@ REFUSED = [
 def test_what_is_refused(studio: Studio) -> None:
     for fields, why in REFUSED:
         for path in DRAW:
-            if "enable_hr" not in fields or "txt2img" in path:
-                assert studio.refused(path, **fields).startswith(why), fields
+            assert studio.refused(path, **fields).startswith(why), fields
     assert not studio.requests and studio.fake.alive()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
 from webuiapi import WebUIApi
 
 from runtime.diffusion.labels import LABELS
+from runtime.placing import devices
 from runtime.tasks.image import ImageAbilities, ImageDefaults
 from tests.fakes.proofs import proves
 from tests.fakes.web import send
@@ -32,6 +34,7 @@ def able(studio: Studio) -> Any:
 @proves("GET /sdapi/v1/samplers")
 @proves("GET /sdapi/v1/schedulers")
 @proves("GET /sdapi/v1/upscalers")
+@proves("GET /sdapi/v1/latent-upscale-modes")
 @proves("GET /sdapi/v1/memory")
 @proves("GET /sdapi/v1/cmd-flags")
 @proves("GET /sdapi/v1/embeddings")
@@ -43,7 +46,9 @@ def test_lists_of_the_client_library(studio: Studio) -> None:
     assert api.util_get_model_names() == ["draw"] and api.get_sd_models()[0]["model_name"] == "draw"
     assert api.util_get_sampler_names() == sorted(LABELS.values())
     assert {"automatic", "karras", "uniform"} <= set(api.util_get_scheduler_names())
-    assert api.get_upscalers()[0]["name"] == "None"
+    assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos", "Nearest"]
+    modes = [one["name"] for one in api.get_latent_upscale_modes()]
+    assert modes[0] == "Latent" and "Latent (nearest-exact)" in modes
     memory = api.get_memory()["ram"]
     assert 0 < memory["used"] < memory["total"] == memory["free"] + memory["used"]
     assert api.get_cmd_flags() == {"api": True} and api.get_embeddings() == {"loaded": {}, "skipped": {}}
@@ -51,18 +56,31 @@ def test_lists_of_the_client_library(studio: Studio) -> None:
     assert api.refresh_checkpoints() == {}
 
 
+def test_hashes_are_those_of_bundles(studio: Studio) -> None:
+    (model,) = studio.api.get_sd_models()
+    bundle = studio.fake.host.catalog.find("draw").offer.bundle
+    assert bundle is not None and model["sha256"] == hashlib.sha256(bundle.content).hexdigest()
+    assert model["hash"] == model["sha256"][:10]
+    named = studio.api.txt2img(steps=1, override_settings={"sd_model_checkpoint": f"draw [{model['hash']}]"})
+    assert named.info["sd_model_hash"] == model["hash"]
+
+
+def test_memory_of_a_system_that_does_not_say_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "_host_memory", lambda: (None, None))
+    status, content = send(studio.server, "/sdapi/v1/memory", verb="GET")
+    assert status.status >= 400 and "enginecast[devices]" in content["detail"]
+
+
 @proves("GET /sdapi/v1/extensions")
 @proves("GET /sdapi/v1/face-restorers")
 @proves("GET /sdapi/v1/hypernetworks")
-@proves("GET /sdapi/v1/latent-upscale-modes")
 @proves("GET /sdapi/v1/realesrgan-models")
 @proves("GET /sdapi/v1/sd-vae")
 def test_what_there_is_none_of(studio: Studio) -> None:
     api = studio.api
     assert api.custom_get("sdapi/v1/extensions") == []
     for call in (
-        api.get_face_restorers, api.get_hypernetworks, api.get_latent_upscale_modes, api.get_realesrgan_models,
-        api.get_sd_vae,
+        api.get_face_restorers, api.get_hypernetworks, api.get_realesrgan_models, api.get_sd_vae,
     ):  # fmt: skip
         assert call() == []
 
@@ -102,7 +120,7 @@ def test_names_of_a_model_that_has_none(studio: Studio) -> None:
 
 @proves("GET /sdapi/v1/options")
 @proves("POST /sdapi/v1/options", "sd_model_checkpoint", "show_progress_every_n_steps", "live_previews_enable")
-@proves("POST /sdapi/v1/options", "enable_pnginfo")
+@proves("POST /sdapi/v1/options", "enable_pnginfo", "samples_format", "jpeg_quality")
 def test_options_are_of_one_client(studio: Studio) -> None:
     api = studio.api
     assert api.util_get_current_model() == "draw"
@@ -114,11 +132,14 @@ def test_options_are_of_one_client(studio: Studio) -> None:
     assert found["CLIP_stop_at_last_layers"] == 1
     assert WebUIApi(port=studio.server.port).get_options()["show_progress_every_n_steps"] == 10
     assert not api.txt2img(prompt="a", steps=1).image.info and studio.requests[-1].preview_every == 2
+    assert api.set_options({"samples_format": "webp", "jpeg_quality": 50}) == {}
+    assert api.txt2img(prompt="a", steps=1).image.format == "WEBP" and studio.requests[-1].preview_every == 2
     status, content = studio.post("/sdapi/v1/options", {"enable_pnginfo": False})
     assert status == 400 and content["detail"].startswith("options: are kept for each client, and this one sent no")
     for options, why in (
         ({"outdir_samples": "x"}, "outdir_samples: is not known here"),
-        ({"samples_format": "jpg"}, "samples_format: pictures are PNG files here"),
+        ({"samples_format": "avif"}, "samples_format: "),
+        ({"webp_lossless": True}, "webp_lossless: files in WebP have a quality"),
         ({"sd_model_checkpoint": "none"}, "sd_model_checkpoint: 'none' is not known"),
         ({"sd_vae": "x"}, "sd_vae: a bundle has one VAE"),
     ):

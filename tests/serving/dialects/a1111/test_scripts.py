@@ -104,7 +104,7 @@ def test_values_of_an_axis(axis: Any, values: list[str]) -> None:
     [
         (arguments(("Steps", "", [])), "has no values of Steps"),
         (arguments((11, "1", [])), "has an axis of type 11, whose meaning differs among versions"),
-        (arguments((2, "1", [])), "has an axis 'Var. seed', expected Nothing, Seed"),
+        (arguments(("Prompt order", "a", [])), "has an axis 'Prompt order', expected Nothing, Seed"),
         (arguments(("Clip skip", "1", [])), "has an axis 'Clip skip', expected"),
         (arguments((True, "1", [])), "has an axis True"),
         (arguments(("Steps", "1-9 (-1)", [])), "has a range whose step does not lead"),

@@ -214,3 +214,20 @@ def test_tokens_tell_clients_apart(tmp_path: Path) -> None:
         as_password.set_auth("anyone", f"{two}x")
         assert as_password.interrupt()["error"] == "Unauthenticated"
         fake.do(server.stop())
+
+
+@pytest.mark.parametrize("verb", ["interrupt", "skip"])
+def test_a_stopped_batch_has_its_newest_preview(studio: Studio, verb: str) -> None:
+    fake = studio.fake
+    fake.draw.hold()
+    body = {"steps": 4, "n_iter": 2, "batch_size": 2, "seed": 3, "force_task_id": verb, **PREVIEWS}
+    call = Call(studio.post, "/sdapi/v1/txt2img", body)
+    until(lambda: fake.draw.calls == 1)
+    fake.draw.let(2)
+    until(lambda: studio.post("/internal/progress", {"id_task": verb})[1]["progress"] == 0.25)
+    assert studio.post(f"/sdapi/v1/{verb}", {"id_task": verb})[0] == 200
+    fake.draw.release()
+    status, content = call.end()
+    seeds = [3] if verb == "interrupt" else [3, 5, 6]
+    assert status == 200 and f'"all_seeds": {seeds}' in content["info"] and len(content["images"]) == len(seeds)
+    assert np.array_equal(pixels(content["images"][0]), fake.draw.picture) and "Seed: 3, " in content["info"]

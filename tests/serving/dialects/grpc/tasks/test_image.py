@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
 from runtime.tasks.image import CONDITIONS, Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decoded
@@ -65,6 +66,16 @@ def test_conditions_come_through() -> None:
     made = requests.image_request("a fox", stated)
     received = image_request(image_pb2.GenerateRequest.FromString(image_message("m", made).SerializeToString()))
     assert received.conditions == made.conditions == stated and len(stated) == 8
+
+
+def test_a_second_pass_and_changed_noise_come_through() -> None:
+    hires = Hires(width=64, upscaler="lanczos", steps=3, strength=0.5, prompt="", sampler="euler")
+    stated = {"variation_seed": 2**40, "variation_strength": 0.25, "noise_size": (16, 24), "hires": hires}
+    made = requests.image_request("a fox", stated)
+    received = image_request(image_pb2.GenerateRequest.FromString(image_message("m", made).SerializeToString()))
+    assert {name: getattr(received, name) for name in stated} == stated and received.hires == hires
+    masked = requests.image_request("a fox", {"image": PICTURE, "mask": MASK, "mask_fill": "noise"})
+    assert image_request(image_message("m", masked)).mask_fill == "noise"
 
 
 def test_guess_mode_comes_through() -> None:
