@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from runtime.engine import targets
@@ -21,6 +22,8 @@ signal.signal(
 )  # a suite started in the background ignores it, and so would what tests interrupt
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core: more threads of torch only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+hypothesis.settings.register_profile("enginecast", deadline=None)  # an example takes longer beside other work
+hypothesis.settings.load_profile("enginecast")
 SAMPLES = Path(__file__).parents[1] / "samples"
 
 

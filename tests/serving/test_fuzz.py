@@ -144,7 +144,7 @@ def requests(method: str, files: Sequence[bytes]) -> st.SearchStrategy[Any]:
 def always(examples: int) -> settings:
     """The same examples at each run."""
     checks = list(HealthCheck)
-    return settings(max_examples=examples, deadline=None, database=None, derandomize=True, suppress_health_check=checks)
+    return settings(max_examples=examples, database=None, derandomize=True, suppress_health_check=checks)
 
 
 def fuzz(target: Target, method: str, examples: int) -> None:

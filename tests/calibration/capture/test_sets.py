@@ -44,7 +44,7 @@ def example(**changes: Any) -> CalibrationSet:
     )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
 @given(
     kind=st.sampled_from(["diffusion", "chat"]),
     fingerprint=NAMES,

@@ -300,7 +300,7 @@ def test_what_half_cannot_express_and_frequencies_stay(tmp_path: Path) -> None:
     assert kinds == {"small": FLOAT, "large": FLOAT, "frequencies": FLOAT, "w": FLOAT16}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 300.0]), st.sampled_from(HALVES))
 def test_kept_everywhere_is_float32(seed: int, scale: float, half: Half) -> None:
     draw = Drawing()

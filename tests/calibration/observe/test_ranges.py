@@ -46,7 +46,7 @@ def test_outliers_are_clipped_where_that_is_better() -> None:
     assert measured_snr(values, found.peak) > measured_snr(values, 12) + 3
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.floats(1e-20, 1e20), st.integers(2, 6))
 def test_growing_equals_seeing_the_largest_first(seed: int, scale: float, parts: int) -> None:
     rng = np.random.default_rng(seed)
@@ -104,7 +104,7 @@ def test_a_zero_point_for_what_lies_on_one_side() -> None:
     assert constant.spanned(constant.range()).high <= 0
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(-1e30, 0), st.floats(0, 1e30))
 def test_activation_ranges_have_a_code_for_zero(low: float, high: float) -> None:
     assume(high - low > 1e-30)
@@ -127,7 +127,7 @@ def test_ranges_survive_json() -> None:
     assert Range(*[1.0, 40.0]).method == "mse", "what was kept before methods had names"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 def test_channels_are_summed_over_calls(seed: int, calls: int, width: int) -> None:
     rng = np.random.default_rng(seed)

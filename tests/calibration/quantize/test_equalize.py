@@ -456,7 +456,7 @@ def test_what_holds_for_some_calls_only_is_not_believed() -> None:
     assert fickle.scales is None and fickle.after_db < fickle.before_db
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 12), st.integers(0, WIDTH), st.sampled_from([INT8, INT4]))
 def test_scales_are_usable_whatever_was_seen(seed: int, spread: float, dead: int, recipe: Recipe) -> None:
     """Positive, finite and bounded; 1 for channels that never fired."""

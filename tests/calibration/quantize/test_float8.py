@@ -95,7 +95,7 @@ def snr_db(values: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(10 * np.log10(np.sum(exact**2) / max(np.sum((values - exact) ** 2), 1e-30)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]), st.integers(1, 70), st.integers(1, 9))
 def test_errors_are_bounded(seed: int, magnitude: float, rows: int, columns: int) -> None:
     """Half a unit of the last of four digits, or half a step below the smallest normal number, 2^-6."""

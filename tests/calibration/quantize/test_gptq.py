@@ -55,7 +55,7 @@ def output_error(
     return np.asarray(np.square((inputs @ (restored(*form) - weights)).astype(np.float64)).sum(axis=0))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.integers(0, 2**32 - 1),
     st.integers(1, 3),
@@ -82,7 +82,7 @@ def test_no_weight_is_worse_than_rounded_on_the_rows_seen(
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.floats(0, 4), st.integers(1, 3), st.integers(1, 8))
 def test_independent_channels_are_rounded(seed: int, spread: float, blocks: int, columns: int) -> None:
     """A diagonal Hessian leaves nothing to make up for: every code is the nearest one at its scale."""

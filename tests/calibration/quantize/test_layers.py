@@ -319,7 +319,7 @@ def test_scales_alone_are_those_of_the_codes() -> None:
     assert weight.scales().tobytes() == beside
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1e-6, 1e-3, 1.0, 1e4]), st.integers(1, 5), st.integers(1, 9))
 def test_errors_are_bounded(seed: int, magnitude: float, blocks: int, columns: int) -> None:
     rng = np.random.default_rng(seed)

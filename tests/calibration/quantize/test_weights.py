@@ -23,7 +23,7 @@ def weighted_error(weights: Floats, importance: Floats, block: int, given: bool)
     return float((importance[:, None].astype(np.float64) * np.square(restored - weights)).sum())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(0, 2**32 - 1), st.sampled_from([1e-3, 1.0, 1e3]), st.floats(0, 6), st.integers(1, 4), st.integers(1, 9)
 )

@@ -247,7 +247,7 @@ READERS: list[tuple[Callable[[Path, str], Requests], str]] = [
 
 
 @pytest.mark.parametrize(("read", "kind"), READERS)
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=50)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
 @given(
     content=st.binary(max_size=60)
     | st.text(max_size=60).map(str.encode)

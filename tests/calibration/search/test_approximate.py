@@ -106,7 +106,7 @@ def test_what_is_kept_decides_what_comes_next(toy: ir.Model, tuning: Tuning, boa
     assert len(calls) == len(known) - 20
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 1000), st.integers(20, 60))
 def test_noises_that_are_orthogonal_are_found(seed: int, sources: int) -> None:
     """Of sources whose effects have nothing in common, spread over 30 dB, with half as many probes as sources."""

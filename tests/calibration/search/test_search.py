@@ -41,7 +41,7 @@ def layer(index: int, kind: Any = "float", activation: bool = False) -> LayerPla
 noises = st.floats(1e-6, 1e-1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.tuples(noises, noises), min_size=1, max_size=4), st.sampled_from(["size", "speed"]))
 def test_nothing_beats_the_frontier(pairs: list[tuple[float, float]], goal: Any) -> None:
     found = [

@@ -89,7 +89,7 @@ def test_others_can_check_it(signed: Path, keys: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_altered_byte_is_refused_and_its_file_named(
     signed: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
@@ -104,7 +104,7 @@ def test_any_altered_byte_is_refused_and_its_file_named(
     assert name in str(caught.value)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(data=st.data())
 def test_any_cut_or_grown_file_is_refused_and_named(
     signed: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory, data: Any
@@ -291,7 +291,7 @@ def test_keys_that_are_not_there(tmp_path: Path) -> None:
             read(tmp_path)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     content=st.one_of(
         st.binary(max_size=200),

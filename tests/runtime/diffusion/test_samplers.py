@@ -185,7 +185,7 @@ def comparable(name: str, config: dict[str, Any], steps: int) -> bool:
 
 
 @pytest.mark.parametrize("solver", solvers())
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(
     data=st.data(),
     config=configs,

@@ -33,7 +33,7 @@ def test_tiles_cover_an_edge_and_overlap(length: int, tile: int) -> None:
     assert all(0 < after - before <= max(1, tile - tile // OVERLAP) for before, after in itertools.pairwise(found))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(height=edges, width=edges, tile=st.tuples(edges, edges), scale=st.integers(1, 4), seed=st.integers(0, 99))
 def test_tiles_of_a_picture_make_that_picture(
     height: int, width: int, tile: tuple[int, int], scale: int, seed: int

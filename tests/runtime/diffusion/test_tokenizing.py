@@ -159,7 +159,7 @@ def test_learned_tokens_equal_diffusers(learned: tuple[ClipTokenizer, Any], text
     check_as_diffusers(*learned, text)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     pieces=st.lists(
         st.sampled_from([*LEARNED, "<wide>", "<extra>", "_1", " ", "red", "A", "<", "<CAT-TOY>", "<style>"]),
@@ -205,7 +205,7 @@ def test_equals_transformers(pair: tuple[ClipTokenizer, Any], text: str) -> None
     check(*pair, text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=st.one_of(st.text(max_size=30), st.text("aAred circle'st12 \t\n<|>!", max_size=40)))
 def test_equals_transformers_on_any_text(pair: tuple[ClipTokenizer, Any], text: str) -> None:
     check(*pair, text)

@@ -34,7 +34,6 @@ def reference(logits: np.ndarray, tokens: list[int], sampling: Sampling) -> np.n
     return np.asarray(scores[0])
 
 
-@settings(deadline=None)
 @given(
     st.integers(0, 2**32 - 1),
     st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20),
@@ -181,9 +180,7 @@ def processors(library: LlamaForCausalLM, sampling: Sampling, bounds: Bounds) ->
     return found
 
 
-@settings(
-    deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**32 - 1),
     tokens=st.lists(st.integers(0, 9), min_size=2, max_size=20),

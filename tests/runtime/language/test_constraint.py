@@ -85,7 +85,7 @@ def nested(inner: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[s
     return arrays | objects | st.builds(lambda a, b: {"anyOf": [a, b]}, inner, inner)
 
 
-@settings(deadline=None, max_examples=60, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(st.recursive(leaf(), nested, max_leaves=5), st.integers(0, 2**16), st.sampled_from([0.0, 0.7, 1.5]))
 def test_every_answer_is_a_value_of_its_schema(schema: dict[str, Any], seed: int, temperature: float) -> None:
     text, complete = drawn(Grammar.schema(schema), seed, Sampling(temperature=temperature), 2000)
@@ -256,7 +256,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.dictionaries(st.sampled_from(KEYWORDS), JSON, min_size=1, max_size=4), st.integers(0, 9))
 def test_whatever_is_sent_as_a_schema_is_followed_or_refused(schema: dict[str, Any], seed: int) -> None:
     try:
@@ -267,7 +267,7 @@ def test_whatever_is_sent_as_a_schema_is_followed_or_refused(schema: dict[str, A
         assert not complete or not list(Draft202012Validator(schema).iter_errors(json.loads(text)))
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(
     st.lists(st.sampled_from([*'ab()[]*+?|.^$&~/%{}<\n"\\', "{1,3}", "\\d", "\\p{L}", "(?i)"]), min_size=1, max_size=9)
 )

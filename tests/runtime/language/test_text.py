@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
@@ -116,7 +116,6 @@ turns = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(turns, plain)
 def test_prompts_equal_transformers(llava: ChatText, messages: list[Message], system: str) -> None:
     messages = [Message("system", (system,)), *messages, Message("user", (PICTURE, "hell"))]
@@ -216,7 +215,6 @@ def test_every_picture_has_its_placeholder(tmp_path: Path) -> None:
         chat.encode([Message("user", ("a", "b", "c", PICTURE))])
 
 
-@settings(deadline=None)
 @given(plain)
 def test_any_plain_text_survives_the_byte_tokenizer(llava: ChatText, text: str) -> None:
     ids = llava.encode([Message("user", (text,))])
@@ -231,7 +229,6 @@ def spell(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
     return [*(stream.push(id) for id in ids), stream.flush()]
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, BYTES.get_vocab_size() - 1)))
 def test_spelling_any_tokens_joins_up_to_the_whole(ids: list[int]) -> None:
     assert "".join(spell(BYTES, ids)) == BYTES.decode(ids)
@@ -240,7 +237,6 @@ def test_spelling_any_tokens_joins_up_to_the_whole(ids: list[int]) -> None:
 emoji = st.text(st.sampled_from("aé€😀👩🏽🚀 \u200d\n") | st.characters(exclude_categories=["Cs"]))
 
 
-@settings(deadline=None)
 @given(emoji)
 @pytest.mark.parametrize("tokenizer", [BYTES, FALLBACK], ids=["byte-level", "byte-fallback"])
 def test_spelling_text_never_breaks_a_character(tokenizer: Tokenizer, text: str) -> None:
@@ -265,7 +261,6 @@ def stopped(stops: list[str], pieces: list[str]) -> tuple[str, bool]:
     return out + stream.flush(), False
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("abc", min_size=1, max_size=4), max_size=3), st.lists(st.text("abc", max_size=4)))
 def test_stop_strings_do_not_depend_on_how_the_text_arrives(stops: list[str], pieces: list[str]) -> None:
     text = "".join(pieces)
@@ -281,7 +276,6 @@ def test_stop_strings_hold_back_no_more_than_needed() -> None:
     assert stream.found
 
 
-@settings(deadline=None)
 @given(st.lists(st.text("ab", min_size=1, max_size=5), max_size=3), st.text("ab", max_size=12))
 def test_stop_strings_end_the_text_where_a_search_of_all_of_it_does(stops: list[str], text: str) -> None:
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]

@@ -83,7 +83,7 @@ def test_this_process() -> None:
     assert 0 < found.cpus <= CPUS and (found.free is None or found.memory is None or 0 <= found.free <= found.memory)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(cgroup=st.text(), mountinfo=st.text(), words=st.text(alphabet="0123456789 max-\n", max_size=30))
 def test_nothing_that_stands_there_is_an_error(
     tmp_path_factory: pytest.TempPathFactory, cgroup: str, mountinfo: str, words: str

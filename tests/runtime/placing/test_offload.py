@@ -181,7 +181,7 @@ def test_a_failure_leaves_nothing() -> None:
     assert not loads.now
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     sizes=st.lists(st.integers(1, 60), min_size=1, max_size=5),
     calls=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 30)), max_size=30),

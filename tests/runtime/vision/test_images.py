@@ -293,7 +293,7 @@ FILES = samples_of()
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_mutated_files_decode_or_are_refused(kind: str, data: st.DataObject) -> None:
     """Bytes changed, cut out or put in, anywhere: most of the effect is in headers, so those are hit more often."""
@@ -308,7 +308,6 @@ def test_mutated_files_decode_or_are_refused(kind: str, data: st.DataObject) -> 
         return
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 150))
 def test_any_bytes_decode_or_are_refused(garbage: bytes, at: int) -> None:
     data = file_of(Image.new("RGB", (4, 4)))

@@ -54,7 +54,7 @@ def theirs(folder: Path, image: Image.Image) -> Any:
 
 
 @pytest.mark.parametrize("kind", CLASSES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_preprocessing_equals_transformers(kind: str, data: st.DataObject) -> None:
     length = st.integers(1, 40)

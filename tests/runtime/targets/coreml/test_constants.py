@@ -20,7 +20,7 @@ from runtime.targets.coreml.package import Package, save
 from runtime.targets.coreml.translate import translate
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 99), st.integers(1, 4), st.integers(1, 5), st.sampled_from([1, 2, 4]), st.booleans())
 def test_blocks_are_dequantized_as_onnxruntime_does(
     seed: int, blocks: int, columns: int, size: int, shifted: bool

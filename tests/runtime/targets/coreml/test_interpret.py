@@ -18,7 +18,7 @@ from runtime.targets.coreml.kernels.elementwise import erf
 from runtime.targets.coreml.package import Package
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.floats(-10, 10))
 def test_the_error_function(x: float) -> None:
     assert abs(float(erf(np.float64(x))) - math.erf(x)) < 1.5e-7

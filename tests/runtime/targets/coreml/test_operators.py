@@ -16,9 +16,7 @@ from runtime.errors import EngineError
 from runtime.targets.coreml.operators import OPERATORS
 from runtime.targets.coreml.operators.elementwise import BINARY, REDUCTIONS, UNARY
 
-few = settings(
-    max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few = settings(max_examples=3, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 lengths = st.integers(1, 5)
 seeds = st.integers(0, 1000)
 booleans = st.booleans()

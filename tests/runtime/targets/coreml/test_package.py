@@ -14,7 +14,7 @@ from runtime.errors import EngineError
 from runtime.targets.coreml.package import MODEL, WEIGHTS, Package, unpacked
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(-8, 7), min_size=1, max_size=9))
 def test_four_bit_numbers_are_unpacked(codes: list[int]) -> None:
     padded = [*codes, 0]

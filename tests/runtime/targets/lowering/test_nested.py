@@ -175,7 +175,7 @@ def test_other_targets_compile_it(
     assert snr_db(emulated.run(one)["out"], expected) > 30
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(64, 6), (6, 8, 3, 3), (4, 96, 1), (2, 32, 1, 1)]))
 def test_int8_codes_are_codes_times_factors(seed: int, shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(seed)

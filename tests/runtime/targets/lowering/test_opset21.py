@@ -60,7 +60,7 @@ def one(
     return toy([made], given_, constants)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     groups=st.integers(1, 4),
     each=st.integers(1, 3),
@@ -180,7 +180,7 @@ def test_grouped_heads_over_keys_of_varying_length() -> None:
         to_opset21(model, DIRECTML)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(start=st.integers(0, 6), length=st.integers(1, 6), batch=st.integers(1, 3), heads=st.integers(1, 3))
 def test_new_keys_are_written_where_they_belong(start: int, length: int, batch: int, heads: int) -> None:
     cache, new = value("cache", ["batch", heads, 12, 4]), value("new", ["batch", heads, "sequence", 4])

@@ -102,7 +102,7 @@ def decoder(tiny_bundle: Path, request: pytest.FixtureRequest) -> Decoder:
     return Decoder(tiny_bundle, window=request.param)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(counts=st.lists(st.integers(1, 6), min_size=1, max_size=4), batch=st.integers(1, 3))
 def test_the_same_logits_at_any_lengths(decoder: Decoder, counts: list[int], batch: int) -> None:
     assert max(decoder.run(counts, [0] * batch)) < 1e-5
