@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -34,8 +34,14 @@ class Slot:
     """
 
 
-SlotCall = tuple[Mapping[str, Array], Slot | None]
-"""The inputs of one call, and the slot whose states it continues."""
+class SlotCall(NamedTuple):
+    """The inputs of one call, and the slot whose states it continues. A decoder gives outputs of the `last` of its new
+    positions (`Engine.run_last`).
+    """
+
+    inputs: Mapping[str, Array]
+    slot: Slot | None = None
+    last: int = 1
 
 
 @dataclass(frozen=True)
@@ -233,12 +239,12 @@ class Engine(ABC):
         return sequence
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
-        """The outputs of several calls, in order: each equals those of `run` on that call alone, within rounding.
+        """The outputs of several calls, in order: each equals those of `run_alone`, within rounding.
 
         Slots are distinct. Targets that compute several slots together override this. Where one call is refused, none
         returns outputs (EngineError), but those that ran have written their states.
         """
-        return [self.run(inputs, slot) for inputs, slot in calls]
+        return [run_alone(self, call) for call in calls]
 
     def fork(self, slot: Slot, n: int) -> list[Slot]:
         """`n` new slots that continue from the states of `slot`. A run on one changes no other."""
@@ -310,9 +316,16 @@ def divided(outputs: Mapping[str, Array], rows: Sequence[int]) -> list[dict[str,
     ]
 
 
+def run_alone(engine: Engine, call: SlotCall) -> dict[str, Array]:
+    """The outputs of one call: `run`, or `run_last` where it asks for several positions."""
+    if call.last == 1:
+        return engine.run(call.inputs, call.slot)
+    return engine.run_last(call.inputs, call.slot or Slot(), call.last)
+
+
 def require_distinct(calls: Sequence[SlotCall]) -> None:
     """Raise EngineError where a slot occurs in more than one of the calls, which would then depend on one another."""
-    slots = [slot for _, slot in calls if slot is not None]
+    slots = [call.slot for call in calls if call.slot is not None]
     if len(set(slots)) < len(slots):
         raise EngineError("a slot occurs twice in one batch of calls, expected one call for each: run them in turn")
 

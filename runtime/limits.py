@@ -331,6 +331,13 @@ LOGPROBS: Final = Limit(
     "logprobs", 20, "likeliest tokens in place of each token", "the range of OpenAI's API", (f"{CHAT}.logprobs",),
     least=0,
 )  # fmt: skip
+LOOKUP: Final = Limit(
+    "lookup_tokens", 16, "guesses of the next tokens in one call of the decoder",
+    "0 is none; a call takes longer with more", (f"{CHAT}.lookup_tokens",), least=0,
+)  # fmt: skip
+PREDICTION: Final = Limit(
+    "prediction", TEXT.most, "characters", "as many as a conversation has", (f"{CHAT}.prediction",)
+)
 GRAMMAR: Final = Limit(
     "grammar", 65_536, "characters of a JSON schema or a regular expression", "larger than published schemas",
     (f"{CHAT}.grammar", "Grammar.json_schema", "Grammar.regex"),

@@ -23,7 +23,7 @@ import numpy as np
 
 import runtime.pipelines
 from runtime.bundle.signature import Array
-from runtime.engine import Engine, Slot
+from runtime.engine import Engine, Slot, SlotCall, run_alone
 from runtime.kept import Kept
 from runtime.listing import modules
 
@@ -203,9 +203,7 @@ def run_call(engines: Engines, call: Call) -> Outputs:
     """Run one call on its engine."""
     engine = engines[call.submodel]
     prepare(engine, call)
-    if call.last > 1:
-        return engine.run_last(call.inputs, call.slot or Slot(), call.last)
-    return engine.run(call.inputs, call.slot)
+    return run_alone(engine, SlotCall(call.inputs, call.slot, call.last))
 
 
 def drive(pipeline: Pipeline, engines: Engines) -> Generator[Event, None, None]:

@@ -10,7 +10,8 @@ from tokenizers import Tokenizer
 
 from runtime.language.choice import choose
 from runtime.language.constraint import Constraint
-from runtime.language.decoder import Conversation, Step, decode_token
+from runtime.language.decoder import Step
+from runtime.language.guessing import Guessing
 from runtime.language.logprobs import Logprobs
 from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
@@ -84,7 +85,7 @@ class Choice:
 
 
 def continued(
-    tokens: list[int], logits: Scores, choice: Choice, logprobs: Logprobs, answer: Answer, conversation: Conversation
+    tokens: list[int], logits: Scores, choice: Choice, logprobs: Logprobs, answer: Answer, guessing: Guessing
 ) -> Step[Sequence[int]]:
     """Choose a token, pass on what it spells, feed it. Returns the tokens behind those of the prompt."""
     bounds, sent = choice.bounds, len(tokens)
@@ -99,7 +100,8 @@ def continued(
             sent = len(tokens)
         if answer.stopped or choice.complete or len(tokens) == bounds.longest:
             break
-        logits = yield from decode_token(token, conversation)
+        logits = yield from guessing.feed(token, bounds.longest - len(tokens))
+    guessing.forget()
     if text := answer.flush():
         yield TextDelta(text, answer.number, len(tokens) - sent, logprobs.passed(answer.passed))
     return tokens[bounds.prompt :]
@@ -116,6 +118,6 @@ def repeated(answered: Pipeline, count: int) -> Pipeline:
         if isinstance(event, Finished):
             for number in range(1, count):
                 yield from (replace(one, answer=number, tokens=0) for one in said)
-                yield replace(event, answer=number)
+                yield replace(event, answer=number, guessed_tokens=0, accepted_tokens=0)
 
     return through(answered, more)

@@ -59,8 +59,12 @@ def embed(ids: Sequence[int]) -> Step[Array]:
     return outputs["inputs_embeds"]
 
 
-def decode(embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None) -> Step[Scores]:
-    """Feed embeddings [1, sequence, hidden] behind what the conversation holds; the logits [vocab] of the last."""
+def decode(
+    embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None, last: int = 1
+) -> Step[Scores]:
+    """Feed embeddings [1, sequence, hidden] behind what the conversation holds, of which the slot first forgets all but
+    `keep` positions; the logits [last, vocab] of the last ones.
+    """
     past = len(conversation.held)
     total = past + len(keys)
     inputs = {
@@ -69,17 +73,24 @@ def decode(embeds: Array, keys: Sequence[int], conversation: Conversation, keep:
         "position_ids": np.arange(past, total, dtype=np.int64)[None],
         **conversation.given,
     }
-    outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, conversation.origin))
+    outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, conversation.origin, last))
     # Only now: if the call was abandoned, the next turn trims the slot to what is known.
     conversation.held.extend(keys)
     conversation.origin = None
-    return np.asarray(outputs["logits"][0, -1], np.float32)
+    return np.asarray(outputs["logits"][0, -last:], np.float32)
 
 
 def decode_token(token: int, conversation: Conversation) -> Step[Scores]:
-    """`decode` of one token."""
-    embeds = yield from embed([token])
-    return (yield from decode(embeds, [token], conversation))
+    """`decode` of one token; the logits [vocab] behind it."""
+    logits = yield from decode_tokens([token], conversation)
+    behind: Scores = logits[0]
+    return behind
+
+
+def decode_tokens(tokens: Sequence[int], conversation: Conversation, keep: int | None = None) -> Step[Scores]:
+    """`decode` of tokens; the logits [tokens, vocab] behind each of them."""
+    embeds = yield from embed(tokens)
+    return (yield from decode(embeds, tokens, conversation, keep, len(tokens)))
 
 
 def prefill(embeds: Array, keys: Sequence[int], conversation: Conversation, shared: int, chunk: int) -> Step[Scores]:
@@ -93,4 +104,5 @@ def prefill(embeds: Array, keys: Sequence[int], conversation: Conversation, shar
         piece = slice(start, start + (chunk or len(keys)))
         logits = yield from decode(embeds[:, piece], keys[piece], conversation, keep)
         keep = None
-    return logits
+    behind: Scores = logits[0]
+    return behind

@@ -31,6 +31,7 @@ from runtime.language.beams import BeamSearch, search
 from runtime.language.config import ChatConfig
 from runtime.language.constraint import Constraints
 from runtime.language.decoder import Conversation, Step, embed, prefill
+from runtime.language.guessing import Guessing, Lookup
 from runtime.language.logprobs import Logprobs, Pieces
 from runtime.language.overflow import slid
 from runtime.language.prefixes import Prefixes
@@ -122,7 +123,7 @@ class ChatPipeline(ModelPipeline):
         if beams.count == 1:
             rngs = [np.random.default_rng(None if request.seed is None else request.seed + n) for n in range(count)]
             choices = [Choice(sampling, bounds, rng, constraint and constraint.fork()) for rng in rngs]
-            drawn = self._draw(prompt, choices, answers, request.logprobs, conversation)
+            drawn = self._draw(request, prompt, choices, answers, conversation)
             return drawn if count == wanted else repeated(drawn, wanted)
         state = BeamSearch(self.begin(prompt), bounds, sampling, beams, answers[0].stops)
         return self._search(prompt, state, answers, conversation)
@@ -189,7 +190,7 @@ class ChatPipeline(ModelPipeline):
         return max_tokens
 
     def _draw(
-        self, prompt: Prompt, choices: Sequence[Choice], answers: Sequence[Answer], likeliest: int | None,
+        self, request: ChatRequest, prompt: Prompt, choices: Sequence[Choice], answers: Sequence[Answer],
         conversation: Conversation,
     ) -> Pipeline:  # fmt: skip
         """Choose the tokens of one answer after the other. Several go on in copies of the conversation, which then
@@ -197,12 +198,26 @@ class ChatPipeline(ModelPipeline):
         """
         with self.prefixes.keeping(conversation):
             logits = yield from self._prefill(prompt, conversation)
+            lookup = self._lookup(request, prompt)
             for answer, choice in zip(answers, choices, strict=True):
                 held = conversation if len(answers) == 1 else conversation.fork()
-                logprobs = Logprobs(self.pieces, likeliest)
-                tokens = yield from continued(self.begin(prompt), logits, choice, logprobs, answer, held)
+                logprobs, guessing = (
+                    Logprobs(self.pieces, request.logprobs),
+                    Guessing(held, request.guesses, lookup.fork()),
+                )
+                tokens = yield from continued(self.begin(prompt), logits, choice, logprobs, answer, guessing)
                 complete = choice.complete or answer.stopped or tokens[-1] in choice.bounds.ends
-                yield _finished(prompt, tokens, complete, answer, conversation.reused)
+                end = _finished(prompt, tokens, complete, answer, conversation.reused)
+                yield replace(end, guessed_tokens=guessing.guessed, accepted_tokens=guessing.accepted)
+
+    def _lookup(self, request: ChatRequest, prompt: Prompt) -> Lookup:
+        """Where the tokens of answers are guessed from; nothing where none are."""
+        pictures = self.config.image_token_id
+        never = (*self.config.eos_token_ids, *(() if pictures is None else (pictures,)))
+        if not request.guesses:
+            return Lookup(())
+        predicted = self.text.tokenizer.encode(request.prediction, add_special_tokens=False).ids
+        return Lookup(prompt.ids, never, predicted)
 
     def _search(
         self, prompt: Prompt, state: BeamSearch, answers: Sequence[Answer], conversation: Conversation

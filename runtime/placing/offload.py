@@ -163,8 +163,8 @@ class OffloadedEngine(Engine):
         return False  # more rows need more memory
 
     def run_many(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
-        with self._budget.lend(self, sum(memory.size_of(inputs) for inputs, _ in calls)) as engine:
-            self._holding.update(slot for _, slot in calls if slot is not None)
+        with self._budget.lend(self, sum(memory.size_of(call.inputs) for call in calls)) as engine:
+            self._holding.update(call.slot for call in calls if call.slot is not None)
             return engine.run_many(calls)
 
     def fork(self, slot: Slot, n: int) -> list[Slot]:

@@ -48,6 +48,10 @@ class ChatDefaults(Frozen):
         return max(self.max_length - prompt, 1) if self.max_length else self.max_tokens
 
 
+GUESSED: Final = 4
+"""Tokens that are guessed at a time where a request has a prediction and does not say: see
+docs/decisions/0043-guesses-are-verified.md.
+"""
 NUMBERS: Final = {
     "max_tokens": limits.MAX_TOKENS,
     "seed": limits.SEED,
@@ -55,6 +59,7 @@ NUMBERS: Final = {
     "answers": limits.ANSWERS,
     "min_p": limits.MIN_P,
     "logprobs": limits.LOGPROBS,
+    "lookup_tokens": limits.LOOKUP,
 }
 """The limits of a request's numbers that depend on nothing else."""
 
@@ -77,7 +82,10 @@ class ChatRequest(Request):
     system messages, turns with pictures and the last question stay. `min_p` leaves out tokens that are less likely than
     this share of the likeliest one's probability. Answers have the form that `grammar` says and end when they are
     complete; the length may cut them. With `logprobs`, each token of an answer comes with its log probability and with
-    those of that many of the likeliest tokens. Raises InvalidInput naming the field.
+    those of that many of the likeliest tokens. At most `lookup_tokens` of an answer's next tokens are guessed at a time
+    from what prompt and answer repeat, and from `prediction`, a text that the answer repeats in great part. They are
+    verified in one call of the decoder: the answer is the same, sooner where guesses are right. With 0, and by default
+    where there is no prediction, nothing is guessed. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -100,6 +108,8 @@ class ChatRequest(Request):
     logprobs: int | None = None
     fills_context: bool = False
     raw: bool = False
+    lookup_tokens: int | None = None
+    prediction: str = ""
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -116,6 +126,7 @@ class ChatRequest(Request):
             limits.STOP.length("stop", stop)
             if not stop:
                 raise InvalidInput("stop", "holds an empty string, expected one character or more")
+        limits.PREDICTION.length("prediction", self.prediction)
         for name, limit in NUMBERS.items():
             if (value := getattr(self, name)) is not None:
                 limit.number(name, value)
@@ -180,6 +191,9 @@ class ChatRequest(Request):
         count = usual if self.beams is None else self.beams
         if count > 1 and alone:
             raise InvalidInput(alone[0], f"does not go with {count} beams: send beams 1, or leave it out")
+        if count > 1 and self.guesses:
+            field = "lookup_tokens" if self.lookup_tokens else "prediction"
+            raise InvalidInput(field, f"does not go with {count} beams: send beams 1, or leave it out")
         if count > 1 and temperature:
             raise InvalidInput(
                 "beams", f"is {count} and temperature {temperature}: beams are searched, not drawn; send temperature 0"
@@ -199,6 +213,13 @@ class ChatRequest(Request):
                 f"({limits.BEAMS.most} at most), or a temperature",
             )
         return self.answers
+
+    @property
+    def guesses(self) -> int:
+        """The most tokens that are guessed at a time."""
+        if self.lookup_tokens is None:
+            return GUESSED if self.prediction else 0
+        return self.lookup_tokens
 
     def _temperature(self, defaults: ChatDefaults) -> float:
         return defaults.temperature if self.temperature is None else self.temperature
@@ -222,12 +243,17 @@ class TextDelta(Event):
         return {"output_tokens": self.tokens}
 
 
+GUESSES: Final = ("guessed_tokens", "accepted_tokens")
+"""Counts of each answer that are left out where they are 0."""
+
+
 @dataclass(frozen=True)
 class Finished(Event):
     """Answer number `answer` is complete. `reason` is "stop" (end token, stop string, or the grammar is complete) or
     "length" (max tokens).
     `left_out` is how many messages the conversation lost to fit the context. `reused_tokens` of the prompt were not
-    computed again: they began a conversation that the model had read before.
+    computed again: they began a conversation that the model had read before. Of `guessed_tokens` that were looked up,
+    `accepted_tokens` were right and spared a call of the decoder each.
     """
 
     reason: str
@@ -236,11 +262,16 @@ class Finished(Event):
     left_out: int = 0
     answer: int = 0
     reused_tokens: int = field(default=0, compare=False)
+    guessed_tokens: int = field(default=0, compare=False)
+    accepted_tokens: int = field(default=0, compare=False)
 
     @property
     def counts(self) -> Mapping[str, int]:
+        found = {name: count for name in GUESSES if (count := getattr(self, name))}
+        if self.answer:
+            return found
         reused = {"reused_tokens": self.reused_tokens} if self.reused_tokens else {}
-        return {} if self.answer else {"prompt_tokens": self.prompt_tokens, **reused}
+        return {"prompt_tokens": self.prompt_tokens, **reused, **found}
 
 
 TASK: Final = Task(ChatRequest, verb="chat")

@@ -73,6 +73,15 @@ class Answering:
             min=0, max=UINT32, help="Show how likely each token was, and so many of the likeliest in its place."
         ),
     ] = None
+    lookup_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=UINT32, help="Guess so many tokens at a time from what is repeated: the same answer, sooner."
+        ),
+    ] = None
+    prediction: Annotated[
+        str | None, typer.Option(help="A text that the answer repeats in great part: the same answer, sooner.")
+    ] = None
     context_overflow: Annotated[
         str | None,
         typer.Option(

@@ -6,13 +6,12 @@ long prompt does not hold up the answers of others (Yu et al. 2022, Orca; Agrawa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Final
 
-from runtime.bundle.signature import Array
-from runtime.engine import Engine, Slot
+from runtime.engine import Engine, Slot, SlotCall, run_alone
 from runtime.pipeline import Outputs, prepare, run_call
 from runtime.stacking import Rows
 from serving.host.run import Run
@@ -25,16 +24,16 @@ ALONE: Final = 512
 
 @dataclass(frozen=True)
 class Piece:
-    """The next positions of a decoder's call, up to position `stop` of it; `last` if the call has no more. The slot
-    holds `past` positions before.
+    """The next positions of a decoder's call, up to position `stop` of it; `final` if the call has no more. The slot
+    held `past` positions before.
     """
 
     run: Run
-    inputs: Mapping[str, Array]
+    call: SlotCall
     slot: Slot
     past: int
     stop: int
-    last: bool
+    final: bool
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,18 @@ def together(engine: Engine, runs: Sequence[Run]) -> Ran | None:
 
 def decode(engine: Engine, runs: Sequence[Run]) -> list[Ran]:
     """The next positions of every request that waits for this decoder."""
-    whole = [run for run in runs if engine.submodel.signature.port is None or (run.call and run.call.last > 1)]
-    spent = [alone(run) for run in whole]
-    pieces = [piece for piece in _pieces(engine, [run for run in runs if run not in whole]) if _prepared(engine, piece)]
+    if engine.submodel.signature.port is None:
+        return [alone(run) for run in runs]
+    pieces = [piece for piece in _pieces(engine, runs) if _prepared(engine, piece)]
     joined = _joined(engine, pieces) if len(pieces) > 1 else None
-    return [*spent, *([joined] if joined else (_feed(engine, piece) for piece in pieces))]
+    return [joined] if joined else [_feed(engine, piece) for piece in pieces]
 
 
 def _joined(engine: Engine, pieces: Sequence[Piece]) -> Ran | None:
     """Run pieces together. None where one of them is at fault, which shows when each is run by itself."""
     began = perf_counter()
     try:
-        outputs = engine.run_many([(piece.inputs, piece.slot) for piece in pieces])
+        outputs = engine.run_many([piece.call for piece in pieces])
     except Exception:
         for piece in pieces:
             engine.trim(piece.slot, piece.past)
@@ -103,15 +102,21 @@ def _joined(engine: Engine, pieces: Sequence[Piece]) -> Ran | None:
 
 
 def _pieces(engine: Engine, runs: Sequence[Run]) -> list[Piece]:
-    """Of calls with one more position all, then of prompts what there is room for, in the order of the requests."""
+    """Of answers all that they wait for, then of prompts what there is room for, in the order of the requests."""
     left = {run: _left(engine, run) for run in runs}
     room, pieces = CHUNK if len(runs) > 1 else ALONE, list[Piece]()
-    for run in sorted(runs, key=lambda run: left[run] > 1):
-        count = min(left[run], room) if left[run] > 1 else 1
+    prompts = {run for run in runs if left[run] > 1 and not _verifies(run)}
+    for run in sorted(runs, key=lambda run: run in prompts):
+        count = min(left[run], room) if run in prompts else left[run]
         if count:
             pieces.append(_piece(engine, run, count))
-        room -= count if left[run] > 1 else 0
+        room -= count if run in prompts else 0
     return pieces
+
+
+def _verifies(run: Run) -> bool:
+    """Whether the call is for outputs of several positions, such as a token with guesses of the next ones."""
+    return run.call is not None and run.call.last > 1
 
 
 def _left(engine: Engine, run: Run) -> int:
@@ -128,7 +133,9 @@ def _piece(engine: Engine, run: Run, count: int) -> Piece:
     sequence, stop = lengths[signature.decoder.sequence], run.fed + count
     part = inputs if count == sequence else signature.cut(inputs, run.fed, stop)
     past = lengths[signature.decoder.total] - sequence + run.fed
-    return Piece(run, part, run.call.slot, past, stop, stop == sequence)
+    final = stop == sequence
+    call = SlotCall(part, run.call.slot, run.call.last if final else 1)
+    return Piece(run, call, run.call.slot, past, stop, final)
 
 
 def _prepared(engine: Engine, piece: Piece) -> bool:
@@ -146,14 +153,14 @@ def _prepared(engine: Engine, piece: Piece) -> bool:
 
 def _feed(engine: Engine, piece: Piece) -> Ran:
     """Run one piece by itself."""
-    seconds, outputs = _timed(piece.run, lambda: engine.run(piece.inputs, piece.slot))
+    seconds, outputs = _timed(piece.run, lambda: run_alone(engine, piece.call))
     if outputs is not None:
         _continue(piece, outputs)
     return Ran(engine.submodel.name, (piece.run,), seconds)
 
 
 def _continue(piece: Piece, outputs: Outputs) -> None:
-    if piece.last:
+    if piece.final:
         piece.run.advance(outputs)
     else:
         piece.run.fed = piece.stop

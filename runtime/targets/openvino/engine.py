@@ -47,7 +47,7 @@ from runtime.targets.openvino.graph import (
     vary_attention,
     widen,
 )
-from runtime.targets.openvino.pages import Pages, Table, fits, has_pages, use_pages
+from runtime.targets.openvino.pages import PagedCall, Pages, Table, fits, has_pages, use_pages
 from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
 
@@ -184,7 +184,7 @@ class OpenVINO(Engine):
 
     def run(self, inputs: Mapping[str, Array], slot: Slot | None = None) -> dict[str, Array]:
         if self._pages is not None:
-            return self._run_paged([(inputs, slot)])[0]
+            return self._run_paged([SlotCall(inputs, slot)])[0]
         request, feed = self._request, dict(inputs)
         try:
             shapes = {name: array.shape for name, array in inputs.items()}
@@ -216,15 +216,17 @@ class OpenVINO(Engine):
         if self._pages is None:
             return super().run_last(inputs, slot, count)
         self.require_positions(inputs, count)
-        return self._run_paged([(inputs, slot)], count)[0]
+        return self._run_paged([SlotCall(inputs, slot, count)])[0]
 
-    def _run_paged(self, calls: Sequence[SlotCall], last: int = 1) -> list[dict[str, Array]]:
+    def _run_paged(self, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
         assert self._pages is not None
         require_distinct(calls)
         positions = self.submodel.signature.decoder.positions
-        paged = [(inputs, self._table(slot or Slot(), len(inputs[positions]))) for inputs, slot in calls]
+        paged = [
+            PagedCall(inputs, self._table(slot or Slot(), len(inputs[positions])), last) for inputs, slot, last in calls
+        ]
         try:
-            return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs], last)
+            return self._pages.run(paged, [tensor.name for tensor in self.submodel.signature.outputs])
         except (RuntimeError, ValueError) as error:
             raise self._failed(error) from None
 

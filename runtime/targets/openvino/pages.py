@@ -83,6 +83,14 @@ class Table:
         return len(self.rows)
 
 
+class PagedCall(NamedTuple):
+    """A call of the signature, the pages that it continues, and of how many last positions it gives outputs."""
+
+    inputs: Mapping[str, Array]
+    table: Table
+    last: int = 1
+
+
 class Write(NamedTuple):
     """A call's writes to one row: its pages, the number of positions before the call, and the number of new ones."""
 
@@ -125,20 +133,21 @@ class Pages:
                 self.users[page] += 1
             return self._table([list(row) for row in table.rows])
 
-    def run(
-        self, calls: Sequence[tuple[Mapping[str, Array], Table]], outputs: Sequence[str], last: int = 1
-    ) -> list[dict[str, Array]]:
-        """Run calls of the signature together; outputs [batch, last, ...] are those of the last positions of each row.
+    def run(self, calls: Sequence[PagedCall], outputs: Sequence[str]) -> list[dict[str, Array]]:
+        """Run calls together; outputs [batch, last, ...] are those of the last positions of each row.
 
         Raises ValueError for a row with fewer positions than that, and for one that holds fewer positions than its mask
         says.
         """
         with self._lock:
-            results = self.request.infer(self._feed(calls, last), share_inputs=True)
-            rows = {name: np.array(results[name]) for name in outputs}
+            results = self.request.infer(self._feed(calls), share_inputs=True)
+            positions = {name: np.array(results[name]) for name in outputs}
             self._collect()
-        rows = {name: array.reshape(-1, last, *array.shape[2:]) for name, array in rows.items()}
-        return divided(rows, [table.batch for _, table in calls])
+        found = divided(positions, [call.table.batch * call.last for call in calls])
+        return [
+            {name: array.reshape(call.table.batch, call.last, *array.shape[2:]) for name, array in one.items()}
+            for call, one in zip(calls, found, strict=True)
+        ]
 
     def give_back(self, rows: list[list[int]]) -> None:
         """Return the pages of a dropped table: now, or at the end of the present run. May be called from any thread."""
@@ -149,20 +158,23 @@ class Pages:
             finally:
                 self._lock.release()
 
-    def _feed(self, calls: Sequence[tuple[Mapping[str, Array], Table]], last: int) -> dict[str, Array]:
+    def _feed(self, calls: Sequence[PagedCall]) -> dict[str, Array]:
         """The inputs of the request for calls of the signature, without padding, wherever it is."""
-        masks = [self._divided(inputs) for inputs, _ in calls]
+        masks = [self._divided(call.inputs) for call in calls]
         lengths = np.concatenate([past.sum(1, dtype=np.int32) for past, _ in masks])
         counts = np.concatenate([new.sum(1, dtype=np.int32) for _, new in masks])
         if not counts.all():
             raise ValueError(f"{self.port.mask} has a row without any position of this call")
-        if counts.min() < last:
-            raise ValueError(f"outputs of {last} positions were requested, a row has {counts.min()}")
-        rows = [row for _, table in calls for row in table.rows]
+        lasts = np.repeat([call.last for call in calls], [call.table.batch for call in calls])
+        short = lasts > counts
+        if short.any():
+            raise ValueError(f"outputs of {lasts[short][0]} positions were requested, a row has {counts[short][0]}")
+        rows = [row for call in calls for row in call.table.rows]
         self._prepare([Write(*write) for write in zip(rows, lengths.tolist(), counts.tolist(), strict=True)])
         ends = counts.cumsum(dtype=np.int32)
+        pairs = zip(ends.tolist(), lasts.tolist(), strict=True)
         tokens = {
-            name: np.concatenate([inputs[name][new] for (inputs, _), (_, new) in zip(calls, masks, strict=True)])
+            name: np.concatenate([call.inputs[name][new] for call, (_, new) in zip(calls, masks, strict=True)])
             for name in (self.port.embeddings, self.port.positions)
         }
         return tokens | {
@@ -171,7 +183,7 @@ class Pages:
             "block_indices": np.array([page for row in rows for page in row], np.int32),
             "block_indices_begins": _begins(np.cumsum([len(row) for row in rows], dtype=np.int32)),
             "max_context_len": np.array((lengths + counts).max(), np.int32),
-            LAST: (ends[:, None] + np.arange(-last, 0, dtype=np.int32)).ravel(),
+            LAST: np.concatenate([np.arange(end - last, end) for end, last in pairs]).astype(np.int32),
         }
 
     def _prepare(self, writes: Sequence[Write]) -> None:

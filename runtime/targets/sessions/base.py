@@ -14,7 +14,7 @@ import numpy as np
 
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array
-from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, divided, require_distinct
+from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, divided, require_distinct, run_alone
 from runtime.errors import EngineError
 from runtime.targets.lowering.logits import START
 from runtime.targets.lowering.nested import WEIGHTS
@@ -98,15 +98,16 @@ class SessionEngine(Engine):
         if not self._vary or self.plan.cache != "grouped":
             return super().run_many(calls)
         require_distinct(calls)
-        steps = [index for index, (inputs, slot) in enumerate(calls) if slot is not None and self._joins(inputs, slot)]
-        if len(steps) < 2 or not self._alike([calls[index][0] for index in steps]):
+        steps = [index for index, call in enumerate(calls) if call.slot and self._joins(call.inputs, call.slot)]
+        joined = [(calls[index].inputs, calls[index].slot or Slot()) for index in steps]
+        if len(steps) < 2 or not self._alike([inputs for inputs, _ in joined]):
             return super().run_many(calls)
         try:
-            together = self._run_slots([(inputs, slot) for inputs, slot in (calls[i] for i in steps) if slot])
+            together = self._run_slots(joined)
         except Exception as error:  # the SDK raises a dozen unrelated classes
             raise self._failed(error) from None
         found = dict(zip(steps, together, strict=True))
-        return [found[index] if index in found else self.run(*call) for index, call in enumerate(calls)]
+        return [found[index] if index in found else run_alone(self, call) for index, call in enumerate(calls)]
 
     def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
         """One run where the lowered graph has an input for it. Graphs of fixed shapes (DirectML) and those of older

@@ -118,9 +118,14 @@ def _logprob(token: TokenLogprob) -> dict[str, Any]:
 def _usage(ends: list[Finished]) -> dict[str, Any]:
     """What was counted: the tokens of the prompt, which all answers share, and those of every answer."""
     prompt, answers = ends[0].prompt_tokens, sum(end.completion_tokens for end in ends)
+    accepted = sum(end.accepted_tokens for end in ends)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": answers,
         "total_tokens": prompt + answers,
         "prompt_tokens_details": {"cached_tokens": ends[0].reused_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": accepted,
+            "rejected_prediction_tokens": sum(end.guessed_tokens for end in ends) - accepted,
+        },
     }

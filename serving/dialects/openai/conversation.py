@@ -47,6 +47,8 @@ async def chat_request(body: Completion, fetcher: Fetcher) -> ChatRequest:
         presence_penalty=body.presence_penalty,
         grammar=None if body.response_format is None else _grammar(body.response_format),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        lookup_tokens=body.lookup_tokens,
+        prediction="" if body.prediction is None else "".join(one.text for one in body.prediction.content),
     )
 
 

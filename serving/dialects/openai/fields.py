@@ -96,8 +96,23 @@ class ResponseFormat(Body):
     json_schema: JsonSchema | None = None
 
 
+class Said(Body):
+    """A text of a prediction."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Prediction(Body):
+    """What the answer repeats in great part."""
+
+    type: Literal["content"]
+    content: Annotated[list[Said], BeforeValidator(_parts, json_schema_input_type=str | list[Said])]
+
+
 class Completion(Body):
-    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty` and `beams` are ours, for `extra_body`."""
+    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams` and `lookup_tokens` are ours, for
+    `extra_body`."""
 
     model: str
     messages: Messages
@@ -115,10 +130,12 @@ class Completion(Body):
     presence_penalty: float | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    prediction: Prediction | None = None
     top_k: int | None = None
     repetition_penalty: float | None = None
     min_p: float | None = None
     beams: int | None = None
+    lookup_tokens: int | None = None
     logit_bias: Annotated[dict[str, Any] | None, Refused("single tokens are not weighted here", but=({},))] = None
     tools: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
     tool_choice: Annotated[Any, Refused(TOOLS, but=("none", "auto"))] = None
@@ -133,7 +150,6 @@ class Completion(Body):
     moderation: Annotated[Any, Refused(MODERATION)] = None
     store: Annotated[bool | None, Refused(STORED, but=(False,))] = None
     service_tier: Annotated[str | None, Refused(TIER, but=("auto", "default"))] = None
-    prediction: Annotated[Any, NoEffect("it would make answers faster, not other ones")] = None
     metadata: Annotated[dict[str, str] | None, NoEffect("it is for stored completions")] = None
     user: Annotated[str | None, NoEffect(USER)] = None
     safety_identifier: Annotated[str | None, NoEffect(USER)] = None

@@ -204,6 +204,14 @@ class ChatOptions(TypedDict, total=False):
     """0 to 20: look up the log probability of each token, in `Choice.logprobs` and `TextDelta.logprobs`, and of that
     many of the likeliest tokens in its place. Not with several beams.
     """
+    lookup_tokens: int | None
+    """0 to 16: guess at most so many of the next tokens at a time from what the conversation and the answer repeat, and
+    verify them in one call of the decoder. The same answer, sooner where guesses are right. Not with several beams.
+    """
+    prediction: str | None
+    """A text that the answer repeats in great part, such as the file that it changes: tokens are guessed from it, too,
+    4 at a time where `lookup_tokens` does not say.
+    """
     context_overflow: str | None
     """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest
     turns. System messages, turns with pictures and the last question stay; `Answer.left_out` counts the rest.

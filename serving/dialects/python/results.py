@@ -63,13 +63,16 @@ class Drawing:
 class Choice:
     """One of the answers to a request. `reason` is "stop" (the model ended it, a stop string, or its grammar is
     complete) or "length" (`max_tokens` was reached); `completion_tokens` is its length. `logprobs`, where they were
-    asked for, are those of the tokens that its text is made of.
+    asked for, are those of the tokens that its text is made of. With `lookup_tokens`, `guessed_tokens` were
+    guessed, of which `accepted_tokens` were right.
     """
 
     text: str
     reason: str
     completion_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
+    guessed_tokens: int = 0
+    accepted_tokens: int = 0
 
     def __str__(self) -> str:
         return self.text
@@ -157,7 +160,8 @@ def answer(events: Sequence[Event]) -> Answer:
     def choice(end: Finished) -> Choice:
         own = [delta for delta in deltas if delta.answer == end.answer]
         logprobs = tuple(one for delta in own for one in delta.logprobs)
-        return Choice("".join(delta.text for delta in own), end.reason, end.completion_tokens, logprobs)
+        text, guesses = "".join(delta.text for delta in own), (end.guessed_tokens, end.accepted_tokens)
+        return Choice(text, end.reason, end.completion_tokens, logprobs, *guesses)
 
     first = finished[0]
     return Answer(tuple(map(choice, finished)), first.prompt_tokens, done, first.left_out, first.reused_tokens)

@@ -16,7 +16,7 @@ import enginecast
 from export.build.build import _parity, build
 from export.build.options import Options
 from export.build.state import Build
-from runtime.engine import Slot
+from runtime.engine import Slot, SlotCall
 from runtime.errors import InvalidInput, SourceError, UnsupportedModel
 from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
@@ -95,7 +95,7 @@ def test_prompts_of_other_lengths_are_not_stacked(model: tuple[Path, Path]) -> N
             for call, slot in zip(calls, slots, strict=True):
                 engine.run(call, slot)
         wanted = [engine.run(step, slot) for step, slot in zip(steps, alone, strict=True)]
-        found = engine.run_many(list(zip(steps, together, strict=True)))
+        found = engine.run_many([SlotCall(*call) for call in zip(steps, together, strict=True)])
         for one, other in zip(found, wanted, strict=True):
             np.testing.assert_allclose(one["logits"], other["logits"], atol=1e-4)
 

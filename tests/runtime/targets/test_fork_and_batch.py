@@ -16,7 +16,7 @@ import pytest
 from calibration.observe.lean import LeanEngine
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
-from runtime.engine import Engine, Slot, targets
+from runtime.engine import Engine, Slot, SlotCall, targets
 from runtime.errors import EngineError
 from runtime.targets.onnxruntime import engine as onnxruntime
 from runtime.targets.openvino import engine as openvino
@@ -88,7 +88,7 @@ class Text:
 
 
 def together(texts: Sequence[Text], counts: Sequence[int]) -> list[Array]:
-    calls = [text.call(count) for text, count in zip(texts, counts, strict=True)]
+    calls = [SlotCall(*text.call(count)) for text, count in zip(texts, counts, strict=True)]
     return [outputs["logits"] for outputs in texts[0].engine.run_many(calls)]
 
 
@@ -187,6 +187,24 @@ def test_outputs_of_several_positions(case: str, decoder: Engine, batch: int, mo
     assert alike(case, text.feed(1), same.feed(1))
     with pytest.raises(EngineError, match="outputs of 3 positions were requested"):
         decoder.run_last(*text.call(2), 3)
+
+
+def test_guesses_of_several_slots_are_verified_together(case: str, decoder: Engine) -> None:
+    """Slots with unlike numbers of guesses, one with none; each forgets what was not accepted, and goes on."""
+    texts, wanted = ([Text(decoder, seed) for seed in range(4)] for _ in range(2))
+    for text, same, count in zip((*texts, *texts), (*wanted, *wanted), (6, 3, 9, 2, 1, 1, 1, 1), strict=True):
+        text.feed(count)
+        same.feed(count)
+    for counts, accepted in (((4, 1, 3, 2), (2, 1, 3, 1)), ((2, 3, 1, 5), (1, 3, 1, 5))):
+        calls = [SlotCall(*text.call(count), count) for text, count in zip(texts, counts, strict=True)]
+        found = [outputs["logits"] for outputs in decoder.run_many(calls)]
+        for text, same, logits, count, kept in zip(texts, wanted, found, counts, accepted, strict=True):
+            alone = np.concatenate([same.feed(1) for _ in range(kept)], 1)
+            assert logits.shape[:2] == (1, count) and alike(case, logits[:, :kept], alone)
+            text.length += kept - count
+            decoder.trim(text.slot, text.length)
+    for text, same in zip(texts, wanted, strict=True):
+        assert alike(case, text.feed(1), same.feed(1))
 
 
 def test_a_slot_in_two_calls_of_one_batch_is_refused(case: str, decoder: Engine) -> None:

@@ -85,6 +85,8 @@ CHAT: Final[list[Row]] = [
     (("--format", "{schema}"), {"grammar": {"kind": "json_schema", "text": '{"const": "é"}'}}),
     (("--regex", "a|b"), {"grammar": {"kind": "regex", "text": "a|b"}}),
     (("--logprobs", "2"), {"logprobs": 2}),
+    (("--lookup-tokens", "3"), {"lookup_tokens": 3}),
+    (("--prediction", "a fox"), {"prediction": "a fox"}),
     (("--seed", "9"), {"seed": 9}),
     (("--stop", "a", "--stop", "b"), {"stop": ("a", "b")}),
     (("--beams", "2"), {"beams": 2}),

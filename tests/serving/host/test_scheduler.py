@@ -6,7 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,14 @@ def test_answers_are_those_that_each_gets_alone(chat: LoadedModel, monkeypatch: 
     assert [text(events) for events in found] == alone and all(alone)
     assert max(rows) == len(QUESTIONS), "all of them wrote their answers in one run"
     assert all(isinstance(events[-1], Done) for events in found)
+
+
+def test_guesses_are_verified_together_with_the_answers_of_others(chat: LoadedModel) -> None:
+    """Each gets what it gets alone and without guesses, also where only some of them guess."""
+    alone = [text(list(Job(chat, chat.pipeline(request)).events())) for request in QUESTIONS]
+    guessed = [replace(one, lookup_tokens=n) for one, n in zip(QUESTIONS, (4, 2, 0, 4, 1), strict=True)]
+    found = together(chat, *map(chat.pipeline, guessed))
+    assert [text(events) for events in found] == alone
 
 
 def test_a_further_turn_is_read_from_where_the_last_one_ended(chat: LoadedModel) -> None:

@@ -12,7 +12,7 @@ from runtime.language.grammar import Grammar
 from runtime.language.logprobs import TokenLogprob
 from runtime.language.overflow import Overflow
 from runtime.pipeline import Event
-from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.chat import GUESSES, ChatRequest, Finished, TextDelta
 from runtime.vision import images
 from serving.dialects.grpc.messages import done_event, engines, file_of, given, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask
@@ -36,6 +36,8 @@ OVERFLOW_NAMES: Final[dict[int, Overflow]] = {
     chat_pb2.CONTEXT_OVERFLOW_SLIDE: "slide",
 }
 REASON_NAMES: Final = {number: reason for reason, number in REASONS.items()}
+COUNTS: Final = ("completion_tokens", *GUESSES)
+"""What the end of each answer counts."""
 OPTIONS: Final = (
     "max_tokens",
     "temperature",
@@ -50,8 +52,11 @@ OPTIONS: Final = (
     "frequency_penalty",
     "presence_penalty",
     "logprobs",
+    "lookup_tokens",
 )
-SWITCHES: Final = ("fills_context", "raw")
+"""Fields that may be left open, with the same name in the message."""
+PLAIN: Final = ("fills_context", "raw", "prediction")
+"""Those that may not."""
 
 
 def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
@@ -68,8 +73,7 @@ def chat_request(message: chat_pb2.ChatRequest) -> ChatRequest:
         )
     overflow = OVERFLOW_NAMES[message.context_overflow]
     grammar = _grammar(message.grammar) if message.HasField("grammar") else None
-    switches = {name: getattr(message, name) for name in SWITCHES}
-    options = given(message, OPTIONS) | switches
+    options = given(message, OPTIONS) | {name: getattr(message, name) for name in PLAIN}
     return ChatRequest(turns, stop=tuple(message.stop), context_overflow=overflow, grammar=grammar, **options)
 
 
@@ -124,7 +128,7 @@ class ChatStream:
     def _done(self, event: Done) -> chat_pb2.ChatDone:
         first = self._finished[0]
         ends = [
-            chat_pb2.AnswerEnd(reason=REASONS[one.reason], completion_tokens=one.completion_tokens)
+            chat_pb2.AnswerEnd(reason=REASONS[one.reason], **{name: getattr(one, name) for name in COUNTS})
             for one in self._finished
         ]
         return chat_pb2.ChatDone(
@@ -142,7 +146,7 @@ class ChatStream:
 
 def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
     """Convert a request to its message. Arrays become PNG files."""
-    options = {name: getattr(request, name) for name in (*OPTIONS, *SWITCHES)}
+    options = {name: getattr(request, name) for name in (*OPTIONS, *PLAIN)}
     turns = [
         chat_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.content))  # type: ignore[arg-type]
         for turn in request.messages
@@ -188,8 +192,11 @@ def _finished(done: chat_pb2.ChatDone) -> Iterator[Finished]:
     """The end of each answer."""
     for number, one in enumerate(done.answers):
         reason = REASON_NAMES[one.reason]
-        counts = done.prompt_tokens, one.completion_tokens, done.left_out_messages
-        yield Finished(reason, *counts, number, done.reused_tokens)
+        counts = {name: getattr(one, name) for name in COUNTS}
+        yield Finished(
+            reason, done.prompt_tokens, left_out=done.left_out_messages, answer=number,
+            reused_tokens=done.reused_tokens, **counts,
+        )  # fmt: skip
 
 
 def opening(message: chat_pb2.ChatRequest) -> bytes:

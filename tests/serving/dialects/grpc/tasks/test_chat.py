@@ -25,6 +25,7 @@ QUESTION = (Message("user", ("what is it?",)),)
         {"context_overflow": "slide"},
         {"min_p": 0.25, "frequency_penalty": -1.5, "presence_penalty": 2.0, "logprobs": 0, "grammar": Grammar.json()},
         {"fills_context": True, "raw": True},
+        {"lookup_tokens": 4, "prediction": "a red circle"},
         {"logprobs": 20, "grammar": Grammar.regex("a|b")},
         {"beams": 3, "length_penalty": -0.5, "temperature": 0.0, "answers": 2},
         {"max_tokens": 5, "top_k": 4, "top_p": 0.5, "repetition_penalty": 1.25, "seed": 7, "stop": ("a", "b")},
@@ -65,11 +66,12 @@ def test_answers_arrive_one_by_one() -> None:
     likely = (TokenLogprob(7, b"a", -0.5, (TokenLogprob(8, b"\xc3", -0.25), TokenLogprob(7, b"a", -0.5))),)
     sent = [
         TextDelta("a", logprobs=likely), Finished("length", 9, 3), TextDelta("b", 1), TextDelta("c", 1),
-        Finished("stop", 9, 4, answer=1),
+        Finished("stop", 9, 4, answer=1, guessed_tokens=6, accepted_tokens=2),
     ]  # fmt: skip
     stream, done = ChatStream(), Done(0.0, 1.0, 0.5, ())
     responses = [response for event in (*sent, done) if (response := stream.response(event)) is not None]
     found = list(chat_events(iter(responses)))
     assert found[:3] == [event for event in sent if isinstance(event, TextDelta)]
     assert found[3:5] == [event for event in sent if isinstance(event, Finished)]
+    assert isinstance(found[4], Finished) and (found[4].guessed_tokens, found[4].accepted_tokens) == (6, 2)
     assert (responses[-1].done.reason, responses[-1].done.completion_tokens) == (chat_pb2.FINISH_REASON_LENGTH, 3)
