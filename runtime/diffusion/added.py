@@ -11,6 +11,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays
 from runtime.diffusion.schedule import Latents
 from runtime.errors import InvalidInput
+from runtime.tasks.image import CONDITIONS
 
 Pair = tuple[int, int]
 Condition = Pair | float
@@ -31,6 +32,14 @@ class AddedConditions(Frozen):
     aesthetic: bool = False
 
 
+def conditions_of(added: AddedConditions | None) -> tuple[str, ...]:
+    """The fields of a request with conditions that a model takes (`ImageRequest.conditions`)."""
+    if added is None:
+        return ()
+    other = "target_size" if added.aesthetic else "aesthetic_score"
+    return tuple(name for name in CONDITIONS if not name.endswith(other))
+
+
 def time_ids(added: AddedConditions | None, stated: Mapping[str, Condition], drawn: Pair, rows: int) -> Arrays:
     """The sizes for each of `rows` rows of a batch, the prompt's last: `time_ids` float32 [rows, 6], in pixels; of a
     model with scores [rows, 5]. Empty where the model has no added conditions.
@@ -39,13 +48,10 @@ def time_ids(added: AddedConditions | None, stated: Mapping[str, Condition], dra
     stated of the negative prompt is as of the prompt, but for the score. Raises InvalidInput naming the first field
     that the model does not take.
     """
-    for field in stated:
-        if added is None:
-            raise InvalidInput(field, "does not apply to this model, which has no such condition: leave it out")
-        if field.endswith("target_size") and added.aesthetic:
-            raise InvalidInput(field, "does not apply to this model, which takes a score instead: leave it out")
-        if field.endswith("aesthetic_score") and not added.aesthetic:
-            raise InvalidInput(field, "does not apply to this model, which takes a target_size instead: leave it out")
+    for field in (field for field in stated if field not in conditions_of(added)):
+        has = "has no such condition" if added is None else "takes a score instead"
+        has = "takes a target_size instead" if added is not None and not added.aesthetic else has
+        raise InvalidInput(field, f"does not apply to this model, which {has}: leave it out")
     if added is None:
         return {}
     usual: dict[str, Condition] = {

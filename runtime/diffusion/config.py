@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from runtime import limits
 from runtime.bundle.manifest import Frozen
-from runtime.diffusion.added import AddedConditions
+from runtime.diffusion.added import AddedConditions, conditions_of
 from runtime.diffusion.canvas import Original
 from runtime.diffusion.controls import Controls
 from runtime.diffusion.guidance import Guidance
@@ -108,6 +108,7 @@ class DiffusionConfig(Frozen):
             controls=() if self.controls is None else self.controls.names,
             styles=() if self.styles is None else self.styles.names,
             loras=loras,
+            conditions=conditions_of(self.added),
         )
 
     def size_of(self, request: ImageRequest) -> tuple[int, int]:

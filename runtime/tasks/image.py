@@ -69,7 +69,8 @@ class ImageAbilities(Frozen):
     """What requests to a model may ask for. Edges of pictures are in pixels: `min_edge` to `max_edge`, multiples of
     `edge_multiple`, `default_edge` where a request names none. `defaults` are those of the model, its sampler included,
     `samplers` all that it can be drawn with. `image` is whether it can begin with a picture, `masked` whether it must
-    be given a mask. `controls`, `styles` and `loras` are the names of the bundle's.
+    be given a mask. `controls`, `styles` and `loras` are the names of the bundle's, `conditions` those of CONDITIONS
+    that it takes.
     """
 
     min_edge: int
@@ -83,6 +84,7 @@ class ImageAbilities(Frozen):
     controls: tuple[str, ...] = ()
     styles: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> ImageAbilities | None:

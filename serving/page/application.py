@@ -20,7 +20,7 @@ from serving.dialects.http import pages
 from serving.dialects.http.pages import Receive, Send
 from serving.page.backend import Backend
 from serving.page.guard import Guard
-from serving.page.page import STYLE, blocks, theme
+from serving.page.page import SCRIPT, STYLE, blocks, theme
 from serving.page.parts import Page
 from serving.page.runs import Runs
 
@@ -47,7 +47,7 @@ class Application:
         gr.mount_gradio_app(
             inner, made, PREFIX, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
             enable_monitoring=False, show_error=False, max_file_size=limits.PICTURE_BYTES.most, theme=theme(),
-            css_paths=STYLE, head=ICON,
+            css_paths=STYLE, js=SCRIPT.read_text("utf-8"), head=ICON,
         )  # fmt: skip
         made.has_launched = True  # from then on Gradio checks which files it reads
         self._guard, self._inner, self.folder = Guard(inner, PREFIX, folder), inner, folder.resolve()

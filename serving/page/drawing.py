@@ -16,15 +16,24 @@ from runtime.grid.plan import NAMES, GridPlan
 from runtime.tasks.image import ImageAbilities, ImageRequest
 from runtime.values import named, real
 from runtime.values import whole as whole_number
+from serving.cli.drawing import REFINED_FROM, Conditions
+from serving.cli.plain import Plain
 from serving.dialects.python.grid import resumable
 from serving.dialects.python.requests import Control, Style, image_request
 from serving.enginecast_pb import model_pb2
+from serving.page.options import Options
 from serving.page.scripting import scripts_of
 
 SLOTS: Final = 4
 """Pictures of controls that the page has room for, and of styles."""
 PREVIEWS: Final = 8
 """Previews of one picture, about."""
+REST: Final = Options(
+    Plain,
+    ("negative_prompt", "sampler", "guidance_scale", "eta", "width", "height", "steps", "seed", "prompt_weights"),
+)
+"""Further plain values of a picture."""
+SIZES: Final = Options(Conditions)
 EDGES: Final = ("left", "top", "right", "bottom")
 
 Values = Mapping[str, Any]
@@ -41,6 +50,15 @@ def request_of(values: Values) -> ImageRequest:
     options: dict[str, Any] = {name: values.get(name) or None for name in ("negative_prompt", "sampler")}
     options |= {name: number(name, values.get(name)) for name in ("guidance_scale", "eta")}
     options |= {name: whole(name, values.get(name)) for name in ("width", "height", "steps", "seed", "images")}
+    options |= REST.read(values)
+    conditions = Conditions(**SIZES.read(values))
+    options |= conditions.sizes()
+    if values.get("refiner"):
+        options["denoising_end"] = (
+            REFINED_FROM if (share := number("refine_from", values.get("refine_from"))) is None else share
+        )
+    else:
+        options |= conditions.scores()
     options["prompt_weights"] = bool(values.get("prompt_weights"))
     options |= _first_picture(values)
     options["loras"] = loras_of(values.get("loras") or ())
@@ -58,6 +76,11 @@ def request_of(values: Values) -> ImageRequest:
     return image_request(str(values.get("prompt") or ""), options)
 
 
+def scores_of(values: Values) -> dict[str, Any]:
+    """The scores that a refiner takes. Raises InvalidInput."""
+    return Conditions(**SIZES.read(values)).scores()
+
+
 def plan_of(values: Values, request: ImageRequest) -> GridPlan | None:
     """The grid that is filled in, None if no axis is. Without a seed it has one that follows from the rest, so that a
     grid that was stopped goes on. Raises InvalidInput.
@@ -68,6 +91,8 @@ def plan_of(values: Values, request: ImageRequest) -> GridPlan | None:
             raise InvalidInput(name, "has values without a field: choose one")
         if field:
             axes[name] = Axis.of(name, str(field), str(text or ""))
+    if axes and values.get("refiner"):
+        raise InvalidInput("refiner", "has no place in a grid, whose cells are of one model: leave one of both out")
     return GridPlan(resumable(request), axes) if axes else None
 
 
@@ -129,4 +154,5 @@ def _first_picture(values: Values) -> dict[str, Any]:
     if mask is None and not any(edges):
         return found | {"strength": values.get("strength")}
     strength = values.get("strength") if values.get("keeps_shape") else None
-    return found | {"mask": mask, "mask_blur": values.get("mask_blur") or None, "strength": strength}
+    part = {"mask": mask, "mask_blur": values.get("mask_blur") or None, "strength": strength}
+    return found | part | {"keep_unmasked": None if values.get("keep_unmasked", True) else False}

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from html import escape
+from math import exp
+from typing import Final
 
 from runtime.errors import Cancelled, EnginecastError, InvalidInput
+from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Progress
 from serving.dialects.grpc.status import UNEXPECTED
 from serving.host.job import Done, Queued
 from serving.host.shown import shortened
 
 log = logging.getLogger(__name__)
+
+TOKENS: Final = 300
+"""The most tokens of a table."""
 
 
 def line(text: str, kind: str = "") -> str:
@@ -32,6 +39,22 @@ def progress(event: Progress, place: str = "") -> str:
     """The steps that are done, with a bar; `place` is what stands before that."""
     bar = f'<progress max="{event.total}" value="{event.step}"></progress>'
     return f'<p class="line" role="status">{bar} {escape(place)}step {event.step} of {event.total}</p>'
+
+
+def likely(tokens: Sequence[tuple[int, TokenLogprob]]) -> str:
+    """A table of tokens with the numbers of their answers, their probabilities, and what else was likely."""
+    rows = [
+        f"<tr><td>{number + 1}</td><td>{_token(one)}</td><td>{exp(one.logprob):.1%}</td>"
+        f"<td>{', '.join(f'{_token(other)} {exp(other.logprob):.1%}' for other in one.top)}</td></tr>"
+        for number, one in tokens[:TOKENS]
+    ]
+    rest = f"<p>and {len(tokens) - TOKENS} more</p>" if len(tokens) > TOKENS else ""
+    head = "<tr><th>answer</th><th>token</th><th>probability</th><th>likeliest in its place</th></tr>"
+    return f'<table class="states">{head}{"".join(rows)}</table>{rest}'
+
+
+def _token(one: TokenLogprob) -> str:
+    return f"<code>{escape(one.text)}</code>"
 
 
 def done(event: Done, made: str) -> str:

@@ -20,6 +20,7 @@ from serving.page.tabs.profiles import Profiles
 from serving.page.tabs.talk import Talk
 
 STYLE: Final = Path(__file__).with_name("style.css")
+SCRIPT: Final = Path(__file__).with_name("viewer.js")
 FONTS: Final = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "Helvetica Neue", "Arial", "sans-serif"]
 MONO: Final = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 """Fonts of the system: none is loaded."""
@@ -58,7 +59,12 @@ def blocks(page: Page) -> Any:
         talk.wire()
         album.wire(tabs, draw, talk)
         overview.wire()
-        made.load(partial(_listed, page, draw), None, draw.settings.scripts.all, show_progress="hidden")
+        made.load(
+            partial(_listed, page, draw, talk),
+            None,
+            [*draw.settings.scripts.all, *talk.scripts.all],
+            show_progress="hidden",
+        )
         profiles.wire()
         _refresh(made, page, problem, (draw, draw.settings.model), (talk, talk.model), (overview, overview.model))
     return made.queue(default_concurrency_limit=None, api_open=False, status_update_rate=1)
@@ -87,7 +93,7 @@ def _refresh(made: Any, page: Page, problem: Any, *shown: tuple[Any, Any]) -> No
             updates |= tab.offered(models, name)
         return updates
 
-    outputs = [problem, *choices, shown[-1][0].table]
+    outputs = [problem, *(part for tab, _ in shown for part in tab.offers)]
     made.load(look, choices, outputs, show_progress="hidden")
     gr.Timer(SECONDS).tick(look, choices, outputs, show_progress="hidden")
 

@@ -27,17 +27,30 @@ class Page:
     rows: Sequence[Path]
 
 
-def optional(label: str, usual: str, name: str) -> Any:
-    """A field for a number that may be left empty: then it is the usual one."""
-    return gr.Textbox(label=label, placeholder=usual, elem_id=name, min_width=90, max_lines=1, max_length=30)
+def optional(label: str, usual: str, name: str, info: str | None = None) -> Any:
+    """A field for a value that may be left empty: then it is the usual one."""
+    width = 90 if info is None else 140
+    return gr.Textbox(label=label, placeholder=usual, elem_id=name, min_width=width, max_lines=1, info=info)
+
+
+def names_of(models: Models, kind: model_pb2.ModelKind) -> list[str]:
+    """The names of the models of a kind."""
+    return [model.name for model in models if model.kind == kind]
 
 
 def named(models: Models, kind: model_pb2.ModelKind, chosen: str | None) -> Any:
     """The choice of a model of a kind: the one that is chosen, else the first that is ready, else the first."""
-    names = [model.name for model in models if model.kind == kind]
+    names = names_of(models, kind)
     ready = [model.name for model in models if model.kind == kind and model.state == model_pb2.MODEL_STATE_READY]
     value = chosen if chosen in names else next(iter([*ready, *names]), None)
     return gr.update(choices=names, value=value)
+
+
+def larger(part: str) -> Any:
+    """A button of a gallery that shows its chosen picture in the page's viewer (viewer.js)."""
+    button = gr.Button("Zoom", size="sm", elem_id=f"{part}-zoom", render=False)
+    button.click(None, None, None, js=f"() => enginecastLarger('#{part}')")
+    return button
 
 
 def busy(running: bool, start: Any, stop: Any) -> Updates:

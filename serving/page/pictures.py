@@ -32,12 +32,12 @@ def fresh(folder: Path) -> Path:
     return folder
 
 
-def saved(folder: Path, request: ImageRequest, ready: ImageReady, model: str) -> tuple[Path, str]:
-    """Write a drawn picture into a folder, as a PNG file with its parameters: the prompts are those that scripts made.
-    Returns the file and the parameters.
+def saved(folder: Path, request: ImageRequest, ready: ImageReady, facts: Mapping[str, str]) -> tuple[Path, str]:
+    """Write a drawn picture into a folder, as a PNG file with its parameters: the prompts are those that scripts made,
+    and `facts` are further ones. Returns the file and the parameters.
     """
     picture = np.asarray(ready.image, np.uint8)
-    text = told(request, ready, {"Model": model})
+    text = told(request, ready, facts)
     path = fresh(folder) / f"{ready.seed}-{uuid4().hex[:8]}.png"
     path.write_bytes(encode_image(picture, texts={KEY: text}))
     return path, text

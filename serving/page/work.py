@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,8 @@ from runtime.grid.plan import NAMES, GridPlan
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageReady, ImageRequest
 from serving.dialects.python.grid import GridDrawing, Kept
+from serving.dialects.python.requests import going_on
+from serving.dialects.python.results import drawing
 from serving.host.job import Done, Queued
 from serving.page import lines
 from serving.page.parts import Page
@@ -56,11 +58,37 @@ class Work:
 
     async def pictures(self, request: ImageRequest) -> AsyncGenerator[Step, None]:
         """Draw a request. Raises its errors."""
-        found: Pictures = []
+        async with aclosing(self._drawn(request, self._model, request, {"Model": self._model})) as steps:
+            async for step in steps:
+                yield step
+
+    async def refined(
+        self, request: ImageRequest, refiner: str, scores: Mapping[str, float]
+    ) -> AsyncGenerator[Step, None]:
+        """Draw a request with `denoising_end`, and let another model go on, which takes `scores`. Raises the errors of
+        both.
+        """
+        begun = list[Event]()
         async with aclosing(self._events(request)) as events:
             async for event in events:
+                begun.append(event)
+                if (step := _waiting(event, f"{self._model}: ")) is not None:
+                    yield step
+        later = going_on(request, drawing(begun), **scores)
+        facts = {"Model": self._model, "Refiner": refiner, "Refiner switch at": f"{request.denoising_end:g}"}
+        async with aclosing(self._drawn(later, refiner, request, facts)) as steps:
+            async for step in steps:
+                yield step
+
+    async def _drawn(
+        self, request: ImageRequest, model: str, stated: ImageRequest, facts: Mapping[str, str]
+    ) -> AsyncGenerator[Step, None]:
+        """Draw a request, and write its pictures with the parameters that were `stated`."""
+        found: Pictures = []
+        async with aclosing(self._events(request, model)) as events:
+            async for event in events:
                 if isinstance(event, ImageReady):
-                    path, text = await asyncio.to_thread(saved, self._page.folder, request, event, self._model)
+                    path, text = await asyncio.to_thread(saved, self._page.folder, stated, event, facts)
                     found.append((str(path), f"seed {event.seed}"))
                     line = lines.line(f"{_counted(len(found))} of {request.images}")
                     yield Step(line, pictures=list(found), text=text, last=len(found) >= request.images)
@@ -100,11 +128,11 @@ class Work:
         there = tuple(cell for cell in cells if cell is not None)
         if len(there) < len(cells):
             raise InvalidInput("grid", "has cells that were removed meanwhile: draw it again")
-        drawing = GridDrawing(plan, grid_picture(plan, there), there)
-        return drawing.save(fresh(self._page.folder) / f"grid-{uuid4().hex[:8]}.png")
+        whole = GridDrawing(plan, grid_picture(plan, there), there)
+        return whole.save(fresh(self._page.folder) / f"grid-{uuid4().hex[:8]}.png")
 
-    def _events(self, request: ImageRequest) -> AsyncGenerator[Event, None]:
-        return self._page.runs.events(self._session, self._tab, self._model, request)
+    def _events(self, request: ImageRequest, model: str = "") -> AsyncGenerator[Event, None]:
+        return self._page.runs.events(self._session, self._tab, model or self._model, request)
 
 
 def _counted(pictures: int) -> str:

@@ -55,7 +55,7 @@ class Settings:
     def set(self, name: str, text: str) -> Settings:
         """With one changed. Raises InvalidInput for an unknown setting or a value that it cannot have."""
         group, field = self._find(name)
-        return self._with(group, field, _settings(type(group))[field.name].read(field.name, text))
+        return self._with(group, field, settings_of(type(group))[field.name].read(field.name, text))
 
     def unset(self, name: str) -> Settings:
         """With one as it is by default. Raises InvalidInput for an unknown setting."""
@@ -66,7 +66,7 @@ class Settings:
         """Name, value and purpose of each setting; an empty value is the model's default."""
         for group in self._groups:
             for field in fields(group):
-                help = _settings(type(group))[field.name].option.help
+                help = settings_of(type(group))[field.name].option.help
                 yield field.name, _shown(getattr(group, field.name)), help or ""
 
     def _find(self, name: str) -> tuple[Any, Field[Any]]:
@@ -80,7 +80,7 @@ class Settings:
         return Settings(*(changed if one is group else one for one in self._groups))
 
 
-def _settings(group: type[Any]) -> dict[str, Setting]:
+def settings_of(group: type[Any]) -> dict[str, Setting]:
     """The settings of a dataclass by name."""
     return {name: _setting(hint) for name, hint in get_type_hints(group, include_extras=True).items()}
 

@@ -10,7 +10,7 @@ import gradio as gr
 
 from runtime.errors import EnginecastError
 from serving.page import lines
-from serving.page.parts import Updates
+from serving.page.parts import Updates, larger
 from serving.page.pictures import parameters
 from serving.page.tabs.draw import Draw
 from serving.page.tabs.talk import Talk
@@ -25,7 +25,8 @@ class Album:
         self.pictures = gr.Gallery(
             label="Pictures drawn here; drop PNG files to see their parameters", format="png", type="filepath",
             file_types=["image"], interactive=True, columns=4, fit_columns=False, object_fit="contain", height=420,
-            elem_id="album-pictures", buttons=["download", "fullscreen"], sources=["upload", "clipboard"],
+            elem_id="album-pictures", buttons=["download", "fullscreen", larger("album-pictures")],
+            sources=["upload", "clipboard"],
         )  # fmt: skip
         self.status = gr.HTML(elem_id="album-status")
         self.text = gr.Textbox(

@@ -12,11 +12,12 @@ from typing import Any, Final
 import gradio as gr
 
 from runtime.errors import EnginecastError, InvalidInput
+from runtime.tasks.image import ImageAbilities
 from serving.enginecast_pb import model_pb2
 from serving.page import lines
 from serving.page.backend import Models, Scripts
-from serving.page.drawing import Values, abilities, plan_of, request_of
-from serving.page.parts import Page, Updates, busy, named
+from serving.page.drawing import Values, abilities, plan_of, request_of, scores_of
+from serving.page.parts import Page, Updates, busy, larger, named, names_of
 from serving.page.pictures import fields_of
 from serving.page.tabs.settings import Settings
 from serving.page.work import GRID, Pictures, Step, Work
@@ -41,7 +42,7 @@ class Draw:
                 )  # fmt: skip
                 self.results = gr.Gallery(
                     label="Pictures", format="png", interactive=False, columns=2, object_fit="contain", preview=True,
-                    elem_id="draw-results", buttons=["download", "fullscreen"],
+                    elem_id="draw-results", buttons=["download", "fullscreen", larger("draw-results")],
                 )  # fmt: skip
                 with gr.Accordion("Parameters as text", open=False):
                     self.parameters = gr.Textbox(
@@ -62,13 +63,23 @@ class Draw:
             self._show, [drawn, album], [self.results, self.parameters, album, drawn], show_progress="hidden",
         )  # fmt: skip
         self.halt.click(self._stop, None, None, show_progress="hidden")
-        settings.model.change(self._fitting, settings.model, [*settings.all, self.status], show_progress="hidden")
+        fitting = [*settings.all, self.status]
+        settings.model.change(self._fitting, settings.models, fitting, show_progress="hidden")
+        settings.models[1].change(self._refining, settings.models, fitting, show_progress="hidden")
         settings.scripts.wire()
         self.use.click(self.recalled, [self.parameters, settings.loras], [*settings.all, self.status])
 
+    @property
+    def offers(self) -> list[Any]:
+        """What `offered` changes."""
+        return [self.settings.model, *self.settings.others(())]
+
     def offered(self, models: Models, model: str | None) -> Updates:
         """The choice of models."""
-        return {self.settings.model: named(models, model_pb2.MODEL_KIND_DIFFUSION, model)}
+        return {
+            self.settings.model: named(models, model_pb2.MODEL_KIND_DIFFUSION, model),
+            **self.settings.others(names_of(models, model_pb2.MODEL_KIND_DIFFUSION)),
+        }
 
     def listed(self, scripts: Scripts) -> Updates:
         """The choice of scripts."""
@@ -81,12 +92,23 @@ class Draw:
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 
-    async def _fitting(self, name: str | None) -> Updates:
+    async def _fitting(self, *names: str | None) -> Updates:
         try:
-            models = await self._page.backend.models()
+            return self.settings.fitting(*await self._abilities(names))
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
-        return self.settings.fitting(abilities(next((model for model in models if model.name == name), None)))
+
+    async def _refining(self, *names: str | None) -> Updates:
+        try:
+            return self.settings.taken(*await self._abilities(names))
+        except EnginecastError as error:
+            return {self.status: lines.failed(error)}
+
+    async def _abilities(self, names: Sequence[str | None]) -> tuple[ImageAbilities | None, ImageAbilities | None]:
+        """What a model and its refiner can."""
+        models = {model.name: model for model in await self._page.backend.models()}
+        can, refiner = (abilities(models.get(name or "")) for name in names)
+        return can, refiner
 
     async def _stop(self, request: gr.Request) -> None:
         await self._page.runs.stop(str(request.session_hash), TAB)
@@ -113,7 +135,11 @@ class Draw:
         if not values["model"]:
             raise InvalidInput("model", "is missing: this server has none that draws")
         work = Work(self._page, session, TAB, values["model"])
-        async with aclosing(work.pictures(wanted) if plan is None else work.grid(plan)) as steps:
+        if values["refiner"]:
+            made = work.refined(wanted, values["refiner"], scores_of(values))
+        else:
+            made = work.pictures(wanted) if plan is None else work.grid(plan)
+        async with aclosing(made) as steps:
             async for step in steps:
                 yield step
 

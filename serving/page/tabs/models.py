@@ -45,6 +45,11 @@ class Overview:
                 partial(self._change, work), self.model, [self.status, self.table], show_progress="hidden"
             )
 
+    @property
+    def offers(self) -> list[Any]:
+        """What `offered` changes."""
+        return [self.table, self.model]
+
     def offered(self, models: Models, model: str | None) -> Updates:
         """The states, and the choice of models."""
         names = [one.name for one in models]

@@ -9,11 +9,11 @@ import gradio as gr
 
 from runtime import limits
 from runtime.diffusion.solver import samplers
-from runtime.grid.axes import LORA, fields
 from runtime.grid.plan import NAMES
 from runtime.tasks.image import ImageAbilities, ImageRequest
-from serving.page.drawing import EDGES, SLOTS, Values
+from serving.page.drawing import EDGES, REST, SLOTS, Values
 from serving.page.parts import Updates, optional
+from serving.page.tabs import extras
 from serving.page.tabs.scripts import ScriptChoice
 
 SLOT: Final[Mapping[str, Sequence[str]]] = {
@@ -21,9 +21,6 @@ SLOT: Final[Mapping[str, Sequence[str]]] = {
     "controls": ("name", "picture", "scale", "start", "end"),
 }
 """The parts of a picture of each kind."""
-GRID: Final = "A picture for each combination of values, on one page: columns (X), rows (Y) and blocks (Z)."
-SHOWN: Final = {"x": "10,20,40 or 10-50:10", "y": "euler,ddim", "z": "red,blue replaces red (prompt_sr)"}
-"""Examples of values."""
 TABLE: Final = "Scales: 0 leaves one out, 1 is as it was trained"
 
 
@@ -56,7 +53,11 @@ class Settings:
                 self.loras = self._add("loras", table)
             self._slots("styles", "Style pictures")
             self._slots("controls", "Controls")
-            self._axes()
+            with self._box("conditions", "Sizes and scores (Stable Diffusion XL)"):
+                extras.conditions(self._add)
+            with self._box("refiner", "Refiner"):
+                extras.refiner(self._add)
+            extras.axes(self._add)
             self.scripts = ScriptChoice(ImageRequest.task, "draw-scripts")
             self._add("scripts", self.scripts.chosen)
             self._add("script_settings", self.scripts.table)
@@ -69,6 +70,11 @@ class Settings:
     def image_box(self) -> Any:
         """The box of the first picture."""
         return self._boxes["image"]
+
+    @property
+    def models(self) -> list[Any]:
+        """The choices of the model and the refiner."""
+        return [self.model, self._parts["refiner"]]
 
     @property
     def all(self) -> list[Any]:
@@ -84,7 +90,7 @@ class Settings:
         axes = [(found.pop(f"{name}.field"), found.pop(f"{name}.values")) for name in NAMES]
         return found | slots | {"axes": axes}
 
-    def fitting(self, can: ImageAbilities | None) -> Updates:
+    def fitting(self, can: ImageAbilities | None, refiner: ImageAbilities | None = None) -> Updates:
         """Show what a model has, and its usual values. Of a model that does not say, all but what needs its names."""
         image = can is None or can.image
         updates: dict[str, Any] = {"image": gr.update(visible=image, open=bool(can and can.masked))}
@@ -92,7 +98,7 @@ class Settings:
         updates |= self._names("controls", () if can is None else can.controls)
         loras = () if can is None else can.loras
         updates |= {"loras.box": gr.update(visible=bool(loras)), "loras": [[name, 0] for name in loras]}
-        updates |= {f"{name}.field": gr.update(choices=_fields(loras)) for name in NAMES}
+        updates |= extras.fitting(loras, can, refiner)
         if not image:
             updates |= {"canvas": None} | dict.fromkeys(EDGES, "")
         if can is not None:
@@ -107,6 +113,16 @@ class Settings:
         scales = fields.get("loras", {})
         rows = {str(name): scales.get(str(name), 0) for name, _ in loras} | dict(scales)
         return self._updates({**known, "loras": [[name, scale] for name, scale in rows.items()]})
+
+    def taken(self, can: ImageAbilities | None, refiner: ImageAbilities | None) -> Updates:
+        """Show the conditions that a model takes, and the scores of its refiner."""
+        return self._updates(extras.taken(can, refiner))
+
+    def others(self, models: Sequence[str]) -> Updates:
+        """Offer a refiner where there are several models that draw."""
+        choices = [("none", ""), *((name, name) for name in models)]
+        several = len(models) > 1
+        return self._updates({"refiner": gr.update(choices=choices), "refiner.box": gr.update(visible=several)})
 
     def _updates(self, updates: Mapping[str, Any]) -> Updates:
         return {(self._boxes if name in self._boxes else self._parts)[name]: one for name, one in updates.items()}
@@ -167,6 +183,9 @@ class Settings:
             with gr.Row():
                 self._add("prompt_weights", gr.Checkbox(label="Weights in prompts, as in (word:1.3)"))
                 self._add("previews", gr.Checkbox(True, label="Show pictures while they are drawn"))
+            with gr.Row():
+                for name in REST.names:
+                    self._add(name, REST.part(name, "draw", "the model's own"))
 
     def _first_picture(self) -> None:
         with self._box("image", "First picture", visible=True):
@@ -180,6 +199,7 @@ class Settings:
             with gr.Row():
                 self._add("keeps_shape", gr.Checkbox(label="What is painted begins with what is there"))
                 self._slider("mask_blur", limits.MASK_BLUR, 0, 1, "Soft border, pixels", 64)
+            self._add("keep_unmasked", gr.Checkbox(True, label="What is not painted stays as it is, bit for bit"))
             with gr.Row():
                 for edge in EDGES:
                     self._number(edge, f"Add {edge}", "0")
@@ -194,27 +214,6 @@ class Settings:
                         self._add(f"{kind}.{number}.{part}", _part(part))
             if kind == "controls":
                 self._add("guess_mode", gr.Checkbox(label="Follow them without a prompt (guess mode)"))
-
-    def _axes(self) -> None:
-        """The axes of a grid."""
-        with gr.Accordion("Grid (X/Y/Z)", open=False, elem_id="draw-grid"):
-            gr.Markdown(GRID)
-            for name in NAMES:
-                with gr.Row(equal_height=True):
-                    field = gr.Dropdown(
-                        _fields(()), value="", label=name.upper(), elem_id=f"draw-{name}-field", min_width=120, scale=2
-                    )
-                    values = gr.Textbox(
-                        label="Values", placeholder=SHOWN[name], elem_id=f"draw-{name}-values", min_width=160, scale=3
-                    )
-                    self._add(f"{name}.field", field)
-                    self._add(f"{name}.values", values)
-
-
-def _fields(loras: Sequence[str]) -> list[tuple[str, str]]:
-    """What may be on an axis, with the LoRA files of a model."""
-    names = [name for name in fields() if f"{name}." != LORA]
-    return [("nothing", ""), *((name, name) for name in [*names, *(f"{LORA}{name}" for name in loras)])]
 
 
 def _range(can: ImageAbilities) -> str:

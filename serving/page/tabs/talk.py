@@ -5,56 +5,29 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import gradio as gr
 
 from runtime.errors import Cancelled, InvalidInput
-from runtime.tasks.chat import TextDelta
-from serving.dialects.python.requests import Message, chat_request
+from runtime.tasks.chat import ChatRequest, TextDelta
 from serving.enginecast_pb import model_pb2
 from serving.host.job import Done, Queued
 from serving.page import lines
-from serving.page.backend import Models
-from serving.page.drawing import number, whole
-from serving.page.parts import Page, Updates, busy, named, optional
+from serving.page.backend import Models, Scripts
+from serving.page.parts import Page, Updates, busy, named
 from serving.page.pictures import read
+from serving.page.tabs.scripts import ScriptChoice
+from serving.page.talking import OPTIONS, Answers, Conversation, request_of
 
 TAB: Final = "talk"
 OWN: Final = "the model's own"
-LABELS: Final = {
-    "max_tokens": "Longest answer, tokens",
-    "temperature": "Temperature",
-    "top_k": "Likeliest tokens (top k)",
-    "top_p": "Joint probability (top p)",
-    "repetition_penalty": "Repetition penalty",
-    "seed": "Seed",
-}
-"""The options of an answer, and what the page calls them."""
-WHOLE: Final = ("max_tokens", "top_k", "seed")
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """What was said, as the model is told, and as the page shows it."""
-
-    messages: tuple[Message, ...] = ()
-    shown: tuple[dict[str, Any], ...] = ()
-
-    def asked(self, text: str, pictures: list[bytes], files: list[str]) -> Conversation:
-        """With a question about pictures."""
-        content: list[Any] = [*pictures, text] if text else list(pictures)
-        shown = [*({"path": file} for file in files), *([text] if text else [])]
-        rows = tuple({"role": "user", "content": one} for one in shown)
-        return Conversation((*self.messages, Message("user", content)), (*self.shown, *rows))
-
-    def answered(self, text: str) -> Conversation:
-        """With what there is of an answer."""
-        return Conversation(
-            (*self.messages, Message("assistant", text)), (*self.shown, {"role": "assistant", "content": text})
-        )
+USUAL: Final = {"seed": "random"}
+FIRST: Final = ("max_tokens", "temperature", "seed")
+"""Those that are shown at once."""
+FORMS: Final = [("any", ""), ("a JSON object", "json"), ("of a JSON schema", "schema"), ("of an expression", "regex")]
+"""The forms of an answer."""
 
 
 class Talk:
@@ -79,24 +52,41 @@ class Talk:
             with gr.Column(scale=3, min_width=260):
                 self.model = gr.Dropdown(label="Model", elem_id="talk-model", filterable=False)
                 self._options = self._filled_in()
+                with gr.Accordion("How likely each token was", open=True, visible=False) as self.likely_box:
+                    self.likely = gr.HTML(elem_id="talk-likely", elem_classes="wide")
         self.said = gr.State(Conversation())
 
     def _filled_in(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {}
         with gr.Accordion("How it answers", open=True):
-            system = gr.Textbox(label="System prompt", lines=2, elem_id="talk-system")
-            return {"system": system} | {
-                name: optional(label, "random" if name == "seed" else OWN, f"talk-{name}")
-                for name, label in LABELS.items()
-            }
+            parts["system"] = gr.Textbox(label="System prompt", lines=2, elem_id="talk-system")
+            parts |= {name: OPTIONS.part(name, TAB, USUAL.get(name, OWN)) for name in FIRST}
+        with gr.Accordion("Form of the answer", open=False):
+            parts["form"] = gr.Dropdown(FORMS, value="", label="Form", elem_id="talk-form")
+            parts["grammar"] = gr.Textbox(label="JSON schema or regular expression", lines=3, elem_id="talk-grammar")
+        with gr.Accordion("More", open=False):
+            parts |= {name: OPTIONS.part(name, TAB, OWN) for name in OPTIONS.names if name not in FIRST}
+        self.scripts = ScriptChoice(ChatRequest.task, "talk-scripts")
+        return parts | {"scripts": self.scripts.chosen, "script_settings": self.scripts.table}
 
     def wire(self) -> None:
         """Say what happens when something is clicked."""
-        outputs = [self.chat, self.status, self.question, self.halt, self.said]
+        outputs = [self.chat, self.status, self.question, self.halt, self.said, self.likely_box, self.likely]
+        self.scripts.wire()
         inputs = [self.question, self.said, self.model, *self._options.values()]
         self.question.submit(self._ask, inputs, outputs, show_progress="hidden", trigger_mode="once")
         self.halt.click(self._stop, None, None, show_progress="hidden")
         for clears in (self.anew.click, self.chat.clear):
             clears(self._clear, None, outputs, show_progress="hidden")
+
+    @property
+    def offers(self) -> list[Any]:
+        """What `offered` changes."""
+        return [self.model]
+
+    def listed(self, scripts: Scripts) -> Updates:
+        """The choice of scripts."""
+        return self.scripts.listed(scripts)
 
     def offered(self, models: Models, model: str | None) -> Updates:
         """The choice of models."""
@@ -107,14 +97,14 @@ class Talk:
 
     async def _clear(self, request: gr.Request) -> Updates:
         await self._stop(request)
-        return {self.chat: [], self.said: Conversation(), self.status: ""}
+        return {self.chat: [], self.said: Conversation(), self.status: "", self.likely_box: gr.update(visible=False)}
 
     async def _ask(
         self, request: gr.Request, asked: dict[str, Any], said: Conversation, model: str | None, *filled: Any
     ) -> AsyncGenerator[Updates, None]:
         files, text = asked["files"] or [], str(asked["text"] or "")
         options = dict(zip(self._options, filled, strict=True))
-        answer, last = "", Updates()
+        answer, last = Answers(), Updates()
         yield busy(True, self.question, self.halt) | {self.status: lines.line("starting")}
         try:
             pictures = [await asyncio.to_thread(read, Path(file)) for file in files]
@@ -127,33 +117,35 @@ class Talk:
                     yield update
         except Exception as error:
             last = {self.status: lines.failed(error), self.chat: list(said.shown)}
-            if isinstance(error, Cancelled) and answer:
+            if isinstance(error, Cancelled) and answer.texts:
                 said = now.answered(answer)
                 last |= {self.said: said, self.chat: list(said.shown), self.question: _empty()}
         yield _joined(last, busy(False, self.question, self.halt))
 
+    def _likely(self, answers: Answers) -> Updates:
+        if not answers.logprobs:
+            return {}
+        return {self.likely_box: gr.update(visible=True), self.likely: lines.likely(answers.logprobs)}
+
     async def _answer(
         self, session: str, model: str | None, now: Conversation, options: dict[str, Any]
-    ) -> AsyncGenerator[tuple[str, Updates], None]:
+    ) -> AsyncGenerator[tuple[Answers, Updates], None]:
         """The answer so far, and what to show of it, after each event."""
         if not model:
             raise InvalidInput("model", "is missing: this server has none that talks")
-        wanted, answer = request_of(now, options), ""
+        wanted, answer = request_of(now, options), Answers()
         async with aclosing(self._page.runs.events(session, TAB, model, wanted)) as events:
             async for event in events:
                 match event:
                     case Queued():
                         yield answer, {self.status: lines.queued(event), self.chat: list(now.shown)}
                     case TextDelta():
-                        answer += event.text
-                        yield (
-                            answer,
-                            {self.chat: list(now.answered(answer).shown), self.status: lines.line("answering")},
-                        )
+                        answer = answer.joined(event)
+                        shown = list(now.answered(answer).shown)
+                        yield answer, {self.chat: shown, self.status: lines.line("answering")} | self._likely(answer)
                     case Done():
-                        text = f"{len(answer)} characters"
                         kept = {self.question: _empty(), self.said: now.answered(answer)}
-                        yield answer, {self.status: lines.done(event, text)} | kept
+                        yield answer, {self.status: lines.done(event, answer.counted)} | kept
 
 
 def _empty() -> Any:
@@ -166,10 +158,3 @@ def _joined(one: Updates, other: Updates) -> Updates:
         part: (one[part] | other[part]) if part in one and part in other else (one | other)[part]
         for part in one | other
     }
-
-
-def request_of(now: Conversation, options: dict[str, Any]) -> Any:
-    """The request for an answer. Raises InvalidInput."""
-    system = [Message("system", options["system"])] if options["system"] else []
-    given = {name: (whole if name in WHOLE else number)(name, options[name]) for name in LABELS}
-    return chat_request([*system, *now.messages], (), given)

@@ -33,6 +33,7 @@ CAN: dict[str, Any] = {
     "controls": ["canny"],
     "styles": ["photo"],
     "loras": ["pixel"],
+    "conditions": ["original_size", "target_size"],
 }
 """The abilities of a model that has everything."""
 

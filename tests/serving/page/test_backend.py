@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import Cancelled, InvalidInput, NotFound
+from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageReady, ImageRequest
 from serving.enginecast_pb import model_pb2
@@ -110,4 +112,9 @@ def test_lines_are_plain_text() -> None:
     assert "secret" not in lines.failed(RuntimeError("secret"))
     assert "waiting: 2 before this one, about 3 s" in lines.queued(Queued(2, 2.6, "id"))
     assert "starting" in lines.queued(Queued(0))
+    token = TokenLogprob(1, b"<a>", math.log(0.5), (TokenLogprob(2, b"b", math.log(0.25)),))
+    table = lines.likely([(0, token)] * (lines.TOKENS + 2))
+    row = "<tr><td>1</td><td><code>&lt;a&gt;</code></td><td>50.0%</td><td><code>b</code> 25.0%</td></tr>"
+    assert table.count(row) == lines.TOKENS
+    assert "and 2 more" in table
     assert 'max="4" value="1"' in lines.progress(Progress(1, 4))

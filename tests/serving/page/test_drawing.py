@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from runtime.errors import InvalidInput
 from runtime.tasks.image import ImageRequest
 from serving.enginecast_pb import model_pb2
-from serving.page.drawing import abilities, loras_of, painted, plan_of, request_of
+from serving.page.drawing import REST, SIZES, abilities, loras_of, painted, plan_of, request_of, scores_of
 
 RED = Image.new("RGBA", (32, 16), (255, 0, 0, 255))
 CLEAR = Image.new("RGBA", (32, 16), (0, 0, 0, 0))
@@ -59,6 +60,30 @@ def test_every_field_arrives(tmp_path: Path) -> None:
     assert [(one.name, one.scale, one.start, one.end) for one in made.controls] == [("canny", 0.3, 0.1, 0.9)]
 
 
+def test_the_page_has_every_field_of_a_picture(tmp_path: Path) -> None:
+    RED.convert("RGB").save(tmp_path / "a.png")
+    picture = str(tmp_path / "a.png")
+    plain = dict.fromkeys(REST.names, "0.5")
+    given = {
+        **plain, "prompt": "a", "negative_prompt": "b", "width": "64", "height": "32", "steps": 20, "seed": "1",
+        "guidance_scale": 2.5, "sampler": "euler", "eta": 0.5, "images": "2", "prompt_weights": True, "previews": True,
+        "loras": [["pixel", 0.5]], "guess_mode": True, "styles": [["photo", picture, 0.4]],
+        "controls": [["canny", picture, 0.3, 0.1, 0.9]], "scripts": ["styles"], "guidance_end": "0.9",
+        **dict.fromkeys(SIZES.names, "64,32"), "aesthetic_score": "5", "negative_aesthetic_score": "1",
+    }  # fmt: skip
+    drawn_on = {"canvas": canvas(brushed()), "left": "8", "keeps_shape": True, "strength": 0.4, "mask_blur": 2}
+    made = [request_of(given | more) for more in (drawn_on | {"keep_unmasked": False}, {"refiner": "other"})]
+    usual = ImageRequest("")
+    alone = ("latents", "denoising_start")  # of what another request has drawn
+    for name in (field.name for field in fields(ImageRequest) if field.name not in alone):
+        assert any(repr(getattr(one, name)) != repr(getattr(usual, name)) for one in made), name
+    assert (made[0].original_size, made[0].aesthetic_score) == ((64, 32), 5)
+    assert made[0].keep_unmasked is False
+    assert (made[1].denoising_end, made[1].aesthetic_score) == (0.8, None)
+    assert scores_of(given) == {"aesthetic_score": 5, "negative_aesthetic_score": 1}
+    assert request_of({"prompt": "a", "refiner": "other", "refine_from": "0.6"}).denoising_end == 0.6
+
+
 def test_a_first_picture_and_what_is_painted_on_it() -> None:
     plain = request_of({"prompt": "a", "canvas": canvas(CLEAR), "strength": 0.4, "mask_blur": 3})
     assert plain.image is not None
@@ -93,6 +118,9 @@ def test_nothing_painted_is_no_mask() -> None:
         ({"left": "x", "canvas": canvas()}, "extend: is 'x', expected a whole number"),
         ({"canvas": {"background": None, "layers": [brushed()]}}, "mask: is painted on nothing"),
         ({"styles": [["", "a.png", 1]]}, "styles: have a picture without a name"),
+        ({"original_size": "1"}, "original_size: is '1', expected two lengths"),
+        ({"aesthetic_score": "high"}, "aesthetic_score: is 'high', expected a number"),
+        ({"guidance_start": "x"}, "guidance_start: is 'x', expected a number"),
         ({"loras": [["pixel", "much"]]}, "loras: 'pixel' has the scale 'much'"),
     ],
 )
@@ -122,6 +150,9 @@ def test_mistakes_in_a_grid_name_the_axis() -> None:
         with pytest.raises(InvalidInput, match=": has ") as error:
             plan_of({"axes": axes}, request_of({"prompt": "a"}))
         assert str(error.value).startswith(said)
+    values = {"axes": [("steps", "1")], "refiner": "other", "prompt": "a"}
+    with pytest.raises(InvalidInput, match="refiner: has no place in a grid"):
+        plan_of(values, request_of(values))
     with pytest.raises(InvalidInput, match="each cell of a grid is one picture"):
         plan_of({"axes": [("steps", "1")]}, request_of({"prompt": "a", "images": "2"}))
 

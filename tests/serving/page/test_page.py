@@ -125,6 +125,65 @@ def test_a_script_is_chosen_and_its_settings_are_filled_in(opened: Opened, serve
 
 
 @pytest.mark.full
+def test_a_picture_is_seen_larger_and_moved(opened: Opened, served: Served) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    opened.seen("#draw-results")
+    page.locator("#draw-results").get_by_label("Zoom").click()
+    said = page.locator("#viewer output")
+    page.wait_for_function("() => document.querySelector('#viewer output').innerText == '7500 %'")  # 16 to 1200 pixels
+    page.locator("#viewer").get_by_text("1:1").click()
+    assert said.inner_text() == "100 %"
+    page.keyboard.press("+")
+    assert said.inner_text() == "125 %"
+    before = page.locator("#viewer img").bounding_box()
+    page.mouse.move(600, 450)
+    page.mouse.down()
+    page.mouse.move(640, 430)
+    page.mouse.up()
+    after = page.locator("#viewer img").bounding_box()
+    assert (round(after["x"] - before["x"]), round(after["y"] - before["y"])) == (40, -20)
+    page.mouse.wheel(0, -400)
+    page.wait_for_function("() => parseInt(document.querySelector('#viewer output').innerText) > 180")
+    page.keyboard.press("Escape")
+    assert not page.locator("#viewer").is_visible()
+    assert opened.faults == []
+
+
+@pytest.mark.full
+def test_conditions_are_those_of_the_model(opened: Opened, served: Served) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    page.get_by_role("button", name="Sizes and scores").click()
+    page.fill("#draw-original_size :is(textarea, input)", "512,768")
+    assert not page.locator("#draw-aesthetic_score").is_visible()
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    assert served.seen[-1].original_size == (512, 768)
+
+
+@pytest.mark.full
+def test_several_answers_and_how_likely_their_tokens_were(opened: Opened, served: Served) -> None:
+    page = opened.page
+    opened.tab("Talk")
+    page.get_by_role("button", name="More").click()
+    for name, text in (("answers", "2"), ("temperature", "1"), ("logprobs", "1")):
+        page.fill(f"#talk-{name} :is(textarea, input)", text)
+    page.fill("#talk-question textarea", "what is it?")
+    page.keyboard.press("Enter")
+    opened.says("#talk-status", "2 answers, 24 characters in")
+    opened.says("#talk-chat", "Answer 2")
+    opened.says("#talk-likely", "50.0%")
+    assert (served.asked[-1].answers, served.asked[-1].temperature, served.asked[-1].logprobs) == (2, 1, 1)
+    page.fill("#talk-answers :is(textarea, input)", "many")
+    page.fill("#talk-question textarea", "and now?")
+    page.keyboard.press("Enter")
+    opened.says("#talk-status", "answers: is 'many', expected a whole number")
+
+
+@pytest.mark.full
 def test_talking_about_a_picture(opened: Opened, served: Served, picture: Path) -> None:
     page = opened.page
     opened.tab("Talk")

@@ -18,7 +18,7 @@ PICTURE = np.full((8, 16, 3), (1, 2, 3), np.uint8)
 
 def test_a_drawn_picture_says_how_it_was_drawn(tmp_path: Path) -> None:
     request = ImageRequest("a red círcle", negative_prompt="blurry", steps=5, guidance_scale=2.5, sampler="euler")
-    path, text = saved(tmp_path, request, ImageReady(PICTURE, 0, 7), "shapes")
+    path, text = saved(tmp_path, request, ImageReady(PICTURE, 0, 7), {"Model": "shapes"})
     assert (decode_image(path.read_bytes()) == PICTURE).all()
     assert parameters(path) == text
     found = fields_of(text)
@@ -29,9 +29,9 @@ def test_a_drawn_picture_says_how_it_was_drawn(tmp_path: Path) -> None:
 
 
 def test_files_of_yesterday_are_removed(tmp_path: Path) -> None:
-    old, _ = saved(tmp_path, ImageRequest("a"), ImageReady(PICTURE, 0, 1), "m")
+    old, _ = saved(tmp_path, ImageRequest("a"), ImageReady(PICTURE, 0, 1), {})
     os.utime(old, (old.stat().st_atime, old.stat().st_mtime - KEPT_SECONDS - 1))
-    new, _ = saved(tmp_path, ImageRequest("a"), ImageReady(PICTURE, 0, 2), "m")
+    new, _ = saved(tmp_path, ImageRequest("a"), ImageReady(PICTURE, 0, 2), {})
     assert [path.name for path in tmp_path.iterdir()] == [new.name]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import aclosing
 from pathlib import Path
+from types import MappingProxyType
+from typing import ClassVar
 
 import pytest
 
@@ -20,12 +22,18 @@ from serving.page.parts import Page
 from serving.page.pictures import KEPT_SECONDS, parameters
 from serving.page.runs import Runs
 from serving.page.work import Step, Work
-from tests.fakes.serving import FakeServer
+from tests.fakes.serving import FakeModel, FakeServer
 from tests.serving.page.conftest import Able
 
 PLAN = GridPlan(
     ImageRequest("a circle", steps=2, seed=5), {"x": Axis("steps", (1, 2, 3)), "y": Axis("sampler", ("euler", "ddim"))}
 )
+
+
+class Refining(FakeServer):
+    """A server that has a second model that draws."""
+
+    kinds: ClassVar[Mapping[str, type[FakeModel]]] = MappingProxyType({"draw": FakeModel, "refine": FakeModel})
 
 
 class Drawing:
@@ -60,7 +68,7 @@ def drawing(tmp_path: Path) -> Iterator[Drawing]:
     lists.mkdir()
     folder.mkdir()
     (lists / "colour.txt").write_text("green\n")
-    with FakeServer(tmp_path / "bundles", ready=True, scripts=Scripts(Folders(wildcards=lists))) as fake:
+    with Refining(tmp_path / "bundles", ready=True, scripts=Scripts(Folders(wildcards=lists))) as fake:
         yield Drawing(fake, folder)
 
 
@@ -82,6 +90,22 @@ def test_a_file_says_what_scripts_made_of_the_prompt(drawing: Drawing) -> None:
     request = ImageRequest("a __colour__ circle", steps=1, scripts={"wildcards": {}})
     steps = drawing.steps(lambda: drawing.work.pictures(request))
     assert next(step.text for step in steps if step.text is not None).startswith("a green circle\n")
+
+
+def test_another_model_goes_on(drawing: Drawing) -> None:
+    request = ImageRequest("a circle", steps=2, images=2, seed=3, denoising_end=0.8, loras={"soft": 1})
+    steps = drawing.steps(lambda: drawing.work.refined(request, "refine", {"aesthetic_score": 7}))
+    first, second = map(_image, drawing.backend.requests)
+    assert (first.denoising_end, first.denoising_start) == (0.8, None)
+    assert (second.denoising_end, second.denoising_start, second.aesthetic_score) == (None, 0.8, 7)
+    assert (second.seed, dict(second.loras)) == (3, {})
+    assert second.latents is not None
+    assert len(second.latents) == 2
+    assert "draw: step 1 of 2" in "".join(step.line for step in steps)
+    assert [len(step.pictures) for step in steps if step.pictures] == [1, 2]
+    text = next(step.text for step in steps if step.text)
+    assert text.startswith("a circle <lora:soft:1>")
+    assert "Model: draw, Refiner: refine, Refiner switch at: 0.8" in text
 
 
 def test_a_grid_is_shown_cell_by_cell_and_at_last_as_one_page(drawing: Drawing) -> None:
