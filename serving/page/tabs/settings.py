@@ -48,7 +48,7 @@ class Settings:
             with self._box("loras", "LoRA files"):
                 table = gr.Dataframe(
                     headers=["name", "scale"], datatype=["str", "number"], type="array", static_columns=[0],
-                    interactive=True, label=TABLE, buttons=[],
+                    interactive=True, label=TABLE, buttons=[], elem_id="draw-loras",
                 )  # fmt: skip
                 self.loras = self._add("loras", table)
             self._slots("styles", "Style pictures")
@@ -211,7 +211,7 @@ class Settings:
                 with gr.Row(visible=False) as place:
                     self._boxes[f"{kind}.{number}"] = place
                     for part in SLOT[kind]:
-                        self._add(f"{kind}.{number}.{part}", _part(part))
+                        self._add(f"{kind}.{number}.{part}", _part(part, f"draw-{kind}-{number}"))
             if kind == "controls":
                 self._add("guess_mode", gr.Checkbox(label="Follow them without a prompt (guess mode)"))
 
@@ -220,13 +220,16 @@ def _range(can: ImageAbilities) -> str:
     return f"{can.min_edge} to {can.max_edge}, in steps of {can.edge_multiple}"
 
 
-def _part(name: str) -> Any:
+def _part(name: str, slot: str) -> Any:
     """A part of a slot."""
+    own = f"{slot}-{name}"
     if name == "name":
-        return gr.Dropdown(label="Name", filterable=False, min_width=120)
+        return gr.Dropdown(label="Name", filterable=False, min_width=120, elem_id=own)
     if name == "picture":
-        sources = ["upload", "clipboard"]
-        return gr.Image(type="filepath", image_mode=None, label="Picture", sources=sources, height=160, buttons=[])
+        return gr.Image(
+            type="filepath", image_mode=None, label="Picture", sources=["upload", "clipboard"], height=160, buttons=[],
+            elem_id=own,
+        )  # fmt: skip
     most, value = (limits.CONTROL_SCALE.most, 1.0) if name == "scale" else (1, 1.0 if name == "end" else 0.0)
     label = {"scale": "Scale", "start": "From (share of steps)", "end": "To"}[name]
-    return gr.Number(value, label=label, minimum=0, maximum=most, step=0.05, min_width=90)
+    return gr.Number(value, label=label, minimum=0, maximum=most, step=0.05, min_width=90, elem_id=own)

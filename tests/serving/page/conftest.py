@@ -156,6 +156,14 @@ class Opened:
         self.page.locator(f"{part} ul li").filter(has_text=name).first.click()
         self.page.keyboard.press("Escape")
 
+    def typed(self, part: str, row: int, column: int, text: str) -> None:
+        """Fill in a cell of a table."""
+        self.page.locator(f"{part} [data-row='{row}'][data-col='{column}']").dblclick()
+        self.page.keyboard.press("Control+A")
+        self.page.keyboard.type(text)
+        self.page.keyboard.press("Enter")
+        self.page.wait_for_timeout(500)  # the table tells its new content a moment later
+
     def says(self, part: str, text: str) -> None:
         """Wait until a part of the page has a text."""
         self.page.wait_for_function(

@@ -115,10 +115,7 @@ def test_a_script_is_chosen_and_its_settings_are_filled_in(opened: Opened, serve
     page.get_by_role("button", name="Scripts").click()
     opened.chosen("#draw-scripts-chosen", "xyz_grid")
     opened.says("#draw-scripts-settings", "xyz_grid:x")
-    page.locator("#draw-scripts-settings [data-row='0'][data-col='1']").dblclick()
-    page.keyboard.type("steps=1,2")
-    page.keyboard.press("Enter")
-    page.wait_for_timeout(500)
+    opened.typed("#draw-scripts-settings", 0, 1, "steps=1,2")
     page.click("#draw-start")
     opened.says("#draw-status", "a picture in")
     assert served.seen[-1].scripts == {"xyz_grid": {"x": "steps=1,2"}}
@@ -271,6 +268,32 @@ def test_a_mask_is_painted_on_a_picture(opened: Opened, served: Served, picture:
     assert mask.shape == (64, 128)
     assert mask[32, 64] == 255
     assert (mask[0] == 0).all()
+
+
+@pytest.mark.full
+# Gradio leaves the file of a picture open
+@pytest.mark.filterwarnings("ignore:Exception ignored in. <_io.FileIO:pytest.PytestUnraisableExceptionWarning")
+def test_a_control_a_style_and_a_lora_arrive(opened: Opened, served: Served, picture: Path) -> None:
+    page = opened.page
+    opened.says("#draw-width", "64 to 512")
+    for title, kind in (("Style pictures", "styles"), ("Controls", "controls")):
+        page.get_by_role("button", name=title).click()
+        page.locator(f"#draw-{kind}-0-picture input[type=file]").first.set_input_files(picture)
+        opened.seen(f"#draw-{kind}-0-picture")
+        page.fill(f"#draw-{kind}-0-scale input", "0.4")
+    page.fill("#draw-controls-0-end input", "0.5")
+    page.get_by_role("button", name="LoRA files").click()
+    opened.says("#draw-loras", "pixel")
+    opened.typed("#draw-loras", 0, 1, "0.7")
+    page.click("#draw-start")
+    opened.says("#draw-status", "a picture in")
+    drawn = served.seen[-1]
+    (control,), (style,) = drawn.controls, drawn.styles
+    assert (control.name, control.scale, control.start, control.end) == ("canny", 0.4, 0, 0.5)
+    assert (style.name, style.scale) == ("photo", 0.4)
+    assert control.image.size == style.image.size == (128, 64)
+    assert drawn.loras == {"pixel": 0.7}
+    assert opened.faults == []
 
 
 @pytest.mark.full

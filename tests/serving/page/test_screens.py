@@ -47,6 +47,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return chosen
 
 
+def grid(opened: Opened) -> None:
+    """Draw a grid, with a script beside it."""
+    page = opened.page
+    page.get_by_role("button", name="Grid (X/Y/Z)").click()
+    for axis, field, values in (("x", "steps", "4,12"), ("y", "prompt_sr", "red,green")):
+        opened.chosen(f"#draw-{axis}-field", field)
+        page.fill(f"#draw-{axis}-values :is(textarea, input)", values)
+    page.click("#draw-start")
+    opened.says("#draw-status", "a grid of 4 cells")
+    opened.seen("#draw-results")
+    page.get_by_role("button", name="Scripts").click()
+    opened.chosen("#draw-scripts-chosen", "styles")
+    opened.says("#draw-scripts-settings", "styles:names")
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "width"), [("light", "light", 1200), ("dark", "dark", 1200), ("phone", "light", 390)]
 )
@@ -54,10 +69,10 @@ def test_screens(chromium: Any, url: str, folder: Path, name: str, scheme: str, 
     opened = Opened(chromium, url, viewport={"width": width, "height": 844}, color_scheme=scheme)
     page, files = opened.page, list[Path]()
 
-    def shot(what: str) -> None:
+    def shot(what: str, whole: bool = True) -> None:
         page.wait_for_timeout(1500)
         files.append(folder / f"{what}-{name}.png")
-        page.screenshot(path=files[-1], full_page=True)
+        page.screenshot(path=files[-1], full_page=whole)
 
     opened.says("#draw-width", "32 to 2048")
     page.fill("#draw-prompt textarea", PROMPT)
@@ -66,8 +81,14 @@ def test_screens(chromium: Any, url: str, folder: Path, name: str, scheme: str, 
     opened.says("#draw-status", "a picture in")
     opened.seen("#draw-results")
     shot("draw")
+    page.locator("#draw-results").get_by_label("Zoom").click()
+    page.wait_for_function("() => document.querySelector('#viewer img').naturalWidth > 0")
+    shot("zoom", whole=False)
+    page.keyboard.press("Escape")
+    grid(opened)
+    shot("grid")
     opened.tab("Gallery")
-    page.locator("#album-pictures .thumbnail-item").first.click()
+    page.locator("#album-pictures .thumbnail-item").nth(4).click()  # behind the grid and its cells
     page.wait_for_function("() => document.querySelector('#album-text textarea').value.includes('Seed: 7')")
     shot("gallery")
     page.click("#album-ask")
