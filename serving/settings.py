@@ -179,8 +179,8 @@ class Settings:
         bool,
         typer.Option(
             "--page/--no-page",
-            help="Serve the web page at /ui there, where browsers that open the root are led to (extra ui). It sends "
-            "no token: with --tokens, run `enginecast ui` beside the server.",
+            help="Serve the web page at /ui there, where browsers that open the root are led to (extra ui). With "
+            "--tokens, one logs in there with a token.",
         ),
     ] = False
     target: Target = None

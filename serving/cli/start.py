@@ -118,13 +118,8 @@ def others(host: ModelHost, settings: Settings, protection: Security) -> list[se
 
 def page_of(host: ModelHost, protection: Security) -> Application:
     """The web page of a host."""
-    if protection.gate.closed:
-        raise InvalidInput(
-            "page", "sends no token, and this server needs one: leave out --page, and run `enginecast ui --address` "
-            "with a token beside the server"
-        )  # fmt: skip
     require("gradio", "ui")
     from serving.page.application import Application
     from serving.page.backend import Local
 
-    return Application(Local(host), default_files())
+    return Application(Local(host, protection.gate), default_files(), protection.gate)

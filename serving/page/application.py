@@ -20,9 +20,11 @@ from serving.dialects.http import pages
 from serving.dialects.http.pages import Receive, Send
 from serving.page.backend import Backend
 from serving.page.guard import Guard
+from serving.page.login import Login
 from serving.page.page import SCRIPT, STYLE, blocks, theme
 from serving.page.parts import Page
 from serving.page.runs import Runs
+from serving.security.gate import Gate
 
 PREFIX: Final = "/ui"
 ICON: Final = '<link rel="icon" href="data:,">'
@@ -34,15 +36,15 @@ FOLDER: Final = "GRADIO_TEMP_DIR"
 class Application:
     """The page of a backend; other paths lead to it. It has a folder of its own for pictures, which is removed with it.
 
-    `rows` are files of measured rows.
+    `rows` are files of measured rows. Where the `gate` needs tokens, the page asks for one.
     """
 
-    def __init__(self, backend: Backend, rows: Sequence[Path] = ()) -> None:
+    def __init__(self, backend: Backend, rows: Sequence[Path] = (), gate: Gate | None = None) -> None:
         folder = Path(tempfile.mkdtemp(prefix="enginecast-page-"))
         self._remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         os.environ[FOLDER] = str(folder)  # Gradio reads it whenever it writes a file
         self._backend = backend
-        self._made = made = blocks(Page(backend, Runs(backend), folder, rows))
+        self._made = made = blocks(Page(backend, Runs(backend), folder, rows, bool(gate and gate.closed)))
         inner = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         gr.mount_gradio_app(
             inner, made, PREFIX, footer_links=[], run_history=False, ssr_mode=False, mcp_server=False, pwa=False,
@@ -50,7 +52,9 @@ class Application:
             css_paths=STYLE, js=SCRIPT.read_text("utf-8"), head=ICON,
         )  # fmt: skip
         made.has_launched = True  # from then on Gradio checks which files it reads
-        self._guard, self._inner, self.folder = Guard(inner, PREFIX, folder), inner, folder.resolve()
+        guard = Guard(inner, PREFIX, folder)
+        self._entry = Login(guard, PREFIX, gate) if gate is not None and gate.closed else guard
+        self._inner, self.folder = inner, folder.resolve()
 
     def before(self, others: pages.App) -> pages.App:
         """The page together with another application: browsers that open the root are led to the page."""
@@ -75,7 +79,7 @@ class Application:
                 await self._backend.close()
                 self._remove()
         elif scope["path"].startswith(f"{PREFIX}/"):
-            await self._guard(scope, receive, send)
+            await self._entry(scope, receive, send)
         elif scope["type"] == "http" and scope["path"] in ("/", PREFIX):
             await RedirectResponse(f"{PREFIX}/")(scope, receive, send)
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,7 +10,7 @@ import gradio as gr
 from runtime.errors import EnginecastError
 from serving.page import lines
 from serving.page.backend import Models
-from serving.page.parts import Page, Updates
+from serving.page.parts import Page, Updates, visitor
 from serving.page.pictures import KEPT_SECONDS
 from serving.page.tabs.album import Album
 from serving.page.tabs.draw import Draw
@@ -25,6 +24,7 @@ FONTS: Final = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Ubuntu", "H
 MONO: Final = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 """Fonts of the system: none is loaded."""
 TURN: Final = "() => { document.body.classList.toggle('dark') }"
+LEAVE: Final = '<form method="post" action="logout"><button>Log out</button></form>'
 LOOK_SECONDS: Final = 3600
 """Between two looks for files that are too old."""
 
@@ -41,6 +41,8 @@ def blocks(page: Page) -> Any:
     ) as made:
         with gr.Row(elem_id="head"):
             gr.HTML("<h1>enginecast</h1>")
+            if page.closed:
+                gr.HTML(LEAVE, elem_id="leave", padding=False)
             turn = gr.Button("Light or dark", size="sm", elem_id="turn", scale=0, min_width=120)
         problem = gr.HTML(elem_id="problem", visible=False)
         with gr.Tabs(selected="draw", elem_id="tabs") as tabs:
@@ -60,7 +62,7 @@ def blocks(page: Page) -> Any:
         album.wire(tabs, draw, talk)
         overview.wire()
         made.load(
-            partial(_listed, page, draw, talk),
+            _listed(page, draw, talk),
             None,
             [*draw.settings.scripts.all, *talk.scripts.all],
             show_progress="hidden",
@@ -70,22 +72,26 @@ def blocks(page: Page) -> Any:
     return made.queue(default_concurrency_limit=None, api_open=False, status_update_rate=1)
 
 
-async def _listed(page: Page, *tabs: Any) -> Updates:
-    """The scripts that there are, as the page opens."""
-    try:
-        scripts = await page.backend.scripts()
-    except EnginecastError:  # the line about the models says why
-        return {}
-    return {part: update for tab in tabs for part, update in tab.listed(scripts).items()}
+def _listed(page: Page, *tabs: Any) -> Any:
+    """What looks for the scripts that there are, as the page opens."""
+
+    async def listed(request: gr.Request) -> Updates:
+        try:
+            scripts = await page.backend.scripts(visitor(request))
+        except EnginecastError:  # the line about the models says why
+            return {}
+        return {part: update for tab in tabs for part, update in tab.listed(scripts).items()}
+
+    return listed
 
 
 def _refresh(made: Any, page: Page, problem: Any, *shown: tuple[Any, Any]) -> None:
     """Look at the models now and then, as the page opens and while it is open."""
     choices = [choice for _, choice in shown]
 
-    async def look(*chosen: str | None) -> Updates:
+    async def look(request: gr.Request, *chosen: str | None) -> Updates:
         try:
-            models: Models = await page.backend.models()
+            models: Models = await page.backend.models(visitor(request))
         except EnginecastError as error:
             return {problem: gr.update(value=lines.failed(error), visible=True)}
         updates: Updates = {problem: gr.update(visible=False)}

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from serving.enginecast_pb import model_pb2
-from serving.page.backend import Backend, Models
+from serving.page.backend import Backend, Models, Visitor
 from serving.page.runs import Runs
 
 Updates = dict[Any, Any]
@@ -19,12 +19,20 @@ Updates = dict[Any, Any]
 
 @dataclass(frozen=True)
 class Page:
-    """What every tab is made from. `folder` is where the page's pictures lie, `rows` are files of measured rows."""
+    """What every tab is made from. `folder` is where the page's pictures lie, `rows` are files of measured rows; a page
+    is `closed` if one has to log in.
+    """
 
     backend: Backend
     runs: Runs
     folder: Path
     rows: Sequence[Path]
+    closed: bool = False
+
+
+def visitor(request: gr.Request) -> Visitor:
+    """Who sent a request of the page. The header is that of `serving.page.login`, not of a browser."""
+    return Visitor(str(request.session_hash), request.headers.get("authorization", ""))
 
 
 def optional(label: str, usual: str, name: str, info: str | None = None) -> Any:

@@ -38,7 +38,7 @@ def saved(folder: Path, request: ImageRequest, ready: ImageReady, facts: Mapping
     """
     picture = np.asarray(ready.image, np.uint8)
     text = told(request, ready, facts)
-    path = fresh(folder) / f"{ready.seed}-{uuid4().hex[:8]}.png"
+    path = fresh(folder) / f"{ready.seed}-{uuid4().hex}.png"
     path.write_bytes(encode_image(picture, texts={KEY: text}))
     return path, text
 

@@ -10,7 +10,7 @@ from runtime.errors import Cancelled, EnginecastError
 from runtime.pipeline import Event
 from runtime.task import Request
 from serving.host.job import Queued
-from serving.page.backend import Backend
+from serving.page.backend import Backend, Visitor
 
 
 @dataclass(eq=False)
@@ -30,12 +30,12 @@ class Runs:
         self._backend = backend
         self._running: set[Run] = set()
 
-    async def events(self, session: str, tab: str, model: str, request: Request) -> AsyncGenerator[Event, None]:
+    async def events(self, visitor: Visitor, tab: str, model: str, request: Request) -> AsyncGenerator[Event, None]:
         """The events of a request. Raises its errors, and Cancelled where it was stopped."""
-        run = Run(session, tab)
+        run = Run(visitor.session, tab)
         self._running.add(run)
         try:
-            async with aclosing(self._backend.run(model, request, f"page:{session}")) as events:
+            async with aclosing(self._backend.run(model, request, visitor)) as events:
                 async for event in events:
                     if isinstance(event, Queued):
                         run.id = event.id

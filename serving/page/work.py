@@ -26,6 +26,7 @@ from serving.dialects.python.requests import going_on
 from serving.dialects.python.results import drawing
 from serving.host.job import Done, Queued
 from serving.page import lines
+from serving.page.backend import Visitor
 from serving.page.parts import Page
 from serving.page.pictures import fresh, parameters, saved
 
@@ -51,10 +52,10 @@ class Step:
 
 
 class Work:
-    """Drawing with a model for an open page, whose name is `session`."""
+    """Drawing with a model for a visitor of a tab."""
 
-    def __init__(self, page: Page, session: str, tab: str, model: str) -> None:
-        self._page, self._session, self._tab, self._model = page, session, tab, model
+    def __init__(self, page: Page, visitor: Visitor, tab: str, model: str) -> None:
+        self._page, self._visitor, self._tab, self._model = page, visitor, tab, model
 
     async def pictures(self, request: ImageRequest) -> AsyncGenerator[Step, None]:
         """Draw a request. Raises its errors."""
@@ -129,10 +130,10 @@ class Work:
         if len(there) < len(cells):
             raise InvalidInput("grid", "has cells that were removed meanwhile: draw it again")
         whole = GridDrawing(plan, grid_picture(plan, there), there)
-        return whole.save(fresh(self._page.folder) / f"grid-{uuid4().hex[:8]}.png")
+        return whole.save(fresh(self._page.folder) / f"grid-{uuid4().hex}.png")
 
     def _events(self, request: ImageRequest, model: str = "") -> AsyncGenerator[Event, None]:
-        return self._page.runs.events(self._session, self._tab, model or self._model, request)
+        return self._page.runs.events(self._visitor, self._tab, model or self._model, request)
 
 
 def _counted(pictures: int) -> str:

@@ -90,6 +90,11 @@ class Gate:
         with self._usages.setdefault(token.name, Usage()).call(token):
             yield
 
+    def known(self, authorization: str | None) -> None:
+        """Raise Unauthenticated unless the token is one of the file."""
+        if self._tokens is not None:
+            _found(self._tokens.current(), authorization)
+
     def check(self, scope: Scope, authorization: str | None) -> None:
         """Raise Unauthenticated or PermissionDenied unless the token has a scope. May be called from any thread."""
         if self._tokens is not None:

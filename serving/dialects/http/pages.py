@@ -162,16 +162,16 @@ def _read(send: Send) -> Send:
     return timed
 
 
-def bounded(receive: Receive) -> Receive:
-    """`receive` that raises InvalidInput for a body that is too large."""
+def bounded(receive: Receive, most: int = limits.MESSAGE.most) -> Receive:
+    """`receive` that raises InvalidInput for a body of more than so many bytes."""
     arrived = 0
 
     async def counted() -> Event:
         nonlocal arrived
         event = await receive()
         arrived += len(event.get("body", b""))
-        if arrived > limits.MESSAGE.most:
-            raise InvalidInput("body", f"has more than {limits.MESSAGE.most:,} bytes: send less, or smaller pictures")
+        if arrived > most:
+            raise InvalidInput("body", f"has more than {most:,} bytes: send less, or smaller pictures")
         return event
 
     return counted

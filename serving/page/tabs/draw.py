@@ -15,9 +15,9 @@ from runtime.errors import EnginecastError, InvalidInput
 from runtime.tasks.image import ImageAbilities
 from serving.enginecast_pb import model_pb2
 from serving.page import lines
-from serving.page.backend import Models, Scripts
+from serving.page.backend import Models, Scripts, Visitor
 from serving.page.drawing import Values, abilities, plan_of, request_of, scores_of
-from serving.page.parts import Page, Updates, busy, larger, named, names_of
+from serving.page.parts import Page, Updates, busy, larger, named, names_of, visitor
 from serving.page.pictures import fields_of
 from serving.page.tabs.settings import Settings
 from serving.page.work import GRID, Pictures, Step, Work
@@ -92,21 +92,23 @@ class Draw:
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 
-    async def _fitting(self, *names: str | None) -> Updates:
+    async def _fitting(self, request: gr.Request, *names: str | None) -> Updates:
         try:
-            return self.settings.fitting(*await self._abilities(names))
+            return self.settings.fitting(*await self._abilities(request, names))
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 
-    async def _refining(self, *names: str | None) -> Updates:
+    async def _refining(self, request: gr.Request, *names: str | None) -> Updates:
         try:
-            return self.settings.taken(*await self._abilities(names))
+            return self.settings.taken(*await self._abilities(request, names))
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 
-    async def _abilities(self, names: Sequence[str | None]) -> tuple[ImageAbilities | None, ImageAbilities | None]:
+    async def _abilities(
+        self, request: gr.Request, names: Sequence[str | None]
+    ) -> tuple[ImageAbilities | None, ImageAbilities | None]:
         """What a model and its refiner can."""
-        models = {model.name: model for model in await self._page.backend.models()}
+        models = {model.name: model for model in await self._page.backend.models(visitor(request))}
         can, refiner = (abilities(models.get(name or "")) for name in names)
         return can, refiner
 
@@ -117,7 +119,7 @@ class Draw:
         last, pace = Updates(), Pace()
         yield busy(True, self.start, self.halt) | {self.status: lines.line("starting")}
         try:
-            async with aclosing(self._steps(str(request.session_hash), self.settings.values(inputs))) as steps:
+            async with aclosing(self._steps(visitor(request), self.settings.values(inputs))) as steps:
                 async for step in steps:
                     last |= self._shown(step)
                     pictures = pace.pictures(() if step.last else step.pictures or ())
@@ -128,13 +130,13 @@ class Draw:
         # all of it again: a browser may drop what came quickly
         yield last | busy(False, self.start, self.halt) | {self.preview: gr.update(visible=False)}
 
-    async def _steps(self, session: str, values: Values) -> AsyncGenerator[Step, None]:
+    async def _steps(self, drawing: Visitor, values: Values) -> AsyncGenerator[Step, None]:
         """What is drawn for what is filled in. Raises the errors of the requests."""
         wanted = await asyncio.to_thread(request_of, values)
         plan = plan_of(values, wanted)
         if not values["model"]:
             raise InvalidInput("model", "is missing: this server has none that draws")
-        work = Work(self._page, session, TAB, values["model"])
+        work = Work(self._page, drawing, TAB, values["model"])
         if values["refiner"]:
             made = work.refined(wanted, values["refiner"], scores_of(values))
         else:
@@ -157,11 +159,12 @@ class Draw:
         if drawn is None:
             return {self._drawn: None}
         found, text = drawn
+        whole = found[0][1] == GRID
         files = {file for file, _ in found}  # cells of a grid that went on are there already
         return {
-            self.results: gr.update(value=found, selected_index=0 if found[0][1] == GRID else len(found) - 1),
+            self.results: gr.update(value=found, selected_index=0 if whole else len(found) - 1),
             self.parameters: gr.update() if text is None else text,
-            self._album: [*reversed(found), *(one for one in album or [] if one[0] not in files)],
+            self._album: [*(found if whole else reversed(found)), *(one for one in album or [] if one[0] not in files)],
             self._drawn: None,
         }
 

@@ -32,7 +32,7 @@ def axes(add: Add) -> None:
         for name in NAMES:
             with gr.Row(equal_height=True):
                 field = gr.Dropdown(
-                    _fields(()), value="", label=name.upper(), elem_id=f"draw-{name}-field", min_width=120, scale=2
+                    _fields(()), value="", label=name.upper(), elem_id=f"draw-{name}-field", min_width=150, scale=2
                 )
                 values = gr.Textbox(
                     label="Values", placeholder=SHOWN[name], elem_id=f"draw-{name}-values", min_width=160, scale=3

@@ -11,7 +11,7 @@ import gradio as gr
 from serving.enginecast_pb import model_pb2
 from serving.page import lines
 from serving.page.backend import Models
-from serving.page.parts import Page, Updates
+from serving.page.parts import Page, Updates, visitor
 
 SECONDS: Final = 2
 """Between two looks at the models."""
@@ -42,7 +42,7 @@ class Overview:
             (self.unload, self._page.backend.unload, "unloading"),
         ):
             button.click(partial(_beginning, verb), self.model, self.status, show_progress="hidden").then(
-                partial(self._change, work), self.model, [self.status, self.table], show_progress="hidden"
+                self._changing(work), self.model, [self.status, self.table], show_progress="hidden"
             )
 
     @property
@@ -56,13 +56,18 @@ class Overview:
         chosen = gr.update(choices=names, value=model if model in names else next(iter(names), None))
         return {self.table: table(models), self.model: chosen}
 
-    async def _change(self, work: Any, name: str | None) -> Updates:
-        try:
-            await work(name or "")
-            said = ""
-        except Exception as error:
-            said = lines.failed(error)
-        return {self.status: said, self.table: table(await self._page.backend.models())}
+    def _changing(self, work: Any) -> Any:
+        """What changes the state of a model, and shows it. Gradio gives requests to functions, not to partial ones."""
+
+        async def change(request: gr.Request, name: str | None) -> Updates:
+            who = visitor(request)
+            try:
+                await work(name or "", who)
+                return {self.status: "", self.table: table(await self._page.backend.models(who))}
+            except Exception as error:
+                return {self.status: lines.failed(error)}
+
+        return change
 
 
 def _beginning(verb: str, name: str | None) -> str:

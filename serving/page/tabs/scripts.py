@@ -26,7 +26,7 @@ class ScriptChoice:
             self.table = gr.Dataframe(
                 headers=list(COLUMNS), datatype="str", type="array", static_columns=[0, 2], interactive=True, wrap=True,
                 label="Settings: what is empty is the script's own", buttons=[], visible=False,
-                column_widths=["30%", "30%", "40%"], elem_id=f"{name}-settings",
+                column_widths=[150, 130, 200], elem_id=f"{name}-settings",
             )  # fmt: skip
         self._known = gr.State(Known())
 

@@ -15,8 +15,8 @@ from runtime.tasks.chat import ChatRequest, TextDelta
 from serving.enginecast_pb import model_pb2
 from serving.host.job import Done, Queued
 from serving.page import lines
-from serving.page.backend import Models, Scripts
-from serving.page.parts import Page, Updates, busy, named
+from serving.page.backend import Models, Scripts, Visitor
+from serving.page.parts import Page, Updates, busy, named, visitor
 from serving.page.pictures import read
 from serving.page.tabs.scripts import ScriptChoice
 from serving.page.talking import OPTIONS, Answers, Conversation, request_of
@@ -111,7 +111,7 @@ class Talk:
             if not (text or pictures):
                 raise InvalidInput("question", "is empty: ask something, or give a picture")
             now = said.asked(text, pictures, files)
-            async with aclosing(self._answer(str(request.session_hash), model, now, options)) as updates:
+            async with aclosing(self._answer(visitor(request), model, now, options)) as updates:
                 async for so_far, update in updates:
                     answer, last = so_far, last | update
                     yield update
@@ -128,13 +128,13 @@ class Talk:
         return {self.likely_box: gr.update(visible=True), self.likely: lines.likely(answers.logprobs)}
 
     async def _answer(
-        self, session: str, model: str | None, now: Conversation, options: dict[str, Any]
+        self, asking: Visitor, model: str | None, now: Conversation, options: dict[str, Any]
     ) -> AsyncGenerator[tuple[Answers, Updates], None]:
         """The answer so far, and what to show of it, after each event."""
         if not model:
             raise InvalidInput("model", "is missing: this server has none that talks")
         wanted, answer = request_of(now, options), Answers()
-        async with aclosing(self._page.runs.events(session, TAB, model, wanted)) as events:
+        async with aclosing(self._page.runs.events(asking, TAB, model, wanted)) as events:
             async for event in events:
                 match event:
                     case Queued():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 from runtime.errors import InvalidInput
 from serving.cli import commands as cli
 from serving.cli.start import others, security
+from serving.dialects.http.server import HttpServer
 from serving.host.models import ModelHost
 from serving.security import tokens
 from serving.security.scopes import Scope
@@ -52,12 +55,28 @@ def test_bundles_and_a_server_exclude_each_other() -> None:
     assert str(ended.exception).startswith("address: belongs to a server elsewhere")
 
 
-def test_the_page_needs_http_and_a_server_without_tokens(tmp_path: Path) -> None:
+async def test_the_page_needs_http_and_asks_for_a_token_where_the_server_does(tmp_path: Path) -> None:
     host = ModelHost([], lambda bundle, target: pytest.fail())
     with pytest.raises(InvalidInput, match=r"page: is of no effect without --http"):
         others(host, Settings(page=True), security(Settings()))
     file = tmp_path / "tokens"
     tokens.new(file, "me", frozenset({Scope.INFER}), None, None)
     closed = Settings(page=True, http="127.0.0.1:0", tokens=file)
-    with pytest.raises(InvalidInput, match=r"page: sends no token"):
-        others(host, closed, security(closed))
+    (server,) = others(host, closed, security(closed))
+    assert isinstance(server, HttpServer)
+    await server.start()
+    status, place = await asyncio.to_thread(_opened, server.port)
+    await server.stop()
+    assert (status, place) == (303, "/ui/login")
+    await host.close()
+
+
+def _opened(port: int) -> tuple[int, str | None]:
+    """The status of the page, and where it leads."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", "/ui/")
+        response = connection.getresponse()
+        return response.status, response.headers["location"]
+    finally:
+        connection.close()

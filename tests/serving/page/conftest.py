@@ -18,7 +18,8 @@ from runtime.tasks.image import ImageRequest
 from serving.dialects.http.server import HttpServer
 from serving.host.models import ModelHost
 from serving.page.application import Application
-from serving.page.backend import Local, Models
+from serving.page.backend import Local, Models, Visitor
+from serving.security.gate import Gate
 from tests.fakes.serving import FakeServer
 
 CAN: dict[str, Any] = {
@@ -41,17 +42,17 @@ CAN: dict[str, Any] = {
 class Able(Local):
     """A host whose drawing model says what it can, `can`. `requests` are those that it got."""
 
-    def __init__(self, host: ModelHost) -> None:
-        super().__init__(host)
+    def __init__(self, host: ModelHost, gate: Gate | None = None) -> None:
+        super().__init__(host, gate)
         self.can: dict[str, Any] = dict(CAN)
         self.requests: list[Request] = []
 
-    def run(self, model: str, request: Request, client: str) -> AsyncGenerator[Event, None]:
+    def run(self, model: str, request: Request, visitor: Visitor) -> AsyncGenerator[Event, None]:
         self.requests.append(request)
-        return super().run(model, request, client)
+        return super().run(model, request, visitor)
 
-    async def models(self) -> Models:
-        found = await super().models()
+    async def models(self, visitor: Visitor) -> Models:
+        found = await super().models(visitor)
         for model in found:
             if model.name == "draw":
                 json_format.ParseDict(self.can, model.abilities)
@@ -59,13 +60,13 @@ class Able(Local):
 
 
 class Served:
-    """The page of a fake server at `url`."""
+    """The page of a fake server at `url`, for those that a `gate` admits."""
 
-    def __init__(self, fake: FakeServer) -> None:
-        self.fake, self.backend = fake, Able(fake.host)
+    def __init__(self, fake: FakeServer, gate: Gate | None = None) -> None:
+        self.fake, self.backend = fake, Able(fake.host, gate)
 
         async def start() -> HttpServer:
-            self.application = Application(self.backend, sorted(SHIPPED.glob("*.jsonl")))
+            self.application = Application(self.backend, sorted(SHIPPED.glob("*.jsonl")), gate)
             server = HttpServer(self.application, "127.0.0.1:0", leaving=self.application.leave)
             await server.start()
             return server
@@ -111,11 +112,11 @@ def chromium() -> Iterator[Any]:
 
 
 class Opened:
-    """A page in the browser. `elsewhere` are the addresses of other machines that it tried to reach, `faults` what went
-    wrong in it.
+    """A page in the browser, where one logs in with a `token` if there is one. `elsewhere` are the addresses of other
+    machines that it tried to reach, `faults` what went wrong in it.
     """
 
-    def __init__(self, browser: Any, url: str, **context: Any) -> None:
+    def __init__(self, browser: Any, url: str, token: str = "", **context: Any) -> None:
         self.elsewhere: list[str] = []
         self.faults: list[str] = []
         self._context = browser.new_context(**context)
@@ -125,6 +126,9 @@ class Opened:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("response", self._answered)
         self.page.goto(url)
+        if token:
+            self.page.fill("#token", token)
+            self.page.keyboard.press("Enter")
         self.page.wait_for_selector("#draw-prompt textarea")
 
     def close(self) -> None:

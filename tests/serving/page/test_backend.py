@@ -17,11 +17,12 @@ from runtime.tasks.image import ImageReady, ImageRequest
 from serving.enginecast_pb import model_pb2
 from serving.host.job import Done, Queued
 from serving.page import lines
-from serving.page.backend import Backend, Local, Remote
+from serving.page.backend import Backend, Local, Remote, Visitor
 from serving.page.runs import Runs
 from tests.fakes.serving import FakeServer, until
 
 DRAW = ImageRequest("a circle", steps=3, seed=5)
+ME = Visitor("page")
 
 
 @pytest.fixture
@@ -38,7 +39,7 @@ async def remote(fake: FakeServer) -> AsyncIterator[Backend]:
 
 
 async def drawn(backend: Backend) -> list[Event]:
-    return [event async for event in backend.run("draw", DRAW, "page")]
+    return [event async for event in backend.run("draw", DRAW, ME)]
 
 
 async def test_the_events_are_the_same_here_and_elsewhere(fake: FakeServer, remote: Backend) -> None:
@@ -51,13 +52,13 @@ async def test_the_events_are_the_same_here_and_elsewhere(fake: FakeServer, remo
 
 
 async def test_models_elsewhere_are_loaded_and_unloaded(fake: FakeServer, remote: Backend) -> None:
-    await remote.unload("draw")
-    states = {model.name: model.state for model in await remote.models()}
+    await remote.unload("draw", ME)
+    states = {model.name: model.state for model in await remote.models(ME)}
     assert states == {"draw": model_pb2.MODEL_STATE_UNLOADED, "talk": model_pb2.MODEL_STATE_READY}
-    await remote.load("draw")
+    await remote.load("draw", ME)
     assert fake.host.status("draw").state.value == "ready"
     with pytest.raises(NotFound):
-        await remote.load("none")
+        await remote.load("none", ME)
 
 
 async def test_a_page_stops_its_own_requests_alone(fake: FakeServer, remote: Backend) -> None:
@@ -65,7 +66,7 @@ async def test_a_page_stops_its_own_requests_alone(fake: FakeServer, remote: Bac
     fake.draw.hold()
 
     async def follow(session: str) -> None:
-        async with aclosing(runs.events(session, "draw", "draw", DRAW)) as events:
+        async with aclosing(runs.events(Visitor(session), "draw", "draw", DRAW)) as events:
             async for event in events:
                 seen.setdefault(session, []).append(event)
 
@@ -88,12 +89,12 @@ async def test_a_page_stops_its_own_requests_alone(fake: FakeServer, remote: Bac
 
 
 async def test_a_request_that_waits_for_its_model_stops_then(fake: FakeServer, remote: Backend) -> None:
-    await remote.unload("draw")
+    await remote.unload("draw", ME)
     fake.load_gate.clear()
     runs = Runs(Local(fake.host))
 
     async def first() -> Event:
-        async with aclosing(runs.events("one", "draw", "draw", DRAW)) as events:
+        async with aclosing(runs.events(Visitor("one"), "draw", "draw", DRAW)) as events:
             return await anext(events)
 
     fake.host.catalog.find("draw").withheld = False

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tests.serving.page.conftest import Opened
 
@@ -73,7 +74,9 @@ def test_screens(chromium: Any, url: str, folder: Path, name: str, scheme: str, 
         page.wait_for_timeout(1500)
         files.append(folder / f"{what}-{name}.png")
         page.screenshot(path=files[-1], full_page=whole)
+        Image.open(files[-1]).convert("RGB").quantize(200).save(files[-1], optimize=True)
 
+    page.set_default_timeout(90_000)  # the samples compute here
     opened.says("#draw-width", "32 to 2048")
     page.fill("#draw-prompt textarea", PROMPT)
     page.fill("#draw-seed :is(textarea, input)", "7")
@@ -88,7 +91,7 @@ def test_screens(chromium: Any, url: str, folder: Path, name: str, scheme: str, 
     grid(opened)
     shot("grid")
     opened.tab("Gallery")
-    page.locator("#album-pictures .thumbnail-item").nth(4).click()  # behind the grid and its cells
+    page.locator("#album-pictures .thumbnail-item").nth(5).click()  # behind the grid and its cells
     page.wait_for_function("() => document.querySelector('#album-text textarea').value.includes('Seed: 7')")
     shot("gallery")
     page.click("#album-ask")

@@ -13,10 +13,11 @@ from runtime.errors import InvalidInput
 from runtime.scripting import Scripts
 from serving.dialects.grpc import messages
 from serving.enginecast_pb import model_pb2
-from serving.page.backend import Local, Remote
+from serving.page.backend import Local, Remote, Visitor
 from serving.page.scripting import broken, known, rows, scripts_of
 from tests.fakes.serving import FakeServer
 
+ME = Visitor("page")
 OWN = [messages.script_info(one) for one in Scripts().listed()]
 
 
@@ -70,7 +71,7 @@ def test_the_scripts_of_a_request() -> None:
 async def test_a_server_here_and_one_elsewhere_list_the_same(tmp_path: Path) -> None:
     with FakeServer(tmp_path / "bundles") as fake:
         remote = Remote(fake.address)
-        assert await remote.scripts() == await asyncio.to_thread(lambda: fake.do(Local(fake.host).scripts())) == OWN
+        assert await remote.scripts(ME) == await asyncio.to_thread(lambda: fake.do(Local(fake.host).scripts(ME))) == OWN
         assert remote.identity("draw") != remote.identity("talk")
         assert Local(fake.host).identity("draw") != Local(fake.host).identity("talk")
         await remote.close()

@@ -11,6 +11,7 @@ from runtime.errors import InvalidInput
 from runtime.language.grammar import Grammar
 from runtime.language.logprobs import TokenLogprob
 from runtime.tasks.chat import ChatRequest, TextDelta
+from serving.dialects.python.requests import ChatOptions
 from serving.page.options import Options
 from serving.page.talking import OPTIONS, Answers, Conversation, grammar_of, request_of
 
@@ -22,7 +23,7 @@ def test_the_page_has_every_field_of_an_answer() -> None:
     filled |= {"top_p": "0.5", "min_p": "0.5", "stop": "'a b' c", "context_overflow": "slide", "system": "be brief"}
     made = request_of(ASKED, {**filled, "form": "regex", "grammar": "[ab]+", "scripts": ["other"]})
     usual = request_of(ASKED, {})
-    for name in (field.name for field in fields(ChatRequest)):
+    for name in ("messages", *ChatOptions.__annotations__):
         assert getattr(made, name) != getattr(usual, name), name
     assert made.stop == ("a b", "c")
     assert made.grammar == Grammar.regex("[ab]+")

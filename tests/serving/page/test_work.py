@@ -18,6 +18,7 @@ from runtime.script import Folders
 from runtime.scripting import Scripts
 from runtime.tasks.image import ImageRequest
 from runtime.vision.images import decode_image
+from serving.page.backend import Visitor
 from serving.page.parts import Page
 from serving.page.pictures import KEPT_SECONDS, parameters
 from serving.page.runs import Runs
@@ -41,7 +42,7 @@ class Drawing:
 
     def __init__(self, fake: FakeServer, folder: Path) -> None:
         self.fake, self.folder, self.backend = fake, folder, Able(fake.host)
-        self.work = Work(Page(self.backend, Runs(self.backend), folder, ()), "session", "draw", "draw")
+        self.work = Work(Page(self.backend, Runs(self.backend), folder, ()), Visitor("session"), "draw", "draw")
 
     def steps(self, made: Callable[[], AsyncGenerator[Step, None]], pictures: int = 1000) -> list[Step]:
         """The steps of a drawing, until there are so many pictures."""
@@ -150,7 +151,9 @@ def test_mistakes_of_a_grid(drawing: Drawing) -> None:
     drawing.fake.draw.failure = InvalidInput("steps", "is too much")
     with pytest.raises(InvalidInput, match="is too much"):
         drawing.grid()
-    drawing.work = Work(Page(drawing.backend, Runs(drawing.backend), drawing.folder, ()), "session", "draw", "none")
+    drawing.work = Work(
+        Page(drawing.backend, Runs(drawing.backend), drawing.folder, ()), Visitor("session"), "draw", "none"
+    )
     with pytest.raises(NotFound):
         drawing.grid()
 
