@@ -10,13 +10,16 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+from runtime.diffusion.solver import samplers
 from runtime.errors import InvalidInput
 from runtime.grid.axes import Axis
 from runtime.grid.plan import NAMES, GridPlan
-from runtime.tasks.image import ImageAbilities, ImageRequest
+from runtime.tasks.image import FILLS, ImageAbilities, ImageRequest
 from runtime.values import named, real
 from runtime.values import whole as whole_number
-from serving.cli.drawing import REFINED_FROM, Conditions
+from runtime.vision.enlarging import UPSCALERS
+from serving.cli.drawing import REFINED_FROM, Canvas, Conditions
+from serving.cli.enlarging import Enlarging
 from serving.cli.plain import Plain
 from serving.dialects.python.grid import resumable
 from serving.dialects.python.requests import Control, Style, image_request
@@ -34,6 +37,11 @@ REST: Final = Options(
 )
 """Further plain values of a picture."""
 SIZES: Final = Options(Conditions)
+LARGER: Final = Options(Enlarging, choices={"hires_upscaler": tuple(UPSCALERS), "hires_sampler": samplers()})
+FILL: Final = Options(
+    Canvas, ("image", "strength", "mask", "mask_blur", "keep_unmasked", "extend"), {"mask_fill": tuple(FILLS)}
+)
+"""What is painted begins with."""
 EDGES: Final = ("left", "top", "right", "bottom")
 
 Values = Mapping[str, Any]
@@ -50,7 +58,8 @@ def request_of(values: Values) -> ImageRequest:
     options: dict[str, Any] = {name: values.get(name) or None for name in ("negative_prompt", "sampler")}
     options |= {name: number(name, values.get(name)) for name in ("guidance_scale", "eta")}
     options |= {name: whole(name, values.get(name)) for name in ("width", "height", "steps", "seed", "images")}
-    options |= REST.read(values)
+    options |= {name: value for name, value in Plain(**REST.read(values)).given().items() if name in REST.names}
+    options |= Enlarging(**LARGER.read(values)).given() | FILL.read(values)
     conditions = Conditions(**SIZES.read(values))
     options |= conditions.sizes()
     if values.get("refiner"):

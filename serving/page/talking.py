@@ -20,6 +20,13 @@ OPTIONS: Final = Options(Answering, ("format", "regex"), {"context_overflow": OV
 """The options of an answer, but for its form."""
 
 
+SWITCHES: Final = {
+    "fills_context": "The answer may have all that the context leaves",
+    "raw": "The question is the prompt as the model reads it, without a chat template",
+}
+"""Further options, which are on or off."""
+
+
 @dataclass(frozen=True)
 class Answers:
     """What there is of the answers to a question, and the log probabilities of their tokens."""
@@ -80,7 +87,7 @@ def grammar_of(form: str, text: str) -> Grammar | None:
 def request_of(now: Conversation, options: Mapping[str, Any]) -> ChatRequest:
     """The request for an answer. Raises InvalidInput."""
     system = [Message("system", options["system"])] if options.get("system") else []
-    given = OPTIONS.read(options)
+    given = OPTIONS.read(options) | {name: True for name in SWITCHES if options.get(name)}
     given["grammar"] = grammar_of(options.get("form") or "", options.get("grammar") or "")
     given["scripts"] = scripts_of(options.get("scripts") or (), options.get("script_settings") or ())
     return chat_request([*system, *now.messages], (), given)

@@ -11,7 +11,7 @@ from runtime.grid.axes import LORA, fields
 from runtime.grid.plan import NAMES
 from runtime.tasks.image import ImageAbilities
 from serving.cli.drawing import REFINED_FROM
-from serving.page.drawing import SIZES
+from serving.page.drawing import LARGER, SIZES
 from serving.page.parts import optional
 
 GRID: Final = "A picture for each combination of values, on one page: columns (X), rows (Y) and blocks (Z)."
@@ -46,6 +46,13 @@ def conditions(add: Add) -> None:
     with gr.Row():
         for name in SIZES.names:
             add(name, SIZES.part(name, "draw", "usual"))
+
+
+def larger(add: Add) -> None:
+    """A second pass at a larger size."""
+    with gr.Accordion("Second pass, larger", open=False), gr.Row():
+        for name in LARGER.names:
+            add(name, LARGER.part(name, "draw", "usual"))
 
 
 def refiner(add: Add) -> None:

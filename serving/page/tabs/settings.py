@@ -11,7 +11,7 @@ from runtime import limits
 from runtime.diffusion.solver import samplers
 from runtime.grid.plan import NAMES
 from runtime.tasks.image import ImageAbilities, ImageRequest
-from serving.page.drawing import EDGES, REST, SLOTS, Values
+from serving.page.drawing import EDGES, FILL, REST, SLOTS, Values
 from serving.page.parts import Updates, optional
 from serving.page.tabs import extras
 from serving.page.tabs.scripts import ScriptChoice
@@ -55,6 +55,7 @@ class Settings:
             self._slots("controls", "Controls")
             with self._box("conditions", "Sizes and scores (Stable Diffusion XL)"):
                 extras.conditions(self._add)
+            extras.larger(self._add)
             with self._box("refiner", "Refiner"):
                 extras.refiner(self._add)
             extras.axes(self._add)
@@ -200,6 +201,8 @@ class Settings:
                 self._add("keeps_shape", gr.Checkbox(label="What is painted begins with what is there"))
                 self._slider("mask_blur", limits.MASK_BLUR, 0, 1, "Soft border, pixels", 64)
             self._add("keep_unmasked", gr.Checkbox(True, label="What is not painted stays as it is, bit for bit"))
+            for name in FILL.names:
+                self._add(name, FILL.part(name, "draw", "original"))
             with gr.Row():
                 for edge in EDGES:
                     self._number(edge, f"Add {edge}", "0")

@@ -19,7 +19,7 @@ from serving.page.backend import Models, Scripts, Visitor
 from serving.page.parts import Page, Updates, busy, named, visitor
 from serving.page.pictures import read
 from serving.page.tabs.scripts import ScriptChoice
-from serving.page.talking import OPTIONS, Answers, Conversation, request_of
+from serving.page.talking import OPTIONS, SWITCHES, Answers, Conversation, request_of
 
 TAB: Final = "talk"
 OWN: Final = "the model's own"
@@ -66,6 +66,7 @@ class Talk:
             parts["grammar"] = gr.Textbox(label="JSON schema or regular expression", lines=3, elem_id="talk-grammar")
         with gr.Accordion("More", open=False):
             parts |= {name: OPTIONS.part(name, TAB, OWN) for name in OPTIONS.names if name not in FIRST}
+            parts |= {name: gr.Checkbox(label=label, elem_id=f"talk-{name}") for name, label in SWITCHES.items()}
         self.scripts = ScriptChoice(ChatRequest.task, "talk-scripts")
         return parts | {"scripts": self.scripts.chosen, "script_settings": self.scripts.table}
 

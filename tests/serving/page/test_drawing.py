@@ -63,7 +63,7 @@ def test_every_field_arrives(tmp_path: Path) -> None:
 def test_the_page_has_every_field_of_a_picture(tmp_path: Path) -> None:
     RED.convert("RGB").save(tmp_path / "a.png")
     picture = str(tmp_path / "a.png")
-    plain = dict.fromkeys(REST.names, "0.5")
+    plain = dict.fromkeys(REST.names, "0.5") | {"variation_seed": "3", "noise_size": "64,32"}
     given = {
         **plain, "prompt": "a", "negative_prompt": "b", "width": "64", "height": "32", "steps": 20, "seed": "1",
         "guidance_scale": 2.5, "sampler": "euler", "eta": 0.5, "images": "2", "prompt_weights": True, "previews": True,
@@ -72,7 +72,9 @@ def test_the_page_has_every_field_of_a_picture(tmp_path: Path) -> None:
         **dict.fromkeys(SIZES.names, "64,32"), "aesthetic_score": "5", "negative_aesthetic_score": "1",
     }  # fmt: skip
     drawn_on = {"canvas": canvas(brushed()), "left": "8", "keeps_shape": True, "strength": 0.4, "mask_blur": 2}
-    made = [request_of(given | more) for more in (drawn_on | {"keep_unmasked": False}, {"refiner": "other"})]
+    drawn_on["mask_fill"] = "noise"
+    parts = (drawn_on | {"keep_unmasked": False}, {"refiner": "other"}, {"hires_scale": "2", "hires_steps": "3"})
+    made = [request_of(given | more) for more in parts]
     usual = ImageRequest("")
     alone = ("latents", "denoising_start")  # of what another request has drawn
     for name in (field.name for field in fields(ImageRequest) if field.name not in alone):
@@ -80,6 +82,7 @@ def test_the_page_has_every_field_of_a_picture(tmp_path: Path) -> None:
     assert (made[0].original_size, made[0].aesthetic_score) == ((64, 32), 5)
     assert made[0].keep_unmasked is False
     assert (made[1].denoising_end, made[1].aesthetic_score) == (0.8, None)
+    assert (made[2].hires.scale, made[2].hires.steps, made[2].noise_size) == (2, 3, (64, 32))
     assert scores_of(given) == {"aesthetic_score": 5, "negative_aesthetic_score": 1}
     assert request_of({"prompt": "a", "refiner": "other", "refine_from": "0.6"}).denoising_end == 0.6
 

@@ -13,7 +13,7 @@ from runtime.language.logprobs import TokenLogprob
 from runtime.tasks.chat import ChatRequest, TextDelta
 from serving.dialects.python.requests import ChatOptions
 from serving.page.options import Options
-from serving.page.talking import OPTIONS, Answers, Conversation, grammar_of, request_of
+from serving.page.talking import OPTIONS, SWITCHES, Answers, Conversation, grammar_of, request_of
 
 ASKED = Conversation().asked("what is it?", [], [])
 
@@ -22,9 +22,9 @@ def test_the_page_has_every_field_of_an_answer() -> None:
     filled: dict[str, Any] = dict.fromkeys(OPTIONS.names, "2")
     filled |= {"top_p": "0.5", "min_p": "0.5", "stop": "'a b' c", "context_overflow": "slide", "system": "be brief"}
     made = request_of(ASKED, {**filled, "form": "regex", "grammar": "[ab]+", "scripts": ["other"]})
-    usual = request_of(ASKED, {})
+    other, usual = request_of(ASKED, dict.fromkeys(SWITCHES, True)), request_of(ASKED, {})
     for name in ("messages", *ChatOptions.__annotations__):
-        assert getattr(made, name) != getattr(usual, name), name
+        assert any(getattr(one, name) != getattr(usual, name) for one in (made, other)), name
     assert made.stop == ("a b", "c")
     assert made.grammar == Grammar.regex("[ab]+")
     assert [message.role for message in made.messages] == ["system", "user"]
