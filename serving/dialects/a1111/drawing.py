@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ EDITING: Final = re.compile(r"(?<!\\)\[[^\[\]]*(?::\s*[+-]?[\d.]+\s*\]|\|[^\[\]]
 AND: Final = re.compile(r"\bAND\b")
 FIELDS: Final[Mapping[str, str]] = {
     "controls": "alwayson_scripts.ControlNet.args",
+    "guess_mode": "alwayson_scripts.ControlNet.args",
     "styles": "alwayson_scripts.ControlNet.args",
     "guidance_scale": "cfg_scale",
     "image": "init_images",
@@ -65,6 +66,11 @@ FIELDS: Final[Mapping[str, str]] = {
     "hires.sampler": "hr_sampler_name",
 }
 """The client's names of fields of requests."""
+MODES: Final[Mapping[Any, int]] = {
+    "Balanced": 0, "My prompt is more important": 1, "ControlNet is more important": 2,
+}  # fmt: skip
+GUESSING: Final = 2
+"""The mode in which controls are followed without a prompt."""
 PLACES: Final = {0: "Just Resize", 1: "Crop and Resize", 2: "Resize and Fill"}
 
 
@@ -171,7 +177,7 @@ def _units(message: Drawing, styles: Collection[str]) -> dict[str, Any]:
     """The units of ControlNet: controls, and for the names of image adapters styles."""
     units = [unit for unit in message.alwayson_scripts.controlnet.args if unit.enabled]
     limits.CONTROLS.length("controls", units)
-    found: dict[str, tuple[Any, ...]] = {"controls": (), "styles": ()}
+    found: dict[str, Any] = {"controls": (), "styles": (), "guess_mode": _guessing(units)}
     for number, unit in enumerate(units):
         field = f"{FIELDS['controls']}[{number}]"
         name = re.sub(r" \[[0-9a-f]+\]$", "", unit.model)
@@ -183,6 +189,17 @@ def _units(message: Drawing, styles: Collection[str]) -> dict[str, Any]:
         else:
             found["styles"] += (Style(name, _shown(unit, message, field), unit.weight),)
     return found
+
+
+def _guessing(units: Sequence[Unit]) -> bool:
+    """Whether controls count more than the prompt: the less, the finer they are, and not for the negative prompt."""
+    modes = {GUESSING if unit.guessmode else MODES.get(unit.control_mode, unit.control_mode or 0) for unit in units}
+    if modes - {0, GUESSING} or len(modes) > 1:
+        raise InvalidInput(
+            f"{FIELDS['controls']}.control_mode", "is one for all controls here, expected Balanced (0), or ControlNet "
+            "is more important (2): send less weight where the prompt is to count more"
+        )  # fmt: skip
+    return GUESSING in modes
 
 
 def _shown(unit: Unit, message: Drawing, field: str) -> Picture | PictureFile:

@@ -16,6 +16,7 @@ FACES: Final = Refused("there is no model for faces here: send 0", but=(0.0,))
 CHURN: Final = NoEffect("belongs to s_churn")
 PREPROCESSING: Final = NoEffect("belongs to a preprocessor")
 Resizing = Literal["Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2]
+ControlMode = Literal["Balanced", "My prompt is more important", "ControlNet is more important", 0, 1, 2]
 
 TASK: Final = Field(default=None, min_length=1, max_length=limits.JOB_ID.most)
 """The id of a job, which its client chooses."""
@@ -68,11 +69,8 @@ class Unit(Body):
             but=("none", "None", ""),
         ),
     ] = None
-    control_mode: Annotated[
-        str | int | None,
-        Refused("send Balanced, and less weight", but=("Balanced", 0)),
-    ] = None
-    guessmode: Annotated[bool | None, Refused("controls count evenly here: send less weight", but=(False,))] = None
+    control_mode: ControlMode | None = None
+    guessmode: bool | None = None
     low_vram: Annotated[bool | None, NoEffect("where a network runs is decided when its model is loaded")] = None
     pixel_perfect: Annotated[bool | None, PREPROCESSING] = None
     processor_res: Annotated[int | None, PREPROCESSING] = None

@@ -26,7 +26,7 @@ from serving.settings import Settings
 from tests.serving.dialects.a1111.test_samples import _equal, _pixels
 
 ADDED = Path(__file__).parents[4] / "samples" / "shapes-additions"
-NAME = "shapes-added"
+NAME = "shapes-diffusion"
 PROMPT = "a large red circle"
 pytestmark = pytest.mark.full
 
@@ -37,7 +37,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from export.build.options import Options
     from export.checkpoint.additions import Addition
 
-    output = tmp_path_factory.mktemp("added") / NAME
+    output = tmp_path_factory.mktemp("added") / "bundle"
     added = Addition("controlnet", ADDED / "edges", "edges"), Addition("adapter", ADDED / "night.safetensors", "night")
     build(Options("sample:shapes-diffusion", output, additions=added, targets=("onnxruntime",), parity="twin"))
     return Bundle(output)

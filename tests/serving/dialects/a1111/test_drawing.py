@@ -132,6 +132,25 @@ def test_control_networks(studio: Studio, path: str) -> None:
         assert "args[0].image: is missing" in studio.refused(path, **bare)
 
 
+@pytest.mark.parametrize("path", DRAW)
+@proves("POST /sdapi/v1/txt2img", "alwayson_scripts.controlnet.args[].control_mode")
+@proves("POST /sdapi/v1/img2img", "alwayson_scripts.controlnet.args[].control_mode")
+@proves("POST /sdapi/v1/txt2img", "alwayson_scripts.controlnet.args[].guessmode")
+@proves("POST /sdapi/v1/img2img", "alwayson_scripts.controlnet.args[].guessmode")
+def test_controls_count_more(studio: Studio, path: str) -> None:
+    def args(*modes: dict[str, Any]) -> Any:
+        units = [{"model": f"m{i}", "image": b64(SHADES), **mode} for i, mode in enumerate(modes)]
+        return {"alwayson_scripts": {"ControlNet": {"args": units}}}
+
+    for mode in ({"control_mode": 2}, {"control_mode": "ControlNet is more important"}, {"guessmode": True}):
+        assert studio.draw(path, **args(mode, mode)).guess_mode
+    assert not studio.draw(
+        path, **args({"control_mode": "Balanced"}, {"control_mode": 0, "guessmode": False})
+    ).guess_mode
+    mixed = studio.refused(path, **args({}, {"control_mode": 2}))
+    assert mixed.startswith("alwayson_scripts.ControlNet.args.control_mode: is one for all controls here")
+
+
 def test_control_networks_of_the_client_library(studio: Studio) -> None:
     from PIL import Image
 
@@ -176,8 +195,8 @@ REFUSED = [
         "alwayson_scripts.ControlNet.args[0",
     ),
     (
-        {"alwayson_scripts": {"ControlNet": {"args": [{"model": "a", "control_mode": 2}]}}},
-        "alwayson_scripts.controlnet.",
+        {"alwayson_scripts": {"ControlNet": {"args": [{"model": "a", "control_mode": 1}]}}},
+        "alwayson_scripts.ControlNet.args.control_mode: is one for all controls here",
     ),
     ({"ghost": 1}, "ghost: is not known here: leave it out"),
 ]
