@@ -362,6 +362,7 @@ GRAMMAR_STATES: Final = Limit(
     "states of a grammar", 50_000, "states of llguidance's lexer", "each takes 1 to 2 KB",
     ("Grammar.json_schema", "Grammar.regex"),
 )  # fmt: skip
+TOOLS: Final = Limit("functions that an answer may call", 128, "functions", "the range of OpenAI's API", least=1)
 LENGTH_PENALTY: Final = Limit(
     "length_penalty", 5, "(an exponent)", "lengths to this power stay numbers", (f"{CHAT}.length_penalty",), least=-5
 )

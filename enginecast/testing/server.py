@@ -18,10 +18,11 @@ from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import FakeEngine
 from runtime.errors import InvalidInput
+from runtime.language.calls import ToolCall
 from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Call, Pipeline, Progress
 from runtime.scripting import Scripts
-from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta, ToolCalled
 from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, decoded
 from serving.dialects.grpc.client import PLAIN, Client
@@ -143,7 +144,7 @@ class FakeModel:
 
 
 class FakeAnswers(FakeModel):
-    """A fake chat model that answers with WORDS."""
+    """A fake chat model that answers with WORDS, or where it must with a call of the first function."""
 
     task = ChatRequest.task
 
@@ -151,6 +152,11 @@ class FakeAnswers(FakeModel):
         for picture in request.images:
             decoded(picture)
         for number in range(request.answers or 1):
+            if request.tools is not None and request.tools.must:
+                yield Call("denoiser", {})
+                yield ToolCalled(ToolCall(request.tools.callable[0].name, {"of": "red"}), number, 1)
+                yield Finished("stop", 7, 1, answer=number)
+                continue
             for word in WORDS[: request.max_tokens or 3]:
                 yield Call("denoiser", {})
                 yield TextDelta(word, number, 1, _logprobs(word, request.logprobs))

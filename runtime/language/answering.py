@@ -17,7 +17,7 @@ from runtime.language.processors import Scores
 from runtime.language.sampling import Bounds, Sampling
 from runtime.language.text import Detokenizer, StopStrings
 from runtime.pipeline import Event, Pipeline, through
-from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.chat import Finished, TextDelta, ToolCalled
 
 
 class Answer:
@@ -109,11 +109,11 @@ def continued(
 
 def repeated(answered: Pipeline, count: int) -> Pipeline:
     """A pipeline that gives one answer, with `count` - 1 equal ones behind it, whose tokens are not computed again."""
-    said: list[TextDelta] = []
+    said: list[TextDelta | ToolCalled] = []
 
     def more(event: Event) -> Iterator[Event]:
         yield event
-        if isinstance(event, TextDelta):
+        if isinstance(event, TextDelta | ToolCalled):
             said.append(event)
         if isinstance(event, Finished):
             for number in range(1, count):

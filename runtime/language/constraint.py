@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from runtime import limits
 from runtime.errors import InvalidInput, MissingDependency
+from runtime.language.calls import CallForm
 from runtime.language.grammar import OWN_KEY, Grammar
 from runtime.language.processors import Scores
+from runtime.language.tools import Tool
 from runtime.optional import require
 
 if TYPE_CHECKING:
@@ -94,12 +96,23 @@ class Constraints:
 
     def open(self, grammar: Grammar) -> Constraint:
         """Raises InvalidInput for a grammar that cannot be followed, MissingDependency without llguidance."""
+        return self._opened(lambda: _form(grammar), "grammar")
+
+    def calls(self, form: CallForm, tools: Sequence[Tool], must: bool) -> Constraint:
+        """An answer that calls one of these functions at its end, or unless it `must` call, is a text. Raises as `open`
+        does, naming `tools`.
+        """
+        return self._opened(lambda: _calls(form, tools, must), "tools")
+
+    def _opened(self, form: Callable[[], str], field: str) -> Constraint:
+        """The constraint of an answer that begins at `start` of a grammar in the library's notation."""
         require("llguidance", "constrained")
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, _compiled(grammar), log_level=0, limits=_limits())
+        lark = LLMatcher.grammar_from_lark(f"{HEADER}\nstart: {form()}")
+        matcher = LLMatcher(self._tokens, lark, log_level=0, limits=_limits())
         if matcher.is_error():
-            raise InvalidInput("grammar", f"cannot be followed: {_reason(matcher.get_error())}")
+            raise InvalidInput(field, f"cannot be followed: {_reason(matcher.get_error())}")
         return Constraint(matcher, () if self._ends else self._tokens.eos_tokens)
 
     def prepare(self) -> None:
@@ -123,15 +136,29 @@ class Constraints:
             ) from None
 
 
-def _compiled(grammar: Grammar) -> str:
-    """A grammar as the library takes it."""
-    from llguidance import LLMatcher, regex_to_lark
+def _form(grammar: Grammar) -> str:
+    """A grammar in the library's notation."""
+    from llguidance import regex_to_lark
 
-    if grammar.kind == "regex":
-        form = f"/{regex_to_lark(grammar.text, '')}/"
-    else:
-        form = f"%json {json.dumps(json.loads(grammar.text) | {OWN_KEY: OPTIONS})}"
-    return LLMatcher.grammar_from_lark(f"{HEADER}\nstart: {form}")
+    return f"/{regex_to_lark(grammar.text, '')}/" if grammar.kind == "regex" else _schema(json.loads(grammar.text))
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, OWN_KEY: OPTIONS})}"
+
+
+def _calls(form: CallForm, tools: Sequence[Tool], must: bool) -> str:
+    """A call of one of the functions, perhaps behind a text, or only a text."""
+    names = " | ".join(f"call_{i}" for i in range(len(tools)))
+    end = json.dumps(form.after) if form.after else ""
+    rules = [
+        f"call_{i}: {json.dumps(tool.name + form.middle)} {_schema({'type': 'object', **tool.parameters})} {end}"
+        for i, tool in enumerate(tools)
+    ]
+    head = json.dumps(form.before)
+    if must:
+        return "\n".join([f"{head} ({names})", *rules])
+    return "\n".join([f"head ({names}) | TEXT", f"head[lazy]: TEXT {head}", r"TEXT: /(.|\n)*/", *rules])
 
 
 def _limits() -> LLParserLimits:

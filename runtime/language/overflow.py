@@ -37,6 +37,6 @@ def _turns(messages: Sequence[Message]) -> list[list[int]]:
     for place, message in enumerate(messages):
         if message.role == "user":
             turns.append([place])
-        elif message.role == "assistant" and turns:
+        elif message.role in ("assistant", "tool") and turns:
             turns[-1].append(place)
     return turns

@@ -14,7 +14,7 @@ is used from then on, for each role.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -28,9 +28,10 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from runtime.errors import BundleError, InvalidInput
+from runtime.language.calls import ARGUMENTS, NAME, RESULT, TRIED, CallForm, ToolCall, call_form, unfit
 from runtime.vision.images import Picture, PictureFile, check_picture
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 Part = str | Picture | PictureFile
 """Text, a picture, or a file with one."""
 Form = Literal["parts", "text"]
@@ -50,10 +51,16 @@ TEXTS: Final = ("qxzebra", "qxquartz")
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """One turn: its texts and pictures in order. A str is text, an array a picture, uint8 RGB [height, width, 3]."""
+    """One turn: its texts and pictures in order. A str is text, an array a picture, uint8 RGB [height, width, 3].
+
+    An answer may be a call of functions, `calls`. The result of each is a message of the role "tool", a text; `tool` is
+    the function's name.
+    """
 
     role: Role
     content: tuple[Part, ...]
+    calls: tuple[ToolCall, ...] = ()
+    tool: str = ""
 
     @property
     def images(self) -> list[Picture | PictureFile]:
@@ -63,6 +70,8 @@ class Message:
         """Raise InvalidInput, naming the part below `field`, unless role and every part are of the right kind."""
         if self.role not in get_args(Role):
             raise InvalidInput(f"{field}.role", f"is '{self.role}', expected {', '.join(get_args(Role))}")
+        if self.calls and self.role != "assistant":
+            raise InvalidInput(f"{field}.tool_calls", f"does not belong in a message of the role {self.role}")
         if not self.content:
             raise InvalidInput(f"{field}.parts", "is empty, expected texts and pictures (an empty text is allowed)")
         for i, part in enumerate(self.content):
@@ -94,7 +103,8 @@ class ChatTemplate:
         self._template = _compile(source, self.file)
         self._names = named_tokens(folder)
         self._image = image_token
-        self._forms: dict[Role, Form] = {}
+        self._forms: dict[Role, Form] = {"tool": "text"}
+        self._form: CallForm | None = None
         self._refusals: dict[Role, str] = {}
         for role in ("user", "system", "assistant"):
             self._settle(role)
@@ -105,22 +115,40 @@ class ChatTemplate:
                 "was trained with"
             )
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
+    def call_form(self, special: Collection[str]) -> CallForm:
+        """How calls of functions are written, by a model with these special tokens. Raises InvalidInput."""
+        if self._form is None:
+            user, call = Message("user", (TEXTS[0],)), Message("assistant", ("",), (ToolCall(NAME, ARGUMENTS),))
+            try:
+                asked = self.render([user], [TRIED])
+                called = self.render([user, call, Message("tool", (RESULT,), tool=NAME)], [TRIED])
+            except InvalidInput as error:
+                raise unfit(f"refuses them ({error.reason.rpartition('conversation: ')[2]})") from None
+            self._form = call_form(asked, called, special)
+        return self._form
+
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
+        """The prompt that asks for the next answer, which may call these functions. Raises InvalidInput when the
+        template refuses the conversation.
+        """
         for message in messages:
             if message.role in self._refusals:
                 raise InvalidInput(
                     "messages", f"the model's chat template refuses this conversation: {self._refusals[message.role]}"
                 )
-        return self._render(messages, self._forms)
+        return self._render(messages, self._forms, tools)
 
-    def _render(self, messages: Sequence[Message], forms: Mapping[Role, Form]) -> str:
-        conversation = [
-            {"role": message.role, "content": self._content(message, forms[message.role])} for message in messages
-        ]
+    def _render(
+        self, messages: Sequence[Message], forms: Mapping[Role, Form], tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
+        conversation = [_turn(message, self._content(message, forms[message.role])) for message in messages]
         try:
             return self._template.render(
-                messages=conversation, tools=None, documents=None, add_generation_prompt=True, **self._names
+                messages=conversation,
+                tools=list(tools) or None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._names,
             )
         except MemoryError:
             raise
@@ -185,6 +213,12 @@ class ChatTemplate:
         if placed != len(message.images):
             return f"it places {placed} of {len(message.images)} pictures"
         return ""
+
+
+def _turn(message: Message, content: object) -> dict[str, Any]:
+    """A message as templates expect it."""
+    calls = {"tool_calls": [call.spec for call in message.calls]} if message.calls else {}
+    return {"role": message.role, "content": content} | calls | ({"name": message.tool} if message.tool else {})
 
 
 def _part(part: Part) -> dict[str, str]:

@@ -9,15 +9,17 @@ tokenizer does.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InvalidInput
+from runtime.language.calls import CallForm
 from runtime.language.templates import ChatTemplate
 from runtime.language.templates import Message as Message  # for the modules above this one
 from runtime.language.templates import Part as Part
@@ -76,8 +78,8 @@ class PlainText:
                 f"{vocabulary} (vocab_size in its config.json): take both from the same checkpoint"
             )
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of the prompt, with one placeholder per image.
+    def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        """Token ids of the prompt, with one placeholder per image; the answer may call the functions `tools`.
 
         Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to
         one or the template does not place every picture.
@@ -85,9 +87,11 @@ class PlainText:
         for i, message in enumerate(messages):
             for j, part in enumerate(message.content):
                 self._check_plain(part, f"messages[{i}].parts[{j}]")
-        ids = self._ids(messages)
-        harmless = [Message(m.role, tuple(_harmless(part) for part in m.content)) for m in messages]
-        if self._specials(ids) != self._specials(self._ids(harmless)):
+            self._check_plain(_json([call.spec for call in message.calls]), f"messages[{i}].tool_calls")
+        self._check_plain(_json(tools), "tools")
+        ids = self._ids(messages, tools)
+        harmless = [replace(m, content=tuple(_harmless(part) for part in m.content)) for m in messages]
+        if self._specials(ids) != self._specials(self._ids(harmless, tools)):
             raise InvalidInput(
                 "messages", "texts of this conversation join up to a special token of the model: rephrase them"
             )
@@ -119,7 +123,11 @@ class PlainText:
     def _placeholder(self) -> int:
         return -1 if self.image_token_id is None else self.image_token_id
 
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
+    def call_form(self) -> CallForm:
+        """How the model writes calls of functions. Raises InvalidInput where it cannot."""
+        raise InvalidInput("tools", "cannot be called by this model, which has no chat template: leave it out")
+
+    def _ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         parts = [part for message in messages for part in message.content]
         texts = [part for part in parts if isinstance(part, str)]
         return [self._placeholder] * (len(parts) - len(texts)) + self._encoded(
@@ -154,12 +162,15 @@ class ChatText(PlainText):
         token = None if image_token_id is None else self.tokenizer.id_to_token(image_token_id)
         self.template = ChatTemplate(folder, token)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> str:
         """The prompt that asks for the next answer. Raises InvalidInput when the template refuses the conversation."""
-        return self.template.render(messages)
+        return self.template.render(messages, tools)
 
-    def _ids(self, messages: Sequence[Message]) -> list[int]:
-        return self._encoded(self.render(messages), False)
+    def call_form(self) -> CallForm:
+        return self.template.call_form(self.special)
+
+    def _ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
+        return self._encoded(self.render(messages, tools), False)
 
 
 PROMPTS: Final[Mapping[str, type[PlainText]]] = {"template": ChatText, "plain": PlainText}
@@ -172,6 +183,10 @@ def captioned(messages: Sequence[Message], instruction: str) -> Sequence[Message
     if not instruction or any(isinstance(part, str) for part in last.content):
         return messages
     return [*before, replace(last, content=(*last.content, instruction))]
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _harmless(part: Part) -> Part:

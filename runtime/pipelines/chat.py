@@ -28,8 +28,9 @@ from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.kept import Kept
 from runtime.language.answering import Answer, Choice, continued, repeated
 from runtime.language.beams import BeamSearch, search
+from runtime.language.calling import called
 from runtime.language.config import ChatConfig
-from runtime.language.constraint import Constraints
+from runtime.language.constraint import Constraint, Constraints
 from runtime.language.decoder import Conversation, Step, embed, prefill
 from runtime.language.guessing import Guessing, Lookup
 from runtime.language.logprobs import Logprobs, Pieces
@@ -115,7 +116,7 @@ class ChatPipeline(ModelPipeline):
         wanted = request.count(self.config.defaults)
         count = wanted if sampling.temperature or beams.count > 1 else 1
         answers = [Answer(self.text.tokenizer, stops, number) for number in range(count)]
-        constraint = None if request.grammar is None else self.constraints.open(request.grammar)
+        constraint = self._constraint(request)
         prompt = self.fitted(request)
         start = len(self.begin(prompt))
         bounds = Bounds(start, start + self._room(prompt, request), self.config.eos_token_ids)
@@ -124,9 +125,17 @@ class ChatPipeline(ModelPipeline):
             rngs = [np.random.default_rng(None if request.seed is None else request.seed + n) for n in range(count)]
             choices = [Choice(sampling, bounds, rng, constraint and constraint.fork()) for rng in rngs]
             drawn = self._draw(request, prompt, choices, answers, conversation)
+            if request.tools is not None:
+                drawn = called(drawn, self.text.call_form())
             return drawn if count == wanted else repeated(drawn, wanted)
         state = BeamSearch(self.begin(prompt), bounds, sampling, beams, answers[0].stops)
         return self._search(prompt, state, answers, conversation)
+
+    def _constraint(self, request: ChatRequest) -> Constraint | None:
+        """The form of every answer, None where it is free. Raises InvalidInput."""
+        if request.tools is not None:
+            return self.constraints.calls(self.text.call_form(), request.tools.callable, request.tools.must)
+        return None if request.grammar is None else self.constraints.open(request.grammar)
 
     def fitted(self, request: ChatRequest) -> Prompt:
         """The tokens of a conversation, without its oldest turns where the request lets them go and the context has no
@@ -160,7 +169,8 @@ class ChatPipeline(ModelPipeline):
         if self.vision:
             self.vision.check(request.images)
         messages = request.messages if request.raw else captioned(request.messages, self.config.caption)
-        ids = self.text.raw(messages[0]) if request.raw else self.text.encode(messages)
+        tools = [tool.spec for tool in request.tools.tools] if request.tools else ()
+        ids = self.text.raw(messages[0]) if request.raw else self.text.encode(messages, tools)
         bos = self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]

@@ -11,11 +11,13 @@ from pydantic import Field
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.errors import InvalidInput, did_you_mean
+from runtime.language.calls import ToolCall
 from runtime.language.grammar import Grammar
 from runtime.language.logprobs import TokenLogprob
 from runtime.language.overflow import OVERFLOWS, Overflow
 from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
 from runtime.language.text import Message
+from runtime.language.tools import Toolbox
 from runtime.pipeline import Event
 from runtime.task import Request, Task
 from runtime.vision.images import Picture, PictureFile, file_bytes, file_pixels
@@ -72,20 +74,21 @@ class ChatRequest(Request):
     `max_tokens` bounds the answer; by default the model's default, or what the context leaves if that is less; with
     `fills_context` it is all that the context leaves. A `raw` request has one message, whose text is the prompt as the
     model reads it: no chat template writes around it, and it may hold special tokens, but those of pictures, which
-    stand before it. `stop`
-    ends the answer before the first of these strings. Equal seeds give equal answers on the same engine. `beams` above
-    1 searches for the likeliest answer of that many continued side by side, and needs temperature 0; see `Beams`. By
-    default it is the model's, and 1 where a temperature, `grammar` or `logprobs` are given. Several `answers` are the
-    likeliest of at least as many beams, or with a temperature drawn one by one, the n-th with the seed `seed` + n; of
-    one beam without a temperature all are equal. With
-    `context_overflow` "slide", a conversation that does not fit the context is answered without its oldest turns:
-    system messages, turns with pictures and the last question stay. `min_p` leaves out tokens that are less likely than
-    this share of the likeliest one's probability. Answers have the form that `grammar` says and end when they are
-    complete; the length may cut them. With `logprobs`, each token of an answer comes with its log probability and with
-    those of that many of the likeliest tokens. At most `lookup_tokens` of an answer's next tokens are guessed at a time
-    from what prompt and answer repeat, and from `prediction`, a text that the answer repeats in great part. They are
-    verified in one call of the decoder: the answer is the same, sooner where guesses are right. With 0, and by default
-    where there is no prediction, nothing is guessed. Raises InvalidInput naming the field.
+    stand before it. With `tools`, an answer may be a call of a function, which comes as a `ToolCalled` in the place
+    of its text; not with `grammar`, `logprobs` or several beams. `stop` ends the answer before the first of these
+    strings. Equal seeds give equal answers on the same engine. `beams` above 1 searches for the likeliest answer of
+    that many continued side by side, and needs temperature 0; see `Beams`. By default it is the model's, and 1 where
+    a temperature, `grammar` or `logprobs` are given. Several `answers` are the likeliest of at least as many beams,
+    or with a temperature drawn one by one, the n-th with the seed `seed` + n; of one beam without a temperature all
+    are equal. With `context_overflow` "slide", a conversation that does not fit the context is answered without its
+    oldest turns: system messages, turns with pictures and the last question stay. `min_p` leaves out tokens that are
+    less likely than this share of the likeliest one's probability. Answers have the form that `grammar` says and end
+    when they are complete; the length may cut them. With `logprobs`, each token of an answer comes with its log
+    probability and with those of that many of the likeliest tokens. At most `lookup_tokens` of an answer's next
+    tokens are guessed at a time from what prompt and answer repeat, and from `prediction`, a text that the answer
+    repeats in great part. They are verified in one call of the decoder: the answer is the same, sooner where guesses
+    are right. With 0, and by default where there is no prediction, nothing is guessed. Raises InvalidInput naming the
+    field.
     """
 
     task: ClassVar[str] = "chat"
@@ -110,6 +113,7 @@ class ChatRequest(Request):
     raw: bool = False
     lookup_tokens: int | None = None
     prediction: str = ""
+    tools: Toolbox | None = None
 
     def __post_init__(self) -> None:
         if not self.messages:
@@ -138,7 +142,7 @@ class ChatRequest(Request):
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
         self._check_switches()
-        if self.messages[-1].role != "user":
+        if self.messages[-1].role not in ("user", "tool"):
             raise InvalidInput(
                 f"messages[{len(self.messages) - 1}].role",
                 f"is '{self.messages[-1].role}', expected 'user' to answer to",
@@ -149,6 +153,11 @@ class ChatRequest(Request):
             raise InvalidInput("fills_context", "and max_tokens exclude each other: send one of them")
         if self.raw and len(self.messages) > 1:
             raise InvalidInput("raw", f"is of one message, and there are {len(self.messages)}: write them into one")
+        for name in ("grammar", "logprobs"):
+            if self.tools is not None and getattr(self, name) is not None:
+                raise InvalidInput(name, "does not go with tools: leave out one of them")
+        if self.tools is not None and self.raw:
+            raise InvalidInput("raw", "does not go with tools, which the chat template shows: leave out one of them")
 
     @property
     def images(self) -> list[Picture | PictureFile]:
@@ -177,7 +186,7 @@ class ChatRequest(Request):
     def _rules(self, rules: Rules) -> Rules:
         """The model's rules with what the request changes. An end that a length forces is none of a grammar's."""
         changes = {} if self.min_p is None else {"min_p": self.min_p}
-        if self.grammar is None:
+        if self.grammar is None and self.tools is None:
             return rules.model_copy(update=changes)
         if rules.forced_bos_token_id is not None:
             raise InvalidInput("grammar", "does not go with this model, which forces the first token of answers")
@@ -186,7 +195,7 @@ class ChatRequest(Request):
     def search(self, defaults: ChatDefaults) -> Beams:
         """How many answers to continue side by side, and how to rank them. Raises InvalidInput."""
         temperature = self._temperature(defaults)
-        alone = [name for name in ("grammar", "logprobs") if getattr(self, name) is not None]
+        alone = [name for name in ("grammar", "logprobs", "tools") if getattr(self, name) is not None]
         usual = 1 if temperature or alone else defaults.beams
         count = usual if self.beams is None else self.beams
         if count > 1 and alone:
@@ -245,6 +254,20 @@ class TextDelta(Event):
 
 GUESSES: Final = ("guessed_tokens", "accepted_tokens")
 """Counts of each answer that are left out where they are 0."""
+
+
+@dataclass(frozen=True)
+class ToolCalled(Event):
+    """Answer number `answer` calls a function, in the place of a text or behind it. `tokens` is as of `TextDelta`."""
+
+    output: ClassVar[bool] = True
+    call: ToolCall
+    answer: int = 0
+    tokens: int = field(default=0, compare=False)
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        return {"output_tokens": self.tokens}
 
 
 @dataclass(frozen=True)

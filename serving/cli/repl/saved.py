@@ -81,9 +81,8 @@ def save(path: Path, model: str, turns: Sequence[Turn]) -> None:
     """
     if path.exists():
         load(path)  # raises for what is none
-    messages = tuple(
-        _Message(role=turn.role, content=tuple(map(_part, turn.parts)), stopped=turn.stopped) for turn in turns
-    )
+    said = [{"role": turn.role, "content": tuple(map(_part, turn.parts)), "stopped": turn.stopped} for turn in turns]
+    messages = tuple(map(_Message.model_validate, said))
     file = _File(format=FORMAT, version=VERSION, model=model, messages=messages)
     content = file.model_dump_json(exclude_defaults=True).encode()
     if len(content) > BYTES:

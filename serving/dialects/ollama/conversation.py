@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from starlette.responses import JSONResponse, Response
 
 from runtime import limits
+from runtime.language.calls import ToolCall
 from runtime.language.logprobs import TokenLogprob
 from runtime.language.text import Message as Turn
+from runtime.language.tools import Toolbox
 from runtime.pipeline import Event
-from runtime.tasks.chat import ChatRequest, Finished, TextDelta
+from runtime.tasks.chat import ChatRequest, Finished, TextDelta, ToolCalled
 from serving.dialects.http.pictures import files_of
 from serving.dialects.http.running import run
+from serving.dialects.http.tools import toolbox
 from serving.dialects.http.words import in_words
 from serving.dialects.ollama import names
 from serving.dialects.ollama.fields import Answered, Chat, Message
@@ -31,7 +35,9 @@ async def chat(host: ModelHost, body: Chat) -> Response:
     reply = Reply(body.model, lambda text: {"message": {"role": "assistant", "content": text}})
     if not body.messages:
         return await kept(host, body, reply)
-    return await answer(host, body, await turns(body.messages), reply)
+    with in_words(ANSWER_WORDS):
+        tools = toolbox(body.tools)
+    return await answer(host, body, await turns(body.messages), reply, tools=tools)
 
 
 async def kept(host: ModelHost, body: Answered, reply: Reply) -> Response:
@@ -46,7 +52,11 @@ async def turns(messages: Sequence[Message]) -> tuple[Turn, ...]:
     limits.PICTURES.count("messages", sum(len(message.images or ()) for message in messages))
     return tuple(
         [
-            await turn(message.role, message.content, message.images, f"messages[{i}].images")
+            replace(
+                await turn(message.role, message.content, message.images, f"messages[{i}].images"),
+                calls=tuple(ToolCall(one.function.name, one.function.arguments) for one in message.tool_calls or ()),
+                tool=message.tool_name or "",
+            )
             for i, message in enumerate(messages)
         ]
     )
@@ -59,7 +69,12 @@ async def turn(role: Any, text: str | None, images: Sequence[str] | None, field:
 
 
 async def answer(
-    host: ModelHost, body: Answered, messages: tuple[Turn, ...], reply: Reply, raw: bool = False
+    host: ModelHost,
+    body: Answered,
+    messages: tuple[Turn, ...],
+    reply: Reply,
+    raw: bool = False,
+    tools: Toolbox | None = None,
 ) -> Response:
     """The answer to a conversation, or to a raw prompt, with the options of a request."""
     options = given(body.options, ANSWERING, "answers")
@@ -72,6 +87,7 @@ async def answer(
             grammar=grammar(body.format),
             logprobs=likeliest(body.logprobs, body.top_logprobs),
             raw=raw,
+            tools=tools,
             **options,
         )
     events = run(host, names.known(host, body.model), request, Terms(body.keep_alive))
@@ -82,6 +98,8 @@ async def answer(
             match event:
                 case TextDelta(text):
                     yield reply.piece(text, _probabilities(event.logprobs))
+                case ToolCalled(call):
+                    yield reply.called(call)
                 case Finished():
                     finished = event
                 case Done():

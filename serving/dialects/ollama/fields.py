@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
 from serving.dialects.http.states import Body, NoEffect, Refused
+from serving.dialects.http.tools import FunctionTool
 from serving.dialects.ollama.options import seconds
 
 MACHINE: Final = NoEffect("where and how models run is decided when the server starts")
@@ -16,7 +17,6 @@ MIROSTAT: Final = NoEffect("it belongs to `mirostat`")
 CHOOSING: Final = "tokens are not chosen in this way here: leave it out"
 TEMPLATE: Final = "templates of Ollama are not read here: send raw true, and the prompt as the model reads it"
 THOUGHTS: Final = "models here have no thoughts of their own: leave it out"
-TOOLS: Final = "models here call no tools: leave it out"
 WHOLE: Final = "models are loaded whole: leave it out"
 OWN: Final = "it belongs to the checkpoint, or to a request: leave it out"
 
@@ -114,22 +114,40 @@ class Answered(Body):
     shift: Shift = None
 
 
+class CalledFunction(Body):
+    """The function of a call."""
+
+    name: str
+    arguments: dict[str, Any]
+    index: Annotated[int | None, NoEffect("calls are in their order")] = None
+    description: Annotated[str | None, NoEffect("it is for people")] = None
+
+
+class Called(Body):
+    """A call of an answer."""
+
+    function: CalledFunction
+    id: Annotated[str | None, NoEffect("results are of the calls before them, by their names")] = None
+    type: Annotated[str | None, NoEffect("calls are of functions")] = None
+
+
 class Message(Body):
     """A message of a conversation, also an answer that is sent back as it was."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     images: list[str] | None = None
     thinking: Annotated[str | None, Refused(THOUGHTS, but=("",))] = None
-    tool_calls: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
-    tool_name: Annotated[str | None, Refused(TOOLS)] = None
+    tool_calls: list[Called] | None = None
+    tool_name: str | None = None
+    tool_call_id: Annotated[str | None, NoEffect("results are of the calls before them, by their names")] = None
 
 
 class Chat(Answered):
     """A request of /api/chat."""
 
     messages: list[Message] | None = None
-    tools: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
+    tools: list[FunctionTool] | None = None
 
 
 class Generate(Answered):

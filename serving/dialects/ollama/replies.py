@@ -11,6 +11,7 @@ from typing import Any, Final
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import EnginecastError
+from runtime.language.calls import ToolCall
 from runtime.pipeline import Event
 from runtime.tasks.chat import Finished
 from serving.dialects.http.errors import message_of
@@ -44,6 +45,7 @@ class Reply:
         self._text = text
         self._texts: list[str] = []
         self._logprobs: list[Fields] = []
+        self._calls: list[Fields] = []
         self._began = perf_counter()
         self._loaded = self._began
 
@@ -65,6 +67,17 @@ class Reply:
         shown = {"logprobs": logprobs} if logprobs else {}
         return {"model": self._model, "created_at": now(), **self._text(text), "done": False, **shown, **more}
 
+    def called(self, call: ToolCall) -> Fields:
+        """A call of a function, in a message without text."""
+        self._calls.append({"function": {"name": call.name, "arguments": dict(call.arguments)}})
+        return {"model": self._model, "created_at": now(), **self._message("", self._calls[-1:]), "done": False}
+
+    def _message(self, text: str, calls: Sequence[Fields]) -> Fields:
+        place = self._text(text)
+        if calls:
+            place["message"]["tool_calls"] = calls
+        return place
+
     def last(self, done: Done, finished: Finished | None = None, **more: Any) -> Fields:
         """The end of the answer, with durations in nanoseconds."""
         first = done.run_seconds if done.first_output_seconds is None else done.first_output_seconds
@@ -82,7 +95,7 @@ class Reply:
     def whole(self, pieces: list[Fields]) -> Fields:
         """All of the answer in one."""
         shown = {"logprobs": self._logprobs} if self._logprobs else {}
-        return {**pieces[-1], **self._text("".join(self._texts)), **shown}
+        return {**pieces[-1], **self._message("".join(self._texts), self._calls), **shown}
 
     def nothing(self, reason: str) -> Fields:
         """The answer to a request that only loads or unloads the model."""

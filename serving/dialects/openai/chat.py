@@ -8,13 +8,15 @@ from typing import Any, Final
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
+from runtime.language.calls import ToolCall
 from runtime.language.logprobs import TokenLogprob
 from runtime.pipeline import Event
-from runtime.tasks.chat import Finished, TextDelta
+from runtime.tasks.chat import Finished, TextDelta, ToolCalled
 from serving.dialects.http.fetching import Fetcher, Hosts
 from serving.dialects.http.running import Begun, Lines, Stream, begun, collected, run
 from serving.dialects.http.words import events_in_words, in_words
 from serving.dialects.openai import errors, sse
+from serving.dialects.openai.calling import call_json
 from serving.dialects.openai.conversation import chat_request
 from serving.dialects.openai.fields import Completion
 from serving.dialects.openai.shared import identity
@@ -22,6 +24,8 @@ from serving.host.models import ModelHost
 
 WORDS: Final = {"parts": "content", "answers": "n", "grammar": "response_format", "logprobs": "top_logprobs"}
 """The clients' names of fields, by ours."""
+CALLED: Final = "tool_calls"
+"""Why an answer ends that calls a function."""
 
 
 def add(routes: APIRouter, host: ModelHost, hosts: Hosts) -> None:
@@ -50,27 +54,37 @@ class Answer:
     def completion(self, events: Iterable[Event]) -> Mapping[str, Any]:
         """The whole answer."""
         deltas: dict[int, list[TextDelta]] = {}
+        calls: dict[int, ToolCall] = {}
         ends: list[Finished] = []
         for event in events:
             match event:
                 case TextDelta():
                     deltas.setdefault(event.answer, []).append(event)
+                case ToolCalled(call, answer):
+                    calls[answer] = call
                 case Finished():
                     ends.append(event)
-        choices = [_choice(end, deltas.get(end.answer, ())) for end in sorted(ends, key=lambda end: end.answer)]
+        ordered = sorted(ends, key=lambda end: end.answer)
+        choices = [_choice(end, deltas.get(end.answer, ()), calls.get(end.answer)) for end in ordered]
         return {**self._head, "object": "chat.completion", "choices": choices, "usage": _usage(ends)}
 
     async def chunks(self, events: Begun) -> Lines:
         """The answer in server-sent events."""
         ends: list[Finished] = []
         begun: set[int] = set()
+        called: set[int] = set()
         async for event in events:
             match event:
                 case TextDelta(text, answer, logprobs=logprobs):
                     yield self._chunk(answer, self._role(answer, begun) | {"content": text}, logprobs=logprobs)
+                case ToolCalled(call, answer):
+                    called.add(answer)
+                    yield self._chunk(
+                        answer, self._role(answer, begun) | {"tool_calls": [{"index": 0, **call_json(call)}]}
+                    )
                 case Finished(reason, answer=answer):
                     ends.append(event)
-                    yield self._chunk(answer, self._role(answer, begun), reason)
+                    yield self._chunk(answer, self._role(answer, begun), CALLED if answer in called else reason)
         if self._usage:
             yield self._event([], _usage(ends))
         yield sse.DONE
@@ -96,11 +110,13 @@ class Answer:
         return sse.event({**self._head, "object": "chat.completion.chunk", "choices": choices, **counted})
 
 
-def _choice(end: Finished, deltas: Sequence[TextDelta]) -> Mapping[str, Any]:
+def _choice(end: Finished, deltas: Sequence[TextDelta], call: ToolCall | None) -> Mapping[str, Any]:
+    text = "".join(delta.text for delta in deltas)
+    calls = {} if call is None else {"tool_calls": [call_json(call)]}
     return {
         "index": end.answer,
-        "message": {"role": "assistant", "content": "".join(delta.text for delta in deltas), "refusal": None},
-        "finish_reason": end.reason,
+        "message": {"role": "assistant", "content": text if text or call is None else None, "refusal": None, **calls},
+        "finish_reason": end.reason if call is None else CALLED,
         "logprobs": _logprobs([one for delta in deltas for one in delta.logprobs]),
     }
 

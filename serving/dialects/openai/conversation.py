@@ -16,6 +16,7 @@ from runtime.tasks.chat import ChatRequest
 from runtime.vision.images import PictureFile
 from serving.dialects.http.fetching import Fetcher
 from serving.dialects.http.pictures import SCHEME, file_of
+from serving.dialects.openai.calling import calls_of, names_of, tools_of
 from serving.dialects.openai.fields import Completion, Message, Part, ResponseFormat
 
 ROLES: Final[dict[str, Role]] = {"developer": "system"}
@@ -49,6 +50,7 @@ async def chat_request(body: Completion, fetcher: Fetcher) -> ChatRequest:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         lookup_tokens=body.lookup_tokens,
         prediction="" if body.prediction is None else "".join(one.text for one in body.prediction.content),
+        tools=tools_of(body),
     )
 
 
@@ -64,16 +66,22 @@ def _grammar(form: ResponseFormat) -> Grammar | None:
 async def turns(messages: Sequence[Message], fetcher: Fetcher) -> tuple[Turn, ...]:
     """The turns of a conversation. Its pictures are opened, not decoded. Raises InvalidInput naming the part."""
     limits.MESSAGES.length("messages", messages)
-    limits.PARTS.count("messages", sum(len(message.content) for message in messages))
-    shown = [part for message in messages for part in message.content if part.type == "image_url"]
-    limits.PICTURES.length("messages", shown)
-    return tuple([await _turn(message, f"messages[{i}]", fetcher) for i, message in enumerate(messages)])
+    parts = [part for message in messages for part in message.content or ()]
+    limits.PARTS.length("messages", parts)
+    limits.PICTURES.length("messages", [part for part in parts if part.type == "image_url"])
+    names = list(names_of(messages))
+    return tuple([await _turn(one, f"messages[{i}]", fetcher, names[i]) for i, one in enumerate(messages)])
 
 
-async def _turn(message: Message, field: str, fetcher: Fetcher) -> Turn:
-    pieces = [await _piece(part, f"{field}.content[{i}]", fetcher) for i, part in enumerate(message.content)]
+async def _turn(message: Message, field: str, fetcher: Fetcher, tool: str) -> Turn:
+    calls = calls_of(message, field)
+    if calls and message.role != "assistant":
+        raise InvalidInput(f"{field}.tool_calls", f"does not belong in a message of the role {message.role}")
+    if message.content is None and not calls:
+        raise InvalidInput(f"{field}.content", "is missing: send a text, or a valid list of parts")
+    pieces = [await _piece(part, f"{field}.content[{i}]", fetcher) for i, part in enumerate(message.content or ())]
     role: Any = message.role
-    return Turn(ROLES.get(role, role), tuple(pieces))
+    return Turn(ROLES.get(role, role), tuple(pieces) or (("",) if calls else ()), calls, tool)
 
 
 async def _piece(part: Part, field: str, fetcher: Fetcher) -> Piece:

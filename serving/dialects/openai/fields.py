@@ -12,8 +12,10 @@ from pydantic_core import PydanticCustomError
 
 from runtime.vision.images import Encoding
 from serving.dialects.http.states import Body, NoEffect, Refused
+from serving.dialects.http.tools import FunctionTool
 
-TOOLS: Final = "models here call no tools: leave it out"
+TOOLS: Final = "functions are sent as tools here, and chosen by tool_choice"
+UNCALLED: Final = "nothing is called to embed it: leave it out"
 SOUND: Final = "models here read and answer text and pictures, no sound: leave it out"
 FILES: Final = "models here read no files: send the text, or pictures of the pages"
 CACHE: Final = "beginnings are found again by themselves"
@@ -52,16 +54,32 @@ def _parts(content: Any) -> Any:
 Content = Annotated[list[Part], BeforeValidator(_parts, json_schema_input_type=str | list[Part])]
 
 
+class CalledFunction(Body):
+    """The function of a call; `arguments` is JSON."""
+
+    name: str
+    arguments: str
+
+
+class Called(Body):
+    """A call of an answer."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Body):
     """A message of a conversation, also one that a completion had and that is sent back as it was."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    tool_calls: list[Called] | None = None
+    tool_call_id: str | None = None
     name: Annotated[str | None, Refused("chat templates here know no names: write it into the text")] = None
     refusal: Annotated[str | None, Refused("models here do not mark refusals: send them as content")] = None
     annotations: Annotated[list[Any] | None, Refused("models here cite nothing", but=([],))] = None
     audio: Annotated[Any, Refused(SOUND)] = None
-    tool_calls: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
     function_call: Annotated[Any, Refused(TOOLS)] = None
 
 
@@ -110,6 +128,19 @@ class Prediction(Body):
     content: Annotated[list[Said], BeforeValidator(_parts, json_schema_input_type=str | list[Said])]
 
 
+class FunctionName(Body):
+    """The function to call."""
+
+    name: str
+
+
+class Named(Body):
+    """The choice of one function."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
 class Completion(Body):
     """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams` and `lookup_tokens` are ours, for
     `extra_body`."""
@@ -137,9 +168,9 @@ class Completion(Body):
     beams: int | None = None
     lookup_tokens: int | None = None
     logit_bias: Annotated[dict[str, Any] | None, Refused("single tokens are not weighted here", but=({},))] = None
-    tools: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
-    tool_choice: Annotated[Any, Refused(TOOLS, but=("none", "auto"))] = None
-    parallel_tool_calls: Annotated[bool | None, NoEffect("no tools are called")] = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Named | None = None
+    parallel_tool_calls: Annotated[bool | None, NoEffect("an answer has one call at most")] = None
     functions: Annotated[list[Any] | None, Refused(TOOLS, but=([],))] = None
     function_call: Annotated[Any, Refused(TOOLS, but=("none", "auto"))] = None
     audio: Annotated[Any, Refused(SOUND)] = None
@@ -179,6 +210,13 @@ def _items(value: Any) -> Any:
     return _listed(value)
 
 
+class Shown(Message):
+    """A message to embed."""
+
+    tool_calls: Annotated[list[Called] | None, Refused(UNCALLED, but=([],))] = None
+    tool_call_id: Annotated[str | None, Refused(UNCALLED)] = None
+
+
 class Wanted(Body):
     """Texts and pictures to embed: those of `input`, or the one of `messages`, for `extra_body`."""
 
@@ -187,7 +225,7 @@ class Wanted(Body):
         list[Annotated[Item, BeforeValidator(_item, json_schema_input_type=str | Item)]] | None,
         BeforeValidator(_items, json_schema_input_type=str | list[str | Item] | None),
     ] = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1)] | None = None
+    messages: Annotated[list[Shown], Field(min_length=1, max_length=1)] | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: Annotated[str | None, NoEffect(USER)] = None

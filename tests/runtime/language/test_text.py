@@ -11,6 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
 
 from runtime.errors import BundleError, InvalidInput
+from runtime.language.calls import ToolCall
 from runtime.language.text import ChatText, Detokenizer, Message, PlainText, StopStrings
 
 SPECIALS = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
@@ -292,7 +293,8 @@ def test_a_very_long_stop_string_takes_linear_time() -> None:
 @pytest.mark.parametrize(
     ("message", "field"),
     [
-        (Message("tool", ("x",)), "m.role"),  # type: ignore[arg-type]
+        (Message("robot", ("x",)), "m.role"),  # type: ignore[arg-type]
+        (Message("user", ("x",), (ToolCall("f", {}),)), "m.tool_calls"),
         (Message("user", ()), "m.parts"),
         (Message("user", ("a", np.zeros((2, 2, 4), np.uint8))), "m.parts[1]"),
         (Message("user", (np.zeros((2, 2, 3), np.float32),)), "m.parts[0]"),

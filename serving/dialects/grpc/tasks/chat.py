@@ -146,6 +146,8 @@ class ChatStream:
 
 def chat_message(model: str, request: ChatRequest) -> chat_pb2.ChatRequest:
     """Convert a request to its message. Arrays become PNG files."""
+    if request.tools is not None or any(turn.calls or turn.role not in ROLE_NUMBERS for turn in request.messages):
+        raise InvalidInput("tools", "cannot be sent over gRPC: use the HTTP endpoints of OpenAI or Ollama")
     options = {name: getattr(request, name) for name in (*OPTIONS, *PLAIN)}
     turns = [
         chat_pb2.Message(role=ROLE_NUMBERS[turn.role], parts=map(_part_message, turn.content))  # type: ignore[arg-type]

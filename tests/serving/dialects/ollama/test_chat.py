@@ -7,6 +7,7 @@ import base64
 import json
 import math
 import socket
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from ollama import AsyncClient, ResponseError
 
 from runtime.errors import EngineError
+from runtime.language.calls import ToolCall
 from runtime.language.grammar import Grammar
 from runtime.vision.images import encode_image
 from serving.host.offers import ENDLESS
@@ -187,13 +189,14 @@ def test_without_messages_the_model_is_loaded(own: Served) -> None:
         ({"options": {"steps": 2}}, 400, "options.steps: is not known here"),
         ({"options": {"negative_prompt": "x"}}, 400, "options.negative_prompt: is not known here"),
         ({"options": {"stop": ["x"] * 17}}, 400, "options.stop: has 17 strings"),
-        ({"tools": [{"type": "function"}]}, 400, "tools: models here call no tools"),
+        ({"tools": [{"type": "function"}]}, 400, "tools[0].function: is missing"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, 400, "tools: has the name 'a b'"),
         ({"think": True}, 400, "think: models here have no thoughts"),
         ({"think": "high"}, 400, "think: models here have no thoughts"),
         ({"keep_alive": "soon"}, 400, "keep_alive: is no duration"),
         ({"keep_alive": True}, 400, "keep_alive: is no duration"),
         ({"keep_alive": "1000h"}, 400, "keep_alive: is 3600000.0, expected -1 to 604800"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, 400, "messages[0].role: input should be"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, 400, "messages[0].role: input should be"),
         (
             {"messages": [{"role": "assistant", "content": "x"}]},
             400,
@@ -233,6 +236,43 @@ def test_an_error_in_the_middle_is_a_line(own: Served) -> None:
     talk.release()
     with pytest.raises(ResponseError, match="the device is lost"):
         list(pieces)
+
+
+def paint(colour: str) -> str:
+    """Paint it.
+
+    Args:
+      colour: Its colour.
+    """
+    return colour
+
+
+@proves("POST /api/chat", "tools", "tools[].type", "tools[].function", "tools[].function.name")
+@proves("POST /api/chat", "tools[].function.description", "tools[].function.parameters", "messages[].tool_calls")
+@proves("POST /api/chat", "messages[].tool_calls[].function", "messages[].tool_calls[].function.name")
+@proves("POST /api/chat", "messages[].tool_calls[].function.arguments", "messages[].tool_name")
+def test_calls_of_functions(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client makes a tool of a Python function; the model chooses to call it."""
+    own = served.fake.models["talk"].pipeline
+
+    def calling(request: Any) -> Any:
+        return own(replace(request, tools=replace(request.tools, must=request.messages[-1].role == "user")))
+
+    monkeypatch.setattr(served.fake.models["talk"], "pipeline", calling)
+    answer = served.client.chat("talk", QUESTION, tools=[paint])
+    (call,) = answer.message.tool_calls or ()
+    assert (call.function.name, call.function.arguments) == ("paint", {"of": "red"})
+    assert (answer.message.content, answer.done_reason, answer.eval_count) == ("", "stop", 1)
+    pieces = list(served.client.chat("talk", QUESTION, tools=[paint], stream=True))
+    assert [len(piece.message.tool_calls or ()) for piece in pieces] == [1, 0] and pieces[-1].done
+    result = {"role": "tool", "tool_name": "paint", "content": "it is red"}
+    again = served.client.chat("talk", [*QUESTION, answer.message, result], tools=[paint])
+    assert again.message.content == "a red círcle" and not again.message.tool_calls
+    tool = served.requests[0].tools.tools[0]
+    assert (tool.name, tool.description, tool.parameters["required"]) == ("paint", "Paint it.", ["colour"])
+    _, said, last = served.requests[2].messages
+    assert said.calls == (ToolCall("paint", {"of": "red"}),)
+    assert (last.role, last.content, last.tool) == ("tool", ("it is red",), "paint")
 
 
 @pytest.mark.parametrize("stream", [True, False])

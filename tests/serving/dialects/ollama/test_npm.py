@@ -59,7 +59,7 @@ def check(found: dict[str, Any], requests: list[Any], picture: Any) -> None:
         assert found[name] == {"status": "success"}
     assert found["left"] == ["draw:latest", "made:latest", "shapes:1", "shapes:latest", "talk:latest"]
     assert found["unknown"]["status"] == 404 and "did you mean 'talk'" in found["unknown"]["message"]
-    assert found["tools"] == {"message": "tools: models here call no tools: leave it out", "status": 400}
+    assert found["tools"] == {"message": "tools[0].function: is missing, and is required", "status": 400}
     assert found["embed"]["status"] == 400 and found["before"] == "a "
     assert requests[0].images[0].data == PICTURE and (requests[0].temperature, requests[0].seed) == (0.5, 3)
     assert requests[0].grammar == Grammar.schema({"type": "object", "properties": {"shape": {"type": "string"}}})

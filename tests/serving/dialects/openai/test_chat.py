@@ -229,16 +229,42 @@ def refused(client: openai.OpenAI, body: dict[str, Any]) -> Any:
     "body, field, why",
     [
         ({"extra_body": {"tmperature": 1}}, "tmperature", "is not known here: leave it out"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "models here call no tools"),
-        ({"tool_choice": "required"}, "tool_choice", "models here call no tools"),
-        ({"functions": [{"name": "f"}]}, "functions", "models here call no tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools", "has the name 'f g'"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type", "should be 'function'"),
+        ({"tool_choice": "required"}, "tool_choice", "is of tools: send tools"),
+        ({"functions": [{"name": "f"}]}, "functions", "functions are sent as tools here"),
         ({"modalities": ["text", "audio"]}, "modalities", "no sound"),
         ({"logit_bias": {"7": 1}}, "logit_bias", "single tokens are not weighted"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "do not think"),
         ({"store": True}, "store", "nothing is stored"),
         ({"service_tier": "priority"}, "service_tier", "all requests are served alike"),
         ({"messages": []}, "messages", "at least 1 item"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'developer', 'user'"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "'developer', 'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "is missing"),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "y"}]},
+            "messages[0].tool_call_id",
+            "is that of no call before",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x", "tool_call_id": "y"}]},
+            "messages[0].tool_call_id",
+            "does not belong here",
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "["}}]}
+                ]
+            },
+            "messages[0].tool_calls[0].function.arguments",
+            "is no JSON object",
+        ),
+        (
+            {"messages": [{"role": "user", "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "{}"}}]}]},
+            "messages[0].tool_calls",
+            "does not belong in a message of the role user",
+        ),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role", "expected 'user'"),
         ({"messages": [{"role": "user", "content": "x", "name": "n"}]}, "messages[0].name", "know no names"),
         ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "is empty"),

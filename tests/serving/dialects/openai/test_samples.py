@@ -133,6 +133,7 @@ def test_answers_of_a_form(client: openai.OpenAI, picture: Picture) -> None:
         ({"top_p": 7}, "top_p"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"n": 3, "extra_body": {"beams": 2}}, "n"),
+        ({"tools": [{"type": "function", "function": {"name": "paint"}}]}, "tools"),
         ({"max_completion_tokens": 100_000}, "max_completion_tokens"),
     ],
 )
