@@ -76,14 +76,14 @@ Strict = Annotated[
     ),
 ]
 
-Way = Literal["auto", "never", "kitty", "iterm", "blocks"]
+Way = Literal["auto", "never", "kitty", "iterm", "sixel", "blocks"]
 """How pictures are shown in a terminal."""
 ShownPictures = Annotated[
     Way,
     typer.Option(
         "--pictures",
-        help="How pictures are shown in the terminal: auto (what it can), never, by the protocol of kitty or iterm, or "
-        "as blocks of two pixels.",
+        help="How pictures are shown in the terminal: auto (what it can), never, by the protocol of kitty or iterm, as "
+        "sixels, or as blocks of two pixels.",
     ),
 ]
 

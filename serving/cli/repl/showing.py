@@ -2,7 +2,7 @@
 
 kitty's graphics protocol (https://sw.kovidgoyal.net/kitty/graphics-protocol) is also Ghostty's; iTerm2's inline images
 (https://iterm2.com/documentation-images.html) are also WezTerm's and mintty's. Inside tmux and screen neither works.
-Sixel is left out: no library that is kept encodes it.
+Terminals with sixels do not say so in a variable, but for some that are known by their names.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.text import Text
 from runtime.errors import InvalidInput
 from runtime.vision.images import Picture, encode_image
 from serving.cli.options import Way
+from serving.cli.repl.sixel import sixels
 
 CELL: Final = (8, 16)
 """Width and height of a character in pixels, where the terminal does not say."""
@@ -33,6 +34,8 @@ CHUNK: Final = 4096
 """The most base64 of one command of kitty's protocol."""
 COLUMNS: Final = 80
 """The most columns of a picture of blocks."""
+SIXEL: Final = ("foot", "mlterm", "yaft", "contour")
+"""What the names of terminals with sixels begin with."""
 ITERM: Final = ("iTerm.app", "WezTerm", "mintty")
 
 
@@ -46,6 +49,8 @@ def detected(environment: Mapping[str, str]) -> Way:
         return "kitty"
     if not inside and (program in ITERM or environment.get("LC_TERMINAL") == "iTerm2"):
         return "iterm"
+    if not inside and term.startswith(SIXEL):
+        return "sixel"
     return "blocks" if environment.get("COLORTERM") in ("truecolor", "24bit") else "never"
 
 
@@ -71,6 +76,9 @@ def show(picture: Picture, way: Way, lines: int | None = None) -> None:
             _write("".join(kitty(_file(picture, size.columns, rows))))
         case "iterm":
             _write(iterm(_file(picture, size.columns, rows)))
+        case "sixel":
+            width, height = _cell()
+            _write(sixels(fitted(picture, size.columns * width, rows * height)))
         case "blocks":
             small = fitted(picture, min(size.columns - 1, COLUMNS), 2 * rows)
             Console(highlight=False).print(blocks(small), end="")

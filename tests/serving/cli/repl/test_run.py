@@ -6,13 +6,16 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
+import enginecast
 from runtime.bundle.manifest import MANIFEST
 from runtime.files import DATA
 from runtime.tasks.embed import EmbedRequest
@@ -192,3 +195,13 @@ def test_pictures_of_a_conversation_are_shown(warm: FakeServer, folder: Path) ->
     ) as at:  # fmt: skip
         assert at.end() == 0
     assert at.text.startswith(f"added a.png\n{('▀' * 8 + chr(10)) * 4}a red círcle\n3 tokens")
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="the sample is built with torch")
+def test_a_real_model_draws_what_the_python_api_draws(diffusion_bundle: Path, folder: Path) -> None:
+    where = [str(diffusion_bundle), "--target", "onnxruntime", "--set", "steps=2", "--set", "seed=1"]
+    ended = CliRunner().invoke(cli.app, ["run", *where, "a", "red", "circle"])
+    assert ended.exit_code == 0, ended.output
+    with Image.open(ended.stdout.strip()) as file, enginecast.load(diffusion_bundle, target="onnxruntime") as model:
+        assert file.info["parameters"].startswith("a red circle\nSteps: 2, Seed: 1, Size: ")
+        np.testing.assert_array_equal(np.asarray(file), model.generate("a red circle", steps=2, seed=1).image)

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from runtime.errors import InvalidInput
 from serving.cli.repl import showing
+from serving.cli.repl.sixel import sixels
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 PICTURE = np.array([[RED, BLUE], [BLUE, RED], [RED, RED]], np.uint8)
@@ -28,6 +29,8 @@ PICTURE = np.array([[RED, BLUE], [BLUE, RED], [RED, RED]], np.uint8)
         ({"TERM": "xterm-256color", "TERM_PROGRAM": "iTerm.app"}, "iterm"),
         ({"TERM": "xterm-256color", "TERM_PROGRAM": "WezTerm", "COLORTERM": "truecolor"}, "iterm"),
         ({"TERM": "xterm-256color", "LC_TERMINAL": "iTerm2"}, "iterm"),
+        ({"TERM": "foot", "COLORTERM": "truecolor"}, "sixel"),
+        ({"TERM": "foot", "TMUX": "x", "COLORTERM": "truecolor"}, "blocks"),
         ({"TERM": "xterm-256color", "COLORTERM": "truecolor"}, "blocks"),
         ({"TERM": "tmux-256color", "TMUX": "x", "KITTY_WINDOW_ID": "1", "COLORTERM": "24bit"}, "blocks"),
         ({"TERM": "screen", "LC_TERMINAL": "iTerm2"}, "never"),
@@ -55,6 +58,24 @@ def test_iterms_command_holds_the_file() -> None:
     assert found is not None and (found[1], base64.b64decode(found[2])) == ("5", b"12345")
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (6, 5), (13, 40), (64, 64)])
+def test_sixels_hold_the_pixels(shape: tuple[int, int]) -> None:
+    picture = np.random.default_rng(0).integers(0, 3, (*shape, 3), np.uint8) * 51
+    found = re.fullmatch(r'\x1bP0;1q"1;1;(\d+);(\d+)((?:#\d+;2;\d+;\d+;\d+)+)(.*)\x1b\\', sixels(picture))
+    assert found is not None and (int(found[2]), int(found[1])) == shape
+    colours = {int(n): [int(one) for one in rgb.split(";")] for n, rgb in re.findall(r"#(\d+);2;([\d;]+)", found[3])}
+    shown = np.full((-(-shape[0] // 6) * 6, shape[1], 3), -1)
+    for band, line in enumerate(found[4].split("-")):
+        for number, runs in re.findall(r"#(\d+)([^$#]+)", line):
+            letters = "".join(letter * int(count or 1) for count, letter in re.findall(r"(?:!(\d+))?([?-~])", runs))
+            assert len(letters) == shape[1]
+            for bit in range(6):
+                hit = [ord(letter) - 63 >> bit & 1 == 1 for letter in letters]
+                shown[6 * band + bit, hit] = colours[int(number)]
+    np.testing.assert_allclose(shown[: shape[0]], picture / 255 * 100, atol=1)
+    assert (shown[shape[0] :] == -1).all()
+
+
 def test_blocks_are_two_pixels_each() -> None:
     file = io.StringIO()
     Console(file=file, color_system="truecolor", force_terminal=True).print(showing.blocks(PICTURE), end="")
@@ -71,7 +92,7 @@ def test_large_pictures_are_made_smaller() -> None:
 
 
 def test_nothing_is_written_to_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    for way in ("auto", "never", "kitty", "iterm", "blocks"):
+    for way in ("auto", "never", "kitty", "iterm", "sixel", "blocks"):
         showing.show(PICTURE, way)  # type: ignore[arg-type]
     assert capsys.readouterr().out == ""
     showing.check_way("auto")
