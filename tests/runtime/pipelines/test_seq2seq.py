@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from runtime.bundle.signature import Array
-from runtime.engine import FakeEngine
+from runtime.engine import FakeEngine, Slot
 from runtime.errors import BundleError, ContextLengthExceeded
 from runtime.language.decoder import Conversation
 from runtime.language.text import Message
+from runtime.language.vision import Prompt
 from runtime.pipeline import drive
 from runtime.pipelines.seq2seq import Seq2SeqPipeline
 from runtime.tasks.chat import ChatRequest, Finished
@@ -38,21 +39,28 @@ def ask(text: str, **settings: Any) -> ChatRequest:
     return ChatRequest((Message("user", (text,)),), temperature=0.0, **settings)
 
 
+def logits(inputs: Mapping[str, Array], last: int) -> dict[str, Array]:
+    return {"logits": np.eye(512, dtype=np.float32)[inputs["inputs_embeds"][:, -last:, 0].astype(int) + 1]}
+
+
+class Counting(FakeEngine):
+    """A decoder that gives logits of several positions at once."""
+
+    def run_last(self, inputs: Mapping[str, Array], slot: Slot, count: int) -> dict[str, Array]:
+        self.calls.append(dict(inputs))
+        return logits(inputs, count)
+
+
 def engines() -> dict[str, FakeEngine]:
     """Each token is the one before and one; the keys of a prompt are its embeddings."""
 
     def embed(inputs: Mapping[str, Array]) -> dict[str, Array]:
         return {"inputs_embeds": np.repeat(inputs["input_ids"][..., None], 4, -1).astype(np.float32)}
 
-    def decode(inputs: Mapping[str, Array]) -> dict[str, Array]:
-        logits = np.zeros((1, 1, 512), np.float32)
-        logits[0, 0, int(inputs["inputs_embeds"][0, -1, 0]) + 1] = 1
-        return {"logits": logits}
-
     return {
         "token_embedding": FakeEngine(embed),
         "text_encoder": FakeEngine(lambda inputs: {"encoder.0.key": np.array(inputs["inputs_embeds"])}),
-        "decoder": FakeEngine(decode),
+        "decoder": Counting(lambda inputs: logits(inputs, 1)),
     }
 
 
@@ -69,6 +77,17 @@ def test_a_prompt_is_encoded_once(pipeline: Seq2SeqPipeline) -> None:
         assert [call["attention_mask"].shape[1] for call in calls] == [1, 2, 3, 4]
         assert all(call["encoder.0.key"][0, :, 0].tolist() == ids for call in calls)
     assert len(fakes["text_encoder"].calls) == 2
+
+
+def test_tokens_of_the_prompt_are_guessed(pipeline: Seq2SeqPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder has not read them: they are looked up where the encoder read them."""
+    ids, fakes = [9, 4, 5, 6, 7, 8], engines()
+    monkeypatch.setattr(pipeline, "prompt", lambda request: Prompt(ids, ids, []))
+    wanted = list(drive(pipeline(ask("red")), engines()))
+    events = list(drive(pipeline(ask("red", lookup_tokens=3)), fakes))
+    end = events[-1]
+    assert events == wanted and isinstance(end, Finished) and (end.guessed_tokens, end.accepted_tokens) == (3, 3)
+    assert [call["inputs_embeds"].shape[1] for call in fakes["decoder"].calls] == [1, 1, 4, 1, 1, 1, 1, 1]
 
 
 def test_lengths_are_refused_before_any_call(pipeline: Seq2SeqPipeline) -> None:

@@ -141,12 +141,28 @@ def test_answers_are_those_that_each_gets_alone(chat: LoadedModel, monkeypatch: 
     assert all(isinstance(events[-1], Done) for events in found)
 
 
-def test_guesses_are_verified_together_with_the_answers_of_others(chat: LoadedModel) -> None:
+def test_guesses_are_verified_together_with_the_answers_of_others(
+    chat: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each gets what it gets alone and without guesses, also where only some of them guess."""
-    alone = [text(list(Job(chat, chat.pipeline(request)).events())) for request in QUESTIONS]
-    guessed = [replace(one, lookup_tokens=n) for one, n in zip(QUESTIONS, (4, 2, 0, 4, 1), strict=True)]
+    asked = (*QUESTIONS, question("Describe the picture.", 9))
+    alone = [text(list(Job(chat, chat.pipeline(request)).events())) for request in asked]
+    verified, run_many = list[int](), type(chat.engines["decoder"]).run_many
+
+    def counted(self: Engine, calls: Sequence[SlotCall]) -> list[dict[str, Array]]:
+        verified.append(sum(call.last > 1 for call in calls))
+        return run_many(self, calls)
+
+    monkeypatch.setattr(type(chat.engines["decoder"]), "run_many", counted)
+    guessed = [
+        replace(request, lookup_tokens=count, prediction=said)
+        for request, count, said in zip(asked, (4, 2, 0, 4, 1, 3), alone, strict=True)
+    ]
     found = together(chat, *map(chat.pipeline, guessed))
     assert [text(events) for events in found] == alone
+    ends = [event for events in found for event in events if isinstance(event, Finished)]
+    assert ends[3].accepted_tokens > 2 and ends[5].accepted_tokens > 2 and not ends[2].guessed_tokens
+    assert max(verified) > 1, "guesses of two requests were verified in one run"
 
 
 def test_a_further_turn_is_read_from_where_the_last_one_ended(chat: LoadedModel) -> None:
