@@ -47,7 +47,7 @@ form {{ display: grid; gap: 0.8rem; width: min(22rem, 85vw); }}
 h1 {{ font-size: 1.3rem; margin: 0; }}
 input, button {{ font: inherit; padding: 0.6rem; border-radius: 0.4rem; border: 1px solid #94a3b8; }}
 button {{ background: #0d9488; color: white; border: none; }}
-p {{ color: #dc2626; margin: 0; }}
+p {{ color: light-dark(#b91c1c, #fca5a5); margin: 0; }}
 </style></head><body><form method="post" action="{action}"><h1>enginecast</h1>
 <label for="token">Token of this server</label>
 <input id="token" name="token" type="password" autocomplete="current-password" required autofocus>

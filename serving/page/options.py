@@ -34,11 +34,11 @@ class Options:
     def part(self, name: str, prefix: str, usual: str) -> Any:
         """The field of an option; what is left empty is `usual`."""
         setting = self._settings[name]
-        label, info = name.replace("_", " ").capitalize(), setting.option.help
+        label, info = name.replace("_", " ").capitalize(), (setting.option.help or "").replace("--", "")
         choices = self._choices.get(name) or (SWITCH if setting.kind is bool else ())
         if choices:
             named = [(usual, ""), *((one, one) for one in choices)]
-            return gr.Dropdown(named, value="", label=label, info=info, elem_id=f"{prefix}-{name}", min_width=140)
+            return gr.Dropdown(named, value="", label=label, info=info, elem_id=f"{prefix}-{name}", min_width=180)
         return optional(label, setting.option.metavar or usual, f"{prefix}-{name}", info)
 
     def read(self, filled: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def visitor(request: gr.Request) -> Visitor:
 
 def optional(label: str, usual: str, name: str, info: str | None = None) -> Any:
     """A field for a value that may be left empty: then it is the usual one."""
-    width = 90 if info is None else 140
+    width = 90 if info is None else 180
     return gr.Textbox(label=label, placeholder=usual, elem_id=name, min_width=width, max_lines=1, info=info)
 
 

@@ -49,11 +49,11 @@ class Talk:
                 with gr.Row():
                     self.halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="talk-stop", min_width=90)
                     self.anew = gr.Button("New conversation", elem_id="talk-new", min_width=90)
+                with gr.Accordion("How likely each token was", open=True, visible=False) as self.likely_box:
+                    self.likely = gr.HTML(elem_id="talk-likely", elem_classes="wide")
             with gr.Column(scale=3, min_width=260):
                 self.model = gr.Dropdown(label="Model", elem_id="talk-model", filterable=False)
                 self._options = self._filled_in()
-                with gr.Accordion("How likely each token was", open=True, visible=False) as self.likely_box:
-                    self.likely = gr.HTML(elem_id="talk-likely", elem_classes="wide")
         self.said = gr.State(Conversation())
 
     def _filled_in(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -18,15 +19,24 @@ from serving.page.talking import OPTIONS, SWITCHES, Answers, Conversation, gramm
 ASKED = Conversation().asked("what is it?", [], [])
 
 
-def test_the_page_has_every_field_of_an_answer() -> None:
-    filled: dict[str, Any] = dict.fromkeys(OPTIONS.names, "2")
-    filled |= {"top_p": "0.5", "min_p": "0.5", "stop": "'a b' c", "context_overflow": "slide", "system": "be brief"}
-    made = request_of(ASKED, {**filled, "form": "regex", "grammar": "[ab]+", "scripts": ["other"]})
-    other, usual = request_of(ASKED, dict.fromkeys(SWITCHES, True)), request_of(ASKED, {})
-    for name in ("messages", *ChatOptions.__annotations__):
-        assert any(getattr(one, name) != getattr(usual, name) for one in (made, other)), name
+def made_of(name: str) -> ChatRequest:
+    """The request where one option is filled in."""
+    for text in ("2", "0.5", "slide"):
+        with suppress(InvalidInput):
+            return request_of(ASKED, {name: True if name in SWITCHES else text})
+    raise AssertionError(f"{name} takes none of these values")
+
+
+def test_the_page_has_every_option_of_an_answer() -> None:
+    usual = request_of(ASKED, {})
+    for name in (*OPTIONS.names, *SWITCHES):
+        assert getattr(made_of(name), name) != getattr(usual, name), name
+    assert {*OPTIONS.names, *SWITCHES, "grammar", "scripts"} == {*ChatOptions.__annotations__}
+    words = {"stop": "'a b' c", "system": "be brief", "form": "regex", "grammar": "[ab]+", "scripts": ["other"]}
+    made = request_of(ASKED, words)
     assert made.stop == ("a b", "c")
     assert made.grammar == Grammar.regex("[ab]+")
+    assert made.scripts == {"other": {}}
     assert [message.role for message in made.messages] == ["system", "user"]
 
 
