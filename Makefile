@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # Files or folders to test, and the extras that they need.
 TESTS ?= tests
-EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,tls,http,ui,constrained,metrics,tracing,top,ray,devices,reference,dev
+EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,tls,http,ui,plots,constrained,metrics,tracing,top,ray,devices,reference,dev
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs
 

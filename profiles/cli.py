@@ -1,139 +1,60 @@
-"""The measuring commands: bench and score. `enginecast bench` and `enginecast score` are these."""
+"""The measuring commands: bench with its own commands, and score. `enginecast bench` and `enginecast score` are
+these.
+"""
 
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
+from typer.core import TyperGroup
 
 from calibration.ground import machine
-from runtime.errors import InvalidInput, MissingDependency
+from profiles.compare.cli import compare
+from profiles.console import notes, out
+from profiles.options import LoadOptions, SizeOptions, Store, StoreAt, Targets, Threads, fitting
+from profiles.report.cli import report
+from runtime.errors import EngineUnavailable, InvalidInput, MissingDependency
 from runtime.placing.measured import user_folder
 from serving.cli.options import with_fields
-from serving.settings import Settings
 
 if TYPE_CHECKING:
-    from profiles.bench import Worker
+    from profiles.process import Worker
     from profiles.rows import Row
-    from profiles.serving.load import Load
     from runtime.bundle.manifest import Bundle
 
-WIDTH: Final = 160
-"""Of tables that do not go to a terminal, in characters."""
+REPEAT: Final = 5
+DEFAULT: Final = "bundle"
+"""The command of `bench` that needs not be named."""
+
+
+class Bench(TyperGroup):
+    """`bench` with its commands, and without a command: a bundle to measure."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        named = args and (args[0] in self.commands or args[0] in ctx.help_option_names)
+        return super().parse_args(ctx, args if named or not args else [DEFAULT, *args])
+
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
-notes = Console(highlight=False, stderr=True)
-
-Targets = Annotated[
-    list[str] | None, typer.Option("--target", help="Engine to run on; repeat for several. Default: all of the bundle.")
-]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
-Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
-StoreAt = Annotated[
-    Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
-]
-
-CLIENTS: Final = (1, 2, 4, 8)
-"""Of closed loads, where no load is given."""
-EACH: Final = 4
-"""Requests of each client."""
-ARRIVING: Final = 32
-"""Requests of an open load."""
+benches = typer.Typer(
+    cls=Bench,
+    no_args_is_help=True,
+    help="Measure a bundle on this machine: `enginecast bench BUNDLE`, whose options `enginecast bench bundle --help` "
+    "lists; compare measurements and report them.",
+)
+app.add_typer(benches, name="bench")
+benches.command()(compare)
+benches.command()(report)
 
 
-@dataclass(frozen=True)
-class SizeOptions:
-    """Options of `bench` on what is measured of the models of a task."""
-
-    width: Annotated[int | None, typer.Option(min=1, help="Width of pictures in pixels.")] = None
-    height: Annotated[int | None, typer.Option(min=1, help="Height of pictures in pixels.")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps of a whole picture.")] = None
-    prompt_tokens: Annotated[
-        int | None,
-        typer.Option(min=1, help="Length of the text prompt that prefill and decode begin with. Default: 512."),
-    ] = None
-    new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens to decode. Default: 64.")] = None
-    pictures: Annotated[
-        bool | None, typer.Option("--pictures", help="With --serve, each question is about a picture of its own.")
-    ] = None
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """Options of `bench --serve`."""
-
-    serve: Annotated[
-        bool,
-        typer.Option(
-            "--serve", help="Measure a server of the bundle under load: throughput, and seconds to the first output."
-        ),
-    ] = False
-    clients: Annotated[
-        list[int] | None,
-        typer.Option(
-            min=1, max=256, help="Closed load: so many clients, each with one request at a time; may be repeated. "
-            "Default: 1, 2, 4 and 8.",
-        ),
-    ] = None  # fmt: skip
-    rate: Annotated[
-        list[float] | None,
-        typer.Option(min=0.001, max=1000, help="Open load: requests a second, arriving at random; may be repeated."),
-    ] = None
-    requests: Annotated[
-        int | None,
-        typer.Option(min=1, max=1000, help="Requests of a load. Default: 4 of each client, 32 of an open load."),
-    ] = None
-    address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Measure this server, which serves the bundle. TLS and token: ENGINECAST_CA, ENGINECAST_TOKEN. "
-            "Default: a server that is started for it.",
-        ),
-    ] = None
-    model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="The bundle's name on that server. Default: its own.")
-    ] = None
-
-    def loads(self) -> tuple[Load, ...]:
-        """What is measured, the closed loads first."""
-        from profiles.serving.load import CLOSED, OPEN, Load
-
-        clients = self.clients or (() if self.rate else CLIENTS)
-        closed = [Load(CLOSED, count, self.requests or EACH * count) for count in clients]
-        return (*closed, *(Load(OPEN, rate, self.requests or ARRIVING) for rate in self.rate or ()))
-
-    @property
-    def most(self) -> int:
-        """Requests that a server started here runs at once: all of a closed load, as many as usual of an open one."""
-        most: int = Settings.parallel
-        return max(most, *(self.clients or CLIENTS))
-
-    def check(self, metric: object, target: object, pictures: object) -> None:
-        """Raise InvalidInput for options that do not go together."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "serve"} | {
-            "pictures": pictures
-        }
-        for name in (name for name, value in own.items() if value and not self.serve):
-            raise InvalidInput(name, "belongs to --serve: give that too")
-        if self.serve and metric:
-            raise InvalidInput("metric", "and --serve exclude each other: leave it out")
-        if self.model and not self.address:
-            raise InvalidInput("model", "belongs to --address: give that too")
-        if self.address and target:
-            raise InvalidInput("target", "and --address exclude each other: the server at the address has chosen one")
-
-
-@app.command()
+@benches.command(DEFAULT)
 @with_fields("sizes", SizeOptions)
 @with_fields("load", LoadOptions)
 def bench(
@@ -141,13 +62,23 @@ def bench(
     load: LoadOptions,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder made by `enginecast build`.")],
     target: Targets = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Repetitions that count; one more is made first.")] = 5,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="Repetitions that count; one more is made first. Default: 5.")
+    ] = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(
             "--metric",
             "--submodel",
             help="Measure only this: a submodel, picture, first_token, prefill or decode; may be repeated.",
+        ),
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(
+            metavar="quick|full",
+            help="Measure everything: also requests together, cold and warm loads, servers under load. Quick takes one "
+            "to two minutes for a sample.",
         ),
     ] = None,
     beside: Annotated[
@@ -159,26 +90,80 @@ def bench(
 ) -> None:
     """Measure a bundle on its targets in turns, each in a process of its own: medians, spread, memory."""
     from profiles import bench as measuring
+    from profiles.process import Worker
     from profiles.rows import append
     from profiles.worker import Job
     from runtime.bundle.manifest import Bundle
 
     opened = Bundle(bundle)
-    settings = _fitting(opened.manifest.task, asdict(sizes))
+    settings = fitting(opened.manifest.task, asdict(sizes))
     _check_rows(store, rows_file)
     load.check(metric, target, sizes.pictures)
-    beside_it = [measuring.Worker(_command(command)) for command in beside or ()]
-    if load.serve:
-        rows = _bench_served(opened, load, target, threads, settings, repeat, beside_it)
+    beside_it = [Worker(_command(command)) for command in beside or ()]
+    if suite is not None:
+        given = {"serve": load.serve, "metric": metric, "repeat": repeat, "beside": beside}
+        rows = _bench_suite(opened, suite, given, target, threads, settings)
+    elif load.serve:
+        rows = _bench_served(opened, load, target, threads, settings, repeat or REPEAT, beside_it)
     else:
         jobs = [
             Job(bundle=bundle, target=name, threads=threads, settings=settings) for name in _targets(opened, target)
         ]
         workers = [*map(measuring.bundle_worker, jobs), *beside_it]
-        rows = measuring.bench(opened, workers, measuring.BenchPlan(repeat, tuple(metric or ())), notes.print)
+        plan = measuring.BenchPlan(repeat or REPEAT, tuple(metric or ()))
+        rows = measuring.bench(opened, workers, plan, notes.print)
         out.print(measuring.table(rows))
     if store:
         append(_store(rows_file), rows)
+
+
+@benches.command()
+def roofline(target: Targets = None, threads: Threads = 0, store: Store = False, rows_file: StoreAt = None) -> None:
+    """Measure this machine's limits: how fast it reads memory, and a large product on each target and precision."""
+    from profiles import bench as measuring
+    from profiles.roofline import rates
+    from profiles.rows import append
+
+    _check_rows(store, rows_file)
+    rows = rates.roofline(_usable(target), threads, notes.print)
+    out.print(measuring.table(rows))
+    if store:
+        append(_store(rows_file), rows)
+
+
+def _usable(names: Sequence[str] | None) -> list[str]:
+    """The targets that are named, else all that this machine can use. Raises EngineUnavailable, NotFound."""
+    from runtime.engine import target, targets
+
+    for name in names or ():
+        if not (found := target(name).available()).usable:
+            raise EngineUnavailable(f"target {name} cannot be used here: {found.reason}")
+    return list(names or (name for name, engine in targets().items() if engine.available().usable))
+
+
+def _bench_suite(
+    bundle: Bundle,
+    name: str,
+    given: Mapping[str, Any],
+    target: Sequence[str] | None,
+    threads: int,
+    settings: Mapping[str, Any],
+) -> list[Row]:
+    """Measure everything that a suite has. Raises InvalidInput for options that a suite decides itself."""
+    from profiles import bench as measuring
+    from profiles import suites
+    from profiles.serving import bench as serving
+
+    for option in (option for option, value in given.items() if value):
+        raise InvalidInput(option, "and --suite exclude each other: a suite decides what is measured, and how often")
+    chosen = suites.suite_of(bundle, name)
+    subject = suites.Subject(bundle, _targets(bundle, target), threads, settings)
+    rows = suites.measure(subject, chosen, notes.print)
+    served = [row for row in rows if row.metric.startswith(serving.SERVED)]
+    out.print(measuring.table([row for row in rows if row not in served]))
+    if served:
+        out.print(serving.table(served))
+    return rows
 
 
 def _bench_served(
@@ -250,7 +235,7 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     task = subjects.task_of(source, bundles or ())
-    options = _fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "batch": batch})
+    options = fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "batch": batch})
     _check_rows(store, rows_file)
     exam = subjects.exam_of(source, bundles or (), ability)
     scored = exam.abilities[ability] if ability else exam
@@ -268,18 +253,6 @@ def score(
         if store:
             append(_store(rows_file), scoring.rows(subject, setting, scores, threads, ability))
     out.print(scoring.table(results))
-
-
-def _fitting(task: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that are given. Raises InvalidInput for one that applies to models of another task."""
-    from profiles.task import profile_tasks
-
-    fitting = profile_tasks()[task]
-    given = {name: value for name, value in options.items() if value is not None}
-    for option in (name.replace("_", "-") for name in given):
-        if option not in fitting.options:
-            raise InvalidInput(option, f"does not apply to a model that {fitting.does}: leave it out")
-    return given
 
 
 def _check_rows(store: bool, rows_file: Path | None) -> None:

@@ -9,13 +9,14 @@ measured at the sizes, and with the guidance, of a real request.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
-from profiles.task import profile_tasks
+from profiles.roofline.work import operations
+from profiles.task import ProfileTask, profile_tasks
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import Array, Signature
 from runtime.engine import Engine
@@ -26,7 +27,7 @@ from runtime.placing.loading import LoadedModel
 @dataclass(frozen=True)
 class Probe:
     """One metric: `run` measures it once. `nbytes` are the bytes read from memory for one unit, where they limit a
-    rate.
+    rate. `variant` tells probes of one metric apart.
     """
 
     metric: str
@@ -34,15 +35,35 @@ class Probe:
     run: Callable[[], float]
     settings: Mapping[str, int | float | str] = field(default_factory=dict)
     nbytes: float | None = None
+    variant: str = ""
+
+    @property
+    def key(self) -> str:
+        """What a worker calls it."""
+        return f"{self.metric} {self.variant}".strip()
 
 
-def probes(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
-    """Everything that can be measured of this model. `options` are fields of its task's settings. Raises InvalidInput
-    when the model refuses them.
+GIGA: Final = 1e9
+OPERATIONS: Final = "Gop"
+"""The unit of counted operations: billions."""
+BATCHED: Final = "batched"
+"""The metric of several requests that run together."""
+
+
+def probes(model: LoadedModel, options: Mapping[str, Any], batches: Sequence[int] = ()) -> list[Probe]:
+    """Everything that can be measured of this model, with so many requests together besides. `options` are fields of
+    its task's settings. Raises InvalidInput when the model refuses them.
     """
     task = profile_tasks()[model.task]
     settings = task.settings.model_validate(dict(options))
-    return _submodel_probes(model, task.request(model, settings)) + task.probes(model, settings)
+    found = _submodel_probes(model, task.request(model, settings)) + task.probes(model, settings)
+    return found + [_batched(model, task, settings, count) for count in batches if task.batched]
+
+
+def _batched(model: LoadedModel, task: ProfileTask, settings: Any, count: int) -> Probe:
+    assert task.batched is not None
+    rate = task.batched(model, settings, count)
+    return Probe(BATCHED, rate.unit, rate.run, {"batch": count, **rate.settings}, variant=str(count))
 
 
 def planned_calls(pipeline: Pipeline, submodels: Mapping[str, Submodel]) -> dict[str, Call]:
@@ -74,23 +95,44 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def counts(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
+    """Operations of the same call of every submodel without states, in billions."""
+    task = profile_tasks()[model.task]
+    request = task.request(model, task.settings.model_validate(dict(options)))
+
+    def count(submodel: Submodel, inputs: Mapping[str, Array]) -> Callable[[], float]:
+        return lambda: operations(model.bundle.root / submodel.graph, inputs) / GIGA
+
+    return [
+        Probe(submodel.name, OPERATIONS, count(submodel, inputs), _shapes(inputs))
+        for submodel, inputs in _calls(model, request)
+    ]
+
+
 def _submodel_probes(model: LoadedModel, request: Any) -> list[Probe]:
-    """The latency of every submodel without states; one that the request does not need runs on a sample of its usual
+    """The latency of every submodel without states."""
+    return [
+        Probe(submodel.name, "s", _latency(model.engines[submodel.name], inputs), _shapes(inputs))
+        for submodel, inputs in _calls(model, request)
+    ]
+
+
+def _calls(model: LoadedModel, request: Any) -> Iterator[tuple[Submodel, Mapping[str, Array]]]:
+    """Every submodel without states with a call of it; one that the request does not need gets a sample of its usual
     size.
     """
     submodels = {submodel.name: submodel for submodel in model.bundle.manifest.submodels}
     calls = planned_calls(model.pipeline(request), submodels)
-    found = []
     for name, submodel in submodels.items():
         if submodel.signature.states:
             continue
         usual = {dim.name: dim.opt for dim in submodel.signature.dims.values()} | {"batch": 1}
-        inputs = calls[name].inputs if name in calls else submodel.signature.sample(usual)
-        shapes: dict[str, int | float | str] = {
-            tensor: "x".join(map(str, array.shape)) for tensor, array in inputs.items()
-        }
-        found.append(Probe(name, "s", _latency(model.engines[name], inputs), shapes))
-    return found
+        yield submodel, calls[name].inputs if name in calls else submodel.signature.sample(usual)
+
+
+def _shapes(inputs: Mapping[str, Array]) -> dict[str, int | float | str]:
+    """The shapes of a call's inputs, as texts."""
+    return {name: "x".join(map(str, array.shape)) for name, array in inputs.items()}
 
 
 def _latency(engine: Engine, inputs: Mapping[str, Array]) -> Callable[[], float]:

@@ -23,9 +23,12 @@ from typing import NotRequired, TypedDict
 
 
 class Metric(TypedDict):
-    """A metric. `bytes` are the bytes read from memory for one unit of it, where they limit a rate."""
+    """A metric. `bytes` are the bytes read from memory for one unit of it, where they limit a rate. `name` is what rows
+    call it, where several metrics of a worker are one that is measured at several settings.
+    """
 
     unit: str
+    name: NotRequired[str]
     settings: NotRequired[dict[str, int | float | str]]
     bytes: NotRequired[float]
 

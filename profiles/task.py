@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +50,32 @@ class Requests:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """How fast several requests run together: `run` measures it once, in `unit`, such as tokens/s of all of them."""
+
+    unit: str
+    run: Callable[[], float]
+    settings: Mapping[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What `bench --suite` measures besides the metrics of a model: `batches` of requests that run together, closed
+    loads of so many `clients` on a server, and `starts`, how often it is loaded cold and warm. `settings` are the
+    task's where the command line has none.
+
+    A metric is repeated `repeat` times, or 3 times if those take longer than `budget` seconds.
+    """
+
+    repeat: int
+    budget: float
+    batches: tuple[int, ...]
+    clients: tuple[int, ...]
+    starts: int
+    settings: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ProfileTask:
     """What is measured of the models of one task. A file in `profiles/tasks/` declares one as `TASK`.
 
@@ -57,7 +83,8 @@ class ProfileTask:
     apply to such models alone; those of `bench` are fields of `settings`. Submodels are measured with the calls that
     `request` makes for a model; `probes` are those of the whole model. Both raise InvalidInput where it refuses the
     settings. `exam` is None for a task without exams, and `load`, which makes the requests that a server of a bundle is
-    loaded with, for one whose servers are not measured.
+    loaded with, for one whose servers are not measured. `batched` measures so many requests that run together, None
+    where the algorithm has no such thing. `suites` are those of `bench --suite`, by name.
     """
 
     task: str
@@ -68,6 +95,8 @@ class ProfileTask:
     probes: Callable[[LoadedModel, Any], list[Probe]]
     exam: TaskExam | None = None
     load: Callable[[Bundle, Any], Requests] | None = None
+    batched: Callable[[LoadedModel, Any, int], Rate] | None = None
+    suites: Mapping[str, Suite] = field(default_factory=dict)
 
 
 @cache

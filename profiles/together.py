@@ -1,16 +1,19 @@
-"""A driver for many pipelines in lockstep: their calls to the same submodel run as one batch."""
+"""A driver for many pipelines in lockstep: their calls to the same submodel run as one batch, those of a decoder's
+sequences as one run (`Engine.run_many`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline
+from runtime.engine import SlotCall
+from runtime.pipeline import Call, Engines, Event, Outputs, Pipeline, prepare, run_call
 from runtime.stacking import Rows
 
 
 def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list[Event]]:
     """The events of each of several pipelines, run in lockstep. Calls to the same submodel are stacked where they
-    differ in their rows only. No call may have a slot.
+    differ in their rows only, and joined where each has a slot.
     """
     events: list[list[Event]] = [[] for _ in pipelines]
     waiting: dict[int, Call] = {}
@@ -38,15 +41,24 @@ def drive_together(pipelines: Sequence[Pipeline], engines: Engines) -> list[list
 
 
 def _stackable(engines: Engines, call: Call, other: Call) -> bool:
-    rows = Rows.of(engines[call.submodel].submodel.signature) if call.submodel == other.submodel else None
-    return call is other or (rows is not None and rows.stackable(call.inputs, other.inputs))
+    if call is other:
+        return True
+    if call.submodel != other.submodel or (call.slot is None) != (other.slot is None):
+        return False
+    if call.slot is not None:
+        return True
+    rows = Rows.of(engines[call.submodel].submodel.signature)
+    return rows is not None and rows.stackable(call.inputs, other.inputs)
 
 
 def _run_stacked(engines: Engines, calls: Sequence[Call]) -> list[Outputs]:
-    assert all(call.slot is None for call in calls), "a slot's states belong to one sequence"
+    if len(calls) == 1:
+        return [run_call(engines, calls[0])]
     engine, inputs = engines[calls[0].submodel], [call.inputs for call in calls]
+    if calls[0].slot is not None:
+        for call in calls:
+            prepare(engine, call)
+        return list(engine.run_many([SlotCall(call.inputs, call.slot, call.last) for call in calls]))
     rows = Rows.of(engine.submodel.signature)
-    if rows is None:
-        (alone,) = inputs
-        return [engine.run(alone)]
+    assert rows is not None, "calls without rows are not stackable"
     return rows.unstack(engine.run(rows.stack(inputs)), inputs)

@@ -9,11 +9,12 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from pydantic import JsonValue
 
 from calibration.ground import machine
-from profiles.probes import Probe, probes
+from profiles.probes import Probe, counts, probes
 from profiles.protocol import Channel, Hello, Metric
 from runtime.bundle.manifest import Frozen
 from runtime.engine import Options
@@ -21,12 +22,17 @@ from runtime.placing.loading import LoadedModel, load_model
 
 
 class Job(Frozen):
-    """Which bundle to load, on which target, with how many threads (0 = all), and the settings of what is measured."""
+    """Which bundle to load, on which target, with how many threads (0 = all), and the settings of what is measured;
+    with so many requests together besides. Other purposes than to `measure` are to `start`, which measures nothing but
+    loading, and to `count` the operations of submodels, with the bundle's graphs.
+    """
 
     bundle: Path
     target: str
     threads: int = 0
     settings: Mapping[str, JsonValue] = {}
+    batches: tuple[int, ...] = ()
+    purpose: Literal["measure", "start", "count"] = "measure"
 
 
 def main() -> None:
@@ -37,12 +43,18 @@ def main() -> None:
         start = time.perf_counter()
         model = load_model(job.bundle, job.target, Options(threads=job.threads))
         load = time.perf_counter() - start
-        found = probes(model, job.settings)
+        found = _probes(model, job)
     except Exception as error:  # the driver shows it
         channel.fail(error)
         sys.exit(1)
-    channel.serve(hello(model, job, load, found), {probe.metric: probe.run for probe in found})
+    channel.serve(hello(model, job, load, found), {probe.key: probe.run for probe in found})
     model.close()
+
+
+def _probes(model: LoadedModel, job: Job) -> list[Probe]:
+    if job.purpose == "measure":
+        return probes(model, job.settings, job.batches)
+    return counts(model, job.settings) if job.purpose == "count" else []
 
 
 def hello(model: LoadedModel, job: Job, load: float, found: list[Probe]) -> Hello:
@@ -54,13 +66,15 @@ def hello(model: LoadedModel, job: Job, load: float, found: list[Probe]) -> Hell
         threads=job.threads or machine.threads(),
         versions=machine.versions(),
         load=load,
-        metrics={probe.metric: metric(probe) for probe in found},
+        metrics={probe.key: metric(probe) for probe in found},
         quant=model.bundle.manifest.quant,
     )
 
 
 def metric(probe: Probe) -> Metric:
     described = Metric(unit=probe.unit, settings=dict(probe.settings))
+    if probe.variant:
+        described["name"] = probe.metric
     if probe.nbytes is not None:
         described["bytes"] = probe.nbytes
     return described

@@ -214,17 +214,21 @@ def _in_cache(name: str) -> bool:
         return False
 
 
+CACHE: Final = "ENGINECAST_CACHE"
+"""The environment variable that names another folder for caches."""
+
+
 def cache_folder() -> Path:
     """The cache folder, whose content can be made again: $ENGINECAST_CACHE, else the user's cache folder. Raises
     InvalidInput if there is neither.
     """
-    if chosen := os.environ.get("ENGINECAST_CACHE"):
+    if chosen := os.environ.get(CACHE):
         return Path(chosen)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "enginecast"
     except RuntimeError:
         raise InvalidInput(
-            "ENGINECAST_CACHE", "is not set and this user has no home folder: set it to a folder for caches"
+            CACHE, "is not set and this user has no home folder: set it to a folder for caches"
         ) from None
 
 

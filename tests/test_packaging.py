@@ -121,6 +121,7 @@ def test_a_serving_machine_installs_nothing_of_the_build_side(metadata: Message)
         "top",
         "http",
         "ui",
+        "plots",
         "constrained",
         "export",
         "dev",

@@ -13,7 +13,8 @@ from typing import Final
 
 from rich.table import Table
 
-from profiles.bench import Say, Worker, labelled, whole
+from profiles.bench import Say, labelled, of_one_run, whole
+from profiles.process import Worker
 from profiles.rows import Row
 from profiles.serving.load import CLOSED, OPEN, Load, Observed
 from profiles.serving.worker import THROUGHPUT, Job
@@ -22,6 +23,8 @@ from runtime.errors import EngineError
 from runtime.timing import turns
 
 PERCENTILES: Final = (50, 95, 99)
+SERVED: Final = "served_"
+"""What the metrics of loads begin with."""
 REFUSED: Final = "served_refused"
 SECONDS: Final = {"s": 1.0, "min": 60.0}
 """By what a rate is counted, after the slash of its unit."""
@@ -57,7 +60,7 @@ def bench(bundle: Bundle, workers: Iterable[Worker], plan: LoadPlan, say: Say = 
                 say(_line(worker, load, observed))
         for worker in entered:
             rows += whole(bundle, worker)
-        return rows
+        return of_one_run(rows)
 
 
 def _observed(worker: Worker, load: Load) -> Observed:

@@ -1,6 +1,7 @@
 """What is measured of models that answer. Exams score their answers.
 
 first_token  seconds until the first token about a picture
+follow_up    seconds until the first token of the next turn about it
 prefill      prompt tokens a second
 decode       new tokens a second
 """
@@ -10,7 +11,8 @@ from __future__ import annotations
 import bisect
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,20 +24,25 @@ from calibration.requests.exams import Case
 from calibration.requests.tasks.chat import TASK as REQUESTS
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
-from profiles.task import ProfileTask, Requests, TaskExam
+from profiles.task import ProfileTask, Rate, Requests, Suite, TaskExam
+from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.bundle.signature import nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
 from runtime.optional import require
-from runtime.pipeline import Engines, Event, drive
+from runtime.pipeline import Engines, Event, Room, drive
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel, open_pipeline
 from runtime.tasks.chat import ChatRequest, Finished
 from runtime.vision.images import Picture, decoded
 
 QUESTION: Final = "what color is the background?"
+ANSWER: Final = "it is red."
+"""What the model is held to have said in the turn before."""
+HELD: Final = 1 << 40
+"""Bytes that may be held of earlier turns: all."""
 EDGE: Final = 128
 """Edge in pixels of the picture of the question; every model resizes it to its own."""
 
@@ -98,7 +105,40 @@ def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
         about_picture = picture_question(model, settings)
         length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids)}
         found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(about_picture)), length))
+        found.insert(1, Probe("follow_up", "s", follow_up(model, settings), length))
     return found
+
+
+def follow_up(model: LoadedModel, settings: AnswerSettings) -> Callable[[], float]:
+    """Seconds to the first token of a second turn about a picture, whose first turn is held."""
+    pipeline = _endless(model)
+    pipeline.vision = copy.copy(pipeline.vision)  # what is held of pictures is not the model's
+    first = picture_question(model, settings)
+    turns = (*first.messages, Message("assistant", (ANSWER,)), Message("user", (QUESTION,)))
+    second = replace(first, messages=turns)
+
+    def run() -> float:
+        pipeline.remember(Room(HELD, HELD, 1))
+        list(drive(pipeline(first), model.engines))
+        return seconds(lambda: list(drive(pipeline(second), model.engines)))
+
+    return run
+
+
+def decoded_together(model: LoadedModel, settings: AnswerSettings, count: int) -> Rate:
+    """Tokens that so many sequences get in a second, from the first step of all of them on."""
+    pipeline = _endless(model)
+    text, prompt_tokens = _text(pipeline, settings.prompt_tokens)
+    messages = (Message("user", (text,)),)
+    request = ChatRequest(messages, max_tokens=settings.new_tokens, temperature=0.0, beams=1)
+
+    def run() -> float:
+        clock = Clock(model.engines)
+        drive_together([pipeline(request) for _ in range(count)], clock)
+        steps = [begun for submodel, begun in clock.begun if submodel == "decoder"][-(settings.new_tokens - 1) :]
+        return count * len(steps) / (time.perf_counter() - steps[0])
+
+    return Rate("tokens/s", run, {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens})
 
 
 def chat_load(bundle: Bundle, settings: AnswerSettings) -> Requests:
@@ -222,4 +262,12 @@ TASK: Final = ProfileTask(
     chat_probes,
     TaskExam(is_source, source_subject, exam_settings, answers),
     chat_load,
-)
+    decoded_together,
+    {
+        "quick": Suite(
+            repeat=3, budget=3, batches=(1, 2, 4), clients=(1, 4), starts=1,
+            settings={"prompt_tokens": 256, "new_tokens": 32},
+        ),
+        "full": Suite(repeat=15, budget=120, batches=(1, 2, 4, 8, 16), clients=(1, 2, 4, 8), starts=3),
+    },
+)  # fmt: skip

@@ -16,7 +16,7 @@ from calibration.requests.tasks.image import masked
 from profiles.drawing import Library
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
-from profiles.task import ProfileTask, Requests, TaskExam
+from profiles.task import ProfileTask, Rate, Requests, Suite, TaskExam
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.diffusion.config import DiffusionConfig
@@ -59,6 +59,17 @@ def image_probes(model: LoadedModel, settings: PictureSettings) -> list[Probe]:
         return seconds(lambda: list(drive(model.pipeline(request), model.engines)))
 
     return [Probe("picture", "s", picture, settings.model_dump(exclude_none=True))]
+
+
+def pictures_together(model: LoadedModel, settings: PictureSettings, count: int) -> Rate:
+    first = image_request(model.bundle, settings)
+    requests = [replace(first, prompt=f"{number} {PROMPT}", seed=number) for number in range(count)]
+
+    def run() -> float:
+        pipelines = [model.pipeline(request) for request in requests]
+        return 60 * count / seconds(lambda: drive_together(pipelines, model.engines))
+
+    return Rate("pictures/min", run, settings.model_dump(exclude_none=True))
 
 
 class PictureExam(ExamSettings):
@@ -113,4 +124,9 @@ TASK: Final = ProfileTask(
     image_probes,
     TaskExam(lambda folder: (folder / INDEX).is_file(), source_subject, exam_settings, pictures),
     image_load,
+    pictures_together,
+    {
+        "quick": Suite(repeat=3, budget=3, batches=(1, 2, 4), clients=(1, 4), starts=1),
+        "full": Suite(repeat=15, budget=120, batches=(1, 2, 4, 8), clients=(1, 2, 4, 8), starts=3),
+    },
 )

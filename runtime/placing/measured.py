@@ -34,7 +34,9 @@ class Row(Frozen):
     unit: str
     spread: Spread
     bound: float | None = None
-    """The limit that the machine's memory speed sets, in the same unit; None where memory is not the limit."""
+    """The limit that the machine sets, in the same unit: the speed of its memory, or its arithmetic where that was
+    measured (`profiles.roofline`). None where neither is known.
+    """
     program: str
     """Name and version of what was measured, such as "enginecast 0.1.0"."""
     bundle: str
@@ -60,6 +62,13 @@ class Row(Frozen):
     """The single measurements of `spread`, in order; none in rows that were stored before they were."""
     run: str = ""
     """The same for rows whose measurements were taken in turns, by one command."""
+
+    @property
+    def reached(self) -> float | None:
+        """The share of the limit that was reached, 1 for all of it; None without a limit."""
+        if not self.bound or not self.spread.median:
+            return None
+        return self.bound / self.spread.median if self.unit == "s" else self.spread.median / self.bound
 
 
 @dataclass(frozen=True)

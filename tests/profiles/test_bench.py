@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 
 from calibration.ground import machine
 from profiles import bench, cli, probes, rows
-from profiles.bench import BenchPlan, Worker
+from profiles.bench import BenchPlan
+from profiles.process import Worker
 from profiles.tasks.image import PictureSettings, image_request
 from runtime.bundle.manifest import Bundle
 from runtime.diffusion.config import DiffusionConfig
@@ -66,12 +68,24 @@ def test_workers_are_measured_in_turns(tmp_path: Path, bundle: Bundle, monkeypat
     ) and b.spread.median == 5  # the first turn is left out
     assert a.bound == 5000 and a.unit == "tokens/s"
     assert (a.bundle, a.source, a.quant, a.device, a.threads) == ("fake", "fake-source", "int4", "d", 1)
-    assert a.fingerprint == here()
+    assert a.fingerprint == here() and a.values == (3, 5) and len({row.run for row in found}) == 1
     assert by_name["p A", "load"].spread.median == 0.25
     assert 0.001 < by_name["p B", "memory"].spread.median < 1
     assert [row.metric for row in found] == ["first", "first", "only B", "load", "memory", "load", "memory"]
     console = Console(width=200, record=True, quiet=True)
     console.print(bench.table(found))
+
+
+def test_what_is_measured_at_several_settings_has_one_name(bundle: Bundle) -> None:
+    described = {"unit": "tokens/s", "name": "batched", "settings": {"batch": 4}, "bytes": 2.0}
+    hello = {"program": "p", "target": "t", "device": "d", "threads": 1, "versions": {}, "load": 1.0}
+    one: Any = SimpleNamespace(bundle=None, hello=hello | {"metrics": {"batched 4": described}})
+    row = bench._row(bundle, one, "batched 4", [3.0, 4.0], 8.0)
+    assert (row.metric, row.settings, row.bound, row.reached) == ("batched", {"batch": 4}, 4.0, 0.875)
+    columns = {column.header: list(column.cells) for column in bench.table([row]).columns}
+    assert columns["metric"] == ["batched 4"] and columns["of bound"] == ["88%"]
+    joules = bench._energy(row, [5.0, 6.0])
+    assert (joules.metric, joules.unit, joules.values, joules.bound) == ("energy.batched", "J", (5.0, 6.0), None)
 
 
 def test_what_goes_wrong_in_a_worker_is_said(tmp_path: Path, bundle: Bundle) -> None:
@@ -121,6 +135,30 @@ def test_submodels_are_measured_at_the_sizes_of_a_request(drawing: LoadedModel) 
         probes.probes(drawing, {"width": 100})
 
 
+def test_requests_that_run_together(drawing: LoadedModel, tiny_bundle: Path) -> None:
+    batched = [probe for probe in probes.probes(drawing, {"steps": 2}, (1, 3)) if probe.metric == probes.BATCHED]
+    assert [(probe.key, probe.unit, probe.settings) for probe in batched] == [
+        ("batched 1", "pictures/min", {"batch": 1, "steps": 2}),
+        ("batched 3", "pictures/min", {"batch": 3, "steps": 2}),
+    ]
+    engines: Any = drawing.engines
+    assert batched[1].run() > 0
+    assert [len(call["sample"]) for call in engines["unet"].calls] == [6, 6]  # with guidance
+    model = load_model(tiny_bundle, "onnxruntime")
+    decoder, sizes = model.engines["decoder"], list[int]()
+    run_many = decoder.run_many
+
+    def counted(calls: Any) -> Any:
+        sizes.append(len(calls))
+        return run_many(calls)
+
+    decoder.run_many = counted  # type: ignore[method-assign]
+    *_, together = probes.probes(model, {"prompt_tokens": 40, "new_tokens": 5}, (2,))
+    assert together.unit == "tokens/s" and together.settings["batch"] == 2 and together.run() > 0
+    assert sizes == [2] * 5  # the prompts, and 4 further tokens
+    model.close()
+
+
 def test_a_model_for_inpainting_is_measured_with_a_mask(drawing: LoadedModel) -> None:
     settings = PictureSettings(width=256, height=64)
     assert not image_request(drawing.bundle, settings).masked
@@ -138,12 +176,17 @@ def test_a_model_for_inpainting_is_measured_with_a_mask(drawing: LoadedModel) ->
 def test_chat_is_measured_with_a_fixed_number_of_tokens(tiny_bundle: Path) -> None:
     model = load_model(tiny_bundle, "onnxruntime")
     found = {probe.metric: probe for probe in probes.probes(model, {"prompt_tokens": 40, "new_tokens": 5})}
-    assert list(found) == ["vision_encoder", "token_embedding", "first_token", "prefill", "decode"]
+    assert list(found) == ["vision_encoder", "token_embedding", "first_token", "follow_up", "prefill", "decode"]
     assert found["decode"].settings["new_tokens"] == 5 and 30 < int(found["decode"].settings["prompt_tokens"]) <= 40
     decoder = model.bundle.submodel("decoder")
     assert found["decode"].nbytes is not None and found["decode"].nbytes > decoder.nbytes
     assert found["decode"].unit == found["prefill"].unit == "tokens/s"
     assert all(probe.run() > 0 for probe in found.values())
+    seen, encoder = list[int](), model.engines["vision_encoder"]
+    run = encoder.run
+    encoder.run = lambda inputs, slot=None: seen.append(1) or run(inputs, slot)  # type: ignore[method-assign]
+    assert found["follow_up"].run() > 0 and len(seen) == 1  # in the first turn
+    assert found["first_token"].run() > 0 and len(seen) == 2
     with pytest.raises(InvalidInput, match="prompt_tokens: is 2, expected at least"):
         probes.probes(model, {"prompt_tokens": 2})
     with pytest.raises(InvalidInput, match="max_tokens"):
@@ -156,7 +199,7 @@ def test_command_line(tiny_bundle: Path, tmp_path: Path) -> None:
     options = "--target onnxruntime --metric decode --repeat 2 --prompt-tokens 30 --new-tokens 4 --store"
     ended = CliRunner().invoke(cli.app, ["bench", str(tiny_bundle), *options.split(), "--rows", str(stored)])
     assert ended.exit_code == 0, ended.output
-    assert [row.metric for row in rows.read(stored)] == ["decode", "load", "memory"]
+    assert [row.metric for row in rows.read(stored)] == ["decode", "load", "size", "memory"]
     decode = rows.read(stored)[0]
     assert (decode.target, decode.quant, decode.spread.repetitions) == ("onnxruntime", "none", 2)
     assert "onnxruntime" in ended.output and "decode" in ended.output

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from enginecast.testing import FakeServer
 from profiles import cli, rows
-from profiles.bench import Worker
+from profiles.process import Worker
 from profiles.serving import bench
 from profiles.serving.bench import LoadPlan, percentile
 from profiles.serving.load import Load

@@ -1,0 +1,1 @@
+"""Compares figures: `enginecast bench compare`."""

@@ -1,0 +1,1 @@
+"""Reports of measured rows: `enginecast bench report`."""
