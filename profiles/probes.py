@@ -104,7 +104,7 @@ def counts(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
         return lambda: operations(model.bundle.root / submodel.graph, inputs) / GIGA
 
     return [
-        Probe(submodel.name, OPERATIONS, count(submodel, inputs), _shapes(inputs))
+        Probe(submodel.name, OPERATIONS, count(submodel, inputs), shapes(inputs))
         for submodel, inputs in _calls(model, request)
     ]
 
@@ -112,7 +112,7 @@ def counts(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
 def _submodel_probes(model: LoadedModel, request: Any) -> list[Probe]:
     """The latency of every submodel without states."""
     return [
-        Probe(submodel.name, "s", _latency(model.engines[submodel.name], inputs), _shapes(inputs))
+        Probe(submodel.name, "s", _latency(model.engines[submodel.name], inputs), shapes(inputs))
         for submodel, inputs in _calls(model, request)
     ]
 
@@ -130,8 +130,8 @@ def _calls(model: LoadedModel, request: Any) -> Iterator[tuple[Submodel, Mapping
         yield submodel, calls[name].inputs if name in calls else submodel.signature.sample(usual)
 
 
-def _shapes(inputs: Mapping[str, Array]) -> dict[str, int | float | str]:
-    """The shapes of a call's inputs, as texts."""
+def shapes(inputs: Mapping[str, Array]) -> dict[str, int | float | str]:
+    """The shapes of a call's inputs, as the settings of a row."""
     return {name: "x".join(map(str, array.shape)) for name, array in inputs.items()}
 
 

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import JsonValue
+
 import profiles.tasks
 from calibration.requests.exams import Case
 from profiles.exam import ExamSettings, Subject
@@ -84,7 +86,8 @@ class ProfileTask:
     `request` makes for a model; `probes` are those of the whole model. Both raise InvalidInput where it refuses the
     settings. `exam` is None for a task without exams, and `load`, which makes the requests that a server of a bundle is
     loaded with, for one whose servers are not measured. `batched` measures so many requests that run together, None
-    where the algorithm has no such thing. `suites` are those of `bench --suite`, by name.
+    where the algorithm has no such thing. `suites` are those of `bench --suite`, by name;
+    `tuning` are the settings of the short requests of `tune`.
     """
 
     task: str
@@ -97,6 +100,7 @@ class ProfileTask:
     load: Callable[[Bundle, Any], Requests] | None = None
     batched: Callable[[LoadedModel, Any, int], Rate] | None = None
     suites: Mapping[str, Suite] = field(default_factory=dict)
+    tuning: Mapping[str, JsonValue] = field(default_factory=dict)
 
 
 @cache

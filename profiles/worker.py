@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,9 @@ from profiles.probes import Probe, counts, probes
 from profiles.protocol import Channel, Hello, Metric
 from runtime.bundle.manifest import Frozen
 from runtime.engine import Options
+from runtime.placing.containers import allowance
 from runtime.placing.loading import LoadedModel, load_model
+from runtime.placing.placement import PlacementOptions
 
 
 class Job(Frozen):
@@ -35,15 +37,17 @@ class Job(Frozen):
     purpose: Literal["measure", "start", "count"] = "measure"
 
 
-def main() -> None:
-    """Load, then measure until the input ends."""
+def work(find: Callable[[LoadedModel, Job], list[Probe]]) -> None:
+    """Load, then measure what is found of the model, until the input ends. Figures that were stored before decide
+    nothing here: what is measured would depend on them.
+    """
     channel = Channel()
     try:
         job = Job.model_validate_json(sys.argv[1])
         start = time.perf_counter()
-        model = load_model(job.bundle, job.target, Options(threads=job.threads))
+        model = load_model(job.bundle, job.target, Options(threads=job.threads), PlacementOptions(rows=()))
         load = time.perf_counter() - start
-        found = _probes(model, job)
+        found = find(model, job)
     except Exception as error:  # the driver shows it
         channel.fail(error)
         sys.exit(1)
@@ -63,7 +67,7 @@ def hello(model: LoadedModel, job: Job, load: float, found: list[Probe]) -> Hell
         program=machine.program(),
         target=model.target,
         device=model.device,
-        threads=job.threads or machine.threads(),
+        threads=job.threads or allowance().threads,
         versions=machine.versions(),
         load=load,
         metrics={probe.key: metric(probe) for probe in found},
@@ -81,4 +85,4 @@ def metric(probe: Probe) -> Metric:
 
 
 if __name__ == "__main__":
-    main()
+    work(_probes)

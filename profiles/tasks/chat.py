@@ -270,4 +270,5 @@ TASK: Final = ProfileTask(
         ),
         "full": Suite(repeat=15, budget=120, batches=(1, 2, 4, 8, 16), clients=(1, 2, 4, 8), starts=3),
     },
+    {"prompt_tokens": 64, "new_tokens": 16},
 )  # fmt: skip

@@ -129,4 +129,5 @@ TASK: Final = ProfileTask(
         "quick": Suite(repeat=3, budget=3, batches=(1, 2, 4), clients=(1, 4), starts=1),
         "full": Suite(repeat=15, budget=120, batches=(1, 2, 4, 8), clients=(1, 2, 4, 8), starts=3),
     },
+    {"steps": 3},
 )

@@ -61,8 +61,7 @@ class Advice:
                     return None
                 return Decision(
                     str(best),
-                    f"measured {least:.3g} s with {best} threads against {usual:.3g} s with {self.threads_here} "
-                    f"{profile.source}",
+                    f"measured {least:.3g} s against {usual:.3g} s with {self.threads_here} threads {profile.source}",
                 )
         return None
 
@@ -94,7 +93,7 @@ class Advice:
         times = rows.together(calls, first.shapes)
         if len(times) < 2:
             return None
-        shown = ", ".join(f"{count} take {1000 * seconds:.3g} ms" for count, seconds in sorted(times.items()))
+        shown = ", ".join(f"{count} in {seconds:.3g} s" for count, seconds in sorted(times.items()))
         return Decision(str(best(times)), f"measured calls of {submodel.name} together: {shown}, {first.where}")
 
     def _targets(self, names: Sequence[str]) -> tuple[Profile | None, dict[str | int, float]]:

@@ -16,11 +16,14 @@ from runtime.stacking import Timed
 
 @dataclass(frozen=True)
 class Decided:
-    """The options of engines, and what measured figures (`Placement.advice`) decide where these leave it open."""
+    """The options of engines, and what measured figures (`Placement.advice`) decide where these leave it open. `bundle`
+    says why it is this bundle, where there were several.
+    """
 
     options: Options
     plan: Placement
     machine: Machine
+    bundle: Decision | None = None
 
     def at(self, place: Place) -> Options:
         """The options of an engine at this place."""
@@ -48,7 +51,7 @@ class Decided:
         advice, targets = self.plan.advice, self.plan.targets
         target = advice.target(place.target, targets) if len(targets) > 1 else None
         threads = None if self.options.threads else advice.threads(place.target)
-        return {name: one for name, one in (("target", target), ("threads", threads)) if one}
+        return {name: one for name, one in (("bundle", self.bundle), ("target", target), ("threads", threads)) if one}
 
 
 def _threads(allowed: Allowance) -> int:

@@ -34,6 +34,7 @@ from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
 from runtime.placing.placement import Candidates, Place, PlacementOptions
 from runtime.placing.portable import fitting
+from runtime.placing.variants import Chosen, chosen
 from runtime.scripting import Scripts
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,8 @@ def load_model(
     request: Any = None,
     scripts: Scripts | None = None,
 ) -> LoadedModel:
-    """Verify a bundle's files by their hashes and load its submodels, on the `wanted` target or as `placing` says.
+    """Verify a bundle's files by their hashes and load its submodels, on the `wanted` target or as `placing` says. Of a
+    folder with several bundles of one model one is chosen (`runtime.placing.variants`).
 
     The manifest of a `Bundle` that was opened before must not have changed since. With the file of a `public` key, the
     bundle must be signed with its private key. A `request` is checked before any engine is loaded. The installed
@@ -106,9 +108,9 @@ def load_model(
     loading are refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; nothing stays
     loaded then.
     """
-    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    found = Chosen(bundle) if isinstance(bundle, Bundle) else chosen(bundle, wanted, placing)
     return _load(
-        opened, wanted, options or Options(), placing or PlacementOptions(), public, scripts or Scripts(), (), request
+        found, wanted, options or Options(), placing or PlacementOptions(), public, scripts or Scripts(), (), request
     )
 
 
@@ -133,7 +135,7 @@ def _verify(bundle: Bundle, public: Path | None) -> None:
 
 
 def _load(
-    bundle: Bundle,
+    found: Chosen,
     wanted: str | None,
     options: Options,
     placing: PlacementOptions,
@@ -142,6 +144,7 @@ def _load(
     avoid: Collection[Place],
     request: Any = None,
 ) -> LoadedModel:
+    bundle = found.bundle
     _verify(bundle, public)
     options = replace(options, verify=bundle.verify_again)
     pipeline = open_pipeline(bundle)
@@ -158,7 +161,7 @@ def _load(
             where, engine = _first(
                 submodel,
                 choice,
-                partial(_load_one, bundle, submodel, Decided(options, plan, machine), notes),
+                partial(_load_one, bundle, submodel, Decided(options, plan, machine, found.decision), notes),
                 budget,
                 notes,
             )
@@ -178,7 +181,7 @@ def _load(
     names, devices = (
         ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
     )
-    again = partial(_load, bundle, wanted, options, placing, public, scripts)
+    again = partial(_load, found, wanted, options, placing, public, scripts)
     loaded = LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
     return _told(loaded, scripts)
 

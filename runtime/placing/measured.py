@@ -1,6 +1,6 @@
 """Rows of figures: what a row holds, where files of rows are, and how they are read.
 
-Files are JSON lines. Some are package data, in profiles/rows; `enginecast bench --store` writes
+Files are JSON lines. Some are package data, in profiles/rows; `enginecast bench --store` and `enginecast tune` write
 the user's own, in `user_folder`. `runtime.placing.nearest` chooses by them.
 """
 

@@ -25,6 +25,8 @@ PROMPT_TOKENS: Final = 512
 """Length in tokens of the text that it answers where the model sees no pictures."""
 PROGRAM: Final = "enginecast"
 """Rows of other programs decide nothing."""
+UNITS: Final = ("s", "tokens/s")
+"""Rows of other units, such as operations, are no times."""
 ACCELERATORS: Final = ("cuda", "gpu", "npu", "dml", "directml", "coreml", "tensorrt")
 """Words in the names of devices that are not the processor."""
 
@@ -110,18 +112,19 @@ class Profile:
 
 def profiles(manifests: Sequence[Manifest], machine: Machine, collected: Collected) -> list[Profile]:
     """The profiles of bundles of one model on this machine and on those like it, the nearest first; each has at least
-    two setups.
+    two setups. Those of rows that were measured in turns come before those of all rows, the newest first.
     """
-    groups = defaultdict[Near, list[Row]](list)
+    groups = defaultdict[tuple[Near, str], list[Row]](list)
     for near, row in near_rows(manifests, machine, collected.rows):
-        groups[near].append(row)
+        groups[near, row.run].append(row)
+        if row.run:
+            groups[near, ""].append(row)
     largest = max(manifests[0].submodels, key=lambda submodel: submodel.nbytes).name
     ways = (*WAYS, Way(f"a call of {largest}", (largest,)))
-    found = [
-        profile for near, rows in groups.items() if (profile := _profile(near, rows, ways)) and len(profile.seconds) > 1
-    ]
-    newest = sorted(found, key=lambda profile: profile.date, reverse=True)
-    return sorted(newest, key=lambda profile: (profile.near.device, profile.near.model, -len(profile.seconds)))
+    found = [(run, profile) for (near, run), rows in groups.items() if (profile := _profile(near, rows, ways))]
+    newest = sorted(found, key=lambda item: item[1].date, reverse=True)
+    ordered = sorted(newest, key=lambda item: (item[1].near.device, item[1].near.model, not item[0]))
+    return [profile for _, profile in ordered if len(profile.seconds) > 1]
 
 
 def near_rows(manifests: Sequence[Manifest], machine: Machine, rows: Iterable[Row]) -> Iterator[tuple[Near, Row]]:
@@ -129,8 +132,12 @@ def near_rows(manifests: Sequence[Manifest], machine: Machine, rows: Iterable[Ro
     here = Fingerprint.of(machine)
     for row in rows:
         device, model = _device(row, machine, here), _model(row, manifests)
-        if device is not None and model is not None and row.program.startswith(PROGRAM) and row.spread.median > 0:
+        if device is not None and model is not None and _counts(row):
             yield Near(device, model, row.cpu, row.source), row
+
+
+def _counts(row: Row) -> bool:
+    return row.program.startswith(PROGRAM) and row.unit in UNITS and row.spread.median > 0
 
 
 def _device(row: Row, machine: Machine, here: Fingerprint) -> int | None:

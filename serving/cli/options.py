@@ -188,10 +188,10 @@ class ModelOptions(ConnectionOptions):
     def check(self, request: Request) -> None:
         """Raise NotFound, BundleError or InvalidInput where the bundle has another task than the request."""
         if self.bundle is not None:
-            from runtime.bundle.manifest import Bundle
+            from runtime.placing.variants import chosen
             from serving.dialects.python.model import check_task
 
-            check_task(Bundle(named(self.bundle)[1]).manifest.task, request)
+            check_task(chosen(named(self.bundle)[1], self.target).bundle.manifest.task, request)
 
     def _open(self, request: Request) -> Session:
         options = engine_options(self.device, self.threads)

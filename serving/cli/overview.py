@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from runtime.bundle.manifest import Bundle
 from runtime.engine import Options, targets
 from runtime.placing import placement
 from runtime.placing.choices import measured
@@ -23,6 +22,7 @@ from runtime.placing.decided import Decided
 from runtime.placing.devices import Machine, detect
 from runtime.placing.memory import show_size
 from runtime.placing.placement import PlacementOptions
+from runtime.placing.variants import Chosen, chosen
 from serving.dialects.grpc.client import PLAIN, Client
 from serving.dialects.grpc.connection import Connection
 from serving.enginecast_pb import model_pb2
@@ -31,7 +31,7 @@ WIDTH: Final = 160
 """Of tables that do not go to a terminal, in characters."""
 UNMEASURED: Final = (
     "targets are in the order of their ranks: no figures of two of them are there for this model on a processor like "
-    "this one. `enginecast bench {} --store` measures them"
+    "this one. `enginecast tune {}` measures them"
 )
 SIZES: Final = ("memory", "free", "needs")
 
@@ -57,7 +57,7 @@ def collect(
         "notes": list(machine.notes),
     }
     if bundle is not None:
-        found |= _placed(Bundle(bundle), target, device, placing, machine)
+        found |= _placed(chosen(bundle, target, placing), target, device, placing, machine)
     if address is not None:
         with Client(address, connection) as client:
             models = client.models()
@@ -101,10 +101,11 @@ def _choices(name: str) -> list[dict[str, Any]]:
 
 
 def _placed(
-    bundle: Bundle, target: str | None, device: str, placing: PlacementOptions, machine: Machine
+    found: Chosen, target: str | None, device: str, placing: PlacementOptions, machine: Machine
 ) -> dict[str, Any]:
+    bundle = found.bundle
     plan = placement.place(bundle, target, device, placing, machine)
-    decided = Decided(Options(device=device), plan, machine)
+    decided = Decided(Options(device=device), plan, machine, found.decision)
     rows, figures = [], list[dict[str, str]]()
     for name, choice in plan.choices.items():
         first, *others = choice.places
@@ -122,7 +123,8 @@ def _placed(
                 "or else": [str(one) for one in others],
             }
         )
-    unmeasured = () if figures or target else (UNMEASURED.format(bundle.root),)
+    ordered = target or any(one["choice"].startswith("target=") for one in figures)
+    unmeasured = [] if ordered else [UNMEASURED.format(bundle.root)]
     return {"placement": rows, "profile": figures, "notes": [*machine.notes, *plan.notes, *unmeasured]}
 
 

@@ -1,5 +1,5 @@
-"""Whether calls of several requests are made as one with more rows: where that was measured to pay, before
-or while serving.
+"""Whether calls of several requests are made as one with more rows: where that was measured to pay, by
+`enginecast tune` or while serving.
 
 A call that keeps the device busy takes twice as long with twice the rows; joining it gains nothing but a longer wait
 for the others. So only short calls are tried: two together, once to warm up and once measured. Where the engine's

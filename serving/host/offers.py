@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,6 +14,9 @@ from runtime import limits as bounds
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError, InvalidInput, quoted
 from runtime.pipeline import pipelines
+from runtime.placing.variants import chosen
+
+log = logging.getLogger(__name__)
 
 VERSION_MARK: Final = "@"
 """Stands before the version in the name of a model."""
@@ -93,14 +97,17 @@ class Offer:
         cls, root: Path, name: str = "", keep_alive: float | None = None, version: str = "", followed: bool = False
     ) -> Offer:
         """Offer the bundle at `root` by `name`, else by the name in its manifest, or by its folder's name if it cannot
-        be opened.
+        be opened or is one that is chosen of several there (`runtime.placing.variants`).
         """
         given = keep_alive, version, followed
         try:
-            bundle = Bundle(root)
+            found = chosen(root)
         except EnginecastError as error:
             return cls(name or root.absolute().name, root, None, error, *given)
-        return cls(name or bundle.name, root, bundle, None, *given)
+        if found.decision:
+            log.info("model %s: %s is served, %s", name or root.name, found.decision.value, found.decision.reason)
+        own = root.absolute().name if found.decision else found.bundle.name
+        return cls(name or own, found.bundle.root, found.bundle, None, *given)
 
 
 def check_name(name: str) -> None:

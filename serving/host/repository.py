@@ -2,6 +2,8 @@
 
     FOLDER/NAME/manifest.json            the model NAME
     FOLDER/NAME/VERSION/manifest.json    its versions, whole numbers from 1, as KServe and Triton have them
+    FOLDER/NAME/int8/manifest.json       the model NAME, where it has no versions, at other numbers, in folders with
+    FOLDER/NAME/int4/manifest.json       other names than numbers: one is chosen (`runtime.placing.variants`)
 
 A bundle is complete when its manifest is there: builds rename their folder at the end.
 """
@@ -17,6 +19,7 @@ from typing import Final
 
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import InvalidInput, NotFound
+from runtime.placing.variants import variants
 from serving.host.offers import VERSION_MARK, Offer, check_name
 
 log = logging.getLogger(__name__)
@@ -25,8 +28,8 @@ VERSION: Final = re.compile(r"[1-9][0-9]{0,17}")
 KEEP_ALIVE: Final = 300.0
 """Seconds that its models stay loaded without requests, unless another time is set."""
 
-Identity = tuple[int, int, int, int]
-"""What changes with a manifest: device, number, size, time of the last change in ns."""
+Identity = tuple[int, ...]
+"""What changes with a manifest, or with one of several: device, number, size, time of the last change in ns."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,18 @@ class Repository:
 
 
 def _bundles(folder: Path) -> Iterator[tuple[str, tuple[Path, Identity]]]:
-    """The bundles of a model: the one in its folder, else its versions. Raises OSError."""
+    """The bundles of a model: the one in its folder, else its versions, else what one is chosen of. Raises OSError."""
     if (identity := _identity(folder)) is not None:
         yield folder.name, (folder, identity)
         return
+    versions = False
     for version in folder.iterdir():
         if VERSION.fullmatch(version.name) and (identity := _identity(version)) is not None:
             yield f"{folder.name}{VERSION_MARK}{version.name}", (version, identity)
+            versions = True
+    others = () if versions else tuple(number for one in variants(folder) for number in _identity(one) or ())
+    if others:
+        yield folder.name, (folder, others)
 
 
 def _identity(root: Path) -> Identity | None:

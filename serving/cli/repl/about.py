@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-from runtime.bundle.manifest import Bundle
 from runtime.errors import BundleError, Unavailable
 from runtime.placing.memory import show_size
+from runtime.placing.variants import chosen
 from serving.cli.options import ADDRESS, ModelOptions, named
 from serving.cli.repl.loop import About
 from serving.dialects.grpc.client import Client
@@ -26,7 +26,7 @@ def about(where: ModelOptions) -> About:
 def task_of(where: ModelOptions) -> str:
     """The task of a model. Raises NotFound, BundleError, and Unavailable where no server answers."""
     if where.bundle is not None:
-        return Bundle(named(where.bundle)[1]).manifest.task
+        return chosen(named(where.bundle)[1]).bundle.manifest.task
     try:
         model = _status(where)
     except Unavailable as error:
@@ -59,11 +59,12 @@ def _of_server(where: ModelOptions, model: model_pb2.Model) -> Mapping[str, str]
 
 
 def _of_bundle(text: str) -> Mapping[str, str]:
-    manifest = Bundle(named(text)[1]).manifest
+    bundle = chosen(named(text)[1]).bundle
+    manifest = bundle.manifest
     sizes = (f"{one.name} {one.precision}, {show_size(one.nbytes)}" for one in manifest.submodels)
     facts = {
         "model": manifest.name,
-        "bundle": str(named(text)[1]),
+        "bundle": str(bundle.root),
         "family": manifest.source.family,
         "source": manifest.source.name,
         "quantization": manifest.quant,

@@ -9,9 +9,10 @@ from functools import cache
 from pathlib import Path
 
 import serving.cli.repl.tasks
-from runtime.bundle.manifest import MANIFEST, Bundle
+from runtime.bundle.manifest import MANIFEST
 from runtime.errors import InvalidInput, NotFound, did_you_mean, quoted
 from runtime.listing import modules
+from runtime.placing.variants import chosen, variants
 from runtime.task import task
 from serving.cli import terminal
 from serving.cli.options import ModelOptions, named
@@ -66,7 +67,7 @@ def _folder(name: str, where: ModelOptions, repository: Path | None) -> Path | N
         return _in_repository(name, repository)
     if any(sign in name for sign in ("/", os.sep)) or name in (".", "..", "~"):
         return terminal.path("NAME", name)
-    bundle = where.address is None and (Path(name) / MANIFEST).is_file()
+    bundle = where.address is None and bool((Path(name) / MANIFEST).is_file() or variants(Path(name)))
     return Path(name) if bundle else None
 
 
@@ -83,4 +84,4 @@ def _in_repository(name: str, root: Path) -> Path:
 
 def _label(where: ModelOptions) -> str:
     """The name of the model, for the eye and for files."""
-    return where.model if where.bundle is None else Bundle(named(where.bundle)[1]).name
+    return where.model if where.bundle is None else chosen(named(where.bundle)[1]).bundle.name

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from runtime.bundle.manifest import Bundle
 from runtime.engine import Options
 from runtime.errors import Cancelled, InvalidInput, Unavailable
 from runtime.files import key_of
@@ -17,6 +16,7 @@ from runtime.pipeline import Event
 from runtime.placing.loading import load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PICTURE_CACHE, PREFIX_CACHE, PlacementOptions, parse_place
+from runtime.placing.variants import chosen
 from runtime.script import Folders
 from runtime.scripting import Scripts
 from runtime.task import Request, task
@@ -170,7 +170,7 @@ def open_for(
     scripts: Scripts | None = None,
 ) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
-    check_task(Bundle(root).manifest.task, request)
+    check_task(chosen(root, target, placing).bundle.manifest.task, request)
     placing = with_caches(placing, None, None)
     loaded = load_model(root, target, options, placing, request=request, scripts=scripts)
     return Model(loaded, loaded.bundle.content, scripts)

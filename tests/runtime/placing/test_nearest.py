@@ -72,6 +72,7 @@ def advice(*rows: Row) -> Advice:
     return advise(MANIFEST, HERE, Collected(rows))
 
 
+LATER = datetime(2026, 11, 21, tzinfo=UTC)
 SLOWER = {"bundle": "other", "source": "t"}
 
 
@@ -91,15 +92,20 @@ SLOWER = {"bundle": "other", "source": "t"}
         (pair(2, 1, bundle="c", source="t", family="g"), "openvino", None),
         (pair(2, 1, bundle="c", source="t", quant="int4"), "openvino", None),
         (pair(2, 1, program="onnxruntime-genai 0.9"), "openvino", None),
+        (pair(2, 1, metric="unet", unit="GOP"), "openvino", None),
         ([row("onnxruntime", 1), row("openvino", 2, fingerprint=TWIN)], "openvino", None),
         ([row("onnxruntime", 1, settings={"steps": 4}), row("openvino", 2)], "openvino", None),
+        ([*pair(2, 1, run="one"), row("openvino", 0.5)], "onnxruntime", "measured 1 against 2 s"),
+        ([*pair(1, 2, run="one"), *pair(2, 1, run="two", date=LATER)], "onnxruntime", "2026-11-21"),
+        ([*pair(2, 1, run="one"), row("openvino", 1, threads=4, run="two", date=LATER)], "onnxruntime", "2026-11-20"),
         (pair(2, 1, metric="unet", settings={"x": "1x4", "scale": "1"}), "onnxruntime", "for a call of unet on this"),
     ],
     ids=[
         "this one before its twin", "a twin", "other instruction sets", "other threads", "another system",
         "an old row of this one", "an old row", "the family", "itself before its family",
-        "the family here before itself elsewhere", "another family", "other numbers", "another program",
-        "of two devices", "of two settings", "a call of the largest submodel",
+        "the family here before itself elsewhere", "another family", "other numbers", "another program", "operations",
+        "of two devices", "of two settings", "in turns", "the newer run", "a run of one",
+        "a call of the largest submodel",
     ],
 )  # fmt: skip
 def test_the_nearest_figures_order_the_targets(rows: list[Row], first: str, words: str | None) -> None:
@@ -165,7 +171,7 @@ def test_threads(rows: list[Row], asked: int, expected: int, monkeypatch: pytest
     assert decided.at(OPENVINO).threads == expected
     shown = decided.of(UNET, OPENVINO).get("threads")
     assert (shown is not None) == (expected == 4)
-    assert shown is None or shown.reason.startswith("measured 1 s with 4 threads against 2 s with 8 for a picture")
+    assert shown is None or shown.reason.startswith("measured 1 s against 2 s with 8 threads for a picture")
 
 
 def calls(times: Mapping[int, float], **changes: Any) -> list[Row]:
@@ -211,7 +217,7 @@ def test_planted_rows_decide_where_a_bundle_runs(
     one, machine = Bundle(tiny_bundle).manifest, detect()
     collected = overview.collect(tiny_bundle, None, "", PlacementOptions(), None)
     assert {found["place"] for found in collected["placement"]} == {"openvino:CPU"}
-    assert not collected["profile"] and any("bench" in note for note in collected["notes"])
+    assert not collected["profile"] and any("enginecast tune" in note for note in collected["notes"])
 
     own = {
         "bundle": one.name, "source": one.source.name, "quant": one.quant, "threads": machine.allowed.threads,
