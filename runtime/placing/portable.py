@@ -152,7 +152,7 @@ def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:
     """
     if not folder.exists():
         return None, ""
-    _require_own(folder)
+    require_own(folder)
     try:
         entry = Entry.model_validate_json(read_regular(folder / ENTRY, LARGEST_MANIFEST))
         altered = [name for name, expected in entry.files.items() if sha256(folder / name) != expected]
@@ -164,7 +164,7 @@ def _kept(folder: Path, engine: type[Engine]) -> tuple[Artifact | None, str]:
     return (None, f"the stored engine {reason}") if reason else (entry.artifact, "")
 
 
-def _require_own(folder: Path) -> None:
+def require_own(folder: Path) -> None:
     """Raise EngineError if others than this user can write the folder."""
     if os.name != "posix":
         return
@@ -186,7 +186,7 @@ def _alone(engines: Path, progress: Progress) -> Iterator[None]:
     """Hold the lock of this folder, so that no other process compiles. Makes the folder. Raises ResourceExhausted."""
     try:
         engines.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _require_own(engines)
+        require_own(engines)
         lock = FileLock(engines / LOCK)
         while not lock.is_locked:
             try:

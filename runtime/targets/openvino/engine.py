@@ -1,7 +1,8 @@
 """OpenVINO reads the canonical graph directly. KV caches become pages (on the CPU) or states of the model, updated in
 place.
 
-Nothing is stored at build time: OpenVINO maps the graph and its weights in about a second and compiles for the
+Nothing is stored at build time, and on the device only where the user says so (`runtime.targets.openvino.blobs`):
+OpenVINO maps the graph and its weights in about a second and compiles for the
 processor it finds, so a bundle never carries an engine that does not fit. Compiling at build time proves that the graph
 is accepted, and measures it.
 
@@ -36,6 +37,7 @@ from runtime.optional import require
 from runtime.placing.choices import Choice, Decision, Subject, decide
 from runtime.placing.containers import allowance
 from runtime.placing.processor import cores
+from runtime.targets.openvino.blobs import kept
 from runtime.targets.openvino.devices import Where
 from runtime.targets.openvino.graph import (
     BEAMS,
@@ -372,9 +374,9 @@ def _compile(
     if fixed is None and (_needs_shape(submodel, where) or values.get(SHAPES_CHOICE) == "fixed"):
         fixed = _usual(submodel)
     try:
-        model, compiled = _compiled(
-            core, submodel, graph, where, _config(core, submodel, where, options, values), values, fixed
-        )
+        with kept(where.cpu) as blobs:
+            config = blobs | _config(core, submodel, where, options, values)
+            model, compiled = _compiled(core, submodel, graph, where, config, values, fixed)
         name, fallbacks = f"openvino:{where.described(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph.path}: {error}") from None
