@@ -16,6 +16,7 @@ from rich.progress import Progress
 from typer.core import TyperGroup
 
 from calibration.ground import machine
+from profiles.cli_forecast import forecast
 from profiles.compare.cli import compare
 from profiles.console import notes, out
 from profiles.options import LoadOptions, SizeOptions, Store, StoreAt, Targets, Threads, fitting
@@ -218,6 +219,9 @@ def score(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")
     ] = None,
+    forecast: Annotated[
+        str | None, typer.Option(metavar="STEPS", help="Steps of pictures that run the UNet. Default: every step.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(min=1, max=32, help="Pictures drawn together. Default: 16.")] = None,
     threads: Threads = 0,
     store: Store = False,
@@ -235,7 +239,7 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     task = subjects.task_of(source, bundles or ())
-    options = fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "batch": batch})
+    options = fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "forecast": forecast, "batch": batch})
     _check_rows(store, rows_file)
     exam = subjects.exam_of(source, bundles or (), ability)
     scored = exam.abilities[ability] if ability else exam
@@ -253,6 +257,9 @@ def score(
         if store:
             append(_store(rows_file), scoring.rows(subject, setting, scores, threads, ability))
     out.print(scoring.table(results))
+
+
+app.command()(forecast)
 
 
 def _check_rows(store: bool, rows_file: Path | None) -> None:

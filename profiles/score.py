@@ -46,11 +46,12 @@ def score(
     judged = [case.judge(result) for result, case in results]
     seconds = time.perf_counter() - start
     names = dict.fromkeys(name for one in judged for name in one.parts)
-    parts = {name: _percent([one.parts[name] for one in judged if name in one.parts]) for name in names}
-    return Scores(_percent([one.right for one in judged]), parts, len(judged), seconds)
+    parts = {name: percent([one.parts[name] for one in judged if name in one.parts]) for name in names}
+    return Scores(percent([one.right for one in judged]), parts, len(judged), seconds)
 
 
-def _percent(right: Sequence[bool]) -> float:
+def percent(right: Sequence[bool]) -> float:
+    """The share of what is true, in percent."""
     return 100 * sum(right) / len(right)
 
 
@@ -63,7 +64,9 @@ def _ticking(items: Iterable[T], tick: Callable[[], None]) -> Iterator[T]:
 def rows(subject: Subject, setting: ExamSettings, scores: Scores, threads: int, ability: str = "") -> list[Row]:
     """The scores for storing: `right` for all attributes or questions, `right.PART` for each part."""
     settings: dict[str, int | float | str] = {"count": scores.count, "seconds": round(scores.seconds, 1)}
-    settings |= setting.model_dump(exclude={"count", "batch"}) | ({"ability": ability} if ability else {})
+    settings |= setting.model_dump(exclude={"count", "batch"}, exclude_none=True) | (
+        {"ability": ability} if ability else {}
+    )
     return [
         Row(
             metric=metric,

@@ -140,6 +140,7 @@ GUIDED: Final = Limit(
     "guidance_start, guidance_end", 1, "(a share of the steps)", "1 is all of them",
     (f"{IMAGE}.guidance_start", f"{IMAGE}.guidance_end"), least=0,
 )  # fmt: skip
+FORECAST: Final = Limit("forecast", 1000, "characters", "a list of steps; ranges shorten it", (f"{IMAGE}.forecast",))
 ETA: Final = Limit("eta", 1, "(a factor)", "1 has the noise of DDPM", (f"{IMAGE}.eta",), least=0)
 STRENGTH: Final = Limit(
     "strength", 1, "(a share of the steps)", "1 takes all of them", (f"{IMAGE}.strength", "Hires.strength"), least=0

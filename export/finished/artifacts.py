@@ -87,7 +87,7 @@ def add_target(
     ResourceExhausted; the bundle is unchanged then.
     """
     signed, settings = signed or Signed(), settings or {}
-    with _changing(root) as bundle:
+    with changing(root) as bundle:
         engine = _compiler(bundle, name)
         engine.check_settings(settings)
         signed.check(bundle)
@@ -110,7 +110,7 @@ def add_target(
 
 
 @contextmanager
-def _changing(root: Path) -> Iterator[Bundle]:
+def changing(root: Path) -> Iterator[Bundle]:
     """The bundle, locked for changes. Raises Unavailable if another process changes it, ResourceExhausted if it cannot
     be written.
     """
@@ -222,12 +222,10 @@ def _commit(bundle: Bundle, name: str, made: Path, artifacts: list[Artifact], si
         shutil.rmtree(final, ignore_errors=True)  # left by a killed change: the manifest lists nothing there
         final.parent.mkdir(parents=True, exist_ok=True)
         made.rename(final)
-    _swap(
-        bundle, manifest.model_copy(update={"artifacts": all_artifacts, "files": dict(sorted(after.items()))}), signed
-    )
+    swap(bundle, manifest.model_copy(update={"artifacts": all_artifacts, "files": dict(sorted(after.items()))}), signed)
 
 
-def _swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
+def swap(bundle: Bundle, manifest: Manifest, signed: Signed) -> None:
     """Replace the manifest by one rename, remove files that it no longer lists, and sign again if requested."""
     root = bundle.root
     if Bundle(root).content != bundle.content:
@@ -293,7 +291,7 @@ def strip(root: Path, signed: Signed | None = None) -> tuple[Bundle, int]:
     ResourceExhausted.
     """
     signed = signed or Signed()
-    with _changing(root) as bundle:
+    with changing(root) as bundle:
         manifest = bundle.manifest
         gone = {path for submodel in manifest.submodels for path in bundle.graph_files(submodel)}
         if not gone:
@@ -303,5 +301,5 @@ def strip(root: Path, signed: Signed | None = None) -> tuple[Bundle, int]:
         bundle.verify(unknown=False)
         freed = sum((root / path).stat().st_size for path in gone)
         kept = {path: known for path, known in manifest.files.items() if path not in gone}
-        _swap(bundle, manifest.model_copy(update={"files": kept, "key": key_of(manifest.key, "stripped")}), signed)
+        swap(bundle, manifest.model_copy(update={"files": kept, "key": key_of(manifest.key, "stripped")}), signed)
     return Bundle(root), freed

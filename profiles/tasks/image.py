@@ -20,6 +20,7 @@ from profiles.task import ProfileTask, Rate, Requests, Suite, TaskExam
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.diffusion.config import DiffusionConfig
+from runtime.errors import InvalidInput
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
@@ -77,15 +78,20 @@ class PictureExam(ExamSettings):
 
     steps: int = Field(ge=1)
     guidance_scale: float = Field(ge=0)
+    forecast: str | None = None
 
     def request(self, case: Case) -> ImageRequest:
         request: ImageRequest = case.request
-        return replace(request, steps=self.steps, guidance_scale=self.guidance_scale)
+        return replace(request, steps=self.steps, guidance_scale=self.guidance_scale, forecast=self.forecast)
 
 
 def exam_settings(source: Path | None, bundles: Sequence[Path], count: int, options: Mapping[str, Any]) -> PictureExam:
-    """The first model's own defaults for what is not given: all models draw alike."""
+    """The first model's own defaults for what is not given: all models draw alike. Raises InvalidInput naming
+    `forecast` for the checkpoint in its own library, which has no such thing.
+    """
     given = {name: value for name, value in options.items() if value is not None}
+    if source is not None and "forecast" in given:
+        raise InvalidInput("forecast", "is of bundles alone: leave --source out")
     defaults = defaults_of(source, bundles)
     return PictureExam(**{"steps": defaults.steps, "guidance_scale": defaults.guidance_scale, "count": count} | given)
 
@@ -118,7 +124,7 @@ def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) ->
 TASK: Final = ProfileTask(
     ImageRequest.task,
     "draws",
-    frozenset({"width", "height", "steps", "guidance-scale", "batch"}),
+    frozenset({"width", "height", "steps", "guidance-scale", "forecast", "batch"}),
     PictureSettings,
     lambda model, settings: image_request(model.bundle, settings),
     image_probes,

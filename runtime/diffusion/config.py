@@ -13,6 +13,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.diffusion.added import AddedConditions, conditions_of
 from runtime.diffusion.canvas import Original
 from runtime.diffusion.controls import Controls
+from runtime.diffusion.forecast import FIELD, NONE, STORED, Plan, Stored
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
 from runtime.diffusion.published import SchedulerConfig, as_drawn_before
@@ -63,7 +64,8 @@ class DiffusionConfig(Frozen):
     where a request names none. `guidance_embedding` is the width of the embedding in which a distilled model receives
     the guidance scale. `inpainting` is whether the UNet takes the mask and the masked picture's latents as further
     channels. `steps_in_strength` is whether image to image takes all steps in the share of the schedule that the
-    strength leaves, as latent consistency models do, not the last of them alone.
+    strength leaves, as latent consistency models do, not the last of them alone. `forecast` are the steps
+    that were chosen to keep the denoiser in, for requests that say so.
     """
 
     scheduler: SchedulerConfig
@@ -77,6 +79,7 @@ class DiffusionConfig(Frozen):
     inpainting: bool = False
     steps_in_strength: bool = False
     styles: Styles | None = None
+    forecast: Stored | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> DiffusionConfig:
@@ -201,6 +204,21 @@ class DiffusionConfig(Frozen):
         if strength and self.steps_in_strength and not request.masked:
             return make(strength)
         return make().strengthened(strength)
+
+    def plan_of(self, request: ImageRequest, sampler: Sampler) -> Plan:
+        """The steps in which the request does without the denoiser, of those that its sampler takes. Raises
+        InvalidInput naming `forecast`.
+        """
+        text, name = request.forecast or NONE, request.sampler or self.sampler
+        if text == STORED:
+            if self.forecast is None:
+                raise InvalidInput(
+                    FIELD, "is stored, and nothing is stored in this bundle: choose it with `enginecast forecast`, or "
+                    'name steps, such as "every 3 after 2"'
+                )  # fmt: skip
+            self.forecast.check(name, len(sampler.schedule.steps))
+            text = self.forecast.forecast
+        return Plan.read(text, name, sampler)
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> DiffusionConfig:

@@ -32,9 +32,12 @@ LEAST: Final = 3
 """A last line with fewer values is part of the prompt."""
 TAG: Final = re.compile(r"<(\w+):([^<>]*)>")
 BRACKETS: Final = re.compile(r"([\\()\[\]])")
+FORECAST: Final = "Forecast"
 NUMBERS: Final[Mapping[str, tuple[str, type[int] | type[float]]]] = {
     "Steps": ("steps", int),
     "CFG scale": ("guidance_scale", float),
+    "Guidance start": ("guidance_start", float),
+    "Guidance end": ("guidance_end", float),
     "Seed": ("seed", int),
     "Denoising strength": ("strength", float),
     "Mask blur": ("mask_blur", float),
@@ -80,6 +83,8 @@ class Infotext:
         for name, (key, kind) in NUMBERS.items():
             if name in self.values:
                 found[key] = _number(name, self.values[name], kind)
+        if FORECAST in self.values:
+            found["forecast"] = self.values[FORECAST]
         if "Sampler" in self.values:
             found["sampler"] = named(self.values["Sampler"], self.values.get("Schedule type", ""))
         if (size := self.values.get("Size")) is not None:
@@ -113,6 +118,9 @@ def infotext(
         "Sampler": label,
         "Schedule type": schedule,
         "CFG scale": defaults.guidance_scale if defaults and request.guidance_scale is None else request.guidance_scale,
+        "Guidance start": request.guidance_start,
+        "Guidance end": request.guidance_end,
+        FORECAST: request.forecast,
         "Eta": request.eta or None,
         "Denoising strength": usual if request.strength is None else request.strength,
         "Mask blur": request.mask_blur,

@@ -59,7 +59,7 @@ def second(config: DiffusionConfig, request: ImageRequest, seed: int) -> Second 
     with inside():
         size, cover = hires.sizes(first, config.sizes.multiple)
         again = replace(
-            request, hires=None, height=size[0], width=size[1], seed=seed, latents=None,
+            request, hires=None, height=size[0], width=size[1], seed=seed, latents=None, forecast=None,
             prompt=request.prompt if hires.prompt is None else hires.prompt,
             negative_prompt=request.negative_prompt if hires.negative_prompt is None else hires.negative_prompt,
         )  # fmt: skip

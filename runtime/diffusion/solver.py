@@ -58,13 +58,19 @@ class Sampler:
     solve: Callable[[Schedule, Latents, Noise], Steps]
 
     @cached_property
-    def calls(self) -> int:
-        """How often a walk evaluates the model: once or twice in a step."""
+    def evaluated(self) -> tuple[int, ...]:
+        """The step, from 0, of every evaluation of the model in a walk: one or two in a step."""
         zeros = np.zeros((1, 1, 1, 1), np.float32)
-        walk = Walk(self, zeros, lambda: zeros)
+        walk, steps = Walk(self, zeros, lambda: zeros), []
         while walk.latents is None:
+            steps.append(walk.step)
             walk.advance(zeros)
-        return walk.calls
+        return tuple(steps)
+
+    @property
+    def calls(self) -> int:
+        """How often a walk evaluates the model."""
+        return len(self.evaluated)
 
     def strengthened(self, strength: float) -> Sampler:
         """The last steps alone, as many as the share `strength`, 0 to 1, of all, rounded down: those that image to
@@ -209,6 +215,20 @@ class Walk:
     def time(self) -> float:
         """The timestep that the model receives."""
         return self._point.time
+
+    @property
+    def point(self) -> Point:
+        """The point of the schedule that the model is evaluated at."""
+        return self._point
+
+    def clean(self, output: Latents) -> Latents:
+        """The clean latents that an output implies for the present latents; of each row, where it has several."""
+        return self._schedule.estimate(self._x, output, self._point).clean
+
+    def output(self, clean: Latents) -> Latents:
+        """The output that implies these clean latents: the reverse of `clean`, where nothing was clipped."""
+        noise: Latents = self._x - self._point.alpha * clean
+        return self._schedule.output(Estimate(clean, noise / self._point.sigma), self._point)
 
     @property
     def step(self) -> int:

@@ -51,14 +51,15 @@ from runtime.diffusion.canvas import Canvas, Original, prepare
 from runtime.diffusion.conditioning import Conditioning, Prompts, TextEncoder
 from runtime.diffusion.config import DiffusionConfig
 from runtime.diffusion.controls import Controlling, controlling
+from runtime.diffusion.forecast import Forecast, Plan
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.second import Second, inside, second
-from runtime.diffusion.solver import Sampler
+from runtime.diffusion.solver import Sampler, Walk
 from runtime.diffusion.styles import Styling, styling
 from runtime.kept import Kept
-from runtime.pipeline import Example, ModelPipeline, Outputs, Pipeline, Progress, Room, reusing
+from runtime.pipeline import Example, ModelPipeline, Note, Outputs, Pipeline, Progress, Room, reusing
 from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
 
 PLAIN: Final = (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),)
@@ -88,6 +89,7 @@ class _Job:
     styles: Styling
     guidance: Guidance
     sampler: Sampler
+    plan: Plan
     noises: tuple[Noise, ...]
     preview_every: int
     hands_over: bool
@@ -182,28 +184,34 @@ class DiffusionPipeline(ModelPipeline):
         texts = request.prompt, request.negative_prompt
         prompts = self.conditioning.tokenize(*texts, guidance.guided, request.prompt_weights)
         added = time_ids(config.added, request.conditions, size, guidance.rows)
+        plan = config.plan_of(request, sampler)
         controls = controlling(config.controls, request.controls, size, sampler, request.guess_mode)
         starts = noises(
             request.seed, request.images, config.vae.shape(*size), request.latents, config.variation_of(request)
         )
         original, hands_over = config.original_of(request), request.denoising_end is not None
         styles, preview = styling(config.styles, request.styles), request.preview_every
-        return _Job(prompts, original, added, controls, styles, guidance, sampler, starts, preview, hands_over)
+        return _Job(prompts, original, added, controls, styles, guidance, sampler, plan, starts, preview, hands_over)
 
     def _draw(self, job: _Job, later: tuple[Second, _Job] | None) -> Pipeline:
         conditions = yield from self._conditions(job)
         further = conditions if later is None else (yield from self._conditions(later[1]))
         steps = job.steps + (0 if later is None else later[1].steps)
         ground = yield from prepare(job.original, self.encoder, job.sampler, self.config.inpainting)
+        left_out = 0
         for index, noise in enumerate(job.noises):
-            canvas, counts = ground, _Counts(index * steps, len(job.noises) * steps)
-            latents = yield from self._denoise(job, index, canvas, conditions, counts)
+            canvas, counts, forecast = ground, _Counts(index * steps, len(job.noises) * steps), Forecast(job.plan)
+            latents = yield from self._denoise(job, noise, canvas, conditions, counts, forecast)
+            left_out += forecast.left_out
             if later is not None:
                 again, counts = later[1], _Counts(counts.done + job.steps, counts.total)
                 canvas = Canvas((yield from later[0].enlarged(latents, self.decoder, self.encoder)))
-                latents = yield from self._denoise(again, index, canvas, further, counts)
+                every = Forecast(again.plan)
+                latents = yield from self._denoise(again, again.noises[index], canvas, further, counts, every)
             handed = job.sampler.handed_over(latents)[0] if job.hands_over else None
             yield ImageReady(canvas.finished((yield from self.decoder(latents))), index, noise.seed, handed)
+        if left_out:
+            yield Note(f"in {left_out} of {job.plan.steps * len(job.noises)} steps the UNet's output was forecast")
 
     def _conditions(self, job: _Job) -> Part[Arrays]:
         """The inputs of the denoiser that stay the same in all steps."""
@@ -211,19 +219,29 @@ class DiffusionPipeline(ModelPipeline):
         styles = yield from job.styles.encode(job.guidance.rows)
         return {"encoder_hidden_states": text.states, **text.pooled, **job.added, **styles}
 
-    def _denoise(self, job: _Job, index: int, canvas: Canvas, conditions: Arrays, counts: _Counts) -> Part[Latents]:
+    def _denoise(
+        self, job: _Job, noise: Noise, canvas: Canvas, conditions: Arrays, counts: _Counts, forecast: Forecast
+    ) -> Part[Latents]:
         """From noise to clean latents [1, channels, height, width]."""
-        walk = canvas.walk(job.sampler, job.noises[index])
+        walk = canvas.walk(job.sampler, noise)
         while walk.latents is None:
             done, guidance = walk.step, job.guidance.at(walk.step, job.steps)
-            time = np.full(guidance.rows, walk.time, np.float32)
-            inputs = {"sample": guidance.batch(walk.x), "timestep": time, **guidance.of_rows(conditions)}
-            residuals = yield from job.controls(walk.calls, inputs)
-            inputs["sample"] = canvas.input(inputs["sample"])
-            outputs = yield from run("unet", **inputs, **residuals, **guidance.conditions)
-            clean = walk.advance(guidance.combine(outputs["noise_pred"]))
+            output = forecast.output(walk, guidance.rows)
+            if output is None:
+                output = yield from self._predict(job, walk, canvas, guidance, conditions)
+                forecast.add(walk, output)
+            clean = walk.advance(guidance.combine(output))
             if walk.step > done:
                 shown = job.preview_every and walk.step % job.preview_every == 0
                 preview = canvas.finished((yield from self.decoder(clean))) if shown else None
                 yield Progress(counts.done + walk.step, counts.total, preview)
         return walk.latents
+
+    def _predict(self, job: _Job, walk: Walk, canvas: Canvas, guidance: Guidance, conditions: Arrays) -> Part[Latents]:
+        """The denoiser's output [rows, channels, height, width] for the present latents."""
+        time = np.full(guidance.rows, walk.time, np.float32)
+        inputs = {"sample": guidance.batch(walk.x), "timestep": time, **guidance.of_rows(conditions)}
+        residuals = yield from job.controls(walk.calls, inputs)
+        inputs["sample"] = canvas.input(inputs["sample"])
+        outputs = yield from run("unet", **inputs, **residuals, **guidance.conditions)
+        return outputs["noise_pred"]

@@ -151,6 +151,10 @@ class ImageRequest(Request):
     preview to every nth step's `Progress`, at the cost of one run of the VAE decoder each. `latents` float32 [images,
     channels, height, width] replace the standard normal starting noise.
 
+    `forecast` says in which steps the denoiser is called, as "every 3 after 2" or "1-3,6,9,12"; in the others its
+    output is continued from the ones before. "none" is every step, and so is None; "stored" are the steps that were
+    chosen for the bundle (`runtime.diffusion.forecast`). A second pass has the denoiser in every step.
+
     `original_size` and `target_size` (height, width) and `crop_top_left` (top, left), in pixels, are conditions of a
     model with added conditions: the size of a picture before it was scaled, where it was cropped, and the size that it
     is to look like. None is the size of the drawn picture, without a crop. `aesthetic_score` is a condition of a model
@@ -201,6 +205,7 @@ class ImageRequest(Request):
     guidance_scale: float | None = None
     guidance_start: float | None = None
     guidance_end: float | None = None
+    forecast: str | None = None
     sampler: str | None = None
     eta: float = 0.0
     seed: int | None = None
@@ -238,6 +243,7 @@ class ImageRequest(Request):
         for field in ("prompt", "negative_prompt"):
             limits.PROMPT.length(field, getattr(self, field))
         limits.NAME.length("sampler", self.sampler or "")
+        limits.FORECAST.length("forecast", self.forecast or "")
         limits.IMAGES.number("images", self.images)
         limits.PREVIEW_EVERY.number("preview_every", self.preview_every)
         limits.CONTROLS.length("controls", self.controls)
@@ -298,12 +304,13 @@ class ImageRequest(Request):
 
     def going_on(self, latents: NDArray[np.float32], seed: int, **more: Any) -> ImageRequest:
         """The request to another model that goes on with the latents where this one ended, and `more`; without what is
-        of this model: LoRA files, controls, styles, the size aimed at, and the noise, which is drawn.
+        of this model: LoRA files, controls, styles, the size aimed at, steps without its denoiser, and the noise, which
+        is drawn.
         """
         return replace(
             self, denoising_start=self.denoising_end, denoising_end=None, latents=latents, seed=seed, loras={},
             controls=(), guess_mode=False, styles=(), target_size=None, negative_target_size=None, variation_seed=None,
-            variation_strength=None, noise_size=None, **more,
+            variation_strength=None, noise_size=None, forecast=None, **more,
         )  # fmt: skip
 
     def _check_parts(self) -> None:

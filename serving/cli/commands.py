@@ -50,6 +50,7 @@ FORWARDS: Final = {
     "targets": ("export.cli.commands", "Every target: whether it compiles here, whether it runs here, and why not."),
     "bench": ("profiles.cli", "Measure a bundle on this machine."),
     "tune": ("profiles.tune", "Measure quickly what is fastest on this machine: target, threads, calls at once."),
+    "forecast": ("profiles.cli", "Choose the steps in which a bundle runs its UNet, and store them in it."),
     "score": ("profiles.cli", "Score bundles of the sample models on their task."),
 }
 """Commands of the layers beside this one: where each is, and what help says of it."""

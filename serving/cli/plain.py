@@ -34,6 +34,14 @@ class Plain:
         typer.Option(help="Guide from this share of the steps on, 0 to 1. Other steps take half the work."),
     ] = None
     guidance_end: Annotated[float | None, typer.Option(help="Guide up to this share of the steps, 0 to 1.")] = None
+    forecast: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help='Steps that run the UNet, "every 3 after 2" or "1-3,6,9,12"; in the others its output is forecast. '
+            '"stored": those chosen for the bundle.',
+        ),
+    ] = None
     eta: Annotated[float | None, typer.Option(help="DDIM's eta, 0 to 1.")] = None
     width: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Width in pixels.")] = None
     height: Annotated[int | None, typer.Option(min=0, max=UINT32, help="Height in pixels.")] = None

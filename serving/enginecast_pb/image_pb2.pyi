@@ -8,7 +8,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "mask_fill", "controls", "styles", "guess_mode", "loras", "guidance_start", "guidance_end", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "variation_strength", "variation_seed", "noise_size", "hires", "scripts", "terms")
+    __slots__ = ("model", "prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "sampler", "eta", "seed", "images", "preview_every", "image", "strength", "mask", "mask_blur", "keep_unmasked", "extend", "mask_fill", "controls", "styles", "guess_mode", "loras", "guidance_start", "guidance_end", "forecast", "prompt_weights", "denoising_end", "denoising_start", "latents", "original_size", "crop_top_left", "target_size", "aesthetic_score", "negative_original_size", "negative_crop_top_left", "negative_target_size", "negative_aesthetic_score", "variation_strength", "variation_seed", "noise_size", "hires", "scripts", "terms")
     class LorasEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -41,6 +41,7 @@ class GenerateRequest(_message.Message):
     LORAS_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_START_FIELD_NUMBER: _ClassVar[int]
     GUIDANCE_END_FIELD_NUMBER: _ClassVar[int]
+    FORECAST_FIELD_NUMBER: _ClassVar[int]
     PROMPT_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     DENOISING_END_FIELD_NUMBER: _ClassVar[int]
     DENOISING_START_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +85,7 @@ class GenerateRequest(_message.Message):
     loras: _containers.ScalarMap[str, float]
     guidance_start: float
     guidance_end: float
+    forecast: str
     prompt_weights: bool
     denoising_end: float
     denoising_start: float
@@ -102,7 +104,7 @@ class GenerateRequest(_message.Message):
     hires: Hires
     scripts: _containers.RepeatedCompositeFieldContainer[_common_pb2.Script]
     terms: _common_pb2.Terms
-    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., mask_fill: _Optional[str] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., variation_strength: _Optional[float] = ..., variation_seed: _Optional[int] = ..., noise_size: _Optional[_Union[Pixels, _Mapping]] = ..., hires: _Optional[_Union[Hires, _Mapping]] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[str] = ..., prompt: _Optional[str] = ..., negative_prompt: _Optional[str] = ..., width: _Optional[int] = ..., height: _Optional[int] = ..., steps: _Optional[int] = ..., guidance_scale: _Optional[float] = ..., sampler: _Optional[str] = ..., eta: _Optional[float] = ..., seed: _Optional[int] = ..., images: _Optional[int] = ..., preview_every: _Optional[int] = ..., image: _Optional[bytes] = ..., strength: _Optional[float] = ..., mask: _Optional[bytes] = ..., mask_blur: _Optional[float] = ..., keep_unmasked: _Optional[bool] = ..., extend: _Optional[_Union[Edges, _Mapping]] = ..., mask_fill: _Optional[str] = ..., controls: _Optional[_Iterable[_Union[Control, _Mapping]]] = ..., styles: _Optional[_Iterable[_Union[Style, _Mapping]]] = ..., guess_mode: _Optional[bool] = ..., loras: _Optional[_Mapping[str, float]] = ..., guidance_start: _Optional[float] = ..., guidance_end: _Optional[float] = ..., forecast: _Optional[str] = ..., prompt_weights: _Optional[bool] = ..., denoising_end: _Optional[float] = ..., denoising_start: _Optional[float] = ..., latents: _Optional[_Iterable[_Union[Latents, _Mapping]]] = ..., original_size: _Optional[_Union[Pixels, _Mapping]] = ..., crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., target_size: _Optional[_Union[Pixels, _Mapping]] = ..., aesthetic_score: _Optional[float] = ..., negative_original_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_crop_top_left: _Optional[_Union[Pixels, _Mapping]] = ..., negative_target_size: _Optional[_Union[Pixels, _Mapping]] = ..., negative_aesthetic_score: _Optional[float] = ..., variation_strength: _Optional[float] = ..., variation_seed: _Optional[int] = ..., noise_size: _Optional[_Union[Pixels, _Mapping]] = ..., hires: _Optional[_Union[Hires, _Mapping]] = ..., scripts: _Optional[_Iterable[_Union[_common_pb2.Script, _Mapping]]] = ..., terms: _Optional[_Union[_common_pb2.Terms, _Mapping]] = ...) -> None: ...
 
 class Hires(_message.Message):
     __slots__ = ("scale", "width", "height", "upscaler", "steps", "strength", "prompt", "negative_prompt", "sampler")

@@ -79,6 +79,10 @@ class ImageOptions(TypedDict, total=False):
     """Guide from this share of the steps on, 0 to 1. Steps without guidance take half the work."""
     guidance_end: float | None
     """Guide up to this share of the steps, 0 to 1."""
+    forecast: str | None
+    """The steps that run the denoiser, "every 3 after 2" or "1-3,6,9,12"; in the others its output is continued from
+    the ones before. "stored" are those that were chosen for the bundle, "none" (the default) is every step.
+    """
     sampler: str | None
     """Name of the sampler, such as "euler" or "dpmpp_2m_karras"."""
     eta: float | None

@@ -284,7 +284,7 @@ def test_killed_while_it_compiles_the_old_bundle_is_left(root: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "new"),
     [
-        ("(export.finished.artifacts, '_swap')", False),
+        ("(export.finished.artifacts, 'swap')", False),
         ("(export.finished.artifacts, 'written')", False),
         ("(export.finished.artifacts.Bundle, 'unknown_files')", True),
         ("(export.finished.artifacts.Path, 'rmdir')", True),

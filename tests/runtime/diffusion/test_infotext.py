@@ -89,6 +89,14 @@ def test_the_size_of_the_first_pass_follows_from_the_scale(hires: Hires, text: s
     assert fields["hires"] in (hires, Hires(scale=2.0))
 
 
+def test_work_that_a_picture_did_without_is_recalled() -> None:
+    request = ImageRequest("a", steps=9, guidance_start=0.0, guidance_end=0.75, forecast="1,2,4-9")
+    written = infotext(request, 5, (8, 8))
+    assert written == 'a\nSteps: 9, Guidance start: 0, Guidance end: 0.75, Forecast: "1,2,4-9", Seed: 5, Size: 8x8'
+    again = ImageRequest(**Infotext.parse(written).fields())
+    assert (again.guided, again.forecast) == (request.guided, request.forecast)
+
+
 def test_prompts_with_weights_stay() -> None:
     request = ImageRequest("(a:1.2) [b]", prompt_weights=True, steps=2)
     assert infotext(request, 5, (8, 8), prompt="(a:1.2) [b] <lora:x>").startswith("(a:1.2) [b] <lora:x>\nSteps: 2,")

@@ -29,6 +29,7 @@ REQUEST = ImageRequest("a red circle", negative_prompt="red ground", loras={"ink
         ('prompt="a circle, red",a box', ("a circle, red", "a box")),
         ("prompt_sr=red,blue", ("red", "blue")),
         ("guess_mode=true,no", (True, False)),
+        ('forecast=none,every 3 after 2,"1-3,6"', ("none", "every 3 after 2", "1-3,6")),
         ("original_size=64x32,16x16", ((64, 32), (16, 16))),
         ("loras.ink=0-1:0.5", (0.0, 0.5, 1.0)),
         ("hires.steps=1,2", (1, 2)),

@@ -30,6 +30,7 @@ GENERATE: Final[list[Row]] = [
     (("--sampler", "ddim"), {"sampler": "ddim"}),
     (("--guidance-scale", "4.5"), {"guidance_scale": 4.5}),
     (("--guidance-start", "0.25", "--guidance-end", "0.75"), {"guidance_start": 0.25, "guidance_end": 0.75}),
+    (("--forecast", "every 3 after 2"), {"forecast": "every 3 after 2"}),
     (("--eta", "0.25"), {"eta": 0.25}),
     (("--width", "24"), {"width": 24}),
     (("--height", "32"), {"height": 32}),

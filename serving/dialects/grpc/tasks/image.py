@@ -29,6 +29,7 @@ OPTIONS: Final = (
     *(
         "guidance_start",
         "guidance_end",
+        "forecast",
         "denoising_end",
         "denoising_start",
         "prompt_weights",

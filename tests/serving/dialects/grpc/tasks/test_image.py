@@ -92,6 +92,12 @@ def test_a_part_of_the_guidance_comes_through() -> None:
         image_request(image_pb2.GenerateRequest(prompt="x", guidance_start=0.5, guidance_end=0.5))
 
 
+def test_a_forecast_comes_through() -> None:
+    assert image_request(image_message("m", ImageRequest("x", forecast="1-3,6"))).forecast == "1-3,6"
+    with pytest.raises(InvalidInput, match="forecast: has 1,001 characters, expected at most 1,000"):
+        image_request(image_pb2.GenerateRequest(prompt="x", forecast="1" * 1001))
+
+
 def test_a_file_is_sent_as_it_is() -> None:
     made = requests.image_request("a fox", {"image": jpeg()})
     assert image_message("m", made).image == jpeg()
