@@ -5,22 +5,30 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.bundle.manifest import Submodel
+from profiles.rows import append
+from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Array, Dim, Signature, Tensor
 from runtime.engine import FakeEngine
 from runtime.errors import EngineError
+from runtime.files import DATA
 from runtime.pipeline import Call, Outputs, Pipeline
+from runtime.placing.devices import detect
+from runtime.placing.fingerprint import Fingerprint
 from runtime.placing.loading import load_model
+from runtime.placing.measured import Row
+from runtime.placing.processor import processor
 from runtime.stacking import Rows, Timed
 from runtime.tasks.chat import TextDelta
 from runtime.tasks.image import ImageReady, ImageRequest
+from runtime.timing import Spread
 from serving.host import joining
 from serving.host.job import Job
 from tests.serving.host.test_scheduler import Toys, text, together
@@ -153,6 +161,45 @@ def test_joined_pictures_are_those_that_each_gets_alone(
     for events, expected in zip(found, alone, strict=True):
         error = np.mean((picture(events).astype(np.float64) - expected) ** 2)
         assert error == 0 or 10 * np.log10(255**2 / error) >= 40
+    model.close()
+
+
+def test_planted_rows_decide_how_many_pictures_are_drawn_together(
+    diffusion_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored times of calls of this very bundle on this machine, as `enginecast tune` stores them."""
+    manifest, machine = Bundle(diffusion_bundle).manifest, detect()
+    monkeypatch.setenv(DATA, str(tmp_path))
+    signature = Bundle(diffusion_bundle).submodel("unet").signature
+    usual = {name: dim.opt for name, dim in signature.dims.items()}
+
+    def shapes(rows: int) -> dict[str, int | float | str]:
+        return {tensor.name: "x".join(map(str, tensor.shape(usual | {"batch": rows}))) for tensor in signature.inputs}
+
+    common: dict[str, Any] = {
+        "metric": "unet", "unit": "s", "program": "enginecast 1", "bundle": manifest.name,
+        "source": manifest.source.name, "quant": manifest.quant, "target": "onnxruntime", "device": "CPU",
+        "cpu": processor(), "threads": machine.allowed.threads, "versions": {}, "date": datetime.now(UTC),
+        "fingerprint": Fingerprint.of(machine),
+    }  # fmt: skip
+    times = {2: 1.0, 4: 1.1, 6: 1.2, 8: 9.0}
+    append(
+        tmp_path / "rows" / "own.jsonl",
+        [Row(**common, spread=Spread.of([seconds]), settings=shapes(rows)) for rows, seconds in times.items()],
+    )
+    model = load_model(diffusion_bundle, "onnxruntime")
+    unet = model.engines["unet"]
+    assert unet.decisions["joined"].value == "3", "three guided calls of two rows each"
+    rows, run = list[int](), unet.run
+
+    def counted(inputs: Mapping[str, Array], slot: Any = None) -> dict[str, Array]:
+        rows.append(len(inputs["sample"]))
+        return run(inputs, slot)
+
+    monkeypatch.setattr(unet, "run", counted)
+    requests = [ImageRequest("a red circle", steps=3, seed=seed) for seed in range(4)]
+    together(model, *map(model.pipeline, requests))
+    assert max(rows) == 6, "never four, whose time is longer for each"
     model.close()
 
 
