@@ -21,6 +21,13 @@ from serving.cli.options import ModelOptions
 from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer
 
 Row = tuple[tuple[str, ...], dict[str, object]]
+
+
+def asked(text: str) -> dict[str, object]:
+    """The message in which a command shows a picture and this text, as `plain` makes it."""
+    return {"role": "user", "content": ["picture", text], "calls": (), "tool": ""}
+
+
 HIRES: Final = asdict(Hires())
 GENERATE: Final[list[Row]] = [
     (("--prompt", "a fox"), {"prompt": "a fox"}),
@@ -94,14 +101,11 @@ CHAT: Final[list[Row]] = [
     (("--length-penalty", "1.5"), {"length_penalty": 1.5}),
     (("--answers", "2"), {"answers": 2}),
     (("--context-overflow", "slide"), {"context_overflow": "slide"}),
-    (("--image", "{picture}"), {"messages": [{"role": "user", "content": ["picture", "what?"]}]}),
+    (("--image", "{picture}"), {"messages": [asked("what?")]}),
 ]
 CAPTION: Final[list[Row]] = [
-    (("--prompt", "a photo of"), {"messages": [{"role": "user", "content": ["picture", "a photo of"]}]}),
-    (
-        ("--output", "{out}.jsonl", "--recursive", "--retry-errors", "--prompt", "hm"),
-        {"messages": [{"role": "user", "content": ["picture", "hm"]}]},
-    ),
+    (("--prompt", "a photo of"), {"messages": [asked("a photo of")]}),
+    (("--output", "{out}.jsonl", "--recursive", "--retry-errors", "--prompt", "hm"), {"messages": [asked("hm")]}),
     *CHAT[:-1],
 ]
 GRID: Final[list[Row]] = [
