@@ -41,10 +41,10 @@ class Decided:
         threads = self.at(place).threads or self.machine.allowed.threads
         return self.plan.advice.calls(submodel, place.target, threads)
 
-    def tell(self, engine: Engine, place: Place) -> None:
-        """Give a loaded engine the decisions, for display, and the calls that were timed."""
-        engine.timed = self.timed(engine.submodel, place)
-        if found := self.of(engine.submodel, place):
+    def tell(self, engine: Engine, submodel: Submodel, place: Place) -> None:
+        """Give a submodel's loaded engine the decisions, for display, and the calls that were timed."""
+        engine.timed = self.timed(submodel, place)
+        if found := self.of(submodel, place):
             engine.decisions = {**engine.decisions, **found}
 
     def _engine(self, place: Place) -> dict[str, Decision]:

@@ -238,7 +238,7 @@ def _load_one(bundle: Bundle, submodel: Submodel, decided: Decided, notes: list[
     except BaseException:
         loaded.close()
         raise
-    decided.tell(loaded, place)
+    decided.tell(loaded, submodel, place)
     return loaded
 
 

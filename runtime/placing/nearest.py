@@ -119,8 +119,8 @@ def profiles(manifests: Sequence[Manifest], machine: Machine, collected: Collect
         groups[near, row.run].append(row)
         if row.run:
             groups[near, ""].append(row)
-    largest = max(manifests[0].submodels, key=lambda submodel: submodel.nbytes).name
-    ways = (*WAYS, Way(f"a call of {largest}", (largest,)))
+    sizes = {submodel.name: submodel.nbytes for submodel in manifests[0].submodels}
+    ways = (*WAYS, *(Way(f"a call of {name}", (name,)) for name in sorted(sizes, key=lambda name: -sizes[name])[:1]))
     found = [(run, profile) for (near, run), rows in groups.items() if (profile := _profile(near, rows, ways))]
     newest = sorted(found, key=lambda item: item[1].date, reverse=True)
     ordered = sorted(newest, key=lambda item: (item[1].near.device, item[1].near.model, not item[0]))

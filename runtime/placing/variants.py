@@ -52,7 +52,8 @@ def variants(root: Path) -> list[Path]:
 def chosen(root: Path, wanted: str | None = None, placing: PlacementOptions | None = None) -> Chosen:
     """The bundle in this folder, or the one of several there to load on the `wanted` target, or on any.
 
-    Raises the errors of `Bundle`, and InvalidInput if the bundles are of several models.
+    Raises the errors of `Bundle`, also if the bundles do not differ in their numbers, and InvalidInput if they are of
+    several models.
     """
     folders = variants(root)
     if not folders:
@@ -65,6 +66,8 @@ def chosen(root: Path, wanted: str | None = None, placing: PlacementOptions | No
     by_quant: dict[str, Bundle] = {}
     for one in exact:
         by_quant.setdefault(one.manifest.quant, one)
+    if len(by_quant) < 2:
+        return Chosen(Bundle(root))  # says that it is none: which one is meant is not known
     return _fastest(by_quant, wanted, placing or PlacementOptions()) or Chosen(exact[0], _most_exact(exact))
 
 

@@ -199,8 +199,7 @@ def test_how_many_calls_are_made_as_one(times: Mapping[int, float], expected: st
     found = decided.of(UNET, OPENVINO).get("joined")
     assert (None if found is None else found.value) == expected
     engine = FakeEngine(lambda inputs: {})
-    engine.submodel = UNET
-    decided.tell(engine, OPENVINO)
+    decided.tell(engine, UNET, OPENVINO)
     assert {call.shapes["x"][0]: call.seconds for call in engine.timed} == times
     assert not Decided(Options(threads=3), decided.plan, HERE).timed(UNET, OPENVINO), "measured with all threads"
 
