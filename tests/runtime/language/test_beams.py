@@ -68,7 +68,7 @@ def answers(model: Any, beams: Beams, sampling: Sampling, bounds: Bounds, stoppe
 
     def pipeline() -> Iterator[Any]:
         conversation = Conversation()
-        logits = yield from decode((yield from embed(PROMPT)), PROMPT, conversation)
+        (logits,) = yield from decode((yield from embed(PROMPT)), PROMPT, conversation)
         state = BeamSearch(PROMPT, bounds, sampling, beams, *([stopped] if stopped else []))
         found = yield from search(state, conversation, logits)
         assert decoder.held[conversation.slot] == conversation.held == list(PROMPT)
