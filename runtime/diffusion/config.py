@@ -165,10 +165,10 @@ class DiffusionConfig(Frozen):
         shape = None
         if request.noise_size is not None:
             for length in request.noise_size:
-                if length < self.vae.scale_factor:
+                if not self.vae.scale_factor <= length <= self.sizes.max:
                     raise InvalidInput(
-                        "noise_size", f"is {request.noise_size}, expected two lengths of at least "
-                        f"{self.vae.scale_factor} pixels"
+                        "noise_size", f"is {request.noise_size}, expected two lengths of {self.vae.scale_factor} to "
+                        f"{self.sizes.max} pixels"
                     )  # fmt: skip
             height, width = request.noise_size
             shape = height // self.vae.scale_factor, width // self.vae.scale_factor

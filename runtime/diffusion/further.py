@@ -13,7 +13,7 @@ from runtime.diffusion.labels import UPSCALERS, named, shown, upscaler
 from runtime.errors import InvalidInput, quoted
 from runtime.tasks.image import ImageRequest
 
-SIZE: Final = re.compile(r"(\d+)x(\d+)")
+SIZE: Final = re.compile(r"(\d{1,9})x(\d{1,9})")
 SCALE, RESIZE, WAY, SAMPLER = "Hires upscale", "Hires resize", "Hires upscaler", "Hires sampler"
 STRENGTH: Final = "Denoising strength"
 FROM: Final = "Seed resize from"

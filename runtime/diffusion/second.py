@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -82,7 +83,7 @@ def _sampler(config: DiffusionConfig, request: ImageRequest, hires: Hires) -> Sa
     name = hires.sampler or request.sampler or config.sampler
     if strength and config.steps_in_strength:
         return make_sampler(name, config.scheduler, steps, request.eta, strength)
-    whole = max(steps, int(steps / strength + NEARLY)) if strength else steps
+    whole = max(steps, int(min(steps / strength, sys.maxsize) + NEARLY)) if strength else steps
     if whole > config.scheduler.trained:
         raise InvalidInput(
             "strength", f"is {strength:g}, of which {steps} steps are the last of {whole:,}, expected at most "

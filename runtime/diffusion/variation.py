@@ -13,6 +13,8 @@ from runtime.diffusion.schedule import Latents
 
 PARALLEL: Final = 0.9995
 """From this cosine on, noises are mixed along a line."""
+LEAST_SINE: Final = 1e-4
+"""Columns with a smaller sine of their angle are, too: they have no turn between them that float32 can express."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def slerp(share: float, low: Latents, high: Latents) -> Latents:
         return np.asarray(low * share + high * (1 - share), np.float32)  # the web UI's order
     angle = np.arccos(np.clip(cosine, -1, 1))
     sine = np.sin(angle)
-    turned = (np.sin((1 - share) * angle) * low + np.sin(share * angle) * high) / np.where(sine, sine, 1)
-    return np.asarray(np.where(sine, turned, low * (1 - share) + high * share), np.float32)
+    turns = sine > LEAST_SINE
+    turned = (np.sin((1 - share) * angle) * low + np.sin(share * angle) * high) / np.where(turns, sine, 1)
+    return np.asarray(np.where(turns, turned, low * (1 - share) + high * share), np.float32)
 
 
 def _drawn(seed: int, shape: tuple[int, ...]) -> Latents:

@@ -75,10 +75,10 @@ class Advice:
             if (row.metric, row.target, row.threads) == (submodel.name, target, threads)
         ]
         nearest = min((near for near, _ in fitting), default=None)
-        newest: dict[object, Timed] = {}
+        rows, newest = Rows.of(submodel.signature), dict[object, Timed]()
         for near, row in sorted(fitting, key=lambda item: item[1].date):
             shapes = shapes_of(row)
-            if near == nearest and shapes is not None:
+            if near == nearest and rows and shapes and shapes.get(rows.rowed[0], ())[:1] > (0,):
                 newest[tuple(sorted(shapes.items()))] = Timed(
                     shapes, row.spread.median, f"{near.words}, {row.date:%Y-%m-%d}"
                 )

@@ -290,6 +290,8 @@ class ImageRequest(Request):
             limits.VARIATION.number("variation_strength", self.variation_strength)
         if self.variation_seed is not None and not 0 <= self.variation_seed <= limits.IMAGE_SEED.most + 1 - self.images:
             raise InvalidInput("variation_seed", f"is {self.variation_seed}, expected 0 to 2^63 - images")
+        if self.noise_size is not None and len(self.noise_size) != 2:
+            raise InvalidInput("noise_size", f"has {len(self.noise_size)} lengths, expected height and width")
         for length in self.noise_size or ():
             limits.EDGE.number("noise_size", length)
 

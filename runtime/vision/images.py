@@ -55,6 +55,8 @@ WHITE_IS_ZERO: Final = "white_is_zero"
 """Key in `info` of 16-bit grey TIFF files in which 0 is white."""
 UNICODE: Final = b"UNICODE\x00"
 """The character code before a comment in UTF-16 (EXIF 2.32, tag UserComment)."""
+COMMENT: Final = 65_000
+"""The longest comment in bytes of a JPEG file, whose EXIF data share one segment of 65,533 (JPEG, marker APP1)."""
 CHUNKS: Final = 10_000
 """The most chunks of a PNG file that are searched for its orientation."""
 
@@ -318,7 +320,11 @@ def encode_image(
         info.add_text(keyword, text)
     more: dict[str, Any] = {"pnginfo": info} if kind == "png" else {"quality": quality}
     if kind != "png" and texts:
-        exif.get_ifd(IFD.Exif)[Tag.UserComment] = UNICODE + next(iter(texts.values())).encode("utf-16-be")
+        comment = UNICODE + next(iter(texts.values())).encode("utf-16-be")
+        if kind == "jpeg" and len(comment) > COMMENT:
+            raise InvalidInput("image", f"cannot hold a text of {len(comment):,} bytes as JPEG, expected at most "
+                f"{COMMENT:,}: choose PNG or WebP, or write less")  # fmt: skip
+        exif.get_ifd(IFD.Exif)[Tag.UserComment] = comment
         more["exif"] = exif
     Image.fromarray(image).save(file, kind, **more)
     return file.getvalue()

@@ -152,6 +152,11 @@ def test_values_that_are_refused(value: str) -> None:
         Infotext.parse(f"a\n{value}").fields()
 
 
+def test_a_length_of_5000_digits_is_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"^infotext: has .* as Seed resize from, expected a size"):
+        Infotext.parse(f"a\nSteps: 1, Seed: 1, Size: 2x2, Seed resize from: {'9' * 5000}x1").fields()
+
+
 @given(st.text(max_size=200))
 def test_every_text_can_be_read(text: str) -> None:
     Infotext.parse(text)

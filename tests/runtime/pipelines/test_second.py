@@ -105,6 +105,7 @@ def test_sizes(hires: Hires, size: Any) -> None:
         ({"upscaler": "esrgan"}, "hires.upscaler: 'esrgan' is not known"),
         ({"scale": 4.0}, "hires.width: is 96 pixels, expected 8 to 64"),
         ({"sampler": "none"}, "hires.sampler: 'none' is not known"),
+        ({"strength": 1e-310}, "hires.strength: is 1e-310, of which 4 steps are the last of 9,223,372"),
         (
             {"strength": 0.001},
             "hires.strength: is 0.001, of which 4 steps are the last of 4,000, expected at most 1,000",
@@ -151,3 +152,8 @@ def test_the_masked_part_begins_with_noise_or_nothing(pipeline: DiffusionPipelin
     assert np.abs(found["original"][..., 6:] - found["nothing"][..., 6:]).min() > 0
     with pytest.raises(InvalidInput, match="mask_fill: is 'red', expected one of original, noise, nothing"):
         replace(given, mask_fill="red")
+
+
+def test_noise_of_a_size_beyond_the_model_s_is_refused(pipeline: DiffusionPipeline) -> None:
+    with pytest.raises(InvalidInput, match=r"noise_size: is \(65536, 8\), expected two lengths of 2 to 64 pixels"):
+        pipeline(replace(REQUEST, noise_size=(65536, 8)))

@@ -204,6 +204,13 @@ def test_how_many_calls_are_made_as_one(times: Mapping[int, float], expected: st
     assert not Decided(Options(threads=3), decided.plan, HERE).timed(UNET, OPENVINO), "measured with all threads"
 
 
+@pytest.mark.parametrize("settings", [{}, {"scale": "1"}, {"x": ""}, {"x": "0x4", "scale": "1"}])
+def test_rows_without_a_count_of_rows_decide_nothing(settings: Mapping[str, str]) -> None:
+    odd = row("openvino", 1.0, metric="unet", settings=settings)
+    decided = Decided(Options(), plan(odd, *calls({1: 1.0, 2: 1.1})), HERE)
+    assert decided.of(UNET, OPENVINO)["joined"].value == "2"
+
+
 def test_planted_rows_decide_where_a_bundle_runs(
     tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -325,6 +325,11 @@ def test_encoding() -> None:
     assert np.abs(decode_image(encode_image(plain, "jpeg")).astype(int) - plain).max() < 4
     with pytest.raises(InvalidInput, match="expected uint8"):
         encode_image(image.astype(np.float32))
+    long = {"parameters": "a" * 32_600}
+    with pytest.raises(InvalidInput, match="image: cannot hold a text of 65,208 bytes as JPEG"):
+        encode_image(image, "jpeg", texts=long)
+    assert encode_image(image, "webp", texts=long)
+    assert encode_image(image, "jpeg", texts={"parameters": "a" * 32_400})
 
 
 TURNED = range(1, 9)
