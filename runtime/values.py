@@ -15,6 +15,8 @@ from runtime.errors import InvalidInput, quoted
 T = TypeVar("T")
 
 NUMBER: Final = r"-?\d+(?:\.\d+)?"
+LONGEST: Final = 28
+"""Characters of a whole number: `Decimal` calculates with so many digits."""
 SWITCHES: Final = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
@@ -43,7 +45,7 @@ def real(value: Any) -> float:
 def whole(value: Any) -> int:
     """A whole number, exactly, from one such as 20 or 20.0, or from a text of it."""
     text = value.strip() if isinstance(value, str) else ""
-    number = Decimal(text) if re.fullmatch(NUMBER, text, re.ASCII) else value
+    number = Decimal(text) if len(text) <= LONGEST and re.fullmatch(NUMBER, text, re.ASCII) else value
     if isinstance(number, bool) or not isinstance(number, int | float | Decimal) or number != number // 1:
         raise ValueError(f"is {_shown(value)}, expected a whole number")
     return int(number)

@@ -222,7 +222,9 @@ def _quoted(value: str) -> str:
 def _unquoted(value: str) -> str:
     if len(value) > 1 and value[0] == value[-1] == '"':
         try:
-            return str(json.loads(value))
-        except ValueError:
+            found = str(json.loads(value))
+            found.encode()
+        except ValueError:  # no JSON, or half a surrogate pair
             return value
+        return found
     return value

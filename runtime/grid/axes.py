@@ -30,6 +30,8 @@ LORA: Final = "loras."
 HIRES: Final = "hires."
 """What a field of the second pass stands behind."""
 RANGE: Final = re.compile(rf"({NUMBER})-({NUMBER})(?::({NUMBER}))?", re.ASCII)
+LONGEST: Final = 60
+"""Characters of a range."""
 WHOLE: Final = ("images", "preview_every", "denoising_start", "denoising_end")
 """Fields that would make a cell something else than one finished picture."""
 
@@ -147,6 +149,8 @@ def _split(name: str, kind: Kind, text: str) -> list[Any]:
     found: list[Any] = []
     for part in (part.strip() for part in text.split(",")):
         span = RANGE.fullmatch(part) if kind in (whole, real) else None
+        if span and len(part) > LONGEST:
+            raise InvalidInput(name, f"has the range {quoted(part)}, expected at most {LONGEST} characters")
         found += _range(name, *span.groups()) if span else [part]
     return found
 

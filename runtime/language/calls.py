@@ -42,6 +42,20 @@ class ToolCall:
         """The call as templates take it."""
         return {"type": "function", "function": {"name": self.name, "arguments": dict(self.arguments)}}
 
+    @property
+    def text(self) -> str:
+        """Name and arguments as one JSON text, whose length counts as that of a text."""
+        return json.dumps([self.name, dict(self.arguments)], ensure_ascii=False)
+
+    def check(self, field: str) -> None:
+        """Raise InvalidInput naming `field` unless JSON can say it in Unicode."""
+        try:
+            self.text.encode()
+        except UnicodeEncodeError:
+            raise InvalidInput(field, "holds half a surrogate pair, which is no Unicode text") from None
+        except (TypeError, ValueError, RecursionError):
+            raise InvalidInput(field, "has arguments that cannot be written as JSON") from None
+
 
 @dataclass(frozen=True)
 class CallForm:

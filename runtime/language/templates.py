@@ -66,12 +66,20 @@ class Message:
     def images(self) -> list[Picture | PictureFile]:
         return [part for part in self.content if not isinstance(part, str)]
 
+    @property
+    def characters(self) -> int:
+        """Those of its texts, of the calls in it, and of the function whose result it is."""
+        texts = (part for part in self.content if isinstance(part, str))
+        return sum(map(len, texts)) + sum(len(call.text) for call in self.calls) + len(self.tool)
+
     def check(self, field: str) -> None:
         """Raise InvalidInput, naming the part below `field`, unless role and every part are of the right kind."""
         if self.role not in get_args(Role):
             raise InvalidInput(f"{field}.role", f"is '{self.role}', expected {', '.join(get_args(Role))}")
         if self.calls and self.role != "assistant":
             raise InvalidInput(f"{field}.tool_calls", f"does not belong in a message of the role {self.role}")
+        for i, call in enumerate(self.calls):
+            call.check(f"{field}.tool_calls[{i}]")
         if not self.content:
             raise InvalidInput(f"{field}.parts", "is empty, expected texts and pictures (an empty text is allowed)")
         for i, part in enumerate(self.content):

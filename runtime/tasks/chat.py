@@ -122,9 +122,6 @@ class ChatRequest(Request):
         limits.PARTS.count("messages", sum(len(message.content) for message in self.messages))
         limits.PICTURES.length("messages", self.images)
         limits.REQUEST_PIXELS.count("messages", file_pixels(self.images))
-        limits.TEXT.count(
-            "messages", sum(len(part) for message in self.messages for part in message.content if isinstance(part, str))
-        )
         limits.STOPS.length("stop", self.stop)
         for stop in self.stop:
             limits.STOP.length("stop", stop)
@@ -141,6 +138,7 @@ class ChatRequest(Request):
             )
         for i, message in enumerate(self.messages):
             message.check(f"messages[{i}]")
+        limits.TEXT.count("messages", sum(message.characters for message in self.messages))
         self._check_switches()
         if self.messages[-1].role not in ("user", "tool"):
             raise InvalidInput(

@@ -69,6 +69,9 @@ class Backend(ABC):
     async def unload(self, model: str, visitor: Visitor) -> None:
         """Let the requests of a model finish, and free its engines."""
 
+    def check(self, task: str, visitor: Visitor) -> None:
+        """Raise the error of a visitor who may not run requests of a task."""
+
     async def close(self) -> None:
         """Free what belongs to the page alone."""
 
@@ -96,12 +99,14 @@ class Local(Backend):
         return key_of(served.name, "" if bundle is None else bundle.content.hex())
 
     async def run(self, model: str, request: Request, visitor: Visitor) -> AsyncGenerator[Event, None]:
-        method = grpc_tasks()[request.task].method
-        record = Record(method=f"{method.containing_service.full_name}/{method.name}", client=f"page:{visitor.session}")
+        record = Record(method=_method(request.task), client=f"page:{visitor.session}")
         with self._gate.admitted(record, visitor.authorization):
             async with aclosing(self._host.run(model, request, client=record.client)) as events:
                 async for event in events:
                     yield event
+
+    def check(self, task: str, visitor: Visitor) -> None:
+        self._gate.allows(_method(task), visitor.authorization)
 
     async def stop(self, id: str) -> None:
         self._host.stop(id)
@@ -127,6 +132,12 @@ class Local(Backend):
             except EnginecastError as error:
                 record.code, record.error = code(error).name, type(error).__name__
                 raise
+
+
+def _method(task: str) -> str:
+    """The full name of the call of gRPC that does a task."""
+    method = grpc_tasks()[task].method
+    return f"{method.containing_service.full_name}/{method.name}"
 
 
 class Remote(Backend):

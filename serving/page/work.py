@@ -99,7 +99,10 @@ class Work:
                     yield step
 
     async def grid(self, plan: GridPlan) -> AsyncGenerator[Step, None]:
-        """Draw the cells of a grid that are not kept, and the page of all. Raises the errors of the requests."""
+        """Draw the cells of a grid that are not kept, and the page of all. Raises the errors of the requests, and
+        that of a visitor who may not draw, also where all cells are kept.
+        """
+        self._page.backend.check(ImageRequest.task, self._visitor)
         requests, labels = plan.cells, _labels(plan)
         kept = Kept(fresh(self._page.folder / CELLS), self._page.backend.identity(self._model))
         found: Pictures = []

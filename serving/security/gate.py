@@ -95,6 +95,11 @@ class Gate:
         if self._tokens is not None:
             _found(self._tokens.current(), authorization)
 
+    def allows(self, method: str, authorization: str | None) -> None:
+        """Raise Unauthenticated or PermissionDenied unless the token may call a method. Counts for no limit."""
+        if self._tokens is not None and (scopes := required(method)):
+            _require(_found(self._tokens.current(), authorization), scopes)
+
     def check(self, scope: Scope, authorization: str | None) -> None:
         """Raise Unauthenticated or PermissionDenied unless the token has a scope. May be called from any thread."""
         if self._tokens is not None:

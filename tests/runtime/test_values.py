@@ -41,6 +41,7 @@ def test_values(read: Callable[[Any], Any], value: Any, expected: Any) -> None:
         (whole, 1.5, "is 1.5, expected a whole number"),
         (whole, "", "is '', expected a whole number"),
         (whole, "1e999999999", "is '1e999999999', expected a whole number"),
+        (whole, "1" * 29, f"is '{'1' * 29}', expected a whole number"),
         (whole, math.nan, "is nan, expected a whole number"),
         (whole, math.inf, "is inf, expected a whole number"),
         (whole, True, "is True, expected a whole number"),

@@ -5,7 +5,8 @@ scripts/postprocessing_upscale.py and modules/upscaler.py).
 from __future__ import annotations
 
 import asyncio
-import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -28,43 +29,63 @@ TO_SIZE: Final = 1
 MULTIPLE: Final = 8
 NONE: Final = "none"
 
-_RESIZING: Final = threading.Lock()
-"""Only one picture is resized at a time: each takes several times its pixels in memory."""
+
+@dataclass(frozen=True)
+class Resizing:
+    """A picture, the size that it gets before it is cropped, and the parameters that it had."""
+
+    file: PictureFile
+    size: tuple[int, int]
+    parameters: str
 
 
 def add(routes: APIRouter, settings: Settings) -> None:
     """Add the endpoints."""
+    alone = asyncio.Lock()  # one picture is resized at a time: each takes several times its pixels in memory
+
+    async def changed(message: Extras, texts: Mapping[str, str], field: str, options: Options) -> list[str]:
+        """The files in base64 of pictures, by the name of each."""
+        pictures = await asyncio.to_thread(_read, message, texts)
+        limits.REQUEST_PIXELS.count(field, sum(one.size[0] * one.size[1] for one in pictures))
+        found = list[str]()
+        for one in pictures:
+            async with alone:
+                found.append(await asyncio.to_thread(_changed, message, one, options))
+        return found
 
     @routes.post("/sdapi/v1/extra-single-image")
     async def single(message: ExtraPicture, client: Sender) -> dict[str, Any]:
-        text = await asyncio.to_thread(_changed, message, message.image, "image", settings.of(client))
+        (text,) = await changed(message, {"image": message.image}, "image", settings.of(client))
         return {"html_info": "", "image": text}
 
     @routes.post("/sdapi/v1/extra-batch-images")
     async def batch(message: ExtraPictures, client: Sender) -> dict[str, Any]:
-        options, found = settings.of(client), list[str]()
-        for number, one in enumerate(message.pictures):
-            field = f"imageList[{number}].data"
-            found.append(await asyncio.to_thread(_changed, message, one.data, field, options))
-        return {"html_info": "", "images": found}
+        texts = {f"imageList[{number}].data": one.data for number, one in enumerate(message.pictures)}
+        return {"html_info": "", "images": await changed(message, texts, "imageList", settings.of(client))}
 
 
-def _changed(message: Extras, text: str, field: str, options: Options) -> str:
+def _read(message: Extras, texts: Mapping[str, str]) -> list[Resizing]:
+    """What is to be done for a message. Raises InvalidInput."""
+    found = list[Resizing]()
+    for field, text in texts.items():
+        file = file_of(text, field)
+        size = _size(message, file)
+        limits.PICTURE_PIXELS.count(field, size[0] * size[1])
+        stored = texts_of(file.data, field)
+        found.append(Resizing(file, size, stored.get("parameters") or stored.get(COMMENT, "")))
+    return found
+
+
+def _changed(message: Extras, one: Resizing, options: Options) -> str:
     """The file in base64 of a picture at the size that a message asks for, with the parameters that it had."""
-    file = file_of(text, field)
     ways = [_way(message, name) for name in ("upscaler_1", "upscaler_2")]
-    size = _size(message, file)
-    limits.PICTURE_PIXELS.count(field, size[0] * size[1])
-    texts = texts_of(file.data, field)
-    parameters = texts.get("parameters") or texts.get(COMMENT, "")
-    with _RESIZING:
-        picture = Image.fromarray(decoded(file))
-        if ways[0] is not None:
-            found, share = picture.resize(size, ways[0]), message.extras_upscaler_2_visibility
-            if ways[1] is not None and share:
-                found = Image.blend(found, picture.resize(size, ways[1]), share)
-            picture = _cropped(found, message)
-        return encoded(np.array(picture, np.uint8), parameters, options)
+    picture = Image.fromarray(decoded(one.file))
+    if ways[0] is not None:
+        found, share = picture.resize(one.size, ways[0]), message.extras_upscaler_2_visibility
+        if ways[1] is not None and share:
+            found = Image.blend(found, picture.resize(one.size, ways[1]), share)
+        picture = _cropped(found, message)
+    return encoded(np.array(picture, np.uint8), one.parameters, options)
 
 
 def _way(message: Extras, field: str) -> Image.Resampling | None:

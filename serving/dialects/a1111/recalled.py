@@ -42,6 +42,8 @@ SIZES: Final[Mapping[str, tuple[str, str]]] = {
     RESIZE: ("hr_resize_x", "hr_resize_y"),
 }
 """The fields of values that are sizes."""
+LONGEST: Final = 60
+"""Characters of a size."""
 
 
 def with_infotext(message: M) -> M:
@@ -64,7 +66,8 @@ def _fields(values: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
                 raise InvalidInput("infotext", f"has {quoted(values[name])} as {name}, expected a number") from None
     for name, fields in SIZES.items():
         if name in values:
-            if (size := SIZE.fullmatch(values[name])) is None:
+            size = SIZE.fullmatch(values[name])
+            if size is None or len(values[name]) > LONGEST:
                 raise InvalidInput("infotext", f"has {quoted(values[name])} as {name}, expected a size such as 512x512")
             yield from zip(fields, map(int, size.groups()), strict=True)
     if SCALE in values or RESIZE in values:

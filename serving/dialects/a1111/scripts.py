@@ -10,6 +10,7 @@ from typing import Any, Final
 from runtime import limits
 from runtime.diffusion.labels import named, upscaler
 from runtime.errors import InvalidInput, did_you_mean, quoted
+from runtime.grid.axes import LONGEST
 from runtime.grid.plan import NAMES, GridPlan
 from runtime.script import Folders
 from runtime.scripting import Listed, Scripts
@@ -188,6 +189,8 @@ def _values(label: str, text: Any, listed: Any) -> list[Any]:
 
 
 def _ranged(part: str, whole: bool) -> list[str]:
+    if len(part) > LONGEST:
+        raise InvalidInput("script_args", f"has {quoted(part)}, expected a number or range of {LONGEST} characters")
     if found := STEPPED.fullmatch(part):
         first, last, step = (float(one) for one in found.groups())
         count = int((last - first) / step + 1e-9) + 1 if step else 0

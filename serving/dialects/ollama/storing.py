@@ -64,10 +64,10 @@ class Storing:
         return Response()
 
     async def delete(self, body: fields.Name) -> Response:
-        """Take a bundle out of the repository."""
+        """Take a bundle out of the repository, or all bundles that one is chosen of."""
         root = self._stores.repository.root
         offer = self._stores.own(named(body))
-        await asyncio.to_thread(remove, offer.root, root)
+        await asyncio.to_thread(remove, offer.root if offer.version else root / offer.model, root)
         await self._host.look()
         return Response()
 

@@ -9,10 +9,12 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from runtime import limits
 from runtime.errors import InvalidInput
 from runtime.language.calls import ToolCall
 from runtime.language.tools import Toolbox
 from serving.dialects.http.tools import toolbox
+from serving.dialects.http.values import check_values
 from serving.dialects.openai.fields import Called, Completion, Message, Named
 
 
@@ -29,6 +31,8 @@ def tools_of(body: Completion) -> Toolbox | None:
 
 def calls_of(message: Message, field: str) -> tuple[ToolCall, ...]:
     """The calls of an answer that is sent back. Raises InvalidInput."""
+    texts = [one.function.arguments for one in message.tool_calls or ()]
+    limits.TEXT.count(f"{field}.tool_calls", sum(map(len, texts)))
     return tuple(
         ToolCall(one.function.name, _arguments(one, f"{field}.tool_calls[{i}].function.arguments"))
         for i, one in enumerate(message.tool_calls or ())
@@ -36,6 +40,7 @@ def calls_of(message: Message, field: str) -> tuple[ToolCall, ...]:
 
 
 def _arguments(call: Called, field: str) -> Mapping[str, Any]:
+    check_values(call.function.arguments.encode(), field)
     try:
         found = json.loads(call.function.arguments)
     except (ValueError, RecursionError):

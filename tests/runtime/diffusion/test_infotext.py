@@ -180,3 +180,8 @@ def test_what_is_written_is_read(prompt: str, negative: str, model: str) -> None
     values = {name: value for name, value in values.items() if value}
     written = Infotext(prompt, negative, values)
     assert Infotext.parse(str(written)) == written
+
+
+def test_half_a_surrogate_pair_stays_as_it_is_written() -> None:
+    found = Infotext.parse('a\nSteps: 1, Seed: 2, Model: "\\ud800", Hires prompt: "a, b"')
+    assert found.values["Model"] == '"\\ud800"' and found.values["Hires prompt"] == "a, b"

@@ -66,6 +66,7 @@ def test_values_of_a_text(text: str, values: tuple[Any, ...]) -> None:
         ("sampler=", "x: has no values of sampler"),
         ("steps=1-1000", "x: has 1,000 cells, expected at most 100"),
         ("steps=1-99999999999999999999:1", "expected at most 100"),
+        (f"steps=1-{'9' * 5000}", "expected at most 60 characters"),
         ("steps=1-5:-1", r"x: has the range 1-5:-1, whose step does not lead from 1 to 5"),
         ("steps=1-5:0", "whose step does not lead"),
     ],

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 
-from runtime.errors import InvalidInput, NotFound
+from runtime.errors import InvalidInput, NotFound, PermissionDenied
 from runtime.grid.axes import Axis
 from runtime.grid.plan import GridPlan
 from runtime.script import Folders
@@ -23,6 +23,9 @@ from serving.page.parts import Page
 from serving.page.pictures import KEPT_SECONDS, parameters
 from serving.page.runs import Runs
 from serving.page.work import Step, Work
+from serving.security import tokens
+from serving.security.gate import Gate
+from serving.security.scopes import Scope
 from tests.fakes.serving import FakeModel, FakeServer
 from tests.serving.page.conftest import Able
 
@@ -161,3 +164,15 @@ def test_mistakes_of_a_grid(drawing: Drawing) -> None:
 def _image(request: object) -> ImageRequest:
     assert isinstance(request, ImageRequest)
     return request
+
+
+def test_kept_cells_are_only_for_those_who_may_draw(drawing: Drawing, tmp_path: Path) -> None:
+    assert drawing.steps(lambda: drawing.work.grid(PLAN))[-1].last
+    file = tmp_path / "tokens.toml"
+    secrets = [tokens.new(file, one.value, frozenset({one}), None, None) for one in (Scope.INFER, Scope.METRICS)]
+    backend = Able(drawing.fake.host, Gate(file))
+    page = Page(backend, Runs(backend), drawing.folder, ())
+    may, not_may = (Work(page, Visitor("session", f"Bearer {one}"), "draw", "draw") for one in secrets)
+    assert drawing.steps(lambda: may.grid(PLAN))[-1].last and not backend.requests
+    with pytest.raises(PermissionDenied, match="has the scopes metrics"):
+        drawing.steps(lambda: not_may.grid(PLAN))

@@ -82,6 +82,12 @@ def test_the_picture_of_a_batch_is_named(studio: Studio) -> None:
     assert why.startswith("imageList[1].data: is no base64")
 
 
+def test_all_pictures_of_a_batch_are_counted(studio: Studio) -> None:
+    size = {"resize_mode": 1, "upscaling_resize_w": 7680, "upscaling_resize_h": 5120, "upscaler_1": "Nearest"}
+    why = studio.refused(BATCH, imageList=[{"data": b64(SHADES), "name": "a"}] * 7, **size)
+    assert why.startswith("imageList: has 275,251,200 pixels, expected at most 256,000,000")
+
+
 @pytest.mark.parametrize("path", DRAW)
 @pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("jpeg", "JPEG"), ("webp", "WEBP")])
 @proves("POST /sdapi/v1/txt2img", "override_settings.samples_format", "override_settings.jpeg_quality")

@@ -41,6 +41,7 @@ def test_a_second_pass_of_an_infotext(studio: Studio) -> None:
     [
         ("a\nSteps: x, Seed: 1, Size: 16x16", "infotext: has 'x' as Steps, expected a number"),
         ("a\nSteps: 1, Seed: 1, Size: big", "infotext: has 'big' as Size, expected a size such as 512x512"),
+        (f"a\nSteps: 1, Seed: 1, Size: {'9' * 5000}x1", "infotext: has '999"),
         ("a\nSteps: 1, Seed: 1, Sampler: Restart", "sampler_name: 'Restart' is not known"),
         ("x" * 100_001, "infotext: has 100,001 characters"),
     ],

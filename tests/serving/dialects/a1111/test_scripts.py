@@ -112,6 +112,7 @@ def test_values_of_an_axis(axis: Any, values: list[str]) -> None:
         (arguments(("Steps", "1-2 (+0)", [])), "has a range whose step does not lead"),
         (arguments(("Steps", "1", []), (0, "", []), (0, "", []), False), "has False as 'Draw legend', expected True"),
         (arguments(("Steps", "1", []), (0, "", []), (0, "", []), True, True, True), "has True as 'Include sub grids'"),
+        *((arguments(("Steps", f"1-{'9' * 500}{end}", [])), "has '1-999") for end in ("", " (+1)", " [3]")),
         ([0] * 19, "has 19 values, expected at most 18"),
     ],
 )

@@ -179,6 +179,19 @@ def test_copy_and_delete(tmp_path: Path) -> None:
             served.client.delete("mine")
 
 
+def test_a_model_is_deleted_with_all_its_quants(tmp_path: Path) -> None:
+    with storing(tmp_path) as served:
+        for quant in ("int8", "int4"):
+            manifest = bundle(tmp_path / "repository" / "several", quant).root / MANIFEST
+            fields = json.loads(manifest.read_text())
+            fields["source"]["name"] = "several"
+            manifest.write_text(json.dumps(fields | {"quant": quant}))
+        served.fake.do(served.fake.host.look())
+        assert served.client.delete("several").status == "success"
+        assert list((tmp_path / "repository").iterdir()) == []
+        assert served.post("/api/show", {"name": "several"})[0] == 404
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of checkpoints, and a build that copies them."""

@@ -91,3 +91,20 @@ def test_results_are_sent_back(client: openai.OpenAI, asked: list[ChatRequest]) 
     _, answer, tool = asked[1].messages
     assert (answer.role, answer.content, answer.calls) == ("assistant", ("",), (ToolCall("paint", {"of": "red"}),))
     assert (tool.role, tool.content, tool.tool) == ("tool", ("it is red",), "paint")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ('{"of": "\\ud800"}', "holds half a surrogate pair"),
+        (json.dumps({"of": [0] * 10_001}), "has more than 10,000 values"),
+        (json.dumps({"of": "x" * 100_000}), "characters of all texts"),
+        ("[" * 9_000, "is no JSON object"),
+    ],
+)
+def test_arguments_that_are_refused(client: openai.OpenAI, arguments: str, why: str) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "paint", "arguments": arguments}}
+    said: Any = {"role": "assistant", "content": None, "tool_calls": [call]}
+    result: Any = {"role": "tool", "tool_call_id": "1", "content": "it is red"}
+    with pytest.raises(openai.BadRequestError, match=why):
+        client.chat.completions.create(model="talk", messages=[*ASKED, said, result], tools=TOOLS)
