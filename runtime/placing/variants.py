@@ -41,9 +41,13 @@ def variants(root: Path) -> list[Path]:
     """
     if not root.is_dir() or (root / MANIFEST).exists():
         return []
+    try:
+        folders = sorted(root.iterdir())
+    except OSError:  # it was just removed, or may not be read: opening it says so
+        return []
     found = [
         folder
-        for folder in sorted(root.iterdir())
+        for folder in folders
         if folder.name[0] != "." and not folder.name.isdecimal() and (folder / MANIFEST).is_file()
     ]
     return found if len(found) > 1 else []
