@@ -59,6 +59,7 @@ async def test_the_page_needs_http_and_asks_for_a_token_where_the_server_does(tm
     host = ModelHost([], lambda bundle, target: pytest.fail())
     with pytest.raises(InvalidInput, match=r"page: is of no effect without --http"):
         others(host, Settings(page=True), security(Settings()))
+    pytest.importorskip("gradio")
     file = tmp_path / "tokens"
     tokens.new(file, "me", frozenset({Scope.INFER}), None, None)
     closed = Settings(page=True, http="127.0.0.1:0", tokens=file)
