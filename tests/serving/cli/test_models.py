@@ -34,7 +34,7 @@ def test_they_are_loaded_reloaded_and_unloaded(cold: FakeServer) -> None:
         ("draw", "ready", "int8", False),
         ("talk", "unloaded", "none", True),
     ]
-    assert rows[0]["idle"] == 0 and rows[0]["unloads in"] is None and rows[0]["memory"] >= 0
+    assert 0 <= rows[0]["idle"] < 5 and rows[0]["unloads in"] is None and rows[0]["memory"] >= 0
     assert run(cold, "unload", "draw", "--grace", "0") == "draw is unloaded\n"
     table = run(cold, "list")
     assert "loads on demand" in table and "draw" in table
