@@ -36,8 +36,8 @@ class Samples:
 
 
 @contextmanager
-def serving(*folders: Path) -> Iterator[Samples]:
-    """Serve bundles, each by its name, until the block ends."""
+def serving(*folders: Path, target: str | None = None) -> Iterator[Samples]:
+    """Serve bundles, each by its name, until the block ends; on the target that is named, or that each would use."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -54,7 +54,7 @@ def serving(*folders: Path) -> Iterator[Samples]:
         await grpc.start()
         await http.start()
         for name in host.at_start():
-            await host.load(name)
+            await host.load(name, target)
         return host, grpc, http
 
     _, grpc, http = do(start())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,15 +57,22 @@ def b64(picture: Picture) -> str:
     return base64.b64encode(encode_image(picture)).decode()
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    with FakeServer(tmp_path_factory.mktemp("fake") / "bundles", ready=True) as fake:
+@contextmanager
+def opened(fake: FakeServer) -> Iterator[Studio]:
+    """A fake server with HTTP, and the requests that all its models get."""
+    with fake:
         server = serve(fake)
         found = Studio(fake, server, None)
         for model in fake.models.values():
             note_requests(model, found.requests)
         yield found
         fake.do(server.stop())
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    with opened(FakeServer(tmp_path_factory.mktemp("fake") / "bundles", ready=True)) as found:
+        yield found
 
 
 @pytest.fixture

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,10 @@ import pytest
 from PIL import Image
 from webuiapi import ControlNetUnit, HiResUpscaler, WebUIApi
 
-from runtime.bundle.manifest import Bundle
-from runtime.placing.loading import load_model
 from runtime.vision.images import Picture, encode_image
 from serving.dialects.grpc.client import Client
-from serving.dialects.grpc.server import Server
-from serving.dialects.http.application import application
-from serving.dialects.http.server import HttpServer
 from serving.enginecast_pb import image_pb2
-from serving.host.models import ModelHost
-from serving.security.gate import Gate
-from serving.settings import Settings
+from tests.fakes.samples import Samples, serving
 from tests.serving.dialects.a1111.test_samples import _equal, _pixels
 
 ADDED = Path(__file__).parents[4] / "samples" / "shapes-additions"
@@ -32,7 +24,7 @@ pytestmark = pytest.mark.full
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from export.build.build import build
     from export.build.options import Options
     from export.checkpoint.additions import Addition
@@ -40,32 +32,20 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     output = tmp_path_factory.mktemp("added") / "bundle"
     added = Addition("controlnet", ADDED / "edges", "edges"), Addition("adapter", ADDED / "night.safetensors", "night")
     build(Options("sample:shapes-diffusion", output, additions=added, targets=("onnxruntime",), parity="twin"))
-    return Bundle(output)
+    return output
 
 
 @pytest.fixture
-async def ports(bundle: Bundle) -> AsyncIterator[tuple[int, int]]:
-    """The ports of gRPC and of HTTP of one server."""
-    host = ModelHost([bundle], load_model)
-    server = Server(host, "127.0.0.1:0")
-    await server.start()
-    web = HttpServer(application(host, Settings(), Gate()), "127.0.0.1:0")
-    await web.start()
-    await host.load(NAME, "onnxruntime")
-    yield server.port, web.port
-    await server.stop(0)
-    await web.stop()
+def samples(bundle: Path) -> Iterator[Samples]:
+    with serving(bundle, target="onnxruntime") as server:
+        yield server
 
 
-async def test_answers_equal_those_of_grpc(ports: tuple[int, int]) -> None:
-    await asyncio.to_thread(_compare, *ports)
-
-
-def _compare(port: int, web: int) -> None:
-    api: Any = WebUIApi(port=web)
+def test_answers_equal_those_of_grpc(samples: Samples) -> None:
+    api: Any = WebUIApi(baseurl=f"{samples.http}/sdapi/v1")
     edges = np.zeros((64, 64, 3), np.uint8)
     edges[16:48, 16], edges[16:48, 47], edges[16, 16:48], edges[47, 16:48] = 255, 255, 255, 255
-    with Client(f"127.0.0.1:{port}") as client:
+    with Client(samples.grpc) as client:
 
         def drawn(**fields: Any) -> Picture:
             wanted = image_pb2.GenerateRequest(

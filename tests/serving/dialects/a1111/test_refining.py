@@ -11,9 +11,8 @@ import pytest
 
 from runtime.vision.images import Picture
 from tests.fakes.proofs import proves
-from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer, note_requests, until
-from tests.fakes.web import serve
-from tests.serving.dialects.a1111.conftest import DRAW, Studio
+from tests.fakes.serving import FakeAnswers, FakeModel, FakeServer, until
+from tests.serving.dialects.a1111.conftest import DRAW, Studio, opened
 from tests.serving.dialects.a1111.test_watching import Call, pixels
 
 PATH = "/sdapi/v1/txt2img"
@@ -32,13 +31,8 @@ class Three(FakeServer):
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    with Three(tmp_path_factory.mktemp("fake") / "bundles", ready=True) as fake:
-        server = serve(fake)
-        found = Studio(fake, server, None)
-        for model in fake.models.values():
-            note_requests(model, found.requests)
+    with opened(Three(tmp_path_factory.mktemp("fake") / "bundles", ready=True)) as found:
         yield found
-        fake.do(server.stop())
 
 
 @proves("POST /sdapi/v1/txt2img", "refiner_checkpoint", "refiner_switch_at")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,43 +13,23 @@ import pytest
 from PIL import Image
 from webuiapi import WebUIApi
 
-from runtime.bundle.manifest import Bundle
-from runtime.placing.loading import load_model
 from runtime.vision.images import Picture, encode_image
 from serving.dialects.grpc.client import Client
-from serving.dialects.grpc.server import Server
-from serving.dialects.http.application import application
-from serving.dialects.http.server import HttpServer
 from serving.enginecast_pb import chat_pb2, image_pb2
-from serving.host.models import ModelHost
-from serving.security.gate import Gate
-from serving.settings import Settings
+from tests.fakes.samples import Samples, serving
 
 DRAW, TALK = "shapes-diffusion", "shapes-vlm"
 
 
 @pytest.fixture
-async def ports(diffusion_bundle: Path, vlm_bundle: Path) -> AsyncIterator[tuple[int, int]]:
-    """The ports of gRPC and of HTTP of one server."""
-    host = ModelHost([Bundle(diffusion_bundle), Bundle(vlm_bundle)], load_model)
-    server = Server(host, "127.0.0.1:0")
-    await server.start()
-    web = HttpServer(application(host, Settings(), Gate()), "127.0.0.1:0")
-    await web.start()
-    for name in (DRAW, TALK):
-        await host.load(name, "onnxruntime")
-    yield server.port, web.port
-    await server.stop(0)
-    await web.stop()
+def samples(diffusion_bundle: Path, vlm_bundle: Path) -> Iterator[Samples]:
+    with serving(diffusion_bundle, vlm_bundle, target="onnxruntime") as server:
+        yield server
 
 
-async def test_answers_equal_those_of_grpc(ports: tuple[int, int]) -> None:
-    await asyncio.to_thread(_compare, *ports)
-
-
-def _compare(port: int, web: int) -> None:
-    api: Any = WebUIApi(port=web)
-    with Client(f"127.0.0.1:{port}") as client:
+def test_answers_equal_those_of_grpc(samples: Samples) -> None:
+    api: Any = WebUIApi(baseurl=f"{samples.http}/sdapi/v1")
+    with Client(samples.grpc) as client:
 
         def drawn(**fields: Any) -> list[Picture]:
             wanted = image_pb2.GenerateRequest(
