@@ -21,12 +21,10 @@ from serving.host.joining import LONG
 
 COUNTS: Final = (1, 2, 4, 8)
 """Calls that are made as one."""
-MARK: Final = " x"
-"""Between the submodel and the number of calls, in the name of a metric here."""
 
 
 def rowed_probes(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
-    """A probe for each number of calls of each submodel that a server might join. Metrics are called "unet x4"."""
+    """A probe for each number of calls of each submodel that a server might join, as a variant such as "x4"."""
     task = profile_tasks()[model.task]
     request = task.request(model, task.settings.model_validate(dict(options)))
     submodels = {submodel.name: submodel for submodel in model.bundle.manifest.submodels}
@@ -40,7 +38,7 @@ def rowed_probes(model: LoadedModel, options: Mapping[str, Any]) -> list[Probe]:
             if count > 1 and not _takes(engine, inputs):
                 break
             probe = partial(seconds, partial(engine.run, inputs))
-            found.append(Probe(f"{name}{MARK}{count}", "s", probe, shapes(inputs)))
+            found.append(Probe(name, "s", probe, shapes(inputs), variant=f"x{count}"))
     return found
 
 

@@ -4,7 +4,6 @@ more rows. The rows are those of `bench`.
 
 from __future__ import annotations
 
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -12,10 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-from profiles.bench import bundle_worker, labelled
+from profiles.bench import bundle_worker, labelled, of_one_run
 from profiles.process import Worker
 from profiles.protocol import Hello, Metric
-from profiles.rowed import MARK
 from profiles.rows import Row
 from profiles.task import profile_tasks
 from profiles.worker import Job
@@ -66,15 +64,10 @@ class Tuning:
 
         Raises EngineError where a worker fails.
         """
-        found = self._turns(
-            [Job(bundle=self.bundle.root, target=name, settings=self.settings) for name in self.targets]
-        )
+        found = self._turns([self._job(name) for name in self.targets])
         yield found
         best = self._advice(found).order(self.targets)[0]
-        jobs = [
-            Job(bundle=self.bundle.root, target=best, threads=threads, settings=self.settings)
-            for threads in (0, *fewer(allowance().threads))
-        ]
+        jobs = [self._job(best, threads) for threads in (0, *fewer(allowance().threads))]
         if len(jobs) > 1:
             more = self._turns(jobs)
             yield more
@@ -108,14 +101,12 @@ class Tuning:
             found = [
                 self._row(worker.hello, metric, taken) for (worker, metric), taken in zip(parts, values, strict=True)
             ]
-        run = secrets.token_hex(8)
-        return [row.model_copy(update={"run": run}) for row in found]
+        return of_one_run(found)
 
     def _row(self, hello: Hello, name: str, values: Sequence[float]) -> Row:
         metric = hello["metrics"][name]
-        row = labelled(
-            self.bundle, hello, name.partition(MARK)[0], metric["unit"], values, None, metric.get("settings", {})
-        )
+        settings = metric.get("settings", {})
+        row = labelled(self.bundle, hello, metric.get("name", name), metric["unit"], values, None, settings)
         self.say(f"{name} on {row.target}, {row.threads} threads: {row.spread.median:.4g} {row.unit}")
         return row
 

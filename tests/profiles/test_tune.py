@@ -29,7 +29,8 @@ class Planned(Worker):
     def __enter__(self) -> Planned:
         self.hello = {
             "program": "enginecast 1", "target": self.job.target, "device": "CPU", "threads": self.job.threads or ALL,
-            "versions": {}, "load": 0.0, "metrics": {name: {"unit": "s"} for name in self.metrics},
+            "versions": {}, "load": 0.0,
+            "metrics": {name: {"unit": "s", "name": name.split()[0]} for name in self.metrics},
         }  # fmt: skip
         return self
 
@@ -79,7 +80,7 @@ def test_numbers_of_threads() -> None:
 
 def test_calls_with_more_rows(drawing: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     found = rowed.rowed_probes(drawing, {"steps": 2, "width": 128, "height": 128})
-    shown = {probe.metric: probe.settings for probe in found}
+    shown = {probe.key: probe.settings for probe in found}
     assert [name for name in shown if name.startswith("unet")] == ["unet x1", "unet x2", "unet x4", "unet x8"]
     assert shown["unet x1"]["sample"] == "2x4x8x8" and shown["unet x4"]["sample"] == "8x4x8x8"
     assert all(probe.run() > 0 for probe in found)
