@@ -170,8 +170,7 @@ class DiffusionConfig(Frozen):
                         "noise_size", f"is {request.noise_size}, expected two lengths of {self.vae.scale_factor} to "
                         f"{self.sizes.max} pixels"
                     )  # fmt: skip
-            height, width = request.noise_size
-            shape = height // self.vae.scale_factor, width // self.vae.scale_factor
+            shape = self.vae.shape(*request.noise_size)[2:]
         return Variation(request.variation_seed or 0, strength, shape)
 
     def steps_of(self, request: ImageRequest) -> int:

@@ -134,14 +134,18 @@ def infotext(
 
 def told(request: ImageRequest, ready: ImageReady, more: Mapping[str, str] | None = None) -> str:
     """The text of a picture that was drawn, with the prompts that scripts made of the request's."""
+    height, width = ready.image.shape[:2]
+    return infotext(drawn_from(request.single(ready.index), ready), ready.seed, (height, width), more)
+
+
+def drawn_from(request: ImageRequest, ready: ImageReady) -> ImageRequest:
+    """The request with the prompts that scripts made of its own."""
     prompt, negative = ready.prompt, ready.negative_prompt
-    drawn = replace(
-        request.single(ready.index),
+    return replace(
+        request,
         prompt=request.prompt if prompt is None else prompt,
         negative_prompt=request.negative_prompt if negative is None else negative,
     )
-    height, width = ready.image.shape[:2]
-    return infotext(drawn, ready.seed, (height, width), more)
 
 
 def _size(request: ImageRequest, drawn: tuple[int, int]) -> str | None:

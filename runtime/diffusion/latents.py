@@ -170,7 +170,7 @@ class Encoder(Coder):
 
     def lengths(self, size: tuple[int, int]) -> tuple[int, int]:
         """Height and width of the latents of a picture of this size in pixels."""
-        return size[0] // self._vae.scale_factor, size[1] // self._vae.scale_factor
+        return self._vae.shape(*size)[2:]
 
     def reduced(self, mask: NDArray[np.float32]) -> Latents:
         """A mask [height, width] of pixels as one of latents [1, 1, height, width]: each takes its first pixel's."""

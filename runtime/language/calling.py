@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from runtime.language.calls import CallForm
+from runtime.language.text import StopStrings
 from runtime.pipeline import Event, Pipeline, through
 from runtime.tasks.chat import Finished, TextDelta, ToolCalled
 
@@ -30,34 +31,25 @@ def called(answered: Pipeline, form: CallForm) -> Pipeline:
 
 
 class _Text:
-    """The text of one answer. From `held` on, it is not passed on yet: it may become a call, or is one."""
+    """The text of one answer. What is held is not passed on yet: it may become a call, or is one."""
 
     def __init__(self, form: CallForm) -> None:
-        self._form = form
-        self._held, self._tokens, self._calls = "", 0, False
+        self._form, self._mark = form, StopStrings([form.before])
+        self._held, self._tokens = "", 0
 
     def push(self, delta: TextDelta) -> Iterator[TextDelta]:
         self._held += delta.text
         self._tokens += delta.tokens
-        if self._calls:
+        if self._mark.found:
             return
-        text, self._calls = self._passed()
+        text = self._mark.push(delta.text)
         self._held = self._held[len(text) :]
         if text:
             yield replace(delta, text=text, tokens=self._tokens)
             self._tokens = 0
 
-    def _passed(self) -> tuple[str, bool]:
-        """What is no part of a call, and whether one follows."""
-        before = self._form.before
-        text, mark, _ = self._held.partition(before)
-        if mark:
-            return text, True
-        kept = next((n for n in range(len(before) - 1, 0, -1) if self._held.endswith(before[:n])), 0)
-        return self._held[: len(self._held) - kept], False
-
     def end(self, answer: int) -> Iterator[Event]:
-        call = self._form.read(self._held.removeprefix(self._form.before)) if self._calls else None
+        call = self._form.read(self._held.removeprefix(self._form.before)) if self._mark.found else None
         if call is not None:
             yield ToolCalled(call, answer, self._tokens)
         elif self._held:

@@ -80,12 +80,13 @@ class Guessing:
 
     def feed(self, token: int, room: int) -> Step[Scores]:
         """The logits [vocab] behind the answer's next token, which at most `room` more tokens follow."""
-        self._lookup.push(token)
+        if self._count:
+            self._lookup.push(token)
         if self._ahead and self._ahead[0][0] == token:
             self.accepted += 1
             return self._ahead.popleft()[1]
         keep = self.forget()
-        guesses = self._lookup.guess(min(self._count, room - 1))
+        guesses = self._lookup.guess(min(self._count, room - 1)) if self._count else []
         logits = yield from decode_tokens([token, *guesses], self._conversation, keep)
         self.guessed += len(guesses)
         self._ahead.extend(zip(guesses, logits[1:], strict=True))

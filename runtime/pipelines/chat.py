@@ -222,10 +222,10 @@ class ChatPipeline(ModelPipeline):
 
     def _lookup(self, request: ChatRequest, prompt: Prompt) -> Lookup:
         """Where the tokens of answers are guessed from; nothing where none are."""
-        pictures = self.config.image_token_id
-        never = (*self.config.eos_token_ids, *(() if pictures is None else (pictures,)))
         if not request.guesses:
             return Lookup(())
+        pictures = self.config.image_token_id
+        never = (*self.config.eos_token_ids, *(() if pictures is None else (pictures,)))
         predicted = self.text.tokenizer.encode(request.prediction, add_special_tokens=False).ids
         return Lookup(prompt.ids, never, predicted)
 

@@ -110,5 +110,5 @@ class Advice:
 def advise(manifest: Manifest, machine: Machine, collected: Collected) -> Advice:
     """What rows say of a bundle on this machine."""
     rows = list(near_rows([manifest], machine, collected.rows))
-    found = tuple(profiles([manifest], machine, collected))
+    found = tuple(profiles([manifest], rows))
     return Advice(manifest.quant, found, collected.faults, machine.allowed.threads, rows)

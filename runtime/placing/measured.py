@@ -105,6 +105,11 @@ def collect(files: Iterable[Path]) -> Collected:
     )
 
 
+def collected(files: Iterable[Path] | None) -> Collected:
+    """The rows of these files, of the default ones where it is None."""
+    return collect(default_files() if files is None else files)
+
+
 def _collected(file: Path) -> Collected:
     try:
         stat = file.stat()

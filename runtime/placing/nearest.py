@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 from runtime.bundle.manifest import Manifest
 from runtime.placing.devices import Machine
 from runtime.placing.fingerprint import Fingerprint
-from runtime.placing.measured import Collected, Row
+from runtime.placing.measured import Row
 
 ANSWER_TOKENS: Final = 64
 """Length in tokens of the answer whose time ranks chat models."""
@@ -110,18 +110,18 @@ class Profile:
         return f"for {self.what} {self.near.words}, {self.date:%Y-%m-%d}"
 
 
-def profiles(manifests: Sequence[Manifest], machine: Machine, collected: Collected) -> list[Profile]:
-    """The profiles of bundles of one model on this machine and on those like it, the nearest first; each has at least
-    two setups. Those of rows that were measured in turns come before those of all rows, the newest first.
+def profiles(manifests: Sequence[Manifest], rows: Iterable[tuple[Near, Row]]) -> list[Profile]:
+    """The profiles of bundles of one model, from their `near_rows`, the nearest first; each has at least two setups.
+    Those of rows that were measured in turns come before those of all rows, the newest first.
     """
     groups = defaultdict[tuple[Near, str], list[Row]](list)
-    for near, row in near_rows(manifests, machine, collected.rows):
+    for near, row in rows:
         groups[near, row.run].append(row)
         if row.run:
             groups[near, ""].append(row)
     sizes = {submodel.name: submodel.nbytes for submodel in manifests[0].submodels}
     ways = (*WAYS, *(Way(f"a call of {name}", (name,)) for name in sorted(sizes, key=lambda name: -sizes[name])[:1]))
-    found = [(run, profile) for (near, run), rows in groups.items() if (profile := _profile(near, rows, ways))]
+    found = [(run, profile) for (near, run), group in groups.items() if (profile := _profile(near, group, ways))]
     newest = sorted(found, key=lambda item: item[1].date, reverse=True)
     ordered = sorted(newest, key=lambda item: (item[1].near.device, item[1].near.model, not item[0]))
     return [profile for _, profile in ordered if len(profile.seconds) > 1]

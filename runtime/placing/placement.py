@@ -128,10 +128,10 @@ def place(
     Raises NotFound, InvalidInput, EngineUnavailable with the reason of every target, and ResourceExhausted if no memory
     is large enough.
     """
-    allowed = _allowed(bundle, wanted, device, placing, machine)
+    advice = advice_for(bundle, placing, machine)
+    allowed = _allowed(bundle, wanted, device, placing, machine, advice)
     allowed = {name: [one for one in where if one not in avoid] or where for name, where in allowed.items()}
     plan = _fit(bundle.manifest.submodels, allowed, placing.memory_limit, machine)
-    advice = advice_for(bundle, placing, machine)
     names = tuple(dict.fromkeys(one.target for where in allowed.values() for one in where))
     return replace(plan, notes=(*plan.notes, *advice.faults), advice=advice, targets=names)
 
@@ -165,11 +165,16 @@ def caches(
 
 
 def _allowed(
-    bundle: Bundle, wanted: str | None, device: str, placing: PlacementOptions, machine: Machine
+    bundle: Bundle,
+    wanted: str | None,
+    device: str,
+    placing: PlacementOptions,
+    machine: Machine,
+    advice: Advice | None = None,
 ) -> dict[str, list[Place]]:
-    """Places of every submodel, in order of preference."""
+    """Places of every submodel, in order of preference. `advice` is that of `advice_for`, where it is known."""
     submodels = bundle.manifest.submodels
-    places = usable(bundle, order(bundle, wanted, placing, machine), device, machine)
+    places = usable(bundle, order(bundle, wanted, placing, machine, advice), device, machine)
     fixed = {
         name: _usable_for(bundle, name, where, places, placing, machine)
         for name, where in _by_name(placing.place, submodels).items()
@@ -192,8 +197,12 @@ def _by_name(place: Mapping[str, str], submodels: Sequence[Submodel]) -> dict[st
     return found
 
 
-def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine: Machine) -> list[str]:
-    """The bundle's targets in order of preference, or the wanted one. Raises NotFound, EngineUnavailable."""
+def order(
+    bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine: Machine, advice: Advice | None = None
+) -> list[str]:
+    """The bundle's targets in order of preference, or the wanted one; `advice` is that of `advice_for`, where it is
+    known. Raises NotFound, EngineUnavailable.
+    """
     if wanted is not None:
         target(wanted)
         if wanted not in bundle.targets:
@@ -203,13 +212,13 @@ def order(bundle: Bundle, wanted: str | None, placing: PlacementOptions, machine
             )
         return [wanted]
     known = [name for name in targets() if name in bundle.targets]
-    return advice_for(bundle, placing, machine).order(known) + [name for name in bundle.targets if name not in known]
+    advice = advice or advice_for(bundle, placing, machine)
+    return advice.order(known) + [name for name in bundle.targets if name not in known]
 
 
 def advice_for(bundle: Bundle, placing: PlacementOptions, machine: Machine) -> Advice:
     """What measured figures say of a bundle on this machine."""
-    files = measured.default_files() if placing.rows is None else placing.rows
-    return advise(bundle.manifest, machine, measured.collect(files))
+    return advise(bundle.manifest, machine, measured.collected(placing.rows))
 
 
 def usable(bundle: Bundle, names: Iterable[str], device: str, machine: Machine) -> list[Place]:

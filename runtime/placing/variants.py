@@ -20,7 +20,7 @@ from runtime.errors import InvalidInput
 from runtime.placing import measured
 from runtime.placing.choices import Decision
 from runtime.placing.devices import detect
-from runtime.placing.nearest import profiles
+from runtime.placing.nearest import near_rows, profiles
 from runtime.placing.placement import PlacementOptions
 
 NEARLY: Final = 1.05
@@ -77,10 +77,9 @@ def chosen(root: Path, wanted: str | None = None, placing: PlacementOptions | No
 
 def _fastest(by_quant: Mapping[str, Bundle], wanted: str | None, placing: PlacementOptions) -> Chosen | None:
     """The one that figures choose, of bundles by the label of their numbers, the most exact first."""
-    files = measured.default_files() if placing.rows is None else placing.rows
     usable = {quant: _usable(bundle, wanted) for quant, bundle in by_quant.items()}
     manifests = [bundle.manifest for bundle in by_quant.values()]
-    for profile in profiles(manifests, detect(), measured.collect(files)):
+    for profile in profiles(manifests, near_rows(manifests, detect(), measured.collected(placing.rows).rows)):
         seconds = profile.only(lambda one: one.target in usable.get(one.quant, ())).fastest(lambda one: one.quant)
         if len(seconds) < 2:
             continue

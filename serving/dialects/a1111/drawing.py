@@ -16,6 +16,7 @@ from runtime.scripting import Scripts
 from runtime.tasks.image import Control, ImageAbilities, ImageRequest, Style
 from runtime.vision.images import Picture, PictureFile
 from serving.dialects.a1111.canvas import Ground, fitted, ground
+from serving.dialects.a1111.choosing import HASH
 from serving.dialects.a1111.fields import Drawing, ImageToImage, Options, Unit
 from serving.dialects.a1111.passes import chosen_seed, noise_of, second_pass
 from serving.dialects.a1111.scripts import PLOT, chosen, varies
@@ -180,7 +181,7 @@ def _units(message: Drawing, styles: Collection[str]) -> dict[str, Any]:
     found: dict[str, Any] = {"controls": (), "styles": (), "guess_mode": _guessing(units)}
     for number, unit in enumerate(units):
         field = f"{FIELDS['controls']}[{number}]"
-        name = re.sub(r" \[[0-9a-f]+\]$", "", unit.model)
+        name = HASH.sub("", unit.model)
         if name not in styles:
             picture, share = _shown(unit, message, field), (unit.guidance_start, unit.guidance_end)
             found["controls"] += (Control(name, picture, unit.weight, *share),)

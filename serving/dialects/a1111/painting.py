@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Final
 
 import numpy as np
 
-from runtime.diffusion.infotext import infotext
+from runtime.diffusion.infotext import drawn_from, infotext
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageAbilities, ImageReady, ImageRequest
 from runtime.vision.images import Picture
@@ -110,18 +110,12 @@ class Painting:
         refining = {} if self.refiner is None else self.refiner.facts
         more = {**_masking(self.message), **facts, **refining, "Model": self.model, "Version": PROGRAM}
         changed = cell is not None or ready.prompt is not None or ready.negative_prompt is not None
-        request = _drawn_from(cell or request.single(ready.index), ready)
+        request = drawn_from(cell or request.single(ready.index), ready)
         prompt = None if changed else self.message.prompt
         text = infotext(request, ready.seed, picture.shape[:2], more, defaults, prompt)
         file = encoded(picture, text, self.options)
         subseed = ready.seed if request.variation_seed is None else request.variation_seed
         return Drawn(file, text, ready.seed, subseed, prompt or request.prompt, request.negative_prompt)
-
-
-def _drawn_from(request: ImageRequest, ready: ImageReady) -> ImageRequest:
-    """The request with the prompts that scripts made of its own."""
-    negative = request.negative_prompt if ready.negative_prompt is None else ready.negative_prompt
-    return replace(request, prompt=request.prompt if ready.prompt is None else ready.prompt, negative_prompt=negative)
 
 
 def _masking(message: Drawing) -> dict[str, str]:
