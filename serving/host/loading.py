@@ -78,6 +78,8 @@ class Loading:
         await asyncio.to_thread(
             self._memory.release
         )  # else memory that is free in this process would count as that of nobody
+        if self.stopping:
+            raise Unavailable(STOPPING)
         before = of_process() if self._quiet(served) else None
         model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
         if self.stopping:

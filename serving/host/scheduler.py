@@ -130,6 +130,7 @@ class Scheduler:
         with self._changed:
             while not (self._woken or self._works or any(run.call for run in self._active)):
                 if self._closed:
+                    self._thread = None  # under the lock: what is asked for from now on starts another
                     return False
                 self._changed.wait()
             self._woken = False

@@ -35,12 +35,19 @@ class Models:
         self.targets: list[str | None] = []
         self.gate = threading.Event()
         self.gate.set()
+        self.memory_back, self.giving_back = threading.Event(), threading.Event()
+        self.memory_back.set()
         self.failure: Exception | None = None
         self.held = False
         offers = [Offer.of(bundle(folder, name).root) for name in names]
         offers = [replace(one, keep_alive=keep_alive) for one in offers]
-        memory = Memory(most, lambda *_: Needs({"gpu": 60}))
+        memory = Memory(most, lambda *_: Needs({"gpu": 60}), self._give_back)
         self.host = ModelHost(offers, self._load, Limits(grace_seconds=5), memory=memory)
+
+    def _give_back(self) -> None:
+        if not self.memory_back.is_set():
+            self.giving_back.set()
+        assert self.memory_back.wait(10)
 
     def _load(self, opened: Bundle, target: str | None) -> FakeModel:
         assert self.gate.wait(10)
@@ -374,6 +381,23 @@ class TestReload:
             models.gate.set()
             with pytest.raises(Unavailable, match="stopping"):
                 await reloading
+
+        run(models, work)
+
+    def test_stopping_before_its_thread_begins(self, tmp_path: Path) -> None:
+        """What comes before, such as giving memory back, may take longer than the server waits."""
+        models = Models(tmp_path, "a", most=None)
+
+        async def work() -> None:
+            await models.draw()
+            models.memory_back.clear()
+            reloading = asyncio.create_task(models.host.reload("a"))
+            await models.until(models.giving_back.is_set)
+            assert not await models.host.close(0)
+            models.memory_back.set()
+            with pytest.raises(Unavailable, match="stopping"):
+                await reloading
+            assert len(models.made) == 1, "nothing is loaded for a server that stops"
 
         run(models, work)
 

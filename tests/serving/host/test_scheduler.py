@@ -337,6 +337,17 @@ def test_a_fault_of_the_pipeline_ends_its_own_request_only() -> None:
     assert isinstance(events[-1], Done) and isinstance(fault, ValueError)
 
 
+def test_what_is_asked_for_after_the_end_is_done() -> None:
+    """A model may still be loading when its server stops."""
+    scheduler = Scheduler("model", 8)
+    threads = [scheduler.do(threading.current_thread).result(10)]
+    scheduler.close()
+    threads[0].join(10)
+    threads.append(scheduler.do(threading.current_thread).result(10))
+    threads[1].join(10)
+    assert threads[0] is not threads[1] and not any(thread.is_alive() for thread in threads)
+
+
 async def both(wrong: Pipeline) -> tuple[Any, Any]:
     scheduler = Scheduler("model", 8)
     runs = started(scheduler, Toys({"unet": fake(lambda inputs: {})}), walk("a", 3, []), wrong)
