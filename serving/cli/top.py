@@ -73,16 +73,18 @@ class Top(App[None]):
         self._interval = interval
         self._rates: dict[str, Rates] = {}
         self._looking = False
+        self._server = Static(f"connecting to {address}", id="server", markup=False)
+        self._table = DataTable[Text](cursor_type="none", zebra_stripes=True)
 
     def compose(self) -> ComposeResult:
         """The line about the server, the table, the keys."""
-        yield Static(f"connecting to {self._address}", id="server", markup=False)
-        yield DataTable(cursor_type="none", zebra_stripes=True)
+        yield self._server
+        yield self._table
         yield Footer()
 
     def on_mount(self) -> None:
         """Look at once, then again and again."""
-        self.query_one(DataTable).add_columns(*COLUMNS)
+        self._table.add_columns(*COLUMNS)
         self.renew()
         self.set_interval(self._interval, self.renew)
 
@@ -101,19 +103,18 @@ class Top(App[None]):
             self._looking = False
 
     def _say(self, line: str) -> None:
-        self.query_one("#server", Static).update(_printable(line))
+        self._server.update(_printable(line))
 
     def _show(self, status: model_pb2.StatusResponse) -> None:
         stopping = ", stopping" if status.stopping else ""
         memory = show_size(status.memory_bytes) if status.memory_bytes else "unknown"
         up = _duration(status.uptime_seconds)
         self._say(f"{self._address}  version {status.version}  up {up}  memory {memory}{stopping}")
-        table = self.query_one(DataTable)
-        table.clear()
+        self._table.clear()
         for model in status.models:
             rates = self._rates.setdefault(model.name, Rates())
             rates.add(Sample(time.monotonic(), dict(model.counts)))
-            table.add_row(*(Text(_printable(cell)) for cell in row(model, rates)))
+            self._table.add_row(*(Text(_printable(cell)) for cell in row(model, rates)))
 
 
 def row(model: model_pb2.Model, rates: Rates) -> list[str]:

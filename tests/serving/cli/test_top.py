@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any
@@ -82,6 +83,26 @@ def test_a_server_that_is_gone_is_asked_again(warm: FakeServer) -> None:
         await until(pilot, lambda: "draw" in shown(app))
 
     watch(app, check)
+
+
+def test_an_answer_that_comes_when_the_screen_is_gone(warm: FakeServer) -> None:
+    """As when the program was just left."""
+    arrived, left = threading.Event(), threading.Event()
+
+    def look() -> model_pb2.StatusResponse:
+        arrived.set()
+        assert left.wait(10)
+        return warm.client.status(5)
+
+    app = Top("there", look, 5)
+
+    async def whole() -> None:
+        async with app.run_test() as pilot:
+            await until(pilot, arrived.is_set)
+        app._show(warm.client.status(5))
+        left.set()
+
+    asyncio.run(whole())
 
 
 def test_what_a_server_says_cannot_control_the_terminal() -> None:
