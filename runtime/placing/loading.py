@@ -28,7 +28,7 @@ from runtime.errors import (
     quoted,
 )
 from runtime.pipeline import ModelPipeline, Pipeline, Room, pipelines
-from runtime.placing import memory, placement
+from runtime.placing import heap, memory, placement
 from runtime.placing.decided import Decided
 from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
@@ -233,6 +233,7 @@ def _load_one(bundle: Bundle, submodel: Submodel, decided: Decided, notes: list[
     if fitted.note and fitted.note not in notes:
         notes.append(fitted.note)
     loaded = engine.load(submodel, bundle.root, replace(decided.at(place), compiled=fitted.compiled))
+    heap.give_back()  # memory that loading used and freed is not the engine's
     try:
         bundle.verify_again()
     except BaseException:

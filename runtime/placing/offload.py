@@ -199,7 +199,6 @@ class OffloadedEngine(Engine):
         if self._engine is None:
             self._before, began = memory.of_process() or 0, time.perf_counter()
             self._engine = self._load()
-            heap.give_back()  # memory that loading used and freed is not the engine's
             self.device, self.fallbacks, self._computes = (
                 self._engine.device,
                 self._engine.fallbacks,

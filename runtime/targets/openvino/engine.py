@@ -45,6 +45,7 @@ from runtime.targets.openvino.graph import (
     halve_attention,
     keep_nf4,
     keep_states,
+    keep_tables,
     use_zero_points,
     vary_attention,
     widen,
@@ -415,6 +416,8 @@ def _read(
     if submodel.precision.nested:
         widen(model, graph)
     keep_nf4(model, graph)
+    if where.cpu:
+        keep_tables(model)
     if values.get("zero_points") != "off":
         use_zero_points(model, submodel.activation_ranges)
     if values.get("attention") == "bfloat16":

@@ -2,6 +2,7 @@
 
 nested int4    becomes int8 weights
 nf4            becomes a constant of that type, which stays compressed
+tables         of embeddings in half precision are looked up in as they are stored
 zero points    8 bits cover the bundle's activation ranges, where a symmetric range would waste codes
 attention      in bfloat16, where the bundle allows it
 queries        attention whose inputs are all constant gets one that is not
@@ -28,6 +29,9 @@ BEAMS = "beam_idx"
 """Which row of the cache each row of the batch continues. OpenVINO recognises its in-place cache update only behind
 this gather.
 """
+
+KEEP = "keep_const_precision_0"
+"""The mark of constants whose type OpenVINO's transformations leave as it is (KeepConstPrecision)."""
 
 
 class StoredGraph:
@@ -72,6 +76,16 @@ def keep_nf4(model: Any, graph: StoredGraph) -> None:
         weight = ops.multiply(ops.convert(ops.constant(codes, shared_memory=True), "f32"), scales)
         for reader in list(product.get_target_inputs()):
             reader.replace_source_output(weight.output(0))
+
+
+def keep_tables(model: Any) -> None:
+    """Let the plugin look up embeddings in half-precision tables as they are stored, and widen what is found. By itself
+    it would widen whole tables: those of large vocabularies take as much memory as several layers.
+    """
+    for node in model.get_ops():
+        table = node.input_value(0) if node.get_type_name() == "Gather" else None
+        if table is not None and table.get_element_type().get_type_name() in ("f16", "bf16"):
+            table.get_node().get_rt_info()[KEEP] = True
 
 
 def _restored(model: Any, codes: str, weight: str) -> dict[str, Any]:

@@ -211,3 +211,40 @@ def test_threads_are_open_where_cores_run_several(tmp_path: Path, monkeypatch: p
         wanted = {"threads": "2"} if values else {}
         assert {name: str(engine._compiled.get_property("INFERENCE_NUM_THREADS")) for name in wanted} == wanted
     assert "threads" not in load(submodel, tmp_path).decisions, "who says how many threads has decided"
+
+
+@pytest.mark.parametrize("dtype", [TensorProto.FLOAT16, TensorProto.BFLOAT16])
+def test_tables_are_looked_up_in_as_they_are_stored(tmp_path: Path, dtype: int) -> None:
+    values = np.random.default_rng(0).standard_normal((50, SIZE)).astype(np.float32)
+    table = numpy_helper.from_array(values.astype(helper.tensor_dtype_to_np_dtype(dtype)), "table")
+    nodes = [
+        helper.make_node("Gather", ["table", "ids"], ["found"]),
+        helper.make_node("Cast", ["found"], ["y"], to=TensorProto.FLOAT),
+    ]
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", "length"])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "length", SIZE])
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", [ids], [y], [table]), opset_imports=[helper.make_opsetid("", 23)], ir_version=10
+    )
+    onnx.save(model, tmp_path / "model.onnx")
+    submodel = Submodel(
+        name="token_embedding",
+        signature=Signature(
+            inputs=(Tensor(name="ids", dtype="int64", dims=(BATCH, LENGTH), values="below", limit=50),),
+            outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, LENGTH, SIZE)),),
+        ),
+        graph="model.onnx",
+        precision=Precision.parse("float32"),
+        nbytes=1,
+    )
+    engine = OpenVINO.load(submodel, tmp_path, Options())
+    asked = np.array([[3, 0, 49, 3]])
+    assert np.array_equal(engine.run({"ids": asked})["y"][0], numpy_helper.to_array(table).astype(np.float32)[asked[0]])
+    assert isinstance(engine, OpenVINO) and engine._compiled is not None
+    held = {
+        tuple(node.get_output_shape(0)): node.get_rt_info()["outputPrecisions"].astype(str)
+        for node in engine._compiled.get_runtime_model().get_ops()
+        if node.get_rt_info()["layerType"].astype(str) == "Const"
+    }
+    assert held[50, SIZE] == {TensorProto.FLOAT16: "f16", TensorProto.BFLOAT16: "bf16"}[dtype]
+    engine.close()
