@@ -71,14 +71,14 @@ def measured(
     with ExitStack() as stack:
         entered = [stack.enter_context(worker) for worker in workers]  # one after another: loading is timed too
         metrics = _wanted(plan.metrics, entered)
-        bandwidth = _bandwidth(metrics, entered, say)
+        bandwidth = bandwidth_for(metrics, entered, say)
         found = []
         meter = energy.meter()
         for metric in metrics:
             having = [worker for worker in entered if metric in worker.hello["metrics"]]
             measurements = [partial(energy.metered, meter, partial(worker.measure, metric)) for worker in having]
             for worker, taken in zip(having, turns(measurements, plan.repeat, budget=plan.budget), strict=True):
-                row = _row(bundle, worker, metric, [value for value, _ in taken], bandwidth)
+                row = row_of(bundle, worker, metric, [value for value, _ in taken], bandwidth)
                 found.append((worker, row))
                 say(f"{metric} on {worker.hello['target']}: {row.spread.median:.4g} {row.unit}")
                 joules = [spent for _, spent in taken if spent is not None]
@@ -94,7 +94,7 @@ def of_one_run(rows: Iterable[Row]) -> list[Row]:
     return [row.model_copy(update={"run": run}) for row in rows]
 
 
-def _bandwidth(metrics: Sequence[str], workers: Sequence[Worker], say: Say) -> float:
+def bandwidth_for(metrics: Sequence[str], workers: Sequence[Worker], say: Say) -> float:
     """How fast memory is read, in bytes a second; not measured, and 0, where nothing depends on it."""
     if not any(
         "bytes" in metric for worker in workers for name, metric in worker.hello["metrics"].items() if name in metrics
@@ -119,7 +119,8 @@ def _wanted(requested: Sequence[str], workers: Sequence[Worker]) -> list[str]:
     return list(requested or known)
 
 
-def _row(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
+def row_of(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
+    """The row of a worker's metric, where memory is read at so many bytes a second."""
     metric = worker.hello["metrics"][name]
     bound = bandwidth / metric["bytes"] if "bytes" in metric else None
     of, settings = worker.bundle or bundle, metric.get("settings", {})

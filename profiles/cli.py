@@ -15,14 +15,13 @@ import typer
 from rich.progress import Progress
 from typer.core import TyperGroup
 
-from calibration.ground import machine
 from profiles.cli_forecast import forecast
 from profiles.compare.cli import compare
 from profiles.console import notes, out
-from profiles.options import LoadOptions, SizeOptions, Store, StoreAt, Targets, Threads, fitting
+from profiles.options import LoadOptions, SizeOptions, Store, StoreAt, Targets, Threads, fitting, rows_file_of
+from profiles.peers.cli import peers
 from profiles.report.cli import report
 from runtime.errors import EngineUnavailable, InvalidInput, MissingDependency
-from runtime.placing.measured import user_folder
 from serving.cli.options import with_fields
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ benches = typer.Typer(
 app.add_typer(benches, name="bench")
 benches.command()(compare)
 benches.command()(report)
+benches.command()(peers)
 
 
 @benches.command(DEFAULT)
@@ -98,7 +98,7 @@ def bench(
 
     opened = Bundle(bundle)
     settings = fitting(opened.manifest.task, asdict(sizes))
-    _check_rows(store, rows_file)
+    stored = rows_file_of(store, rows_file)
     load.check(metric, target, sizes.pictures)
     beside_it = [Worker(_command(command)) for command in beside or ()]
     if suite is not None:
@@ -114,8 +114,8 @@ def bench(
         plan = measuring.BenchPlan(repeat or REPEAT, tuple(metric or ()))
         rows = measuring.bench(opened, workers, plan, notes.print)
         out.print(measuring.table(rows))
-    if store:
-        append(_store(rows_file), rows)
+    if stored is not None:
+        append(stored, rows)
 
 
 @benches.command()
@@ -125,11 +125,11 @@ def roofline(target: Targets = None, threads: Threads = 0, store: Store = False,
     from profiles.roofline import rates
     from profiles.rows import append
 
-    _check_rows(store, rows_file)
+    stored = rows_file_of(store, rows_file)
     rows = rates.roofline(_usable(target), threads, notes.print)
     out.print(measuring.table(rows))
-    if store:
-        append(_store(rows_file), rows)
+    if stored is not None:
+        append(stored, rows)
 
 
 def _usable(names: Sequence[str] | None) -> list[str]:
@@ -240,7 +240,7 @@ def score(
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     task = subjects.task_of(source, bundles or ())
     options = fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "forecast": forecast, "batch": batch})
-    _check_rows(store, rows_file)
+    stored = rows_file_of(store, rows_file)
     exam = subjects.exam_of(source, bundles or (), ability)
     scored = exam.abilities[ability] if ability else exam
     setting = subjects.task_exam(task).settings(source, bundles or (), count or scored.size, options)
@@ -254,17 +254,12 @@ def score(
             f"{subject.name} {subject.quant} on {subject.target}: {scores.right:.1f} % right in {scores.seconds:.0f} s"
         )
         results.append((subject, scores))
-        if store:
-            append(_store(rows_file), scoring.rows(subject, setting, scores, threads, ability))
+        if stored is not None:
+            append(stored, scoring.rows(subject, setting, scores, threads, ability))
     out.print(scoring.table(results))
 
 
 app.command()(forecast)
-
-
-def _check_rows(store: bool, rows_file: Path | None) -> None:
-    if rows_file is not None and not store:
-        raise InvalidInput("rows", "is where --store puts rows: give that too")
 
 
 def _command(text: str) -> Sequence[str]:
@@ -275,7 +270,3 @@ def _command(text: str) -> Sequence[str]:
     if not words:
         raise InvalidInput("beside", "is empty, expected the command of a worker")
     return words
-
-
-def _store(path: Path | None) -> Path:
-    return path or user_folder() / f"{machine.slug()}.jsonl"

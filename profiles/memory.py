@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -161,16 +161,26 @@ def supported() -> bool:
     return Path("/proc/self/status").is_file()
 
 
-def measure(command: Sequence[str], echo: Callable[[Stretch], None] = lambda stretch: None) -> Measured:
-    """Run a command in a session of its own; `echo` gets each line of its output. Raises NotFound if it cannot be
-    started.
+def measure(
+    command: Sequence[str],
+    echo: Callable[[Stretch], None] = lambda stretch: None,
+    variables: Mapping[str, str] | None = None,
+    errors: int | None = None,
+) -> Measured:
+    """Run a command in a session of its own, with these variables besides; `echo` gets each line of its output.
+    `errors` is where its standard error goes, as for subprocess. Raises NotFound if it cannot be started.
     """
-    environment = os.environ | {
-        "PYTHONUNBUFFERED": "1"
-    }  # a line must come when it is printed, not when a buffer is full
+    # a line must come when it is printed, not when a buffer is full
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(variables or {})
     try:
         process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, errors="replace", env=environment, start_new_session=True
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            errors="replace",
+            env=environment,
+            start_new_session=True,
         )
     except OSError as error:
         raise NotFound(f"command '{command[0]}' cannot be started: {error.strerror}") from None

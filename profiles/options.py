@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from calibration.ground import machine
 from runtime.errors import InvalidInput
+from runtime.placing.measured import user_folder
 from serving.settings import Settings
 
 if TYPE_CHECKING:
@@ -23,6 +25,14 @@ Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.
 StoreAt = Annotated[
     Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
 ]
+
+
+def rows_file_of(store: bool, path: Path | None) -> Path | None:
+    """The file that rows are appended to, None without --store. Raises InvalidInput for a file without --store."""
+    if path is not None and not store:
+        raise InvalidInput("rows", "is where --store puts rows: give that too")
+    return (path or user_folder() / f"{machine.slug()}.jsonl") if store else None
+
 
 CLIENTS: Final = (1, 2, 4, 8)
 """Of closed loads, where no load is given."""

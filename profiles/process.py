@@ -7,10 +7,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from profiles.memory import Sampler, session_memory, supported
+from profiles.memory import Sampler, Usage, session_memory, supported
 from profiles.protocol import Hello
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, NotFound
@@ -21,31 +23,26 @@ PATIENCE: Final = 10.0
 
 class Worker:
     """A process that measures one model, from `with` to its end. Raises EngineError with the worker's message when it
-    fails. `bundle` is what its rows are of, where that is not the bundle that all are measured beside.
+    fails. `bundle` is what its rows are of, where that is not the bundle that all are measured beside. `log` is a file
+    for what it says on standard error, this process's own without one; `name` is what messages call it.
     """
 
     def __init__(
-        self, command: Sequence[str], bundle: Bundle | None = None, environment: Mapping[str, str] | None = None
+        self,
+        command: Sequence[str],
+        bundle: Bundle | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        name: str = "",
     ) -> None:
         self._command = command
+        self._log = log
         self._environment = os.environ | dict(environment or {})
         self.bundle = bundle
-        self.name = " ".join(command[:3])
+        self.name = name or " ".join(command[:3])
 
     def __enter__(self) -> Worker:
-        try:
-            # A session of its own, so that its memory is measured apart from others'.
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                bufsize=1,
-                start_new_session=True,
-                env=self._environment,
-            )
-        except OSError as error:
-            raise NotFound(f"worker '{self._command[0]}' cannot be started: {error.strerror}") from None
+        self._process = self._started()
         self._sampler = Sampler(lambda: session_memory(self._process.pid)) if supported() else None
         if self._sampler is not None:
             self._sampler.__enter__()
@@ -60,6 +57,24 @@ class Worker:
             raise
         self.hello: Hello = message
         return self
+
+    def _started(self) -> subprocess.Popen[str]:
+        """The process, in a session of its own, so that its memory is measured apart from others'."""
+        with ExitStack() as stack:
+            log = stack.enter_context(self._log.open("w")) if self._log is not None else None
+            try:
+                return subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    bufsize=1,
+                    start_new_session=True,
+                    env=self._environment,
+                )
+            except OSError as error:
+                raise NotFound(f"worker '{self._command[0]}' cannot be started: {error.strerror}") from None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,12 +113,21 @@ class Worker:
         try:
             print(line, file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            raise EngineError(f"{self.name} ended before it measured {line}: see its messages above") from None
+            raise EngineError(f"{self.name} ended before it measured {line}: {self._see}") from None
         return self._read()
 
     def peak_memory(self) -> int | None:
         """Peak bytes of anonymous memory since the last call; None where that cannot be measured."""
-        return self._sampler.cut().anonymous if self._sampler is not None else None
+        usage = self.usage()
+        return usage.anonymous if usage is not None else None
+
+    def usage(self) -> Usage | None:
+        """Peaks of memory since the last call of this or of `peak_memory`; None where they cannot be measured."""
+        return self._sampler.cut() if self._sampler is not None else None
+
+    @property
+    def _see(self) -> str:
+        return f"see its messages in {self._log}" if self._log is not None else "see its messages above"
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -112,7 +136,7 @@ class Worker:
             message = json.loads(line)
         except ValueError:
             said = f"said '{line.strip()}'" if line.strip() else f"ended with exit code {self._process.wait()}"
-            raise EngineError(f"{self.name} {said}, expected a line of JSON: see its messages above") from None
+            raise EngineError(f"{self.name} {said}, expected a line of JSON: {self._see}") from None
         if "error" in message:
             raise EngineError(f"{self.name}: {message['error']}")
         return dict(message)

@@ -80,7 +80,7 @@ def test_what_is_measured_at_several_settings_has_one_name(bundle: Bundle) -> No
     described = {"unit": "tokens/s", "name": "batched", "settings": {"batch": 4}, "bytes": 2.0}
     hello = {"program": "p", "target": "t", "device": "d", "threads": 1, "versions": {}, "load": 1.0}
     one: Any = SimpleNamespace(bundle=None, hello=hello | {"metrics": {"batched 4": described}})
-    row = bench._row(bundle, one, "batched 4", [3.0, 4.0], 8.0)
+    row = bench.row_of(bundle, one, "batched 4", [3.0, 4.0], 8.0)
     assert (row.metric, row.settings, row.bound, row.reached) == ("batched", {"batch": 4}, 4.0, 0.875)
     columns = {column.header: list(column.cells) for column in bench.table([row]).columns}
     assert columns["metric"] == ["batched 4"] and columns["of bound"] == ["88%"]

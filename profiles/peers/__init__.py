@@ -1,0 +1,1 @@
+"""Other tools, measured beside ours on the same checkpoint: `enginecast bench peers`."""

@@ -1,0 +1,1 @@
+"""Workers of other tools, each run by the Python of its peer's environment (profiles/protocol.py)."""
