@@ -40,6 +40,8 @@ PIECE: Final = re.compile(
 )
 BREAK: Final = re.compile(r"\bBREAK\b")
 CLOSES: Final = {")": "(", "]": "["}
+SPECIAL: Final = re.compile(r"([\\()\[\]])")
+"""What is no letter in a weighted prompt."""
 
 
 @dataclass
@@ -48,6 +50,11 @@ class Piece:
 
     text: str | None
     weight: float = 1.0
+
+
+def escaped(prompt: str) -> str:
+    """The weighted prompt in which every character of a prompt stands for itself."""
+    return SPECIAL.sub(r"\\\1", prompt)
 
 
 @dataclass(frozen=True)

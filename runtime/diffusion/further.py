@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from runtime.diffusion.hires import DOUBLE, Hires
+from runtime.diffusion.emphasis import escaped
+from runtime.diffusion.hires import Hires
 from runtime.diffusion.labels import UPSCALERS, named, shown, upscaler
 from runtime.errors import InvalidInput, quoted
 from runtime.tasks.image import ImageRequest
@@ -28,22 +29,28 @@ def values_of(request: ImageRequest) -> dict[str, str | float | None]:
         "Variation seed strength": request.variation_strength or None,
         FROM: f"{width}x{height}" if request.noise_size else None,
     }
-    return found | (_second(request.hires) if request.hires is not None else {})
+    return found | (_second(request.hires, request.prompt_weights) if request.hires is not None else {})
 
 
-def _second(hires: Hires) -> dict[str, str | float | None]:
-    resized = hires.width is not None or hires.height is not None
+def plain(prompt: str, weighted: bool) -> str:
+    """A prompt as the web UI reads it, which always reads weights: brackets of one without them are escaped."""
+    return prompt if weighted else escaped(prompt)
+
+
+def _second(hires: Hires, weighted: bool) -> dict[str, str | float | None]:
     label, schedule = shown(hires.sampler) if hires.sampler else (None, None)
     return {
         STRENGTH: hires.strength,
-        SCALE: None if resized else hires.scale or DOUBLE,
-        RESIZE: f"{hires.width or 0}x{hires.height or 0}" if resized else None,
+        SCALE: None if hires.shaped else hires.times,
+        RESIZE: f"{hires.width or 0}x{hires.height or 0}" if hires.shaped else None,
         "Hires steps": hires.steps,
         WAY: UPSCALERS[hires.upscaler],
         SAMPLER: label,
         "Hires schedule type": schedule,
-        "Hires prompt": hires.prompt,
-        "Hires negative prompt": hires.negative_prompt,
+        **{
+            name: None if (prompt := getattr(hires, field)) is None else plain(prompt, weighted)
+            for name, field in TEXTS.items()
+        },
     }
 
 

@@ -58,8 +58,18 @@ class Hires:
             raise InvalidInput(
                 "hires.upscaler", f"'{self.upscaler:.64}' is not known: {did_you_mean(self.upscaler, UPSCALERS)}"
             )
-        if self.scale is not None and (self.width is not None or self.height is not None):
+        if self.scale is not None and self.shaped:
             raise InvalidInput("hires.scale", "comes with a width or height: give one of both")
+
+    @property
+    def times(self) -> float:
+        """How many times larger the picture becomes, where no width or height is given."""
+        return DOUBLE if self.scale is None else self.scale
+
+    @property
+    def shaped(self) -> bool:
+        """Whether a width or a height is given, instead of a scale."""
+        return self.width is not None or self.height is not None
 
     def sizes(self, first: Size, multiple: int) -> tuple[Size, Size]:
         """The size of the second picture, and the size that covers it in the shape of the `first` picture. Lengths that
@@ -74,8 +84,7 @@ class Hires:
         elif self.height is not None:
             size = self.height, _rounded(self.height * width // height, multiple)
         else:
-            scale = DOUBLE if self.scale is None else self.scale
-            size = _rounded(int(height * scale), multiple), _rounded(int(width * scale), multiple)
+            size = _rounded(int(height * self.times), multiple), _rounded(int(width * self.times), multiple)
         return size, size
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
-from runtime.diffusion.further import SIZE, fields_of, values_of
-from runtime.diffusion.hires import DOUBLE
+from runtime.diffusion.further import SIZE, fields_of, plain, values_of
+from runtime.diffusion.hires import Hires
 from runtime.diffusion.labels import named, shown
 from runtime.errors import InvalidInput, quoted
 from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
@@ -31,8 +31,9 @@ VALUE: Final = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)
 LEAST: Final = 3
 """A last line with fewer values is part of the prompt."""
 TAG: Final = re.compile(r"<(\w+):([^<>]*)>")
-BRACKETS: Final = re.compile(r"([\\()\[\]])")
 FORECAST: Final = "Forecast"
+MULTIPLE: Final = 64
+"""Lengths of pictures that every model draws are multiples of this, in pixels."""
 NUMBERS: Final[Mapping[str, tuple[str, type[int] | type[float]]]] = {
     "Steps": ("steps", int),
     "CFG scale": ("guidance_scale", float),
@@ -128,7 +129,7 @@ def infotext(
         "Size": _size(request, size),
     } | {name: value for name, value in values_of(request).items() if value is not None}
     values = {name: _text(value) for name, value in stated.items() if value is not None} | dict(more or {})
-    negative = _plain(request.negative_prompt, request)
+    negative = plain(request.negative_prompt, request.prompt_weights)
     return str(Infotext(_prompt(request) if prompt is None else prompt, negative, values))
 
 
@@ -152,10 +153,18 @@ def _size(request: ImageRequest, drawn: tuple[int, int]) -> str | None:
     """The size of a drawn picture, of two passes in the first one, as far as it follows from the request."""
     (height, width), hires = drawn, request.hires
     if hires is not None:
-        shaped = hires.width is not None or hires.height is not None
-        factor = 0.0 if shaped else 1 / (hires.scale or DOUBLE)
-        height, width = request.height or round(height * factor), request.width or round(width * factor)
+        height, width = request.height or _first(height, hires), request.width or _first(width, hires)
     return f"{width}x{height}" if width and height else None
+
+
+def _first(length: int, hires: Hires) -> int:
+    """The length in the first pass of one in the second pass; 0 where it does not follow, as the second one may have
+    been rounded down. It was not where the scale is whole, nor where the result is a multiple of what any model's
+    lengths are multiples of: no other length then gives it.
+    """
+    first = length / hires.times
+    known = not hires.shaped and first.is_integer() and (hires.times.is_integer() or first % MULTIPLE == 0)
+    return int(first) if known else 0
 
 
 def without_tags(prompt: str) -> tuple[str, dict[str, float]]:
@@ -188,12 +197,7 @@ def _scale(name: str, scales: list[str]) -> float:
 def _prompt(request: ImageRequest) -> str:
     """The prompt of a request with tags for its LoRAs."""
     tags = [f"<lora:{name}:{_text(scale)}>" for name, scale in request.loras.items()]
-    return " ".join([_plain(request.prompt, request), *tags]).strip()
-
-
-def _plain(prompt: str, request: ImageRequest) -> str:
-    """A prompt as it is read with weights: brackets that are letters of it are escaped."""
-    return prompt if request.prompt_weights else BRACKETS.sub(r"\\\1", prompt)
+    return " ".join([plain(request.prompt, request.prompt_weights), *tags]).strip()
 
 
 def _text(value: float | str) -> str:

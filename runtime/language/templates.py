@@ -87,8 +87,14 @@ class Message:
                 continue
             if not isinstance(part, str):
                 check_picture(part, f"{field}.parts[{i}]")
-            elif not is_unicode(part):
-                raise InvalidInput(f"{field}.parts[{i}]", "holds half a surrogate pair, which is no Unicode text")
+            else:
+                check_unicode(f"{field}.parts[{i}]", part)
+
+
+def check_unicode(field: str, text: str) -> None:
+    """Raise InvalidInput naming `field` for a text with half a surrogate pair, which no tokenizer takes."""
+    if not is_unicode(text):
+        raise InvalidInput(field, "holds half a surrogate pair, which is no Unicode text")
 
 
 def is_unicode(text: str) -> bool:

@@ -89,7 +89,7 @@ def choose_target(bundle: Bundle, wanted: str | None = None) -> type[Engine]:
 
 
 def load_model(
-    bundle: Path | Bundle,
+    bundle: Path | Bundle | Chosen,
     wanted: str | None = None,
     options: Options | None = None,
     placing: PlacementOptions | None = None,
@@ -100,15 +100,17 @@ def load_model(
     """Verify a bundle's files by their hashes and load its submodels, on the `wanted` target or as `placing` says. Of a
     folder with several bundles of one model one is chosen (`runtime.placing.variants`).
 
-    The manifest of a `Bundle` that was opened before must not have changed since. With the file of a `public` key, the
-    bundle must be signed with its private key. A `request` is checked before any engine is loaded. The installed
-    `scripts` are told of the model.
+    The manifest of a `Bundle` that was opened or `Chosen` before must not have changed since. With the file of a
+    `public` key, the bundle must be signed with its private key. A `request` is checked before any engine is loaded.
+    The installed `scripts` are told of the model.
 
     Hashing reads every byte once, about 2 GB a second, before native code reads the files. Files that change during
     loading are refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; nothing stays
     loaded then.
     """
-    found = Chosen(bundle) if isinstance(bundle, Bundle) else chosen(bundle, wanted, placing)
+    if isinstance(bundle, Path):
+        bundle = chosen(bundle, wanted, placing)
+    found = Chosen(bundle) if isinstance(bundle, Bundle) else bundle
     return _load(
         found, wanted, options or Options(), placing or PlacementOptions(), public, scripts or Scripts(), (), request
     )

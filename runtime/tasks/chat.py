@@ -16,6 +16,7 @@ from runtime.language.grammar import Grammar
 from runtime.language.logprobs import TokenLogprob
 from runtime.language.overflow import OVERFLOWS, Overflow
 from runtime.language.sampling import Beams, EarlyStopping, Rules, Sampling
+from runtime.language.templates import check_unicode
 from runtime.language.text import Message
 from runtime.language.tools import Toolbox
 from runtime.pipeline import Event
@@ -128,6 +129,7 @@ class ChatRequest(Request):
             if not stop:
                 raise InvalidInput("stop", "holds an empty string, expected one character or more")
         limits.PREDICTION.length("prediction", self.prediction)
+        check_unicode("prediction", self.prediction)
         for name, limit in NUMBERS.items():
             if (value := getattr(self, name)) is not None:
                 limit.number(name, value)

@@ -269,8 +269,7 @@ class ImageRequest(Request):
         for name, scale in self.loras.items():
             limits.NAME.length("loras", name)
             limits.LORA_SCALE.number("loras", scale)
-        if self.seed is not None and not 0 <= self.seed <= limits.IMAGE_SEED.most + 1 - self.images:
-            raise InvalidInput("seed", f"is {self.seed}, expected 0 to 2^63 - images")
+        self._check_seeds()
         for field, pair in self.conditions.items():
             if isinstance(pair, int | float):
                 limits.AESTHETIC_SCORE.number(field, pair)
@@ -280,6 +279,11 @@ class ImageRequest(Request):
         self._check_parts()
         self._check_noise()
 
+    def _check_seeds(self) -> None:
+        for field in ("seed", "variation_seed"):
+            if (seed := getattr(self, field)) is not None and not 0 <= seed <= limits.IMAGE_SEED.most + 1 - self.images:
+                raise InvalidInput(field, f"is {seed}, expected 0 to 2^63 - images")
+
     def _check_noise(self) -> None:
         for field in ("variation_seed", "variation_strength", "noise_size"):
             if self.latents is not None and getattr(self, field) is not None:
@@ -288,8 +292,6 @@ class ImageRequest(Request):
             raise InvalidInput("variation_seed", "and variation_strength belong together: give both, or none")
         if self.variation_strength is not None:
             limits.VARIATION.number("variation_strength", self.variation_strength)
-        if self.variation_seed is not None and not 0 <= self.variation_seed <= limits.IMAGE_SEED.most + 1 - self.images:
-            raise InvalidInput("variation_seed", f"is {self.variation_seed}, expected 0 to 2^63 - images")
         if self.noise_size is not None and len(self.noise_size) != 2:
             raise InvalidInput("noise_size", f"has {len(self.noise_size)} lengths, expected height and width")
         for length in self.noise_size or ():

@@ -162,7 +162,7 @@ class Refining:
     def handover(self) -> float | None:
         """Where the refiner goes on, as a share of the schedule; None without one. Raises InvalidInput."""
         if self.refiner is None and self.refine_from is not None:
-            raise InvalidInput("refine_from", "says where --refiner goes on: give --refiner, or leave it out")
+            raise InvalidInput("refine_from", "says where a refiner goes on: give a refiner, or leave it out")
         if self.refiner is None:
             return None
         return REFINED_FROM if self.refine_from is None else self.refine_from

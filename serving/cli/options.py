@@ -17,6 +17,7 @@ from runtime.command import spread
 from runtime.errors import InvalidInput
 
 if TYPE_CHECKING:
+    from runtime.bundle.manifest import Bundle
     from runtime.engine import Options
     from runtime.placing.placement import PlacementOptions
     from runtime.task import Request
@@ -188,10 +189,17 @@ class ModelOptions(ConnectionOptions):
     def check(self, request: Request) -> None:
         """Raise NotFound, BundleError or InvalidInput where the bundle has another task than the request."""
         if self.bundle is not None:
-            from runtime.placing.variants import chosen
             from serving.dialects.python.model import check_task
 
-            check_task(chosen(named(self.bundle)[1], self.target).bundle.manifest.task, request)
+            check_task(self.opened(self.bundle).manifest.task, request)
+
+    def opened(self, text: str) -> Bundle:
+        """The bundle that a text [NAME=]DIR names; of a folder with several, the one that these options load. Raises
+        NotFound, BundleError and InvalidInput.
+        """
+        from runtime.placing.variants import chosen
+
+        return chosen(named(text)[1], self.target, placement(self.place, self.memory_limit, self.strict)).bundle
 
     def _open(self, request: Request) -> Session:
         options = engine_options(self.device, self.threads)

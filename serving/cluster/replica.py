@@ -19,7 +19,7 @@ from runtime.placing.heap import return_freed_memory
 from serving.cli.offered import host_of
 from serving.cluster.wire import Call, Failure, Part
 from serving.dialects.grpc.answering import responses
-from serving.dialects.grpc.status import UNEXPECTED, code
+from serving.dialects.grpc.status import UNEXPECTED, code, note
 from serving.dialects.grpc.task import grpc_tasks
 from serving.host.observing import Record, recorded
 from serving.observers import logs
@@ -61,7 +61,7 @@ class Replica:
                     async for part in parts:
                         yield part
             except EnginecastError as error:
-                record.code, record.error = code(error).name, type(error).__name__
+                note(record, error)
                 yield Failure.of(error)
             except asyncio.CancelledError:
                 record.code = code(Cancelled("")).name

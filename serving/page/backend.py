@@ -16,8 +16,8 @@ from runtime.files import key_of
 from runtime.pipeline import Event
 from runtime.task import Request
 from serving.dialects.grpc import messages
-from serving.dialects.grpc.status import code
-from serving.dialects.grpc.task import grpc_tasks
+from serving.dialects.grpc.status import note
+from serving.dialects.grpc.task import MODEL, grpc_tasks
 from serving.dialects.python.client import Client
 from serving.enginecast_pb import model_pb2
 from serving.host.models import ModelHost
@@ -123,14 +123,13 @@ class Local(Backend):
     def _managing(self, method: str, model: str, visitor: Visitor) -> Iterator[None]:
         """Admit a management call, which is in the audit log."""
         asked = json.dumps({"name": model}, ensure_ascii=False)
-        service = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
-        record = Record(method=f"{service}/{method}", client=f"page:{visitor.session}", request=asked)
+        record = Record(method=f"{MODEL}/{method}", client=f"page:{visitor.session}", request=asked)
         with recorded(record, self._host.observer):
             try:
                 with self._gate.admitted(record, visitor.authorization):
                     yield
             except EnginecastError as error:
-                record.code, record.error = code(error).name, type(error).__name__
+                note(record, error)
                 raise
 
 

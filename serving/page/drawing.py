@@ -18,7 +18,7 @@ from runtime.tasks.image import FILLS, ImageAbilities, ImageRequest
 from runtime.values import named, real
 from runtime.values import whole as whole_number
 from runtime.vision.enlarging import UPSCALERS
-from serving.cli.drawing import REFINED_FROM, Canvas, Conditions
+from serving.cli.drawing import Canvas, Conditions, Refining
 from serving.cli.enlarging import Enlarging
 from serving.cli.plain import Plain
 from serving.dialects.python.grid import resumable
@@ -62,11 +62,10 @@ def request_of(values: Values) -> ImageRequest:
     options |= Enlarging(**LARGER.read(values)).given() | FILL.read(values)
     conditions = Conditions(**SIZES.read(values))
     options |= conditions.sizes()
-    if values.get("refiner"):
-        options["denoising_end"] = (
-            REFINED_FROM if (share := number("refine_from", values.get("refine_from"))) is None else share
-        )
-    else:
+    options["denoising_end"] = Refining(
+        values.get("refiner") or None, number("refine_from", values.get("refine_from"))
+    ).handover()
+    if not values.get("refiner"):
         options |= conditions.scores()
     options["prompt_weights"] = bool(values.get("prompt_weights"))
     options |= _first_picture(values)
@@ -158,6 +157,7 @@ def _first_picture(values: Values) -> dict[str, Any]:
     if background is None or not np.asarray(background.convert("RGBA"))[..., 3].any():
         if mask is not None:
             raise InvalidInput("mask", "is painted on nothing: give a first picture, or clear it")
+        _check_no_picture(values, edges)
         return {}
     found: dict[str, Any] = {"image": background.convert("RGB"), "extend": edges if any(edges) else None}
     if mask is None and not any(edges):
@@ -165,3 +165,17 @@ def _first_picture(values: Values) -> dict[str, Any]:
     strength = values.get("strength") if values.get("keeps_shape") else None
     part = {"mask": mask, "mask_blur": values.get("mask_blur") or None, "strength": strength}
     return found | part | {"keep_unmasked": None if values.get("keep_unmasked", True) else False}
+
+
+def _check_no_picture(values: Values, edges: Sequence[int]) -> None:
+    """Raise InvalidInput for what is filled in about a first picture, where there is none. How much of it is drawn anew
+    always has a value, and counts for none.
+    """
+    stated = {
+        "extend": any(edges),
+        "keeps_shape": values.get("keeps_shape"),
+        "mask_blur": values.get("mask_blur"),
+        "keep_unmasked": not values.get("keep_unmasked", True),
+    }
+    for name in (name for name, given in stated.items() if given):
+        raise InvalidInput(name, "is of a first picture: give one, or leave it as it was")

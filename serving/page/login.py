@@ -11,7 +11,6 @@ import secrets
 import time
 from collections import OrderedDict
 from html import escape
-from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
 from urllib.parse import parse_qs
 
@@ -129,8 +128,8 @@ def _token(body: bytes) -> str:
 
 
 def _cookie(scope: Any) -> str:
-    try:
-        found = SimpleCookie(Headers(scope=scope).get("cookie", "")).get(COOKIE)
-    except CookieError:
-        return ""
-    return found.value if found else ""
+    """The value of our cookie, "" without one. Cookies of other programs of this host may have any form: reading stops
+    at none of them.
+    """
+    pairs = (pair.partition("=") for header in Headers(scope=scope).getlist("cookie") for pair in header.split(";"))
+    return next((value.strip() for name, _, value in pairs if name.strip() == COOKIE), "")

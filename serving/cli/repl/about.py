@@ -7,8 +7,7 @@ from functools import partial
 
 from runtime.errors import BundleError, Unavailable
 from runtime.placing.memory import show_size
-from runtime.placing.variants import chosen
-from serving.cli.options import ADDRESS, ModelOptions, named
+from serving.cli.options import ADDRESS, ModelOptions
 from serving.cli.repl.loop import About
 from serving.dialects.grpc.client import Client
 from serving.dialects.grpc.connection import Connection
@@ -20,13 +19,13 @@ def about(where: ModelOptions) -> About:
     """Reads the facts anew whenever it is called."""
     if where.bundle is None:
         return lambda: _of_server(where, _status(where))
-    return partial(_of_bundle, where.bundle)
+    return partial(_of_bundle, where, where.bundle)
 
 
 def task_of(where: ModelOptions) -> str:
     """The task of a model. Raises NotFound, BundleError, and Unavailable where no server answers."""
     if where.bundle is not None:
-        return chosen(named(where.bundle)[1]).bundle.manifest.task
+        return where.opened(where.bundle).manifest.task
     try:
         model = _status(where)
     except Unavailable as error:
@@ -58,8 +57,8 @@ def _of_server(where: ModelOptions, model: model_pb2.Model) -> Mapping[str, str]
     return {name: value for name, value in facts.items() if value}
 
 
-def _of_bundle(text: str) -> Mapping[str, str]:
-    bundle = chosen(named(text)[1]).bundle
+def _of_bundle(where: ModelOptions, text: str) -> Mapping[str, str]:
+    bundle = where.opened(text)
     manifest = bundle.manifest
     sizes = (f"{one.name} {one.precision}, {show_size(one.nbytes)}" for one in manifest.submodels)
     facts = {

@@ -12,10 +12,10 @@ import serving.cli.repl.tasks
 from runtime.bundle.manifest import MANIFEST
 from runtime.errors import InvalidInput, NotFound, did_you_mean, quoted
 from runtime.listing import modules
-from runtime.placing.variants import chosen, variants
+from runtime.placing.variants import variants
 from runtime.task import task
 from serving.cli import terminal
-from serving.cli.options import ModelOptions, named
+from serving.cli.options import ModelOptions
 from serving.cli.repl.about import about, task_of
 from serving.cli.repl.loop import Repl, Screen
 from serving.cli.repl.settings import Settings
@@ -84,4 +84,4 @@ def _in_repository(name: str, root: Path) -> Path:
 
 def _label(where: ModelOptions) -> str:
     """The name of the model, for the eye and for files."""
-    return where.model if where.bundle is None else chosen(named(where.bundle)[1]).bundle.name
+    return where.model if where.bundle is None else where.opened(where.bundle).name

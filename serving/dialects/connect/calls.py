@@ -17,7 +17,7 @@ from runtime.errors import EnginecastError
 from serving.dialects.connect.errors import STATUSES, Refused
 from serving.dialects.grpc.intake import AUTHORIZATION
 from serving.dialects.grpc.recording import TRACE_KEY, take_over
-from serving.dialects.grpc.status import ID_KEY, UNEXPECTED, code, trailers
+from serving.dialects.grpc.status import ID_KEY, UNEXPECTED, note, trailers
 from serving.host.observing import Observer, Record, recorded
 from serving.security.gate import Gate
 
@@ -64,7 +64,7 @@ def _noted(error: Exception, record: Record, ctx: Context) -> ConnectError:
     if isinstance(error, Refused):
         error = error.error
     if isinstance(error, EnginecastError):
-        record.code, record.error = code(error).name, type(error).__name__
+        note(record, error)
         for key, value in trailers(error):
             ctx.response_trailers[key] = value
         return Refused(error)

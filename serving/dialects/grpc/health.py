@@ -13,11 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from runtime import limits
 from runtime.errors import NotFound, quoted
 from serving.dialects.grpc.status import Context, Sending
-from serving.dialects.grpc.task import grpc_tasks
-from serving.enginecast_pb import model_pb2
+from serving.dialects.grpc.task import MODEL, grpc_tasks
 from serving.host.states import Models
 
-MODEL: Final[str] = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
 Response: Final = health_pb2.HealthCheckResponse
 
 

@@ -21,6 +21,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from runtime import errors, limits
 from runtime.errors import Cancelled, EnginecastError, InvalidInput
+from serving.host.observing import Record
 from serving.host.shown import shortened
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,11 @@ CODES: Final[dict[type[EnginecastError], grpc.StatusCode]] = {
 def code(error: EnginecastError) -> grpc.StatusCode:
     """The status code of an error."""
     return next(CODES[kind] for kind in type(error).__mro__ if kind in CODES)
+
+
+def note(record: Record, error: EnginecastError) -> None:
+    """Note in the record of a call that it ended with an error."""
+    record.code, record.error = code(error).name, type(error).__name__
 
 
 def trailers(error: EnginecastError) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
@@ -18,6 +18,9 @@ from runtime.listing import modules
 from runtime.pipeline import Event
 from runtime.task import Request
 from serving.enginecast_pb import model_pb2
+
+MODEL: Final[str] = model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name
+"""The service of the models' states."""
 
 
 class Responses(Protocol):

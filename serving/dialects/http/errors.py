@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from runtime.errors import EnginecastError, InvalidInput, NotFound
+from serving.dialects.grpc import status as grpc_status
 from serving.dialects.grpc.status import ERROR_KEY, UNEXPECTED, code
 from serving.dialects.http.dialect import dialect_of
 from serving.host.observing import current
@@ -52,7 +53,7 @@ def message_of(error: EnginecastError) -> str:
 def note(error: EnginecastError) -> None:
     """Note in the call's record how it ended."""
     if (record := current()) is not None:
-        record.code, record.error = code(error).name, type(error).__name__
+        grpc_status.note(record, error)
 
 
 def response(path: str, error: EnginecastError, status: int | None = None) -> Response:

@@ -170,9 +170,10 @@ def open_for(
     scripts: Scripts | None = None,
 ) -> Model:
     """Load a bundle for a request. The request is checked first, because loading takes long."""
-    check_task(chosen(root, target, placing).bundle.manifest.task, request)
+    found = chosen(root, target, placing)
+    check_task(found.bundle.manifest.task, request)
     placing = with_caches(placing, None, None)
-    loaded = load_model(root, target, options, placing, request=request, scripts=scripts)
+    loaded = load_model(found, target, options, placing, request=request, scripts=scripts)
     return Model(loaded, loaded.bundle.content, scripts)
 
 

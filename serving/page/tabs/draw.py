@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from time import monotonic
 from typing import Any, Final
@@ -25,6 +25,9 @@ from serving.page.work import GRID, Pictures, Step, Work
 TAB: Final = "draw"
 GAP: Final = 0.7
 """Seconds for which pictures are sent while others are drawn."""
+
+Fit = Callable[[ImageAbilities | None, ImageAbilities | None], Updates]
+"""What becomes of the page for what a model and its refiner can."""
 
 
 class Draw:
@@ -64,8 +67,8 @@ class Draw:
         )  # fmt: skip
         self.halt.click(self._stop, None, None, show_progress="hidden")
         fitting = [*settings.all, self.status]
-        settings.model.change(self._fitting, settings.models, fitting, show_progress="hidden")
-        settings.models[1].change(self._refining, settings.models, fitting, show_progress="hidden")
+        for chosen, fit in zip(settings.models, (settings.fitting, settings.taken), strict=True):
+            chosen.change(self._fitted(fit), settings.models, fitting, show_progress="hidden")
         settings.scripts.wire()
         self.use.click(self.recalled, [self.parameters, settings.loras], [*settings.all, self.status])
 
@@ -92,17 +95,18 @@ class Draw:
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 
-    async def _fitting(self, request: gr.Request, *names: str | None) -> Updates:
-        try:
-            return self.settings.fitting(*await self._abilities(request, names))
-        except EnginecastError as error:
-            return {self.status: lines.failed(error)}
+    def _fitted(self, fit: Fit) -> Any:
+        """What becomes of the page by `fit` when a model is chosen. Gradio gives requests to functions, not to partial
+        ones.
+        """
 
-    async def _refining(self, request: gr.Request, *names: str | None) -> Updates:
-        try:
-            return self.settings.taken(*await self._abilities(request, names))
-        except EnginecastError as error:
-            return {self.status: lines.failed(error)}
+        async def fitted(request: gr.Request, *names: str | None) -> Updates:
+            try:
+                return fit(*await self._abilities(request, names))
+            except EnginecastError as error:
+                return {self.status: lines.failed(error)}
+
+        return fitted
 
     async def _abilities(
         self, request: gr.Request, names: Sequence[str | None]

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from runtime.diffusion.emphasis import parse
 from runtime.diffusion.hires import Hires
 from runtime.diffusion.infotext import KEY, Infotext, infotext, without_tags
 from runtime.errors import InvalidInput
@@ -87,6 +88,35 @@ def test_the_size_of_the_first_pass_follows_from_the_scale(hires: Hires, text: s
     assert written.endswith(text)
     fields = Infotext.parse(written + ", Model: m").fields()
     assert fields["hires"] in (hires, Hires(scale=2.0))
+
+
+@pytest.mark.parametrize(
+    ("first", "multiple", "scale", "size"),
+    [
+        ((512, 768), 8, 1.5, "Size: 768x512"),
+        ((512, 512), 8, 1.3, ""),  # 664, which is 511 times 1.3
+        ((536, 536), 8, 1.25, ""),
+        ((48, 48), 16, 1.2, ""),  # 48 again, which is 40 times 1.2
+        ((520, 504), 8, 3.0, "Size: 504x520"),
+    ],
+)
+def test_a_size_that_does_not_follow_is_left_out(
+    first: tuple[int, int], multiple: int, scale: float, size: str
+) -> None:
+    hires = Hires(scale)
+    drawn, _ = hires.sizes(first, multiple)
+    assert (f", {size}, Hires" if size else "Seed: 1, Hires") in infotext(ImageRequest("a", hires=hires), 1, drawn)
+
+
+def test_prompts_of_a_second_pass_are_read_without_weights() -> None:
+    request = ImageRequest("a (b)", hires=Hires(2.0, prompt="c [d]", negative_prompt="(e:2)"))
+    text = infotext(request, 1, (64, 64))
+    assert r"Hires prompt: c \[d\], " in text
+    read = Infotext.parse(text).fields()["hires"]
+    assert (read.prompt, read.negative_prompt) == (r"c \[d\]", r"\(e:2\)")
+    assert [(piece.text, piece.weight) for piece in parse(read.negative_prompt)] == [("(e:2)", 1.0)]
+    weighted = infotext(replace(request, prompt_weights=True), 1, (64, 64))
+    assert Infotext.parse(weighted).fields()["hires"] == request.hires
 
 
 def test_work_that_a_picture_did_without_is_recalled() -> None:

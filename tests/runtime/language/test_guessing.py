@@ -297,3 +297,8 @@ def test_counts_are_those_of_all_answers() -> None:
     assert first.counts == {"prompt_tokens": 7, "guessed_tokens": 5, "accepted_tokens": 2}
     assert second.counts == {"guessed_tokens": 5, "accepted_tokens": 2}
     assert Finished("stop", 7, 3, answer=1).counts == {}
+
+
+def test_a_prediction_is_unicode() -> None:
+    with pytest.raises(InvalidInput, match="prediction: holds half a surrogate pair"):
+        ChatRequest((Message("user", ("a",)),), prediction="a\ud800")

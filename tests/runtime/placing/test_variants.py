@@ -20,6 +20,8 @@ from runtime.placing.loading import load_model
 from runtime.placing.measured import Row
 from runtime.placing.placement import PlacementOptions
 from runtime.placing.variants import chosen
+from serving.cli.options import ModelOptions
+from serving.cli.repl.about import about
 from serving.host.offers import Offer
 from serving.host.repository import Repository
 from tests.runtime.placing.test_nearest import MANIFEST as PLAIN
@@ -78,6 +80,17 @@ def test_one_is_chosen(
     assert (found.bundle.root, found.bundle.manifest.quant) == (folder / quant, quant)
     assert found.decision is not None and found.decision.value == f"m-{quant}"
     assert found.decision.reason.startswith(words) or words in found.decision.reason
+
+
+def test_options_choose_before_the_first_look(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a terminal shows of a folder is what it loads on the target that was asked for."""
+    monkeypatch.setenv(DATA, str(tmp_path / "data"))
+    rows = figures(int8_openvino=2.0, none_openvino=3.0, int4_onnxruntime=1.0)
+    append(tmp_path / "data" / "rows" / "own.jsonl", rows)
+    for target, quant in ((None, "int4"), ("openvino", "int8")):
+        where = ModelOptions(bundle=str(folder), target=target)
+        assert where.opened(str(folder)).manifest.quant == quant
+        assert about(where)()["quantization"] == quant
 
 
 def test_what_is_no_folder_of_variants(folder: Path, tmp_path: Path) -> None:

@@ -135,6 +135,12 @@ def test_nothing_painted_is_no_mask() -> None:
         ({"aesthetic_score": "high"}, "aesthetic_score: is 'high', expected a number"),
         ({"guidance_start": "x"}, "guidance_start: is 'x', expected a number"),
         ({"loras": [["pixel", "much"]]}, "loras: 'pixel' has the scale 'much'"),
+        ({"refine_from": "0.5"}, "refine_from: says where a refiner goes on: give a refiner"),
+        ({"top": "8"}, "extend: is of a first picture: give one"),
+        ({"keeps_shape": True}, "keeps_shape: is of a first picture"),
+        ({"mask_blur": 3}, "mask_blur: is of a first picture"),
+        ({"keep_unmasked": False}, "keep_unmasked: is of a first picture"),
+        ({"mask_fill": "noise"}, "mask_fill: is of a part of a picture"),
     ],
 )
 def test_mistakes_name_the_field(values: dict[str, Any], said: str) -> None:

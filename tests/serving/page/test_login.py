@@ -121,6 +121,13 @@ def test_cookies_that_are_none(closed: Closed) -> None:
         assert closed.ask("/", cookie=cookie)[0] == 303, cookie
 
 
+def test_cookies_of_other_programs_do_not_hide_ours(closed: Closed) -> None:
+    ours = closed.cookie().partition(";")[0]
+    for other in ("a b=c", 'x="', "name[0]={1, 2}", "=", "a=b=c;;", "enginecast_pages=x"):
+        assert closed.ask("/", cookie=f"{other}; {ours}")[0] == 200, other
+        assert closed.ask("/", cookie=f"{ours}; {other}")[0] == 200, other
+
+
 def test_a_page_elsewhere_logs_nobody_in(closed: Closed) -> None:
     body = f"token={closed.secret}".encode()
     status, headers, _ = closed.ask("/login", body, content_type=FORM, origin="https://evil.example")
