@@ -18,7 +18,8 @@ from serving.cli.options import with_fields
 if TYPE_CHECKING:
     from profiles.peers.declared import Peer
     from profiles.peers.environments import Workplace
-    from profiles.peers.measuring import Party
+    from profiles.peers.measuring import Party, Plan
+    from profiles.worker import Job
     from runtime.bundle.manifest import Bundle
 
 REPEAT: Final = 7
@@ -46,6 +47,9 @@ def peers(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Make environments and exports, and measure nothing.")
     ] = False,
+    with_limits: Annotated[
+        bool, typer.Option("--limits/--no-limits", help="Measure the limits of submodels' calls first; takes a minute.")
+    ] = True,
     table: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the table as Markdown, too.")] = None,
     store: Store = False,
     rows_file: StoreAt = None,
@@ -53,6 +57,8 @@ def peers(
     """Measure other tools beside ours on the same checkpoint: make their environments and exports, then take turns."""
     from profiles.peers import declared
     from profiles.peers.environments import inside
+    from profiles.peers.limits import limits as find_limits
+    from profiles.peers.measuring import NONE, Plan
 
     rows_path = rows_file_of(store, rows_file)
     if not bundles and not prepare_only:
@@ -69,9 +75,12 @@ def peers(
     known = list(dict.fromkeys(name for peer in chosen for name in peer.metrics))
     measured = declared.sizes(opened[0], given)
     with inside() as variables:
+        jobs = _jobs(opened, target, measured)
+        metrics = _wanted(metric or (), known)
+        limits = find_limits(jobs, metrics, notes.print) if with_limits else NONE
         theirs = [workplace.party(peer, measured, variables, failed.get(peer.name, "")) for peer in chosen]
-        parties = [*_ours(opened, target, measured), *theirs]
-        _measure(opened[0], parties, _wanted(metric or (), known), repeat, table, rows_path)
+        parties = [*map(_ours, jobs), *theirs]
+        _measure(opened[0], parties, Plan(metrics, repeat, limits), table, rows_path)
 
 
 def _identity(checkpoint: Path) -> tuple[str, str]:
@@ -124,31 +133,33 @@ def _prepared(
     return workplace, failed
 
 
-def _ours(bundles: Sequence[Bundle], targets: Sequence[str] | None, sizes: Mapping[str, Any]) -> list[Party]:
-    """The bundles on each target."""
-    from profiles.bench import bundle_worker
-    from profiles.peers.measuring import Party
+def _jobs(bundles: Sequence[Bundle], targets: Sequence[str] | None, sizes: Mapping[str, Any]) -> list[Job]:
+    """The bundles on each target. Raises EngineUnavailable, InvalidInput."""
     from profiles.worker import Job
     from runtime.placing.loading import choose_target
 
-    found = []
+    found = list[Job]()
+    wanted: Sequence[str | None] = targets or [None]
     for bundle in bundles:
-        wanted: Sequence[str | None] = targets or [None]
-        for name in dict.fromkeys(choose_target(bundle, one).target for one in wanted):
-            job = Job(bundle=bundle.root, target=name, settings=dict(sizes))
-            size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
-            found.append(Party(f"{bundle.name} on {name}", bundle_worker(job), size))
+        names = dict.fromkeys(choose_target(bundle, one).target for one in wanted)
+        found += [Job(bundle=bundle.root, target=name, settings=dict(sizes)) for name in names]
     return found
 
 
-def _measure(
-    bundle: Bundle,
-    parties: Sequence[Party],
-    metrics: Sequence[str],
-    repeat: int,
-    table: Path | None,
-    rows_path: Path | None,
-) -> None:
+def _ours(job: Job) -> Party:
+    """Ours, to be measured."""
+    from profiles.bench import bundle_worker
+    from profiles.peers.measuring import Party
+    from profiles.roofline.bounds import form
+    from runtime.bundle.manifest import Bundle
+
+    bundle = Bundle(job.bundle)
+    size = sum(submodel.nbytes for submodel in bundle.manifest.submodels)
+    forms = {submodel.name: form(submodel) for submodel in bundle.manifest.submodels}
+    return Party(f"{bundle.name} on {job.target}", bundle_worker(job), size, forms)
+
+
+def _measure(bundle: Bundle, parties: Sequence[Party], plan: Plan, table: Path | None, rows_path: Path | None) -> None:
     """Take turns, and show what was found."""
     from profiles.peers import table as tables
     from profiles.peers.measuring import measured
@@ -156,13 +167,13 @@ def _measure(
     from runtime.files import written
     from runtime.placing.fingerprint import here
 
-    rows = measured(bundle, parties, metrics, repeat, notes.print)
-    cells = tables.lines(parties, metrics)
+    rows = measured(bundle, parties, plan, notes.print)
+    cells = tables.lines(parties, plan.metrics)
     out.print(tables.shown(cells))
     for line in tables.failures(parties):
         out.print(f"left out: {line}")
     if table is not None:
-        facts = [str(here()), f"{repeat} repetitions in turns, one more first"]
+        facts = [str(here()), f"{plan.repeat} repetitions in turns, one more first"]
         with written(table) as file:
             file.write(tables.markdown(bundle.manifest.source.name, facts, cells, parties).encode())
     if rows_path is not None:

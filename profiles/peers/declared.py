@@ -51,6 +51,8 @@ class Peer:
     export: Export | None
     metrics: tuple[str, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    form: str = ""
+    """What its large products are made in, as `profiles.roofline` has them; "" where no limit follows from that."""
     usual: bool = True
     """Whether it is measured where no names are given."""
 
@@ -96,13 +98,13 @@ def _hybrid(name: str, precision: str) -> Peer:
     # As exported, with dynamic shapes, its int8 computes wrongly on processors without AMX (decision 11).
     label = "static" if precision == "f32" else f"static {precision}"
     options = {"precision": precision, "static": True, "target": label, "quant": "hybrid"}
-    return Peer(name, ImageRequest.task, OPENVINO, "optimum_unet", HYBRID, UNET, options)
+    return Peer(name, ImageRequest.task, OPENVINO, "optimum_unet", HYBRID, UNET, options, "int8")
 
 
 def _torch(name: str, task: str, worker: str, metrics: tuple[str, ...], precision: str, compiled: bool = False) -> Peer:
     label = f"compiled {precision}" if compiled else f"eager {precision}"
     options = {"precision": precision, "compiled": compiled, "target": label}
-    return Peer(name, task, TORCH, worker, None, metrics, options, usual=False)
+    return Peer(name, task, TORCH, worker, None, metrics, options, precision, usual=False)
 
 
 PEERS: Final = (
@@ -110,12 +112,12 @@ PEERS: Final = (
     _hybrid("optimum-intel-hybrid-bf16", "bf16"),
     Peer(
         "optimum-intel", ImageRequest.task, OPENVINO, "optimum_unet", FLOAT, UNET,
-        {"precision": "f32", "static": True, "target": "static"},
+        {"precision": "f32", "static": True, "target": "static"}, "float32",
     ),
-    Peer("stable-diffusion.cpp", ImageRequest.task, CPP, "sdcpp", PICTURE, UNET),
+    Peer("stable-diffusion.cpp", ImageRequest.task, CPP, "sdcpp", PICTURE, UNET, form="int8"),
     Peer(
         "stable-diffusion.cpp-flash", ImageRequest.task, CPP, "sdcpp", PICTURE, UNET,
-        {"flash_attention": True, "target": "flash attention"}, usual=False,
+        {"flash_attention": True, "target": "flash attention"}, "int8", usual=False,
     ),
     _torch("diffusers", ImageRequest.task, "torch_unet", UNET, "float32"),
     _torch("diffusers-bf16", ImageRequest.task, "torch_unet", UNET, "bfloat16"),

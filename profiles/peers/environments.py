@@ -78,7 +78,13 @@ class Workplace:
         log.parent.mkdir(parents=True, exist_ok=True)
         files = [file for file in model.rglob("*") if file.is_file()] if peer.export else []
         size = sum(file.stat().st_size for file in files) or None
-        return Party(peer.name, Worker(command, environment=variables, log=log, name=peer.name), size, failure)
+        return Party(
+            peer.name,
+            Worker(command, environment=variables, log=log, name=peer.name),
+            size,
+            dict.fromkeys(peer.metrics, peer.form),
+            failure,
+        )
 
     def make_environment(self, environment: Environment, say: Say) -> None:
         """Make it unless it is there. Raises EngineError."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,12 +10,14 @@ from typing import Final
 
 from profiles.bench import SIZE, Say, bandwidth_for, labelled, of_one_run, row_of
 from profiles.memory import GB, Usage
+from profiles.peers.limits import Limits
 from profiles.process import Worker
 from profiles.rows import Row
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EnginecastError
 from runtime.timing import turns
 
+NONE: Final = Limits()
 PEAK: Final = "memory."
 """What the metrics of peaks of anonymous memory begin with; the rest is what was measured meanwhile."""
 RESIDENT: Final = "resident."
@@ -24,13 +26,15 @@ RESIDENT: Final = "resident."
 
 @dataclass
 class Party:
-    """Someone who is measured: `size` are the bytes of what it loads, None where they are not known. `failure` says why
-    it was left out; `found` are its rows by metric.
+    """Someone who is measured: `size` are the bytes of what it loads, None where they are not known. `forms` are what
+    the products of a metric are made in (`profiles.peers.limits`). `failure` says why it was left out; `found` are its
+    rows by metric.
     """
 
     name: str
     worker: Worker
     size: int | None = None
+    forms: Mapping[str, str] = field(default_factory=dict)
     failure: str = ""
     found: dict[str, Row] = field(default_factory=dict)
 
@@ -49,25 +53,36 @@ class Party:
             return None
 
 
-def measured(bundle: Bundle, parties: Sequence[Party], metrics: Iterable[str], repeat: int, say: Say) -> list[Row]:
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, how often, and the limits that are printed beside it."""
+
+    metrics: Sequence[str]
+    repeat: int
+    limits: Limits = NONE
+
+
+def measured(bundle: Bundle, parties: Sequence[Party], plan: Plan, say: Say) -> list[Row]:
     """The rows of all parties, which also get them as `found`: each metric in turns, its peaks of memory, loading,
     size and the peak of memory from its start on.
     """
     with ExitStack() as stack:
         for party in parties:
             _enter(party, stack, say)
-        wanted = [metric for metric in metrics if any(party.has(metric) for party in parties)]
+        wanted = [metric for metric in plan.metrics if any(party.has(metric) for party in parties)]
         bandwidth = bandwidth_for(wanted, [party.worker for party in parties if not party.failure], say)
         peaks = {party.name: [party.worker.usage()] for party in parties if not party.failure}
         for metric in wanted:
             having = [party for party in parties if party.has(metric)]
-            taken = turns([partial(party.attempt, metric) for party in having], repeat)
+            taken = turns([partial(party.attempt, metric) for party in having], plan.repeat)
             for party, values in zip(having, taken, strict=True):
                 if party.failure:
                     say(f"{party.name} failed: {party.failure}")
                     continue
                 peaks[party.name].append(party.worker.usage())
                 row = row_of(bundle, party.worker, metric, [value for value in values if value is not None], bandwidth)
+                if row.bound is None:
+                    row = row.model_copy(update={"bound": plan.limits.of(metric, party.forms.get(metric, ""))})
                 _keep(party, [row, *_peaks(bundle, party, metric, peaks[party.name][-1])])
                 say(f"{metric}, {party.name}: {row.spread.median:.4g} {row.unit}")
         for party in parties:

@@ -23,7 +23,8 @@ def load(job):
         if job.options.get("broken") == "unet":
             return 1 / 0
         return job.options["seconds"]
-    return {"unet": {"unit": "s", "settings": {"sample": "x".join(map(str, job.sizes.values()))}}}, {"unet": unet}
+    metric = {"unit": "s", "settings": {"sample": "x".join(map(str, job.sizes.values()))}}
+    return {job.options["metric"]: metric}, {job.options["metric"]: unet}
 
 work(("pip",), load, "toy")
 """
@@ -73,8 +74,9 @@ def toys(tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPat
     export = Export("toy", environment, ("-m", "profiles.peers.exports.toy", "{checkpoint}", "{output}"))
     made: list[Peer] = []
 
-    def make(name: str, task: str = "image", **options: object) -> Peer:
-        made.append(Peer(name, task, environment, "toy", export, ("unet",), options))
+    def make(name: str, task: str = "image", metrics: tuple[str, ...] = ("unet",), **options: object) -> Peer:
+        given = {"metric": metrics[0], **options}
+        made.append(Peer(name, task, environment, "toy", export, metrics, given, "int4"))
         monkeypatch.setattr(declared, "PEERS", tuple(made))
         return made[-1]
 

@@ -11,7 +11,8 @@ import pytest
 from profiles.peers import declared, environments, table
 from profiles.peers.declared import PEERS, Environment, Peer
 from profiles.peers.environments import Workplace, inside
-from profiles.peers.measuring import Party, measured
+from profiles.peers.limits import Limits
+from profiles.peers.measuring import Party, Plan, measured
 from profiles.process import Worker
 from runtime.bundle.manifest import Bundle
 from runtime.errors import EngineError, InvalidInput
@@ -34,7 +35,7 @@ def silent(line: str) -> None:
 
 
 def ours() -> Party:
-    return Party("ours", Worker([sys.executable, "-c", OURS]), 2_000_000_000)
+    return Party("ours", Worker([sys.executable, "-c", OURS]), 2_000_000_000, {"unet": "int8"})
 
 
 def test_ours_and_peers_are_one_table(
@@ -51,12 +52,18 @@ def test_ours_and_peers_are_one_table(
     reasons = {"unprepared": "pip | found\nnothing"}
     with inside() as variables:
         theirs = [workplace.party(peer, {"width": 64}, variables, reasons.get(peer.name, "")) for peer in peers]
-        rows = measured(bundle, [ours(), *theirs], ("unet", "missing"), 6, silent)
+        rows = measured(
+            bundle,
+            [ours(), *theirs],
+            Plan(("unet", "missing"), 6, Limits({"unet": 4.0}, {"int8": 2.0, "int4": 8.0})),
+            silent,
+        )
     assert {row.run for row in rows} == {rows[0].run} and rows[0].run
     named = {(row.program.split()[0], row.metric): row for row in rows}
     assert named["ours", "unet"].values == (2.2, 2.0) * 3  # after one that does not count
     assert named["ours", "size"].spread.median == 2 and named["pip", "size"].spread.median == 1e-6
     quick = named["pip", "unet"]
+    assert named["ours", "unet"].bound == 2 and quick.bound == 0.5
     assert quick.values == (1.05,) * 6 and quick.target == "toy" and quick.settings == {"sample": "64"}
     assert 0.001 < named["pip", "memory.unet"].spread.median < named["pip", "resident.unet"].spread.median < 1
     assert named["pip", "memory"].spread.median >= named["pip", "memory.unet"].spread.median
@@ -83,7 +90,7 @@ def ours_with(rows: list, program: str) -> Party:  # type: ignore[type-arg]
 def test_few_repetitions_show_nothing_and_limits_are_printed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibration.ground.machine.read_bandwidth", lambda: 2e6)
     parties = [ours(), ours()]
-    measured(bundle, parties, ("decode",), 2, silent)
+    measured(bundle, parties, Plan(("decode",), 2), silent)
     first, second = table.lines(parties, ("decode",))
     assert first[5:8] == ("2", "50%", "1") and second[7:10] == ("1.000", "", "too few to say")
     assert "too few" in str(table.shown([first, second]).columns[9]._cells)
