@@ -83,16 +83,24 @@ class Graph:
         self.ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
 
 
-def with_multihead(model: ir.Model, spread: bool = False) -> None:
-    """Replace `Attention` without a past by `MultiHeadAttention`, where queries have as many heads as keys.
+def with_multihead(model: ir.Model, spread: bool = False, masked: bool = True) -> int:
+    """Replace `Attention` without a past by `MultiHeadAttention`, where queries have as many heads as keys, and return
+    how many were. Those with a mask stay unless `masked`.
 
     `spread` repeats the mask for every row and head, for kernels that do not broadcast it (DirectML's).
     """
     graph = Graph(model)
-    for node in [
-        node for node in model.graph if is_attention(node) and not has_past(node) and heads(node)[0] == heads(node)[1]
-    ]:
+    found = [
+        node
+        for node in model.graph
+        if is_attention(node)
+        and not has_past(node)
+        and (masked or optional(node, 3) is None)
+        and heads(node)[0] == heads(node)[1]
+    ]
+    for node in found:
         _multihead(graph, node, spread)
+    return len(found)
 
 
 def is_attention(node: ir.Node) -> bool:
