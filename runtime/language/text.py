@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.calls import CallForm
+from runtime.language.shown import hidden
 from runtime.language.templates import ChatTemplate
 from runtime.language.templates import Message as Message  # for the modules above this one
 from runtime.language.templates import Part as Part
@@ -81,14 +82,16 @@ class PlainText:
     def encode(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         """Token ids of the prompt, with one placeholder per image; the answer may call the functions `tools`.
 
-        Raises InvalidInput naming the part whose text contains a special token, and "messages" when parts join up to
-        one or the template does not place every picture.
+        Raises InvalidInput naming the part whose text contains a special token, calls of functions and results that the
+        prompt would leave out, and "messages" when parts join up to a special token or the template does not place
+        every picture.
         """
         for i, message in enumerate(messages):
             for j, part in enumerate(message.content):
                 self._check_plain(part, f"messages[{i}].parts[{j}]")
             self._check_plain(_json([call.spec for call in message.calls]), f"messages[{i}].tool_calls")
         self._check_plain(_json(tools), "tools")
+        self._check_shown(messages, tools)
         ids = self._ids(messages, tools)
         harmless = [replace(m, content=tuple(_harmless(part) for part in m.content)) for m in messages]
         if self._specials(ids) != self._specials(self._ids(harmless, tools)):
@@ -126,6 +129,12 @@ class PlainText:
     def call_form(self) -> CallForm:
         """How the model writes calls of functions. Raises InvalidInput where it cannot."""
         raise InvalidInput("tools", "cannot be called by this model, which has no chat template: leave it out")
+
+    def _check_shown(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InvalidInput for calls of functions: there is no form to write them in. Results are texts."""
+        for i, message in enumerate(messages):
+            if message.calls:
+                raise _unshown(f"messages[{i}].tool_calls", "has no chat template to write it with")
 
     def _ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         parts = [part for message in messages for part in message.content]
@@ -169,6 +178,12 @@ class ChatText(PlainText):
     def call_form(self) -> CallForm:
         return self.template.call_form(self.special)
 
+    def _check_shown(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> None:
+        """Raise InvalidInput for a call of a function, or a result, that the template leaves out."""
+        field = hidden(messages, lambda tried: self.render(tried, tools))
+        if field is not None:
+            raise _unshown(field, "has a chat template that leaves it out")
+
     def _ids(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] = ()) -> list[int]:
         return self._encoded(self.render(messages, tools), False)
 
@@ -183,6 +198,10 @@ def captioned(messages: Sequence[Message], instruction: str) -> Sequence[Message
     if not instruction or any(isinstance(part, str) for part in last.content):
         return messages
     return [*before, replace(last, content=(*last.content, instruction))]
+
+
+def _unshown(field: str, why: str) -> InvalidInput:
+    return InvalidInput(field, f"cannot be shown to this model, which {why}: write it as the text of a message")
 
 
 def _json(value: object) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final
 
@@ -16,7 +16,7 @@ from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.files import read_regular
 from runtime.pipeline import Pipeline
 from runtime.script import Arguments, Make, Script
-from runtime.tasks.image import ImageRequest, drawn_from
+from runtime.tasks.image import ImageRequest, drawn_from, reworded
 
 PLACE: Final = "{prompt}"
 LARGEST: Final = 16 << 20
@@ -39,7 +39,7 @@ class Names(Arguments):
 
 
 class Styles(Script[Names]):
-    """Adds styles to prompt and negative prompt, and tells what they became."""
+    """Adds styles to the prompts of both passes, and tells what those of the first became."""
 
     summary: ClassVar[str] = "Add styles of a styles.csv to the prompts."
     takes: ClassVar[type[Arguments]] = Names
@@ -47,12 +47,15 @@ class Styles(Script[Names]):
 
     def open(self, request: ImageRequest, make: Make) -> Pipeline:
         known = self._known()
-        prompt, negative = request.prompt, request.negative_prompt
         for name in self.arguments.names:
             if name not in known:
                 raise InvalidInput("scripts.styles.names", f"{quoted(name)} is no style: {did_you_mean(name, known)}")
-            prompt, negative = (_with(*pair) for pair in zip((prompt, negative), known[name], strict=True))
-        changed = replace(request, prompt=prompt, negative_prompt=negative)
+        styles = [dict(zip(COLUMNS, known[name], strict=True)) for name in self.arguments.names]
+
+        def styled(field: str, prompt: str) -> str:
+            return reduce(_with, [style[field.rpartition(".")[2]] for style in styles], prompt)
+
+        changed = reworded(request, styled, styled)
         return drawn_from(make(changed), request, [changed] * request.images)
 
     def _known(self) -> dict[str, tuple[str, str]]:

@@ -10,7 +10,6 @@ import hashlib
 import re
 import secrets
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar, Final
 
@@ -20,7 +19,7 @@ from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.files import read_regular
 from runtime.pipeline import Pipeline
 from runtime.script import Arguments, Make, Script
-from runtime.tasks.image import ImageRequest, drawn_from
+from runtime.tasks.image import ImageRequest, drawn_from, reworded
 
 WILDCARD: Final = re.compile(r"__([\w-]+(?:[./][\w-]+)*?)__")
 MOST: Final = 1000
@@ -32,7 +31,9 @@ LARGEST: Final = 16 << 20
 
 
 class Wildcards(Script[Arguments]):
-    """Expands the wildcards of prompt and negative prompt, and tells what they became."""
+    """Expands the wildcards of prompts, and tells what those of the first pass became. A second pass with prompts of
+    its own draws anew: equal prompts become equal ones.
+    """
 
     summary: ClassVar[str] = "Replace __name__ in prompts by a line of the file name.txt, chosen by the seed."
     tasks: ClassVar[tuple[str, ...]] = (ImageRequest.task,)
@@ -45,11 +46,8 @@ class Wildcards(Script[Arguments]):
 
     def _part(self, request: ImageRequest, seed: int, index: int, files: Mapping[str, Path]) -> ImageRequest:
         """The request of one picture."""
-        drawing = _Drawing(seed + index, files)
-        prompts = {name: drawing.expanded(name, getattr(request, name)) for name in ("prompt", "negative_prompt")}
-        return replace(
-            request.single(index, seed), prompt=prompts["prompt"], negative_prompt=prompts["negative_prompt"]
-        )
+        first, second = (_Drawing(seed + index, files).expanded for _ in range(2))
+        return reworded(request.single(index, seed), first, second)
 
     def _files(self) -> dict[str, Path]:
         """The files by the names that prompts have for them. Names of a request only choose among these."""

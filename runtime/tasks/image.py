@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final
@@ -25,7 +25,8 @@ from runtime.vision.images import Picture, PictureFile, check_picture, file_byte
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
-
+PROMPTS: Final = ("prompt", "negative_prompt")
+"""The fields with texts of what to draw, those of a second pass as well."""
 SIZES: Final = ("original_size", "crop_top_left", "target_size")
 CONDITIONS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in (*SIZES, "aesthetic_score"))
 """The fields with conditions of a model of Stable Diffusion XL's kind."""
@@ -240,7 +241,7 @@ class ImageRequest(Request):
     hires: Hires | None = None
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "negative_prompt"):
+        for field in PROMPTS:
             limits.PROMPT.length(field, getattr(self, field))
         limits.NAME.length("sampler", self.sampler or "")
         limits.FORECAST.length("forecast", self.forecast or "")
@@ -441,13 +442,27 @@ def drawn_from(pipeline: Pipeline, request: ImageRequest, parts: Sequence[ImageR
             part = parts[event.index]
             changed = {
                 name: getattr(part, name)
-                for name in ("prompt", "negative_prompt")
+                for name in PROMPTS
                 if getattr(part, name) != getattr(request, name) and getattr(event, name) is None
             }
             event = replace(event, **changed)
         yield event
 
     return through(pipeline, told)
+
+
+def reworded(
+    request: ImageRequest, first: Callable[[str, str], str], second: Callable[[str, str], str]
+) -> ImageRequest:
+    """The request with what `first` makes of each prompt, and `second` of each one that the second pass has of its own,
+    given the name of its field and its text.
+    """
+    found: dict[str, Any] = {name: first(name, getattr(request, name)) for name in PROMPTS}
+    if (hires := request.hires) is not None:
+        own = {name: text for name in PROMPTS if (text := getattr(hires, name)) is not None}
+        later: dict[str, Any] = {name: second(f"hires.{name}", text) for name, text in own.items()}
+        hires = replace(hires, **later)
+    return replace(request, hires=hires, **found)
 
 
 TASK: Final = Task(ImageRequest, verb="generate")

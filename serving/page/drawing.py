@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,11 +11,12 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+from runtime.diffusion.infotext import Infotext
 from runtime.diffusion.solver import samplers
 from runtime.errors import InvalidInput
 from runtime.grid.axes import Axis
 from runtime.grid.plan import NAMES, GridPlan
-from runtime.tasks.image import FILLS, ImageAbilities, ImageRequest
+from runtime.tasks.image import FILLS, ImageAbilities, ImageDefaults, ImageRequest
 from runtime.values import named, real
 from runtime.values import whole as whole_number
 from runtime.vision.enlarging import UPSCALERS
@@ -25,6 +27,7 @@ from serving.dialects.python.grid import resumable
 from serving.dialects.python.requests import Control, Style, image_request
 from serving.enginecast_pb import model_pb2
 from serving.page.options import Options
+from serving.page.pictures import fields_of
 from serving.page.scripting import scripts_of
 
 SLOTS: Final = 4
@@ -42,6 +45,8 @@ FILL: Final = Options(
     Canvas, ("image", "strength", "mask", "mask_blur", "keep_unmasked", "extend"), {"mask_fill": tuple(FILLS)}
 )
 """What is painted begins with."""
+SLIDERS: Final = ("steps", "guidance_scale", "strength")
+"""Values that are never empty: those of the model at first."""
 EDGES: Final = ("left", "top", "right", "bottom")
 
 Values = Mapping[str, Any]
@@ -82,6 +87,29 @@ def request_of(values: Values) -> ImageRequest:
     if values.get("previews"):
         options["preview_every"] = max(1, round((options["steps"] or 2 * PREVIEWS) / PREVIEWS))
     return image_request(str(values.get("prompt") or ""), options)
+
+
+def recalled(text: str, usual: ImageDefaults) -> dict[str, Any]:
+    """What is filled in to draw a picture with this text of parameters, as far as it says, by the names of parts. What
+    it does not say is the model's: `usual`, or empty. Raises InvalidInput.
+    """
+    fields, values = dict(fields_of(text)), Infotext.parse(text).values
+    hires = fields.pop("hires", None)
+    fields |= {} if hires is None else {f"hires_{name}": value for name, value in asdict(hires).items()}
+    fields |= {"refiner": values.get("Refiner"), "refine_from": values.get("Refiner switch at")}
+    texts = (
+        "negative_prompt", "sampler", "width", "height", "seed", "refiner", "refine_from", *REST.names, *SIZES.names,
+        *LARGER.names,
+    )  # fmt: skip
+    found = {"eta": 0, "mask_blur": 0, "loras": {}} | {name: getattr(usual, name) for name in SLIDERS} | fields
+    return found | {name: _shown(fields.get(name)) for name in texts}
+
+
+def _shown(value: Any) -> str:
+    """A value as it is filled in."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return "" if value is None else f"{value:.15g}" if isinstance(value, float) else str(value)
 
 
 def scores_of(values: Values) -> dict[str, Any]:

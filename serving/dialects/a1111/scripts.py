@@ -17,7 +17,7 @@ from runtime.scripting import Listed, Scripts
 from runtime.scripts.styles import read_styles
 from runtime.scripts.wildcards import WILDCARD
 from runtime.tasks.image import ImageRequest
-from serving.dialects.a1111.fields import Drawing, ImageToImage
+from serving.dialects.a1111.fields import Drawing, ImageToImage, TextToImage
 
 GRID, STYLES, WILDCARDS = "xyz_grid", "styles", "wildcards"
 PLOT: Final = "X/Y/Z plot"
@@ -67,7 +67,8 @@ def chosen(message: Drawing, scripts: Scripts) -> tuple[Chosen, dict[str, str]]:
     found, facts = _selected(message, scripts)
     if message.styles:
         found[STYLES] = {"names": message.styles}
-    texts = message.prompt, message.negative_prompt
+    later = (message.hr_prompt, message.hr_negative_prompt) if isinstance(message, TextToImage) else ()
+    texts = [text for text in (message.prompt, message.negative_prompt, *later) if text]
     if scripts.folders.wildcards is not None and (message.styles or any(map(WILDCARD.search, texts))):
         found[WILDCARDS] = {}
     return found, facts

@@ -43,7 +43,7 @@ class Album:
         chosen = [self.text, self.status, self.chosen]
         self.pictures.select(self._select, self.pictures, chosen, show_progress="hidden")
         self.pictures.upload(self._last, self.pictures, chosen, show_progress="hidden")
-        self.draw.click(draw.recalled, [self.text, draw.settings.loras], [*draw.settings.all, draw.status]).then(
+        self.draw.click(draw.recalled, [self.text, *draw.recalling], [*draw.settings.all, draw.status]).then(
             lambda: gr.update(selected="draw"), None, tabs
         )
         box, canvas = draw.settings.image_box, draw.settings.canvas

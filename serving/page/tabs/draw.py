@@ -12,13 +12,12 @@ from typing import Any, Final
 import gradio as gr
 
 from runtime.errors import EnginecastError, InvalidInput
-from runtime.tasks.image import ImageAbilities
+from runtime.tasks.image import ImageAbilities, ImageDefaults
 from serving.enginecast_pb import model_pb2
 from serving.page import lines
 from serving.page.backend import Models, Scripts, Visitor
-from serving.page.drawing import Values, abilities, plan_of, request_of, scores_of
+from serving.page.drawing import Values, abilities, plan_of, recalled, request_of, scores_of
 from serving.page.parts import Page, Updates, busy, larger, named, names_of, visitor
-from serving.page.pictures import fields_of
 from serving.page.tabs.settings import Settings
 from serving.page.work import GRID, Pictures, Step, Work
 
@@ -70,7 +69,7 @@ class Draw:
         for chosen, fit in zip(settings.models, (settings.fitting, settings.taken), strict=True):
             chosen.change(self._fitted(fit), settings.models, fitting, show_progress="hidden")
         settings.scripts.wire()
-        self.use.click(self.recalled, [self.parameters, settings.loras], [*settings.all, self.status])
+        self.use.click(self.recalled, [self.parameters, *self.recalling], fitting)
 
     @property
     def offers(self) -> list[Any]:
@@ -88,10 +87,19 @@ class Draw:
         """The choice of scripts."""
         return self.settings.scripts.listed(scripts)
 
-    def recalled(self, text: str, loras: Sequence[Sequence[Any]]) -> Updates:
+    @property
+    def recalling(self) -> list[Any]:
+        """What `recalled` takes behind the text."""
+        return [self.settings.loras, *self.settings.models]
+
+    async def recalled(
+        self, request: gr.Request, text: str, loras: Sequence[Sequence[Any]], *names: str | None
+    ) -> Updates:
         """Fill in what a text of parameters says."""
         try:
-            return self.settings.filled(fields_of(text), loras) | {self.status: lines.line("parameters filled in")}
+            can, _ = await self._abilities(request, names)
+            values = recalled(text, can.defaults if can else ImageDefaults())
+            return self.settings.filled(values, loras) | {self.status: lines.line("parameters filled in")}
         except EnginecastError as error:
             return {self.status: lines.failed(error)}
 

@@ -101,19 +101,20 @@ class Settings:
         updates |= {"loras.box": gr.update(visible=bool(loras)), "loras": [[name, 0] for name in loras]}
         updates |= extras.fitting(loras, can, refiner)
         if not image:
-            updates |= {"canvas": None} | dict.fromkeys(EDGES, "")
+            updates |= {"canvas": None, "keeps_shape": False, "mask_blur": 0, "keep_unmasked": True}
+            updates |= dict.fromkeys((*EDGES, *FILL.names), "")
         if can is not None:
             updates |= self._usual(can)
         return self._updates(updates)
 
-    def filled(self, fields: Mapping[str, Any], loras: Sequence[Sequence[Any]]) -> Updates:
-        """Fill in fields of a request. What they do not have is left to the model, the pictures and the model stay."""
-        known = {"negative_prompt": "", "width": "", "height": "", "seed": "", "sampler": "", "eta": 0}
-        known |= {name: value for name, value in fields.items() if name in self._parts}
-        known |= {name: str(known[name]) for name in ("width", "height", "seed")}
-        scales = fields.get("loras", {})
+    def filled(self, values: Values, loras: Sequence[Sequence[Any]]) -> Updates:
+        """Fill in values of parts (`serving.page.drawing.recalled`), beside the rows of LoRA files. The model,
+        pictures, scripts and the axes of a grid stay.
+        """
+        scales = values["loras"]
         rows = {str(name): scales.get(str(name), 0) for name, _ in loras} | dict(scales)
-        return self._updates({**known, "loras": [[name, scale] for name, scale in rows.items()]})
+        shown = {"refiner.box": gr.update(visible=True)} if values["refiner"] else {}
+        return self._updates({**values, **shown, "loras": [[name, scale] for name, scale in rows.items()]})
 
     def taken(self, can: ImageAbilities | None, refiner: ImageAbilities | None) -> Updates:
         """Show the conditions that a model takes, and the scores of its refiner."""

@@ -316,3 +316,49 @@ def test_without_a_template_pictures_are_in_front(tmp_path: Path) -> None:
     assert chat.encode([Message("user", (PICTURE,))]) == [IMAGE, *chat.tokenizer.encode("").ids]
     with pytest.raises(InvalidInput, match="<image>"):
         chat.encode([Message("user", ("<image>",))])
+
+
+BARE = "{% for m in messages %}{% if m.role != 'tool' %}{{ m.role + ' ' + m.content }}{% endif %}{% endfor %}"
+SHOWING = (
+    "{% for m in messages %}{{ m.role + ' ' + m.content }}{% for call in m.tool_calls or () %}"
+    "{{ call.function | tojson }}{% endfor %}{% endfor %}"
+)
+RESULTS = BARE.replace("{% if m.role != 'tool' %}", "").replace("{% endif %}", "")
+CALLED = (
+    Message("user", ("go",)),
+    Message("assistant", ("",), (ToolCall("paint", {}), ToolCall("mix", {"a": 1}))),
+    Message("tool", ("done",), tool="paint"),
+    Message("tool", ("mixed",), tool="mix"),
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "field"),
+    [
+        (BARE, CALLED, r"messages\[1\]\.tool_calls: cannot be shown to this model, which has a chat template that"),
+        (BARE, (CALLED[0], CALLED[2]), r"messages\[1\]: cannot be shown"),
+        (RESULTS, CALLED, r"messages\[1\]\.tool_calls: cannot be shown"),
+        (SHOWING.replace("m.tool_calls or ()", "(m.tool_calls or ())[:1]"), CALLED, r"messages\[1\]\.tool_calls"),
+        (SHOWING.replace("call.function |", "call.function.name |"), CALLED, r"messages\[1\]\.tool_calls"),
+    ],
+)
+def test_calls_that_a_template_leaves_out_are_refused(
+    tmp_path: Path, template: str, messages: tuple[Message, ...], field: str
+) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "chat_template.jinja").write_text(template)
+    text = ChatText(tmp_path)
+    with pytest.raises(InvalidInput, match=field):
+        text.encode(messages)
+    text.encode([CALLED[0]])
+    (tmp_path / "chat_template.jinja").write_text(SHOWING)
+    shown = ChatText(tmp_path)
+    assert '"mix"' in shown.tokenizer.decode(shown.encode(CALLED)) and "mixed" in shown.render(CALLED)
+
+
+def test_calls_without_a_template_are_refused(tmp_path: Path) -> None:
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    text = PlainText(tmp_path)
+    with pytest.raises(InvalidInput, match=r"messages\[1\]\.tool_calls: .* which has no chat template"):
+        text.encode(CALLED)
+    assert text.tokenizer.decode(text.encode(CALLED[2:])) == "done mixed", "results are texts"

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from enginecast import InvalidInput
+from runtime.diffusion.hires import Hires
 from runtime.script import Folders
 from runtime.scripting import Scripts
 from runtime.tasks.image import ImageRequest
@@ -80,3 +81,14 @@ def test_a_style_may_hold_wildcards(file: Path, tmp_path: Path) -> None:
     with Model(Painter(), installed=scripts) as model:
         drawn = model.generate("a fox", scripts={"styles": {"names": ["ink"]}, "wildcards": {}}).images[0]
     assert drawn.prompt == "a fox, red ink"
+
+
+def test_a_style_reaches_the_prompts_of_a_second_pass(file: Path) -> None:
+    painter, scripts = Painter(), {"styles": {"names": ["ink", "bright"]}}
+    with Model(painter, installed=Scripts(Folders(styles=file))) as model:
+        for hires in (Hires(prompt="a cat"), Hires(negative_prompt="day"), Hires()):
+            model.generate("a fox", negative_prompt="dark", seed=1, hires=hires, scripts=scripts)
+    first, second, third = (request.hires for request in painter.requests)
+    assert first == Hires(prompt="ink drawing of a cat, black, vivid, sunny")
+    assert second == Hires(negative_prompt="day, colour")
+    assert third == Hires(), "it has the prompts of the first pass"

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import enginecast
 from enginecast import InvalidInput
 from enginecast.testing import fake_model
+from runtime.diffusion.hires import Hires
 from runtime.script import Folders
 from runtime.scripting import Scripts
 from runtime.tasks.image import ImageRequest
@@ -110,3 +111,15 @@ def test_a_server_draws_from_the_folder_that_it_was_given(folder: Path, tmp_path
         bare.generate("a", scripts=SCRIPTS)
     with pytest.raises(enginecast.NotFound, match="there is no folder of wildcards"):
         host_of(Settings(repository=tmp_path, wildcards=tmp_path / "none"))
+
+
+def test_wildcards_of_a_second_pass_are_drawn(folder: Path) -> None:
+    """The same as those of the first pass, where both have the same prompt; each picture draws its own."""
+    painter, text = Painter(), "a __deep/thing__, __colour__"
+    with Model(painter, installed=Scripts(Folders(wildcards=folder))) as model:
+        model.generate(text, negative_prompt="__colour__", seed=5, images=4, scripts=SCRIPTS, hires=Hires(prompt=text))
+        assert len({request.prompt for request in painter.requests}) > 1 and len(painter.requests) == 4
+        for request in painter.requests:
+            assert request.hires == Hires(prompt=request.prompt) and "__" not in request.prompt
+        with pytest.raises(InvalidInput, match=r"hires\.negative_prompt: has the wildcard 'none'"):
+            model.generate("a", hires=Hires(negative_prompt="__none__"), scripts=SCRIPTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.diffusion.hires import Hires
+from runtime.diffusion.infotext import infotext
 from runtime.errors import InvalidInput
-from runtime.tasks.image import ImageRequest
+from runtime.tasks.image import ImageDefaults, ImageRequest
 from serving.enginecast_pb import model_pb2
-from serving.page.drawing import REST, SIZES, abilities, loras_of, painted, plan_of, request_of, scores_of
+from serving.page.drawing import REST, SIZES, abilities, loras_of, painted, plan_of, recalled, request_of, scores_of
 
 RED = Image.new("RGBA", (32, 16), (255, 0, 0, 255))
 CLEAR = Image.new("RGBA", (32, 16), (0, 0, 0, 0))
@@ -147,6 +149,33 @@ def test_mistakes_name_the_field(values: dict[str, Any], said: str) -> None:
     with pytest.raises(InvalidInput) as error:
         request_of({"prompt": "a", **values})
     assert str(error.value).startswith(said)
+
+
+def test_parameters_are_filled_in_whole() -> None:
+    """What was drawn is what is drawn again, whatever was filled in before."""
+    usual = ImageDefaults(steps=6, guidance_scale=2.0, sampler="ddim", strength=0.5)
+    request = ImageRequest(
+        "a", negative_prompt="b", width=64, height=32, steps=9, guidance_scale=3.0, guidance_start=0.25, eta=0.5,
+        guidance_end=0.75, forecast="every 3 after 2", sampler="euler_karras", seed=5, variation_seed=2**62 + 1,
+        variation_strength=0.25, noise_size=(16, 24), loras={"pixel": 0.5}, prompt_weights=True,
+        hires=Hires(1.5, upscaler="lanczos", steps=4, strength=0.7, prompt="c", negative_prompt="d", sampler="ddim"),
+    )  # fmt: skip
+    refined, by = replace(request, hires=None, denoising_end=0.7), {"Refiner": "fine", "Refiner switch at": "0.7"}
+    for wanted, size, facts in ((request, (48, 96), {}), (refined, (32, 64), by)):
+        values = recalled(infotext(wanted, 5, size, facts), usual)
+        again = request_of(values | {"loras": [*values["loras"].items()]})
+        assert values["refiner"] == facts.get("Refiner", "")
+        for field in fields(ImageRequest):
+            assert getattr(again, field.name) == getattr(wanted, field.name), field.name
+    sized = Hires(width=96, upscaler="latent")
+    values = recalled(infotext(replace(request, hires=sized), 5, (48, 96)), usual)
+    assert request_of(values | {"loras": []}).hires == sized
+    less = values | recalled("a\nSeed: 5, Size: 64x32, Model: x", usual)
+    plain = request_of(less | {"loras": []})
+    wanted = ImageRequest("a", width=64, height=32, steps=6, guidance_scale=2.0, seed=5, prompt_weights=True)
+    for field in fields(ImageRequest):
+        assert getattr(plain, field.name) == getattr(wanted, field.name), field.name
+    assert (less["strength"], less["mask_blur"], less["refiner"]) == (0.5, 0, "")
 
 
 def test_a_grid_has_a_seed_of_its_own_that_stays() -> None:
