@@ -79,7 +79,8 @@ class ONNXRuntime(SessionEngine):
         for name, model in _lowered(submodel, graph).items():
             files += _write(output, name, model)
             if name in (submodel.name, f"{submodel.name}{FUSED}"):
-                lowered, made = output / f"{name}.onnx", _made(submodel, output, name, graph)
+                lowered = output / f"{name}.onnx"
+                made = _made(submodel, output, name, graph) if name == submodel.name else {}
         level, skipped = "ORT_ENABLE_EXTENDED", ["ConstantFolding"]
         open_session(
             lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level=level, skipped=skipped, converted=made
