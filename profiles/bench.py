@@ -70,7 +70,8 @@ def measured(
     say(str(here()))
     with ExitStack() as stack:
         entered = [stack.enter_context(worker) for worker in workers]  # one after another: loading is timed too
-        metrics = _wanted(plan.metrics, entered)
+        known = list(dict.fromkeys(name for worker in entered for name in worker.hello["metrics"]))
+        metrics = wanted(plan.metrics, known, "of this bundle")
         bandwidth = bandwidth_for(metrics, entered, say)
         found = []
         meter = energy.meter()
@@ -111,12 +112,14 @@ def _energy(row: Row, joules: Sequence[float]) -> Row:
     return row.model_copy(update=changes | {"spread": Spread.of(joules), "values": tuple(joules)})
 
 
-def _wanted(requested: Sequence[str], workers: Sequence[Worker]) -> list[str]:
-    known = dict.fromkeys(name for worker in workers for name in worker.hello["metrics"])
+def wanted(requested: Sequence[str], known: Sequence[str], of: str) -> Sequence[str]:
+    """The requested ones of the metrics known `of` something, all of them where none are requested. Raises
+    InvalidInput.
+    """
     for name in requested:
         if name not in known:
-            raise InvalidInput("metric", f"'{name}' is not measured of this bundle: {did_you_mean(name, known)}")
-    return list(requested or known)
+            raise InvalidInput("metric", f"'{name}' is not measured {of}: {did_you_mean(name, known)}")
+    return requested or known
 
 
 def row_of(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], bandwidth: float) -> Row:
@@ -130,12 +133,15 @@ def row_of(bundle: Bundle, worker: Worker, name: str, values: Sequence[float], b
 def whole(bundle: Bundle, worker: Worker) -> list[Row]:
     """Figures without repetitions: loading, the size of a bundle of ours, and the peak of memory over the whole run."""
     of = worker.bundle or bundle
-    rows = [labelled(of, worker.hello, "load", "s", [worker.hello["load"]])]
-    if worker.bundle is not None:
-        size = sum(submodel.nbytes for submodel in of.manifest.submodels)
-        rows.append(labelled(of, worker.hello, SIZE, "GB", [size / GB]))
-    peak = worker.peak_memory()
-    return rows if peak is None else [*rows, labelled(of, worker.hello, "memory", "GB", [peak / GB])]
+    size = sum(submodel.nbytes for submodel in of.manifest.submodels) if worker.bundle is not None else None
+    return once(of, worker.hello, size, worker.peak_memory())
+
+
+def once(of: Bundle, hello: Hello, size: int | None, peak: int | None) -> list[Row]:
+    """The rows of loading, and of the size and the peak of memory in bytes, where they are known."""
+    rows = [labelled(of, hello, "load", "s", [hello["load"]])]
+    known = {name: nbytes for name, nbytes in ((SIZE, size), ("memory", peak)) if nbytes is not None}
+    return rows + [labelled(of, hello, name, "GB", [nbytes / GB]) for name, nbytes in known.items()]
 
 
 def labelled(

@@ -55,6 +55,7 @@ def peers(
     rows_file: StoreAt = None,
 ) -> None:
     """Measure other tools beside ours on the same checkpoint: make their environments and exports, then take turns."""
+    from profiles.bench import wanted
     from profiles.peers import declared
     from profiles.peers.environments import inside
     from profiles.peers.limits import limits as find_limits
@@ -76,7 +77,7 @@ def peers(
     measured = declared.sizes(opened[0], given)
     with inside() as variables:
         jobs = _jobs(opened, target, measured)
-        metrics = _wanted(metric or (), known)
+        metrics = wanted(metric or (), known, "of these peers")
         limits = find_limits(jobs, metrics, notes.print) if with_limits else NONE
         theirs = [workplace.party(peer, measured, variables, failed.get(peer.name, "")) for peer in chosen]
         parties = [*map(_ours, jobs), *theirs]
@@ -103,15 +104,6 @@ def _of_checkpoint(roots: Iterable[Path], checkpoint: Path, fingerprint: str) ->
         if bundle.manifest.source.fingerprint != fingerprint:
             raise InvalidInput("BUNDLE", f"{bundle.root} was built from another checkpoint than {checkpoint}")
     return opened
-
-
-def _wanted(requested: Sequence[str], known: Sequence[str]) -> Sequence[str]:
-    from runtime.errors import did_you_mean
-
-    for name in requested:
-        if name not in known:
-            raise InvalidInput("metric", f"'{name}' is not measured of these peers: {did_you_mean(name, known)}")
-    return requested or known
 
 
 def _prepared(

@@ -84,6 +84,20 @@ def timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def text_metrics(prompt_tokens: int, new_tokens: int) -> dict[str, Metric]:
+    """The metrics of a prompt, in tokens read and in tokens written a second."""
+    sizes: dict[str, int | float | str] = {"prompt_tokens": prompt_tokens}
+    return {
+        "prefill": Metric(unit="tokens/s", settings=sizes),
+        "decode": Metric(unit="tokens/s", settings=sizes | {"new_tokens": new_tokens}),
+    }
+
+
+def call_metrics(name: str, **inputs: Any) -> dict[str, Metric]:
+    """The metric of a submodel's call with arrays or tensors as inputs, in seconds."""
+    return {name: Metric(unit="s", settings={one: "x".join(map(str, array.shape)) for one, array in inputs.items()})}
+
+
 def fitting_words(length: Callable[[int], int], tokens: int) -> int:
     """The most words of a text whose prompt has at most so many tokens; `length` is that of so many words."""
     words = bisect.bisect_right(range(1, tokens + 1), tokens, key=length)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from profiles.bench import SIZE, Say, bandwidth_for, labelled, of_one_run, row_of
+from profiles.bench import Say, bandwidth_for, labelled, of_one_run, once, row_of
 from profiles.memory import GB, Usage
 from profiles.peers.limits import Limits
 from profiles.process import Worker
@@ -121,9 +121,5 @@ def _peaks(bundle: Bundle, party: Party, metric: str, usage: Usage | None) -> li
 
 def _whole(bundle: Bundle, party: Party, peaks: Sequence[Usage | None]) -> list[Row]:
     """The rows of figures that are measured once."""
-    of, hello = party.worker.bundle or bundle, party.worker.hello
-    found = [labelled(of, hello, "load", "s", [hello["load"]])]
-    if party.size is not None:
-        found.append(labelled(of, hello, SIZE, "GB", [party.size / GB]))
-    known = [usage.anonymous for usage in peaks if usage is not None]
-    return [*found, labelled(of, hello, "memory", "GB", [max(known) / GB])] if known else found
+    peak = max((usage.anonymous for usage in peaks if usage is not None), default=None)
+    return once(party.worker.bundle or bundle, party.worker.hello, party.size, peak)

@@ -13,6 +13,8 @@ from runtime.vision.enlarging import UPSCALERS
 
 Size = tuple[int, int]
 """Height and width, in pixels."""
+PROMPTS: Final = ("prompt", "negative_prompt")
+"""The fields with texts of what to draw, of both passes."""
 DOUBLE: Final = 2.0
 """How many times larger the second picture is, unless a request says it."""
 
@@ -42,7 +44,7 @@ class Hires:
     sampler: str | None = None
 
     def __post_init__(self) -> None:
-        for field in ("prompt", "negative_prompt"):
+        for field in PROMPTS:
             limits.PROMPT.length(f"hires.{field}", getattr(self, field) or "")
         limits.NAME.length("hires.sampler", self.sampler or "")
         for field, limit in (

@@ -136,10 +136,10 @@ def infotext(
 def told(request: ImageRequest, ready: ImageReady, more: Mapping[str, str] | None = None) -> str:
     """The text of a picture that was drawn, with the prompts that scripts made of the request's."""
     height, width = ready.image.shape[:2]
-    return infotext(drawn_from(request.single(ready.index), ready), ready.seed, (height, width), more)
+    return infotext(as_drawn(request.single(ready.index), ready), ready.seed, (height, width), more)
 
 
-def drawn_from(request: ImageRequest, ready: ImageReady) -> ImageRequest:
+def as_drawn(request: ImageRequest, ready: ImageReady) -> ImageRequest:
     """The request with the prompts that scripts made of its own."""
     prompt, negative = ready.prompt, ready.negative_prompt
     return replace(

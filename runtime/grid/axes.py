@@ -20,7 +20,7 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 from runtime import limits
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput, did_you_mean, quoted
-from runtime.tasks.image import ImageRequest
+from runtime.tasks.image import PROMPTS, ImageRequest
 from runtime.values import NUMBER, real, switch, whole
 
 SEARCH: Final = "prompt_sr"
@@ -84,8 +84,8 @@ class Axis:
         search: str = self.values[0]
         if search not in request.prompt and search not in request.negative_prompt:
             raise InvalidInput(name, f"searches for {quoted(search)}, which neither prompt nor negative_prompt has")
-        found = {name: getattr(request, name).replace(search, value) for name in ("prompt", "negative_prompt")}
-        return replace(request, prompt=found["prompt"], negative_prompt=found["negative_prompt"])
+        found: dict[str, Any] = {field: getattr(request, field).replace(search, value) for field in PROMPTS}
+        return replace(request, **found)
 
     def labels(self) -> tuple[str, ...]:
         """A text for each value: of numbers and switches with the field's name, of texts the text alone."""

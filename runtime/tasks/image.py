@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 from runtime import limits
 from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
+from runtime.diffusion.hires import PROMPTS as PROMPTS  # for the modules above this one
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput, SourceError, quoted
 from runtime.pipeline import Event, Pipeline, through
@@ -25,8 +26,6 @@ from runtime.vision.images import Picture, PictureFile, check_picture, file_byte
 DEFAULTS: Final = "enginecast.json"
 """File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
-PROMPTS: Final = ("prompt", "negative_prompt")
-"""The fields with texts of what to draw, those of a second pass as well."""
 SIZES: Final = ("original_size", "crop_top_left", "target_size")
 CONDITIONS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in (*SIZES, "aesthetic_score"))
 """The fields with conditions of a model of Stable Diffusion XL's kind."""

@@ -1,7 +1,7 @@
 """Reads and joins the safetensors files of a folder. It needs nothing but Python and numpy, in a peer's environment.
 
 A file is the length of its header in 8 bytes, the header as JSON with the place of each tensor behind it, and the
-tensors (https://huggingface.co/docs/safetensors).
+tensors (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, timed, work
+from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, text_metrics, timed, work
 from profiles.protocol import Metric
 
 QUESTION = 6
@@ -46,11 +46,7 @@ def load(job: Job) -> Loaded:
         picture = openvino.Tensor(rng.integers(0, 256, (EDGE, EDGE, 3), np.uint8))
         return timed(lambda: run(QUESTION, 1, images=[picture]))
 
-    metrics = {
-        "first_token": Metric(unit="s"),
-        "prefill": Metric(unit="tokens/s", settings={"prompt_tokens": reached}),
-        "decode": Metric(unit="tokens/s", settings={"prompt_tokens": reached, "new_tokens": new}),
-    }
+    metrics = {"first_token": Metric(unit="s"), **text_metrics(reached, new)}
     prefill = lambda: reached / timed(lambda: run(words, 1))  # noqa: E731
     return metrics, {"first_token": first_token, "prefill": prefill, "decode": decode}
 

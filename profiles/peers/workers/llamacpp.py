@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from profiles.peers.inside import Job, Loaded, threads, timed, work
-from profiles.protocol import Metric
+from profiles.peers.inside import Job, Loaded, text_metrics, threads, timed, work
 
 
 class Decoder:
@@ -72,11 +71,8 @@ def load(job: Job) -> Loaded:
             token = decoder.read([token])
         return (new - 1) / (time.perf_counter() - start)
 
-    sizes: dict[str, int | float | str] = {"prompt_tokens": length, "new_tokens": new}
-    metrics = {
-        "prefill": Metric(unit="tokens/s", settings={"prompt_tokens": length}),
-        "decode": Metric(unit="tokens/s", settings=sizes, bytes=float(decoder.nbytes)),
-    }
+    metrics = text_metrics(length, new)
+    metrics["decode"]["bytes"] = float(decoder.nbytes)
     return metrics, {"prefill": prefill, "decode": decode}
 
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from profiles.peers.inside import Job, Loaded, timed, work
-from profiles.protocol import Metric
+from profiles.peers.inside import Job, Loaded, call_metrics, timed, work
 
 
 def load(job: Job) -> Loaded:
@@ -31,13 +30,11 @@ def load(job: Job) -> Loaded:
     states = torch.randn(2, length.get_length() if length.is_static else 77, hidden.get_length())
     scalar = shapes["timestep"].rank.get_length() == 0
     timestep = torch.tensor(500.0) if scalar else torch.full((1,), 500.0)
-    inputs = {"sample": sample, "encoder_hidden_states": states}
-    settings = {name: "x".join(map(str, tensor.shape)) for name, tensor in inputs.items()}
 
     def unet() -> float:
         return timed(lambda: pipeline.unet(sample, timestep, encoder_hidden_states=states))
 
-    return {"unet": Metric(unit="s", settings={**settings})}, {"unet": unet}
+    return call_metrics("unet", sample=sample, encoder_hidden_states=states), {"unet": unet}
 
 
 if __name__ == "__main__":

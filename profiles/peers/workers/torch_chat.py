@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, threads, timed, work
+from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, text_metrics, threads, timed, work
 from profiles.protocol import Metric
 
 QUESTION = "what color is the background?"
@@ -55,11 +55,7 @@ def load(job: Job) -> Loaded:
         picture = Image.fromarray(rng.integers(0, 256, (EDGE, EDGE, 3), np.uint8))
         return timed(lambda: answer(inputs(QUESTION, picture), 1))
 
-    metrics = {
-        "first_token": Metric(unit="s"),
-        "prefill": Metric(unit="tokens/s", settings={"prompt_tokens": reached}),
-        "decode": Metric(unit="tokens/s", settings={"prompt_tokens": reached, "new_tokens": new}),
-    }
+    metrics = {"first_token": Metric(unit="s"), **text_metrics(reached, new)}
     prefill = lambda: reached / timed(lambda: answer(asked, 1))  # noqa: E731
     return metrics, {"first_token": first_token, "prefill": prefill, "decode": decode}
 

@@ -5,8 +5,7 @@ Options: `precision` is float32 or bfloat16; `compiled` runs it through torch.co
 
 from __future__ import annotations
 
-from profiles.peers.inside import Job, Loaded, threads, timed, work
-from profiles.protocol import Metric
+from profiles.peers.inside import Job, Loaded, call_metrics, threads, timed, work
 
 
 def load(job: Job) -> Loaded:
@@ -27,9 +26,7 @@ def load(job: Job) -> Loaded:
         with torch.inference_mode():
             return timed(lambda: called(sample, 500, encoder_hidden_states=states))
 
-    shapes = {"sample": sample, "encoder_hidden_states": states}
-    settings = {name: "x".join(map(str, tensor.shape)) for name, tensor in shapes.items()}
-    return {"unet": Metric(unit="s", settings={**settings})}, {"unet": run}
+    return call_metrics("unet", sample=sample, encoder_hidden_states=states), {"unet": run}
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     import onnx_ir as ir
 
 PROVIDER: Final = CPU
-FUSED: Final = ".fused"
 TRIAL: Final = {"session.disable_prepacking": "1", "session.use_device_allocator_for_initializers": "1"}
 """Settings for a trial load: the graph is checked without copying its weights, together with the level below and
 without constant folding.
@@ -75,12 +74,11 @@ class ONNXRuntime(SessionEngine):
     def compile_with(cls, options: CompileOptions, submodel: Submodel, graph: Path, output: Path) -> Artifact:
         start = time.perf_counter()
         cls.check_settings(options.settings)
-        lowered, made, files = graph, dict[str, Any](), list[str]()
-        for name, model in _lowered(submodel, graph).items():
-            files += _write(output, name, model)
-            if name in (submodel.name, f"{submodel.name}{FUSED}"):
-                lowered = output / f"{name}.onnx"
-                made = _made(submodel, output, name, graph) if name == submodel.name else {}
+        stored = _lowered(submodel, graph)
+        files = [file for name, model in stored.items() for file in _write(output, name, model)]
+        tried = next((name for name in (submodel.name, _fused_name(submodel)) if name in stored), None)
+        lowered = graph if tried is None else output / f"{tried}.onnx"
+        made = _made(submodel, output, tried, graph) if tried == submodel.name else {}
         level, skipped = "ORT_ENABLE_EXTENDED", ["ConstantFolding"]
         open_session(
             lowered, graph.parent, Device(PROVIDER), entries=TRIAL, level=level, skipped=skipped, converted=made
@@ -100,7 +98,7 @@ class ONNXRuntime(SessionEngine):
         device = Device(PROVIDER)
         decisions = _decide(submodel, canonical, folder, options, entries)
         lowered = states or ("products" in decisions and decisions["products"].value == "integers")
-        fused = folder / f"{submodel.name}{FUSED}.onnx"
+        fused = folder / f"{_fused_name(submodel)}.onnx"
         graph = folder / f"{submodel.name}.onnx" if lowered else fused if fused.is_file() else canonical
         made = _made(submodel, folder, submodel.name, canonical) if lowered else {}
 
@@ -117,6 +115,11 @@ class ONNXRuntime(SessionEngine):
         )
         engine.decisions = decisions
         return engine
+
+
+def _fused_name(submodel: Submodel) -> str:
+    """The name of the graph with the attention of `_fused`, where there is one."""
+    return f"{submodel.name}.fused"
 
 
 def _fused(model: ir.Model) -> int:
@@ -138,10 +141,11 @@ def _lowered(submodel: Submodel, graph: Path) -> dict[str, ir.Model]:
         with_grouped_cache(model, submodel.signature)
         with_logits_start(model, submodel.signature)
         return {name: model}
-    floats, whole, part, plain = (load_graph(graph) for _ in range(4))
-    fused = {f"{name}{FUSED}": floats} if _fused(floats) else {}
+    floats = load_graph(graph)
+    fused = {_fused_name(submodel): floats} if _fused(floats) else {}
     if submodel.precision.activations == "float":
         return fused
+    whole, part, plain = (load_graph(graph) for _ in range(3))
     for model in (whole, part):
         widen(model)
     products, _ = (with_integer_products(model, submodel.activation_ranges) for model in (whole, part))

@@ -11,7 +11,7 @@ from typing import Final
 
 import numpy as np
 
-from runtime.diffusion.infotext import drawn_from, infotext
+from runtime.diffusion.infotext import as_drawn, infotext
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageAbilities, ImageReady, ImageRequest
 from runtime.vision.images import Picture
@@ -110,7 +110,7 @@ class Painting:
         refining = {} if self.refiner is None else self.refiner.facts
         more = {**_masking(self.message), **facts, **refining, "Model": self.model, "Version": PROGRAM}
         changed = cell is not None or ready.prompt is not None or ready.negative_prompt is not None
-        request = drawn_from(cell or request.single(ready.index), ready)
+        request = as_drawn(cell or request.single(ready.index), ready)
         prompt = None if changed else self.message.prompt
         text = infotext(request, ready.seed, picture.shape[:2], more, defaults, prompt)
         file = encoded(picture, text, self.options)

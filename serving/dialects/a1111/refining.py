@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from runtime.diffusion.infotext import drawn_from
+from runtime.diffusion.infotext import as_drawn
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
 from runtime.tasks.image import ImageReady, ImageRequest
@@ -50,7 +50,7 @@ def refiner(message: Drawing, host: ModelHost, model: str) -> Refiner | None:
 def later(request: ImageRequest, ready: ImageReady) -> ImageRequest:
     """The refiner's request for what the first model has drawn of one picture, whose scripts have done their work."""
     assert ready.latents is not None, "a request that ends early hands its latents over"
-    one = replace(drawn_from(request.single(ready.index), ready), scripts={})
+    one = replace(as_drawn(request.single(ready.index), ready), scripts={})
     return one.going_on(np.asarray(ready.latents[None], np.float32), ready.seed)
 
 

@@ -16,7 +16,7 @@ from runtime.bundle.signature import Array
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import SIZES, Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import PROMPTS, SIZES, Control, ImageReady, ImageRequest, Style
 from runtime.vision.images import PictureFile, decode_image
 from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask
@@ -41,7 +41,6 @@ OPTIONS: Final = (
         "variation_strength",
     ),
 )
-PROMPTS: Final = ("prompt", "negative_prompt")
 PICTURES: Final = ("image", "mask")
 FLOAT: Final = np.dtype("<f4")
 PAIRS: Final = (*(f"{of}{name}" for of in ("", "negative_") for name in SIZES), "noise_size")
