@@ -148,11 +148,11 @@ class KeepAlive:
 
     def _over(self, served: Served) -> None:
         self.forget(served)
-        if served.idle:
-            task = asyncio.create_task(self._quietly(served))
-            self._unloading.add(task)
-            task.add_done_callback(self._unloading.discard)
+        task = asyncio.create_task(self._quietly(served))
+        self._unloading.add(task)
+        task.add_done_callback(self._unloading.discard)
 
     async def _quietly(self, served: Served) -> None:
-        with suppress(EnginecastError):  # it is in the log, and the model is used or changed again
-            await self._unload(served)
+        if served.idle:  # asked here: a request may have come between the end of the time and this task
+            with suppress(EnginecastError):  # it is in the log, and the model is used or changed again
+                await self._unload(served)

@@ -227,6 +227,22 @@ def test_a_request_during_an_eviction_loads_it_again(tmp_path: Path) -> None:
     run(models, work)
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_a_request_that_comes_when_the_keep_alive_ends(tmp_path: Path, turns: int) -> None:
+    models = Models(tmp_path, "a", keep_alive=0)
+
+    async def later() -> Event:
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        return await models.draw()
+
+    async def work() -> None:
+        await models.draw()
+        assert isinstance(await asyncio.create_task(later()), Done)
+
+    run(models, work)
+
+
 def test_keep_alive_of_a_request(tmp_path: Path) -> None:
     models = Models(tmp_path, "a", keep_alive=300)
 
