@@ -8,6 +8,8 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-
 TESTS ?= tests
 EXTRAS ?= export,openvino,tensorrt-rtx,coreml,signing,tls,http,ui,plots,constrained,metrics,tracing,top,ray,devices,reference,dev
 STAMP := $(VENV)/.installed
+# Tests start many programs. Without files of compiled code each compiles our modules again.
+unexport PYTHONDONTWRITEBYTECODE
 DOCS := $(VENV)/.docs
 
 .PHONY: demo ui test test-full soak check docs format proto clean

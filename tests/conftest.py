@@ -4,6 +4,7 @@ steps that is not the user's.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -28,8 +29,17 @@ SAMPLES = Path(__file__).parents[1] / "samples"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files of tests that build come first: a long one that began last would run alone at the end."""
-    items.sort(key=lambda item: not item.path.is_relative_to(Path(__file__).parent / "export"))
+    """The files of tests that build come first, then those in this folder itself, whose programs take long: a long one
+    that began last would run alone at the end.
+    """
+    here = Path(__file__).parent
+    items.sort(key=lambda item: (not item.path.is_relative_to(here / "export"), item.path.parent != here))
+
+
+def pytest_collection_finish() -> None:
+    """All that the collected tests imported stays until the end: the garbage collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

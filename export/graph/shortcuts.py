@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any, Final
 from unittest.mock import patch
 
 import torch
 from torch import fx
+from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo
+from torch._export import utils as exporting
 from torch._functorch._aot_autograd.functional_utils import to_fun
 from torch._logging._internal import trace_log
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.sym_node import SymNode
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._sympy.functions import IntTrueDiv
 
@@ -25,6 +29,10 @@ OPERATIONS: Final = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
 """Operations on symbolic sizes whose result depends on nothing but the two expressions."""
 Promotion = type_promotion._TypePromotionInterpreter
 Runner = symbolic_shapes.PropagateUnbackedSymInts
+registry = cache(ONNXRegistry.from_torchlib)
+"""The functions that translate torch's operators to ONNX. torch reads their source code again for each trace, which
+takes 0.6 s; nothing adds to them.
+"""
 
 
 @contextmanager
@@ -36,10 +44,15 @@ def shortcuts() -> Iterator[None]:
             (Promotion, "run_node", _where_types_differ),
             (Runner, "run", _once_to_record_it),
             (SymNode, "maybe_as_int", _once_for_each_size),
+            (ONNXRegistry, "from_torchlib", lambda _: staticmethod(registry)),
+            (exporting, "_materialize_cpp_cia_ops", cache),  # asked once for each of some fifty libraries of operators
             *((SymNode, operation, _once_for_each_pair) for operation in OPERATIONS),
         ]
         for owner, name, changed in changes:
             stack.enter_context(patch.object(owner, name, changed(getattr(owner, name))))
+        stack.enter_context(
+            patch.dict(decomposition_table, {torch.ops.aten.native_group_norm.default: _shapes_of_norm})
+        )
         stack.enter_context(patch.object(trace_log, "handlers", []))  # a record of every size, which nobody reads
         # its keys of symbolic sizes take longer than computing a shape again
         stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
@@ -86,6 +99,15 @@ def _changes_a_tensor(node: fx.Node) -> bool:
 
 def _functional(value: Any) -> Any:
     return to_fun(value) if isinstance(value, torch.Tensor) else value
+
+
+def _shapes_of_norm(
+    x: torch.Tensor, weight: Any, bias: Any, batch: Any, channels: Any, positions: Any, groups: int, epsilon: float
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of a group norm, without values: torch finds their shapes by some twenty operations that the graph
+    does not have. x is [batch, channels, ...], means and deviations are [batch, groups].
+    """
+    return (torch.empty_like(x, memory_format=torch.contiguous_format), *(x.new_empty(batch, groups) for _ in range(2)))
 
 
 def _once_for_each_size(operation: Callable[[SymNode], int | None]) -> Callable[[SymNode], int | None]:

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 from torch.fx.experimental.sym_node import SymNode
+from torch.onnx._internal.exporter import _registration
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import export.graph.trace
 from export.graph.shortcuts import OPERATIONS
@@ -23,6 +25,9 @@ SIGNATURE = Signature(
     inputs=(Tensor(name="x", dtype="float32", dims=(BATCH, 4, EDGE, EDGE)),),
     outputs=(Tensor(name="y", dtype="float32", dims=(BATCH, 4, EDGE, EDGE)),),
 )
+
+SHAPES = {"y": (BATCH, 4, EDGE, EDGE), "turned": (BATCH, EDGE, 4, EDGE), "same": (BATCH, 4, EDGE, EDGE)}
+VIEWED = tuple(Tensor(name=name, dtype="float32", dims=dims) for name, dims in (SHAPES | {"soft": SHAPES["y"]}).items())
 
 
 class Small(nn.Module):
@@ -104,9 +109,16 @@ def test_the_graph_is_the_same_with_fewer_operations(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("kind", [Changing, Viewing])
 def test_outputs_that_are_inputs_and_tensors_that_are_changed(kind: type[nn.Module]) -> None:
-    shapes = {"y": (BATCH, 4, EDGE, EDGE), "turned": (BATCH, EDGE, 4, EDGE), "same": (BATCH, 4, EDGE, EDGE)}
-    outputs = [Tensor(name=name, dtype="float32", dims=dims) for name, dims in (shapes | {"soft": shapes["y"]}).items()]
-    signature = Signature(inputs=SIGNATURE.inputs, outputs=tuple(outputs))
+    signature = Signature(inputs=SIGNATURE.inputs, outputs=VIEWED)
     found = described(trace(kind(), signature))
     with patch.object(export.graph.trace, "shortcuts", nullcontext):
         assert found == described(trace(kind(), signature))
+
+
+def test_translations_of_operators_are_read_once_in_a_process() -> None:
+    trace(Viewing(), Signature(inputs=SIGNATURE.inputs, outputs=VIEWED))
+    made = ONNXRegistry.__dict__["from_torchlib"]
+    with patch.object(_registration, "_get_overload") as read:
+        trace(Viewing(), Signature(inputs=SIGNATURE.inputs, outputs=VIEWED))
+    read.assert_not_called()
+    assert isinstance(made, classmethod), "nothing of torch stays changed"
