@@ -92,6 +92,7 @@ PICTURE: Final = Export("picture-q8-0", CPP, ("-m", f"{INSIDE}.exports.picture_g
 UNET: Final = ("unet",)
 TEXT: Final = ("prefill", "decode")
 ANSWER: Final = ("first_token", *TEXT)
+CHAT: Final = ("first_token", "follow_up", *TEXT)
 
 
 def _hybrid(name: str, precision: str) -> Peer:
@@ -123,7 +124,7 @@ PEERS: Final = (
     _torch("diffusers-bf16", ImageRequest.task, "torch_unet", UNET, "bfloat16"),
     _torch("diffusers-compiled", ImageRequest.task, "torch_unet", UNET, "float32", compiled=True),
     _torch("diffusers-compiled-bf16", ImageRequest.task, "torch_unet", UNET, "bfloat16", compiled=True),
-    Peer("openvino-genai", ChatRequest.task, OPENVINO, "genai", INT4, ANSWER, {"quant": "int4"}),
+    Peer("openvino-genai", ChatRequest.task, OPENVINO, "genai", INT4, CHAT, {"quant": "int4"}),
     Peer("llama.cpp", ChatRequest.task, CPP, "llamacpp", DECODER, TEXT),
     _torch("transformers", ChatRequest.task, "torch_chat", ANSWER, "float32"),
     _torch("transformers-bf16", ChatRequest.task, "torch_chat", ANSWER, "bfloat16"),

@@ -1,5 +1,5 @@
-"""openvino-genai on optimum-intel's export of a LLaVA checkpoint: seconds to the first token about a new picture,
-prompt tokens and new tokens a second.
+"""openvino-genai on optimum-intel's export of a LLaVA checkpoint: seconds to the first token about a new picture and of
+the next turn about it, prompt tokens and new tokens a second.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from profiles.protocol import Metric
 
 QUESTION = 6
 """Words of the question about a picture, as long as ours."""
+ANSWER = 4
+"""Tokens of the answer between two turns, about as many as ours."""
 
 
 def load(job: Job) -> Loaded:
@@ -46,9 +48,18 @@ def load(job: Job) -> Loaded:
         picture = openvino.Tensor(rng.integers(0, 256, (EDGE, EDGE, 3), np.uint8))
         return timed(lambda: run(QUESTION, 1, images=[picture]))
 
-    metrics = {"first_token": Metric(unit="s"), **text_metrics(reached, new)}
+    def follow_up() -> float:
+        picture = openvino.Tensor(rng.integers(0, 256, (EDGE, EDGE, 3), np.uint8))
+        pipeline.start_chat()
+        try:
+            run(QUESTION, ANSWER, images=[picture])
+            return timed(lambda: run(QUESTION, 1))
+        finally:
+            pipeline.finish_chat()
+
+    metrics = {"first_token": Metric(unit="s"), "follow_up": Metric(unit="s"), **text_metrics(reached, new)}
     prefill = lambda: reached / timed(lambda: run(words, 1))  # noqa: E731
-    return metrics, {"first_token": first_token, "prefill": prefill, "decode": decode}
+    return metrics, {"first_token": first_token, "follow_up": follow_up, "prefill": prefill, "decode": decode}
 
 
 if __name__ == "__main__":
