@@ -27,7 +27,7 @@ from runtime.errors import SourceError, UnsupportedModel
 from runtime.language.text import Message
 from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import load_model
-from runtime.targets.openvino import engine as openvino
+from runtime.targets.openvino import compiling
 from runtime.tasks.chat import ChatRequest
 from tests.export.families.conftest import PICTURE, Make, answer, ask, library_answer
 
@@ -77,7 +77,7 @@ def mistral(make: Make) -> tuple[Path, Path]:
 def test_answers_beyond_the_window(mistral: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     for target in TARGETS:
         compare(*mistral, monkeypatch, target, 12, 55, 109)
-    monkeypatch.setattr(openvino, "fits", lambda signature: False)  # caches in states, as on other processors
+    monkeypatch.setattr(compiling, "fits", lambda signature: False)  # caches in states, as on other processors
     compare(*mistral, monkeypatch, "openvino", 109)
 
 

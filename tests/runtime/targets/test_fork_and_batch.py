@@ -19,7 +19,7 @@ from runtime.bundle.signature import Array
 from runtime.engine import Engine, Slot, SlotCall, targets
 from runtime.errors import EngineError
 from runtime.targets.onnxruntime import engine as onnxruntime
-from runtime.targets.openvino import engine as openvino
+from runtime.targets.openvino import compiling
 from runtime.targets.tensorrt.engine import TensorRT
 from tests.runtime.targets.conftest import Make, emulated, tokens
 from tests.runtime.targets.tensorrt.conftest import Loader, fake_tensorrt, load_fake
@@ -52,7 +52,7 @@ def decoder(
     submodel = bundle.submodel("decoder")
     graph = bundle.root / submodel.graph
     if case == "openvino, states":
-        monkeypatch.setattr(openvino, "fits", lambda signature: False)
+        monkeypatch.setattr(compiling, "fits", lambda signature: False)
     if case == "onnxruntime, older":
         monkeypatch.setattr(onnxruntime, "with_logits_start", lambda model, signature: None)
     if case == "cuda, float16":

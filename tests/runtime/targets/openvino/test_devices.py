@@ -14,7 +14,8 @@ from runtime.bundle.signature import Array
 from runtime.engine import Options
 from runtime.errors import EngineUnavailable
 from runtime.targets.openvino.devices import Where
-from runtime.targets.openvino.engine import OpenVINO, _least
+from runtime.targets.openvino.engine import OpenVINO
+from runtime.targets.openvino.fixed import is_least
 
 
 def core(*devices: str, places: dict[str, str] | None = None) -> Any:
@@ -85,7 +86,7 @@ def test_calls_of_the_least_lengths_leave_others_as_they_are(diffusion_bundle: P
     feeds = [
         {tensor.name: tensor.sample(lengths, rng) for tensor in submodel.signature.inputs} for lengths in (least, usual)
     ]
-    assert [_least(submodel.signature, {name: array.shape for name, array in feed.items()}) for feed in feeds] == [
+    assert [is_least(submodel.signature, {name: array.shape for name, array in feed.items()}) for feed in feeds] == [
         True,
         False,
     ]

@@ -20,8 +20,9 @@ from runtime.engine import Engine, Options
 from runtime.errors import EngineError
 from runtime.placing import choices
 from runtime.placing.containers import Allowance
-from runtime.targets.openvino import engine as openvino
-from runtime.targets.openvino.engine import OpenVINO, _core, _has_bfloat16
+from runtime.targets.openvino import deciding
+from runtime.targets.openvino.engine import OpenVINO
+from runtime.targets.openvino.settings import has_bfloat16, shared_core
 
 BATCH = Dim(name="batch", min=1, opt=1, max=2)
 LENGTH = Dim(name="length", min=1, opt=16, max=64)
@@ -124,7 +125,7 @@ def attention(folder: Path) -> Submodel:
 
 
 def test_only_the_named_attention_computes_in_bfloat16(tmp_path: Path) -> None:
-    if not _has_bfloat16(_core()):
+    if not has_bfloat16(shared_core()):
         pytest.skip("this processor has no bfloat16")
     submodel = attention(tmp_path)
     rng = np.random.default_rng(0)
@@ -148,14 +149,14 @@ def test_the_faster_attention_on_this_processor_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     """Real parts, compiled and run; what they take is planted."""
-    if not _has_bfloat16(_core()):
+    if not has_bfloat16(shared_core()):
         pytest.skip("this processor has no bfloat16")
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(choices.VARIABLE)
-    monkeypatch.setattr(openvino, "UNWORTHY", 0)
+    monkeypatch.setattr(deciding, "UNWORTHY", 0)
     monkeypatch.setattr(choices, "_known", {})
     made: list[Any] = []
-    prepare = openvino._Parts.__call__
+    prepare = deciding._Parts.__call__
 
     def planted(parts: Any, values: Mapping[str, str]) -> Any:
         run = prepare(parts, values)
@@ -163,7 +164,7 @@ def test_the_faster_attention_on_this_processor_is_taken(
         run()
         return lambda: 2.0 if values["attention"] == slow else 1.0
 
-    monkeypatch.setattr(openvino._Parts, "__call__", planted)
+    monkeypatch.setattr(deciding._Parts, "__call__", planted)
     monkeypatch.setattr(choices, "seconds", lambda part: part())
     submodel = attention(tmp_path).model_copy(update={"bfloat16": ("attn/Attention",)})
     engine = load(submodel, tmp_path)
@@ -184,7 +185,7 @@ def test_the_faster_attention_on_this_processor_is_taken(
 def test_choices_are_measured_for_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINECAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv(choices.VARIABLE)
-    monkeypatch.setattr(openvino, "UNWORTHY", 0)
+    monkeypatch.setattr(deciding, "UNWORTHY", 0)
     submodel = attention(tmp_path).model_copy(update={"bfloat16": ("attn/Attention",)})
     engine = load(submodel, tmp_path)
     assert all(decision.reason.startswith("measured on this processor") for decision in engine.decisions.values())
@@ -202,10 +203,10 @@ def test_little_work_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_threads_are_open_where_cores_run_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "allowance", lambda: Allowance(cpus=2))
+    monkeypatch.setattr(deciding, "allowance", lambda: Allowance(cpus=2))
     submodel = attention(tmp_path)
     for cores, values in ((1, {"threads": "all"}), (2, {}), (0, {})):
-        monkeypatch.setattr(openvino, "cores", lambda cores=cores: cores)
+        monkeypatch.setattr(deciding, "cores", lambda cores=cores: cores)
         engine = OpenVINO.load(submodel, tmp_path, Options(settings=values))
         assert ("threads" in engine.decisions) == bool(values)
         wanted = {"threads": "2"} if values else {}

@@ -13,7 +13,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Options, Slot, targets
 from runtime.errors import EngineError
-from runtime.targets.openvino import engine as openvino
+from runtime.targets.openvino import compiling
 from runtime.targets.openvino.pages import FIRST_CAPACITY, fits, has_pages
 
 FLOOR = 1e-4
@@ -66,7 +66,7 @@ def distance(got: Array, wanted: Array) -> float:
 def test_pages_give_what_states_give(vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     lengths = (7, 1, 4, FIRST_CAPACITY, 1)
     paged = load(vlm_bundle)
-    monkeypatch.setattr(openvino, "fits", lambda signature: False)
+    monkeypatch.setattr(compiling, "fits", lambda signature: False)
     states = load(vlm_bundle)
     assert has_pages(paged._compiled) and not has_pages(states._compiled)
     embeds = embeddings(paged, rows, sum(lengths))
@@ -75,7 +75,7 @@ def test_pages_give_what_states_give(vlm_bundle: Path, monkeypatch: pytest.Monke
 
 
 def test_states_can_be_trimmed(vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openvino, "fits", lambda signature: False)
+    monkeypatch.setattr(compiling, "fits", lambda signature: False)
     engine, slot = load(vlm_bundle), Slot()
     embeds = embeddings(engine, 1, 9)
     engine.run(call(embeds, np.ones((1, 9), np.int64)), slot)

@@ -11,7 +11,8 @@ from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import Array
 from runtime.engine import Options
-from runtime.targets.openvino.engine import OpenVINO, _core
+from runtime.targets.openvino.engine import OpenVINO
+from runtime.targets.openvino.settings import shared_core
 from runtime.targets.openvino.sharing import guided, has_conditions, share_rows
 
 LENGTHS = {"batch": 2, "sequence": 7}
@@ -60,7 +61,7 @@ def test_a_single_row_shares_nothing(diffusion_bundle: Path) -> None:
 
 def test_what_no_prompt_takes_part_in_has_one_row(diffusion_bundle: Path) -> None:
     submodel = denoiser(diffusion_bundle)
-    model = _core().read_model(diffusion_bundle / submodel.graph)
+    model = shared_core().read_model(diffusion_bundle / submodel.graph)
     model.reshape({name: list(array.shape) for name, array in call(submodel, True).items()})
     before = {
         node.get_friendly_name(): list(node.output(0).get_shape())
