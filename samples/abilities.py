@@ -15,9 +15,10 @@ import numpy as np
 
 from calibration.requests.exams import Case, Judged
 from export.preprocess import canny
+from runtime.diffusion.guides import Control
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import Control, ImageRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture
 from samples.world.edges import SHIFT, agreement
 from samples.world.questions import Case as Question

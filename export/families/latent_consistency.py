@@ -11,7 +11,7 @@ from typing import Any, Final
 from export.checkpoint.source import Source
 from export.families import stable_diffusion as base
 from export.family import Family
-from runtime.tasks.image import ImageDefaults
+from runtime.diffusion.defaults import ImageDefaults
 
 USUAL: Final = ImageDefaults(steps=4, guidance_scale=8.5)
 """As diffusers' LatentConsistencyModelPipeline has it."""

@@ -31,12 +31,12 @@ from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Signature, Tensor
 from runtime.diffusion.config import DiffusionConfig, Sizes
 from runtime.diffusion.controls import PICTURE, Controls
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.diffusion.published import CLASS, SchedulerConfig
 from runtime.diffusion.published import CLASSES as SCHEDULERS
 from runtime.diffusion.tokenizing import ClipTokenizer
 from runtime.errors import BundleError, InvalidInput, NotFound, SourceError, UnsupportedModel
 from runtime.limits import PROMPT_CHUNKS
-from runtime.tasks.image import ImageDefaults
 
 ADDITIONS: Final = ("lora", "adapter", "embedding", "controlnet", "ip_adapter", "vae")
 """The kinds of additions that the family and those descended from it take."""

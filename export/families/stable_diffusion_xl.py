@@ -19,7 +19,7 @@ from export.families import stable_diffusion as base
 from export.family import Family, Part
 from export.graph.trace import without_weights
 from runtime.bundle.signature import BATCH, Dim, Tensor
-from runtime.tasks.image import ImageDefaults
+from runtime.diffusion.defaults import ImageDefaults
 
 PIPELINES: Final = ("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
 ENCODERS: Final = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

@@ -20,10 +20,11 @@ from profiles.task import ProfileTask, Rate, Requests, Suite, TaskExam
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Frozen
 from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.errors import InvalidInput
 from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
-from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
+from runtime.tasks.image import ImageReady, ImageRequest
 
 PROMPT: Final = "a large red circle at the top left on a white background"
 INDEX: Final = "model_index.json"

@@ -13,6 +13,7 @@ from runtime.bundle.manifest import Frozen
 from runtime.diffusion.added import AddedConditions, conditions_of
 from runtime.diffusion.canvas import Original
 from runtime.diffusion.controls import Controls
+from runtime.diffusion.defaults import ImageAbilities, ImageDefaults
 from runtime.diffusion.forecast import FIELD, NONE, STORED, Plan, Stored
 from runtime.diffusion.guidance import Guidance
 from runtime.diffusion.latents import Vae
@@ -21,7 +22,7 @@ from runtime.diffusion.solver import Sampler, make_sampler, samplers
 from runtime.diffusion.styles import Styles
 from runtime.diffusion.variation import Variation
 from runtime.errors import BundleError, InvalidInput
-from runtime.tasks.image import ImageAbilities, ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageRequest
 
 
 class Sizes(Frozen):

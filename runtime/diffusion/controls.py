@@ -15,12 +15,12 @@ from PIL import Image
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
+from runtime.diffusion.guides import Control
 from runtime.diffusion.named import check_names
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.solver import Sampler
 from runtime.diffusion.tiling import Pixels
 from runtime.errors import InvalidInput
-from runtime.tasks.image import Control
 from runtime.vision.images import resized
 
 PICTURE: Final = "control_picture"

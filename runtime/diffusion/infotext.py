@@ -17,11 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.diffusion.further import SIZE, fields_of, plain, values_of
 from runtime.diffusion.hires import Hires
 from runtime.diffusion.labels import named, shown
 from runtime.errors import InvalidInput, quoted
-from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
+from runtime.tasks.image import ImageReady, ImageRequest
 
 KEY: Final = "parameters"
 """The keyword of the text in a PNG file."""

@@ -13,10 +13,10 @@ from pydantic import model_validator
 
 from runtime.bundle.manifest import Frozen
 from runtime.diffusion.calls import Arrays, Part, run
+from runtime.diffusion.guides import Style
 from runtime.diffusion.named import check_names
 from runtime.diffusion.schedule import Latents
 from runtime.errors import InvalidInput
-from runtime.tasks.image import Style
 from runtime.vision.preprocessing import ImagePreprocessor
 
 ENCODER: Final = "image_encoder"

@@ -53,6 +53,7 @@ from runtime.diffusion.config import DiffusionConfig
 from runtime.diffusion.controls import Controlling, controlling
 from runtime.diffusion.forecast import Forecast, Plan
 from runtime.diffusion.guidance import Guidance
+from runtime.diffusion.guides import Control, Style
 from runtime.diffusion.latents import Decoder, Encoder, Noise, noises
 from runtime.diffusion.schedule import Latents
 from runtime.diffusion.second import Second, inside, second
@@ -60,7 +61,7 @@ from runtime.diffusion.solver import Sampler, Walk
 from runtime.diffusion.styles import Styling, styling
 from runtime.kept import Kept
 from runtime.pipeline import Example, ModelPipeline, Note, Outputs, Pipeline, Progress, Room, reusing
-from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import ImageReady, ImageRequest
 
 PLAIN: Final = (TextEncoder("text_encoder", "tokenizer", "last_hidden_state"),)
 """The text encoder of models without added conditions."""

@@ -12,11 +12,12 @@ from typing import Annotated, Any, ClassVar, Final
 
 from pydantic import BeforeValidator, Field
 
+from runtime.diffusion.wording import drawn_from, reworded
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.files import read_regular
 from runtime.pipeline import Pipeline
 from runtime.script import Arguments, Make, Script
-from runtime.tasks.image import ImageRequest, drawn_from, reworded
+from runtime.tasks.image import ImageRequest
 
 PLACE: Final = "{prompt}"
 LARGEST: Final = 16 << 20

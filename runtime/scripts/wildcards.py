@@ -15,11 +15,12 @@ from typing import ClassVar, Final
 
 from runtime import limits
 from runtime.diffusion.sequence import in_turn
+from runtime.diffusion.wording import drawn_from, reworded
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.files import read_regular
 from runtime.pipeline import Pipeline
 from runtime.script import Arguments, Make, Script
-from runtime.tasks.image import ImageRequest, drawn_from, reworded
+from runtime.tasks.image import ImageRequest
 
 WILDCARD: Final = re.compile(r"__([\w-]+(?:[./][\w-]+)*?)__")
 MOST: Final = 1000

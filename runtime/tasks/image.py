@@ -1,30 +1,25 @@
-"""Pictures from a prompt: the request, its defaults, and the pictures."""
+"""Pictures from a prompt: the request, and the pictures."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
 
 from runtime import limits
-from runtime.bundle.manifest import Frozen
 from runtime.bundle.signature import Array
+from runtime.diffusion.guides import Control, Style
 from runtime.diffusion.hires import PROMPTS as PROMPTS  # for the modules above this one
 from runtime.diffusion.hires import Hires
-from runtime.errors import InvalidInput, SourceError, quoted
-from runtime.pipeline import Event, Pipeline, through
+from runtime.errors import InvalidInput, quoted
+from runtime.pipeline import Event
 from runtime.task import Request, Task
 from runtime.vision.images import Picture, PictureFile, check_picture, file_bytes, lengths
-
-DEFAULTS: Final = "enginecast.json"
-"""File of a checkpoint's folder with the defaults of its model, which the published layouts have no place for."""
 
 SIZES: Final = ("original_size", "crop_top_left", "target_size")
 CONDITIONS: Final = tuple(f"{of}{name}" for of in ("", "negative_") for name in (*SIZES, "aesthetic_score"))
@@ -35,106 +30,6 @@ ORIGINAL, NOISE, NOTHING = FILLS = ("original", "noise", "nothing")
 
 Edges = tuple[int, int, int, int]
 """What is added to a picture on the left, top, right and bottom, in pixels."""
-
-
-class ImageDefaults(Frozen):
-    """Defaults of a request. `sampler` None is the one that the model was published with; `strength` is for requests
-    that begin with a picture.
-    """
-
-    steps: int = Field(default=25, ge=1, le=limits.STEPS.most)
-    guidance_scale: float = Field(default=7.5, ge=0, le=limits.GUIDANCE.most)
-    sampler: str | None = None
-    strength: float = Field(default=0.8, ge=0, le=limits.STRENGTH.most)
-
-    @classmethod
-    def read(cls, folder: Path, usual: ImageDefaults | None = None) -> ImageDefaults:
-        """Those of the file `enginecast.json` of a checkpoint's folder, where there is one, else the family's usual.
-        Raises SourceError.
-        """
-        file, usual = folder / DEFAULTS, usual or cls()
-        if not file.is_file():
-            return usual
-        try:
-            own = cls.model_validate_json(file.read_bytes())
-        except ValidationError as error:
-            reasons = "; ".join(f"{'.'.join(map(str, found['loc']))}: {found['msg']}" for found in error.errors())
-            raise SourceError(
-                f"{file} gives no defaults that can be used: {reasons}. It may hold {', '.join(cls.model_fields)}"
-            ) from None
-        return usual.model_copy(update=own.model_dump(exclude_unset=True))
-
-
-class ImageAbilities(Frozen):
-    """What requests to a model may ask for. Edges of pictures are in pixels: `min_edge` to `max_edge`, multiples of
-    `edge_multiple`, `default_edge` where a request names none. `defaults` are those of the model, its sampler included,
-    `samplers` all that it can be drawn with. `image` is whether it can begin with a picture, `masked` whether it must
-    be given a mask. `controls`, `styles` and `loras` are the names of the bundle's, `conditions` those of CONDITIONS
-    that it takes.
-    """
-
-    min_edge: int
-    max_edge: int
-    default_edge: int
-    edge_multiple: int
-    defaults: ImageDefaults
-    samplers: tuple[str, ...] = ()
-    image: bool = False
-    masked: bool = False
-    controls: tuple[str, ...] = ()
-    styles: tuple[str, ...] = ()
-    loras: tuple[str, ...] = ()
-    conditions: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, found: Mapping[str, Any]) -> ImageAbilities | None:
-        """Those that a model says (`ModelPipeline.abilities`), None if it says none."""
-        return cls.model_validate(found) if found else None
-
-
-@dataclass(frozen=True, eq=False)
-class Control:
-    """A picture that a control network of the bundle follows, by the network's name: what the network was trained on,
-    such as white edges on black. It is a file, or uint8 RGB [height, width, 3], and is resized to what is drawn.
-
-    `scale` is how much of it counts. It counts in the steps between `start` and `end`, shares of all steps, 0 to 1.
-    """
-
-    name: str
-    image: Picture | PictureFile
-    scale: float = 1.0
-    start: float = 0.0
-    end: float = 1.0
-
-    def __post_init__(self) -> None:
-        limits.NAME.length("controls", self.name)
-        limits.CONTROL_SCALE.number("controls", self.scale)
-        for share in (self.start, self.end):
-            limits.CONTROL_SHARE.number("controls", share)
-        if self.start >= self.end:
-            raise InvalidInput(
-                "controls",
-                f"'{self.name}' is from {self.start:g} to {self.end:g}, expected a start below the end",
-            )
-        if isinstance(self.image, np.ndarray):
-            check_picture(self.image, "controls")
-
-
-@dataclass(frozen=True, eq=False)
-class Style:
-    """A picture whose content or style an image adapter of the bundle follows, by the adapter's name: a file, or uint8
-    RGB [height, width, 3]. `scale` is how much of it counts.
-    """
-
-    name: str
-    image: Picture | PictureFile
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        limits.NAME.length("styles", self.name)
-        limits.STYLE_SCALE.number("styles", self.scale)
-        if isinstance(self.image, np.ndarray):
-            check_picture(self.image, "styles")
 
 
 @dataclass(frozen=True, eq=False)
@@ -429,39 +324,6 @@ class ImageReady(Event):
     @property
     def counts(self) -> Mapping[str, int]:
         return {"pictures": 1}
-
-
-def drawn_from(pipeline: Pipeline, request: ImageRequest, parts: Sequence[ImageRequest]) -> Pipeline:
-    """Wrap a pipeline that draws picture i from the prompts of `parts` [i] instead of those of `request`: what differs
-    is told with the picture.
-    """
-
-    def told(event: Event) -> Iterator[Event]:
-        if isinstance(event, ImageReady):
-            part = parts[event.index]
-            changed = {
-                name: getattr(part, name)
-                for name in PROMPTS
-                if getattr(part, name) != getattr(request, name) and getattr(event, name) is None
-            }
-            event = replace(event, **changed)
-        yield event
-
-    return through(pipeline, told)
-
-
-def reworded(
-    request: ImageRequest, first: Callable[[str, str], str], second: Callable[[str, str], str]
-) -> ImageRequest:
-    """The request with what `first` makes of each prompt, and `second` of each one that the second pass has of its own,
-    given the name of its field and its text.
-    """
-    found: dict[str, Any] = {name: first(name, getattr(request, name)) for name in PROMPTS}
-    if (hires := request.hires) is not None:
-        own = {name: text for name in PROMPTS if (text := getattr(hires, name)) is not None}
-        later: dict[str, Any] = {name: second(f"hires.{name}", text) for name, text in own.items()}
-        hires = replace(hires, **later)
-    return replace(request, hires=hires, **found)
 
 
 TASK: Final = Task(ImageRequest, verb="generate")

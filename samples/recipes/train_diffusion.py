@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from runtime.tasks.image import DEFAULTS, ImageDefaults
+from runtime.diffusion.defaults import DEFAULTS, ImageDefaults
 from samples.world.scenes import (
     BACKGROUNDS,
     COLOURS,

@@ -11,12 +11,13 @@ import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
 
+from runtime.diffusion.defaults import ImageAbilities, ImageDefaults
 from runtime.diffusion.infotext import Infotext
 from runtime.diffusion.solver import samplers
 from runtime.errors import InvalidInput
 from runtime.grid.axes import Axis
 from runtime.grid.plan import NAMES, GridPlan
-from runtime.tasks.image import FILLS, ImageAbilities, ImageDefaults, ImageRequest
+from runtime.tasks.image import FILLS, ImageRequest
 from runtime.values import named, real
 from runtime.values import whole as whole_number
 from runtime.vision.enlarging import UPSCALERS

@@ -21,11 +21,12 @@ from runtime.bundle.manifest import Bundle, Submodel
 from runtime.bundle.precision import Precision
 from runtime.bundle.signature import BATCH, Signature, Tensor
 from runtime.diffusion.adapters import DOWN
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, Pipeline, Progress, drive
 from runtime.placing.loading import LoadedModel
-from runtime.tasks.image import ImageDefaults, ImageReady, ImageRequest
+from runtime.tasks.image import ImageReady, ImageRequest
 from samples.exams import Pictures
 
 

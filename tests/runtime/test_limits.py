@@ -11,10 +11,11 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 
 from runtime import limits
+from runtime.diffusion.guides import Control, Style
 from runtime.errors import InvalidInput, did_you_mean, quoted
 from runtime.language.text import Message
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import Control, ImageRequest, Style
+from runtime.tasks.image import ImageRequest
 from serving.enginecast_pb import chat_pb2, embed_pb2, image_pb2, inference_pb2, job_pb2, model_pb2
 
 PIXELS = np.zeros((2, 2, 3), np.uint8)

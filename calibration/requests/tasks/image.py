@@ -15,9 +15,10 @@ from calibration.requests.task import Beside, TaskRequests
 from runtime.bundle.signature import Array
 from runtime.diffusion.canvas import normalized
 from runtime.diffusion.config import DiffusionConfig
+from runtime.diffusion.guides import Control, Style
 from runtime.errors import InvalidInput
 from runtime.pipeline import Call, Event
-from runtime.tasks.image import Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture, resized
 from runtime.vision.preprocessing import Edge, ImagePreprocessor, Size
 

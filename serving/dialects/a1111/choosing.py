@@ -6,9 +6,10 @@ import hashlib
 import re
 from typing import Final
 
+from runtime.diffusion.defaults import ImageAbilities
 from runtime.errors import InvalidInput, did_you_mean
 from runtime.tasks.chat import ChatRequest
-from runtime.tasks.image import ImageAbilities, ImageRequest
+from runtime.tasks.image import ImageRequest
 from serving.dialects.a1111.fields import Options
 from serving.host.models import ModelHost
 from serving.host.states import ModelState, Status

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from runtime import limits
+from runtime.diffusion.defaults import ImageAbilities
+from runtime.diffusion.guides import Control, Style
 from runtime.diffusion.infotext import without_tags
 from runtime.diffusion.labels import LABELS, named
 from runtime.diffusion.solver import solvers
 from runtime.errors import InvalidInput
 from runtime.scripting import Scripts
-from runtime.tasks.image import Control, ImageAbilities, ImageRequest, Style
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture, PictureFile
 from serving.dialects.a1111.canvas import Ground, fitted, ground
 from serving.dialects.a1111.choosing import HASH

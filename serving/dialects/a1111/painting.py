@@ -11,9 +11,10 @@ from typing import Final
 
 import numpy as np
 
+from runtime.diffusion.defaults import ImageAbilities
 from runtime.diffusion.infotext import as_drawn, infotext
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import ImageAbilities, ImageReady, ImageRequest
+from runtime.tasks.image import ImageReady, ImageRequest
 from runtime.vision.images import Picture
 from serving.dialects.a1111.canvas import USUAL_BLUR
 from serving.dialects.a1111.drawing import Work

@@ -12,8 +12,10 @@ from fastapi import UploadFile
 from starlette.datastructures import FormData
 
 from runtime import limits
+from runtime.diffusion.defaults import ImageDefaults
+from runtime.diffusion.guides import Style
 from runtime.errors import InvalidInput
-from runtime.tasks.image import ImageDefaults, ImageRequest, Style
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture, PictureFile
 from serving.dialects.openai.fields import Drawing, Edit
 from serving.host.models import ModelHost

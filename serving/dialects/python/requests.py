@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from runtime.diffusion import guides
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput, NotFound
 from runtime.files import read_regular
 from runtime.language import text
 from runtime.language.grammar import Grammar
 from runtime.limits import PICTURE_BYTES
-from runtime.tasks import image
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.embed import EmbedRequest, Match
 from runtime.tasks.image import ImageRequest
@@ -251,13 +251,13 @@ def going_on(request: ImageRequest, drawing: Drawing, **more: Any) -> ImageReque
     return request.going_on(drawing.latents, drawing.images[0].seed, **more)
 
 
-def _style(style: Style) -> image.Style:
-    return image.Style(style.name, picture(style.image, "styles"), style.scale)
+def _style(style: Style) -> guides.Style:
+    return guides.Style(style.name, picture(style.image, "styles"), style.scale)
 
 
-def _control(control: Control) -> image.Control:
+def _control(control: Control) -> guides.Control:
     shown = picture(control.image, "controls")
-    return image.Control(control.name, shown, control.scale, control.start, control.end)
+    return guides.Control(control.name, shown, control.scale, control.start, control.end)
 
 
 def chat_request(

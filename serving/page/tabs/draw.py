@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import gradio as gr
 
+from runtime.diffusion.defaults import ImageAbilities, ImageDefaults
 from runtime.errors import EnginecastError, InvalidInput
-from runtime.tasks.image import ImageAbilities, ImageDefaults
 from serving.enginecast_pb import model_pb2
 from serving.page import lines
 from serving.page.backend import Models, Scripts, Visitor

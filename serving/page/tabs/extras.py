@@ -7,9 +7,9 @@ from typing import Any, Final
 
 import gradio as gr
 
+from runtime.diffusion.defaults import ImageAbilities
 from runtime.grid.axes import LORA, fields
 from runtime.grid.plan import NAMES
-from runtime.tasks.image import ImageAbilities
 from serving.cli.drawing import REFINED_FROM
 from serving.page.drawing import LARGER, SIZES
 from serving.page.parts import optional

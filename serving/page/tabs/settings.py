@@ -8,9 +8,10 @@ from typing import Any, Final
 import gradio as gr
 
 from runtime import limits
+from runtime.diffusion.defaults import ImageAbilities
 from runtime.diffusion.solver import samplers
 from runtime.grid.plan import NAMES
-from runtime.tasks.image import ImageAbilities, ImageRequest
+from runtime.tasks.image import ImageRequest
 from serving.page.drawing import EDGES, FILL, REST, SLOTS, Values
 from serving.page.parts import Updates, optional
 from serving.page.tabs import extras

@@ -16,8 +16,9 @@ from PIL import Image
 from export.build.build import build
 from export.build.options import Options
 from export.checkpoint.additions import Addition
+from runtime.diffusion.guides import Control, Style
 from runtime.placing.loading import load_model
-from runtime.tasks.image import CONDITIONS, Control, ImageRequest, Style
+from runtime.tasks.image import CONDITIONS, ImageRequest
 from runtime.vision.images import Picture
 from tests.export.checkpoint import loras
 from tests.export.families.test_controlnet import networks

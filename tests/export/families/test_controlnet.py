@@ -24,12 +24,13 @@ from export.build.state import Build
 from export.checkpoint.additions import Addition
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
+from runtime.diffusion.guides import Control
 from runtime.diffusion.published import SchedulerConfig
 from runtime.diffusion.solver import make_sampler
 from runtime.diffusion.variation import random_stream
 from runtime.errors import InvalidInput, UnsupportedModel
 from runtime.placing.loading import LoadedModel, open_pipeline
-from runtime.tasks.image import Control, ImageRequest
+from runtime.tasks.image import ImageRequest
 from tests.export.checkpoint.original import write_control
 from tests.export.families.conftest import drawn
 

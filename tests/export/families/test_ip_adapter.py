@@ -23,10 +23,11 @@ from export.build.state import Build
 from export.checkpoint.additions import Addition
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
+from runtime.diffusion.guides import Style
 from runtime.diffusion.variation import random_stream
 from runtime.errors import InvalidInput, NotFound, UnsupportedModel
 from runtime.placing.loading import LoadedModel, load_model, open_pipeline
-from runtime.tasks.image import ImageRequest, Style
+from runtime.tasks.image import ImageRequest
 from tests.export.families.conftest import TARGETS, drawn
 from tests.fakes.library import LibraryModel
 

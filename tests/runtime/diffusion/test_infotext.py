@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.diffusion.emphasis import parse
 from runtime.diffusion.hires import Hires
 from runtime.diffusion.infotext import KEY, Infotext, infotext, without_tags
 from runtime.errors import InvalidInput
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageRequest
 from runtime.vision.images import encode_image
 
 PUBLISHED = """girl with an artist's beret, determined, blue eyes, (((eyeshadow)))

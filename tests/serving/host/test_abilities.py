@@ -9,8 +9,8 @@ from google.protobuf import json_format
 
 from enginecast.testing.server import bundle
 from runtime.bundle.manifest import MANIFEST, Bundle
+from runtime.diffusion.defaults import ImageAbilities, ImageDefaults
 from runtime.diffusion.solver import samplers
-from runtime.tasks.image import ImageAbilities, ImageDefaults
 from serving.dialects.grpc.messages import model
 from serving.host.models import ModelHost
 from serving.host.offers import Offer

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.diffusion.defaults import ImageDefaults
 from runtime.diffusion.hires import Hires
 from runtime.diffusion.infotext import infotext
 from runtime.errors import InvalidInput
-from runtime.tasks.image import ImageDefaults, ImageRequest
+from runtime.tasks.image import ImageRequest
 from serving.enginecast_pb import model_pb2
 from serving.page.drawing import REST, SIZES, abilities, loras_of, painted, plan_of, recalled, request_of, scores_of
 

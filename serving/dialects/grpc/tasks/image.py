@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from runtime import limits
 from runtime.bundle.signature import Array
+from runtime.diffusion.guides import Control, Style
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
 from runtime.pipeline import Event, Progress
-from runtime.tasks.image import PROMPTS, SIZES, Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import PROMPTS, SIZES, ImageReady, ImageRequest
 from runtime.vision.images import PictureFile, decode_image
 from serving.dialects.grpc.messages import done_event, engines, file_of, given, png, queued, queued_event, timings
 from serving.dialects.grpc.task import GrpcTask

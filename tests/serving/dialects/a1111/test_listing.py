@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from webuiapi import WebUIApi
 
+from runtime.diffusion.defaults import ImageAbilities, ImageDefaults
 from runtime.diffusion.labels import LABELS
 from runtime.placing import devices
-from runtime.tasks.image import ImageAbilities, ImageDefaults
 from tests.fakes.proofs import proves
 from tests.fakes.web import send
 from tests.serving.dialects.a1111.conftest import DRAW, SHADES, Studio, b64

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from runtime.diffusion.guides import Control, Style
 from runtime.diffusion.hires import Hires
 from runtime.errors import InvalidInput
-from runtime.tasks.image import CONDITIONS, Control, ImageReady, ImageRequest, Style
+from runtime.tasks.image import CONDITIONS, ImageReady, ImageRequest
 from runtime.vision.images import PictureFile, decoded
 from serving.dialects.grpc.tasks.image import ImageStream, image_events, image_message, image_request
 from serving.dialects.python import requests
