@@ -83,7 +83,7 @@ def request_of(values: Values) -> ImageRequest:
         Control(str(name), Path(picture), float(scale), float(start), float(end))
         for name, picture, scale, start, end in _filled(values, "controls")
     ]
-    options["guess_mode"] = bool(values.get("guess_mode")) and bool(options["controls"])
+    options["guess_mode"] = bool(values.get("guess_mode"))
     options["scripts"] = scripts_of(values.get("scripts") or (), values.get("script_settings") or ())
     if values.get("previews"):
         options["preview_every"] = max(1, round((options["steps"] or 2 * PREVIEWS) / PREVIEWS))
@@ -188,12 +188,17 @@ def _first_picture(values: Values) -> dict[str, Any]:
             raise InvalidInput("mask", "is painted on nothing: give a first picture, or clear it")
         _check_no_picture(values, edges)
         return {}
-    found: dict[str, Any] = {"image": background.convert("RGB"), "extend": edges if any(edges) else None}
-    if mask is None and not any(edges):
-        return found | {"strength": values.get("strength")}
-    strength = values.get("strength") if values.get("keeps_shape") else None
-    part = {"mask": mask, "mask_blur": values.get("mask_blur") or None, "strength": strength}
-    return found | part | {"keep_unmasked": None if values.get("keep_unmasked", True) else False}
+    is_part, keeps_shape = mask is not None or any(edges), bool(values.get("keeps_shape"))
+    if keeps_shape and not is_part:
+        raise InvalidInput("keeps_shape", "is of a part of a picture: paint one, add an edge, or leave it out")
+    return {
+        "image": background.convert("RGB"),
+        "extend": edges if any(edges) else None,
+        "strength": values.get("strength") if keeps_shape or not is_part else None,
+        "mask": mask,
+        "mask_blur": values.get("mask_blur") or None,
+        "keep_unmasked": None if values.get("keep_unmasked", True) else False,
+    }
 
 
 def _check_no_picture(values: Values, edges: Sequence[int]) -> None:

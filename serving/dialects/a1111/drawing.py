@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
@@ -10,7 +9,6 @@ from typing import Any, Final
 from runtime import limits
 from runtime.diffusion.defaults import ImageAbilities
 from runtime.diffusion.guides import Control, Style
-from runtime.diffusion.infotext import without_tags
 from runtime.diffusion.labels import LABELS, named
 from runtime.diffusion.solver import solvers
 from runtime.errors import InvalidInput
@@ -22,6 +20,7 @@ from serving.dialects.a1111.choosing import HASH
 from serving.dialects.a1111.fields import Drawing, ImageToImage, Options, Unit
 from serving.dialects.a1111.passes import chosen_seed, noise_of, second_pass
 from serving.dialects.a1111.scripts import PLOT, chosen, varies
+from serving.dialects.a1111.words import words
 from serving.dialects.http.pictures import file_of
 
 PREVIEWS: Final = 10
@@ -29,9 +28,6 @@ PREVIEWS: Final = 10
 ANCESTRAL: Final = frozenset({"dpmpp_2m_sde", "dpmpp_sde", "euler_ancestral", "kdpm2_ancestral", "lcm"})
 """Solvers with noise in every step, as much as the web UI's have with the eta that is usual there."""
 USUAL_ETA: Final = 1.0
-EDITING: Final = re.compile(r"(?<!\\)\[[^\[\]]*(?::\s*[+-]?[\d.]+\s*\]|\|[^\[\]]*\])")
-"""Prompt editing and alternating words."""
-AND: Final = re.compile(r"\bAND\b")
 FIELDS: Final[Mapping[str, str]] = {
     "controls": "alwayson_scripts.ControlNet.args",
     "guess_mode": "alwayson_scripts.ControlNet.args",
@@ -104,7 +100,7 @@ def work(message: Drawing, options: Options, able: ImageAbilities | None, script
             f"{PLOT} draws whole pictures: send inpaint_full_res false, and inpainting_fill 1 with a mask",
         )
     shared = {
-        **_words(message),
+        **words(message),
         **_sampler(message),
         "width": message.width,
         "height": message.height,
@@ -133,19 +129,6 @@ def previews(options: Options) -> int:
     """Every how many steps a preview is drawn, 0 for none."""
     every = PREVIEWS if options.show_progress_every_n_steps is None else options.show_progress_every_n_steps
     return 0 if options.live_previews_enable is False else max(0, every)
-
-
-def _words(message: Drawing) -> dict[str, Any]:
-    """The prompts, and the LoRAs that are named in the first. What the web UI reads otherwise is refused."""
-    limits.PROMPT.length("prompt", message.prompt)
-    for name, text in (("prompt", message.prompt), ("negative_prompt", message.negative_prompt)):
-        if found := EDITING.search(text) or AND.search(text):
-            raise InvalidInput(
-                name, f"has '{found[0][:40]}', and prompts do not change between steps here, nor are they mixed "
-                "(AND): leave it out, or write \\[ for a bracket"
-            )  # fmt: skip
-    prompt, loras = (message.prompt, {}) if message.disable_extra_networks else without_tags(message.prompt)
-    return {"prompt": prompt, "negative_prompt": message.negative_prompt, "loras": loras}
 
 
 def _sampler(message: Drawing) -> dict[str, Any]:

@@ -7,12 +7,11 @@ from __future__ import annotations
 import secrets
 from typing import Any, Final
 
-from runtime import limits
 from runtime.diffusion.hires import Hires
-from runtime.diffusion.infotext import without_tags
 from runtime.diffusion.labels import named, upscaler
 from runtime.errors import InvalidInput
 from serving.dialects.a1111.fields import Drawing, TextToImage
+from serving.dialects.a1111.words import later_words
 
 SEEDS: Final = 1 << 32
 """Seeds that are chosen at random are below."""
@@ -47,8 +46,7 @@ def second_pass(message: Drawing) -> dict[str, Any]:
         "upscaler": upscaler(message.hr_upscaler or USUAL_UPSCALER),
         "steps": message.hr_second_pass_steps or None,
         "strength": strength,
-        "prompt": _prompt(message),
-        "negative_prompt": message.hr_negative_prompt or None,
+        **later_words(message),
         "sampler": _sampler(message),
     }
     first_width, first_height = message.firstphase_width or 0, message.firstphase_height or 0
@@ -57,21 +55,6 @@ def second_pass(message: Drawing) -> dict[str, Any]:
         return {"width": first_width or None, "height": first_height or None, "hires": hires}
     width, height = message.hr_resize_x or None, message.hr_resize_y or None
     return {"hires": Hires(None if width or height else message.hr_scale, width, height, **later)}
-
-
-def _prompt(message: TextToImage) -> str | None:
-    """The prompt of the second pass. Its LoRAs are those of the first."""
-    if not message.hr_prompt:
-        return None
-    limits.PROMPT.length("hr_prompt", message.hr_prompt)
-    if message.disable_extra_networks:
-        return message.hr_prompt
-    (_, loras), (prompt, later) = without_tags(message.prompt), without_tags(message.hr_prompt)
-    if loras != later:
-        raise InvalidInput(
-            "hr_prompt", "names other LoRAs than prompt: both passes have the same, so name them in both"
-        )
-    return prompt
 
 
 def _sampler(message: TextToImage) -> str | None:

@@ -101,7 +101,7 @@ def test_the_page_has_every_field_of_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_first_picture_and_what_is_painted_on_it() -> None:
-    plain = request_of({"prompt": "a", "canvas": canvas(CLEAR), "strength": 0.4, "mask_blur": 3})
+    plain = request_of({"prompt": "a", "canvas": canvas(CLEAR), "strength": 0.4})
     assert plain.image is not None
     assert (plain.mask, plain.strength, plain.mask_blur, plain.extend) == (None, 0.4, None, None)
     part = request_of({"prompt": "a", "canvas": canvas(CLEAR, brushed()), "strength": 0.4, "mask_blur": 3})
@@ -144,6 +144,10 @@ def test_nothing_painted_is_no_mask() -> None:
         ({"mask_blur": 3}, "mask_blur: is of a first picture"),
         ({"keep_unmasked": False}, "keep_unmasked: is of a first picture"),
         ({"mask_fill": "noise"}, "mask_fill: is of a part of a picture"),
+        ({"canvas": canvas(CLEAR), "keeps_shape": True}, "keeps_shape: is of a part of a picture"),
+        ({"canvas": canvas(CLEAR), "mask_blur": 3}, "mask_blur: is of a part of a picture"),
+        ({"canvas": canvas(CLEAR), "keep_unmasked": False}, "keep_unmasked: is of a part of a picture"),
+        ({"guess_mode": True}, "guess_mode: is of controls"),
     ],
 )
 def test_mistakes_name_the_field(values: dict[str, Any], said: str) -> None:

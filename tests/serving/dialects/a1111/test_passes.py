@@ -63,6 +63,8 @@ def test_fields_of_a_second_pass(studio: Studio) -> None:
         ({"denoising_strength": 2}, "denoising_strength: is 2"),
         ({"hr_second_pass_steps": 1001}, "hr_second_pass_steps: is 1001"),
         ({"hr_prompt": "<lora:x>"}, "hr_prompt: names other LoRAs than prompt"),
+        ({"hr_prompt": "a [b:c:0.5]"}, "hr_prompt: has '[b:c:0.5]'"),
+        ({"hr_negative_prompt": "a AND b"}, "hr_negative_prompt: has 'AND'"),
         ({"hr_scheduler": "Karras"}, "hr_scheduler: comes without a sampler"),
         ({"hr_checkpoint_name": "other"}, "hr_checkpoint_name: one model draws both passes"),
     ],
