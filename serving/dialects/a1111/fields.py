@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from runtime import limits
 from serving.dialects.http.states import Body, NoEffect, Refused
@@ -99,6 +99,11 @@ class Scripts(Body):
         return {str(name).lower(): value for name, value in given.items()} if isinstance(given, dict) else given
 
 
+def _given(value: Any) -> Any:
+    """null is as good as nothing, as with fields of one value."""
+    return {} if value is None else value
+
+
 class Drawing(Body):
     """What txt2img and img2img have in common. None is the model's own default."""
 
@@ -115,8 +120,8 @@ class Drawing(Body):
     width: int | None = None
     height: int | None = None
     eta: float | None = None
-    override_settings: Options = Options()
-    alwayson_scripts: Scripts = Scripts()
+    override_settings: Annotated[Options, BeforeValidator(_given, json_schema_input_type=Options | None)] = Options()
+    alwayson_scripts: Annotated[Scripts, BeforeValidator(_given, json_schema_input_type=Scripts | None)] = Scripts()
     force_task_id: str | None = TASK
     send_images: bool = True
     disable_extra_networks: bool = False
@@ -147,11 +152,6 @@ class Drawing(Body):
     do_not_save_samples: Annotated[bool | None, KEPT] = None
     do_not_save_grid: Annotated[bool | None, KEPT] = None
     infotext: str | None = None
-
-    @field_validator("override_settings", "alwayson_scripts", mode="before")
-    @classmethod
-    def _given(cls, value: Any) -> Any:
-        return {} if value is None else value
 
 
 class TextToImage(Drawing):

@@ -12,6 +12,7 @@ from webuiapi import ControlNetUnit
 from runtime import limits
 from runtime.diffusion.infotext import KEY
 from runtime.vision.images import decoded
+from serving.dialects.a1111.fields import TextToImage
 from tests.fakes.proofs import proves
 from tests.serving.dialects.a1111.conftest import DRAW, SHADES, Studio, b64
 
@@ -229,3 +230,8 @@ def test_hostile_bodies(studio: Studio) -> None:
             assert 400 <= status < 500, (body[:60], status, content)
             assert content["error"] and len(content["detail"]) <= limits.ERROR_TEXT.most
     assert studio.fake.alive()
+
+
+@pytest.mark.parametrize("name", ["override_settings", "alwayson_scripts"])
+def test_null_is_documented_where_it_is_taken(name: str) -> None:
+    assert {"type": "null"} in TextToImage.model_json_schema()["properties"][name]["anyOf"]
