@@ -9,6 +9,7 @@ from typing import Final
 
 from profiles.bench import SIZE
 from profiles.compare.verdicts import more_is_better
+from profiles.peers.measuring import RESIDENT
 from profiles.probes import BATCHED
 from profiles.roofline.bounds import COUNTED, WEIGHTS, call
 from profiles.roofline.rates import BANDWIDTH, MACHINE, PRODUCT
@@ -20,7 +21,7 @@ OURS: Final = "enginecast"
 QUALITY: Final = "right"
 SPEEDS: Final = ("picture", "decode", "embedding")
 """Metrics that stand for the speed of a model, the first that it has."""
-FACTS: Final = ("load", "memory", SIZE, f"{QUALITY}.", BATCHED, "served_", "energy.", COUNTED)
+FACTS: Final = ("load", "memory", RESIDENT, SIZE, f"{QUALITY}.", BATCHED, "served_", "energy.", COUNTED)
 """What the metrics begin with that are neither the speed of a call nor a score."""
 
 

@@ -43,6 +43,7 @@ ROWS = [
     *(row("right", "%", value, quant=quant) for quant, value in (("int8", 97.0), ("none", 98.0))),
     *(row("size", "GB", value, quant=quant) for quant, value in (("int8", 0.1), ("none", 0.4))),
     row("picture", "s", 9.0),
+    *(row(f"{kind}.picture", "GB", 2.0) for kind in ("memory", "resident")),
     *(row("batched", "pictures/min", 10.0 * batch**0.5, settings={"batch": batch}) for batch in (4, 1, 2)),
     *(row("served_throughput", "pictures/min", 9.0, settings={"load": "closed", "clients": one}) for one in (1, 4)),
     row("bandwidth", "GB/s", 20.0, source=MACHINE, target="numpy", quant="none"),
