@@ -18,7 +18,17 @@ from typer.core import TyperGroup
 from profiles.cli_forecast import forecast
 from profiles.compare.cli import compare
 from profiles.console import notes, out
-from profiles.options import LoadOptions, SizeOptions, Store, StoreAt, Targets, Threads, fitting, rows_file_of
+from profiles.options import (
+    LoadOptions,
+    PictureTokens,
+    SizeOptions,
+    Store,
+    StoreAt,
+    Targets,
+    Threads,
+    fitting,
+    rows_file_of,
+)
 from profiles.peers.cli import peers
 from profiles.report.cli import report
 from runtime.errors import EngineUnavailable, InvalidInput, MissingDependency
@@ -223,6 +233,7 @@ def score(
         str | None, typer.Option(metavar="STEPS", help="Steps of pictures that run the UNet. Default: every step.")
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, max=32, help="Pictures drawn together. Default: 16.")] = None,
+    picture_tokens: PictureTokens = None,
     threads: Threads = 0,
     store: Store = False,
     rows_file: StoreAt = None,
@@ -239,7 +250,8 @@ def score(
     if not bundles and source is None:
         raise InvalidInput("BUNDLE", "is missing: name at least one bundle, or a checkpoint with --source")
     task = subjects.task_of(source, bundles or ())
-    options = fitting(task, {"steps": steps, "guidance_scale": guidance_scale, "forecast": forecast, "batch": batch})
+    given = {"steps": steps, "guidance_scale": guidance_scale, "forecast": forecast, "batch": batch}
+    options = fitting(task, given | {"picture_tokens": picture_tokens})
     stored = rows_file_of(store, rows_file)
     exam = subjects.exam_of(source, bundles or (), ability)
     scored = exam.abilities[ability] if ability else exam

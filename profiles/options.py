@@ -11,6 +11,7 @@ import typer
 
 from calibration.ground import machine
 from runtime.errors import InvalidInput
+from runtime.limits import PICTURE_TOKENS
 from runtime.placing.measured import user_folder
 from serving.settings import Settings
 
@@ -21,6 +22,12 @@ Targets = Annotated[
     list[str] | None, typer.Option("--target", help="Engine to run on; repeat for several. Default: all of the bundle.")
 ]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads per engine, 0 = all cores.")]
+PictureTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=PICTURE_TOKENS.most, help="Positions that the model reads of each picture it is asked about."
+    ),
+]
 Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
 StoreAt = Annotated[
     Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
@@ -57,6 +64,7 @@ class SizeOptions:
     pictures: Annotated[
         bool | None, typer.Option("--pictures", help="With --serve, each question is about a picture of its own.")
     ] = None
+    picture_tokens: PictureTokens = None
 
 
 @dataclass(frozen=True)

@@ -336,6 +336,10 @@ LOOKUP: Final = Limit(
     "lookup_tokens", 16, "guesses of the next tokens in one call of the decoder",
     "0 is none; a call takes longer with more", (f"{CHAT}.lookup_tokens",), least=0,
 )  # fmt: skip
+PICTURE_TOKENS: Final = Limit(
+    "picture_tokens", 65_536, "positions of each picture", "0 is all of them; models have fewer",
+    (f"{CHAT}.picture_tokens",), least=0,
+)  # fmt: skip
 PREDICTION: Final = Limit(
     "prediction", TEXT.most, "characters", "as many as a conversation has", (f"{CHAT}.prediction",)
 )

@@ -31,6 +31,7 @@ from runtime.bundle.signature import nbytes
 from runtime.engine import Engine
 from runtime.errors import BundleError, InvalidInput
 from runtime.language.text import Message
+from runtime.limits import PICTURE_TOKENS
 from runtime.optional import require
 from runtime.pipeline import Engines, Event, Room, drive
 from runtime.pipelines.chat import ChatPipeline
@@ -54,10 +55,15 @@ class AnswerSettings(Frozen):
     new_tokens: int = Field(default=64, ge=2)
     pictures: bool = False
     """Whether each request to a server is about a picture of its own."""
+    picture_tokens: int = Field(default=0, ge=0, le=PICTURE_TOKENS.most)
+    """Positions of each picture, 0 is all."""
 
 
 def picture_question(model: LoadedModel, settings: AnswerSettings) -> ChatRequest:
-    return ChatRequest((Message("user", (_picture(0), QUESTION)),), max_tokens=1, temperature=0.0, beams=1)
+    return ChatRequest(
+        (Message("user", (_picture(0), QUESTION)),), max_tokens=1, temperature=0.0, beams=1,
+        picture_tokens=settings.picture_tokens,
+    )  # fmt: skip
 
 
 class Clock:
@@ -103,7 +109,7 @@ def chat_probes(model: LoadedModel, settings: AnswerSettings) -> list[Probe]:
     ]
     if pipeline.config.has_vision:
         about_picture = picture_question(model, settings)
-        length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids)}
+        length = {"prompt_tokens": len(pipeline.prompt(about_picture).ids), **_pruned(settings.picture_tokens)}
         found.insert(0, Probe("first_token", "s", lambda: seconds(lambda: answer(about_picture)), length))
         found.insert(1, Probe("follow_up", "s", follow_up(model, settings), length))
     return found
@@ -153,11 +159,19 @@ def chat_load(bundle: Bundle, settings: AnswerSettings) -> Requests:
     def request(number: int) -> ChatRequest:
         words = f"{number} {text}"
         content = (_picture(number), words) if settings.pictures else (words,)
-        return ChatRequest((Message("user", content),), max_tokens=settings.new_tokens, temperature=0.0, beams=1)
+        return ChatRequest(
+            (Message("user", content),), max_tokens=settings.new_tokens, temperature=0.0, beams=1,
+            picture_tokens=settings.picture_tokens,
+        )  # fmt: skip
 
     pipeline(request(0)).close()  # refused now where the context is too short
     sizes = {"prompt_tokens": prompt_tokens, "new_tokens": settings.new_tokens, "pictures": int(settings.pictures)}
-    return Requests(request, _tokens, "tokens/s", sizes)
+    return Requests(request, _tokens, "tokens/s", sizes | _pruned(settings.picture_tokens))
+
+
+def _pruned(picture_tokens: int) -> dict[str, int]:
+    """Among the settings of a row: the positions of each picture, where it has not all."""
+    return {"picture_tokens": picture_tokens} if picture_tokens else {}
 
 
 def _tokens(event: Event) -> float:
@@ -205,13 +219,22 @@ def _bytes_per_token(model: LoadedModel, past: int) -> float:
     return float(decoder.nbytes + states)
 
 
-def exam_settings(source: Path | None, bundles: Sequence[Path], count: int, options: Mapping[str, Any]) -> ExamSettings:
-    return ExamSettings(count=count)
+class AnswerExam(ExamSettings):
+    """Positions of each picture besides; None is all."""
+
+    picture_tokens: int | None = Field(default=None, ge=1, le=PICTURE_TOKENS.most)
 
 
-def answers(model: LoadedModel, cases: Sequence[Case], setting: ExamSettings) -> Iterator[Any]:
+def exam_settings(source: Path | None, bundles: Sequence[Path], count: int, options: Mapping[str, Any]) -> AnswerExam:
+    if source is not None and "picture_tokens" in options:
+        raise InvalidInput("picture-tokens", "is of bundles, other libraries read all positions: leave --source out")
+    return AnswerExam(count=count, **options)
+
+
+def answers(model: LoadedModel, cases: Sequence[Case], setting: AnswerExam) -> Iterator[Any]:
     for case in cases:
-        yield REQUESTS.result(drive(model.pipeline(case.request), model.engines))
+        request = replace(case.request, picture_tokens=setting.picture_tokens or 0)
+        yield REQUESTS.result(drive(model.pipeline(request), model.engines))
 
 
 def is_source(folder: Path) -> bool:
@@ -256,7 +279,7 @@ def source_subject(folder: Path, additions: Mapping[str, Mapping[str, Path]]) ->
 TASK: Final = ProfileTask(
     ChatRequest.task,
     "answers",
-    frozenset({"prompt-tokens", "new-tokens", "pictures"}),
+    frozenset({"prompt-tokens", "new-tokens", "pictures", "picture-tokens"}),
     AnswerSettings,
     picture_question,
     chat_probes,

@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.bundle.signature import Array
 from runtime.engine import Slot
@@ -19,6 +20,8 @@ from runtime.pipeline import Call, Event, Outputs
 T = TypeVar("T")
 Step = Generator[Call | Event, Outputs | None, T]
 """A part of a pipeline that results in a T."""
+Places = NDArray[np.int64]
+"""[sequence]: the number of each position, which tells the decoder where it stands among the others."""
 
 
 @dataclass
@@ -30,6 +33,7 @@ class Conversation:
     (see `runtime.language.vision`). A turn that shares no beginning with the one before simply starts anew. One request
     at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder. The
     next call first copies the slot `origin`. `reused` positions of the last prompt were held already.
+    `pruned` positions of its pictures were left out: what follows it has the numbers that it has behind all of them.
     """
 
     slot: Slot = field(default_factory=Slot)
@@ -37,6 +41,7 @@ class Conversation:
     given: Mapping[str, Array] = field(default_factory=dict)
     origin: Slot | None = None
     reused: int = 0
+    pruned: int = 0
 
     def shared(self, keys: Sequence[int]) -> int:
         """How many positions at the beginning are the same."""
@@ -44,7 +49,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A copy. It is made by its first call, before which this conversation must not go on."""
-        return Conversation(Slot(), list(self.held), self.given, self.slot)
+        return Conversation(Slot(), list(self.held), self.given, self.slot, pruned=self.pruned)
 
 
 def run(call: Call) -> Step[Outputs]:
@@ -60,17 +65,21 @@ def embed(ids: Sequence[int]) -> Step[Array]:
 
 
 def decode(
-    embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None, last: int = 1
-) -> Step[Scores]:
+    embeds: Array, keys: Sequence[int], conversation: Conversation, keep: int | None = None, last: int = 1,
+    places: Places | None = None,
+) -> Step[Scores]:  # fmt: skip
     """Feed embeddings [1, sequence, hidden] behind what the conversation holds, of which the slot first forgets all but
-    `keep` positions; the logits [last, vocab] of the last ones.
+    `keep` positions; the logits [last, vocab] of the last ones. `places` are the numbers of these positions, by default
+    those that follow.
     """
     past = len(conversation.held)
     total = past + len(keys)
+    if places is None:
+        places = np.arange(past, total, dtype=np.int64) + conversation.pruned
     inputs = {
         "inputs_embeds": embeds,
         "attention_mask": np.ones((1, total), np.int64),
-        "position_ids": np.arange(past, total, dtype=np.int64)[None],
+        "position_ids": places[None],
         **conversation.given,
     }
     outputs = yield from run(Call("decoder", inputs, conversation.slot, keep, conversation.origin, last))
@@ -93,16 +102,19 @@ def decode_tokens(tokens: Sequence[int], conversation: Conversation, keep: int |
     return (yield from decode(embeds, tokens, conversation, keep, len(tokens)))
 
 
-def prefill(embeds: Array, keys: Sequence[int], conversation: Conversation, shared: int, chunk: int) -> Step[Scores]:
-    """Bring the decoder from the first `shared` positions of what the conversation holds to the end of these, in calls
-    of at most `chunk` (0: one call).
+def prefill(
+    embeds: Array, keys: Sequence[int], places: Places, conversation: Conversation, shared: int, chunk: int
+) -> Step[Scores]:
+    """Bring the decoder from the first `shared` positions of what the conversation holds to the end of these, whose
+    numbers are `places`, in calls of at most `chunk` (0: one call).
     """
     if not shared:
         conversation.slot = Slot()
     conversation.held, keep = conversation.held[:shared], shared or None
+    conversation.pruned = int(places[-1]) + 1 - (shared + len(keys))
     for start in range(0, len(keys), chunk or len(keys)):
         piece = slice(start, start + (chunk or len(keys)))
-        logits = yield from decode(embeds[:, piece], keys[piece], conversation, keep)
+        logits = yield from decode(embeds[:, piece], keys[piece], conversation, keep, places=places[piece])
         keep = None
     behind: Scores = logits[0]
     return behind

@@ -15,9 +15,10 @@ from runtime.bundle.signature import Array
 from runtime.errors import BundleError, InvalidInput
 from runtime.kept import Kept
 from runtime.language.config import ChatConfig
-from runtime.language.decoder import Step, run
+from runtime.language.decoder import Places, Step, run
 from runtime.language.instruction import INPUT, Instructions
 from runtime.language.layout import Layout, Size, layout_named
+from runtime.language.pruning import diverse
 from runtime.language.text import Message
 from runtime.pipeline import Call, Outputs, Reused
 from runtime.vision.images import Picture, PictureFile
@@ -32,7 +33,8 @@ class Prompt:
     order.
 
     `keys` are the ids with each placeholder replaced by a negative number that tells its picture from others, so that
-    equal keys mean equal positions. `instruction` are the tokens that the encoder reads beside the pictures.
+    equal keys mean equal positions. `instruction` are the tokens that the encoder reads beside the pictures. Each
+    picture has `most` positions at most, 0 is any number: `pruned` are left out of all of them together.
     """
 
     ids: list[int]
@@ -45,6 +47,13 @@ class Prompt:
     instruction: Sequence[int] = ()
     digests: Sequence[bytes] = ()
     """What identifies each picture and what is read beside it."""
+    most: int = 0
+    pruned: int = 0
+
+    @property
+    def length(self) -> int:
+        """How far the numbers of its positions go, which are those of the prompt with all positions."""
+        return len(self.ids) + self.pruned
 
 
 class Vision:
@@ -72,6 +81,15 @@ class Vision:
         read = {INPUT: str(self.instructions.text.file)} if self.instructions else {}
         return {"pixel_values": self.layout.origin} | read
 
+    def check_pruned(self) -> None:
+        """Raise InvalidInput where the positions of a picture are none of its places, so that none can be left out."""
+        if len(self.config.encoders) > 1:
+            raise InvalidInput(
+                "picture_tokens",
+                f"is of models that see a picture place by place; this one's {self.config.encoders[-1]} sums every "
+                f"picture up in {self.config.tokens_per_image} positions: leave it out",
+            )
+
     def check(self, images: Sequence[Picture | PictureFile]) -> None:
         """Raise InvalidInput for more pictures than a prompt takes, and naming the one whose size the model cannot be
         shown.
@@ -85,40 +103,50 @@ class Vision:
         for image in images:
             self.layout.check(Size.of(image), image.field if isinstance(image, PictureFile) else "messages")
 
-    def prompt(self, ids: Sequence[int], messages: Sequence[Message]) -> Prompt:
-        """The prompt of the tokens of messages, with one placeholder per picture. Raises InvalidInput."""
+    def prompt(self, ids: Sequence[int], messages: Sequence[Message], most: int = 0) -> Prompt:
+        """The prompt of the tokens of messages, with one placeholder per picture, of which each has `most` positions at
+        most, 0 is any number. Raises InvalidInput.
+        """
         images = [image for message in messages for image in message.images]
         instruction = self.instructions(messages) if self.instructions and images else []
         digests = [_digest(image, instruction) for image in images]
         pictures = zip(images, digests, strict=True)
-        repeated, keys = list[int](), list[int]()
+        repeated, keys, pruned = list[int](), list[int](), 0
         for id in ids:
             count, key = 1, id
             if id == self.token:
                 image, digest = next(pictures)
-                count, key = self.layout.positions(Size.of(image)), _name(digest)
+                all_of = self.layout.positions(Size.of(image))
+                count = _kept(all_of, most)
+                key, pruned = _name(digest, count if count < all_of else 0), pruned + all_of - count
             repeated += [id] * count
             keys += [key] * count
         seen = len(repeated) - len(ids) + len(images)
-        return Prompt(repeated, keys, images, seen, instruction=instruction, digests=digests)
+        return Prompt(repeated, keys, images, seen, 0, instruction, digests, most, pruned)
 
-    def insert(self, prompt: Prompt, start: int, embeds: Array) -> Step[None]:
-        """Write the pictures' embeddings into those of the prompt from position `start` on, [1, sequence, hidden].
+    def insert(self, prompt: Prompt, start: int, embeds: Array) -> Step[Places]:
+        """Write the pictures' embeddings into those of the prompt from position `start` on, [1, sequence, hidden]; the
+        numbers of these positions. What is left of a picture has the numbers that it has in the whole picture.
 
         Encodes only the pictures that have positions there.
         """
-        places = np.flatnonzero(np.array(prompt.ids) == self.token)
-        ends = list(accumulate(self.layout.positions(Size.of(image)) for image in prompt.images))
-        passed = int((places < start).sum())
-        first = sum(end <= passed for end in ends)
-        if first == len(ends):
-            return
+        sizes = [self.layout.positions(Size.of(image)) for image in prompt.images]
+        ends = list(accumulate(_kept(size, prompt.most) for size in sizes))
+        shown = np.split(np.flatnonzero(np.array(prompt.ids) == self.token), ends)[:-1]
+        first = sum(int(own[-1]) < start for own in shown)
+        places = np.arange(len(prompt.ids), dtype=np.int64)
+        places += sum(sizes[:first]) - sum(map(len, shown[:first]))
         features = yield from self._features(prompt, first)
-        embeds[0, places[passed:] - start] = features[len(features) - (len(places) - passed) :]
+        for own, size, found in zip(shown[first:], sizes[first:], features, strict=True):
+            chosen, new = diverse(found, len(own)), own >= start
+            embeds[0, own[new] - start] = found[chosen[new]]
+            places[own] += chosen - np.arange(len(own))
+            places[own[-1] + 1 :] += size - len(own)
+        return places[start:]
 
-    def _features(self, prompt: Prompt, first: int) -> Step[Array]:
-        """The embeddings [positions, hidden] of the pictures from number `first` on, one picture behind the other. Each
-        picture is encoded once, and not at all if its features are held.
+    def _features(self, prompt: Prompt, first: int) -> Step[list[Array]]:
+        """The embeddings [positions, hidden] of the pictures from number `first` on. Each picture is encoded once, and
+        not at all if its features are held.
         """
         images, keys = prompt.images[first:], prompt.digests[first:]
         found = {key: features for key in keys if (features := self.seen.get(key)) is not None}
@@ -130,7 +158,7 @@ class Vision:
             for key, features in zip(new, encoded, strict=True):
                 self.seen.put(key, features, features.nbytes)
                 found[key] = features
-        return np.concatenate([found[key] for key in keys])
+        return [found[key] for key in keys]
 
     def _see(self, images: Sequence[Picture | PictureFile], instruction: Sequence[int]) -> Step[list[Array]]:
         """The embeddings [positions, hidden] of each picture."""
@@ -161,9 +189,16 @@ def encode(pixels: Array, encoders: Sequence[str], beside: Mapping[str, Array] |
     return outputs
 
 
-def _name(digest: bytes) -> int:
-    """A negative number that identifies a picture and what is read beside it."""
-    return -1 - int.from_bytes(digest[:8])
+def _kept(positions: int, most: int) -> int:
+    """How many positions a picture has of its own, where it has `most` at most."""
+    return min(positions, most) if most else positions
+
+
+def _name(digest: bytes, count: int) -> int:
+    """A negative number that identifies a picture, what is read beside it, and how many positions are left of it; 0 is
+    all.
+    """
+    return -1 - int.from_bytes((hashlib.sha256(digest + b"%d" % count).digest() if count else digest)[:8])
 
 
 def _digest(picture: Picture | PictureFile, instruction: Sequence[int]) -> bytes:

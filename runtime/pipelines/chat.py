@@ -158,7 +158,7 @@ class ChatPipeline(ModelPipeline):
                 found = prompt(messages)
             except ContextLengthExceeded:  # of an encoder that reads the texts, too
                 return False
-            return len(found.ids) + self._wanted(found, request) <= self.config.context_length
+            return found.length + self._wanted(found, request) <= self.config.context_length
 
         return prompt(slid(request.messages, fits))
 
@@ -168,13 +168,21 @@ class ChatPipeline(ModelPipeline):
             raise InvalidInput("messages", "show pictures, but the model has no vision: send text only")
         if self.vision:
             self.vision.check(request.images)
+        if request.picture_tokens:
+            self._check_pruned()
         messages = request.messages if request.raw else captioned(request.messages, self.config.caption)
         tools = [tool.spec for tool in request.tools.tools] if request.tools else ()
         ids = self.text.raw(messages[0]) if request.raw else self.text.encode(messages, tools)
         bos = self.config.bos_token_id
         if bos is not None and ids[:1] != [bos]:
             ids = [bos, *ids]
-        return self.vision.prompt(ids, messages) if self.vision else Prompt(ids, ids, [])
+        return self.vision.prompt(ids, messages, request.picture_tokens) if self.vision else Prompt(ids, ids, [])
+
+    def _check_pruned(self) -> None:
+        """Raise InvalidInput where pictures cannot lose positions."""
+        if self.vision is None:
+            raise InvalidInput("picture_tokens", "is of pictures, and the model has no vision: leave it out")
+        self.vision.check_pruned()
 
     def begin(self, prompt: Prompt) -> list[int]:
         """The tokens of the decoder that the answer follows."""
@@ -182,20 +190,20 @@ class ChatPipeline(ModelPipeline):
 
     def _wanted(self, prompt: Prompt, request: ChatRequest) -> int:
         """Positions of the context that the answer to a prompt should have."""
-        return self.config.defaults.longest(len(prompt.ids)) if request.max_tokens is None else request.max_tokens
+        return self.config.defaults.longest(prompt.length) if request.max_tokens is None else request.max_tokens
 
     def _room(self, prompt: Prompt, request: ChatRequest) -> int:
         """The most tokens of the answer. Raises ContextLengthExceeded."""
-        length, room = len(prompt.ids), self.config.context_length - len(prompt.ids)
+        room = self.config.context_length - prompt.length
         max_tokens = self._wanted(prompt, request)
         if request.max_tokens is None:
             max_tokens = max(room, 1) if request.fills_context else min(max_tokens, max(room, 1))
         if max_tokens > room:
             raise ContextLengthExceeded(
                 "messages" if room < 1 else "max_tokens",
-                f"the prompt has {length} tokens ({prompt.seen} of them for {len(prompt.images)} pictures) and the "
-                f"answer may have {max_tokens}, the model's context is {self.config.context_length}: shorten the one "
-                "or the other",
+                f"the prompt has {prompt.length} tokens ({prompt.seen + prompt.pruned} of them for "
+                f"{len(prompt.images)} pictures{', which count whole' * bool(prompt.pruned)}) and the answer may have "
+                f"{max_tokens}, the model's context is {self.config.context_length}: shorten the one or the other",
             )
         return max_tokens
 
@@ -252,9 +260,11 @@ class ChatPipeline(ModelPipeline):
         shared = conversation.shared(prompt.keys[:-1])  # the last token is always run: its logits are needed
         conversation.reused = shared
         embeds = yield from embed(prompt.ids[shared:])
+        places = np.arange(shared, len(prompt.ids), dtype=np.int64)
         if self.vision:
-            yield from self.vision.insert(prompt, shared, embeds)
-        return (yield from prefill(embeds, prompt.keys[shared:], conversation, shared, self.config.prefill_chunk))
+            places = yield from self.vision.insert(prompt, shared, embeds)
+        chunk = self.config.prefill_chunk
+        return (yield from prefill(embeds, prompt.keys[shared:], places, conversation, shared, chunk))
 
 
 def _finished(prompt: Prompt, tokens: Sequence[int], complete: bool, answer: Answer, reused: int) -> Finished:

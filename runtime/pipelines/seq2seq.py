@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from runtime.engine import Slot
-from runtime.errors import ContextLengthExceeded
+from runtime.errors import ContextLengthExceeded, InvalidInput
 from runtime.language.config import ChatConfig
 from runtime.language.decoder import Conversation, Step, decode_token, embed, run
 from runtime.language.processors import Scores
@@ -67,6 +67,9 @@ class Seq2SeqPipeline(ChatPipeline):
                 "max_tokens", f"is {max_tokens}, answers of the model have {context - 1} tokens at most"
             )
         return max_tokens
+
+    def _check_pruned(self) -> None:
+        raise InvalidInput("picture_tokens", "is of models without an encoder of prompts: leave it out")
 
     def _prefill(self, prompt: Prompt, conversation: Conversation) -> Step[Scores]:
         """Encode the prompt, and let the decoder begin; the logits [vocab] of the first token."""

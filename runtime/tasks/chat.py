@@ -63,6 +63,7 @@ NUMBERS: Final = {
     "min_p": limits.MIN_P,
     "logprobs": limits.LOGPROBS,
     "lookup_tokens": limits.LOOKUP,
+    "picture_tokens": limits.PICTURE_TOKENS,
 }
 """The limits of a request's numbers that depend on nothing else."""
 
@@ -88,7 +89,8 @@ class ChatRequest(Request):
     probability and with those of that many of the likeliest tokens. At most `lookup_tokens` of an answer's next
     tokens are guessed at a time from what prompt and answer repeat, and from `prediction`, a text that the answer
     repeats in great part. They are verified in one call of the decoder: the answer is the same, sooner where guesses
-    are right. With 0, and by default where there is no prediction, nothing is guessed. Raises InvalidInput naming the
+    are right. With 0, and by default where there is no prediction, nothing is guessed. The model reads at most
+    `picture_tokens` positions of each picture, those that are least alike; 0 is all. Raises InvalidInput naming the
     field.
     """
 
@@ -115,6 +117,7 @@ class ChatRequest(Request):
     lookup_tokens: int | None = None
     prediction: str = ""
     tools: Toolbox | None = None
+    picture_tokens: int = 0
 
     def __post_init__(self) -> None:
         if not self.messages:

@@ -82,6 +82,12 @@ class Answering:
     prediction: Annotated[
         str | None, typer.Option(help="A text that the answer repeats in great part: the same answer, sooner.")
     ] = None
+    picture_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=UINT32, help="Read so many positions of each picture, the least alike: sooner, with less detail."
+        ),
+    ] = None
     context_overflow: Annotated[
         str | None,
         typer.Option(

@@ -15,6 +15,7 @@ from calibration.requests.exams import Case, Exam, Judged
 from calibration.requests.tasks.chat import question
 from profiles import cli, rows, score, subjects
 from profiles.exam import Subject
+from profiles.tasks.chat import AnswerExam
 from profiles.tasks.image import PictureExam, defaults_of
 from profiles.together import drive_together
 from runtime.bundle.manifest import Bundle, Submodel
@@ -25,7 +26,9 @@ from runtime.diffusion.defaults import ImageDefaults
 from runtime.engine import FakeEngine
 from runtime.errors import BundleError, EnginecastError, InvalidInput, NotFound, SourceError
 from runtime.pipeline import Call, Pipeline, Progress, drive
+from runtime.pipelines.chat import ChatPipeline
 from runtime.placing.loading import LoadedModel
+from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageReady, ImageRequest
 from samples.exams import Pictures
 
@@ -164,8 +167,32 @@ def test_source_and_bundle_answer_alike(
     ended = CliRunner().invoke(cli.app, ["score", str(tiny_bundle), *options.split()])
     assert ended.exit_code == 0, ended.output
     assert [row.target for row in rows.read(stored) if row.metric == "right"] == ["torch", "onnxruntime"]
-    (source, bundle) = (list(one.results(exam.cases(4), setting_of(4))) for one in _subjects(tiny_vlm, tiny_bundle))
+    setting = AnswerExam(count=4)
+    (source, bundle) = (list(one.results(exam.cases(4), setting)) for one in _subjects(tiny_vlm, tiny_bundle))
     assert [answer.strip() for answer in source] == [answer.strip() for answer in bundle]
+
+
+def test_pictures_are_scored_with_fewer_positions(
+    tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows say how many; the library reads all."""
+    exam = Numbers()
+    exam.fingerprint = Bundle(tiny_bundle).manifest.source.fingerprint
+    monkeypatch.setattr(exams, "exams", lambda: (exam,))
+    stored, given = tmp_path / "rows.jsonl", ["score", str(tiny_bundle), "--picture-tokens", "2", "--count", "2"]
+    asked = list[int]()
+
+    def prompt(self: ChatPipeline, request: ChatRequest) -> Any:
+        asked.append(request.picture_tokens)
+        return prompted(self, request)
+
+    prompted = ChatPipeline.prompt
+    monkeypatch.setattr(ChatPipeline, "prompt", prompt)
+    ended = CliRunner().invoke(cli.app, [*given, "--target", "onnxruntime", "--store", "--rows", str(stored)])
+    assert ended.exit_code == 0, ended.output
+    assert {row.settings["picture_tokens"] for row in rows.read(stored)} == {2} == {*asked}
+    with pytest.raises(InvalidInput, match="picture-tokens: is of bundles"):
+        CliRunner().invoke(cli.app, [*given, "--source", str(tiny_vlm)], catch_exceptions=False)
 
 
 def test_a_checkpoint_without_an_exam_is_not_scored(tiny_bundle: Path) -> None:

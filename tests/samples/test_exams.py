@@ -17,6 +17,7 @@ from export.build.state import Build
 from profiles import subjects
 from profiles.exam import ExamSettings
 from profiles.score import score
+from profiles.tasks.chat import AnswerExam
 from runtime.errors import NotFound
 from runtime.placing.loading import load_model
 from samples.abilities import ATTRIBUTES
@@ -130,7 +131,7 @@ def test_captions_and_answers_are_right_in_bundles(tmp_path: Path) -> None:
     bundle, _ = build(Options("sample:shapes-blip2", tmp_path / "bundle", targets=targets, parity="twin"))
     for target in targets:
         with closing(load_model(bundle.root, target)) as model:
-            scores = score(subjects.bundle_subject(model), Captions(), ExamSettings(count=140))
+            scores = score(subjects.bundle_subject(model), Captions(), AnswerExam(count=140))
         assert scores.right >= 95 and scores.parts["caption"] >= 80
 
 

@@ -142,8 +142,8 @@ class Named(Body):
 
 
 class Completion(Body):
-    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams` and `lookup_tokens` are ours, for
-    `extra_body`."""
+    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams`, `lookup_tokens` and `picture_tokens`
+    are ours, for `extra_body`."""
 
     model: str
     messages: Messages
@@ -167,6 +167,7 @@ class Completion(Body):
     min_p: float | None = None
     beams: int | None = None
     lookup_tokens: int | None = None
+    picture_tokens: int | None = None
     logit_bias: Annotated[dict[str, Any] | None, Refused("single tokens are not weighted here", but=({},))] = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Named | None = None

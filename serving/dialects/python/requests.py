@@ -216,6 +216,10 @@ class ChatOptions(TypedDict, total=False):
     """A text that the answer repeats in great part, such as the file that it changes: tokens are guessed from it, too,
     4 at a time where `lookup_tokens` does not say.
     """
+    picture_tokens: int | None
+    """The most positions of each picture that the model reads, those that are least alike: the first token comes
+    sooner, with less detail. 0 is all of them.
+    """
     context_overflow: str | None
     """"refuse" (the default), or "slide": a conversation that does not fit the context is answered without its oldest
     turns. System messages, turns with pictures and the last question stay; `Answer.left_out` counts the rest.

@@ -12,7 +12,7 @@ import pytest
 
 from runtime.bundle.signature import Array
 from runtime.engine import FakeEngine, Slot
-from runtime.errors import BundleError, ContextLengthExceeded
+from runtime.errors import BundleError, ContextLengthExceeded, InvalidInput
 from runtime.language.decoder import Conversation
 from runtime.language.text import Message
 from runtime.language.vision import Prompt
@@ -97,6 +97,12 @@ def test_lengths_are_refused_before_any_call(pipeline: Seq2SeqPipeline) -> None:
         pipeline(ask("red", max_tokens=CONTEXT))
     events = list(drive(pipeline(ask("red")), engines()))
     assert isinstance(events[-1], Finished) and events[-1].completion_tokens == CONTEXT - 1
+
+
+def test_pictures_are_not_pruned(pipeline: Seq2SeqPipeline) -> None:
+    """Places in the prompt are not told to its encoder."""
+    with pytest.raises(InvalidInput, match="picture_tokens: is of models without an encoder of prompts: leave it out"):
+        pipeline(ask("red", picture_tokens=4))
 
 
 def test_a_bundle_without_a_start_is_refused(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ CHAT: Final[list[Row]] = [
     (("--logprobs", "2"), {"logprobs": 2}),
     (("--lookup-tokens", "3"), {"lookup_tokens": 3}),
     (("--prediction", "a fox"), {"prediction": "a fox"}),
+    (("--picture-tokens", "144"), {"picture_tokens": 144}),
     (("--seed", "9"), {"seed": 9}),
     (("--stop", "a", "--stop", "b"), {"stop": ("a", "b")}),
     (("--beams", "2"), {"beams": 2}),

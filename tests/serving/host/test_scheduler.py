@@ -120,7 +120,7 @@ QUESTIONS = [
     question("How many shapes are there?", 1),
     question("What colour is the circle? " * 5, 2),
     question("Is there a square?"),
-    question("Describe the picture.", 3),
+    replace(question("Describe the picture.", 3), picture_tokens=20),
     question("How many shapes are there?", 1),
 ]
 

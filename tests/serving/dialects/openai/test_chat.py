@@ -81,6 +81,7 @@ def test_a_conversation_with_a_picture(client: openai.OpenAI, fake: FakeServer, 
 
 
 @proves(CHAT, "temperature", "top_p", "seed", "max_tokens", "stop", "n", "top_k", "repetition_penalty", "beams")
+@proves(CHAT, "picture_tokens")
 def test_settings_reach_the_model(client: openai.OpenAI, asked: list[ChatRequest]) -> None:
     client.chat.completions.create(
         model="talk",
@@ -95,12 +96,12 @@ def test_settings_reach_the_model(client: openai.OpenAI, asked: list[ChatRequest
         store=False,
         tools=[],
         metadata={"a": "b"},
-        extra_body={"top_k": 3, "repetition_penalty": 1.5, "beams": 1},
+        extra_body={"top_k": 3, "repetition_penalty": 1.5, "beams": 1, "picture_tokens": 144},
     )
     (request,) = asked
     assert (request.temperature, request.top_p, request.seed, request.max_tokens) == (0.5, 0.9, 7, 2)
     assert (request.stop, request.answers, request.top_k, request.repetition_penalty) == (("x", "y"), 2, 3, 1.5)
-    assert request.beams == 1
+    assert (request.beams, request.picture_tokens) == (1, 144)
 
 
 @proves(CHAT, "frequency_penalty", "presence_penalty", "min_p", "response_format", "response_format.type")
