@@ -340,6 +340,10 @@ PICTURE_TOKENS: Final = Limit(
     "picture_tokens", 65_536, "positions of each picture", "0 is all of them; models have fewer",
     (f"{CHAT}.picture_tokens",), least=0,
 )  # fmt: skip
+DRAFT: Final = Limit(
+    "draft_tokens", 16, "guesses of the next tokens by the bundle's draft, in one call of the decoder",
+    "0 is none; each is a call of the draft", (f"{CHAT}.draft_tokens",), least=0,
+)  # fmt: skip
 PREDICTION: Final = Limit(
     "prediction", TEXT.most, "characters", "as many as a conversation has", (f"{CHAT}.prediction",)
 )

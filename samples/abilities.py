@@ -43,6 +43,8 @@ NIGHT: Final = "night"
 """The name of the LoRA."""
 EDGES: Final = "edges"
 """The name of the control network."""
+NEXT: Final = "next"
+"""The name of the draft."""
 
 
 def judge_picture(scene: Scene, picture: Picture) -> Judged:

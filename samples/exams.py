@@ -24,11 +24,13 @@ from runtime.bundle.manifest import Addition as BundleAddition
 from runtime.diffusion.controls import submodel
 from runtime.errors import NotFound, SourceError
 from runtime.files import key_of
+from runtime.language.drafting import SUBMODEL as DRAFT
 from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
 from runtime.vision.images import Picture
 from samples.abilities import (
     EDGES,
+    NEXT,
     NIGHT,
     controlled,
     conversed,
@@ -67,7 +69,8 @@ def fingerprint_of(folder: Path, components: Sequence[str], additions: Sequence[
     """
     found = {name: open_component(folder / name).fingerprint for name in components}
     added = [BundleAddition(kind=o.kind, name=o.name, scale=o.scale, fingerprint=addition(o)) for o in additions]
-    found |= {submodel(one.name): one.fingerprint for one in added if one.kind == "controlnet"}
+    names = {"controlnet": submodel, DRAFT: lambda name: DRAFT}
+    found |= {names[one.kind](one.name): one.fingerprint for one in added if one.kind in names}
     return key_of(found, *(one.model_dump() for one in added))
 
 
@@ -187,6 +190,9 @@ class Questions(SampleExam):
         "several-pictures": Ability("questions about a second picture answered right", 400, conversed)
     }
 
+    def variants(self) -> Sequence[Exam]:
+        return (Drafted(),)
+
     def request(self, picture: Picture, kind: str, text: str) -> ChatRequest:
         """A question of this kind, worded as the model takes it."""
         return question(picture, text)
@@ -211,6 +217,15 @@ class Questions(SampleExam):
         ]
 
 
+class Drafted(Questions):
+    """The same of a build with the draft that was trained for it."""
+
+    additions: ClassVar[Mapping[str, Mapping[str, Path]]] = {DRAFT: {NEXT: ADDED / f"{NEXT}.safetensors"}}
+
+    def variants(self) -> Sequence[Exam]:
+        return ()
+
+
 class Captions(Questions):
     """Captions of scenes and questions about them, worded as BLIP-2 takes them."""
 
@@ -218,6 +233,9 @@ class Captions(Questions):
     folder = "shapes-blip2"
     kinds = SCENE_KINDS
     abilities: ClassVar[Mapping[str, Ability]] = {}
+
+    def variants(self) -> Sequence[Exam]:
+        return ()
 
     def request(self, picture: Picture, kind: str, text: str) -> ChatRequest:
         return question(picture, blip2_prompt(kind, text))

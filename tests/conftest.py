@@ -90,19 +90,22 @@ def bundles(shared: Path) -> Path:
     return folder
 
 
-def cast(source: str, output: Path) -> Path:
-    """An unquantized bundle for every usable target, built by the first process that needs it. Imported late: tests
-    of the device side must not need the build side.
+def cast(source: str, output: Path, **additions: Path) -> Path:
+    """An unquantized bundle for every usable target, built by the first process that needs it. `additions` are files by
+    their kind. Imported late: tests of the device side must not need the build side.
     """
     from filelock import FileLock
 
     from export.build.build import build
     from export.build.options import Options
+    from export.checkpoint.additions import Addition
 
+    added = tuple(Addition(kind, path) for kind, path in additions.items())
     usable = tuple(name for name, engine in targets().items() if engine.available().usable)
     with FileLock(f"{output}.lock"):
         if not output.exists():
-            build(Options(source, output, targets=usable))
+            agreement = "none" if added else "auto"  # what is added is compared in tests of it
+            build(Options(source, output, targets=usable, additions=added, agreement=agreement))
     return output
 
 
@@ -116,6 +119,13 @@ def diffusion_bundle(bundles: Path) -> Path:
 def vlm_bundle(bundles: Path) -> Path:
     """The bundle of sample:shapes-vlm, unquantized. Tests that alter it take a copy."""
     return cast("sample:shapes-vlm", bundles / "shapes-vlm")
+
+
+@pytest.fixture(scope="session")
+def drafted_bundle(bundles: Path) -> Path:
+    """The same with the draft that was trained for it."""
+    draft = SAMPLES / "shapes-additions" / "next.safetensors"
+    return cast("sample:shapes-vlm", bundles / "shapes-vlm-drafted", draft=draft)
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from export.family import Reference
 from runtime.bundle.signature import BATCH, Dim, Port, Signature, State, Tensor
 from runtime.errors import SourceError, UnsupportedModel
+from runtime.language.decoder import HIDDEN
 
 ATTENTION: Final = "enginecast_kv"
 """Name of the attention and the mask function of decoders while they are traced."""
@@ -56,13 +57,13 @@ class Decoder(nn.Module):
     """A language model and its head, connected as in transformers' own forward.
 
     Takes inputs_embeds [batch, sequence, hidden], attention_mask [batch, total], position_ids [batch, sequence] and,
-    for each layer, keys and values [batch, heads, past, size]; gives logits [batch, 1, vocab] and keys and values
-    [batch, heads, total, size].
+    for each layer, keys and values [batch, heads, past, size]; gives logits [batch, 1, vocab], with `states` what they
+    are computed of [batch, 1, hidden], and keys and values [batch, heads, total, size].
     """
 
-    def __init__(self, decoder: Any, head: nn.Module) -> None:
+    def __init__(self, decoder: Any, head: nn.Module, states: bool = False) -> None:
         super().__init__()
-        self.decoder, self.head = decoder, head
+        self.decoder, self.head, self.states = decoder, head, states
 
     def forward(
         self, inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
@@ -78,7 +79,9 @@ class Decoder(nn.Module):
                 use_cache=True,
                 held=held,
             ).last_hidden_state
-        return (self.head(hidden[:, -1:]), *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+        last = hidden[:, -1:]
+        given = (self.head(last), last) if self.states else (self.head(last),)
+        return (*given, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
 
 class GrownLayer(DynamicLayer):
@@ -156,12 +159,16 @@ AttentionInterface.register(ATTENTION, _attention)
 AttentionMaskInterface.register(ATTENTION, _mask)
 
 
-def library_decoder(model: Any) -> Reference:
+def library_decoder(model: Any, states: bool = False) -> Reference:
     """The reference of a `Decoder`: the library's own forward with its own cache and attention, with the same inputs
     and outputs.
 
-    `model` is a model of transformers with a head.
+    `model` is a model of transformers with a head; `states` is as of `Decoder`.
     """
+    read = list[TorchTensor]()
+
+    def note(_head: nn.Module, inputs: tuple[TorchTensor, ...]) -> None:
+        read[:] = inputs[:1]
 
     def reference(
         inputs_embeds: TorchTensor, attention_mask: TorchTensor, position_ids: TorchTensor, *past: TorchTensor
@@ -169,22 +176,26 @@ def library_decoder(model: Any) -> Reference:
         cache = DynamicCache()
         for layer, (keys, values) in enumerate(zip(past[0::2], past[1::2], strict=True)):
             cache.update(keys, values, layer)
-        found = model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with model.get_output_embeddings().register_forward_pre_hook(note):
+            found = model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        given = (found.logits, read.pop()) if states else (found.logits,)
         layers: list[Any] = cache.layers
-        return (found.logits, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
+        return (*given, *(tensor for layer in layers for tensor in (layer.keys, layer.values)))
 
     return reference
 
 
-def decoder_signature(text: Any) -> Signature:
-    """Inputs, outputs and states of a `Decoder` of that config, under the names of transformers."""
+def decoder_signature(text: Any, states: bool = False) -> Signature:
+    """Inputs, outputs and states of a `Decoder` of that config, under the names of transformers. `states` is as
+    there.
+    """
     port, context = Port(), text.max_position_embeddings
     sequence = Dim(name=port.sequence, min=1, opt=1, max=context)
     past = Dim(name=port.past, min=0, opt=min(1024, context) - 1, max=context)
@@ -195,7 +206,10 @@ def decoder_signature(text: Any) -> Signature:
             Tensor(name=port.mask, dtype="int64", dims=(BATCH, total), values="ones"),
             Tensor(name=port.positions, dtype="int64", dims=(BATCH, sequence), values="positions"),
         ),
-        outputs=(Tensor(name=port.logits, dtype="float32", dims=(BATCH, 1, text.vocab_size)),),
+        outputs=(
+            Tensor(name=port.logits, dtype="float32", dims=(BATCH, 1, text.vocab_size)),
+            *((Tensor(name=HIDDEN, dtype="float32", dims=(BATCH, 1, text.hidden_size)),) if states else ()),
+        ),
         states=_states(text, past, total),
         port=port,
     )

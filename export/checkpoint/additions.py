@@ -45,6 +45,10 @@ KINDS: Final[Mapping[str, Kind]] = {
     "vae": Kind(
         "An autoencoder (folder of an AutoencoderTiny or AutoencoderKL) in place of the checkpoint's.", traced=False
     ),
+    "draft": Kind(
+        "A draft of a language model (.safetensors), which guesses tokens of answers where requests say so.",
+        traced=False,
+    ),
 }
 """Every kind that a family takes, by the name of its option."""
 

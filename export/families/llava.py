@@ -27,6 +27,8 @@ from export.architecture.decoders import (
     reduced_decoder,
     require_known,
 )
+from export.architecture.draft import KIND as DRAFT
+from export.architecture.draft import draft_parts, drafted
 from export.architecture.generation import Generation, read_generation
 from export.checkpoint.source import Source, read_json
 from export.checkpoint.tokenizer import tokenizer_file
@@ -104,13 +106,14 @@ class VisionLanguage:
     @property
     def family(self) -> Family:
         architectures = (self.model.__name__,)
-        return Family(self.name, "chat", architectures, self.parts, self.settings, self.assets, self.notes)
+        return Family(self.name, "chat", architectures, self.parts, self.settings, self.assets, self.notes, (DRAFT,))
 
     def parts(self, source: Source, reduced: bool) -> list[Part]:
         with without_weights():
             model = self.model(self.read_config(source, reduced)).eval()
         text, vision = model.config.text_config, model.config.vision_config
-        decoder = decoder_signature(text)
+        states, head = drafted(source), model.lm_head
+        decoder = decoder_signature(text, states)
         embeds, *_ = decoder.inputs
         images = Dim(name="images", min=1, opt=1, max=TILES)
         pixels = Tensor(
@@ -129,8 +132,9 @@ class VisionLanguage:
             Part("token_embedding", components, TokenEmbedding(model), _embed(model), Signature(inputs=(ids,),
                 outputs=(embeds,)),
                  activations=False),
-            Part("decoder", components, Decoder(model.model.language_model, model.lm_head), library_decoder(model),
-                decoder, activations=False),
+            Part("decoder", components, Decoder(model.model.language_model, head, states),
+                library_decoder(model, states), decoder, activations=False),
+            *draft_parts(source, components[0], head, text, reduced),
         ]  # fmt: skip
 
     def settings(self, source: Source) -> dict[str, Any]:
@@ -145,6 +149,7 @@ class VisionLanguage:
             image_token_id=model.image_token_index,
             tokens_per_image=patches(model),
             caption=CAPTION,
+            draft=drafted(source),
             **self.layout(source, model),
             defaults=generation.defaults,
         ).model_dump(mode="json")

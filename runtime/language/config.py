@@ -26,7 +26,7 @@ class ChatConfig(Frozen):
     `PlainText`). `encoders` turn pixels into features, each taking the outputs of the one before. `instruction` says
     how the last of them reads the texts of the conversation, where it does. A prompt takes `most_pictures`; 0 is any
     number that its context holds. `prefill_chunk` cuts long prompts into decoder calls of at most that many tokens; 0
-    is one call.
+    is one call. `draft` says that the bundle has a draft (`runtime.language.drafting`).
     """
 
     context_length: int = Field(ge=1, le=LONGEST)
@@ -44,6 +44,7 @@ class ChatConfig(Frozen):
     instruction: InstructionConfig | None = None
     most_pictures: int = Field(default=0, ge=0)
     prefill_chunk: int = Field(default=0, ge=0, le=LONGEST)
+    draft: bool = False
     defaults: ChatDefaults = ChatDefaults()
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ Step = Generator[Call | Event, Outputs | None, T]
 """A part of a pipeline that results in a T."""
 Places = NDArray[np.int64]
 """[sequence]: the number of each position, which tells the decoder where it stands among the others."""
+HIDDEN: Final = "hidden_states"
+"""What the logits are computed of, float32 [batch, 1, hidden]: an output of decoders with a draft, and its input."""
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Conversation:
     at a time may use it. `given` are further inputs of every call, such as the keys and values of an encoder. The
     next call first copies the slot `origin`. `reused` positions of the last prompt were held already.
     `pruned` positions of its pictures were left out: what follows it has the numbers that it has behind all of them.
+    `hidden` [last, hidden] are the states of the positions that the last call gave logits of, where the decoder gives
+    them.
     """
 
     slot: Slot = field(default_factory=Slot)
@@ -42,6 +46,7 @@ class Conversation:
     origin: Slot | None = None
     reused: int = 0
     pruned: int = 0
+    hidden: Array | None = None
 
     def shared(self, keys: Sequence[int]) -> int:
         """How many positions at the beginning are the same."""
@@ -49,7 +54,8 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A copy. It is made by its first call, before which this conversation must not go on."""
-        return Conversation(Slot(), list(self.held), self.given, self.slot, pruned=self.pruned)
+        held = list(self.held)
+        return Conversation(Slot(), held, self.given, self.slot, pruned=self.pruned, hidden=self.hidden)
 
 
 def run(call: Call) -> Step[Outputs]:
@@ -86,6 +92,7 @@ def decode(
     # Only now: if the call was abandoned, the next turn trims the slot to what is known.
     conversation.held.extend(keys)
     conversation.origin = None
+    conversation.hidden = outputs[HIDDEN][0, -last:] if HIDDEN in outputs else None
     return np.asarray(outputs["logits"][0, -last:], np.float32)
 
 

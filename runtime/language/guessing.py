@@ -6,7 +6,8 @@ chosen is the one that was guessed, the next logits are there already. So the an
 for a guess that is certain, rejection sampling accepts exactly where a token drawn by itself is the guess.
 
 Prompt lookup guesses what followed the last tokens where they stood before, in the prompt or in the answer (Yang et al.
-2023, arXiv:2304.04487, "inference with reference").
+2023, arXiv:2304.04487, "inference with reference"). The draft of a bundle guesses by what it learned: before the
+lookup, which is wrong more often, but not while text is repeated.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from itertools import takewhile
 from typing import Final
 
 from runtime.language.decoder import Conversation, Step, decode_tokens
+from runtime.language.drafting import Draft
 from runtime.language.processors import Scores
 
 SIZES: Final = (4, 3, 2)
@@ -26,10 +28,11 @@ SIZES: Final = (4, 3, 2)
 class Lookup:
     """The tokens of a prompt and its answer so far, by what stands before them. The answer is expected to be like
     `prediction`. Nothing is guessed from a token of `never` on: no answer has it, or none goes on behind it.
+    `repeats` says that text is being repeated, as far as is known.
     """
 
     def __init__(self, tokens: Sequence[int], never: Collection[int] = (), prediction: Sequence[int] = ()) -> None:
-        self._tokens, self._never = list[int](), never
+        self._tokens, self._never, self.repeats = list[int](), never, bool(prediction)
         self._behind = dict[tuple[int, ...], int]()
         """Where the tokens go on behind the last place of each few of them."""
         self._followed: int | None = None
@@ -41,7 +44,7 @@ class Lookup:
     def fork(self) -> Lookup:
         """One for another answer, which begins where this one is."""
         made = Lookup((), self._never)
-        made._tokens, made._behind = self._tokens.copy(), self._behind.copy()
+        made._tokens, made._behind, made.repeats = self._tokens.copy(), self._behind.copy(), self.repeats
         return made
 
     def push(self, token: int) -> None:
@@ -68,12 +71,16 @@ class Lookup:
 
 
 class Guessing:
-    """Feeds the tokens of one answer to the decoder, with at most `count` guesses each. `guessed` counts the guesses,
-    `accepted` those that spared a call.
+    """Feeds the tokens of one answer to the decoder, with at most `count` guesses of the lookup each, or with those of
+    the draft. `guessed` counts the guesses, `accepted` those that spared a call.
     """
 
-    def __init__(self, conversation: Conversation, count: int, lookup: Lookup) -> None:
-        self._conversation, self._count, self._lookup = conversation, count, lookup
+    def __init__(self, conversation: Conversation, count: int, lookup: Lookup, draft: Draft | None = None) -> None:
+        self._conversation, self._count, self._lookup, self._draft = conversation, count, lookup, draft
+        self._looked_up = False
+        """Whether the last guesses were the lookup's."""
+        self._place = 0
+        """The position of the decoder's last call that the next token is chosen behind."""
         self._ahead = deque[tuple[int, Scores]]()
         """The guesses behind the tokens so far, with the logits behind each."""
         self.guessed = self.accepted = 0
@@ -84,14 +91,27 @@ class Guessing:
             self._lookup.push(token)
         if self._ahead and self._ahead[0][0] == token:
             self.accepted += 1
+            self._place += 1
             return self._ahead.popleft()[1]
+        if self._looked_up:
+            self._lookup.repeats = not self._ahead
         keep = self.forget()
-        guesses = self._lookup.guess(min(self._count, room - 1)) if self._count else []
+        guesses = yield from self._guesses(token, room - 1)
         logits = yield from decode_tokens([token, *guesses], self._conversation, keep)
-        self.guessed += len(guesses)
+        self.guessed, self._place = self.guessed + len(guesses), 0
         self._ahead.extend(zip(guesses, logits[1:], strict=True))
         behind: Scores = logits[0]
         return behind
+
+    def _guesses(self, token: int, room: int) -> Step[list[int]]:
+        """Those of the lookup where its last ones were all right, else of the draft, else of the lookup."""
+        found, drafted = self._lookup.guess(min(self._count, room)) if self._count else [], list[int]()
+        if self._draft is not None and not (found and self._lookup.repeats):
+            hidden = self._conversation.hidden
+            assert hidden is not None, "the decoder of a bundle with a draft gives its hidden states"
+            drafted = yield from self._draft.guess(token, hidden[self._place], room)
+        self._looked_up = bool(found) and not drafted
+        return drafted or found
 
     def forget(self) -> int | None:
         """Take guesses that were not accepted out of what the conversation holds. The number of positions that are

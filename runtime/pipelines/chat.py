@@ -8,6 +8,7 @@ The submodels that a chat bundle has, and what this pipeline calls them with:
     token_embedding  input_ids int64 [1, sequence] -> inputs_embeds float32 [1, sequence, hidden]
     decoder          inputs_embeds, attention_mask int64 [1, total], position_ids int64 [1, sequence] -> logits float32
                      [1, 1, vocab]
+    draft            guesses of the next tokens, where a bundle has it (`runtime.language.drafting`)
 
 The decoder gives the logits of the last position only, and keeps keys and values in the call's slot. The prompt has one
 placeholder token per picture, which is repeated once for each position that the picture takes, and the picture's
@@ -32,6 +33,7 @@ from runtime.language.calling import called
 from runtime.language.config import ChatConfig
 from runtime.language.constraint import Constraint, Constraints
 from runtime.language.decoder import Conversation, Step, embed, prefill
+from runtime.language.drafting import Draft
 from runtime.language.guessing import Guessing, Lookup
 from runtime.language.logprobs import Logprobs, Pieces
 from runtime.language.overflow import slid
@@ -88,6 +90,9 @@ class ChatPipeline(ModelPipeline):
             return Example(what, ChatRequest(messages, max_tokens=1, seed=0), optional)
 
         yield example("a question", question)
+        if self.config.draft:
+            drawn = ChatRequest((question,), 4, temperature=1.0, top_k=0, top_p=1.0, seed=0, draft_tokens=2)
+            yield Example("guesses of the draft", drawn)  # drawn, so that an end token is not all that it says
         if self.vision:
             yield example("a picture", Message("user", shown))
             yield example("a picture behind the text", Message("user", ("x", picture)), optional=True)
@@ -112,6 +117,8 @@ class ChatPipeline(ModelPipeline):
         with the counts.
         """
         sampling, beams = request.sampling(self.config.defaults), request.search(self.config.defaults)
+        if request.draft_tokens and not self.config.draft:
+            raise InvalidInput("draft_tokens", "needs a draft, which this model was built without: leave it out")
         stops = (*request.stop, *self.config.defaults.stop)
         wanted = request.count(self.config.defaults)
         count = wanted if sampling.temperature or beams.count > 1 else 1
@@ -217,11 +224,12 @@ class ChatPipeline(ModelPipeline):
         with self.prefixes.keeping(conversation):
             logits = yield from self._prefill(prompt, conversation)
             lookup = self._lookup(request, prompt)
+            draft = Draft(request.draft_tokens, self._never) if request.draft_tokens else None
             for answer, choice in zip(answers, choices, strict=True):
                 held = conversation if len(answers) == 1 else conversation.fork()
                 logprobs, guessing = (
                     Logprobs(self.pieces, request.logprobs),
-                    Guessing(held, request.guesses, lookup.fork()),
+                    Guessing(held, request.guesses, lookup.fork(), draft),
                 )
                 tokens = yield from continued(self.begin(prompt), logits, choice, logprobs, answer, guessing)
                 complete = choice.complete or answer.stopped or tokens[-1] in choice.bounds.ends
@@ -232,10 +240,14 @@ class ChatPipeline(ModelPipeline):
         """Where the tokens of answers are guessed from; nothing where none are."""
         if not request.guesses:
             return Lookup(())
-        pictures = self.config.image_token_id
-        never = (*self.config.eos_token_ids, *(() if pictures is None else (pictures,)))
         predicted = self.text.tokenizer.encode(request.prediction, add_special_tokens=False).ids
-        return Lookup(prompt.ids, never, predicted)
+        return Lookup(prompt.ids, self._never, predicted)
+
+    @property
+    def _never(self) -> tuple[int, ...]:
+        """Tokens that are not guessed: no answer has them, or none goes on behind them."""
+        pictures = self.config.image_token_id
+        return (*self.config.eos_token_ids, *(() if pictures is None else (pictures,)))
 
     def _search(
         self, prompt: Prompt, state: BeamSearch, answers: Sequence[Answer], conversation: Conversation

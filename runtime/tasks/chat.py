@@ -64,6 +64,7 @@ NUMBERS: Final = {
     "logprobs": limits.LOGPROBS,
     "lookup_tokens": limits.LOOKUP,
     "picture_tokens": limits.PICTURE_TOKENS,
+    "draft_tokens": limits.DRAFT,
 }
 """The limits of a request's numbers that depend on nothing else."""
 
@@ -88,10 +89,10 @@ class ChatRequest(Request):
     when they are complete; the length may cut them. With `logprobs`, each token of an answer comes with its log
     probability and with those of that many of the likeliest tokens. At most `lookup_tokens` of an answer's next
     tokens are guessed at a time from what prompt and answer repeat, and from `prediction`, a text that the answer
-    repeats in great part. They are verified in one call of the decoder: the answer is the same, sooner where guesses
-    are right. With 0, and by default where there is no prediction, nothing is guessed. The model reads at most
-    `picture_tokens` positions of each picture, those that are least alike; 0 is all. Raises InvalidInput naming the
-    field.
+    repeats in great part, or at most `draft_tokens` by the draft that the bundle was built with. They are verified in
+    one call of the decoder: the answer is the same, sooner where guesses are right. With 0, and by default where there
+    is no prediction, nothing is guessed. The model reads at most `picture_tokens` positions of each picture, those
+    that are least alike; 0 is all. Raises InvalidInput naming the field.
     """
 
     task: ClassVar[str] = "chat"
@@ -115,6 +116,7 @@ class ChatRequest(Request):
     fills_context: bool = False
     raw: bool = False
     lookup_tokens: int | None = None
+    draft_tokens: int = 0
     prediction: str = ""
     tools: Toolbox | None = None
     picture_tokens: int = 0
@@ -203,9 +205,9 @@ class ChatRequest(Request):
         count = usual if self.beams is None else self.beams
         if count > 1 and alone:
             raise InvalidInput(alone[0], f"does not go with {count} beams: send beams 1, or leave it out")
-        if count > 1 and self.guesses:
-            field = "lookup_tokens" if self.lookup_tokens else "prediction"
-            raise InvalidInput(field, f"does not go with {count} beams: send beams 1, or leave it out")
+        guessing = next((name for name in ("draft_tokens", "lookup_tokens") if getattr(self, name)), "prediction")
+        if count > 1 and (self.guesses or self.draft_tokens):
+            raise InvalidInput(guessing, f"does not go with {count} beams: send beams 1, or leave it out")
         if count > 1 and temperature:
             raise InvalidInput(
                 "beams", f"is {count} and temperature {temperature}: beams are searched, not drawn; send temperature 0"
@@ -228,7 +230,7 @@ class ChatRequest(Request):
 
     @property
     def guesses(self) -> int:
-        """The most tokens that are guessed at a time."""
+        """The most tokens that are looked up at a time."""
         if self.lookup_tokens is None:
             return GUESSED if self.prediction else 0
         return self.lookup_tokens
@@ -278,7 +280,7 @@ class Finished(Event):
     """Answer number `answer` is complete. `reason` is "stop" (end token, stop string, or the grammar is complete) or
     "length" (max tokens).
     `left_out` is how many messages the conversation lost to fit the context. `reused_tokens` of the prompt were not
-    computed again: they began a conversation that the model had read before. Of `guessed_tokens` that were looked up,
+    computed again: they began a conversation that the model had read before. Of `guessed_tokens`, looked up or drafted,
     `accepted_tokens` were right and spared a call of the decoder each.
     """
 

@@ -261,7 +261,7 @@ class Training:
         ]
         self.others = {name: p for name, p in self.parameters.items() if name not in matrices}
         self.optimizer = torch.optim.AdamW(
-            self.others.values(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
+            [{"params": [*self.others.values()]}], lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
         )
         self.step = 0
 

@@ -79,6 +79,12 @@ class Answering:
             min=0, max=UINT32, help="Guess so many tokens at a time from what is repeated: the same answer, sooner."
         ),
     ] = None
+    draft_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=UINT32, help="Guess so many tokens at a time by the model's draft: the same answer, sooner."
+        ),
+    ] = None
     prediction: Annotated[
         str | None, typer.Option(help="A text that the answer repeats in great part: the same answer, sooner.")
     ] = None

@@ -1,6 +1,7 @@
 """The thread of one model: it drives the pipelines of all its requests, and decides whose call is next.
 
-Decoders have every second turn; between two of them each other submodel has one. Where calls take long, as a denoising
+Decoders have every second turn; between two of them each other submodel has one, and those that answers wait for on
+their way to their next token, such as a draft, have as many as it takes. Where calls take long, as a denoising
 step does, clients take turns by the seconds they used.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from time import monotonic
 from typing import Final, TypeVar
+from weakref import WeakSet
 
 from runtime.engine import Engine
 from serving.host import batches
@@ -49,6 +51,8 @@ class Scheduler:
         self._shares = Shares()
         self._joining = Joining(name)
         self._had_turns: set[str] = set()
+        self._decoded = WeakSet[Run]()
+        """The requests of the decoder's last run."""
 
     @property
     def running(self) -> int:
@@ -190,14 +194,22 @@ class Scheduler:
             return
         name = self._whose(groups)
         if stateful(groups[name][0]):
-            for ran in batches.decode(groups[name][0].job.engines[name], groups[name]):
+            made = batches.decode(groups[name][0].job.engines[name], groups[name])
+            self._decoded = WeakSet(run for ran in made for run in ran.runs)
+            for ran in made:
                 self._charge(ran)
         else:
             self._compute(name, groups[name])
 
     def _whose(self, groups: dict[str, list[Run]]) -> str:
-        """The submodel whose turn it is: one that had none since the last run of a decoder, else the decoder."""
-        others = [name for name in groups if name not in self._had_turns and not stateful(groups[name][0])]
+        """The submodel whose turn it is: one that had none since the last run of a decoder, or that requests of that
+        run wait for, so that they come to the next one together; else the decoder.
+        """
+        others = [
+            name
+            for name, runs in groups.items()
+            if not stateful(runs[0]) and (name not in self._had_turns or any(run in self._decoded for run in runs))
+        ]
         decoders = [name for name in groups if stateful(groups[name][0])]
         name = next(iter(others or decoders or groups))
         if name in decoders or not others:

@@ -25,6 +25,7 @@ from samples.exams import (
     OTHERS,
     Captions,
     Controlled,
+    Drafted,
     Pictures,
     Questions,
     SampleExam,
@@ -58,6 +59,13 @@ def test_a_build_with_additions_has_an_exam_of_its_own(exam: SampleExam, tmp_pat
     requests = list(islice(found.calibration(0), 8))
     assert [bool(one.loras or one.controls) for one in requests] == [False, False, True, True] * 2
     assert not any(held_out(one.prompt) for one in requests if one.prompt not in OTHERS)
+
+
+def test_a_build_with_a_draft_has_the_same_exam(tmp_path: Path) -> None:
+    options = Options("sample:shapes-vlm", tmp_path / "bundle", additions=additions_of(Drafted()))
+    found = exam_of(Build.open(options).fingerprint)
+    assert isinstance(found, Drafted) and found.is_of(SAMPLES / "shapes-vlm")
+    assert [case.request.messages for case in found.cases(0)] == [] and found.abilities == Questions.abilities
 
 
 def test_an_exam_is_found_by_its_ability(monkeypatch: pytest.MonkeyPatch) -> None:

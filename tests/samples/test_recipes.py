@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from samples.recipes import addition, train_blip2, train_control, train_lora, train_vlm
+from samples.recipes import addition, train_blip2, train_control, train_draft, train_lora, train_vlm
 
 pytestmark = pytest.mark.full
 STOPPED = KeyboardInterrupt
@@ -62,3 +62,18 @@ def test_a_model_that_answers(recipe: Any, tmp_path: Path, monkeypatch: pytest.M
         train_vlm.train(tmp_path / run, plan, minutes, *recipe.open_training(plan, None))
     unbroken, resumed = (train_vlm.load_file(tmp_path / run / "best.safetensors") for run in ("unbroken", "stopped"))
     assert all(torch.equal(resumed[name], one) for name, one in unbroken.items())
+
+
+def test_a_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped behind the checkpoint of its second step."""
+    teacher, plan = train_draft.Teacher(), train_draft.Plan(steps=4, batch=2, save_every=2)
+    unbroken = train_draft.train(plan, tmp_path / "unbroken", teacher).state_dict()
+    with monkeypatch.context() as patch, pytest.raises(STOPPED):
+        patch.setattr(teacher, "positions", stopping(teacher.positions, 3))
+        train_draft.train(plan, tmp_path / "stopped", teacher)
+    resumed = train_draft.train(plan, tmp_path / "stopped", teacher).state_dict()
+    assert all(torch.equal(resumed[name], one) for name, one in unbroken.items())
+
+
+def test_the_draft_that_lies_in_the_folder_guesses_right() -> None:
+    assert min(train_draft.score(train_draft.OUT, train_draft.Teacher(), batches=1)) > 0.8

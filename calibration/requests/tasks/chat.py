@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from itertools import count
-from typing import Final
+from typing import Any, Final
 
 from calibration.requests.pictures import shown
 from calibration.requests.task import TaskRequests
@@ -16,6 +16,8 @@ from runtime.vision.images import Picture
 
 MAX_TOKENS: Final = 24
 BRIEF_TOKENS: Final = 2
+DRAFTED: Final = 2
+"""Guesses of a draft at a time while calibrating."""
 QUESTIONS: Final = (
     "Describe the picture.",
     "How many things are there, and what are they?",
@@ -61,6 +63,11 @@ class ChatRequests(TaskRequests):
 
     def brief(self, request: ChatRequest, number: int) -> ChatRequest:
         return replace(request, max_tokens=BRIEF_TOKENS)
+
+    def fitted(self, config: Mapping[str, Any], request: ChatRequest) -> ChatRequest:
+        """With guesses of the draft where there is one, and long enough that there are some."""
+        longest = request.max_tokens and max(request.max_tokens, 1 + DRAFTED)
+        return replace(request, draft_tokens=DRAFTED, max_tokens=longest) if config.get("draft") else request
 
     def of_prompt(self, text: str, number: int) -> ChatRequest:
         return question(shown(number), text)

@@ -23,7 +23,7 @@ from runtime.engine import divided
 from runtime.optional import require
 
 LAST: Final = "last_positions"
-"""Indices of the last tokens of each row: logits are computed only for these."""
+"""Indices of the last tokens of each row: outputs are given only of these."""
 KEYS: Final = 3
 WINDOW: Final = 10
 """Indices of inputs of a paged attention: the cache of keys, and how many positions are seen (0 means all)."""
@@ -50,7 +50,13 @@ def use_pages(model: Any, signature: Signature) -> None:
     last = ops.parameter([-1], np.int32, name=LAST)
     last.output(0).get_tensor().set_names({LAST})
     model.add_parameters([last])
-    product.input(0).replace_source_output(ops.gather(product.input_value(0), last, ops.constant(0)).output(0))
+    for tensor in signature.outputs:
+        at_logits = tensor.name == signature.decoder.logits
+        reader = product if at_logits else model.output(tensor.name).get_node()
+        taken = ops.gather(reader.input_value(0), last, ops.constant(0)).output(0)
+        reader.input(0).replace_source_output(taken)
+        if not at_logits:
+            taken.get_tensor().set_names({tensor.name})
     model.validate_nodes_and_infer_types()
 
 

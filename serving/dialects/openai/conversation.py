@@ -50,6 +50,7 @@ async def chat_request(body: Completion, fetcher: Fetcher) -> ChatRequest:
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         lookup_tokens=body.lookup_tokens,
         picture_tokens=body.picture_tokens or 0,
+        draft_tokens=body.draft_tokens or 0,
         prediction="" if body.prediction is None else "".join(one.text for one in body.prediction.content),
         tools=tools_of(body),
     )

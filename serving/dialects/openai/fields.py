@@ -142,8 +142,9 @@ class Named(Body):
 
 
 class Completion(Body):
-    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams`, `lookup_tokens` and `picture_tokens`
-    are ours, for `extra_body`."""
+    """A conversation to answer. `top_k`, `min_p`, `repetition_penalty`, `beams`, `lookup_tokens`, `draft_tokens` and
+    `picture_tokens` are ours, for `extra_body`.
+    """
 
     model: str
     messages: Messages
@@ -168,6 +169,7 @@ class Completion(Body):
     beams: int | None = None
     lookup_tokens: int | None = None
     picture_tokens: int | None = None
+    draft_tokens: int | None = None
     logit_bias: Annotated[dict[str, Any] | None, Refused("single tokens are not weighted here", but=({},))] = None
     tools: list[FunctionTool] | None = None
     tool_choice: Literal["none", "auto", "required"] | Named | None = None

@@ -212,6 +212,10 @@ class ChatOptions(TypedDict, total=False):
     """0 to 16: guess at most so many of the next tokens at a time from what the conversation and the answer repeat, and
     verify them in one call of the decoder. The same answer, sooner where guesses are right. Not with several beams.
     """
+    draft_tokens: int | None
+    """0 to 16: guess at most so many of the next tokens at a time by the draft that the model was built with, where
+    nothing is repeated. The same answer, sooner where guesses are right. Not with several beams.
+    """
     prediction: str | None
     """A text that the answer repeats in great part, such as the file that it changes: tokens are guessed from it, too,
     4 at a time where `lookup_tokens` does not say.

@@ -63,8 +63,8 @@ class Drawing:
 class Choice:
     """One of the answers to a request. `reason` is "stop" (the model ended it, a stop string, or its grammar is
     complete) or "length" (`max_tokens` was reached); `completion_tokens` is its length. `logprobs`, where they were
-    asked for, are those of the tokens that its text is made of. With `lookup_tokens`, `guessed_tokens` were
-    guessed, of which `accepted_tokens` were right.
+    asked for, are those of the tokens that its text is made of. With `lookup_tokens` or `draft_tokens`,
+    `guessed_tokens` were guessed, of which `accepted_tokens` were right.
     """
 
     text: str

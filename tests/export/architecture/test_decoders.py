@@ -86,7 +86,7 @@ def compared(model: Any, decoder: Any, config: Any) -> float:
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.mul_(4)
-    ours, library = Decoder(decoder, model.lm_head), library_decoder(model)
+    ours, library = Decoder(decoder, model.lm_head, states=True), library_decoder(model, states=True)
     heads, size = (
         getattr(config, "num_key_value_heads", config.num_attention_heads),
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
@@ -98,8 +98,8 @@ def compared(model: Any, decoder: Any, config: Any) -> float:
         mask[1, :2] = 0
         position = torch.arange(past, past + count)[None].expand(2, -1) + (CONTEXT - 64 if past > 2 * WINDOW else 0)
         inputs = torch.randn(2, count, config.hidden_size), mask, position
-        (logits, *got), (expected, *wanted) = ours(*inputs, *got), library(*inputs, *wanted)
-        for one, other in zip((logits, *got), (expected, *wanted), strict=True):
+        (logits, hidden, *got), (expected, read, *wanted) = ours(*inputs, *got), library(*inputs, *wanted)
+        for one, other in zip((logits, hidden, *got), (expected, read, *wanted), strict=True):
             worst = max(worst, float((one - other).abs().max() / other.abs().max()))
         past += count
     return worst

@@ -94,6 +94,7 @@ CHAT: Final[list[Row]] = [
     (("--regex", "a|b"), {"grammar": {"kind": "regex", "text": "a|b"}}),
     (("--logprobs", "2"), {"logprobs": 2}),
     (("--lookup-tokens", "3"), {"lookup_tokens": 3}),
+    (("--draft-tokens", "3"), {"draft_tokens": 3}),
     (("--prediction", "a fox"), {"prediction": "a fox"}),
     (("--picture-tokens", "144"), {"picture_tokens": 144}),
     (("--seed", "9"), {"seed": 9}),

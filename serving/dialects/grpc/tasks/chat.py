@@ -55,7 +55,7 @@ OPTIONS: Final = (
     "lookup_tokens",
 )
 """Fields that may be left open, with the same name in the message."""
-PLAIN: Final = ("fills_context", "raw", "prediction", "picture_tokens")
+PLAIN: Final = ("fills_context", "raw", "prediction", "picture_tokens", "draft_tokens")
 """Those that may not."""
 
 

@@ -127,15 +127,16 @@ def test_forms_of_answers_reach_the_model(client: openai.OpenAI, asked: list[Cha
     assert (request.frequency_penalty, request.presence_penalty, request.min_p) == (0.5, -1, 0.1)
 
 
-@proves(CHAT, "lookup_tokens", "prediction", "prediction.type", "prediction.content")
+@proves(CHAT, "lookup_tokens", "draft_tokens", "prediction", "prediction.type", "prediction.content")
 @proves(CHAT, "prediction.content[].type", "prediction.content[].text")
 def test_predictions_reach_the_model(client: openai.OpenAI, asked: list[ChatRequest]) -> None:
     parts = [{"type": "text", "text": "a red "}, {"type": "text", "text": "circle"}]
     for content in ("a red circle", parts):
         prediction: Any = {"type": "content", "content": content}
-        extra = {"lookup_tokens": 7}
+        extra = {"lookup_tokens": 7, "draft_tokens": 3}
         found = client.chat.completions.create(model="talk", messages=ASKED, prediction=prediction, extra_body=extra)
-    assert [(request.prediction, request.lookup_tokens) for request in asked] == [("a red circle", 7)] * 2
+    found_there = [(request.prediction, request.lookup_tokens, request.draft_tokens) for request in asked]
+    assert found_there == [("a red circle", 7, 3)] * 2
     details = found.usage and found.usage.completion_tokens_details
     assert details and (details.accepted_prediction_tokens, details.rejected_prediction_tokens) == (0, 0)
     with pytest.raises(openai.BadRequestError, match=r"prediction\.type"):

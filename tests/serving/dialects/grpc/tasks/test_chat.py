@@ -26,6 +26,7 @@ QUESTION = (Message("user", ("what is it?",)),)
         {"min_p": 0.25, "frequency_penalty": -1.5, "presence_penalty": 2.0, "logprobs": 0, "grammar": Grammar.json()},
         {"fills_context": True, "raw": True},
         {"lookup_tokens": 4, "prediction": "a red circle", "picture_tokens": 144},
+        {"lookup_tokens": 4, "prediction": "a red circle", "draft_tokens": 3},
         {"logprobs": 20, "grammar": Grammar.regex("a|b")},
         {"beams": 3, "length_penalty": -0.5, "temperature": 0.0, "answers": 2},
         {"max_tokens": 5, "top_k": 4, "top_p": 0.5, "repetition_penalty": 1.25, "seed": 7, "stop": ("a", "b")},
