@@ -15,8 +15,20 @@ KEPT: Final = NoEffect("the server keeps no pictures")
 FACES: Final = Refused("there is no model for faces here: send 0", but=(0.0,))
 CHURN: Final = NoEffect("belongs to s_churn")
 PREPROCESSING: Final = NoEffect("belongs to a preprocessor")
-Resizing = Literal["Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2]
-ControlMode = Literal["Balanced", "My prompt is more important", "ControlNet is more important", 0, 1, 2]
+
+
+def _no_switch(value: Any) -> Any:
+    """Raise ValueError for true and false, which Python takes for 1 and 0."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number or a name, not true or false")
+    return value
+
+
+Resizing = Annotated[Literal["Just Resize", "Crop and Resize", "Resize and Fill", 0, 1, 2], BeforeValidator(_no_switch)]
+ControlMode = Annotated[
+    Literal["Balanced", "My prompt is more important", "ControlNet is more important", 0, 1, 2],
+    BeforeValidator(_no_switch),
+]
 
 TASK: Final = Field(default=None, min_length=1, max_length=limits.JOB_ID.most)
 """The id of a job, which its client chooses."""
@@ -209,7 +221,7 @@ class PngInfo(Body):
 class Extras(Body):
     """What POST /sdapi/v1/extra-single-image and extra-batch-images have in common."""
 
-    resize_mode: Literal[0, 1] = 0
+    resize_mode: Annotated[Literal[0, 1], BeforeValidator(_no_switch)] = 0
     upscaling_resize: float = Field(default=2, ge=1, le=8)
     upscaling_resize_w: int = 512
     upscaling_resize_h: int = 512

@@ -92,7 +92,7 @@ def refusal(found: Any) -> InvalidInput:
     }
     if found["type"] == "json_invalid":
         field = BODY
-    message = str(found["msg"])
+    message = str(found["msg"]).removeprefix("Value error, ")
     return InvalidInput(field, reasons.get(found["type"], f"{message[:1].lower()}{message[1:]}"))
 
 

@@ -210,7 +210,7 @@ from runtime.placing.choices import Choice, Subject, decide
 
 def prepare(values):
     print("made", flush=True)
-    return lambda: time.sleep(0.002 if values["attention"] == "bfloat16" else 0.001)
+    return lambda: time.sleep(0.06 if values["attention"] == "bfloat16" else 0.01)
 
 choices = [Choice("attention", ("bfloat16", "float32"))]
 print(decide(choices, Subject("unet", "openvino", "1", "key"), prepare, {})["attention"].value)

@@ -199,6 +199,10 @@ REFUSED = [
         {"alwayson_scripts": {"ControlNet": {"args": [{"model": "a", "control_mode": 1}]}}},
         "alwayson_scripts.ControlNet.args.control_mode: is one for all controls here",
     ),
+    (
+        {"alwayson_scripts": {"ControlNet": {"args": [{"model": "a", "control_mode": True}]}}},
+        "alwayson_scripts.controlnet.args[0].control_mode: expected a number or a name, not true or false",
+    ),
     ({"ghost": 1}, "ghost: is not known here: leave it out"),
 ]
 
@@ -206,7 +210,8 @@ REFUSED = [
 def test_what_is_refused(studio: Studio) -> None:
     for fields, why in REFUSED:
         for path in DRAW:
-            assert studio.refused(path, **fields).startswith(why), fields
+            found = studio.refused(path, **fields)
+            assert found.startswith(why), (fields, found)
     assert not studio.requests and studio.fake.alive()
 
 
