@@ -5,7 +5,6 @@ the same captions, with the help of what is trained.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +27,6 @@ from samples.recipes.train_diffusion import (
     denoising_loss,
     emphasis,
     load_pipeline,
-    log,
     rng_for,
     save_tensors,
     to_tensor,
@@ -119,22 +117,17 @@ def train(
     training.load()
     weights = torch.stack([emphasis(scene, plan.emphasis) for scene in examples.scenes])
     features = text_features(pipeline, [*(scene.caption for scene in examples.scenes), ""])
-    since, total = time.monotonic(), 0.0
-    while not training.done:
-        rng = rng_for(plan, 8, training.step)
+
+    def loss(step: int) -> Tensor:
+        rng = rng_for(plan, 8, step)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         chosen = rng.integers(len(examples.scenes), size=plan.batch)
         text = features[np.where(rng.random(plan.batch) < plan.caption_dropout, len(examples.scenes), chosen)]
         says = partial(predict, text, examples.pictures[chosen])
         clean = examples.latents[chosen].float()
-        loss = denoising_loss(says, clean, weights[chosen], pipeline.scheduler, plan, rng, generator)
-        training.update(loss)
-        total += loss.item()
-        if training.step % plan.save_every == 0 or training.done:
-            training.save()
-            seconds = round(time.monotonic() - since)
-            log(run, step=training.step, loss=round(total / plan.save_every, 4), seconds=seconds)
-            total = 0.0
+        return denoising_loss(says, clean, weights[chosen], pipeline.scheduler, plan, rng, generator)
+
+    training.run(run, loss, plan.save_every)
     return training
 
 

@@ -282,6 +282,18 @@ class Training:
         weight = 1 - min(self.ema, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], weight)
 
+    def run(self, folder: Path, loss: Callable[[int], Tensor], every: int) -> None:
+        """Train to the end on the loss of each step; save, and log to the folder, every so many steps."""
+        since, total = time.monotonic(), 0.0
+        while not self.done:
+            found = loss(self.step)
+            self.update(found)
+            total += found.item()
+            if self.step % every == 0 or self.done:
+                self.save()
+                log(folder, step=self.step, loss=round(total / every, 4), seconds=round(time.monotonic() - since))
+                total = 0.0
+
     @torch.no_grad()
     def _muon(self, rate: float, momentum: float = 0.95) -> None:
         for names in self.stacks:

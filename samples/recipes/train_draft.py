@@ -11,7 +11,6 @@ step draws its data from (seed, step), so a resumed run sees what an unbroken on
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +24,7 @@ from transformers import LlavaForConditionalGeneration
 from export.architecture.draft import Draft
 from samples.abilities import NEXT
 from samples.recipes.addition import FOLDER
-from samples.recipes.train_diffusion import Training, log
+from samples.recipes.train_diffusion import Training
 from samples.recipes.train_vlm import IGNORED, SAMPLE, Batch, Data, Recipe, build_processor
 
 OUT: Final = FOLDER / f"{NEXT}.safetensors"
@@ -121,17 +120,12 @@ def train(plan: Plan, run: Path, teacher: Teacher) -> Draft:
         draft, run / "draft.safetensors", plan.lr, steps=plan.steps, decay_steps=plan.decay_steps, ema=0.99
     )
     training.load()
-    since, total = time.monotonic(), 0.0
-    while not training.done:
-        found = teacher.positions(data.batch(training.step, plan.batch, plan.seed))
-        loss = draft_loss(draft, teacher, found, plan.fading)
-        training.update(loss)
-        total += loss.item()
-        if training.step % plan.save_every == 0 or training.done:
-            training.save()
-            seconds = round(time.monotonic() - since)
-            log(run, step=training.step, loss=round(total / plan.save_every, 4), seconds=seconds)
-            total = 0.0
+
+    def loss(step: int) -> Tensor:
+        found = teacher.positions(data.batch(step, plan.batch, plan.seed))
+        return draft_loss(draft, teacher, found, plan.fading)
+
+    training.run(run, loss, plan.save_every)
     training.averaged()
     return draft
 
