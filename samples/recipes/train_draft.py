@@ -28,7 +28,7 @@ from samples.recipes.train_diffusion import Training
 from samples.recipes.train_vlm import IGNORED, SAMPLE, Batch, Data, Recipe, build_processor
 
 OUT: Final = FOLDER / f"{NEXT}.safetensors"
-INNER: Final = 256
+INNER: Final = 32
 HEADS: Final = 6
 SCORED: Final = 1_000_003
 """The seed of the conversations that are scored."""
