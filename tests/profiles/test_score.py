@@ -156,29 +156,31 @@ def test_a_bundle_draws_each_case_from_its_own_seed(drawing: LoadedModel) -> Non
     assert len(pictures) == 5 and np.array_equal(pictures[3], ready.image)
 
 
-def test_source_and_bundle_answer_alike(
-    tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def numbers(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Numbers:
+    """The only exam that there is, of the bundle's checkpoint."""
     exam = Numbers()
     exam.fingerprint = Bundle(tiny_bundle).manifest.source.fingerprint
     monkeypatch.setattr(exams, "exams", lambda: (exam,))
+    return exam
+
+
+def test_source_and_bundle_answer_alike(tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, numbers: Numbers) -> None:
     stored = tmp_path / "rows.jsonl"
     options = f"--target onnxruntime --source {tiny_vlm} --count 8 --store --rows {stored}"
     ended = CliRunner().invoke(cli.app, ["score", str(tiny_bundle), *options.split()])
     assert ended.exit_code == 0, ended.output
     assert [row.target for row in rows.read(stored) if row.metric == "right"] == ["torch", "onnxruntime"]
     setting = AnswerExam(count=4)
-    (source, bundle) = (list(one.results(exam.cases(4), setting)) for one in _subjects(tiny_vlm, tiny_bundle))
+    (source, bundle) = (list(one.results(numbers.cases(4), setting)) for one in _subjects(tiny_vlm, tiny_bundle))
     assert [answer.strip() for answer in source] == [answer.strip() for answer in bundle]
 
 
+@pytest.mark.usefixtures("numbers")
 def test_pictures_are_scored_with_fewer_positions(
     tiny_vlm: Path, tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows say how many; the library reads all."""
-    exam = Numbers()
-    exam.fingerprint = Bundle(tiny_bundle).manifest.source.fingerprint
-    monkeypatch.setattr(exams, "exams", lambda: (exam,))
     stored, given = tmp_path / "rows.jsonl", ["score", str(tiny_bundle), "--picture-tokens", "2", "--count", "2"]
     asked = list[int]()
 

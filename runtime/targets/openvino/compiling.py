@@ -13,12 +13,11 @@ from runtime.placing.choices import Decision
 from runtime.targets.openvino.blobs import kept
 from runtime.targets.openvino.deciding import decisions_for
 from runtime.targets.openvino.devices import Where
-from runtime.targets.openvino.fixed import Fixed, needs_shape, usual
+from runtime.targets.openvino.fixed import Fixed, fixed_first
 from runtime.targets.openvino.graph import StoredGraph, keep_states
 from runtime.targets.openvino.pages import fits, has_pages, use_pages
 from runtime.targets.openvino.reading import read_graph
 from runtime.targets.openvino.settings import (
-    SHAPES_CHOICE,
     computes_half,
     processor_rounds,
     settings_for,
@@ -54,8 +53,7 @@ def compiled_for(
     if decisions is None:
         decisions = decisions_for(core, submodel, graph, where, options)
     values = {name: decision.value for name, decision in decisions.items()}
-    if fixed is None and (needs_shape(submodel, where) or values.get(SHAPES_CHOICE) == "fixed"):
-        fixed = usual(submodel)
+    fixed = fixed or fixed_first(submodel, where, values)
     try:
         with kept(where.cpu) as blobs:
             config = blobs | settings_for(core, submodel, where, options, values)

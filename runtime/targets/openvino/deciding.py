@@ -15,7 +15,7 @@ from runtime.placing.choices import Choice, Decision, Subject, decide
 from runtime.placing.containers import allowance
 from runtime.placing.processor import cores
 from runtime.targets.openvino.devices import Where
-from runtime.targets.openvino.fixed import needs_shape, usual, varies
+from runtime.targets.openvino.fixed import fixed_first, needs_shape, varies
 from runtime.targets.openvino.graph import StoredGraph
 from runtime.targets.openvino.part import cut, where_to_cut
 from runtime.targets.openvino.reading import read_graph
@@ -94,8 +94,7 @@ class _Parts:
                 )
                 if total < UNWORTHY:
                     raise EngineError("it has too little work to be worth it")
-            alone = needs_shape(self.submodel, self.where) or values.get(SHAPES_CHOICE) == "fixed"
-            fixed = usual(self.submodel) if alone else None
+            fixed = fixed_first(self.submodel, self.where, values)
             model = cut(read_graph(self.core, self.submodel, self.graph, self.where, values, fixed), self.end)
             config = settings_for(self.core, self.submodel, self.where, self.options, values)
             request = self.core.compile_model(model, self.where.name, config).create_infer_request()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import BATCH, Signature
 from runtime.targets.openvino.devices import Where
+from runtime.targets.openvino.settings import SHAPES_CHOICE
 from runtime.targets.openvino.sharing import has_conditions
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,6 +52,13 @@ def is_least(signature: Signature, shapes: Shapes) -> bool:
         for tensor in signature.inputs
         for axis, dim in enumerate(tensor.dims)
     )
+
+
+def fixed_first(submodel: Submodel, where: Where, values: Mapping[str, str]) -> Fixed | None:
+    """The calls that are compiled before any is made, with these choices: the usual ones where each shape is compiled
+    by itself, None where a model takes any shape.
+    """
+    return usual(submodel) if needs_shape(submodel, where) or values.get(SHAPES_CHOICE) == "fixed" else None
 
 
 def usual(submodel: Submodel) -> Fixed:
