@@ -35,7 +35,7 @@ test: $(STAMP)
 	$(PYTEST) -m "not full" $(TESTS)
 
 test-full: $(STAMP)
-	$(PYTEST) $(TESTS)
+	$(PYTEST) --hypothesis-profile explore $(TESTS)
 
 # 10,000 requests of 64 clients to one server, a third of them stopped at random, in at most 20 minutes.
 SOAK ?= 10000

@@ -23,7 +23,10 @@ signal.signal(
 )  # a suite started in the background ignores it, and so would what tests interrupt
 if "PYTEST_XDIST_WORKER" in os.environ:  # there is a process for each core: more threads of torch only wait
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-hypothesis.settings.register_profile("enginecast", deadline=None)  # an example takes longer beside other work
+# An example takes longer beside other work. The examples of `make test` are the same each time, so that equal sources
+# give equal results; `make test-full` draws new ones.
+hypothesis.settings.register_profile("explore", deadline=None)
+hypothesis.settings.register_profile("enginecast", hypothesis.settings.get_profile("explore"), derandomize=True)
 hypothesis.settings.load_profile("enginecast")
 SAMPLES = Path(__file__).parents[1] / "samples"
 

@@ -14,11 +14,14 @@ from numpy.typing import NDArray
 
 from runtime.bundle.signature import Array
 
+TIE = 1e-6  # cosines that differ by less are equal: processors round differently, and would choose differently
+
 
 def diverse(features: Array, count: int) -> NDArray[np.int64]:
     """The indices, in order, of `count` features [positions, hidden]; of all where there are no more.
 
-    The first one taken is the least like all. Equal features give equal indices. Needs positions² * 4 bytes.
+    The first one taken is the least like all; of features that are as good the one that comes first is taken. Equal
+    features give equal indices on every processor. Needs positions² * 4 bytes.
     """
     positions = len(features)
     if count >= positions:
@@ -29,7 +32,7 @@ def diverse(features: Array, count: int) -> NDArray[np.int64]:
     likeness = units @ units.T
     nearest, chosen = likeness.mean(axis=1), np.zeros(positions, np.bool_)
     for taken in range(count):
-        best = int(nearest.argmin())
+        best = int((nearest <= nearest.min() + TIE).argmax())
         nearest = np.maximum(nearest, likeness[best]) if taken else likeness[best].copy()
         chosen[best] = True
         nearest[chosen] = np.inf

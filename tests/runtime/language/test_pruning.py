@@ -34,17 +34,26 @@ def test_one_of_each_kind_is_kept() -> None:
 
 @given(st.integers(1, 12), st.integers(1, 14), st.integers(0, 9))
 def test_the_choice_is_greedy(positions: int, count: int, seed: int) -> None:
-    """Each one taken is the least like its nearest among those before, by the cosine."""
+    """Each one taken is the least like its nearest among those before, by the cosine; of those as good, the first."""
     features = np.random.default_rng(seed).standard_normal((positions, 5)).astype(np.float32)
     kept = diverse(features, count)
     assert kept.tolist() == sorted(set(kept)) and len(kept) == min(count, positions)
     units = features.astype(np.float64) / np.linalg.norm(features, axis=1, keepdims=True)
     likeness = units @ units.T
-    taken = [int(likeness.mean(axis=1).argmin())]
+    taken = [int(likeness.mean(axis=1).round(6).argmin())]
     while len(taken) < len(kept):
         rest = [place for place in range(positions) if place not in taken]
         taken.append(min(rest, key=lambda place: likeness[place, taken].max()))
     assert kept.tolist() == sorted(taken)
+
+
+def test_ties_go_to_the_first() -> None:
+    """Two features are always equally like the two: however a processor rounds, the choice is the same."""
+    for seed in range(200):
+        features = np.random.default_rng(seed).standard_normal((2, 5)).astype(np.float32)
+        assert diverse(features, 1).tolist() == [0]
+        mirrored = np.concatenate([features, features[::-1]])
+        assert diverse(mirrored, 2).tolist() == [0, 1]
 
 
 def test_features_without_a_direction() -> None:
