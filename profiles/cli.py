@@ -19,6 +19,7 @@ from profiles.cli_forecast import forecast
 from profiles.compare.cli import compare
 from profiles.console import notes, out
 from profiles.options import (
+    Forecast,
     LoadOptions,
     PictureTokens,
     SizeOptions,
@@ -229,9 +230,7 @@ def score(
     guidance_scale: Annotated[
         float | None, typer.Option(min=0, help="Classifier-free guidance of pictures. Default: the model's.")
     ] = None,
-    forecast: Annotated[
-        str | None, typer.Option(metavar="STEPS", help="Steps of pictures that run the UNet. Default: every step.")
-    ] = None,
+    forecast: Forecast = None,
     batch: Annotated[int | None, typer.Option(min=1, max=32, help="Pictures drawn together. Default: 16.")] = None,
     picture_tokens: PictureTokens = None,
     threads: Threads = 0,

@@ -28,6 +28,9 @@ PictureTokens = Annotated[
         min=1, max=PICTURE_TOKENS.most, help="Positions that the model reads of each picture it is asked about."
     ),
 ]
+Forecast = Annotated[
+    str | None, typer.Option(metavar="STEPS", help="Steps of pictures that run the UNet. Default: every step.")
+]
 Store = Annotated[bool, typer.Option("--store", help="Append the rows to a file.")]
 StoreAt = Annotated[
     Path | None, typer.Option("--rows", help="That file. Default: rows/PROCESSOR.jsonl in the user's data folder.")
@@ -65,6 +68,7 @@ class SizeOptions:
         bool | None, typer.Option("--pictures", help="With --serve, each question is about a picture of its own.")
     ] = None
     picture_tokens: PictureTokens = None
+    forecast: Forecast = None
 
 
 @dataclass(frozen=True)

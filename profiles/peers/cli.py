@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 REPEAT: Final = 7
 
 
-@with_fields("sizes", SizeOptions, without=("pictures", "steps"))
+@with_fields("sizes", SizeOptions, without=("pictures", "forecast"))
 @stoppable("environments and exports that were finished are kept")
 def peers(
     sizes: SizeOptions,
@@ -41,6 +41,9 @@ def peers(
     ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="Measure only this; may be repeated.")] = None,
     target: Targets = None,
+    forecast: Annotated[
+        str | None, typer.Option(metavar="STEPS", help="Steps of our pictures that run the UNet; peers run it in all.")
+    ] = None,
     repeat: Annotated[
         int, typer.Option(min=1, help="Repetitions that count; one more is made first. Fewer than 6 show nothing.")
     ] = REPEAT,
@@ -68,16 +71,16 @@ def peers(
     opened = _of_checkpoint(bundles or (), checkpoint, fingerprint)
     chosen = declared.peers(task, only or ())
     given = fitting(task, asdict(sizes))
+    ours = fitting(task, {"forecast": forecast})
     workplace, failed = _prepared(folder, checkpoint, fingerprint, chosen)
     if prepare_only:
         if failed:
             raise EngineError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
         return
-    known = list(dict.fromkeys(name for peer in chosen for name in peer.metrics))
     measured = declared.sizes(opened[0], given)
     with inside() as variables:
-        jobs = _jobs(opened, target, measured)
-        metrics = wanted(metric or (), known, "of these peers")
+        jobs = _jobs(opened, target, measured | ours)
+        metrics = wanted(metric or declared.usual(chosen), declared.known(chosen), "of these peers")
         limits = find_limits(jobs, metrics, notes.print) if with_limits else NONE
         theirs = [workplace.party(peer, measured, variables, failed.get(peer.name, "")) for peer in chosen]
         parties = [*map(_ours, jobs), *theirs]

@@ -5,7 +5,7 @@ In the command of an export, {checkpoint} and {output} are folders, and the Pyth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -41,7 +41,8 @@ class Export:
 @dataclass(frozen=True)
 class Peer:
     """A tool that runs models of a task in a way of its own: its worker in `profiles.peers.workers`, with options of
-    that worker. It loads the export, or the checkpoint itself where that is None.
+    that worker. It loads the export, or the checkpoint itself where that is None. `named` are the metrics that take so
+    long that they are measured only where they are named.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Peer:
     """What its large products are made in, as `profiles.roofline` has them; "" where no limit follows from that."""
     usual: bool = True
     """Whether it is measured where no names are given."""
+    named: tuple[str, ...] = ()
 
 
 # optimum-intel needs transformers below 5.6. transformers cannot be imported with a torchvision for CUDA beside a torch
@@ -90,6 +92,7 @@ DECODER: Final = Export("decoder-q4-0", CPP, ("-m", f"{INSIDE}.exports.decoder_g
 PICTURE: Final = Export("picture-q8-0", CPP, ("-m", f"{INSIDE}.exports.picture_gguf", "{checkpoint}", "{output}"))
 
 UNET: Final = ("unet",)
+WHOLE: Final = ("picture",)
 TEXT: Final = ("prefill", "decode")
 ANSWER: Final = ("first_token", *TEXT)
 CHAT: Final = ("first_token", "follow_up", *TEXT)
@@ -99,7 +102,7 @@ def _hybrid(name: str, precision: str) -> Peer:
     # As exported, with dynamic shapes, its int8 computes wrongly on processors without AMX (decision 11).
     label = "static" if precision == "f32" else f"static {precision}"
     options = {"precision": precision, "static": True, "target": label, "quant": "hybrid"}
-    return Peer(name, ImageRequest.task, OPENVINO, "optimum_unet", HYBRID, UNET, options, "int8")
+    return Peer(name, ImageRequest.task, OPENVINO, "optimum_diffusion", HYBRID, UNET, options, "int8", named=WHOLE)
 
 
 def _torch(name: str, task: str, worker: str, metrics: tuple[str, ...], precision: str, compiled: bool = False) -> Peer:
@@ -112,8 +115,8 @@ PEERS: Final = (
     _hybrid("optimum-intel-hybrid", "f32"),
     _hybrid("optimum-intel-hybrid-bf16", "bf16"),
     Peer(
-        "optimum-intel", ImageRequest.task, OPENVINO, "optimum_unet", FLOAT, UNET,
-        {"precision": "f32", "static": True, "target": "static"}, "float32",
+        "optimum-intel", ImageRequest.task, OPENVINO, "optimum_diffusion", FLOAT, UNET,
+        {"precision": "f32", "static": True, "target": "static"}, "float32", named=WHOLE,
     ),
     Peer("stable-diffusion.cpp", ImageRequest.task, CPP, "sdcpp", PICTURE, UNET, form="int8"),
     Peer(
@@ -143,14 +146,24 @@ def peers(task: str, names: Sequence[str]) -> tuple[Peer, ...]:
     return tuple(known[name] for name in names) or tuple(peer for peer in known.values() if peer.usual)
 
 
+def usual(chosen: Iterable[Peer]) -> tuple[str, ...]:
+    """What is measured of these peers where nothing is named."""
+    return tuple(dict.fromkeys(metric for peer in chosen for metric in peer.metrics))
+
+
+def known(chosen: Sequence[Peer]) -> tuple[str, ...]:
+    """What can be measured of them."""
+    return tuple(dict.fromkeys((*usual(chosen), *(metric for peer in chosen for metric in peer.named))))
+
+
 def sizes(bundle: Bundle, given: Mapping[str, int]) -> dict[str, int]:
     """The sizes of what is measured, for workers of ours and of peers: those given, else a task's usual ones."""
     return USUAL[bundle.manifest.task](bundle) | dict(given)
 
 
 def _pictures(bundle: Bundle) -> dict[str, int]:
-    edge = DiffusionConfig.parse(bundle.manifest.config).sizes.default
-    return {"width": edge, "height": edge}
+    config = DiffusionConfig.parse(bundle.manifest.config)
+    return {"width": config.sizes.default, "height": config.sizes.default, "steps": config.defaults.steps}
 
 
 USUAL: Final[Mapping[str, Callable[[Bundle], dict[str, int]]]] = {

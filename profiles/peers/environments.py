@@ -23,7 +23,7 @@ from runtime.errors import EngineError
 from runtime.files import vanishing
 
 ROOT: Final = Path(__file__).parents[1]
-TRAVELS: Final = ("protocol.py", "serving/load.py", "peers/inside.py", "peers/workers", "peers/exports")
+TRAVELS: Final = ("asked.py", "protocol.py", "serving/load.py", "peers/inside.py", "peers/workers", "peers/exports")
 """The files of this package that need nothing but Python and the peer's own libraries."""
 PYTHON: Final = "python"
 LINES: Final = 3

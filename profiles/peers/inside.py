@@ -32,8 +32,6 @@ class Job:
         return json.dumps({"model": self.model, "sizes": dict(self.sizes), "options": dict(self.options)})
 
 
-EDGE = 128
-"""Edge in pixels of the picture of a question, as in our own measurement."""
 Loaded = tuple[dict[str, Metric], dict[str, Callable[[], float]]]
 """What a worker measures: its metrics, and how each is measured once."""
 

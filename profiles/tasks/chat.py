@@ -22,6 +22,7 @@ from pydantic import Field
 from calibration.ground import machine
 from calibration.requests.exams import Case
 from calibration.requests.tasks.chat import TASK as REQUESTS
+from profiles.asked import ANSWER, EDGE, QUESTION
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
 from profiles.task import ProfileTask, Rate, Requests, Suite, TaskExam
@@ -39,13 +40,8 @@ from runtime.placing.loading import LoadedModel, open_pipeline
 from runtime.tasks.chat import ChatRequest, Finished
 from runtime.vision.images import Picture, decoded
 
-QUESTION: Final = "what color is the background?"
-ANSWER: Final = "it is red."
-"""What the model is held to have said in the turn before."""
 HELD: Final = 1 << 40
 """Bytes that may be held of earlier turns: all."""
-EDGE: Final = 128
-"""Edge in pixels of the picture of the question; every model resizes it to its own."""
 
 
 class AnswerSettings(Frozen):

@@ -6,6 +6,7 @@ from typing import Final
 
 import numpy as np
 
+from profiles.asked import EDGE, PROMPT
 from profiles.probes import Probe, seconds
 from profiles.task import ProfileTask, Rate, Suite
 from profiles.together import drive_together
@@ -14,14 +15,10 @@ from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.embed import EmbedRequest
 
-TEXT: Final = "a large red circle at the top left on a white background"
-EDGE: Final = 128
-"""Edge in pixels of the measured picture; every model resizes it to its own."""
-
 
 def embed_request(model: LoadedModel, settings: Frozen) -> EmbedRequest:
     picture = np.random.default_rng(0).integers(0, 256, (EDGE, EDGE, 3), np.uint8)
-    return EmbedRequest((TEXT,), (picture,))
+    return EmbedRequest((PROMPT,), (picture,))
 
 
 def embed_probes(model: LoadedModel, settings: Frozen) -> list[Probe]:

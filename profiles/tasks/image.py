@@ -13,6 +13,7 @@ from calibration.ground import machine
 from calibration.requests.exams import Case
 from calibration.requests.tasks.image import TASK as REQUESTS
 from calibration.requests.tasks.image import masked
+from profiles.asked import PROMPT
 from profiles.drawing import Library
 from profiles.exam import ExamSettings, Subject, batches
 from profiles.probes import Probe, seconds
@@ -26,21 +27,25 @@ from runtime.pipeline import drive
 from runtime.placing.loading import LoadedModel
 from runtime.tasks.image import ImageReady, ImageRequest
 
-PROMPT: Final = "a large red circle at the top left on a white background"
 INDEX: Final = "model_index.json"
 
 
 class PictureSettings(Frozen):
-    """The measured picture: its size in pixels and its denoising steps. None is the model's default."""
+    """The measured picture: its size in pixels, its denoising steps and those of them that run the UNet. None is the
+    model's default, and all steps.
+    """
 
     width: int | None = None
     height: int | None = None
     steps: int | None = None
+    forecast: str | None = None
 
 
 def image_request(bundle: Bundle, settings: PictureSettings) -> ImageRequest:
     """With a picture and a mask where the model is for inpainting."""
-    plain = ImageRequest(PROMPT, width=settings.width, height=settings.height, steps=settings.steps, seed=0)
+    plain = ImageRequest(
+        PROMPT, width=settings.width, height=settings.height, steps=settings.steps, forecast=settings.forecast, seed=0
+    )
     return masked(DiffusionConfig.parse(bundle.manifest.config), plain)
 
 

@@ -95,7 +95,8 @@ def continued(
         if token in bounds.ends:
             break
         logprobs.push(token, logits, answer.spelled)
-        if text := answer.push(token):
+        text = answer.push(token)
+        if text or len(tokens) == bounds.prompt + 1:
             yield TextDelta(text, answer.number, len(tokens) - sent, logprobs.passed(answer.passed))
             sent = len(tokens)
         if answer.stopped or choice.complete or len(tokens) == bounds.longest:

@@ -182,8 +182,9 @@ def _keep_top_k(scores: Scores, sampling: Sampling) -> None:
 
 
 def _keep_top_p(scores: Scores, sampling: Sampling) -> None:
-    if sampling.top_p < 1:
-        order = np.argsort(scores, kind="stable")
+    possible = np.flatnonzero(scores > -np.inf)  # few, where only the likeliest are left: sorting is what takes long
+    if sampling.top_p < 1 and len(possible):
+        order = possible[np.argsort(scores[possible], kind="stable")]
         unlikely = np.cumsum(softmax(scores[order]), dtype=np.float32) <= np.float32(1 - sampling.top_p)
         unlikely[-1] = False
         scores[order[unlikely]] = -np.inf

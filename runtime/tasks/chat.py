@@ -241,9 +241,10 @@ class ChatRequest(Request):
 
 @dataclass(frozen=True)
 class TextDelta(Event):
-    """Newly decoded text of answer number `answer`: whole characters only. `tokens` counts the tokens chosen since the
-    last one, 0 where that is unknown. `logprobs`, where they were asked for, are those of the tokens that the text
-    begins with or in: all of an answer's join up to the bytes of its text, of which a stop string may cut the last.
+    """Newly decoded text of answer number `answer`: whole characters only. The first one comes with the first token,
+    whose text may be empty. `tokens` counts the tokens chosen since the last one, 0 where that is unknown. `logprobs`,
+    where they were asked for, are those of the tokens that the text begins with or in: all of an answer's join up to
+    the bytes of its text, of which a stop string may cut the last.
     """
 
     output: ClassVar[bool] = True

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from profiles.peers.inside import EDGE, Job, fitting_words, hello
+from profiles.asked import EDGE
+from profiles.peers.inside import Job, fitting_words, hello
 from profiles.protocol import Channel, Metric
 from profiles.serving.load import Load, observe
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, text_metrics, timed, work
+from profiles.asked import EDGE
+from profiles.peers.inside import Job, Loaded, fitting_words, text_metrics, timed, work
 from profiles.protocol import Metric
 
 QUESTION = 6

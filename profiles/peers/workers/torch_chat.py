@@ -9,10 +9,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from profiles.peers.inside import EDGE, Job, Loaded, fitting_words, text_metrics, threads, timed, work
+from profiles.asked import EDGE, QUESTION
+from profiles.peers.inside import Job, Loaded, fitting_words, text_metrics, threads, timed, work
 from profiles.protocol import Metric
-
-QUESTION = "what color is the background?"
 
 
 def load(job: Job) -> Loaded:

@@ -45,6 +45,7 @@ def use_pages(model: Any, signature: Signature) -> None:
     """Change a model with states into one with pages. Raises RuntimeError when the SDK finds no attention it knows."""
     ops = require("openvino.opset15", "openvino")
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
+    _unguard(model)
     _limit(model, ops, [state.window for state in signature.states[::2]])
     product = model.output(signature.decoder.logits).get_node().input_value(0).get_node()
     last = ops.parameter([-1], np.int32, name=LAST)
@@ -58,6 +59,15 @@ def use_pages(model: Any, signature: Signature) -> None:
         if not at_logits:
             taken.get_tensor().set_names({tensor.name})
     model.validate_nodes_and_infer_types()
+
+
+def _unguard(model: Any) -> None:
+    """Remove what makes zeros of attention whose mask hides every position: in pages each row sees at least itself."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Select" and node.input_value(0).get_node().get_type_name() == "IsNaN":
+            seen = node.input_value(2)
+            if node.input_value(0).get_node().input_value(0) == seen:
+                node.output(0).replace(seen)
 
 
 def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:

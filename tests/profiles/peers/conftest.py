@@ -74,9 +74,15 @@ def toys(tmp_path: Path, environment: Environment, monkeypatch: pytest.MonkeyPat
     export = Export("toy", environment, ("-m", "profiles.peers.exports.toy", "{checkpoint}", "{output}"))
     made: list[Peer] = []
 
-    def make(name: str, task: str = "image", metrics: tuple[str, ...] = ("unet",), **options: object) -> Peer:
-        given = {"metric": metrics[0], **options}
-        made.append(Peer(name, task, environment, "toy", export, metrics, given, "int4"))
+    def make(
+        name: str,
+        task: str = "image",
+        metrics: tuple[str, ...] = ("unet",),
+        named: tuple[str, ...] = (),
+        **options: object,
+    ) -> Peer:
+        given = {"metric": [*named, *metrics][0], **options}
+        made.append(Peer(name, task, environment, "toy", export, metrics, given, "int4", named=named))
         monkeypatch.setattr(declared, "PEERS", tuple(made))
         return made[-1]
 

@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from profiles import cli, rows
 from profiles.peers import cli as peers
+from profiles.peers import declared
 from profiles.peers.declared import Peer
 from profiles.peers.environments import Workplace
 from runtime.bundle.manifest import Bundle
@@ -74,3 +75,25 @@ def test_one_command_makes_the_table(
     assert text.count("| prefill |") == 2 and "Left out:\n\n- other: other: MemoryError" in text
     with pytest.raises(InvalidInput, match="metric: 'decode' is not measured of these peers"):
         invoke(workplace.checkpoint, tiny_bundle, *where[:2], "--metric", "decode")
+
+
+def test_a_picture_is_measured_where_it_is_named_and_ours_in_fewer_calls(
+    diffusion_bundle: Path,
+    workplace: Workplace,
+    toys: Callable[..., Peer],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fingerprint = Bundle(diffusion_bundle).manifest.source.fingerprint
+    monkeypatch.setattr(peers, "_identity", lambda checkpoint: ("image", fingerprint))
+    toy, stored = toys("plain", named=("picture",), seconds=9.0), tmp_path / "rows.jsonl"
+    assert declared.usual([toy]) == ("unet",) and declared.known([toy]) == ("unet", "picture")
+    where = [workplace.checkpoint, diffusion_bundle, "--folder", workplace.folder, "--target", "onnxruntime"]
+    size = ["--width", "64", "--height", "64", "--steps", "3"]
+    options = ["--repeat", "1", "--no-limits", "--metric", "picture", "--store", "--rows", stored]
+    invoke(*where, *size, *options, "--forecast", "1,3")
+    found = {row.program.split()[0]: row for row in rows.read(stored) if row.metric == "picture"}
+    assert found["enginecast"].settings == {"width": 64, "height": 64, "steps": 3, "forecast": "1,3"}
+    assert found["pip"].values == (9.0,) and found["pip"].settings == {"sample": "64x64x3"}
+    output = invoke(*where, *size, *options, "--forecast", "1,9")
+    assert f"left out: {Bundle(diffusion_bundle).name} on onnxruntime: " in output and "forecast" in output

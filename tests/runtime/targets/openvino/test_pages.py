@@ -74,6 +74,12 @@ def test_pages_give_what_states_give(vlm_bundle: Path, monkeypatch: pytest.Monke
         assert distance(got, wanted) < FLOOR
 
 
+def test_attention_over_pages_has_no_guard_against_hidden_rows(decoder: Any) -> None:
+    nodes = decoder._compiled.get_runtime_model().get_ops()
+    layers = [node.get_rt_info()["originalLayersNames"].astype(str) for node in nodes]
+    assert any("PagedAttention" in layer for layer in layers) and not any("IsNaN" in layer for layer in layers)
+
+
 def test_states_can_be_trimmed(vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiling, "fits", lambda signature: False)
     engine, slot = load(vlm_bundle), Slot()

@@ -1,4 +1,4 @@
-"""One guided UNet call of optimum-intel's export of a Stable Diffusion checkpoint.
+"""Guided UNet calls and whole pictures of optimum-intel's export of a Stable Diffusion checkpoint.
 
 Options: `precision` is what everything computes in that is not quantized, f32 or bf16; `static` reshapes the model to
 the measured size first.
@@ -8,11 +8,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from profiles.asked import PROMPT
 from profiles.peers.inside import Job, Loaded, call_metrics, timed, work
+from profiles.protocol import Metric
+
+GUIDANCE = 7.5
+"""Any scale above 1 makes two rows of each prompt."""
 
 
 def load(job: Job) -> Loaded:
-    """The UNet, compiled for the CPU."""
+    """The pipeline, its UNet compiled for the CPU; the rest is when a picture needs it."""
     import torch
     from optimum.intel import OVStableDiffusionPipeline
 
@@ -34,7 +39,18 @@ def load(job: Job) -> Loaded:
     def unet() -> float:
         return timed(lambda: pipeline.unet(sample, timestep, encoder_hidden_states=states))
 
-    return call_metrics("unet", sample=sample, encoder_hidden_states=states), {"unet": unet}
+    steps = job.sizes["steps"]
+
+    def picture() -> float:
+        return timed(
+            lambda: pipeline(
+                PROMPT, height=height, width=width, num_inference_steps=steps, guidance_scale=GUIDANCE, output_type="np"
+            )
+        )
+
+    metrics = call_metrics("unet", sample=sample, encoder_hidden_states=states)
+    metrics["picture"] = Metric(unit="s", settings={"width": width, "height": height, "steps": steps})
+    return metrics, {"unet": unet, "picture": picture}
 
 
 if __name__ == "__main__":
