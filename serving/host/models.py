@@ -192,13 +192,13 @@ class ModelHost:
         self._open()
         served.expect(request.task)
         place = self._enter(served, client, request.nbytes, terms)
-        timeout = await self._loaded(served, place, timeout)
+        left = await self._loaded(served, place, timeout)
         job = await self._job(served, request, place)
         run = served.start(id, job, place, partial(self._ended, served))
         over = DeadlineExceeded(
             f"the request was not done after {timeout or 0:.3g} s: allow it more time or request less work"
         )
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, run.fail, over)
+        timer = None if left is None else asyncio.get_running_loop().call_later(left, run.fail, over)
         try:
             while (event := await run.event()) is not None:
                 yield served.shown(event)

@@ -335,6 +335,25 @@ class TestInfer:
             client.infer("draw/denoiser", [])
         assert "draw/denoiser" not in [one.name for one in client.get_model_repository_index().models]
 
+    def test_a_timeout_is_told_as_it_was_given_also_where_loading_took_a_part_of_it(
+        self, client: triton.InferenceServerClient, served: FakeServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        served.draw.engine.function = served.draw._step
+        served.draw.hold()
+        drawing = served.client.generate(request(steps=1))
+        until(lambda: served.busy() == 1)
+        loaded = served.host.lifecycle.use
+
+        async def slowly(model: Any) -> None:
+            await asyncio.sleep(0.1)
+            await loaded(model)
+
+        monkeypatch.setattr(served.host.lifecycle, "use", slowly)
+        with pytest.raises(InferenceServerException, match=r"was not done after 0\.4 s"):
+            client.infer("draw/denoiser", inputs_of(CALL), timeout=400_000)
+        served.draw.release()
+        list(drawing)
+
     def test_it_waits_in_the_queue_and_ends_with_its_timeout(
         self, client: triton.InferenceServerClient, served: FakeServer
     ) -> None:
