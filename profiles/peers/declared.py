@@ -41,8 +41,7 @@ class Export:
 @dataclass(frozen=True)
 class Peer:
     """A tool that runs models of a task in a way of its own: its worker in `profiles.peers.workers`, with options of
-    that worker. It loads the export, or the checkpoint itself where that is None. `named` are the metrics that take so
-    long that they are measured only where they are named.
+    that worker. It loads the export, or the checkpoint itself where that is None.
     """
 
     name: str
@@ -57,6 +56,7 @@ class Peer:
     usual: bool = True
     """Whether it is measured where no names are given."""
     named: tuple[str, ...] = ()
+    """Further metrics, which take so long that they are measured only where they are named."""
 
 
 # optimum-intel needs transformers below 5.6. transformers cannot be imported with a torchvision for CUDA beside a torch

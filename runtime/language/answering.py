@@ -96,7 +96,7 @@ def continued(
             break
         logprobs.push(token, logits, answer.spelled)
         text = answer.push(token)
-        if text or len(tokens) == bounds.prompt + 1:
+        if text or sent == bounds.prompt:
             yield TextDelta(text, answer.number, len(tokens) - sent, logprobs.passed(answer.passed))
             sent = len(tokens)
         if answer.stopped or choice.complete or len(tokens) == bounds.longest:

@@ -182,8 +182,7 @@ def _keep_top_k(scores: Scores, sampling: Sampling) -> None:
 
 
 def _keep_top_p(scores: Scores, sampling: Sampling) -> None:
-    possible = np.flatnonzero(scores > -np.inf)  # few, where only the likeliest are left: sorting is what takes long
-    if sampling.top_p < 1 and len(possible):
+    if sampling.top_p < 1 and len(possible := np.flatnonzero(scores > -np.inf)):  # few behind top_k: sorting takes long
         order = possible[np.argsort(scores[possible], kind="stable")]
         unlikely = np.cumsum(softmax(scores[order]), dtype=np.float32) <= np.float32(1 - sampling.top_p)
         unlikely[-1] = False

@@ -64,10 +64,11 @@ def use_pages(model: Any, signature: Signature) -> None:
 def _unguard(model: Any) -> None:
     """Remove what makes zeros of attention whose mask hides every position: in pages each row sees at least itself."""
     for node in model.get_ops():
-        if node.get_type_name() == "Select" and node.input_value(0).get_node().get_type_name() == "IsNaN":
-            seen = node.input_value(2)
-            if node.input_value(0).get_node().input_value(0) == seen:
-                node.output(0).replace(seen)
+        if node.get_type_name() != "Select":
+            continue
+        test, seen = node.input_value(0).get_node(), node.input_value(2)
+        if test.get_type_name() == "IsNaN" and test.input_value(0) == seen:
+            node.output(0).replace(seen)
 
 
 def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:

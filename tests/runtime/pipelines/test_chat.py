@@ -258,7 +258,8 @@ def transformers_tokens(
 def answer(events: Iterator[Event]) -> tuple[str, Finished]:
     *deltas, finished = (event for event in events if not isinstance(event, Reused))
     assert all(isinstance(delta, TextDelta) for delta in deltas) and isinstance(finished, Finished)
-    assert all(delta.text for delta in deltas[1:])  # the first token may be a part of a character
+    first = deltas[:1]  # its token may be a part of a character
+    assert all(delta.text for delta in deltas[1:]) and all(delta.text or delta.tokens == 1 for delta in first)
     return "".join(delta.text for delta in deltas if isinstance(delta, TextDelta)), finished
 
 
