@@ -24,6 +24,7 @@ from runtime.optional import require
 
 LAST: Final = "last_positions"
 """Indices of the last tokens of each row: outputs are given only of these."""
+ATTENTION: Final = "PagedAttentionExtension"
 KEYS: Final = 3
 WINDOW: Final = 10
 """Indices of inputs of a paged attention: the cache of keys, and how many positions are seen (0 means all)."""
@@ -47,18 +48,39 @@ def use_pages(model: Any, signature: Signature) -> None:
     require("openvino._offline_transformations", "openvino").paged_attention_transformation(model)
     _unguard(model)
     _limit(model, ops, [state.window for state in signature.states[::2]])
-    product = model.output(signature.decoder.logits).get_node().input_value(0).get_node()
     last = ops.parameter([-1], np.int32, name=LAST)
     last.output(0).get_tensor().set_names({LAST})
     model.add_parameters([last])
-    for tensor in signature.outputs:
-        at_logits = tensor.name == signature.decoder.logits
-        reader = product if at_logits else model.output(tensor.name).get_node()
-        taken = ops.gather(reader.input_value(0), last, ops.constant(0)).output(0)
-        reader.input(0).replace_source_output(taken)
-        if not at_logits:
-            taken.get_tensor().set_names({tensor.name})
+    for port in _into_the_end(model):
+        source = port.get_source_output()
+        taken = ops.gather(source, last, ops.constant(0)).output(0)
+        port.replace_source_output(taken)
+        if port.get_node().get_type_name() == "Result":
+            taken.get_tensor().set_names(source.get_names())
     model.validate_nodes_and_infer_types()
+
+
+def _into_the_end(model: Any) -> list[Any]:
+    """The inputs by which values of all positions enter what follows the last attention. Nothing there mixes positions,
+    so that it need be computed for those alone whose outputs are given.
+    """
+    nodes = model.get_ordered_ops()
+    start = max(place for place, node in enumerate(nodes) if node.get_type_name() == ATTENTION)
+    last, behind, entries = _name(nodes[start]), set[str](), list[Any]()
+    for node in nodes[start + 1 :]:
+        outside = [port for port in node.inputs() if _source(port) not in behind]
+        if len(outside) < node.get_input_size() or last in map(_source, outside):
+            behind.add(_name(node))
+            entries += [port for port in outside if port.get_partial_shape().is_dynamic]
+    return entries + [node.input(0) for node in model.get_results() if _name(node) not in behind]
+
+
+def _name(node: Any) -> str:
+    return str(node.get_friendly_name())
+
+
+def _source(port: Any) -> str:
+    return _name(port.get_source_output().get_node())
 
 
 def _unguard(model: Any) -> None:
@@ -73,7 +95,7 @@ def _unguard(model: Any) -> None:
 
 def _limit(model: Any, ops: Any, windows: Sequence[int]) -> None:
     """Set the window of each layer's attention. The transformation removes masks, and numbers caches by layer."""
-    nodes = [node for node in model.get_ops() if node.get_type_name() == "PagedAttentionExtension"]
+    nodes = [node for node in model.get_ops() if node.get_type_name() == ATTENTION]
     if len(nodes) != len(windows):
         raise RuntimeError(f"{len(nodes)} attentions over pages, expected {len(windows)}")
     for node in nodes:

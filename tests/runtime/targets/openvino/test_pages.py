@@ -14,7 +14,7 @@ from runtime.bundle.signature import Array
 from runtime.engine import Options, Slot, targets
 from runtime.errors import EngineError
 from runtime.targets.openvino import compiling
-from runtime.targets.openvino.pages import FIRST_CAPACITY, fits, has_pages
+from runtime.targets.openvino.pages import FIRST_CAPACITY, LAST, fits, has_pages
 
 FLOOR = 1e-4
 
@@ -78,6 +78,17 @@ def test_attention_over_pages_has_no_guard_against_hidden_rows(decoder: Any) -> 
     nodes = decoder._compiled.get_runtime_model().get_ops()
     layers = [node.get_rt_info()["originalLayersNames"].astype(str) for node in nodes]
     assert any("PagedAttention" in layer for layer in layers) and not any("IsNaN" in layer for layer in layers)
+
+
+def test_the_end_is_computed_for_those_positions_alone_whose_outputs_are_given(decoder: Any) -> None:
+    behind, products = {LAST}, []
+    for node in decoder._compiled.get_runtime_model().get_ordered_ops():
+        if any(source.get_node().get_friendly_name() in behind for source in node.input_values()):
+            behind.add(node.get_friendly_name())
+            if node.get_rt_info()["layerType"].astype(str) in ("FullyConnected", "MatMul"):
+                products.append(node.get_rt_info()["originalLayersNames"].astype(str))
+    assert len(products) == 5, products
+    assert ".o_proj" in products[0] and ".down_proj" in products[-2] and "logits" in products[-1]
 
 
 def test_states_can_be_trimmed(vlm_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
