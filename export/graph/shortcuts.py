@@ -11,24 +11,25 @@ from functools import cache
 from typing import Any, Final
 from unittest.mock import patch
 
-import torch
 from torch import fx
-from torch._decomp import decomposition_table
 from torch._dynamo import config as dynamo
 from torch._export import utils as exporting
-from torch._functorch._aot_autograd.functional_utils import to_fun
 from torch._logging._internal import trace_log
+from torch.fx import config as fx_config
 from torch.fx.experimental import symbolic_shapes
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.fx.experimental.sym_node import SymNode
+from torch.onnx._internal.exporter import _fx_passes
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 from torch.onnx._internal.fx.passes import type_promotion
 from torch.utils._sympy.functions import IntTrueDiv
 
+from export.graph.decomposing import where_needed
+from export.graph.shapes import given_shapes
+
 OPERATIONS: Final = ("add", "sub", "mul", "eq", "ne", "ge", "gt", "le", "lt")
 """Operations on symbolic sizes whose result depends on nothing but the two expressions."""
 Promotion = type_promotion._TypePromotionInterpreter
-Runner = symbolic_shapes.PropagateUnbackedSymInts
 registry = cache(ONNXRegistry.from_torchlib)
 """The functions that translate torch's operators to ONNX. torch reads their source code again for each trace, which
 takes 0.6 s; nothing adds to them.
@@ -42,18 +43,17 @@ def shortcuts() -> Iterator[None]:
         changes: list[tuple[Any, str, Callable[[Any], Any]]] = [
             (symbolic_shapes, "_has_uninterpretable_sympy_function", _without_quotients),
             (Promotion, "run_node", _where_types_differ),
-            (Runner, "run", _once_to_record_it),
             (SymNode, "maybe_as_int", _once_for_each_size),
+            (_fx_passes, "decompose_with_registry", where_needed),
             (ONNXRegistry, "from_torchlib", lambda _: staticmethod(registry)),
             (exporting, "_materialize_cpp_cia_ops", cache),  # asked once for each of some fifty libraries of operators
             *((SymNode, operation, _once_for_each_pair) for operation in OPERATIONS),
         ]
         for owner, name, changed in changes:
             stack.enter_context(patch.object(owner, name, changed(getattr(owner, name))))
-        stack.enter_context(
-            patch.dict(decomposition_table, {torch.ops.aten.native_group_norm.default: _shapes_of_norm})
-        )
+        stack.enter_context(given_shapes())
         stack.enter_context(patch.object(trace_log, "handlers", []))  # a record of every size, which nobody reads
+        stack.enter_context(patch.object(fx_config, "do_not_emit_stack_traces", True))  # one of each node, likewise
         # its keys of symbolic sizes take longer than computing a shape again
         stack.enter_context(dynamo.patch(fake_tensor_cache_enabled=False))
         yield
@@ -75,39 +75,6 @@ def _where_types_differ(run: Callable[..., Any]) -> Callable[..., Any]:
         return run(self, node)
 
     return run_node
-
-
-def _once_to_record_it(run: Callable[..., Any]) -> Callable[..., Any]:
-    """Leaves out the run of an exported graph that only asks for the shapes and types of its outputs, which are known:
-    the next run records the decomposed graph. One that changes tensors in place is run for what it changes.
-    """
-
-    def outputs(self: Runner, *inputs: Any) -> Any:
-        if get_proxy_mode() or any(_changes_a_tensor(node) for node in self.graph.nodes):
-            return run(self, *inputs)
-        known = dict(zip(self.graph.find_nodes(op="placeholder"), inputs, strict=True))
-        known |= {node: self.fetch_attr(node.target) for node in self.graph.find_nodes(op="get_attr")}
-        (output,) = self.graph.find_nodes(op="output")
-        return fx.map_arg(output.args[0], lambda node: known[node] if node in known else _functional(node.meta["val"]))
-
-    return outputs
-
-
-def _changes_a_tensor(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
-def _functional(value: Any) -> Any:
-    return to_fun(value) if isinstance(value, torch.Tensor) else value
-
-
-def _shapes_of_norm(
-    x: torch.Tensor, weight: Any, bias: Any, batch: Any, channels: Any, positions: Any, groups: int, epsilon: float
-) -> tuple[torch.Tensor, ...]:
-    """The outputs of a group norm, without values: torch finds their shapes by some twenty operations that the graph
-    does not have. x is [batch, channels, ...], means and deviations are [batch, groups].
-    """
-    return (torch.empty_like(x, memory_format=torch.contiguous_format), *(x.new_empty(batch, groups) for _ in range(2)))
 
 
 def _once_for_each_size(operation: Callable[[SymNode], int | None]) -> Callable[[SymNode], int | None]:

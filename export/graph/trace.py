@@ -55,7 +55,7 @@ def trace(module: nn.Module, signature: Signature) -> ir.Model:
     inputs = tuple(
         torch.zeros(t.shape(lengths), dtype=getattr(torch, t.dtype), device="meta") for t in signature.graph_inputs
     )
-    with _quiet(), shortcuts():
+    with _quiet(), shortcuts(), torch.no_grad():  # what a model does without gradients is no graph of its own then
         program = torch.onnx.export(
             module,
             inputs,

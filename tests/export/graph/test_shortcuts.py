@@ -64,7 +64,9 @@ class Viewing(nn.Module):
 
 
 def described(model: ir.Model) -> list[tuple[Any, ...]]:
-    """The nodes of a graph, with values by the order in which they appear: their names depend on what was computed."""
+    """The nodes that make the outputs, with values by the order in which they appear: their names depend on what was
+    computed, and so does the order of nodes that do not need each other.
+    """
     order: dict[ir.Value | None, int] = {}
 
     def place(value: ir.Value | None) -> object:
@@ -78,8 +80,25 @@ def described(model: ir.Model) -> list[tuple[Any, ...]]:
             [(name, str(value.value)) for name, value in node.attributes.items()],
             [place(value) for value in (*node.inputs, *node.outputs)],
         )
-        for node in model.graph
+        for node in needed(model)
     ]
+
+
+def needed(model: ir.Model) -> list[ir.Node]:
+    """All nodes of a graph, each behind those that it needs, in the order in which the outputs need them."""
+    found: dict[ir.Node, None] = {}
+
+    def visit(value: ir.Value | None) -> None:
+        node = value and value.producer()
+        if node is not None and node not in found:
+            for each in node.inputs:
+                visit(each)
+            found[node] = None
+
+    for output in model.graph.outputs:
+        visit(output)
+    assert found.keys() == set(model.graph), "nothing is left over"
+    return list(found)
 
 
 def test_the_graph_is_the_same_with_fewer_operations(monkeypatch: pytest.MonkeyPatch) -> None:
