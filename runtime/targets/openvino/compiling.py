@@ -61,7 +61,7 @@ def compiled_for(
         name, fallbacks = f"openvino:{where.described(core, compiled)}", where.fallbacks(core, model)
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"OpenVINO could not compile {graph.path}: {error}") from None
-    half = where.cpu and computes_half(core, submodel)
+    half = where.cpu and computes_half(core, submodel, options, values)
     if half:
         name += " in bfloat16"
     elif values.get("attention") == "bfloat16":

@@ -23,16 +23,16 @@ from runtime.targets.openvino.settings import (
     CHOICES,
     SHAPES_CHOICE,
     TARGET,
-    computes_half,
+    allows_half,
     has_bfloat16,
     processor_rounds,
     settings_for,
 )
 
 MARGIN: Final = 0.02
-MARGINS: Final = {"zero_points": 0.05, SHAPES_CHOICE: 0.1}
-"""Zero points improve the output by 1 dB or more, and each fixed shape takes seconds to compile: giving up either must
-pay.
+MARGINS: Final = {"compute": 0.05, "zero_points": 0.05, SHAPES_CHOICE: 0.1}
+"""bfloat16 is noisier, zero points improve the output by 1 dB or more, and each fixed shape takes seconds to compile:
+leaving the default must pay.
 """
 PART: Final = 10**11
 """Multiplications of the part of a submodel that is timed for its choices: about 0.3 s on two cores."""
@@ -61,10 +61,11 @@ def decisions_for(
 
 def _possible(core: Any, submodel: Submodel, where: Where, options: Options) -> dict[str, tuple[str, ...]]:
     """The values of each choice that the submodel, the processor and the settings leave open."""
-    if not where.plain or computes_half(core, submodel):
+    if not where.plain:
         return {}
     open_ones = {
-        "attention": bool(submodel.bfloat16) and submodel.precision.compute == "float32" and has_bfloat16(core),
+        "compute": allows_half(core, submodel, options),
+        "attention": bool(submodel.bfloat16) and has_bfloat16(core),
         "zero_points": bool(submodel.activation_ranges),
         SHAPES_CHOICE: varies(submodel) and not submodel.signature.states and not needs_shape(submodel, where),
         "activation_group": submodel.dynamic
