@@ -182,6 +182,13 @@ class Engine(ABC):
         """Load a submodel of the bundle at `root`. Raises EngineError."""
 
     @classmethod
+    def decide(cls, submodel: Submodel, root: Path, options: Options) -> None:
+        """Decide those of the submodel's `choices` that are still open, by timing them: `load` finds them decided then.
+        By default `load` does it. Raises the errors of `load`.
+        """
+        return
+
+    @classmethod
     def emulate(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         """An engine that computes on this machine what was compiled for another, for comparison with the canonical
         graph.

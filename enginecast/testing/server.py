@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -66,6 +66,7 @@ class FakeModel:
     target = "fake"
     device = "none"
     notes: tuple[str, ...] = ()
+    rest: Callable[[], FakeModel] | None = None
     picture: Picture = np.full((8, 16, 3), 127, np.uint8)
     """The picture that it draws."""
 

@@ -1,39 +1,32 @@
-"""Loads a bundle: each submodel at the first place of its placement where loading succeeds. Notes report the failures.
+"""Loads a bundle: its submodels (`runtime.placing.submodels`) one after another, before or while requests run.
 
-Submodels without an engine for this machine are compiled here (`runtime.placing.portable`). Under a memory limit the
-engines share a `Budget` (`runtime.placing.offload`), and pictures that do not fit are decoded in tiles.
+Under a memory limit the engines share a `Budget` (`runtime.placing.offload`), and pictures that do not fit are decoded
+in tiles.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from runtime.bundle.manifest import Bundle, Submodel
+from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import nbytes
 from runtime.bundle.signing import require_signature
 from runtime.engine import Engine, Options, target
-from runtime.errors import (
-    BundleError,
-    EngineError,
-    EngineUnavailable,
-    MissingDependency,
-    ResourceExhausted,
-    did_you_mean,
-    quoted,
-)
+from runtime.errors import BundleError, EngineError, ResourceExhausted, did_you_mean, quoted
 from runtime.pipeline import ModelPipeline, Pipeline, Room, pipelines
-from runtime.placing import heap, memory, placement
+from runtime.placing import memory, placement
+from runtime.placing.arriving import Arriving, here
 from runtime.placing.decided import Decided
 from runtime.placing.devices import detect
 from runtime.placing.offload import Budget, OffloadedEngine
-from runtime.placing.placement import Candidates, Place, PlacementOptions
-from runtime.placing.portable import fitting
+from runtime.placing.placement import Place, PlacementOptions
+from runtime.placing.submodels import Submodels
 from runtime.placing.variants import Chosen, chosen
 from runtime.scripting import Scripts
 
@@ -46,6 +39,10 @@ class LoadedModel:
 
     `places` is where each submodel was loaded. `notes` lists differences from the published model (`Manifest.notes`)
     and from the requested placement. `again` loads the model once more, without some places.
+
+    Of a model that was begun (`begin_model`), `rest` loads the engines one after another and returns the whole model.
+    Calls wait for them meanwhile; `target` names what is planned, `device` is empty, and `notes` grow. Where `rest`
+    fails, waiting calls get its error, and the owner closes the model.
     """
 
     bundle: Bundle
@@ -55,12 +52,17 @@ class LoadedModel:
     engines: Mapping[str, Engine]
     pipeline: Callable[[Any], Pipeline]
     places: Mapping[str, Place] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    notes: Sequence[str] = ()
     again: Callable[[Collection[Place]], LoadedModel] | None = None
+    rest: Callable[[], LoadedModel] | None = None
 
     def close(self) -> None:
-        """Free every engine. Errors are ignored: a lost device cannot free its memory."""
-        for name, engine in self.engines.items():
+        """Free every engine. Errors are ignored: a lost device cannot free its memory. One that is being loaded is
+        freed when it is there.
+        """
+        if isinstance(self.engines, Arriving):
+            self.engines.close()
+        for name, engine in here(self.engines).items():
             with suppress(EngineError):
                 log.debug("closing %s", name)
                 engine.close()
@@ -108,10 +110,28 @@ def load_model(
     loading are refused. Raises NotFound, BundleError, InvalidInput, ResourceExhausted or EngineError; nothing stays
     loaded then.
     """
+    return whole(begin_model(bundle, wanted, options, placing, public, request, scripts))
+
+
+def begin_model(
+    bundle: Path | Bundle | Chosen,
+    wanted: str | None = None,
+    options: Options | None = None,
+    placing: PlacementOptions | None = None,
+    public: Path | None = None,
+    request: Any = None,
+    scripts: Scripts | None = None,
+) -> LoadedModel:
+    """`load_model` up to what takes long: the files are verified, the places chosen, and choices that are timed are
+    decided. Requests may begin: their calls wait until `LoadedModel.rest`, in another thread, has loaded the engine.
+
+    The whole model is returned at once where its submodels share a memory limit, or may run nowhere but on their
+    device.
+    """
     if isinstance(bundle, Path):
         bundle = chosen(bundle, wanted, placing)
     found = Chosen(bundle) if isinstance(bundle, Bundle) else bundle
-    return _load(
+    return _begin(
         found, wanted, options or Options(), placing or PlacementOptions(), public, scripts or Scripts(), (), request
     )
 
@@ -136,7 +156,7 @@ def _verify(bundle: Bundle, public: Path | None) -> None:
         )
 
 
-def _load(
+def _begin(
     found: Chosen,
     wanted: str | None,
     options: Options,
@@ -156,45 +176,63 @@ def _load(
     plan = placement.place(bundle, wanted, options.device, placing, machine, avoid)
     budget = Budget(plan.rooms) if plan.rooms else None
     pipeline.remember(_kept(bundle, placing, budget))
-    engines, places, notes = dict[str, Engine](), dict[str, Place](), [*bundle.manifest.notes, *plan.notes]
+    submodels = Submodels(bundle, Decided(options, plan, machine, found.decision), budget, placing.strict)
+    engines = Arriving([submodel.name for submodel in bundle.manifest.submodels])
+    again = partial(_elsewhere, found, wanted, options, placing, public, scripts)
+    notes = [*bundle.manifest.notes, *plan.notes]
+    targets = ", ".join(dict.fromkeys(submodels.places(name)[0].target for name in engines))
+    begun = LoadedModel(bundle, bundle.manifest.task, targets, "", engines, pipeline, {}, notes, again)
+    begun = replace(begun, rest=partial(_rest, begun, pipeline, submodels, scripts))
+    if budget is not None or placing.strict:
+        return whole(begun)
+    submodels.decide()
+    return begun
+
+
+def _rest(begun: LoadedModel, pipeline: ModelPipeline, submodels: Submodels, scripts: Scripts) -> LoadedModel:
+    """Load the engines of a model that has none yet."""
+    engines, notes, places = begun.engines, begun.notes, dict[str, Place]()
+    assert isinstance(engines, Arriving) and isinstance(notes, list), "as _begin makes it"
     try:
-        for submodel in bundle.manifest.submodels:
-            choice = plan.choices[submodel.name]
-            where, engine = _first(
-                submodel,
-                choice,
-                partial(_load_one, bundle, submodel, Decided(options, plan, machine, found.decision), notes),
-                budget,
-                notes,
-            )
-            engines[submodel.name], places[submodel.name] = engine, where
-            if placing.strict and engine.fallbacks:
-                raise EngineError(
-                    f"{submodel.name} on {engine.device} runs a part elsewhere: {'; '.join(engine.fallbacks)}. Choose "
-                    "another target or device, or allow that by leaving out --strict"
-                )
-        notes += pipeline.keep_within(_room(engines, budget))
-    except BaseException:
-        for one in engines.values():
-            one.close()
+        while (name := engines.following()) is not None:
+            places[name], engine = submodels.load(name, notes)
+            engines.put(name, engine)
+        notes += pipeline.keep_within(_room(engines, submodels.budget))
+        for note in notes:
+            log.info("model %s: %s", begun.bundle.name, note)
+        names, devices = (
+            ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
+        )
+        loaded = replace(begun, target=names, device=devices, places=places, notes=tuple(notes), rest=None)
+        return replace(loaded, notes=(*notes, *scripts.loaded(loaded)))
+    except BaseException as error:
+        engines.fail(error)
         raise
-    for note in notes:
-        log.info("model %s: %s", bundle.name, note)
-    names, devices = (
-        ", ".join(dict.fromkeys(getattr(one, name) for one in engines.values())) for name in ("target", "device")
-    )
-    again = partial(_load, found, wanted, options, placing, public, scripts)
-    loaded = LoadedModel(bundle, bundle.manifest.task, names, devices, engines, pipeline, places, tuple(notes), again)
-    return _told(loaded, scripts)
 
 
-def _told(model: LoadedModel, scripts: Scripts) -> LoadedModel:
-    """The model with the notes of scripts on it. It is closed if one of them fails."""
+def whole(model: LoadedModel) -> LoadedModel:
+    """The model with all its engines, loaded now if they are not there. It is closed if that fails, with the errors of
+    `load_model`.
+    """
+    if model.rest is None:
+        return model
     try:
-        return replace(model, notes=(*model.notes, *scripts.loaded(model)))
+        return model.rest()
     except BaseException:
         model.close()
         raise
+
+
+def _elsewhere(
+    found: Chosen,
+    wanted: str | None,
+    options: Options,
+    placing: PlacementOptions,
+    public: Path | None,
+    scripts: Scripts,
+    avoid: Collection[Place],
+) -> LoadedModel:
+    return whole(_begin(found, wanted, options, placing, public, scripts, avoid))
 
 
 def open_pipeline(bundle: Bundle) -> ModelPipeline:
@@ -203,73 +241,6 @@ def open_pipeline(bundle: Bundle) -> ModelPipeline:
         return pipelines()[bundle.manifest.pipeline].open(bundle.root, bundle.manifest.config)
     except BundleError as error:
         raise BundleError(f"bundle {bundle.name} cannot be used: {error}. Build it again with this version") from None
-
-
-def _first(
-    submodel: Submodel, candidates: Candidates, load: Callable[[Place], Engine], budget: Budget | None, notes: list[str]
-) -> tuple[Place, Engine]:
-    """Load the submodel at the first place where that succeeds. The errors of earlier places are noted."""
-    reasons = []
-    for place in candidates.places:
-        try:
-            engine = _held(submodel, place, candidates.estimated[place], budget, load) if budget else load(place)
-        except (EngineError, ResourceExhausted, MissingDependency) as error:
-            if len(candidates.places) == 1:
-                raise
-            reasons.append(f"{place}: {error}")
-            continue
-        if reasons:
-            notes.append(f"{submodel.name} is on {place} since it could not be loaded elsewhere ({'; '.join(reasons)})")
-        return place, engine
-    raise EngineUnavailable(f"{submodel.name} could be loaded nowhere. {'; '.join(reasons)}")
-
-
-def _load_one(bundle: Bundle, submodel: Submodel, decided: Decided, notes: list[str], place: Place) -> Engine:
-    """Load the bundle's engine for the target, or compile one if none fits this machine, which is noted.
-
-    Files are verified before and after: engines open them by name, perhaps long after the bundle was verified.
-    """
-    bundle.verify_again()
-    engine = target(place.target)
-    fitted = fitting(bundle, submodel, engine, _ProgressLog(f"{place.target} {submodel.name}"))
-    if fitted.note and fitted.note not in notes:
-        notes.append(fitted.note)
-    loaded = engine.load(submodel, bundle.root, replace(decided.at(place), compiled=fitted.compiled))
-    heap.give_back()  # memory that loading used and freed is not the engine's
-    try:
-        bundle.verify_again()
-    except BaseException:
-        loaded.close()
-        raise
-    decided.tell(loaded, submodel, place)
-    return loaded
-
-
-class _ProgressLog:
-    """Logs the progress of a compilation: each new phase, and each further tenth of it."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.last: tuple[str, int] | None = None
-
-    def __call__(self, share: float, phase: str) -> None:
-        now = phase, int(10 * share)
-        if now != self.last:
-            self.last = now
-            log.info("compiling %s: %.0f %%, %s", self.what, 100 * share, phase)
-
-
-def _held(submodel: Submodel, place: Place, estimated: int, budget: Budget, load: Callable[[Place], Engine]) -> Engine:
-    """An engine that can be unloaded for others. It is loaded once now, so that errors appear early and its memory is
-    measured.
-    """
-    engine = OffloadedEngine(submodel, place.target, place.memory, budget, estimated, partial(load, place))
-    try:
-        engine.measure(place.memory == "cpu")
-    except BaseException:
-        engine.close()
-        raise
-    return engine
 
 
 def _kept(bundle: Bundle, placing: PlacementOptions, budget: Budget | None) -> Room:

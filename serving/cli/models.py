@@ -96,6 +96,7 @@ def _row(model: model_pb2.Model) -> dict[str, Any]:
         "name": model.name,
         "default": model.is_default if model.version else None,
         "state": model_pb2.ModelState.Name(model.state).removeprefix(PREFIX).lower(),
+        "loading": ", ".join(model.loading_submodels),
         "quant": model.quant,
         "device": model.device,
         "memory": sum(model.memory_bytes.values()) if model.memory_bytes else None,

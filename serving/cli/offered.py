@@ -9,7 +9,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.errors import InvalidInput
 from runtime.placing.devices import detect
 from runtime.placing.heap import collect
-from runtime.placing.loading import load_model
+from runtime.placing.loading import begin_model, load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PlacementOptions, caches, needs
 from runtime.script import Folders
@@ -106,7 +106,9 @@ def loader(settings: Settings) -> Loader:
     if key is not None:
         signing.public_key(key)  # a wrong key fails at once
 
+    begun = load_model if settings.warm_up else begin_model
+
     def load(bundle: Bundle, requested: str | None) -> Model:
-        return load_model(bundle, requested or settings.target, options, placing, key)
+        return begun(bundle, requested or settings.target, options, placing, key)
 
     return warmed(load) if settings.warm_up else load

@@ -35,7 +35,7 @@ MODEL_KIND_CHAT: ModelKind
 MODEL_KIND_EMBED: ModelKind
 
 class Model(_message.Message):
-    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds", "version", "is_default", "counts", "abilities")
+    __slots__ = ("name", "state", "kind", "quant", "target", "device", "error", "running", "queued", "placements", "notes", "loads_on_demand", "reloading", "memory_bytes", "idle_seconds", "unload_seconds", "version", "is_default", "counts", "abilities", "loading_submodels")
     class MemoryBytesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -70,6 +70,7 @@ class Model(_message.Message):
     IS_DEFAULT_FIELD_NUMBER: _ClassVar[int]
     COUNTS_FIELD_NUMBER: _ClassVar[int]
     ABILITIES_FIELD_NUMBER: _ClassVar[int]
+    LOADING_SUBMODELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     state: ModelState
     kind: ModelKind
@@ -90,7 +91,8 @@ class Model(_message.Message):
     is_default: bool
     counts: _containers.ScalarMap[str, float]
     abilities: _struct_pb2.Struct
-    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ..., version: _Optional[str] = ..., is_default: _Optional[bool] = ..., counts: _Optional[_Mapping[str, float]] = ..., abilities: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ...) -> None: ...
+    loading_submodels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., state: _Optional[_Union[ModelState, str]] = ..., kind: _Optional[_Union[ModelKind, str]] = ..., quant: _Optional[str] = ..., target: _Optional[str] = ..., device: _Optional[str] = ..., error: _Optional[str] = ..., running: _Optional[int] = ..., queued: _Optional[int] = ..., placements: _Optional[_Iterable[_Union[Placement, _Mapping]]] = ..., notes: _Optional[_Iterable[str]] = ..., loads_on_demand: _Optional[bool] = ..., reloading: _Optional[bool] = ..., memory_bytes: _Optional[_Mapping[str, int]] = ..., idle_seconds: _Optional[float] = ..., unload_seconds: _Optional[float] = ..., version: _Optional[str] = ..., is_default: _Optional[bool] = ..., counts: _Optional[_Mapping[str, float]] = ..., abilities: _Optional[_Union[_struct_pb2.Struct, _Mapping]] = ..., loading_submodels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Placement(_message.Message):
     __slots__ = ("submodel", "target", "device", "precision", "fallbacks", "choices")

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from runtime.engine import Engine
 from runtime.errors import EnginecastError
 from runtime.pipeline import Call, Event, Note, Outputs, Pipeline, Reused, drive
+from runtime.placing.arriving import wanted
 
 
 class Model(Protocol):
@@ -31,6 +32,8 @@ class Model(Protocol):
     def pipeline(self) -> Callable[[Any], Pipeline]: ...
     @property
     def notes(self) -> Sequence[str]: ...
+    @property
+    def rest(self) -> Callable[[], Model] | None: ...
     def close(self) -> None: ...
     def broken(self) -> Sequence[str]: ...
     def elsewhere(self, broken: Sequence[str], /) -> Model: ...
@@ -121,7 +124,7 @@ class Job:
         """The pipeline with `Started` before its calls and events, and `Done` behind them. Raises the errors of the
         pipeline and the one given to `stop`.
         """
-        started, first_output, notes = perf_counter(), None, list(self._model.notes)
+        started, first_output, notes = perf_counter(), None, list[str]()
         yield Started()
         outputs: Outputs | None = None
         with closing(self._pipeline) as pipeline, suppress(StopIteration):
@@ -140,10 +143,13 @@ class Job:
                     if first_output is None and item.output:
                         first_output = perf_counter() - started
                     yield item
-        yield Done(started - self._admitted, perf_counter() - started, first_output, self._uses(), tuple(notes))
+        yield Done(
+            started - self._admitted, perf_counter() - started, first_output, self._uses(), (*self._model.notes, *notes)
+        )
 
     def _timed(self, call: Call) -> Generator[Call, Outputs | None, Outputs | None]:
-        self._reloads.setdefault(call.submodel, self.engines[call.submodel].reload_seconds)
+        if wanted(self.engines, call.submodel):  # else it has not been loaded again
+            self._reloads.setdefault(call.submodel, self.engines[call.submodel].reload_seconds)
         began = perf_counter()
         outputs = yield call
         self._seconds.setdefault(call.submodel, []).append(perf_counter() - began)

@@ -19,6 +19,8 @@ from runtime import limits
 from runtime.errors import EnginecastError, EngineError, InvalidInput, ResourceExhausted, Unavailable
 from serving.host.catalog import Catalog
 from serving.host.grace import Grace
+from serving.host.inference import ANY
+from serving.host.job import Model
 from serving.host.loading import STOPPING, Loader, Loading
 from serving.host.observing import Observer
 from serving.host.offers import Offer
@@ -47,7 +49,7 @@ class Lifecycle:
         self.grace = Grace()
         self.keep_alive = KeepAlive(self._unload_idle)
         self._memory = memory
-        self._loading = Loading(loader, memory, self._unload_idle)
+        self._loading = Loading(loader, memory, self._unload_idle, self._begin)
         self._catalog = catalog
         self._notify = notify
         self.observer = observer
@@ -81,18 +83,26 @@ class Lifecycle:
         before = served.state, served.error
         await self._change(served, ModelState.LOADING, self._load(served, target, keep_alive, before))
 
-    async def use(self, served: Served) -> None:
-        """Wait until a model is ready, if it is or may be loaded for a request. Otherwise returns at once.
+    async def use(self, served: Served, task: str = ANY) -> None:
+        """Wait until a model takes requests of a task, if it is or may be loaded for one. Otherwise returns at once.
 
         Raises Unavailable if the server stops, and the errors of loading.
         """
-        while served.state is not ModelState.READY and not self.stopping:
+        while served.state is not ModelState.READY and not served.takes(task) and not self.stopping:
             if served.change is not None and not served.withheld:
-                await self._join(served, served.change)
+                await self._join(served, served.change, task)
             elif served.change is None and served.on_demand:
-                await self.load(served)
+                await self._load_for(served, task)
             else:
                 return
+
+    async def _load_for(self, served: Served, task: str) -> None:
+        """Load a model until it takes requests of a task."""
+        before = served.state, served.error
+        change = self._begin_change(served, ModelState.LOADING, self._load(served, None, None, before))
+        await self._join(served, change, task)
+        if change.done():
+            await self._finished(served, change)
 
     async def unload(self, served: Served, grace: float) -> None:
         """Let the requests of a model finish, stop the rest after `grace` seconds, free its engines. Raises
@@ -131,7 +141,7 @@ class Lifecycle:
                 self.leave(by, 0)
 
         served.error, by.hidden = None, True
-        served.replacing = asyncio.create_task(work())
+        served.replacing = self._logged(served, work())
         self._notify()
         await self._finished(served, served.replacing)
 
@@ -152,16 +162,18 @@ class Lifecycle:
             await self.unload(served, 0)
         served.scheduler.close()
 
-    async def _join(self, served: Served, change: asyncio.Task[None]) -> None:
-        """Wait for a change that another caller began. Raises its error if loading failed, Unavailable if the server
-        stops.
+    async def _join(self, served: Served, change: asyncio.Task[None], task: str) -> None:
+        """Wait for a change that another caller began, or until requests of a task begin. Raises its error if loading
+        failed, Unavailable if the server stops.
         """
         loading = served.state is ModelState.LOADING
-        stopped = asyncio.create_task(self._stopped.wait())
+        events = (self._stopped,) if task == ANY else (self._stopped, served.begun)
+        others = [asyncio.create_task(event.wait()) for event in events]
         try:
-            await asyncio.wait((stopped, change), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((change, *others), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            stopped.cancel()
+            for other in others:
+                other.cancel()
         if self.stopping:
             raise Unavailable(STOPPING)
         if loading and served.state is ModelState.FAILED and isinstance(error := change.exception(), Exception):
@@ -173,7 +185,11 @@ class Lifecycle:
             served.check = asyncio.create_task(self._check(served, error))
 
     async def shut(self, served: Served, grace: float) -> bool:
-        """Unload a model and return whether that succeeded. Does not wait for what is loading."""
+        """Unload a model and return whether that succeeded. Does not wait for what is loading, but for requests that
+        run meanwhile.
+        """
+        if served.begun.is_set() and served.runs:
+            await self._drain(served, grace, self._late(served, grace))
         changes = {task for task in (served.change, served.check) if task is not None}
         if changes:
             await asyncio.wait(changes, timeout=IDLE_SECONDS if served.state is ModelState.LOADING else None)
@@ -186,9 +202,12 @@ class Lifecycle:
         return served.model is None and not served.runs and served.replacing is None
 
     async def _change(self, served: Served, state: ModelState, work: Coroutine[Any, Any, None]) -> None:
-        """Run a change to its end, also if the caller leaves: engines of a half loaded model would have no owner.
+        """Run a change to its end, also if the caller leaves: engines of a half loaded model would have no owner."""
+        await self._finished(served, self._begin_change(served, state, work))
 
-        The model has `state` from the call on, not only when the work begins: a caller that comes between reads it.
+    def _begin_change(self, served: Served, state: ModelState, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Begin a change, whose error is logged. The model has `state` from the call on, not only when the work begins:
+        a caller that comes between reads it.
         """
 
         async def settle() -> None:
@@ -198,11 +217,11 @@ class Lifecycle:
                 served.change = None  # in one turn with the state: who waits for the state may change it again
 
         self._become(served, state)
-        served.change = asyncio.create_task(settle())
-        await self._finished(served, served.change)
+        served.change = self._logged(served, settle())
+        return served.change
 
-    async def _finished(self, served: Served, task: asyncio.Task[None]) -> None:
-        """Wait for a change, which goes on if the caller leaves, and log its error. Raises it without paths."""
+    def _logged(self, served: Served, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task of this work, whose error is logged."""
 
         def ended(task: asyncio.Task[None]) -> None:
             if not task.cancelled() and (error := task.exception()):
@@ -215,7 +234,12 @@ class Lifecycle:
                     exc_info=None if expected else error,
                 )
 
+        task = asyncio.create_task(work)
         task.add_done_callback(ended)
+        return task
+
+    async def _finished(self, served: Served, task: asyncio.Task[None]) -> None:
+        """Wait for a change, which goes on if the caller leaves. Raises its error without paths."""
         try:
             await asyncio.shield(task)
         except InvalidInput:
@@ -280,20 +304,41 @@ class Lifecycle:
         try:
             served.model = await self._loading.load(served, target)
         except Exception as error:
+            await self._give_up(served, error)
             if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
                 self._become(served, *before)
             else:
                 self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
             raise
         served.target = target
+        served.begun.clear()
         self._become(served, ModelState.READY)
         asyncio.get_running_loop().call_soon(self.keep_alive.used, served, keep_alive)
 
-    async def _unload(self, served: Served, grace: float) -> None:
+    def _begin(self, served: Served, model: Model) -> None:
+        """A model takes requests while its engines come."""
+        served.begin(model)
+        self._notify()
+
+    async def _give_up(self, served: Served, error: Exception) -> None:
+        """Loading failed: requests that wait for an engine get the error, and the engines that came are freed."""
+        model, served.model = served.model, None
+        served.begun.clear()
+        if model is not None:
+            why = (
+                error
+                if isinstance(error, EnginecastError)
+                else EngineError(f"{served.name} could not be loaded: {error}")
+            )
+            idle = await self._drain(served, 0, served.concealed(why))
+            await self._free(served, model, idle)
+
+    def _late(self, served: Served, grace: float) -> Unavailable:
         why = "the server is stopping" if self.stopping else f"model {served.name} is being unloaded"
-        idle = await self._drain(
-            served, grace, Unavailable(f"{why} and the request did not finish within {grace:g} s: send it again later")
-        )
+        return Unavailable(f"{why} and the request did not finish within {grace:g} s: send it again later")
+
+    async def _unload(self, served: Served, grace: float) -> None:
+        idle = await self._drain(served, grace, self._late(served, grace))
         if served.check is not None:
             _, checking = await asyncio.wait([served.check], timeout=self._patience())
             idle = idle and not checking
@@ -306,10 +351,13 @@ class Lifecycle:
             self._become(served, ModelState.UNLOADED)
 
     async def _close(self, served: Served, idle: bool) -> None:
-        """Free the engines of a model: now if it is `idle`, else when its thread has ended its step."""
+        """Free the engines of a model."""
         model, served.model = served.model, None
-        if model is None:
-            return
+        if model is not None:
+            await self._free(served, model, idle)
+
+    async def _free(self, served: Served, model: Model, idle: bool) -> None:
+        """Free engines: now if they are `idle`, else when the model's thread has ended its step."""
         scheduler = served.scheduler if idle else served.leave_behind()
         closing = scheduler.do(model.close)
         if idle:

@@ -14,27 +14,36 @@ from runtime.errors import ResourceExhausted, Unavailable
 from runtime.placing.memory import of_process
 from serving.host.job import Model
 from serving.host.residency import Memory, Needs, measured
+from serving.host.scheduler import Scheduler
 from serving.host.served import Served
 from serving.host.states import ModelState
 
 log = logging.getLogger(__name__)
 
 Loader = Callable[[Bundle, str | None], Model]
-"""Loads a bundle for a target, None for the best usable one."""
+"""Loads a bundle for a target, None for the best usable one. Of a model that has a `rest`, that is called next, in the
+same thread, while requests run.
+"""
 STOPPING: Final = "the server is stopping: try again when it runs again"
 
 
 class Loading:
     """Loads models into the memory for all of them, and unloads those that nothing uses by `unload`. `loaded` are the
-    models that hold memory.
+    models that hold memory. `begin` is called with a model that takes requests while its engines come.
     """
 
-    def __init__(self, loader: Loader, memory: Memory, unload: Callable[[Served], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self,
+        loader: Loader,
+        memory: Memory,
+        unload: Callable[[Served], Coroutine[Any, Any, None]],
+        begin: Callable[[Served, Model], None],
+    ) -> None:
         self.loaded: set[Served] = set()
         self.stopping = False
         self._loader = loader
         self._memory = memory
-        self._unload = unload
+        self._unload, self._begin = unload, begin
         self._one_by_one = asyncio.Lock()
 
     async def load(self, served: Served, target: str | None) -> Model:
@@ -74,18 +83,30 @@ class Loading:
                 await self._unload(idle)
 
     async def _engines(self, served: Served, bundle: Bundle, target: str | None, needs: Needs) -> Model:
-        """Load the engines, and measure their memory if nothing else happens meanwhile."""
+        """Load the engines, and measure their memory if nothing else happens meanwhile.
+
+        They are loaded in a thread beside the model's own, which runs requests meanwhile.
+        """
         await asyncio.to_thread(
             self._memory.release
         )  # else memory that is free in this process would count as that of nobody
         if self.stopping:
             raise Unavailable(STOPPING)
-        before = of_process() if self._quiet(served) else None
-        model = await asyncio.wrap_future(served.scheduler.do(partial(self._loader, bundle, target)))
-        if self.stopping:
-            await asyncio.to_thread(model.close)
-            raise Unavailable(STOPPING)
-        after = of_process() if self._quiet(served) else None
+        before, started = of_process() if self._quiet(served) else None, served.started
+        thread = Scheduler(f"{served.name} is loaded", 1)
+        try:
+            model = await asyncio.wrap_future(thread.do(partial(self._loader, bundle, target)))
+            if self.stopping:
+                await asyncio.to_thread(model.close)
+                raise Unavailable(STOPPING)
+            if model.rest is not None:
+                self._begin(served, model)
+                model = await asyncio.wrap_future(thread.do(model.rest))
+                if self.stopping and not served.runs:
+                    raise Unavailable(STOPPING)  # the model has begun: who began it closes it
+        finally:
+            thread.close()
+        after = of_process() if self._quiet(served) and served.started == started else None
         if before is not None and after is not None:
             served.memory = measured(bundle, needs, after - before)
         return model

@@ -192,7 +192,7 @@ class ModelHost:
         self._open()
         served.expect(request.task)
         place = self._enter(served, client, request.nbytes, terms)
-        left = await self._loaded(served, place, timeout)
+        left = await self._loaded(served, place, timeout, request.task)
         job = await self._job(served, request, place)
         run = served.start(id, job, place, partial(self._ended, served))
         over = DeadlineExceeded(
@@ -227,12 +227,14 @@ class ModelHost:
         served.leave(place)
         self.lifecycle.keep_alive.used(served, place.terms.keep_alive)
 
-    async def _loaded(self, served: Served, place: Reservation, timeout: float | None) -> float | None:
-        """Wait until a model is loaded, and return what is left of the timeout. Frees the place if that fails."""
+    async def _loaded(self, served: Served, place: Reservation, timeout: float | None, task: str) -> float | None:
+        """Wait until a model takes requests of a task, and return what is left of the timeout. Frees the place if that
+        fails.
+        """
         began = monotonic()
         try:
             async with asyncio.timeout(timeout):
-                await self.lifecycle.use(served)
+                await self.lifecycle.use(served, task)
         except TimeoutError:
             self._left(served, place)
             raise DeadlineExceeded(

@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 from weakref import WeakSet
 
 from runtime.engine import Engine
+from runtime.placing.arriving import wanted
 from serving.host import batches
 from serving.host.batches import Ran, stateful
 from serving.host.joining import Joining
@@ -81,6 +82,11 @@ class Scheduler:
         if waits:
             run.end(run.job.stopped_by)
 
+    def wake(self) -> None:
+        """An engine is there that a request may wait for."""
+        with self._changed:
+            self._wake()
+
     def do(self, work: Callable[[], T]) -> Future[T]:
         """Call a function between two calls of engines."""
         future = Future[T]()
@@ -132,7 +138,7 @@ class Scheduler:
     def _waits_for_something(self) -> bool:
         """Wait until there is something to do. False at the end."""
         with self._changed:
-            while not (self._woken or self._works or any(run.call for run in self._active)):
+            while not (self._woken or self._works or any(_callable(run) for run in self._active)):
                 if self._closed:
                     self._thread = None  # under the lock: what is asked for from now on starts another
                     return False
@@ -188,7 +194,7 @@ class Scheduler:
         """Make calls of one submodel."""
         groups = defaultdict[str, list[Run]](list)
         for run in self._active:
-            if run.call is not None:
+            if run.call is not None and _callable(run):
                 groups[run.call.submodel].append(run)
         if not groups:
             return
@@ -249,3 +255,8 @@ class Scheduler:
         self._ran(ran)
         for run in ran.runs:
             self._shares.charge(run.client, ran.seconds / len(ran.runs) * run.place.terms.priority.cost)
+
+
+def _callable(run: Run) -> bool:
+    """Whether a request waits for a call whose engine is loaded."""
+    return run.call is not None and wanted(run.job.engines, run.call.submodel)

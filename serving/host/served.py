@@ -13,6 +13,7 @@ from typing import Final
 
 from runtime.errors import SOON, EnginecastError, InvalidInput, ResourceExhausted, Unavailable
 from runtime.pipeline import Event
+from runtime.placing.arriving import Arriving, coming, here
 from serving.host.batches import Ran
 from serving.host.inference import ANY
 from serving.host.job import Done, Job, Model, Queued, precision
@@ -46,11 +47,14 @@ class Served:
         self.withheld = False
         self.hidden = False
         self.memory: Mapping[str, int] = {}
+        self.begun = asyncio.Event()
+        """Is set while the model is loaded and takes requests already."""
         self.last_used: float | None = None
         self.expires: float | None = None
         self.places: set[Reservation] = set()
         self.vacated = asyncio.Event()
         self.runs: dict[Run, str] = {}
+        self.started = 0
         self._pace = deque[float](maxlen=PACE)
         self.change: asyncio.Task[None] | None = None
         self.replacing: asyncio.Task[None] | None = None
@@ -119,11 +123,26 @@ class Served:
             raise InvalidInput("model", f"{self.name} has the task {self.task}, expected a model with the task {task}")
 
     def ready(self, task: str) -> Model:
-        """The loaded model. Raises Unavailable, and InvalidInput if it has another task."""
-        if self.state is not ModelState.READY or self.model is None:
+        """The model that runs requests of this task: a loaded one, or one that takes them while it is loaded. Raises
+        Unavailable, and InvalidInput if it has another task.
+        """
+        if self.model is None or not (self.state is ModelState.READY or self.takes(task)):
             raise self._unavailable()
         self.expect(task)
         return self.model
+
+    def takes(self, task: str) -> bool:
+        """Whether requests of this task begin while the model is loaded. Calls of single submodels do not: they are
+        checked by its engines.
+        """
+        return self.begun.is_set() and task != ANY
+
+    def begin(self, model: Model) -> None:
+        """Take requests for a model whose engines come one after another."""
+        if isinstance(model.engines, Arriving):
+            model.engines.notify = lambda: self.scheduler.wake()
+        self.model = model
+        self.begun.set()
 
     def _unavailable(self) -> Unavailable:
         why = f": {self.error}" if self.error else ""
@@ -162,6 +181,7 @@ class Served:
         run = Run(job, place, self.scheduler.changed)
         run.events.put(self._queued(id, run, self._position(len(self.runs))))
         self.runs[run] = id
+        self.started += 1
 
         def done(_: Future[None]) -> None:
             with suppress(RuntimeError):  # the loop is closed: the server stopped before the job ended
@@ -205,23 +225,24 @@ class Served:
         return scheduler
 
     def status(self) -> Status:
-        running = self.scheduler.running
+        running, loaded = self.scheduler.running, None if self.begun.is_set() else self.model
         placements = tuple(
             SubmodelStatus(name, engine.target, engine.device, precision(engine), engine.fallbacks, engine.chosen)
-            for name, engine in (self.model.engines if self.model else {}).items()
+            for name, engine in (here(self.model.engines) if self.model else {}).items()
         )
         return Status(
             name=self.name,
             state=self.state,
             quant=self.offer.quant,
             task=self.task,
-            target=self.model.target if self.model else None,
-            device=self.model.device if self.model else None,
+            target=loaded.target if loaded else None,
+            device=loaded.device if loaded else None,
             error=self.error,
             running=running,
             queued=max(0, len(self.places) - running),
             placements=placements,
-            notes=self._notes(self.model.notes) if self.model else (),
+            coming=coming(self.model.engines) if self.model else (),
+            notes=self._notes(loaded.notes) if loaded else (),
             version=self.offer.version,
             on_demand=self.on_demand,
             reloading=self.replacing is not None,

@@ -43,7 +43,8 @@ class Status:
     `on_demand`: the next request loads it. `reloading`: its bundle is being loaded again beside it. `memory` has the
     bytes that it takes of each device's memory while it is loaded. `idle_seconds` have passed since its last request,
     or since it was loaded, and without another it is unloaded in `unload_seconds`; both are None unless it is idle.
-    `abilities` are what its requests may ask for (`ModelPipeline.abilities`).
+    `abilities` are what its requests may ask for (`ModelPipeline.abilities`). While a model is loaded, `placements` has
+    the submodels that are there, and `coming` names the others: requests run already and wait for them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Status:
     idle_seconds: float | None = None
     unload_seconds: float | None = None
     abilities: Mapping[str, Any] = field(default_factory=dict)
+    coming: tuple[str, ...] = ()
 
 
 class Models(Protocol):

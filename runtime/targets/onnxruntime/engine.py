@@ -88,13 +88,17 @@ class ONNXRuntime(SessionEngine):
         )
 
     @classmethod
+    def decide(cls, submodel: Submodel, root: Path, options: Options) -> None:
+        folder = folder_of(root, cls.target, options.compiled)
+        _decide(submodel, root / submodel.graph, folder, options, _entries(submodel, options))
+
+    @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         if options.device not in ("", PROVIDER, "CPU"):
             raise EngineUnavailable(f"ONNX Runtime has no device '{options.device}' here: expected {PROVIDER}")
         canonical, folder = root / submodel.graph, folder_of(root, cls.target, options.compiled)
         states = bool(submodel.signature.states)
-        settings = {name: value for name, value in options.settings.items() if name not in CHOICES}
-        entries = {ACCURACY: "4" if submodel.dynamic else "0"} | settings
+        entries = _entries(submodel, options)
         device = Device(PROVIDER)
         decisions = _decide(submodel, canonical, folder, options, entries)
         lowered = states or ("products" in decisions and decisions["products"].value == "integers")
@@ -115,6 +119,12 @@ class ONNXRuntime(SessionEngine):
         )
         engine.decisions = decisions
         return engine
+
+
+def _entries(submodel: Submodel, options: Options) -> dict[str, str]:
+    """The entries of a session's configuration."""
+    settings = {name: value for name, value in options.settings.items() if name not in CHOICES}
+    return {ACCURACY: "4" if submodel.dynamic else "0"} | settings
 
 
 def _fused_name(submodel: Submodel) -> str:

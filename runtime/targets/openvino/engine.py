@@ -32,13 +32,14 @@ from runtime.engine import Availability, CompileOptions, Engine, Options, Slot, 
 from runtime.errors import EngineError, MissingDependency
 from runtime.optional import require
 from runtime.targets.openvino.compiling import Made, compiled_for
-from runtime.targets.openvino.fixed import Fixed, Shapes, is_least, usual, varies
+from runtime.targets.openvino.deciding import decisions_for
+from runtime.targets.openvino.fixed import Fixed, Shapes, is_least, looks_up, usual, varies
 from runtime.targets.openvino.graph import (
     BEAMS,
     StoredGraph,
 )
 from runtime.targets.openvino.pages import PagedCall, Pages, Table, has_pages
-from runtime.targets.openvino.settings import CHOICES, TARGET, shared_core
+from runtime.targets.openvino.settings import CHOICES, TARGET, shared_core, where_of
 from runtime.targets.openvino.sharing import guided
 
 SHAPES: Final = 2
@@ -102,10 +103,16 @@ class OpenVINO(Engine):
         return Artifact(target=cls.target, submodel=submodel.name, seconds=time.perf_counter() - start)
 
     @classmethod
+    def decide(cls, submodel: Submodel, root: Path, options: Options) -> None:
+        decisions_for(shared_core(), submodel, StoredGraph(root / submodel.graph), where_of(options), options)
+
+    @classmethod
     def load(cls, submodel: Submodel, root: Path, options: Options) -> Engine:
         graph = StoredGraph(root / submodel.graph)
         made = compiled_for(submodel, graph, options)
         if submodel.signature.states or not varies(submodel):
+            return cls(submodel, graph, made)
+        if not made.fixed and looks_up(made.compiled):  # right at any shape, and a fixed one takes seconds to compile
             return cls(submodel, graph, made)
 
         def fix(fixed: Fixed) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, Final, NamedTuple
 
 from runtime.bundle.manifest import Submodel
 from runtime.bundle.signature import BATCH, Signature
@@ -13,6 +13,8 @@ from runtime.targets.openvino.sharing import has_conditions
 
 Shapes = Mapping[str, tuple[int, ...]]
 """The shape of each input, by name."""
+LOOKS_UP: Final = {"Input", "Const", "Convert", "Gather", "Output"}
+"""The layers of a model that only looks rows up."""
 
 
 class Fixed(NamedTuple):
@@ -52,6 +54,14 @@ def is_least(signature: Signature, shapes: Shapes) -> bool:
         for tensor in signature.inputs
         for axis, dim in enumerate(tensor.dims)
     )
+
+
+def looks_up(compiled: Any) -> bool:
+    """Whether a model does nothing but look rows up in a table, as one that embeds tokens does: no shape of a call
+    changes what another gives.
+    """
+    nodes = compiled.get_runtime_model().get_ops()
+    return {node.get_rt_info()["layerType"].astype(str) for node in nodes} <= LOOKS_UP
 
 
 def fixed_first(submodel: Submodel, where: Where, values: Mapping[str, str]) -> Fixed | None:

@@ -206,4 +206,5 @@ def model(status: Status) -> model_pb2.Model:
         unload_seconds=status.unload_seconds,
         counts=status.counts,
         abilities=json_format.ParseDict(dict(status.abilities), struct_pb2.Struct()),
+        loading_submodels=status.coming,
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +15,7 @@ from runtime.engine import Options
 from runtime.errors import Cancelled, InvalidInput, Unavailable
 from runtime.files import key_of
 from runtime.pipeline import Event
-from runtime.placing.loading import load_model
+from runtime.placing.loading import begin_model, load_model
 from runtime.placing.memory import parse_size
 from runtime.placing.placement import PICTURE_CACHE, PREFIX_CACHE, PlacementOptions, parse_place
 from runtime.placing.variants import chosen
@@ -24,6 +26,8 @@ from serving.dialects.python.session import Session
 from serving.dialects.python.stream import Stream
 from serving.host import job
 from serving.host.job import Job
+
+log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -38,6 +42,7 @@ class Model(Session):
         self._model, self._content, self._installed = model, content, installed or Scripts()
         self._turn = threading.RLock()
         self._closed = False
+        self._rest = None if model.rest is None else _Rest(model.rest)
 
     def __enter__(self) -> Model:
         return self
@@ -53,12 +58,12 @@ class Model(Session):
     @property
     def target(self) -> str:
         """The engines that run it, such as "openvino"."""
-        return self._model.target
+        return self._whole.target
 
     @property
     def device(self) -> str:
         """The devices that run it, such as "CPU"."""
-        return self._model.device
+        return self._whole.device
 
     @property
     def identity(self) -> str:
@@ -68,7 +73,7 @@ class Model(Session):
     @property
     def notes(self) -> Sequence[str]:
         """Differences from the published model and from the requested placement, as sentences."""
-        return tuple(self._model.notes)
+        return tuple(self._whole.notes)
 
     def close(self) -> None:
         """Wait for the current step and free the engines. Unfinished requests then raise Unavailable."""
@@ -76,6 +81,13 @@ class Model(Session):
             if not self._closed:
                 self._closed = True
                 self._model.close()
+                if self._rest is not None:
+                    self._rest.join()
+
+    @property
+    def _whole(self) -> job.Model:
+        """The model with all its engines. Waits for them, and raises the error of loading."""
+        return self._model if self._rest is None else self._rest.model()
 
     def run(self, request: Request, collect: Callable[[Sequence[Event]], R]) -> Stream[R]:
         """Stream a request of the model's task; `collect` makes the result of its events. Raises InvalidInput."""
@@ -101,6 +113,27 @@ class Model(Session):
             if self._closed:
                 raise Unavailable("the model was closed: load it again")
             return next(events, None)
+
+
+class _Rest(threading.Thread):
+    """Loads what is not there of a model that was begun, while its first request runs."""
+
+    def __init__(self, rest: Callable[[], job.Model]) -> None:
+        super().__init__(name="the rest of a model", daemon=True)
+        self._load, self._found = rest, Future[job.Model]()
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._found.set_result(self._load())
+        except BaseException as error:  # calls that wait for an engine raise it, and `model`
+            if not isinstance(error, Unavailable):  # as after `close`
+                log.warning("a part of the model could not be loaded: %s", error)
+            self._found.set_exception(error)
+
+    def model(self) -> job.Model:
+        """The whole model. Waits for it, and raises the error of loading."""
+        return self._found.result()
 
 
 def load(
@@ -169,11 +202,13 @@ def open_for(
     placing: PlacementOptions,
     scripts: Scripts | None = None,
 ) -> Model:
-    """Load a bundle for a request. The request is checked first, because loading takes long."""
+    """Load a bundle for a request. The request is checked first, because loading takes long, and begins while later
+    submodels are loaded.
+    """
     found = chosen(root, target, placing)
     check_task(found.bundle.manifest.task, request)
     placing = with_caches(placing, None, None)
-    loaded = load_model(found, target, options, placing, request=request, scripts=scripts)
+    loaded = begin_model(found, target, options, placing, request=request, scripts=scripts)
     return Model(loaded, loaded.bundle.content, scripts)
 
 

@@ -79,9 +79,17 @@ def table(models: Models) -> str:
     heads = "".join(f"<th>{name}</th>" for name in COLUMNS)
     rows = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in _cells(model))}</tr>" for model in models)
     notes = "".join(
-        lines.line(f"{model.name}: {text}") for model in models for text in (*model.notes, model.error) if text
+        lines.line(f"{model.name}: {text}")
+        for model in models
+        for text in (*model.notes, model.error, _loading(model))
+        if text
     )
     return f'<div class="wide"><table class="states"><tr>{heads}</tr>{rows}</table></div>{notes}'
+
+
+def _loading(model: model_pb2.Model) -> str:
+    names = ", ".join(model.loading_submodels)
+    return f"takes requests while it still loads {names}" if names else ""
 
 
 def _cells(model: model_pb2.Model) -> list[str]:

@@ -21,7 +21,7 @@ from runtime.engine import Availability, Engine, FakeEngine, Options, targets
 from runtime.errors import BundleError, EngineError, EngineUnavailable, NotFound, ResourceExhausted
 from runtime.language.text import Message
 from runtime.pipeline import drive
-from runtime.placing import devices, loading, memory, placement
+from runtime.placing import devices, memory, placement, submodels
 from runtime.placing.containers import Allowance
 from runtime.placing.loading import LoadedModel, choose_target, load_model
 from runtime.placing.memory import parse_size
@@ -276,10 +276,10 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
         target = "slow"
 
     known = {"quick": Quick, "slow": Slow}
-    for module, name in ((placement, "targets"), (placement, "target"), (loading, "target")):
+    for module, name in ((placement, "targets"), (placement, "target"), (submodels, "target")):
         monkeypatch.setattr(module, name, (lambda: known) if name == "targets" else known.__getitem__)
     latents = Tensor(name="latents", dtype="float32", dims=(BATCH, 8, Dim(name="height", min=2, opt=8, max=64), 8))
-    submodels = tuple(
+    parts = tuple(
         Submodel(
             name=name,
             signature=Signature(inputs=(latents,), outputs=()),
@@ -294,9 +294,9 @@ def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, type[Pla
     files = {f"tokenizer/{path.name}": sha256(path) for path in (root / "tokenizer").iterdir()}
     manifest = Manifest(
         name="made-up", key="", pipeline="diffusion", task="image",
-        quant="none", submodels=submodels, config=config, versions={},
+        quant="none", submodels=parts, config=config, versions={},
         files=files,
-        artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in submodels),
+        artifacts=tuple(Artifact(target=name, submodel=one.name) for name in known for one in parts),
         source=Source(name="made-up", family="f", architecture="A", fingerprint=""),
     )  # fmt: skip
     (root / MANIFEST).write_text(manifest.model_dump_json())

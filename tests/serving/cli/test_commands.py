@@ -400,7 +400,7 @@ class TestServe:
             "    root = bundle if isinstance(bundle, Path) else bundle.root\n"
             "    if root.name != 'good': raise BundleError(f'bundle {root} is damaged')\n"
             "    return FakeModel()\n"
-            "runtime.placing.loading.load_model = load; serving.cli.commands.main()"
+            "runtime.placing.loading.begin_model = load; serving.cli.commands.main()"
         )
         roots = [str(tmp_path / name) for name in ("good", "broken", "altered")]
         command = [sys.executable, "-c", program, "serve", *roots, "--address", "127.0.0.1:0"]

@@ -15,7 +15,7 @@ from tests.fakes.serving import bundle, request
 PROGRAM = """
 import runtime.placing.loading, serving.cli.commands
 from tests.fakes.serving import FakeModel
-runtime.placing.loading.load_model = lambda *_: FakeModel()
+runtime.placing.loading.begin_model = lambda *_: FakeModel()
 serving.cli.commands.main()
 """
 

@@ -13,6 +13,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
 from runtime.engine import Options
 from runtime.errors import EngineUnavailable
+from runtime.targets.openvino.compiling import Made, compiled_for
 from runtime.targets.openvino.devices import Where
 from runtime.targets.openvino.engine import OpenVINO
 from runtime.targets.openvino.fixed import is_least
@@ -99,3 +100,24 @@ def test_calls_of_the_least_lengths_leave_others_as_they_are(diffusion_bundle: P
     assert ratio > 100
     fresh.close()
     used.close()
+
+
+def test_a_table_is_compiled_once_for_all_shapes(tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    submodel, compiled = Bundle(tiny_bundle).submodel("token_embedding"), []
+
+    def noting(*arguments: Any) -> Made:
+        compiled.append(arguments)
+        return compiled_for(*arguments)
+
+    monkeypatch.setattr("runtime.targets.openvino.engine.compiled_for", noting)
+    engine = OpenVINO.load(submodel, tiny_bundle, Options(threads=1))
+    ids = np.random.default_rng(0).integers(0, 200, (2, 7))
+    (wanted,) = engine.run({"input_ids": ids}).values()
+    for row in range(2):
+        for position in range(7):
+            (found,) = engine.run({"input_ids": ids[row : row + 1, position : position + 1]}).values()
+            np.testing.assert_array_equal(found[0, 0], wanted[row, position])
+    (again,) = engine.run({"input_ids": ids}).values()
+    np.testing.assert_array_equal(again, wanted)
+    assert len(compiled) == 1
+    engine.close()

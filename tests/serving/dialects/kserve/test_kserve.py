@@ -344,9 +344,9 @@ class TestInfer:
         until(lambda: served.busy() == 1)
         loaded = served.host.lifecycle.use
 
-        async def slowly(model: Any) -> None:
+        async def slowly(model: Any, task: str) -> None:
             await asyncio.sleep(0.1)
-            await loaded(model)
+            await loaded(model, task)
 
         monkeypatch.setattr(served.host.lifecycle, "use", slowly)
         with pytest.raises(InferenceServerException, match=r"was not done after 0\.4 s"):
