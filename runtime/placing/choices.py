@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import AwareDatetime, ValidationError
 
 from runtime.bundle.manifest import Frozen
-from runtime.errors import EnginecastError, InvalidInput, did_you_mean
+from runtime.errors import EnginecastError, EngineError, InvalidInput, did_you_mean
 from runtime.files import cache_folder, key_of, written
 from runtime.placing.containers import allowance
 from runtime.placing.processor import processor, processor_features
@@ -47,6 +47,7 @@ BUDGET: Final = 5.0
 PATIENCE: Final = 60.0
 """Seconds to wait for another process that is timing."""
 LOCK: Final = ".lock"
+UNWORTHY: Final = "it has too little work to be worth it"
 
 Values = Mapping[str, str]
 """A value for each choice, by its name."""
@@ -91,9 +92,16 @@ class Subject:
     key: str
 
 
+class Unworthy(EngineError):
+    """A submodel has too little work for its choices to matter. That is stored: finding it out takes a while, too."""
+
+    def __init__(self) -> None:
+        super().__init__(UNWORTHY)
+
+
 class Measured(Frozen):
     """The decisions for one submodel on one device, and the median seconds of its part: `default` with all defaults,
-    `seconds` with one other value, by choice and value.
+    `seconds` with one other value, by choice and value. There are no `values` where nothing is worth timing.
     """
 
     name: str
@@ -187,16 +195,18 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
     facts = fingerprint(subject.target, subject.version)
     path, key = _path(facts), key_of(subject.key, {choice.name: choice.values for choice in choices}, dict(fixed))
     if found := _look_up(path, key):
-        return found
+        return found if found.values else UNWORTHY
     with _alone(path.parent) as alone:
         if found := _look_up(path, key):
-            return found
+            return found if found.values else UNWORTHY
         if not alone:
             return "another process was measuring"
         start = time.perf_counter()
         log.info("%s on %s: measuring once which choices are fastest here", subject.name, subject.target)
         try:
             found = _measure(choices, fixed, subject, prepare)
+        except Unworthy:
+            found = Measured(name=subject.name, date=datetime.now(UTC), values={}, default=0.0, seconds={})
         except EnginecastError as error:
             return str(error)
         log.info(
@@ -204,7 +214,7 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
             subject.name,
             subject.target,
             time.perf_counter() - start,
-            dict(found.values),
+            dict(found.values) or UNWORTHY,
         )
         _known[path, key] = found
         try:
@@ -212,7 +222,7 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
                 file.write(Stored(device=facts, measured=_read(path) | {key: found}).model_dump_json(indent=1).encode())
         except (OSError, EnginecastError) as error:
             log.info("the measurements of %s could not be stored: %s", subject.name, error)
-        return found
+        return found if found.values else UNWORTHY
 
 
 def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured:
@@ -255,7 +265,8 @@ def fingerprint(target: str, version: str) -> dict[str, Any]:
 
 def measured(target: str, version: str) -> list[Measured]:
     """All measurements on this device with this version of a target, the newest last."""
-    return sorted(_read(_path(fingerprint(target, version))).values(), key=lambda one: one.date)
+    found = (one for one in _read(_path(fingerprint(target, version))).values() if one.values)
+    return sorted(found, key=lambda one: one.date)
 
 
 def _path(facts: Mapping[str, Any]) -> Path:

@@ -11,7 +11,7 @@ from runtime.engine import Options
 from runtime.errors import EngineError
 from runtime.files import key_of
 from runtime.optional import require
-from runtime.placing.choices import Choice, Decision, Subject, decide
+from runtime.placing.choices import Choice, Decision, Subject, Unworthy, decide
 from runtime.placing.containers import allowance
 from runtime.placing.processor import cores
 from runtime.targets.openvino.devices import Where
@@ -94,7 +94,7 @@ class _Parts:
                     self.core.read_model(self.graph.path), _shapes(signature, calls[0][0]), PART
                 )
                 if total < UNWORTHY:
-                    raise EngineError("it has too little work to be worth it")
+                    raise Unworthy
             fixed = fixed_first(self.submodel, self.where, values)
             model = cut(read_graph(self.core, self.submodel, self.graph, self.where, values, fixed), self.end)
             config = settings_for(self.core, self.submodel, self.where, self.options, values)

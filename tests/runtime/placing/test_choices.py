@@ -15,7 +15,7 @@ from filelock import FileLock
 from runtime.engine import targets
 from runtime.errors import EngineError, InvalidInput, ResourceExhausted
 from runtime.placing import choices
-from runtime.placing.choices import DEFAULT, VARIABLE, Choice, Decision, Subject, decide, measured
+from runtime.placing.choices import DEFAULT, VARIABLE, Choice, Decision, Subject, Unworthy, decide, measured
 
 ATTENTION = Choice("attention", ("bfloat16", "float32"))
 ZERO_POINTS = Choice("zero_points", ("on", "off"), margin=0.05)
@@ -107,6 +107,22 @@ def test_what_was_decided_stays(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(choices, "processor", lambda: "another")
     assert values(decide([ATTENTION], UNET, Parts(), {})) == {"attention": "bfloat16"}
     assert len(list(cache.glob("*.json"))) == 3
+
+
+def test_too_little_work_is_found_out_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def prepare(values: Mapping[str, str]) -> Callable[[], float]:
+        tried.append(values)
+        raise Unworthy
+
+    first = decide([ATTENTION], UNET, prepare, {})
+    assert first == {"attention": Decision("bfloat16", "default, not measured: it has too little work to be worth it")}
+    for known in (choices._known, {}):
+        monkeypatch.setattr(choices, "_known", known)
+        assert decide([ATTENTION], UNET, prepare, {}) == first
+    assert len(tried) == 1 and len(list(cache.glob("*.json"))) == 1
+    assert measured("openvino", "2026.4.1") == [], "it is nothing that was measured"
 
 
 def test_settings_and_the_variable_decide_instead(monkeypatch: pytest.MonkeyPatch) -> None:
