@@ -4,6 +4,7 @@ steps that is not the user's.
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 import hypothesis
 import pytest
+import typer
 
 from runtime.engine import targets
 
@@ -29,6 +31,8 @@ hypothesis.settings.register_profile("explore", deadline=None)
 hypothesis.settings.register_profile("enginecast", hypothesis.settings.get_profile("explore"), derandomize=True)
 hypothesis.settings.load_profile("enginecast")
 SAMPLES = Path(__file__).parents[1] / "samples"
+MANY = 50_000
+"""Objects that the garbage collector looks at, beyond those of the tests of one file."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,6 +47,25 @@ def pytest_collection_finish() -> None:
     """All that the collected tests imported stays until the end: the garbage collector need not look at it again."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """What tests import later stays, too. Of a large heap, each collection that a test or a server asks for takes a
+    third of a second.
+    """
+    if len(gc.get_objects()) > MANY:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands() -> Iterator[None]:
+    """Commands are made of their functions once in a process: typer takes longer for that than most commands do."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("get_command", "get_group"):
+            patch.setattr(typer.main, name, functools.cache(getattr(typer.main, name)))
+        yield
 
 
 @pytest.fixture(scope="session")

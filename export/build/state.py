@@ -349,7 +349,11 @@ class Build:
 
     def size(self, part: Part) -> int:
         """Bytes of the part's weights in the checkpoint."""
-        return sum(ref.nbytes for ref in self._refs(part))
+        return self._sizes[part.name]
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        return {part.name: sum(ref.nbytes for ref in self._refs(part)) for part in self.parts}
 
     def _refs(self, part: Part) -> list[TensorRef]:
         """The tensors of the checkpoint that the part has."""

@@ -34,23 +34,31 @@ def snr_db(values: NDArray[Any], reference: NDArray[Any]) -> float:
     return float(10 * np.log10(np.sum(exact**2) / max(np.sum((values - exact) ** 2), 1e-30)))
 
 
-def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
-    """The submodel's graph as the recipe makes it, with ranges wide enough for anything."""
+def quantized(bundle: Bundle, submodel: Submodel, recipe: str) -> Path:
+    """A folder with the submodel's graph as the recipe makes it, with ranges wide enough for anything, where a bundle
+    would have it. It is made once in a run: no test changes it.
+    """
+    from filelock import FileLock
+
     from calibration.observe.ranges import Range
     from calibration.quantize.plan import activation_tensors, plan
     from calibration.quantize.qdq import quantize
     from calibration.quantize.recipes import RECIPES
     from export.graph.weights import write
 
-    graph = bundle.root / submodel.graph
     if recipe == "none":
-        return graph
-    model = ir.load(graph)
-    chosen = RECIPES[recipe]
-    ranges = {name: Range(peak=8.0, snr_db=60.0) for name in activation_tensors(model, chosen)}
-    path = folder / "onnx" / submodel.name
-    write(quantize(model, plan(model, chosen, ranges), ranges), path)
-    return path / "model.onnx"
+        return bundle.root
+    root = bundle.root.parent / "quantized" / f"{bundle.root.name}-{recipe}"
+    place = (root / submodel.graph).parent
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        if not place.exists():
+            model, chosen = ir.load(bundle.root / submodel.graph), RECIPES[recipe]
+            ranges = {name: Range(peak=8.0, snr_db=60.0) for name in activation_tensors(model, chosen)}
+            unfinished = place.with_name(f"{place.name}.unfinished")
+            write(quantize(model, plan(model, chosen, ranges), ranges), unfinished)
+            unfinished.rename(place)
+    return root
 
 
 @pytest.fixture
@@ -58,17 +66,23 @@ def emulated(tmp_path: Path) -> Make:
     """Compile a submodel for a target from the given graph and load what came out on the CPU."""
 
     def make(name: str, submodel: Submodel, graph: Path, settings: Mapping[str, str] | None = None) -> Engine:
-        engine = target(name)
         root = tmp_path / name
-        place = root / submodel.graph
-        if not place.exists():
-            place.parent.parent.mkdir(parents=True, exist_ok=True)
-            place.parent.symlink_to(graph.parent)
-        folder = root / "engines" / name
-        artifact = engine.compile_with(CompileOptions(settings or {}), submodel, graph, folder)
-        return engine.emulate(submodel, root, Options(threads=1, compiled=Compiled(artifact, folder)))
+        made = compiled(name, submodel, graph, root, settings)
+        return target(name).emulate(submodel, root, Options(threads=1, compiled=made))
 
     return make
+
+
+def compiled(
+    name: str, submodel: Submodel, graph: Path, root: Path, settings: Mapping[str, str] | None = None
+) -> Compiled:
+    """What a target makes of a graph, in a folder that stands for a bundle."""
+    place = root / submodel.graph
+    if not place.exists():
+        place.parent.parent.mkdir(parents=True, exist_ok=True)
+        place.parent.symlink_to(graph.parent)
+    folder = root / "engines" / name
+    return Compiled(target(name).compile_with(CompileOptions(settings or {}), submodel, graph, folder), folder)
 
 
 def canonical(submodel: Submodel, graph: Path) -> Any:

@@ -16,15 +16,15 @@ import pytest
 from calibration.observe.lean import LeanEngine
 from runtime.bundle.manifest import Bundle
 from runtime.bundle.signature import Array
-from runtime.engine import Engine, Slot, SlotCall, targets
+from runtime.engine import Compiled, Engine, Options, Slot, SlotCall, targets
 from runtime.errors import EngineError
 from runtime.targets.onnxruntime import engine as onnxruntime
 from runtime.targets.openvino import compiling
 from runtime.targets.tensorrt.engine import TensorRT
-from tests.runtime.targets.conftest import Make, emulated, tokens
+from tests.runtime.targets.conftest import compiled, tokens
 from tests.runtime.targets.tensorrt.conftest import Loader, fake_tensorrt, load_fake
 
-__all__ = ["emulated", "fake_tensorrt", "load_fake"]
+__all__ = ["fake_tensorrt", "load_fake"]
 VARIANTS = {
     "openvino, states": "openvino",
     "onnxruntime, older": "onnxruntime",
@@ -43,9 +43,20 @@ def case(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="module")
+def made() -> dict[str, tuple[Path, Compiled]]:
+    """What cases were compiled to, once for all tests, and the folders that stand for their bundles."""
+    return {}
+
+
 @pytest.fixture
 def decoder(
-    case: str, tiny_bundle: Path, emulated: Make, load_fake: Loader, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    tiny_bundle: Path,
+    made: dict[str, tuple[Path, Compiled]],
+    load_fake: Loader,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Any]:
     """The decoder of a tiny model on the target, through its emulation or on a fake SDK where it does not run here."""
     bundle, name = Bundle(tiny_bundle), VARIANTS.get(case, case)
@@ -62,7 +73,11 @@ def decoder(
     elif issubclass(targets()[name], TensorRT):
         yield load_fake(bundle, "decoder")
     else:
-        engine = emulated(name, submodel, graph)
+        if case not in made:
+            root = tmp_path_factory.mktemp("compiled")
+            made[case] = root, compiled(name, submodel, graph, root)
+        root, found = made[case]
+        engine = targets()[name].emulate(submodel, root, Options(threads=1, compiled=found))
         yield engine
         engine.close()
 

@@ -17,7 +17,6 @@ from runtime.tasks.chat import ChatRequest
 from runtime.tasks.image import ImageRequest
 from serving.dialects.http.server import HttpServer
 from serving.host.models import ModelHost
-from serving.page.application import Application
 from serving.page.backend import Local, Models, Visitor
 from serving.security.gate import Gate
 from tests.fakes.serving import FakeServer
@@ -63,6 +62,8 @@ class Served:
     """The page of a fake server at `url`, for those that a `gate` admits."""
 
     def __init__(self, fake: FakeServer, gate: Gate | None = None) -> None:
+        from serving.page.application import Application  # imports Gradio, which one process of a run needs
+
         self.fake, self.backend = fake, Able(fake.host, gate)
 
         async def start() -> HttpServer:

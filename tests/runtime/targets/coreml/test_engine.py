@@ -26,6 +26,7 @@ from runtime.targets.coreml.engine import CoreML
 from runtime.targets.coreml.interpret import Interpreter
 from runtime.targets.coreml.package import Package
 from runtime.targets.coreml.sdk import coremltools
+from tests.runtime.targets.conftest import quantized
 
 FLOORS = {"none": 100.0, "int8-weight": 100.0, "int4": 20.0, "int8": 20.0}
 """dB between the package and ONNX Runtime. Codes of quantized activations that lie between two are rounded to either,
@@ -41,27 +42,6 @@ def needs_coremltools() -> None:
     found = CoreML.available()
     if not found.compiles:
         pytest.skip(f"coreml: {found.reason}")
-
-
-def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
-    """A folder with the submodel's graph as the recipe makes it, with ranges wide enough for anything, where a bundle
-    would have it.
-    """
-    import onnx_ir as ir
-
-    from calibration.observe.ranges import Range
-    from calibration.quantize.plan import activation_tensors, plan
-    from calibration.quantize.qdq import quantize
-    from calibration.quantize.recipes import RECIPES
-    from export.graph.weights import write
-
-    if recipe == "none":
-        return bundle.root
-    model = ir.load(bundle.root / submodel.graph)
-    chosen = RECIPES[recipe]
-    ranges = {name: Range(peak=8.0, snr_db=60.0) for name in activation_tensors(model, chosen)}
-    write(quantize(model, plan(model, chosen, ranges), ranges), (folder / submodel.graph).parent)
-    return folder
 
 
 def emulated(submodel: Submodel, root: Path, output: Path, **settings: str) -> Engine:
@@ -105,7 +85,7 @@ def test_every_recipe_of_both_samples_agrees(
 ) -> None:
     bundle = Bundle(request.getfixturevalue(kind))
     for submodel in stateless(bundle):
-        root = quantized(bundle, submodel, recipe, tmp_path / submodel.name)
+        root = quantized(bundle, submodel, recipe)
         engine, other = emulated(submodel, root, tmp_path / "engines"), reference(submodel, root)
         inputs = submodel.signature.sample(submodel.signature.sample_lengths(), seed=1)
         got, wanted = engine.run(inputs), other.run(inputs)
@@ -117,7 +97,7 @@ def test_every_recipe_of_both_samples_agrees(
 @pytest.mark.parametrize("recipe", FLOORS)
 def test_every_recipe_of_the_decoder_agrees_position_by_position(vlm_bundle: Path, tmp_path: Path, recipe: str) -> None:
     submodel = Bundle(vlm_bundle).submodel("decoder")
-    root = quantized(Bundle(vlm_bundle), submodel, recipe, tmp_path)
+    root = quantized(Bundle(vlm_bundle), submodel, recipe)
     engine, other = emulated(submodel, root, tmp_path / "engines", context="64"), reference(submodel, root)
     floor = min(CACHED, FLOORS[recipe])
     for batch in (1, 2):
@@ -320,7 +300,7 @@ def test_a_package_holds_what_its_weights_take(vlm_bundle: Path, tmp_path: Path)
     submodel = bundle.submodel("vision_encoder")
     sizes = {}
     for recipe in ("none", "int8-weight", "int4"):
-        root = quantized(bundle, submodel, recipe, tmp_path / recipe)
+        root = quantized(bundle, submodel, recipe)
         artifact = CoreML.compile(submodel, root / submodel.graph, tmp_path / f"{recipe}-engines")
         weights = next(name for name in artifact.files if name.endswith("weight.bin"))
         canonical = ((root / submodel.graph).parent / "weights.safetensors").stat().st_size

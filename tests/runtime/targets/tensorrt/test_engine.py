@@ -21,6 +21,7 @@ from runtime.engine import Compiled, CompileOptions, Engine, Options, Slot, targ
 from runtime.errors import Cancelled, EngineError, EngineUnavailable, InvalidInput, ResourceExhausted
 from runtime.targets.tensorrt.engine import TensorRTForRTX
 from runtime.targets.tensorrt.settings import TensorRTSettings
+from tests.runtime.targets.conftest import quantized
 
 RECIPES = ("none", "int8", "int8-weight", "int4", "fp8")
 SMALL = {"shapes": "batch=1:1:2,sequence=1:8:16", "compute_capability": "8.9", "optimization_level": "0"}
@@ -36,30 +37,10 @@ def rtx() -> type[Engine]:
     return engine
 
 
-def quantized(bundle: Bundle, submodel: Submodel, recipe: str, folder: Path) -> Path:
-    """The submodel's graph as the recipe makes it, with ranges wide enough for anything."""
-    import onnx_ir as ir
-
-    from calibration.observe.ranges import Range
-    from calibration.quantize.plan import activation_tensors, plan
-    from calibration.quantize.qdq import quantize
-    from calibration.quantize.recipes import RECIPES
-    from export.graph.weights import write
-
-    graph = bundle.root / submodel.graph
-    if recipe == "none":
-        return graph
-    model = ir.load(graph)
-    chosen = RECIPES[recipe]
-    ranges = {name: Range(peak=8.0, snr_db=60.0) for name in activation_tensors(model, chosen)}
-    write(quantize(model, plan(model, chosen, ranges), ranges), folder / "onnx")
-    return folder / "onnx" / "model.onnx"
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("kind", ["diffusion_bundle", "vlm_bundle"])
 def test_every_recipe_is_read(
-    rtx: type[TensorRTForRTX], request: pytest.FixtureRequest, tmp_path: Path, kind: str, recipe: str
+    rtx: type[TensorRTForRTX], request: pytest.FixtureRequest, kind: str, recipe: str
 ) -> None:
     """TensorRT's parser takes each submodel's graph of either sample, down to attention, caches and block-wise int4."""
     from runtime.targets.tensorrt.compile import Compiler
@@ -67,7 +48,7 @@ def test_every_recipe_is_read(
 
     bundle = Bundle(request.getfixturevalue(kind))
     for submodel in bundle.manifest.submodels:
-        graph = quantized(bundle, submodel, recipe, tmp_path / submodel.name)
+        graph = quantized(bundle, submodel, recipe) / submodel.graph
         settings = TensorRTSettings()
         with Compiler(rtx.sdk, submodel, settings, lambda share, phase: None) as compiler:
             compiler.parse(lower(submodel, graph, settings), graph)
@@ -83,7 +64,7 @@ def test_every_recipe_of_a_decoder_is_compiled(
 ) -> None:
     bundle = Bundle(tiny_bundle)
     submodel = bundle.submodel("decoder").computing(compute)
-    graph = quantized(bundle, submodel, recipe, tmp_path)
+    graph = quantized(bundle, submodel, recipe) / submodel.graph
     artifact = rtx.compile_with(CompileOptions(SMALL), submodel, graph, tmp_path / "engines")
     assert artifact.files == ("decoder.engine",) and artifact.seconds > 0
     assert artifact.key == {"sdk": rtx.available().version, "compute_capability": "8.9", "weights": "engine"}
@@ -122,7 +103,7 @@ def test_compiled_ahead_for_every_gpu_that_it_knows(rtx: type[Engine], tiny_bund
 def test_fp8_is_compiled_for_gpus_that_have_it(rtx: type[Engine], vlm_bundle: Path, tmp_path: Path) -> None:
     opened = Bundle(vlm_bundle)
     submodel = opened.submodel("decoder")
-    graph = quantized(opened, submodel, "fp8", tmp_path)
+    graph = quantized(opened, submodel, "fp8") / submodel.graph
     with pytest.raises(InvalidInput, match=r"compute_capability: fp8 needs 8\.9 or later"):
         rtx.compile_with(CompileOptions({"compute_capability": "8.6,8.9"}), submodel, graph, tmp_path / "engines")
     if rtx.available().usable:
