@@ -17,8 +17,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, BinaryIO, Final
 
@@ -37,6 +39,8 @@ OLDEST_SCHEMA: Final = 1
 MANIFEST: Final = "manifest.json"
 SIGNATURE: Final = "manifest.sig"
 CHUNK: Final = 1 << 22
+HASHERS: Final = 4
+"""So many files of a bundle are hashed at once."""
 LARGEST_MANIFEST: Final = 1 << 24
 """Bytes. Those of Stable Diffusion XL with every layer's figures have less than a million."""
 LARGEST_GRAPH: Final = 1 << 31
@@ -345,7 +349,8 @@ class Bundle:
         opened are refused.
         """
         self._matched.clear()
-        self._verify(unknown)
+        with ThreadPoolExecutor(HASHERS) as threads:  # hashing takes as long as reading, and no lock of Python
+            self._verify(unknown, threads.map)
 
     def verify_again(self) -> None:
         """`verify`, but files are hashed only where they changed since they were last found as listed: a matter of
@@ -353,28 +358,16 @@ class Bundle:
 
         To be called before files are opened again, and after native code has opened them by name. Raises BundleError.
         """
-        self._verify(unknown=False)
+        self._verify(unknown=False, over=map)
 
-    def _verify(self, unknown: bool) -> None:
+    def _verify(self, unknown: bool, over: Callable[..., Iterator[list[str]]]) -> None:
         if _read_manifest(self.root) != self.content:
             raise BundleError(
                 f"{self.root} holds another bundle than the one that was opened: its {MANIFEST} has changed. Start the "
                 "program anew"
             )
-        faults = []
-        inside = Path(os.path.realpath(self.root))
-        for relative, expected in self.manifest.files.items():
-            path = self.root / relative
-            try:
-                if not Path(os.path.realpath(path)).is_relative_to(inside):
-                    faults.append(f"{relative} is a link that leads out of the bundle")
-                elif self._matched.get(relative) != _identity(path.stat()):
-                    self._matched.pop(relative, None)
-                    faults += self._compare(relative, expected)
-            except (FileNotFoundError, NotADirectoryError):
-                faults.append(f"{relative} is missing")
-            except OSError as error:
-                faults.append(f"{relative} cannot be read ({error.strerror})")
+        inside, files = Path(os.path.realpath(self.root)), self.manifest.files
+        faults = [fault for found in over(partial(self._faults, inside), files, files.values()) for fault in found]
         try:
             faults += [
                 f"{relative} is not in the manifest"
@@ -387,6 +380,21 @@ class Bundle:
         ]
         if faults:
             raise BundleError(f"bundle {self.root} is damaged: {'; '.join(faults)}. Copy or build it again")
+
+    def _faults(self, inside: Path, relative: str, expected: str) -> list[str]:
+        """What is wrong with a listed file."""
+        path = self.root / relative
+        try:
+            if not Path(os.path.realpath(path)).is_relative_to(inside):
+                return [f"{relative} is a link that leads out of the bundle"]
+            if self._matched.get(relative) == _identity(path.stat()):
+                return []
+            self._matched.pop(relative, None)
+            return self._compare(relative, expected)
+        except (FileNotFoundError, NotADirectoryError):
+            return [f"{relative} is missing"]
+        except OSError as error:
+            return [f"{relative} cannot be read ({error.strerror})"]
 
     def _compare(self, relative: str, expected: str) -> list[str]:
         """What is wrong with a listed file, whose identity is kept if nothing is. Raises OSError."""

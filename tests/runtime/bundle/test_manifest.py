@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 import runtime.bundle.manifest
-from runtime.bundle.manifest import MANIFEST, OLDEST_SCHEMA, SCHEMA, Bundle, sha256
+from runtime.bundle.manifest import MANIFEST, OLDEST_SCHEMA, SCHEMA, Bundle, _digest, sha256
 from runtime.errors import BundleError, NotFound
 from runtime.files import open_regular
 
@@ -137,6 +138,21 @@ def test_verify_names_every_fault(tmp_path: Path, manifest: dict[str, Any]) -> N
     assert "onnx/unet/model.onnx was altered" in message
     assert "tokenizer/vocab.json is missing" in message
     assert "added.txt is not in the manifest" in message
+
+
+def test_files_are_hashed_beside_one_another(
+    tmp_path: Path, manifest: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    files = manifest["files"] | {"tokenizer.json": sha256(tmp_path / "tokenizer.json")}
+    bundle, both, digest = opened(tmp_path, manifest | {"files": files}), threading.Barrier(2), _digest
+
+    def together(file: BinaryIO) -> str:
+        both.wait(5)
+        return digest(file)
+
+    monkeypatch.setattr(runtime.bundle.manifest, "_digest", together)
+    bundle.verify()
 
 
 def test_what_is_of_a_graph_and_what_was_compiled_of_it(tmp_path: Path, manifest: dict[str, Any]) -> None:
