@@ -25,9 +25,7 @@ class Arriving(Mapping[str, Engine]):
         self._changed = threading.Condition()
 
     def __getitem__(self, name: str) -> Engine:
-        if name not in self._here:
-            if name not in self._names:
-                raise KeyError(name)
+        if not self.want(name):
             self._wait(name)
         return self._here[name]
 
@@ -48,9 +46,14 @@ class Arriving(Mapping[str, Engine]):
         return tuple(name for name in self._names if name not in self._here)
 
     def want(self, name: str) -> bool:
-        """Whether a submodel is loaded. If not, it is loaded before those that nobody wants."""
+        """Whether a submodel is loaded. If not, it is loaded before those that nobody wants.
+
+        Raises KeyError for one that the model lacks: who calls it would wait for ever, and loading would fail for it.
+        """
         if name in self._here:
             return True
+        if name not in self._names:
+            raise KeyError(name)
         if name not in self._wanted:
             self._wanted.append(name)
         return False
@@ -85,7 +88,6 @@ class Arriving(Mapping[str, Engine]):
             self.fail(Unavailable("the model was closed while it was loaded: load it again"))
 
     def _wait(self, name: str) -> None:
-        self.want(name)
         with self._changed:
             self._changed.wait_for(lambda: name in self._here or self._error is not None)
             if name not in self._here and self._error is not None:

@@ -304,16 +304,18 @@ class Lifecycle:
         try:
             served.model = await self._loading.load(served, target)
         except Exception as error:
-            await self._give_up(served, error)
-            if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
-                self._become(served, *before)
-            else:
-                self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
+            try:
+                await self._give_up(served, error)
+            finally:
+                if target is not None or (isinstance(error, ResourceExhausted) and served not in self.loaded):
+                    self._become(served, *before)
+                else:
+                    self._become(served, ModelState.FAILED, str(error) or type(error).__name__)
             raise
         served.target = target
         served.begun.clear()
         self._become(served, ModelState.READY)
-        asyncio.get_running_loop().call_soon(self.keep_alive.used, served, keep_alive)
+        asyncio.get_running_loop().call_soon(self.keep_alive.loaded, served, keep_alive)
 
     def _begin(self, served: Served, model: Model) -> None:
         """A model takes requests while its engines come."""
@@ -324,6 +326,7 @@ class Lifecycle:
         """Loading failed: requests that wait for an engine get the error, and the engines that came are freed."""
         model, served.model = served.model, None
         served.begun.clear()
+        served.asked = ()
         if model is not None:
             why = (
                 error

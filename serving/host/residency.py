@@ -122,11 +122,18 @@ class KeepAlive:
         self._timers: dict[Served, asyncio.TimerHandle] = {}
         self._unloading: set[asyncio.Task[None]] = set()
 
+    def loaded(self, served: Served, seconds: float | None) -> None:
+        """A model was loaded: `used`, with the keep-alive of the last request if some ended meanwhile."""
+        asked, served.asked = served.asked, ()
+        self.used(served, *(asked or (seconds,)))
+
     def used(self, served: Served, seconds: float | None = None) -> None:
         """A model was loaded, or a request of it ended: it stays for `seconds`, None for the keep-alive of its offer.
 
         Nothing unloads a model whose offer has none.
         """
+        if served.begun.is_set():
+            served.asked = (seconds,)
         served.last_used = monotonic()
         self.forget(served)
         usual = served.offer.keep_alive

@@ -49,6 +49,8 @@ class Served:
         self.memory: Mapping[str, int] = {}
         self.begun = asyncio.Event()
         """Is set while the model is loaded and takes requests already."""
+        self.asked: tuple[()] | tuple[float | None] = ()
+        """The keep-alive of the last request that ended meanwhile."""
         self.last_used: float | None = None
         self.expires: float | None = None
         self.places: set[Reservation] = set()

@@ -47,6 +47,7 @@ class Slow(FakeModel):
         self.gates = {name: threading.Event() for name in NAMES}
         self.made: dict[str, Engine] = {}
         self.wrong: Exception | None = None
+        self.needed: tuple[str, ...] = NAMES
         self.engines, self.rest = self.came, self._load  # type: ignore[assignment]
 
     def open(self, *names: str) -> None:
@@ -68,9 +69,9 @@ class Slow(FakeModel):
         return self
 
     def _draw(self, steps: int, request: Any) -> Pipeline:
-        for number, name in enumerate(NAMES, 1):
+        for number, name in enumerate(self.needed, 1):
             yield Call(name, {})
-            yield Progress(number, len(NAMES))
+            yield Progress(number, len(self.needed))
         yield ImageReady(self.picture, 0, 0)
 
     def close(self) -> None:

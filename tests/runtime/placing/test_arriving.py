@@ -67,10 +67,20 @@ def test_what_is_wanted_comes_first() -> None:
     assert order == ["d", "c", "a", "b"] and waiting.result(5) is made["d"]
     assert engines.want("c") and engines.here == made and engines.coming == coming(engines) == ()
     assert notified == ["d", "c,d", "a,c,d", "a,b,c,d"]
-    with pytest.raises(KeyError):
-        engines["e"]
     engines.close()
     assert engines["a"] is made["a"], "a whole model is closed by its owner"
+
+
+def test_what_the_model_lacks_is_not_waited_for() -> None:
+    engines = Arriving("a")
+    for ask in (engines.__getitem__, engines.want, lambda name: wanted(engines, name)):
+        with pytest.raises(KeyError):
+            ask("e")
+    assert engines.following() == "a", "it would be loaded before all others, and fail"
+    engines.put("a", Closed())
+    with pytest.raises(KeyError):
+        engines.want("e")
+    assert engines.following() is None and "e" not in engines
 
 
 def test_plain_engines_are_there() -> None:

@@ -21,6 +21,7 @@ from serving.host.job import Done
 from serving.host.models import ModelHost
 from serving.host.offers import ENDLESS, Limits, Offer
 from serving.host.states import ModelState
+from serving.host.terms import Terms
 from serving.page.tabs import models
 from tests.fakes.beginning import NAMES, Slow
 from tests.fakes.serving import FakeModel, bundle
@@ -37,8 +38,8 @@ class Host:
     def _load(self, opened: Bundle, target: str | None) -> FakeModel:
         return self.model
 
-    async def draw(self, timeout: float | None = 10) -> list[Event]:
-        return [event async for event in self.host.run("a", ImageRequest("a circle"), timeout)]
+    async def draw(self, timeout: float | None = 10, terms: Terms | None = None) -> list[Event]:
+        return [event async for event in self.host.run("a", ImageRequest("a circle"), timeout, terms=terms)]
 
     def state(self) -> ModelState:
         return self.host.status("a").state
@@ -130,6 +131,61 @@ def test_an_unexpected_error_does_not_hang_a_request(tmp_path: Path) -> None:
         host.model.open()
         with pytest.raises(EngineError, match=r"^a could not be loaded: a bug$"):
             await waiting
+
+    run(host, work)
+
+
+def test_engines_that_cannot_be_freed_leave_a_model_that_failed(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.model.wrong = EngineError("could not compile")
+    close = host.model.close
+
+    def closing() -> None:
+        close()
+        raise RuntimeError("the device is lost")
+
+    host.model.close = closing  # type: ignore[method-assign]
+
+    async def work() -> None:
+        waiting = asyncio.create_task(host.draw())
+        await until(lambda: host.host.status("a").running == 1)
+        host.model.open()
+        with pytest.raises(EngineError, match="could not compile"):
+            await waiting
+        await until(lambda: not host.host.catalog.find("a").changes)
+        assert (host.state(), host.host.status("a").error) == (ModelState.FAILED, "could not compile")
+
+    run(host, work)
+
+
+def test_a_request_that_ends_before_all_is_loaded_says_how_long_the_model_stays(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.model.needed = NAMES[:2]
+    host.model.open(*NAMES[:2])
+
+    async def work() -> None:
+        assert isinstance((await host.draw(terms=Terms(keep_alive=0)))[-1], Done)
+        assert host.state() is ModelState.LOADING
+        host.model.open()
+        await until(lambda: host.state() is ModelState.UNLOADED)
+
+    run(host, work)
+
+
+def test_a_call_of_a_submodel_that_is_not_there_ends_its_request_alone(tmp_path: Path) -> None:
+    host = Host(tmp_path)
+    host.model.needed = ("text_encoder", "upscaler")
+    host.model.open("text_encoder")
+
+    async def work() -> None:
+        with pytest.raises(KeyError, match="upscaler"):
+            await host.draw()
+        host.model.open()
+        await until(lambda: host.state() is ModelState.READY)
+        with pytest.raises(KeyError, match="upscaler"):
+            await host.draw()
+        host.model.needed = NAMES
+        assert isinstance((await host.draw())[-1], Done)
 
     run(host, work)
 
