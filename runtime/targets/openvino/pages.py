@@ -76,7 +76,7 @@ def _into_the_end(model: Any) -> list[Any]:
 
 
 def _name(node: Any) -> str:
-    return str(node.get_friendly_name())
+    return str(node.get_name())  # unlike friendly names, no two nodes have the same
 
 
 def _source(port: Any) -> str:

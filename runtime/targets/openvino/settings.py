@@ -88,8 +88,11 @@ def allows_half(core: Any, submodel: Submodel, options: Options) -> bool:
 
 
 def threads(options: Options) -> int:
-    """Threads of the plugin: as many as the options say, else at least one for each core."""
-    return int(options.threads or options.settings.get("INFERENCE_NUM_THREADS", cores() or allowance().threads))
+    """The least threads that the plugin may have: as many as the options say, else one for each core, or as many as the
+    processors' quota pays for.
+    """
+    allowed = allowance().threads
+    return int(options.threads or options.settings.get("INFERENCE_NUM_THREADS", min(cores() or allowed, allowed)))
 
 
 def has_bfloat16(core: Any) -> bool:

@@ -16,6 +16,7 @@ from runtime.bundle.manifest import Bundle
 from runtime.bundle.precision import Compute
 from runtime.bundle.signature import Array
 from runtime.engine import Options, Slot
+from runtime.placing.containers import Allowance
 from runtime.targets.openvino import deciding, settings
 from runtime.targets.openvino.engine import OpenVINO
 from runtime.targets.openvino.pages import has_pages
@@ -97,6 +98,16 @@ def test_with_one_thread_it_computes_in_float32(half: Any, vlm_bundle: Path) -> 
     assert alone.computes == "float32" and "bfloat16" not in alone.device
     embeds = embeddings(half)[:, :4]
     assert np.array_equal(run(alone, embeds, 4), run(load(vlm_bundle, "float32", threads=1), embeds, 4))
+
+
+@pytest.mark.parametrize(("found", "paid", "least"), [(2, 2, 2), (1, 2, 1), (4, 1, 1), (0, 3, 3)])
+def test_the_threads_of_a_container_are_those_that_its_quota_pays_for(
+    monkeypatch: pytest.MonkeyPatch, found: int, paid: int, least: int
+) -> None:
+    monkeypatch.setattr(settings, "cores", lambda: found)
+    monkeypatch.setattr(settings, "allowance", lambda: Allowance(paid))
+    assert settings.threads(Options()) == least
+    assert settings.threads(Options(threads=5)) == 5
 
 
 def test_where_products_are_wrong_it_computes_in_float32(
