@@ -143,7 +143,7 @@ class Scheduler:
                     self._thread = None  # under the lock: what is asked for from now on starts another
                     return False
                 self._changed.wait()
-            self._woken = False
+            self._woken = bool(self._works)  # requests that came beside work are looked at after it
             return True
 
     def _work(self) -> Callable[[], None] | None:

@@ -119,6 +119,7 @@ class Toy:
     """A loaded model of the real pipeline and engines that compute nothing."""
 
     target, device, notes = "fake", "none", ()
+    rest = None
 
     def __init__(self, root: Path) -> None:
         from runtime.bundle.manifest import Bundle

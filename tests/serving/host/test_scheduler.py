@@ -337,6 +337,20 @@ def test_a_fault_of_the_pipeline_ends_its_own_request_only() -> None:
     assert isinstance(events[-1], Done) and isinstance(fault, ValueError)
 
 
+def test_a_request_that_comes_beside_work_begins_after_it() -> None:
+    async def run() -> None:
+        scheduler, busy, go = Scheduler("model", 1), threading.Event(), threading.Event()
+        scheduler.do(lambda: (busy.set(), go.wait(10)))
+        await asyncio.to_thread(busy.wait, 10)
+        (begun,) = started(scheduler, Toys({"unet": fake(lambda inputs: {})}), walk("a", 1, []))
+        scheduler.do(lambda: None)
+        go.set()
+        await asyncio.wait_for(asyncio.wrap_future(begun.future), 10)
+        scheduler.close()
+
+    asyncio.run(run())
+
+
 def test_what_is_asked_for_after_the_end_is_done() -> None:
     """A model may still be loading when its server stops."""
     scheduler = Scheduler("model", 8)
