@@ -153,9 +153,8 @@ def decide(choices: Sequence[Choice], subject: Subject, prepare: Prepare, settin
         if isinstance(found, Measured) and choice.name in found.values:
             decided[choice.name] = Decision(found.values[choice.name], found.reason(choice.name))
         else:
-            decided[choice.name] = Decision(
-                choice.default, f"default, not measured: {found or 'nothing else is possible here'}"
-            )
+            why = UNWORTHY if isinstance(found, Measured) else found or "nothing else is possible here"
+            decided[choice.name] = Decision(choice.default, f"default, not measured: {why}")
     return decided
 
 
@@ -191,14 +190,16 @@ def _as_set(choice: Choice, value: str) -> Decision:
 
 
 def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured | str:
-    """The stored measurement, or a new one, which is stored; else the reason why measuring failed."""
+    """The stored measurement, or a new one, which is stored; else the reason why measuring failed. One without values
+    says that nothing is worth timing.
+    """
     facts = fingerprint(subject.target, subject.version)
     path, key = _path(facts), key_of(subject.key, {choice.name: choice.values for choice in choices}, dict(fixed))
     if found := _look_up(path, key):
-        return found if found.values else UNWORTHY
+        return found
     with _alone(path.parent) as alone:
         if found := _look_up(path, key):
-            return found if found.values else UNWORTHY
+            return found
         if not alone:
             return "another process was measuring"
         start = time.perf_counter()
@@ -222,7 +223,7 @@ def _find(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: P
                 file.write(Stored(device=facts, measured=_read(path) | {key: found}).model_dump_json(indent=1).encode())
         except (OSError, EnginecastError) as error:
             log.info("the measurements of %s could not be stored: %s", subject.name, error)
-        return found if found.values else UNWORTHY
+        return found
 
 
 def _measure(choices: Sequence[Choice], fixed: Values, subject: Subject, prepare: Prepare) -> Measured:
